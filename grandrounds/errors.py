@@ -1,0 +1,60 @@
+"""Every error that a person can cause or meet, as one tree.
+
+GrandRoundsError            exit code 1, printed as one line, never as a traceback
+├── ConfigError             a key or value of the configuration cannot be used      (exit code 2)
+├── DataError               a data source is missing, malformed or too small
+├── ModelError              a base model, tokenizer or target module cannot be used
+├── RunDirectoryError       a run directory cannot be written, read or resumed
+├── RoundError              a round ended with fewer good replies than it needs
+├── ReplyError              one reply cannot be used; the round goes on without it
+└── EngineError             Flower's runtime did not start, or ended without a result
+
+A message says what was wrong, the value received, what is allowed and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GrandRoundsError(Exception):
+    """An expected failure; the command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(GrandRoundsError):
+    """A key or a value of the configuration cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(GrandRoundsError):
+    """A data source is missing, malformed or too small for the federation."""
+
+
+class ModelError(GrandRoundsError):
+    """A base model, its tokenizer or a target module cannot be used."""
+
+
+class RunDirectoryError(GrandRoundsError):
+    """A run directory cannot be written, read or resumed."""
+
+
+class RoundError(GrandRoundsError):
+    """A round ended with fewer good replies than it needs."""
+
+
+class ReplyError(GrandRoundsError):
+    """One site's reply cannot be used; the round goes on without it and counts it as failed."""
+
+
+class EngineError(GrandRoundsError):
+    """Flower's runtime did not start, or ended without a result."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return `" Did you mean 'X'?"` for the allowed word nearest to `word`, or an empty string."""
+    matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,58 @@
+"""The prompt templates: one text for training and evaluation alike.
+
+A template turns a question into everything that stands before the answer. The answer is what is
+learned; where its first character is a blank, that blank belongs to the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+    "\n### Instruction:\n{question}\n### Response:"
+)
+"""FlowerTune's text (flwr new @flwrlabs/flowertune-medical, `dataset.py`), from Stanford Alpaca."""
+
+TEMPLATES = ("alpaca", "chat")
+"""`alpaca`: FlowerTune's text. `chat`: the tokenizer's own chat template."""
+
+
+def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
+    """Return the text before the answer.
+
+    Parameters
+    ----------
+    template : str
+        One of `TEMPLATES`.
+    question : str
+        What is asked.
+    tokenizer : transformers tokenizer, optional
+        Needed by `chat` only: it must have a chat template.
+
+    Raises
+    ------
+    ValueError
+        For an unknown template, or `chat` with a tokenizer that has no chat template.
+    """
+    if template == "alpaca":
+        return ALPACA.format(question=question)
+    if template == "chat":
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("the tokenizer has no chat template")
+        turns = [{"role": "user", "content": question}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    raise ValueError(f"unknown prompt template {template!r}; allowed: {', '.join(TEMPLATES)}")
+
+
+def response_text(template: str, answer: str) -> str:
+    """Return the answer as it follows the prompt: `alpaca` puts one blank in between."""
+    return f" {answer}" if template == "alpaca" else answer
+
+
+def prompt_hash(template: str, tokenizer: Any = None) -> str:
+    """Return 16 hex digits that change whenever the text put before an answer changes."""
+    probe = build_prompt(template, "\x00question\x00", tokenizer) + response_text(template, "\x00")
+    return hashlib.sha256(probe.encode()).hexdigest()[:16]
