@@ -1,0 +1,286 @@
+"""Every key of the configuration: its name, type, meaning and what it allows.
+
+The defaults live in `[tool.flwr.app.config]` of pyproject.toml and nowhere else; the dataclasses
+have none; `validation.parse` fills them. A field `peft_lora_r` of the section with the prefix `model.lora.` is the key
+`model.lora.peft-lora-r`. The docstrings under the fields are the source of docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key allows: `low <= value <= high`, without `low` itself if `above`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def admits(self, value: float) -> bool:
+        """Whether `value` is a finite number within the range."""
+        over = value > self.low if self.above else value >= self.low
+        return math.isfinite(value) and over and value <= self.high
+
+    def __str__(self) -> str:
+        left = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
+        return left if math.isinf(self.high) else f"{left}, at most {self.high:g}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The values that a key allows, listed."""
+
+    values: tuple[Scalar, ...]
+
+    def admits(self, value: Scalar) -> bool:
+        """Whether `value` is in the list, as the same type."""
+        return any(
+            value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values
+        )
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(repr(v) for v in self.values)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """The run as a whole."""
+
+    prefix: ClassVar[str] = ""
+
+    num_server_rounds: Annotated[int, Range(1)]
+    """Rounds of training. The learning rate falls from its maximum to its minimum over them."""
+    seed: Annotated[int, Range(0, 2**31 - 1)]
+    """Every random number of a run comes from this: adapter initialisation, partitions, cohorts,
+    held-out shares, and each visit through (seed, round, partition)."""
+    run_directory: str
+    """Where the server writes the run; empty: `runs/<date>-<time>-<model>`. Only the server reads
+    it."""
+    resume_from: str
+    """A run directory to continue from its last finished round; only the server reads it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    prefix: ClassVar[str] = "model."
+
+    name: str
+    """Hub name or local folder of the base model; `formulary` is the small one that is embedded."""
+    quantization: Annotated[int, OneOf((0, 4, 8))]
+    """Bits of the base weights: 4 (NF4 with double quantisation), 8 (LLM.int8) or 0 (none)."""
+    dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))]
+    """Type of weights that are not quantised, and of the computation on 4-bit weights; `auto`:
+    bfloat16 on a GPU that has it, else float32."""
+    gradient_checkpointing: bool
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter that is trained and travels."""
+
+    prefix: ClassVar[str] = "model.lora."
+
+    peft_lora_r: Annotated[int, Range(1, 1024)]
+    """Rank of the adapter."""
+    peft_lora_alpha: Annotated[float, Range(0, above=True)]
+    """The adapter's product is scaled by alpha / rank."""
+    target_modules: str
+    """Names of the linear modules to adapt, with commas; `all-linear`: every one but the head;
+    `auto`: what PEFT chooses for the architecture (`q_proj,v_proj` for Llama, Mistral and Qwen2),
+    and `all-linear` for the embedded base."""
+    dropout: Annotated[float, Range(0, 0.9)]
+    """Dropout before the adapter in training."""
+    peft_use_dora: Annotated[bool, OneOf((False,))]
+    """DoRA. Only `false`: its magnitudes start from base weights, which the server never has."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training over the rounds."""
+
+    prefix: ClassVar[str] = "train."
+
+    save_every_round: Annotated[int, Range(1)]
+    """A PEFT checkpoint every so many rounds, and one at the end."""
+    learning_rate_max: Annotated[float, Range(0, 1, above=True)]
+    """Learning rate before the first round; lr(r) = min + (max - min)(1 + cos(pi r / rounds)) / 2
+    in round r = 1, 2, ... as FlowerTune counts."""
+    learning_rate_min: Annotated[float, Range(0, 1)]
+    """Learning rate of the last round."""
+    seq_length: Annotated[int, Range(8)]
+    """Most tokens of prompt and answer together; longer answers are cut at the end and counted."""
+    dynamic_data_seed: bool
+    """`true`: a visit continues in the site's shuffled examples where its last one ended. `false`:
+    every visit begins at the same first examples, as the FlowerTune template does."""
+    optimizer: Annotated[str, OneOf(("adamw_torch", "adamw_8bit", "paged_adamw_8bit"))]
+    """`adamw_torch`, or bitsandbytes' 8-bit AdamW, paged or not. It starts anew at each visit."""
+    num_threads: Annotated[int, Range(0, 1024)]
+    """CPU threads of PyTorch in a site's process; 0 leaves it alone. The same seed and the same
+    number of threads give the same adapter in every engine."""
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """One visit to one site; names and meaning of Hugging Face's TrainingArguments."""
+
+    prefix: ClassVar[str] = "train.training-arguments."
+
+    output_dir: Annotated[str, OneOf(("",))]
+    """Only empty: a site writes no files."""
+    learning_rate: Annotated[str, OneOf(("",))]
+    """Only empty: the round's rate comes from `train.learning-rate-max` and `-min`."""
+    per_device_train_batch_size: Annotated[int, Range(1)]
+    """Examples of one forward and backward pass."""
+    gradient_accumulation_steps: Annotated[int, Range(1)]
+    """Passes of one optimizer step; the loss is the mean over all their answer tokens."""
+    num_train_epochs: Annotated[float, Range(0, above=True)]
+    """Epochs of one visit; counts only where `max-steps` is -1."""
+    max_steps: Annotated[int, Range(-1)]
+    """Optimizer steps of one visit; -1: as many as `num-train-epochs` takes."""
+    warmup_steps: Annotated[int, Range(0)]
+    """Steps over which the learning rate of a visit rises from 0; needs
+    `lr-scheduler-type = "constant_with_warmup"`."""
+    max_grad_norm: Annotated[float, Range(0)]
+    """Gradients are scaled down to this L2 norm; 0 leaves them alone."""
+    weight_decay: Annotated[float, Range(0, 1)]
+    """Decoupled weight decay of AdamW."""
+    lr_scheduler_type: Annotated[str, OneOf(("constant", "constant_with_warmup"))]
+    """Learning rate inside a visit."""
+    bf16: bool
+    """Mixed precision in bfloat16 on a GPU that has it; elsewhere float32, as the summary says."""
+    fp16: Annotated[bool, OneOf((False,))]
+    """Only `false`: use bf16 or float32."""
+    tf32: bool
+    """TensorFloat-32 for float32 products on a GPU that has it."""
+    gradient_checkpointing: Annotated[bool | str, OneOf((True, False, ""))]
+    """Empty, or the same value as `model.gradient-checkpointing`."""
+    logging_steps: Annotated[int, Range(1)]
+    """Accepted, without effect: every visit's loss is recorded."""
+    save_steps: Annotated[int, Range(1)]
+    """Accepted, without effect: a site saves nothing, the server saves rounds."""
+    save_total_limit: Annotated[int, Range(1)]
+    """Accepted, without effect: every checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """Who takes part in a round, and how replies become the next adapter."""
+
+    prefix: ClassVar[str] = "strategy."
+
+    name: Annotated[str, OneOf(("fedavg", "fedprox"))]
+    """Aggregation rule. Both average by number of examples; `fedprox` adds the proximal term at
+    the sites."""
+    proximal_mu: Annotated[float, Range(0)]
+    """FedProx's mu: the loss gains mu/2 times the squared distance to the adapter received."""
+    fraction_train: Annotated[float, Range(0, 1, above=True)]
+    """Share of the sites that trains in a round, rounded down."""
+    fraction_evaluate: Annotated[float, Range(0, 1)]
+    """Share of the sites that answers held-out loss, drawn once so that rounds compare; 0: none."""
+    min_reply_fraction: Annotated[float, Range(0, 1, above=True)]
+    """Share of a round's cohort, rounded up, that must reply well; fewer end the run as failed."""
+    round_timeout_seconds: Annotated[float, Range(0, above=True)]
+    """A round ends after this time with those who answered. In process it never cuts a visit."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How the data become sites, and rows become text."""
+
+    prefix: ClassVar[str] = "data."
+
+    num_partitions: Annotated[int, Range(1)]
+    """Number of sites."""
+    partitioner: Annotated[str, OneOf(("iid", "dirichlet", "size-skewed", "natural"))]
+    """How rows become sites: `iid`; `dirichlet` over the labels of `partition-by`; `size-skewed`
+    (site i gets a share proportional to i + 1); `natural` (a site per value of `partition-by`)."""
+    partition_by: str
+    """Column for `dirichlet` and `natural`."""
+    dirichlet_alpha: Annotated[float, Range(0, above=True)]
+    """Concentration of `dirichlet`; small values give sites with few labels."""
+    held_out_fraction: Annotated[float, Range(0, 0.9)]
+    """Share of its rows that each site holds out by seed for held-out loss; 0: none, as
+    FlowerTune."""
+    prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
+    """`alpaca`: FlowerTune's text. `chat`: the tokenizer's own chat template."""
+    question_column: str
+    """Column that holds the question."""
+    answer_column: str
+    """Column that holds the answer."""
+
+
+@dataclass(frozen=True)
+class StaticConfig:
+    """What the FlowerTune leaderboard holds fixed."""
+
+    prefix: ClassVar[str] = "static.dataset."
+
+    name: str
+    """Hub name of a data set, a local .json, .jsonl, .csv or .parquet file (.gz too), or
+    `formulary`."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole validated configuration; `flat()` gives it back as Flower's flat run config."""
+
+    federation: FederationConfig
+    model: ModelConfig
+    lora: LoraConfig
+    train: TrainConfig
+    arguments: TrainingArguments
+    strategy: StrategyConfig
+    data: DataConfig
+    static: StaticConfig
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return every key with its value, aliases resolved."""
+        return {
+            key: getattr(getattr(self, section), field)
+            for key, (section, field) in FIELD_OF_KEY.items()
+        }
+
+    @property
+    def cohort_size(self) -> int:
+        """Sites that train in one round: fraction-train of the sites, rounded down."""
+        return share_of(self.strategy.fraction_train, self.data.num_partitions)
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples of one optimizer step at one site."""
+        a = self.arguments
+        return a.per_device_train_batch_size * a.gradient_accumulation_steps
+
+
+SECTIONS: dict[str, Any] = typing.get_type_hints(Config)
+"""Name of the attribute of `Config` → dataclass of the section."""
+
+FIELD_OF_KEY: dict[str, tuple[str, str]] = {
+    section.prefix + field.name.replace("_", "-"): (name, field.name)
+    for name, section in SECTIONS.items()
+    for field in dataclasses.fields(section)
+}
+"""Kebab-case key → (section, field). The only place where the two spellings meet."""
+
+ALIASES = {
+    "strategy.fraction-fit": "strategy.fraction-train",
+    "train.training-arguments.optim": "train.optimizer",
+    "model.lora.use-dora": "model.lora.peft-use-dora",
+}
+"""Older or other entries' names of a key; empty when not used."""
+
+
+def share_of(fraction: float, count: int) -> int:
+    """Return `fraction` of `count` rounded down, safe from binary fractions (0.29 of 100 is 29)."""
+    return math.floor(fraction * count + 1e-9)

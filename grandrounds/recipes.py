@@ -1,0 +1,166 @@
+"""Where a configuration comes from: packaged defaults, recipe files, FlowerTune entries."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from grandrounds.config import FIELD_OF_KEY, Config, Scalar
+from grandrounds.errors import ConfigError
+from grandrounds.validation import parse
+
+LEADERBOARD_DATA = (
+    "medalpaca/medical_meadow_medical_flashcards",
+    "flwrlabs/medical-meadow-medical-flashcards",
+)
+"""The two hub names of the medical leaderboard's training data."""
+
+LEADERBOARD_PARTITIONS = 20
+
+FLOWERTUNE_TEMPLATE: dict[str, Scalar] = {
+    "strategy.name": "fedavg",
+    "strategy.proximal-mu": 0.0,
+    "strategy.fraction-evaluate": 0.0,
+    "model.lora.dropout": 0.075,
+    "data.held-out-fraction": 0.0,
+}
+"""What the FlowerTune template fixes in its code, for the keys that its pyproject leaves out."""
+
+FOREIGN_KEYS: dict[str, tuple[Scalar, str]] = {
+    "task.name": ("medical", "only the medical task is served"),
+    "strategy.use-flexlora": (False, "aggregate with one of the rules of strategy.name"),
+}
+"""Keys of single published entries: the value that means what happens here anyway, and why not
+another."""
+
+
+def defaults() -> dict[str, Scalar]:
+    """Return the packaged defaults, flat: `[tool.flwr.app.config]` of this project's pyproject."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "pyproject.toml", here.parent / "pyproject.toml"):
+        if path.is_file():
+            table = tomllib.loads(path.read_text())
+            if table.get("project", {}).get("name") == "grandrounds":
+                return flatten(table["tool"]["flwr"]["app"]["config"])
+    raise ConfigError(
+        f"The defaults are missing: no pyproject.toml of grandrounds beside {here}. "
+        "Install the package again."
+    )
+
+
+def load_recipe(path: Path) -> dict[str, Scalar]:
+    """Read a recipe file, or the pyproject.toml of a FlowerTune entry, as a flat mapping.
+
+    A FlowerTune entry is known by its `[tool.flwr.app.config]`. What its template fixes in code is
+    filled in from `FLOWERTUNE_TEMPLATE`, and the number of sites from its federation's
+    `options.num-supernodes`.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, is not TOML, or has a key of one entry's own that cannot be
+        honoured.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    app = table.get("tool", {}).get("flwr", {}).get("app", {})
+    if "config" not in app:
+        return flatten(table)
+    entry = flatten(app["config"])
+    if table.get("project", {}).get("name") == "grandrounds":
+        return entry
+    return from_flowertune(entry, table["tool"]["flwr"].get("federations", {}))
+
+
+def from_flowertune(entry: dict[str, Scalar], federations: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return a FlowerTune entry's configuration in this project's keys."""
+    for key, (same_thing, why) in FOREIGN_KEYS.items():
+        if key in entry and entry.pop(key) != same_thing:
+            raise ConfigError(f"{key} cannot be honoured: {why}. Remove it, or set {same_thing!r}.")
+    out = {**FLOWERTUNE_TEMPLATE, **entry}
+    if float(out["strategy.fraction-evaluate"]) > 0 and "data.held-out-fraction" not in entry:
+        out["data.held-out-fraction"] = defaults()["data.held-out-fraction"]
+    federation = federations.get(federations.get("default", ""), {})
+    supernodes = federation.get("options", {}).get("num-supernodes")
+    if supernodes is not None:
+        out.setdefault("data.num-partitions", supernodes)
+    return out
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Return nested TOML tables as one mapping with dotted keys."""
+    flat: dict[str, Scalar] = {}
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{key}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[key] = value
+        else:
+            raise ConfigError(
+                f"{key} = {value!r} is a {type(value).__name__}; Flower's run config takes texts, "
+                'numbers and true/false only. Write a list as one text: "q_proj,v_proj".'
+            )
+    return flat
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
+    """Read `KEY=VALUE` texts; a value that is no TOML value is taken as a plain text.
+
+    Raises
+    ------
+    ConfigError
+        If an assignment has no `=`.
+    """
+    out: dict[str, Scalar] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"{assignment!r} is not an override: write KEY=VALUE, for example "
+                "num-server-rounds=10."
+            )
+        try:
+            value = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        out |= flatten({key.strip(): value})
+    return out
+
+
+def resolve(*layers: Mapping[str, Scalar]) -> Config:
+    """Merge layers over the packaged defaults, later ones winning, and check the whole."""
+    base = defaults()
+    merged: dict[str, Scalar] = {}
+    for layer in layers:
+        merged |= layer
+    return parse(merged, base)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return `key: old → new` for every key that differs, run directories apart."""
+    ignored = ("run-directory", "resume-from")
+    before, after = old.flat(), new.flat()
+    return [
+        f"{key}: {before[key]!r} → {after[key]!r}"
+        for key in FIELD_OF_KEY
+        if key not in ignored and before[key] != after[key]
+    ]
+
+
+def leaderboard_differences(config: Config) -> list[str]:
+    """Return why a run does not compare with FlowerTune's medical leaderboard; empty if it does."""
+    reasons = []
+    if config.static.name not in LEADERBOARD_DATA:
+        reasons.append(f"static.dataset.name is {config.static.name}")
+    if config.data.num_partitions != LEADERBOARD_PARTITIONS:
+        reasons.append(f"{config.data.num_partitions} partitions, not {LEADERBOARD_PARTITIONS}")
+    if config.data.partitioner != "iid":
+        reasons.append(f"partitioner {config.data.partitioner}, not iid")
+    return reasons

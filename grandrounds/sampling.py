@@ -1,0 +1,83 @@
+"""Who trains in a round, which examples a visit sees, and where its random numbers come from.
+
+Everything is a function of the seed and of numbers that both engines know (round, partition,
+cursor); node ids, which Flower draws at random, play no part.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_COHORT, _VISIT, _ORDER, _EVALUATION, _ADAPTER = range(5)
+
+
+def _generator(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose, *numbers])
+
+
+def training_cohort(seed: int, round_number: int, num_partitions: int, size: int) -> list[int]:
+    """Return `size` different partition ids for a round, drawn uniformly, in ascending order."""
+    drawn = _generator(seed, _COHORT, round_number).choice(num_partitions, size, replace=False)
+    return sorted(int(p) for p in drawn)
+
+
+def evaluation_cohort(seed: int, num_partitions: int, size: int) -> list[int]:
+    """Return the partition ids that answer held-out loss.
+
+    One cohort serves all rounds, so that the losses of two rounds are of the same examples.
+    """
+    drawn = _generator(seed, _EVALUATION).choice(num_partitions, size, replace=False)
+    return sorted(int(p) for p in drawn)
+
+
+def visit_seed(seed: int, round_number: int, partition_id: int) -> int:
+    """Return the seed of one visit's random numbers, in [0, 2**63)."""
+    return int(_generator(seed, _VISIT, round_number, partition_id).integers(2**63))
+
+
+def adapter_generator(seed: int) -> np.random.Generator:
+    """Return the generator of the initial adapter."""
+    return _generator(seed, _ADAPTER)
+
+
+def next_examples(
+    seed: int, partition_id: int, num_examples: int, cursor: int, count: int
+) -> list[int]:
+    """Return the indices of a site's next `count` examples.
+
+    A site walks through a seeded permutation of its examples, a new one each epoch: no example
+    comes a second time before every other one has come once.
+
+    Parameters
+    ----------
+    cursor : int
+        How many examples the site has been given since the start of the run.
+    """
+    indices: list[int] = []
+    while len(indices) < count:
+        epoch, offset = divmod(cursor + len(indices), num_examples)
+        order = _generator(seed, _ORDER, partition_id, epoch).permutation(num_examples)
+        indices += [int(i) for i in order[offset : offset + count - len(indices)]]
+    return indices
+
+
+def length_grouped_batches(
+    lengths: list[int], batch_size: int, generator: np.random.Generator
+) -> list[list[int]]:
+    """Group examples of similar length into batches, and shuffle the batches.
+
+    Parameters
+    ----------
+    lengths : list of int
+        Tokens of each example of the visit. What is sampled does not change, only who stands
+        beside whom.
+
+    Returns
+    -------
+    list of list of int
+        Positions into `lengths`; each occurs once. Only the last group may be smaller than
+        `batch_size`, and it too takes any place.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    return [batches[int(i)] for i in generator.permutation(len(batches))]

@@ -1,0 +1,176 @@
+"""From a flat run config to a checked `Config`, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from grandrounds.config import ALIASES, FIELD_OF_KEY, SECTIONS, Config, OneOf, Scalar
+from grandrounds.errors import ConfigError, nearest
+
+
+def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Config:
+    """Check a flat configuration and return it as dataclasses.
+
+    Parameters
+    ----------
+    values
+        Keys as in pyproject.toml, each with a scalar. Keys that are left out take `defaults`.
+    defaults
+        The packaged defaults (`grandrounds.recipes.defaults`).
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key (the nearest is suggested), a wrong type, a value that is not allowed,
+        or two keys that contradict each other.
+    """
+    for key in values:
+        if key not in FIELD_OF_KEY and key not in ALIASES:
+            raise ConfigError(
+                f"Unknown configuration key {key!r}.{nearest(key, [*FIELD_OF_KEY, *ALIASES])} "
+                "All keys are listed in docs/configuration.md."
+            )
+    merged = resolve_aliases({**defaults, **values}, defaults)
+    sections = {}
+    for name, section in SECTIONS.items():
+        hints = typing.get_type_hints(section, include_extras=True)
+        fields = {}
+        for field in dataclasses.fields(section):
+            key = section.prefix + field.name.replace("_", "-")
+            fields[field.name] = check_value(key, merged[key], hints[field.name])
+        sections[name] = section(**fields)
+    config = Config(**sections)
+    check_together(config)
+    return config
+
+
+def resolve_aliases(
+    merged: Mapping[str, Scalar], defaults: Mapping[str, Scalar]
+) -> dict[str, Scalar]:
+    """Return the configuration under today's names; an alias that is set wins over a default."""
+    out = {k: v for k, v in merged.items() if k not in ALIASES}
+    for alias, key in ALIASES.items():
+        given = merged.get(alias, "")
+        if given == "":
+            continue
+        if out[key] not in (defaults[key], given):
+            raise ConfigError(
+                f"{alias} = {given!r} and {key} = {out[key]!r} contradict each other: "
+                f"the first is another name of the second. Give {key} alone."
+            )
+        out[key] = given
+    return out
+
+
+def check_value(key: str, value: Any, hint: Any) -> Any:
+    """Return `value` in the type that the field asks for, or raise `ConfigError`."""
+    base, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    kinds = typing.get_args(base) or (base,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in kinds:
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        allowed = " or ".join(names[k] for k in kinds)
+        raise ConfigError(f"{key} = {value!r} is of the wrong type: it must be {allowed}.")
+    for rule in rules:
+        if not rule.admits(value):
+            suggestion = ""
+            if isinstance(value, str) and isinstance(rule, OneOf):
+                suggestion = nearest(value, [str(v) for v in rule.values])
+            reason = NOT_HONOURED.get(key, "")
+            raise ConfigError(
+                f"{key} = {value!r} is not allowed: it must be {rule}.{suggestion}{reason}"
+            )
+    return value
+
+
+NOT_HONOURED = {
+    "model.lora.peft-use-dora": " DoRA's magnitudes start from the base weights, which the server"
+    " never loads; set it to false.",
+    "train.training-arguments.fp16": " Half precision would need loss scaling; use"
+    " train.training-arguments.bf16 = true, or neither for float32.",
+    "train.training-arguments.output-dir": " A site never writes to a path that it was sent;"
+    " set run-directory for the server.",
+    "train.training-arguments.learning-rate": " The round's rate comes from"
+    " train.learning-rate-max and train.learning-rate-min.",
+}
+"""Why a value that another system takes cannot be honoured here, and what to set instead."""
+
+
+def check_together(config: Config) -> None:
+    """Raise `ConfigError` where values are fine one by one but contradict each other."""
+    train, arguments, strategy = config.train, config.arguments, config.strategy
+    problems = [
+        (
+            train.learning_rate_min > train.learning_rate_max,
+            f"train.learning-rate-min = {train.learning_rate_min:g} is above "
+            f"train.learning-rate-max = {train.learning_rate_max:g}; swap or lower it.",
+        ),
+        (
+            strategy.name == "fedavg" and strategy.proximal_mu > 0,
+            f"strategy.proximal-mu = {strategy.proximal_mu:g} has no place in FedAvg: "
+            'set strategy.name = "fedprox", or strategy.proximal-mu = 0.',
+        ),
+        (
+            strategy.name == "fedprox" and strategy.proximal_mu == 0,
+            "strategy.proximal-mu = 0 makes FedProx the same as FedAvg: "
+            'set a value above 0 (0.01 is usual), or strategy.name = "fedavg".',
+        ),
+        (
+            arguments.gradient_checkpointing not in ("", config.model.gradient_checkpointing),
+            "train.training-arguments.gradient-checkpointing = "
+            f"{arguments.gradient_checkpointing} and model.gradient-checkpointing = "
+            f"{config.model.gradient_checkpointing} contradict each other; set both alike.",
+        ),
+        (
+            arguments.max_steps == 0,
+            "train.training-arguments.max-steps = 0 would train nothing: "
+            "give at least 1, or -1 to count epochs.",
+        ),
+        (
+            arguments.lr_scheduler_type == "constant" and arguments.warmup_steps > 0,
+            f"train.training-arguments.warmup-steps = {arguments.warmup_steps} has no effect with "
+            'lr-scheduler-type = "constant": use "constant_with_warmup", or warmup-steps = 0.',
+        ),
+        (
+            0 < arguments.max_steps < arguments.warmup_steps,
+            f"train.training-arguments.warmup-steps = {arguments.warmup_steps} is more than "
+            f"max-steps = {arguments.max_steps}: the learning rate would never be reached.",
+        ),
+        (
+            config.cohort_size < 1,
+            f"strategy.fraction-train = {strategy.fraction_train:g} of data.num-partitions = "
+            f"{config.data.num_partitions} sites is nobody: at least "
+            f"{1 / config.data.num_partitions:g} is needed.",
+        ),
+        (
+            strategy.fraction_evaluate > 0 and config.data.held_out_fraction == 0,
+            f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} needs held-out examples: "
+            "set data.held-out-fraction (0.05 is usual), or strategy.fraction-evaluate = 0.",
+        ),
+        (
+            config.data.partitioner in ("dirichlet", "natural") and not config.data.partition_by,
+            f'data.partitioner = "{config.data.partitioner}" needs data.partition-by, '
+            "the name of a column.",
+        ),
+        *(
+            (not value, f"{key} is empty: {hint}")
+            for key, value, hint in (
+                ("model.name", config.model.name, "give a hub name, a folder, or formulary."),
+                (
+                    "static.dataset.name",
+                    config.static.name,
+                    "give a hub name, a file, or formulary.",
+                ),
+                ("model.lora.target-modules", config.lora.target_modules, "give names, or auto."),
+                ("data.question-column", config.data.question_column, "give a column's name."),
+                ("data.answer-column", config.data.answer_column, "give a column's name."),
+            )
+        ),
+    ]
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise ConfigError(message)
