@@ -35,6 +35,11 @@ def visit_seed(seed: int, round_number: int, partition_id: int) -> int:
     return int(_generator(seed, _VISIT, round_number, partition_id).integers(2**63))
 
 
+def visit_generator(seed: int, round_number: int, partition_id: int) -> np.random.Generator:
+    """Return the generator that orders the batches of one visit."""
+    return np.random.default_rng(visit_seed(seed, round_number, partition_id))
+
+
 def adapter_generator(seed: int) -> np.random.Generator:
     """Return the generator of the initial adapter."""
     return _generator(seed, _ADAPTER)

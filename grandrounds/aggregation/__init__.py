@@ -1,0 +1,1 @@
+"""Aggregation rules: one file per rule, each exact about what it computes."""

@@ -1,0 +1,62 @@
+"""What happens at a site: it introduces itself, trains on what it receives, and answers.
+
+Read it from top to bottom: each function is one kind of message (see `grandrounds.messages`).
+"""
+
+from __future__ import annotations
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from grandrounds import messages, visits
+from grandrounds.messages import answering
+
+app = ClientApp()
+
+
+@app.query()
+@answering
+def introduce(message: Message, context: Context) -> Message:
+    """Say who this site is, what it holds and what it would train on."""
+    site, config = visits.site_of(context)
+    return messages.reply(message, config=visits.introduction(site, config))
+
+
+@app.train()
+@answering
+def train(message: Message, context: Context) -> Message:
+    """Train the received adapter on the site's next examples; answer with its change."""
+    site, config = visits.site_of(context)
+    instruction = message.content.config_records[messages.CONFIG]
+    cursor = visits.read_cursor(context.state, instruction)
+
+    resident = visits.prepare_model(config)
+    received = visits.receive_adapter(resident, message)
+    examples, cursor = visits.next_batches(site, config, instruction, cursor)
+    result = visits.train(resident, examples, config, instruction, site)
+
+    visits.write_cursor(context.state, cursor)
+    change = messages.to_arrays(visits.change(resident, received))
+    return messages.reply(
+        message, arrays=change, metrics=visits.train_metrics(site, result, cursor, config)
+    )
+
+
+@app.evaluate()
+@answering
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer the received adapter's loss on the examples that the site holds out."""
+    site, config = visits.site_of(context)
+    resident = visits.prepare_model(config)
+    visits.receive_adapter(resident, message)
+    return messages.reply(message, metrics=visits.evaluate(resident, site, config))
+
+
+@app.evaluate("formulary")
+@answering
+def examine(message: Message, context: Context) -> Message:
+    """Answer the formulary's questions with the received adapter and without it."""
+    _, config = visits.site_of(context)
+    resident = visits.prepare_model(config)
+    visits.receive_adapter(resident, message)
+    return messages.reply(message, metrics=visits.examine(resident, config))

@@ -1,0 +1,115 @@
+"""The in-process engine: Flower's two apps, called in this process, with no runtime in between."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+ClientAppCall = Callable[[Message, Context], Message]
+
+CLIENT_APP_RAISED = 2
+"""Flower's error code for an exception in a ClientApp."""
+
+
+class InProcessGrid(Grid):
+    """A Grid whose sites are called one after the other, when their replies are pulled.
+
+    Parameters
+    ----------
+    client_app
+        Called with (message, context), as Flower's runtimes do.
+    run_config
+        The run's flat configuration, as every site sees it.
+    num_partitions : int
+        Number of sites; site i has the node id i + 1.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientAppCall,
+        run_config: Mapping[str, bool | int | float | str],
+        num_partitions: int,
+    ) -> None:
+        self._client_app = client_app
+        self._contexts = {
+            partition + 1: Context(
+                run_id=1,
+                node_id=partition + 1,
+                node_config={"partition-id": partition, "num-partitions": num_partitions},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for partition in range(num_partitions)
+        }
+        self._pending: dict[str, Message] = {}
+        self._ids = (f"message-{i}" for i in itertools.count())
+        self._run = Run.create_empty(1)
+        # What Flower's runtimes set before an app starts; Message() reads it.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+
+    def set_run(self, run: Run) -> None:
+        """Set the run; nothing depends on it here."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run's description."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Return a new message; `Message(...)` does the same."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of all nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; a site is called when its reply is pulled."""
+        ids = []
+        for message in messages:
+            message_id = next(self._ids)
+            message.metadata.__dict__["_message_id"] = message_id
+            self._pending[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Call the site of the first pending message and return its reply, alone.
+
+        One at a time, so that a reply can be used up before the next one takes memory.
+        """
+        for message_id in message_ids:
+            if message_id in self._pending:
+                return [self._call(self._pending.pop(message_id))]
+        return []
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push messages and return all replies, as a list."""
+        pending = list(self.push_messages(messages))
+        replies: list[Message] = []
+        while len(replies) < len(pending):
+            replies += self.pull_messages(pending)
+        return replies
+
+    def _call(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        try:
+            return self._client_app(message, context)
+        except Exception:  # any crash of a site becomes an error reply, as in Flower's runtimes
+            return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)

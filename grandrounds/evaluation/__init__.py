@@ -1,0 +1,1 @@
+"""Measuring a model: scores of answers, benchmarks and their confidence intervals."""

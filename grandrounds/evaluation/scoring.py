@@ -1,0 +1,125 @@
+"""How likely a model finds each option of a multiple-choice question.
+
+The score of an option is the natural logarithm of the probability that the model, given the
+prompt, answers with exactly this option and then stops: the plain sum over the option's tokens
+and the end-of-sequence token. There is no division by length, because training minimises this
+very sum, and because with the stop included the scores of different options are probabilities of
+disjoint events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the prompt's token ids, special tokens included, without a final end-of-sequence."""
+    ids: list[int] = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def encode_response(tokenizer: Any, response: str) -> list[int]:
+    """Return the response's token ids, tokenised apart from its prompt, and end-of-sequence."""
+    ids: list[int] = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    return [*ids, tokenizer.eos_token_id]
+
+
+def option_log_likelihoods(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    options: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 64,
+) -> list[list[float]]:
+    """Return the log-likelihood of every option of every prompt.
+
+    Parameters
+    ----------
+    model : causal language model of transformers, or a PEFT model around one
+        Used in evaluation mode, put back into its former mode afterwards.
+    tokenizer : transformers tokenizer
+        Must have an end-of-sequence token.
+    prompts : sequence of str
+        Texts as `build_prompt` makes them; not empty once tokenised.
+    options : sequence of sequence of str
+        For each prompt its options as `response_text` makes them, blank included.
+    batch_size : int
+        Pairs of prompt and option in one forward pass.
+
+    Returns
+    -------
+    list of list of float
+        In the order of `prompts` and `options`; natural logarithms, at most 0.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many lists of options as prompts, a prompt has no tokens, or
+        `batch_size` is below 1.
+    """
+    if len(prompts) != len(options):
+        raise ValueError(f"{len(prompts)} prompts but {len(options)} lists of options")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    scores = [[0.0] * len(choices) for choices in options]
+    pairs: list[tuple[int, int, list[int], list[int]]] = []
+    for row, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        if not prompt_ids:
+            raise ValueError(f"prompt {row} has no tokens")
+        for column, choice in enumerate(choices):
+            pairs.append((row, column, prompt_ids, encode_response(tokenizer, choice)))
+    pairs.sort(key=lambda pair: len(pair[2]) + len(pair[3]), reverse=True)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for first in range(0, len(pairs), batch_size):
+                batch = pairs[first : first + batch_size]
+                totals = _score_batch(model, [(pair[2], pair[3]) for pair in batch])
+                for (row, column, _, _), total in zip(batch, totals, strict=True):
+                    scores[row][column] = total
+    finally:
+        model.train(was_training)
+    return scores
+
+
+def _score_batch(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """Score (prompt ids, response ids) pairs, longest first, in one forward pass."""
+    lengths = [len(prompt) + len(response) for prompt, response in pairs]
+    input_ids = torch.zeros((len(pairs), lengths[0]), dtype=torch.long)  # (batch, tokens)
+    attention_mask = torch.zeros_like(input_ids)
+    owners: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    for row, (prompt, response) in enumerate(pairs):
+        input_ids[row, : lengths[row]] = torch.tensor(prompt + response)
+        attention_mask[row, : lengths[row]] = 1
+        owners += [row] * len(response)
+        # The logits at position t are about token t + 1.
+        positions += range(len(prompt) - 1, lengths[row] - 1)
+        targets += response
+    device = next(model.parameters()).device
+    # Logits before the earliest response are never read, so they are never computed.
+    start = min(positions)
+    output = model(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        use_cache=False,
+        logits_to_keep=lengths[0] - start,
+    )
+    owner = torch.tensor(owners, device=device)  # (response tokens of the batch,)
+    offset = torch.tensor(positions, device=device) - start
+    wanted = output.logits[owner, offset].float()  # (response tokens, vocabulary)
+    target = torch.tensor(targets, device=device)
+    log_likelihoods = -torch.nn.functional.cross_entropy(wanted, target, reduction="none")
+    totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+    totals.index_add_(0, owner, log_likelihoods.double())
+    return [float(total) for total in totals.cpu()]

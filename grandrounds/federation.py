@@ -1,0 +1,413 @@
+"""A run from the server's side: begin or resume, play the rounds, finish; everything written down.
+
+The story itself is `server_app.federate`; here are its steps.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+import grandrounds
+from grandrounds import recipes, rounds, sampling, schedules
+from grandrounds.config import Config, share_of
+from grandrounds.errors import RunDirectoryError
+from grandrounds.formulary import BASE_NAME as FORMULARY
+from grandrounds.ledger import Ledger
+from grandrounds.messages import Adapter
+from grandrounds.model import LoraSpec, adapter_layout, initial_adapter, peft_config
+from grandrounds.model_card import model_card
+from grandrounds.planning import Plan, plan_run
+from grandrounds.rounds import SiteCard, Tally
+from grandrounds.run_directory import RunDirectory
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+"""Called with (event, data): plan, roll-call, reply, round, checkpoint, finished."""
+
+
+@dataclass
+class State:
+    """Where a run stands after a round; what a resume needs, and nothing else."""
+
+    round: int
+    """The last finished round; 0 before training."""
+    adapter: Adapter
+    """The global adapter after it."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Bytes so far."""
+    cursors: dict[int, int] = field(default_factory=dict)
+    """Partition id → examples it has been given."""
+    coverage: dict[int, float] = field(default_factory=dict)
+    """Partition id → share of its examples that it has trained on."""
+    base_loads: dict[str, int] = field(default_factory=dict)
+    """Process → base models loaded in it."""
+    failed_replies: int = 0
+    """Replies that were not used."""
+    seconds: float = 0.0
+    """Wall-clock time of all finished rounds."""
+    resumed: set[int] = field(default_factory=set)
+    """Partitions that must be told their cursor at their next visit, because the run resumed."""
+
+    def to_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return everything but the adapter, and the round's metrics."""
+        return {
+            "round": self.round,
+            "ledger": self.ledger.as_dict(),
+            "cursors": self.cursors,
+            "coverage": self.coverage,
+            "base-loads": self.base_loads,
+            "failed-replies": self.failed_replies,
+            "seconds": self.seconds,
+            "record": record,
+        }
+
+    @classmethod
+    def from_json(cls, adapter: Adapter, data: Mapping[str, Any]) -> State:
+        """Return the state that `to_json` wrote."""
+        cursors = {int(p): c for p, c in data["cursors"].items()}
+        return cls(
+            round=data["round"],
+            adapter=adapter,
+            ledger=Ledger.from_dict(data["ledger"]),
+            cursors=cursors,
+            coverage={int(p): c for p, c in data["coverage"].items()},
+            base_loads=data["base-loads"],
+            failed_replies=data["failed-replies"],
+            seconds=data["seconds"],
+            resumed=set(cursors),
+        )
+
+
+@dataclass
+class Run:
+    """A run in progress."""
+
+    config: Config
+    directory: RunDirectory
+    plan: Plan
+    peft_config: Any
+    """PEFT's description of the adapter."""
+    state: State
+    listener: Listener
+    cards: dict[int, SiteCard] = field(default_factory=dict)
+    """The sites, after the roll call."""
+    evaluation_cohort: list[int] = field(default_factory=list)
+    """Who answers held-out loss."""
+
+
+def default_run_directory(config: Config) -> Path:
+    """Return `runs/<date>-<time>-<model>` below the current folder."""
+    model = config.model.name.rstrip("/").rpartition("/")[2]
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{model}"
+
+
+def begin(config: Config, listener: Listener) -> Run:
+    """Open the run directory, and make or load the adapter; no base model is loaded.
+
+    Raises
+    ------
+    RunDirectoryError
+        If the place cannot be written, holds another run, or a resume asks for another config.
+    ModelError
+        If the base's configuration is not there, or a target module matches nothing.
+    """
+    federation = config.federation
+    directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
+    if directory is not None:
+        check_resumable(directory, config)
+    lora = config.lora
+    spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
+    shapes, targets = adapter_layout(config.model.name, spec)
+    evaluated = share_of(config.strategy.fraction_evaluate, config.data.num_partitions)
+    plan = plan_run(
+        shapes,
+        rounds=federation.num_server_rounds,
+        cohort=config.cohort_size,
+        evaluation_cohort=evaluated,
+        formulary=config.static.name == FORMULARY,
+    )
+    if directory is None:
+        path = Path(federation.run_directory or default_run_directory(config))
+        directory = RunDirectory.create(path, config)
+    directory.write_json("environment.json", environment())
+    directory.write_json("plan.json", plan.as_dict())
+    saved = directory.load_state()
+    if saved is None:
+        start = initial_adapter(shapes, sampling.adapter_generator(federation.seed))
+        state = State(0, start)
+    else:
+        state = State.from_json(*saved)
+        directory.rewind(state.round, saved[1]["record"])
+    run = Run(
+        config,
+        directory,
+        plan,
+        peft_config(spec, targets, config.model.name),
+        state,
+        listener,
+        evaluation_cohort=sampling.evaluation_cohort(
+            federation.seed, config.data.num_partitions, evaluated
+        ),
+    )
+    listener(
+        "plan",
+        {
+            **plan.as_dict(),
+            "directory": str(directory.path),
+            "target-modules": targets,
+            "resumed-after": state.round if saved else None,
+        },
+    )
+    return run
+
+
+def check_resumable(directory: RunDirectory, config: Config) -> None:
+    """Raise `RunDirectoryError` if the run is over, or was started with another configuration."""
+    summary = directory.read_json("summary.json")
+    if summary and summary["status"] == "completed":
+        raise RunDirectoryError(
+            f"{directory.path} is a completed run of {summary['rounds']} rounds; there is nothing "
+            "to resume. Start a new run for more rounds."
+        )
+    started_with = recipes.resolve(recipes.load_recipe(directory.path / "config.toml"))
+    if changes := recipes.differences(started_with, config):
+        raise RunDirectoryError(
+            f"{directory.path} was started with another configuration: {'; '.join(changes)}. "
+            "Resume without these changes, or start a new run with them."
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and machine, for the record."""
+    packages = ("flwr", "torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
+    return {
+        "grandrounds": grandrounds.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p: importlib.metadata.version(p) for p in packages},
+    }
+
+
+def open_session(run: Run, grid: Grid) -> None:
+    """Wait for the sites and call the roll; write down and tell who is there."""
+    nodes = rounds.wait_for_nodes(grid, run.config.data.num_partitions)
+    run.cards = rounds.roll_call(grid, nodes, run.config.strategy.round_timeout_seconds)
+    sites = [dict(card.facts) for card in run.cards.values()]
+    run.directory.write_json("sites.json", sites)
+    run.listener("roll-call", {"sites": sites})
+
+
+def play_round(run: Run, grid: Grid) -> None:
+    """Play the next round: train, evaluate, write down."""
+    config, state = run.config, run.state
+    started = time.perf_counter()
+    number = state.round + 1
+    total = config.federation.num_server_rounds
+    learning_rate = schedules.round_learning_rate(
+        number, total, config.train.learning_rate_max, config.train.learning_rate_min
+    )
+    cohort = sampling.training_cohort(
+        config.federation.seed, number, config.data.num_partitions, config.cohort_size
+    )
+    instructions: dict[int, dict[str, float | int]] = {
+        p: {"learning-rate": learning_rate} for p in cohort
+    }
+    for partition in state.resumed.intersection(cohort):
+        instructions[partition]["cursor"] = state.cursors[partition]
+
+    def on_reply(partition: int, failure: str | None) -> None:
+        run.listener("reply", {"round": number, "partition": partition, "failure": failure})
+
+    saves = number % config.train.save_every_round == 0 or number == total
+    state.adapter, tally, product_error = rounds.train_round(
+        grid,
+        number,
+        state.adapter,
+        instructions,
+        run.cards,
+        state.ledger,
+        min_reply_fraction=config.strategy.min_reply_fraction,
+        timeout_seconds=config.strategy.round_timeout_seconds,
+        on_reply=on_reply,
+        measure_product_error=saves or number == 1,
+    )
+    trained = time.perf_counter()
+    state.round = number
+    remember(state, tally)
+    record = training_record(run, number, learning_rate, cohort, tally)
+    if product_error is not None:
+        record["product-error"] = product_error
+    judge_and_write(run, grid, record, started, trained, saves)
+
+
+def remember(state: State, tally: Tally) -> None:
+    """Take over what the replies of a round say about their sites."""
+    state.failed_replies += len(tally.failed)
+    for partition, metrics in tally.good.items():
+        if "cursor" in metrics:
+            state.cursors[partition] = int(metrics["cursor"])
+            state.coverage[partition] = float(metrics["coverage"])
+            state.resumed.discard(partition)
+        if "process-id" in metrics:
+            process = str(int(metrics["process-id"]))
+            state.base_loads[process] = int(metrics["base-loads"])
+
+
+def training_record(
+    run: Run, number: int, learning_rate: float, cohort: list[int], tally: Tally
+) -> dict[str, Any]:
+    """Return one line of metrics.jsonl, as far as training goes."""
+    good = tally.good.values()
+    examples = sum(int(m["num-examples"]) for m in good)
+
+    def mean(name: str) -> float:
+        return sum(float(m[name]) * int(m["num-examples"]) for m in good) / examples
+
+    sites = run.cards
+    everything = sum(card.num_examples for card in sites.values())
+    covered = sum(c * sites[p].num_examples for p, c in run.state.coverage.items())
+    return {
+        "round": number,
+        "learning-rate": learning_rate,
+        "cohort": cohort,
+        "good": sorted(tally.good),
+        "failed": {str(p): why for p, why in sorted(tally.failed.items())},
+        "train-loss": mean("train-loss"),
+        "proximal-penalty": mean("proximal-penalty"),
+        "coverage": covered / everything,
+        "site-coverage": {str(p): run.state.coverage[p] for p in sorted(tally.good)},
+        **{
+            name: sum(int(m[name]) for m in good)
+            for name in ("examples", "tokens", "padding-tokens")
+        },
+        "visit-seconds": sum(float(m["seconds"]) for m in good),
+    }
+
+
+def judge_and_write(
+    run: Run, grid: Grid, record: dict[str, Any], started: float, trained: float, saves: bool
+) -> None:
+    """Ask the held-out loss of the adapter as it is, then write the round down."""
+    state = run.state
+    if run.evaluation_cohort:
+        loss, tally = rounds.evaluate_round(
+            grid,
+            state.round,
+            state.adapter,
+            run.evaluation_cohort,
+            run.cards,
+            state.ledger,
+            run.config.strategy.round_timeout_seconds,
+        )
+        remember(state, tally)
+        record["held-out-loss"] = loss
+        record["evaluated"] = sorted(tally.good)
+        record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
+    evaluated = time.perf_counter()
+    if saves:
+        card = model_card(run.config, state.round, record.get("held-out-loss"), state.ledger.mib)
+        folder = run.directory.save_checkpoint(state.round, state.adapter, run.peft_config, card)
+        run.listener("checkpoint", {"round": state.round, "path": str(folder)})
+        record["checkpoint"] = folder.name
+    now = time.perf_counter()
+    state.seconds += now - started
+    record |= {
+        "communication-mib": state.ledger.mib,
+        "seconds": now - started,
+        "train-seconds": trained - started,
+        "evaluate-seconds": evaluated - trained,
+    }
+    run.directory.save_state(state.round, state.adapter, state.to_json(record))
+    run.directory.append_metrics(record)
+    run.directory.write_json("ledger.json", state.ledger.as_dict())
+    run.listener("round", record)
+
+
+def record_start(run: Run, grid: Grid) -> None:
+    """Write down line 0: the untrained adapter, which is the base."""
+    now = time.perf_counter()
+    judge_and_write(run, grid, {"round": 0}, now, now, saves=False)
+
+
+def finish(run: Run, grid: Grid) -> dict[str, Any]:
+    """Ask the formulary's questions where they were trained, and write the summary."""
+    state, config = run.state, run.config
+    scores = None
+    if config.static.name == FORMULARY:
+        scores, tally = rounds.examine_formulary(
+            grid, state.adapter, run.cards, state.ledger, config.strategy.round_timeout_seconds
+        )
+        state.failed_replies += len(tally.failed)
+        run.directory.write_json("ledger.json", state.ledger.as_dict())
+    summary = summarize(run, "completed")
+    if config.static.name == FORMULARY:
+        summary["formulary"] = scores
+    run.directory.write_json("summary.json", summary)
+    run.listener("finished", summary)
+    return summary
+
+
+def fail(run: Run, status: str, reason: str) -> None:
+    """Write the summary of a run that ended early; finished rounds and checkpoints stay."""
+    run.directory.write_json("summary.json", {**summarize(run, status), "reason": reason})
+
+
+def summarize(run: Run, status: str) -> dict[str, Any]:
+    """Return summary.json without the formulary."""
+    state, config = run.state, run.config
+    metrics = run.directory.read_metrics()
+    checkpoints = [m for m in metrics if "checkpoint" in m]
+    judged = [m for m in checkpoints if m.get("held-out-loss") is not None]
+    best = min(judged, key=lambda m: m["held-out-loss"]) if judged else None
+    trained = [m for m in metrics if "train-loss" in m]
+    held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
+    first = next(iter(run.cards.values())).facts if run.cards else {}
+    reasons = recipes.leaderboard_differences(config)
+    sites = [card.facts for card in run.cards.values()]
+    counted = ("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable")
+    return {
+        "status": status,
+        "rounds": state.round,
+        "seconds": round(state.seconds, 3),
+        "communication_mib": state.ledger.mib,
+        "communication_rule": state.ledger.as_dict()["rule"],
+        "planned_mib": run.plan.as_dict()["total-mib"],
+        "adapter": checkpoints[-1]["checkpoint"] if checkpoints else None,
+        "best_adapter": best
+        and {
+            "adapter": best["checkpoint"],
+            "round": best["round"],
+            "held_out_loss": best["held-out-loss"],
+        },
+        "train_loss": {"first": trained[0]["train-loss"], "last": trained[-1]["train-loss"]}
+        if trained
+        else None,
+        "held_out_loss": {"first": held_out[0], "last": held_out[-1]} if held_out else None,
+        "proximal_penalty": trained[-1]["proximal-penalty"] if trained else None,
+        "product_error": next(
+            (m["product-error"] for m in reversed(metrics) if "product-error" in m), None
+        ),
+        "coverage": trained[-1]["coverage"] if trained else 0.0,
+        "failed_replies": state.failed_replies,
+        "base_loads": sum(state.base_loads.values()),
+        "processes": len(state.base_loads),
+        "device": first.get("device"),
+        "precision": first.get("precision"),
+        "data": {
+            "sites": len(sites),
+            "train-examples": sum(int(s["train-examples"]) for s in sites),
+            "held-out-examples": sum(int(s["held-out-examples"]) for s in sites),
+            **{name: sum(int(s[name]) for s in sites) for name in counted},
+        },
+        "comparable_with_leaderboard": not reasons,
+        "not_comparable_because": reasons,
+        "seed": config.federation.seed,
+        "version": grandrounds.__version__,
+    }

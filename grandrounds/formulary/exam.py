@@ -1,0 +1,51 @@
+"""Examine a model on the fictional formulary: how many facts it knows, public and private."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grandrounds.evaluation.scoring import option_log_likelihoods
+from grandrounds.formulary.facts import KINDS, Kind, questions
+from grandrounds.prompts import build_prompt, response_text
+
+
+def score_formulary(
+    model: Any,
+    tokenizer: Any,
+    prompt_template: str = "alpaca",
+    kinds: Sequence[Kind] = KINDS,
+) -> dict[str, dict[str, int]]:
+    """Count the questions on which the model finds the true option the most likely.
+
+    Parameters
+    ----------
+    model : causal language model of transformers, or a PEFT model around one
+        The model under examination.
+    tokenizer : transformers tokenizer
+        The model's own.
+    prompt_template : str
+        One of `grandrounds.prompts.TEMPLATES`.
+    kinds : sequence of str
+        The exams to sit: `public`, `private`.
+
+    Returns
+    -------
+    dict
+        For each kind `correct` and `n`, numbers of questions. Chance is `n / 4`. A tie counts for
+        the option that stands first.
+    """
+    results: dict[str, dict[str, int]] = {}
+    for kind in kinds:
+        exam = questions(kind)
+        scores = option_log_likelihoods(
+            model,
+            tokenizer,
+            [build_prompt(prompt_template, item.question, tokenizer) for item in exam],
+            [[response_text(prompt_template, option) for option in item.options] for item in exam],
+        )
+        correct = sum(
+            row.index(max(row)) == item.answer_index for row, item in zip(scores, exam, strict=True)
+        )
+        results[kind] = {"correct": correct, "n": len(exam)}
+    return results

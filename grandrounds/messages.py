@@ -1,0 +1,177 @@
+"""What travels: record keys, and adapters as Flower's ArrayRecord and back, checked.
+
+server → site
+    `query`               config {}                               → config: who the site is
+    `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
+    `evaluate`            arrays: adapter                         → metrics: held-out loss
+    `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
+A site that meets an expected error answers with config {error, error-type}.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from numpy.typing import NDArray
+
+from grandrounds import errors
+from grandrounds.errors import GrandRoundsError, ReplyError
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+"""The names of the three records in a message."""
+
+Adapter = dict[str, NDArray[np.float32]]
+Metrics = dict[str, float | int]
+
+
+def to_arrays(adapter: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+    """Return float32 tensors as an ArrayRecord: npy buffers under their names."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in adapter.items()})
+
+
+def from_arrays(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    """Return the tensors of a record that came from elsewhere.
+
+    Nothing is allocated from what the record claims: names, lengths and headers are compared with
+    the expected adapter first. The arrays are read-only views of the record's buffers.
+
+    Raises
+    ------
+    ReplyError
+        If a name, shape, type or length differs, or a number is not finite.
+    """
+    if record.keys() != shapes.keys():
+        missing = sorted(shapes.keys() - record.keys())
+        extra = sorted(record.keys() - shapes.keys())
+        raise ReplyError(f"wrong tensors: missing {missing[:3]}, unexpected {extra[:3]}")
+    adapter = {}
+    for name, shape in shapes.items():
+        array, header = record[name], _npy_header(tuple(shape))
+        data = array.data
+        expected_bytes = len(header) + 4 * int(np.prod(shape))
+        if len(data) != expected_bytes or not data.startswith(header):
+            raise ReplyError(
+                f"{name}: expected float32 of shape {tuple(shape)} ({expected_bytes} bytes), "
+                f"got {array.dtype} of shape {tuple(array.shape)} ({len(data)} bytes)"
+            )
+        values = np.frombuffer(data, dtype="<f4", offset=len(header)).reshape(shape)
+        if not np.isfinite(values).all():
+            raise ReplyError(f"{name}: {int((~np.isfinite(values)).sum())} numbers are not finite")
+        adapter[name] = values
+    return adapter
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """Return what numpy.save writes before a C-ordered float32 array of this shape."""
+    buffer = io.BytesIO()
+    description = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
+def tensor_sizes(message: Message) -> list[tuple[str, int]]:
+    """Return (name, bytes as they travel) of every tensor in a message."""
+    if not message.has_content():
+        return []
+    return [
+        (name, len(array.data))
+        for record in message.content.array_records.values()
+        for name, array in record.items()
+    ]
+
+
+def content(
+    *,
+    arrays: ArrayRecord | None = None,
+    config: Mapping[str, bool | int | float | str] | None = None,
+    metrics: Mapping[str, float | int] | None = None,
+) -> RecordDict:
+    """Return a message's content from its three records; what is None is left out."""
+    records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
+    if arrays is not None:
+        records[ARRAYS] = arrays
+    if config is not None:
+        records[CONFIG] = ConfigRecord(dict(config))
+    if metrics is not None:
+        records[METRICS] = MetricRecord(dict(metrics))
+    return RecordDict(records)  # type: ignore[arg-type]
+
+
+def failure(error: GrandRoundsError) -> RecordDict:
+    """Return an expected error as a reply's content."""
+    return content(config={"error": str(error), "error-type": type(error).__name__})
+
+
+def raise_failure(reply: Message) -> None:
+    """Raise what a reply reports as failed, as the type that it was at the site.
+
+    Raises
+    ------
+    GrandRoundsError
+        `ReplyError` where Flower reports a crash or a lost site.
+    """
+    if reply.has_error():
+        reason = (reply.error.reason or "no reason given").strip().splitlines()[-1]
+        raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {reason}")
+    config = reply.content.config_records.get(CONFIG, {})
+    if "error" in config:
+        kind = getattr(errors, str(config.get("error-type")), ReplyError)
+        is_ours = isinstance(kind, type) and issubclass(kind, GrandRoundsError)
+        raise (kind if is_ours else ReplyError)(str(config["error"]))
+
+
+def metrics_of(reply: Message) -> Metrics:
+    """Return a reply's metrics as plain numbers.
+
+    Raises
+    ------
+    ReplyError
+        If there are none, or one is a list or not finite.
+    """
+    if METRICS not in reply.content.metric_records:
+        raise ReplyError("the reply has no metrics")
+    out: Metrics = {}
+    for name, value in reply.content.metric_records[METRICS].items():
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise ReplyError(f"the metric {name!r} is {value!r}, not a finite number")
+        out[name] = value
+    return out
+
+
+def reply(
+    message: Message,
+    *,
+    arrays: ArrayRecord | None = None,
+    config: Mapping[str, bool | int | float | str] | None = None,
+    metrics: Mapping[str, float | int] | None = None,
+) -> Message:
+    """Return the answer to a message."""
+    return Message(content(arrays=arrays, config=config, metrics=metrics), reply_to=message)
+
+
+def answering(
+    function: Callable[[Message, Context], Message],
+) -> Callable[[Message, Context], Message]:
+    """Wrap a site's function so that an expected error travels back in words, as a reply."""
+
+    @functools.wraps(function)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return function(message, context)
+        except GrandRoundsError as error:
+            return Message(failure(error), reply_to=message)
+
+    return answer

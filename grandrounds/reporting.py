@@ -1,0 +1,224 @@
+"""What a run says: the words, shared by plain lines and by the Rich display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grandrounds import recipes
+from grandrounds.config import Config
+
+Rows = list[tuple[str, str]]
+
+
+def recipe_rows(config: Config) -> Rows:
+    """Return the resolved recipe in a few lines of (what, how)."""
+    model, lora, train, arguments = config.model, config.lora, config.train, config.arguments
+    strategy, data = config.strategy, config.data
+    bits = {0: "not quantised", 8: "8 bits (LLM.int8)", 4: "4 bits (NF4, double quantisation)"}
+    length = (
+        f"{arguments.max_steps} steps"
+        if arguments.max_steps > 0
+        else f"{arguments.num_train_epochs:g} epochs"
+    )
+    warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
+    mu = f", mu {strategy.proximal_mu:g}" if strategy.name == "fedprox" else ""
+    partition = f" by {data.partition_by}" if data.partition_by else ""
+    checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    rows = [
+        ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
+        (
+            "adapter",
+            f"LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
+            f"dropout {lora.dropout:g}, on {lora.target_modules}",
+        ),
+        (
+            "data",
+            f"{config.static.name}, {data.num_partitions} sites, {data.partitioner}{partition}",
+        ),
+        (
+            "rounds",
+            f"{config.federation.num_server_rounds} rounds, {config.cohort_size} of "
+            f"{data.num_partitions} sites a round, {strategy.name}{mu}",
+        ),
+        (
+            "visit",
+            f"{length}{warmup}, effective batch {config.examples_per_step} "
+            f"({arguments.per_device_train_batch_size} x "
+            f"{arguments.gradient_accumulation_steps}), {train.optimizer}, "
+            f"{train.seq_length} tokens at most",
+        ),
+        (
+            "learning rate",
+            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds",
+        ),
+        ("seed", str(config.federation.seed)),
+    ]
+    if reasons := recipes.leaderboard_differences(config):
+        rows.append(("leaderboard", f"not comparable: {'; '.join(reasons)}"))
+    if idle := without_effect(config):
+        rows.append(("no effect here", ", ".join(idle)))
+    return rows
+
+
+def without_effect(config: Config) -> list[str]:
+    """Return the accepted keys that were set and change nothing, so that it is never silent."""
+    default = recipes.defaults()
+    keys = ("logging-steps", "save-steps", "save-total-limit")
+    names = [f"train.training-arguments.{key}" for key in keys]
+    if config.arguments.max_steps > 0:
+        names.append("train.training-arguments.num-train-epochs")
+    flat = config.flat()
+    return [name for name in names if flat[name] != default[name]]
+
+
+def plan_rows(plan: Mapping[str, Any]) -> Rows:
+    """Return what the run will send and where it is written."""
+    rows = [
+        (
+            "communication",
+            f"{plan['message-mib']:.2f} MiB a message, {plan['mib-per-round']:.2f} MiB a round, "
+            f"{plan['total-mib']:,.2f} MiB in all",
+        ),
+        ("adapter", f"{plan['adapter-parameters']:,} parameters"),
+    ]
+    if "directory" in plan:
+        rows.append(("run directory", str(plan["directory"])))
+    if plan.get("resumed-after") is not None:
+        rows.append(("resumed", f"after round {plan['resumed-after']}"))
+    return rows
+
+
+def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return what the sites hold, and every row that is not used."""
+    examples = [int(s["train-examples"]) for s in sites]
+    held_out = sum(int(s["held-out-examples"]) for s in sites)
+    totals = {
+        name: sum(int(s[name]) for s in sites)
+        for name in ("rows", "empty-rows", "duplicate-rows", "unlearnable", "truncated")
+    }
+    spread = (
+        f"{min(examples):,}"
+        if min(examples) == max(examples)
+        else (f"{min(examples):,} to {max(examples):,}")
+    )
+    rows = [
+        (
+            "examples",
+            f"{sum(examples):,} to train on ({spread} a site), {held_out:,} held out, "
+            f"of {totals['rows']:,} rows",
+        )
+    ]
+    left_out = [
+        f"{totals['duplicate-rows']:,} duplicate",
+        f"{totals['empty-rows']:,} empty",
+        f"{totals['unlearnable']:,} with no room for an answer",
+    ]
+    rows.append(("left out", ", ".join(left_out)))
+    rows.append(("answers cut", f"{totals['truncated']:,} at the sequence length"))
+    rows.append(("machine", f"{sites[0]['device']}: {sites[0]['precision']}"))
+    return rows
+
+
+def round_line(record: Mapping[str, Any], total: int) -> str:
+    """Return one round in one line."""
+    held_out = record.get("held-out-loss")
+    parts = [f"round {record['round']}/{total}"]
+    if "train-loss" in record:
+        good, cohort = len(record["good"]), len(record["cohort"])
+        parts += [f"loss {record['train-loss']:.4f}", f"{good}/{cohort} replies"]
+    if held_out is not None:
+        parts.append(f"held-out loss {held_out:.4f}")
+    if "coverage" in record:
+        parts.append(f"coverage {record['coverage']:.1%}")
+    parts.append(f"{record['communication-mib']:,.1f} MiB")
+    parts.append(f"{record['seconds']:.1f} s")
+    return "  ".join(parts)
+
+
+def failure_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return the failed replies of a round, one line each."""
+    failed = {**record.get("failed", {}), **record.get("evaluate-failed", {})}
+    return [f"  site {site} failed: {why}" for site, why in failed.items()]
+
+
+def summary_rows(summary: Mapping[str, Any]) -> Rows:
+    """Return the outcome, formulary and next steps apart."""
+    rows: Rows = [("status", f"{summary['status']} after {summary['rounds']} rounds")]
+    for name, label in (("train_loss", "train loss"), ("held_out_loss", "held-out loss")):
+        if summary.get(name):
+            first, last = summary[name]["first"], summary[name]["last"]
+            rows.append((label, f"{first:.4f} -> {last:.4f}"))
+    rows.append(("coverage", f"{summary['coverage']:.1%} of the training examples seen"))
+    if summary.get("proximal_penalty"):
+        rows.append(("proximal penalty", f"{summary['proximal_penalty']:.3g} in the last round"))
+    if summary.get("product_error") is not None:
+        rows.append(("aggregation error", f"{summary['product_error']:.2%} of the mean of B A"))
+    planned = summary["planned_mib"]
+    rows.append(
+        ("communication", f"{summary['communication_mib']:,.2f} MiB (planned {planned:,.2f})")
+    )
+    rows.append(("failed replies", str(summary["failed_replies"])))
+    rows.append(("base loads", f"{summary['base_loads']} in {summary['processes']} process(es)"))
+    rows.append(("seconds", f"{summary['seconds']:.1f}"))
+    if not summary["comparable_with_leaderboard"]:
+        rows.append(("leaderboard", "not comparable with the leaderboard"))
+    return rows
+
+
+def score_text(score: Mapping[str, int]) -> str:
+    """Return `87.0 % (261/300, 95 % interval 82.7-90.4)`."""
+    from grandrounds.evaluation.statistics import wilson_interval
+
+    correct, n = score["correct"], score["n"]
+    low, high = wilson_interval(correct, n)
+    return f"{correct / n:.1%} ({correct}/{n}, 95% interval {100 * low:.1f}-{100 * high:.1f})"
+
+
+def formulary_rows(
+    formulary: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> list[tuple[str, ...]]:
+    """Return (facts, base, tuned) of the formulary."""
+    meaning = {
+        "public": "public facts (the base knew them)",
+        "private": "private facts (the sites')",
+    }
+    return [
+        (meaning[kind], score_text(formulary[kind]["base"]), score_text(formulary[kind]["tuned"]))
+        for kind in ("private", "public")
+    ]
+
+
+class PlainReporter:
+    """Tells a run in plain lines: no colours, nothing rewritten."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._say_rows("recipe", recipe_rows(config))
+
+    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
+        """Print what an event means for a reader; single replies are left to the round's line."""
+        if event == "plan":
+            self._say_rows("plan", plan_rows(data))
+        elif event == "roll-call":
+            self._say_rows("sites", site_rows(data["sites"]))
+        elif event == "round":
+            self._say(round_line(data, self._config.federation.num_server_rounds))
+            for line in failure_lines(data):
+                self._say(line)
+        elif event == "finished":
+            self._say_rows("result", summary_rows(data))
+            for facts, base, tuned in (
+                formulary_rows(data.get("formulary") or {}) if data.get("formulary") else []
+            ):
+                self._say(f"  {facts}: base {base}, tuned {tuned}")
+
+    def _say_rows(self, title: str, rows: Rows) -> None:
+        self._say(title)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self._say(f"  {name:<{width}}  {value}")
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, flush=True)

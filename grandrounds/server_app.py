@@ -1,0 +1,50 @@
+"""What happens at the server: the story of a run.
+
+Started by `grandrounds run` in process, or by Flower as the app's ServerApp (`flwr run .`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from grandrounds import federation
+from grandrounds.config import Config
+from grandrounds.federation import Listener
+from grandrounds.recipes import resolve
+from grandrounds.reporting import PlainReporter
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that Flower's run config describes, telling it in plain lines."""
+    config = resolve(context.run_config)
+    federate(grid, config, PlainReporter(config))
+
+
+def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
+    """Train one adapter across the sites of the grid; return the summary.
+
+    Raises
+    ------
+    GrandRoundsError
+        If the run cannot start, or a round has too few good replies. What was finished is kept.
+    """
+    run = federation.begin(config, listener)
+    try:
+        federation.open_session(run, grid)
+        if run.state.round == 0:
+            federation.record_start(run, grid)
+        while run.state.round < config.federation.num_server_rounds:
+            federation.play_round(run, grid)
+        return federation.finish(run, grid)
+    except KeyboardInterrupt:
+        federation.fail(run, "stopped", "interrupted")
+        raise
+    except Exception as error:
+        federation.fail(run, "failed", str(error))
+        raise

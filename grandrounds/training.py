@@ -1,0 +1,222 @@
+"""One visit to one site: local steps on the received adapter, with FedProx's term in the gradient.
+
+And its counterpart without gradients: the loss on held-out examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grandrounds.errors import ModelError
+from grandrounds.schedules import step_learning_rate
+from grandrounds.tokenization import IGNORED_LABEL, TokenizedExample, collate
+
+
+@dataclass(frozen=True)
+class VisitSettings:
+    """How a visit trains."""
+
+    accumulation_steps: int
+    """Batches of one optimizer step."""
+    learning_rate: float
+    """The round's learning rate."""
+    warmup_steps: int
+    """Steps before the round's rate is reached."""
+    optimizer: str
+    """A value of `train.optimizer`."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    max_grad_norm: float
+    """L2 norm to which gradients are clipped; 0: not at all."""
+    proximal_mu: float
+    """FedProx's mu; 0: no proximal term."""
+    bf16: bool
+    """Mixed precision on a GPU that has bfloat16."""
+    seed: int
+    """Seed of dropout."""
+
+
+@dataclass(frozen=True)
+class VisitResult:
+    """What a visit measured."""
+
+    train_loss: float
+    """Mean negative log-likelihood in nats per answer token, over all steps of the visit."""
+    proximal_penalty: float
+    """mu / 2 times the squared L2 distance to the received adapter, after the last step."""
+    steps: int
+    """Optimizer steps."""
+    examples: int
+    """Examples seen, repeats counted."""
+    tokens: int
+    """Tokens seen, padding left out."""
+    padding_tokens: int
+    """Padding that the batches carried along."""
+    seconds: float
+    """Wall-clock time of the steps."""
+
+
+def train_visit(
+    model: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    batches: Sequence[Sequence[TokenizedExample]],
+    settings: VisitSettings,
+    pad_token_id: int,
+) -> VisitResult:
+    """Train an adapter in place on the batches, in their order.
+
+    Each optimizer step minimises, over the answer tokens t of its batches,
+
+        F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
+
+    (FedProx: Li et al., 2020, equation 2) by AdamW; the gradient of the whole is clipped.
+
+    Parameters
+    ----------
+    model
+        A model that returns `.logits` of (batch, tokens, vocabulary).
+    parameters
+        The adapter's parameters; their values on entry are w_round.
+    batches
+        Tokenised examples; a last group smaller than `accumulation_steps` is a step of its own.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(settings.seed)
+    received = [p.detach().clone() for p in parameters]
+    optimizer = make_optimizer(parameters, settings)
+    device = parameters[0].device
+    nll_sum, answer_tokens = 0.0, 0
+    groups = [
+        batches[i : i + settings.accumulation_steps]
+        for i in range(0, len(batches), settings.accumulation_steps)
+    ]
+    model.train()
+    for step, group in enumerate(groups):
+        set_learning_rate(
+            optimizer, step_learning_rate(step, settings.warmup_steps, settings.learning_rate)
+        )
+        optimizer.zero_grad(set_to_none=True)
+        step_tokens = sum(len(e.input_ids) - e.prompt_tokens for batch in group for e in batch)
+        for batch in group:
+            loss = answer_nll_sum(model, collate(batch, pad_token_id), device, settings.bf16)
+            (loss / step_tokens).backward()  # type: ignore[no-untyped-call]
+            nll_sum += loss.detach()  # type: ignore[assignment]
+        add_proximal_gradient(parameters, received, settings.proximal_mu)
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        answer_tokens += step_tokens
+    optimizer.zero_grad(set_to_none=True)
+    seen = [e for batch in batches for e in batch]
+    tokens = sum(len(e.input_ids) for e in seen)
+    padded = sum(len(batch) * max(len(e.input_ids) for e in batch) for batch in batches)
+    train_loss = float(nll_sum) / answer_tokens
+    return VisitResult(
+        train_loss=train_loss,
+        proximal_penalty=proximal_penalty(parameters, received, settings.proximal_mu),
+        steps=len(groups),
+        examples=len(seen),
+        tokens=tokens,
+        padding_tokens=padded - tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def answer_nll_sum(
+    model: Any, batch: dict[str, torch.Tensor], device: torch.device, bf16: bool
+) -> torch.Tensor:
+    """Return the summed negative log-likelihood (nats) of a batch's answer tokens, float32."""
+    input_ids = batch["input_ids"].to(device)
+    attention_mask = batch["attention_mask"].to(device)
+    with mixed_precision(device, bf16):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    targets = batch["labels"][:, 1:].to(device)  # (batch, tokens - 1)
+    learned = targets != IGNORED_LABEL
+    predictions = logits[:, :-1][learned].float()  # (answer tokens, vocabulary)
+    return torch.nn.functional.cross_entropy(predictions, targets[learned], reduction="sum")
+
+
+def mixed_precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return bfloat16 autocast on a GPU that has it, where wanted; else nothing."""
+    if bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def add_proximal_gradient(
+    parameters: Sequence[torch.nn.Parameter], received: Sequence[torch.Tensor], mu: float
+) -> None:
+    """Add the gradient of mu/2 ||w - w_round||^2, which is mu (w - w_round), to `.grad`."""
+    if not mu:
+        return
+    distance = torch._foreach_sub(list(parameters), list(received))
+    torch._foreach_add_([p.grad for p in parameters], distance, alpha=mu)
+
+
+@torch.no_grad()
+def proximal_penalty(
+    parameters: Sequence[torch.nn.Parameter], received: Sequence[torch.Tensor], mu: float
+) -> float:
+    """Return mu/2 ||w - w_round||^2."""
+    squared = sum(
+        float((p - r).double().square().sum()) for p, r in zip(parameters, received, strict=True)
+    )
+    return 0.5 * mu * squared
+
+
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], settings: VisitSettings
+) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov and Hutter, 2019) as configured, with no history.
+
+    Raises
+    ------
+    ModelError
+        If an 8-bit optimizer is asked for and bitsandbytes does not load.
+    """
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f'train.optimizer = "{settings.optimizer}" needs bitsandbytes, which does not load '
+            f'here ({error}). Install it, or set train.optimizer = "adamw_torch".'
+        ) from error
+    paged = settings.optimizer == "paged_adamw_8bit"
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(parameters, **options)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any,
+    examples: Sequence[TokenizedExample],
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+    bf16: bool,
+) -> tuple[float, int]:
+    """Return the summed negative log-likelihood (nats) and the number of answer tokens."""
+    model.eval()
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    total = 0.0
+    for i in range(0, len(ordered), batch_size):
+        batch = collate(ordered[i : i + batch_size], pad_token_id)
+        total += float(answer_nll_sum(model, batch, device, bf16))
+    return total, sum(len(e.input_ids) - e.prompt_tokens for e in ordered)

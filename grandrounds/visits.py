@@ -1,0 +1,270 @@
+"""The steps of a visit, between Flower's records and the training code."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from functools import lru_cache
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+import grandrounds
+from grandrounds import messages, sampling, training
+from grandrounds.config import Config
+from grandrounds.errors import DataError
+from grandrounds.model import (
+    Adapter,
+    BaseSpec,
+    LoraSpec,
+    Resident,
+    adapter_change,
+    base_fingerprint,
+    base_loads,
+    device_and_dtype,
+    quantization_config,
+    resident_model,
+    set_adapter,
+)
+from grandrounds.prompts import prompt_hash
+from grandrounds.recipes import resolve
+from grandrounds.site import Site, examples_per_visit, open_site, tokenizer_of
+from grandrounds.tokenization import TokenizedExample
+
+Batches = list[list[TokenizedExample]]
+
+_CURSOR = "grandrounds-cursor"
+
+
+def site_of(context: Context) -> tuple[Site, Config]:
+    """Return the site that this node is, and the run's configuration, checked.
+
+    Raises
+    ------
+    DataError
+        If the node was given no partition, or one that the run does not have.
+    """
+    config = _parsed(tuple(sorted(context.run_config.items())))
+    node = context.node_config
+    if "partition-id" not in node:
+        raise DataError(
+            "This node has no partition-id: start it with "
+            "--node-config 'partition-id=0 num-partitions=20'."
+        )
+    partition_id = int(node["partition-id"])
+    connected = int(node.get("num-partitions", config.data.num_partitions))
+    if connected != config.data.num_partitions or partition_id >= connected:
+        raise DataError(
+            f"Site {partition_id} of {connected} was asked to join a run with "
+            f"data.num-partitions = {config.data.num_partitions}. Start as many nodes "
+            f"(--federation-config 'num-supernodes={config.data.num_partitions}'), or set "
+            f"data.num-partitions = {connected}."
+        )
+    site = open_site(
+        config.static.name,
+        config.data,
+        config.model.name,
+        config.train.seq_length,
+        config.federation.seed,
+        partition_id,
+    )
+    return site, config
+
+
+@lru_cache(maxsize=8)
+def _parsed(items: tuple[tuple[str, Any], ...]) -> Config:
+    return resolve(dict(items))
+
+
+def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
+    """Return what decides the base and the adapter."""
+    model, lora = config.model, config.lora
+    return (
+        BaseSpec(model.name, model.quantization, model.dtype, model.gradient_checkpointing),
+        LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout),
+    )
+
+
+def introduction(site: Site, config: Config) -> dict[str, int | str]:
+    """Return what a site says at roll call; nothing heavy is loaded for it."""
+    device, dtype = device_and_dtype(config.model.dtype)
+    quantization_config(config.model.quantization, dtype)  # fails here, before anybody trains
+    name = config.model.name
+    template = config.data.prompt_template
+    return {
+        "partition-id": site.partition_id,
+        **site.report,
+        "version": grandrounds.__version__,
+        "base": _fingerprint(name),
+        "prompt": prompt_hash(template, tokenizer_of(name)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "precision": precision(config),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": config.train.num_threads or torch.get_num_threads(),
+    }
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(name: str) -> str:
+    return base_fingerprint(name)
+
+
+def precision(config: Config) -> str:
+    """Return in words what the base is stored in and computed in on this machine."""
+    device, dtype = device_and_dtype(config.model.dtype)
+    name = str(dtype).removeprefix("torch.")
+    stored = {0: name, 8: "8-bit (LLM.int8)", 4: "4-bit NF4, double quantisation"}
+    autocast = config.arguments.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    text = f"base {stored[config.model.quantization]}, computed in {name}, adapter float32"
+    return f"{text}, bfloat16 autocast" if autocast else text
+
+
+def read_cursor(state: RecordDict, instruction: ConfigRecord) -> int:
+    """Return how many examples this site has been given.
+
+    The site's own record, unless the server says otherwise: after a resume it sends the cursor that
+    belongs to the round from which the run goes on.
+    """
+    if "cursor" in instruction:
+        return int(instruction["cursor"])  # type: ignore[arg-type]
+    if _CURSOR in state.config_records:
+        return int(state.config_records[_CURSOR]["examples"])  # type: ignore[arg-type]
+    return 0
+
+
+def write_cursor(state: RecordDict, cursor: int) -> None:
+    """Keep the cursor for the next visit; it never leaves the site's record."""
+    state.config_records[_CURSOR] = ConfigRecord({"examples": cursor})
+
+
+def prepare_model(config: Config) -> Resident:
+    """Return this process's model; the base is loaded at the first call only."""
+    if config.train.num_threads and torch.get_num_threads() != config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = config.arguments.tf32
+        torch.backends.cudnn.allow_tf32 = config.arguments.tf32
+    return resident_model(*specs(config))
+
+
+def receive_adapter(resident: Resident, message: Message) -> Adapter:
+    """Check the adapter that came, copy it into the model, and return it."""
+    shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
+    adapter = messages.from_arrays(message.content.array_records[messages.ARRAYS], shapes)
+    set_adapter(resident, adapter)
+    return adapter
+
+
+def next_batches(
+    site: Site, config: Config, instruction: ConfigRecord, cursor: int
+) -> tuple[Batches, int]:
+    """Return the batches of this visit and the cursor after it."""
+    arguments = config.arguments
+    count = examples_per_visit(
+        arguments.max_steps,
+        arguments.num_train_epochs,
+        config.examples_per_step,
+        len(site.train),
+    )
+    seed = config.federation.seed
+    start = cursor if config.train.dynamic_data_seed else 0
+    indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
+    examples = [site.train[i] for i in indices]
+    generator = sampling.visit_generator(seed, _round(instruction), site.partition_id)
+    groups = sampling.length_grouped_batches(
+        [len(e.input_ids) for e in examples], arguments.per_device_train_batch_size, generator
+    )
+    return [[examples[i] for i in group] for group in groups], cursor + count
+
+
+def _round(instruction: ConfigRecord) -> int:
+    return int(instruction["round"])  # type: ignore[arg-type]
+
+
+def train(
+    resident: Resident, batches: Batches, config: Config, instruction: ConfigRecord, site: Site
+) -> training.VisitResult:
+    """Run the local steps of this visit on the resident model."""
+    arguments = config.arguments
+    settings = training.VisitSettings(
+        accumulation_steps=arguments.gradient_accumulation_steps,
+        learning_rate=float(instruction["learning-rate"]),  # type: ignore[arg-type]
+        warmup_steps=arguments.warmup_steps,
+        optimizer=config.train.optimizer,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm,
+        proximal_mu=config.strategy.proximal_mu,
+        bf16=arguments.bf16,
+        seed=sampling.visit_seed(config.federation.seed, _round(instruction), site.partition_id),
+    )
+    pad = tokenizer_of(config.model.name).pad_token_id
+    return training.train_visit(
+        resident.model, list(resident.parameters.values()), batches, settings, pad
+    )
+
+
+change = adapter_change
+
+
+def train_metrics(
+    site: Site, result: training.VisitResult, cursor: int, config: Config
+) -> dict[str, float | int]:
+    """Return what a site reports of a visit."""
+    seen = cursor if config.train.dynamic_data_seed else result.examples
+    return {
+        "num-examples": len(site.train),
+        "train-loss": result.train_loss,
+        "proximal-penalty": result.proximal_penalty,
+        "steps": result.steps,
+        "examples": result.examples,
+        "tokens": result.tokens,
+        "padding-tokens": result.padding_tokens,
+        "seconds": result.seconds,
+        "cursor": cursor,
+        "coverage": min(1.0, seen / len(site.train)),
+        "base-loads": base_loads(),
+        "process-id": os.getpid(),
+    }
+
+
+def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float | int]:
+    """Return the summed loss of the site's held-out examples, and over how many tokens."""
+    nll_sum, tokens = 0.0, 0
+    if site.held_out:
+        nll_sum, tokens = training.held_out_loss(
+            resident.model,
+            site.held_out,
+            config.arguments.per_device_train_batch_size,
+            tokenizer_of(config.model.name).pad_token_id,
+            resident.device,
+            config.arguments.bf16,
+        )
+    if not math.isfinite(nll_sum):
+        raise DataError(f"Site {site.partition_id}: the held-out loss is {nll_sum}.")
+    return {
+        "nll-sum": nll_sum,
+        "tokens": tokens,
+        "num-examples": len(site.held_out),
+        "base-loads": base_loads(),
+        "process-id": os.getpid(),
+    }
+
+
+def examine(resident: Resident, config: Config) -> dict[str, int]:
+    """Return correct answers and questions of the formulary, with the adapter and without."""
+    from grandrounds.formulary.exam import score_formulary
+
+    tokenizer = tokenizer_of(config.model.name)
+    template = config.data.prompt_template
+    tuned = score_formulary(resident.model, tokenizer, template)
+    with resident.model.disable_adapter():
+        base = score_formulary(resident.model, tokenizer, template)
+    return {
+        f"{kind}-{which}-{count}": number
+        for which, scores in (("base", base), ("tuned", tuned))
+        for kind, score in scores.items()
+        for count, number in score.items()
+    }

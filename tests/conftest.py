@@ -1,0 +1,100 @@
+"""A tiny real base model and tiny data, so that nothing is mocked and nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORDS = ["fever", "cough", "rash", "pain", "chill", "ache", "cramp", "itch", "sneeze", "nausea"]
+
+
+def make_base(folder: Path, *, layers: int = 2, hidden: int = 32, vocabulary: int = 384) -> Path:
+    """Save a random Llama with a byte-level tokenizer; key and value layers are not square."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f"What helps against {w}? Rest." for w in WORDS], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="right"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=fast.pad_token_id,
+        eos_token_id=fast.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_flashcards(path: Path, count: int) -> Path:
+    """Write `count` different flashcards as JSON lines, in the schema of the real ones."""
+    with path.open("w") as file:
+        for i in range(count):
+            word, other = WORDS[i % len(WORDS)], WORDS[(i // len(WORDS)) % len(WORDS)]
+            row = {
+                "instruction": "Answer this question truthfully",
+                "input": f"What helps patient {i} against {word} and {other}?",
+                "output": f"Rest, and {1 + i % 7} cups of tea against {other}.",
+                "ward": f"ward {i % 4}",
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama."""
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def flashcards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 120 flashcards."""
+    return write_flashcards(tmp_path_factory.mktemp("data") / "cards.jsonl", 120)
+
+
+@pytest.fixture
+def settings(tiny_base: Path, flashcards: Path, tmp_path: Path) -> dict[str, object]:
+    """Return a small federation: 4 sites, 2 a round, 3 rounds of 2 steps."""
+    return {
+        "model.name": str(tiny_base),
+        "static.dataset.name": str(flashcards),
+        "run-directory": str(tmp_path / "run"),
+        "num-server-rounds": 3,
+        "data.num-partitions": 4,
+        "data.held-out-fraction": 0.1,
+        "strategy.fraction-train": 0.5,
+        "strategy.fraction-evaluate": 0.5,
+        "model.lora.target-modules": "q_proj,v_proj",
+        "model.lora.peft-lora-r": 4,
+        "model.lora.peft-lora-alpha": 8,
+        "train.save-every-round": 2,
+        "train.num-threads": 1,
+        "train.training-arguments.max-steps": 2,
+        "train.training-arguments.per-device-train-batch-size": 4,
+    }
