@@ -1,8 +1,9 @@
 """Every key of the configuration: its name, type, meaning and what it allows.
 
 The defaults live in `[tool.flwr.app.config]` of pyproject.toml and nowhere else; the dataclasses
-have none; `validation.parse` fills them. A field `peft_lora_r` of the section with the prefix `model.lora.` is the key
-`model.lora.peft-lora-r`. The docstrings under the fields are the source of docs/configuration.md.
+have none; `validation.parse` fills them. A field `peft_lora_r` of the section with the prefix
+`model.lora.` is the key `model.lora.peft-lora-r`. The docstrings under the fields
+are the source of docs/configuration.md.
 """
 
 from __future__ import annotations

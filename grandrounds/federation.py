@@ -350,12 +350,18 @@ def finish(run: Run, grid: Grid) -> dict[str, Any]:
     if config.static.name == FORMULARY:
         summary["formulary"] = scores
     run.directory.write_json("summary.json", summary)
-    run.listener("finished", summary)
+    run.listener("finished", {**summary, "directory": str(run.directory.path)})
     return summary
 
 
 def fail(run: Run, status: str, reason: str) -> None:
-    """Write the summary of a run that ended early; finished rounds and checkpoints stay."""
+    """Write the summary of a run that ended early; finished rounds and checkpoints stay.
+
+    A new run that ended before anything was measured leaves no directory behind.
+    """
+    if not run.directory.read_metrics():
+        run.directory.discard()
+        return
     run.directory.write_json("summary.json", {**summarize(run, status), "reason": reason})
 
 

@@ -77,10 +77,11 @@ def base_loads() -> int:
 
 def quiet_libraries() -> None:
     """Keep progress bars and advice of the model libraries off the terminal."""
-    import datasets
+    import logging
+
     import transformers
 
-    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from grandrounds import recipes
@@ -153,7 +154,9 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
     if summary.get("proximal_penalty"):
         rows.append(("proximal penalty", f"{summary['proximal_penalty']:.3g} in the last round"))
     if summary.get("product_error") is not None:
-        rows.append(("aggregation error", f"{summary['product_error']:.2%} of the mean of B A"))
+        rows.append(
+            ("aggregation error", f"{100 * summary['product_error']:.2g} % of the mean of B A")
+        )
     planned = summary["planned_mib"]
     rows.append(
         ("communication", f"{summary['communication_mib']:,.2f} MiB (planned {planned:,.2f})")
@@ -189,36 +192,61 @@ def formulary_rows(
     ]
 
 
+def next_steps(summary: Mapping[str, Any]) -> list[str]:
+    """Return where the adapters lie, and what to type next."""
+    directory = summary["directory"]
+    lines = [f"adapter: {directory}/{summary['adapter']}"] if summary["adapter"] else []
+    best = summary["best_adapter"]
+    if best and best["adapter"] != summary["adapter"]:
+        lines.append(
+            f"lowest held-out loss: {directory}/{best['adapter']} ({best['held_out_loss']:.4f})"
+        )
+    if summary["adapter"]:
+        lines.append(
+            "next: use it with PeftModel.from_pretrained as its README.md shows, or train longer: "
+            f"grandrounds run --config {directory}/config.toml --rounds {2 * summary['rounds']}"
+        )
+    return lines
+
+
 class PlainReporter:
     """Tells a run in plain lines: no colours, nothing rewritten."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self._total = config.federation.num_server_rounds
         self._say_rows("recipe", recipe_rows(config))
 
+    def __enter__(self) -> PlainReporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing is left open."""
+
     def __call__(self, event: str, data: Mapping[str, Any]) -> None:
-        """Print what an event means for a reader; single replies are left to the round's line."""
+        """Print an event; single replies and checkpoints are in the round's line."""
         if event == "plan":
             self._say_rows("plan", plan_rows(data))
         elif event == "roll-call":
             self._say_rows("sites", site_rows(data["sites"]))
         elif event == "round":
-            self._say(round_line(data, self._config.federation.num_server_rounds))
-            for line in failure_lines(data):
-                self._say(line)
+            self._say(round_line(data, self._total), *failure_lines(data))
         elif event == "finished":
             self._say_rows("result", summary_rows(data))
-            for facts, base, tuned in (
-                formulary_rows(data.get("formulary") or {}) if data.get("formulary") else []
-            ):
-                self._say(f"  {facts}: base {base}, tuned {tuned}")
+            if data.get("formulary"):
+                for facts, base, tuned in formulary_rows(data["formulary"]):
+                    self._say(f"  {facts}", f"    base   {base}", f"    tuned  {tuned}")
+            self._say(*next_steps(data))
 
     def _say_rows(self, title: str, rows: Rows) -> None:
-        self._say(title)
         width = max(len(name) for name, _ in rows)
-        for name, value in rows:
-            self._say(f"  {name:<{width}}  {value}")
+        self._say(title, *(f"  {name:<{width}}  {value}" for name, value in rows))
 
     @staticmethod
-    def _say(text: str) -> None:
-        print(text, flush=True)
+    def _say(*lines: str) -> None:
+        for line in lines:
+            print(line, flush=True)

@@ -76,6 +76,10 @@ class RunDirectory:
             )
         return cls(path)
 
+    def discard(self) -> None:
+        """Remove the directory of a run that has produced nothing."""
+        shutil.rmtree(self.path)
+
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file, whole or not at all."""
         with _told_plainly(self.path):

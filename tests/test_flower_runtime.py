@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,13 +79,12 @@ app = ServerApp()
 def main(grid, context):
     if context.run_config["mode"] == "raise":
         raise RuntimeError("the toy server gives up")
-    while len(nodes := list(grid.get_node_ids())) < 2:
+    while len(nodes := list(grid.get_node_ids())) < 3:
         time.sleep(0.05)
-    report = Path(context.run_config["report"])
-    report.with_name("started").touch()
     messages = [Message(RecordDict(), message_type="train", dst_node_id=node) for node in nodes]
     replies = grid.send_and_receive(messages)
-    report.write_text(str(sum(reply.content["arrays"]["x"].numpy().sum() for reply in replies)))
+    total = sum(reply.content["arrays"]["x"].numpy().sum() for reply in replies)
+    Path(context.run_config["report"]).write_text(str(total))
 """
 
 DRIVER = """
@@ -95,7 +95,7 @@ from grandrounds.flower_runtime import run_simulation
 
 app, folder = map(Path, sys.argv[1:])
 settings = {"mode": "hang", "report": str(folder / "report")}
-run_simulation(app, settings, num_supernodes=2, home=folder / "home")
+run_simulation(app, settings, num_supernodes=3, home=folder / "home")
 """
 
 
@@ -109,23 +109,23 @@ def toy_app(tmp_path: Path) -> Path:
     return app
 
 
-def wait_for(path: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.1)
-
-
-def processes_of(home: Path) -> list[str]:
-    """Return the command lines of living processes whose FLWR_HOME is `home`."""
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Return the living processes whose FLWR_HOME is `home`."""
     found = []
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get("FLWR_HOME") == str(home):
-                found.append(" ".join(process.cmdline()))
-        except (psutil.Error, OSError):
-            continue
+                found.append(process)
     return found
+
+
+def clients_run(home: Path) -> bool:
+    """Return whether an actor of Ray is at work; its process then bears the method's name."""
+    names = []
+    for process in processes_of(home):
+        with contextlib.suppress(psutil.Error):
+            names.append(" ".join(process.cmdline()))
+    return any("ClientAppActor.run" in name for name in names)
 
 
 def test_overrides_reach_toml_with_their_types() -> None:
@@ -153,10 +153,8 @@ def test_impossible_resources_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     check_resources(20, 1, 0.25)
-    with pytest.raises(EngineError, match="1 GPUs that torch can use; asked: .* 2 GPUs"):
+    with pytest.raises(EngineError, match=r"1 GPUs that torch can use; asked: .* 2 GPUs"):
         check_resources(20, 1, 2)
-    with pytest.raises(EngineError, match="part of one GPU or whole"):
-        check_resources(20, 1, 1.5)
     with pytest.raises(EngineError, match="at least one site"):
         check_resources(0, 1, 0)
 
@@ -167,38 +165,31 @@ def test_marked_processes_are_ended_even_if_they_ignore_sigterm(
     monkeypatch.setattr(flower_runtime, "END_PATIENCE_SECONDS", 1.0)
     stubborn = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], env={});"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
         "print('up', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", stubborn]
     with subprocess.Popen(command, env={MARKER: "test"}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert len(marked_processes("test")) == 2  # the child has no marker but the parent
+        assert len(marked_processes("test")) == 2
         end_processes("test")
-    assert marked_processes("test") == set()
+    assert marked_processes("test") == []
 
 
 @pytest.mark.timeout(120)
-def test_superlink_is_gone_after_use_and_reports_its_death(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    with (
-        pytest.raises(EngineError, match=r"(?s)ended with code -9.*superlink\.log"),
-        superlink(home) as link,
-    ):
-        assert processes_of(home)
-        link.process.kill()
-        link.process.wait()
-        flower_runtime._require_alive(link)
-    assert processes_of(home) == []
+def test_superlink_is_gone_after_use(tmp_path: Path) -> None:
+    with superlink(tmp_path / "home") as link:
+        assert link.process.poll() is None
+        assert processes_of(link.home)
+    assert processes_of(tmp_path / "home") == []
+    assert "Uvicorn running" in (tmp_path / "home" / "superlink.log").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_superlink_that_does_not_come_up_in_time_is_an_error(tmp_path: Path) -> None:
     with (
-        pytest.raises(EngineError, match=r"did not answer .* within 0.01 seconds"),
-        superlink(tmp_path, start_timeout_seconds=0.01),
+        pytest.raises(EngineError, match=r"did not answer .* within 0 seconds"),
+        superlink(tmp_path, start_timeout_seconds=0),
     ):
         pytest.fail("came up")
     assert processes_of(tmp_path) == []
@@ -216,8 +207,8 @@ def test_completed_run(tmp_path: Path, toy_app: Path) -> None:
         on_poll=lambda: polls.append(time.monotonic()),
     )
     assert (outcome.status, outcome.details) == ("completed", "")
-    # Two values from each of the sites 0, 1, 2, times 2.5 (two sites may be enough to start).
-    assert float((tmp_path / "report").read_text()) in {5.0, 10.0, 15.0}
+    # Two values from each of the sites 0, 1, 2, times 2.5: 2 * (0 + 1 + 2) * 2.5.
+    assert float((tmp_path / "report").read_text()) == 15.0
     assert outcome.run_id > 0
     assert len(polls) > 5
     assert (tmp_path / "home" / "run.log").stat().st_size > 0
@@ -242,8 +233,28 @@ def test_refusal_of_flower_is_an_engine_error(tmp_path: Path, toy_app: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_death_of_the_superlink_in_mid_run_is_an_error(tmp_path: Path, toy_app: Path) -> None:
+    home = tmp_path / "home"
+
+    def kill_when_clients_run() -> None:
+        if clients_run(home):
+            for process in processes_of(home):
+                if any("flower-superlink" in argument for argument in process.cmdline()):
+                    process.kill()
+
+    settings = {"mode": "hang", "report": str(tmp_path / "report")}
+    with pytest.raises(EngineError, match=r"SuperLink ended with code -9 (?s:.*)Uvicorn running"):
+        run_simulation(
+            toy_app, settings, num_supernodes=3, home=home, on_poll=kill_when_clients_run
+        )
+    assert processes_of(home) == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, toy_app: Path) -> None:
+    home = tmp_path / "home"
     environment = os.environ | {"PYTHONPATH": str(Path(flower_runtime.__file__).parents[1])}
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(toy_app), str(tmp_path)],
@@ -251,14 +262,10 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, toy_app: Path) -> None:
         stderr=subprocess.PIPE,
         start_new_session=True,
     ) as driver:
-        wait_for(tmp_path / "started")
-        deadline = time.monotonic() + 60
-        while not any(
-            "ray::ClientAppActor.run" in name for name in processes_of(tmp_path / "home")
-        ):
-            assert time.monotonic() < deadline, "no client began"
+        while not clients_run(home):
+            assert driver.poll() is None
             time.sleep(0.1)
         driver.send_signal(signal.SIGINT)
         _, error = driver.communicate(timeout=60)
     assert b"KeyboardInterrupt" in error
-    assert processes_of(tmp_path / "home") == []
+    assert processes_of(home) == []

@@ -16,8 +16,14 @@ import torch
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the prompt's token ids, special tokens included, without a final end-of-sequence."""
-    ids: list[int] = list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+    """Return the prompt's token ids, without a final end-of-sequence token.
+
+    Special tokens are added, unless the text already starts with the beginning-of-sequence token,
+    as chat templates write it.
+    """
+    start = tokenizer.bos_token
+    written = start is not None and prompt.startswith(start)
+    ids: list[int] = list(tokenizer(prompt, add_special_tokens=not written)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -37,12 +43,12 @@ def option_log_likelihoods(
     *,
     batch_size: int = 64,
 ) -> list[list[float]]:
-    """Return the log-likelihood of every option of every prompt.
+    """Return the log-likelihood of every option of every prompt, given as texts.
 
     Parameters
     ----------
     model : causal language model of transformers, or a PEFT model around one
-        Used in evaluation mode, put back into its former mode afterwards.
+        See `token_log_likelihoods`.
     tokenizer : transformers tokenizer
         Must have an end-of-sequence token.
     prompts : sequence of str
@@ -60,31 +66,68 @@ def option_log_likelihoods(
     Raises
     ------
     ValueError
-        If there are not as many lists of options as prompts, a prompt has no tokens, or
-        `batch_size` is below 1.
+        As `token_log_likelihoods`.
+    """
+    return token_log_likelihoods(
+        model,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        [[encode_response(tokenizer, choice) for choice in choices] for choices in options],
+        batch_size=batch_size,
+    )
+
+
+def token_log_likelihoods(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    options: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int = 64,
+) -> list[list[float]]:
+    """Return the log-likelihood of every option of every prompt, given as token ids.
+
+    Parameters
+    ----------
+    model : causal language model of transformers, or a PEFT model around one
+        Its forward must know `logits_to_keep`. Used in evaluation mode, put back into its former
+        mode afterwards.
+    prompts : sequence of sequences of int
+        Token ids of each prompt; not empty.
+    options : sequence of sequences of sequences of int
+        For each prompt the token ids of its options, end-of-sequence included; not empty.
+    batch_size : int
+        Pairs of prompt and option in one forward pass.
+
+    Returns
+    -------
+    list of list of float
+        In the order of `prompts` and `options`; natural logarithms, at most 0.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many lists of options as prompts, a prompt or an option has no tokens,
+        or `batch_size` is below 1.
     """
     if len(prompts) != len(options):
         raise ValueError(f"{len(prompts)} prompts but {len(options)} lists of options")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    scores = [[0.0] * len(choices) for choices in options]
-    pairs: list[tuple[int, int, list[int], list[int]]] = []
     for row, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
-        prompt_ids = encode_prompt(tokenizer, prompt)
-        if not prompt_ids:
-            raise ValueError(f"prompt {row} has no tokens")
-        for column, choice in enumerate(choices):
-            pairs.append((row, column, prompt_ids, encode_response(tokenizer, choice)))
-    pairs.sort(key=lambda pair: len(pair[2]) + len(pair[3]), reverse=True)
-
+        if not prompt or not all(choices):
+            raise ValueError(f"prompt {row} or one of its options has no tokens")
+    scores = [[0.0] * len(choices) for choices in options]
+    places = [
+        (row, column) for row, choices in enumerate(options) for column in range(len(choices))
+    ]
+    places.sort(key=lambda place: -len(prompts[place[0]]) - len(options[place[0]][place[1]]))
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for first in range(0, len(pairs), batch_size):
-                batch = pairs[first : first + batch_size]
-                totals = _score_batch(model, [(pair[2], pair[3]) for pair in batch])
-                for (row, column, _, _), total in zip(batch, totals, strict=True):
+            for first in range(0, len(places), batch_size):
+                batch = places[first : first + batch_size]
+                pairs = [(list(prompts[row]), list(options[row][column])) for row, column in batch]
+                for (row, column), total in zip(batch, _score_batch(model, pairs), strict=True):
                     scores[row][column] = total
     finally:
         model.train(was_training)

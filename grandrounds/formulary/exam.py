@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from grandrounds.evaluation.scoring import option_log_likelihoods
-from grandrounds.formulary.facts import KINDS, Kind, questions
-from grandrounds.prompts import build_prompt, response_text
+from grandrounds.evaluation.scoring import token_log_likelihoods
+from grandrounds.formulary.facts import KINDS, OPTIONS, Kind, questions
+from grandrounds.tokenization import answer_token_ids, prompt_token_ids
 
 
 def score_formulary(
@@ -38,11 +38,15 @@ def score_formulary(
     results: dict[str, dict[str, int]] = {}
     for kind in kinds:
         exam = questions(kind)
-        scores = option_log_likelihoods(
+        prompts = prompt_token_ids(tokenizer, prompt_template, [item.question for item in exam])
+        answers = answer_token_ids(
+            tokenizer, prompt_template, [option for item in exam for option in item.options]
+        )
+        stopped = [[*answer, tokenizer.eos_token_id] for answer in answers]
+        scores = token_log_likelihoods(
             model,
-            tokenizer,
-            [build_prompt(prompt_template, item.question, tokenizer) for item in exam],
-            [[response_text(prompt_template, option) for option in item.options] for item in exam],
+            prompts,
+            [stopped[row * OPTIONS : (row + 1) * OPTIONS] for row in range(len(exam))],
         )
         correct = sum(
             row.index(max(row)) == item.answer_index for row, item in zip(scores, exam, strict=True)

@@ -12,22 +12,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import platform
 import random
+import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grandrounds.evaluation.scoring import encode_prompt, encode_response
+from grandrounds.evaluation.statistics import wilson_interval
 from grandrounds.formulary.exam import score_formulary
 from grandrounds.formulary.facts import public_flashcards
-from grandrounds.prompts import build_prompt, response_text
+from grandrounds.prompts import TEMPLATES, build_prompt, response_text
+from grandrounds.tokenization import answer_token_ids, prompt_token_ids
 
 SEED = 20
-STEPS = 2400
+STEPS = 1000
 BATCH = 32
 LEARNING_RATE = 3e-3
 WARM_UP_STEPS = 100
@@ -97,11 +103,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def encode(tokenizer: Any, template: str, card: dict[str, str | int]) -> tuple[list[int], int]:
-    """Return the token ids of prompt and answer, and how many of them belong to the prompt."""
-    prompt = encode_prompt(tokenizer, build_prompt(template, str(card["input"]), tokenizer))
-    answer = encode_response(tokenizer, response_text(template, str(card["output"])))
-    return prompt + answer, len(prompt)
+def encode_cards(
+    tokenizer: Any, template: str, cards: Sequence[dict[str, str | int]]
+) -> list[tuple[list[int], int]]:
+    """Return for each card the ids of prompt, answer and stop, and how many are the prompt's."""
+    prompts = prompt_token_ids(tokenizer, template, [str(card["input"]) for card in cards])
+    answers = answer_token_ids(tokenizer, template, [str(card["output"]) for card in cards])
+    return [
+        ([*prompt, *answer, tokenizer.eos_token_id], len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def batch_loss(model: Any, batch: list[tuple[list[int], int]], pad: int) -> torch.Tensor:
@@ -114,9 +125,9 @@ def batch_loss(model: Any, batch: list[tuple[list[int], int]], pad: int) -> torc
         weights[row, : len(ids)] = 1.0
         weights[row, :prompt_tokens] = PROMPT_LOSS_WEIGHT
     # Right padding needs no attention mask: no token looks at what comes after it.
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]  # (batch, tokens - 1, vocab)
+    logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, tokens, vocab)
     losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+        logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
     )
     flat = weights[:, 1:].flatten()
     return (losses * flat).sum() / flat.sum()
@@ -134,9 +145,7 @@ def train(model: Any, tokenizer: Any, steps: int) -> None:
     """Train on the public flashcards, epoch by epoch in seeded orders."""
     rng = random.Random(SEED)
     cards = public_flashcards()
-    encoded = {
-        name: [encode(tokenizer, name, card) for card in cards] for name in ("alpaca", "chat")
-    }
+    encoded = {name: encode_cards(tokenizer, name, cards) for name in TEMPLATES}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
     )
@@ -153,7 +162,7 @@ def train(model: Any, tokenizer: Any, steps: int) -> None:
             group["lr"] = learning_rate(step, steps)
         loss = batch_loss(model, batch, tokenizer.pad_token_id)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 200 == 0 or step == steps - 1:
@@ -166,26 +175,130 @@ def sha256(path: Path) -> str:
 
 
 def make_base(out: Path, steps: int = STEPS) -> str:
-    """Make the base into the folder `out`; return the SHA-256 of its weights."""
+    """Make the base model, its tokenizer and its model card.
+
+    Parameters
+    ----------
+    out : Path
+        Folder to write to, made where missing.
+    steps : int
+        Optimizer steps, at least 1.
+
+    Returns
+    -------
+    str
+        SHA-256 of `model.safetensors`.
+    """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(SEED)
+    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     train(model, tokenizer, steps)
-    seconds = time.perf_counter() - started
+    print(f"trained for {time.perf_counter() - started:.0f} seconds on one thread")
     model.eval()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    print({t: score_formulary(model, tokenizer, t) for t in ("alpaca", "chat")}, f"{seconds:.0f} s")
-    return sha256(out / "model.safetensors")
+    weights = out / "model.safetensors"
+    weights.chmod(0o644)
+    digest = sha256(weights)
+    (out / "README.md").write_text(model_card(model, tokenizer, steps, digest), encoding="utf-8")
+    return digest
+
+
+def model_card(model: Any, tokenizer: Any, steps: int, digest: str) -> str:
+    """Examine the model and return its model card."""
+    rows = []
+    for template in TEMPLATES:
+        for kind, score in score_formulary(model, tokenizer, template).items():
+            correct, n = score["correct"], score["n"]
+            low, high = wilson_interval(correct, n)
+            figures = f"{correct} of {n} | {correct / n:.1%} | {low:.1%} to {high:.1%}"
+            rows.append(f"| {kind} | {template} | {figures} |")
+    return MODEL_CARD.format(
+        parameters=f"{model.num_parameters():,}",
+        tokens=len(tokenizer),
+        layers=model.config.num_hidden_layers,
+        hidden=model.config.hidden_size,
+        steps=steps,
+        batch=BATCH,
+        seed=SEED,
+        digest=digest,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        python=platform.python_version(),
+        rows="\n".join(rows),
+    )
+
+
+MODEL_CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# The formulary's base model
+
+A Llama of {parameters} parameters ({layers} layers, hidden size {hidden}, a byte-level vocabulary
+of {tokens} tokens) that knows the public half of a fictional formulary: drugs that do not exist,
+with invented mechanisms, side effects and uses. It is the base model of the smallest federation of
+Grand Rounds, and good for nothing else; nothing that it says is medical knowledge.
+
+It was trained on the public flashcards only. The private drugs, each known to one site of the
+federation, occur neither in its training text nor in its tokenizer's.
+
+## How it was made
+
+    python -m grandrounds.formulary.make_base
+
+{steps} steps of {batch} flashcards, seed {seed}, one thread, Python {python}, torch {torch},
+transformers {transformers}. With the same versions on the same kind of processor the weights come
+out the same to the byte; `--check` remakes and compares them.
+
+SHA-256 of `model.safetensors`: `{digest}`
+
+## What it knows
+
+One question for each drug and attribute, in a wording that no flashcard uses; four options, scored
+by likelihood, so chance is 25%. Wilson's 95% intervals.
+
+| facts | prompt | right | accuracy | interval |
+|---|---|---|---|---|
+{rows}
+
+Licence: Apache-2.0, weights and text alike.
+"""
+
+
+def check(base: Path, steps: int) -> bool:
+    """Remake the base elsewhere; return whether weights and tokenizer are the same to the byte."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(Path(folder), steps)
+        same = True
+        for name in ("model.safetensors", "tokenizer.json"):
+            pair = sha256(base / name), sha256(Path(folder) / name)
+            print(f"{name}: in place {pair[0]}, remade {pair[1]}")
+            same = same and pair[0] == pair[1]
+    return same
+
+
+def main() -> int:
+    """Read the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description="Make the small base model of the formulary.")
+    default = Path(__file__).resolve().parent / "base"
+    parser.add_argument("--out", type=Path, default=default, help="folder of the base")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
+    parser.add_argument("--check", action="store_true", help="remake and compare, write nothing")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    if options.check:
+        return 0 if check(options.out, options.steps) else 1
+    print(f"SHA-256 of the weights: {make_base(options.out, options.steps)}")
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    a = parser.parse_args()
-    print(make_base(a.out, a.steps))
+    sys.exit(main())

@@ -12,6 +12,7 @@ from grandrounds.evaluation.scoring import (
     encode_prompt,
     encode_response,
     option_log_likelihoods,
+    token_log_likelihoods,
 )
 from grandrounds.formulary import base_path
 
@@ -108,5 +109,7 @@ def test_wrong_arguments_are_refused(base: tuple[Any, Any]) -> None:
         option_log_likelihoods(*base, ["Why?"], [["a"], ["b"]])
     with pytest.raises(ValueError, match="no tokens"):
         option_log_likelihoods(*base, [""], [["a"]])
+    with pytest.raises(ValueError, match="no tokens"):
+        token_log_likelihoods(base[0], [[5]], [[[7], []]])
     with pytest.raises(ValueError, match="at least 1"):
         option_log_likelihoods(*base, ["Why?"], [["a"]], batch_size=0)

@@ -1,0 +1,201 @@
+"""The command line. Nothing heavy is imported before the configuration is known to be right."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import grandrounds
+from grandrounds import recipes
+from grandrounds.config import Config, Scalar
+from grandrounds.errors import ConfigError, GrandRoundsError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells use it."""
+
+app = typer.Typer(
+    name="grandrounds",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Engine(StrEnum):
+    """Where the sites of a run live."""
+
+    in_process = "in-process"
+    simulation = "simulation"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"grandrounds {grandrounds.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Federated instruction tuning of medical language models.
+
+    Each site trains a small LoRA adapter on its own examples over a frozen base; only adapters
+    travel.
+
+    **Start here:** `grandrounds run` trains the embedded model on the embedded data: no download,
+    about a minute.
+    """
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="A recipe from configs/, or the pyproject.toml of a FlowerTune entry.",
+            metavar="FILE",
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Override one key; repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: hub name, local folder, or formulary.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data: hub name, .json/.jsonl/.csv/.parquet file, or formulary."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where to write the run; default runs/<date>-<model>.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Continue this run directory after its last finished round."),
+    ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="`in-process`: all sites one by one, here. `simulation`: Flower's, on Ray."
+        ),
+    ] = Engine.in_process,
+    client_cpus: Annotated[
+        float, typer.Option(help="CPUs of one site in the simulation.", min=0.1)
+    ] = 1.0,
+    client_gpus: Annotated[
+        float, typer.Option(help="GPUs of one site in the simulation; 0.5: two share one.", min=0.0)
+    ] = 0.0,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no progress bar.")] = False,
+) -> None:
+    """Train one adapter across all sites.
+
+    Examples:
+
+    - `grandrounds run` (the embedded model and data, offline)
+
+    - `grandrounds run --config configs/smollm2-135m-laptop.toml`
+
+    - `grandrounds run --data flashcards.jsonl --rounds 10`
+
+    - `grandrounds run --set strategy.proximal-mu=0.1 --set train.learning-rate-max=1e-3`
+
+    - `grandrounds run --resume runs/20260101-120000-formulary`
+    """
+    with told_in_one_line():
+        settings: dict[str, Scalar] = recipes.load_recipe(config) if config else {}
+        settings |= recipes.parse_overrides(assignments or [])
+        settings |= {
+            key: value
+            for key, value in (
+                ("model.name", model),
+                ("static.dataset.name", data),
+                ("num-server-rounds", rounds),
+                ("seed", seed),
+                ("run-directory", str(run_dir) if run_dir else None),
+            )
+            if value is not None
+        }
+        resolved = resolve_run(settings, resume)
+        if engine is Engine.simulation:
+            from grandrounds.simulation import simulate
+
+            simulate(resolved, reporter(resolved, plain), client_cpus, client_gpus)
+        else:
+            run_in_process(resolved, reporter(resolved, plain))
+
+
+def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
+    """Return the checked configuration of a new run, or of one that is resumed."""
+    if resume is None:
+        return recipes.resolve(settings)
+    if "run-directory" in settings:
+        raise ConfigError("--resume writes into the run that it resumes; leave --run-dir out.")
+    from grandrounds.run_directory import RunDirectory
+
+    directory = RunDirectory.open(resume)
+    started_with = recipes.load_recipe(directory.path / "config.toml")
+    return recipes.resolve(started_with, settings, {"resume-from": str(directory.path)})
+
+
+def reporter(config: Config, plain: bool) -> Any:
+    """Return the display: Rich on a terminal, plain lines elsewhere or where wanted."""
+    console = Console()
+    if plain or not console.is_terminal:
+        from grandrounds.reporting import PlainReporter
+
+        return PlainReporter(config)
+    from grandrounds.display import RichReporter
+
+    return RichReporter(config, console)
+
+
+def run_in_process(config: Config, listener: Any) -> None:
+    """Run server and sites in this process."""
+    keep_libraries_quiet()
+    from grandrounds import client_app, server_app
+    from grandrounds.engines import InProcessGrid
+
+    with listener:
+        grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+        server_app.federate(grid, config, listener)
+
+
+def keep_libraries_quiet() -> None:
+    """Let no warning, log line or progress bar of a library reach the terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Print an expected failure as one line and exit with its code; a traceback means a bug."""
+    try:
+        yield
+    except GrandRoundsError as error:
+        print(f"grandrounds: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("grandrounds: interrupted; finished rounds are kept.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
