@@ -100,8 +100,8 @@ def run(
         ),
     ] = Engine.in_process,
     client_cpus: Annotated[
-        float, typer.Option(help="CPUs of one site in the simulation.", min=0.1)
-    ] = 1.0,
+        int, typer.Option(help="CPUs of one site in the simulation.", min=1)
+    ] = 1,
     client_gpus: Annotated[
         float, typer.Option(help="GPUs of one site in the simulation; 0.5: two share one.", min=0.0)
     ] = 0.0,

@@ -20,69 +20,15 @@ from grandrounds import recipes, rounds, sampling, schedules
 from grandrounds.config import Config, share_of
 from grandrounds.errors import RunDirectoryError
 from grandrounds.formulary import BASE_NAME as FORMULARY
-from grandrounds.ledger import Ledger
-from grandrounds.messages import Adapter
 from grandrounds.model import LoraSpec, adapter_layout, initial_adapter, peft_config
 from grandrounds.model_card import model_card
 from grandrounds.planning import Plan, plan_run
 from grandrounds.rounds import SiteCard, Tally
 from grandrounds.run_directory import RunDirectory
+from grandrounds.run_state import State, summarize
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with (event, data): plan, roll-call, reply, round, checkpoint, finished."""
-
-
-@dataclass
-class State:
-    """Where a run stands after a round; what a resume needs, and nothing else."""
-
-    round: int
-    """The last finished round; 0 before training."""
-    adapter: Adapter
-    """The global adapter after it."""
-    ledger: Ledger = field(default_factory=Ledger)
-    """Bytes so far."""
-    cursors: dict[int, int] = field(default_factory=dict)
-    """Partition id → examples it has been given."""
-    coverage: dict[int, float] = field(default_factory=dict)
-    """Partition id → share of its examples that it has trained on."""
-    base_loads: dict[str, int] = field(default_factory=dict)
-    """Process → base models loaded in it."""
-    failed_replies: int = 0
-    """Replies that were not used."""
-    seconds: float = 0.0
-    """Wall-clock time of all finished rounds."""
-    resumed: set[int] = field(default_factory=set)
-    """Partitions that must be told their cursor at their next visit, because the run resumed."""
-
-    def to_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything but the adapter, and the round's metrics."""
-        return {
-            "round": self.round,
-            "ledger": self.ledger.as_dict(),
-            "cursors": self.cursors,
-            "coverage": self.coverage,
-            "base-loads": self.base_loads,
-            "failed-replies": self.failed_replies,
-            "seconds": self.seconds,
-            "record": record,
-        }
-
-    @classmethod
-    def from_json(cls, adapter: Adapter, data: Mapping[str, Any]) -> State:
-        """Return the state that `to_json` wrote."""
-        cursors = {int(p): c for p, c in data["cursors"].items()}
-        return cls(
-            round=data["round"],
-            adapter=adapter,
-            ledger=Ledger.from_dict(data["ledger"]),
-            cursors=cursors,
-            coverage={int(p): c for p, c in data["coverage"].items()},
-            base_loads=data["base-loads"],
-            failed_replies=data["failed-replies"],
-            seconds=data["seconds"],
-            resumed=set(cursors),
-        )
 
 
 @dataclass
@@ -346,7 +292,7 @@ def finish(run: Run, grid: Grid) -> dict[str, Any]:
         )
         state.failed_replies += len(tally.failed)
         run.directory.write_json("ledger.json", state.ledger.as_dict())
-    summary = summarize(run, "completed")
+    summary = summary_of(run, "completed")
     if config.static.name == FORMULARY:
         summary["formulary"] = scores
     run.directory.write_json("summary.json", summary)
@@ -362,58 +308,11 @@ def fail(run: Run, status: str, reason: str) -> None:
     if not run.directory.read_metrics():
         run.directory.discard()
         return
-    run.directory.write_json("summary.json", {**summarize(run, status), "reason": reason})
+    run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
 
 
-def summarize(run: Run, status: str) -> dict[str, Any]:
-    """Return summary.json without the formulary."""
-    state, config = run.state, run.config
-    metrics = run.directory.read_metrics()
-    checkpoints = [m for m in metrics if "checkpoint" in m]
-    judged = [m for m in checkpoints if m.get("held-out-loss") is not None]
-    best = min(judged, key=lambda m: m["held-out-loss"]) if judged else None
-    trained = [m for m in metrics if "train-loss" in m]
-    held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
-    first = next(iter(run.cards.values())).facts if run.cards else {}
-    reasons = recipes.leaderboard_differences(config)
+def summary_of(run: Run, status: str) -> dict[str, Any]:
+    """Return the summary of a run as it stands."""
     sites = [card.facts for card in run.cards.values()]
-    counted = ("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable")
-    return {
-        "status": status,
-        "rounds": state.round,
-        "seconds": round(state.seconds, 3),
-        "communication_mib": state.ledger.mib,
-        "communication_rule": state.ledger.as_dict()["rule"],
-        "planned_mib": run.plan.as_dict()["total-mib"],
-        "adapter": checkpoints[-1]["checkpoint"] if checkpoints else None,
-        "best_adapter": best
-        and {
-            "adapter": best["checkpoint"],
-            "round": best["round"],
-            "held_out_loss": best["held-out-loss"],
-        },
-        "train_loss": {"first": trained[0]["train-loss"], "last": trained[-1]["train-loss"]}
-        if trained
-        else None,
-        "held_out_loss": {"first": held_out[0], "last": held_out[-1]} if held_out else None,
-        "proximal_penalty": trained[-1]["proximal-penalty"] if trained else None,
-        "product_error": next(
-            (m["product-error"] for m in reversed(metrics) if "product-error" in m), None
-        ),
-        "coverage": trained[-1]["coverage"] if trained else 0.0,
-        "failed_replies": state.failed_replies,
-        "base_loads": sum(state.base_loads.values()),
-        "processes": len(state.base_loads),
-        "device": first.get("device"),
-        "precision": first.get("precision"),
-        "data": {
-            "sites": len(sites),
-            "train-examples": sum(int(s["train-examples"]) for s in sites),
-            "held-out-examples": sum(int(s["held-out-examples"]) for s in sites),
-            **{name: sum(int(s[name]) for s in sites) for name in counted},
-        },
-        "comparable_with_leaderboard": not reasons,
-        "not_comparable_because": reasons,
-        "seed": config.federation.seed,
-        "version": grandrounds.__version__,
-    }
+    metrics = run.directory.read_metrics()
+    return summarize(run.config, run.state, run.plan, sites, metrics, status)

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from grandrounds.errors import EngineError
+from grandrounds.recipes import to_toml
 
 MARKER = "GRANDROUNDS_RUNTIME"
 CONNECTION = "grandrounds"  # name of the SuperLink connection in config.toml
@@ -125,17 +126,6 @@ def check_resources(num_supernodes: int, client_cpus: float, client_gpus: float)
     if client_cpus > cpus or client_gpus > gpus:
         there = f"{cpus} CPUs" + (f" and {gpus} GPUs that torch can use" if client_gpus else "")
         raise EngineError(f"This machine has {there}; asked: {asked}. Ask for less per site.")
-
-
-def to_toml(values: Mapping[str, str | int | float | bool]) -> str:
-    """Return `values` as TOML with quoted keys; Flower reads `"a.b"` like `b` in table `a`."""
-
-    def literal(value: str | int | float | bool) -> str:
-        if isinstance(value, str):  # JSON's strings are TOML's, but for DEL
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        return str(value).lower() if isinstance(value, bool) else repr(value)
-
-    return "".join(f"{literal(key)} = {literal(value)}\n" for key, value in values.items())
 
 
 def tail(path: Path, lines: int = 20) -> str:
@@ -232,33 +222,29 @@ def _wait_until_healthy(link: SuperLink, url: str, timeout_seconds: float) -> No
             opener.open(url, timeout=1).close()
             return
         if time.monotonic() > deadline:
-            what = f"did not answer on {url} within {timeout_seconds:g} seconds; try again"
-            raise _superlink_error(link, what)
+            _require_alive(link, f"did not answer on {url} within {timeout_seconds:g} seconds")
         time.sleep(0.1)
 
 
-def _require_alive(link: SuperLink) -> None:
+def _require_alive(link: SuperLink, problem: str = "") -> None:
     if (code := link.process.poll()) is not None:
-        raise _superlink_error(link, f"ended with code {code} (too little memory?); run again")
-
-
-def _superlink_error(link: SuperLink, what: str) -> EngineError:
-    log = link.home / "superlink.log"
-    return EngineError(f"Flower's SuperLink {what}. The end of {log}:\n{tail(log)}")
+        problem = f"ended with code {code} (too little memory?)"
+    if problem:
+        log = link.home / "superlink.log"
+        raise EngineError(f"Flower's SuperLink {problem}. Run again. End of {log}:\n{tail(log)}")
 
 
 def _ask(link: SuperLink, *arguments: str) -> dict[str, Any]:
     """Run one `flwr` command and return its JSON answer; its exit code says nothing."""
-    log = link.home / "flwr.log"
     command = ("flwr", *arguments, "--format", "json")
-    try:
-        with _started(link.home, link.environment, log.name, command) as process:
-            process.wait(COMMAND_TIMEOUT_SECONDS)
-        text = log.read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"^\{.*^\}", text, re.MULTILINE | re.DOTALL)  # there may be warnings too
-        answer: dict[str, Any] = json.loads(found.group() if found else "")
-    except (subprocess.TimeoutExpired, json.JSONDecodeError):
-        answer = {"error-message": tail(log)}
+    with (
+        contextlib.suppress(subprocess.TimeoutExpired),
+        _started(link.home, link.environment, "flwr.log", command) as process,
+    ):
+        process.wait(COMMAND_TIMEOUT_SECONDS)
+    text = tail(link.home / "flwr.log", lines=1000)
+    found = re.search(r"^\{.*^\}", text, re.MULTILINE | re.DOTALL)  # there may be warnings too
+    answer: dict[str, Any] = json.loads(found.group()) if found else {"error-message": text}
     if not answer.get("success"):
         raise EngineError(f"Flower refused `flwr {arguments[0]}`: {answer.get('error-message')}")
     return answer
@@ -269,9 +255,8 @@ def _follow(
 ) -> tuple[str, str]:
     """Wait for the end of a run; return Flower's sub-status and reason.
 
-    A child copies the run's log to `run.log` and ends when the run has finished: asking `flwr
-    list` at every poll would cost a second of CPU each time. Then `flwr list` is asked for the
-    truth; if the stream had merely broken, it is begun again.
+    A child copies the run's log and ends with the run; `flwr list`, which takes a second of CPU,
+    is asked only then. If the stream had merely broken, it is begun again.
     """
     command = ("flwr", "log", str(run_id), CONNECTION)
     while True:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
+from grandrounds.adapter import Shapes
+
 MIB = 2**20
 
 NPY_HEADER_BYTES = 128
@@ -79,7 +81,7 @@ class Ledger:
         return cls({kind: Traffic(**t) for kind, t in data["totals"].items()})
 
 
-def message_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
+def message_bytes(shapes: Shapes) -> int:
     """Return the bytes of one message with these float32 tensors, npy headers included."""
     total = 0
     for shape in shapes.values():

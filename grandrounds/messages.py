@@ -24,24 +24,23 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from numpy.typing import NDArray
 
 from grandrounds import errors
+from grandrounds.adapter import Adapter, Shapes
 from grandrounds.errors import GrandRoundsError, ReplyError
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
 
-Adapter = dict[str, NDArray[np.float32]]
 Metrics = dict[str, float | int]
 
 
-def to_arrays(adapter: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+def to_arrays(adapter: Adapter) -> ArrayRecord:
     """Return float32 tensors as an ArrayRecord: npy buffers under their names."""
     return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in adapter.items()})
 
 
-def from_arrays(record: ArrayRecord, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+def from_arrays(record: ArrayRecord, shapes: Shapes) -> Adapter:
     """Return the tensors of a record that came from elsewhere.
 
     Nothing is allocated from what the record claims: names, lengths and headers are compared with
@@ -107,7 +106,7 @@ def content(
         records[CONFIG] = ConfigRecord(dict(config))
     if metrics is not None:
         records[METRICS] = MetricRecord(dict(metrics))
-    return RecordDict(records)  # type: ignore[arg-type]
+    return RecordDict(records)
 
 
 def failure(error: GrandRoundsError) -> RecordDict:
@@ -124,10 +123,11 @@ def raise_failure(reply: Message) -> None:
         `ReplyError` where Flower reports a crash or a lost site.
     """
     if reply.has_error():
-        reason = (reply.error.reason or "no reason given").strip().splitlines()[-1]
+        lines = (reply.error.reason or "no reason given").strip().splitlines()
+        reason = lines[-1].rpartition("Message: ")[2].removesuffix("'>")
         raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {reason}")
-    config = reply.content.config_records.get(CONFIG, {})
-    if "error" in config:
+    config = reply.content.config_records.get(CONFIG)
+    if config is not None and "error" in config:
         kind = getattr(errors, str(config.get("error-type")), ReplyError)
         is_ours = isinstance(kind, type) and issubclass(kind, GrandRoundsError)
         raise (kind if is_ours else ReplyError)(str(config["error"]))

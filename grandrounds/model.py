@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from grandrounds.adapter import Adapter, Shapes
 from grandrounds.errors import ModelError, nearest
 from grandrounds.formulary import BASE_NAME, base_path
-
-Adapter = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -309,7 +307,7 @@ def _peft_choice(model_type: str, linear: Sequence[str]) -> str:
     return ",".join(CHOICE[model_type])
 
 
-def adapter_layout(name: str, spec: LoraSpec) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
     """Return the adapter's tensor shapes by name, and its target modules, without any weights.
 
     The model is built on the meta device from its configuration alone, so a server can do it for a
@@ -337,9 +335,7 @@ def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def initial_adapter(
-    shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator
-) -> Adapter:
+def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
     """Return a fresh adapter: A uniform in ±1/sqrt(fan-in), B zero, so that it changes nothing.
 
     PEFT's own initialisation (Kaiming uniform with a = sqrt(5); Hu et al., LoRA (2021), section
@@ -356,14 +352,14 @@ def initial_adapter(
 
 
 @torch.no_grad()
-def set_adapter(resident: Resident, adapter: Mapping[str, NDArray[np.float32]]) -> None:
+def set_adapter(resident: Resident, adapter: Adapter) -> None:
     """Copy an adapter into the resident model."""
     for name, parameter in resident.parameters.items():
         parameter.copy_(torch.tensor(adapter[name]))
 
 
 @torch.no_grad()
-def adapter_change(resident: Resident, received: Mapping[str, NDArray[np.float32]]) -> Adapter:
+def adapter_change(resident: Resident, received: Adapter) -> Adapter:
     """Return the resident adapter minus the one received, float32."""
     return {
         name: parameter.detach().float().cpu().numpy() - received[name]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
+from grandrounds.adapter import Shapes
 from grandrounds.ledger import MIB, message_bytes
 
 
@@ -49,7 +49,7 @@ class Plan:
 
 
 def plan_run(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     *,
     rounds: int,
     cohort: int,
@@ -70,7 +70,7 @@ def plan_run(
     """
     return Plan(
         adapter_parameters=sum(math.prod(shape) for shape in shapes.values()),
-        message_bytes=message_bytes(dict(shapes)),
+        message_bytes=message_bytes(shapes),
         train_messages=2 * rounds * cohort,
         evaluate_messages=(rounds + 1) * evaluation_cohort,
         formulary_messages=int(formulary),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -108,6 +109,17 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
                 'numbers and true/false only. Write a list as one text: "q_proj,v_proj".'
             )
     return flat
+
+
+def to_toml(flat: Mapping[str, Scalar]) -> str:
+    """Return a flat configuration as TOML with quoted keys; Flower and `load_recipe` read it."""
+
+    def literal(value: Scalar) -> str:
+        if isinstance(value, str):  # JSON's texts are TOML's, but for DEL
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return str(value).lower() if isinstance(value, bool) else repr(value)
+
+    return "".join(f"{literal(key)} = {literal(value)}\n" for key, value in flat.items())
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:

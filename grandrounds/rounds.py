@@ -18,19 +18,17 @@ from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from grandrounds import messages
+from grandrounds.adapter import Adapter
 from grandrounds.aggregation.product_error import ProductError, measured_modules
 from grandrounds.aggregation.weighted_mean import WeightedMean
 from grandrounds.errors import EngineError, GrandRoundsError, ReplyError, RoundError
 from grandrounds.ledger import Ledger
-from grandrounds.messages import Adapter
 
 POLL_SECONDS = 0.05
 """Between two looks for replies; Flower's engines move messages every 0.1 s."""
 
 CONNECT_SECONDS = 60.0
 """How long the server waits for all sites before the roll call."""
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -134,17 +132,19 @@ def exchange(
 ) -> Iterator[tuple[int, Message]]:
     """Send one message per node and yield (node id, reply) as replies arrive.
 
-    Ends when all have answered, or after `timeout_seconds` with those who have.
+    Replies are fetched one by one, so that one that waits its turn takes no memory here. Ends when
+    all have answered, or after `timeout_seconds` with those who have.
     """
     nodes = list(outgoing)
     message_ids = list(grid.push_messages(outgoing.values()))
     pending = dict(zip(message_ids, nodes, strict=True))
     deadline = time.monotonic() + timeout_seconds
     while pending:
-        replies = list(grid.pull_messages(list(pending)))
-        for reply in replies:
-            yield pending.pop(reply.metadata.reply_to_message_id), reply
-        if not replies:
+        waiting = len(pending)
+        for message_id in list(pending):
+            for reply in grid.pull_messages([message_id]):
+                yield pending.pop(message_id), reply
+        if len(pending) == waiting:
             if time.monotonic() > deadline:
                 return
             time.sleep(POLL_SECONDS)

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.config import Config, Scalar
+from grandrounds.adapter import Adapter
+from grandrounds.config import Config
 from grandrounds.errors import RunDirectoryError
-
-Adapter = Mapping[str, NDArray[np.float32]]
+from grandrounds.recipes import to_toml
 
 _PARTIAL = ".partial"
 
@@ -163,18 +163,6 @@ class RunDirectory:
                 shutil.rmtree(target)
             partial.rename(target)
         return target
-
-
-def to_toml(flat: Mapping[str, Scalar]) -> str:
-    """Return a flat configuration as TOML that `--config` reads back."""
-    lines = [f"{json.dumps(key)} = {_toml_value(value)}" for key, value in flat.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Scalar) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 @contextmanager

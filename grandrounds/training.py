@@ -157,7 +157,8 @@ def add_proximal_gradient(
     if not mu:
         return
     distance = torch._foreach_sub(list(parameters), list(received))
-    torch._foreach_add_([p.grad for p in parameters], distance, alpha=mu)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_add_(gradients, distance, alpha=mu)
 
 
 @torch.no_grad()
@@ -181,9 +182,9 @@ def make_optimizer(
     ModelError
         If an 8-bit optimizer is asked for and bitsandbytes does not load.
     """
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw_torch":
-        return torch.optim.AdamW(parameters, fused=True, **options)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
@@ -193,7 +194,7 @@ def make_optimizer(
         ) from error
     paged = settings.optimizer == "paged_adamw_8bit"
     kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(parameters, **options)
+    optimizer: torch.optim.Optimizer = kind(parameters, lr=rate, weight_decay=decay)
     return optimizer
 
 

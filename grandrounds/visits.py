@@ -13,10 +13,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import grandrounds
 from grandrounds import messages, sampling, training
+from grandrounds.adapter import Adapter
 from grandrounds.config import Config
 from grandrounds.errors import DataError
 from grandrounds.model import (
-    Adapter,
     BaseSpec,
     LoraSpec,
     Resident,

@@ -24,8 +24,8 @@ from grandrounds.flower_runtime import (
     run_simulation,
     superlink,
     tail,
-    to_toml,
 )
+from grandrounds.recipes import to_toml
 
 PYPROJECT = """
 [project]

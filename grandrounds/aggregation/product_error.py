@@ -8,12 +8,12 @@ sum_i p_i B_i A_i (Sun et al., FFA-LoRA, ICLR 2024, equation 3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-Arrays = Mapping[str, NDArray[np.float32]]
+from grandrounds.adapter import Adapter
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -32,19 +32,21 @@ def measured_modules(names: Sequence[str], cohort: int, most: int = 8) -> list[s
 class ProductError:
     """Keeps the factors of a few modules as replies arrive; no full-size matrix is ever formed."""
 
-    def __init__(self, adapter: Arrays, modules: Sequence[str]) -> None:
+    def __init__(self, adapter: Adapter, modules: Sequence[str]) -> None:
         self._start = {
-            m: (adapter[m + A].astype(float), adapter[m + B].astype(float)) for m in modules
+            m: (adapter[m + A].astype(np.float64), adapter[m + B].astype(np.float64))
+            for m in modules
         }
         self._factors: dict[str, list[tuple[float, NDArray[np.float64], NDArray[np.float64]]]] = {
             m: [] for m in modules
         }
 
-    def add(self, change: Arrays, weight: int) -> None:
+    def add(self, change: Adapter, weight: int) -> None:
         """Add one site's change, as the aggregation rule gets it."""
         for module, (a, b) in self._start.items():
-            factors = (float(weight), a + change[module + A], b + change[module + B])
-            self._factors[module].append(factors)
+            site_a = a + change[module + A].astype(np.float64)
+            site_b = b + change[module + B].astype(np.float64)
+            self._factors[module].append((float(weight), site_a, site_b))
 
     def result(self) -> float:
         """Return the relative error over the measured modules together; 0 where nothing changed."""

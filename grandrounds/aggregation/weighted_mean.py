@@ -9,12 +9,9 @@ mean(B A). Of the changes themselves the mean is exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 
-Arrays = Mapping[str, NDArray[np.float32]]
+from grandrounds.adapter import Adapter, Shapes
 
 
 class WeightedMean:
@@ -26,7 +23,7 @@ class WeightedMean:
     Memory is four adapters of float32, however many replies come.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         self._high = {name: np.zeros(shape) for name, shape in shapes.items()}
         self._low = {name: np.zeros(shape) for name, shape in shapes.items()}
         self.total_weight = 0
@@ -34,7 +31,7 @@ class WeightedMean:
         self.count = 0
         """Replies added so far."""
 
-    def add(self, change: Arrays, weight: int) -> None:
+    def add(self, change: Adapter, weight: int) -> None:
         """Add one site's change.
 
         Parameters
@@ -61,7 +58,7 @@ class WeightedMean:
         self.total_weight += weight
         self.count += 1
 
-    def result(self, adapter: Arrays) -> dict[str, NDArray[np.float32]]:
+    def result(self, adapter: Adapter) -> Adapter:
         """Return the adapter plus the weighted mean of the changes.
 
         Raises

@@ -1,0 +1,136 @@
+"""Flower's simulation of a run, watched through its run directory."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grandrounds
+from grandrounds.config import Config, Scalar
+from grandrounds.errors import EngineError
+from grandrounds.federation import Listener, default_run_directory
+from grandrounds.flower_runtime import run_simulation
+from grandrounds.formulary import BASE_NAME
+from grandrounds.recipes import defaults, to_toml
+from grandrounds.run_directory import RunDirectory
+
+APP = """[project]
+name = "grandrounds"
+version = "{version}"
+description = "Grand Rounds, as installed"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "grandrounds"
+
+[tool.flwr.app.components]
+serverapp = "grandrounds.server_app:app"
+clientapp = "grandrounds.client_app:app"
+
+[tool.flwr.app.config]
+{config}"""
+"""An app without code of its own: Flower's processes import the installed package."""
+
+
+class Watcher:
+    """Tells a listener what appears in a run directory that another process writes."""
+
+    def __init__(self, path: Path, listener: Listener) -> None:
+        self._directory = RunDirectory(path)
+        self._listener = listener
+        saved = self._directory.load_state()
+        self._last_round = saved[1]["round"] if saved else -1
+        self._resumed_after = self._last_round if saved else None
+        self._told = {name: self._modified(name) for name in ("plan.json", "sites.json")}
+
+    def look(self) -> None:
+        """Tell what is new since the last look."""
+        plan = self._new("plan.json")
+        if plan is not None:
+            place = {"directory": str(self._directory.path), "resumed-after": self._resumed_after}
+            self._listener("plan", {**plan, **place})
+        sites = self._new("sites.json")
+        if sites is not None:
+            self._listener("roll-call", {"sites": sites})
+        for record in self._directory.read_metrics():
+            if record["round"] > self._last_round:
+                self._last_round = record["round"]
+                self._listener("round", record)
+
+    def _modified(self, name: str) -> int:
+        file = self._directory.path / name
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    def _new(self, name: str) -> Any:
+        modified = self._modified(name)
+        if modified == self._told[name]:
+            return None
+        self._told[name] = modified
+        return self._directory.read_json(name)
+
+
+def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float) -> None:
+    """Run a configuration in Flower's simulation, on a SuperLink of its own.
+
+    Raises
+    ------
+    EngineError
+        If the run did not complete. Flower's logs are kept then, and named.
+    """
+    flat = with_absolute_paths(config)
+    run_directory = Path(str(flat["resume-from"] or flat["run-directory"]))
+    home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
+    app = home / "app"
+    app.mkdir()
+    app_config = to_toml(defaults())
+    (app / "pyproject.toml").write_text(
+        APP.format(version=grandrounds.__version__, config=app_config)
+    )
+    watcher = Watcher(run_directory, listener)
+    with listener:
+        try:
+            outcome = run_simulation(
+                app,
+                flat,
+                num_supernodes=config.data.num_partitions,
+                client_cpus=client_cpus,
+                client_gpus=client_gpus,
+                home=home / "runtime",
+                on_poll=watcher.look,
+            )
+        except KeyboardInterrupt:
+            mark_stopped(RunDirectory(run_directory))
+            raise
+        summary = RunDirectory(run_directory).read_json("summary.json") or {}
+        if outcome.status != "completed" or summary.get("status") != "completed":
+            reason = outcome.details.splitlines()[0] if outcome.details else "no reason given"
+            raise EngineError(
+                f"The simulation ended as {outcome.status}: "
+                f"{summary.get('reason') or reason.partition('exception: ')[2] or reason} "
+                f"(Flower's logs: {home / 'runtime'})"
+            )
+        listener("finished", {**summary, "directory": str(run_directory)})
+    shutil.rmtree(home)
+
+
+def mark_stopped(directory: RunDirectory) -> None:
+    """Write down that a run whose server was ended from outside was stopped."""
+    if metrics := directory.read_metrics():
+        rounds = metrics[-1]["round"]
+        summary = {"status": "stopped", "reason": "interrupted", "rounds": rounds}
+        directory.write_json("summary.json", summary)
+
+
+def with_absolute_paths(config: Config) -> Mapping[str, Scalar]:
+    """Return the flat configuration for processes that run in another folder."""
+    flat = config.flat()
+    for key in ("static.dataset.name", "model.name"):
+        path = Path(str(flat[key])).expanduser()
+        if flat[key] != BASE_NAME and path.exists():
+            flat[key] = str(path.absolute())
+    run_directory = Path(config.federation.run_directory or default_run_directory(config))
+    return {**flat, "run-directory": str(run_directory.expanduser().absolute())}
