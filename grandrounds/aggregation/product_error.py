@@ -33,41 +33,65 @@ class ProductError:
     """Keeps the factors of a few modules as replies arrive; no full-size matrix is ever formed."""
 
     def __init__(self, adapter: Adapter, modules: Sequence[str]) -> None:
-        self._start = {
-            m: (adapter[m + A].astype(np.float64), adapter[m + B].astype(np.float64))
-            for m in modules
-        }
-        self._factors: dict[str, list[tuple[float, NDArray[np.float64], NDArray[np.float64]]]] = {
+        self._start = {m: (adapter[m + A], adapter[m + B]) for m in modules}
+        self._changes: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = {
             m: [] for m in modules
         }
+        self._weights: list[int] = []
 
     def add(self, change: Adapter, weight: int) -> None:
         """Add one site's change, as the aggregation rule gets it."""
-        for module, (a, b) in self._start.items():
-            site_a = a + change[module + A].astype(np.float64)
-            site_b = b + change[module + B].astype(np.float64)
-            self._factors[module].append((float(weight), site_a, site_b))
+        self._weights.append(weight)
+        for module, changes in self._changes.items():
+            changes.append((change[module + A], change[module + B]))
 
     def result(self) -> float:
         """Return the relative error over the measured modules together; 0 where nothing changed."""
+        shares = np.array(self._weights) / sum(self._weights)
+        # one more term, -B_mean A_mean, makes the difference out of the sum
+        with_mean = np.append(shares, -1.0)
         error = norm = 0.0
-        for factors in self._factors.values():
-            total = sum(weight for weight, _, _ in factors)
-            shares = [weight / total for weight, _, _ in factors]
-            mean_a = sum(p * a for p, (_, a, _) in zip(shares, factors, strict=True))
-            mean_b = sum(p * b for p, (_, _, b) in zip(shares, factors, strict=True))
-            lefts = [p * b for p, (_, _, b) in zip(shares, factors, strict=True)]
-            rights = [a for _, a, _ in factors]
-            norm += product_norm_squared(np.hstack(lefts), np.vstack(rights))
-            error += product_norm_squared(
-                np.hstack([*lefts, -np.asarray(mean_b)]), np.vstack([*rights, np.asarray(mean_a)])
-            )
+        for module, changes in self._changes.items():
+            start_a, start_b = self._start[module]
+            gram_b = factor_gram(start_b, [b for _, b in changes], shares)
+            gram_a = factor_gram(start_a.T, [a.T for a, _ in changes], shares)
+            products = np.einsum("isjt,isjt->ij", gram_b, gram_a)  # <B_i A_i, B_j A_j>
+            norm += float(shares @ products[:-1, :-1] @ shares)
+            error += float(with_mean @ products @ with_mean)
         return float(np.sqrt(max(error, 0.0) / norm)) if norm > 0 else 0.0
 
 
-def product_norm_squared(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
-    """Return ||left @ right||_F^2 from the two small Gram matrices: trace(L^T L R R^T).
+def factor_gram(
+    start: NDArray[np.float32],
+    changes: Sequence[NDArray[np.float32]],
+    shares: NDArray[np.float64],
+    block: int = 256,
+) -> NDArray[np.float64]:
+    """Return the inner products of all columns of all sites' factors, and of their mean.
 
-    left is (out, k) and right (k, in) with k = sites times rank.
+    Parameters
+    ----------
+    start : array of (features, rank)
+        The factor that every site received.
+    changes : one array of (features, rank) per site
+        What each site changed.
+    shares : array of (sites,)
+        The sites' weights, which sum to 1.
+    block : int
+        Features taken at a time, so that little is held in float64.
+
+    Returns
+    -------
+    array of (sites + 1, rank, sites + 1, rank)
+        The mean stands last.
     """
-    return float(np.sum((left.T @ left) * (right @ right.T)))
+    features, rank = start.shape
+    width = (len(changes) + 1) * rank
+    gram = np.zeros((width, width))
+    for i in range(0, features, block):
+        rows = slice(i, i + block)
+        sites = np.stack([c[rows] for c in changes], axis=1) + start[rows, None].astype(np.float64)
+        mean = np.einsum("fsr,s->fr", sites, shares)
+        columns = np.concatenate([sites, mean[:, None]], axis=1).reshape(-1, width)
+        gram += columns.T @ columns
+    return gram.reshape(len(changes) + 1, rank, len(changes) + 1, rank)
