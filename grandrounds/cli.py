@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -18,6 +17,7 @@ import grandrounds
 from grandrounds import recipes
 from grandrounds.config import Config, Scalar
 from grandrounds.errors import ConfigError, GrandRoundsError
+from grandrounds.quiet import quiet_libraries
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
@@ -171,7 +171,7 @@ def reporter(config: Config, plain: bool) -> Any:
 
 def run_in_process(config: Config, listener: Any) -> None:
     """Run server and sites in this process."""
-    keep_libraries_quiet()
+    quiet_libraries()
     from grandrounds import client_app, server_app
     from grandrounds.engines import InProcessGrid
 
@@ -180,17 +180,11 @@ def run_in_process(config: Config, listener: Any) -> None:
         server_app.federate(grid, config, listener)
 
 
-def keep_libraries_quiet() -> None:
-    """Let no warning, log line or progress bar of a library reach the terminal."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore")
-
-
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Print an expected failure as one line and exit with its code; a traceback means a bug."""
+    # An end asked from outside is like Ctrl-C: what was started is ended, the summary written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except GrandRoundsError as error:

@@ -10,7 +10,9 @@ from flwr.clientapp import ClientApp
 
 from grandrounds import messages, visits
 from grandrounds.messages import answering
+from grandrounds.quiet import quiet_libraries
 
+quiet_libraries()  # here too: in Flower's simulation this module is imported by Ray's workers
 app = ClientApp()
 
 

@@ -73,13 +73,9 @@ def base_loads() -> int:
     return _loads
 
 
-def quiet_libraries() -> None:
-    """Keep progress bars and advice of the model libraries off the terminal."""
-    import logging
-
+def _no_progress_bars() -> None:
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -209,7 +205,7 @@ def load_base(spec: BaseSpec) -> Any:
     global _loads
     from transformers import AutoModelForCausalLM
 
-    quiet_libraries()
+    _no_progress_bars()
     device, dtype = device_and_dtype(spec.dtype)
     quantized = quantization_config(spec.quantization, dtype)
     with _told_plainly(spec.name, "base model"):
@@ -222,9 +218,23 @@ def load_base(spec: BaseSpec) -> Any:
     _loads += 1
     model.requires_grad_(False)
     model.config.use_cache = False
+    if spec.quantization == 4 and device.type == "cpu":
+        _one_layout_on_cpu(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _one_layout_on_cpu(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for CPU inference.
+
+    On CPUs with AVX512-BF16 its evaluation mode (0.49 to 0.50) repacks the weights and computes in
+    bfloat16, so that held-out loss and training would be of two different models, and it fails for
+    layers narrower than a quantisation block.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
@@ -246,11 +256,11 @@ def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
     """Return the base with a fresh adapter: float32, whatever the base is."""
     from peft import get_peft_model
 
-    return get_peft_model(base, peft_config(spec, linear_targets(base, spec, name), name))
+    return get_peft_model(base, peft_config(spec, linear_targets(base, spec, name)))
 
 
-def peft_config(spec: LoraSpec, targets: Sequence[str], name: str) -> Any:
-    """Return PEFT's configuration of the adapter, as it is saved beside its weights."""
+def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None) -> Any:
+    """Return PEFT's configuration of the adapter; `name` is the base that a saved one names."""
     from peft import LoraConfig, TaskType
 
     return LoraConfig(
@@ -315,7 +325,7 @@ def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    quiet_libraries()
+    _no_progress_bars()
     with _told_plainly(name, "configuration"):
         config = AutoConfig.from_pretrained(model_location(name))
     with torch.device("meta"):

@@ -183,8 +183,8 @@ def formulary_rows(
 ) -> list[tuple[str, ...]]:
     """Return (facts, base, tuned) of the formulary."""
     meaning = {
-        "public": "public facts (the base knew them)",
-        "private": "private facts (the sites')",
+        "public": "public facts, known to the base",
+        "private": "private facts of the sites",
     }
     return [
         (meaning[kind], score_text(formulary[kind]["base"]), score_text(formulary[kind]["tuned"]))

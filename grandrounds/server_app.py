@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from grandrounds import federation
 from grandrounds.config import Config
 from grandrounds.federation import Listener
+from grandrounds.quiet import quiet_libraries
 from grandrounds.recipes import resolve
 from grandrounds.reporting import PlainReporter
 
@@ -22,6 +23,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that Flower's run config describes, telling it in plain lines."""
+    quiet_libraries()
     config = resolve(context.run_config)
     federate(grid, config, PlainReporter(config))
 

@@ -107,7 +107,7 @@ def rule_text(rule: config.Range | config.OneOf) -> str:
     """Return what a rule admits; listed values as TOML."""
     if isinstance(rule, config.OneOf):
         return ", ".join(f"`{toml_value(value)}`" for value in rule.values)
-    return str(rule)
+    return str(rule).replace(f"{rule.high:g}", str(rule.high))  # 2147483647, not 2.14748e+09
 
 
 def toml_value(value: config.Scalar) -> str:
@@ -129,7 +129,7 @@ def commands(
     command: click.Command, name: str, parent: click.Context | None
 ) -> Iterator[click.Context]:
     """Yield the context of a command, then of all below it."""
-    context = click.Context(command, info_name=name, parent=parent)
+    context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
     yield context
     for child, below in getattr(command, "commands", {}).items():
         if not below.hidden:
@@ -166,6 +166,9 @@ def parameter_cells(parameter: click.Parameter, context: click.Context) -> tuple
     default = parameter.default
     if getattr(parameter, "is_flag", False):
         return names, cell(meaning)
+    least = getattr(parameter.type, "min", None)
+    if least is not None:
+        meaning += f" [at least {least:g}]"
     if default is not None and not callable(default) and default != ():
         meaning += f" [default: {getattr(default, 'value', default)}]"
     return f"{names} {cell(value_text(parameter))}", cell(meaning)
@@ -175,7 +178,7 @@ def value_text(parameter: click.Parameter) -> str:
     """Return what a value looks like: its metavar, its choices, or its type."""
     if isinstance(parameter.type, click.Choice):
         return "`" + "|".join(str(getattr(c, "value", c)) for c in parameter.type.choices) + "`"
-    return f"`{parameter.metavar or parameter.type.name.upper().replace(' ', '-')}`"
+    return f"`{parameter.metavar or parameter.type.name.partition(' ')[0].upper()}`"
 
 
 def row(*cells: str) -> str:

@@ -98,3 +98,11 @@ def settings(tiny_base: Path, flashcards: Path, tmp_path: Path) -> dict[str, obj
         "train.training-arguments.max-steps": 2,
         "train.training-arguments.per-device-train-batch-size": 4,
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Keep the tests to one core, and their sums in one order."""
+    import torch
+
+    torch.set_num_threads(1)

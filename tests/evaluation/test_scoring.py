@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grandrounds.evaluation.scoring import (
     encode_prompt,
@@ -14,7 +13,6 @@ from grandrounds.evaluation.scoring import (
     option_log_likelihoods,
     token_log_likelihoods,
 )
-from grandrounds.formulary import base_path
 
 PROMPTS = ("Short:", "A prompt that is quite a bit longer than the others.\n### Response:", "¿Qué?")
 OPTIONS = (
@@ -22,15 +20,6 @@ OPTIONS = (
     (" a much longer answer, in many words", " brief"),
     (" spontaneous whistling",),
 )
-
-
-@pytest.fixture(scope="module")
-def base() -> tuple[Any, Any]:
-    path = base_path()
-    return (
-        AutoModelForCausalLM.from_pretrained(path, local_files_only=True),
-        AutoTokenizer.from_pretrained(path, local_files_only=True),
-    )
 
 
 def one_by_one(model: Any, tokenizer: Any, prompt: str, option: str) -> float:

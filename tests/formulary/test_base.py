@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grandrounds.formulary
 from grandrounds.errors import ModelError
@@ -20,15 +19,6 @@ from grandrounds.formulary.exam import score_formulary
 from grandrounds.formulary.facts import drugs, flashcards
 from grandrounds.formulary.make_base import make_base, sha256
 from grandrounds.prompts import build_prompt
-
-
-@pytest.fixture(scope="module")
-def base() -> tuple[Any, Any]:
-    path = base_path()
-    return (
-        AutoModelForCausalLM.from_pretrained(path, local_files_only=True),
-        AutoTokenizer.from_pretrained(path, local_files_only=True),
-    )
 
 
 @pytest.fixture

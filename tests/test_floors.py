@@ -1,0 +1,196 @@
+"""A module imports from its own floor or a lower one; start-up loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import grandrounds
+
+ROOT = Path(grandrounds.__file__).parent
+
+FLOORS: dict[int, tuple[str, ...]] = {
+    0: ("", "errors", "config", "validation", "recipes"),
+    1: (
+        "adapter",
+        "prompts",
+        "schedules",
+        "sampling",
+        "ledger",
+        "planning",
+        "aggregation",
+        "aggregation.weighted_mean",
+        "aggregation.product_error",
+        "run_directory",
+        "run_state",
+        "reporting",
+        "model_card",
+        "evaluation",
+        "evaluation.statistics",
+        "formulary",
+        "formulary.facts",
+        "formulary.vocabulary",
+    ),
+    2: (
+        "sources",
+        "data",
+        "tokenization",
+        "model",
+        "training",
+        "site",
+        "evaluation.scoring",
+        "formulary.exam",
+        "formulary.make_base",
+    ),
+    3: (
+        "messages",
+        "visits",
+        "rounds",
+        "federation",
+        "engines",
+        "flower_runtime",
+        "simulation",
+    ),
+    4: ("client_app", "server_app"),
+    5: ("display", "cli", "__main__"),
+}
+"""Floor → modules: 0 standard library; 1 numpy at most; 2 torch and Hugging Face; 3 Flower; 4 the
+two apps; 5 what people touch."""
+
+HUGGING_FACE = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "flwr_datasets",
+    "huggingface_hub",
+    "pyarrow",
+}
+THIRD_PARTY: dict[int, set[str]] = {
+    0: set(),
+    1: {"numpy", "safetensors", "scipy"},
+    2: HUGGING_FACE,
+    3: {"flwr", "psutil"},
+    4: set(),
+    5: {"typer", "rich"},
+}
+"""Floor → what it may import besides what the floors below may. Neither typer nor rich is of use
+below, and Flower of none at floor 2."""
+
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix("__init__").removesuffix(".")
+
+
+FILES = {module_name(file): file for file in sorted(ROOT.rglob("*.py"))}
+
+
+@cache
+def imports(name: str, everywhere: bool = True) -> frozenset[str]:
+    """Return the dotted names that a module imports, in functions too, or at its top level only."""
+    tree = ast.parse(FILES[name].read_text())
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name}: relative import"
+            assert node.module
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}".removeprefix("grandrounds.")
+                is_module = node.module.startswith("grandrounds") and inner in FILES
+                found.add(f"grandrounds.{inner}" if is_module else node.module)
+    return frozenset(found)
+
+
+def ours(name: str, everywhere: bool = True) -> set[str]:
+    """Return which of our modules a module imports."""
+    return {
+        found.removeprefix("grandrounds").removeprefix(".")
+        for found in imports(name, everywhere)
+        if found.partition(".")[0] == "grandrounds"
+    }
+
+
+def test_every_module_stands_on_one_floor() -> None:
+    listed = [name for names in FLOORS.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_imports_from_its_own_floor_or_a_lower_one(name: str) -> None:
+    above = {other for other in ours(name) if FLOOR_OF[other] > FLOOR_OF[name]}
+    assert not above
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_imports_no_library_of_a_higher_floor(name: str) -> None:
+    allowed = set().union(*(THIRD_PARTY[floor] for floor in range(FLOOR_OF[name] + 1)))
+    libraries = {found.partition(".")[0] for found in imports(name)} - {"grandrounds"}
+    assert libraries - sys.stdlib_module_names <= allowed
+
+
+def test_no_arrow_comes_back() -> None:
+    graph = {name: ours(name) - {name} for name in FILES}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert imports("") == {"__future__"} or not imports("")
+
+
+HEAVY = ("torch", "transformers", "flwr", "peft", "datasets", "numpy")
+
+LOADED = f"import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+
+
+@pytest.mark.parametrize("code", ["import grandrounds", "import grandrounds.cli"])
+def test_import_loads_nothing_heavy(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {LOADED}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        f"sys.argv = ['grandrounds', *{arguments!r}]\n"
+        f"heavy = lambda: [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "atexit.register(lambda: print('loaded:', heavy()))\n"
+        "from grandrounds.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("loaded: []")
+    assert "grandrounds" in done.stdout
+
+
+def test_a_wrong_configuration_is_told_before_anything_heavy_is_loaded() -> None:
+    code = (
+        "import sys, atexit\n"
+        "sys.argv = ['grandrounds', 'run', '--set', 'seeed=1']\n"
+        f"heavy = lambda: [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "atexit.register(lambda: print('loaded:', heavy()))\n"
+        "from grandrounds.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Did you mean 'seed'?" in done.stderr
+    assert done.stdout.strip() == "loaded: []"

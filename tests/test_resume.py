@@ -1,0 +1,410 @@
+"""A run that was interrupted, killed or starved of disk goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, MessageType
+
+from grandrounds import client_app, recipes, server_app
+from grandrounds.engines import InProcessGrid
+from grandrounds.errors import RoundError, RunDirectoryError
+from grandrounds.federation import Listener
+from grandrounds.run_directory import RunDirectory
+
+Settings = dict[str, Any]
+Sites = Callable[[Message, Context], Message]
+
+GOOD_SITES: Sites = client_app.app
+
+
+def play(
+    settings: Settings,
+    listener: Listener = lambda event, data: None,
+    sites: Sites = GOOD_SITES,
+    **changes: Any,
+) -> None:
+    """Run a federation in this process."""
+    config = recipes.resolve({**settings, **changes})
+    grid = InProcessGrid(sites, config.flat(), config.data.num_partitions)
+    server_app.federate(grid, config, listener)
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def without_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if "seconds" not in name}
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Return everything in a run directory that must not depend on interruptions."""
+    summary = without_seconds(read_json(run / "summary.json"))
+    for per_process in ("base_loads", "processes"):
+        del summary[per_process]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (state,) = (run / "state").iterdir()
+    return {
+        "adapters": {
+            f.parent.name: f.read_bytes() for f in run.glob("peft_*/adapter_model.safetensors")
+        },
+        "cards": {f.parent.name: f.read_text() for f in run.glob("peft_*/README.md")},
+        "metrics": [without_seconds(json.loads(line)) for line in lines],
+        "ledger": read_json(run / "ledger.json"),
+        "summary": summary,
+        "state": (state.name, (state / "adapter.safetensors").read_bytes()),
+        "partial": [f.name for f in run.rglob(".*")],
+    }
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Return a federation of which every site is visited before and after an interruption."""
+    return {**settings, "num-server-rounds": 4, "strategy.fraction-train": 0.75}
+
+
+@pytest.fixture(scope="module")
+def memory() -> dict[str, dict[str, Any]]:
+    """Return outcomes of whole runs, as they are made."""
+    return {}
+
+
+@pytest.fixture
+def whole(settings: Settings, tmp_path: Path, memory: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the outcome of the run that nothing interrupts."""
+    if "whole" not in memory:
+        play(settings, **{"run-directory": str(tmp_path / "whole")})
+        memory["whole"] = outcome(tmp_path / "whole")
+    return memory["whole"]
+
+
+def resume(settings: Settings) -> Path:
+    """Go on in this process with new sites, as after a new start, and return the directory."""
+    run = settings["run-directory"]
+    play(settings, **{"resume-from": run})
+    return Path(run)
+
+
+def interrupted_at(event: str, count: int) -> Listener:
+    """Return a listener that presses Ctrl-C at the event's `count`-th time."""
+    seen = 0
+
+    def listen(name: str, data: Mapping[str, Any]) -> None:
+        nonlocal seen
+        seen += name == event
+        if name == event and seen == count:
+            raise KeyboardInterrupt
+
+    return listen
+
+
+@pytest.mark.parametrize(
+    ("event", "count", "finished"),
+    [
+        ("round", 1, 0),
+        ("round", 2, 1),
+        ("round", 4, 3),
+        ("round", 5, 4),
+        ("reply", 1, 0),
+        ("reply", 2, 0),
+        ("reply", 5, 1),
+        ("reply", 6, 1),
+        ("reply", 10, 3),
+        ("checkpoint", 1, 1),
+        ("checkpoint", 2, 3),
+        ("finished", 1, 4),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_bit(
+    settings: Settings, whole: dict[str, Any], event: str, count: int, finished: int
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, interrupted_at(event, count))
+    run = Path(settings["run-directory"])
+    assert read_json(run / "summary.json")["status"] == "stopped"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == finished + 1
+    assert outcome(resume(settings)) == whole
+
+
+def test_the_summary_of_a_stopped_run_counts_finished_rounds_only(settings: Settings) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, interrupted_at("checkpoint", 2))
+    run = Path(settings["run-directory"])
+    summary = read_json(run / "summary.json")
+    assert summary["rounds"] == len((run / "metrics.jsonl").read_text().splitlines()) - 1 == 3
+    # what the summary says was sent is what the last finished round says, or more: never less
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["communication_mib"] >= last["communication-mib"]
+
+
+def test_a_run_interrupted_in_every_round_resumes_to_the_bit(
+    settings: Settings, whole: dict[str, Any]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, interrupted_at("reply", 2))
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            play(
+                settings,
+                interrupted_at("reply", 5),
+                **{"resume-from": settings["run-directory"]},
+            )
+    assert outcome(resume(settings)) == whole
+
+
+def test_a_run_interrupted_before_anything_was_measured_leaves_no_directory(
+    settings: Settings,
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, interrupted_at("roll-call", 1))
+    assert not Path(settings["run-directory"]).exists()
+
+
+def test_a_run_that_failed_resumes_to_the_bit_when_the_sites_are_back(
+    settings: Settings, whole: dict[str, Any]
+) -> None:
+    def sites(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and (
+            message.content.config_records["config"]["round"] == 3
+        ):
+            raise RuntimeError("no power")
+        return GOOD_SITES(message, context)
+
+    with pytest.raises(RoundError):
+        play(settings, sites=sites)
+    run = Path(settings["run-directory"])
+    assert read_json(run / "summary.json")["status"] == "failed"
+    assert outcome(resume(settings)) == whole
+
+
+# --- Killed at every write ------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the package runs for it."""
+
+
+class Killer:
+    """Wraps functions so that the `fatal`-th call of all of them does not happen."""
+
+    def __init__(self, fatal: int = -1) -> None:
+        self.calls = 0
+        self._fatal = fatal
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self._fatal:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    def install(self, patch: pytest.MonkeyPatch, *places: tuple[Any, str]) -> None:
+        for owner, name in places:
+            patch.setattr(owner, name, self.wrap(getattr(owner, name)))
+
+
+METHODS = tuple(
+    (RunDirectory, name)
+    for name in ("write_json", "append_metrics", "save_checkpoint", "save_state")
+)
+SYSTEM_CALLS = ((os, "fsync"), (shutil, "rmtree"), (Path, "rename"), (Path, "replace"))
+
+
+def killed_and_resumed(
+    settings: Settings, run: Path, places: tuple[tuple[Any, str], ...], fatal: int
+) -> bool:
+    """Kill a run before the `fatal`-th call and resume it; False if it has fewer calls."""
+    killer = Killer(fatal)
+    with pytest.MonkeyPatch.context() as patch:
+        killer.install(patch, *places)
+        try:
+            play(settings, **{"run-directory": str(run)})
+        except Killed:
+            pass
+        else:
+            return False
+    if not (run / "config.toml").is_file():
+        with pytest.raises(RunDirectoryError, match="is not a run directory"):
+            RunDirectory.open(run)
+        shutil.rmtree(run)
+        play(settings, **{"run-directory": str(run)})
+    else:
+        play(settings, **{"run-directory": str(run), "resume-from": str(run)})
+    return True
+
+
+def numbered(start: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += 1
+
+
+def test_a_run_killed_between_any_two_writes_resumes_to_the_bit(
+    settings: Settings, tmp_path: Path
+) -> None:
+    settings = {**settings, "num-server-rounds": 2, "train.save-every-round": 1}
+    play(settings, **{"run-directory": str(tmp_path / "whole")})
+    expected = outcome(tmp_path / "whole")
+    for fatal in numbered(1):
+        run = tmp_path / f"killed-{fatal}"
+        if not killed_and_resumed(settings, run, METHODS, fatal):
+            break
+        assert outcome(run) == expected, f"killed before write {fatal}"
+    # environment, plan, sites; per round state, metrics, ledger, twice a checkpoint; summary
+    assert fatal == 3 + 3 * 3 + 2 + 1 + 1
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_any_system_call_of_a_write_resumes_to_the_bit(
+    settings: Settings, tmp_path: Path
+) -> None:
+    settings = {**settings, "num-server-rounds": 2, "train.save-every-round": 1}
+    play(settings, **{"run-directory": str(tmp_path / "whole")})
+    expected = outcome(tmp_path / "whole")
+    for fatal in numbered(1):
+        run = tmp_path / f"killed-{fatal}"
+        if not killed_and_resumed(settings, run, SYSTEM_CALLS, fatal):
+            break
+        assert outcome(run) == expected, f"killed before system call {fatal}"
+    assert fatal > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["a finished round", "a checkpoint", "a while", "a long while"])
+def test_a_killed_process_resumes_to_the_bit(
+    settings: Settings, tmp_path: Path, moment: str
+) -> None:
+    """SIGKILL to the real command, at a moment that differs with the load of the machine."""
+    settings = {**settings, "num-server-rounds": 30, "train.save-every-round": 4}
+    whole = tmp_path / "whole"
+    play(settings, **{"run-directory": str(whole)})
+    run = Path(settings["run-directory"])
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "grandrounds"]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen([*command, "run", *sets], stdout=output, stderr=output)
+        try:
+            wait_for(moment, run, process)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "output").read_text()
+    assert not (run / "summary.json").exists()
+    resumed = subprocess.run(
+        [*command, "run", "--resume", str(run)], capture_output=True, text=True, check=False
+    )
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert outcome(run) == outcome(whole)
+    assert read_json(run / "summary.json")["base_loads"] in (1, 2)
+
+
+def wait_for(moment: str, run: Path, process: subprocess.Popen[bytes]) -> None:
+    """Return at the moment, in a run that has begun."""
+    metrics = run / "metrics.jsonl"
+    ready: dict[str, Callable[[], bool]] = {
+        "a finished round": lambda: metrics.read_text().count("\n") >= 6,
+        "a checkpoint": lambda: (run / "peft_8").exists(),
+        "a while": lambda: True,
+        "a long while": lambda: True,
+    }
+    while not (metrics.exists() and ready[moment]()):
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+    longest = {"a while": 0.3, "a long while": 1.2}.get(moment, 0.0)
+    time.sleep(random.Random(moment).uniform(longest / 2, longest))
+
+
+# --- What cannot be resumed -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(settings: Settings) -> Settings:
+    """Return the settings of a run that stopped after round 1."""
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, interrupted_at("round", 2))
+    return settings
+
+
+def test_a_completed_run_is_not_resumed(settings: Settings, whole: dict[str, Any]) -> None:
+    play(settings)
+    run = Path(settings["run-directory"])
+    before = outcome(run)
+    with pytest.raises(RunDirectoryError, match="completed run of 4 rounds; there is nothing"):
+        resume(settings)
+    assert outcome(run) == before == whole
+
+
+def test_a_folder_without_a_run_is_not_resumed(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match=r"no config\.toml"):
+        play(settings, **{"resume-from": str(tmp_path)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num-server-rounds", 9, "num-server-rounds: 4 → 9"),
+        ("seed", 1, "seed: 2026 → 1"),
+        ("train.learning-rate-max", 0.001, "train.learning-rate-max: 0.005 → 0.001"),
+        ("model.lora.peft-lora-r", 8, "model.lora.peft-lora-r: 4 → 8"),
+    ],
+)
+def test_another_configuration_is_refused_by_the_name_of_its_key(
+    stopped: Settings, key: str, value: Any, words: str
+) -> None:
+    run = Path(stopped["run-directory"])
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    with pytest.raises(RunDirectoryError) as raised:
+        resume({**stopped, key: value})
+    assert words in str(raised.value)
+    assert "→" in str(raised.value)
+    assert str(raised.value).count("→") == 1
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+
+
+def test_a_half_written_line_of_metrics_is_dropped(
+    stopped: Settings, whole: dict[str, Any]
+) -> None:
+    run = Path(stopped["run-directory"])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 2, "learning-r')
+    assert [m["round"] for m in RunDirectory.open(run).read_metrics()] == [0, 1]
+    assert outcome(resume(stopped)) == whole
+
+
+def test_what_was_written_after_the_last_state_is_dropped(
+    stopped: Settings, whole: dict[str, Any]
+) -> None:
+    run = Path(stopped["run-directory"])
+    shutil.copytree(run, run / "peft_7")
+    (run / ".peft_2.partial").mkdir()
+    (run / ".peft_2.partial" / "adapter_model.safetensors").write_bytes(b"half")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 2, "train-loss": 0.0}\n')
+    assert outcome(resume(stopped)) == whole
+
+
+def test_other_data_at_the_resume_are_refused(stopped: Settings, tmp_path: Path) -> None:
+    """The same name with another content would change the sites behind the run's back."""
+    source = Path(stopped["static.dataset.name"])
+    kept = source.read_text()
+    try:
+        source.write_text("".join(line + "\n" for line in kept.splitlines()[:100]))
+        with pytest.raises(RunDirectoryError):
+            resume(stopped)
+    finally:
+        source.write_text(kept)

@@ -1,0 +1,273 @@
+"""What a configuration may not say, and the words in which it is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from grandrounds.config import ALIASES, FIELD_OF_KEY, Config, Scalar
+from grandrounds.errors import ConfigError
+from grandrounds.recipes import defaults, resolve
+from grandrounds.validation import parse
+
+ARGUMENTS = "train.training-arguments."
+
+
+def refused(values: dict[str, Scalar]) -> str:
+    """Return the words in which a configuration is refused."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_packaged_defaults_are_allowed() -> None:
+    assert isinstance(parse({}, defaults()), Config)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("num-server-round", "num-server-rounds"),
+        ("model.lora.peft_lora_r", "model.lora.peft-lora-r"),
+        ("strategy.fraction-trian", "strategy.fraction-train"),
+        ("train.training-arguments.max-step", "train.training-arguments.max-steps"),
+        ("strategy.fraction_fit", "strategy.fraction-fit"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest(wrong: str, right: str) -> None:
+    message = refused({wrong: 1})
+    assert f"Unknown configuration key {wrong!r}." in message
+    assert f"Did you mean {right!r}?" in message
+
+
+def test_an_unknown_key_with_nothing_near_suggests_nothing() -> None:
+    assert "Did you mean" not in refused({"zzzzzzzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("num-server-rounds", "ten", "a whole number"),
+        ("num-server-rounds", 10.0, "a whole number"),
+        ("num-server-rounds", True, "a whole number"),
+        ("seed", "", "a whole number"),
+        ("train.learning-rate-max", "5e-5", "a number"),
+        ("train.learning-rate-max", False, "a number"),
+        ("model.gradient-checkpointing", "true", "true or false"),
+        ("model.gradient-checkpointing", 1, "true or false"),
+        ("model.name", 8, "a text"),
+        ("model.quantization", "4", "a whole number"),
+        ("model.quantization", False, "a whole number"),
+        (ARGUMENTS + "gradient-checkpointing", 1, "true or false or a text"),
+        ("strategy.fraction-fit", "all", "a number"),
+    ],
+)
+def test_a_wrong_type_is_named_with_what_is_allowed(key: str, value: Scalar, kind: str) -> None:
+    message = refused({key: value})
+    assert f"{ALIASES.get(key, key)} = {value!r}" in message
+    assert f"must be {kind}." in message
+
+
+def test_a_whole_number_is_taken_where_a_number_is_asked() -> None:
+    config = resolve({"model.lora.peft-lora-alpha": 16, "strategy.fraction-train": 1})
+    assert config.lora.peft_lora_alpha == 16.0
+    assert type(config.lora.peft_lora_alpha) is float
+    assert config.cohort_size == config.data.num_partitions
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("num-server-rounds", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**31, "at most"),
+        ("model.quantization", 2, "one of 0, 4, 8"),
+        ("model.dtype", "float16", "'float32'"),
+        ("model.lora.peft-lora-r", 0, "at least 1"),
+        ("model.lora.peft-lora-alpha", 0.0, "more than 0"),
+        ("model.lora.dropout", 0.95, "at most 0.9"),
+        ("train.learning-rate-max", float("nan"), "more than 0"),
+        ("train.learning-rate-max", 0.0, "more than 0"),
+        ("train.seq-length", 4, "at least 8"),
+        (ARGUMENTS + "per-device-train-batch-size", 0, "at least 1"),
+        (ARGUMENTS + "max-steps", -2, "at least -1"),
+        (ARGUMENTS + "max-grad-norm", -1.0, "at least 0"),
+        ("strategy.proximal-mu", -0.1, "at least 0"),
+        ("strategy.proximal-mu", float("inf"), "at least 0"),
+        ("strategy.fraction-train", 1.5, "at most 1"),
+        ("strategy.min-reply-fraction", 0.0, "more than 0"),
+        ("data.held-out-fraction", 1.0, "at most 0.9"),
+        ("data.dirichlet-alpha", 0.0, "more than 0"),
+        ("data.prompt-template", "alpacca", "Did you mean 'alpaca'?"),
+        ("data.partitioner", "dirichelt", "Did you mean 'dirichlet'?"),
+        ("strategy.name", "fedproxy", "Did you mean 'fedprox'?"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(
+    key: str, value: Scalar, allowed: str
+) -> None:
+    message = refused({key: value})
+    assert f"{key} = {value!r} is not allowed" in message
+    assert allowed in message
+
+
+def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
+    refused({"num-server-rounds": 10**400})
+    refused({"train.learning-rate-max": 10**400})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"train.learning-rate-max": 1e-6, "train.learning-rate-min": 1e-5},
+            ["learning-rate-min = 1e-05 is above", "learning-rate-max = 1e-06"],
+        ),
+        ({"strategy.name": "fedavg", "strategy.proximal-mu": 0.1}, ["no place in FedAvg"]),
+        ({"strategy.name": "fedprox", "strategy.proximal-mu": 0.0}, ["the same as FedAvg"]),
+        (
+            {"model.gradient-checkpointing": False, ARGUMENTS + "gradient-checkpointing": True},
+            ["gradient-checkpointing = True", "contradict"],
+        ),
+        (
+            {"model.gradient-checkpointing": True, ARGUMENTS + "gradient-checkpointing": False},
+            ["gradient-checkpointing = False", "contradict"],
+        ),
+        ({ARGUMENTS + "max-steps": 0}, ["max-steps = 0 would train nothing"]),
+        (
+            {ARGUMENTS + "warmup-steps": 2},
+            ["warmup-steps = 2 has no effect", "constant_with_warmup"],
+        ),
+        (
+            {
+                ARGUMENTS + "warmup-steps": 6,
+                ARGUMENTS + "max-steps": 5,
+                ARGUMENTS + "lr-scheduler-type": "constant_with_warmup",
+            },
+            ["warmup-steps = 6 is more than max-steps = 5"],
+        ),
+        (
+            {"strategy.fraction-train": 0.1, "data.num-partitions": 9},
+            ["is nobody", "at least 0.111111"],
+        ),
+        (
+            {"strategy.fraction-evaluate": 0.2, "data.held-out-fraction": 0.0},
+            ["needs held-out examples"],
+        ),
+        ({"data.partitioner": "dirichlet"}, ['"dirichlet" needs data.partition-by']),
+        ({"data.partitioner": "natural"}, ['"natural" needs data.partition-by']),
+        ({"model.name": ""}, ["model.name is empty"]),
+        ({"static.dataset.name": ""}, ["static.dataset.name is empty"]),
+        ({"model.lora.target-modules": ""}, ["target-modules is empty"]),
+        ({"data.question-column": ""}, ["question-column is empty"]),
+        ({"data.answer-column": ""}, ["answer-column is empty"]),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(
+    values: dict[str, Scalar], words: list[str]
+) -> None:
+    message = refused(values)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train.learning-rate-max": 1e-5, "train.learning-rate-min": 1e-5},
+        {"strategy.name": "fedavg", "strategy.proximal-mu": 0.0},
+        {"model.gradient-checkpointing": True, ARGUMENTS + "gradient-checkpointing": True},
+        {ARGUMENTS + "max-steps": -1},
+        {
+            ARGUMENTS + "warmup-steps": 5,
+            ARGUMENTS + "max-steps": 5,
+            ARGUMENTS + "lr-scheduler-type": "constant_with_warmup",
+        },
+        {
+            ARGUMENTS + "warmup-steps": 5,
+            ARGUMENTS + "max-steps": -1,
+            ARGUMENTS + "lr-scheduler-type": "constant_with_warmup",
+        },
+        {"strategy.fraction-train": 0.1, "data.num-partitions": 10},
+        {"strategy.fraction-evaluate": 0.0, "data.held-out-fraction": 0.0},
+        {"data.partitioner": "natural", "data.partition-by": "ward"},
+    ],
+)
+def test_their_neighbours_are_allowed(values: dict[str, Scalar]) -> None:
+    flat = resolve(values).flat()
+    for key, value in values.items():
+        assert flat[key] == value
+
+
+@pytest.mark.parametrize(
+    ("alias", "value"),
+    [
+        ("strategy.fraction-fit", 0.5),
+        ("train.training-arguments.optim", "paged_adamw_8bit"),
+        ("model.lora.use-dora", False),
+    ],
+)
+def test_an_alias_sets_the_key_that_it_stands_for(alias: str, value: Scalar) -> None:
+    assert resolve({alias: value}).flat()[ALIASES[alias]] == value
+
+
+def test_every_alias_is_tested() -> None:
+    assert ALIASES.keys() == {
+        "strategy.fraction-fit",
+        "train.training-arguments.optim",
+        "model.lora.use-dora",
+    }
+
+
+def test_an_alias_that_says_the_same_as_its_key_is_allowed() -> None:
+    both: dict[str, Scalar] = {"strategy.fraction-fit": 0.5, "strategy.fraction-train": 0.5}
+    assert resolve(both).strategy.fraction_train == 0.5
+
+
+@pytest.mark.parametrize(
+    ("alias", "value", "other"),
+    [
+        ("strategy.fraction-fit", 0.5, 0.4),
+        ("train.training-arguments.optim", "paged_adamw_8bit", "adamw_8bit"),
+    ],
+)
+def test_an_alias_that_contradicts_its_key_is_refused(
+    alias: str, value: Scalar, other: Scalar
+) -> None:
+    message = refused({alias: value, ALIASES[alias]: other})
+    assert f"{alias} = {value!r} and {ALIASES[alias]} = {other!r} contradict" in message
+
+
+def test_an_alias_wins_over_a_default_that_is_given_too() -> None:
+    """Flower hands over every key, so a default in the values does not mean that it was set."""
+    everything = {**defaults(), "strategy.fraction-fit": 0.5}
+    assert everything["strategy.fraction-train"] != 0.5
+    assert resolve(everything).strategy.fraction_train == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("model.lora.peft-use-dora", True, "DoRA"),
+        ("model.lora.use-dora", True, "DoRA"),
+        (ARGUMENTS + "fp16", True, "bf16 = true"),
+        (ARGUMENTS + "output-dir", "/tmp/out", "never writes to a path that it was sent"),
+        (ARGUMENTS + "learning-rate", "5e-5", "train.learning-rate-max"),
+        (ARGUMENTS + "lr-scheduler-type", "cosine", "'constant', 'constant_with_warmup'"),
+        (ARGUMENTS + "optim", "adamw_apex_fused", "one of 'adamw_torch'"),
+        ("model.quantization", 2, "one of 0, 4, 8"),
+    ],
+)
+def test_what_flowertune_takes_and_we_cannot_honour_is_an_error_that_says_so(
+    key: str, value: Scalar, reason: str
+) -> None:
+    message = refused({key: value})
+    assert "is not allowed" in message
+    assert reason in message
+
+
+def test_every_key_can_be_given_its_default() -> None:
+    flat = resolve().flat()
+    for key in FIELD_OF_KEY:
+        assert resolve({key: flat[key]}).flat() == flat
