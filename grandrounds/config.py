@@ -127,8 +127,9 @@ class TrainConfig:
     optimizer: Annotated[str, OneOf(("adamw_torch", "adamw_8bit", "paged_adamw_8bit"))]
     """`adamw_torch`, or bitsandbytes' 8-bit AdamW, paged or not. It starts anew at each visit."""
     num_threads: Annotated[int, Range(0, 1024)]
-    """CPU threads of PyTorch in a site's process; 0 leaves it alone. The same seed and the same
-    number of threads give the same adapter in every engine."""
+    """CPU threads of PyTorch in a site's process; 0: one for a base under 5 million parameters,
+    else as many as PyTorch takes. The same seed and the same number of threads give the same
+    adapter in every engine."""
 
 
 @dataclass(frozen=True)

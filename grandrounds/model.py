@@ -323,17 +323,27 @@ def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
     The model is built on the meta device from its configuration alone, so a server can do it for a
     base of any size.
     """
+    model = _without_weights(name)
+    targets = linear_targets(model, spec, name)
+    with torch.device("meta"):
+        model = add_lora(model, spec, name)
+    return {n: tuple(p.shape) for n, p in adapter_parameters(model).items()}, targets
+
+
+def base_parameters(name: str) -> int:
+    """Return how many parameters a base has, without any weights."""
+    return sum(p.numel() for p in _without_weights(name).parameters())
+
+
+def _without_weights(name: str) -> Any:
+    """Return the base on the meta device, built from its configuration alone."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _no_progress_bars()
     with _told_plainly(name, "configuration"):
         config = AutoConfig.from_pretrained(model_location(name))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    targets = linear_targets(model, spec, name)
-    with torch.device("meta"):
-        model = add_lora(model, spec, name)
-    return {n: tuple(p.shape) for n, p in adapter_parameters(model).items()}, targets
+        return AutoModelForCausalLM.from_config(config)
 
 
 def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

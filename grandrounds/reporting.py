@@ -117,7 +117,9 @@ def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
     ]
     rows.append(("left out", ", ".join(left_out)))
     rows.append(("answers cut", f"{totals['truncated']:,} at the sequence length"))
-    rows.append(("machine", f"{sites[0]['device']}: {sites[0]['precision']}"))
+    count = int(sites[0]["threads"])
+    machine = f"{sites[0]['device']}, {count} thread{'s' if count > 1 else ''}"
+    rows.append(("machine", f"{machine}: {sites[0]['precision']}"))
     return rows
 
 

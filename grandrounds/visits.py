@@ -23,6 +23,7 @@ from grandrounds.model import (
     adapter_change,
     base_fingerprint,
     base_loads,
+    base_parameters,
     device_and_dtype,
     quantization_config,
     resident_model,
@@ -34,6 +35,11 @@ from grandrounds.site import Site, examples_per_visit, open_site, tokenizer_of
 from grandrounds.tokenization import TokenizedExample
 
 Batches = list[list[TokenizedExample]]
+
+SMALL_BASE_PARAMETERS = 5_000_000
+"""Below this a base trains with one CPU thread unless told otherwise."""
+
+_PROCESS_THREADS = torch.get_num_threads()
 
 _CURSOR = "grandrounds-cursor"
 
@@ -103,7 +109,7 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
         "precision": precision(config),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads": config.train.num_threads or torch.get_num_threads(),
+        "threads": threads(config),
     }
 
 
@@ -120,6 +126,24 @@ def precision(config: Config) -> str:
     autocast = config.arguments.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
     text = f"base {stored[config.model.quantization]}, computed in {name}, adapter float32"
     return f"{text}, bfloat16 autocast" if autocast else text
+
+
+def threads(config: Config) -> int:
+    """Return the CPU threads that visits use.
+
+    Where `train.num-threads` is 0 and the base is small, one: the threads of a small product wait
+    for each other longer than they work.
+    """
+    if config.train.num_threads:
+        return config.train.num_threads
+    device, _ = device_and_dtype(config.model.dtype)
+    is_small = device.type == "cpu" and _parameters(config.model.name) < SMALL_BASE_PARAMETERS
+    return 1 if is_small else _PROCESS_THREADS
+
+
+@lru_cache(maxsize=4)
+def _parameters(name: str) -> int:
+    return base_parameters(name)
 
 
 def read_cursor(state: RecordDict, instruction: ConfigRecord) -> int:
@@ -142,8 +166,8 @@ def write_cursor(state: RecordDict, cursor: int) -> None:
 
 def prepare_model(config: Config) -> Resident:
     """Return this process's model; the base is loaded at the first call only."""
-    if config.train.num_threads and torch.get_num_threads() != config.train.num_threads:
-        torch.set_num_threads(config.train.num_threads)
+    if torch.get_num_threads() != threads(config):
+        torch.set_num_threads(threads(config))
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = config.arguments.tf32
         torch.backends.cudnn.allow_tf32 = config.arguments.tf32

@@ -141,8 +141,8 @@ def test_a_missing_configuration_file_is_named(settings: Settings, tmp_path: Pat
         (b"seed 7", "is not valid TOML"),
         (b"\xff\xfe", "is not valid TOML"),
         (b"[a]\nb = [1, 2]", "a.b = [1, 2] is a list"),
-        (b"tool = 1", "'tool'"),
-        (b"tool.flwr.app.config = 1", ""),
+        (b"tool = 1", "tool"),
+        (b"tool.flwr.app.config = 1", "config"),
     ],
 )
 def test_a_configuration_file_that_is_none_is_refused(

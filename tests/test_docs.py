@@ -24,6 +24,8 @@ from tests.conftest import write_flashcards
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = Path(sys.executable).parent
 ENTRY = "path/to/entry/pyproject.toml"
+OFFLINE_ONE_CORE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+"""Environment of the commands: no hub, and no quarrel over cores with other tests."""
 
 
 def code_blocks(page: str, language: str) -> list[str]:
@@ -146,7 +148,10 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def interrupt_after_a_round(words: list[str], directory: Path, folder: Path) -> None:
     """Start a run, press Ctrl-C when it has finished a round, and see that it says so."""
-    with subprocess.Popen([COMMANDS / words[0], *words[1:]], cwd=folder) as process:
+    # A shell that starts pytest in the background lets it, and its children, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [COMMANDS / words[0], *words[1:]]
+    with subprocess.Popen(command, cwd=folder, env=OFFLINE_ONE_CORE) as process:
         while len(RunDirectory(directory).read_metrics()) < 2:
             assert process.poll() is None, "the run ended before it could be interrupted"
             time.sleep(0.05)
@@ -167,7 +172,8 @@ def test_quickstart_runs_from_top_to_bottom_offline(tmp_path: Path) -> None:
         if directory in resumed:
             interrupt_after_a_round(words, tmp_path / directory, tmp_path)
             continue
-        subprocess.run([COMMANDS / words[0], *words[1:]], cwd=tmp_path, check=True)
+        command = [COMMANDS / words[0], *words[1:]]
+        subprocess.run(command, cwd=tmp_path, check=True, env=OFFLINE_ONE_CORE)
         summary = RunDirectory(tmp_path / (directory or resumed[0])).read_json("summary.json")
         assert summary["status"] == "completed"
     [block] = code_blocks("quickstart.md", "python")
@@ -177,7 +183,7 @@ def test_quickstart_runs_from_top_to_bottom_offline(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env=OFFLINE_ONE_CORE,
     )
     question, answer, flashcard = re.split(r" -> | \| flashcard: ", said.stdout.strip())
     assert question

@@ -16,7 +16,7 @@ import grandrounds
 ROOT = Path(grandrounds.__file__).parent
 
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("", "errors", "config", "validation", "recipes"),
+    0: ("", "errors", "quiet", "config", "validation", "recipes"),
     1: (
         "adapter",
         "prompts",
@@ -174,9 +174,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
         "from grandrounds.__main__ import main\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("loaded: []")
     assert "grandrounds" in done.stdout
 

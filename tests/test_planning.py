@@ -12,9 +12,7 @@ from grandrounds.planning import Plan, plan_run
 Shapes = dict[str, tuple[int, ...]]
 
 
-def query_and_value(
-    layers: int, rank: int, hidden: int, query_out: int, value_out: int
-) -> Shapes:
+def query_and_value(layers: int, rank: int, hidden: int, query_out: int, value_out: int) -> Shapes:
     """Return the shapes of LoRA on q_proj and v_proj under the names that PEFT saves."""
     shapes: Shapes = {}
     for layer in range(layers):

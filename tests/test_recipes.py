@@ -20,7 +20,6 @@ from grandrounds.recipes import (
     to_toml,
 )
 
-
 TEMPLATE = """
 [project]
 name = "medical-entry"
@@ -223,13 +222,13 @@ def test_a_wrong_type_in_an_entry_is_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_the_overlay_is_the_flowertune_template() -> None:
-    assert {
+    assert FLOWERTUNE_TEMPLATE == {
         "strategy.name": "fedavg",
         "strategy.proximal-mu": 0.0,
         "strategy.fraction-evaluate": 0.0,
         "model.lora.dropout": 0.075,
         "data.held-out-fraction": 0.0,
-    } == FLOWERTUNE_TEMPLATE
+    }
 
 
 def test_our_own_pyproject_is_read_without_the_overlay() -> None:

@@ -72,7 +72,12 @@ def outcome(run: Path) -> dict[str, Any]:
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
     """Return a federation of which every site is visited before and after an interruption."""
-    return {**settings, "num-server-rounds": 4, "strategy.fraction-train": 0.75}
+    return {
+        **settings,
+        "num-server-rounds": 4,
+        "strategy.fraction-train": 0.75,
+        "train.training-arguments.max-steps": 1,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +120,9 @@ def interrupted_at(event: str, count: int) -> Listener:
     [
         ("round", 1, 0),
         ("round", 2, 1),
-        ("round", 4, 3),
         ("round", 5, 4),
         ("reply", 1, 0),
-        ("reply", 2, 0),
         ("reply", 5, 1),
-        ("reply", 6, 1),
         ("reply", 10, 3),
         ("checkpoint", 1, 1),
         ("checkpoint", 2, 3),

@@ -15,68 +15,7 @@ from typing import Any
 import torch
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the prompt's token ids, without a final end-of-sequence token.
-
-    Special tokens are added, unless the text already starts with the beginning-of-sequence token,
-    as chat templates write it.
-    """
-    start = tokenizer.bos_token
-    written = start is not None and prompt.startswith(start)
-    ids: list[int] = list(tokenizer(prompt, add_special_tokens=not written)["input_ids"])
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
-
-
-def encode_response(tokenizer: Any, response: str) -> list[int]:
-    """Return the response's token ids, tokenised apart from its prompt, and end-of-sequence."""
-    ids: list[int] = list(tokenizer(response, add_special_tokens=False)["input_ids"])
-    return [*ids, tokenizer.eos_token_id]
-
-
 def option_log_likelihoods(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    options: Sequence[Sequence[str]],
-    *,
-    batch_size: int = 64,
-) -> list[list[float]]:
-    """Return the log-likelihood of every option of every prompt, given as texts.
-
-    Parameters
-    ----------
-    model : causal language model of transformers, or a PEFT model around one
-        See `token_log_likelihoods`.
-    tokenizer : transformers tokenizer
-        Must have an end-of-sequence token.
-    prompts : sequence of str
-        Texts as `build_prompt` makes them; not empty once tokenised.
-    options : sequence of sequence of str
-        For each prompt its options as `response_text` makes them, blank included.
-    batch_size : int
-        Pairs of prompt and option in one forward pass.
-
-    Returns
-    -------
-    list of list of float
-        In the order of `prompts` and `options`; natural logarithms, at most 0.
-
-    Raises
-    ------
-    ValueError
-        As `token_log_likelihoods`.
-    """
-    return token_log_likelihoods(
-        model,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        [[encode_response(tokenizer, choice) for choice in choices] for choices in options],
-        batch_size=batch_size,
-    )
-
-
-def token_log_likelihoods(
     model: Any,
     prompts: Sequence[Sequence[int]],
     options: Sequence[Sequence[Sequence[int]]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from grandrounds.evaluation.scoring import token_log_likelihoods
+from grandrounds.evaluation.scoring import option_log_likelihoods
 from grandrounds.formulary.facts import KINDS, OPTIONS, Kind, questions
 from grandrounds.tokenization import answer_token_ids, prompt_token_ids
 
@@ -43,7 +43,7 @@ def score_formulary(
             tokenizer, prompt_template, [option for item in exam for option in item.options]
         )
         stopped = [[*answer, tokenizer.eos_token_id] for answer in answers]
-        scores = token_log_likelihoods(
+        scores = option_log_likelihoods(
             model,
             prompts,
             [stopped[row * OPTIONS : (row + 1) * OPTIONS] for row in range(len(exam))],

@@ -128,8 +128,6 @@ def test_the_mean_is_exact_arithmetic_rounded_once_to_float32() -> None:
     weights = [int(w) for w in rng.integers(1, 2000, sites)]
     result = average(start, list(zip(changes, weights, strict=True)))
     for place in np.ndindex(*shape):
-        total = sum(
-            Fraction(float(c[place])) * w for c, w in zip(changes, weights, strict=True)
-        )
-        exact = Fraction(float(start[place])) + total / sum(weights)
+        terms = (Fraction(float(c[place])) * w for c, w in zip(changes, weights, strict=True))
+        exact = Fraction(float(start[place])) + sum(terms, Fraction(0)) / sum(weights)
         assert result[place] == rounded_to_float32(exact)

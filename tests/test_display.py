@@ -1,0 +1,152 @@
+"""The display on a terminal, recorded."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from grandrounds import client_app, recipes, server_app
+from grandrounds.display import RichReporter
+from grandrounds.engines import InProcessGrid
+from grandrounds.reporting import next_steps, plan_rows, recipe_rows, site_rows, summary_rows
+
+Settings = dict[str, Any]
+
+FORMULARY = {
+    "public": {"base": {"correct": 100, "n": 100}, "tuned": {"correct": 72, "n": 100}},
+    "private": {"base": {"correct": 25, "n": 100}, "tuned": {"correct": 84, "n": 100}},
+}
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(record=True, force_terminal=True, width=100, file=io.StringIO())
+
+
+def show(settings: Settings, console: Console) -> tuple[str, dict[str, Any]]:
+    """Run a federation on a recorded terminal; return what it showed and the events' data."""
+    config = recipes.resolve(settings)
+    display = RichReporter(config, console)
+    told: dict[str, Any] = {}
+
+    def listen(event: str, data: Any) -> None:
+        told[event] = data
+        display(event, data)
+
+    with display:
+        grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+        server_app.federate(grid, config, listen)
+    return console.export_text(), told
+
+
+def joined(text: str) -> str:
+    """Return text with line breaks, frames and runs of blanks removed."""
+    return "".join(c for c in text if not c.isspace() and c not in "│└─├┏┓┃━┗┛┡┩┐┘┌")
+
+
+def test_a_run_shows_recipe_plan_sites_result_and_next_steps(
+    settings: Settings, console: Console
+) -> None:
+    text, told = show(settings, console)
+    lines = [line.strip() for line in text.splitlines()]
+    order = [lines.index(title) for title in ("recipe", "plan", "sites", "result")]
+    assert order == sorted(order)
+    shown = joined(text)
+    for name, value in [
+        *recipe_rows(recipes.resolve(settings)),
+        *plan_rows(told["plan"]),
+        *site_rows(told["roll-call"]["sites"]),
+        *summary_rows(told["finished"]),
+    ]:
+        assert joined(name + value) in shown
+    for line in next_steps(told["finished"]):
+        assert line in text  # not wrapped, so that paths and commands can be copied
+    trees = text.splitlines()[: order[2] + 1 + len(site_rows(told["roll-call"]["sites"]))]
+    assert max(len(line) for line in trees) <= 100
+
+
+def test_the_formulary_is_a_table_with_intervals(settings: Settings, console: Console) -> None:
+    _, told = show(settings, console)
+    RichReporter(recipes.resolve(settings), console)(
+        "finished", {**told["finished"], "formulary": FORMULARY}
+    )
+    shown = joined(console.export_text())
+    # Wilson's intervals of 25, 84, 100 and 72 of 100, from R's binom.wilson
+    for score in (
+        "25.0% (25/100, 95% interval 17.5-34.3)",
+        "84.0% (84/100, 95% interval 75.6-89.9)",
+        "100.0% (100/100, 95% interval 96.3-100.0)",
+        "72.0% (72/100, 95% interval 62.5-79.9)",
+    ):
+        for part in score.replace("(", " ").replace(")", " ").split():
+            assert part in shown
+    assert "facts" in shown
+    assert shown.index("25/100") < shown.index("100/100")  # the sites' facts come first
+
+
+@pytest.mark.parametrize("folder", ["[x]", "[/bold]", "[red]a[/red]", "a[b", "back\\", "[/]"])
+def test_markup_in_paths_is_shown_as_it_is(
+    settings: Settings, console: Console, tmp_path: Path, folder: str
+) -> None:
+    run = tmp_path / folder / "run"
+    text, told = show({**settings, "run-directory": str(run)}, console)
+    assert f"adapter: {run}/peft_3" in text
+    assert joined(f"run directory  {run}") in joined(text)
+    assert told["finished"]["status"] == "completed"
+
+
+def test_a_failed_reply_is_shown_with_its_site_and_reason(
+    settings: Settings, console: Console
+) -> None:
+    record = {
+        "round": 1,
+        "train-loss": 1.5,
+        "held-out-loss": None,
+        "good": [0],
+        "cohort": [0, 3],
+        "failed": {"3": "wrong tensors: missing ['[a]']"},
+        "evaluate-failed": {"2": "no reply within 5 s"},
+        "communication-mib": 0.5,
+    }
+    display = RichReporter(recipes.resolve(settings), console)
+    with display:
+        display("reply", {"round": 1, "partition": 0, "failure": None})
+        display("reply", {"round": 1, "partition": 3, "failure": "wrong tensors"})
+        display("round", record)
+    text = console.export_text()
+    assert "site 3 failed: wrong tensors: missing ['[a]']" in text
+    assert "site 2 failed: no reply within 5 s" in text
+
+
+def test_the_progress_bar_ends_when_a_run_is_interrupted(
+    settings: Settings, console: Console
+) -> None:
+    def interrupt(event: str, data: Any) -> None:
+        display(event, data)
+        if event == "round" and data["round"] == 1:
+            raise KeyboardInterrupt
+
+    config = recipes.resolve(settings)
+    display = RichReporter(config, console)
+    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+    with pytest.raises(KeyboardInterrupt), display:
+        server_app.federate(grid, config, interrupt)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") > 0
+
+
+def test_a_resumed_run_says_after_which_round(settings: Settings, console: Console) -> None:
+    def interrupt(event: str, data: Any) -> None:
+        if event == "round" and data["round"] == 2:
+            raise KeyboardInterrupt
+
+    config = recipes.resolve(settings)
+    with pytest.raises(KeyboardInterrupt):
+        server_app.federate(InProcessGrid(client_app.app, config.flat(), 4), config, interrupt)
+    text, told = show({**settings, "resume-from": settings["run-directory"]}, console)
+    assert "after round 2" in text
+    assert told["finished"]["rounds"] == 3

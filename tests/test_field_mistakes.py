@@ -1,0 +1,488 @@
+"""Mistakes of published federated systems, and that they are not made here, each by its number.
+
+Most are shown in a real run: both apps, in process, on a tiny base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message
+from transformers import AutoTokenizer
+
+from grandrounds import client_app, messages, sampling, server_app, visits
+from grandrounds.aggregation.product_error import measured_modules
+from grandrounds.config import Config, Scalar
+from grandrounds.data import Example
+from grandrounds.engines import InProcessGrid
+from grandrounds.errors import DataError, ModelError, RoundError
+from grandrounds.ledger import MIB
+from grandrounds.model import (
+    BaseSpec,
+    LoraSpec,
+    base_loads,
+    initial_adapter,
+    resident_model,
+    set_adapter,
+)
+from grandrounds.prompts import build_prompt
+from grandrounds.recipes import resolve
+from grandrounds.site import open_site
+from grandrounds.tokenization import IGNORED_LABEL, collate, prompt_token_ids, tokenize_examples
+from grandrounds.training import VisitSettings, train_visit
+
+ClientApp = Callable[[Message, Context], Message]
+Settings = dict[str, Scalar]
+Change = Mapping[str, np.ndarray[Any, Any]]
+Events = list[tuple[str, Mapping[str, Any]]]
+
+
+class Observed:
+    """The real ClientApp, and everything that went in and out of it."""
+
+    def __init__(self, fail: Callable[[str, int], bool] = lambda kind, site: False) -> None:
+        self._fail = fail
+        self.down_bytes = 0
+        self.up_bytes = 0
+        self.trained: list[tuple[int, int, messages.Metrics, Change, Change]] = []
+        """(round, site, metrics, adapter received, change)."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        site = int(context.node_config["partition-id"])
+        self.down_bytes += sum(size for _, size in messages.tensor_sizes(message))
+        if self._fail(kind, site):
+            failure = messages.failure(DataError(f"site {site} is closed"))
+            return Message(failure, reply_to=message)
+        received = tensors(message) if kind == "train" else {}
+        reply = client_app.app(message, context)
+        self.up_bytes += sum(size for _, size in messages.tensor_sizes(reply))
+        if kind == "train":
+            number = int(message.content.config_records[messages.CONFIG]["round"])  # type: ignore[arg-type]
+            metrics = messages.metrics_of(reply)
+            self.trained.append((number, site, metrics, received, tensors(reply)))
+        return reply
+
+
+def tensors(message: Message) -> Change:
+    record = message.content.array_records[messages.ARRAYS]
+    return {name: array.numpy().copy() for name, array in record.items()}
+
+
+def play(settings: Settings, app: ClientApp, **changes: Scalar) -> tuple[dict[str, Any], Config]:
+    """Run a federation in process; return its summary and configuration."""
+    named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
+    config = resolve({**settings, **named})
+    grid = InProcessGrid(app, config.flat(), config.data.num_partitions)
+    return server_app.federate(grid, config, lambda *_: None), config
+
+
+def read_metrics(config: Config) -> list[dict[str, Any]]:
+    lines = (Path(config.federation.run_directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read(config: Config, name: str) -> Any:
+    return json.loads((Path(config.federation.run_directory) / name).read_text())
+
+
+# --- 1 --------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_01_fedprox_changes_the_clients_update(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The penalty that a run prints is mu/2 ||change||^2, weighted by examples, of real replies."""
+    mu, app, plain = 5.0, Observed(), Observed()
+    summary, config = play(settings, app, strategy__proximal_mu=mu)
+    changes: Settings = {
+        "strategy.name": "fedavg",
+        "strategy.proximal-mu": 0.0,
+        "run-directory": str(tmp_path / "plain"),
+    }
+    without, _ = play({**settings, **changes}, plain)
+
+    assert [t[:2] for t in app.trained] == [t[:2] for t in plain.trained]
+    for (number, _, _, _, change), (*_, other) in zip(app.trained, plain.trained, strict=True):
+        if number == 1:  # both began with the same adapter and examples
+            assert any(not np.array_equal(change[name], other[name]) for name in change)
+
+    for record in read_metrics(config)[1:]:
+        visits_made = [t for t in app.trained if t[0] == record["round"]]
+        penalties = [
+            0.5 * mu * sum(float(np.sum(c.astype(np.float64) ** 2)) for c in change.values())
+            for *_, change in visits_made
+        ]
+        counts = [int(metrics["num-examples"]) for _, _, metrics, _, _ in visits_made]
+        expected = float(np.average(penalties, weights=counts))
+        assert record["proximal-penalty"] == pytest.approx(expected, rel=1e-4)
+        assert record["proximal-penalty"] > 0
+    assert summary["proximal_penalty"] > 0
+    assert without["proximal_penalty"] == 0
+
+
+# --- 2 --------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_02_visits_go_on_through_the_examples(settings: Settings) -> None:
+    """30 rows a site, 3 held out: 27 to train on; 2 steps of 4 a visit: 8, 16, 24 different ones
+    after 1, 2, 3 visits."""
+    app = Observed()
+    summary, config = play(settings, app, strategy__fraction_train=1.0)
+    for record, seen in zip(read_metrics(config)[1:], (8, 16, 24), strict=True):
+        assert record["coverage"] == pytest.approx(seen / 27)
+        assert list(record["site-coverage"].values()) == pytest.approx([seen / 27] * 4)
+    assert summary["coverage"] == pytest.approx(24 / 27)
+
+    site = open_site(
+        config.static.name, config.data, config.model.name, config.train.seq_length, 2026, 1
+    )
+    assert len(set(site.train)) == len(site.train) == 27
+    given, cursor = [], 0
+    for number in (1, 2, 3):
+        instruction = ConfigRecord({"round": number, "learning-rate": 1e-3})
+        batches, cursor = visits.next_batches(site, config, instruction, cursor)
+        given += [example for batch in batches for example in batch]
+    assert cursor == len(given) == len(set(given)) == 24
+    reported = [int(metrics["cursor"]) for _, p, metrics, _, _ in app.trained if p == 1]
+    assert reported == [8, 16, 24]
+
+
+def test_field_mistake_02_the_first_examples_for_ever_are_reported_as_such(
+    settings: Settings,
+) -> None:
+    _, config = play(
+        settings, Observed(), strategy__fraction_train=1.0, train__dynamic_data_seed=False
+    )
+    assert [m["coverage"] for m in read_metrics(config)[1:]] == pytest.approx([8 / 27] * 3)
+
+
+# --- 3 --------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_03_generation_stops_by_itself_after_training(tiny_base: Path) -> None:
+    """A tiny model learns one answer by heart, with pad = eos, and then ends after it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.pad_token = tokenizer.eos_token
+    examples = [Example("What helps?", "Rest."), Example("What helps against itch?", "Tea.")]
+    done = tokenize_examples(examples, tokenizer, "alpaca", 512)
+    labels = collate(done.examples, tokenizer.pad_token_id)["labels"]
+    for row in labels:
+        assert row[row != IGNORED_LABEL][-1] == tokenizer.eos_token_id
+
+    lora = LoraSpec(16, 32.0, "all-linear", 0.0)
+    resident = resident_model(BaseSpec(str(tiny_base), 0, "float32", False), lora)
+    shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
+    set_adapter(resident, initial_adapter(shapes, sampling.adapter_generator(1)))
+
+    def stops() -> list[bool]:
+        resident.model.eval()
+        out = []
+        for question, answer in ((e.question, e.answer) for e in examples):
+            [prompt] = prompt_token_ids(tokenizer, "alpaca", [question])
+            ids = list(prompt)
+            while len(ids) < len(prompt) + 30 and ids[-1] != tokenizer.eos_token_id:
+                with torch.no_grad():
+                    logits = resident.model(input_ids=torch.tensor([ids]), use_cache=False).logits
+                ids.append(int(logits[0, -1].argmax()))
+            text = tokenizer.decode(ids[len(prompt) : -1])
+            out.append(ids[-1] == tokenizer.eos_token_id and text == f" {answer}")
+        return out
+
+    assert stops() == [False, False]
+    settings = VisitSettings(
+        accumulation_steps=1,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        optimizer="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        proximal_mu=0.0,
+        bf16=False,
+        seed=0,
+    )
+    parameters = list(resident.parameters.values())
+    train_visit(
+        resident.model, parameters, [list(done.examples)] * 60, settings, tokenizer.pad_token_id
+    )
+    assert stops() == [True, True]
+
+
+# --- 4 --------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_04_no_search_for_the_response_and_nothing_masked_in_silence(
+    settings: Settings, flashcards: Path, tmp_path: Path
+) -> None:
+    """A question that holds the marker of the response is masked like any other; one without room
+    for its answer is counted, and named in the roll call."""
+    trap = "### Response: [/INST] assistant\n### Response:"
+    rows = [json.loads(line) for line in flashcards.read_text().splitlines()]
+    for row in rows[:40]:
+        row["input"] += f" {trap}"
+    for row in rows[-7:]:
+        row["input"] += " word" * 400
+    cards = tmp_path / "trap.jsonl"
+    cards.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    _, config = play(
+        settings, Observed(), static__dataset__name=str(cards), num_server_rounds=1,
+        train__seq_length=400,
+    )  # fmt: skip
+    sites = read(config, "sites.json")
+    assert sum(site["unlearnable"] for site in sites) == 7
+    kept = ("train-examples", "held-out-examples", "unlearnable", "empty-rows", "duplicate-rows")
+    assert all(sum(site[name] for name in kept) == site["rows"] == 30 for site in sites)
+    assert read(config, "summary.json")["data"]["unlearnable"] == 7
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    by_question = {row["input"]: row["output"] for row in rows}
+    checked = 0
+    for partition in range(4):
+        site = open_site(str(cards), config.data, config.model.name, 400, 2026, partition)
+        for example in site.train + site.held_out:
+            prompt = tokenizer.decode(example.input_ids[: example.prompt_tokens])
+            head, tail = build_prompt("alpaca", "\x00").split("\x00")
+            question = prompt.removeprefix(head).removesuffix(tail)
+            learned = tokenizer.decode(example.input_ids[example.prompt_tokens :])
+            assert learned == f" {by_question[question]}<eos>"
+            checked += trap in question
+    assert checked == 40
+
+
+# --- 6 --------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
+    settings: Settings, tmp_path: Path, tiny_base: Path
+) -> None:
+    import shutil
+
+    fresh = shutil.copytree(tiny_base, tmp_path / "fresh")  # a base that no test has loaded yet
+    config = resolve({**settings, "model.name": str(fresh), "strategy.fraction-train": 1.0})
+    loads = {}
+
+    def listen(event: str, data: Mapping[str, Any]) -> None:
+        if event in ("plan", "roll-call"):
+            loads[event] = base_loads()
+
+    app = Observed(fail=lambda kind, site: kind != "query")
+    grid = InProcessGrid(app, config.flat(), 4)
+    before = base_loads()
+    with pytest.raises(RoundError):
+        server_app.federate(grid, config, listen)
+    assert loads == {"plan": before, "roll-call": before}
+    assert base_loads() == before  # a whole run in which no site trained: nobody loaded it
+
+    play({**settings, "run-directory": str(tmp_path / "second")}, Observed(),
+         model__name=str(fresh), strategy__fraction_train=1.0)  # fmt: skip
+    assert base_loads() == before + 1  # 12 visits and 8 evaluations
+
+
+# --- 7 --------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_07_the_error_of_averaging_a_and_b_is_measured(settings: Settings) -> None:
+    """Against dense products of what the sites really sent."""
+    app = Observed()
+    summary, config = play(settings, app, strategy__fraction_train=1.0)
+    measured = {m["round"]: m["product-error"] for m in read_metrics(config)
+                if "product-error" in m}  # fmt: skip
+    assert list(measured) == [1, 2, 3]  # the first, and those with a checkpoint
+    for number, value in measured.items():
+        replies = [t for t in app.trained if t[0] == number]
+        total = sum(int(metrics["num-examples"]) for _, _, metrics, _, _ in replies)
+        error = norm = 0.0
+        for module in measured_modules(list(replies[0][3]), len(replies)):
+            a_name, b_name = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+            mean_a: Any = 0.0
+            mean_b: Any = 0.0
+            product: Any = 0.0
+            for _, _, metrics, received, change in replies:
+                share = int(metrics["num-examples"]) / total
+                a = received[a_name].astype(float) + change[a_name]
+                b = received[b_name].astype(float) + change[b_name]
+                mean_a, mean_b = mean_a + share * a, mean_b + share * b
+                product = product + share * b @ a
+            error += float(np.sum((product - mean_b @ mean_a) ** 2))
+            norm += float(np.sum(product**2))
+        assert value == pytest.approx((error / norm) ** 0.5, rel=1e-4)
+        assert value > 0
+    assert summary["product_error"] == measured[3]
+
+
+# --- 9 --------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_09_a_target_that_matches_nothing_ends_the_run_before_it_begins(
+    settings: Settings,
+) -> None:
+    app = Observed()
+    listed = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(ModelError, match=rf"'qkv_proj'.*Its linear modules: {listed}\."):
+        play(settings, app, model__lora__target_modules="q_proj,qkv_proj")
+    assert app.trained == []
+    assert not Path(str(settings["run-directory"])).exists()
+
+
+# --- 13 -------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_13_the_ledger_equals_the_plan_to_the_byte(settings: Settings) -> None:
+    app = Observed()
+    summary, config = play(settings, app)
+    ledger, plan = read(config, "ledger.json"), read(config, "plan.json")
+    counted = sum(kind["tensor_bytes"] for kind in ledger["totals"].values())
+    assert counted == plan["total-bytes"] == app.down_bytes + app.up_bytes
+    assert summary["communication_mib"] == summary["planned_mib"] == counted / MIB
+    assert summary["failed_replies"] == 0
+
+
+def test_field_mistake_13_the_ledger_counts_what_failed_sites_were_sent(
+    settings: Settings,
+) -> None:
+    """Site 2 never trains. Of 3 rounds of 4 sites, 12 messages go down and 9 come back."""
+    app = Observed(fail=lambda kind, site: kind == "train" and site == 2)
+    summary, config = play(settings, app, strategy__fraction_train=1.0)
+    totals = read(config, "ledger.json")["totals"]
+    assert totals["train.down"]["messages"] == 12
+    assert totals["train.up"]["messages"] == 9
+    counted = sum(kind["tensor_bytes"] for kind in totals.values())
+    assert counted == app.down_bytes + app.up_bytes
+    one = totals["train.up"]["tensor_bytes"] // 9
+    assert read(config, "plan.json")["total-bytes"] - counted == 3 * one
+    assert summary["failed_replies"] == 3
+    assert [m["failed"] for m in read_metrics(config)[1:]] == [{"2": "site 2 is closed"}] * 3
+
+
+# --- 15 -------------------------------------------------------------------------------------------
+
+_written: list[str] | None = None
+"""Where a site's writes are noted while it works."""
+
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def _note_writes(event: str, arguments: tuple[Any, ...]) -> None:
+    if _written is None:
+        return
+    if event == "open":
+        path, mode, flags = arguments
+        if (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & _WRITING:
+            _written.append(f"{event} {path}")
+    elif event in ("os.mkdir", "os.rename", "os.link", "os.symlink"):
+        _written.append(f"{event} {arguments[0]}")
+
+
+sys.addaudithook(_note_writes)
+
+
+@contextmanager
+def noted_writes() -> Iterator[list[str]]:
+    global _written
+    _written = []
+    try:
+        yield _written
+    finally:
+        _written = None
+
+
+def test_field_mistake_15_a_site_writes_no_file_and_takes_no_path(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(home))
+    target = tmp_path / "target"
+    written: list[str] = []
+
+    def tempted(message: Message, context: Context) -> Message:
+        """Add every kind of path to a message; then let the real site answer it."""
+        config = message.content.config_records.get(messages.CONFIG)
+        if config is not None:
+            for key in ("output-dir", "run-directory", "save-path", "resume-from", "model.name"):
+                config[key] = str(target / key)
+        with noted_writes() as noted:
+            reply = client_app.app(message, context)
+        written.extend(w for w in noted if not w.endswith(os.devnull))
+        return reply
+
+    summary, config = play(settings, tempted)
+    assert summary["status"] == "completed"
+    assert written == []
+    assert list(home.iterdir()) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "run"]
+    assert Path(config.federation.run_directory) == tmp_path / "run"
+
+
+def test_a_write_would_be_noted(tmp_path: Path) -> None:
+    """The test above can fail."""
+    with noted_writes() as noted:
+        (tmp_path / "file").write_text("x")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").read_text()
+    assert len(noted) == 2
+
+
+# --- 16 -------------------------------------------------------------------------------------------
+
+
+def test_field_mistake_16_a_round_with_too_few_good_replies_fails_loudly(
+    settings: Settings,
+) -> None:
+    """All sites close after the first round: the run ends in the second, and says so."""
+    rounds_begun: list[int] = []
+
+    def closing(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            rounds_begun.append(int(message.metadata.group_id))
+            if rounds_begun[-1] > 1:
+                return Message(messages.failure(DataError("closed")), reply_to=message)
+        return client_app.app(message, context)
+
+    with pytest.raises(RoundError, match=r"Round 2: 0 of 2 sites replied well.*: closed"):
+        play(settings, closing, train__save_every_round=1)
+    run = Path(str(settings["run-directory"]))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["rounds"] == 1
+    assert "Round 2" in summary["reason"]
+    assert summary["adapter"] == "peft_1"
+    assert (run / "peft_1" / "adapter_model.safetensors").is_file()
+    assert max(rounds_begun) == 2
+
+
+def test_field_mistake_16_the_failed_replies_of_a_run_that_failed_are_counted(
+    settings: Settings,
+) -> None:
+    """Both sites of the first round fail."""
+    app = Observed(fail=lambda kind, site: kind == "train")
+    with pytest.raises(RoundError):
+        play(settings, app)
+    summary = json.loads((Path(str(settings["run-directory"])) / "summary.json").read_text())
+    assert summary["failed_replies"] == 2
+
+
+def test_a_reply_without_its_metrics_does_not_end_the_run(settings: Settings) -> None:
+    """One site's reply lacks what a line of metrics.jsonl needs: it is a failed reply."""
+
+    def forgetful(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            del reply.content.metric_records[messages.METRICS]["train-loss"]
+        return reply
+
+    summary, config = play(settings, forgetful, strategy__fraction_train=1.0, num_server_rounds=1)
+    assert summary["failed_replies"] == 1
+    assert list(read_metrics(config)[1]["failed"]) == ["1"]

@@ -1,0 +1,319 @@
+"""One base per process, adapters swapped in place, names and shapes known without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from grandrounds.errors import ModelError
+from grandrounds.model import (
+    BaseSpec,
+    LoraSpec,
+    Resident,
+    adapter_change,
+    adapter_layout,
+    base_fingerprint,
+    base_loads,
+    device_and_dtype,
+    initial_adapter,
+    load_tokenizer,
+    peft_config,
+    quantization_config,
+    resident_model,
+    set_adapter,
+)
+from grandrounds.recipes import resolve
+from grandrounds.run_directory import RunDirectory
+
+LORA = LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
+TOKENS = torch.tensor([[5, 77, 130, 201, 9, 44]])
+
+
+def base_of(path: Path, **changes: Any) -> BaseSpec:
+    options = {"quantization": 0, "dtype": "float32", "gradient_checkpointing": False}
+    return BaseSpec(str(path), **{**options, **changes})
+
+
+@pytest.fixture
+def resident(tiny_base: Path) -> Resident:
+    """The tiny base with an adapter that changes nothing."""
+    made = resident_model(base_of(tiny_base), LORA)
+    set_adapter(made, initial_adapter(shapes_of(made), np.random.default_rng(0)))
+    made.model.eval()
+    return made
+
+
+def shapes_of(resident: Resident) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in resident.parameters.items()}
+
+
+def random_adapter(resident: Resident, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: (0.3 * rng.normal(size=shape)).astype(np.float32)
+        for name, shape in shapes_of(resident).items()
+    }
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return out
+
+
+# --- The base -------------------------------------------------------------------------------------
+
+
+def test_the_base_is_loaded_once_over_many_calls_and_adapters(tiny_base: Path) -> None:
+    resident_model(base_of(tiny_base), LORA)
+    before = base_loads()
+    first = resident_model(base_of(tiny_base), LORA)
+    for lora in (LORA, LoraSpec(2, 4.0, "all-linear", 0.1), LoraSpec(4, 8.0, "o_proj", 0.0), LORA):
+        resident = resident_model(base_of(tiny_base), lora)
+        assert resident_model(base_of(tiny_base), lora) is resident
+    assert base_loads() == before
+    assert resident.lora_spec == first.lora_spec
+
+
+def test_another_base_is_loaded(tiny_base: Path) -> None:
+    resident_model(base_of(tiny_base), LORA)
+    before = base_loads()
+    resident_model(base_of(tiny_base, dtype="bfloat16"), LORA)
+    assert base_loads() == before + 1
+    resident_model(base_of(tiny_base), LORA)
+    assert base_loads() == before + 2
+
+
+def test_a_change_of_adapter_leaves_no_trace_of_the_one_before(tiny_base: Path) -> None:
+    spec = base_of(tiny_base)
+    plain = logits(AutoModelForCausalLM.from_pretrained(tiny_base).eval())
+    resident = resident_model(spec, LORA)
+    set_adapter(resident, random_adapter(resident, 1))
+    other = resident_model(spec, LoraSpec(2, 4.0, "o_proj", 0.0))
+    assert all(".o_proj." in name for name in other.parameters)
+    set_adapter(other, initial_adapter(shapes_of(other), np.random.default_rng(0)))
+    assert torch.equal(logits(other.model.eval()), plain)
+
+
+def test_a_target_that_fails_leaves_a_model_that_works(tiny_base: Path) -> None:
+    spec = base_of(tiny_base)
+    resident_model(spec, LORA)
+    with pytest.raises(ModelError):
+        resident_model(spec, LoraSpec(4, 8.0, "qkv_proj", 0.0))
+    again = resident_model(spec, LORA)
+    plain = logits(again.model.eval())
+    set_adapter(again, random_adapter(again, 2))
+    changed = logits(again.model)
+    resident_model(base_of(tiny_base, dtype="bfloat16"), LORA)  # no test inherits this one
+    assert not torch.equal(changed, plain)
+
+
+def test_only_the_adapter_is_trained(resident: Resident) -> None:
+    trained = [p for p in resident.model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in resident.parameters.values()}
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
+def test_a_bfloat16_base_has_a_float32_adapter(tiny_base: Path) -> None:
+    resident = resident_model(base_of(tiny_base, dtype="bfloat16"), LORA)
+    assert {p.dtype for p in resident.parameters.values()} == {torch.float32}
+    frozen = {p.dtype for p in resident.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+
+
+def test_auto_is_float32_where_there_is_no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert device_and_dtype("auto") == (torch.device("cpu"), torch.float32)
+    assert device_and_dtype("bfloat16")[1] == torch.bfloat16
+
+
+def test_a_model_that_is_not_there_is_told_in_one_line() -> None:
+    for action in (
+        lambda: resident_model(BaseSpec("nobody/nothing", 0, "float32", False), LORA),
+        lambda: adapter_layout("nobody/nothing", LORA),
+        lambda: load_tokenizer("nobody/nothing"),
+        lambda: base_fingerprint("nobody/nothing"),
+    ):
+        with pytest.raises(ModelError, match=r"'nobody/nothing' cannot be loaded") as caught:
+            action()
+        assert "\n" not in str(caught.value)
+        assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+def test_a_folder_without_a_model_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        adapter_layout(str(tmp_path), LORA)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_tells_bases_apart(tiny_base: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    assert base_fingerprint(str(tiny_base)) == base_fingerprint(str(tiny_base))
+    moved = Path(shutil.copytree(tiny_base, tmp_path / "moved"))
+    assert base_fingerprint(str(moved)) == base_fingerprint(str(tiny_base))
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    assert base_fingerprint(str(moved)) != base_fingerprint(str(tiny_base))
+
+
+# --- Quantisation ---------------------------------------------------------------------------------
+
+
+def test_four_bits_are_nf4_with_double_quantisation() -> None:
+    config = quantization_config(4, torch.bfloat16)
+    assert config.load_in_4bit
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert quantization_config(4, torch.float32).bnb_4bit_compute_dtype == torch.float32
+
+
+def test_eight_bits_are_llm_int8_and_no_bits_are_nothing() -> None:
+    assert quantization_config(8, torch.float32).load_in_8bit
+    assert quantization_config(0, torch.float32) is None
+
+
+def test_a_four_bit_base_really_holds_nf4(tiny_base: Path) -> None:
+    resident = resident_model(base_of(tiny_base, quantization=4), LORA)
+    query = resident.model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    assert type(query).__name__ == "Linear4bit"
+    assert query.weight.quant_type == "nf4"
+    assert query.weight.quant_state.nested
+    assert {p.dtype for p in resident.parameters.values()} == {torch.float32}
+
+
+# --- Names, shapes and targets --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear", "auto", " k_proj , down_proj "])
+def test_the_layout_without_weights_is_that_of_the_real_model(
+    tiny_base: Path, targets: str
+) -> None:
+    spec = LoraSpec(3, 6.0, targets, 0.0)
+    shapes, _ = adapter_layout(str(tiny_base), spec)
+    real = resident_model(base_of(tiny_base), spec)
+    assert list(shapes.items()) == list(shapes_of(real).items())
+
+
+def test_the_layout_loads_no_base(tiny_base: Path) -> None:
+    before = base_loads()
+    adapter_layout(str(tiny_base), LORA)
+    assert base_loads() == before
+
+
+def test_the_layout_has_the_names_that_peft_saves(tiny_base: Path) -> None:
+    """Hidden 32; 4 heads of 8 for queries; 2 heads for values: 16, so v_proj is not square."""
+    shapes, targets = adapter_layout(str(tiny_base), LORA)
+    layer = "base_model.model.model.layers.1.self_attn"
+    assert targets == ["q_proj", "v_proj"]
+    assert len(shapes) == 8
+    assert shapes[f"{layer}.q_proj.lora_A.weight"] == (4, 32)
+    assert shapes[f"{layer}.q_proj.lora_B.weight"] == (32, 4)
+    assert shapes[f"{layer}.v_proj.lora_A.weight"] == (4, 32)
+    assert shapes[f"{layer}.v_proj.lora_B.weight"] == (16, 4)
+
+
+def test_auto_is_pefts_choice_and_all_linear_leaves_out_the_head(tiny_base: Path) -> None:
+    _, auto = adapter_layout(str(tiny_base), LoraSpec(4, 8.0, "auto", 0.0))
+    assert set(auto) == {"q_proj", "v_proj"}
+    _, every = adapter_layout(str(tiny_base), LoraSpec(4, 8.0, "all-linear", 0.0))
+    assert every == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@pytest.mark.parametrize("targets", ["qkv_proj", "q_proj,qkv_proj", "lm_head", "q_prj"])
+def test_a_target_that_matches_nothing_lists_the_linear_modules(
+    tiny_base: Path, targets: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        adapter_layout(str(tiny_base), LoraSpec(4, 8.0, targets, 0.0))
+    message = str(caught.value)
+    assert repr(targets.rpartition(",")[2]) in message
+    listed = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert f"Its linear modules: {listed}." in message
+    if targets == "q_prj":
+        assert "Did you mean 'q_proj'?" in message
+
+
+def test_targets_of_commas_only_are_refused(tiny_base: Path) -> None:
+    with pytest.raises(ModelError, match="names no module"):
+        adapter_layout(str(tiny_base), LoraSpec(4, 8.0, " , ,", 0.0))
+
+
+# --- Adapters -------------------------------------------------------------------------------------
+
+
+def test_an_initial_adapter_changes_nothing(tiny_base: Path, resident: Resident) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    assert torch.equal(logits(resident.model), logits(plain))
+
+
+def test_an_initial_adapter_is_seeded_and_within_its_bound(resident: Resident) -> None:
+    """Fan-in 32: A uniform in ±1/sqrt(32) = ±0.1768, of variance 1/(3 * 32)."""
+    shapes = {"m.lora_A.weight": (400, 32), "m.lora_B.weight": (16, 400)}
+    one, two, other = (initial_adapter(shapes, np.random.default_rng(s)) for s in (1, 1, 2))
+    a = one["m.lora_A.weight"]
+    assert np.array_equal(a, two["m.lora_A.weight"])
+    assert not np.array_equal(a, other["m.lora_A.weight"])
+    assert np.abs(a).max() <= np.float32(1 / np.sqrt(32))
+    assert a.var() == pytest.approx(1 / 96, rel=0.05)
+    assert not one["m.lora_B.weight"].any()
+    assert {tensor.dtype for tensor in one.values()} == {np.dtype(np.float32)}
+
+
+def test_swapped_adapters_change_the_logits_and_swap_back_bit_for_bit(resident: Resident) -> None:
+    first, second = random_adapter(resident, 1), random_adapter(resident, 2)
+    addresses = [p.data_ptr() for p in resident.parameters.values()]
+    set_adapter(resident, first)
+    before = logits(resident.model)
+    set_adapter(resident, second)
+    assert not torch.equal(logits(resident.model), before)
+    set_adapter(resident, first)
+    assert torch.equal(logits(resident.model), before)
+    assert [p.data_ptr() for p in resident.parameters.values()] == addresses
+
+
+def test_setting_an_adapter_takes_a_copy(resident: Resident) -> None:
+    adapter = random_adapter(resident, 1)
+    set_adapter(resident, adapter)
+    before = logits(resident.model)
+    for tensor in adapter.values():
+        tensor[:] = 0
+    assert torch.equal(logits(resident.model), before)
+
+
+def test_the_change_is_after_minus_before(resident: Resident) -> None:
+    received = random_adapter(resident, 1)
+    set_adapter(resident, received)
+    assert not any(change.any() for change in adapter_change(resident, received).values())
+    with torch.no_grad():
+        for parameter in resident.parameters.values():
+            parameter.add_(0.5)
+    for name, change in adapter_change(resident, received).items():
+        assert change.dtype == np.float32
+        assert np.array_equal(change, (received[name] + np.float32(0.5)) - received[name])
+
+
+def test_a_checkpoint_loads_in_plain_peft_with_the_same_logits(
+    resident: Resident, tiny_base: Path, tmp_path: Path
+) -> None:
+    adapter = random_adapter(resident, 3)
+    set_adapter(resident, adapter)
+    config = peft_config(LORA, ["q_proj", "v_proj"], str(tiny_base))
+    directory = RunDirectory.create(tmp_path / "run", resolve())
+    folder = directory.save_checkpoint(7, adapter, config, "a card")
+    assert folder.name == "peft_7"
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base)
+    loaded = PeftModel.from_pretrained(plain, str(folder)).eval()
+    assert torch.equal(logits(loaded), logits(resident.model))
+    assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json", ".md"}
