@@ -150,7 +150,7 @@ def interrupt_after_a_round(words: list[str], directory: Path, folder: Path) -> 
     """Start a run, press Ctrl-C when it has finished a round, and see that it says so."""
     # A shell that starts pytest in the background lets it, and its children, ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = [COMMANDS / words[0], *words[1:]]
+    command = [str(COMMANDS / words[0]), *words[1:]]
     with subprocess.Popen(command, cwd=folder, env=OFFLINE_ONE_CORE) as process:
         while len(RunDirectory(directory).read_metrics()) < 2:
             assert process.poll() is None, "the run ended before it could be interrupted"
@@ -172,7 +172,7 @@ def test_quickstart_runs_from_top_to_bottom_offline(tmp_path: Path) -> None:
         if directory in resumed:
             interrupt_after_a_round(words, tmp_path / directory, tmp_path)
             continue
-        command = [COMMANDS / words[0], *words[1:]]
+        command = [str(COMMANDS / words[0]), *words[1:]]
         subprocess.run(command, cwd=tmp_path, check=True, env=OFFLINE_ONE_CORE)
         summary = RunDirectory(tmp_path / (directory or resumed[0])).read_json("summary.json")
         assert summary["status"] == "completed"
