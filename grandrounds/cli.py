@@ -87,7 +87,7 @@ def run(
     rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where to write the run; default runs/<date>-<model>.")
+        Path | None, typer.Option(help="Where to write the run; default `runs/<date>-<model>`.")
     ] = None,
     resume: Annotated[
         Path | None,

@@ -16,23 +16,29 @@ from typing import Annotated, Any, ClassVar
 
 Scalar = bool | int | float | str
 
+ENDLESS = 2**63 - 1
+"""The highest value of a key that names none."""
+
 
 @dataclass(frozen=True)
 class Range:
     """The numbers that a key allows: `low <= value <= high`, without `low` itself if `above`."""
 
     low: float
-    high: float = math.inf
+    high: float = ENDLESS
     above: bool = False
 
     def admits(self, value: float) -> bool:
-        """Whether `value` is a finite number within the range."""
+        """Whether `value` is a number within the range."""
         over = value > self.low if self.above else value >= self.low
-        return math.isfinite(value) and over and value <= self.high
+        return over and value <= self.high
 
     def __str__(self) -> str:
-        left = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
-        return left if math.isinf(self.high) else f"{left}, at most {self.high:g}"
+        low, high = (
+            str(int(v)) if float(v).is_integer() else f"{v:g}" for v in (self.low, self.high)
+        )
+        left = f"more than {low}" if self.above else f"at least {low}"
+        return left if self.high == ENDLESS else f"{left}, at most {high}"
 
 
 @dataclass(frozen=True)

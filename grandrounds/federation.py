@@ -16,7 +16,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 import grandrounds
-from grandrounds import recipes, rounds, sampling, schedules
+from grandrounds import messages, recipes, rounds, sampling, schedules
 from grandrounds.config import Config, share_of
 from grandrounds.errors import RunDirectoryError
 from grandrounds.formulary import BASE_NAME as FORMULARY
@@ -144,7 +144,8 @@ def environment() -> dict[str, Any]:
 def open_session(run: Run, grid: Grid) -> None:
     """Wait for the sites and call the roll; write down and tell who is there."""
     nodes = rounds.wait_for_nodes(grid, run.config.data.num_partitions)
-    run.cards = rounds.roll_call(grid, nodes, run.config.strategy.round_timeout_seconds)
+    timeout_seconds = run.config.strategy.round_timeout_seconds
+    run.cards = rounds.roll_call(grid, nodes, timeout_seconds, messages.INTRODUCTION)
     sites = [dict(card.facts) for card in run.cards.values()]
     run.directory.write_json("sites.json", sites)
     run.listener("roll-call", {"sites": sites})
@@ -169,6 +170,7 @@ def play_round(run: Run, grid: Grid) -> None:
         instructions[partition]["cursor"] = state.cursors[partition]
 
     def on_reply(partition: int, failure: str | None) -> None:
+        state.failed_replies += failure is not None
         run.listener("reply", {"round": number, "partition": partition, "failure": failure})
 
     saves = number % config.train.save_every_round == 0 or number == total
@@ -183,6 +185,7 @@ def play_round(run: Run, grid: Grid) -> None:
         timeout_seconds=config.strategy.round_timeout_seconds,
         on_reply=on_reply,
         measure_product_error=saves or number == 1,
+        required_metrics=messages.TRAIN_METRICS,
     )
     trained = time.perf_counter()
     state.round = number
@@ -195,7 +198,6 @@ def play_round(run: Run, grid: Grid) -> None:
 
 def remember(state: State, tally: Tally) -> None:
     """Take over what the replies of a round say about their sites."""
-    state.failed_replies += len(tally.failed)
     for partition, metrics in tally.good.items():
         if "cursor" in metrics:
             state.cursors[partition] = int(metrics["cursor"])
@@ -253,6 +255,7 @@ def judge_and_write(
             run.config.strategy.round_timeout_seconds,
         )
         remember(state, tally)
+        state.failed_replies += len(tally.failed)
         record["held-out-loss"] = loss
         record["evaluated"] = sorted(tally.good)
         record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 from flwr.app import (
@@ -31,6 +31,53 @@ from grandrounds.errors import GrandRoundsError, ReplyError
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
+
+TRAIN_METRICS = (
+    "num-examples",
+    "train-loss",
+    "proximal-penalty",
+    "examples",
+    "tokens",
+    "padding-tokens",
+    "seconds",
+    "cursor",
+    "coverage",
+    "base-loads",
+    "process-id",
+)
+"""What the answer to `train` must report."""
+
+EVALUATE_METRICS = ("nll-sum", "tokens")
+"""What the answer to `evaluate` must report."""
+
+FORMULARY_METRICS = tuple(
+    f"{kind}-{which}-{count}"
+    for kind in ("public", "private")
+    for which in ("base", "tuned")
+    for count in ("correct", "n")
+)
+"""What the answer to `evaluate.formulary` must report."""
+
+INTRODUCTION = (
+    "partition-id",
+    "rows",
+    "empty-rows",
+    "duplicate-rows",
+    "truncated",
+    "unlearnable",
+    "train-examples",
+    "held-out-examples",
+    "version",
+    "base",
+    "prompt",
+    "device",
+    "precision",
+    "threads",
+)
+"""What the answer to `query` must say."""
+
+IDENTITY = ("partition-id", "train-examples", "version", "base", "prompt")
+"""The part of it that the round loop itself needs."""
 
 Metrics = dict[str, float | int]
 
@@ -123,7 +170,7 @@ def raise_failure(reply: Message) -> None:
         `ReplyError` where Flower reports a crash or a lost site.
     """
     if reply.has_error():
-        lines = (reply.error.reason or "no reason given").strip().splitlines()
+        lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
         reason = lines[-1].rpartition("Message: ")[2].removesuffix("'>")
         raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {reason}")
     config = reply.content.config_records.get(CONFIG)
@@ -133,16 +180,23 @@ def raise_failure(reply: Message) -> None:
         raise (kind if is_ours else ReplyError)(str(config["error"]))
 
 
-def metrics_of(reply: Message) -> Metrics:
+def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
     """Return a reply's metrics as plain numbers.
+
+    Parameters
+    ----------
+    required
+        Names without which the reply is of no use.
 
     Raises
     ------
     ReplyError
-        If there are none, or one is a list or not finite.
+        If one of these is missing, or any is a list or not finite.
     """
     if METRICS not in reply.content.metric_records:
         raise ReplyError("the reply has no metrics")
+    if missing := sorted(set(required) - reply.content.metric_records[METRICS].keys()):
+        raise ReplyError(f"the reply lacks {', '.join(missing)}")
     out: Metrics = {}
     for name, value in reply.content.metric_records[METRICS].items():
         if not isinstance(value, int | float) or not np.isfinite(value):

@@ -244,6 +244,7 @@ def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
         if _resident.lora_spec == lora_spec:
             return _resident
         base = _resident.model.unload()
+        _resident = None  # without its adapter it is no longer what it says
     else:
         _resident = None  # frees the old base before the new one needs the memory
         base = load_base(base_spec)

@@ -70,27 +70,46 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    app = table.get("tool", {}).get("flwr", {}).get("app", {})
+    app = table_at(table, "tool", "flwr", "app")
     if "config" not in app:
         return flatten(table)
-    entry = flatten(app["config"])
-    if table.get("project", {}).get("name") == "grandrounds":
+    entry = flatten(table_at(app, "config"))
+    if table_at(table, "project").get("name") == "grandrounds":
         return entry
-    return from_flowertune(entry, table["tool"]["flwr"].get("federations", {}))
+    federations = table_at(table, "tool", "flwr", "federations")
+    federation = table_at(federations, str(federations.get("default", "")))
+    return from_flowertune(entry, table_at(federation, "options").get("num-supernodes"))
 
 
-def from_flowertune(entry: dict[str, Scalar], federations: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return a FlowerTune entry's configuration in this project's keys."""
+def table_at(table: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """Return the table at a path of names, empty if it is not there."""
+    for i, name in enumerate(names):
+        table = table.get(name, {})
+        if not isinstance(table, Mapping):
+            raise ConfigError(
+                f"{'.'.join(names[: i + 1])} = {table!r} must be a table in a Flower app's "
+                "pyproject.toml."
+            )
+    return table
+
+
+def from_flowertune(entry: dict[str, Scalar], num_supernodes: Any) -> dict[str, Scalar]:
+    """Return a FlowerTune entry's configuration in this project's keys.
+
+    Parameters
+    ----------
+    num_supernodes
+        The number of sites in the entry's default federation; None if it names none.
+    """
     for key, (same_thing, why) in FOREIGN_KEYS.items():
         if key in entry and entry.pop(key) != same_thing:
             raise ConfigError(f"{key} cannot be honoured: {why}. Remove it, or set {same_thing!r}.")
     out = {**FLOWERTUNE_TEMPLATE, **entry}
-    if float(out["strategy.fraction-evaluate"]) > 0 and "data.held-out-fraction" not in entry:
+    evaluated = out["strategy.fraction-evaluate"]
+    if evaluated not in (0, "") and "data.held-out-fraction" not in entry:
         out["data.held-out-fraction"] = defaults()["data.held-out-fraction"]
-    federation = federations.get(federations.get("default", ""), {})
-    supernodes = federation.get("options", {}).get("num-supernodes")
-    if supernodes is not None:
-        out.setdefault("data.num-partitions", supernodes)
+    if num_supernodes is not None:
+        out.setdefault("data.num-partitions", num_supernodes)
     return out
 
 

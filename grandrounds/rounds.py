@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from grandrounds import messages
 from grandrounds.adapter import Adapter
 from grandrounds.aggregation.product_error import ProductError, measured_modules
-from grandrounds.aggregation.weighted_mean import WeightedMean
+from grandrounds.aggregation.weighted_mean import LARGEST_WEIGHT, WeightedMean
 from grandrounds.errors import EngineError, GrandRoundsError, ReplyError, RoundError
 from grandrounds.ledger import Ledger
 
@@ -78,8 +78,18 @@ def wait_for_nodes(grid: Grid, num_partitions: int, seconds: float = CONNECT_SEC
     return nodes
 
 
-def roll_call(grid: Grid, nodes: Sequence[int], timeout_seconds: float) -> dict[int, SiteCard]:
+def roll_call(
+    grid: Grid,
+    nodes: Sequence[int],
+    timeout_seconds: float,
+    required: Collection[str] = messages.IDENTITY,
+) -> dict[int, SiteCard]:
     """Ask every node who it is; return the sites by partition id.
+
+    Parameters
+    ----------
+    required
+        What every site must say of itself.
 
     Raises
     ------
@@ -94,8 +104,8 @@ def roll_call(grid: Grid, nodes: Sequence[int], timeout_seconds: float) -> dict[
     cards: dict[int, SiteCard] = {}
     for node, reply in exchange(grid, outgoing, timeout_seconds):
         messages.raise_failure(reply)
-        facts = dict(reply.content.config_records[messages.CONFIG])
-        partition = int(facts["partition-id"])  # type: ignore[arg-type]
+        facts = introduction_of(node, reply, required)
+        partition = int(facts["partition-id"])
         if partition in cards:
             raise EngineError(f"Two nodes say that they are site {partition}; each needs its own.")
         cards[partition] = SiteCard(node, facts)
@@ -107,6 +117,17 @@ def roll_call(grid: Grid, nodes: Sequence[int], timeout_seconds: float) -> dict[
         )
     check_same(cards)
     return dict(sorted(cards.items()))
+
+
+def introduction_of(node: int, reply: Message, required: Collection[str]) -> dict[str, Any]:
+    """Return what a site says of itself; raise `EngineError` if something is missing."""
+    record = dict(reply.content.config_records.get(messages.CONFIG) or {})
+    if missing := [fact for fact in required if fact not in record]:
+        raise EngineError(
+            f"Node {node} does not say its {', '.join(missing)} at roll call: is another version "
+            "of grandrounds installed there? Install the same one everywhere."
+        )
+    return record
 
 
 def check_same(cards: Mapping[int, SiteCard]) -> None:
@@ -169,7 +190,7 @@ def ask_cohort(
         Called with (partition id, reply); returns its metrics, or raises `GrandRoundsError` for a
         reply that cannot be used, which is then named and counted as failed.
     on_reply
-        Called with (partition id, None or the failure).
+        Called with (partition id, None or the failure), once for every site that was asked.
     """
     partition_of = {m.metadata.dst_node_id: p for p, m in outgoing.items()}
     for message in outgoing.values():
@@ -188,6 +209,7 @@ def ask_cohort(
     for partition in outgoing:
         if partition not in tally.good and partition not in tally.failed:
             tally.failed[partition] = f"no reply within {timeout_seconds:g} s"
+            on_reply(partition, tally.failed[partition])
     return tally
 
 
@@ -203,6 +225,7 @@ def train_round(
     timeout_seconds: float,
     on_reply: Callable[[int, str | None], None],
     measure_product_error: bool = False,
+    required_metrics: Collection[str] = ("num-examples",),
 ) -> tuple[Adapter, Tally, float | None]:
     """Train one cohort; return the new adapter, what came back, and the product error if measured.
 
@@ -211,6 +234,8 @@ def train_round(
     instructions
         Partition id → config of its message (learning rate, cursor after a resume). Its keys are
         the cohort.
+    required_metrics
+        Metrics without which a reply counts as failed.
 
     Raises
     ------
@@ -233,7 +258,7 @@ def train_round(
     product_error = ProductError(adapter, modules)
 
     def use(partition: int, reply: Message) -> messages.Metrics:
-        metrics = messages.metrics_of(reply)
+        metrics = messages.metrics_of(reply, required_metrics)
         change = messages.from_arrays(_arrays_of(reply), shapes)
         weight = claimed_examples(metrics, cards[partition])
         mean.add(change, weight)
@@ -258,12 +283,15 @@ def claimed_examples(metrics: messages.Metrics, card: SiteCard) -> int:
     Raises
     ------
     ReplyError
-        If it is not a whole number of at least 1.
+        If it is not a whole number of at least 1, or too large to be exact.
     """
     claim = metrics.get("num-examples")
     if not isinstance(claim, int) or claim < 1:
         raise ReplyError(f"num-examples is {claim!r}, not a whole number of at least 1")
-    return min(claim, card.num_examples)
+    weight = min(claim, card.num_examples)
+    if weight > LARGEST_WEIGHT:
+        raise ReplyError(f"num-examples is {weight}, more than the {LARGEST_WEIGHT} allowed")
+    return weight
 
 
 def _arrays_of(reply: Message) -> ArrayRecord:
@@ -298,7 +326,7 @@ def evaluate_round(
         outgoing,
         ledger,
         timeout_seconds,
-        lambda _, reply: messages.metrics_of(reply),
+        lambda _, reply: messages.metrics_of(reply, messages.EVALUATE_METRICS),
         lambda *_: None,
     )
     tokens = sum(int(m["tokens"]) for m in tally.good.values())
@@ -315,9 +343,10 @@ def examine_formulary(
 ) -> tuple[dict[str, Any] | None, Tally]:
     """Let one site answer the formulary's questions with the adapter and without it.
 
-    The server has no base model; the first site that answers well is enough.
+    The server has no base model; the first site that answers well is enough. The tally has the
+    failures of all that were asked before it.
     """
-    tally = Tally()
+    tally, failed = Tally(), dict[int, str]()
     for partition, card in cards.items():
         message = Message(
             messages.content(arrays=messages.to_arrays(adapter)),
@@ -331,9 +360,11 @@ def examine_formulary(
             {partition: message},
             ledger,
             timeout_seconds,
-            lambda _, reply: messages.metrics_of(reply),
+            lambda _, reply: messages.metrics_of(reply, messages.FORMULARY_METRICS),
             lambda *_: None,
         )
+        failed |= tally.failed
+        tally.failed = failed
         if tally.good:
             scores = tally.good[partition]
             return {

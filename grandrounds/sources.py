@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from grandrounds.errors import DataError, nearest
 
@@ -305,7 +305,8 @@ def _load_file(
             elif name.removesuffix(".gz").endswith(".csv"):
                 raw = _read_csv(cast(IO[bytes], file), source, columns)
             elif name.removesuffix(".gz").endswith(".json"):
-                raw = _read_json(file.read(), source, columns)
+                records, unit = json_records(file.read(), source)
+                raw = _from_records(records, columns, unit)
             else:
                 raw = _from_records(_json_lines(file, source), columns, "line")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
@@ -313,11 +314,13 @@ def _load_file(
     return _to_dataset(raw, source, columns)
 
 
-def _read_json(content: bytes, source: str, columns: Sequence[str]) -> _RawRows:
-    """Read an array of objects, or else one object per line."""
+def json_records(
+    content: bytes, source: str
+) -> tuple[Iterable[tuple[int, dict[str, Any]]], Literal["line", "row"]]:
+    """Return numbered objects, and what is numbered: lines, or the rows of one array."""
     content = content.removeprefix(b"\xef\xbb\xbf")
     if not content.lstrip().startswith(b"["):
-        return _from_records(_json_lines(io.BytesIO(content), source), columns, "line")
+        return _json_lines(io.BytesIO(content), source), "line"
     try:
         items = json.loads(content)
     except json.JSONDecodeError as error:
@@ -327,7 +330,7 @@ def _read_json(content: bytes, source: str, columns: Sequence[str]) -> _RawRows:
         raise _no_json(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
     for number, item in enumerate(items, 1):
         _check_object(item, f"{source}, row {number}")
-    return _from_records(enumerate(items, 1), columns, "row")
+    return enumerate(items, 1), "row"
 
 
 def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -156,9 +156,10 @@ def add_proximal_gradient(
     """Add the gradient of mu/2 ||w - w_round||^2, which is mu (w - w_round), to `.grad`."""
     if not mu:
         return
-    distance = torch._foreach_sub(list(parameters), list(received))
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_add_(gradients, distance, alpha=mu)
+    # A module that took no part (an expert that was not chosen) has no gradient and does not move.
+    moved = [(p, r) for p, r in zip(parameters, received, strict=True) if p.grad is not None]
+    distance = torch._foreach_sub([p for p, _ in moved], [r for _, r in moved])
+    torch._foreach_add_([p.grad for p, _ in moved if p.grad is not None], distance, alpha=mu)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -70,7 +71,7 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     base, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     kinds = typing.get_args(base) or (base,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) not in kinds:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         allowed = " or ".join(names[k] for k in kinds)
@@ -139,6 +140,12 @@ def check_together(config: Config) -> None:
             0 < arguments.max_steps < arguments.warmup_steps,
             f"train.training-arguments.warmup-steps = {arguments.warmup_steps} is more than "
             f"max-steps = {arguments.max_steps}: the learning rate would never be reached.",
+        ),
+        (
+            0 < strategy.fraction_evaluate * config.data.num_partitions < 1 - 1e-9,
+            f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} of data.num-partitions = "
+            f"{config.data.num_partitions} sites is nobody: at least "
+            f"{1 / config.data.num_partitions:g} is needed, or 0 for no held-out loss.",
         ),
         (
             config.cohort_size < 1,

@@ -173,8 +173,16 @@ def test_leaderboard_recipes_are_comparable_with_the_leaderboard(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_recipe_is_the_published_entry_but_for_what_its_header_names(name: str) -> None:
-    entry = recipes.resolve(recipes.from_flowertune(TEMPLATE | ENTRIES[name], {}))
+def test_recipe_is_the_published_entry_but_for_what_its_header_names(
+    name: str, tmp_path: Path
+) -> None:
+    project = tmp_path / "pyproject.toml"
+    project.write_text(
+        '[project]\nname = "entry"\n[tool.flwr.federations]\ndefault = "local-simulation"\n'
+        "[tool.flwr.federations.local-simulation]\noptions.num-supernodes = 20\n"
+        f"[tool.flwr.app.config]\n{recipes.to_toml(TEMPLATE | ENTRIES[name])}"
+    )
+    entry = recipes.resolve(recipes.load_recipe(project))
     ours = config_of(name)
     named = {
         "seed",  # FlowerTune's partition seed

@@ -143,9 +143,8 @@ def test_field_mistake_02_visits_go_on_through_the_examples(settings: Settings) 
         assert list(record["site-coverage"].values()) == pytest.approx([seen / 27] * 4)
     assert summary["coverage"] == pytest.approx(24 / 27)
 
-    site = open_site(
-        config.static.name, config.data, config.model.name, config.train.seq_length, 2026, 1
-    )
+    seed, seq_length = config.federation.seed, config.train.seq_length
+    site = open_site(config.static.name, config.data, config.model.name, seq_length, seed, 1)
     assert len(set(site.train)) == len(site.train) == 27
     given, cursor = [], 0
     for number in (1, 2, 3):
@@ -248,7 +247,8 @@ def test_field_mistake_04_no_search_for_the_response_and_nothing_masked_in_silen
     by_question = {row["input"]: row["output"] for row in rows}
     checked = 0
     for partition in range(4):
-        site = open_site(str(cards), config.data, config.model.name, 400, 2026, partition)
+        seed = config.federation.seed
+        site = open_site(str(cards), config.data, config.model.name, 400, seed, partition)
         for example in site.train + site.held_out:
             prompt = tokenizer.decode(example.input_ids[: example.prompt_tokens])
             head, tail = build_prompt("alpaca", "\x00").split("\x00")

@@ -127,8 +127,8 @@ BAD = {
     "empty": (replaced(data=b""), r"\(0 bytes\)"),
     "one byte more": (replaced(data=WHOLE + b"\0"), r"\(169 bytes\)"),
     "huge claim beside the data": (replaced(shape=(10**9, 10**9), data=b"x"), "1000000000"),
-    "huge claim in the header": (
-        replaced(data=WHOLE.replace(b"(2, 5)", b"(2000000000, 5)"[:6]).replace(b"2, 5", b"9, 9")),
+    "other shape in the header": (
+        replaced(data=WHOLE.replace(b"(2, 5)", b"(9, 9)")),
         "expected float32",
     ),
     "pickle": (replaced(data=b"\x80\x04N." + WHOLE[4:]), "expected float32"),

@@ -344,9 +344,9 @@ def test_flatten_joins_names_with_dots() -> None:
 
 
 def test_differences_name_keys_with_both_values_but_no_directories() -> None:
-    old = resolve({"run-directory": "one"})
+    old = resolve({"run-directory": "one", "seed": 2, "model.lora.dropout": 0.0})
     new = resolve({"run-directory": "two", "seed": 1, "model.lora.dropout": 0.1})
-    assert differences(old, new) == ["seed: 2026 → 1", "model.lora.dropout: 0.0 → 0.1"]
+    assert differences(old, new) == ["seed: 2 → 1", "model.lora.dropout: 0.0 → 0.1"]
 
 
 def test_what_does_not_compare_with_the_leaderboard_is_listed() -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grandrounds.data import Example
@@ -31,10 +39,18 @@ EXAMPLES = [
 LONG = 512
 
 
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """A tokenizer that writes the blank before a text by itself, and begins with <s>."""
+def sentencepiece_like(*, by_normalizer: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes the blank before a text by itself, and begins with <s>.
+
+    By Metaspace, or, as Llama 2's does, by a normalizer that doubles a blank that is there already.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    if by_normalizer:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
@@ -58,10 +74,10 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(params=["byte-level", "sentencepiece", "pad is eos", "adds eos"])
+@pytest.fixture(params=["byte-level", "metaspace", "llama 2", "pad is eos", "adds eos"])
 def tokenizer(request: pytest.FixtureRequest, tiny_base: Path) -> Any:
-    if request.param == "sentencepiece":
-        made = sentencepiece_like()
+    if request.param in ("metaspace", "llama 2"):
+        made = sentencepiece_like(by_normalizer=request.param == "llama 2")
         made.pad_token = made.eos_token
         return made
     made = AutoTokenizer.from_pretrained(tiny_base)

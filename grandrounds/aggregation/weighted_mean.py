@@ -13,6 +13,9 @@ import numpy as np
 
 from grandrounds.adapter import Adapter, Shapes
 
+LARGEST_WEIGHT = 2**29 - 1
+"""Up to here a weight times a float32 number is exact in float64."""
+
 
 class WeightedMean:
     """A running weighted sum whose result does not depend on the order of arrival.
@@ -41,8 +44,8 @@ class WeightedMean:
         weight : int
             Its number of training examples, at least 1.
         """
-        if not 1 <= weight < 2**29:
-            raise ValueError(f"a weight must be from 1 to 2**29 - 1, not {weight}")
+        if not 1 <= weight <= LARGEST_WEIGHT:
+            raise ValueError(f"a weight must be from 1 to {LARGEST_WEIGHT}, not {weight}")
         for name, high in self._high.items():
             term = change[name].astype(np.float64)
             term *= weight
