@@ -19,6 +19,22 @@ from grandrounds.config import Config, Scalar
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.quiet import quiet_libraries
 
+NEEDED_TO_RUN = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "flwr",
+    "flwr_datasets",
+    "numpy",
+    "peft",
+    "psutil",
+    "safetensors",
+    "scipy",
+    "torch",
+    "transformers",
+)
+"""Modules of the `train` extra."""
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
 
@@ -190,6 +206,17 @@ def told_in_one_line() -> Iterator[None]:
     except GrandRoundsError as error:
         print(f"grandrounds: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("grandrounds: interrupted; finished rounds are kept.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        what = f"; {interrupt}" if str(interrupt) else ""
+        print(f"grandrounds: interrupted{what}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in NEEDED_TO_RUN:
+            raise
+        print(
+            f"grandrounds: a run needs {package}, which is not installed: "
+            'pip install "grandrounds[all]"',
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 Scalar = bool | int | float | str
 
-ENDLESS = 2**63 - 1
+ENDLESS = sys.float_info.max
 """The highest value of a key that names none."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 import grandrounds
 from grandrounds import messages, recipes, rounds, sampling, schedules
 from grandrounds.config import Config, share_of
-from grandrounds.errors import RunDirectoryError
+from grandrounds.errors import RoundError, RunDirectoryError
 from grandrounds.formulary import BASE_NAME as FORMULARY
 from grandrounds.model import LoraSpec, adapter_layout, initial_adapter, peft_config
 from grandrounds.model_card import model_card
@@ -26,6 +26,17 @@ from grandrounds.planning import Plan, plan_run
 from grandrounds.rounds import SiteCard, Tally
 from grandrounds.run_directory import RunDirectory
 from grandrounds.run_state import State, summarize
+
+SAME_ON_RESUME = (
+    "rows",
+    "train-examples",
+    "held-out-examples",
+    "truncated",
+    "unlearnable",
+    "base",
+    "prompt",
+)
+"""What a site says at roll call that must not change within a run."""
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with (event, data): plan, roll-call, reply, round, checkpoint, finished."""
@@ -137,8 +148,16 @@ def environment() -> dict[str, Any]:
         "grandrounds": grandrounds.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p: importlib.metadata.version(p) for p in packages},
+        "packages": {p: installed_version(p) for p in packages},
     }
+
+
+def installed_version(package: str) -> str | None:
+    """Return a package's version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def open_session(run: Run, grid: Grid) -> None:
@@ -147,8 +166,23 @@ def open_session(run: Run, grid: Grid) -> None:
     timeout_seconds = run.config.strategy.round_timeout_seconds
     run.cards = rounds.roll_call(grid, nodes, timeout_seconds, messages.INTRODUCTION)
     sites = [dict(card.facts) for card in run.cards.values()]
+    check_same_sites(run.directory.read_json("sites.json"), sites)
     run.directory.write_json("sites.json", sites)
     run.listener("roll-call", {"sites": sites})
+
+
+def check_same_sites(
+    before: Sequence[Mapping[str, Any]] | None, now: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise `RunDirectoryError` if a resumed run would go on with other data, base or prompt."""
+    for old, new in zip(before or (), now, strict=False):
+        for fact in SAME_ON_RESUME:
+            if old[fact] != new[fact]:
+                raise RunDirectoryError(
+                    f"Site {new['partition-id']} is not what it was when the run started: its "
+                    f"{fact} was {old[fact]} and is {new[fact]}. Restore it to resume, or start a "
+                    "new run."
+                )
 
 
 def play_round(run: Run, grid: Grid) -> None:
@@ -256,6 +290,9 @@ def judge_and_write(
         )
         remember(state, tally)
         state.failed_replies += len(tally.failed)
+        if loss is None and state.round == 0:
+            reasons = "; ".join(f"site {p}: {why}" for p, why in sorted(tally.failed.items()))
+            raise RoundError(f"No site could judge the untrained adapter. {reasons}")
         record["held-out-loss"] = loss
         record["evaluated"] = sorted(tally.good)
         record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
@@ -294,7 +331,7 @@ def finish(run: Run, grid: Grid) -> dict[str, Any]:
             grid, state.adapter, run.cards, state.ledger, config.strategy.round_timeout_seconds
         )
         state.failed_replies += len(tally.failed)
-        run.directory.write_json("ledger.json", state.ledger.as_dict())
+    run.directory.write_json("ledger.json", state.ledger.as_dict())
     summary = summary_of(run, "completed")
     if config.static.name == FORMULARY:
         summary["formulary"] = scores
@@ -303,15 +340,17 @@ def finish(run: Run, grid: Grid) -> dict[str, Any]:
     return summary
 
 
-def fail(run: Run, status: str, reason: str) -> None:
-    """Write the summary of a run that ended early; finished rounds and checkpoints stay.
+def fail(run: Run, status: str, reason: str) -> str:
+    """Write the summary of a run that ended early, and return what is kept, in words.
 
-    A new run that ended before anything was measured leaves no directory behind.
+    Finished rounds and checkpoints stay. A new run that ended before anything was measured leaves
+    no directory behind.
     """
     if not run.directory.read_metrics():
         run.directory.discard()
-        return
+        return "nothing was finished yet, nothing is left behind"
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
+    return f"finished rounds are kept; grandrounds run --resume {run.directory.path}"
 
 
 def summary_of(run: Run, status: str) -> dict[str, Any]:

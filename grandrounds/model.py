@@ -181,13 +181,12 @@ def quantization_config(bits: int, compute_dtype: torch.dtype) -> Any:
     if not bits:
         return None
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise ModelError(
             f"model.quantization = {bits} needs bitsandbytes, which does not load here "
             f"({error}). Install it (pip install bitsandbytes), or set model.quantization = 0."
         ) from error
-    del bitsandbytes
     from transformers import BitsAndBytesConfig
 
     if bits == 8:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from grandrounds.errors import ConfigError
+
 ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
@@ -34,17 +36,22 @@ def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
 
     Raises
     ------
-    ValueError
+    ConfigError
         For an unknown template, or `chat` with a tokenizer that has no chat template.
     """
     if template == "alpaca":
         return ALPACA.format(question=question)
     if template == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("the tokenizer has no chat template")
+            raise ConfigError(
+                'data.prompt-template = "chat" needs a tokenizer with a chat template, and this '
+                'base has none: use data.prompt-template = "alpaca", or an instruct model.'
+            )
         turns = [{"role": "user", "content": question}]
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    raise ValueError(f"unknown prompt template {template!r}; allowed: {', '.join(TEMPLATES)}")
+    raise ConfigError(
+        f"data.prompt-template = {template!r} is unknown; allowed: {', '.join(TEMPLATES)}."
+    )
 
 
 def response_text(template: str, answer: str) -> str:

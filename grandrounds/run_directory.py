@@ -1,6 +1,7 @@
 """The run directory: complete after every round, whatever happens next.
 
     config.toml        the resolved configuration, a recipe by itself
+    plan.json          what the run will send
     environment.json   versions and machine of the server
     sites.json         the roll call
     metrics.jsonl      one line a round; line 0 is before training
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from grandrounds.adapter import Adapter
 from grandrounds.config import Config
@@ -54,9 +56,17 @@ class RunDirectory:
                 f"{path} exists and is not an empty folder. Choose another run-directory, or "
                 f"continue that run with grandrounds run --resume {path}."
             )
-        with _told_plainly(path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
             path.mkdir(parents=True, exist_ok=True)
             _write_text(path / "config.toml", to_toml(config.flat()))
+        except OSError as error:
+            for folder in missing:  # what was made here, innermost first
+                shutil.rmtree(folder, ignore_errors=True)
+            raise RunDirectoryError(
+                f"The run directory {path} cannot be written: {error.strerror or error}. "
+                "Free some space, or choose another place with --run-dir."
+            ) from error
         return cls(path)
 
     @classmethod
@@ -142,6 +152,8 @@ class RunDirectory:
         with _told_plainly(self.path):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             _write_text(self.path / "metrics.jsonl", text)
+        for older in self._states()[:-1]:
+            shutil.rmtree(older)
         for folder in self.path.glob("peft_*"):
             if folder.name.removeprefix("peft_").isdigit() and (
                 int(folder.name.removeprefix("peft_")) > round_number
@@ -170,11 +182,11 @@ def _told_plainly(path: Path) -> Iterator[None]:
     """Turn a full disk or a folder without permission into one clear error."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise RunDirectoryError(
-            f"The run directory {path} cannot be written: {error.strerror or error}. Free some "
-            "space or choose another place with --run-dir; finished rounds are kept, and "
-            f"grandrounds run --resume {path} goes on from there."
+            f"The run directory {path} cannot be written: {reason}. Free some space; finished "
+            f"rounds are kept, and grandrounds run --resume {path} goes on from there."
         ) from error
 
 

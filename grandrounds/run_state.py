@@ -94,7 +94,7 @@ def summarize(
     counted = ("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable")
     return {
         "status": status,
-        "rounds": state.round,
+        "rounds": metrics[-1]["round"] if metrics else 0,
         "seconds": round(state.seconds, 3),
         "communication_mib": state.ledger.mib,
         "communication_rule": state.ledger.as_dict()["rule"],

@@ -39,14 +39,14 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
     run = federation.begin(config, listener)
     try:
         federation.open_session(run, grid)
-        if run.state.round == 0:
+        if not run.directory.read_metrics():
             federation.record_start(run, grid)
         while run.state.round < config.federation.num_server_rounds:
             federation.play_round(run, grid)
         return federation.finish(run, grid)
     except KeyboardInterrupt:
-        federation.fail(run, "stopped", "interrupted")
-        raise
+        kept = federation.fail(run, "stopped", "interrupted")
+        raise KeyboardInterrupt(kept) from None
     except Exception as error:
         federation.fail(run, "failed", str(error))
         raise

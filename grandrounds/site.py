@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grandrounds.config import DataConfig
 from grandrounds.data import site_data
@@ -13,6 +13,9 @@ from grandrounds.errors import DataError
 from grandrounds.model import load_tokenizer
 from grandrounds.sources import load_rows
 from grandrounds.tokenization import TokenizedExample, tokenize_examples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ def tokenizer_of(model_name: str) -> Any:
     return load_tokenizer(model_name)
 
 
-@lru_cache(maxsize=1024)
 def open_site(
     source: str, data: DataConfig, model_name: str, seq_length: int, seed: int, partition_id: int
 ) -> Site:
@@ -55,6 +57,18 @@ def open_site(
         answer_column=data.answer_column,
         keep_columns=keep,
     )
+    return _open(rows, data, model_name, seq_length, seed, partition_id)
+
+
+@lru_cache(maxsize=1024)
+def _open(
+    rows: Dataset,  # by identity: load_rows gives the same object until the source changes
+    data: DataConfig,
+    model_name: str,
+    seq_length: int,
+    seed: int,
+    partition_id: int,
+) -> Site:
     split = site_data(
         rows,
         partitioner=data.partitioner,

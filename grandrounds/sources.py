@@ -209,7 +209,7 @@ def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
     import datasets
 
     try:
-        with _silent_downloads():
+        with silent_downloads():
             rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # hub, HTTP and builders raise unrelated types; none is swallowed
         raise DataError(
@@ -223,7 +223,7 @@ def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
 
 
 @contextmanager
-def _silent_downloads() -> Iterator[None]:
+def silent_downloads() -> Iterator[None]:
     """Switch the hub's progress bars and log lines off for the time of one download."""
     import datasets
     import huggingface_hub

@@ -186,17 +186,26 @@ def make_optimizer(
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw_torch":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-    try:
-        import bitsandbytes
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ModelError(
-            f'train.optimizer = "{settings.optimizer}" needs bitsandbytes, which does not load '
-            f'here ({error}). Install it, or set train.optimizer = "adamw_torch".'
-        ) from error
+    check_optimizer(settings.optimizer)
+    import bitsandbytes
+
     paged = settings.optimizer == "paged_adamw_8bit"
     kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     optimizer: torch.optim.Optimizer = kind(parameters, lr=rate, weight_decay=decay)
     return optimizer
+
+
+def check_optimizer(name: str) -> None:
+    """Raise `ModelError` if this machine cannot run an optimizer."""
+    if name == "adamw_torch":
+        return
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f'train.optimizer = "{name}" needs bitsandbytes, which does not load here ({error}). '
+            'Install it, or set train.optimizer = "adamw_torch".'
+        ) from error
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -96,7 +96,9 @@ def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
 def introduction(site: Site, config: Config) -> dict[str, int | str]:
     """Return what a site says at roll call; nothing heavy is loaded for it."""
     device, dtype = device_and_dtype(config.model.dtype)
-    quantization_config(config.model.quantization, dtype)  # fails here, before anybody trains
+    # These fail here, before anybody trains.
+    quantization_config(config.model.quantization, dtype)
+    training.check_optimizer(config.train.optimizer)
     name = config.model.name
     template = config.data.prompt_template
     return {

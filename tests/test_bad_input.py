@@ -257,7 +257,7 @@ def test_a_target_module_that_matches_nothing_is_answered_with_those_there_are(
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_chat_template_that_the_tokenizer_lacks_is_refused(settings: Settings) -> None:
-    line = complaint(command({**settings, "data.prompt-template": "chat"}), 1)
+    line = complaint(command({**settings, "data.prompt-template": "chat"}), 2)
     assert "chat template" in line
     assert "data.prompt-template" in line
     assert "Flower's code" not in line

@@ -254,6 +254,9 @@ WITH_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_ha
 """A process started in the background of a shell ignores Ctrl-C, and so would its children."""
 
 
+KEPT = "grandrounds: interrupted; finished rounds are kept; grandrounds run --resume {}\n"
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_with_exit_code_130_and_keeps_finished_rounds(
     settings: Settings, tmp_path: Path
@@ -271,9 +274,7 @@ def test_ctrl_c_ends_with_exit_code_130_and_keeps_finished_rounds(
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == cli.INTERRUPTED == 130
-    assert (tmp_path / "error").read_text() == (
-        "grandrounds: interrupted; finished rounds are kept.\n"
-    )
+    assert (tmp_path / "error").read_text() == KEPT.format(run)
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["reason"]) == ("stopped", "interrupted")
     finished = len(metrics.read_text().splitlines()) - 1
@@ -295,7 +296,7 @@ def test_ctrl_c_in_a_later_round_is_one_line_and_a_stopped_run(
     monkeypatch.setattr(federation, "play_round", interrupt)
     result = CliRunner().invoke(app, ["run", *overrides(settings)])
     assert result.exit_code == 130
-    assert result.stderr == "grandrounds: interrupted; finished rounds are kept.\n"
+    assert result.stderr == KEPT.format(settings["run-directory"])
     summary = json.loads((Path(settings["run-directory"]) / "summary.json").read_text())
     assert (summary["status"], summary["rounds"]) == ("stopped", 2)
     assert summary["adapter"] == "peft_2"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from grandrounds.errors import ConfigError
 from grandrounds.prompts import TEMPLATES, build_prompt, prompt_hash, response_text
 
 
@@ -44,14 +45,14 @@ def test_chat_is_the_tokenizers_own_template(chatty: Any) -> None:
 
 
 def test_chat_without_a_chat_template_is_refused() -> None:
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no chat template"):
         build_prompt("chat", "x", SimpleNamespace(chat_template=None))
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no chat template"):
         build_prompt("chat", "x")
 
 
 def test_an_unknown_template_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="'vicuna'; allowed: alpaca, chat"):
+    with pytest.raises(ConfigError, match="'vicuna'; allowed: alpaca, chat"):
         build_prompt("vicuna", "x")
 
 

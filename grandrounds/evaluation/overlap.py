@@ -56,10 +56,12 @@ def find_overlap(
     Candidates come from MinHash with banding (Leskovec, Rajaraman and Ullman, "Mining of Massive
     Datasets", section 3.4), and are then compared exactly, so no pair below the threshold is
     reported; a pair at the threshold is missed with probability at most 0.001, a more similar one
-    with less. A question of w words is cut into shingles of min(`ngram`, max(1, w // 4)) words, and
-    so is a text compared with it. At the defaults one word replaced in the middle is found from
-    49 words on; in a short question it mostly makes another question, and is found only near an
-    end. Languages written without blanks between words are found only if the texts are equal.
+    with less (for ideal hash functions).
+
+    A question of w words is cut into shingles of min(`ngram`, max(1, w // 4)) words, and so is a
+    text compared with it. At the defaults one word replaced in the middle is found from 49 words
+    on; in a short question it mostly makes another question, and is found only near an end.
+    Languages written without blanks between words are found only if the texts are equal.
 
     Since the near comparison is of whole texts, give questions and answers of a training set as
     separate texts, `[*questions, *answers]`: a question joined to its long answer is found word for
@@ -170,9 +172,8 @@ class _NearIndex:
         self._shingles = shingles
         self._size = size
         self._threshold = threshold
-        # Sets whose sizes differ by more than the threshold cannot reach it.
-        self._fewest = threshold * min(map(len, shingles.values()))
-        self._most = max(map(len, shingles.values())) / threshold
+        self._fewest = min(map(len, shingles.values()))
+        self._most = max(map(len, shingles.values()))
         self._empty = MinHash(num_perm=num_perm, seed=_SEED)
         self._index = MinHashLSH(num_perm=num_perm, params=bands)
         for item, grams in shingles.items():
@@ -180,10 +181,11 @@ class _NearIndex:
 
     def find(self, words: Sequence[str]) -> Iterator[tuple[int, float]]:
         """Yield the items similar to this text, with their similarity."""
-        if len(words) - self._size + 1 < self._fewest:
+        # The similarity of two sets is at most the smaller size divided by the larger.
+        if (len(words) - self._size + 1) / self._fewest < self._threshold:
             return
         grams = _shingles(words, self._size)
-        if not self._fewest <= len(grams) <= self._most:
+        if min(len(grams) / self._fewest, self._most / len(grams)) < self._threshold:
             return
         for item in self._index.query(self._sketch(grams)):
             similarity = _jaccard(self._shingles[item], grams)
