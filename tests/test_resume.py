@@ -361,7 +361,7 @@ def test_a_folder_without_a_run_is_not_resumed(settings: Settings, tmp_path: Pat
     ("key", "value", "words"),
     [
         ("num-server-rounds", 9, "num-server-rounds: 4 → 9"),
-        ("seed", 1, "seed: 42 → 1"),
+        ("seed", 1, "seed: 2026 → 1"),
         ("train.learning-rate-max", 0.001, "train.learning-rate-max: 0.005 → 0.001"),
         ("model.lora.peft-lora-r", 8, "model.lora.peft-lora-r: 4 → 8"),
     ],

@@ -80,10 +80,11 @@ def gold_text(item: Item) -> str:
 
 def prompt_hash(benchmark: Benchmark) -> str:
     """Return 16 hex digits that change whenever a prompt of the benchmark changes."""
-    options = tuple(f"\x00option {label}\x00" for label in benchmark.labels)
+    labels = benchmark.labels
+    options = tuple(f"\x00option {label}\x00" for label in labels)
+    context = ("\x00one\x00", "\x00two\x00")
     probes = [
-        Item(1, f"\x00question\x00{end}", ("\x00one\x00", "\x00two\x00"), options, labels, 0, "")
-        for labels in (benchmark.labels,)
+        Item(1, f"\x00question\x00{end}", context, options, labels, gold_index=0, group="")
         for end in ("", "?", ".")
     ]
     text = "\x00".join(model_input(build_prompt(benchmark, probe)) for probe in probes)
@@ -128,7 +129,7 @@ class Score:
     first_letter_answers: int
     """Those among `format_failures` that count as an allowed answer by their first letter."""
     spread: dict[str, int]
-    """How often each allowed answer was given, as the rule reads it, and `other`; adds up to `n`."""
+    """How often each allowed answer was given, as the rule reads it, and `other`; sums to `n`."""
     commonest_failures: dict[str, int]
     """The five commonest outputs among `format_failures`."""
 
@@ -165,7 +166,12 @@ def read_answer(output: str, gold: str, kind: AnswerType) -> tuple[str, str]:
     if kind == "mcq":
         cleaned = cleaned[:1]
     else:
-        for double, single in (("yesyes", "yes"), ("nono", "no"), ("yesno", "yes"), ("noyes", "no")):
+        for double, single in (
+            ("yesyes", "yes"),
+            ("nono", "no"),
+            ("yesno", "yes"),
+            ("noyes", "no"),
+        ):
             if double in cleaned:
                 cleaned = cleaned.replace(double, single)
                 break
@@ -200,7 +206,7 @@ def rescore(records: Sequence[Generation], labels: Sequence[str] | None = None) 
     labels = labels or _labels_of(records)
     kind = answer_type(labels)
     allowed = {label.lower(): label for label in labels}
-    spread = Counter({label: 0 for label in (*labels, OTHER)})
+    spread = Counter(dict.fromkeys((*labels, OTHER), 0))
     failures: Counter[str] = Counter()
     correct = first_letter_answers = 0
     for row, record in enumerate(records, 1):
