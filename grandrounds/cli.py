@@ -17,12 +17,14 @@ import grandrounds
 from grandrounds import recipes
 from grandrounds.config import Config, Scalar
 from grandrounds.errors import ConfigError, GrandRoundsError
+from grandrounds.evaluate_command import evaluate
 from grandrounds.quiet import quiet_libraries
 
 NEEDED_TO_RUN = (
     "accelerate",
     "bitsandbytes",
     "datasets",
+    "datasketch",
     "flwr",
     "flwr_datasets",
     "numpy",
@@ -220,3 +222,6 @@ def told_in_one_line() -> Iterator[None]:
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
+
+
+app.command("evaluate")(told_in_one_line()(evaluate))

@@ -1,40 +1,45 @@
-"""How likely a model finds each option of a multiple-choice question.
+"""How likely a model finds each option of a multiple-choice question, and what it would say.
 
-The score of an option is the natural logarithm of the probability that the model, given the
-prompt, answers with exactly this option and then stops: the plain sum over the option's tokens
-and the end-of-sequence token. There is no division by length, because training minimises this
-very sum, and because with the stop included the scores of different options are probabilities of
-disjoint events.
+The score of an option is the natural logarithm of the probability that the model goes on with
+exactly its tokens after the prompt: a plain sum over the tokens, with no division by length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from grandrounds.evaluation.prefill import Ids, Prefilled, evaluating, extend, forked, prefill
+
+Progress = Callable[[int], None]
+"""Called with the number of prompts that a batch has finished."""
+
 
 def option_log_likelihoods(
     model: Any,
-    prompts: Sequence[Sequence[int]],
-    options: Sequence[Sequence[Sequence[int]]],
+    prompts: Sequence[Ids],
+    options: Sequence[Sequence[Ids]],
     *,
     batch_size: int = 64,
+    progress: Progress = lambda _: None,
 ) -> list[list[float]]:
     """Return the log-likelihood of every option of every prompt, given as token ids.
+
+    A prompt is read once for all its options.
 
     Parameters
     ----------
     model : causal language model of transformers, or a PEFT model around one
-        Its forward must know `logits_to_keep`. Used in evaluation mode, put back into its former
-        mode afterwards.
+        Used in evaluation mode, put back into its former mode afterwards.
     prompts : sequence of sequences of int
         Token ids of each prompt; not empty.
     options : sequence of sequences of sequences of int
-        For each prompt the token ids of its options, end-of-sequence included; not empty.
+        For each prompt the token ids of its options, an end-of-sequence included where the stop is
+        part of the answer; none empty.
     batch_size : int
-        Pairs of prompt and option in one forward pass.
+        Prompts in one forward pass.
 
     Returns
     -------
@@ -49,59 +54,121 @@ def option_log_likelihoods(
     """
     if len(prompts) != len(options):
         raise ValueError(f"{len(prompts)} prompts but {len(options)} lists of options")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for row, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
-        if not prompt or not all(choices):
-            raise ValueError(f"prompt {row} or one of its options has no tokens")
+    for row, choices in enumerate(options):
+        if not all(choices):
+            raise ValueError(f"an option of prompt {row} has no tokens")
     scores = [[0.0] * len(choices) for choices in options]
-    places = [
-        (row, column) for row, choices in enumerate(options) for column in range(len(choices))
-    ]
-    places.sort(key=lambda place: -len(prompts[place[0]]) - len(options[place[0]][place[1]]))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for first in range(0, len(places), batch_size):
-                batch = places[first : first + batch_size]
-                pairs = [(list(prompts[row]), list(options[row][column])) for row, column in batch]
-                for (row, column), total in zip(batch, _score_batch(model, pairs), strict=True):
-                    scores[row][column] = total
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for batch in prefill(model, prompts, batch_size):
+            for column in range(max(len(options[row]) for row in batch.rows)):
+                # Token 0 stands in where a prompt has fewer options than others; nobody reads it.
+                chosen = [
+                    list(options[row][column]) if column < len(options[row]) else [0]
+                    for row in batch.rows
+                ]
+                totals = _score_column(model, batch, chosen)
+                for row, total in zip(batch.rows, totals, strict=True):
+                    if column < len(options[row]):
+                        scores[row][column] = total
+            progress(len(batch.rows))
     return scores
 
 
-def _score_batch(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """Score (prompt ids, response ids) pairs, longest first, in one forward pass."""
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    input_ids = torch.zeros((len(pairs), lengths[0]), dtype=torch.long)  # (batch, tokens)
-    attention_mask = torch.zeros_like(input_ids)
-    owners: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    for row, (prompt, response) in enumerate(pairs):
-        input_ids[row, : lengths[row]] = torch.tensor(prompt + response)
-        attention_mask[row, : lengths[row]] = 1
-        owners += [row] * len(response)
-        # The logits at position t are about token t + 1.
-        positions += range(len(prompt) - 1, lengths[row] - 1)
-        targets += response
-    device = next(model.parameters()).device
-    # Logits before the earliest response are never read, so they are never computed.
-    start = min(positions)
-    output = model(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        use_cache=False,
-        logits_to_keep=lengths[0] - start,
-    )
-    owner = torch.tensor(owners, device=device)  # (response tokens of the batch,)
-    offset = torch.tensor(positions, device=device) - start
-    wanted = output.logits[owner, offset].float()  # (response tokens, vocabulary)
-    target = torch.tensor(targets, device=device)
-    log_likelihoods = -torch.nn.functional.cross_entropy(wanted, target, reduction="none")
-    totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
-    totals.index_add_(0, owner, log_likelihoods.double())
+def _score_column(model: Any, batch: Prefilled, continuations: list[list[int]]) -> list[float]:
+    """Return the log-likelihood of one continuation for each prompt of a batch."""
+    device = batch.logits.device
+    first = torch.tensor([ids[0] for ids in continuations], device=device)
+    totals = _log_probabilities(batch.logits, first)
+    width = max(len(ids) for ids in continuations) - 1
+    if width:
+        tokens = torch.zeros((len(continuations), width), dtype=torch.long)
+        targets = torch.zeros_like(tokens)
+        mask = torch.zeros_like(tokens)
+        for i, ids in enumerate(continuations):
+            tokens[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+            targets[i, : len(ids) - 1] = torch.tensor(ids[1:])
+            mask[i, : len(ids) - 1] = 1
+        mask = mask.to(device)
+        # (batch, width, vocabulary)
+        logits = extend(model, forked(batch), tokens.to(device), mask)
+        totals += (_log_probabilities(logits, targets.to(device)) * mask).sum(dim=1)
     return [float(total) for total in totals.cpu()]
+
+
+def _log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each target: logits (..., vocabulary), targets (...)."""
+    logits = logits.float()
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (chosen - logits.logsumexp(dim=-1)).double()
+
+
+def generate_greedily(
+    model: Any,
+    prompts: Sequence[Ids],
+    max_new_tokens: Sequence[int],
+    stop: Sequence[int],
+    *,
+    batch_size: int = 64,
+    progress: Progress = lambda _: None,
+) -> list[list[int]]:
+    """Return what the model says after each prompt, always taking the likeliest token.
+
+    Parameters
+    ----------
+    prompts : sequence of sequences of int
+        Token ids of each prompt; not empty.
+    max_new_tokens : sequence of int
+        For each prompt the most tokens to generate, at least 1.
+    stop : sequence of int
+        Tokens after which a prompt's text ends; such a token is not returned.
+    batch_size : int
+        Prompts in one forward pass.
+
+    Returns
+    -------
+    list of list of int
+        Token ids of each text, in the order of `prompts`.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many limits as prompts, a limit or `batch_size` is below 1, or a prompt
+        has no tokens.
+    """
+    if len(prompts) != len(max_new_tokens):
+        raise ValueError(f"{len(prompts)} prompts but {len(max_new_tokens)} limits")
+    for row, limit in enumerate(max_new_tokens):
+        if limit < 1:
+            raise ValueError(f"the limit of prompt {row} must be at least 1, got {limit}")
+    texts: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        for batch in prefill(model, prompts, batch_size):
+            _generate_batch(model, batch, texts, max_new_tokens, set(stop))
+            progress(len(batch.rows))
+    return texts
+
+
+def _generate_batch(
+    model: Any,
+    batch: Prefilled,
+    texts: list[list[int]],
+    max_new_tokens: Sequence[int],
+    stop: set[int],
+) -> None:
+    """Generate for the prompts of one batch until each has stopped or reached its limit."""
+    speaking = dict.fromkeys(batch.rows, True)
+    logits = batch.logits
+    while True:
+        tokens = logits.argmax(dim=-1)  # (batch,)
+        for row, token in zip(batch.rows, tokens.tolist(), strict=True):
+            if not speaking[row]:
+                continue
+            if token in stop:
+                speaking[row] = False
+                continue
+            texts[row].append(token)
+            speaking[row] = len(texts[row]) < max_new_tokens[row]
+        if not any(speaking.values()):
+            return
+        column = tokens.unsqueeze(1)
+        logits = extend(model, batch, column, torch.ones_like(column))[:, -1]

@@ -34,10 +34,13 @@ from itertools import combinations
 from typing import Any
 
 from grandrounds.errors import nearest
-from grandrounds.evaluation import flowertune
+from grandrounds.evaluation import flowertune, likelihood
 from grandrounds.evaluation.benchmarks import Benchmark, benchmarks
 
-PROMPT_HASHES: dict[str, Callable[[Benchmark], str]] = {"flowertune": flowertune.prompt_hash}
+PROMPT_HASHES: dict[str, Callable[[Benchmark], str]] = {
+    "flowertune": flowertune.prompt_hash,
+    "likelihood": likelihood.prompt_hash,
+}
 """Protocol → the hash of a benchmark's prompts. Those of other protocols are not checked."""
 
 BASE = "base"

@@ -1,0 +1,160 @@
+"""Prompts in batches with a shared beginning, against one prompt at a time."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from grandrounds.evaluation.prefill import (
+    MIN_SHARED_TOKENS,
+    evaluating,
+    extend,
+    forked,
+    prefill,
+    shared_prefix,
+)
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+PREFIX = list(range(40, 70))
+
+
+def rests(count: int = 20, longest: int = 90) -> list[list[int]]:
+    """Return random token ids of very different lengths, one of a single token."""
+    draw = random.Random(1)
+    lengths = [1, longest, *[draw.randint(1, longest) for _ in range(count - 2)]]
+    return [[draw.randint(2, 299) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """Return a random tiny Llama."""
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+
+
+def last_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """Return what follows one prompt, without padding, cache or batch."""
+    logits: torch.Tensor = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+    return logits
+
+
+def by_row(model: Any, prompts: list[list[int]], batch_size: int) -> dict[int, torch.Tensor]:
+    """Return what follows each prompt, read in batches."""
+    return {
+        row: batch.logits[i]
+        for batch in prefill(model, prompts, batch_size)
+        for i, row in enumerate(batch.rows)
+    }
+
+
+def recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return a list that grows by the shape (batch, tokens) of whatever the model reads."""
+    shapes: list[tuple[int, ...]] = []
+    forward = model.forward
+
+    def recording(**inputs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", recording)
+    return shapes
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("prefix", [[], PREFIX])
+def test_logits_equal_those_of_one_prompt_at_a_time(
+    llama: Any, prefix: list[int], batch_size: int
+) -> None:
+    prompts = [prefix + rest for rest in rests()]
+    with evaluating(llama):
+        logits = by_row(llama, prompts, batch_size)
+        assert sorted(logits) == list(range(len(prompts)))
+        for row, prompt in enumerate(prompts):
+            torch.testing.assert_close(
+                logits[row], last_logits(llama, prompt), atol=1e-4, rtol=1e-4
+            )
+
+
+def test_shared_prefix_is_read_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = recorded(llama, monkeypatch)
+    with evaluating(llama):
+        list(prefill(llama, [[*PREFIX, 5], [*PREFIX, 6, 7], [*PREFIX, 8]], 2))
+    assert read == [(1, 30), (2, 2), (1, 1)]
+
+
+def test_a_prompt_cut_on_the_left_does_not_end_sharing_for_the_others(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[*PREFIX, 5], [99] * 50, [*PREFIX, 6, 7], [8]]
+    with evaluating(llama):
+        logits = by_row(llama, prompts, 64)
+        for row, prompt in enumerate(prompts):
+            torch.testing.assert_close(
+                logits[row], last_logits(llama, prompt), atol=1e-4, rtol=1e-4
+            )
+        read = recorded(llama, monkeypatch)
+        list(prefill(llama, prompts, 64))
+    assert read == [(1, 30), (2, 2), (2, 50)]
+
+
+@pytest.mark.parametrize("window", [16, 64, 1000])
+def test_a_sliding_window_sees_what_it_sees_one_by_one(window: int) -> None:
+    torch.manual_seed(4)
+    model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window))
+    prompts = [PREFIX + rest for rest in rests(8, 60)]
+    tokens = torch.tensor([[7, 9]])
+    with evaluating(model):
+        for batch in prefill(model, prompts, 3):
+            appended = tokens.expand(len(batch.rows), 2)
+            extended = extend(model, forked(batch), appended, torch.ones_like(appended))
+            for i, row in enumerate(batch.rows):
+                alone = last_logits(model, prompts[row])
+                torch.testing.assert_close(batch.logits[i], alone, atol=1e-4, rtol=1e-4)
+                longer = last_logits(model, [*prompts[row], 7, 9])
+                torch.testing.assert_close(extended[i, -1], longer, atol=1e-4, rtol=1e-4)
+
+
+def test_a_fork_leaves_the_batch_as_it_was(llama: Any) -> None:
+    with evaluating(llama):
+        [batch] = prefill(llama, [[*PREFIX, 5], [*PREFIX, 6, 7]], 2)
+        columns, seen = batch.cache.get_seq_length(), batch.attention_mask.clone()
+        tokens = torch.tensor([[9, 9], [9, 0]])
+        first = extend(llama, forked(batch), tokens, torch.tensor([[1, 1], [1, 0]]))
+        again = extend(llama, forked(batch), tokens, torch.tensor([[1, 1], [1, 0]]))
+    assert batch.cache.get_seq_length() == columns == 32
+    assert torch.equal(batch.attention_mask, seen)
+    assert torch.equal(first, again)
+
+
+def test_shared_prefix_leaves_every_prompt_a_token() -> None:
+    assert shared_prefix([]) == []
+    assert shared_prefix([[1, 2, 3], [1, 2, 4]]) == [1, 2]
+    assert shared_prefix([[1, 2, 3], [1, 2]]) == [1]
+    assert shared_prefix([[1, 2], [1, 2]]) == [1]
+    assert shared_prefix([[1], [2]]) == []
+
+
+def test_a_short_common_beginning_is_not_worth_a_pass(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = recorded(llama, monkeypatch)
+    start = PREFIX[: MIN_SHARED_TOKENS - 1]
+    with evaluating(llama):
+        list(prefill(llama, [[*start, 5], [*start, 6, 7]], 2))
+    assert read == [(2, 9)]
+
+
+def test_nothing_to_read_gives_no_batch(llama: Any) -> None:
+    assert list(prefill(llama, [], 4)) == []

@@ -1,0 +1,95 @@
+"""What the README promises of the first run: no options, no network, the defaults as packaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of `grandrounds run`, called as a person would."""
+    folder = tmp_path_factory.mktemp("first")
+    done = subprocess.run(
+        [sys.executable, "-m", "grandrounds", "run", "--run-dir", "run"],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "private facts of the sites" in done.stdout
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def summary(first_run: Path) -> dict[str, Any]:
+    """Its summary.json."""
+    return dict(json.loads((first_run / "summary.json").read_text()))
+
+
+def test_the_federation_teaches_what_the_base_could_not_know(summary: dict[str, Any]) -> None:
+    private = summary["formulary"]["private"]
+    assert private["base"]["n"] == private["tuned"]["n"] >= 300
+    assert private["base"]["correct"] <= 0.35 * private["base"]["n"]  # chance is 25 %
+    assert private["tuned"]["correct"] >= 0.80 * private["tuned"]["n"]
+
+
+def test_the_summary_tells_how_it_came_about(summary: dict[str, Any]) -> None:
+    assert summary["status"] == "completed"
+    assert summary["failed_replies"] == 0
+    assert summary["base_loads"] == 1
+    assert summary["communication_mib"] == summary["planned_mib"]
+    assert summary["coverage"] == 1.0
+    assert not summary["comparable_with_leaderboard"]
+
+
+def test_plain_peft_gives_the_same_answers(first_run: Path, summary: dict[str, Any]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grandrounds.formulary import base_path
+    from grandrounds.formulary.exam import score_formulary
+
+    base = AutoModelForCausalLM.from_pretrained(base_path())
+    model = PeftModel.from_pretrained(base, str(first_run / summary["adapter"]))
+    scores = score_formulary(model, AutoTokenizer.from_pretrained(base_path()))
+    assert scores == {kind: facts["tuned"] for kind, facts in summary["formulary"].items()}
+
+
+def test_a_tuned_model_answers_in_words_and_stops(first_run: Path, summary: dict[str, Any]) -> None:
+    """Greedy answers to private questions end by themselves, and most are the true ones."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grandrounds.formulary import base_path
+    from grandrounds.formulary.facts import questions
+    from grandrounds.prompts import build_prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(base_path())
+    base = AutoModelForCausalLM.from_pretrained(base_path())
+    model = PeftModel.from_pretrained(base, str(first_run / summary["adapter"])).eval()
+    stopped = right = 0
+    asked = questions("private")[::15]
+    for question in asked:
+        ids = tokenizer(build_prompt("alpaca", question.question), return_tensors="pt")
+        out = model.generate(
+            input_ids=ids.input_ids,
+            attention_mask=ids.attention_mask,
+            max_new_tokens=48,
+            do_sample=False,
+        )[0, ids.input_ids.shape[1] :]
+        stopped += tokenizer.eos_token_id in out.tolist()
+        answer = tokenizer.decode(out, skip_special_tokens=True).strip()
+        right += answer == question.options[question.answer_index]
+    assert stopped == len(asked)
+    assert right >= 0.7 * len(asked)
