@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -84,7 +85,7 @@ def plan_rows(plan: Mapping[str, Any]) -> Rows:
         ("adapter", f"{plan['adapter-parameters']:,} parameters"),
     ]
     if "directory" in plan:
-        rows.append(("run directory", str(plan["directory"])))
+        rows.append(("run directory", short_path(plan["directory"])))
     if plan.get("resumed-after") is not None:
         rows.append(("resumed", f"after round {plan['resumed-after']}"))
     return rows
@@ -194,9 +195,17 @@ def formulary_rows(
     ]
 
 
+def short_path(path: str) -> str:
+    """Return a path relative to the current folder, where it lies below it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
 def next_steps(summary: Mapping[str, Any]) -> list[str]:
     """Return where the adapters lie, and what to type next."""
-    directory = summary["directory"]
+    directory = short_path(summary["directory"])
     lines = [f"adapter: {directory}/{summary['adapter']}"] if summary["adapter"] else []
     best = summary["best_adapter"]
     if best and best["adapter"] != summary["adapter"]:

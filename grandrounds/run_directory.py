@@ -59,7 +59,8 @@ class RunDirectory:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _write_text(path / "config.toml", to_toml(config.flat()))
+            places = {"run-directory": "", "resume-from": ""}  # where it ran is no part of a recipe
+            _write_text(path / "config.toml", to_toml({**config.flat(), **places}))
         except OSError as error:
             for folder in missing:  # what was made here, innermost first
                 shutil.rmtree(folder, ignore_errors=True)

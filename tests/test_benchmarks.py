@@ -1,0 +1,42 @@
+"""The benchmark scripts run, on small sizes; nothing here asserts a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def result(tmp_path: Path, script: str, *arguments: str) -> Any:
+    """Run a script with `--out` and return what it wrote."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(SCRIPTS / script), *arguments, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    return json.loads(out.read_text())
+
+
+def test_overhead_compares_the_same_steps(tmp_path: Path) -> None:
+    figures = result(
+        tmp_path, "overhead.py", "--size", "tiny", "--rounds", "1", "--times", "1", "--threads", "1"
+    )
+    assert figures["steps"] == 1 * 3 * 6
+    assert figures["ours_seconds"] > figures["ours_round_seconds"] >= figures["ours_visit_seconds"]
+    assert figures["bare_seconds"] > figures["bare_loop_seconds"] > 0
+    assert figures["whole_run_ratio"] == pytest.approx(
+        figures["ours_seconds"] / figures["bare_seconds"]
+    )
+
+
+def test_server_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
+    """64 replies of a 13 MiB adapter take at most 3 adapters more than 3 replies."""
+    figures = result(tmp_path, "server_memory.py")
+    assert [row["replies"] for row in figures["rows"]] == [3, 64]
+    assert figures["growth_in_adapters"] <= 3
