@@ -6,19 +6,16 @@ with the question and the answer as text and the columns kept for partitioning.
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import numbers
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from grandrounds.errors import DataError, nearest
+from grandrounds.files import RawRows, first_line, from_records, from_table, read_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +28,6 @@ FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", "
 
 _SOURCE_KEY = "static.dataset.name"
 _CACHED_SOURCES = 4
-_CSV_BLOCK_BYTES = 1 << 26  # pyarrow refuses a CSV row longer than one block
 _INT64_END = 1 << 63
 
 
@@ -84,37 +80,7 @@ def load_rows(
 # --- Raw rows, before they are checked ------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _RawRows:
-    """What a reader found."""
-
-    values: dict[str, list[Any]]
-    """The wanted columns that are there."""
-    available: tuple[str, ...]
-    """Every column that is there."""
-    places: Sequence[int]
-    """Where each row stands, counted from 1."""
-    unit: str
-    """What `places` counts: `line` or `row`."""
-
-
-def _from_records(
-    records: Iterable[tuple[int, dict[str, Any]]], columns: Sequence[str], unit: str
-) -> _RawRows:
-    """Collect the wanted columns of records; a key that a record lacks is a missing value."""
-    values: dict[str, list[Any]] = {name: [] for name in columns}
-    available: dict[str, None] = {}
-    places = []
-    for place, record in records:
-        places.append(place)
-        available.update(dict.fromkeys(record))
-        for name, column in values.items():
-            column.append(record.get(name))
-    present = {name: column for name, column in values.items() if name in available}
-    return _RawRows(present, tuple(available), places, unit)
-
-
-def _to_dataset(raw: _RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
+def _to_dataset(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
     """Check that rows and columns are there, and turn their values into text."""
     from datasets import Dataset, Features, Value
 
@@ -139,7 +105,7 @@ def _to_dataset(raw: _RawRows, source: str, columns: tuple[str, ...]) -> Dataset
     return Dataset.from_dict(values, features=Features(types))
 
 
-def _check_column(raw: _RawRows, source: str, name: str, key: str) -> None:
+def _check_column(raw: RawRows, source: str, name: str, key: str) -> None:
     """Refuse a column that is missing, or there more than once."""
     found = raw.available.count(name)
     if found == 1:
@@ -152,7 +118,7 @@ def _check_column(raw: _RawRows, source: str, name: str, key: str) -> None:
     )
 
 
-def _texts(raw: _RawRows, source: str, name: str) -> list[str]:
+def _texts(raw: RawRows, source: str, name: str) -> list[str]:
     """Return a column as text: missing values empty, numbers written out."""
     return [
         value
@@ -200,7 +166,7 @@ def _labels(values: list[Any]) -> list[Any]:
 def _load_formulary(columns: tuple[str, ...]) -> Dataset:
     from grandrounds.formulary.facts import flashcards
 
-    raw = _from_records(enumerate(flashcards(), 1), columns, "row")
+    raw = from_records(enumerate(flashcards(), 1), columns, "row")
     return _to_dataset(raw, FORMULARY, columns)
 
 
@@ -214,12 +180,12 @@ def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
     except Exception as error:  # hub, HTTP and builders raise unrelated types; none is swallowed
         raise DataError(
             f"{_SOURCE_KEY} = {name!r} is neither {FORMULARY!r} nor a file that exists, and could "
-            f"not be loaded from the Hugging Face hub ({_first_line(error)})."
+            f"not be loaded from the Hugging Face hub ({first_line(error)})."
             f"{nearest(name, [FORMULARY])} Check the name, the network and HF_HUB_OFFLINE, or set "
             f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {FORMULARY!r}."
         ) from error
     table = rows.with_format("arrow")[:]
-    return _to_dataset(_from_table(table, columns, tuple(rows.column_names)), name, columns)
+    return _to_dataset(from_table(table, columns, tuple(rows.column_names)), name, columns)
 
 
 @contextmanager
@@ -286,7 +252,7 @@ def _nearest_file(path: Path) -> str:
 
 def _unreadable(source: str, error: Exception) -> DataError:
     return DataError(
-        f"{source}: the file is damaged or cannot be read ({_first_line(error)}). "
+        f"{source}: the file is damaged or cannot be read ({first_line(error)}). "
         "Copy or download it again, and check its name and permissions."
     )
 
@@ -297,122 +263,8 @@ def _load_file(
 ) -> Dataset:
     """Read one file; `version` is there for the cache, so that a changed file is a new one."""
     del version
-    name = path.name.lower()
     try:
-        with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
-            if name.endswith(".parquet"):
-                raw = _read_parquet(cast(IO[bytes], file), source, columns)
-            elif name.removesuffix(".gz").endswith(".csv"):
-                raw = _read_csv(cast(IO[bytes], file), source, columns)
-            elif name.removesuffix(".gz").endswith(".json"):
-                records, unit = json_records(file.read(), source)
-                raw = _from_records(records, columns, unit)
-            else:
-                raw = _from_records(_json_lines(file, source), columns, "line")
+        raw = read_file(path, source, columns)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise _unreadable(source, error) from error
     return _to_dataset(raw, source, columns)
-
-
-def json_records(
-    content: bytes, source: str
-) -> tuple[Iterable[tuple[int, dict[str, Any]]], Literal["line", "row"]]:
-    """Return numbered objects, and what is numbered: lines, or the rows of one array."""
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    if not content.lstrip().startswith(b"["):
-        return _json_lines(io.BytesIO(content), source), "line"
-    try:
-        items = json.loads(content)
-    except json.JSONDecodeError as error:
-        line = content.decode().split("\n")[error.lineno - 1]
-        raise _no_json(source, error.lineno, error.msg, line) from error
-    except UnicodeDecodeError as error:
-        raise _no_json(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
-    for number, item in enumerate(items, 1):
-        _check_object(item, f"{source}, row {number}")
-    return enumerate(items, 1), "row"
-
-
-def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line number and object of each line that is not blank."""
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except json.JSONDecodeError as error:
-            raise _no_json(source, number, error.msg, line.decode()) from error
-        except UnicodeDecodeError as error:
-            raise _no_json(source, number, "not UTF-8") from error
-        _check_object(record, f"{source}, line {number}")
-        yield number, record
-
-
-def _no_json(source: str, line_number: int, fault: str, line: str = "") -> DataError:
-    """Return the error for a line that cannot be parsed, with the line's beginning."""
-    begins = f"; the line begins {line.strip()[:40]!r}" if line else ""
-    return DataError(
-        f"{source}, line {line_number}: not valid JSON ({fault}){begins}. A file holds one object "
-        "per line, or (.json only) one array of objects. Correct or remove the line."
-    )
-
-
-def _check_object(record: Any, where: str) -> None:
-    """Refuse a JSON value that has no columns."""
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: {json.dumps(record)[:40]} is no JSON object; every row must be one, such as "
-            '{"input": "...", "output": "..."}. Correct or remove it (an array of objects is read '
-            "from a file that ends in .json)."
-        )
-
-
-def _read_csv(file: IO[bytes], source: str, columns: Sequence[str]) -> _RawRows:
-    """Read comma-separated values under a header line; quoted values may hold line breaks."""
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import csv
-
-    text = pyarrow.string()
-    try:
-        table = csv.read_csv(
-            file,
-            # With threads, pyarrow's messages carry no row number.
-            read_options=csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns[:2], text)),
-        )
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{source}: not valid CSV ({_first_line(error)}). The first line must name the "
-            "columns, every row must have as many values, in UTF-8. Correct the file."
-        ) from error
-    return _from_table(table, columns, tuple(table.column_names))
-
-
-def _read_parquet(file: IO[bytes], source: str, columns: Sequence[str]) -> _RawRows:
-    """Read the wanted columns of a Parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        opened = parquet.ParquetFile(file)
-        available = opened.schema_arrow.names
-        table = opened.read(columns=[name for name in available if name in columns])
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{source}: not a valid Parquet file ({_first_line(error)}). Copy or download it again."
-        ) from error
-    return _from_table(table, columns, tuple(available))
-
-
-def _from_table(table: Any, columns: Sequence[str], available: tuple[str, ...]) -> _RawRows:
-    """Collect the wanted columns of a `pyarrow.Table`."""
-    once = [name for name in columns if available.count(name) == 1]
-    values = {name: table.select([name]).to_pydict()[name] for name in once}
-    return _RawRows(values, available, range(1, table.num_rows + 1), "row")
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, cut to a length that can be read."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

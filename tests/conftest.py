@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,3 +107,16 @@ def one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base() -> tuple[Any, Any]:
+    """Model and tokenizer of the embedded base."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grandrounds.formulary import base_path
+
+    return (
+        AutoModelForCausalLM.from_pretrained(base_path(), local_files_only=True),
+        AutoTokenizer.from_pretrained(base_path(), local_files_only=True),
+    )

@@ -38,6 +38,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "formulary.vocabulary",
     ),
     2: (
+        "files",
         "sources",
         "data",
         "tokenization",
@@ -57,7 +58,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "simulation",
     ),
     4: ("client_app", "server_app"),
-    5: ("display", "evaluate_command", "cli", "__main__"),
+    5: ("display", "screen", "evaluate_command", "cli", "__main__"),
 }
 """Floor → modules: 0 standard library; 1 numpy at most; 2 torch and Hugging Face; 3 Flower; 4 the
 two apps; 5 what people touch."""

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from grandrounds.errors import DataError
 from grandrounds.evaluation.benchmarks import Benchmark, Item
-from grandrounds.sources import json_records
+from grandrounds.files import json_records
 
 AnswerType = Literal["boolean", "mcq"]
 """`boolean`: yes, no or maybe. `mcq`: a letter."""

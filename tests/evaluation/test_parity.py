@@ -47,7 +47,7 @@ def published_rows(name: str) -> list[dict[str, Any]]:
     return [
         {
             "sent1": row["question"],
-            **{f"ending{i}": row["options"][letter] for i, letter in enumerate("ABCD")},
+            **{f"ending{i}": option["value"] for i, option in enumerate(row["options"])},
             "label": "ABCD".index(row["answer_idx"]),
         }
         for row in rows

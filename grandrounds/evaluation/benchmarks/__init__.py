@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.errors import ConfigError, DataError, nearest
-from grandrounds.sources import json_records, silent_downloads
+from grandrounds.files import json_records
+from grandrounds.sources import silent_downloads
 
 LETTERS = ("A", "B", "C", "D")
 """The labels of four options."""

@@ -1,0 +1,171 @@
+"""Reads a local file of rows: JSON, JSON lines, CSV or Parquet, the text formats gzipped too."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from grandrounds.errors import DataError
+
+_CSV_BLOCK_BYTES = 1 << 26  # pyarrow refuses a CSV row longer than one block
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """What a reader found."""
+
+    values: dict[str, list[Any]]
+    """The wanted columns that are there."""
+    available: tuple[str, ...]
+    """Every column that is there."""
+    places: Sequence[int]
+    """Where each row stands, counted from 1."""
+    unit: str
+    """What `places` counts: `line` or `row`."""
+
+
+def from_records(
+    records: Iterable[tuple[int, dict[str, Any]]], columns: Sequence[str], unit: str
+) -> RawRows:
+    """Collect the wanted columns of records; a key that a record lacks is a missing value."""
+    values: dict[str, list[Any]] = {name: [] for name in columns}
+    available: dict[str, None] = {}
+    places = []
+    for place, record in records:
+        places.append(place)
+        available.update(dict.fromkeys(record))
+        for name, column in values.items():
+            column.append(record.get(name))
+    present = {name: column for name, column in values.items() if name in available}
+    return RawRows(present, tuple(available), places, unit)
+
+
+def read_file(path: Path, source: str, columns: Sequence[str]) -> RawRows:
+    """Return the wanted columns of a file, whose format its name tells.
+
+    Raises
+    ------
+    DataError
+        If a line, a row or the file is not of its format; `source` is what the message calls it.
+    OSError, EOFError, UnicodeDecodeError, zlib.error
+        If the file is damaged or cannot be read.
+    """
+    name = path.name.lower()
+    with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
+        if name.endswith(".parquet"):
+            return _read_parquet(cast(IO[bytes], file), source, columns)
+        if name.removesuffix(".gz").endswith(".csv"):
+            return _read_csv(cast(IO[bytes], file), source, columns)
+        if name.removesuffix(".gz").endswith(".json"):
+            records, unit = json_records(file.read(), source)
+            return from_records(records, columns, unit)
+        return from_records(_json_lines(file, source), columns, "line")
+
+
+def json_records(
+    content: bytes, source: str
+) -> tuple[Iterable[tuple[int, dict[str, Any]]], Literal["line", "row"]]:
+    """Return numbered objects, and what is numbered: lines, or the rows of one array."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if not content.lstrip().startswith(b"["):
+        return _json_lines(io.BytesIO(content), source), "line"
+    try:
+        items = json.loads(content)
+    except json.JSONDecodeError as error:
+        line = content.decode().split("\n")[error.lineno - 1]
+        raise _no_json(source, error.lineno, error.msg, line) from error
+    except UnicodeDecodeError as error:
+        raise _no_json(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
+    for number, item in enumerate(items, 1):
+        _check_object(item, f"{source}, row {number}")
+    return enumerate(items, 1), "row"
+
+
+def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line number and object of each line that is not blank."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except json.JSONDecodeError as error:
+            raise _no_json(source, number, error.msg, line.decode()) from error
+        except UnicodeDecodeError as error:
+            raise _no_json(source, number, "not UTF-8") from error
+        _check_object(record, f"{source}, line {number}")
+        yield number, record
+
+
+def _no_json(source: str, line_number: int, fault: str, line: str = "") -> DataError:
+    """Return the error for a line that cannot be parsed, with the line's beginning."""
+    begins = f"; the line begins {line.strip()[:40]!r}" if line else ""
+    return DataError(
+        f"{source}, line {line_number}: not valid JSON ({fault}){begins}. A file holds one object "
+        "per line, or (.json only) one array of objects. Correct or remove the line."
+    )
+
+
+def _check_object(record: Any, where: str) -> None:
+    """Refuse a JSON value that has no columns."""
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: {json.dumps(record)[:40]} is no JSON object; every row must be one, such as "
+            '{"input": "...", "output": "..."}. Correct or remove it (an array of objects is read '
+            "from a file that ends in .json)."
+        )
+
+
+def _read_csv(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
+    """Read comma-separated values under a header line; quoted values may hold line breaks."""
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import csv
+
+    text = pyarrow.string()
+    try:
+        table = csv.read_csv(
+            file,
+            # With threads, pyarrow's messages carry no row number.
+            read_options=csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns[:2], text)),
+        )
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"{source}: not valid CSV ({first_line(error)}). The first line must name the "
+            "columns, every row must have as many values, in UTF-8. Correct the file."
+        ) from error
+    return from_table(table, columns, tuple(table.column_names))
+
+
+def _read_parquet(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
+    """Read the wanted columns of a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        opened = parquet.ParquetFile(file)
+        available = opened.schema_arrow.names
+        table = opened.read(columns=[name for name in available if name in columns])
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"{source}: not a valid Parquet file ({first_line(error)}). Copy or download it again."
+        ) from error
+    return from_table(table, columns, tuple(available))
+
+
+def from_table(table: Any, columns: Sequence[str], available: tuple[str, ...]) -> RawRows:
+    """Collect the wanted columns of a `pyarrow.Table`."""
+    once = [name for name in columns if available.count(name) == 1]
+    values = {name: table.select([name]).to_pydict()[name] for name in once}
+    return RawRows(values, available, range(1, table.num_rows + 1), "row")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, cut to a length that can be read."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
