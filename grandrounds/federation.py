@@ -94,7 +94,8 @@ def begin(config: Config, listener: Listener) -> Run:
         path = Path(federation.run_directory or default_run_directory(config))
         directory = RunDirectory.create(path, config)
     directory.write_json("environment.json", environment())
-    directory.write_json("plan.json", plan.as_dict())
+    described = {**plan.as_dict(), "target-modules": targets}
+    directory.write_json("plan.json", described)
     saved = directory.load_state()
     if saved is None:
         start = initial_adapter(shapes, sampling.adapter_generator(federation.seed))
@@ -116,9 +117,8 @@ def begin(config: Config, listener: Listener) -> Run:
     listener(
         "plan",
         {
-            **plan.as_dict(),
+            **described,
             "directory": str(directory.path),
-            "target-modules": targets,
             "resumed-after": state.round if saved else None,
         },
     )
@@ -298,7 +298,9 @@ def judge_and_write(
         record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
     evaluated = time.perf_counter()
     if saves:
-        card = model_card(run.config, state.round, record.get("held-out-loss"), state.ledger.mib)
+        targets = sorted(run.peft_config.target_modules)
+        loss = record.get("held-out-loss")
+        card = model_card(run.config, targets, state.round, loss, state.ledger.mib)
         folder = run.directory.save_checkpoint(state.round, state.adapter, run.peft_config, card)
         run.listener("checkpoint", {"round": state.round, "path": str(folder)})
         record["checkpoint"] = folder.name

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grandrounds import recipes
 from grandrounds.config import Config
 from grandrounds.formulary import BASE_NAME
 
 
-def model_card(config: Config, round_number: int, held_out_loss: float | None, mib: float) -> str:
-    """Return the README.md of a checkpoint, with Hugging Face's metadata at its head."""
+def model_card(
+    config: Config,
+    target_modules: Sequence[str],
+    round_number: int,
+    held_out_loss: float | None,
+    mib: float,
+) -> str:
+    """Return the README.md of a checkpoint, with Hugging Face's metadata at its head.
+
+    Parameters
+    ----------
+    target_modules
+        The names of the adapted modules, resolved.
+    held_out_loss : float or None
+        Nats per answer token; None where it was not measured.
+    mib : float
+        Traffic of the run so far.
+    """
     base = config.model.name
     tags = ["lora", "federated-learning", "flower", "medical"]
     metadata = ["library_name: peft", f"tags: [{', '.join(tags)}]"]
@@ -24,6 +42,7 @@ def model_card(config: Config, round_number: int, held_out_loss: float | None, m
         else "Data and partitions are those of the FlowerTune medical leaderboard."
     )
     lora, train, strategy, data = config.lora, config.train, config.strategy, config.data
+    modules = ", ".join(target_modules)
     total = config.federation.num_server_rounds
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
     mu = f" (mu {strategy.proximal_mu:g})" if strategy.name == "fedprox" else ""
@@ -38,7 +57,7 @@ adapters travelled.
 | | |
 |---|---|
 | data | {config.static.name}, {data.num_partitions} sites, {data.partitioner} |
-| adapter | r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, on {lora.target_modules} |
+| adapter | r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, on {modules} |
 | aggregation | {strategy.name}{mu}, {config.cohort_size} of {data.num_partitions} sites a round |
 | learning rate | {train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds |
 | held-out loss | {loss} |

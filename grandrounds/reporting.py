@@ -82,7 +82,10 @@ def plan_rows(plan: Mapping[str, Any]) -> Rows:
             f"{plan['message-mib']:.2f} MiB a message, {plan['mib-per-round']:.2f} MiB a round, "
             f"{plan['total-mib']:,.2f} MiB in all",
         ),
-        ("adapter", f"{plan['adapter-parameters']:,} parameters"),
+        (
+            "adapter",
+            f"{plan['adapter-parameters']:,} parameters, on {', '.join(plan['target-modules'])}",
+        ),
     ]
     if "directory" in plan:
         rows.append(("run directory", short_path(plan["directory"])))
