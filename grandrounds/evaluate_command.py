@@ -6,19 +6,15 @@ Nothing heavy is imported before the arguments are known to be right.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
 
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
+from grandrounds.screen import Screen
 
 OVERLAP = "overlap.json"
 """File of what `--check-overlap` found."""
@@ -116,6 +112,10 @@ def evaluate(
 ) -> None:
     """Measure adapters on medical benchmarks, always against their untouched base.
 
+    The argument is an adapter's folder, a run directory (its last and best checkpoints are asked),
+    or `none` for the base alone; with `--rescore`, `--verify` and `--check-overlap`, what these
+    read.
+
     Examples:
 
     - `grandrounds evaluate runs/first` (best and last checkpoint of a run against its base)
@@ -132,7 +132,7 @@ def evaluate(
     """
     given = targets or []
     names = _names(benchmarks)
-    screen = _Screen(plain)
+    screen = Screen(plain)
     modes = {"--rescore": rescore, "--verify": verify, "--check-overlap": check_overlap}
     chosen = [mode for mode, wanted in modes.items() if wanted]
     if len(chosen) > 1:
@@ -190,7 +190,7 @@ def _files(given: Sequence[str], option: str) -> list[Path]:
 # --- Evaluate -------------------------------------------------------------------------------------
 
 
-def _evaluate(target: str, screen: _Screen, **arguments: Any) -> None:
+def _evaluate(target: str, screen: Screen, **arguments: Any) -> None:
     """Ask, then show tables, notes and where they are written."""
     from grandrounds.evaluation.plan import make_plan
 
@@ -217,7 +217,7 @@ def _evaluate(target: str, screen: _Screen, **arguments: Any) -> None:
 # --- The other three ------------------------------------------------------------------------------
 
 
-def _rescore(files: Sequence[Path], screen: _Screen) -> None:
+def _rescore(files: Sequence[Path], screen: Screen) -> None:
     """Show what recorded generations are worth, beside the accuracy recorded with them."""
     from grandrounds.evaluation import flowertune
     from grandrounds.evaluation.statistics import wilson_interval
@@ -278,20 +278,20 @@ def _check_overlap(
     limit: int | None,
     out: Path | None,
     columns: Mapping[str, str],
-    screen: _Screen,
+    screen: Screen,
 ) -> None:
     """Show and write which benchmark questions occur in training data."""
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}; leave it out for every item")
     quiet_libraries()
-    from grandrounds.evaluation.answers import write_json
+    from grandrounds.evaluation.answers import make_folder, write_json
     from grandrounds.evaluation.contamination import check_overlap
     from grandrounds.evaluation.plan import MEDICAL
     from grandrounds.evaluation.table import percent
 
     report = check_overlap(training, names or MEDICAL, data=data, limit=limit, **columns)
     folder = out or Path()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / OVERLAP, report)
     rows = [
         (
@@ -326,95 +326,3 @@ def _read_json(file: Path) -> Any:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise DataError(f"{file} is not valid JSON ({error})") from error
-
-
-# --- The screen -----------------------------------------------------------------------------------
-
-
-def _is_figure(cell: str) -> bool:
-    """Say whether a cell begins as figures do, so that its column stands flush right."""
-    return cell[:1] in tuple("0123456789+-<")
-
-
-class _Screen:
-    """Rich on a terminal, plain lines elsewhere or where wanted."""
-
-    def __init__(self, plain: bool) -> None:
-        self._console = Console()
-        self._rich = self._console.is_terminal and not plain
-
-    def say(self, line: str) -> None:
-        """Print one line as it is."""
-        print(line, flush=True)
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table: boxed on a terminal, else aligned columns under a title."""
-        numeric = [all(map(_is_figure, cells)) for cells in zip(*rows, strict=True)]
-        if self._rich:
-            drawn = RichTable(title=escape(title), title_justify="left")
-            for column, is_right in zip(columns, numeric, strict=True):
-                justify: Literal["left", "right"] = "right" if is_right else "left"
-                drawn.add_column(escape(column), overflow="fold", justify=justify)
-            for row in rows:
-                drawn.add_row(*map(escape, row))
-            self._console.print(drawn)
-            return
-        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-        self.say(title)
-        for row in (columns, *rows):
-            cells = [
-                f"{cell:>{width}}" if is_right else f"{cell:<{width}}"
-                for cell, width, is_right in zip(row, widths, numeric, strict=True)
-            ]
-            self.say("  " + "  ".join(cells).rstrip())
-
-    def notes(self, lines: Sequence[str]) -> None:
-        """Print what a reader must know."""
-        for line in lines:
-            if self._rich:
-                self._console.print(f"[dim]- {escape(line)}[/dim]")
-            else:
-                self.say(f"- {line}")
-
-    @contextmanager
-    def progress(self) -> Iterator[Any]:
-        """Give a listener of `runner.evaluate`: a bar with the time left, or a line each."""
-        if not self._rich:
-            yield self._line
-            return
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
-        task = bar.add_task("loading", total=None)
-
-        def listen(event: str, facts: Mapping[str, Any]) -> None:
-            if event == "asking":
-                what = escape(f"{facts['model']}  {facts['benchmark']}  {facts['protocol']}")
-                bar.reset(task, total=facts["total"], completed=facts["done"], description=what)
-            elif event == "answered":
-                bar.advance(task, facts["count"])
-            else:
-                self._line(event, facts)
-
-        with bar:
-            yield listen
-
-    def _line(self, event: str, facts: Mapping[str, Any]) -> None:
-        """Print a line for each benchmark that is done."""
-        if event != "asked":
-            return
-        cut = f", {facts['truncated']:,} prompts cut on the left" if facts["truncated"] else ""
-        kept = f", {facts['done']:,} kept from before" if facts["done"] else ""
-        line = (
-            f"{facts['protocol']}  {facts['model']}  {facts['benchmark']}: "
-            f"{facts['asked']:,} asked{kept}{cut}"
-        )
-        if self._rich:
-            self._console.print(escape(line))
-        else:
-            self.say(line)

@@ -217,7 +217,7 @@ def next_steps(summary: Mapping[str, Any]) -> list[str]:
         )
     if summary["adapter"]:
         lines.append(
-            "next: use it with PeftModel.from_pretrained as its README.md shows, or train longer: "
+            f"next: grandrounds evaluate {directory}, or train longer: "
             f"grandrounds run --config {directory}/config.toml --rounds {2 * summary['rounds']}"
         )
     return lines

@@ -23,21 +23,20 @@ from tests.conftest import write_flashcards
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = Path(sys.executable).parent
-ENTRY = "path/to/entry/pyproject.toml"
 OFFLINE_ONE_CORE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 """Environment of the commands: no hub, and no quarrel over cores with other tests."""
 
 
 def code_blocks(page: str, language: str) -> list[str]:
-    """Return the fenced code blocks of a page of docs/, by language."""
-    text = (ROOT / "docs" / page).read_text()
+    """Return the fenced code blocks of the README or of a page of docs/, by language."""
+    text = (ROOT / page if page == "README.md" else ROOT / "docs" / page).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def shell_commands(page: str, program: str) -> list[list[str]]:
     """Return the words of every command of one program in the page's shell blocks."""
-    lines = "\n".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    split = [shlex.split(line, comments=True) for line in lines]
+    text = "\n".join(code_blocks(page, "bash")).replace("\\\n", " ").replace("&&", "\n")
+    split = [shlex.split(line, comments=True) for line in text.splitlines()]
     return [words for words in split if words and words[0] == program]
 
 
@@ -108,7 +107,7 @@ def test_configuration_page_has_every_key_and_alias() -> None:
         assert f"| `{key}` |" in page
 
 
-@pytest.mark.parametrize("page", ["quickstart.md", "flowertune.md"])
+@pytest.mark.parametrize("page", ["README.md", "quickstart.md", "flowertune.md", "evaluation.md"])
 def test_commands_of_the_page_parse(page: str) -> None:
     import typer
 
@@ -121,17 +120,18 @@ def test_commands_of_the_page_parse(page: str) -> None:
         assignments = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         recipes.resolve(recipes.parse_overrides(assignments))
         for i, word in enumerate(words):
-            if word == "--config" and words[i + 1] != ENTRY:
+            if word == "--config" and words[i + 1].startswith("configs/"):
                 assert (ROOT / words[i + 1]).is_file()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's own command line
-def test_flower_commands_of_the_quickstart_parse() -> None:
+@pytest.mark.parametrize("page", ["README.md", "quickstart.md"])
+def test_flower_commands_of_the_page_parse(page: str) -> None:
     import typer
     from flwr.cli.app import app
     from flwr.common.config import parse_config_args
 
-    commands = shell_commands("quickstart.md", "flwr")
+    commands = shell_commands(page, "flwr")
     assert commands
     for words in commands:
         parse(typer.main.get_command(app), words)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,8 @@ def open_folder(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
                 f"{out} holds another evaluation: continue it with --resume, or choose another "
                 "folder with --out"
             )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(file, settings)
-        except OSError as error:
-            raise RunDirectoryError(f"{out} cannot be written: {error.strerror}") from error
+        make_folder(out)
+        write_json(file, settings)
         return
     if not file.is_file():
         raise RunDirectoryError(f"{out} holds no evaluation to resume; leave --resume out")
@@ -90,11 +88,30 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder without permission into one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{path} cannot be written: {error.strerror or error}. Free some space, or choose "
+            "another folder with --out; answers that were written are kept (--resume)."
+        ) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_json(file: Path, data: Any) -> None:
     """Write a JSON file, whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    with writing(file):
+        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(file)
 
 
 class AnswerFile:
@@ -128,14 +145,8 @@ class AnswerFile:
         """Write down a batch of answers."""
         batch = list(records)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"{self.path} cannot be written: {error.strerror}. Answers so far are kept; free "
-                "some space and go on with --resume."
-            ) from error
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(lines)
         self.records |= {(record["order"], record["row"]): record for record in batch}
 
     def ordered(self, order: int = 0) -> list[Record]:

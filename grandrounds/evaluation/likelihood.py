@@ -293,7 +293,7 @@ def answer_items(
     items : sequence of Item
         As loaded, or `shuffled`.
     batch_size : int
-        Prompts in one forward pass.
+        Most prompts in one forward pass.
     prompt_template : str
         See `build_prompt`.
     progress : callable

@@ -27,9 +27,9 @@ from importlib import metadata
 from typing import Any
 
 import grandrounds
-from grandrounds.evaluation import flowertune
-from grandrounds.evaluation.answers import AnswerFile, Record
-from grandrounds.evaluation.benchmarks import Item
+from grandrounds.evaluation import flowertune, likelihood
+from grandrounds.evaluation.answers import AnswerFile, Record, writing
+from grandrounds.evaluation.benchmarks import Item, benchmarks
 from grandrounds.evaluation.plan import ALL, Plan, Task
 from grandrounds.evaluation.statistics import (
     average_accuracy,
@@ -55,9 +55,8 @@ def evaluation_of(plan: Plan, settings: Mapping[str, Any], answers: Answers) -> 
 
 def evaluations_in(content: Any) -> list[Any]:
     """Return the evaluations of an `evaluation.json`, one per protocol."""
-    if isinstance(content, dict) and isinstance(content.get("evaluations"), list):
-        return list(content["evaluations"])
-    return [content]
+    several = content.get("evaluations") if isinstance(content, dict) else None
+    return list(several) if isinstance(several, list) and several else [content]
 
 
 def _of_protocol(
@@ -247,9 +246,10 @@ def write_flowertune_files(plan: Plan, answers: Answers) -> None:
         for task in plan.tasks:
             records = generations(task, answers[subject.name, task.benchmark.name, "flowertune"])
             names = flowertune.result_names(task.benchmark.name, subject.name)
-            flowertune.write_generations(plan.out / names[0], records)
             score = flowertune.rescore(records, task.benchmark.labels)
-            flowertune.write_accuracy(plan.out / names[1], score)
+            with writing(plan.out):
+                flowertune.write_generations(plan.out / names[0], records)
+                flowertune.write_accuracy(plan.out / names[1], score)
 
 
 # --- Verification ---------------------------------------------------------------------------------
@@ -259,11 +259,33 @@ def faults_in(content: Any) -> list[str]:
     """Return what cannot be in an `evaluation.json`, parts of benchmarks included."""
     found = []
     for evaluation in evaluations_in(content):
-        told = implausible(evaluation) or _group_faults(evaluation)
+        told = implausible(_checkable(evaluation)) or _group_faults(evaluation)
         protocol = evaluation.get("protocol") if isinstance(evaluation, dict) else None
         several = evaluation is not content
         found += [f"protocol {protocol}: {fault}" if several else fault for fault in told]
     return found
+
+
+def _checkable(evaluation: Any) -> Any:
+    """Return an evaluation whose prompt hashes can be recomputed without its tokenizer.
+
+    Where a run's own prompt is the base's chat template, its hash cannot, and is taken as right.
+    """
+    rows = evaluation.get("rows") if isinstance(evaluation, dict) else None
+    if not isinstance(rows, list) or evaluation.get("prompt_template") in (None, "alpaca"):
+        return evaluation
+    known = benchmarks()
+    own = {name: b for name, b in known.items() if likelihood.asks_in_own_prompt(b)}
+    is_likelihood = evaluation.get("protocol") == "likelihood"
+    return {
+        **evaluation,
+        "rows": [
+            {**row, "prompt_hash": likelihood.prompt_hash(own[row["benchmark"]])}
+            if is_likelihood and isinstance(row, dict) and row.get("benchmark") in own
+            else row
+            for row in rows
+        ],
+    }
 
 
 def _group_faults(evaluation: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
     from grandrounds.evaluation.runner import evaluate
     evaluate("runs/first", protocol="likelihood")
 
-Answers are written as batches finish; see `answers` for what makes a stopped evaluation go on.
+Answers are written as batches finish, a few at a time; a stopped evaluation goes on from there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from grandrounds.evaluation.answers import (
 )
 from grandrounds.evaluation.benchmarks import Benchmark, Item
 from grandrounds.evaluation.plan import Plan, Subject, Task, make_plan
-from grandrounds.evaluation.results import evaluation_of, write_flowertune_files
+from grandrounds.evaluation.results import Answers, evaluation_of, write_flowertune_files
 from grandrounds.evaluation.scoring import generate_greedily
 from grandrounds.evaluation.tuned import Models
 from grandrounds.model import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
@@ -33,9 +33,13 @@ from grandrounds.model import BaseSpec, base_fingerprint, device_and_dtype, load
 FLOWERTUNE_BATCH = 16
 """Items whose answer length FlowerTune decides together, whatever is computed together here."""
 
+BATCHES_AT_ONCE = 4
+"""Batches between two times that answers are written. What prompts share is computed once for all
+of them; with one batch it would cost up to a third of the time again."""
+
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Told `asking` (model, benchmark, protocol, total, done), `answered` (count) after each batch,
-and `asked` (asked, truncated) at the end of a benchmark."""
+"""Told `asking` (model, benchmark, protocol, total, done), `answered` (count) whenever answers are
+written, and `asked` (asked, truncated) at the end of a benchmark."""
 
 
 def evaluate(
@@ -162,15 +166,11 @@ def precision_of(plan: Plan) -> str:
 # --- Asking ---------------------------------------------------------------------------------------
 
 
-Answers = dict[tuple[str, str, str], AnswerFile]
-"""(model, benchmark, protocol) → the answers."""
-
-
 def ask_all(
     plan: Plan, models: Models, tokenizer: Any, batch_size: int, listener: Listener
 ) -> Answers:
     """Ask every model what it has not answered yet; one model after the other."""
-    answers: Answers = {}
+    answers: dict[tuple[str, str, str], AnswerFile] = {}
     try:
         for subject in plan.subjects:
             for protocol in plan.protocols:
@@ -211,27 +211,30 @@ class _Work:
         if done < total:
             limits = answer_limits(self.task, tokenizer) if self.protocol == "flowertune" else {}
             with models.asked(self.subject) as model:
-                for order, items in self.batches(batch_size):
+                for order, items in self.portions(batch_size * BATCHES_AT_ONCE):
                     if self.protocol == "flowertune":
-                        answered = generate(model, tokenizer, self.task.benchmark, items, limits)
+                        benchmark = self.task.benchmark
+                        answered = generate(model, tokenizer, benchmark, items, limits, batch_size)
                     else:
-                        answered = self.compare(model, tokenizer, order, items)
+                        answered = self.compare(model, tokenizer, order, items, batch_size)
                     self.file.append({"order": order, **record} for record in answered)
                     listener("answered", {"count": len(items)})
         truncated = sum(record["truncated"] for record in self.file.ordered())
         listener("asked", {**facts, "asked": total - done, "truncated": truncated})
 
-    def batches(self, batch_size: int) -> Iterator[tuple[int, list[Item]]]:
-        """Yield the items to ask in batches of similar length, the longest first."""
+    def portions(self, most: int) -> Iterator[tuple[int, list[Item]]]:
+        """Yield what is not answered yet in portions of similar length, the longest items first."""
         by_length = sorted(self.task.items, key=_characters, reverse=True)
         for order in range(self.orders()):
-            for first in range(0, len(by_length), batch_size):
-                batch = by_length[first : first + batch_size]
-                if left := [i for i in batch if (order, i.row) not in self.file.records]:
+            for first in range(0, len(by_length), most):
+                portion = by_length[first : first + most]
+                if left := [i for i in portion if (order, i.row) not in self.file.records]:
                     yield order, left
 
-    def compare(self, model: Any, tokenizer: Any, order: int, items: list[Item]) -> list[Record]:
-        """Return how likely a model finds the options of one batch, in one of their orders."""
+    def compare(
+        self, model: Any, tokenizer: Any, order: int, items: list[Item], batch_size: int
+    ) -> list[Record]:
+        """Return how likely a model finds the options of some items, in one of their orders."""
         benchmark = self.task.benchmark
         shown: Sequence[Item] = items
         if order:
@@ -241,7 +244,7 @@ class _Work:
             tokenizer,
             benchmark,
             shown,
-            batch_size=len(items),
+            batch_size=batch_size,
             prompt_template=self.plan.prompt_template,
         )
         return [
@@ -282,6 +285,7 @@ def generate(
     benchmark: Benchmark,
     items: Sequence[Item],
     limits: Mapping[int, int],
+    batch_size: int,
 ) -> list[Record]:
     """Return what a model says to items asked FlowerTune's way.
 
@@ -296,7 +300,7 @@ def generate(
         [ids[-room:] for ids, room in zip(prompts, rooms, strict=True)],
         [limits[item.row] for item in items],
         stop_tokens(model, tokenizer),
-        batch_size=len(items),
+        batch_size=batch_size,
     )
     return [
         {

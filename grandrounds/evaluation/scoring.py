@@ -39,7 +39,7 @@ def option_log_likelihoods(
         For each prompt the token ids of its options, an end-of-sequence included where the stop is
         part of the answer; none empty.
     batch_size : int
-        Prompts in one forward pass.
+        Most prompts in one forward pass.
 
     Returns
     -------
@@ -122,7 +122,7 @@ def generate_greedily(
     stop : sequence of int
         Tokens after which a prompt's text ends; such a token is not returned.
     batch_size : int
-        Prompts in one forward pass.
+        Most prompts in one forward pass.
 
     Returns
     -------

@@ -37,7 +37,10 @@ def tables(evaluation: Evaluation) -> list[Table]:
 
 
 def _accuracy_table(evaluation: Evaluation) -> Table:
-    rows = [cells for row in evaluation["rows"] for cells in _accuracy_rows(row)]
+    rows = []
+    for first in _first_of_each(evaluation["rows"]):
+        of_benchmark = [r for r in evaluation["rows"] if r["benchmark"] == first["benchmark"]]
+        rows += list(_accuracy_rows(of_benchmark))
     average = evaluation["average"]
     if any(len(given["benchmarks"]) > 1 for given in average.values()):
         for model, given in average.items():
@@ -52,23 +55,28 @@ def _accuracy_table(evaluation: Evaluation) -> Table:
     )
 
 
-def _accuracy_rows(row: Row) -> Iterator[tuple[str, ...]]:
-    """Yield the lines of one model and benchmark: one, or one for each part of the benchmark."""
-    for part in row["groups"] or [{**row, "group": ""}]:
-        name = f"{row['title']}, {part['group']}" if part["group"] else row["title"]
-        against = part["vs_base"]
-        compared = (NONE, NONE, NONE)
-        if against is not None:
-            bounds = " to ".join(points(bound) for bound in against["interval"])
-            compared = (points(against["difference"]), bounds, p_text(against["p_value"]))
-        yield (
-            name,
-            row["model"],
-            f"{part['correct']:,}/{part['n']:,}",
-            percent(part["accuracy"]),
-            interval(part["interval"]),
-            *compared,
-        )
+def _accuracy_rows(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """Yield the lines of one benchmark: for each of its parts, each model."""
+    for number in range(max(len(rows[0]["groups"]), 1)):
+        for row in rows:
+            part = row["groups"][number] if row["groups"] else row
+            yield _accuracy_cells(row, part)
+
+
+def _accuracy_cells(row: Row, part: Row) -> tuple[str, ...]:
+    against = part["vs_base"]
+    compared = (NONE, NONE, NONE)
+    if against is not None:
+        bounds = " to ".join(points(bound) for bound in against["interval"])
+        compared = (points(against["difference"]), bounds, p_text(against["p_value"]))
+    return (
+        f"{row['title']}, {part['group']}" if row["groups"] else row["title"],
+        row["model"],
+        f"{part['correct']:,}/{part['n']:,}",
+        percent(part["accuracy"]),
+        interval(part["interval"]),
+        *compared,
+    )
 
 
 # --- What only a protocol tells -------------------------------------------------------------------
@@ -202,9 +210,9 @@ def _item_notes(rows: Sequence[Row]) -> Iterator[str]:
             )
     if any(row["benchmark"] == "formulary" for row in first):
         yield (
-            "Formulary: drugs that do not exist. private: facts that only sites hold; public: facts "
-            "that the embedded base was pre-trained on. These questions are held out in wording: "
-            "nothing was ever trained on it. Guessing gets 25 %."
+            "Formulary: drugs that do not exist. private: facts that only sites hold; public: "
+            "facts that the embedded base was pre-trained on. The wording of these questions is "
+            "held out: nothing was ever trained on it. Guessing gets 25 %."
         )
 
 

@@ -94,6 +94,22 @@ def test_shared_prefix_is_read_once(llama: Any, monkeypatch: pytest.MonkeyPatch)
     assert read == [(1, 30), (2, 2), (1, 1)]
 
 
+def test_a_cpu_reads_no_more_tokens_at_once_than_its_cache_holds(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PREFIX + rest for rest in rests()]
+    monkeypatch.setattr("grandrounds.evaluation.prefill.CPU_PASS_TOKENS", 60)
+    with evaluating(llama):
+        alone = {row: last_logits(llama, prompt) for row, prompt in enumerate(prompts)}
+        read = recorded(llama, monkeypatch)
+        logits = by_row(llama, prompts, 64)
+    assert all(rows == 1 or rows * tokens <= 60 for rows, tokens in read)
+    assert max(tokens for _, tokens in read) == 90
+    assert sorted(logits) == sorted(alone)
+    for row, expected in alone.items():
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_prompt_cut_on_the_left_does_not_end_sharing_for_the_others(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,16 @@ def test_formulary_parts_add_up_and_are_rows_of_the_table(tmp_path: Path) -> Non
     assert any("groups" in fault for fault in faults_in(evaluation))
 
 
+def test_a_chat_template_cannot_be_verified_and_is_not_held_against_an_evaluation(
+    tmp_path: Path,
+) -> None:
+    evaluation = evaluate("none", base="formulary", limit=2, out=tmp_path / "out")
+    evaluation["rows"][0]["prompt_hash"] = "of a chat template"
+    assert any("other prompts were sent" in fault for fault in faults_in(evaluation))
+    evaluation["prompt_template"] = "chat"
+    assert faults_in(evaluation) == []
+
+
 def test_tables_and_notes_say_what_a_reader_must_know(
     ask: Callable[..., dict[str, Any]], adapter: Path, tmp_path: Path
 ) -> None:
@@ -320,7 +330,7 @@ def test_a_run_without_a_checkpoint_is_refused(
 
 
 class Stop:
-    """A listener that interrupts after so many batches, and counts what is asked."""
+    """A listener that interrupts after so many writes, and counts what is asked."""
 
     def __init__(self, after: int | None = None) -> None:
         self.after = after
@@ -351,17 +361,18 @@ def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
     for name in ("generate_greedily", "option_log_likelihoods"):
         count_prompts(monkeypatch, name, asked)
     first, second = Stop(after), Stop()
+    arguments = {"protocol": "all", "permutations": 1, "batch_size": 1}
     with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
-        ask(protocol="all", permutations=1, listener=first)
+        ask(**arguments, listener=first)
     kept = sum(
         len(file.read_text().splitlines()) for file in (tmp_path / "out").glob("answers_*.jsonl")
     )
     assert kept == first.answered > 0
-    resumed = ask(protocol="all", permutations=1, listener=second, resume=True)
+    resumed = ask(**arguments, listener=second, resume=True)
     assert first.answered + second.answered == TOTAL
     assert sum(asked.values()) == TOTAL
     assert max(asked.values()) == 1
-    assert resumed == ask(protocol="all", permutations=1, out=tmp_path / "whole")
+    assert resumed == ask(**arguments, out=tmp_path / "whole")
 
 
 def count_prompts(
