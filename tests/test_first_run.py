@@ -93,3 +93,22 @@ def test_a_tuned_model_answers_in_words_and_stops(first_run: Path, summary: dict
         right += answer == question.options[question.answer_index]
     assert stopped == len(asked)
     assert right >= 0.7 * len(asked)
+
+
+def test_the_evaluation_of_the_run_has_the_counts_of_its_summary(
+    first_run: Path, summary: dict[str, Any]
+) -> None:
+    """Base and tuned, private and public: asked again, by the command that the run names."""
+    command = [sys.executable, "-m", "grandrounds", "evaluate"]
+    for arguments in ([str(first_run)], ["--verify", f"{first_run}/evaluation/evaluation.json"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    evaluation = json.loads((first_run / "evaluation" / "evaluation.json").read_text())
+    counts = {
+        (row["model"], group["group"]): group["correct"]
+        for row in evaluation["rows"]
+        for group in row["groups"]
+    }
+    for kind, facts in summary["formulary"].items():
+        assert counts["base", kind] == facts["base"]["correct"]
+        assert counts[summary["adapter"], kind] == facts["tuned"]["correct"]
