@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from grandrounds.errors import ModelError
+
 Ids = Sequence[int]
 
 MIN_SHARED_TOKENS = 8
@@ -88,6 +90,8 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
     ------
     ValueError
         If a prompt has no tokens, or `batch_size` is below 1.
+    ModelError
+        If the model keeps no cache of keys and values.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -142,7 +146,7 @@ def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
     """
     device = next(model.parameters()).device
     input_ids = torch.tensor([prefix], device=device)
-    cache = model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = _cache_of(model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
     for layer in cache.layers:
         if type(layer) not in _ATTENTION_LAYERS:
             return None
@@ -178,7 +182,18 @@ def _read_batch(
         use_cache=True,
         logits_to_keep=1,
     )
-    return Prefilled(rows, output.logits[:, -1], output.past_key_values, mask)
+    return Prefilled(rows, output.logits[:, -1], _cache_of(output), mask)
+
+
+def _cache_of(output: Any) -> Any:
+    """Return the cache that a model filled."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ModelError(
+            "this base keeps no cache of keys and values, as purely recurrent models do not; "
+            "evaluation needs one with attention layers."
+        )
+    return cache
 
 
 def forked(batch: Prefilled) -> Prefilled:

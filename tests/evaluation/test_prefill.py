@@ -7,8 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
+from grandrounds.errors import ModelError
 from grandrounds.evaluation.prefill import (
     MIN_SHARED_TOKENS,
     evaluating,
@@ -125,21 +135,41 @@ def test_a_prompt_cut_on_the_left_does_not_end_sharing_for_the_others(
     assert read == [(1, 30), (2, 2), (2, 50)]
 
 
-@pytest.mark.parametrize("window", [16, 64, 1000])
-def test_a_sliding_window_sees_what_it_sees_one_by_one(window: int) -> None:
-    torch.manual_seed(4)
-    model = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window))
+def assert_batches_equal_one_by_one(model: Any) -> None:
+    """Compare what follows each prompt, and each prompt with two tokens appended."""
     prompts = [PREFIX + rest for rest in rests(8, 60)]
     tokens = torch.tensor([[7, 9]])
     with evaluating(model):
         for batch in prefill(model, prompts, 3):
             appended = tokens.expand(len(batch.rows), 2)
-            extended = extend(model, forked(batch), appended, torch.ones_like(appended))
+            for _ in range(2):  # the second fork shows that the first left nothing behind
+                extended = extend(model, forked(batch), appended, torch.ones_like(appended))
             for i, row in enumerate(batch.rows):
                 alone = last_logits(model, prompts[row])
                 torch.testing.assert_close(batch.logits[i], alone, atol=1e-4, rtol=1e-4)
                 longer = last_logits(model, [*prompts[row], 7, 9])
                 torch.testing.assert_close(extended[i, -1], longer, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [16, 64, 1000])
+def test_a_sliding_window_sees_what_it_sees_one_by_one(window: int) -> None:
+    torch.manual_seed(4)
+    assert_batches_equal_one_by_one(
+        MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window))
+    )
+
+
+def test_a_recurrent_layer_beside_attention_is_continued_as_one_by_one() -> None:
+    torch.manual_seed(4)
+    layers = ["conv", "full_attention"]
+    config = Lfm2Config(**SHAPE, layer_types=layers, block_multiple_of=16, pad_token_id=0)
+    assert_batches_equal_one_by_one(Lfm2ForCausalLM(config))
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused() -> None:
+    config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(ModelError, match="keeps no cache of keys and values"):
+        list(prefill(MambaForCausalLM(config), [[5, 6]], 1))
 
 
 def test_a_fork_leaves_the_batch_as_it_was(llama: Any) -> None:
