@@ -121,8 +121,13 @@ def run(
         int, typer.Option(help="CPUs of one site in the simulation.", min=1)
     ] = 1,
     client_gpus: Annotated[
-        float, typer.Option(help="GPUs of one site in the simulation; 0.5: two share one.", min=0.0)
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="GPUs of one site in the simulation; 0.5: two share one. Default: 1 where there "
+            "is a GPU.",
+            min=0.0,
+        ),
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no progress bar.")] = False,
 ) -> None:
     """Train one adapter across all sites.
@@ -155,9 +160,10 @@ def run(
         }
         resolved = resolve_run(settings, resume)
         if engine is Engine.simulation:
-            from grandrounds.simulation import simulate
+            from grandrounds.simulation import default_gpus, simulate
 
-            simulate(resolved, reporter(resolved, plain), client_cpus, client_gpus)
+            gpus = default_gpus() if client_gpus is None else client_gpus
+            simulate(resolved, reporter(resolved, plain), client_cpus, gpus)
         else:
             run_in_process(resolved, reporter(resolved, plain))
 
@@ -165,14 +171,15 @@ def run(
 def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
     """Return the checked configuration of a new run, or of one that is resumed."""
     if resume is None:
-        return recipes.resolve(settings)
+        return recipes.with_absolute_paths(recipes.resolve(settings))
     if "run-directory" in settings:
         raise ConfigError("--resume writes into the run that it resumes; leave --run-dir out.")
     from grandrounds.run_directory import RunDirectory
 
     directory = RunDirectory.open(resume)
     started_with = recipes.load_recipe(directory.path / "config.toml")
-    return recipes.resolve(started_with, settings, {"resume-from": str(directory.path)})
+    resumed = recipes.resolve(started_with, settings, {"resume-from": str(directory.path)})
+    return recipes.with_absolute_paths(resumed)
 
 
 def reporter(config: Config, plain: bool) -> Any:

@@ -219,8 +219,9 @@ class DataConfig:
     dirichlet_alpha: Annotated[float, Range(0, above=True)]
     """Concentration of `dirichlet`; small values give sites with few labels."""
     held_out_fraction: Annotated[float, Range(0, 0.9)]
-    """Share of its rows that each site holds out by seed for held-out loss; 0: none, as
-    FlowerTune."""
+    """Share of its rows that each site holds out by seed for held-out loss; 0: none, as FlowerTune.
+    A site's held-out questions are none of its own training questions; another site may train on
+    the same question."""
     prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
     """`alpaca`: FlowerTune's text. `chat`: the tokenizer's own chat template."""
     question_column: str

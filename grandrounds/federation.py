@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 import grandrounds
 from grandrounds import messages, recipes, rounds, sampling, schedules
 from grandrounds.config import Config, share_of
-from grandrounds.errors import RoundError, RunDirectoryError
+from grandrounds.errors import DataError, RoundError, RunDirectoryError
 from grandrounds.formulary import BASE_NAME as FORMULARY
 from grandrounds.model import LoraSpec, adapter_layout, initial_adapter, peft_config
 from grandrounds.model_card import model_card
@@ -48,6 +48,8 @@ class Run:
 
     config: Config
     directory: RunDirectory
+    is_new: bool
+    """Whether the directory was made by this process."""
     plan: Plan
     peft_config: Any
     """PEFT's description of the adapter."""
@@ -90,6 +92,7 @@ def begin(config: Config, listener: Listener) -> Run:
         evaluation_cohort=evaluated,
         formulary=config.static.name == FORMULARY,
     )
+    is_new = directory is None
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))
         directory = RunDirectory.create(path, config)
@@ -102,10 +105,13 @@ def begin(config: Config, listener: Listener) -> Run:
         state = State(0, start)
     else:
         state = State.from_json(*saved)
+        state.unconfirmed = set(range(config.data.num_partitions))
         directory.rewind(state.round, saved[1]["record"])
+        directory.remove("summary.json")  # of the part that ended
     run = Run(
         config,
         directory,
+        is_new,
         plan,
         peft_config(spec, targets, config.model.name),
         state,
@@ -167,6 +173,13 @@ def open_session(run: Run, grid: Grid) -> None:
     run.cards = rounds.roll_call(grid, nodes, timeout_seconds, messages.INTRODUCTION)
     sites = [dict(card.facts) for card in run.cards.values()]
     check_same_sites(run.directory.read_json("sites.json"), sites)
+    judges = run.evaluation_cohort
+    if judges and not any(int(run.cards[p].facts["held-out-examples"]) for p in judges):
+        raise DataError(
+            f"None of the sites drawn for held-out loss ({', '.join(map(str, judges))}) holds an "
+            "example out: their data are too few. Raise data.held-out-fraction, give more data, or "
+            "set strategy.fraction-evaluate = 0."
+        )
     run.directory.write_json("sites.json", sites)
     run.listener("roll-call", {"sites": sites})
 
@@ -200,8 +213,8 @@ def play_round(run: Run, grid: Grid) -> None:
     instructions: dict[int, dict[str, float | int]] = {
         p: {"learning-rate": learning_rate} for p in cohort
     }
-    for partition in state.resumed.intersection(cohort):
-        instructions[partition]["cursor"] = state.cursors[partition]
+    for partition in state.unconfirmed.intersection(cohort):
+        instructions[partition]["cursor"] = state.cursors.get(partition, 0)
 
     def on_reply(partition: int, failure: str | None) -> None:
         state.failed_replies += failure is not None
@@ -223,10 +236,10 @@ def play_round(run: Run, grid: Grid) -> None:
     )
     trained = time.perf_counter()
     state.round = number
+    state.unconfirmed |= tally.failed.keys()
     remember(state, tally)
     record = training_record(run, number, learning_rate, cohort, tally)
-    if product_error is not None:
-        record["product-error"] = product_error
+    record |= product_error
     judge_and_write(run, grid, record, started, trained, saves)
 
 
@@ -236,7 +249,7 @@ def remember(state: State, tally: Tally) -> None:
         if "cursor" in metrics:
             state.cursors[partition] = int(metrics["cursor"])
             state.coverage[partition] = float(metrics["coverage"])
-            state.resumed.discard(partition)
+            state.unconfirmed.discard(partition)
         if "process-id" in metrics:
             process = str(int(metrics["process-id"]))
             state.base_loads[process] = int(metrics["base-loads"])
@@ -290,7 +303,7 @@ def judge_and_write(
         )
         remember(state, tally)
         state.failed_replies += len(tally.failed)
-        if loss is None and state.round == 0:
+        if state.round == 0 and tally.failed and not tally.good:
             reasons = "; ".join(f"site {p}: {why}" for p, why in sorted(tally.failed.items()))
             raise RoundError(f"No site could judge the untrained adapter. {reasons}")
         record["held-out-loss"] = loss
@@ -348,7 +361,7 @@ def fail(run: Run, status: str, reason: str) -> str:
     Finished rounds and checkpoints stay. A new run that ended before anything was measured leaves
     no directory behind.
     """
-    if not run.directory.read_metrics():
+    if run.is_new and not run.directory.read_metrics():
         run.directory.discard()
         return "nothing was finished yet, nothing is left behind"
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
@@ -357,6 +370,6 @@ def fail(run: Run, status: str, reason: str) -> str:
 
 def summary_of(run: Run, status: str) -> dict[str, Any]:
     """Return the summary of a run as it stands."""
-    sites = [card.facts for card in run.cards.values()]
+    sites = [card.facts for card in run.cards.values()] or run.directory.read_json("sites.json")
     metrics = run.directory.read_metrics()
-    return summarize(run.config, run.state, run.plan, sites, metrics, status)
+    return summarize(run.config, run.state, run.plan, sites or [], metrics, status)

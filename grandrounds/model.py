@@ -80,6 +80,11 @@ def _no_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def has_bfloat16() -> bool:
+    """Whether there is a GPU that computes in bfloat16 itself, and does not only emulate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     """Return the device of this process and the type to compute in.
 
@@ -87,8 +92,7 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return device, torch.bfloat16 if has_bf16 else torch.float32
+        return device, torch.bfloat16 if has_bfloat16() else torch.float32
     return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 

@@ -39,7 +39,7 @@ def model_card(
     comparable = (
         f"Not comparable with the FlowerTune leaderboard: {'; '.join(reasons)}."
         if reasons
-        else "Data and partitions are those of the FlowerTune medical leaderboard."
+        else "Data set and number of sites are those of the FlowerTune medical leaderboard."
     )
     lora, train, strategy, data = config.lora, config.train, config.strategy, config.data
     modules = ", ".join(target_modules)

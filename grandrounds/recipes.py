@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -174,6 +175,20 @@ def resolve(*layers: Mapping[str, Scalar]) -> Config:
     return parse(merged, base)
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with local files in full, so that it means the same everywhere."""
+
+    def full(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if name != "formulary" and path.exists() else name
+
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, name=full(config.model.name)),
+        static=dataclasses.replace(config.static, name=full(config.static.name)),
+    )
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """Return `key: old → new` for every key that differs, run directories apart."""
     ignored = ("run-directory", "resume-from")
@@ -194,4 +209,9 @@ def leaderboard_differences(config: Config) -> list[str]:
         reasons.append(f"{config.data.num_partitions} partitions, not {LEADERBOARD_PARTITIONS}")
     if config.data.partitioner != "iid":
         reasons.append(f"partitioner {config.data.partitioner}, not iid")
+    if config.data.held_out_fraction:
+        reasons.append(f"{config.data.held_out_fraction:.0%} of each site's data held out")
+    columns = (config.data.question_column, config.data.answer_column)
+    if columns != ("input", "output"):
+        reasons.append(f"columns {' and '.join(columns)}, not input and output")
     return reasons

@@ -159,9 +159,14 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
     rows.append(("coverage", f"{summary['coverage']:.1%} of the training examples seen"))
     if summary.get("proximal_penalty"):
         rows.append(("proximal penalty", f"{summary['proximal_penalty']:.3g} in the last round"))
-    if summary.get("product_error") is not None:
+    if errors := summary.get("product_error_of_update"):
+        first, largest = 100 * errors["first"], 100 * errors["largest"]
         rows.append(
-            ("aggregation error", f"{100 * summary['product_error']:.2g} % of the mean of B A")
+            (
+                "aggregation error",
+                f"A and B averaged apart: {first:.2g} % of the update in round 1, "
+                f"{largest:.2g} % at most",
+            )
         )
     planned = summary["planned_mib"]
     rows.append(

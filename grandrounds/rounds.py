@@ -226,8 +226,8 @@ def train_round(
     on_reply: Callable[[int, str | None], None],
     measure_product_error: bool = False,
     required_metrics: Collection[str] = ("num-examples",),
-) -> tuple[Adapter, Tally, float | None]:
-    """Train one cohort; return the new adapter, what came back, and the product error if measured.
+) -> tuple[Adapter, Tally, dict[str, float]]:
+    """Train one cohort; return the new adapter, what came back, and product errors if measured.
 
     Parameters
     ----------
@@ -274,7 +274,15 @@ def train_round(
             f"least {needed} are needed (strategy.min-reply-fraction = {min_reply_fraction:g}). "
             f"{reasons}"
         )
-    return mean.result(adapter), tally, product_error.result() if modules else None
+    measured = (
+        {
+            "product-error": product_error.result(),
+            "product-error-of-update": product_error.of_update(),
+        }
+        if modules
+        else {}
+    )
+    return mean.result(adapter), tally, measured
 
 
 def claimed_examples(metrics: messages.Metrics, card: SiteCard) -> int:

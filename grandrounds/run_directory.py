@@ -91,6 +91,11 @@ class RunDirectory:
         """Remove the directory of a run that has produced nothing."""
         shutil.rmtree(self.path)
 
+    def remove(self, name: str) -> None:
+        """Remove a file of this directory, if it is there."""
+        with _told_plainly(self.path):
+            (self.path / name).unlink(missing_ok=True)
+
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file, whole or not at all."""
         with _told_plainly(self.path):

@@ -34,8 +34,9 @@ class State:
     """Replies that were not used."""
     seconds: float = 0.0
     """Wall-clock time of all finished rounds."""
-    resumed: set[int] = field(default_factory=set)
-    """Partitions that must be told their cursor at their next visit, because the run resumed."""
+    unconfirmed: set[int] = field(default_factory=set)
+    """Partitions that are told their cursor at their next visit: their last reply was not used, or
+    the run was resumed. What they trained on then was lost, and comes again."""
 
     def to_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return everything but the adapter, and the round's metrics."""
@@ -63,7 +64,6 @@ class State:
             base_loads=data["base-loads"],
             failed_replies=data["failed-replies"],
             seconds=data["seconds"],
-            resumed=set(cursors),
         )
 
 
@@ -88,6 +88,8 @@ def summarize(
     judged = [m for m in checkpoints if m.get("held-out-loss") is not None]
     best = min(judged, key=lambda m: m["held-out-loss"]) if judged else None
     trained = [m for m in metrics if "train-loss" in m]
+    errors = [m for m in metrics if "product-error" in m]
+    of_update = [m["product-error-of-update"] for m in errors]
     held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
     first = sites[0] if sites else {}
     reasons = recipes.leaderboard_differences(config)
@@ -111,9 +113,14 @@ def summarize(
         else None,
         "held_out_loss": {"first": held_out[0], "last": held_out[-1]} if held_out else None,
         "proximal_penalty": trained[-1]["proximal-penalty"] if trained else None,
-        "product_error": next(
-            (m["product-error"] for m in reversed(metrics) if "product-error" in m), None
-        ),
+        "product_error": errors[-1]["product-error"] if errors else None,
+        "product_error_of_update": {
+            "first": of_update[0],
+            "largest": max(of_update),
+            "last": of_update[-1],
+        }
+        if errors
+        else None,
         "coverage": trained[-1]["coverage"] if trained else 0.0,
         "failed_replies": state.failed_replies,
         "base_loads": sum(state.base_loads.values()),

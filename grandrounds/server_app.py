@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from grandrounds import federation
 from grandrounds.config import Config
+from grandrounds.errors import GrandRoundsError
 from grandrounds.federation import Listener
 from grandrounds.quiet import quiet_libraries
 from grandrounds.recipes import resolve
@@ -47,6 +48,9 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
     except KeyboardInterrupt:
         kept = federation.fail(run, "stopped", "interrupted")
         raise KeyboardInterrupt(kept) from None
+    except GrandRoundsError as error:
+        kept = federation.fail(run, "failed", str(error))
+        raise type(error)(f"{error} {kept[0].upper()}{kept[1:]}.") from error
     except Exception as error:
         federation.fail(run, "failed", str(error))
         raise

@@ -13,7 +13,6 @@ from grandrounds.config import Config, Scalar
 from grandrounds.errors import EngineError
 from grandrounds.federation import Listener, default_run_directory
 from grandrounds.flower_runtime import run_simulation
-from grandrounds.formulary import BASE_NAME
 from grandrounds.recipes import defaults, to_toml
 from grandrounds.run_directory import RunDirectory
 
@@ -45,7 +44,8 @@ class Watcher:
         saved = self._directory.load_state()
         self._last_round = saved[1]["round"] if saved else -1
         self._resumed_after = self._last_round if saved else None
-        self._told = {name: self._modified(name) for name in ("plan.json", "sites.json")}
+        written = ("plan.json", "sites.json", "summary.json")
+        self._told = {name: self._modified(name) for name in written}
 
     def look(self) -> None:
         """Tell what is new since the last look."""
@@ -60,6 +60,10 @@ class Watcher:
             if record["round"] > self._last_round:
                 self._last_round = record["round"]
                 self._listener("round", record)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary that this run has written; empty if it has not."""
+        return dict(self._new("summary.json") or {})
 
     def _modified(self, name: str) -> int:
         file = self._directory.path / name
@@ -81,7 +85,7 @@ def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float
     EngineError
         If the run did not complete. Flower's logs are kept then, and named.
     """
-    flat = with_absolute_paths(config)
+    flat = with_run_directory(config)
     run_directory = Path(str(flat["resume-from"] or flat["run-directory"]))
     home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
     app = home / "app"
@@ -105,7 +109,7 @@ def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float
         except KeyboardInterrupt:
             mark_stopped(RunDirectory(run_directory))
             raise
-        summary = RunDirectory(run_directory).read_json("summary.json") or {}
+        summary = watcher.summary()
         if outcome.status != "completed" or summary.get("status") != "completed":
             reason = outcome.details.splitlines()[0] if outcome.details else "no reason given"
             raise EngineError(
@@ -117,6 +121,14 @@ def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float
     shutil.rmtree(home)
 
 
+def default_gpus() -> float:
+    """Return the GPUs of one site where none are asked for: 1 if there is one, since Ray hides
+    every GPU from a site that has 0."""
+    import torch
+
+    return 1.0 if torch.cuda.is_available() else 0.0
+
+
 def mark_stopped(directory: RunDirectory) -> None:
     """Write down that a run whose server was ended from outside was stopped."""
     if metrics := directory.read_metrics():
@@ -125,12 +137,7 @@ def mark_stopped(directory: RunDirectory) -> None:
         directory.write_json("summary.json", summary)
 
 
-def with_absolute_paths(config: Config) -> Mapping[str, Scalar]:
-    """Return the flat configuration for processes that run in another folder."""
-    flat = config.flat()
-    for key in ("static.dataset.name", "model.name"):
-        path = Path(str(flat[key])).expanduser()
-        if flat[key] != BASE_NAME and path.exists():
-            flat[key] = str(path.absolute())
+def with_run_directory(config: Config) -> Mapping[str, Scalar]:
+    """Return the flat configuration with the run directory in full, for processes elsewhere."""
     run_directory = Path(config.federation.run_directory or default_run_directory(config))
-    return {**flat, "run-directory": str(run_directory.expanduser().absolute())}
+    return {**config.flat(), "run-directory": str(run_directory.expanduser().absolute())}

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from grandrounds.errors import ModelError
+from grandrounds.model import has_bfloat16
 from grandrounds.schedules import step_learning_rate
 from grandrounds.tokenization import IGNORED_LABEL, TokenizedExample, collate
+
+_paged: tuple[list[torch.nn.Parameter], torch.optim.Optimizer] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def answer_nll_sum(
 
 def mixed_precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
     """Return bfloat16 autocast on a GPU that has it, where wanted; else nothing."""
-    if bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if bf16 and device.type == "cuda" and has_bfloat16():
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -189,9 +192,39 @@ def make_optimizer(
     check_optimizer(settings.optimizer)
     import bitsandbytes
 
-    paged = settings.optimizer == "paged_adamw_8bit"
-    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(parameters, lr=rate, weight_decay=decay)
+    if settings.optimizer == "adamw_8bit":
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            parameters, lr=rate, weight_decay=decay
+        )
+        return optimizer
+    return _paged_optimizer(parameters, rate, decay)
+
+
+def _paged_optimizer(
+    parameters: Sequence[torch.nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    """Return paged 8-bit AdamW with no history, made once for the same parameters.
+
+    bitsandbytes (0.50) never frees the managed memory of a paged optimizer, so one per visit would
+    leak; its state is set back to zero instead, which is how it starts.
+    """
+    global _paged
+    import bitsandbytes
+
+    if _paged is None or [id(p) for p in _paged[0]] != [id(p) for p in parameters]:
+        made = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=rate, weight_decay=decay)
+        _paged = (list(parameters), made)
+        return made  # type: ignore[no-any-return]
+    optimizer = _paged[1]
+    for group in optimizer.param_groups:
+        group["weight_decay"] = decay
+    for state in optimizer.state.values():
+        state["step"] = 0
+        for name in ("state1", "state2", "absmax1", "absmax2"):
+            if getattr(state.get(name), "is_paged", False):
+                bitsandbytes.functional.fill(state[name], 0)
+            elif name in state:
+                state[name].zero_()
     return optimizer
 
 

@@ -25,6 +25,7 @@ from grandrounds.model import (
     base_loads,
     base_parameters,
     device_and_dtype,
+    has_bfloat16,
     quantization_config,
     resident_model,
     set_adapter,
@@ -125,8 +126,9 @@ def precision(config: Config) -> str:
     device, dtype = device_and_dtype(config.model.dtype)
     name = str(dtype).removeprefix("torch.")
     stored = {0: name, 8: "8-bit (LLM.int8)", 4: "4-bit NF4, double quantisation"}
-    autocast = config.arguments.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    text = f"base {stored[config.model.quantization]}, computed in {name}, adapter float32"
+    autocast = config.arguments.bf16 and device.type == "cuda" and has_bfloat16()
+    computed = "multiplied in int8" if config.model.quantization == 8 else f"computed in {name}"
+    text = f"base {stored[config.model.quantization]}, {computed}, adapter float32"
     return f"{text}, bfloat16 autocast" if autocast else text
 
 

@@ -491,3 +491,14 @@ def test_on_a_disk_that_is_full_from_the_start_nothing_is_left(
     assert "No space left on device" in line
     assert not Path(settings["run-directory"]).exists()
     assert "--resume" not in line  # there is nothing to resume
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_sites_too_small_to_hold_anything_out_are_told_before_training(
+    settings: Settings, tmp_path: Path
+) -> None:
+    cards = tmp_path / "few.jsonl"
+    cards.write_text("".join(f'{{"input": "Why {i}?", "output": "So."}}\n' for i in range(4)))
+    line = complaint(command({**settings, "static.dataset.name": str(cards)}), 1)
+    assert "holds an example out" in line
+    assert "strategy.fraction-evaluate = 0" in line

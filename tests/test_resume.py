@@ -411,3 +411,34 @@ def test_other_data_at_the_resume_are_refused(stopped: Settings) -> None:
             resume(stopped)
     finally:
         source.write_text(kept)
+
+
+def test_a_visit_whose_reply_was_not_used_is_made_again_also_after_a_resume(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Site 1 answers NaN in round 1. Its examples come again at its next visit, and a run that was
+    stopped after round 1 ends as one that was not."""
+    import numpy as np
+    from flwr.app import Array
+
+    def sites(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        round_number = dict(message.content.config_records.get("config", {})).get("round")
+        is_train = message.metadata.message_type == "train"
+        if is_train and round_number == 1 and context.node_config["partition-id"] == 1:
+            arrays = reply.content.array_records["arrays"]
+            name = next(iter(arrays))
+            arrays[name] = Array(np.full_like(arrays[name].numpy(), np.nan))
+        return reply
+
+    settings = {**settings, "strategy.fraction-train": 1.0, "num-server-rounds": 3}
+    play(settings, sites=sites, **{"run-directory": str(tmp_path / "whole")})
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, interrupted_at("round", 2), sites=sites)
+    play(settings, sites=sites, **{"resume-from": settings["run-directory"]})
+    run = Path(settings["run-directory"])
+    assert outcome(run) == outcome(tmp_path / "whole")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert list(lines[1]["failed"]) == ["1"]
+    # two used visits of the same length as the others' three: a third less covered
+    assert lines[3]["site-coverage"]["1"] == pytest.approx(lines[2]["site-coverage"]["0"])

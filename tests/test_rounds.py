@@ -193,14 +193,17 @@ def test_a_round_is_the_weighted_mean_of_the_changes() -> None:
         assert np.array_equal(adapter[name], np.full(shape, 4.0, np.float32))
     assert sorted(tally.good) == [0, 1, 3]
     assert tally.failed == {}
-    assert error is None
+    assert error == {}
 
 
 def test_the_product_error_of_a_round_is_measured_where_asked() -> None:
     """A and B become 2 and 2 at site 0 (10), 3 and 3 at site 1 (20). All entries are alike, so B A
     is as 2 * 2 = 4 and 3 * 3 = 9: mean (40 + 180) / 30 = 22/3; mean A and B (20 + 60) / 30 = 8/3,
-    product 64/9; the error is (66 - 64) / 66 = 1/33."""
-    assert play(Sites(), [0, 1], measure=True)[2] == pytest.approx(1 / 33, rel=1e-9)
+    product 64/9; the error is (66 - 64) / 66 = 1/33, and of the update from 1 it is
+    (2/9) / (19/3) = 2/57."""
+    measured = play(Sites(), [0, 1], measure=True)[2]
+    assert measured["product-error"] == pytest.approx(1 / 33, rel=1e-9)
+    assert measured["product-error-of-update"] == pytest.approx(2 / 57, rel=1e-9)
 
 
 def test_each_site_receives_its_own_instruction_and_the_round() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from grandrounds import training
 from grandrounds.model import (
     BaseSpec,
     LoraSpec,
@@ -409,3 +410,18 @@ def test_gradient_checkpointing_is_really_on(tiny_base: Path) -> None:
         handle.remove()
         calls[checkpointing] = len(count)
     assert calls == {False: 1, True: 2}
+
+
+def test_a_paged_optimizer_used_again_begins_without_history(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes never frees its paged memory, so one optimizer serves all visits of a process:
+    the second visit is that of a new optimizer, bit for bit."""
+    lora = LoraSpec(128, 128.0, "q_proj,v_proj", 0.0)
+    monkeypatch.setattr(training, "_paged", None)
+    new, _ = visit(make(tiny_base, lora), FOUR_BATCHES, optimizer="paged_adamw_8bit")
+    made = training._paged
+    again, _ = visit(make(tiny_base, lora), FOUR_BATCHES, optimizer="paged_adamw_8bit")
+    assert training._paged is made is not None
+    for first, second in zip(new, again, strict=True):
+        assert torch.equal(first, second)

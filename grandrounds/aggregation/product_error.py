@@ -46,19 +46,35 @@ class ProductError:
             changes.append((change[module + A], change[module + B]))
 
     def result(self) -> float:
-        """Return the relative error over the measured modules together; 0 where nothing changed."""
+        """Return e over the measured modules together; 0 where there is no product."""
+        error, product, _ = self._norms_squared()
+        return float(np.sqrt(max(error, 0.0) / product)) if product > 0 else 0.0
+
+    def of_update(self) -> float:
+        """Return the same error relative to what the round changed; 0 where nothing changed.
+
+        The denominator is || sum_i p_i B_i A_i - B A || with the factors B, A that the sites
+        received: the product grows over the rounds, and a round's error would vanish in it.
+        """
+        error, _, update = self._norms_squared()
+        return float(np.sqrt(max(error, 0.0) / update)) if update > 0 else 0.0
+
+    def _norms_squared(self) -> tuple[float, float, float]:
+        """Return the squared norms of the error, of the mean product and of its change."""
         shares = np.array(self._weights) / sum(self._weights)
-        # one more term, -B_mean A_mean, makes the difference out of the sum
-        with_mean = np.append(shares, -1.0)
-        error = norm = 0.0
+        mean_product = np.concatenate([shares, [0.0, 0.0]])
+        without_mean = np.concatenate([shares, [-1.0, 0.0]])
+        without_start = np.concatenate([shares, [0.0, -1.0]])
+        error = product = update = 0.0
         for module, changes in self._changes.items():
             start_a, start_b = self._start[module]
             gram_b = factor_gram(start_b, [b for _, b in changes], shares)
             gram_a = factor_gram(start_a.T, [a.T for a, _ in changes], shares)
             products = np.einsum("isjt,isjt->ij", gram_b, gram_a)  # <B_i A_i, B_j A_j>
-            norm += float(shares @ products[:-1, :-1] @ shares)
-            error += float(with_mean @ products @ with_mean)
-        return float(np.sqrt(max(error, 0.0) / norm)) if norm > 0 else 0.0
+            error += float(without_mean @ products @ without_mean)
+            product += float(mean_product @ products @ mean_product)
+            update += float(without_start @ products @ without_start)
+        return error, product, update
 
 
 def factor_gram(
@@ -67,7 +83,7 @@ def factor_gram(
     shares: NDArray[np.float64],
     block: int = 256,
 ) -> NDArray[np.float64]:
-    """Return the inner products of all columns of all sites' factors, and of their mean.
+    """Return the inner products of all columns of the sites' factors, their mean and the start.
 
     Parameters
     ----------
@@ -82,16 +98,17 @@ def factor_gram(
 
     Returns
     -------
-    array of (sites + 1, rank, sites + 1, rank)
-        The mean stands last.
+    array of (sites + 2, rank, sites + 2, rank)
+        After the sites come the mean and the start.
     """
     features, rank = start.shape
-    width = (len(changes) + 1) * rank
+    width = (len(changes) + 2) * rank
     gram = np.zeros((width, width))
     for i in range(0, features, block):
         rows = slice(i, i + block)
-        sites = np.stack([c[rows] for c in changes], axis=1) + start[rows, None].astype(np.float64)
+        received = start[rows, None].astype(np.float64)
+        sites = np.stack([c[rows] for c in changes], axis=1) + received
         mean = np.einsum("fsr,s->fr", sites, shares)
-        columns = np.concatenate([sites, mean[:, None]], axis=1).reshape(-1, width)
+        columns = np.concatenate([sites, mean[:, None], received], axis=1).reshape(-1, width)
         gram += columns.T @ columns
-    return gram.reshape(len(changes) + 1, rank, len(changes) + 1, rank)
+    return gram.reshape(len(changes) + 2, rank, len(changes) + 2, rank)

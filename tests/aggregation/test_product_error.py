@@ -93,11 +93,31 @@ def test_the_error_is_zero_where_all_sites_agree() -> None:
     assert measured.result() == pytest.approx(0.0, abs=1e-7)
 
 
+def test_the_error_of_the_update_is_relative_to_what_the_round_changed() -> None:
+    """Start A = B = 1, product 1. Site 1 (3 examples) changes B by 1: product 2. Site 2 (1 example)
+    changes A by 4 and B by 2: A 5, B 3, product 15. Mean product (6 + 15) / 4 = 5.25; mean A 2,
+    mean B 2.25, together 4.5; the error 0.75 is 1/7 of the product and 0.75 / 4.25 = 3/17 of the
+    update."""
+    start = {
+        "m.lora_A.weight": np.ones((1, 1), np.float32),
+        "m.lora_B.weight": np.ones((1, 1), np.float32),
+    }
+    error = ProductError(start, ["m"])
+    for a, b, weight in ((0.0, 1.0, 3), (4.0, 2.0, 1)):
+        change = {
+            "m.lora_A.weight": np.array([[a]], np.float32),
+            "m.lora_B.weight": np.array([[b]], np.float32),
+        }
+        error.add(change, weight)
+    assert error.result() == pytest.approx(1 / 7, rel=1e-12)
+    assert error.of_update() == pytest.approx(3 / 17, rel=1e-12)
+
+
 def test_the_error_is_zero_where_nothing_changed() -> None:
     start = {name: np.zeros_like(x) for name, x in random_adapter(np.random.default_rng(1)).items()}
     measured = ProductError(start, list(LAYERS))
     measured.add(start, 1)
-    assert measured.result() == 0.0
+    assert measured.result() == measured.of_update() == 0.0
 
 
 @pytest.mark.parametrize("block", [1, 4, 256])
@@ -108,8 +128,9 @@ def test_the_gram_matrix_of_factors_does_not_depend_on_the_block(block: int) -> 
     shares = np.array([0.5, 0.25, 0.25])
     factors = [start.astype(float) + change for change in changes]
     factors.append(0.5 * factors[0] + 0.25 * factors[1] + 0.25 * factors[2])
+    factors.append(start.astype(float))
     gram = factor_gram(start, changes, shares, block)
-    assert gram.shape == (4, 2, 4, 2)
+    assert gram.shape == (5, 2, 5, 2)
     for i, left in enumerate(factors):
         for j, right in enumerate(factors):
             assert gram[i, :, j] == pytest.approx(left.T @ right, rel=1e-12, abs=1e-12)
