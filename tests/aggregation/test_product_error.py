@@ -25,20 +25,25 @@ def random_adapter(rng: np.random.Generator) -> Adapter:
     return adapter
 
 
-def test_a_hand_example_of_numbers_instead_of_matrices() -> None:
-    """Two sites, one example each. A = 1 and 3, B = 1 and 2 (start 0): the mean of B A is
-    (1 * 1 + 2 * 3) / 2 = 3.5; B_mean A_mean = 1.5 * 2 = 3; the error is 0.5 / 3.5 = 1/7."""
-    start = {
-        "m.lora_A.weight": np.zeros((1, 1), np.float32),
-        "m.lora_B.weight": np.zeros((1, 1), np.float32),
-    }
-    error = ProductError(start, ["m"])
-    for a, b in ((1.0, 1.0), (3.0, 2.0)):
-        change = {
+def of_numbers(a: float, b: float, changes: list[tuple[float, float, int]]) -> ProductError:
+    """Return the error of one module of 1 x 1 factors, each site's (change of A, of B, weight)."""
+
+    def factors(a: float, b: float) -> Adapter:
+        return {
             "m.lora_A.weight": np.array([[a]], np.float32),
             "m.lora_B.weight": np.array([[b]], np.float32),
         }
-        error.add(change, 1)
+
+    error = ProductError(factors(a, b), ["m"])
+    for of_a, of_b, weight in changes:
+        error.add(factors(of_a, of_b), weight)
+    return error
+
+
+def test_a_hand_example_of_numbers_instead_of_matrices() -> None:
+    """Two sites, one example each. A = 1 and 3, B = 1 and 2 (start 0): the mean of B A is
+    (1 * 1 + 2 * 3) / 2 = 3.5; B_mean A_mean = 1.5 * 2 = 3; the error is 0.5 / 3.5 = 1/7."""
+    error = of_numbers(0.0, 0.0, [(1.0, 1.0, 1), (3.0, 2.0, 1)])
     assert error.result() == pytest.approx(1 / 7, rel=1e-12)
 
 
@@ -46,17 +51,7 @@ def test_a_hand_example_with_weights_and_a_start() -> None:
     """Start A = 1, B = 0. Site 1 (3 examples) changes B by 1: A 1, B 1, product 1. Site 2 (1
     example) changes A by 4, B by 2: A 5, B 2, product 10. Mean product (3 + 10) / 4 = 3.25; mean A
     (3 + 5) / 4 = 2, mean B (3 + 2) / 4 = 1.25, together 2.5; the error is 0.75 / 3.25 = 3/13."""
-    start = {
-        "m.lora_A.weight": np.ones((1, 1), np.float32),
-        "m.lora_B.weight": np.zeros((1, 1), np.float32),
-    }
-    error = ProductError(start, ["m"])
-    for a, b, weight in ((0.0, 1.0, 3), (4.0, 2.0, 1)):
-        change = {
-            "m.lora_A.weight": np.array([[a]], np.float32),
-            "m.lora_B.weight": np.array([[b]], np.float32),
-        }
-        error.add(change, weight)
+    error = of_numbers(1.0, 0.0, [(0.0, 1.0, 3), (4.0, 2.0, 1)])
     assert error.result() == pytest.approx(3 / 13, rel=1e-12)
 
 
@@ -98,17 +93,7 @@ def test_the_error_of_the_update_is_relative_to_what_the_round_changed() -> None
     changes A by 4 and B by 2: A 5, B 3, product 15. Mean product (6 + 15) / 4 = 5.25; mean A 2,
     mean B 2.25, together 4.5; the error 0.75 is 1/7 of the product and 0.75 / 4.25 = 3/17 of the
     update."""
-    start = {
-        "m.lora_A.weight": np.ones((1, 1), np.float32),
-        "m.lora_B.weight": np.ones((1, 1), np.float32),
-    }
-    error = ProductError(start, ["m"])
-    for a, b, weight in ((0.0, 1.0, 3), (4.0, 2.0, 1)):
-        change = {
-            "m.lora_A.weight": np.array([[a]], np.float32),
-            "m.lora_B.weight": np.array([[b]], np.float32),
-        }
-        error.add(change, weight)
+    error = of_numbers(1.0, 1.0, [(0.0, 1.0, 3), (4.0, 2.0, 1)])
     assert error.result() == pytest.approx(1 / 7, rel=1e-12)
     assert error.of_update() == pytest.approx(3 / 17, rel=1e-12)
 
