@@ -93,7 +93,7 @@ def write_batches(flat: dict[str, Any], file: Path) -> int:
     config = recipes.resolve(flat)
     visit_batches, cursors = [], dict.fromkeys(range(SITES), 0)
     for number in range(1, config.federation.num_server_rounds + 1):
-        for p in sampling.training_cohort(SEED, number, SITES, config.cohort_size):
+        for p in sampling.training_cohort(SEED, number, SITES, config.cohort_size, True):
             site = open_site(config.static.name, config.data, config.model.name, 512, SEED, p)
             record = ConfigRecord({"round": number})
             batches, cursors[p] = visits.next_batches(site, config, record, cursors[p])

@@ -36,8 +36,16 @@ def one_round(replies: int) -> dict[str, float]:
     from flwr.app import Context, Message
 
     from grandrounds import messages, rounds
+    from grandrounds.aggregation.make import make_rule
+    from grandrounds.downlink import Sender, codec_named
     from grandrounds.engines import InProcessGrid
+    from grandrounds.federation import rule_settings
     from grandrounds.ledger import Ledger
+    from grandrounds.recipes import resolve
+    from grandrounds.roll_call import SiteCard
+    from grandrounds.updates import Terms
+
+    config = resolve({})
 
     shapes = llama_3_8b_shapes()
     generator = np.random.default_rng(0)
@@ -48,7 +56,7 @@ def one_round(replies: int) -> dict[str, float]:
         return messages.reply(message, arrays=messages.to_arrays(change), metrics=metrics)
 
     grid = InProcessGrid(client_app, {}, replies)
-    cards = {p: rounds.SiteCard(p + 1, {"train-examples": 1700}) for p in range(replies)}
+    cards = {p: SiteCard(p + 1, {"train-examples": 1700}) for p in range(replies)}
     adapter = {n: np.zeros(s, dtype=np.float32) for n, s in shapes.items()}
     before = peak_mib()
     rounds.train_round(
@@ -58,7 +66,10 @@ def one_round(replies: int) -> dict[str, float]:
         {p: {} for p in range(replies)},
         cards,
         Ledger(),
-        min_reply_fraction=1.0,
+        rule=make_rule(rule_settings(config)),
+        sender=Sender(config.strategy.name, config.communication, adapter, seed=0),
+        uplink_codec=codec_named("none", config.communication),
+        terms=Terms(min_reply_fraction=1.0),
         timeout_seconds=600.0,
         on_reply=lambda *_: None,
         measure_product_error=True,

@@ -13,3 +13,11 @@ Adapter = Mapping[str, NDArray[np.float32]]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name → shape of each tensor."""
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+"""How the names of the two factors end."""
+
+
+def factor_of(name: str) -> str:
+    """Return which factor a tensor is: `A` or `B`."""
+    return "A" if ".lora_A." in name else "B"

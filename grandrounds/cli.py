@@ -18,6 +18,7 @@ from grandrounds import recipes
 from grandrounds.config import Config, Scalar
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.evaluate_command import evaluate
+from grandrounds.plan_command import plan
 from grandrounds.quiet import quiet_libraries
 
 NEEDED_TO_RUN = (
@@ -34,6 +35,7 @@ NEEDED_TO_RUN = (
     "scipy",
     "torch",
     "transformers",
+    "zstandard",
 )
 """Modules of the `train` extra."""
 
@@ -232,3 +234,4 @@ def told_in_one_line() -> Iterator[None]:
 
 
 app.command("evaluate")(told_in_one_line()(evaluate))
+app.command("plan")(told_in_one_line()(plan))

@@ -30,15 +30,18 @@ def train(message: Message, context: Context) -> Message:
     """Train the received adapter on the site's next examples; answer with its change."""
     site, config = visits.site_of(context)
     instruction = message.content.config_records[messages.CONFIG]
-    cursor = visits.read_cursor(context.state, instruction)
+    start = visits.read_cursor(context.state, instruction)
 
     resident = visits.prepare_model(config)
-    received = visits.receive_adapter(resident, message)
-    examples, cursor = visits.next_batches(site, config, instruction, cursor)
-    result = visits.train(resident, examples, config, instruction, site)
+    number = visits.round_of(instruction)
+    received = visits.receive_adapter(resident, message, config, context, number)
+    batches, cursor = visits.next_batches(site, config, instruction, start)
+    result = visits.train(resident, batches, config, instruction, site)
 
+    change = visits.encoded_change(
+        resident, received, config, context, instruction, (start, cursor)
+    )
     visits.write_cursor(context.state, cursor)
-    change = messages.to_arrays(visits.change(resident, received))
     return messages.reply(
         message, arrays=change, metrics=visits.train_metrics(site, result, cursor, config)
     )
@@ -50,7 +53,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Answer the received adapter's loss on the examples that the site holds out."""
     site, config = visits.site_of(context)
     resident = visits.prepare_model(config)
-    visits.receive_adapter(resident, message)
+    visits.receive_adapter(resident, message, config, context)
     return messages.reply(message, metrics=visits.evaluate(resident, site, config))
 
 
@@ -60,5 +63,5 @@ def examine(message: Message, context: Context) -> Message:
     """Answer the formulary's questions with the received adapter and without it."""
     _, config = visits.site_of(context)
     resident = visits.prepare_model(config)
-    visits.receive_adapter(resident, message)
+    visits.receive_adapter(resident, message, config, context)
     return messages.reply(message, metrics=visits.examine(resident, config))

@@ -15,6 +15,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from grandrounds.strategies import STRATEGIES
+
 Scalar = bool | int | float | str
 
 ENDLESS = sys.float_info.max
@@ -56,6 +58,10 @@ class OneOf:
 
     def __str__(self) -> str:
         return "one of " + ", ".join(repr(v) for v in self.values)
+
+
+CODECS = ("none", "bf16", "int8", "int4", "int2", "ternary", "sign", "topk")
+"""Encodings of `grandrounds.codecs`."""
 
 
 @dataclass(frozen=True)
@@ -188,19 +194,87 @@ class StrategyConfig:
 
     prefix: ClassVar[str] = "strategy."
 
-    name: Annotated[str, OneOf(("fedavg", "fedprox"))]
-    """Aggregation rule. Both average by number of examples; `fedprox` adds the proximal term at
-    the sites."""
+    name: Annotated[str, OneOf(tuple(STRATEGIES))]
+    """Aggregation rule; docs/aggregation.md says what each computes. `fedprox` averages like
+    `fedavg`; the proximal term at the sites makes the difference."""
     proximal_mu: Annotated[float, Range(0)]
-    """FedProx's mu: the loss gains mu/2 times the squared distance to the adapter received."""
+    """FedProx's mu: the loss gains mu/2 times the squared distance to the adapter received. Every
+    rule but `fedavg` takes it."""
     fraction_train: Annotated[float, Range(0, 1, above=True)]
     """Share of the sites that trains in a round, rounded down."""
+    cohorts: Annotated[str, OneOf(("balanced", "uniform"))]
+    """`balanced`: all sites take part once, in random order, before any does again. `uniform`: each
+    round draws anew, as FlowerTune does; some sites are then seldom heard."""
     fraction_evaluate: Annotated[float, Range(0, 1)]
     """Share of the sites that answers held-out loss, drawn once so that rounds compare; 0: none."""
     min_reply_fraction: Annotated[float, Range(0, 1, above=True)]
     """Share of a round's cohort, rounded up, that must reply well; fewer end the run as failed."""
     round_timeout_seconds: Annotated[float, Range(0, above=True)]
     """A round ends after this time with those who answered. In process it never cuts a visit."""
+    weighting: Annotated[str, OneOf(("examples", "equal"))]
+    """A reply counts by its site's number of training examples (at most what the site said at roll
+    call), or all replies count alike."""
+    max_rank: Annotated[int, Range(0, 4096)]
+    """`flora`: highest rank of the stack, above which it is cut by SVD; 0: four times the rank."""
+    site_ranks: str
+    """`product`: ranks that sites 0, 1, 2, ... train, with commas, repeated over the sites, for
+    example `16,8,4`; empty: all train the adapter's rank."""
+    server_learning_rate: Annotated[float, Range(0)]
+    """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`: the server's step; 0: 1 for `fedavgm`, `tau`
+    for the others."""
+    server_momentum: Annotated[float, Range(0, 0.9999)]
+    """`fedavgm`: momentum of the server's step."""
+    beta_1: Annotated[float, Range(0, 0.9999)]
+    """`fedadam`, `fedyogi`: decay of the first moment."""
+    beta_2: Annotated[float, Range(0, 0.9999)]
+    """`fedadam`, `fedyogi`: decay of the second moment."""
+    tau: Annotated[float, Range(0, above=True)]
+    """`fedadam`, `fedyogi`, `fedadagrad`: added to the root of the second moment."""
+    num_malicious_nodes: Annotated[int, Range(0)]
+    """`krum`, `multikrum`, `bulyan`: how many replies of a round may be hostile."""
+    num_nodes_to_select: Annotated[int, Range(0)]
+    """`multikrum`: how many replies are averaged; 0: all but `num-malicious-nodes`."""
+    trimmed_share: Annotated[float, Range(0, 0.49)]
+    """`fedtrimmedavg`: share of the values cut off at either end, coordinate by coordinate."""
+
+
+@dataclass(frozen=True)
+class CommunicationConfig:
+    """How adapters are encoded on their way. docs/communication.md compares."""
+
+    prefix: ClassVar[str] = "communication."
+
+    uplink_codec: Annotated[str, OneOf(CODECS)]
+    """Encoding of a site's change: `none` (float32), `bf16`; `int8`, `int4`, `int2` (stochastic
+    rounding, a scale per block); `ternary` (minus, zero or plus); `sign` (one bit and a block's
+    mean magnitude); `topk` (the largest values). What a codec loses comes at the next visit."""
+    downlink_codec: Annotated[str, OneOf(CODECS)]
+    """Encoding of what the server sends."""
+    downlink: Annotated[str, OneOf(("complete", "incremental"))]
+    """`complete`: every message holds the whole adapter, as its change since the start of the run.
+    `incremental`: the change since what the site holds; the server keeps that for every site."""
+    catch_up_codec: Annotated[str, OneOf(("bf16", "int8", "int4", "int2"))]
+    """`incremental`: encoding for a site that holds nothing yet, or whose last reply was lost."""
+    block_size: Annotated[int, OneOf((16, 32, 64, 128, 256, 512, 1024))]
+    """Values that share a scale in `int8`, `int4`, `int2`, `ternary` and `sign`."""
+    kept_share: Annotated[float, Range(0, 1, above=True)]
+    """`topk`: share of the values that is sent."""
+    entropy_coding: bool
+    """Compress encoded messages by Zstandard where that makes them smaller. The plan's bytes are
+    then the most there can be."""
+
+
+@dataclass(frozen=True)
+class DefenceConfig:
+    """What is done to single updates before any rule sees them."""
+
+    prefix: ClassVar[str] = "defence."
+
+    update_norm_bound: Annotated[float, Range(0)]
+    """An update with a larger L2 norm is scaled down to it; 0: none is."""
+    min_cosine: Annotated[float, Range(-1, 1)]
+    """An update whose cosine to the mean direction of the others is lower is left out, and counts
+    as a failed reply; -1: none is. The server then holds all replies of a round."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +325,8 @@ class Config:
     train: TrainConfig
     arguments: TrainingArguments
     strategy: StrategyConfig
+    communication: CommunicationConfig
+    defence: DefenceConfig
     data: DataConfig
     static: StaticConfig
 
@@ -265,6 +341,16 @@ class Config:
     def cohort_size(self) -> int:
         """Sites that train in one round: fraction-train of the sites, rounded down."""
         return share_of(self.strategy.fraction_train, self.data.num_partitions)
+
+    @property
+    def max_rank(self) -> int:
+        """Highest rank of `flora`'s stack."""
+        return self.strategy.max_rank or 4 * self.lora.peft_lora_r
+
+    @property
+    def site_ranks(self) -> tuple[int, ...]:
+        """Ranks that the sites train, repeated over them; empty: the adapter's."""
+        return tuple(int(rank) for rank in self.strategy.site_ranks.split(",") if rank.strip())
 
     @property
     def examples_per_step(self) -> int:

@@ -5,6 +5,7 @@ The story itself is `server_app.federate`; here are its steps.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 import time
@@ -16,16 +17,22 @@ from typing import Any
 from flwr.serverapp import Grid
 
 import grandrounds
-from grandrounds import messages, recipes, rounds, sampling, schedules
+from grandrounds import messages, protocol, recipes, roll_call, rounds, sampling, schedules
+from grandrounds.aggregation.make import make_rule
+from grandrounds.aggregation.rule import Rule, RuleSettings
 from grandrounds.config import Config, share_of
+from grandrounds.downlink import Sender, codec_named
 from grandrounds.errors import DataError, RoundError, RunDirectoryError
 from grandrounds.formulary import BASE_NAME as FORMULARY
-from grandrounds.model import LoraSpec, adapter_layout, initial_adapter, peft_config
+from grandrounds.model import LoraSpec, adapter_layout, drawn_adapter, peft_config
 from grandrounds.model_card import model_card
-from grandrounds.planning import Plan, plan_run
-from grandrounds.rounds import SiteCard, Tally
+from grandrounds.planning import Plan, plan_config
+from grandrounds.roll_call import SiteCard
+from grandrounds.rounds import Tally
 from grandrounds.run_directory import RunDirectory
 from grandrounds.run_state import State, summarize
+from grandrounds.strategies import STRATEGIES
+from grandrounds.updates import Terms
 
 SAME_ON_RESUME = (
     "rows",
@@ -51,9 +58,15 @@ class Run:
     is_new: bool
     """Whether the directory was made by this process."""
     plan: Plan
-    peft_config: Any
-    """PEFT's description of the adapter."""
+    lora: LoraSpec
+    """The adapter that a site trains, with the targets that were asked for."""
+    targets: list[str]
+    """The modules that it is on."""
     state: State
+    rule: Rule
+    """How replies become the next adapter."""
+    sender: Sender
+    """How the adapter comes to the sites."""
     listener: Listener
     cards: dict[int, SiteCard] = field(default_factory=dict)
     """The sites, after the roll call."""
@@ -85,13 +98,7 @@ def begin(config: Config, listener: Listener) -> Run:
     spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
     shapes, targets = adapter_layout(config.model.name, spec)
     evaluated = share_of(config.strategy.fraction_evaluate, config.data.num_partitions)
-    plan = plan_run(
-        shapes,
-        rounds=federation.num_server_rounds,
-        cohort=config.cohort_size,
-        evaluation_cohort=evaluated,
-        formulary=config.static.name == FORMULARY,
-    )
+    plan = plan_config(config, shapes)
     is_new = directory is None
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))
@@ -100,11 +107,13 @@ def begin(config: Config, listener: Listener) -> Run:
     described = {**plan.as_dict(), "target-modules": targets}
     directory.write_json("plan.json", described)
     saved = directory.load_state()
+    start = drawn_adapter(shapes, federation.seed)
+    rule = make_rule(rule_settings(config))
     if saved is None:
-        start = initial_adapter(shapes, sampling.adapter_generator(federation.seed))
         state = State(0, start)
     else:
         state = State.from_json(*saved)
+        rule.restore(directory.load_rule_state())
         state.unconfirmed = set(range(config.data.num_partitions))
         directory.rewind(state.round, saved[1]["record"])
         directory.remove("summary.json")  # of the part that ended
@@ -113,8 +122,13 @@ def begin(config: Config, listener: Listener) -> Run:
         directory,
         is_new,
         plan,
-        peft_config(spec, targets, config.model.name),
+        spec,
+        targets,
         state,
+        rule,
+        Sender(
+            config.strategy.name, config.communication, start, federation.seed, config.site_ranks
+        ),
         listener,
         evaluation_cohort=sampling.evaluation_cohort(
             federation.seed, config.data.num_partitions, evaluated
@@ -129,6 +143,25 @@ def begin(config: Config, listener: Listener) -> Run:
         },
     )
     return run
+
+
+def rule_settings(config: Config) -> RuleSettings:
+    """Return what the aggregation rule is told."""
+    strategy = config.strategy
+    hostile = strategy.num_malicious_nodes
+    return RuleSettings(
+        name=strategy.name,
+        rank=config.lora.peft_lora_r,
+        max_rank=config.max_rank,
+        num_malicious_nodes=hostile,
+        num_nodes_to_select=strategy.num_nodes_to_select or max(1, config.cohort_size - hostile),
+        trimmed_share=strategy.trimmed_share,
+        server_learning_rate=strategy.server_learning_rate,
+        server_momentum=strategy.server_momentum,
+        beta_1=strategy.beta_1,
+        beta_2=strategy.beta_2,
+        tau=strategy.tau,
+    )
 
 
 def check_resumable(directory: RunDirectory, config: Config) -> None:
@@ -168,9 +201,9 @@ def installed_version(package: str) -> str | None:
 
 def open_session(run: Run, grid: Grid) -> None:
     """Wait for the sites and call the roll; write down and tell who is there."""
-    nodes = rounds.wait_for_nodes(grid, run.config.data.num_partitions)
+    nodes = roll_call.wait_for_nodes(grid, run.config.data.num_partitions)
     timeout_seconds = run.config.strategy.round_timeout_seconds
-    run.cards = rounds.roll_call(grid, nodes, timeout_seconds, messages.INTRODUCTION)
+    run.cards = roll_call.roll_call(grid, nodes, timeout_seconds, messages.INTRODUCTION)
     sites = [dict(card.facts) for card in run.cards.values()]
     check_same_sites(run.directory.read_json("sites.json"), sites)
     judges = run.evaluation_cohort
@@ -208,7 +241,11 @@ def play_round(run: Run, grid: Grid) -> None:
         number, total, config.train.learning_rate_max, config.train.learning_rate_min
     )
     cohort = sampling.training_cohort(
-        config.federation.seed, number, config.data.num_partitions, config.cohort_size
+        config.federation.seed,
+        number,
+        config.data.num_partitions,
+        config.cohort_size,
+        config.strategy.cohorts == "balanced",
     )
     instructions: dict[int, dict[str, float | int]] = {
         p: {"learning-rate": learning_rate} for p in cohort
@@ -221,17 +258,26 @@ def play_round(run: Run, grid: Grid) -> None:
         run.listener("reply", {"round": number, "partition": partition, "failure": failure})
 
     saves = number % config.train.save_every_round == 0 or number == total
-    state.adapter, tally, product_error = rounds.train_round(
+    state.adapter, tally, measured = rounds.train_round(
         grid,
         number,
         state.adapter,
         instructions,
         run.cards,
         state.ledger,
-        min_reply_fraction=config.strategy.min_reply_fraction,
+        rule=run.rule,
+        sender=run.sender,
+        uplink_codec=codec_named(config.communication.uplink_codec, config.communication),
+        terms=Terms(
+            min_reply_fraction=config.strategy.min_reply_fraction,
+            equal_weights=config.strategy.weighting == "equal",
+            update_norm_bound=config.defence.update_norm_bound,
+            min_cosine=config.defence.min_cosine,
+        ),
         timeout_seconds=config.strategy.round_timeout_seconds,
         on_reply=on_reply,
-        measure_product_error=saves or number == 1,
+        measure_product_error=STRATEGIES[config.strategy.name].mean_of_factors
+        and (saves or number == 1),
         required_metrics=messages.TRAIN_METRICS,
     )
     trained = time.perf_counter()
@@ -239,7 +285,7 @@ def play_round(run: Run, grid: Grid) -> None:
     state.unconfirmed |= tally.failed.keys()
     remember(state, tally)
     record = training_record(run, number, learning_rate, cohort, tally)
-    record |= product_error
+    record |= measured
     judge_and_write(run, grid, record, started, trained, saves)
 
 
@@ -299,6 +345,7 @@ def judge_and_write(
             run.evaluation_cohort,
             run.cards,
             state.ledger,
+            run.sender,
             run.config.strategy.round_timeout_seconds,
         )
         remember(state, tally)
@@ -311,10 +358,10 @@ def judge_and_write(
         record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
     evaluated = time.perf_counter()
     if saves:
-        targets = sorted(run.peft_config.target_modules)
         loss = record.get("held-out-loss")
-        card = model_card(run.config, targets, state.round, loss, state.ledger.mib)
-        folder = run.directory.save_checkpoint(state.round, state.adapter, run.peft_config, card)
+        card = model_card(run.config, sorted(run.targets), state.round, loss, state.ledger.mib)
+        described = peft_config(spec_of(run), run.targets, run.config.model.name)
+        folder = run.directory.save_checkpoint(state.round, state.adapter, described, card)
         run.listener("checkpoint", {"round": state.round, "path": str(folder)})
         record["checkpoint"] = folder.name
     now = time.perf_counter()
@@ -325,10 +372,20 @@ def judge_and_write(
         "train-seconds": trained - started,
         "evaluate-seconds": evaluated - trained,
     }
-    run.directory.save_state(state.round, state.adapter, state.to_json(record))
+    run.directory.save_state(state.round, state.adapter, state.to_json(record), run.rule.state())
     run.directory.append_metrics(record)
     run.directory.write_json("ledger.json", state.ledger.as_dict())
     run.listener("round", record)
+
+
+def spec_of(run: Run) -> LoraSpec:
+    """Return the specification of the adapter as it is: `flora`'s has a rank of its own.
+
+    The factor alpha / r stays the same.
+    """
+    rank = protocol.rank_of(protocol.shapes_of(run.state.adapter))
+    alpha = run.lora.alpha * rank / run.lora.rank
+    return dataclasses.replace(run.lora, rank=rank, alpha=alpha)
 
 
 def record_start(run: Run, grid: Grid) -> None:
@@ -343,7 +400,12 @@ def finish(run: Run, grid: Grid) -> dict[str, Any]:
     scores = None
     if config.static.name == FORMULARY:
         scores, tally = rounds.examine_formulary(
-            grid, state.adapter, run.cards, state.ledger, config.strategy.round_timeout_seconds
+            grid,
+            state.adapter,
+            run.cards,
+            state.ledger,
+            run.sender,
+            config.strategy.round_timeout_seconds,
         )
         state.failed_replies += len(tally.failed)
     run.directory.write_json("ledger.json", state.ledger.as_dict())

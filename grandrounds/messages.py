@@ -24,10 +24,13 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
+from numpy.typing import NDArray
 
 from grandrounds import errors
 from grandrounds.adapter import Adapter, Shapes
+from grandrounds.codecs.finite import all_finite
 from grandrounds.errors import GrandRoundsError, ReplyError
+from grandrounds.ledger import NPY_HEADER_BYTES
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
@@ -113,17 +116,44 @@ def from_arrays(record: ArrayRecord, shapes: Shapes) -> Adapter:
                 f"got {array.dtype} of shape {tuple(array.shape)} ({len(data)} bytes)"
             )
         values = np.frombuffer(data, dtype="<f4", offset=len(header)).reshape(shape)
-        if not np.isfinite(values).all():
+        if not all_finite(values):
             raise ReplyError(f"{name}: {int((~np.isfinite(values)).sum())} numbers are not finite")
         adapter[name] = values
     return adapter
 
 
+def to_payload(codec: str, payload: NDArray[np.uint8]) -> ArrayRecord:
+    """Return encoded tensors as an ArrayRecord: one npy buffer, named after the codec."""
+    return ArrayRecord({codec: Array(payload)})
+
+
+def from_payload(record: ArrayRecord, codec: str, most_bytes: int) -> NDArray[np.uint8]:
+    """Return the encoded tensors of a record that came from elsewhere, for `codecs.decode`.
+
+    Raises
+    ------
+    ReplyError
+        If the record is not one array of bytes named after the codec, or is longer than
+        `most_bytes`.
+    """
+    if list(record) != [codec]:
+        raise ReplyError(
+            f"expected one array {codec!r}, got {len(record)}: {', '.join(list(record)[:3])}"
+        )
+    data = record[codec].data
+    length = len(data) - NPY_HEADER_BYTES
+    if not 0 < length <= most_bytes:
+        raise ReplyError(f"{codec}: expected at most {most_bytes} bytes, got {length}")
+    if not data.startswith(_npy_header((length,), "|u1")):
+        raise ReplyError(f"{codec}: expected {length} bytes as one array of uint8")
+    return np.frombuffer(data, dtype=np.uint8, offset=NPY_HEADER_BYTES)
+
+
 @functools.lru_cache(maxsize=4096)
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """Return what numpy.save writes before a C-ordered float32 array of this shape."""
+def _npy_header(shape: tuple[int, ...], kind: str = "<f4") -> bytes:
+    """Return what numpy.save writes before a C-ordered array of this shape and type."""
     buffer = io.BytesIO()
-    description = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    description = {"descr": kind, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, description)
     return buffer.getvalue()
 

@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from grandrounds import sampling
 from grandrounds.adapter import Adapter, Shapes
 from grandrounds.errors import ModelError, nearest
 from grandrounds.formulary import BASE_NAME, base_path
@@ -373,6 +375,19 @@ def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
         else:
             adapter[name] = np.zeros(shape, dtype=np.float32)
     return adapter
+
+
+def drawn_adapter(shapes: Shapes, seed: int, *round_number: int) -> Adapter:
+    """Return the fresh adapter of a run, or of one of its rounds, which every site can draw."""
+    return _drawn(tuple(shapes.items()), seed, *round_number)
+
+
+@lru_cache(maxsize=2)
+def _drawn(shapes: tuple[tuple[str, tuple[int, ...]], ...], *numbers: int) -> Adapter:
+    drawn = initial_adapter(dict(shapes), sampling.adapter_generator(*numbers))
+    for tensor in drawn.values():
+        tensor.setflags(write=False)
+    return drawn
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ LEADERBOARD_PARTITIONS = 20
 FLOWERTUNE_TEMPLATE: dict[str, Scalar] = {
     "strategy.name": "fedavg",
     "strategy.proximal-mu": 0.0,
+    "strategy.cohorts": "uniform",
     "strategy.fraction-evaluate": 0.0,
     "model.lora.dropout": 0.075,
     "data.held-out-fraction": 0.0,
@@ -32,7 +33,6 @@ FLOWERTUNE_TEMPLATE: dict[str, Scalar] = {
 
 FOREIGN_KEYS: dict[str, tuple[Scalar, str]] = {
     "task.name": ("medical", "only the medical task is served"),
-    "strategy.use-flexlora": (False, "aggregate with one of the rules of strategy.name"),
 }
 """Keys of single published entries: the value that means what happens here anyway, and why not
 another."""
@@ -105,7 +105,8 @@ def from_flowertune(entry: dict[str, Scalar], num_supernodes: Any) -> dict[str, 
     for key, (same_thing, why) in FOREIGN_KEYS.items():
         if key in entry and entry.pop(key) != same_thing:
             raise ConfigError(f"{key} cannot be honoured: {why}. Remove it, or set {same_thing!r}.")
-    out = {**FLOWERTUNE_TEMPLATE, **entry}
+    flexlora = {"strategy.name": "product"} if entry.pop("strategy.use-flexlora", False) else {}
+    out = {**FLOWERTUNE_TEMPLATE, **flexlora, **entry}
     evaluated = out["strategy.fraction-evaluate"]
     if evaluated not in (0, "") and "data.held-out-fraction" not in entry:
         out["data.held-out-fraction"] = defaults()["data.held-out-fraction"]

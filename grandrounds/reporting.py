@@ -9,6 +9,7 @@ from typing import Any
 
 from grandrounds import recipes
 from grandrounds.config import Config
+from grandrounds.strategies import STRATEGIES
 
 Rows = list[tuple[str, str]]
 
@@ -24,7 +25,7 @@ def recipe_rows(config: Config) -> Rows:
         else f"{arguments.num_train_epochs:g} epochs"
     )
     warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
-    mu = f", mu {strategy.proximal_mu:g}" if strategy.name == "fedprox" else ""
+    mu = f", mu {strategy.proximal_mu:g}" if strategy.proximal_mu else ""
     partition = f" by {data.partition_by}" if data.partition_by else ""
     checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
     rows = [
@@ -56,11 +57,39 @@ def recipe_rows(config: Config) -> Rows:
         ),
         ("seed", str(config.federation.seed)),
     ]
+    if encoded := encoding(config):
+        rows.append(("encoding", encoded))
+    if screens := defence(config):
+        rows.append(("defence", screens))
     if reasons := recipes.leaderboard_differences(config):
         rows.append(("leaderboard", f"not comparable: {'; '.join(reasons)}"))
     if idle := without_effect(config):
         rows.append(("no effect here", ", ".join(idle)))
     return rows
+
+
+def encoding(config: Config) -> str:
+    """Return how adapters travel, in words; empty for plain float32."""
+    how = config.communication
+    if how.uplink_codec == how.downlink_codec == "none":
+        return ""
+    down = f"{how.downlink_codec} down"
+    if how.downlink == "incremental":
+        down += f" ({how.catch_up_codec} for a site's first)"
+    block = f", a scale for {how.block_size} values"
+    entropy = ", Zstandard" if how.entropy_coding else ""
+    return f"{how.uplink_codec} up, {down}{block}{entropy}"
+
+
+def defence(config: Config) -> str:
+    """Return what is done to single updates, in words; empty for nothing."""
+    how = config.defence
+    parts = []
+    if how.update_norm_bound:
+        parts.append(f"updates scaled down to a norm of {how.update_norm_bound:g}")
+    if how.min_cosine > -1:
+        parts.append(f"left out below a cosine of {how.min_cosine:g} to the others")
+    return ", ".join(parts)
 
 
 def without_effect(config: Config) -> list[str]:
@@ -70,6 +99,19 @@ def without_effect(config: Config) -> list[str]:
     names = [f"train.training-arguments.{key}" for key in keys]
     if config.arguments.max_steps > 0:
         names.append("train.training-arguments.num-train-epochs")
+    everyones = {key for asks in STRATEGIES.values() for key in asks.keys}
+    unread = everyones.difference(STRATEGIES[config.strategy.name].keys)
+    names += [f"strategy.{key}" for key in sorted(unread)]
+    how = config.communication
+    codecs = {how.uplink_codec, how.downlink_codec}
+    if how.downlink == "complete":
+        names.append("communication.catch-up-codec")
+    if "topk" not in codecs:
+        names.append("communication.kept-share")
+    if not codecs & {"int8", "int4", "int2", "ternary", "sign"}:
+        names.append("communication.block-size")
+    if codecs == {"none"}:
+        names.append("communication.entropy-coding")
     flat = config.flat()
     return [name for name in names if flat[name] != default[name]]
 

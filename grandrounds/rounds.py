@@ -9,41 +9,24 @@ Step 4  the new adapter is judged on held-out examples and written down
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from grandrounds import messages
+from grandrounds import messages, protocol
 from grandrounds.adapter import Adapter
 from grandrounds.aggregation.product_error import ProductError, measured_modules
-from grandrounds.aggregation.weighted_mean import LARGEST_WEIGHT, WeightedMean
-from grandrounds.errors import EngineError, GrandRoundsError, ReplyError, RoundError
+from grandrounds.aggregation.rule import Rule
+from grandrounds.codecs import Codec
+from grandrounds.downlink import Parcel, Sender
+from grandrounds.errors import GrandRoundsError, RoundError
+from grandrounds.exchange import exchange
 from grandrounds.ledger import Ledger
-
-POLL_SECONDS = 0.05
-"""Between two looks for replies; Flower's engines move messages every 0.1 s."""
-
-CONNECT_SECONDS = 60.0
-"""How long the server waits for all sites before the roll call."""
-
-
-@dataclass(frozen=True)
-class SiteCard:
-    """What a site said at roll call."""
-
-    node_id: int
-    """Flower's id of the node, drawn at random by its engines."""
-    facts: Mapping[str, Any]
-    """The introduction: partition-id, counts of rows and examples, versions, hashes."""
-
-    @property
-    def num_examples(self) -> int:
-        """Examples that the site trains on."""
-        return int(self.facts["train-examples"])
+from grandrounds.roll_call import SiteCard
+from grandrounds.updates import Terms, Updates
 
 
 @dataclass
@@ -54,121 +37,6 @@ class Tally:
     """Partition id → metrics of a reply that was used."""
     failed: dict[int, str] = field(default_factory=dict)
     """Partition id → why its reply was not used."""
-
-
-def wait_for_nodes(grid: Grid, num_partitions: int, seconds: float = CONNECT_SECONDS) -> list[int]:
-    """Return the ids of the connected nodes, once there are as many as sites.
-
-    Raises
-    ------
-    EngineError
-        If there are fewer after `seconds`, or more.
-    """
-    deadline = time.monotonic() + seconds
-    while len(nodes := sorted(grid.get_node_ids())) < num_partitions:
-        if time.monotonic() > deadline:
-            break
-        time.sleep(POLL_SECONDS)
-    if len(nodes) != num_partitions:
-        raise EngineError(
-            f"{len(nodes)} nodes are connected, but data.num-partitions = {num_partitions}. "
-            f"With flwr run, add --federation-config 'num-supernodes={num_partitions}', or set "
-            f"data.num-partitions = {len(nodes)}."
-        )
-    return nodes
-
-
-def roll_call(
-    grid: Grid,
-    nodes: Sequence[int],
-    timeout_seconds: float,
-    required: Collection[str] = messages.IDENTITY,
-) -> dict[int, SiteCard]:
-    """Ask every node who it is; return the sites by partition id.
-
-    Parameters
-    ----------
-    required
-        What every site must say of itself.
-
-    Raises
-    ------
-    GrandRoundsError
-        The first site's own error, if one cannot take part; `EngineError` if two sites differ in
-        what must be the same, or one does not answer.
-    """
-    outgoing = {
-        node: Message(messages.content(config={"round": 0}), node, MessageType.QUERY, group_id="0")
-        for node in nodes
-    }
-    cards: dict[int, SiteCard] = {}
-    for node, reply in exchange(grid, outgoing, timeout_seconds):
-        messages.raise_failure(reply)
-        facts = introduction_of(node, reply, required)
-        partition = int(facts["partition-id"])
-        if partition in cards:
-            raise EngineError(f"Two nodes say that they are site {partition}; each needs its own.")
-        cards[partition] = SiteCard(node, facts)
-    if len(cards) < len(nodes):
-        missing = sorted(set(nodes) - {card.node_id for card in cards.values()})
-        raise EngineError(
-            f"{len(missing)} of {len(nodes)} nodes did not answer the roll call within "
-            f"{timeout_seconds:g} s: {missing[:5]}. Look at their logs, then start again."
-        )
-    check_same(cards)
-    return dict(sorted(cards.items()))
-
-
-def introduction_of(node: int, reply: Message, required: Collection[str]) -> dict[str, Any]:
-    """Return what a site says of itself; raise `EngineError` if something is missing."""
-    record = dict(reply.content.config_records.get(messages.CONFIG) or {})
-    if missing := [fact for fact in required if fact not in record]:
-        raise EngineError(
-            f"Node {node} does not say its {', '.join(missing)} at roll call: is another version "
-            "of grandrounds installed there? Install the same one everywhere."
-        )
-    return record
-
-
-def check_same(cards: Mapping[int, SiteCard]) -> None:
-    """Raise `EngineError` naming the sites that differ in version, base or prompt."""
-    first = min(cards)
-    for fact, meaning in (
-        ("version", "version of grandrounds"),
-        ("base", "base model"),
-        ("prompt", "prompt"),
-    ):
-        expected = cards[first].facts[fact]
-        other = [p for p, card in cards.items() if card.facts[fact] != expected]
-        if other:
-            raise EngineError(
-                f"The sites do not have the same {meaning}: site {first} has {expected}, "
-                f"site {other[0]} has {cards[other[0]].facts[fact]} "
-                f"({len(other)} of {len(cards)} sites differ). Give all of them the same one."
-            )
-
-
-def exchange(
-    grid: Grid, outgoing: Mapping[int, Message], timeout_seconds: float
-) -> Iterator[tuple[int, Message]]:
-    """Send one message per node and yield (node id, reply) as replies arrive.
-
-    Replies are fetched one by one, so that one that waits its turn takes no memory here. Ends when
-    all have answered, or after `timeout_seconds` with those who have.
-    """
-    nodes = list(outgoing)
-    message_ids = list(grid.push_messages(outgoing.values()))
-    pending = dict(zip(message_ids, nodes, strict=True))
-    deadline = time.monotonic() + timeout_seconds
-    while pending:
-        waiting = len(pending)
-        for message_id in list(pending):
-            for reply in grid.pull_messages([message_id]):
-                yield pending.pop(message_id), reply
-        if len(pending) == waiting:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(POLL_SECONDS)
 
 
 def ask_cohort(
@@ -221,13 +89,16 @@ def train_round(
     cards: Mapping[int, SiteCard],
     ledger: Ledger,
     *,
-    min_reply_fraction: float,
+    rule: Rule,
+    sender: Sender,
+    uplink_codec: Codec,
+    terms: Terms,
     timeout_seconds: float,
     on_reply: Callable[[int, str | None], None],
     measure_product_error: bool = False,
     required_metrics: Collection[str] = ("num-examples",),
-) -> tuple[Adapter, Tally, dict[str, float]]:
-    """Train one cohort; return the new adapter, what came back, and product errors if measured.
+) -> tuple[Adapter, Tally, dict[str, Any]]:
+    """Train one cohort; return the new adapter, what came back, and what was measured of it.
 
     Parameters
     ----------
@@ -242,70 +113,64 @@ def train_round(
     RoundError
         If fewer than `min_reply_fraction` of the cohort replied well; each failure is named.
     """
-    arrays = messages.to_arrays(adapter)  # one record for all messages
+    parcels = {p: sender.parcel(round_number, p, adapter, trains=True) for p in instructions}
     outgoing = {
         partition: Message(
-            messages.content(arrays=arrays, config={"round": round_number, **instruction}),
+            messages.content(
+                arrays=parcels[partition].arrays,
+                config={"round": round_number, **parcels[partition].config, **instruction},
+            ),
             cards[partition].node_id,
             MessageType.TRAIN,
             group_id=str(round_number),
         )
         for partition, instruction in instructions.items()
     }
-    shapes = {name: tensor.shape for name, tensor in adapter.items()}
-    mean = WeightedMean(shapes)
+    shapes = protocol.shapes_of(adapter)
     modules = measured_modules(list(shapes), len(outgoing)) if measure_product_error else []
     product_error = ProductError(adapter, modules)
+    updates = Updates(sender, round_number, parcels, cards, terms, uplink_codec)
+    rule.begin(round_number, adapter)
+
+    def add(partition: int, change: Adapter, weight: int) -> None:
+        rule.add(partition, updates.start_of(partition), change, weight)
+        product_error.add(change, weight)
 
     def use(partition: int, reply: Message) -> messages.Metrics:
         metrics = messages.metrics_of(reply, required_metrics)
-        change = messages.from_arrays(_arrays_of(reply), shapes)
-        weight = claimed_examples(metrics, cards[partition])
-        mean.add(change, weight)
-        product_error.add(change, weight)
+        if (update := updates.admit(partition, reply, metrics)) is not None:
+            add(partition, *update)
         return metrics
 
     tally = ask_cohort(grid, "train", outgoing, ledger, timeout_seconds, use, on_reply)
-    needed = math.ceil(min_reply_fraction * len(outgoing) - 1e-9)
+    for partition, update in updates.screened(tally.failed, on_reply):
+        add(partition, *update)
+    for partition in tally.failed:
+        tally.good.pop(partition, None)
+    settle(sender, parcels, tally)
+    needed = math.ceil(terms.min_reply_fraction * len(outgoing) - 1e-9)
     if len(tally.good) < needed:
         reasons = "; ".join(f"site {p}: {why}" for p, why in sorted(tally.failed.items()))
         raise RoundError(
             f"Round {round_number}: {len(tally.good)} of {len(outgoing)} sites replied well, at "
-            f"least {needed} are needed (strategy.min-reply-fraction = {min_reply_fraction:g}). "
-            f"{reasons}"
+            f"least {needed} are needed (strategy.min-reply-fraction = "
+            f"{terms.min_reply_fraction:g}). {reasons}"
         )
-    measured = (
-        {
-            "product-error": product_error.result(),
-            "product-error-of-update": product_error.of_update(),
-        }
-        if modules
-        else {}
-    )
-    return mean.result(adapter), tally, measured
+    new = rule.result()
+    measured: dict[str, Any] = {**rule.report(), **updates.report()}
+    if modules:
+        measured["product-error"] = product_error.result()
+        measured["product-error-of-update"] = product_error.of_update()
+    return new, tally, measured
 
 
-def claimed_examples(metrics: messages.Metrics, card: SiteCard) -> int:
-    """Return a reply's weight: its num-examples, at most what the site said at roll call.
-
-    Raises
-    ------
-    ReplyError
-        If it is not a whole number of at least 1, or too large to be exact.
-    """
-    claim = metrics.get("num-examples")
-    if not isinstance(claim, int) or claim < 1:
-        raise ReplyError(f"num-examples is {claim!r}, not a whole number of at least 1")
-    weight = min(claim, card.num_examples)
-    if weight > LARGEST_WEIGHT:
-        raise ReplyError(f"num-examples is {weight}, more than the {LARGEST_WEIGHT} allowed")
-    return weight
-
-
-def _arrays_of(reply: Message) -> ArrayRecord:
-    if messages.ARRAYS not in reply.content.array_records:
-        raise ReplyError("the reply has no tensors")
-    return reply.content.array_records[messages.ARRAYS]
+def settle(sender: Sender, parcels: Mapping[int, Parcel], tally: Tally) -> None:
+    """Let the sender know which sites have what they were sent."""
+    for partition, parcel in parcels.items():
+        if partition in tally.good:
+            sender.confirm(partition, parcel)
+        else:
+            sender.forget(partition)
 
 
 def evaluate_round(
@@ -315,18 +180,22 @@ def evaluate_round(
     cohort: Sequence[int],
     cards: Mapping[int, SiteCard],
     ledger: Ledger,
+    sender: Sender,
     timeout_seconds: float,
 ) -> tuple[float | None, Tally]:
-    """Return the cohort's held-out loss in nats per answer token; None if nobody answered."""
-    arrays = messages.to_arrays(adapter)
+    """Return the cohort's held-out loss in nats per answer token; None if nobody answered.
+
+    The loss is that of the adapter as the sites receive it.
+    """
+    parcels = {p: sender.parcel(round_number, p, adapter, trains=False) for p in cohort}
     outgoing = {
         partition: Message(
-            messages.content(arrays=arrays, config={"round": round_number}),
+            messages.content(arrays=parcel.arrays, config={"round": round_number, **parcel.config}),
             cards[partition].node_id,
             MessageType.EVALUATE,
             group_id=str(round_number),
         )
-        for partition in cohort
+        for partition, parcel in parcels.items()
     }
     tally = ask_cohort(
         grid,
@@ -337,6 +206,7 @@ def evaluate_round(
         lambda _, reply: messages.metrics_of(reply, messages.EVALUATE_METRICS),
         lambda *_: None,
     )
+    settle(sender, parcels, tally)
     tokens = sum(int(m["tokens"]) for m in tally.good.values())
     loss = sum(float(m["nll-sum"]) for m in tally.good.values()) / tokens if tokens else None
     return loss, tally
@@ -347,17 +217,20 @@ def examine_formulary(
     adapter: Adapter,
     cards: Mapping[int, SiteCard],
     ledger: Ledger,
+    sender: Sender,
     timeout_seconds: float,
 ) -> tuple[dict[str, Any] | None, Tally]:
     """Let one site answer the formulary's questions with the adapter and without it.
 
-    The server has no base model; the first site that answers well is enough. The tally has the
-    failures of all that were asked before it.
+    The server has no base model; the first site that answers well is enough. The adapter travels
+    as float32: what is judged is what the checkpoint holds. The tally has the failures of all that
+    were asked before it.
     """
+    parcel = sender.exact(adapter)
     tally, failed = Tally(), dict[int, str]()
     for partition, card in cards.items():
         message = Message(
-            messages.content(arrays=messages.to_arrays(adapter)),
+            messages.content(arrays=parcel.arrays, config=parcel.config),
             card.node_id,
             f"{MessageType.EVALUATE}.formulary",
             group_id="formulary",

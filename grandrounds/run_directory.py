@@ -130,12 +130,20 @@ class RunDirectory:
 
         return self._write_folder(self.path / f"peft_{round_number}", write)
 
-    def save_state(self, round_number: int, adapter: Adapter, state: Mapping[str, Any]) -> None:
+    def save_state(
+        self,
+        round_number: int,
+        adapter: Adapter,
+        state: Mapping[str, Any],
+        rule_state: Mapping[str, NDArray[Any]],
+    ) -> None:
         """Write the state after a round, then drop the states before it."""
         from safetensors.numpy import save_file
 
         def write(folder: Path) -> None:
             save_file(dict(adapter), folder / "adapter.safetensors")
+            if rule_state:
+                save_file(dict(rule_state), folder / "rule.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
 
         self._write_folder(self.path / "state" / f"round-{round_number:06d}", write)
@@ -151,6 +159,13 @@ class RunDirectory:
             return None
         adapter = load_file(states[-1] / "adapter.safetensors")
         return adapter, json.loads((states[-1] / "state.json").read_text())
+
+    def load_rule_state(self) -> dict[str, NDArray[Any]]:
+        """Return what the aggregation rule kept after the last finished round."""
+        from safetensors.numpy import load_file
+
+        file = self._states()[-1] / "rule.safetensors"
+        return load_file(file) if file.is_file() else {}
 
     def rewind(self, round_number: int, record: Mapping[str, Any]) -> None:
         """Drop what was written after `round_number`, whose metrics are `record`."""

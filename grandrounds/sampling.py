@@ -6,23 +6,48 @@ cursor); node ids, which Flower draws at random, play no part.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 BLUR = 0.1
 """Relative blur of lengths in batches. On WikiDoc patient information (batch 16, at most 512
 tokens) the share of padding is 49 % ungrouped, 12 % sorted strictly, 15 % with this blur."""
 
-_COHORT, _VISIT, _ORDER, _EVALUATION, _ADAPTER = range(5)
+_COHORT, _VISIT, _ORDER, _EVALUATION, _ADAPTER, _UPLINK, _DOWNLINK = range(7)
 
 
 def _generator(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([seed, purpose, *numbers])
 
 
-def training_cohort(seed: int, round_number: int, num_partitions: int, size: int) -> list[int]:
-    """Return `size` different partition ids for a round, drawn uniformly, in ascending order."""
-    drawn = _generator(seed, _COHORT, round_number).choice(num_partitions, size, replace=False)
-    return sorted(int(p) for p in drawn)
+def training_cohort(
+    seed: int, round_number: int, num_partitions: int, size: int, balanced: bool
+) -> list[int]:
+    """Return `size` different partition ids for a round, in ascending order.
+
+    Parameters
+    ----------
+    balanced : bool
+        Whether all sites take part once, in seeded random order, before any does again; else each
+        cohort is drawn uniformly, whoever was drawn before.
+    """
+    if not balanced:
+        drawn = _generator(seed, _COHORT, round_number).choice(num_partitions, size, replace=False)
+        return sorted(int(p) for p in drawn)
+    waiting: list[int] = []
+    cohort: list[int] = []
+    turns = itertools.count()
+    for _ in range(round_number):
+        cohort = []
+        while len(cohort) < size:
+            if not set(waiting).difference(cohort):
+                order = _generator(seed, _COHORT, 0, next(turns)).permutation(num_partitions)
+                waiting += [int(p) for p in order]
+            chosen = next(p for p in waiting if p not in cohort)
+            waiting.remove(chosen)
+            cohort.append(chosen)
+    return sorted(cohort)
 
 
 def evaluation_cohort(seed: int, num_partitions: int, size: int) -> list[int]:
@@ -44,9 +69,19 @@ def visit_generator(seed: int, round_number: int, partition_id: int) -> np.rando
     return np.random.default_rng(visit_seed(seed, round_number, partition_id))
 
 
-def adapter_generator(seed: int) -> np.random.Generator:
-    """Return the generator of the initial adapter."""
-    return _generator(seed, _ADAPTER)
+def adapter_generator(seed: int, *round_number: int) -> np.random.Generator:
+    """Return the generator of the initial adapter, or of a round's fresh one (`flora`)."""
+    return _generator(seed, _ADAPTER, *round_number)
+
+
+def uplink_generator(seed: int, round_number: int, partition_id: int) -> np.random.Generator:
+    """Return the generator of stochastic rounding at a site."""
+    return _generator(seed, _UPLINK, round_number, partition_id)
+
+
+def downlink_generator(seed: int, *message: int) -> np.random.Generator:
+    """Return the generator of stochastic rounding of one of the server's messages."""
+    return _generator(seed, _DOWNLINK, *message)
 
 
 def next_examples(

@@ -18,7 +18,8 @@ from grandrounds.model import has_bfloat16
 from grandrounds.schedules import step_learning_rate
 from grandrounds.tokenization import IGNORED_LABEL, TokenizedExample, collate
 
-_paged: tuple[list[torch.nn.Parameter], torch.optim.Optimizer] | None = None
+_paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
+"""Paged optimizers that were made, for at most the two factors in turn."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def train_visit(
     batches: Sequence[Sequence[TokenizedExample]],
     settings: VisitSettings,
     pad_token_id: int,
+    trained: Sequence[tuple[slice, ...]] | None = None,
 ) -> VisitResult:
     """Train an adapter in place on the batches, in their order.
 
@@ -88,6 +90,8 @@ def train_visit(
         The adapter's parameters; their values on entry are w_round.
     batches
         Tokenised examples; a last group smaller than `accumulation_steps` is a step of its own.
+    trained
+        The part of each parameter that moves; None: all of it.
     """
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -110,6 +114,8 @@ def train_visit(
             loss = answer_nll_sum(model, collate(batch, pad_token_id), device, settings.bf16)
             (loss / step_tokens).backward()  # type: ignore[no-untyped-call]
             nll_sum += loss.detach()  # type: ignore[assignment]
+        if trained is not None:
+            keep_gradient(parameters, trained)
         add_proximal_gradient(parameters, received, settings.proximal_mu)
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -150,6 +156,18 @@ def mixed_precision(device: torch.device, bf16: bool) -> contextlib.AbstractCont
     if bf16 and device.type == "cuda" and has_bfloat16():
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def keep_gradient(
+    parameters: Sequence[torch.nn.Parameter], trained: Sequence[tuple[slice, ...]]
+) -> None:
+    """Set the gradient of every parameter to zero outside of its trained part."""
+    for parameter, part in zip(parameters, trained, strict=True):
+        if parameter.grad is not None:
+            kept = parameter.grad[part].clone()
+            parameter.grad.zero_()
+            parameter.grad[part] = kept
 
 
 @torch.no_grad()
@@ -208,14 +226,14 @@ def _paged_optimizer(
     bitsandbytes (0.50) never frees the managed memory of a paged optimizer, so one per visit would
     leak; its state is set back to zero instead, which is how it starts.
     """
-    global _paged
     import bitsandbytes
 
-    if _paged is None or [id(p) for p in _paged[0]] != [id(p) for p in parameters]:
-        made = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=rate, weight_decay=decay)
-        _paged = (list(parameters), made)
-        return made  # type: ignore[no-any-return]
-    optimizer = _paged[1]
+    same = [made for of, made in _paged if list(map(id, of)) == list(map(id, parameters))]
+    if not same:
+        new = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=rate, weight_decay=decay)
+        _paged[:] = [*_paged[-1:], (list(parameters), new)]
+        return new  # type: ignore[no-any-return]
+    optimizer = same[0]
     for group in optimizer.param_groups:
         group["weight_decay"] = decay
     for state in optimizer.state.values():

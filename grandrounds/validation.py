@@ -10,6 +10,7 @@ from typing import Any
 
 from grandrounds.config import ALIASES, FIELD_OF_KEY, SECTIONS, Config, OneOf, Scalar
 from grandrounds.errors import ConfigError, nearest
+from grandrounds.strategies import STRATEGIES, needed_replies
 
 
 def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Config:
@@ -177,7 +178,84 @@ def check_together(config: Config) -> None:
                 ("data.answer-column", config.data.answer_column, "give a column's name."),
             )
         ),
+        *_rule_problems(config),
+        *_communication_problems(config),
     ]
     for is_wrong, message in problems:
         if is_wrong:
             raise ConfigError(message)
+
+
+def _rule_problems(config: Config) -> list[tuple[bool, str]]:
+    """Return what an aggregation rule cannot work with, as (is wrong, message)."""
+    strategy, rank, cohort = config.strategy, config.lora.peft_lora_r, config.cohort_size
+    name = strategy.name
+    ranks = strategy.site_ranks.replace(",", " ").split()
+    are_ranks = all(r.isascii() and r.isdigit() and 1 <= int(r) <= rank for r in ranks)
+    mixed = [rule for rule, asks in STRATEGIES.items() if asks.mixed_ranks]
+    needed = needed_replies(strategy)
+    return [
+        (
+            bool(ranks) and name not in mixed,
+            f'strategy.site-ranks needs strategy.name = "{mixed[0]}": {name} averages tensors of '
+            "one shape. Change the rule, or leave site-ranks empty.",
+        ),
+        (
+            not are_ranks,
+            f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be whole "
+            f"numbers from 1 to model.lora.peft-lora-r = {rank}, with commas.",
+        ),
+        (
+            bool(ranks) and config.defence.min_cosine > -1,
+            f"defence.min-cosine = {config.defence.min_cosine:g} cannot compare updates of "
+            "different ranks: set it to -1, or leave strategy.site-ranks empty.",
+        ),
+        (
+            name == "flora" and config.max_rank < rank,
+            f"strategy.max-rank = {strategy.max_rank} is below model.lora.peft-lora-r = {rank}: "
+            "the stack must hold at least one site's adapter. Raise it, or set 0.",
+        ),
+        (
+            name == "flora" and config.arguments.weight_decay > 0,
+            f"train.training-arguments.weight-decay = {config.arguments.weight_decay:g} would "
+            "shrink the stack that flora keeps frozen; set it to 0.",
+        ),
+        (
+            0 < cohort < needed,
+            f"strategy.name = {name!r} needs at least {needed} replies a round with its "
+            f"{' and '.join(STRATEGIES[name].keys)} as set, but only {cohort} sites train: raise "
+            "strategy.fraction-train, or change what the rule expects.",
+        ),
+        (
+            name == "fedtrimmedavg" and strategy.trimmed_share == 0,
+            "strategy.trimmed-share = 0 trims no reply: give a share above 0, or "
+            'strategy.name = "fedavg".',
+        ),
+    ]
+
+
+def _communication_problems(config: Config) -> list[tuple[bool, str]]:
+    """Return which encodings do not work together, as (is wrong, message)."""
+    how, name = config.communication, config.strategy.name
+    rewrites = not STRATEGIES[name].error_feedback
+    coarse = ("ternary", "sign", "topk")
+    return [
+        (
+            rewrites and how.uplink_codec in coarse,
+            f"communication.uplink-codec = {how.uplink_codec!r} needs what it loses to be sent "
+            f"later, but {name} writes the factors anew in every round: use int8, int4 or bf16, or "
+            "another strategy.name.",
+        ),
+        (
+            how.downlink == "incremental" and (rewrites or how.downlink_codec == "none"),
+            f'communication.downlink = "incremental" does not serve {name} with downlink-codec = '
+            f"{how.downlink_codec!r}: it saves nothing with none, and nothing where the server "
+            'writes the factors anew. Choose a codec and another rule, or set "complete".',
+        ),
+        (
+            how.downlink == "complete" and how.downlink_codec in coarse,
+            f"communication.downlink-codec = {how.downlink_codec!r} keeps too little of a complete "
+            "adapter to train on; use int8, int4 or bf16, or communication.downlink = "
+            '"incremental".',
+        ),
+    ]

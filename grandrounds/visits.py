@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import grandrounds
-from grandrounds import messages, sampling, training
-from grandrounds.adapter import Adapter
+from grandrounds import downlink, protocol, sampling, slots, training, uplink
+from grandrounds.adapter import Adapter, factor_of
 from grandrounds.config import Config
 from grandrounds.errors import DataError
 from grandrounds.model import (
@@ -25,6 +25,7 @@ from grandrounds.model import (
     base_loads,
     base_parameters,
     device_and_dtype,
+    drawn_adapter,
     has_bfloat16,
     quantization_config,
     resident_model,
@@ -33,6 +34,7 @@ from grandrounds.model import (
 from grandrounds.prompts import prompt_hash
 from grandrounds.recipes import resolve
 from grandrounds.site import Site, examples_per_visit, open_site, tokenizer_of
+from grandrounds.strategies import STRATEGIES
 from grandrounds.tokenization import TokenizedExample
 
 Batches = list[list[TokenizedExample]]
@@ -88,9 +90,11 @@ def _parsed(items: tuple[tuple[str, Any], ...]) -> Config:
 def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
     """Return what decides the base and the adapter."""
     model, lora = config.model, config.lora
+    rank = slots.resident_rank(config.strategy.name, lora.peft_lora_r, config.max_rank)
+    alpha = lora.peft_lora_alpha * rank / lora.peft_lora_r
     return (
         BaseSpec(model.name, model.quantization, model.dtype, model.gradient_checkpointing),
-        LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout),
+        LoraSpec(rank, alpha, lora.target_modules, lora.dropout),
     )
 
 
@@ -178,10 +182,29 @@ def prepare_model(config: Config) -> Resident:
     return resident_model(*specs(config))
 
 
-def receive_adapter(resident: Resident, message: Message) -> Adapter:
-    """Check the adapter that came, copy it into the model, and return it."""
-    shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    adapter = messages.from_arrays(message.content.array_records[messages.ARRAYS], shapes)
+def receive_adapter(
+    resident: Resident,
+    message: Message,
+    config: Config,
+    context: Context,
+    trains_in_round: int | None = None,
+) -> Adapter:
+    """Check the adapter that came, copy it into the model, and return it as it lies there.
+
+    Parameters
+    ----------
+    trains_in_round : int or None
+        The round, if the site is to train; None if it judges what came.
+    """
+    rule, rank, seed = config.strategy.name, config.lora.peft_lora_r, config.federation.seed
+    resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
+    shapes = protocol.at_rank(resident_shapes, rank)
+    parts = [(downlink.receive(message, config, context, shapes), 0)]
+    if rule == "flora" and trains_in_round is not None:
+        parts.append((drawn_adapter(shapes, seed, trains_in_round), config.max_rank))
+    elif len(parts[0][0]) < len(shapes):
+        parts.insert(0, (drawn_adapter(shapes, seed), 0))
+    adapter = slots.place(resident_shapes, *parts)
     set_adapter(resident, adapter)
     return adapter
 
@@ -201,14 +224,15 @@ def next_batches(
     start = cursor if config.train.dynamic_data_seed else 0
     indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
     examples = [site.train[i] for i in indices]
-    generator = sampling.visit_generator(seed, _round(instruction), site.partition_id)
+    generator = sampling.visit_generator(seed, round_of(instruction), site.partition_id)
     groups = sampling.length_grouped_batches(
         [len(e.input_ids) for e in examples], arguments.per_device_train_batch_size, generator
     )
     return [[examples[i] for i in group] for group in groups], cursor + count
 
 
-def _round(instruction: ConfigRecord) -> int:
+def round_of(instruction: ConfigRecord) -> int:
+    """Return the round that a message belongs to."""
     return int(instruction["round"])  # type: ignore[arg-type]
 
 
@@ -217,6 +241,10 @@ def train(
 ) -> training.VisitResult:
     """Run the local steps of this visit on the resident model."""
     arguments = config.arguments
+    factors, ranks = trained_part(config, site.partition_id, round_of(instruction))
+    for name, parameter in resident.parameters.items():
+        parameter.requires_grad_(factor_of(name) in factors)
+    trained = {n: p for n, p in resident.parameters.items() if p.requires_grad}
     settings = training.VisitSettings(
         accumulation_steps=arguments.gradient_accumulation_steps,
         learning_rate=float(instruction["learning-rate"]),  # type: ignore[arg-type]
@@ -226,15 +254,42 @@ def train(
         max_grad_norm=arguments.max_grad_norm,
         proximal_mu=config.strategy.proximal_mu,
         bf16=arguments.bf16,
-        seed=sampling.visit_seed(config.federation.seed, _round(instruction), site.partition_id),
+        seed=sampling.visit_seed(config.federation.seed, round_of(instruction), site.partition_id),
     )
+    parts = None if ranks == slots.EVERYTHING else [slots.of_ranks(n, ranks) for n in trained]
     pad = tokenizer_of(config.model.name).pad_token_id
     return training.train_visit(
-        resident.model, list(resident.parameters.values()), batches, settings, pad
+        resident.model, list(trained.values()), batches, settings, pad, parts
     )
 
 
-change = adapter_change
+def trained_part(config: Config, partition_id: int, round_number: int) -> tuple[str, slice]:
+    """Return the factors and the ranks that a visit trains."""
+    rule, rank = config.strategy.name, config.lora.peft_lora_r
+    site_rank = protocol.site_rank(config.site_ranks, partition_id, rank)
+    ranks = slots.trained_ranks(rule, rank, config.max_rank, site_rank)
+    return STRATEGIES[rule].trained(round_number), ranks
+
+
+def encoded_change(
+    resident: Resident,
+    received: Adapter,
+    config: Config,
+    context: Context,
+    instruction: ConfigRecord,
+    cursors: tuple[int, int],
+) -> ArrayRecord:
+    """Return what the visit changed, as it travels.
+
+    Parameters
+    ----------
+    cursors : (int, int)
+        Examples given to the site before and after the visit.
+    """
+    partition_id, number = int(context.node_config["partition-id"]), round_of(instruction)
+    factors, ranks = trained_part(config, partition_id, number)
+    change = slots.take(adapter_change(resident, received), factors, ranks)
+    return uplink.encode_change(change, config, context, number, partition_id, *cursors)
 
 
 def train_metrics(

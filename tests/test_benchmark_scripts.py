@@ -40,3 +40,13 @@ def test_server_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
     figures = result(tmp_path, "server_memory.py")
     assert [row["replies"] for row in figures["rows"]] == [3, 64]
     assert figures["growth_in_adapters"] <= 3
+
+
+def test_codec_speed_measures_every_codec_and_the_sum_of_replies(tmp_path: Path) -> None:
+    figures = result(tmp_path, "codec_speed.py", "--layers", "1", "--replies", "3", "--times", "1")
+    assert figures["values"] == 8 * (4096 + 4096) + 8 * (4096 + 1024)
+    measured = {(row["codec"], row["entropy_coding"]) for row in figures["codecs"]}
+    assert len(measured) == len(figures["codecs"]) == 2 * 7
+    assert all(row["decode_mb_per_second"] > 0 for row in figures["codecs"])
+    sums = figures["replies"]
+    assert sums["times_in_place"] == sums["whole_seconds"] / sums["in_place_seconds"]

@@ -10,6 +10,7 @@ import pytest
 
 from grandrounds import recipes
 from grandrounds.config import FIELD_OF_KEY, Config, Scalar
+from grandrounds.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -40,6 +41,15 @@ LEFT_OUT = {
     # of partitioners other than iid
     "data.partition-by",
     "data.dirichlet-alpha",
+    # of other aggregation rules, of codecs and of what is switched off
+    *(f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),
+    "communication.downlink",
+    "communication.catch-up-codec",
+    "communication.block-size",
+    "communication.kept-share",
+    "communication.entropy-coding",
+    "defence.update-norm-bound",
+    "defence.min-cosine",
 }
 """Keys that change nothing in these recipes, whatever their default; all others are explicit."""
 
@@ -144,6 +154,9 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     config = config_of(path.stem)
     assert config.arguments.max_steps > 0
     assert config.data.partitioner == "iid"
+    assert not STRATEGIES[config.strategy.name].keys
+    assert {config.communication.uplink_codec, config.communication.downlink_codec} == {"none"}
+    assert (config.defence.update_norm_bound, config.defence.min_cosine) == (0, -1)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

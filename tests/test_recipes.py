@@ -204,7 +204,6 @@ def test_the_qwen_entry_with_dora_is_refused_by_name(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ('task.name = "code"', "only the medical task is served"),
-        ("strategy.use-flexlora = true", "strategy.use-flexlora cannot be honoured"),
     ],
 )
 def test_a_foreign_key_that_means_something_else_is_refused(
@@ -213,6 +212,16 @@ def test_a_foreign_key_that_means_something_else_is_refused(
     text = changed(TEMPLATE, num_server_rounds=f"num-server-rounds = 200\n{line}")
     with pytest.raises(ConfigError, match=reason):
         entry(tmp_path, text)
+
+
+def test_flexlora_is_the_rule_that_aggregates_products(tmp_path: Path) -> None:
+    text = changed(
+        TEMPLATE, num_server_rounds="num-server-rounds = 9\nstrategy.use-flexlora = true"
+    )
+    assert entry(tmp_path, text).strategy.name == "product"
+    assert entry(tmp_path, text.replace("flexlora = true", "flexlora = false")).strategy.name == (
+        "fedavg"
+    )
 
 
 def test_a_wrong_type_in_an_entry_is_refused_in_words(tmp_path: Path) -> None:
@@ -225,6 +234,7 @@ def test_the_overlay_is_the_flowertune_template() -> None:
     assert FLOWERTUNE_TEMPLATE == {
         "strategy.name": "fedavg",
         "strategy.proximal-mu": 0.0,
+        "strategy.cohorts": "uniform",
         "strategy.fraction-evaluate": 0.0,
         "model.lora.dropout": 0.075,
         "data.held-out-fraction": 0.0,

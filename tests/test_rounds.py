@@ -9,17 +9,24 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 
-from grandrounds import messages, rounds
+from grandrounds import messages, roll_call, rounds
+from grandrounds.aggregation.make import make_rule
+from grandrounds.downlink import Sender, codec_named
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import DataError, EngineError, ReplyError, RoundError
+from grandrounds.federation import rule_settings
 from grandrounds.ledger import Ledger, message_bytes
-from grandrounds.rounds import SiteCard, claimed_examples
+from grandrounds.recipes import resolve
+from grandrounds.roll_call import SiteCard
+from grandrounds.updates import Terms, claimed_examples
 
 Behaviour = Callable[[Message, int], Message]
 
 SHAPES = {"m.lora_A.weight": (2, 3), "m.lora_B.weight": (5, 2)}
 START = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
 BYTES = message_bytes(SHAPES)
+CONFIG = resolve({})
+NONE = codec_named("none", CONFIG.communication)
 NAME_BYTES = 2 * len("m.lora_A.weight")
 
 
@@ -79,6 +86,10 @@ def cards_of(count: int) -> dict[int, SiteCard]:
     return {p: SiteCard(p + 1, {"train-examples": 10 * (p + 1)}) for p in range(count)}
 
 
+def sender() -> Sender:
+    return Sender("fedavg", CONFIG.communication, START, seed=0)
+
+
 def play(
     sites: Sites,
     cohort: Iterable[int],
@@ -89,7 +100,8 @@ def play(
     timeout_seconds: float = 10.0,
     heard: list[tuple[int, str | None]] | None = None,
     measure: bool = False,
-) -> tuple[Any, rounds.Tally, float | None]:
+    **terms: Any,
+) -> tuple[Any, rounds.Tally, dict[str, Any]]:
     heard = [] if heard is None else heard
     return rounds.train_round(
         grid or grid_of(sites, 4),
@@ -98,7 +110,10 @@ def play(
         {p: {"learning-rate": 0.5} for p in cohort},
         cards_of(4),
         ledger if ledger is not None else Ledger(),
-        min_reply_fraction=min_reply_fraction,
+        rule=make_rule(rule_settings(CONFIG)),
+        sender=sender(),
+        uplink_codec=NONE,
+        terms=Terms(min_reply_fraction, **terms),
         timeout_seconds=timeout_seconds,
         on_reply=lambda p, failure: heard.append((p, failure)),
         measure_product_error=measure,
@@ -110,11 +125,11 @@ def play(
 
 def test_too_few_and_too_many_nodes_are_an_error_that_says_how_many() -> None:
     grid = grid_of(Sites(), 3)
-    assert rounds.wait_for_nodes(grid, 3) == [1, 2, 3]
+    assert roll_call.wait_for_nodes(grid, 3) == [1, 2, 3]
     with pytest.raises(EngineError, match=r"^3 nodes are connected, but .* = 4"):
-        rounds.wait_for_nodes(grid, 4, seconds=0)
+        roll_call.wait_for_nodes(grid, 4, seconds=0)
     with pytest.raises(EngineError, match=r"^3 nodes are connected, but .* = 2"):
-        rounds.wait_for_nodes(grid, 2, seconds=0)
+        roll_call.wait_for_nodes(grid, 2, seconds=0)
 
 
 def test_the_roll_call_returns_the_sites_by_partition() -> None:
@@ -123,7 +138,7 @@ def test_the_roll_call_returns_the_sites_by_partition() -> None:
         ("query", 0): lambda m, _: introduce(m, 2),
         ("query", 2): lambda m, _: introduce(m, 0),
     }
-    cards = rounds.roll_call(grid_of(Sites(swapped), 3), [1, 2, 3], 10)
+    cards = roll_call.roll_call(grid_of(Sites(swapped), 3), [1, 2, 3], 10)
     assert list(cards) == [0, 1, 2]
     assert [card.node_id for card in cards.values()] == [3, 2, 1]
     assert [card.num_examples for card in cards.values()] == [10, 20, 30]
@@ -136,30 +151,30 @@ def test_the_roll_call_returns_the_sites_by_partition() -> None:
 def test_a_site_that_differs_is_named_before_anybody_trains(fact: str, meaning: str) -> None:
     sites = Sites({("query", 2): lambda m, s: introduce(m, s, **{fact: "other"})})
     with pytest.raises(EngineError, match=rf"same {meaning}: .*site 2 has other \(1 of 3"):
-        rounds.roll_call(grid_of(sites, 3), [1, 2, 3], 10)
+        roll_call.roll_call(grid_of(sites, 3), [1, 2, 3], 10)
     assert {kind for kind, _, _ in sites.seen} == {"query"}
 
 
 def test_two_nodes_of_one_site_are_an_error() -> None:
     sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
     with pytest.raises(EngineError, match="Two nodes say that they are site 0"):
-        rounds.roll_call(grid_of(sites, 2), [1, 2], 10)
+        roll_call.roll_call(grid_of(sites, 2), [1, 2], 10)
 
 
 def test_a_site_that_cannot_take_part_is_told_with_its_own_error() -> None:
     with pytest.raises(DataError, match="site 1 has no rows"):
-        rounds.roll_call(grid_of(Sites({("query", 1): refuse}), 2), [1, 2], 10)
+        roll_call.roll_call(grid_of(Sites({("query", 1): refuse}), 2), [1, 2], 10)
 
 
 def test_a_site_that_crashes_at_roll_call_is_told() -> None:
     with pytest.raises(ReplyError, match="RuntimeError: site 1 is on fire"):
-        rounds.roll_call(grid_of(Sites({("query", 1): crash}), 2), [1, 2], 10)
+        roll_call.roll_call(grid_of(Sites({("query", 1): crash}), 2), [1, 2], 10)
 
 
 def test_a_site_that_says_nothing_of_itself_is_an_error_of_ours() -> None:
     sites = Sites({("query", 1): lambda m, _: messages.reply(m, config={"hello": 1})})
     with pytest.raises((ReplyError, EngineError)):
-        rounds.roll_call(grid_of(sites, 2), [1, 2], 10)
+        roll_call.roll_call(grid_of(sites, 2), [1, 2], 10)
 
 
 class Silent(InProcessGrid):
@@ -179,7 +194,7 @@ class Silent(InProcessGrid):
 
 def test_a_node_that_does_not_answer_the_roll_call_is_named() -> None:
     with pytest.raises(EngineError, match=r"1 of 3 nodes did not answer .*\[2\]"):
-        rounds.roll_call(Silent(Sites(), 3, {2}), [1, 2, 3], 0.2)
+        roll_call.roll_call(Silent(Sites(), 3, {2}), [1, 2, 3], 0.2)
 
 
 # --- A round of training --------------------------------------------------------------------------
@@ -188,12 +203,12 @@ def test_a_node_that_does_not_answer_the_roll_call_is_named() -> None:
 def test_a_round_is_the_weighted_mean_of_the_changes() -> None:
     """Sites 0, 1, 3 have 10, 20, 40 examples and change by 1, 2, 4: (10 + 40 + 160) / 70 = 3; from
     1 to 4."""
-    adapter, tally, error = play(Sites(), [0, 1, 3])
+    adapter, tally, measured = play(Sites(), [0, 1, 3])
     for name, shape in SHAPES.items():
         assert np.array_equal(adapter[name], np.full(shape, 4.0, np.float32))
     assert sorted(tally.good) == [0, 1, 3]
     assert tally.failed == {}
-    assert error == {}
+    assert "product-error" not in measured
 
 
 def test_the_product_error_of_a_round_is_measured_where_asked() -> None:
@@ -210,8 +225,8 @@ def test_each_site_receives_its_own_instruction_and_the_round() -> None:
     sites = Sites()
     play(sites, [1, 2])
     assert sites.seen == [
-        ("train", 1, {"round": 3, "learning-rate": 0.5}),
-        ("train", 2, {"round": 3, "learning-rate": 0.5}),
+        ("train", 1, {"round": 3, "codec": "none", "rank": 2, "learning-rate": 0.5}),
+        ("train", 2, {"round": 3, "codec": "none", "rank": 2, "learning-rate": 0.5}),
     ]
 
 
@@ -353,7 +368,9 @@ def test_the_order_of_replies_changes_no_bit() -> None:
 
 
 def evaluate(sites: Sites, cohort: list[int], ledger: Ledger) -> tuple[float | None, rounds.Tally]:
-    return rounds.evaluate_round(grid_of(sites, 4), 2, START, cohort, cards_of(4), ledger, 10)
+    return rounds.evaluate_round(
+        grid_of(sites, 4), 2, START, cohort, cards_of(4), ledger, sender(), 10
+    )
 
 
 def test_held_out_loss_is_the_mean_over_tokens() -> None:
@@ -404,7 +421,9 @@ def test_the_first_site_that_answers_the_formularys_questions_is_enough() -> Non
         }
     )
     ledger = Ledger()
-    scores, tally = rounds.examine_formulary(grid_of(sites, 4), START, cards_of(4), ledger, 10)
+    scores, tally = rounds.examine_formulary(
+        grid_of(sites, 4), START, cards_of(4), ledger, sender(), 10
+    )
     each = {"correct": 3, "n": 4}
     both = {"base": each, "tuned": each}
     assert scores == {"public": both, "private": both}
@@ -415,11 +434,15 @@ def test_the_first_site_that_answers_the_formularys_questions_is_enough() -> Non
 
 def test_the_formularys_questions_without_any_answer_are_none() -> None:
     sites = Sites({("evaluate.formulary", p): refuse for p in range(4)})
-    scores, _ = rounds.examine_formulary(grid_of(sites, 4), START, cards_of(4), Ledger(), 10)
+    scores, _ = rounds.examine_formulary(
+        grid_of(sites, 4), START, cards_of(4), Ledger(), sender(), 10
+    )
     assert scores is None
 
 
 def test_every_site_that_fails_the_formularys_questions_is_counted() -> None:
     sites = Sites({("evaluate.formulary", p): refuse for p in range(4)})
-    _, tally = rounds.examine_formulary(grid_of(sites, 4), START, cards_of(4), Ledger(), 10)
+    _, tally = rounds.examine_formulary(
+        grid_of(sites, 4), START, cards_of(4), Ledger(), sender(), 10
+    )
     assert sorted(tally.failed) == [0, 1, 2, 3]

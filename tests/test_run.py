@@ -876,5 +876,5 @@ def test_a_crash_at_roll_call_ends_the_run_and_leaves_no_directory(settings: Set
 
 def test_the_cohorts_of_a_run_are_those_drawn_by_seed(settings: Settings) -> None:
     lines = metrics_of(play(settings, seed=11))[1:]
-    drawn = [sampling.training_cohort(11, k, 4, 2) for k in (1, 2, 3)]
+    drawn = [sampling.training_cohort(11, k, 4, 2, True) for k in (1, 2, 3)]
     assert [line["cohort"] for line in lines] == drawn

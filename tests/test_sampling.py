@@ -24,16 +24,16 @@ from grandrounds.sampling import (
 
 def test_a_cohort_is_sorted_without_repeats_and_of_the_right_size() -> None:
     for number in range(1, 50):
-        cohort = training_cohort(1, number, 20, 6)
+        cohort = training_cohort(1, number, 20, 6, False)
         assert cohort == sorted(set(cohort))
         assert len(cohort) == 6
         assert set(cohort) <= set(range(20))
 
 
 def test_a_cohort_depends_on_seed_and_round_alone() -> None:
-    assert training_cohort(1, 3, 20, 6) == training_cohort(1, 3, 20, 6)
-    assert training_cohort(1, 3, 20, 6) != training_cohort(2, 3, 20, 6)
-    assert len({tuple(training_cohort(1, r, 20, 6)) for r in range(1, 21)}) > 15
+    assert training_cohort(1, 3, 20, 6, False) == training_cohort(1, 3, 20, 6, False)
+    assert training_cohort(1, 3, 20, 6, False) != training_cohort(2, 3, 20, 6, False)
+    assert len({tuple(training_cohort(1, r, 20, 6, False)) for r in range(1, 21)}) > 15
 
 
 def test_no_draw_can_see_a_node_id() -> None:
@@ -44,14 +44,34 @@ def test_no_draw_can_see_a_node_id() -> None:
 def test_every_site_is_drawn_about_equally_often() -> None:
     """1000 rounds of 5 of 20: 250 times each on average, standard deviation sqrt(1000 * 3/16) =
     13.7; five of them are 68."""
-    counts = Counter(p for r in range(1000) for p in training_cohort(7, r, 20, 5))
+    counts = Counter(p for r in range(1000) for p in training_cohort(7, r, 20, 5, False))
     assert len(counts) == 20
     assert all(abs(count - 250) < 68 for count in counts.values())
 
 
+@pytest.mark.parametrize(("sites", "size"), [(20, 4), (20, 3), (7, 5), (4, 4), (3, 1)])
+def test_balanced_cohorts_hear_every_site_equally_often(sites: int, size: int) -> None:
+    """After any round the numbers of visits differ by one at most, but for a cohort that spans two
+    turns: there a site of the next turn waits where it has just had its own."""
+    counts: Counter[int] = Counter(dict.fromkeys(range(sites), 0))
+    for number in range(1, 4 * sites + 1):
+        cohort = training_cohort(5, number, sites, size, True)
+        assert len(set(cohort)) == size
+        assert cohort == sorted(cohort)
+        counts.update(cohort)
+        assert max(counts.values()) - min(counts.values()) <= 2
+    assert set(counts.values()) == {4 * size}
+
+
+def test_balanced_cohorts_are_seeded_and_each_turn_has_its_own_order() -> None:
+    turns = [[training_cohort(5, r, 20, 4, True) for r in range(t, t + 5)] for t in (1, 6)]
+    assert turns[0] != turns[1]
+    assert turns[0] != [training_cohort(6, r, 20, 4, True) for r in range(1, 6)]
+
+
 def test_the_evaluation_cohort_is_drawn_apart_from_the_training_cohorts() -> None:
     assert evaluation_cohort(1, 20, 6) == evaluation_cohort(1, 20, 6)
-    assert evaluation_cohort(1, 20, 6) != training_cohort(1, 0, 20, 6)
+    assert evaluation_cohort(1, 20, 6) != training_cohort(1, 0, 20, 6, False)
     assert evaluation_cohort(1, 20, 0) == []
 
 

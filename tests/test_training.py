@@ -418,10 +418,10 @@ def test_a_paged_optimizer_used_again_begins_without_history(
     """bitsandbytes never frees its paged memory, so one optimizer serves all visits of a process:
     the second visit is that of a new optimizer, bit for bit."""
     lora = LoraSpec(128, 128.0, "q_proj,v_proj", 0.0)
-    monkeypatch.setattr(training, "_paged", None)
+    monkeypatch.setattr(training, "_paged", [])
     new, _ = visit(make(tiny_base, lora), FOUR_BATCHES, optimizer="paged_adamw_8bit")
-    made = training._paged
+    [(_, made)] = training._paged
     again, _ = visit(make(tiny_base, lora), FOUR_BATCHES, optimizer="paged_adamw_8bit")
-    assert training._paged is made is not None
+    assert [optimizer for _, optimizer in training._paged] == [made]
     for first, second in zip(new, again, strict=True):
         assert torch.equal(first, second)

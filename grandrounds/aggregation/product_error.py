@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.adapter import Adapter
-
-A, B = ".lora_A.weight", ".lora_B.weight"
+from grandrounds.adapter import A, Adapter, B
+from grandrounds.aggregation.low_rank import modules
 
 
 def measured_modules(names: Sequence[str], cohort: int, most: int = 8) -> list[str]:
@@ -23,10 +22,10 @@ def measured_modules(names: Sequence[str], cohort: int, most: int = 8) -> list[s
 
     So few that the factors kept of a whole cohort take no more memory than about one adapter.
     """
-    modules = [name.removesuffix(A) for name in names if name.endswith(A)]
-    count = max(1, min(most, len(modules) // max(1, cohort)))
-    places = np.linspace(0, len(modules) - 1, count).round().astype(int)
-    return [modules[i] for i in dict.fromkeys(places.tolist())]
+    found = modules(names)
+    count = max(1, min(most, len(found) // max(1, cohort)))
+    places = np.linspace(0, len(found) - 1, count).round().astype(int)
+    return [found[i] for i in dict.fromkeys(places.tolist())]
 
 
 class ProductError:

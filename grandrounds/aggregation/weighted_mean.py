@@ -9,12 +9,17 @@ mean(B A). Of the changes themselves the mean is exact.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from grandrounds.adapter import Adapter, Shapes
 
 LARGEST_WEIGHT = 2**29 - 1
 """Up to here a weight times a float32 number is exact in float64."""
+
+CHUNK = 32768
+"""Numbers added at a time, so that what is in between stays in the cache."""
 
 
 class WeightedMean:
@@ -27,8 +32,15 @@ class WeightedMean:
     """
 
     def __init__(self, shapes: Shapes) -> None:
-        self._high = {name: np.zeros(shape) for name, shape in shapes.items()}
-        self._low = {name: np.zeros(shape) for name, shape in shapes.items()}
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._chunks = _chunks(self._shapes)
+        count = sum(math.prod(shape) for shape in self._shapes.values())
+        self._chunk = min(CHUNK, count)
+        # two-sum needs the old high until its end: the new one is written a chunk further up, and
+        # by the next reply, from the other end, a chunk further down
+        self._store, self._start = np.zeros(count + self._chunk), 0
+        self._low = np.zeros(count)
+        self._term, self._partner = np.empty(self._chunk), np.empty(self._chunk)
         self.total_weight = 0
         """Sum of the weights so far, in examples."""
         self.count = 0
@@ -43,21 +55,39 @@ class WeightedMean:
             The site's adapter after its visit minus the adapter it received.
         weight : int
             Its number of training examples, at least 1.
+
+        Raises
+        ------
+        ValueError
+            If the weight is out of range or a tensor's shape is another one; nothing is added.
         """
         if not 1 <= weight <= LARGEST_WEIGHT:
             raise ValueError(f"a weight must be from 1 to {LARGEST_WEIGHT}, not {weight}")
-        for name, high in self._high.items():
-            term = change[name].astype(np.float64)
+        for name, shape in self._shapes.items():
+            if change[name].shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, not {change[name].shape}")
+        flat = {name: change[name].reshape(-1) for name in self._shapes}
+        target = self._chunk - self._start
+        for first, pieces in reversed(self._chunks) if target else self._chunks:
+            length = 0
+            for name, inside in pieces:
+                part = flat[name][inside]
+                self._term[length : length + len(part)] = part
+                length += len(part)
+            place = slice(first, first + length)
+            high = self._store[self._start :][place]
+            total = self._store[target:][place]
+            term, partner = self._term[:length], self._partner[:length]
             term *= weight
-            total = high + term
-            partner = total - high
+            np.add(high, term, out=total)
+            np.subtract(total, high, out=partner)
             # what rounding left out of `total`: (high - (total - partner)) + (term - partner)
             term -= partner
             np.subtract(total, partner, out=partner)
             np.subtract(high, partner, out=partner)
             term += partner
-            self._low[name] += term
-            self._high[name] = total
+            self._low[place] += term
+        self._start = target
         self.total_weight += weight
         self.count += 1
 
@@ -72,7 +102,28 @@ class WeightedMean:
         if not self.count:
             raise ValueError("no reply was added")
         out = {}
-        for name, high in self._high.items():
-            mean = (high + self._low[name]) / self.total_weight
-            out[name] = (adapter[name] + mean).astype(np.float32)
+        high, start = self._store[self._start :], 0
+        for name, shape in self._shapes.items():
+            place = slice(start, start + math.prod(shape))
+            mean = high[place] + self._low[place]
+            mean /= self.total_weight
+            mean += adapter[name].reshape(-1)
+            out[name] = mean.astype(np.float32).reshape(shape)
+            start = place.stop
         return out
+
+
+def _chunks(shapes: Shapes) -> list[tuple[int, list[tuple[str, slice]]]]:
+    """Return the tensors one after the other, cut: each chunk's first place and what is in it."""
+    chunks: list[tuple[int, list[tuple[str, slice]]]] = []
+    count = 0
+    for name, shape in shapes.items():
+        start, length = 0, math.prod(shape)
+        while start < length:
+            if count % CHUNK == 0:
+                chunks.append((count, []))
+            stop = min(length, start + CHUNK - count % CHUNK)
+            chunks[-1][1].append((name, slice(start, stop)))
+            count += stop - start
+            start = stop
+    return chunks

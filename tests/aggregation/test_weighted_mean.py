@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from grandrounds.aggregation.weighted_mean import WeightedMean
+from grandrounds.aggregation.weighted_mean import CHUNK, WeightedMean
 
 Array = NDArray[np.float32]
 
@@ -139,3 +139,31 @@ def test_the_mean_is_exact_arithmetic_rounded_once_to_float32() -> None:
         terms = (Fraction(float(c[place])) * w for c, w in zip(changes, weights, strict=True))
         exact = Fraction(float(start[place])) + sum(terms, Fraction(0)) / sum(weights)
         assert result[place] == rounded_to_float32(exact)
+
+
+def test_tensors_of_many_chunks_are_added_place_by_place() -> None:
+    """Three replies, so that sums are written both ways; longer and shorter than a chunk."""
+    rng = np.random.default_rng(5)
+    shapes = {"A": (3, CHUNK), "B": (7,), "C": (2, CHUNK + 5), "D": (1, 1)}
+    changes = [
+        {name: rng.integers(-9, 9, shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(3)
+    ]
+    mean = WeightedMean(shapes)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    for added, change in enumerate(changes, 1):
+        mean.add(change, 2)
+        result = mean.result(zeros)
+        for name in shapes:
+            whole = sum(one[name].astype(np.float64) for one in changes[:added]) / added
+            assert np.array_equal(result[name], whole.astype(np.float32))
+
+
+def test_a_tensor_of_another_shape_is_refused_before_anything_is_added() -> None:
+    mean = WeightedMean({"A": (1,), "B": (2, 3)})
+    mean.add({"A": np.ones(1, np.float32), "B": np.ones((2, 3), np.float32)}, 1)
+    with pytest.raises(ValueError, match="B: expected shape"):
+        mean.add({"A": np.ones(1, np.float32), "B": np.ones((3, 2), np.float32)}, 1)
+    zeros = {"A": np.zeros(1, np.float32), "B": np.zeros((2, 3), np.float32)}
+    assert mean.result(zeros)["A"] == 1
+    assert mean.count == 1

@@ -1,0 +1,35 @@
+"""Messages out, replies in, as they arrive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+POLL_SECONDS = 0.05
+"""Between two looks for replies; Flower's engines move messages every 0.1 s."""
+
+
+def exchange(
+    grid: Grid, outgoing: Mapping[int, Message], timeout_seconds: float
+) -> Iterator[tuple[int, Message]]:
+    """Send one message per node and yield (node id, reply) as replies arrive.
+
+    Replies are fetched one by one, so that one that waits its turn takes no memory here. Ends when
+    all have answered, or after `timeout_seconds` with those who have.
+    """
+    nodes = list(outgoing)
+    message_ids = list(grid.push_messages(outgoing.values()))
+    pending = dict(zip(message_ids, nodes, strict=True))
+    deadline = time.monotonic() + timeout_seconds
+    while pending:
+        waiting = len(pending)
+        for message_id in list(pending):
+            for reply in grid.pull_messages([message_id]):
+                yield pending.pop(message_id), reply
+        if len(pending) == waiting:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(POLL_SECONDS)

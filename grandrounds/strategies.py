@@ -1,0 +1,102 @@
+"""The aggregation rules by name, and what each asks of the sites. One line per rule.
+
+What a rule computes is in `grandrounds/aggregation/<name>.py`; here stands only what planning,
+server and sites must agree on without loading it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a rule asks of the sites, and of the server's memory."""
+
+    odd: str = "AB"
+    """Factors that are trained, and travel up, in rounds 1, 3, 5, ..."""
+    even: str = "AB"
+    """The same for rounds 2, 4, 6, ..."""
+    sends: str = "AB"
+    """Factors that travel down."""
+    keeps_replies: bool = False
+    """Whether the server holds all replies of a round: its memory grows with the cohort."""
+    mean_of_factors: bool = False
+    """Whether the result is A and B averaged apart, so that this has an error to measure."""
+    error_feedback: bool = True
+    """Whether what a codec lost can be sent at the site's next visit: not where the server writes
+    the factors anew in every round."""
+    mixed_ranks: bool = False
+    """Whether sites may train a lower rank than the adapter's."""
+    keys: tuple[str, ...] = ()
+    """Keys of `strategy.` that this rule reads, of those that not every rule does."""
+
+    def trained(self, round_number: int) -> str:
+        """Return the factors trained in a round: `A`, `B` or `AB`."""
+        return self.odd if round_number % 2 else self.even
+
+
+_ADAPTIVE = ("server-learning-rate", "beta-1", "beta-2", "tau")
+
+STRATEGIES: dict[str, Strategy] = {
+    "fedavg": Strategy(mean_of_factors=True),
+    "fedprox": Strategy(mean_of_factors=True),
+    "fedexp": Strategy(),
+    "fedavgm": Strategy(keeps_replies=True, keys=("server-learning-rate", "server-momentum")),
+    "fedadam": Strategy(keeps_replies=True, keys=_ADAPTIVE),
+    "fedyogi": Strategy(keeps_replies=True, keys=_ADAPTIVE),
+    "fedadagrad": Strategy(keeps_replies=True, keys=("server-learning-rate", "tau")),
+    "fedmedian": Strategy(keeps_replies=True),
+    "fedtrimmedavg": Strategy(keeps_replies=True, keys=("trimmed-share",)),
+    "krum": Strategy(keeps_replies=True, keys=("num-malicious-nodes",)),
+    "multikrum": Strategy(keeps_replies=True, keys=("num-malicious-nodes", "num-nodes-to-select")),
+    "bulyan": Strategy(keeps_replies=True, keys=("num-malicious-nodes",)),
+    "ffa": Strategy(odd="B", even="B", sends="B"),
+    "rolora": Strategy(odd="B", even="A"),
+    "product": Strategy(
+        keeps_replies=True, error_feedback=False, mixed_ranks=True, keys=("site-ranks",)
+    ),
+    "flora": Strategy(keeps_replies=True, error_feedback=False, keys=("max-rank",)),
+}
+"""Name → what it asks."""
+
+
+class Thresholds(Protocol):
+    """What decides how many replies a rule needs; both configuration and `RuleSettings` have it."""
+
+    @property
+    def name(self) -> str:
+        """A value of `strategy.name`."""
+
+    @property
+    def num_malicious_nodes(self) -> int:
+        """f, the replies of a round that may be hostile."""
+
+    @property
+    def num_nodes_to_select(self) -> int:
+        """m, the replies that multikrum averages; 0: all but f."""
+
+    @property
+    def trimmed_share(self) -> float:
+        """beta, the share of replies that fedtrimmedavg cuts off at either end."""
+
+
+def needed_replies(settings: Thresholds) -> int:
+    """Return the smallest number of replies with which a rule does what its paper says.
+
+    krum: n >= 2 f + 3 (Blanchard et al., 2017, proposition 4.2). multikrum: as well n >= m + f, so
+    that those selected can all be honest. bulyan: n >= 4 f + 3 (El Mhamdi et al., 2018,
+    section 4). fedtrimmedavg: so many that at least one is cut off at either end.
+    """
+    hostile = settings.num_malicious_nodes
+    if settings.name == "krum":
+        return 2 * hostile + 3
+    if settings.name == "multikrum":
+        return max(2 * hostile + 3, settings.num_nodes_to_select + hostile)
+    if settings.name == "bulyan":
+        return 4 * hostile + 3
+    if settings.name == "fedtrimmedavg" and settings.trimmed_share > 0:
+        return next(n for n in itertools.count(1) if int(settings.trimmed_share * n))
+    return 1

@@ -1,0 +1,253 @@
+"""Every aggregation rule and every codec in a whole run: what it learns, sends, survives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message
+from safetensors.numpy import load_file
+
+from grandrounds import client_app, recipes, server_app
+from grandrounds.engines import InProcessGrid
+from grandrounds.model import drawn_adapter
+from grandrounds.strategies import STRATEGIES
+
+Settings = dict[str, Any]
+Sites = Callable[[Message, Context], Message]
+
+EXTRAS: dict[str, Settings] = {
+    "fedavg": {"strategy.proximal-mu": 0.0},
+    "fedtrimmedavg": {"strategy.trimmed-share": 0.34},
+    "product": {"strategy.site-ranks": "4,2"},
+}
+
+
+def of_rule(name: str) -> Settings:
+    return {"strategy.name": name, "strategy.fraction-train": 0.75, **EXTRAS.get(name, {})}
+
+
+ENCODINGS: dict[str, Settings] = {
+    "bf16": {"uplink-codec": "bf16", "downlink-codec": "bf16"},
+    "int8": {"uplink-codec": "int8", "downlink-codec": "int8"},
+    "int4": {"uplink-codec": "int4", "downlink-codec": "int4"},
+    "int2": {"uplink-codec": "int2", "downlink-codec": "int2"},
+    "ternary": {
+        "uplink-codec": "ternary",
+        "downlink-codec": "ternary",
+        "downlink": "incremental",
+    },
+    "one bit": {"uplink-codec": "sign", "downlink-codec": "sign", "downlink": "incremental"},
+    "topk": {"uplink-codec": "topk", "downlink-codec": "topk", "downlink": "incremental"},
+}
+
+
+def of_encoding(name: str) -> Settings:
+    return {f"communication.{key}": value for key, value in ENCODINGS[name].items()}
+
+
+def play(settings: Settings, sites: Sites = client_app.app, **changes: Any) -> Path:
+    config = recipes.resolve({**settings, **changes})
+    grid = InProcessGrid(sites, config.flat(), config.data.num_partitions)
+    server_app.federate(grid, config, lambda event, data: None)
+    return Path(config.federation.run_directory)
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors_of(run: Path, name: str) -> dict[str, np.ndarray]:
+    return load_file(run / name / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_rule_learns_sends_what_was_planned_and_leaves_an_adapter_for_peft(
+    name: str, settings: Settings, tiny_base: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = play(settings, **of_rule(name))
+    summary, lines = read_json(run / "summary.json"), metrics_of(run)
+    assert summary["communication_mib"] == summary["planned_mib"]
+    assert summary["failed_replies"] == 0
+    assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
+    assert all(norm > 0 for norm in lines[-1]["update-norms"].values())
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    described = read_json(run / "peft_3" / "adapter_config.json")
+    assert described["lora_alpha"] / described["r"] == 2
+    model = PeftModel.from_pretrained(base, run / "peft_3")
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        tuned = model(ids).logits
+        with model.disable_adapter():
+            assert not torch.allclose(tuned, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize(
+    "rule",
+    ["fedprox", *(pytest.param(r, marks=pytest.mark.slow) for r in ("ffa", "rolora"))],
+)
+def test_an_encoding_learns_and_sends_what_was_planned(
+    name: str, rule: str, settings: Settings
+) -> None:
+    run = play(settings, **of_rule(rule), **of_encoding(name))
+    summary, lines = read_json(run / "summary.json"), metrics_of(run)
+    assert summary["communication_mib"] == summary["planned_mib"]
+    assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
+
+
+def test_entropy_coding_sends_at_most_what_was_planned(settings: Settings) -> None:
+    changes = {**of_encoding("int4"), "communication.entropy-coding": True}
+    summary = read_json(play(settings, **changes) / "summary.json")
+    assert summary["communication_mib"] <= summary["planned_mib"]
+
+
+def test_ffa_trains_b_alone(settings: Settings) -> None:
+    adapter = tensors_of(play(settings, **of_rule("ffa")), "peft_3")
+    start = drawn_adapter({name: tensor.shape for name, tensor in adapter.items()}, 42)
+    for name, tensor in adapter.items():
+        assert np.array_equal(tensor, start[name]) == ("lora_A" in name)
+
+
+def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(settings: Settings) -> None:
+    run = play(settings, **of_rule("rolora"), **{"train.save-every-round": 1})
+    first, second, third = (tensors_of(run, f"peft_{number}") for number in (1, 2, 3))
+    for name in first:
+        assert np.array_equal(first[name], second[name]) == ("lora_B" in name)
+        assert np.array_equal(second[name], third[name]) == ("lora_A" in name)
+
+
+def test_floras_rank_grows_to_its_bound_and_is_told(settings: Settings) -> None:
+    """Rank 4, two sites a round: 8 after round 1, then 16, which is four times 4, and stays."""
+    run = play(settings, **{"strategy.name": "flora", "train.save-every-round": 1})
+    lines = metrics_of(run)[1:]
+    assert [line["rank"] for line in lines] == [8, 16, 16]
+    assert [line["truncation-error"] > 0 for line in lines] == [False, False, True]
+    config = read_json(run / "peft_1" / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam", "flora", "rolora", "product"])
+def test_an_interrupted_run_goes_on_to_the_bit(
+    name: str, settings: Settings, tmp_path: Path
+) -> None:
+    changes = {**of_rule(name), **of_encoding("int4")}
+    if STRATEGIES[name].error_feedback:
+        changes["communication.uplink-codec"] = "none"  # a memory would be lost with its process
+    whole = play({**settings, **changes, "run-directory": str(tmp_path / "whole")})
+    config = recipes.resolve({**settings, **changes})
+
+    def stop_after_round_1(event: str, data: Mapping[str, Any]) -> None:
+        if event == "round" and data["round"] == 1:
+            raise KeyboardInterrupt
+
+    grid = InProcessGrid(client_app.app, config.flat(), 4)
+    with pytest.raises(KeyboardInterrupt):
+        server_app.federate(grid, config, stop_after_round_1)
+    resumed = play({**settings, **changes, "resume-from": settings["run-directory"]})
+    one, other = (
+        (run / "peft_3/adapter_model.safetensors").read_bytes() for run in (whole, resumed)
+    )
+    assert one == other
+
+
+def with_updates(change: Callable[[np.ndarray], np.ndarray], hostile: set[int]) -> Sites:
+    """Return sites of which some send their update changed."""
+
+    def sites(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        site = int(context.node_config["partition-id"])
+        if site in hostile and message.metadata.message_type == "train":
+            record = reply.content.array_records["arrays"]
+            reply.content["arrays"] = ArrayRecord(
+                {name: Array(change(array.numpy())) for name, array in record.items()}
+            )
+        return reply
+
+    return sites
+
+
+EVERYBODY = {"strategy.fraction-train": 1.0, "data.num-partitions": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("fedmedian", {}),
+        ("fedtrimmedavg", {"strategy.trimmed-share": 0.2}),
+        ("krum", {"strategy.num-malicious-nodes": 1}),
+        ("multikrum", {"strategy.num-malicious-nodes": 1}),
+        ("bulyan", {"strategy.num-malicious-nodes": 1}),
+    ],
+)
+def test_a_robust_rule_survives_a_site_that_sends_a_thousand_times_its_update(
+    name: str, changes: Settings, settings: Settings
+) -> None:
+    hostile = with_updates(lambda update: -1000 * update, {5})
+    lines = metrics_of(play(settings, hostile, **EVERYBODY, **{"strategy.name": name, **changes}))
+    assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
+
+
+def test_the_mean_does_not_survive_it(settings: Settings) -> None:
+    hostile = with_updates(lambda update: -1000 * update, {5})
+    lines = metrics_of(play(settings, hostile, **EVERYBODY))
+    assert lines[-1]["held-out-loss"] > lines[0]["held-out-loss"]
+
+
+def test_the_norm_bound_holds_a_site_that_sends_a_thousand_times_its_update(
+    settings: Settings,
+) -> None:
+    hostile = with_updates(lambda update: 1000 * update, {5})
+    run = play(settings, hostile, **EVERYBODY, **{"defence.update-norm-bound": 0.05})
+    lines = metrics_of(run)
+    assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
+    assert lines[1]["update-norms"]["5"] > 1
+    assert all(line["updates-bounded"] >= 1 for line in lines[1:])
+
+
+def test_a_site_that_turns_its_update_round_is_left_out_and_named(settings: Settings) -> None:
+    hostile = with_updates(lambda update: -update, {5})
+    run = play(settings, hostile, **EVERYBODY, **{"defence.min-cosine": 0.0})
+    for line in metrics_of(run)[1:]:
+        assert list(line["failed"]) == ["5"]
+        assert "cosine of -" in line["failed"]["5"]
+        assert "5" not in line["good"]
+    assert read_json(run / "summary.json")["failed_replies"] == 3
+
+
+def test_numbers_that_are_not_finite_are_left_out_by_every_rule(settings: Settings) -> None:
+    hostile = with_updates(lambda update: update * np.float32("nan"), {5})
+    run = play(settings, hostile, **EVERYBODY, **{"strategy.name": "fedmedian"})
+    assert all("not finite" in line["failed"]["5"] for line in metrics_of(run)[1:])
+
+
+def test_a_site_whose_reply_was_lost_comes_back_with_everything_it_needs(
+    settings: Settings,
+) -> None:
+    """One bit both ways, and site 1's reply of round 1 never arrives. Later it trains again, from
+    what the server thinks it has: a wrong start would be refused and counted as failed."""
+
+    def sites(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        config = message.content.config_records["config"]
+        if context.node_config["partition-id"] == 1 and config.get("round") == 1:
+            raise RuntimeError("the line broke")
+        return reply
+
+    run = play(settings, sites, **of_encoding("one bit"), **{"strategy.fraction-train": 1.0})
+    lines = metrics_of(run)
+    assert list(lines[1]["failed"]) == ["1"]
+    assert [list(line["failed"]) for line in lines[2:]] == [[], []]
+    assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
