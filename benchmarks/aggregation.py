@@ -38,6 +38,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "fedavg": AVERAGE,
     "fedprox 0.01": {},
     "fedprox 0.1": {"strategy.proximal-mu": 0.1},
+    "fedexp": {"strategy.name": "fedexp", "strategy.proximal-mu": 0.0},
+    "fedexp, rate 3e-3": {
+        "strategy.name": "fedexp",
+        "strategy.proximal-mu": 0.0,
+        "train.learning-rate-max": 3e-3,
+    },
     **{
         name: {"strategy.name": name, "strategy.proximal-mu": 0.0}
         for name in ("ffa", "rolora", "product", "flora")

@@ -48,21 +48,26 @@ def incremental(codec: str, **more: Any) -> dict[str, Any]:
 
 ARMS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "bf16": both("bf16"),
-    "int8": both("int8"),
+    "FFA ternary incremental, Zstandard": {
+        **FFA,
+        **incremental("ternary", entropy_coding=True, block_size=128),
+    },
     "int4": both("int4"),
-    "int4, Zstandard": both("int4", entropy_coding=True),
-    "int2 incremental": incremental("int2"),
-    "1 bit up, int4 down": both("int4", uplink_codec="sign"),
     "1 bit incremental": incremental("sign"),
+    "FFA 1 bit incremental": {**FFA, **incremental("sign")},
+    "ternary incremental": incremental("ternary"),
+    "int8": both("int8"),
     "FFA float32": FFA,
     "FFA 1 bit up, int4 down": {**FFA, **both("int4", uplink_codec="sign")},
-    "FFA int2 incremental": {**FFA, **incremental("int2")},
-    "FFA 1 bit incremental": {**FFA, **incremental("sign")},
     "20 rounds, float32": HALF,
-    "20 rounds, 1 bit incremental": {**HALF, **incremental("sign")},
-    "20 rounds, FFA int2 incremental": {**HALF, **FFA, **incremental("int2")},
-    "20 rounds, FFA 1 bit incremental": {**HALF, **FFA, **incremental("sign")},
+    "20 rounds, FFA ternary incremental, Zstandard": {
+        **HALF,
+        **FFA,
+        **incremental("ternary", entropy_coding=True, block_size=128),
+    },
+    "1 bit up, int4 down": both("int4", uplink_codec="sign"),
+    "int4, Zstandard": both("int4", entropy_coding=True),
+    "bf16": both("bf16"),
 }
 """Name → what differs from `ROUNDS`."""
 

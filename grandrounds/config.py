@@ -60,8 +60,30 @@ class OneOf:
         return "one of " + ", ".join(repr(v) for v in self.values)
 
 
+@dataclass(frozen=True)
+class SomeOf(OneOf):
+    """One or several of the values that a key allows, in one text with commas; `none` alone."""
+
+    def admits(self, value: Scalar) -> bool:
+        """Whether every word of `value` is in the list, and none stands twice."""
+        words = words_of(value)
+        alone = len(words) == 1 or (len(set(words)) == len(words) and "none" not in words)
+        return bool(words) and alone and set(words) <= set(self.values)
+
+    def __str__(self) -> str:
+        return "one or several of " + ", ".join(repr(v) for v in self.values) + ", with commas"
+
+
+def words_of(value: Scalar) -> tuple[str, ...]:
+    """Return the words of a text with commas."""
+    return tuple(word.strip() for word in str(value).split(",") if word.strip())
+
+
 CODECS = ("none", "bf16", "int8", "int4", "int2", "ternary", "sign", "topk")
 """Encodings of `grandrounds.codecs`."""
+
+COARSE_CODECS = ("ternary", "sign", "topk")
+"""Those that need what they lose to be sent later: only for changes, not for a whole adapter."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,9 @@ class TrainConfig:
     """CPU threads of PyTorch in a site's process; 0: one for a base under 5 million parameters,
     else as many as PyTorch takes. The same seed and the same number of threads give the same
     adapter in every engine."""
+    report_to: Annotated[str, SomeOf(("none", "tensorboard", "wandb", "mlflow", "trackio"))]
+    """Who is told of each round while it runs, with commas: the recipe and means over the cohort,
+    nothing of single sites. Each must be installed. docs/export.md says where to look."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from grandrounds.architectures import (
     find_architecture,
     target_modules,
 )
-from grandrounds.config import Config
+from grandrounds.config import COARSE_CODECS, Config
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.formulary import BASE_NAME as FORMULARY
 from grandrounds.formulary.facts import flashcards
@@ -33,9 +33,6 @@ from grandrounds.strategies import STRATEGIES
 
 LEADERBOARD_ROWS = 33_955
 """Rows of the medical leaderboard's training data (medalpaca/medical_meadow_medical_flashcards)."""
-
-COARSE = ("sign", "topk")
-"""Codecs that serve for changes only, not for a whole adapter."""
 
 
 @dataclass(frozen=True)
@@ -288,8 +285,8 @@ def by_codec(forecast: Forecast, codecs: tuple[str, ...]) -> dict[str, Plan]:
     config = forecast.config
     plans = {}
     for name in codecs:
-        down = "int4" if name in COARSE else name
-        if name in COARSE and not STRATEGIES[config.strategy.name].error_feedback:
+        down = "int4" if name in COARSE_CODECS else name
+        if name in COARSE_CODECS and not STRATEGIES[config.strategy.name].error_feedback:
             continue
         how = replace(
             config.communication, uplink_codec=name, downlink_codec=down, downlink="complete"

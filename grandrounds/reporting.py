@@ -210,6 +210,7 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
                 f"{largest:.2g} % at most",
             )
         )
+    rows += aggregation_rows(summary.get("aggregation") or {})
     planned = summary["planned_mib"]
     rows.append(
         ("communication", f"{summary['communication_mib']:,.2f} MiB (planned {planned:,.2f})")
@@ -219,6 +220,25 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
     rows.append(("seconds", f"{summary['seconds']:.1f}"))
     if not summary["comparable_with_leaderboard"]:
         rows.append(("leaderboard", "not comparable with the leaderboard"))
+    return rows
+
+
+def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:
+    """Return what a rule says of itself, in words."""
+    rows = []
+    if cut := measured.get("truncation_error"):
+        rank = f", rank {measured['rank']['last']:.0f} at the end" if "rank" in measured else ""
+        rows.append(
+            (
+                "aggregation error",
+                f"cut back to the rank: {100 * cut['first']:.2g} % in round 1, "
+                f"{100 * cut['last']:.2g} % in the last{rank}",
+            )
+        )
+    if step := measured.get("server_learning_rate"):
+        rows.append(
+            ("server step", f"{step['first']:.2f} in round 1, {step['last']:.2f} at the end")
+        )
     return rows
 
 

@@ -121,6 +121,11 @@ def summarize(
         }
         if errors
         else None,
+        "aggregation": {
+            name.replace("-", "_"): {"first": values[0], "last": values[-1]}
+            for name in ("truncation-error", "rank", "server-learning-rate")
+            if (values := [m[name] for m in trained if name in m])
+        },
         "coverage": trained[-1]["coverage"] if trained else 0.0,
         "failed_replies": state.failed_replies,
         "base_loads": sum(state.base_loads.values()),

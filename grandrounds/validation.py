@@ -8,7 +8,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from grandrounds.config import ALIASES, FIELD_OF_KEY, SECTIONS, Config, OneOf, Scalar
+from grandrounds.config import (
+    ALIASES,
+    COARSE_CODECS,
+    FIELD_OF_KEY,
+    SECTIONS,
+    Config,
+    OneOf,
+    Scalar,
+)
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.strategies import STRATEGIES, needed_replies
 
@@ -238,10 +246,9 @@ def _communication_problems(config: Config) -> list[tuple[bool, str]]:
     """Return which encodings do not work together, as (is wrong, message)."""
     how, name = config.communication, config.strategy.name
     rewrites = not STRATEGIES[name].error_feedback
-    coarse = ("ternary", "sign", "topk")
     return [
         (
-            rewrites and how.uplink_codec in coarse,
+            rewrites and how.uplink_codec in COARSE_CODECS,
             f"communication.uplink-codec = {how.uplink_codec!r} needs what it loses to be sent "
             f"later, but {name} writes the factors anew in every round: use int8, int4 or bf16, or "
             "another strategy.name.",
@@ -253,7 +260,7 @@ def _communication_problems(config: Config) -> list[tuple[bool, str]]:
             'writes the factors anew. Choose a codec and another rule, or set "complete".',
         ),
         (
-            how.downlink == "complete" and how.downlink_codec in coarse,
+            how.downlink == "complete" and how.downlink_codec in COARSE_CODECS,
             f"communication.downlink-codec = {how.downlink_codec!r} keeps too little of a complete "
             "adapter to train on; use int8, int4 or bf16, or communication.downlink = "
             '"incremental".',

@@ -28,6 +28,7 @@ LEFT_OUT = {
     "run-directory",
     "resume-from",
     "train.num-threads",
+    "train.report-to",
     "strategy.round-timeout-seconds",
     # one value allowed, or the same as another key
     "train.training-arguments.output-dir",

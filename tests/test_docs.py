@@ -107,7 +107,17 @@ def test_configuration_page_has_every_key_and_alias() -> None:
         assert f"| `{key}` |" in page
 
 
-@pytest.mark.parametrize("page", ["README.md", "quickstart.md", "flowertune.md", "evaluation.md"])
+PAGES = [
+    "README.md",
+    "quickstart.md",
+    "flowertune.md",
+    "evaluation.md",
+    "planning.md",
+    "communication.md",
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_of_the_page_parse(page: str) -> None:
     import typer
 

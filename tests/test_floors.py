@@ -70,6 +70,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "model",
         "training",
         "site",
+        "tracking",
+        "export",
+        "ask",
         "formulary.exam",
         "formulary.make_base",
     ),
@@ -109,10 +112,11 @@ HUGGING_FACE = {
     "huggingface_hub",
     "pyarrow",
 }
+TRACKERS = {"tensorboard", "wandb", "mlflow", "trackio"}
 THIRD_PARTY: dict[int, set[str]] = {
     0: set(),
     1: {"numpy", "safetensors", "scipy", "zstandard"},
-    2: HUGGING_FACE,
+    2: HUGGING_FACE | TRACKERS,
     3: {"flwr", "psutil"},
     4: set(),
     5: {"typer", "rich"},
@@ -207,7 +211,8 @@ def test_import_loads_nothing_heavy(code: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["evaluate", "--help"], ["plan", "--help"], ["--version"]],
+    [["--help"], ["run", "--help"], ["evaluate", "--help"], ["plan", "--help"], ["--version"]]
+    + [["export", "--help"], ["ask", "--help"]],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -34,6 +34,7 @@ from grandrounds.config import FIELD_OF_KEY
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import ConfigError, RoundError
 from grandrounds.reporting import without_effect
+from grandrounds.strategies import STRATEGIES
 from grandrounds.validation import parse
 
 Settings = dict[str, Any]
@@ -417,6 +418,9 @@ OTHER_VALUE: Settings = {
     "train.training-arguments.weight-decay": 0.5,
     "strategy.proximal-mu": 100.0,
     "strategy.fraction-train": 0.25,
+    "strategy.weighting": "equal",
+    "communication.uplink-codec": "int8",
+    "defence.update-norm-bound": 0.001,
     "data.num-partitions": 5,
     "data.partitioner": "size-skewed",
     "data.held-out-fraction": 0.2,
@@ -436,6 +440,14 @@ ALSO_OTHER: dict[str, Settings] = {
         "train.training-arguments.lr-scheduler-type": "constant_with_warmup",
     },
     "strategy.name": {"strategy.name": "fedavg", "strategy.proximal-mu": 0.0},
+    "communication.block-size": {
+        "communication.uplink-codec": "int8",
+        "communication.block-size": 32,
+    },
+    "communication.kept-share": {
+        "communication.uplink-codec": "topk",
+        "communication.kept-share": 0.5,
+    },
     "data.partition-by": {"data.partition-by": "ward", "data.partitioner": "natural"},
     "data.dirichlet-alpha": {
         "data.partition-by": "ward",
@@ -460,10 +472,26 @@ TESTED_ELSEWHERE = {
     "model.gradient-checkpointing": "below: same adapter, by other means",
     "train.save-every-round": "above",
     "train.num-threads": "below",
+    "train.report-to": "tests/test_tracking.py: the same adapter, told to others",
     "train.training-arguments.lr-scheduler-type": "with warmup-steps",
     "train.training-arguments.bf16": "for a GPU",
     "train.training-arguments.tf32": "for a GPU",
     "train.training-arguments.gradient-checkpointing": "must agree with the model's",
+    "strategy.cohorts": "tests/test_sampling.py, and below",
+    **dict.fromkeys(
+        (f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),
+        "tests/test_rules_and_codecs.py and tests/aggregation",
+    ),
+    **dict.fromkeys(
+        (
+            "communication.downlink-codec",
+            "communication.downlink",
+            "communication.catch-up-codec",
+            "communication.entropy-coding",
+            "defence.min-cosine",
+        ),
+        "tests/test_rules_and_codecs.py and tests/test_downlink.py",
+    ),
     "strategy.fraction-evaluate": "above",
     "strategy.min-reply-fraction": "below",
     "strategy.round-timeout-seconds": "in process it never cuts a visit",

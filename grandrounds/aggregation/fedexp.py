@@ -1,13 +1,13 @@
 """FedExP: the mean of the changes, taken further the more the sites' changes differ.
 
     w_next = w + eta D,   D = sum_i p_i d_i
-    eta = max(1, sum_i p_i |d_i|^2 / (2 (|D|^2 + epsilon)))
+    eta = max(1, sum_i p_i |d_i|^2 / (2 |D|^2))
 
-Jhunjhunwala et al., FedExP: Speeding Up Federated Averaging via Extrapolation (ICLR 2023), equation
-10, with the weights p_i where the paper has 1 / M, and epsilon = 0 but where D is zero. Changes of
-sites with different data are nearly at right angles, and their mean is shorter than each: of k such
-changes of one length eta is k / 2. It is reported as `server-learning-rate`. Memory is that of
-`WeightedMean`, whatever the cohort.
+Jhunjhunwala et al., FedExP: Speeding Up Federated Averaging via Extrapolation (ICLR 2023), with
+the weights p_i where the paper has 1 / M, and without its small constant beside |D|^2 (a D of zero
+gives eta = 1). Changes of sites with different data are nearly at right angles, and their mean is
+shorter than each: of k such changes of one length eta is k / 2. It is reported as
+`server-learning-rate`. Memory is that of `WeightedMean`, whatever the cohort.
 """
 
 from __future__ import annotations
