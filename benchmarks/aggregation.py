@@ -44,9 +44,14 @@ ARMS: dict[str, dict[str, Any]] = {
         "strategy.proximal-mu": 0.0,
         "train.learning-rate-max": 3e-3,
     },
+    "ffa, rate 1e-2": {
+        "strategy.name": "ffa",
+        "strategy.proximal-mu": 0.0,
+        "train.learning-rate-max": 1e-2,
+    },
     **{
         name: {"strategy.name": name, "strategy.proximal-mu": 0.0}
-        for name in ("ffa", "rolora", "product", "flora")
+        for name in ("product", "rolora", "ffa", "flora")
     },
     "product, ranks 16 8 4": {
         "strategy.name": "product",
@@ -83,7 +88,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=None)

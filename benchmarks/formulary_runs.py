@@ -2,7 +2,7 @@
 
 Private facts are known to single sites (partitioner `natural`), so that accuracy on them is what
 the federation taught. Each run is the product's own, in process, one thread, in a worker of its
-own; what is done already stands in the output file and is not done again.
+own; what is done already stands in the output file, is not done again, and is never lost.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ SETTING: dict[str, Any] = {
     "data.partitioner": "natural",
     "data.partition-by": "site",
     "data.num-partitions": 20,
+    "strategy.name": "fedprox",
+    "strategy.proximal-mu": 0.01,
+    "strategy.cohorts": "balanced",
     "strategy.fraction-train": 0.2,
     "strategy.fraction-evaluate": 0.0,
     "model.lora.peft-lora-r": 16,
@@ -71,13 +74,13 @@ def play_all(
     arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], jobs: int, out: Path | None
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Return name → seed → what `play` returned, writing `out` after every run."""
+    kept = json.loads(out.read_text())["runs"] if out and out.is_file() else {}
     done: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in arms}
-    if out and out.is_file():
-        for name, by_seed in json.loads(out.read_text())["runs"].items():
-            if name in arms and by_seed["settings"] == dict(arms[name]):
-                done[name] = {int(s): r for s, r in by_seed["seeds"].items() if int(s) in seeds}
+    for name in done:
+        if name in kept and kept[name]["settings"] == dict(arms[name]):
+            done[name] = {int(s): r for s, r in kept[name]["seeds"].items()}
     missing = [(name, seed) for seed in seeds for name in arms if seed not in done[name]]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = {
             pool.submit(play, {**arms[name], "seed": seed}): (name, seed) for name, seed in missing
         }
@@ -88,12 +91,12 @@ def play_all(
             mib = found["up_mib"] + found["down_mib"]
             print(f"{name}, seed {seed}: {found['private']:.1f} % at {mib:.2f} MiB", flush=True)
             if out:
-                runs = {
+                kept |= {
                     arm: {"settings": dict(arms[arm]), "seeds": by_seed}
                     for arm, by_seed in done.items()
                 }
-                out.write_text(json.dumps({"runs": runs}, indent=2))
-    return done
+                out.write_text(json.dumps({"runs": kept}, indent=2))
+    return {name: {s: done[name][s] for s in seeds} for name in arms}
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

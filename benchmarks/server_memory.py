@@ -37,7 +37,8 @@ def one_round(replies: int) -> dict[str, float]:
 
     from grandrounds import messages, rounds
     from grandrounds.aggregation.make import make_rule
-    from grandrounds.downlink import Sender, codec_named
+    from grandrounds.codecs import codec_named
+    from grandrounds.downlink import Sender
     from grandrounds.engines import InProcessGrid
     from grandrounds.federation import rule_settings
     from grandrounds.ledger import Ledger

@@ -15,11 +15,16 @@ from rich.console import Console
 
 import grandrounds
 from grandrounds import recipes
+from grandrounds.ask_command import ask
+from grandrounds.compare_command import compare
 from grandrounds.config import Config, Scalar
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.evaluate_command import evaluate
+from grandrounds.export_command import export
 from grandrounds.plan_command import plan
 from grandrounds.quiet import quiet_libraries
+from grandrounds.report_command import report
+from grandrounds.tracking import tracked, trackers_of
 
 NEEDED_TO_RUN = (
     "accelerate",
@@ -161,13 +166,14 @@ def run(
             if value is not None
         }
         resolved = resolve_run(settings, resume)
+        trackers_of(resolved.train.report_to)  # a missing one is told before anything starts
         if engine is Engine.simulation:
             from grandrounds.simulation import default_gpus, simulate
 
             gpus = default_gpus() if client_gpus is None else client_gpus
             simulate(resolved, reporter(resolved, plain), client_cpus, gpus)
         else:
-            run_in_process(resolved, reporter(resolved, plain))
+            run_in_process(resolved, tracked(resolved, reporter(resolved, plain)))
 
 
 def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
@@ -233,5 +239,9 @@ def told_in_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+app.command("compare")(told_in_one_line()(compare))
 app.command("evaluate")(told_in_one_line()(evaluate))
 app.command("plan")(told_in_one_line()(plan))
+app.command("export")(told_in_one_line()(export))
+app.command("ask")(told_in_one_line()(ask))
+app.command("report")(told_in_one_line()(report))

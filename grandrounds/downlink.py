@@ -23,21 +23,17 @@ from numpy.typing import NDArray
 from grandrounds import codecs, messages, protocol, sampling
 from grandrounds.adapter import Adapter, Shapes
 from grandrounds.aggregation.low_rank import truncate
-from grandrounds.codecs import Codec
+from grandrounds.codecs import codec_named
+from grandrounds.codecs.finite import all_finite
 from grandrounds.config import CommunicationConfig, Config
+from grandrounds.drawing import drawn_adapter
 from grandrounds.errors import ReplyError
-from grandrounds.model import drawn_adapter
 from grandrounds.strategies import STRATEGIES
 
 _HELD = "grandrounds-held"
 _VERSION = "version"
 
 Vector = NDArray[np.float32]
-
-
-def codec_named(name: str, how: CommunicationConfig) -> Codec:
-    """Return a codec with the configured block size, share and entropy coding."""
-    return Codec(name, how.block_size, how.kept_share, how.entropy_coding)
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,10 @@ class Sender:
     """Ranks of the sites, repeated; empty: the adapter's."""
     _held: dict[int, tuple[int, Vector]] = field(default_factory=dict)
     """Partition → version and numbers of what it has (`incremental`)."""
-    _shared: tuple[tuple[int, int, int], Adapter, Parcel] | None = None
-    """The last complete message, for the next site of the same cohort."""
+    _shared: dict[tuple[int, int, int], Parcel] = field(default_factory=dict)
+    """Complete messages of the adapter as it is now, by round, purpose and rank."""
+    _adapter: Adapter | None = None
+    """The adapter of those messages."""
     _version: int = 0
 
     def parcel(self, round_number: int, partition: int, adapter: Adapter, trains: bool) -> Parcel:
@@ -86,16 +84,17 @@ class Sender:
             reference, holds = (held[1], held[0]) if held else (self._reference(sent), 0)
             codec = self.how.downlink_codec if held else self.how.catch_up_codec
             return self._encoded(sent, reference, codec, holds, (round_number, trains, partition))
+        if self._adapter is not adapter:
+            self._adapter, self._shared = adapter, {}
         key = (round_number, trains, rank)
-        if self._shared is None or self._shared[0] != key or self._shared[1] is not adapter:
+        if key not in self._shared:
             sent = self._sent(adapter, rank)
-            made = (
+            self._shared[key] = (
                 self.exact(sent)
                 if self.how.downlink_codec == "none"
                 else self._encoded(sent, self._reference(sent), self.how.downlink_codec, 0, key)
             )
-            self._shared = (key, adapter, made)
-        return self._shared[2]
+        return self._shared[key]
 
     def exact(self, adapter: Adapter) -> Parcel:
         """Return the message that gives a site the adapter as it is, in float32."""
@@ -115,10 +114,11 @@ class Sender:
 
     def _sent(self, adapter: Adapter, rank: int) -> Adapter:
         """Return the tensors that travel, at a site's rank."""
-        shapes = protocol.shapes_of(adapter)
-        if rank != protocol.rank_of(shapes):
+        start = protocol.shapes_of(self.start)
+        if rank != protocol.rank_of(protocol.shapes_of(adapter)):
             adapter = truncate(adapter, rank)
-        return {n: adapter[n] for n in protocol.of_factors(shapes, STRATEGIES[self.rule].sends)}
+        # in the order of the start, which is the sites' own
+        return {n: adapter[n] for n in protocol.of_factors(start, STRATEGIES[self.rule].sends)}
 
     def _reference(self, sent: Adapter) -> Vector | None:
         """Return what a complete difference is taken from; None: the adapter itself travels."""
@@ -167,15 +167,17 @@ def receive(message: Message, config: Config, context: Context, shapes: Shapes) 
         If the message is not what this run's configuration lets the server send, or builds on
         something that the site does not have.
     """
-    instruction = message.content.config_records[messages.CONFIG]
+    instruction = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
     rule, how = config.strategy.name, config.communication
-    name, rank = str(instruction.get("codec")), instruction.get("rank")
+    name, most = str(instruction.get("codec")), config.lora.peft_lora_r
     allowed = {"none", how.downlink_codec}
     if how.downlink == "incremental":
         allowed.add(how.catch_up_codec)
-    most = config.max_rank if rule == "flora" else config.lora.peft_lora_r
-    if name not in allowed or not isinstance(rank, int) or not 1 <= rank <= most:
-        raise ReplyError(f"the server sent codec {name!r} at rank {rank!r}; this run has another")
+    if name not in allowed:
+        raise ReplyError(f"the server sent codec {name!r}; this run allows {sorted(allowed)}")
+    rank = messages.whole_number(
+        instruction, "rank", 1, config.max_rank if rule == "flora" else most
+    )
     expected = protocol.shapes_down(rule, shapes, rank)
     record = message.content.array_records.get(messages.ARRAYS)
     if name == "none":
@@ -183,12 +185,15 @@ def receive(message: Message, config: Config, context: Context, shapes: Shapes) 
             raise ReplyError("the server sent no tensors")
         return messages.from_arrays(record, expected)
     count = protocol.count(expected)
-    holds, version = int(instruction["holds"]), int(instruction[_VERSION])  # type: ignore[arg-type]
+    holds = messages.whole_number(instruction, "holds")
+    version = messages.whole_number(instruction, _VERSION, 1)
     vector = _held_by(context, holds, count) if holds else _drawn(config, shapes, expected)
     if record is not None:
         codec = codec_named(name, how)
         payload = messages.from_payload(record, name, codecs.encoded_bytes(codec, count))
         vector = vector + codecs.decode(codec, payload, count)
+        if not all_finite(vector):
+            raise ReplyError("what the server sent is not finite together with what is there")
     if how.downlink == "incremental":
         context.state[_HELD] = ArrayRecord({"adapter": Array(vector)})
         context.state[f"{_HELD}-{_VERSION}"] = ConfigRecord({_VERSION: version})

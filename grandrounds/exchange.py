@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from grandrounds.errors import EngineError
+
 POLL_SECONDS = 0.05
 """Between two looks for replies; Flower's engines move messages every 0.1 s."""
 
@@ -22,7 +24,13 @@ def exchange(
     """
     nodes = list(outgoing)
     message_ids = list(grid.push_messages(outgoing.values()))
-    pending = dict(zip(message_ids, nodes, strict=True))
+    if len(message_ids) != len(nodes):
+        raise EngineError(
+            f"Flower took {len(message_ids)} of {len(nodes)} messages: are they larger than its "
+            "server allows? Send less (communication.downlink-codec), or raise its limit."
+        )
+    # Flower gives no id to a message whose node is gone; nothing will come back from there.
+    pending = {i: node for i, node in zip(message_ids, nodes, strict=True) if i}
     deadline = time.monotonic() + timeout_seconds
     while pending:
         waiting = len(pending)

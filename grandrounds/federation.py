@@ -20,11 +20,13 @@ import grandrounds
 from grandrounds import messages, protocol, recipes, roll_call, rounds, sampling, schedules
 from grandrounds.aggregation.make import make_rule
 from grandrounds.aggregation.rule import Rule, RuleSettings
+from grandrounds.codecs import codec_named
 from grandrounds.config import Config, share_of
-from grandrounds.downlink import Sender, codec_named
+from grandrounds.downlink import Sender
+from grandrounds.drawing import drawn_adapter
 from grandrounds.errors import DataError, RoundError, RunDirectoryError
 from grandrounds.formulary import BASE_NAME as FORMULARY
-from grandrounds.model import LoraSpec, adapter_layout, drawn_adapter, peft_config
+from grandrounds.model import LoraSpec, adapter_layout, peft_config
 from grandrounds.model_card import model_card
 from grandrounds.planning import Plan, plan_config
 from grandrounds.roll_call import SiteCard
@@ -32,7 +34,7 @@ from grandrounds.rounds import Tally
 from grandrounds.run_directory import RunDirectory
 from grandrounds.run_state import State, summarize
 from grandrounds.strategies import STRATEGIES
-from grandrounds.updates import Terms
+from grandrounds.updates import Terms, claimed_examples
 
 SAME_ON_RESUME = (
     "rows",
@@ -114,7 +116,7 @@ def begin(config: Config, listener: Listener) -> Run:
     else:
         state = State.from_json(*saved)
         rule.restore(directory.load_rule_state())
-        state.unconfirmed = set(range(config.data.num_partitions))
+        state.adapter = {name: state.adapter[name] for name in shapes}  # safetensors sorts
         directory.rewind(state.round, saved[1]["record"])
         directory.remove("summary.json")  # of the part that ended
     run = Run(
@@ -248,10 +250,8 @@ def play_round(run: Run, grid: Grid) -> None:
         config.strategy.cohorts == "balanced",
     )
     instructions: dict[int, dict[str, float | int]] = {
-        p: {"learning-rate": learning_rate} for p in cohort
+        p: {"learning-rate": learning_rate, "cursor": state.cursors.get(p, 0)} for p in cohort
     }
-    for partition in state.unconfirmed.intersection(cohort):
-        instructions[partition]["cursor"] = state.cursors.get(partition, 0)
 
     def on_reply(partition: int, failure: str | None) -> None:
         state.failed_replies += failure is not None
@@ -282,36 +282,38 @@ def play_round(run: Run, grid: Grid) -> None:
     )
     trained = time.perf_counter()
     state.round = number
-    state.unconfirmed |= tally.failed.keys()
-    remember(state, tally)
+    remember_cursors(state, tally)
+    remember_loads(state, tally)
     record = training_record(run, number, learning_rate, cohort, tally)
     record |= measured
     judge_and_write(run, grid, record, started, trained, saves)
 
 
-def remember(state: State, tally: Tally) -> None:
-    """Take over what the replies of a round say about their sites."""
+def remember_cursors(state: State, tally: Tally) -> None:
+    """Take over how far the sites of a training round have come in their examples."""
     for partition, metrics in tally.good.items():
-        if "cursor" in metrics:
-            state.cursors[partition] = int(metrics["cursor"])
-            state.coverage[partition] = float(metrics["coverage"])
-            state.unconfirmed.discard(partition)
-        if "process-id" in metrics:
-            process = str(int(metrics["process-id"]))
-            state.base_loads[process] = int(metrics["base-loads"])
+        state.cursors[partition] = int(metrics["cursor"])
+        state.coverage[partition] = float(metrics["coverage"])
+
+
+def remember_loads(state: State, tally: Tally) -> None:
+    """Take over how often the processes behind the replies have loaded a base."""
+    for metrics in tally.good.values():
+        if {"process-id", "base-loads"} <= metrics.keys():
+            state.base_loads[str(metrics["process-id"])] = int(metrics["base-loads"])
 
 
 def training_record(
     run: Run, number: int, learning_rate: float, cohort: list[int], tally: Tally
 ) -> dict[str, Any]:
     """Return one line of metrics.jsonl, as far as training goes."""
-    good = tally.good.values()
-    examples = sum(int(m["num-examples"]) for m in good)
+    good, sites = tally.good.values(), run.cards
+    weights = {p: claimed_examples(m, sites[p]) for p, m in tally.good.items()}
 
     def mean(name: str) -> float:
-        return sum(float(m[name]) * int(m["num-examples"]) for m in good) / examples
+        weighted = sum(float(m[name]) * weights[p] for p, m in tally.good.items())
+        return weighted / sum(weights.values())
 
-    sites = run.cards
     everything = sum(card.num_examples for card in sites.values())
     covered = sum(c * sites[p].num_examples for p, c in run.state.coverage.items())
     return {
@@ -348,7 +350,7 @@ def judge_and_write(
             run.sender,
             run.config.strategy.round_timeout_seconds,
         )
-        remember(state, tally)
+        remember_loads(state, tally)
         state.failed_replies += len(tally.failed)
         if state.round == 0 and tally.failed and not tally.good:
             reasons = "; ".join(f"site {p}: {why}" for p, why in sorted(tally.failed.items()))

@@ -61,6 +61,29 @@ FORMULARY_METRICS = tuple(
 )
 """What the answer to `evaluate.formulary` must report."""
 
+MANY = 2**53
+"""More than any count here; float64 still tells its neighbours apart."""
+
+WHOLE = (
+    "examples",
+    "tokens",
+    "padding-tokens",
+    "cursor",
+    "base-loads",
+    "process-id",
+    *FORMULARY_METRICS,
+)
+"""Metrics that are whole numbers from 0 to `MANY`."""
+
+REAL = {
+    "coverage": 1.0,
+    "train-loss": 1e6,
+    "nll-sum": 1e15,
+    "proximal-penalty": 1e30,
+    "seconds": 1e9,
+}
+"""Metrics that are numbers from 0 to at most so much."""
+
 INTRODUCTION = (
     "partition-id",
     "rows",
@@ -221,7 +244,7 @@ def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
     Raises
     ------
     ReplyError
-        If one of these is missing, or any is a list or not finite.
+        If one of these is missing, or any is a list, not finite or out of its range.
     """
     if METRICS not in reply.content.metric_records:
         raise ReplyError("the reply has no metrics")
@@ -231,6 +254,10 @@ def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
     for name, value in reply.content.metric_records[METRICS].items():
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise ReplyError(f"the metric {name!r} is {value!r}, not a finite number")
+        if name in WHOLE and not (isinstance(value, int) and 0 <= value <= MANY):
+            raise ReplyError(f"the metric {name!r} is {value!r}, not a whole number from 0 on")
+        if name in REAL and not 0 <= value <= REAL[name]:
+            raise ReplyError(f"the metric {name!r} is {value!r}, not from 0 to {REAL[name]:g}")
         out[name] = value
     return out
 
@@ -244,6 +271,20 @@ def reply(
 ) -> Message:
     """Return the answer to a message."""
     return Message(content(arrays=arrays, config=config, metrics=metrics), reply_to=message)
+
+
+def whole_number(record: ConfigRecord, name: str, low: int = 0, high: int = MANY) -> int:
+    """Return a whole number that a message holds.
+
+    Raises
+    ------
+    ReplyError
+        If it is missing, of another type or out of its range.
+    """
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ReplyError(f"{name} is {value!r}, not a whole number from {low} to {high}")
+    return value
 
 
 def answering(

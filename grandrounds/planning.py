@@ -221,8 +221,11 @@ def cohorts(
     seed: int, rounds: int, num_partitions: int, size: int, balanced: bool
 ) -> tuple[tuple[int, ...], ...]:
     """Return who trains in each round."""
+    if balanced:
+        drawn = sampling.balanced_cohorts(seed, num_partitions, size)
+        return tuple(tuple(next(drawn)) for _ in range(rounds))
     return tuple(
-        tuple(sampling.training_cohort(seed, number, num_partitions, size, balanced))
+        tuple(sampling.training_cohort(seed, number, num_partitions, size, False))
         for number in range(1, rounds + 1)
     )
 

@@ -191,8 +191,8 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return `key: old → new` for every key that differs, run directories apart."""
-    ignored = ("run-directory", "resume-from")
+    """Return `key: old → new` for every key that differs, run directories and trackers apart."""
+    ignored = ("run-directory", "resume-from", "train.report-to")
     before, after = old.flat(), new.flat()
     return [
         f"{key}: {before[key]!r} → {after[key]!r}"

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, MessageType
+from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from grandrounds import messages
-from grandrounds.errors import EngineError
+from grandrounds.errors import EngineError, ReplyError
 from grandrounds.exchange import POLL_SECONDS, exchange
 
 CONNECT_SECONDS = 60.0
@@ -81,8 +81,8 @@ def roll_call(
     cards: dict[int, SiteCard] = {}
     for node, reply in exchange(grid, outgoing, timeout_seconds):
         messages.raise_failure(reply)
-        facts = introduction_of(node, reply, required)
-        partition = int(facts["partition-id"])
+        facts = introduction_of(node, reply, required, len(nodes))
+        partition = facts["partition-id"]
         if partition in cards:
             raise EngineError(f"Two nodes say that they are site {partition}; each needs its own.")
         cards[partition] = SiteCard(node, facts)
@@ -96,14 +96,37 @@ def roll_call(
     return dict(sorted(cards.items()))
 
 
-def introduction_of(node: int, reply: Message, required: Collection[str]) -> dict[str, Any]:
-    """Return what a site says of itself; raise `EngineError` if something is missing."""
+COUNTS = (
+    "rows",
+    "empty-rows",
+    "duplicate-rows",
+    "truncated",
+    "unlearnable",
+    "held-out-examples",
+    "threads",
+)
+"""Facts that are whole numbers from 0 on."""
+
+
+def introduction_of(
+    node: int, reply: Message, required: Collection[str], num_sites: int
+) -> dict[str, Any]:
+    """Return what a site says of itself; raise `EngineError` if something is missing or wrong."""
     record = dict(reply.content.config_records.get(messages.CONFIG) or {})
     if missing := [fact for fact in required if fact not in record]:
         raise EngineError(
             f"Node {node} does not say its {', '.join(missing)} at roll call: is another version "
             "of grandrounds installed there? Install the same one everywhere."
         )
+    facts = ConfigRecord(record)
+    try:
+        messages.whole_number(facts, "partition-id", 0, num_sites - 1)
+        messages.whole_number(facts, "train-examples", 1)
+        for name in COUNTS:
+            if name in record:
+                messages.whole_number(facts, name)
+    except ReplyError as error:
+        raise EngineError(f"Node {node} introduces itself wrongly: {error}.") from error
     return record
 
 

@@ -21,6 +21,7 @@ from grandrounds.adapter import Adapter
 from grandrounds.aggregation.product_error import ProductError, measured_modules
 from grandrounds.aggregation.rule import Rule
 from grandrounds.codecs import Codec
+from grandrounds.codecs.finite import all_finite
 from grandrounds.downlink import Parcel, Sender
 from grandrounds.errors import GrandRoundsError, RoundError
 from grandrounds.exchange import exchange
@@ -142,7 +143,11 @@ def train_round(
             add(partition, *update)
         return metrics
 
-    tally = ask_cohort(grid, "train", outgoing, ledger, timeout_seconds, use, on_reply)
+    def tell(partition: int, failure: str | None) -> None:
+        if not updates.waits(partition):
+            on_reply(partition, failure)
+
+    tally = ask_cohort(grid, "train", outgoing, ledger, timeout_seconds, use, tell)
     for partition, update in updates.screened(tally.failed, on_reply):
         add(partition, *update)
     for partition in tally.failed:
@@ -157,6 +162,11 @@ def train_round(
             f"{terms.min_reply_fraction:g}). {reasons}"
         )
     new = rule.result()
+    if not all(map(all_finite, (*new.values(), *rule.state().values()))):
+        raise RoundError(
+            f"Round {round_number}: {sender.rule} made numbers that are not finite of updates that "
+            "are. Lower the learning rates, or set defence.update-norm-bound; the round is dropped."
+        )
     measured: dict[str, Any] = {**rule.report(), **updates.report()}
     if modules:
         measured["product-error"] = product_error.result()

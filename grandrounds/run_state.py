@@ -25,7 +25,8 @@ class State:
     ledger: Ledger = field(default_factory=Ledger)
     """Bytes so far."""
     cursors: dict[int, int] = field(default_factory=dict)
-    """Partition id → examples it has been given."""
+    """Partition id → examples it has been given, up to its last reply that was used. It is told at
+    each visit: what it trained on in vain, or before a resume, comes again."""
     coverage: dict[int, float] = field(default_factory=dict)
     """Partition id → share of its examples that it has trained on."""
     base_loads: dict[str, int] = field(default_factory=dict)
@@ -34,9 +35,6 @@ class State:
     """Replies that were not used."""
     seconds: float = 0.0
     """Wall-clock time of all finished rounds."""
-    unconfirmed: set[int] = field(default_factory=set)
-    """Partitions that are told their cursor at their next visit: their last reply was not used, or
-    the run was resumed. What they trained on then was lost, and comes again."""
 
     def to_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return everything but the adapter, and the round's metrics."""

@@ -7,6 +7,7 @@ cursor); node ids, which Flower draws at random, play no part.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,22 +33,30 @@ def training_cohort(
         Whether all sites take part once, in seeded random order, before any does again; else each
         cohort is drawn uniformly, whoever was drawn before.
     """
-    if not balanced:
-        drawn = _generator(seed, _COHORT, round_number).choice(num_partitions, size, replace=False)
-        return sorted(int(p) for p in drawn)
+    if balanced:
+        rounds = balanced_cohorts(seed, num_partitions, size)
+        return next(itertools.islice(rounds, round_number - 1, None))
+    drawn = _generator(seed, _COHORT, round_number).choice(num_partitions, size, replace=False)
+    return sorted(int(p) for p in drawn)
+
+
+def balanced_cohorts(seed: int, num_partitions: int, size: int) -> Iterator[list[int]]:
+    """Yield the cohorts of rounds 1, 2, ...: each site once in a turn, in a new order every turn.
+
+    A cohort that the end of a turn leaves short is filled from the next one, with other sites.
+    """
     waiting: list[int] = []
-    cohort: list[int] = []
     turns = itertools.count()
-    for _ in range(round_number):
-        cohort = []
-        while len(cohort) < size:
-            if not set(waiting).difference(cohort):
-                order = _generator(seed, _COHORT, 0, next(turns)).permutation(num_partitions)
-                waiting += [int(p) for p in order]
-            chosen = next(p for p in waiting if p not in cohort)
-            waiting.remove(chosen)
-            cohort.append(chosen)
-    return sorted(cohort)
+    while True:
+        cohort, waiting = waiting[:size], waiting[size:]
+        if len(cohort) < size:
+            order = _generator(seed, _COHORT, 0, next(turns)).permutation(num_partitions).tolist()
+            taken = set(cohort)
+            fresh = [p for p in order if p not in taken][: size - len(cohort)]
+            taken = set(fresh)
+            waiting = [p for p in order if p not in taken]
+            cohort += fresh
+        yield sorted(cohort)
 
 
 def evaluation_cohort(seed: int, num_partitions: int, size: int) -> list[int]:

@@ -17,6 +17,7 @@ from grandrounds.federation import Listener
 from grandrounds.quiet import quiet_libraries
 from grandrounds.recipes import resolve
 from grandrounds.reporting import PlainReporter
+from grandrounds.tracking import tracked
 
 app = ServerApp()
 
@@ -26,7 +27,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that Flower's run config describes, telling it in plain lines."""
     quiet_libraries()
     config = resolve(context.run_config)
-    federate(grid, config, PlainReporter(config))
+    with tracked(config, PlainReporter(config)) as listener:
+        federate(grid, config, listener)
 
 
 def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:

@@ -7,6 +7,7 @@ server and sites must agree on without loading it.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,7 @@ class Strategy:
     keeps_replies: bool = False
     """Whether the server holds all replies of a round: its memory grows with the cohort."""
     mean_of_factors: bool = False
-    """Whether the result is A and B averaged apart, so that this has an error to measure."""
+    """Whether A and B are averaged apart, which has an error to measure."""
     error_feedback: bool = True
     """Whether what a codec lost can be sent at the site's next visit: not where the server writes
     the factors anew in every round."""
@@ -43,7 +44,7 @@ _ADAPTIVE = ("server-learning-rate", "beta-1", "beta-2", "tau")
 STRATEGIES: dict[str, Strategy] = {
     "fedavg": Strategy(mean_of_factors=True),
     "fedprox": Strategy(mean_of_factors=True),
-    "fedexp": Strategy(),
+    "fedexp": Strategy(mean_of_factors=True),
     "fedavgm": Strategy(keeps_replies=True, keys=("server-learning-rate", "server-momentum")),
     "fedadam": Strategy(keeps_replies=True, keys=_ADAPTIVE),
     "fedyogi": Strategy(keeps_replies=True, keys=_ADAPTIVE),
@@ -98,5 +99,6 @@ def needed_replies(settings: Thresholds) -> int:
     if settings.name == "bulyan":
         return 4 * hostile + 3
     if settings.name == "fedtrimmedavg" and settings.trimmed_share > 0:
-        return next(n for n in itertools.count(1) if int(settings.trimmed_share * n))
+        near = math.ceil(1 / settings.trimmed_share) - 1
+        return next(n for n in itertools.count(max(1, near)) if int(settings.trimmed_share * n))
     return 1

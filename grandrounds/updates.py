@@ -17,14 +17,17 @@ from grandrounds.aggregation import defence
 from grandrounds.aggregation.weighted_mean import LARGEST_WEIGHT
 from grandrounds.codecs import Codec
 from grandrounds.downlink import Parcel, Sender
+from grandrounds.drawing import drawn_adapter
 from grandrounds.errors import ReplyError
-from grandrounds.model import drawn_adapter
 from grandrounds.roll_call import SiteCard
 from grandrounds.uplink import decode_change
 
 SAMPLED = 16_384
 """Numbers of an update from which its cosine to the mean is estimated, to about 0.01, for adapters
 that have more."""
+
+LARGEST_NORM = 1e15
+"""An update that is longer is no update; above, sums of squares leave float32."""
 
 Update = tuple[Adapter, int]
 """A change, and its weight."""
@@ -90,14 +93,21 @@ class Updates:
         self._held[partition] = update
         return None
 
+    def waits(self, partition: int) -> bool:
+        """Whether a reply that came is not decided on yet."""
+        return partition in self._held
+
     def _measured(self, partition: int, change: Adapter) -> Adapter:
         bound = self.terms.update_norm_bound or math.inf
-        change, self._norms[partition] = defence.norm_bound(change, bound)
-        self._bounded += self._norms[partition] > bound
-        return change
+        bounded, norm = defence.norm_bound(change, bound)
+        if norm > LARGEST_NORM:
+            raise ReplyError(f"its update has a norm of {norm:.3g}, which no training makes")
+        self._norms[partition] = norm
+        self._bounded += norm > bound
+        return bounded
 
     def screened(
-        self, failed: dict[int, str], on_failure: Callable[[int, str], None]
+        self, failed: dict[int, str], on_reply: Callable[[int, str | None], None]
     ) -> Iterator[tuple[int, Update]]:
         """Yield the updates that waited and go along with the others; name the rest in `failed`."""
         if not self._held:
@@ -111,9 +121,10 @@ class Updates:
                     f"its update has a cosine of {left_out[partition]:.2f} to the mean of the "
                     f"others, less than defence.min-cosine = {self.terms.min_cosine:g}"
                 )
-                on_failure(partition, failed[partition])
+                on_reply(partition, failed[partition])
                 continue
             self._samples[partition] = sample(update[0]), update[1]
+            on_reply(partition, None)
             yield partition, update
 
     def report(self) -> dict[str, Any]:
@@ -141,7 +152,7 @@ class Updates:
 
 def sample(change: Adapter) -> NDArray[np.float32]:
     """Return every k-th number of a change, about `SAMPLED` of them, the same for all sites."""
-    step = max(1, protocol.count(protocol.shapes_of(change)) // SAMPLED)
+    step = protocol.count(protocol.shapes_of(change)) // SAMPLED | 1  # odd: no rank is left out
     return np.concatenate([tensor.ravel()[::step] for tensor in change.values()])
 
 

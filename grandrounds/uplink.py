@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from grandrounds import codecs, messages, protocol, sampling
 from grandrounds.adapter import Adapter, Shapes
-from grandrounds.codecs import Codec
+from grandrounds.codecs import Codec, codec_named
 from grandrounds.config import Config
-from grandrounds.downlink import codec_named
 from grandrounds.errors import ReplyError
 from grandrounds.strategies import STRATEGIES
 

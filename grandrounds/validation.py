@@ -198,7 +198,7 @@ def _rule_problems(config: Config) -> list[tuple[bool, str]]:
     """Return what an aggregation rule cannot work with, as (is wrong, message)."""
     strategy, rank, cohort = config.strategy, config.lora.peft_lora_r, config.cohort_size
     name = strategy.name
-    ranks = strategy.site_ranks.replace(",", " ").split()
+    ranks = [rank.strip() for rank in strategy.site_ranks.split(",") if rank.strip()]
     are_ranks = all(r.isascii() and r.isdigit() and 1 <= int(r) <= rank for r in ranks)
     mixed = [rule for rule, asks in STRATEGIES.items() if asks.mixed_ranks]
     needed = needed_replies(strategy)

@@ -15,6 +15,7 @@ import grandrounds
 from grandrounds import downlink, protocol, sampling, slots, training, uplink
 from grandrounds.adapter import Adapter, factor_of
 from grandrounds.config import Config
+from grandrounds.drawing import drawn_adapter
 from grandrounds.errors import DataError
 from grandrounds.model import (
     BaseSpec,
@@ -25,7 +26,6 @@ from grandrounds.model import (
     base_loads,
     base_parameters,
     device_and_dtype,
-    drawn_adapter,
     has_bfloat16,
     quantization_config,
     resident_model,

@@ -12,9 +12,9 @@ from grandrounds import downlink, messages, protocol
 from grandrounds.adapter import Adapter
 from grandrounds.config import Config
 from grandrounds.downlink import Parcel, Sender
+from grandrounds.drawing import drawn_adapter
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import ReplyError
-from grandrounds.model import drawn_adapter
 from grandrounds.recipes import resolve
 
 SHAPES = {"m.lora_A.weight": (4, 32), "m.lora_B.weight": (48, 4)}
@@ -136,13 +136,51 @@ def test_a_site_that_has_something_else_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"codec": "int8"}, {"codec": "topk"}, {"rank": 5}, {"rank": 0}, {"rank": 1.5}]
+    "changed",
+    [
+        {"codec": "int8"},
+        {"codec": "topk"},
+        {"codec": 7},
+        *({"rank": rank} for rank in (5, 0, -1, 1.5, True, "4", b"4", [4])),
+        *({"holds": holds} for holds in (-1, 1.5, True, "x", b"x", [1])),
+        *({"version": version} for version in (0, "x", [1])),
+    ],
 )
 def test_a_message_of_another_configuration_is_refused(changed: dict[str, Any]) -> None:
     config = config_of("int4")
     parcel = sender_of(config).parcel(1, 0, moved(), trains=True)
-    with pytest.raises(ReplyError, match="this run has another"):
+    with pytest.raises(ReplyError, match=next(iter(changed))):
         downlink.receive(arrived(parcel, **changed), config, new_context(), SHAPES)
+
+
+@pytest.mark.parametrize("missing", ["codec", "rank", "holds", "version"])
+def test_a_message_without_what_it_must_say_is_refused(missing: str) -> None:
+    config = config_of("int4")
+    parcel = sender_of(config).parcel(1, 0, moved(), trains=True)
+    message = arrived(parcel)
+    del message.content.config_records["config"][missing]
+    with pytest.raises(ReplyError, match=missing):
+        downlink.receive(message, config, new_context(), SHAPES)
+    message.content = messages.content(arrays=parcel.arrays)
+    with pytest.raises(ReplyError, match="codec"):
+        downlink.receive(message, config, new_context(), SHAPES)
+
+
+def test_each_rank_of_a_cohort_is_encoded_once() -> None:
+    config = config_of("int4", rule="product", **{"strategy.site-ranks": "4,2"})
+    sender, adapter = sender_of(config), moved()
+    parcels = [sender.parcel(1, site, adapter, trains=True) for site in range(6)]
+    assert parcels[0] is parcels[2] is parcels[4]
+    assert parcels[1] is parcels[3] is parcels[5]
+
+
+def test_the_order_of_the_tensors_is_that_of_the_start() -> None:
+    """A state that was loaded again has its tensors in another order."""
+    config, adapter = config_of("int4"), moved()
+    turned = dict(reversed(adapter.items()))
+    parcel = sender_of(config).parcel(1, 0, turned, trains=True)
+    received = downlink.receive(arrived(parcel), config, new_context(), SHAPES)
+    assert np.abs(flat(received) - flat(adapter)).max() < 0.02
 
 
 def test_a_site_of_lower_rank_receives_the_strongest_directions() -> None:

@@ -23,6 +23,7 @@ from grandrounds import client_app, messages, sampling, server_app, visits
 from grandrounds.aggregation.product_error import measured_modules
 from grandrounds.config import Config, Scalar
 from grandrounds.data import Example
+from grandrounds.drawing import initial_adapter
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import DataError, ModelError, RoundError
 from grandrounds.ledger import MIB
@@ -30,7 +31,6 @@ from grandrounds.model import (
     BaseSpec,
     LoraSpec,
     base_loads,
-    initial_adapter,
     resident_model,
     set_adapter,
 )

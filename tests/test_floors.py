@@ -30,6 +30,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "forecast",
         "plan_tables",
         "protocol",
+        "drawing",
         "slots",
         "codecs",
         "codecs.blocks",
@@ -53,16 +54,36 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "aggregation.product",
         "aggregation.flora",
         "run_directory",
+        "checkpoints",
         "run_state",
         "reporting",
         "model_card",
+        "comparison",
+        "comparison_folder",
+        "comparison_results",
+        "comparison_statistics",
+        "comparison_tables",
         "evaluation",
         "evaluation.statistics",
+        "report",
+        "report.browser",
+        "report.charts",
+        "report.comparison_page",
+        "report.drawing",
+        "report.facts",
+        "report.figures",
+        "report.learning",
+        "report.one_run",
+        "report.read",
+        "report.row_charts",
+        "report.several_runs",
+        "report.updates",
         "formulary",
         "formulary.facts",
         "formulary.vocabulary",
     ),
     2: (
+        "comparison_exams",
         "files",
         "sources",
         "data",
@@ -90,8 +111,20 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "flower_runtime",
         "simulation",
     ),
-    4: ("client_app", "server_app"),
-    5: ("display", "screen", "evaluate_command", "plan_command", "cli", "__main__"),
+    4: ("client_app", "server_app", "comparison_arms", "comparison_runner"),
+    5: (
+        "display",
+        "screen",
+        "compare_command",
+        "evaluate_command",
+        "plan_command",
+        "export_command",
+        "ask_command",
+        "report.page",
+        "report_command",
+        "cli",
+        "__main__",
+    ),
 }
 """Floor → modules: 0 standard library; 1 numpy at most; 2 torch and Hugging Face; 3 Flower; 4 the
 two apps; 5 what people touch."""
@@ -119,7 +152,7 @@ THIRD_PARTY: dict[int, set[str]] = {
     2: HUGGING_FACE | TRACKERS,
     3: {"flwr", "psutil"},
     4: set(),
-    5: {"typer", "rich"},
+    5: {"typer", "rich", "jinja2"},
 }
 """Floor → what it may import besides what the floors below may. Neither typer nor rich is of use
 below, and Flower of none at floor 2."""
@@ -211,8 +244,15 @@ def test_import_loads_nothing_heavy(code: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["evaluate", "--help"], ["plan", "--help"], ["--version"]]
-    + [["export", "--help"], ["ask", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        *(
+            [command, "--help"]
+            for command in ("run", "compare", "evaluate", "plan", "export", "ask")
+        ),
+        ["report", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from grandrounds.drawing import initial_adapter
 from grandrounds.errors import ModelError
 from grandrounds.model import (
     BaseSpec,
@@ -21,7 +22,6 @@ from grandrounds.model import (
     base_fingerprint,
     base_loads,
     device_and_dtype,
-    initial_adapter,
     load_tokenizer,
     peft_config,
     quantization_config,

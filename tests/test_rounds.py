@@ -11,7 +11,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 
 from grandrounds import messages, roll_call, rounds
 from grandrounds.aggregation.make import make_rule
-from grandrounds.downlink import Sender, codec_named
+from grandrounds.codecs import codec_named
+from grandrounds.downlink import Sender
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import DataError, EngineError, ReplyError, RoundError
 from grandrounds.federation import rule_settings
@@ -25,7 +26,7 @@ Behaviour = Callable[[Message, int], Message]
 SHAPES = {"m.lora_A.weight": (2, 3), "m.lora_B.weight": (5, 2)}
 START = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
 BYTES = message_bytes(SHAPES)
-CONFIG = resolve({})
+CONFIG = resolve({"strategy.name": "fedprox"})
 NONE = codec_named("none", CONFIG.communication)
 NAME_BYTES = 2 * len("m.lora_A.weight")
 
@@ -209,6 +210,12 @@ def test_a_round_is_the_weighted_mean_of_the_changes() -> None:
     assert sorted(tally.good) == [0, 1, 3]
     assert tally.failed == {}
     assert "product-error" not in measured
+
+
+def test_replies_weigh_the_same_where_wanted() -> None:
+    """Sites 0, 1, 3 change by 1, 2, 4: 7 / 3 in the mean, whatever they hold."""
+    adapter, _, _ = play(Sites(), [0, 1, 3], equal_weights=True)
+    assert np.array_equal(adapter["m.lora_A.weight"], np.full((2, 3), 10 / 3, np.float32))
 
 
 def test_the_product_error_of_a_round_is_measured_where_asked() -> None:

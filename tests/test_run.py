@@ -229,8 +229,9 @@ def test_the_model_card_names_base_data_rounds_and_that_it_is_not_comparable(
 ) -> None:
     run = play(settings)
     card = (run / "peft_2" / "README.md").read_text()
-    assert f"base_model: {settings['model.name']}" in card
-    assert str(settings["static.dataset.name"]) in card
+    assert f"base | {Path(str(settings['model.name'])).name} (local)" in card
+    assert "data | cards.jsonl (local), 4 sites" in card
+    assert str(settings["model.name"]) not in card  # a card is read elsewhere
     assert "after round 2 of 3" in card
     assert "Not comparable with the FlowerTune leaderboard" in card
     assert "4 partitions, not 20" in card
@@ -418,7 +419,6 @@ OTHER_VALUE: Settings = {
     "train.training-arguments.weight-decay": 0.5,
     "strategy.proximal-mu": 100.0,
     "strategy.fraction-train": 0.25,
-    "strategy.weighting": "equal",
     "communication.uplink-codec": "int8",
     "defence.update-norm-bound": 0.001,
     "data.num-partitions": 5,
@@ -478,6 +478,7 @@ TESTED_ELSEWHERE = {
     "train.training-arguments.tf32": "for a GPU",
     "train.training-arguments.gradient-checkpointing": "must agree with the model's",
     "strategy.cohorts": "tests/test_sampling.py, and below",
+    "strategy.weighting": "tests/test_rounds.py; these sites have as many examples each",
     **dict.fromkeys(
         (f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),
         "tests/test_rules_and_codecs.py and tests/aggregation",

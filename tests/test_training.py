@@ -13,11 +13,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grandrounds import training
+from grandrounds.drawing import initial_adapter
 from grandrounds.model import (
     BaseSpec,
     LoraSpec,
     Resident,
-    initial_adapter,
     resident_model,
     set_adapter,
 )

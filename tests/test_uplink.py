@@ -8,8 +8,8 @@ from flwr.app import Context, RecordDict
 
 from grandrounds import protocol, uplink
 from grandrounds.adapter import Adapter
+from grandrounds.codecs import codec_named
 from grandrounds.config import Config
-from grandrounds.downlink import codec_named
 from grandrounds.errors import ReplyError
 from grandrounds.recipes import resolve
 

@@ -271,3 +271,14 @@ def test_every_key_can_be_given_its_default() -> None:
     flat = resolve().flat()
     for key in FIELD_OF_KEY:
         assert resolve({key: flat[key]}).flat() == flat
+
+
+@pytest.mark.parametrize("ranks", ["4 2", "4;2", "1.5", "-4", "0", "17"])
+def test_ranks_that_are_no_list_are_refused(ranks: str) -> None:
+    with pytest.raises(ConfigError, match="site-ranks"):
+        resolve({"strategy.name": "product", "strategy.site-ranks": ranks})
+
+
+def test_a_share_that_trims_nobody_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match="needs at least 1000000000 replies"):
+        resolve({"strategy.name": "fedtrimmedavg", "strategy.trimmed-share": 1e-9})

@@ -52,7 +52,7 @@ def norm_bound(change: Adapter, bound: float) -> tuple[Adapter, float]:
     length = norm(change)
     if length <= bound:
         return change, length
-    scale = bound / length
+    scale = np.float64(bound / length)
     return {name: (x * scale).astype(np.float32) for name, x in change.items()}, length
 
 

@@ -4,10 +4,10 @@
     eta = max(1, sum_i p_i |d_i|^2 / (2 |D|^2))
 
 Jhunjhunwala et al., FedExP: Speeding Up Federated Averaging via Extrapolation (ICLR 2023), with
-the weights p_i where the paper has 1 / M, and without its small constant beside |D|^2 (a D of zero
-gives eta = 1). Changes of sites with different data are nearly at right angles, and their mean is
-shorter than each: of k such changes of one length eta is k / 2. It is reported as
-`server-learning-rate`. Memory is that of `WeightedMean`, whatever the cohort.
+the weights p_i where the paper has 1 / M, and without its small constant beside |D|^2. With an eta
+of 1, also where D is zero, it is FedAvg to the bit. Changes of sites with different data are nearly
+at right angles, and their mean is shorter than each: of k such changes of one length eta is k / 2.
+It is reported as `server-learning-rate`. Memory is that of `WeightedMean`, whatever the cohort.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Extrapolation(Average):
         squares = math.fsum(self._weighted_squares) / self._weight
         length_squared = norm(mean) ** 2
         self._rate = max(1.0, squares / (2 * length_squared)) if length_squared else 1.0
+        if self._rate == 1:
+            return super().result()
         rate = np.float32(self._rate)
         return {**self._adapter, **{n: self._adapter[n] + rate * d for n, d in mean.items()}}
 

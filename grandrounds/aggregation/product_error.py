@@ -42,7 +42,8 @@ class ProductError:
         """Add one site's change, as the aggregation rule gets it."""
         self._weights.append(weight)
         for module, changes in self._changes.items():
-            changes.append((change[module + A], change[module + B]))
+            # copies: a view would keep the whole decoded change
+            changes.append((change[module + A].copy(), change[module + B].copy()))
 
     def result(self) -> float:
         """Return e over the measured modules together; 0 where there is no product."""

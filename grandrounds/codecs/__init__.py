@@ -21,6 +21,7 @@ from grandrounds.codecs.finite import all_finite
 from grandrounds.codecs.plain import BFloat16, Raw
 from grandrounds.codecs.ternary import Ternary
 from grandrounds.codecs.topk import TopK
+from grandrounds.config import CommunicationConfig
 from grandrounds.errors import ReplyError, nearest
 
 RAW, ZSTANDARD = 0, 1
@@ -53,6 +54,11 @@ class Codec:
             raise ValueError(f"block must be a power of two from 8 to {CHUNK}, not {self.block}")
         if not 0 < self.kept_share <= 1:
             raise ValueError(f"kept_share must be above 0 and at most 1, not {self.kept_share}")
+
+
+def codec_named(name: str, how: CommunicationConfig) -> Codec:
+    """Return a codec with the configured block size, share and entropy coding."""
+    return Codec(name, how.block_size, how.kept_share, how.entropy_coding)
 
 
 class Coding(Protocol):

@@ -24,7 +24,7 @@ def step(changes: list[tuple[Adapter, int]]) -> tuple[Adapter, float]:
 
 
 def test_four_changes_at_right_angles_go_twice_as_far() -> None:
-    """|d_i|^2 = 4, D = 1/4 of each, |D|^2 = 4 * (2/4)^2 = 1: eta = 4 / (2 * 1) = 2, each moves 1."""
+    """|d_i|^2 = 4, |D|^2 = 4 * (2 / 4)^2 = 1, eta = 4 / (2 * 1) = 2: each moves by 1."""
     changes = [(adapter_of(*(2.0 * (i == j) for j in range(4))), 5) for i in range(4)]
     result, rate = step(changes)
     assert rate == 2

@@ -1,0 +1,381 @@
+"""The page of a `comparison.json` (docs/compare.md): arms side by side, and who gained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grandrounds.errors import DataError
+from grandrounds.report.figures import (
+    NONE,
+    Figure,
+    Page,
+    Section,
+    Table,
+    Tile,
+    duration,
+    is_number,
+    number,
+    percent,
+)
+from grandrounds.report.one_run import made, some
+from grandrounds.report.row_charts import Dot, Row, interval_chart
+
+LOSS = "held-out-loss"
+
+FORMAT = 1
+
+STYLE = {"base": 4, "federated": 0, "centralised": 1, "local": 2, "leave-one-out": 3}
+"""Arm → how it is drawn."""
+
+POINTS = " points"
+"""Unit of a difference of accuracies."""
+
+Json = Mapping[str, Any]
+
+
+def read_comparison(file: Path) -> dict[str, Any]:
+    """Read a comparison.
+
+    Raises
+    ------
+    DataError
+        If the file is not there, is no comparison, or is of another format.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise DataError(f"{file} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
+        raise DataError(f"{file} is no comparison: it has no arms. grandrounds compare writes one.")
+    if content.get("format") != FORMAT:
+        raise DataError(
+            f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. Repeat "
+            "the comparison, or use the version that made it."
+        )
+    return content
+
+
+def comparison_page(comparison: Json, file: Path) -> Page:
+    """Return the page of a comparison.
+
+    Raises
+    ------
+    DataError
+        If it is not what `grandrounds compare` writes.
+    """
+    try:
+        return _page(comparison, file)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{file} is not what grandrounds compare writes ({type(error).__name__}: {error}). "
+            "Repeat the comparison."
+        ) from error
+
+
+def _page(comparison: Json, file: Path) -> Page:
+    config, units = comparison["config"], comparison["units"]
+    complete = comparison["status"] == "complete"
+    story = (
+        []
+        if complete
+        else [
+            f"{units['done']} of {units['planned']} parts are finished; the same command goes on: "
+            f"{comparison['command']}"
+        ]
+    )
+    return Page(
+        title=f"What the federation gained: {file.absolute().parent.name}",
+        subtitle=f"{config['model.name']} on {config['static.dataset.name']}, "
+        f"{config['data.num-partitions']} sites, {config['data.partitioner']}; "
+        f"seeds {', '.join(map(str, comparison['seeds']))}",
+        mood="good" if complete else "going",
+        status="Complete" if complete else f"{units['done']} of {units['planned']} parts finished",
+        story=story,
+        tiles=_tiles(comparison),
+        sections=[s for s in _sections(comparison) if s],
+        made=made(),
+    )
+
+
+def measures(comparison: Json) -> dict[str, tuple[str, str, float]]:
+    """Return measure → (title, unit, factor)."""
+    found = {LOSS: ("Held-out loss", "nats per answer token", 1.0)}
+    for exam, what in comparison["exams"].items():
+        found[exam] = (f"Accuracy: {what['title']}", "right answers, %", 100.0)
+    return found
+
+
+def estimate_of(holder: Json, measure: str) -> Json | None:
+    """Return an estimate or a test of an arm, of a site of it, or of a gain; None if not there."""
+    found = holder.get(LOSS) if measure == LOSS else (holder.get("accuracy") or {}).get(measure)
+    return found if found and is_number(found.get("mean")) else None
+
+
+def words(estimate: Json | None, factor: float, share: str = " %") -> str:
+    """Return a mean and its interval in words; `share` is the unit of accuracies."""
+    if estimate is None:
+        return NONE
+    unit = share if factor != 1 else ""
+    shown = f"{number(factor * estimate['mean'], 3)}{unit}"
+    if estimate.get("interval"):
+        low, high = (number(factor * end, 3) for end in estimate["interval"])
+        shown += f" ({low} to {high})"
+    return shown
+
+
+def _tiles(comparison: Json) -> list[Tile]:
+    found = []
+    for gain in comparison["gains"]:
+        test = gain["over-seeds"]
+        if not test or not is_number(test.get("mean")):
+            continue
+        _, unit, factor = measures(comparison)[gain["measure"]]
+        if (
+            gain["over"] == "base"
+            or comparison["exams"].get(gain["measure"], {}).get("measures") == "kept"
+        ):
+            continue
+        what = "loss" if gain["measure"] == LOSS else gain["measure"]
+        unit = "nats" if factor == 1 else "points"
+        value = f"{factor * test['mean']:+.3g} {unit}"
+        found.append(Tile(f"federated over {gain['over']}, {what}", value, _sites_won(gain)))
+    budget = comparison["budget"]
+    note = f"{budget['rounds']} rounds of {budget['cohort']} of {budget['sites']} sites"
+    found.append(Tile("time", duration(comparison["seconds"]), note))
+    return found[:8]
+
+
+def _sites_won(gain: Json) -> str:
+    over_sites = gain.get("over-sites")
+    if not over_sites:
+        return "above 0: the federation is better"
+    return (
+        f"better at {over_sites['better']} of "
+        f"{over_sites['better'] + over_sites['worse'] + over_sites['equal']} sites"
+    )
+
+
+def _sections(comparison: Json) -> list[Section]:
+    arms = [_arms(comparison, *item) for item in measures(comparison).items()]
+    notes = ["Same base, recipe, data and number of example visits in every arm."]
+    if len(comparison["seeds"]) < 2:
+        notes.append("One seed: no interval can be given, and a repetition may come out otherwise.")
+    else:
+        notes.append(f"Whiskers: 95 % intervals over {len(comparison['seeds'])} seeds (Student).")
+    joining = [
+        _joining(comparison, rival, which, measure)
+        for rival in ("local", "leave-one-out")
+        for which in ("own", "others")
+        for measure in measures(comparison)
+    ]
+    sites = [_sites(comparison, *item) for item in measures(comparison).items()]
+    return [
+        Section("arms", "The arms", notes=notes, figures=some(*arms), tables=[_table(comparison)]),
+        Section(
+            "joining",
+            "What a site gains by joining",
+            notes=[
+                "Right of the line: the federation is better for the questions of that site.",
+                "Over local: against what it could do alone. Over leave-one-out: against a "
+                "federation without it, which it would be given all the same.",
+            ],
+            figures=some(*joining),
+        ),
+        Section("sites", "Site by site", figures=some(*sites)),
+        Section("tests", "Tests", notes=[TESTS], tables=list(_tests(comparison))),
+        Section("repeat", "How to repeat it", commands=[("The command", comparison["command"])]),
+        Section("recipe", "Recipe and versions", tables=list(_surroundings(comparison))),
+    ]
+
+
+TESTS = (
+    "A gain above 0 is the federation's. Over sites: one adapter serves all of them, so this "
+    "speaks of these adapters, not of new runs. p is not adjusted for the number of tests."
+)
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+def _arms(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figure | None:
+    """Return one measure of every arm, over all sites."""
+    title, unit, factor = how
+    rows, table = [], []
+    for name, arm in comparison["arms"].items():
+        estimate = estimate_of(arm, measure)
+        rows.append(_row(name, estimate, factor, f"{name}: ", STYLE.get(name, 5)))
+        table.append((name, words(estimate, factor), str(estimate["n"]) if estimate else NONE))
+    if not any(row.dots for row in rows):
+        return None
+    chance = comparison["exams"].get(measure, {}).get("chance")
+    notes = [f"Guessing gets {percent(chance, 0)}."] if is_number(chance) else []
+    if measure == LOSS:
+        notes.append("Lower is better.")
+    if comparison["exams"].get(measure, {}).get("measures") == "kept":
+        notes.append("The base knew these: what is lost is forgotten.")
+    svg = interval_chart(title, rows, x_label=unit, from_zero=measure != LOSS)
+    columns = ("arm", "mean (95 % interval)", "seeds")
+    return Figure(f"arms-{measure}", title, svg, " ".join(notes), Table(columns, table))
+
+
+def _row(name: str, estimate: Json | None, factor: float, before: str, style: int) -> Row:
+    return Row(name, [] if estimate is None else [_dot(estimate, factor, before, style)])
+
+
+def _dot(estimate: Json, factor: float, before: str, style: int, whiskers: bool = True) -> Dot:
+    interval = estimate.get("interval") if whiskers else None
+    low, high = (factor * end for end in interval) if interval else (None, None)
+    if low is not None and high is not None and factor != 1:  # Student's t knows no ends
+        low, high = max(low, -factor), min(high, factor)
+    said = before + words(estimate, factor, POINTS if "p" in estimate else " %")
+    if is_number(estimate.get("p")):
+        said += f", {_p(estimate['p'])}"
+    return Dot(factor * estimate["mean"], said, low, high, style)
+
+
+def _p(value: object) -> str:
+    if not is_number(value):
+        return NONE
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def _joining(comparison: Json, rival: str, which: str, measure: str) -> Figure | None:
+    """Return what each site gains by joining, or what the others gain by it."""
+    title, _, factor = measures(comparison)[measure]
+    found = []
+    for entry in comparison["joining"]:
+        if entry["instead-of"] == rival and entry.get(which):
+            estimate = estimate_of(entry[which], measure)
+            if estimate is not None:
+                found.append((entry["site"], estimate))
+    if not found:
+        return None
+    style = STYLE[rival]
+    rows = [_row(f"site {s}", e, factor, f"site {s}: gain ", style) for s, e in found]
+    whom = "the others gain by its joining" if which == "others" else f"it gains over {rival}"
+    named = f"{title.removeprefix('Accuracy: ').capitalize()}: what {whom}"
+    unit = "gain, nats per answer token" if measure == LOSS else "gain, percentage points"
+    better = sum(e["mean"] > 0 for _, e in found)
+    note = f"Better off: {better} of {len(found)} sites."
+    svg = interval_chart(named, rows, x_label=unit, zero=True)
+    table = [(str(s), words(e, factor, POINTS), _p(e.get("p"))) for s, e in found]
+    columns = ("site", "gain (95 % interval)", "p")
+    key = f"joining-{rival}-{which}-{measure}"
+    return Figure(key, named, svg, note, Table(columns, table))
+
+
+def _sites(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figure | None:
+    """Return one measure of every site in every arm."""
+    title, unit, factor = how
+    by_arm = {
+        name: {
+            int(site): estimate
+            for site, holder in (arm.get("sites") or {}).items()
+            if (estimate := estimate_of(holder, measure))
+        }
+        for name, arm in comparison["arms"].items()
+    }
+    by_arm = {name: found for name, found in by_arm.items() if found}
+    sites = sorted({site for found in by_arm.values() for site in found})
+    if not sites or (measure != LOSS and not comparison["exams"][measure].get("by-site")):
+        return None
+    rows = [
+        Row(
+            f"site {site}",
+            [
+                _dot(found[site], factor, f"site {site}, {name}: ", STYLE.get(name, 5), False)
+                for name, found in by_arm.items()
+                if site in found
+            ],
+        )
+        for site in sites
+    ]
+    named = f"{title}, by site"
+    legend = [(name, STYLE.get(name, 5)) for name in by_arm]
+    svg = interval_chart(named, rows, x_label=unit, legend=legend)
+    note = "Means over the seeds; the table has the intervals."
+    table = [
+        (str(site), *(words(found.get(site), factor) for found in by_arm.values()))
+        for site in sites
+    ]
+    return Figure(f"sites-{measure}", named, svg, note, Table(("site", *by_arm), table))
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def _table(comparison: Json) -> Table:
+    """Return arms as rows, measures as columns."""
+    asked = measures(comparison)
+    rows = []
+    for name, arm in comparison["arms"].items():
+        runs = list(arm["seeds"].values())
+        visits = sum(run["example-visits"] for run in runs) / max(1, len(runs))
+        took = sum(run["seconds"] for run in runs)
+        cells = [words(estimate_of(arm, m), factor) for m, (_, _, factor) in asked.items()]
+        rows.append((name, *cells, number(round(visits)), str(len(runs)), duration(took)))
+    columns = ("arm", *(title for title, _, _ in asked.values()), "example visits", "seeds", "time")
+    return Table(columns, rows, "Mean over seeds (95 % interval)")
+
+
+def _tests(comparison: Json) -> Iterator[Table]:
+    rows, questions = [], []
+    for gain in comparison["gains"]:
+        title, _, factor = measures(comparison)[gain["measure"]]
+        for over in ("over-seeds", "over-sites"):
+            test = gain.get(over)
+            if test:
+                counts = f"{test['better']} / {test['worse']}" if "better" in test else NONE
+                cells = (words(test, factor, POINTS), str(test["n"]), counts, _p(test["p"]))
+                rows.append((gain["over"], title, over.replace("-", " "), *cells))
+        for seed, asked in (gain.get("over-questions") or {}).items():
+            low, high = asked["interval"]
+            shown = f"{100 * asked['gain']:.1f} points ({100 * low:.1f} to {100 * high:.1f})"
+            only = f"{asked['only-federated']:,} / {asked['only-rival']:,}"
+            questions.append(
+                (gain["over"], title, seed, f"{asked['n']:,}", only, shown, _p(asked["p"]))
+            )
+    columns = ("against", "measure", "paired", "gain (95 % interval)", "n", "better / worse", "p")
+    yield Table(columns, rows, "Gain of the federation")
+    columns = (
+        "against",
+        "measure",
+        "seed",
+        "questions",
+        "only federated / only rival",
+        "gain",
+        "p",
+    )
+    yield Table(columns, questions, "Question by question (McNemar, exact)")
+
+
+def _surroundings(comparison: Json) -> Iterator[Table]:
+    config, found = comparison["config"], comparison.get("environment") or {}
+    rows = [
+        (name, str(found[name])) for name in ("grandrounds", "python", "platform") if name in found
+    ]
+    packages: Mapping[str, Any] = found.get("packages") or {}
+    rows += [(name, str(version)) for name, version in packages.items()]
+    yield Table(("what", "version"), rows, "Versions")
+    yield Table(("site", *_seeds(comparison)), _site_rows(comparison), "Examples, and held out")
+    keys: Sequence[tuple[str, str]] = [(key, str(value)) for key, value in config.items()]
+    yield Table(("key", "value"), keys, f"Configuration: {len(keys)} keys")
+
+
+def _seeds(comparison: Json) -> list[str]:
+    return [f"seed {seed}" for seed in comparison["seeds"]]
+
+
+def _site_rows(comparison: Json) -> list[tuple[str, ...]]:
+    rows = []
+    for site in comparison["sites"]:
+        trained, held = site["train-examples"], site["held-out-examples"]
+        seeds = [str(seed) for seed in comparison["seeds"]]
+        cells = [f"{trained[s]:,}, {held[s]:,}" if s in trained else NONE for s in seeds]
+        rows.append((str(site["site"]), *cells))
+    return rows
