@@ -36,11 +36,10 @@ def one_round(replies: int) -> dict[str, float]:
     from flwr.app import Context, Message
 
     from grandrounds import messages, rounds
-    from grandrounds.aggregation.make import make_rule
+    from grandrounds.aggregation.make import make_rule, rule_settings
     from grandrounds.codecs import codec_named
     from grandrounds.downlink import Sender
     from grandrounds.engines import InProcessGrid
-    from grandrounds.federation import rule_settings
     from grandrounds.ledger import Ledger
     from grandrounds.recipes import resolve
     from grandrounds.roll_call import SiteCard

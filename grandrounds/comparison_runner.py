@@ -29,8 +29,9 @@ from grandrounds.comparison_exams import Exam, exams_of
 from grandrounds.comparison_folder import RESULT, ComparisonFolder
 from grandrounds.comparison_results import Exams, figures, results
 from grandrounds.config import Config
+from grandrounds.environment import environment
 from grandrounds.errors import ConfigError, DataError
-from grandrounds.federation import SAME_ON_RESUME, environment
+from grandrounds.resuming import SAME_ON_RESUME
 from grandrounds.visits import introduction
 
 FORMAT = 1

@@ -6,46 +6,34 @@ The story itself is `server_app.federate`; here are its steps.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
-import grandrounds
-from grandrounds import messages, protocol, recipes, roll_call, rounds, sampling, schedules
-from grandrounds.aggregation.make import make_rule
-from grandrounds.aggregation.rule import Rule, RuleSettings
+from grandrounds import messages, protocol, roll_call, rounds, sampling, schedules
+from grandrounds.aggregation.make import make_rule, rule_settings
+from grandrounds.aggregation.rule import Rule
 from grandrounds.codecs import codec_named
 from grandrounds.config import Config, share_of
 from grandrounds.downlink import Sender
 from grandrounds.drawing import drawn_adapter
-from grandrounds.errors import DataError, RoundError, RunDirectoryError
+from grandrounds.environment import environment
+from grandrounds.errors import DataError, RoundError
 from grandrounds.formulary import BASE_NAME as FORMULARY
 from grandrounds.model import LoraSpec, adapter_layout, peft_config
 from grandrounds.model_card import model_card
 from grandrounds.planning import Plan, plan_config
+from grandrounds.resuming import check_resumable, check_same_sites
 from grandrounds.roll_call import SiteCard
 from grandrounds.rounds import Tally
 from grandrounds.run_directory import RunDirectory
 from grandrounds.run_state import State, summarize
 from grandrounds.strategies import STRATEGIES
 from grandrounds.updates import Terms, claimed_examples
-
-SAME_ON_RESUME = (
-    "rows",
-    "train-examples",
-    "held-out-examples",
-    "truncated",
-    "unlearnable",
-    "base",
-    "prompt",
-)
-"""What a site says at roll call that must not change within a run."""
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with (event, data): plan, roll-call, reply, round, checkpoint, finished."""
@@ -147,60 +135,6 @@ def begin(config: Config, listener: Listener) -> Run:
     return run
 
 
-def rule_settings(config: Config) -> RuleSettings:
-    """Return what the aggregation rule is told."""
-    strategy = config.strategy
-    hostile = strategy.num_malicious_nodes
-    return RuleSettings(
-        name=strategy.name,
-        rank=config.lora.peft_lora_r,
-        max_rank=config.max_rank,
-        num_malicious_nodes=hostile,
-        num_nodes_to_select=strategy.num_nodes_to_select or max(1, config.cohort_size - hostile),
-        trimmed_share=strategy.trimmed_share,
-        server_learning_rate=strategy.server_learning_rate,
-        server_momentum=strategy.server_momentum,
-        beta_1=strategy.beta_1,
-        beta_2=strategy.beta_2,
-        tau=strategy.tau,
-    )
-
-
-def check_resumable(directory: RunDirectory, config: Config) -> None:
-    """Raise `RunDirectoryError` if the run is over, or was started with another configuration."""
-    summary = directory.read_json("summary.json")
-    if summary and summary["status"] == "completed":
-        raise RunDirectoryError(
-            f"{directory.path} is a completed run of {summary['rounds']} rounds; there is nothing "
-            "to resume. Start a new run for more rounds."
-        )
-    started_with = recipes.resolve(recipes.load_recipe(directory.path / "config.toml"))
-    if changes := recipes.differences(started_with, config):
-        raise RunDirectoryError(
-            f"{directory.path} was started with another configuration: {'; '.join(changes)}. "
-            "Resume without these changes, or start a new run with them."
-        )
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and machine, for the record."""
-    packages = ("flwr", "torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
-    return {
-        "grandrounds": grandrounds.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {p: installed_version(p) for p in packages},
-    }
-
-
-def installed_version(package: str) -> str | None:
-    """Return a package's version; None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def open_session(run: Run, grid: Grid) -> None:
     """Wait for the sites and call the roll; write down and tell who is there."""
     nodes = roll_call.wait_for_nodes(grid, run.config.data.num_partitions)
@@ -217,20 +151,6 @@ def open_session(run: Run, grid: Grid) -> None:
         )
     run.directory.write_json("sites.json", sites)
     run.listener("roll-call", {"sites": sites})
-
-
-def check_same_sites(
-    before: Sequence[Mapping[str, Any]] | None, now: Sequence[Mapping[str, Any]]
-) -> None:
-    """Raise `RunDirectoryError` if a resumed run would go on with other data, base or prompt."""
-    for old, new in zip(before or (), now, strict=False):
-        for fact in SAME_ON_RESUME:
-            if old[fact] != new[fact]:
-                raise RunDirectoryError(
-                    f"Site {new['partition-id']} is not what it was when the run started: its "
-                    f"{fact} was {old[fact]} and is {new[fact]}. Restore it to resume, or start a "
-                    "new run."
-                )
 
 
 def play_round(run: Run, grid: Grid) -> None:

@@ -89,7 +89,8 @@ def default_place(targets: list[Path]) -> Path:
 
 def page_of(targets: list[Path]) -> Page:
     """Return the page that the arguments ask for."""
-    from grandrounds.report.comparison_page import comparison_page, read_comparison
+    from grandrounds.report.comparison_file import read_comparison
+    from grandrounds.report.comparison_page import comparison_page
     from grandrounds.report.one_run import run_page
     from grandrounds.report.read import read_run
     from grandrounds.report.several_runs import several_page

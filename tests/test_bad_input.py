@@ -93,7 +93,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(
         ("strategy.fraction-train", 1.5, "at most 1"),
         ("strategy.fraction-train", 0.2, "is nobody: at least 0.25"),
         ("strategy.name", "fedprocks", "Did you mean 'fedprox'?"),
-        ("strategy.proximal-mu", 0, "fedavg"),
+        ("strategy.proximal-mu", -1, "at least 0"),
         ("model.quantization", 3, "one of 0, 4, 8"),
         ("model.lora.peft-lora-r", 0, "at least 1"),
         ("model.lora.peft-use-dora", "true", "DoRA"),

@@ -114,6 +114,9 @@ PAGES = [
     "evaluation.md",
     "planning.md",
     "communication.md",
+    "report.md",
+    "compare.md",
+    "export.md",
 ]
 
 

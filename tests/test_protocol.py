@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from grandrounds import protocol
-from grandrounds.aggregation.make import make_rule
-from grandrounds.federation import rule_settings
+from grandrounds.aggregation.make import make_rule, rule_settings
 from grandrounds.recipes import resolve
 from grandrounds.strategies import STRATEGIES
 

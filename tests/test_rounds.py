@@ -10,12 +10,11 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from grandrounds import messages, roll_call, rounds
-from grandrounds.aggregation.make import make_rule
+from grandrounds.aggregation.make import make_rule, rule_settings
 from grandrounds.codecs import codec_named
 from grandrounds.downlink import Sender
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import DataError, EngineError, ReplyError, RoundError
-from grandrounds.federation import rule_settings
 from grandrounds.ledger import Ledger, message_bytes
 from grandrounds.recipes import resolve
 from grandrounds.roll_call import SiteCard

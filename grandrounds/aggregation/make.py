@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from grandrounds.aggregation.rule import Rule, RuleSettings
+from grandrounds.config import Config
 from grandrounds.errors import ConfigError, nearest
 
 
@@ -28,3 +29,22 @@ def make_rule(settings: RuleSettings) -> Rule:
             f"{nearest(settings.name, files)}"
         )
     return cast(Rule, make(settings))
+
+
+def rule_settings(config: Config) -> RuleSettings:
+    """Return what the aggregation rule is told."""
+    strategy = config.strategy
+    hostile = strategy.num_malicious_nodes
+    return RuleSettings(
+        name=strategy.name,
+        rank=config.lora.peft_lora_r,
+        max_rank=config.max_rank,
+        num_malicious_nodes=hostile,
+        num_nodes_to_select=strategy.num_nodes_to_select or max(1, config.cohort_size - hostile),
+        trimmed_share=strategy.trimmed_share,
+        server_learning_rate=strategy.server_learning_rate,
+        server_momentum=strategy.server_momentum,
+        beta_1=strategy.beta_1,
+        beta_2=strategy.beta_2,
+        tau=strategy.tau,
+    )

@@ -10,7 +10,8 @@
     facts.py             headline, recipe, environment, hashes, the command to repeat
     one_run.py           the page of one run
     several_runs.py      the page of runs side by side
-    comparison_page.py   the page of a `comparison.json`
+    comparison_file.py   a `comparison.json`, read
+    comparison_page.py   its page
     page.py              a page as HTML, through templates/
     browser.py           figures as SVG files, and as PNG through Chromium
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grandrounds.errors import DataError
+from grandrounds.report.comparison_file import (
+    EVERYWHERE,
+    LOSS,
+    OWN,
+    POINTS,
+    STYLE,
+    Json,
+    arms_of,
+    estimate_of,
+    measures,
+    words,
+)
 from grandrounds.report.figures import (
     NONE,
     Figure,
@@ -22,42 +33,6 @@ from grandrounds.report.figures import (
 )
 from grandrounds.report.one_run import made, some
 from grandrounds.report.row_charts import Dot, Row, interval_chart
-
-LOSS = "held-out-loss"
-
-FORMAT = 1
-
-STYLE = {"base": 4, "federated": 0, "centralised": 1, "local": 2, "leave-one-out": 3}
-"""Arm → how it is drawn."""
-
-POINTS = " points"
-"""Unit of a difference of accuracies."""
-
-Json = Mapping[str, Any]
-
-
-def read_comparison(file: Path) -> dict[str, Any]:
-    """Read a comparison.
-
-    Raises
-    ------
-    DataError
-        If the file is not there, is no comparison, or is of another format.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
-        raise DataError(f"{file} is no comparison: it has no arms. grandrounds compare writes one.")
-    if content.get("format") != FORMAT:
-        raise DataError(
-            f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. Repeat "
-            "the comparison, or use the version that made it."
-        )
-    return content
 
 
 def comparison_page(comparison: Json, file: Path) -> Page:
@@ -102,32 +77,6 @@ def _page(comparison: Json, file: Path) -> Page:
     )
 
 
-def measures(comparison: Json) -> dict[str, tuple[str, str, float]]:
-    """Return measure → (title, unit, factor)."""
-    found = {LOSS: ("Held-out loss", "nats per answer token", 1.0)}
-    for exam, what in comparison["exams"].items():
-        found[exam] = (f"Accuracy: {what['title']}", "right answers, %", 100.0)
-    return found
-
-
-def estimate_of(holder: Json, measure: str) -> Json | None:
-    """Return an estimate or a test of an arm, of a site of it, or of a gain; None if not there."""
-    found = holder.get(LOSS) if measure == LOSS else (holder.get("accuracy") or {}).get(measure)
-    return found if found and is_number(found.get("mean")) else None
-
-
-def words(estimate: Json | None, factor: float, share: str = " %") -> str:
-    """Return a mean and its interval in words; `share` is the unit of accuracies."""
-    if estimate is None:
-        return NONE
-    unit = share if factor != 1 else ""
-    shown = f"{number(factor * estimate['mean'], 3)}{unit}"
-    if estimate.get("interval"):
-        low, high = (number(factor * end, 3) for end in estimate["interval"])
-        shown += f" ({low} to {high})"
-    return shown
-
-
 def _tiles(comparison: Json) -> list[Tile]:
     found = []
     for gain in comparison["gains"]:
@@ -143,11 +92,19 @@ def _tiles(comparison: Json) -> list[Tile]:
         what = "loss" if gain["measure"] == LOSS else gain["measure"]
         unit = "nats" if factor == 1 else "points"
         value = f"{factor * test['mean']:+.3g} {unit}"
-        found.append(Tile(f"federated over {gain['over']}, {what}", value, _sites_won(gain)))
+        rival = _where(gain)
+        found.append(Tile(f"federated over {rival}: {what}", value, _sites_won(gain)))
     budget = comparison["budget"]
     note = f"{budget['rounds']} rounds of {budget['cohort']} of {budget['sites']} sites"
     found.append(Tile("time", duration(comparison["seconds"]), note))
     return found[:8]
+
+
+def _where(gain: Json) -> str:
+    """Return the rival of a gain as the arms name it."""
+    if gain["over"] != "local" or "where" not in gain:
+        return str(gain["over"])
+    return OWN if gain["where"] == "own" else EVERYWHERE
 
 
 def _sites_won(gain: Json) -> str:
@@ -166,11 +123,19 @@ def _sections(comparison: Json) -> list[Section]:
     if len(comparison["seeds"]) < 2:
         notes.append("One seed: no interval can be given, and a repetition may come out otherwise.")
     else:
-        notes.append(f"Whiskers: 95 % intervals over {len(comparison['seeds'])} seeds (Student).")
+        notes.append(
+            "Whiskers: 95 % intervals over the seeds (Student's t, which may reach beyond 0 and "
+            "100 %; the figures end there)."
+        )
+    if EVERYWHERE in arms_of(comparison):
+        notes.append(
+            "A site alone has a model of its own. Own part: it is asked that site's questions. "
+            "Everywhere: it is asked all sites' questions, as the shared adapter is."
+        )
     joining = [
         _joining(comparison, rival, which, measure)
         for rival in ("local", "leave-one-out")
-        for which in ("own", "others")
+        for which in ("own", "everywhere", "others")
         for measure in measures(comparison)
     ]
     sites = [_sites(comparison, *item) for item in measures(comparison).items()]
@@ -180,7 +145,7 @@ def _sections(comparison: Json) -> list[Section]:
             "joining",
             "What a site gains by joining",
             notes=[
-                "Right of the line: the federation is better for the questions of that site.",
+                "Right of the line: joining is better.",
                 "Over local: against what it could do alone. Over leave-one-out: against a "
                 "federation without it, which it would be given all the same.",
             ],
@@ -206,7 +171,7 @@ def _arms(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figure
     """Return one measure of every arm, over all sites."""
     title, unit, factor = how
     rows, table = [], []
-    for name, arm in comparison["arms"].items():
+    for name, arm in arms_of(comparison).items():
         estimate = estimate_of(arm, measure)
         rows.append(_row(name, estimate, factor, f"{name}: ", STYLE.get(name, 5)))
         table.append((name, words(estimate, factor), str(estimate["n"]) if estimate else NONE))
@@ -230,9 +195,10 @@ def _row(name: str, estimate: Json | None, factor: float, before: str, style: in
 def _dot(estimate: Json, factor: float, before: str, style: int, whiskers: bool = True) -> Dot:
     interval = estimate.get("interval") if whiskers else None
     low, high = (factor * end for end in interval) if interval else (None, None)
+    is_gain = "p" in estimate
     if low is not None and high is not None and factor != 1:  # Student's t knows no ends
-        low, high = max(low, -factor), min(high, factor)
-    said = before + words(estimate, factor, POINTS if "p" in estimate else " %")
+        low, high = max(low, -factor if is_gain else 0.0), min(high, factor)
+    said = before + words(estimate, factor, POINTS if is_gain else " %")
     if is_number(estimate.get("p")):
         said += f", {_p(estimate['p'])}"
     return Dot(factor * estimate["mean"], said, low, high, style)
@@ -257,7 +223,11 @@ def _joining(comparison: Json, rival: str, which: str, measure: str) -> Figure |
         return None
     style = STYLE[rival]
     rows = [_row(f"site {s}", e, factor, f"site {s}: gain ", style) for s, e in found]
-    whom = "the others gain by its joining" if which == "others" else f"it gains over {rival}"
+    whom = {
+        "own": f"it gains over {rival}, own part",
+        "everywhere": f"it gains over {rival}, everywhere",
+        "others": "the others gain by its joining",
+    }[which]
     named = f"{title.removeprefix('Accuracy: ').capitalize()}: what {whom}"
     unit = "gain, nats per answer token" if measure == LOSS else "gain, percentage points"
     better = sum(e["mean"] > 0 for _, e in found)
@@ -278,7 +248,7 @@ def _sites(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figur
             for site, holder in (arm.get("sites") or {}).items()
             if (estimate := estimate_of(holder, measure))
         }
-        for name, arm in comparison["arms"].items()
+        for name, arm in arms_of(comparison).items()
     }
     by_arm = {name: found for name, found in by_arm.items() if found}
     sites = sorted({site for found in by_arm.values() for site in found})
@@ -313,7 +283,7 @@ def _table(comparison: Json) -> Table:
     """Return arms as rows, measures as columns."""
     asked = measures(comparison)
     rows = []
-    for name, arm in comparison["arms"].items():
+    for name, arm in arms_of(comparison).items():
         runs = list(arm["seeds"].values())
         visits = sum(run["example-visits"] for run in runs) / max(1, len(runs))
         took = sum(run["seconds"] for run in runs)
@@ -332,13 +302,13 @@ def _tests(comparison: Json) -> Iterator[Table]:
             if test:
                 counts = f"{test['better']} / {test['worse']}" if "better" in test else NONE
                 cells = (words(test, factor, POINTS), str(test["n"]), counts, _p(test["p"]))
-                rows.append((gain["over"], title, over.replace("-", " "), *cells))
+                rows.append((_where(gain), title, over.replace("-", " "), *cells))
         for seed, asked in (gain.get("over-questions") or {}).items():
             low, high = asked["interval"]
             shown = f"{100 * asked['gain']:.1f} points ({100 * low:.1f} to {100 * high:.1f})"
             only = f"{asked['only-federated']:,} / {asked['only-rival']:,}"
             questions.append(
-                (gain["over"], title, seed, f"{asked['n']:,}", only, shown, _p(asked["p"]))
+                (_where(gain), title, seed, f"{asked['n']:,}", only, shown, _p(asked["p"]))
             )
     columns = ("against", "measure", "paired", "gain (95 % interval)", "n", "better / worse", "p")
     yield Table(columns, rows, "Gain of the federation")

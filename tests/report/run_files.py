@@ -145,12 +145,15 @@ def comparison() -> dict[str, Any]:
     """Return a comparison.json of two seeds and three sites, as docs/compare.md describes it."""
 
     def arm(loss: float, private: float) -> dict[str, Any]:
+        everywhere = {"held-out-loss": estimate(1.5), "accuracy": {"private": estimate(0.3)}}
         of_site = {"held-out-loss": estimate(loss), "accuracy": {"private": estimate(private)}}
+        of_site["everywhere"] = everywhere
         measured = {"held-out-loss": loss, "example-visits": 640, "seconds": 10.0}
         return {
             "seeds": {"42": measured, "43": measured},
             "held-out-loss": estimate(loss),
             "accuracy": {"private": estimate(private), "public": estimate(0.9)},
+            "everywhere": everywhere,
             "sites": {str(s): of_site for s in range(3)},
         }
 
@@ -185,12 +188,14 @@ def comparison() -> dict[str, Any]:
             {
                 "over": "local",
                 "measure": "private",
+                "where": "own",
                 "over-seeds": gained,
                 "over-sites": {**gained, "n": 3, "better": 2, "worse": 1, "equal": 0},
                 "over-questions": {"42": {**questions, "interval": [0.18, 0.32]}},
             }
         ],
         "joining": [
-            {"site": s, "instead-of": "local", "own": own, "others": None} for s in range(3)
+            {"site": s, "instead-of": "local", "own": own, "everywhere": own, "others": None}
+            for s in range(3)
         ],
     }

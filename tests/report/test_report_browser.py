@@ -22,7 +22,8 @@ from grandrounds.report.browser import (
     write_figures,
     write_png,
 )
-from grandrounds.report.comparison_page import comparison_page, read_comparison
+from grandrounds.report.comparison_file import read_comparison
+from grandrounds.report.comparison_page import comparison_page
 from grandrounds.report.figures import Page
 from grandrounds.report.one_run import run_page
 from grandrounds.report.page import html, template

@@ -15,7 +15,8 @@ import pytest
 from grandrounds import recipes
 from grandrounds.errors import ConfigError, DataError, RunDirectoryError
 from grandrounds.report import learning, updates
-from grandrounds.report.comparison_page import comparison_page, read_comparison
+from grandrounds.report.comparison_file import read_comparison
+from grandrounds.report.comparison_page import comparison_page
 from grandrounds.report.facts import commands, differing, repeat_command, value_text
 from grandrounds.report.figures import Page, Section, Table, duration, mib, number, percent
 from grandrounds.report.one_run import run_page
@@ -422,13 +423,18 @@ def test_a_comparison_shows_arms_sites_and_what_joining_gains(tmp_path: Path) ->
         "arms-public",
         "joining-local-own-held-out-loss",
         "joining-local-own-private",
+        "joining-local-everywhere-held-out-loss",
+        "joining-local-everywhere-private",
         "sites-held-out-loss",
         "sites-private",
     ]
     assert table_of(page, "arms-private").rows[1] == ("federated", "80 % (70 to 90)", "2")
+    arms = [row[0] for row in table_of(page, "arms-private").rows]
+    assert arms == ["base", "federated", "local, own part", "local, everywhere"]
+    assert table_of(page, "sites-private").columns == ("site", *arms)
     joined = ("0", "25 points (10 to 40)", "p = 0.01")
     assert table_of(page, "joining-local-own-private").rows[0] == joined
-    assert tile(page, "federated over local, private") == "+25 points"
+    assert tile(page, "federated over local, own part: private") == "+25 points"
     questions = section(page, "tests").tables[1].rows[0]
     assert questions[-3:] == ("90 / 15", "25.0 points (18.0 to 32.0)", "p < 0.001")
     assert "grandrounds compare --seeds 2 --out wards" in html(page)
