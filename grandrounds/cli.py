@@ -21,6 +21,7 @@ from grandrounds.config import Config, Scalar
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.evaluate_command import evaluate
 from grandrounds.export_command import export
+from grandrounds.options import Assignments, ConfigFile, Data, Model, Rounds
 from grandrounds.plan_command import plan
 from grandrounds.quiet import quiet_libraries
 from grandrounds.report_command import report
@@ -89,27 +90,11 @@ def root(
 
 @app.command()
 def run(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="A recipe from configs/, or the pyproject.toml of a FlowerTune entry.",
-            metavar="FILE",
-        ),
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="Override one key; repeatable.", metavar="KEY=VALUE"),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model: hub name, local folder, or formulary.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Data: hub name, .json/.jsonl/.csv/.parquet file, or formulary."),
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    model: Model = None,
+    data: Data = None,
+    rounds: Rounds = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where to write the run; default `runs/<date>-<model>`.")

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from grandrounds import comparison, recipes
 from grandrounds.config import Scalar
 from grandrounds.errors import ConfigError
+from grandrounds.options import Assignments, ConfigFile, Data, Model, Rounds
 from grandrounds.quiet import quiet_libraries
 from grandrounds.screen import Screen
 
@@ -26,27 +27,11 @@ DEFAULT_ARMS = "federated,centralised,local"
 
 
 def compare(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="A recipe from configs/, or the pyproject.toml of a FlowerTune entry.",
-            metavar="FILE",
-        ),
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="Override one key; repeatable.", metavar="KEY=VALUE"),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model: hub name, local folder, or formulary.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Data: hub name, .json/.jsonl/.csv/.parquet file, or formulary."),
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    model: Model = None,
+    data: Data = None,
+    rounds: Rounds = None,
     arms: Annotated[
         str,
         typer.Option(

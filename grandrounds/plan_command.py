@@ -12,6 +12,7 @@ import typer
 from grandrounds import recipes
 from grandrounds.config import CODECS, Scalar
 from grandrounds.errors import ConfigError, DataError
+from grandrounds.options import Assignments, Data, Model, Rounds
 from grandrounds.screen import Screen
 
 if TYPE_CHECKING:
@@ -41,27 +42,17 @@ def plan(
         list[Path] | None,
         typer.Option(help="Show another recipe beside it; repeatable.", metavar="FILE"),
     ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            "-s",
-            help="Override one key, in every recipe; repeatable.",
-            metavar="KEY=VALUE",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model: hub name, local folder, or formulary.")
-    ] = None,
+    assignments: Assignments = None,
+    model: Model = None,
     architecture: Annotated[
         str | None,
         typer.Option(help="A known base of the same shapes, for one that is not known."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Data: hub name, file, or formulary.")] = None,
+    data: Data = None,
     rows: Annotated[
         int | None, typer.Option(help="Rows of the data, where they cannot be counted.", min=1)
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of training.")] = None,
+    rounds: Rounds = None,
     uplink_mbps: Annotated[
         float | None,
         typer.Option(help="A site's link to the server, in Mbit/s: adds transfer times."),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from grandrounds.config import CODECS
+
 pytestmark = pytest.mark.slow
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -46,7 +48,29 @@ def test_codec_speed_measures_every_codec_and_the_sum_of_replies(tmp_path: Path)
     figures = result(tmp_path, "codec_speed.py", "--layers", "1", "--replies", "3", "--times", "1")
     assert figures["values"] == 8 * (4096 + 4096) + 8 * (4096 + 1024)
     measured = {(row["codec"], row["entropy_coding"]) for row in figures["codecs"]}
-    assert len(measured) == len(figures["codecs"]) == 2 * 7
+    assert len(measured) == len(figures["codecs"]) == 2 * len(CODECS)
     assert all(row["decode_mb_per_second"] > 0 for row in figures["codecs"])
     sums = figures["replies"]
     assert sums["times_in_place"] == sums["whole_seconds"] / sums["in_place_seconds"]
+
+
+def test_communication_counts_both_ways_and_draws(tmp_path: Path) -> None:
+    """Also that a second call does what is missing only, and keeps what there is."""
+    picture = tmp_path / "curve.png"
+    quick = ("--rounds", "1", "--jobs", "1", "--seeds", "1")
+    result(tmp_path, "communication.py", *quick, "--arms", "float32")
+    figures = result(
+        tmp_path, "communication.py", *quick, "--arms", "float32", "int4", "--png", str(picture)
+    )
+    assert list(figures["runs"]) == ["float32", "int4"]
+    plain, encoded = figures["rows"]
+    assert plain["times_less"] == 1
+    assert encoded["times_less"] > 7
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:
+    quick = ("--rounds", "1", "--jobs", "1", "--seeds", "1", "--arms", "centralised", "fedavg")
+    pooled, federated = result(tmp_path, "aggregation.py", *quick)["rows"]
+    assert pooled["gap"] == 0
+    assert federated["gap"] == pooled["private"] - federated["private"]

@@ -121,6 +121,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "compare_command",
         "evaluate_command",
         "plan_command",
+        "options",
         "export_command",
         "ask_command",
         "report.page",
