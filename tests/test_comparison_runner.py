@@ -232,6 +232,7 @@ def stop_when(event: str, count: int) -> Callable[[str, Any], None]:
     return listen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "count"),
     [

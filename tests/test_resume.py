@@ -256,6 +256,7 @@ def numbered(start: int) -> Iterator[int]:
         start += 1
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_any_two_writes_resumes_to_the_bit(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -362,7 +363,7 @@ def test_a_folder_without_a_run_is_not_resumed(settings: Settings, tmp_path: Pat
     [
         ("num-server-rounds", 9, "num-server-rounds: 4 → 9"),
         ("seed", 1, "seed: 2026 → 1"),
-        ("train.learning-rate-max", 0.001, "train.learning-rate-max: 0.005 → 0.001"),
+        ("train.learning-rate-max", 0.001, "train.learning-rate-max: 0.003 → 0.001"),
         ("model.lora.peft-lora-r", 8, "model.lora.peft-lora-r: 4 → 8"),
     ],
 )

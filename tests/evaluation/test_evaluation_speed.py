@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -26,6 +28,7 @@ def write_questions(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_equal_answers_and_writes_what_it_prints(tmp_path: Path) -> None:
     write_questions(tmp_path)
     out = tmp_path / "speed.json"

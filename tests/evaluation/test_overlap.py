@@ -189,6 +189,7 @@ def test_results_are_those_of_comparing_every_pair(
     assert set(found) == brute_force(questions, rows, threshold)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     code = (
         "from grandrounds.evaluation.overlap import find_overlap\n"
@@ -235,6 +236,7 @@ def test_medqa_is_not_in_the_patient_information() -> None:
     assert find_overlap(read("medqa", "question"), [*questions, *answers]) == []
 
 
+@pytest.mark.slow
 @needs_data
 def test_leaks_planted_into_real_data_are_found_and_nothing_else() -> None:
     """Every tenth MedQA question leaks: whole, inside an answer, or with a word replaced."""
