@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.adapter import Shapes
+from grandrounds.allowed import words_of
 from grandrounds.errors import ModelError, nearest
 from grandrounds.formulary import BASE_NAME, base_path
 
@@ -320,15 +321,30 @@ def target_modules(architecture: Architecture, wanted: str) -> list[str]:
                 f"{', '.join(linear)}."
             )
         return list(auto)
+    return named_targets(wanted, linear, architecture.name)
+
+
+def named_targets(wanted: str, linear: list[str], name: str) -> list[str]:
+    """Return the modules that `all-linear` or names with commas mean.
+
+    Parameters
+    ----------
+    linear
+        The linear modules of the base `name`, but for the head.
+
+    Raises
+    ------
+    ModelError
+        If a name matches none of them, or there is no name.
+    """
     if wanted == "all-linear":
         return linear
-    targets = [target.strip() for target in wanted.split(",") if target.strip()]
+    targets = list(words_of(wanted))
     for target in targets:
         if target not in linear:
             raise ModelError(
                 f"model.lora.target-modules names {target!r}, which matches no linear module of "
-                f"{architecture.name!r}.{nearest(target, linear)} Its linear modules: "
-                f"{', '.join(linear)}."
+                f"{name!r}.{nearest(target, linear)} Its linear modules: {', '.join(linear)}."
             )
     if not targets:
         raise ModelError(f"model.lora.target-modules = {wanted!r} names no module.")

@@ -15,9 +15,10 @@ from rich.console import Console
 
 import grandrounds
 from grandrounds import recipes
+from grandrounds.allowed import Scalar
 from grandrounds.ask_command import ask
 from grandrounds.compare_command import compare
-from grandrounds.config import Config, Scalar
+from grandrounds.config import Config
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.evaluate_command import evaluate
 from grandrounds.export_command import export
@@ -137,19 +138,15 @@ def run(
     - `grandrounds run --resume runs/20260101-120000-formulary`
     """
     with told_in_one_line():
-        settings: dict[str, Scalar] = recipes.load_recipe(config) if config else {}
-        settings |= recipes.parse_overrides(assignments or [])
-        settings |= {
-            key: value
-            for key, value in (
-                ("model.name", model),
-                ("static.dataset.name", data),
-                ("num-server-rounds", rounds),
-                ("seed", seed),
-                ("run-directory", str(run_dir) if run_dir else None),
-            )
-            if value is not None
-        }
+        settings = recipes.from_options(
+            config,
+            assignments,
+            model=model,
+            data=data,
+            rounds=rounds,
+            seed=seed,
+            run_directory=str(run_dir) if run_dir else None,
+        )
         resolved = resolve_run(settings, resume)
         trackers_of(resolved.train.report_to)  # a missing one is told before anything starts
         if engine is Engine.simulation:

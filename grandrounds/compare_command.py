@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from grandrounds import comparison, recipes
-from grandrounds.config import Scalar
+from grandrounds.allowed import words_of
 from grandrounds.errors import ConfigError
 from grandrounds.options import Assignments, ConfigFile, Data, Model, Rounds
 from grandrounds.quiet import quiet_libraries
@@ -86,18 +86,8 @@ def compare(
 
     - `grandrounds compare --arms federated,leave-one-out --sites 0,3 --out comparisons/joining`
     """
-    asked = comparison.check_arms([name.strip() for name in arms.split(",") if name.strip()])
-    settings: dict[str, Scalar] = recipes.load_recipe(config) if config else {}
-    settings |= recipes.parse_overrides(assignments or [])
-    settings |= {
-        key: value
-        for key, value in (
-            ("model.name", model),
-            ("static.dataset.name", data),
-            ("num-server-rounds", rounds),
-        )
-        if value is not None
-    }
+    asked = comparison.check_arms(list(words_of(arms)))
+    settings = recipes.from_options(config, assignments, model=model, data=data, rounds=rounds)
     for key in ("run-directory", "resume-from"):
         if settings.pop(key, ""):
             raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
@@ -105,7 +95,7 @@ def compare(
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})
     left_out = comparison.check_sites(sites, resolved.data.num_partitions)
-    names = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
+    names = list(words_of(benchmarks or ""))
     quiet_libraries()
     from grandrounds import comparison_runner
     from grandrounds.comparison_folder import RESULT

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from grandrounds.allowed import words_of
 from grandrounds.config import Config
 from grandrounds.errors import ConfigError, nearest
 
@@ -86,7 +87,7 @@ def check_sites(text: str, num_sites: int) -> list[int]:
     """
     if text.strip() == "all":
         return list(range(num_sites))
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = words_of(text)
     wrong = [w for w in words if not (w.isascii() and w.isdigit() and int(w) < num_sites)]
     if wrong or not words:
         raise ConfigError(

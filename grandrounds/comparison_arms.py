@@ -26,6 +26,7 @@ from grandrounds import (
     slots,
     visits,
 )
+from grandrounds.allowed import Scalar
 from grandrounds.comparison import (
     BASE,
     CENTRALISED,
@@ -37,7 +38,7 @@ from grandrounds.comparison import (
     local_visits,
 )
 from grandrounds.comparison_exams import Exam, sit
-from grandrounds.config import Config, Scalar
+from grandrounds.config import Config
 from grandrounds.drawing import drawn_adapter
 from grandrounds.engines import ClientAppCall, InProcessGrid
 from grandrounds.model import Resident, set_adapter

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from grandrounds.allowed import words_of
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.screen import Screen
@@ -169,7 +170,7 @@ def _names(benchmarks: str | None) -> list[str] | None:
         return None
     from grandrounds.evaluation.benchmarks import get_benchmark
 
-    names = [name.strip() for name in benchmarks.split(",") if name.strip()]
+    names = list(words_of(benchmarks))
     if not names:
         raise ConfigError("--benchmarks names none; leave it out for the default")
     return [get_benchmark(name).name for name in names]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from grandrounds.adapter import Adapter, Shapes
-from grandrounds.errors import ModelError, nearest
+from grandrounds.architectures import named_targets
+from grandrounds.errors import ModelError
 from grandrounds.formulary import BASE_NAME, base_path
 
 
@@ -295,18 +296,7 @@ def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
     wanted = spec.target_modules
     if wanted == "auto":
         wanted = "all-linear" if name == BASE_NAME else _peft_choice(base.config.model_type, linear)
-    if wanted == "all-linear":
-        return linear
-    targets = [target.strip() for target in wanted.split(",") if target.strip()]
-    for target in targets:
-        if target not in linear:
-            raise ModelError(
-                f"model.lora.target-modules names {target!r}, which matches no linear module of "
-                f"{name!r}.{nearest(target, linear)} Its linear modules: {', '.join(linear)}."
-            )
-    if not targets:
-        raise ModelError(f"model.lora.target-modules = {spec.target_modules!r} names no module.")
-    return targets
+    return named_targets(wanted, linear, name)
 
 
 def _peft_choice(model_type: str, linear: Sequence[str]) -> str:

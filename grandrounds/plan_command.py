@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grandrounds import recipes
-from grandrounds.config import CODECS, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import CODECS
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.options import Assignments, Data, Model, Rounds
 from grandrounds.screen import Screen
@@ -85,16 +86,7 @@ def plan(
     if more and not compare:
         raise ConfigError(f"{more[0]} stands alone: give a recipe as --config {more[0]}.")
     link = _link(uplink_mbps, downlink_mbps)
-    settings: dict[str, Scalar] = recipes.parse_overrides(assignments or [])
-    settings |= {
-        key: value
-        for key, value in (
-            ("model.name", model),
-            ("static.dataset.name", data),
-            ("num-server-rounds", rounds),
-        )
-        if value is not None
-    }
+    settings = recipes.from_options(None, assignments, model=model, data=data, rounds=rounds)
     planned: dict[str, Forecast] = {}
     for file in [config, *files]:
         planned[_label(file, planned)] = _forecast(file, settings, architecture, rows)

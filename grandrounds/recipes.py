@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grandrounds.config import FIELD_OF_KEY, Config, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import FIELD_OF_KEY, Config
 from grandrounds.errors import ConfigError
 from grandrounds.validation import parse
 
@@ -165,6 +166,32 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
             value = text.strip()
         out |= flatten({key.strip(): value})
     return out
+
+
+def from_options(
+    file: Path | None, assignments: Iterable[str] | None, **options: Scalar | None
+) -> dict[str, Scalar]:
+    """Return what a command was given: a recipe, overrides over it, and options over both.
+
+    Parameters
+    ----------
+    options
+        model, data, rounds, seed, run_directory; None where not given.
+    """
+    settings = load_recipe(file) if file else {}
+    settings |= parse_overrides(assignments or [])
+    given = {OPTIONS[name]: value for name, value in options.items() if value is not None}
+    return settings | given
+
+
+OPTIONS = {
+    "model": "model.name",
+    "data": "static.dataset.name",
+    "rounds": "num-server-rounds",
+    "seed": "seed",
+    "run_directory": "run-directory",
+}
+"""Option of a command → the key that it sets."""
 
 
 def resolve(*layers: Mapping[str, Scalar]) -> Config:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import grandrounds
-from grandrounds.config import Config, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import Config
 from grandrounds.errors import EngineError
 from grandrounds.federation import Listener, default_run_directory
 from grandrounds.flower_runtime import run_simulation

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from grandrounds.config import Config, Scalar, words_of
+from grandrounds.allowed import Scalar, words_of
+from grandrounds.config import Config
 from grandrounds.errors import ConfigError
 
 PROJECT = "grandrounds"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from grandrounds import codecs, messages, protocol, sampling
 from grandrounds.adapter import Adapter, Shapes
 from grandrounds.codecs import Codec, codec_named
+from grandrounds.codecs.finite import all_finite
 from grandrounds.config import Config
 from grandrounds.errors import ReplyError
 from grandrounds.strategies import STRATEGIES
@@ -59,7 +60,7 @@ def encode_change(
     memory = _memory_at(context, cursor, shapes) if keeps else {}
     if memory:
         vector = vector + protocol.flatten({name: memory[name] for name in change})
-    if not np.isfinite(vector).all():
+    if not all_finite(vector):
         raise ReplyError(
             "the change is not finite: training diverged. Lower train.learning-rate-max, or set "
             "train.training-arguments.max-grad-norm"

@@ -8,15 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from grandrounds.config import (
-    ALIASES,
-    COARSE_CODECS,
-    FIELD_OF_KEY,
-    SECTIONS,
-    Config,
-    OneOf,
-    Scalar,
-)
+from grandrounds.allowed import OneOf, Scalar, words_of
+from grandrounds.config import ALIASES, COARSE_CODECS, FIELD_OF_KEY, SECTIONS, Config
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.strategies import STRATEGIES, needed_replies
 
@@ -198,7 +191,7 @@ def _rule_problems(config: Config) -> list[tuple[bool, str]]:
     """Return what an aggregation rule cannot work with, as (is wrong, message)."""
     strategy, rank, cohort = config.strategy, config.lora.peft_lora_r, config.cohort_size
     name = strategy.name
-    ranks = [rank.strip() for rank in strategy.site_ranks.split(",") if rank.strip()]
+    ranks = words_of(strategy.site_ranks)
     are_ranks = all(r.isascii() and r.isdigit() and 1 <= int(r) <= rank for r in ranks)
     mixed = [rule for rule, asks in STRATEGIES.items() if asks.mixed_ranks]
     needed = needed_replies(strategy)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from grandrounds import config as config_module
-from grandrounds.config import ALIASES, FIELD_OF_KEY, SECTIONS, Config, OneOf, Range, share_of
+from grandrounds.allowed import OneOf, Range
+from grandrounds.config import ALIASES, FIELD_OF_KEY, SECTIONS, Config, share_of
 from grandrounds.recipes import defaults, flatten, resolve
 from grandrounds.validation import parse
 

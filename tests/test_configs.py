@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from grandrounds import recipes
-from grandrounds.config import FIELD_OF_KEY, Config, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import FIELD_OF_KEY, Config
 from grandrounds.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent

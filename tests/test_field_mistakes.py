@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 from grandrounds import client_app, messages, sampling, server_app, visits
 from grandrounds.aggregation.product_error import measured_modules
-from grandrounds.config import Config, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import Config
 from grandrounds.data import Example
 from grandrounds.drawing import initial_adapter
 from grandrounds.engines import InProcessGrid

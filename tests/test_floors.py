@@ -16,7 +16,7 @@ import grandrounds
 ROOT = Path(grandrounds.__file__).parent
 
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("", "errors", "quiet", "strategies", "config", "validation", "recipes"),
+    0: ("", "errors", "quiet", "strategies", "allowed", "config", "validation", "recipes"),
     1: (
         "adapter",
         "prompts",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds.config import Config, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import Config
 from grandrounds.errors import ConfigError
 from grandrounds.recipes import (
     FLOWERTUNE_TEMPLATE,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from grandrounds.config import ALIASES, FIELD_OF_KEY, Config, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import ALIASES, FIELD_OF_KEY, Config
 from grandrounds.errors import ConfigError
 from grandrounds.recipes import defaults, resolve
 from grandrounds.validation import parse

@@ -51,6 +51,20 @@ def scale_table(largest: np.float32) -> Floats:
     return table
 
 
+def largest_scale(body: Bytes) -> np.float32:
+    """Return the scale with which a body begins.
+
+    Raises
+    ------
+    ReplyError
+        If it is negative or not finite.
+    """
+    largest = np.frombuffer(body[:4].tobytes(), "<f4")[0]
+    if not 0 <= largest < np.inf:
+        raise ReplyError(f"the largest scale is {largest}; it must be finite and at least 0")
+    return np.float32(largest)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Codes of 1, 2, 4 or 8 bits; `block` consecutive values share a scale."""
@@ -104,9 +118,7 @@ class Blocks:
         ReplyError
             If the largest scale is negative or not finite.
         """
-        largest = np.frombuffer(body[:4].tobytes(), "<f4")[0]
-        if not 0 <= largest < np.inf:
-            raise ReplyError(f"the largest scale is {largest}; it must be finite and at least 0")
+        largest = largest_scale(body)
         scales = body[4 : 4 + _ceil(count, self.block)]
         widest = (1 << self.bits) - 1
         steps = _rounded_down(scale_table(largest) / np.float64(widest))[scales][:, None]

@@ -17,8 +17,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.codecs.blocks import SCALES_PER_OCTAVE, Bytes, Floats, scale_table
-from grandrounds.errors import ReplyError
+from grandrounds.codecs.blocks import (
+    SCALES_PER_OCTAVE,
+    Bytes,
+    Floats,
+    largest_scale,
+    scale_table,
+)
 
 DEAD_ZONE = 1.25
 """In mean magnitudes; of Gaussian values one standard deviation."""
@@ -67,9 +72,7 @@ class Ternary:
         ReplyError
             If the largest scale is negative or not finite.
         """
-        largest = np.frombuffer(body[:4].tobytes(), "<f4")[0]
-        if not 0 <= largest < np.inf:
-            raise ReplyError(f"the largest scale is {largest}; it must be finite and at least 0")
+        largest = largest_scale(body)
         blocks = -(-count // self.block)
         scales = scale_table(largest)[body[4 : 4 + blocks]]
         codes = _UNPACKED[body[4 + blocks :]].reshape(-1)[:count]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grandrounds import recipes
-from grandrounds.config import FIELD_OF_KEY, Config, Scalar
+from grandrounds.allowed import Scalar
+from grandrounds.config import FIELD_OF_KEY, Config
 from grandrounds.report.figures import NONE, Table, Tile, duration, mib, percent
 from grandrounds.report.learning import scores
 from grandrounds.report.read import QUIET_SECONDS, RunFiles
