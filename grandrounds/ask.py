@@ -16,6 +16,7 @@ import torch
 from grandrounds.checkpoints import Checkpoint
 from grandrounds.errors import DataError
 from grandrounds.evaluation.likelihood import context_length
+from grandrounds.evaluation.prefill import cache_of, with_cache
 from grandrounds.evaluation.runner import stop_tokens
 from grandrounds.evaluation.tuned import check_fit, lora_spec, read_adapter
 from grandrounds.model import BaseSpec, load_tokenizer, resident_model, set_adapter
@@ -97,8 +98,10 @@ class Interview:
         for _ in range(most):
             with self._as(tuned), torch.inference_mode():
                 ids = torch.tensor([new], device=self._resident.device)  # (1, new tokens)
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token, cache = int(out.logits[0, -1].argmax()), out.past_key_values
+                out = model(
+                    input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)
+                )
+            token, cache = int(out.logits[0, -1].argmax()), cache_of(out)
             if token in stop:
                 return
             new = [token]

@@ -12,6 +12,7 @@ position, so the numbers are those of one prompt at a time up to rounding.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import sys
@@ -78,8 +79,8 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
     ----------
     model
         A causal language model of transformers in evaluation mode, without gradients (see
-        `evaluating`), or a PEFT model around one; its forward knows `past_key_values`,
-        `position_ids` and `logits_to_keep`.
+        `evaluating`), or a PEFT model around one; its forward knows a cache, `position_ids`
+        and `logits_to_keep`.
     prompts
         Token ids of each prompt, none empty.
     batch_size : int
@@ -146,7 +147,7 @@ def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
     """
     device = next(model.parameters()).device
     input_ids = torch.tensor([prefix], device=device)
-    cache = _cache_of(model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
+    cache = cache_of(model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
     for layer in cache.layers:
         if type(layer) not in _ATTENTION_LAYERS:
             return None
@@ -178,20 +179,33 @@ def _read_batch(
         input_ids=input_ids.to(device),
         attention_mask=mask,
         position_ids=positions.to(device),
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **with_cache(model, cache),
     )
-    return Prefilled(rows, output.logits[:, -1], _cache_of(output), mask)
+    return Prefilled(rows, output.logits[:, -1], cache_of(output), mask)
 
 
-def _cache_of(output: Any) -> Any:
-    """Return the cache that a model filled."""
-    cache = getattr(output, "past_key_values", None)
-    if cache is None:
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the argument that gives a cache to a model's forward: transformers 5.24 renamed it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(type(inner).forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache that a model filled.
+
+    Raises
+    ------
+    ModelError
+        If no layer of it keeps keys and values.
+    """
+    cache = output.get("cache", output.get("past_key_values"))
+    if not any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ())):
         raise ModelError(
             "this base keeps no cache of keys and values, as purely recurrent models do not; "
-            "evaluation needs one with attention layers."
+            "batches of prompts need one with attention layers."
         )
     return cache
 
@@ -234,9 +248,9 @@ def extend(model: Any, batch: Prefilled, tokens: torch.Tensor, mask: torch.Tenso
         input_ids=tokens,
         attention_mask=batch.attention_mask,
         position_ids=(done + mask.cumsum(dim=1) - 1).clamp(min=0),
-        past_key_values=batch.cache,
         use_cache=True,
+        **with_cache(model, batch.cache),
     )
-    batch.cache = output.past_key_values
+    batch.cache = cache_of(output)
     logits: torch.Tensor = output.logits
     return logits
