@@ -1,8 +1,8 @@
 """What PyTorch keeps for the backward pass when LoRA factors are trained over a frozen base.
 
-The formulas count the tensors that transformers' layers (5.23) save, with SDPA attention, which
-makes no matrix of tokens x tokens, and a padded batch. tests/test_activations.py counts what small
-models save and compares.
+The formulas count the tensors that transformers' layers (5.24) save, with SDPA attention, which
+makes no matrix of tokens x tokens, and a batch that is padded or free of padding.
+tests/test_activations.py counts what small models save and compares.
 
 N is the tokens of a batch, padding included; h, i, V the hidden, intermediate and vocabulary sizes;
 q the size of all heads together; e the bytes of a number in the type that products give.
@@ -46,6 +46,8 @@ class Batch:
     """Examples."""
     tokens: int
     """Tokens of each, padding included."""
+    padded: bool = True
+    """Whether there is a mask of padding; else sequences lie one after another."""
 
     @property
     def positions(self) -> int:
@@ -69,9 +71,10 @@ def layer_bytes(
     - Norm: its input in float32 and the inverse root of each token, 4 N (h + 1), two or four times
       a layer; Qwen3 norms queries and keys too.
     - Attention: queries, keys and values repeated to all heads, output: 4 N q e; its log-sum-exp
-      4 N heads; the padding mask as a bias, examples x tokens^2 e. Where attention is soft-capped
-      (Gemma 2), the matrices of tokens x tokens: its capped scores, and probabilities in float32
-      and again in the type of the product.
+      4 N heads; the mask of a padded batch as a bias, examples x tokens^2 e. Without padding the
+      outputs of the sequences are joined, which is one more matrix for an adapted module that
+      reads it. Where attention is soft-capped (Gemma 2), the matrices of tokens x tokens: its
+      capped scores, and probabilities in float32 and again in the type of the product.
     - MLP: act(gate) * up keeps gate, act(gate) and up: 3 N i e.
     - A frozen linear module keeps nothing but its weight; LLM.int8 keeps its input.
     - A factor A keeps its input: one for all modules that read it where it needs neither copy nor
@@ -96,7 +99,8 @@ def layer_bytes(
         matrix = n * batch.tokens * a.num_heads
         total += 3 * n * queries * e + matrix * (e + 4 + (e if e != 4 else 0))
     else:
-        total += 4 * n * queries * e + 4 * n * a.num_heads + n * batch.tokens * e
+        total += 4 * n * queries * e + 4 * n * a.num_heads
+        total += n * batch.tokens * e if batch.padded else 0
     total += 3 * n * a.intermediate_size * e
     copied = dropout or precision.adapter_input_bytes != e or precision.autocast
     inputs_kept = set()
@@ -109,7 +113,7 @@ def layer_bytes(
         total += n * rank * precision.adapter_input_bytes
         if copied:
             total += n * module.inputs * precision.adapter_input_bytes
-        elif source != "attention":  # its output is kept already
+        elif source != "attention" or not batch.padded:  # attention keeps its output already
             inputs_kept.add((source, module.inputs, e))
         if dropout and not (first and source == "first norm"):
             total += n * module.inputs * mask_bytes
@@ -127,27 +131,30 @@ _SOURCES = {
 
 
 def loss_bytes(
-    architecture: Architecture,
-    batch: Batch,
-    precision: Precision,
-    response_only_share: float | None = None,
+    architecture: Architecture, batch: Batch, precision: Precision, chunk_tokens: int | None
 ) -> int:
-    """Return the bytes of the logits and of their loss at the peak.
+    """Return the bytes of the logits and of their loss at the peak, every token an answer's.
 
-    The head gives N V numbers; the answer's are copied to float32, whose log-softmax is kept:
-    N V (e + 8) if every token is an answer's, N V e more where logits are soft-capped. In the
-    backward pass gradients of the same sizes take their place.
+    The head on every token gives N V numbers; they are copied to float32, and their log-softmax is
+    kept: N V (e + 8), or N V e more where logits are soft-capped. In the backward pass gradients of
+    the same sizes take their place.
+
+    `loss.head_nll_sum` holds the logits of c tokens only, c V e, and in float32, c V 4 (which is
+    the same matrix if e is 4); a soft cap's slope takes c V 4 more. Beside them the hidden states
+    of the answers, their gradient, and the chunk's: (2 N + c) h e.
 
     Parameters
     ----------
-    response_only_share : float or None
-        Share of the tokens that are answers, where the head is applied to those only; None: the
-        head is applied to all.
+    chunk_tokens : int or None
+        Tokens whose logits are held at a time, 0 for all; None: the head is applied to every token.
     """
-    share = 1.0 if response_only_share is None else response_only_share
-    full = architecture.vocabulary * batch.positions
-    capped = precision.product_bytes if architecture.family.soft_capped_logits else 0
-    return round(share * full * (precision.product_bytes + capped + 8))
+    n, v, e = batch.positions, architecture.vocabulary, precision.product_bytes
+    capped = architecture.family.soft_capped_logits
+    if chunk_tokens is None:
+        return n * v * (e + 8 + (e if capped else 0))
+    held = min(n, chunk_tokens or n)
+    logits = held * v * ((4 if e == 4 else e + 4) + (4 if capped else 0))
+    return logits + (2 * n + held) * architecture.hidden_size * e
 
 
 def saved_bytes(

@@ -52,7 +52,7 @@ class Interview:
         adapter = read_adapter(checkpoint.folder)
         self._tokenizer = load_tokenizer(model.name)
         self._template = checkpoint.config.data.prompt_template
-        base = BaseSpec(model.name, model.quantization, model.dtype, gradient_checkpointing=False)
+        base = BaseSpec(model.name, model.quantization, model.dtype)
         self._resident = resident_model(base, spec)
         self._resident.model.eval()
         set_adapter(self._resident, adapter)

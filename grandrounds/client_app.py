@@ -8,7 +8,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from grandrounds import messages, visits
+from grandrounds import machine, messages, visits
 from grandrounds.messages import answering
 from grandrounds.quiet import quiet_libraries
 
@@ -32,7 +32,7 @@ def train(message: Message, context: Context) -> Message:
     instruction = message.content.config_records[messages.CONFIG]
     start = visits.read_cursor(context.state, instruction)
 
-    resident = visits.prepare_model(config)
+    resident = machine.prepare_model(config)
     number = visits.round_of(instruction)
     received = visits.receive_adapter(resident, message, config, context, number)
     batches, cursor = visits.next_batches(site, config, instruction, start)
@@ -52,7 +52,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Answer the received adapter's loss on the examples that the site holds out."""
     site, config = visits.site_of(context)
-    resident = visits.prepare_model(config)
+    resident = machine.prepare_model(config)
     visits.receive_adapter(resident, message, config, context)
     return messages.reply(message, metrics=visits.evaluate(resident, site, config))
 
@@ -62,6 +62,6 @@ def evaluate(message: Message, context: Context) -> Message:
 def examine(message: Message, context: Context) -> Message:
     """Answer the formulary's questions with the received adapter and without it."""
     _, config = visits.site_of(context)
-    resident = visits.prepare_model(config)
+    resident = machine.prepare_model(config)
     visits.receive_adapter(resident, message, config, context)
     return messages.reply(message, metrics=visits.examine(resident, config))

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from grandrounds import (
     client_app,
+    machine,
     messages,
     recipes,
     sampling,
@@ -79,7 +80,7 @@ def run_unit(
     trained = _ARMS[unit.arm](unit, config, run_path, on_visits)
     adapter = trained.pop("adapter", None)
     plain = config if adapter is not None else recipes.resolve(config.flat(), ORDINARY)
-    resident = visits.prepare_model(plain)
+    resident = machine.prepare_model(plain)
     if adapter is not None:
         shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
         set_adapter(resident, slots.place(shapes, (adapter, 0)))
@@ -176,7 +177,7 @@ def visit_examples(config: Config, num_examples: int) -> int:
 
 def _start(config: Config) -> Resident:
     """Return the resident model with the adapter that every run of this seed starts from."""
-    resident = visits.prepare_model(config)
+    resident = machine.prepare_model(config)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
     set_adapter(resident, drawn_adapter(shapes, config.federation.seed))
     return resident

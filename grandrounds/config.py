@@ -55,8 +55,9 @@ class ModelConfig:
     dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))]
     """Type of weights that are not quantised, and of the computation on 4-bit weights; `auto`:
     bfloat16 on a GPU that has it, else float32."""
-    gradient_checkpointing: bool
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto"))]
+    """Compute activations again in the backward pass: less memory, about a third more time. `auto`:
+    only where the plan of a site's memory does not fit into what is free."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ class TrainConfig:
     dynamic_data_seed: bool
     """`true`: a visit continues in the site's shuffled examples where its last one ended. `false`:
     every visit begins at the same first examples, as the FlowerTune template does."""
+    batching: Annotated[str, OneOf(("auto", "padding-free", "length-grouped", "padded"))]
+    """`padding-free`: the examples of a batch lie one after another, each with its own attention;
+    `length-grouped`: examples of similar length stand in one padded batch; `padded`: as they are
+    drawn. `auto`: `padding-free` where the base's family is known and allows it, else
+    `length-grouped`. The loss of a batch is the same in all."""
+    response_only_logits: bool
+    """Apply the head only where an answer token is predicted; for a base of an unknown family the
+    logits of all tokens are computed. The loss is the same."""
+    logits_chunk_tokens: Annotated[int, Range(0)]
+    """With `response-only-logits`: most answer tokens whose logits are held at a time; 0: all."""
     optimizer: Annotated[str, OneOf(("adamw_torch", "adamw_8bit", "paged_adamw_8bit"))]
     """`adamw_torch`, or bitsandbytes' 8-bit AdamW, paged or not. It starts anew at each visit."""
     num_threads: Annotated[int, Range(0, 1024)]
@@ -141,8 +152,10 @@ class TrainingArguments:
     """Only `false`: use bf16 or float32."""
     tf32: bool
     """TensorFloat-32 for float32 products on a GPU that has it."""
-    gradient_checkpointing: Annotated[bool | str, OneOf((True, False, ""))]
+    gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto", ""))]
     """Empty, or the same value as `model.gradient-checkpointing`."""
+    torch_compile: bool
+    """Compile the MLPs of the base: a minute at the first visit, for less memory traffic after."""
     logging_steps: Annotated[int, Range(1)]
     """Accepted, without effect: every visit's loss is recorded."""
     save_steps: Annotated[int, Range(1)]

@@ -152,9 +152,9 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
 def _load(name: str, quantization: int, dtype: str, own: torch.dtype) -> Any:
     """Load the base: as the run did and dequantised, or, not quantised, in its own type."""
     if quantization:
-        return load_base(BaseSpec(name, quantization, dtype, False)).dequantize()
+        return load_base(BaseSpec(name, quantization, dtype)).dequantize()
     exact = "bfloat16" if own is torch.bfloat16 else "float32"  # float32 holds float16 too
-    return load_base(BaseSpec(name, 0, exact, False))
+    return load_base(BaseSpec(name, 0, exact))
 
 
 @torch.no_grad()

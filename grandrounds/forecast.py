@@ -66,7 +66,8 @@ class Forecast:
     """Whether DoRA's magnitudes are among them: a run refuses that."""
     plan: Plan
     site: SiteMemory
-    """Memory of a site as configured, on a GPU with bfloat16."""
+    """Memory of a site as configured, on a GPU with bfloat16; where gradient checkpointing is
+    `auto`, without it."""
     server_bytes: int
     """Adapter tensors that the server holds at its peak."""
     reading: Reading | None
@@ -116,7 +117,14 @@ def forecast(
         shapes=shapes,
         dora=dora,
         plan=plan_config(config, shapes),
-        site=site_memory(config, base, targets, shapes, precision_of(config), checkpointing=None),
+        site=site_memory(
+            config,
+            base,
+            targets,
+            shapes,
+            precision_of(config),
+            checkpointing=config.model.gradient_checkpointing is True,
+        ),
         server_bytes=server_memory(config, shapes),
         reading=None if counted is None else reading(config, counted),
     )
@@ -138,9 +146,9 @@ def site_memory(
     shapes: Shapes,
     precision: Precision,
     *,
-    checkpointing: bool | None,
+    checkpointing: bool,
 ) -> SiteMemory:
-    """Return a site's memory in some precision; `checkpointing` None: as configured."""
+    """Return a site's memory in some precision, for batches of full length."""
     rule, rank = config.strategy.name, config.lora.peft_lora_r
     resident = slots.resident_rank(rule, rank, config.max_rank)
     factors = {n: s for n, s in shapes.items() if not n.endswith(MAGNITUDE)}
@@ -155,14 +163,20 @@ def site_memory(
         [math.prod(s) for s in placed.values()],
         [math.prod(s) for s in trained.values()],
         resident,
-        Batch(config.arguments.per_device_train_batch_size, config.train.seq_length),
+        Batch(
+            config.arguments.per_device_train_batch_size,
+            config.train.seq_length,
+            padded=base.family.attention_matrix
+            or config.train.batching not in ("auto", "padding-free"),
+        ),
         precision,
         optimizer=config.train.optimizer,
-        checkpointing=config.model.gradient_checkpointing
-        if checkpointing is None
-        else checkpointing,
+        checkpointing=checkpointing,
         dropout=config.lora.dropout > 0,
         proximal=config.strategy.proximal_mu > 0,
+        chunk_tokens=config.train.logits_chunk_tokens
+        if config.train.response_only_logits
+        else None,
     )
 
 

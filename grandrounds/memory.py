@@ -123,8 +123,8 @@ class SiteMemory:
     activations: int
     """Kept between forward and backward pass."""
     working: int
-    """The larger of the loss and, with checkpointing, one layer computed again; a layer's gradients
-    in the MLP, 3 N i e, included."""
+    """The larger of the loss, and of the gradients in one layer: 3 N i e in the MLP, 2 N h e along
+    the residual stream; with checkpointing, of these and the layer that is computed again."""
     weight_copies: int
     """The largest linear weight, unpacked for its product; bfloat16 copies of float32 weights."""
 
@@ -147,7 +147,7 @@ def site_memory(
     checkpointing: bool,
     dropout: bool,
     proximal: bool,
-    response_only_share: float | None = None,
+    chunk_tokens: int | None = None,
 ) -> SiteMemory:
     """Return the peak memory of a visit, for batches of full length.
 
@@ -157,7 +157,7 @@ def site_memory(
         Numbers of each tensor of the adapter, and of those that are trained.
     proximal : bool
         Whether there is a proximal term, whose gradient is formed apart.
-    response_only_share : float or None
+    chunk_tokens : int or None
         As in `loss_bytes`.
     """
     kept = saved_bytes(
@@ -169,9 +169,16 @@ def site_memory(
         checkpointing=checkpointing,
         dropout=dropout,
     )
-    again = 3 * batch.positions * architecture.intermediate_size * precision.product_bytes
+    n, h, e = batch.positions, architecture.hidden_size, precision.product_bytes
+    # The input of an adapted down_proj is let go before the gradients of its factors are there.
+    of_mlp = 2 if "down_proj" in targets else 3
+    backward = n * (of_mlp * architecture.intermediate_size + 2 * h) * e
     if checkpointing:
-        again += layer_bytes(architecture, targets, rank, batch, precision, dropout=dropout)
+        # An input of the step before waits for Python's garbage collector.
+        kept += n * h * precision.base_bytes
+        backward += layer_bytes(architecture, targets, rank, batch, precision, dropout=dropout)
+        backward -= 4 * n * (h + 1)  # the last norm's is let go before
+        backward -= 4 * n * h if precision.base_bytes == 4 else 0  # a layer's input is its norm's
     return SiteMemory(
         cuda_context=CUDA_CONTEXT_BYTES,
         base=base_bytes(architecture, precision),
@@ -179,7 +186,7 @@ def site_memory(
         gradient=4 * sum(trained) * (2 if proximal else 1),
         optimizer=optimizer_bytes(trained, optimizer),
         activations=kept,
-        working=max(loss_bytes(architecture, batch, precision, response_only_share), again),
+        working=max(loss_bytes(architecture, batch, precision, chunk_tokens), backward),
         weight_copies=dequantized_bytes(architecture, precision)
         + weight_copies_bytes(architecture, precision, checkpointing),
     )

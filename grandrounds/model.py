@@ -29,8 +29,6 @@ class BaseSpec:
     """4, 8 or 0 bits."""
     dtype: str
     """`auto`, `float32` or `bfloat16`."""
-    gradient_checkpointing: bool
-    """Whether activations are computed again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,10 @@ class Resident:
     """A peft.PeftModel."""
     parameters: dict[str, torch.nn.Parameter]
     """Adapter tensors by the names under which PEFT saves them, in that order."""
+    checkpoints_activations: bool = False
+    """Whether activations are computed again in the backward pass."""
+    compiled: bool = False
+    """Whether the MLPs are compiled."""
 
     @property
     def device(self) -> torch.device:
@@ -148,16 +150,22 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def base_config(name: str) -> Any:
+    """Return the base's configuration, without any weights."""
+    from transformers import AutoConfig
+
+    _no_progress_bars()
+    with _told_plainly(name, "configuration"):
+        return AutoConfig.from_pretrained(model_location(name))
+
+
 def base_fingerprint(name: str) -> str:
     """Return 16 hex digits that tell one base from another without reading its weights.
 
     Made of the architecture, the tokenizer and the hub's commit; of a local folder, the names and
     sizes of its weight files stand for the commit.
     """
-    from transformers import AutoConfig
-
-    with _told_plainly(name, "configuration"):
-        config = AutoConfig.from_pretrained(model_location(name))
+    config = base_config(name)
     facts = config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         facts.pop(key, None)
@@ -223,8 +231,6 @@ def load_base(spec: BaseSpec) -> Any:
     model.config.use_cache = False
     if spec.quantization == 4 and device.type == "cpu":
         _one_layout_on_cpu(model)
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -246,6 +252,8 @@ def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
     if _resident is not None and _resident.base_spec == base_spec:
         if _resident.lora_spec == lora_spec:
             return _resident
+        checkpoint_activations(_resident, False)
+        compile_mlps(_resident, False)
         base = _resident.model.unload()
         _resident = None  # without its adapter it is no longer what it says
     else:
@@ -254,6 +262,35 @@ def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
     model = add_lora(base, lora_spec, base_spec.name)
     _resident = Resident(base_spec, lora_spec, model, adapter_parameters(model))
     return _resident
+
+
+def checkpoint_activations(resident: Resident, wanted: bool) -> None:
+    """Switch gradient checkpointing on or off; it takes effect in training mode only."""
+    if wanted == resident.checkpoints_activations:
+        return
+    base = resident.model.get_base_model()
+    # transformers 5.23 renamed it.
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        enable = getattr(base, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(base, f"{name}_checkpointing_disable")()
+    resident.checkpoints_activations = wanted
+
+
+def compile_mlps(resident: Resident, wanted: bool) -> None:
+    """Compile the MLP of every layer, for batches of any length, or undo it."""
+    if wanted == resident.compiled:
+        return
+    for module in resident.model.modules():
+        mlp = getattr(module, "mlp", None)
+        if isinstance(mlp, torch.nn.Module):
+            if wanted:
+                mlp.compile(dynamic=True)
+            else:
+                mlp._compiled_call_impl = None  # as if it had never been compiled
+    resident.compiled = wanted
 
 
 def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
@@ -330,11 +367,9 @@ def base_parameters(name: str) -> int:
 
 def _without_weights(name: str) -> Any:
     """Return the base on the meta device, built from its configuration alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    _no_progress_bars()
-    with _told_plainly(name, "configuration"):
-        config = AutoConfig.from_pretrained(model_location(name))
+    config = base_config(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -108,10 +108,14 @@ def run_rows(forecast: Forecast) -> Rows:
     base, config, how = forecast.architecture, forecast.config, forecast.config.communication
     shapes = "" if base.known_as == base.name else f", shapes of {base.known_as}"
     bits = config.model.quantization
-    checkpointing = ", gradient checkpointing" if config.model.gradient_checkpointing else ""
+    again = config.model.gradient_checkpointing
+    checkpointing = {True: ", gradient checkpointing", "auto": ", checkpointing where needed"}
     return [
         ("base", f"{base.name}, {base.parameters:,} parameters{shapes}"),
-        ("stored as", f"{f'{bits}-bit' if bits else config.model.dtype}{checkpointing}"),
+        (
+            "stored as",
+            f"{f'{bits}-bit' if bits else config.model.dtype}{checkpointing.get(again, '')}",
+        ),
         ("adapted", ", ".join(forecast.targets)),
         (
             "federation",

@@ -27,7 +27,8 @@ def recipe_rows(config: Config) -> Rows:
     warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
     mu = f", mu {strategy.proximal_mu:g}" if strategy.proximal_mu else ""
     partition = f" by {data.partition_by}" if data.partition_by else ""
-    checkpointing = ", gradient checkpointing" if model.gradient_checkpointing else ""
+    again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing where needed"}
+    checkpointing = again.get(model.gradient_checkpointing, "")
     rows = [
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (

@@ -114,5 +114,34 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str
         ids = torch.tensor(example.input_ids)
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
-        labels[row, example.prompt_tokens : len(ids)] = ids[example.prompt_tokens :]
+        learned = max(1, example.prompt_tokens)  # nothing before it predicts the first token
+        labels[row, learned : len(ids)] = ids[learned:]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def flatten(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+    """Put examples one after another into a single row, without padding.
+
+    Returns
+    -------
+    dict
+        `input_ids`, `position_ids` (from 0 in each example) and `labels`, each int64 of
+        (1, tokens), and `sequence_lengths`, the tokens of each example. Prompts have the label
+        `IGNORED_LABEL`, and so has the first token of an example, which nothing predicts.
+    """
+    import torch
+
+    lengths = [len(e.input_ids) for e in examples]
+    ids = torch.cat([torch.tensor(e.input_ids) for e in examples])
+    labels = ids.clone()
+    start = 0
+    for example, length in zip(examples, lengths, strict=True):
+        labels[start : start + max(1, example.prompt_tokens)] = IGNORED_LABEL
+        start += length
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return {
+        "input_ids": ids.unsqueeze(0),
+        "position_ids": positions.unsqueeze(0),
+        "labels": labels.unsqueeze(0),
+        "sequence_lengths": lengths,
+    }

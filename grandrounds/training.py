@@ -5,7 +5,6 @@ And its counterpart without gradients: the loss on held-out examples.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 
 from grandrounds.errors import ModelError
-from grandrounds.model import has_bfloat16
+from grandrounds.loss import Forward, answer_nll_sum, attending
 from grandrounds.schedules import step_learning_rate
-from grandrounds.tokenization import IGNORED_LABEL, TokenizedExample, collate
+from grandrounds.tokenization import TokenizedExample
 
 _paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
 """Paged optimizers that were made, for at most the two factors in turn."""
@@ -40,8 +39,8 @@ class VisitSettings:
     """L2 norm to which gradients are clipped; 0: not at all."""
     proximal_mu: float
     """FedProx's mu; 0: no proximal term."""
-    bf16: bool
-    """Mixed precision on a GPU that has bfloat16."""
+    forward: Forward
+    """How batches go through the model."""
     seed: int
     """Seed of dropout."""
 
@@ -111,8 +110,9 @@ def train_visit(
         optimizer.zero_grad(set_to_none=True)
         step_tokens = sum(len(e.input_ids) - e.prompt_tokens for batch in group for e in batch)
         for batch in group:
-            loss = answer_nll_sum(model, collate(batch, pad_token_id), device, settings.bf16)
-            (loss / step_tokens).backward()  # type: ignore[no-untyped-call]
+            with attending(model, settings.forward):
+                loss = answer_nll_sum(model, batch, pad_token_id, device, settings.forward)
+                (loss / step_tokens).backward()  # type: ignore[no-untyped-call]
             nll_sum += loss.detach()  # type: ignore[assignment]
         if trained is not None:
             keep_gradient(parameters, trained)
@@ -124,7 +124,7 @@ def train_visit(
     optimizer.zero_grad(set_to_none=True)
     seen = [e for batch in batches for e in batch]
     tokens = sum(len(e.input_ids) for e in seen)
-    padded = sum(len(batch) * max(len(e.input_ids) for e in batch) for batch in batches)
+    carried = sum(positions(batch, settings.forward.padding_free) for batch in batches)
     train_loss = float(nll_sum) / answer_tokens
     return VisitResult(
         train_loss=train_loss,
@@ -132,30 +132,15 @@ def train_visit(
         steps=len(groups),
         examples=len(seen),
         tokens=tokens,
-        padding_tokens=padded - tokens,
+        padding_tokens=carried - tokens,
         seconds=time.perf_counter() - started,
     )
 
 
-def answer_nll_sum(
-    model: Any, batch: dict[str, torch.Tensor], device: torch.device, bf16: bool
-) -> torch.Tensor:
-    """Return the summed negative log-likelihood (nats) of a batch's answer tokens, float32."""
-    input_ids = batch["input_ids"].to(device)
-    attention_mask = batch["attention_mask"].to(device)
-    with mixed_precision(device, bf16):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    targets = batch["labels"][:, 1:].to(device)  # (batch, tokens - 1)
-    learned = targets != IGNORED_LABEL
-    predictions = logits[:, :-1][learned].float()  # (answer tokens, vocabulary)
-    return torch.nn.functional.cross_entropy(predictions, targets[learned], reduction="sum")
-
-
-def mixed_precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return bfloat16 autocast on a GPU that has it, where wanted; else nothing."""
-    if bf16 and device.type == "cuda" and has_bfloat16():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+def positions(batch: Sequence[TokenizedExample], padding_free: bool) -> int:
+    """Return how many tokens a batch carries through the model, padding included."""
+    lengths = [len(e.input_ids) for e in batch]
+    return sum(lengths) if padding_free else len(batch) * max(lengths)
 
 
 @torch.no_grad()
@@ -272,13 +257,14 @@ def held_out_loss(
     batch_size: int,
     pad_token_id: int,
     device: torch.device,
-    bf16: bool,
+    forward: Forward,
 ) -> tuple[float, int]:
     """Return the summed negative log-likelihood (nats) and the number of answer tokens."""
     model.eval()
     ordered = sorted(examples, key=lambda e: len(e.input_ids))
     total = 0.0
-    for i in range(0, len(ordered), batch_size):
-        batch = collate(ordered[i : i + batch_size], pad_token_id)
-        total += float(answer_nll_sum(model, batch, device, bf16))
+    with attending(model, forward):
+        for i in range(0, len(ordered), batch_size):
+            batch = ordered[i : i + batch_size]
+            total += float(answer_nll_sum(model, batch, pad_token_id, device, forward))
     return total, sum(len(e.input_ids) - e.prompt_tokens for e in ordered)

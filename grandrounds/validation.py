@@ -76,7 +76,7 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
         value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) not in kinds:
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        allowed = " or ".join(names[k] for k in kinds)
+        allowed = names[base] if len(kinds) == 1 else str(rules[0])
         raise ConfigError(f"{key} = {value!r} is of the wrong type: it must be {allowed}.")
     for rule in rules:
         if not rule.admits(value):

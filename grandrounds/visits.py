@@ -12,23 +12,18 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import grandrounds
-from grandrounds import downlink, protocol, sampling, slots, training, uplink
+from grandrounds import downlink, fitting, machine, protocol, sampling, slots, training, uplink
 from grandrounds.adapter import Adapter, factor_of
 from grandrounds.config import Config
 from grandrounds.drawing import drawn_adapter
 from grandrounds.errors import DataError
 from grandrounds.model import (
-    BaseSpec,
-    LoraSpec,
     Resident,
     adapter_change,
     base_fingerprint,
     base_loads,
-    base_parameters,
     device_and_dtype,
-    has_bfloat16,
     quantization_config,
-    resident_model,
     set_adapter,
 )
 from grandrounds.prompts import prompt_hash
@@ -38,11 +33,6 @@ from grandrounds.strategies import STRATEGIES
 from grandrounds.tokenization import TokenizedExample
 
 Batches = list[list[TokenizedExample]]
-
-SMALL_BASE_PARAMETERS = 5_000_000
-"""Below this a base trains with one CPU thread unless told otherwise."""
-
-_PROCESS_THREADS = torch.get_num_threads()
 
 _CURSOR = "grandrounds-cursor"
 
@@ -87,17 +77,6 @@ def _parsed(items: tuple[tuple[str, Any], ...]) -> Config:
     return resolve(dict(items))
 
 
-def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
-    """Return what decides the base and the adapter."""
-    model, lora = config.model, config.lora
-    rank = slots.resident_rank(config.strategy.name, lora.peft_lora_r, config.max_rank)
-    alpha = lora.peft_lora_alpha * rank / lora.peft_lora_r
-    return (
-        BaseSpec(model.name, model.quantization, model.dtype, model.gradient_checkpointing),
-        LoraSpec(rank, alpha, lora.target_modules, lora.dropout),
-    )
-
-
 def introduction(site: Site, config: Config) -> dict[str, int | str]:
     """Return what a site says at roll call; nothing heavy is loaded for it."""
     device, dtype = device_and_dtype(config.model.dtype)
@@ -113,45 +92,17 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
         "base": _fingerprint(name),
         "prompt": prompt_hash(template, tokenizer_of(name)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "precision": precision(config),
+        "precision": machine.precision(config),
+        "means": machine.means(config),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads": threads(config),
+        "threads": machine.threads(config),
     }
 
 
 @lru_cache(maxsize=4)
 def _fingerprint(name: str) -> str:
     return base_fingerprint(name)
-
-
-def precision(config: Config) -> str:
-    """Return in words what the base is stored in and computed in on this machine."""
-    device, dtype = device_and_dtype(config.model.dtype)
-    name = str(dtype).removeprefix("torch.")
-    stored = {0: name, 8: "8-bit (LLM.int8)", 4: "4-bit NF4, double quantisation"}
-    autocast = config.arguments.bf16 and device.type == "cuda" and has_bfloat16()
-    computed = "multiplied in int8" if config.model.quantization == 8 else f"computed in {name}"
-    text = f"base {stored[config.model.quantization]}, {computed}, adapter float32"
-    return f"{text}, bfloat16 autocast" if autocast else text
-
-
-def threads(config: Config) -> int:
-    """Return the CPU threads that visits use.
-
-    Where `train.num-threads` is 0 and the base is small, one: the threads of a small product wait
-    for each other longer than they work.
-    """
-    if config.train.num_threads:
-        return config.train.num_threads
-    device, _ = device_and_dtype(config.model.dtype)
-    is_small = device.type == "cpu" and _parameters(config.model.name) < SMALL_BASE_PARAMETERS
-    return 1 if is_small else _PROCESS_THREADS
-
-
-@lru_cache(maxsize=4)
-def _parameters(name: str) -> int:
-    return base_parameters(name)
 
 
 def read_cursor(state: RecordDict, instruction: ConfigRecord) -> int:
@@ -170,16 +121,6 @@ def read_cursor(state: RecordDict, instruction: ConfigRecord) -> int:
 def write_cursor(state: RecordDict, cursor: int) -> None:
     """Keep the cursor for the next visit; it never leaves the site's record."""
     state.config_records[_CURSOR] = ConfigRecord({"examples": cursor})
-
-
-def prepare_model(config: Config) -> Resident:
-    """Return this process's model; the base is loaded at the first call only."""
-    if torch.get_num_threads() != threads(config):
-        torch.set_num_threads(threads(config))
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = config.arguments.tf32
-        torch.backends.cudnn.allow_tf32 = config.arguments.tf32
-    return resident_model(*specs(config))
 
 
 def receive_adapter(
@@ -224,10 +165,11 @@ def next_batches(
     start = cursor if config.train.dynamic_data_seed else 0
     indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
     examples = [site.train[i] for i in indices]
+    size = arguments.per_device_train_batch_size
+    if machine.forward(config).padding_free or config.train.batching == "padded":
+        return [examples[i : i + size] for i in range(0, count, size)], cursor + count
     generator = sampling.visit_generator(seed, round_of(instruction), site.partition_id)
-    groups = sampling.length_grouped_batches(
-        [len(e.input_ids) for e in examples], arguments.per_device_train_batch_size, generator
-    )
+    groups = sampling.length_grouped_batches([len(e.input_ids) for e in examples], size, generator)
     return [[examples[i] for i in group] for group in groups], cursor + count
 
 
@@ -253,13 +195,17 @@ def train(
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.max_grad_norm,
         proximal_mu=config.strategy.proximal_mu,
-        bf16=arguments.bf16,
+        forward=machine.forward(config),
         seed=sampling.visit_seed(config.federation.seed, round_of(instruction), site.partition_id),
     )
     parts = None if ranks == slots.EVERYTHING else [slots.of_ranks(n, ranks) for n in trained]
     pad = tokenizer_of(config.model.name).pad_token_id
-    return training.train_visit(
-        resident.model, list(trained.values()), batches, settings, pad, parts
+    return fitting.run_visit(
+        config,
+        resident,
+        lambda: training.train_visit(
+            resident.model, list(trained.values()), batches, settings, pad, parts
+        ),
     )
 
 
@@ -323,7 +269,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
             config.arguments.per_device_train_batch_size,
             tokenizer_of(config.model.name).pad_token_id,
             resident.device,
-            config.arguments.bf16,
+            machine.forward(config),
         )
     if not math.isfinite(nll_sum):
         raise DataError(f"Site {site.partition_id}: the held-out loss is {nll_sum}.")

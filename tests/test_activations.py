@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from grandrounds.activations import Batch, Precision, layer_bytes, loss_bytes, saved_bytes
 from grandrounds.architectures import find_architecture, from_config
+from grandrounds.attention import by_sequence
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -32,6 +34,7 @@ def counted_bytes(
     checkpointing: bool = False,
     dropout: float = 0.0,
     with_loss: bool = False,
+    padding_free: bool = False,
 ) -> tuple[int, Any]:
     """Return the bytes of all storages saved for the backward pass, and the model's configuration.
 
@@ -58,7 +61,7 @@ def counted_bytes(
     model.requires_grad_(False)
     model.config.use_cache = False
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     lora = LoraConfig(r=4, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     model.train()
@@ -76,7 +79,13 @@ def counted_bytes(
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision.autocast else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with autocast or contextlib.nullcontext():
-            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+            if padding_free:
+                row = {"input_ids": tokens.view(1, -1), "sequence_lengths": [BATCH.tokens] * 4}
+                positions = torch.arange(BATCH.tokens).repeat(1, BATCH.examples)
+                with by_sequence(model.get_base_model()):
+                    model(**row, position_ids=positions, use_cache=False)
+            else:
+                logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         if with_loss:
             predictions = logits.flatten(0, 1).float()
             torch.nn.functional.cross_entropy(predictions, tokens.flatten(), reduction="sum")
@@ -90,12 +99,13 @@ def predicted_bytes(
     *,
     checkpointing: bool = False,
     dropout: float = 0.0,
+    padding_free: bool = False,
 ) -> int:
     return saved_bytes(
         from_config("tiny", config.to_dict(), "tiny"),
         targets,
         4,
-        BATCH,
+        dataclasses.replace(BATCH, padded=not padding_free),
         precision,
         checkpointing=checkpointing,
         dropout=dropout > 0,
@@ -145,6 +155,16 @@ def test_gemma_2_keeps_its_attention_matrices_and_its_capped_logits(precision: P
     assert predicted == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ALL_SEVEN], ids=["q,v", "all"])
+@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16, MIXED], ids=["fp32", "bf16", "mixed"])
+def test_batches_without_padding_are_predicted_within_3_percent(
+    precision: Precision, targets: list[str]
+) -> None:
+    counted, config = counted_bytes("llama", targets, precision, padding_free=True)
+    predicted = predicted_bytes(config, targets, precision, padding_free=True)
+    assert predicted == pytest.approx(counted, rel=0.03)
+
+
 def test_the_loss_keeps_its_log_softmax_in_float32() -> None:
     """Of loss_bytes' N V (e + 8), N V 4 are kept for the backward pass; the rest comes and goes."""
     without, _ = counted_bytes("llama", ["q_proj"], FLOAT32)
@@ -154,11 +174,14 @@ def test_the_loss_keeps_its_log_softmax_in_float32() -> None:
 
 
 def test_loss_bytes_by_hand() -> None:
-    """8,192 tokens of 128,256 words: 10 bytes each in bfloat16, 10,506,731,520; a quarter of that
-    where the head is applied to a quarter of the tokens."""
+    """8,192 tokens of 128,256 words: 10 bytes each in bfloat16, 10,506,731,520. Of answers only,
+    1,024 at a time: 6 bytes each, and (2 * 8,192 + 1,024) 4,096 hidden numbers of 2 bytes."""
     base, batch = find_architecture("meta-llama/Meta-Llama-3-8B"), Batch(16, 512)
-    assert loss_bytes(base, batch, MIXED) == 10_506_731_520
-    assert loss_bytes(base, batch, MIXED, response_only_share=0.25) == 10_506_731_520 // 4
+    assert loss_bytes(base, batch, MIXED, None) == 10_506_731_520
+    lean = 1_024 * 128_256 * 6 + 17_408 * 4_096 * 2
+    assert loss_bytes(base, batch, MIXED, 1_024) == lean
+    assert loss_bytes(base, batch, MIXED, 0) == 8_192 * 128_256 * 6 + 3 * 8_192 * 4_096 * 2
+    assert loss_bytes(base, Batch(1, 100), MIXED, 1_024) == 100 * 128_256 * 6 + 300 * 4_096 * 2
 
 
 def test_llm_int8_keeps_the_inputs_of_frozen_modules() -> None:

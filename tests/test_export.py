@@ -194,7 +194,7 @@ def test_a_quantised_base_is_dequantised_as_the_run_saw_it(
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     merged = AutoModelForCausalLM.from_pretrained(folder)
     assert merged.dtype == torch.float32
-    quantised = load_base(BaseSpec(str(tiny_base), bits, "float32", False))
+    quantised = load_base(BaseSpec(str(tiny_base), bits, "float32"))
     tuned = PeftModel.from_pretrained(quantised, checkpoint.folder).eval()
     published = AutoModelForCausalLM.from_pretrained(tiny_base)
     away = PeftModel.from_pretrained(published, checkpoint.folder)

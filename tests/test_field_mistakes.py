@@ -28,6 +28,7 @@ from grandrounds.drawing import initial_adapter
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import DataError, ModelError, RoundError
 from grandrounds.ledger import MIB
+from grandrounds.loss import Forward
 from grandrounds.model import (
     BaseSpec,
     LoraSpec,
@@ -180,7 +181,7 @@ def test_field_mistake_03_generation_stops_by_itself_after_training(tiny_base: P
         assert row[row != IGNORED_LABEL][-1] == tokenizer.eos_token_id
 
     lora = LoraSpec(16, 32.0, "all-linear", 0.0)
-    resident = resident_model(BaseSpec(str(tiny_base), 0, "float32", False), lora)
+    resident = resident_model(BaseSpec(str(tiny_base), 0, "float32"), lora)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
     set_adapter(resident, initial_adapter(shapes, sampling.adapter_generator(1)))
 
@@ -207,7 +208,7 @@ def test_field_mistake_03_generation_stops_by_itself_after_training(tiny_base: P
         weight_decay=0.0,
         max_grad_norm=1.0,
         proximal_mu=0.0,
-        bf16=False,
+        forward=Forward(False, True, True, 0),
         seed=0,
     )
     parameters = list(resident.parameters.values())

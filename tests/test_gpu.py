@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from grandrounds.model import BaseSpec, LoraSpec, has_bfloat16, resident_model
+from grandrounds.loss import Forward
+from grandrounds.model import (
+    BaseSpec,
+    LoraSpec,
+    checkpoint_activations,
+    has_bfloat16,
+    resident_model,
+)
 from grandrounds.tokenization import TokenizedExample
 from grandrounds.training import VisitResult, VisitSettings, train_visit
 
@@ -22,11 +29,14 @@ EXAMPLES = [TokenizedExample(tuple(range(2, 2 + length)), 4) for length in (12, 
 
 def visit(base: Path, *, checkpointing: bool, optimizer: str, lora: LoraSpec = LORA) -> VisitResult:
     """Train eight steps on an NF4 base."""
-    resident = resident_model(BaseSpec(str(base), 4, "auto", checkpointing), lora)
+    resident = resident_model(BaseSpec(str(base), 4, "auto"), lora)
+    checkpoint_activations(resident, checkpointing)
     parameters = list(resident.parameters.values())
     assert all(p.dtype == torch.float32 and p.device.type == "cuda" for p in parameters)
     before = [p.detach().clone() for p in parameters]
-    settings = VisitSettings(1, 1e-3, 2, optimizer, 0.0, 1.0, 0.01, True, 1)
+    settings = VisitSettings(
+        1, 1e-3, 2, optimizer, 0.0, 1.0, 0.01, Forward(True, True, True, 1024), 1
+    )
     result = train_visit(resident.model, parameters, [EXAMPLES] * 8, settings, 0)
     assert all(torch.isfinite(p).all() for p in parameters)
     assert any(not torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
@@ -54,6 +64,6 @@ def test_paged_memory_does_not_grow_from_visit_to_visit(tiny_base: Path) -> None
 
 
 def test_the_precision_is_that_of_the_device(tiny_base: Path) -> None:
-    resident = resident_model(BaseSpec(str(tiny_base), 0, "auto", False), LORA)
+    resident = resident_model(BaseSpec(str(tiny_base), 0, "auto"), LORA)
     expected = torch.bfloat16 if has_bfloat16() else torch.float32
     assert resident.model.get_base_model().lm_head.weight.dtype == expected

@@ -108,21 +108,24 @@ def jsl(**changes: Any) -> Any:
 
 def test_a_sites_memory_is_the_sum_of_its_parts() -> None:
     """3,407,872 numbers: adapter twice, gradient, two moments, of 4 bytes each; with a proximal
-    term another 4. Kept: 32 inputs of 8,192 * 4,096 * 2 bytes, and the last norm's."""
+    term another 4. Kept: 32 inputs of 8,192 * 4,096 * 2 bytes, one of the step before, and the last
+    norm's."""
     memory = jsl()
     assert memory.total == sum(asdict(memory).values())
     assert memory.cuda_context == CUDA_CONTEXT_BYTES
     assert memory.adapter == 8 * 3_407_872
     assert memory.gradient == 4 * 3_407_872
     assert memory.optimizer == 8 * 3_407_872
-    assert memory.activations == 32 * 8_192 * 4_096 * 2 + 4 * 8_192 * 4_097
+    assert memory.activations == 33 * 8_192 * 4_096 * 2 + 4 * 8_192 * 4_097
     assert jsl(proximal=True).gradient == 8 * 3_407_872
 
 
 def test_checkpointing_saves_activations_and_a_head_on_answers_saves_logits() -> None:
     memory = jsl()
     assert jsl(checkpointing=False).activations > 10 * memory.activations
-    assert jsl(response_only_share=0.3).working < memory.working
+    full = jsl(chunk_tokens=None).working
+    assert jsl(chunk_tokens=0).working < full
+    assert jsl(chunk_tokens=1_024).working < jsl(chunk_tokens=0).working
 
 
 def test_the_servers_memory_grows_with_the_cohort_only_where_replies_are_kept() -> None:

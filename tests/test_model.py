@@ -36,7 +36,7 @@ TOKENS = torch.tensor([[5, 77, 130, 201, 9, 44]])
 
 
 def base_of(path: Path, **changes: Any) -> BaseSpec:
-    options = {"quantization": 0, "dtype": "float32", "gradient_checkpointing": False}
+    options = {"quantization": 0, "dtype": "float32"}
     return BaseSpec(str(path), **{**options, **changes})
 
 
@@ -136,7 +136,7 @@ def test_auto_is_float32_where_there_is_no_gpu() -> None:
 
 def test_a_model_that_is_not_there_is_told_in_one_line() -> None:
     for action in (
-        lambda: resident_model(BaseSpec("nobody/nothing", 0, "float32", False), LORA),
+        lambda: resident_model(BaseSpec("nobody/nothing", 0, "float32"), LORA),
         lambda: adapter_layout("nobody/nothing", LORA),
         lambda: load_tokenizer("nobody/nothing"),
         lambda: base_fingerprint("nobody/nothing"),

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from grandrounds import (
     client_app,
+    machine,
     messages,
     model,
     recipes,
@@ -212,8 +213,8 @@ def test_a_checkpoint_in_plain_peft_has_the_held_out_loss_that_the_run_reported(
                 partition,
             ).held_out
             pad = site.tokenizer_of(config.model.name).pad_token_id
-            device = torch.device("cpu")
-            more = training.held_out_loss(evaluated, held_out, 4, pad, device, False)
+            device, forward = torch.device("cpu"), machine.forward(config)
+            more = training.held_out_loss(evaluated, held_out, 4, pad, device, forward)
             nll_sum, tokens = nll_sum + more[0], tokens + more[1]
         return nll_sum / tokens
 
@@ -412,6 +413,7 @@ OTHER_VALUE: Settings = {
     "train.learning-rate-min": 0.001,
     "train.seq-length": 150,
     "train.optimizer": "adamw_8bit",
+    "train.batching": "length-grouped",  # who stands beside whom
     "train.training-arguments.per-device-train-batch-size": 3,
     "train.training-arguments.gradient-accumulation-steps": 2,
     "train.training-arguments.max-steps": 3,
@@ -470,6 +472,9 @@ TESTED_ELSEWHERE = {
     "resume-from": "the server's",
     "model.quantization": "below, slow",
     "model.gradient-checkpointing": "below: same adapter, by other means",
+    "train.response-only-logits": "below: same adapter, by other means",
+    "train.logits-chunk-tokens": "below: same adapter, by other means",
+    "train.training-arguments.torch-compile": "below: same adapter, by other means",
     "train.save-every-round": "above",
     "train.num-threads": "below",
     "train.report-to": "tests/test_tracking.py: the same adapter, told to others",
@@ -569,11 +574,21 @@ def test_a_key_that_cannot_be_honoured_is_refused(settings: Settings, key: str, 
         parse({**settings, key: value}, recipes.defaults())
 
 
-def test_gradient_checkpointing_gives_nearly_the_same_adapter(
-    settings: Settings, tmp_path: Path
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.gradient-checkpointing": True},
+        {"train.response-only-logits": False},
+        {"train.logits-chunk-tokens": 3},
+        pytest.param({"train.training-arguments.torch-compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_means_give_nearly_the_same_adapter(
+    settings: Settings, tmp_path: Path, change: Settings
 ) -> None:
     short_run(settings, tmp_path, "plain", {})
-    short_run(settings, tmp_path, "saving", {"model.gradient-checkpointing": True})
+    short_run(settings, tmp_path, "saving", change)
     plain, saving = (
         load_file(tmp_path / name / "peft_1" / "adapter_model.safetensors")
         for name in ("plain", "saving")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grandrounds import training
 from grandrounds.drawing import initial_adapter
+from grandrounds.loss import Forward
 from grandrounds.model import (
     BaseSpec,
     LoraSpec,
     Resident,
+    checkpoint_activations,
     resident_model,
     set_adapter,
 )
@@ -26,13 +29,13 @@ from grandrounds.training import (
     VisitResult,
     VisitSettings,
     add_proximal_gradient,
-    answer_nll_sum,
     held_out_loss,
     proximal_penalty,
     train_visit,
 )
 
 PAD = 0
+LEAN = Forward(bf16=True, padding_free=True, answers_only=True, chunk_tokens=5)
 LORA = LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
 CPU = torch.device("cpu")
 Batches = list[list[TokenizedExample]]
@@ -58,8 +61,9 @@ def make(
     checkpointing: bool = False,
 ) -> Resident:
     """Return the tiny model with an adapter whose A and B are both random, the same each time."""
-    spec = BaseSpec(str(tiny_base), quantization, "float32", checkpointing)
+    spec = BaseSpec(str(tiny_base), quantization, "float32")
     resident = resident_model(spec, lora)
+    checkpoint_activations(resident, checkpointing)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
     rng = np.random.default_rng(0)
     adapter = dict(initial_adapter(shapes, rng))
@@ -79,7 +83,7 @@ def settings(**changes: Any) -> VisitSettings:
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
         "proximal_mu": 0.0,
-        "bf16": True,
+        "forward": LEAN,
         "seed": 5,
     }
     return VisitSettings(**{**options, **changes})
@@ -231,15 +235,6 @@ def test_the_loss_is_the_mean_over_answer_tokens_as_hugging_face_has_it(tiny_bas
     assert result.train_loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_summed_loss_is_that_of_every_example_alone(tiny_base: Path) -> None:
-    """Padding changes nothing."""
-    model = make(tiny_base).model.eval()
-    with torch.no_grad():
-        together = float(answer_nll_sum(model, collate(EXAMPLES, PAD), CPU, True))
-        alone = sum(float(answer_nll_sum(model, collate([e], PAD), CPU, True)) for e in EXAMPLES)
-    assert together == pytest.approx(alone, rel=1e-6)
-
-
 def test_two_accumulated_batches_equal_one_of_twice_the_size(tiny_base: Path) -> None:
     """Of unequal numbers of answer tokens: the mean is over tokens, not over batches."""
     small = [EXAMPLES[:2], EXAMPLES[2:4]]
@@ -300,9 +295,12 @@ def test_weight_decay_shrinks_by_rate_times_decay(tiny_base: Path) -> None:
 
 
 def test_what_a_visit_counts(tiny_base: Path) -> None:
-    """Lengths 9, 14 | 6, 11: 40 tokens; padding 5 + 5 = 10."""
-    _, result = visit(make(tiny_base), FOUR_BATCHES[:2])
-    assert (result.steps, result.examples, result.tokens, result.padding_tokens) == (2, 4, 40, 10)
+    """Lengths 9, 14 | 6, 11: 40 tokens; padding 5 + 5 = 10, where there is any."""
+    padded = dataclasses.replace(LEAN, padding_free=False)
+    for how, padding in ((LEAN, 0), (padded, 10)):
+        _, result = visit(make(tiny_base), FOUR_BATCHES[:2], forward=how)
+        assert (result.steps, result.examples, result.tokens) == (2, 4, 40)
+        assert result.padding_tokens == padding
     assert result.seconds > 0
 
 
@@ -357,7 +355,7 @@ def test_the_base_is_not_touched(tiny_base: Path) -> None:
 def test_held_out_loss_is_the_sum_over_answer_tokens(tiny_base: Path, batch_size: int) -> None:
     resident = make(tiny_base, LoraSpec(4, 8.0, "q_proj,v_proj", 0.5))
     resident.model.train()
-    loss, tokens = held_out_loss(resident.model, EXAMPLES, batch_size, PAD, CPU, True)
+    loss, tokens = held_out_loss(resident.model, EXAMPLES, batch_size, PAD, CPU, LEAN)
     assert tokens == sum(len(e.input_ids) - e.prompt_tokens for e in EXAMPLES)
     with torch.no_grad():
         expected = float(resident.model.eval()(**collate(EXAMPLES, PAD)).loss) * tokens

@@ -116,7 +116,7 @@ def evaluate(
         permutations=permutations,
         out=out,
     )
-    spec = BaseSpec(plan.base, plan.quantization, plan.dtype, gradient_checkpointing=False)
+    spec = BaseSpec(plan.base, plan.quantization, plan.dtype)
     tokenizer = load_tokenizer(plan.base)
     settings = settings_of(plan, tokenizer)
     models = Models(spec, plan.subjects)

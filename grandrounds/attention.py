@@ -1,0 +1,96 @@
+"""Attention over sequences that lie one after another in one row: no padding, no mask.
+
+A batch of lengths 3 and 2 is one row of 5 tokens, positions 0 1 2 0 1. Everything but attention
+treats tokens one by one; attention is computed for each sequence apart, causal, by the kernels that
+need no mask (FlashAttention: Dao et al., 2022). The numbers are those of each sequence alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "grandrounds_by_sequence"
+"""Under which transformers finds `attend`."""
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None = None,
+    *,
+    sequence_lengths: list[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return causal attention within each sequence, in the form that transformers expects.
+
+    Parameters
+    ----------
+    query : tensor of (1, heads, tokens, head size)
+    key, value : tensor of (1, key-value heads, tokens, head size)
+    sequence_lengths
+        Tokens of each sequence, in their order; they add up to `tokens`.
+    sliding_window : int or None
+        Tokens that a token sees, itself included; None: all before it.
+
+    Returns
+    -------
+    tensor of (1, tokens, heads, head size), and no weights.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    grouped = repeats > 1 and query.device.type == "cuda"
+    if repeats > 1 and not grouped:
+        key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+    parts = [torch.split(t, sequence_lengths, dim=2) for t in (query, key, value)]
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        tokens = q.shape[2]
+        windowed = sliding_window is not None and tokens > sliding_window
+        output = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_window(tokens, sliding_window, q.device) if windowed else None,  # type: ignore[arg-type]
+            dropout_p=dropout,
+            is_causal=not windowed,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+def _window(tokens: int, sliding_window: int, device: torch.device) -> torch.Tensor:
+    """Return which earlier tokens each token sees: bool of (tokens, tokens)."""
+    everything = torch.ones((tokens, tokens), dtype=torch.bool, device=device)
+    return everything.tril().triu(1 - sliding_window)
+
+
+@contextmanager
+def by_sequence(model: Any) -> Iterator[None]:
+    """Let a model's attention go sequence by sequence while the context lasts.
+
+    Parameters
+    ----------
+    model
+        A model of transformers whose attention goes through its table of attention functions. Its
+        forward takes `sequence_lengths` then, and no attention mask.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

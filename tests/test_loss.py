@@ -1,0 +1,218 @@
+"""The loss of answers by lean means, against PyTorch's own on every token, for every family."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from grandrounds import loss as losses
+from grandrounds.architectures import FAMILIES
+from grandrounds.loss import Forward, can_skip_padding, has_plain_head, head_nll_sum
+from grandrounds.tokenization import TokenizedExample
+
+CPU = torch.device("cpu")
+PAD = 0
+VOCABULARY = 300
+
+
+def examples_of(*lengths: int) -> list[TokenizedExample]:
+    """Return examples of random tokens, a third of each its prompt."""
+    rng = np.random.default_rng(1)
+    return [
+        TokenizedExample(tuple(int(i) for i in rng.integers(1, VOCABULARY, n)), max(1, n // 3))
+        for n in lengths
+    ]
+
+
+EXAMPLES = examples_of(9, 2, 23, 14)
+
+
+def tiny(model_type: str, **changes: Any) -> Any:
+    """Return a random model of a family with LoRA on it, B drawn too."""
+    config = CONFIG_MAPPING[model_type](
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.3,
+            **changes,
+        }
+    )
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    targets = ["qkv_proj"] if model_type == "phi3" else ["q_proj", "v_proj"]
+    lora = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def answer_nll_sum(model: Any, examples: list[TokenizedExample], how: Forward) -> torch.Tensor:
+    """Return the loss of examples in one batch."""
+    with losses.attending(model, how):
+        return losses.answer_nll_sum(model, examples, PAD, CPU, how)
+
+
+def loss_and_gradients(model: Any, how: Forward) -> tuple[float, list[torch.Tensor]]:
+    """Return a batch's loss and the adapter's gradients."""
+    model.zero_grad()
+    loss = answer_nll_sum(model, EXAMPLES, how)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def one_by_one(model: Any) -> tuple[float, list[torch.Tensor]]:
+    """Return the same by the model's own logits, each example alone, without mask or padding."""
+    model.zero_grad()
+    total = 0.0
+    for example in EXAMPLES:
+        ids = torch.tensor([example.input_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        learned = slice(example.prompt_tokens, None)
+        before = slice(example.prompt_tokens - 1, -1)
+        loss = cross_entropy(logits[before].float(), ids[0, learned], reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total, [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+SERVED = [name for name in FAMILIES if name in CONFIG_MAPPING]
+MEANS = [
+    Forward(False, padding_free, answers_only, chunk)
+    for padding_free, answers_only, chunk in itertools.product((True, False), (True, False), (0, 7))
+    if answers_only or not chunk
+]
+
+
+@pytest.mark.parametrize("how", MEANS, ids=str)
+@pytest.mark.parametrize("model_type", SERVED)
+def test_every_means_gives_the_loss_and_gradient_of_each_example_alone(
+    model_type: str, how: Forward
+) -> None:
+    if how.padding_free and not can_skip_padding(model_type):
+        pytest.skip(f"{model_type} keeps its padding")
+    assert has_plain_head(model_type)
+    model = tiny(model_type).train()
+    expected, gradients = one_by_one(model)
+    loss, ours = loss_and_gradients(model, how)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for got, wanted in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("window", [4, 16, 64])
+def test_a_sliding_window_is_kept_within_each_sequence(window: int) -> None:
+    """The longest example has 23 tokens: some windows are shorter, one is longer."""
+    model = tiny("mistral", sliding_window=window).train()
+    expected, gradients = one_by_one(model)
+    loss, ours = loss_and_gradients(model, Forward(False, True, True, 0))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for got, wanted in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_gemma_2_keeps_its_padding_and_unknown_families_keep_all_logits() -> None:
+    assert not can_skip_padding("gemma2")
+    assert has_plain_head("gemma2")
+    assert not can_skip_padding("mamba")
+    assert not has_plain_head("mamba")
+
+
+def test_the_model_attends_as_before_when_the_batch_is_done(tiny_base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(input_ids=ids).logits
+    answer_nll_sum(model, EXAMPLES, Forward(False, True, True, 0))
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_without_the_context_the_loss_is_the_same_by_a_mask(tiny_base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    how = Forward(False, True, True, 0)
+    with torch.no_grad():
+        masked = losses.answer_nll_sum(model, EXAMPLES, PAD, CPU, how)
+        assert float(masked) == pytest.approx(float(answer_nll_sum(model, EXAMPLES, how)), rel=1e-6)
+
+
+def test_no_sequence_sees_another(tiny_base: Path) -> None:
+    """Another first example leaves the hidden states of the second as they are."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base).eval()
+    how = Forward(False, True, True, 0)
+    first, other, second = examples_of(9, 9, 12)
+    with torch.no_grad():
+        alone = float(answer_nll_sum(model, [second], how))
+        for neighbour in (first, other):
+            both = float(answer_nll_sum(model, [neighbour, second], how))
+            mine = float(answer_nll_sum(model, [neighbour], how))
+            assert both - mine == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("chunk", [0, 1, 4, 100])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gradient_of_the_head_is_that_of_autograd(
+    cap: float | None, chunk: int, biased: bool
+) -> None:
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(13, 6), torch.randn(9, 6, requires_grad=True)
+    bias = torch.randn(13) if biased else None
+    targets = torch.randint(13, (9,))
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = cross_entropy(logits, targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(3 * expected, hidden)
+    loss = head_nll_sum(hidden, weight, bias, targets, chunk, cap)
+    (got,) = torch.autograd.grad(3 * loss, hidden)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_by_hand() -> None:
+    """Logits (ln 3, 0) and target 0: L = -ln 3/4; dL/dh = (3/4 - 1, 1/4) W, with W = ((1), (0))
+    and h = ln 3: -1/4."""
+    hidden = torch.log(torch.tensor([[3.0]])).requires_grad_()
+    weight = torch.tensor([[1.0], [0.0]])
+    loss = head_nll_sum(hidden, weight, None, torch.tensor([0]), 0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == pytest.approx(-np.log(0.75))
+    assert hidden.grad is not None
+    assert float(hidden.grad) == pytest.approx(-0.25)
+
+
+def test_logits_that_would_overflow_exp_are_no_problem() -> None:
+    hidden = torch.tensor([[1e4]], requires_grad=True)
+    loss = head_nll_sum(hidden, torch.tensor([[1.0], [0.0]]), None, torch.tensor([1]), 0)
+    assert float(loss.detach()) == pytest.approx(1e4)
+
+
+def test_bfloat16_hidden_states_lose_no_more_than_the_products_do() -> None:
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(50, 8), torch.randn(20, 8)
+    targets = torch.randint(50, (20,))
+    exact = cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    loss = head_nll_sum(hidden.bfloat16(), weight.bfloat16(), None, targets, 6)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(exact), rel=1e-2)
+
+
+def test_no_answers_cost_nothing() -> None:
+    nothing = head_nll_sum(torch.zeros(0, 4), torch.ones(5, 4), None, torch.zeros(0).long(), 0)
+    assert float(nothing) == 0
