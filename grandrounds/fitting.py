@@ -7,10 +7,13 @@ what would fit.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -34,6 +37,7 @@ from grandrounds.model import (
     checkpoint_activations,
     device_and_dtype,
     has_bfloat16,
+    resident_bytes,
 )
 
 GIB = 2**30
@@ -91,12 +95,34 @@ def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
 
 
 def free_bytes() -> int:
-    """Return the bytes that this process can have: on its GPU, or else in main memory."""
+    """Return the bytes that this process can have, its base included: on its GPU, or else in main
+    memory."""
     if not torch.cuda.is_available():
-        return int(psutil.virtual_memory().available)
+        limits = psutil.virtual_memory().available, _container_bytes(), _process_bytes()
+        return int(min(limits)) + resident_bytes()
     free, total = torch.cuda.mem_get_info()
     ours = free + torch.cuda.memory_reserved()
     return min(ours, int(total * float(os.environ.get(GPU_SHARE, "1"))))
+
+
+def _process_bytes() -> int:
+    """Return what a limit on this process's address space leaves (`ulimit -v`)."""
+    process = psutil.Process()
+    if not hasattr(psutil, "RLIMIT_AS"):
+        return sys.maxsize
+    limit, _ = process.rlimit(psutil.RLIMIT_AS)
+    if limit == psutil.RLIM_INFINITY:
+        return sys.maxsize
+    return max(0, int(limit) - int(process.memory_info().vms))
+
+
+def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what the control group of a container leaves (cgroup v2); without one, no limit."""
+    try:
+        limit, used = ((group / f"memory.{n}").read_text().strip() for n in ("max", "current"))
+    except OSError:
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
 
 
 def checkpoints_activations(config: Config) -> bool:
@@ -139,11 +165,17 @@ def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -
             for parameter, before in zip(resident.parameters.values(), received, strict=True):
                 parameter.grad = None
                 parameter.copy_(before)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _let_go()
     checkpoint_activations(resident, checkpointing)
     with memory_told(config, checkpointing):
         return visit()
+
+
+def _let_go() -> None:
+    """Give back what a visit that failed left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -156,43 +188,48 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextmanager
 def memory_told(config: Config, checkpointing: bool) -> Iterator[None]:
     """Turn memory that ran out into a `ModelError` with the plan's figures and what would fit."""
+    free = free_bytes()
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise ModelError(shortage(config, checkpointing, reason)) from error
+        _let_go()
+        raise ModelError(shortage(config, checkpointing, free, reason)) from error
 
 
-def shortage(config: Config, checkpointing: bool, reason: str) -> str:
-    """Return what to tell after memory ran out."""
-    arguments, free = config.arguments, free_bytes()
+def shortage(config: Config, checkpointing: bool, free: int, reason: str) -> str:
+    """Return what to tell after memory ran out; `free` is what could be had before."""
+    arguments = config.arguments
     batch = f"{arguments.per_device_train_batch_size} x {config.train.seq_length} tokens"
     how = "with" if checkpointing else "without"
     told = f"Memory ran out at a batch of {batch} {how} gradient checkpointing ({reason}). "
     needs = site_needs(config, checkpointing=checkpointing)
     if needs is None:
         return (
-            f"{told}{free / GIB:.1f} GiB can be had; what {config.model.name} needs cannot be "
+            f"{told}{size_text(free)} can be had; what {config.model.name} needs cannot be "
             "planned. Set model.gradient-checkpointing = true, model.quantization = 4, or a "
             "smaller train.training-arguments.per-device-train-batch-size."
         )
     told += (
-        f"Planned: {needs.total / GIB:.1f} GiB, of them {needs.base / GIB:.1f} for the base and "
-        f"{needs.activations / GIB:.1f} for activations; {free / GIB:.1f} GiB can be had. "
+        f"Planned: {size_text(needs.total)}, of them {size_text(needs.base)} for the base and "
+        f"{size_text(needs.activations)} for activations; {size_text(free)} can be had. "
     )
     fitting = [
-        f"{setting} ({need / GIB:.1f} GiB)"
+        f"{setting} ({size_text(need)})"
         for setting, need in smaller(config, checkpointing)
         if need <= HEADROOM * free
     ]
     if fitting:
         return f"{told}What would fit: {'; or '.join(fitting[:3])}."
     least = min((need for _, need in smaller(config, checkpointing)), default=needs.total)
-    return f"{told}No setting fits; the smallest takes {least / GIB:.1f} GiB: use another machine."
+    return f"{told}No setting fits; the smallest takes {size_text(least)}: use another machine."
+
+
+def size_text(count: int) -> str:
+    """Return bytes in GiB, or in MiB where they are fewer than one."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
 def smaller(config: Config, checkpointing: bool) -> Iterator[tuple[str, int]]:

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from grandrounds.errors import EngineError
+from grandrounds.fitting import GPU_SHARE
 from grandrounds.recipes import to_toml
 
 MARKER = "GRANDROUNDS_RUNTIME"
@@ -98,7 +99,8 @@ def run_simulation(
         refuses the app, or a process cannot be ended.
     """
     check_resources(num_supernodes, client_cpus, client_gpus)
-    with superlink(home, start_timeout_seconds) as link:
+    gpu_share = min(1.0, client_gpus) if client_gpus else 1.0
+    with superlink(home, start_timeout_seconds, gpu_share) as link:
         overrides_file = link.home / "overrides.toml"
         overrides_file.write_text(to_toml(overrides), encoding="utf-8")
         resources = (
@@ -136,8 +138,16 @@ def tail(path: Path, lines: int = 20) -> str:
 
 
 @contextlib.contextmanager
-def superlink(home: Path, start_timeout_seconds: float = 60) -> Iterator[SuperLink]:
-    """Start a SuperLink for simulations in `home`; at the end, end all that came of it."""
+def superlink(
+    home: Path, start_timeout_seconds: float = 60, gpu_share: float = 1.0
+) -> Iterator[SuperLink]:
+    """Start a SuperLink for simulations in `home`; at the end, end all that came of it.
+
+    Parameters
+    ----------
+    gpu_share : float
+        The share of a GPU's memory that each of its sites plans with.
+    """
     home = home.resolve()
     (home / "cwd").mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -148,7 +158,7 @@ def superlink(home: Path, start_timeout_seconds: float = 60) -> Iterator[SuperLi
     )
     # Ray keeps its sockets there, whose paths may not exceed about 100 characters.
     ray_dir = tempfile.mkdtemp(prefix="gr-", dir="/tmp" if Path("/tmp").is_dir() else None)
-    environment = _environment(home, ray_dir)
+    environment = _environment(home, ray_dir, gpu_share)
     options = f"--insecure --simulation --host 127.0.0.1 --port {port}"
     command = ("flower-superlink", *options.split())
     try:
@@ -168,7 +178,7 @@ def superlink(home: Path, start_timeout_seconds: float = 60) -> Iterator[SuperLi
                 signal.signal(signal.SIGINT, previous)
 
 
-def _environment(home: Path, ray_dir: str) -> dict[str, str]:
+def _environment(home: Path, ray_dir: str, gpu_share: float) -> dict[str, str]:
     """Return our environment with what keeps this run apart, quiet and offline."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     for name in ("NO_PROXY", "no_proxy"):
@@ -183,6 +193,7 @@ def _environment(home: Path, ray_dir: str) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "RAY_TMPDIR": ray_dir,
+        GPU_SHARE: str(gpu_share),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
     }

@@ -75,6 +75,11 @@ def base_loads() -> int:
     return _loads
 
 
+def resident_bytes() -> int:
+    """Return the bytes of the weights that this process holds; 0 before a base is loaded."""
+    return sum(p.nbytes for p in _resident.model.parameters()) if _resident else 0
+
+
 def _no_progress_bars() -> None:
     import transformers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,34 @@ def test_overhead_compares_the_same_steps(tmp_path: Path) -> None:
     assert figures["whole_run_ratio"] == pytest.approx(
         figures["ours_seconds"] / figures["bare_seconds"]
     )
+
+
+def test_full_size_plays_whole_rounds_beside_bare_loops_and_the_templates_way(
+    tmp_path: Path,
+) -> None:
+    quick = ("--architecture", "tiny", "--rounds", "1", "--threads", "1")
+    figures = result(tmp_path, "full_size.py", *quick)
+    assert figures["base_loads"] == 1
+    assert set(figures["seconds"]) == {
+        *("ours", "ours_visits", "same", "neither", "grouped", "answers")
+    }
+    assert figures["gain_same"][0] > 1  # the means of a visit gain something
+    assert figures["template_to_ours"] > 1
+    assert 0 < figures["utilisation"] < 1
+    assert 0.9 < figures["memory"]["planned_gib"] / figures["memory"]["measured_gib"] < 1.15
+
+
+def test_full_size_says_what_would_fit_where_memory_runs_out(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "full_size.py"), "--architecture", "tiny"]
+    done = subprocess.run(
+        [*command, *"--rounds 1 --threads 1 --arms same --memory-gib 0.01".split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # what is let go goes back at once
+    )
+    assert done.returncode == 1
+    assert "Memory ran out" in done.stderr, done.stderr
 
 
 def test_server_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:

@@ -1,0 +1,455 @@
+"""A base of full size on one device: whole rounds, a bare loop and the template's way.
+
+    python benchmarks/full_size.py --architecture llama-3-8b --quantization 4 --rounds 3
+    python benchmarks/full_size.py --architecture 90m --quantization 0 --rounds 2
+
+The recipe is that of JSL-MedLlama-3-8B: 3 of 20 sites a round, 6 steps of 16, LoRA r = 8 on q_proj
+and v_proj, FedProx, at most 512 tokens, examples as long as real ones. Arms, alternated round by
+round in this one process on the same base:
+
+    ours      whole rounds of the project: messages, visits, aggregation, run directory
+    same      a bare PyTorch loop of the same steps by the same means
+    neither   a bare loop with padded batches as drawn and transformers' own loss over all logits
+    grouped   `neither`, but batches of similar length
+    answers   `neither`, but logits of answers only
+    template  FlowerTune's way: base loaded again at each visit, FP4 with float32 products where it
+              is in 4 bits, gradient checkpointing always, padded batches, all logits
+
+The base has random weights; it is written to disk shard by shard and loaded by the project's own
+code. The first round is start-up and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bare_loops import (
+    ALPHA,
+    RANK,
+    RATE,
+    TARGETS,
+    bare_visit,
+    free,
+    lean_loss,
+    synchronize,
+    template_visit,
+    whole_loss,
+)
+from peak_memory import peak_bytes
+from random_base import SMALL, write_base, write_cards
+
+SITES, SEED, STEPS, BATCH, TOKENS = 20, 1, 6, 16, 512
+BARE = ("same", "neither", "grouped", "answers")
+GIB = 2**30
+
+
+def settings(base: Path, data: Path, run: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Return the recipe as a flat configuration."""
+    words = {"auto": "auto", "on": True, "off": False}
+    return {
+        "model.name": str(base),
+        "static.dataset.name": str(data),
+        "run-directory": str(run),
+        "num-server-rounds": given.rounds + 1,
+        "seed": SEED,
+        "model.quantization": given.quantization,
+        "model.gradient-checkpointing": words[given.checkpointing],
+        "model.lora.peft-lora-r": RANK,
+        "model.lora.peft-lora-alpha": ALPHA,
+        "model.lora.target-modules": ",".join(TARGETS),
+        "train.learning-rate-max": RATE,
+        "train.learning-rate-min": RATE,
+        "train.num-threads": given.threads,
+        "train.seq-length": TOKENS,
+        "train.optimizer": given.optimizer,
+        "train.batching": given.batching,
+        "train.training-arguments.torch-compile": given.compile,
+        "train.training-arguments.max-steps": STEPS,
+        "train.training-arguments.per-device-train-batch-size": BATCH,
+        "train.training-arguments.lr-scheduler-type": "constant_with_warmup",
+        "train.training-arguments.warmup-steps": 2,
+        "strategy.name": "fedprox",
+        "strategy.proximal-mu": 0.01,
+        "strategy.fraction-train": 0.15,
+        "strategy.cohorts": "uniform",
+        "strategy.fraction-evaluate": 0.0,
+        "data.num-partitions": SITES,
+        "data.held-out-fraction": 0.0,
+    }
+
+
+class Bench:
+    """The run in progress, and the same visits for the other arms."""
+
+    def __init__(self, flat: dict[str, Any]) -> None:
+        from grandrounds import client_app, federation, recipes
+        from grandrounds.engines import InProcessGrid
+
+        self.config = recipes.resolve(flat)
+        self.grid = InProcessGrid(client_app.app, self.config.flat(), SITES)
+        self.run = federation.begin(self.config, lambda *_: None)
+        federation.open_session(self.run, self.grid)
+        self.cursors = dict.fromkeys(range(SITES), 0)
+
+    def play_round(self) -> dict[str, Any]:
+        """Play the next round; return its line of metrics.jsonl."""
+        from grandrounds import federation
+
+        federation.play_round(self.run, self.grid)
+        synchronize()
+        return self.run.directory.read_metrics()[-1]
+
+    def visits(self, number: int) -> list[list[list[Any]]]:
+        """Return the batches of each visit of a round, as the sites draw them."""
+        from flwr.app import ConfigRecord
+
+        from grandrounds import sampling, visits
+        from grandrounds.site import open_site
+
+        config, found = self.config, []
+        for p in sampling.training_cohort(SEED, number, SITES, config.cohort_size, False):
+            site = open_site(config.static.name, config.data, config.model.name, TOKENS, SEED, p)
+            record = ConfigRecord({"round": number})
+            batches, self.cursors[p] = visits.next_batches(site, config, record, self.cursors[p])
+            found.append(batches)
+        return found
+
+    def resident(self) -> Any:
+        """Return the model that the run's visits use."""
+        from grandrounds import machine
+
+        return machine.prepare_model(self.config)
+
+
+def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
+    """Take all steps of a round on the run's own model."""
+    import dataclasses
+
+    from grandrounds import machine
+    from grandrounds.loss import attending
+
+    resident, how = bench.resident(), machine.forward(bench.config)
+    means = {
+        "same": how,
+        "answers": dataclasses.replace(how, padding_free=False, chunk_tokens=0),
+    }.get(arm)
+    for batches in visits:
+        if arm == "grouped":
+            examples = sorted((e for b in batches for e in b), key=lambda e: len(e.input_ids))
+            batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
+
+        def loss(batch: Any) -> Any:
+            if means is None:
+                return whole_loss(resident.model, batch, resident.device, how.bf16)
+            return lean_loss(resident.model, batch, resident.device, means)
+
+        with attending(resident.model, means or dataclasses.replace(how, padding_free=False)):
+            parameters = list(resident.parameters.values())
+            bare_visit(resident.model, parameters, batches, bench.config.train.optimizer, loss)
+    synchronize()
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+def flops_per_round(bench: Bench, visits: list[Any]) -> float:
+    """Return the floating-point operations that a round of these batches must take.
+
+    A frozen weight costs 2 operations a token forward and 2 for the gradient of its input; the
+    head only where an answer is predicted; attention 4 t q forward for the t tokens of a sequence
+    and twice that backward, half of it masked. Adapters, norms and anything computed again are left
+    out: it is the model's work, not the machine's.
+    """
+    from grandrounds.fitting import architecture_of
+
+    base = architecture_of(bench.config.model.name)
+    assert base is not None
+    examples = [e for batches in visits for batch in batches for e in batch]
+    tokens = sum(len(e.input_ids) for e in examples)
+    answers = sum(len(e.input_ids) - e.prompt_tokens for e in examples)
+    squares = sum(len(e.input_ids) ** 2 for e in examples)
+    heads = base.num_heads * base.head_dim * base.num_layers
+    head = base.vocabulary * base.hidden_size
+    return 4.0 * (base.linear_parameters * tokens + head * answers) + 6.0 * heads * squares
+
+
+def product_flops_per_second(dtype: Any, device: Any) -> float:
+    """Return the rate of a large matrix product on this device: the best of five."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        synchronize()
+        started = time.perf_counter()
+        a @ b
+        synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def worst_case(bench: Bench) -> dict[str, Any]:
+    """Return the peak memory of a step with every example of full length, and what was planned."""
+    import dataclasses
+
+    from grandrounds import fitting, machine, training
+    from grandrounds.tokenization import TokenizedExample
+
+    resident, config = bench.resident(), bench.config
+    again = fitting.checkpoints_activations(config)
+    needs = fitting.site_needs(config, checkpointing=again)
+    assert needs is not None
+    batch = [TokenizedExample(tuple([5] * TOKENS), 1)] * BATCH
+    how = training.VisitSettings(
+        1, RATE, 0, config.train.optimizer, 0.0, 1.0, 0.01, machine.forward(config), 1
+    )
+    parameters = list(resident.parameters.values())
+
+    def step() -> None:
+        training.train_visit(resident.model, parameters, [batch], how, 0)
+
+    measured = peak_bytes(lambda: fitting.run_visit(config, resident, step))
+    there_before = needs.base + 4 * sum(p.numel() for p in parameters)
+    return {
+        "checkpointing": again,
+        "measured_gib": (there_before + measured) / GIB,
+        "planned_gib": needs.total / GIB,
+        "visit_measured_gib": measured / GIB,
+        "visit_planned_gib": (needs.total - there_before) / GIB,
+        "parts_gib": {k: v / GIB for k, v in dataclasses.asdict(needs).items()},
+    }
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Alternate the arms; return every figure."""
+    import psutil
+    import torch
+
+    from grandrounds.model import base_loads, device_and_dtype
+
+    device, dtype = device_and_dtype("auto")
+    with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
+        work = Path(folder)
+        stored = str(dtype).removeprefix("torch.")
+        parameters = write_base(given.architecture, work / "base", str(device), stored)
+        free()
+        vocabulary = json.loads((work / "base" / "config.json").read_text())["vocab_size"]
+        write_cards(work / "cards.jsonl", 12_000, vocabulary, given.lengths)
+        flat = settings(work / "base", work / "cards.jsonl", work / "run", given)
+        bench = Bench(flat)
+        started = time.perf_counter()
+        bench.visits(1)
+        bench.play_round()
+        if given.memory_gib:
+            limit_memory(given.memory_gib)
+        start_up = time.perf_counter() - started
+        arms = [arm for arm in BARE if arm in given.arms]
+        rows: list[dict[str, Any]] = []
+        for number in range(2, given.rounds + 2):
+            visits = bench.visits(number)
+            tokens = sum(len(e.input_ids) for v in visits for b in v for e in b)
+            row: dict[str, Any] = {"tokens": tokens, "flops": flops_per_round(bench, visits)}
+            reset_peak()
+            line = bench.play_round()
+            row["ours"] = line["seconds"]
+            row["ours_visits"] = line["visit-seconds"]
+            row["ours_peak_gib"] = peak_gib()
+            for arm in arms:
+                started = time.perf_counter()
+                bare_round(bench, arm, visits)
+                row[arm] = time.perf_counter() - started
+            rows.append(row)
+        loads = base_loads()
+        resident_memory = psutil.Process().memory_info().rss / GIB
+        memory = worst_case(bench)
+        rate = product_flops_per_second(dtype, device)
+        template = None
+        if "template" in given.arms:
+            import grandrounds.model as held
+
+            held._resident = None
+            free()
+            reset_peak()
+            started = time.perf_counter()
+            for batches in visits[: given.template_visits]:
+                template_visit(work / "base", batches, given.quantization, given.optimizer)
+            seconds = (time.perf_counter() - started) * 3 / given.template_visits
+            template = {"seconds": seconds, "peak_gib": peak_gib()}
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {given.threads} threads"
+    )
+    return {
+        "architecture": given.architecture,
+        "parameters": parameters,
+        "quantization": given.quantization,
+        "device": name,
+        "torch": torch.__version__,
+        "rounds": given.rounds,
+        "start_up_seconds": start_up,
+        "base_loads": loads,
+        "process_memory_gib": resident_memory,
+        "memory": memory,
+        "product_tflops": rate / 1e12,
+        "template": template,
+        "rows": rows,
+        **summary(rows, arms, template, rate),
+    }
+
+
+def summary(
+    rows: list[dict[str, Any]], arms: list[str], template: dict[str, Any] | None, rate: float
+) -> dict[str, Any]:
+    """Return medians over the rounds, and ratios within each round."""
+
+    def median(name: str) -> float:
+        return statistics.median(row[name] for row in rows)
+
+    ours = median("ours")
+    figures: dict[str, Any] = {
+        "seconds": {name: median(name) for name in ("ours", "ours_visits", *arms)},
+        "tokens_per_second": statistics.median(r["tokens"] / r["ours"] for r in rows),
+        "utilisation": statistics.median(r["flops"] / r["ours"] / rate for r in rows),
+        "outside_steps_seconds": statistics.median(r["ours"] - r["ours_visits"] for r in rows),
+        "peak_gib": max(row["ours_peak_gib"] for row in rows),
+    }
+    for arm in arms:
+        ratios = [row["ours"] / row[arm] for row in rows]
+        figures[f"ours_to_{arm}"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    if "neither" in arms:
+        for arm in (a for a in arms if a != "neither"):
+            gains = [row["neither"] / row[arm] for row in rows]
+            figures[f"gain_{arm}"] = [statistics.median(gains), min(gains), max(gains)]
+    if template is not None:
+        figures["template_to_ours"] = template["seconds"] / ours
+    return figures
+
+
+def reset_peak() -> None:
+    """Begin to count the peak of the GPU's memory anew."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    """Return the peak of the GPU's memory; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def table(r: dict[str, Any]) -> str:
+    """Return the result in lines."""
+    seconds, memory = r["seconds"], r["memory"]
+    lines = [
+        f"{r['architecture']}, {r['parameters'] / 1e6:,.1f} M parameters, "
+        f"{r['quantization'] or 'no'} bits, {r['device']}, torch {r['torch']}; "
+        f"median of {r['rounds']} rounds of 3 visits, {STEPS} steps of {BATCH}",
+        f"{'round, seconds':<34}{'':>10}{'ours to it':>12}{'range':>18}",
+        f"{'ours, a whole round':<34}{seconds['ours']:>10.2f}",
+        f"{'  its visits alone':<34}{seconds['ours_visits']:>10.2f}",
+    ]
+    labels = {
+        "same": "bare loop, same means",
+        "neither": "bare loop, padded, all logits",
+        "grouped": "  of similar length",
+        "answers": "  logits of answers",
+    }
+    for arm in (a for a in BARE if a in seconds):
+        ratio, low, high = r[f"ours_to_{arm}"]
+        lines.append(
+            f"{labels[arm]:<34}{seconds[arm]:>10.2f}{ratio:>12.3f}{f'{low:.3f} to {high:.3f}':>18}"
+        )
+    if r["template"]:
+        lines.append(
+            f"{'template, loads included':<34}{r['template']['seconds']:>10.2f}"
+            f"{1 / r['template_to_ours']:>12.3f}"
+        )
+    for arm in ("grouped", "answers", "same"):
+        if f"gain_{arm}" in r:
+            gain, low, high = r[f"gain_{arm}"]
+            lines.append(
+                f"gain over the loop with neither: {arm:<10}{gain:6.2f} ({low:.2f}-{high:.2f})"
+            )
+    lines += [
+        f"tokens/s {r['tokens_per_second']:,.0f} (no padding counted), model FLOP utilisation "
+        f"{r['utilisation']:.0%} of a measured {r['product_tflops']:.2f} TFLOP/s",
+        f"outside the steps {r['outside_steps_seconds']:.2f} s a round, start-up "
+        f"{r['start_up_seconds']:.1f} s, base loads {r['base_loads']}",
+        f"full batches of {BATCH} x {TOKENS}, checkpointing "
+        f"{'on' if memory['checkpointing'] else 'off'}: peak {memory['measured_gib']:.2f} GiB, "
+        f"planned {memory['planned_gib']:.2f} (beside the base {memory['visit_measured_gib']:.2f} "
+        f"and {memory['visit_planned_gib']:.2f})",
+    ]
+    if r["peak_gib"]:
+        lines.append(f"peak GPU memory of the rounds {r['peak_gib']:.2f} GiB")
+    return "\n".join(lines)
+
+
+def limit_memory(gib: float) -> None:
+    """Let this process have so much memory and no more: of the GPU, or else beside what it has."""
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+        os.environ["GRANDROUNDS_GPU_SHARE"] = str(gib * GIB / total)
+        return
+    import resource
+
+    import psutil
+
+    now = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (now + int(gib * GIB),) * 2)
+
+
+def main() -> None:
+    """Measure one architecture; print a table, write JSON."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    known = ", ".join(SMALL)
+    parser.add_argument("--architecture", default="90m", help=f"{known}, llama-3-8b, or a name")
+    parser.add_argument("--quantization", type=int, choices=(0, 4, 8), default=0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", default=[*BARE, "template"])
+    parser.add_argument("--template-visits", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--batching", default="auto")
+    parser.add_argument("--optimizer", default="adamw_torch")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--lengths", type=Path, help="real question-answer pairs to be as long as")
+    parser.add_argument("--memory-gib", type=float, help="have no more memory than this")
+    parser.add_argument("--scratch", type=Path, help="where the base is written")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    import torch
+
+    from grandrounds.errors import GrandRoundsError
+    from grandrounds.quiet import quiet_libraries
+
+    quiet_libraries()
+    torch.set_num_threads(given.threads)
+    try:
+        result = measure(given)
+    except GrandRoundsError as error:
+        sys.exit(f"full_size: {error}")
+    print(table(result))
+    if given.out:
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
