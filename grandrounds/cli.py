@@ -19,6 +19,7 @@ from grandrounds.allowed import Scalar
 from grandrounds.ask_command import ask
 from grandrounds.compare_command import compare
 from grandrounds.config import Config
+from grandrounds.consortium_command import app as consortium_app
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.evaluate_command import evaluate
 from grandrounds.export_command import export
@@ -26,11 +27,13 @@ from grandrounds.options import Assignments, ConfigFile, Data, Model, Rounds
 from grandrounds.plan_command import plan
 from grandrounds.quiet import quiet_libraries
 from grandrounds.report_command import report
+from grandrounds.site_command import app as site_app
 from grandrounds.tracking import tracked, trackers_of
 
 NEEDED_TO_RUN = (
     "accelerate",
     "bitsandbytes",
+    "cryptography",
     "datasets",
     "datasketch",
     "flwr",
@@ -64,6 +67,7 @@ class Engine(StrEnum):
 
     in_process = "in-process"
     simulation = "simulation"
+    deployment = "deployment"
 
 
 def _show_version(wanted: bool) -> None:
@@ -107,7 +111,8 @@ def run(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="`in-process`: all sites one by one, here. `simulation`: Flower's, on Ray."
+            help="`in-process`: all sites one by one, here. `simulation`: Flower's, on Ray. "
+            "`deployment`: real sites, through a SuperLink."
         ),
     ] = Engine.in_process,
     client_cpus: Annotated[
@@ -120,6 +125,10 @@ def run(
             "is a GPU.",
             min=0.0,
         ),
+    ] = None,
+    connection: Annotated[
+        str | None,
+        typer.Option(help="The SuperLink of a deployment: a connection in Flower's config.toml."),
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no progress bar.")] = False,
 ) -> None:
@@ -148,12 +157,20 @@ def run(
             run_directory=str(run_dir) if run_dir else None,
         )
         resolved = resolve_run(settings, resume)
+        if (engine is Engine.deployment) != bool(connection):
+            raise ConfigError(
+                "--engine deployment and --connection NAME belong together: give both, or neither."
+            )
         trackers_of(resolved.train.report_to)  # a missing one is told before anything starts
         if engine is Engine.simulation:
             from grandrounds.simulation import default_gpus, simulate
 
             gpus = default_gpus() if client_gpus is None else client_gpus
             simulate(resolved, reporter(resolved, plain), client_cpus, gpus)
+        elif engine is Engine.deployment:
+            from grandrounds.deployment import deploy
+
+            deploy(resolved, reporter(resolved, plain), str(connection))
         else:
             run_in_process(resolved, tracked(resolved, reporter(resolved, plain)))
 
@@ -221,6 +238,16 @@ def told_in_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def in_one_line(below: typer.Typer) -> typer.Typer:
+    """Let all commands of a group tell expected failures in one line."""
+    for command in below.registered_commands:
+        if command.callback is not None:
+            command.callback = told_in_one_line()(command.callback)
+    return below
+
+
+app.add_typer(in_one_line(site_app), name="site")
+app.add_typer(in_one_line(consortium_app), name="consortium")
 app.command("compare")(told_in_one_line()(compare))
 app.command("evaluate")(told_in_one_line()(evaluate))
 app.command("plan")(told_in_one_line()(plan))

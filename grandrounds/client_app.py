@@ -1,6 +1,7 @@
 """What happens at a site: it introduces itself, trains on what it receives, and answers.
 
 Read it from top to bottom: each function is one kind of message (see `grandrounds.messages`).
+Where a site has an agent, it is the agent that calls them (`at_site`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from grandrounds import machine, messages, visits
+from grandrounds.consortium.at_site import at_site
 from grandrounds.messages import answering
 from grandrounds.quiet import quiet_libraries
 
@@ -18,6 +20,7 @@ app = ClientApp()
 
 @app.query()
 @answering
+@at_site
 def introduce(message: Message, context: Context) -> Message:
     """Say who this site is, what it holds and what it would train on."""
     site, config = visits.site_of(context)
@@ -26,6 +29,7 @@ def introduce(message: Message, context: Context) -> Message:
 
 @app.train()
 @answering
+@at_site
 def train(message: Message, context: Context) -> Message:
     """Train the received adapter on the site's next examples; answer with its change."""
     site, config = visits.site_of(context)
@@ -38,17 +42,16 @@ def train(message: Message, context: Context) -> Message:
     batches, cursor = visits.next_batches(site, config, instruction, start)
     result = visits.train(resident, batches, config, instruction, site)
 
-    change = visits.encoded_change(
-        resident, received, config, context, instruction, (start, cursor)
-    )
+    change = visits.change_of(resident, received, config, instruction, site)
+    arrays = visits.encoded(change, config, context, instruction, site, (start, cursor))
     visits.write_cursor(context.state, cursor)
-    return messages.reply(
-        message, arrays=change, metrics=visits.train_metrics(site, result, cursor, config)
-    )
+    metrics = visits.train_metrics(site, result, cursor, config, change)
+    return messages.reply(message, arrays=arrays, metrics=metrics)
 
 
 @app.evaluate()
 @answering
+@at_site
 def evaluate(message: Message, context: Context) -> Message:
     """Answer the received adapter's loss on the examples that the site holds out."""
     site, config = visits.site_of(context)
@@ -59,9 +62,19 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @app.evaluate("formulary")
 @answering
+@at_site
 def examine(message: Message, context: Context) -> Message:
     """Answer the formulary's questions with the received adapter and without it."""
     _, config = visits.site_of(context)
     resident = machine.prepare_model(config)
     visits.receive_adapter(resident, message, config, context)
     return messages.reply(message, metrics=visits.examine(resident, config))
+
+
+VISITS = {
+    "query": introduce,
+    "train": train,
+    "evaluate": evaluate,
+    "evaluate.formulary": examine,
+}
+"""Kind of message → its function, for a site's agent."""

@@ -44,7 +44,8 @@ from grandrounds.drawing import drawn_adapter
 from grandrounds.engines import ClientAppCall, InProcessGrid
 from grandrounds.model import Resident, set_adapter
 from grandrounds.run_directory import RunDirectory
-from grandrounds.site import Site, examples_per_visit, open_site, tokenizer_of
+from grandrounds.sampling import examples_per_visit
+from grandrounds.site import Site, open_site, tokenizer_of
 
 Found = dict[str, Any]
 OnVisits = Callable[[int], None]

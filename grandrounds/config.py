@@ -133,7 +133,7 @@ class TrainingArguments:
     """Examples of one forward and backward pass."""
     gradient_accumulation_steps: Annotated[int, Range(1)]
     """Passes of one optimizer step; the loss is the mean over all their answer tokens."""
-    num_train_epochs: Annotated[float, Range(0, above=True)]
+    num_train_epochs: Annotated[float, Range(0, 1_000_000, above=True)]
     """Epochs of one visit; counts only where `max-steps` is -1."""
     max_steps: Annotated[int, Range(-1)]
     """Optimizer steps of one visit; -1: as many as `num-train-epochs` takes."""
@@ -187,6 +187,11 @@ class StrategyConfig:
     """Share of a round's cohort, rounded up, that must reply well; fewer end the run as failed."""
     round_timeout_seconds: Annotated[float, Range(0, above=True)]
     """A round ends after this time with those who answered. In process it never cuts a visit."""
+    min_sites: Annotated[int, Range(0)]
+    """Sites with which a run begins after `connect-timeout-seconds`; those that come later take
+    part from then on. 0: all of them."""
+    connect_timeout_seconds: Annotated[float, Range(0, above=True)]
+    """How long the server waits for all sites before the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
     """A reply counts by its site's number of training examples (at most what the site said at roll
     call), or all replies count alike."""

@@ -264,7 +264,45 @@ def site_data(
     dirichlet_alpha: float = 0.5,
     drop_duplicates: bool = True,
 ) -> SiteData:
-    """Return the training and held-out examples of one site, and what became of its rows.
+    """Return the training and held-out examples of one site of a divided source: the rows that
+    `partition_rows` gives it, split by `split_rows`.
+
+    Raises
+    ------
+    DataError
+        As these two.
+    """
+    partition = partition_rows(
+        rows,
+        partitioner=partitioner,
+        num_partitions=num_partitions,
+        partition_id=partition_id,
+        seed=seed,
+        partition_by=partition_by,
+        dirichlet_alpha=dirichlet_alpha,
+    )
+    return split_rows(
+        partition,
+        partition_id=partition_id,
+        seed=seed,
+        held_out_fraction=held_out_fraction,
+        question_column=question_column,
+        answer_column=answer_column,
+        drop_duplicates=drop_duplicates,
+    )
+
+
+def split_rows(
+    partition: Dataset,
+    *,
+    partition_id: int,
+    seed: int,
+    held_out_fraction: float,
+    question_column: str,
+    answer_column: str,
+    drop_duplicates: bool = True,
+) -> SiteData:
+    """Return the training and held-out examples in a site's rows, and what became of the rows.
 
     Blanks around questions and answers are removed. Rows without question or answer are dropped,
     and so is every row that repeats an earlier one of the same site; both are counted.
@@ -279,40 +317,32 @@ def site_data(
 
     Parameters
     ----------
-    rows, partitioner, num_partitions, partition_id, seed, partition_by, dirichlet_alpha
-        As in `partition_rows`.
+    partition : datasets.Dataset
+        All rows of the site.
+    partition_id, seed : int
+        Decide which questions are held out.
     held_out_fraction : float
         Share of the examples to hold out, from 0 (none) to below 1.
     question_column, answer_column : str
-        Columns of `rows` with the text of questions and answers.
+        Columns with the text of questions and answers.
     drop_duplicates : bool
         Whether rows that repeat an earlier one are dropped.
 
     Raises
     ------
     DataError
-        As `partition_rows`; also if a column is missing, the fraction is out of its range, or no
-        example is left to train on.
+        If a column is missing, the fraction is out of its range, or no example is left to train on.
     """
     if not 0 <= held_out_fraction < 1:
         raise DataError(
             f"data.held-out-fraction = {held_out_fraction:g}: a share from 0 to below 1 is needed."
         )
     for key, column in (("question", question_column), ("answer", answer_column)):
-        if column not in rows.column_names:
+        if column not in partition.column_names:
             raise DataError(
                 f"data.{key}-column = {column!r}: there is no such column, only: "
-                f"{', '.join(rows.column_names)}.{nearest(column, rows.column_names)}"
+                f"{', '.join(partition.column_names)}.{nearest(column, partition.column_names)}"
             )
-    partition = partition_rows(
-        rows,
-        partitioner=partitioner,
-        num_partitions=num_partitions,
-        partition_id=partition_id,
-        seed=seed,
-        partition_by=partition_by,
-        dirichlet_alpha=dirichlet_alpha,
-    )
     texts = zip(partition[question_column][:], partition[answer_column][:], strict=True)
     examples, empty_rows, duplicate_rows = _clean(texts, drop_duplicates)
     held_out = _choose_held_out(examples, held_out_fraction, seed, partition_id)

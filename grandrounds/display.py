@@ -57,7 +57,7 @@ class RichReporter:
         self._progress.stop()
 
     def __call__(self, event: str, data: Mapping[str, Any]) -> None:
-        """Show one event of `grandrounds.federation.Listener`."""
+        """Show one event of `grandrounds.bookkeeping.Listener`."""
         getattr(self, "_on_" + event.replace("-", "_"))(data)
 
     def _on_plan(self, plan: Mapping[str, Any]) -> None:

@@ -60,6 +60,8 @@ class Sender:
     seed: int
     site_ranks: Sequence[int] = ()
     """Ranks of the sites, repeated; empty: the adapter's."""
+    run: str = "0"
+    """The run's key, by which sites tell what they remember."""
     _held: dict[int, tuple[int, Vector]] = field(default_factory=dict)
     """Partition → version and numbers of what it has (`incremental`)."""
     _shared: dict[tuple[int, int, int], Parcel] = field(default_factory=dict)

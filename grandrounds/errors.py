@@ -7,6 +7,7 @@ GrandRoundsError            exit code 1, printed as one line, never as a traceba
 ├── RunDirectoryError       a run directory cannot be written, read or resumed
 ├── RoundError              a round ended with fewer good replies than it needs
 ├── ReplyError              one reply cannot be used; the round goes on without it
+├── PolicyError             a site's own policy forbids what a run asks of it
 └── EngineError             Flower's runtime did not start, or ended without a result
 
 A message says what was wrong, the value received, what is allowed and what to do next.
@@ -48,6 +49,10 @@ class RoundError(GrandRoundsError):
 
 class ReplyError(GrandRoundsError):
     """One site's reply cannot be used; the round goes on without it and counts it as failed."""
+
+
+class PolicyError(GrandRoundsError):
+    """A site's own policy forbids what a run asks of it."""
 
 
 class EngineError(GrandRoundsError):

@@ -15,12 +15,20 @@ POLL_SECONDS = 0.05
 
 
 def exchange(
-    grid: Grid, outgoing: Mapping[int, Message], timeout_seconds: float
+    grid: Grid,
+    outgoing: Mapping[int, Message],
+    timeout_seconds: float,
+    late: set[str] | None = None,
 ) -> Iterator[tuple[int, Message]]:
     """Send one message per node and yield (node id, reply) as replies arrive.
 
     Replies are fetched one by one, so that one that waits its turn takes no memory here. Ends when
     all have answered, or after `timeout_seconds` with those who have.
+
+    Parameters
+    ----------
+    late
+        Takes the ids of messages whose replies had not come in time.
     """
     nodes = list(outgoing)
     message_ids = list(grid.push_messages(outgoing.values()))
@@ -39,5 +47,14 @@ def exchange(
                 yield pending.pop(message_id), reply
         if len(pending) == waiting:
             if time.monotonic() > deadline:
+                (set() if late is None else late).update(pending)
                 return
             time.sleep(POLL_SECONDS)
+
+
+def replies_that_came_late(grid: Grid, late: set[str]) -> Iterator[Message]:
+    """Yield the replies to earlier messages that are there by now, and wait for them no more."""
+    for message_id in sorted(late):
+        for reply in grid.pull_messages([message_id]):
+            late.discard(message_id)
+            yield reply

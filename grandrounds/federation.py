@@ -5,18 +5,24 @@ The story itself is `server_app.federate`; here are its steps.
 
 from __future__ import annotations
 
-import dataclasses
+import secrets
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
-from grandrounds import messages, protocol, roll_call, rounds, sampling, schedules
+from grandrounds import messages, roll_call, rounds, sampling, schedules
 from grandrounds.aggregation.make import make_rule, rule_settings
-from grandrounds.aggregation.rule import Rule
+from grandrounds.bookkeeping import (
+    Listener,
+    Run,
+    remember_cursors,
+    remember_loads,
+    spec_of,
+    stragglers,
+    training_record,
+)
 from grandrounds.codecs import codec_named
 from grandrounds.config import Config, share_of
 from grandrounds.downlink import Sender
@@ -26,42 +32,12 @@ from grandrounds.errors import DataError, RoundError
 from grandrounds.formulary import BASE_NAME as FORMULARY
 from grandrounds.model import LoraSpec, adapter_layout, peft_config
 from grandrounds.model_card import model_card
-from grandrounds.planning import Plan, plan_config
+from grandrounds.planning import plan_config
 from grandrounds.resuming import check_resumable, check_same_sites
-from grandrounds.roll_call import SiteCard
-from grandrounds.rounds import Tally
 from grandrounds.run_directory import RunDirectory
 from grandrounds.run_state import State, summarize
 from grandrounds.strategies import STRATEGIES
-from grandrounds.updates import Terms, claimed_examples
-
-Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with (event, data): plan, roll-call, reply, round, checkpoint, finished."""
-
-
-@dataclass
-class Run:
-    """A run in progress."""
-
-    config: Config
-    directory: RunDirectory
-    is_new: bool
-    """Whether the directory was made by this process."""
-    plan: Plan
-    lora: LoraSpec
-    """The adapter that a site trains, with the targets that were asked for."""
-    targets: list[str]
-    """The modules that it is on."""
-    state: State
-    rule: Rule
-    """How replies become the next adapter."""
-    sender: Sender
-    """How the adapter comes to the sites."""
-    listener: Listener
-    cards: dict[int, SiteCard] = field(default_factory=dict)
-    """The sites, after the roll call."""
-    evaluation_cohort: list[int] = field(default_factory=list)
-    """Who answers held-out loss."""
+from grandrounds.updates import Terms
 
 
 def default_run_directory(config: Config) -> Path:
@@ -100,7 +76,7 @@ def begin(config: Config, listener: Listener) -> Run:
     start = drawn_adapter(shapes, federation.seed)
     rule = make_rule(rule_settings(config))
     if saved is None:
-        state = State(0, start)
+        state = State(0, start, secrets.token_hex(8))
     else:
         state = State.from_json(*saved)
         rule.restore(directory.load_rule_state())
@@ -117,7 +93,12 @@ def begin(config: Config, listener: Listener) -> Run:
         state,
         rule,
         Sender(
-            config.strategy.name, config.communication, start, federation.seed, config.site_ranks
+            config.strategy.name,
+            config.communication,
+            start,
+            federation.seed,
+            config.site_ranks,
+            state.run,
         ),
         listener,
         evaluation_cohort=sampling.evaluation_cohort(
@@ -137,19 +118,34 @@ def begin(config: Config, listener: Listener) -> Run:
 
 def open_session(run: Run, grid: Grid) -> None:
     """Wait for the sites and call the roll; write down and tell who is there."""
-    nodes = roll_call.wait_for_nodes(grid, run.config.data.num_partitions)
-    timeout_seconds = run.config.strategy.round_timeout_seconds
-    run.cards = roll_call.roll_call(grid, nodes, timeout_seconds, messages.INTRODUCTION)
+    strategy, num_sites = run.config.strategy, run.config.data.num_partitions
+    nodes = roll_call.wait_for_nodes(
+        grid, num_sites, strategy.connect_timeout_seconds, strategy.min_sites or num_sites
+    )
+    refused: dict[int, str] = {}
+    run.cards = roll_call.roll_call(
+        grid,
+        nodes,
+        strategy.round_timeout_seconds,
+        messages.INTRODUCTION,
+        num_sites=num_sites,
+        run=run.state.run,
+        least=strategy.min_sites or None,
+        refused=refused,
+    )
+    run.flower_run = grid.run.run_id
     sites = [dict(card.facts) for card in run.cards.values()]
     check_same_sites(run.directory.read_json("sites.json"), sites)
     judges = run.evaluation_cohort
-    if judges and not any(int(run.cards[p].facts["held-out-examples"]) for p in judges):
+    there = [run.cards[p].facts for p in judges if p in run.cards]
+    if judges and not any(int(facts["held-out-examples"]) for facts in there):
         raise DataError(
             f"None of the sites drawn for held-out loss ({', '.join(map(str, judges))}) holds an "
             "example out: their data are too few. Raise data.held-out-fraction, give more data, or "
             "set strategy.fraction-evaluate = 0."
         )
     run.directory.write_json("sites.json", sites)
+    run.refused = {f"node {node}": why for node, why in refused.items()}
     run.listener("roll-call", {"sites": sites})
 
 
@@ -157,6 +153,15 @@ def play_round(run: Run, grid: Grid) -> None:
     """Play the next round: train, evaluate, write down."""
     config, state = run.config, run.state
     started = time.perf_counter()
+    refused = roll_call.refresh(
+        grid,
+        run.cards,
+        config.data.num_partitions,
+        run.suspected,
+        config.strategy.round_timeout_seconds,
+        state.run,
+        messages.INTRODUCTION,
+    )
     number = state.round + 1
     total = config.federation.num_server_rounds
     learning_rate = schedules.round_learning_rate(
@@ -199,59 +204,19 @@ def play_round(run: Run, grid: Grid) -> None:
         measure_product_error=STRATEGIES[config.strategy.name].mean_of_factors
         and (saves or number == 1),
         required_metrics=messages.TRAIN_METRICS,
+        late=run.late,
     )
+    run.suspected = set(tally.failed)
     trained = time.perf_counter()
     state.round = number
     remember_cursors(state, tally)
     remember_loads(state, tally)
     record = training_record(run, number, learning_rate, cohort, tally)
     record |= measured
+    record |= stragglers(run, grid)
+    if refused:
+        record["refused"] = {f"site {p}": why for p, why in sorted(refused.items())}
     judge_and_write(run, grid, record, started, trained, saves)
-
-
-def remember_cursors(state: State, tally: Tally) -> None:
-    """Take over how far the sites of a training round have come in their examples."""
-    for partition, metrics in tally.good.items():
-        state.cursors[partition] = int(metrics["cursor"])
-        state.coverage[partition] = float(metrics["coverage"])
-
-
-def remember_loads(state: State, tally: Tally) -> None:
-    """Take over how often the processes behind the replies have loaded a base."""
-    for metrics in tally.good.values():
-        if {"process-id", "base-loads"} <= metrics.keys():
-            state.base_loads[str(metrics["process-id"])] = int(metrics["base-loads"])
-
-
-def training_record(
-    run: Run, number: int, learning_rate: float, cohort: list[int], tally: Tally
-) -> dict[str, Any]:
-    """Return one line of metrics.jsonl, as far as training goes."""
-    good, sites = tally.good.values(), run.cards
-    weights = {p: claimed_examples(m, sites[p]) for p, m in tally.good.items()}
-
-    def mean(name: str) -> float:
-        weighted = sum(float(m[name]) * weights[p] for p, m in tally.good.items())
-        return weighted / sum(weights.values())
-
-    everything = sum(card.num_examples for card in sites.values())
-    covered = sum(c * sites[p].num_examples for p, c in run.state.coverage.items())
-    return {
-        "round": number,
-        "learning-rate": learning_rate,
-        "cohort": cohort,
-        "good": sorted(tally.good),
-        "failed": {str(p): why for p, why in sorted(tally.failed.items())},
-        "train-loss": mean("train-loss"),
-        "proximal-penalty": mean("proximal-penalty"),
-        "coverage": covered / everything,
-        "site-coverage": {str(p): run.state.coverage[p] for p in sorted(tally.good)},
-        **{
-            name: sum(int(m[name]) for m in good)
-            for name in ("examples", "tokens", "padding-tokens")
-        },
-        "visit-seconds": sum(float(m["seconds"]) for m in good),
-    }
 
 
 def judge_and_write(
@@ -300,20 +265,11 @@ def judge_and_write(
     run.listener("round", record)
 
 
-def spec_of(run: Run) -> LoraSpec:
-    """Return the specification of the adapter as it is: `flora`'s has a rank of its own.
-
-    The factor alpha / r stays the same.
-    """
-    rank = protocol.rank_of(protocol.shapes_of(run.state.adapter))
-    alpha = run.lora.alpha * rank / run.lora.rank
-    return dataclasses.replace(run.lora, rank=rank, alpha=alpha)
-
-
 def record_start(run: Run, grid: Grid) -> None:
     """Write down line 0: the untrained adapter, which is the base."""
     now = time.perf_counter()
-    judge_and_write(run, grid, {"round": 0}, now, now, saves=False)
+    record = {"round": 0, **({"refused": run.refused} if run.refused else {})}
+    judge_and_write(run, grid, record, now, now, saves=False)
 
 
 def finish(run: Run, grid: Grid) -> dict[str, Any]:

@@ -12,32 +12,27 @@ absolute. `SystemExit` in a ServerApp counts as *completed* (Flower 1.41, 1.42).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from grandrounds.errors import EngineError
 from grandrounds.fitting import GPU_SHARE
+from grandrounds.flower_cli import Link, ask, follow, quiet, require_alive, started, tail
 from grandrounds.recipes import to_toml
 
 MARKER = "GRANDROUNDS_RUNTIME"
 CONNECTION = "grandrounds"  # name of the SuperLink connection in config.toml
-COMMAND_TIMEOUT_SECONDS = 120.0  # for one `flwr` command; it takes 1 to 2 seconds
 END_PATIENCE_SECONDS = 5.0
 
 
@@ -51,15 +46,6 @@ class SimulationOutcome:
     """Flower's number of the run."""
     details: str
     """Empty if completed, else Flower's reason and the last lines of `run.log`."""
-
-
-@dataclass(frozen=True)
-class SuperLink:
-    """A SuperLink of our own: FLWR_HOME, environment and process."""
-
-    home: Path
-    environment: Mapping[str, str]
-    process: subprocess.Popen[bytes]
 
 
 def run_simulation(
@@ -108,9 +94,9 @@ def run_simulation(
             f"client-resources-num-gpus={client_gpus}"
         )
         options = ("--federation-config", resources, "--run-config", str(overrides_file))
-        answer = _ask(link, "run", str(app_dir.resolve()), CONNECTION, *options)
+        answer = ask(link, "run", str(app_dir.resolve()), CONNECTION, *options)
         # If this raises, the run ends with its SuperLink: `flwr stop` would only note it there.
-        status, reason = _follow(link, int(answer["run-id"]), on_poll, poll_seconds)
+        status, reason = follow(link, int(answer["run-id"]), on_poll, poll_seconds)
     log = "" if status == "completed" else tail(home / "run.log")
     return SimulationOutcome(status, int(answer["run-id"]), f"{reason}\n{log}".strip())
 
@@ -130,17 +116,10 @@ def check_resources(num_supernodes: int, client_cpus: float, client_gpus: float)
         raise EngineError(f"This machine has {there}; asked: {asked}. Ask for less per site.")
 
 
-def tail(path: Path, lines: int = 20) -> str:
-    """Return the last lines of a log, without terminal colours and empty lines."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
-    return "\n".join([line.rstrip() for line in plain if line.strip()][-lines:])
-
-
 @contextlib.contextmanager
 def superlink(
     home: Path, start_timeout_seconds: float = 60, gpu_share: float = 1.0
-) -> Iterator[SuperLink]:
+) -> Iterator[Link]:
     """Start a SuperLink for simulations in `home`; at the end, end all that came of it.
 
     Parameters
@@ -162,8 +141,8 @@ def superlink(
     options = f"--insecure --simulation --host 127.0.0.1 --port {port}"
     command = ("flower-superlink", *options.split())
     try:
-        with _started(home, environment, "superlink.log", command) as process:
-            link = SuperLink(home, environment, process)
+        with started(home, environment, "superlink.log", command) as process:
+            link = Link(home, environment, CONNECTION, process)
             _wait_until_healthy(link, f"http://127.0.0.1:{port}/health", start_timeout_seconds)
             yield link
     finally:
@@ -180,108 +159,29 @@ def superlink(
 
 def _environment(home: Path, ray_dir: str, gpu_share: float) -> dict[str, str]:
     """Return our environment with what keeps this run apart, quiet and offline."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {key: value for key, value in quiet().items() if key != "RAY_ADDRESS"}
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = f"{environment.get(name, '')},127.0.0.1"
     return environment | {
         MARKER: ray_dir,
-        # Flower finds its own programs (flower-superexec, flwr-simulation) on PATH.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
         "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "RAY_TMPDIR": ray_dir,
         GPU_SHARE: str(gpu_share),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONUNBUFFERED": "1",
     }
 
 
-@contextlib.contextmanager
-def _started(
-    home: Path, environment: Mapping[str, str], log_name: str, command: Sequence[str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program of Flower, its output in a log, until the block ends."""
-    path = shutil.which(command[0], path=environment["PATH"])
-    if path is None:
-        raise EngineError(f"{command[0]!r} is not on PATH; pip install 'grandrounds[all]'")
-    with (home / log_name).open("wb") as log:
-        process = subprocess.Popen(
-            [path, *command[1:]],
-            env=dict(environment),
-            cwd=home / "cwd",  # empty: Ray's actors import from here first
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait_until_healthy(link: SuperLink, url: str, timeout_seconds: float) -> None:
+def _wait_until_healthy(link: Link, url: str, timeout_seconds: float) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + timeout_seconds
     while True:
-        _require_alive(link)
+        require_alive(link)
         with contextlib.suppress(OSError):  # not listening yet
             opener.open(url, timeout=1).close()
             return
         if time.monotonic() > deadline:
-            _require_alive(link, f"did not answer on {url} within {timeout_seconds:g} seconds")
+            require_alive(link, f"did not answer on {url} within {timeout_seconds:g} seconds")
         time.sleep(0.1)
-
-
-def _require_alive(link: SuperLink, problem: str = "") -> None:
-    if (code := link.process.poll()) is not None:
-        problem = f"ended with code {code} (too little memory?)"
-    if problem:
-        log = link.home / "superlink.log"
-        raise EngineError(f"Flower's SuperLink {problem}. Run again. End of {log}:\n{tail(log)}")
-
-
-def _ask(link: SuperLink, *arguments: str) -> dict[str, Any]:
-    """Run one `flwr` command and return its JSON answer; its exit code says nothing."""
-    command = ("flwr", *arguments, "--format", "json")
-    with (
-        contextlib.suppress(subprocess.TimeoutExpired),
-        _started(link.home, link.environment, "flwr.log", command) as process,
-    ):
-        process.wait(COMMAND_TIMEOUT_SECONDS)
-    text = tail(link.home / "flwr.log", lines=1000)
-    found = re.search(r"^\{.*^\}", text, re.MULTILINE | re.DOTALL)  # there may be warnings too
-    answer: dict[str, Any] = json.loads(found.group()) if found else {"error-message": text}
-    if not answer.get("success"):
-        raise EngineError(f"Flower refused `flwr {arguments[0]}`: {answer.get('error-message')}")
-    return answer
-
-
-def _follow(
-    link: SuperLink, run_id: int, on_poll: Callable[[], None], poll_seconds: float
-) -> tuple[str, str]:
-    """Wait for the end of a run; return Flower's sub-status and reason.
-
-    A child copies the run's log and ends with the run; `flwr list`, which takes a second of CPU,
-    is asked only then. If the stream had merely broken, it is begun again.
-    """
-    command = ("flwr", "log", str(run_id), CONNECTION)
-    while True:
-        with _started(link.home, link.environment, "run.log", command) as stream:
-            while stream.poll() is None:
-                _require_alive(link)
-                on_poll()
-                time.sleep(poll_seconds)
-        _require_alive(link)
-        [run] = _ask(link, "list", CONNECTION, "--run-id", str(run_id))["runs"]
-        on_poll()
-        status, _, sub_status = run["status"].partition(":")
-        if status == "finished":
-            return sub_status, run["status-details"].removeprefix("N/A")
 
 
 def end_processes(marker: str) -> None:

@@ -35,6 +35,12 @@ from grandrounds.ledger import NPY_HEADER_BYTES
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
 
+RUN = "run"
+"""Key of every message's config: the run, the same when it is resumed."""
+
+UPDATE_NORM = "update-norm"
+"""Metric of an answer to `train`: the L2 norm of the change before it was encoded."""
+
 TRAIN_METRICS = (
     "num-examples",
     "train-loss",
@@ -285,6 +291,14 @@ def whole_number(record: ConfigRecord, name: str, low: int = 0, high: int = MANY
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ReplyError(f"{name} is {value!r}, not a whole number from {low} to {high}")
     return value
+
+
+def real_number(record: ConfigRecord, name: str, low: float, high: float) -> float:
+    """Return a number that a message holds; raise `ReplyError` as `whole_number` does."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ReplyError(f"{name} is {value!r}, not a number from {low:g} to {high:g}")
+    return float(value)
 
 
 def answering(

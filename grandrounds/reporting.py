@@ -187,9 +187,14 @@ def round_line(record: Mapping[str, Any], total: int) -> str:
 
 
 def failure_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return the failed replies of a round, one line each."""
+    """Return the failed replies of a round, and who may not take part, one line each."""
     failed = {**record.get("failed", {}), **record.get("evaluate-failed", {})}
-    return [f"  site {site} failed: {why}" for site, why in failed.items()]
+    lines = [f"  site {site} failed: {why}" for site, why in failed.items()]
+    refused = record.get("refused", {})
+    lines += [f"  {who} takes no part: {why}" for who, why in refused.items()]
+    if late := record.get("late-replies"):
+        lines.append(f"  {late} replies came after their round had ended, and were left out")
+    return lines
 
 
 def summary_rows(summary: Mapping[str, Any]) -> Rows:

@@ -42,7 +42,10 @@ def check_same_sites(
     before: Sequence[Mapping[str, Any]] | None, now: Sequence[Mapping[str, Any]]
 ) -> None:
     """Raise `RunDirectoryError` if a resumed run would go on with other data, base or prompt."""
-    for old, new in zip(before or (), now, strict=False):
+    earlier = {site["partition-id"]: site for site in before or ()}
+    for new in now:
+        if (old := earlier.get(new["partition-id"])) is None:
+            continue
         for fact in SAME_ON_RESUME:
             if old[fact] != new[fact]:
                 raise RunDirectoryError(

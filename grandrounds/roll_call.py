@@ -11,11 +11,8 @@ from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from grandrounds import messages
-from grandrounds.errors import EngineError, ReplyError
+from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
 from grandrounds.exchange import POLL_SECONDS, exchange
-
-CONNECT_SECONDS = 60.0
-"""How long the server waits for all sites before the roll call."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +30,35 @@ class SiteCard:
         return int(self.facts["train-examples"])
 
 
-def wait_for_nodes(grid: Grid, num_partitions: int, seconds: float = CONNECT_SECONDS) -> list[int]:
+def wait_for_nodes(
+    grid: Grid, num_partitions: int, seconds: float = 60.0, least: int | None = None
+) -> list[int]:
     """Return the ids of the connected nodes, once there are as many as sites.
+
+    Parameters
+    ----------
+    least : int or None
+        With so many a run begins after `seconds`, and the others may come later; None: all.
 
     Raises
     ------
     EngineError
-        If there are fewer after `seconds`, or more.
+        If there are fewer after `seconds`, or more than sites.
     """
+    least = num_partitions if least is None else least
     deadline = time.monotonic() + seconds
     while len(nodes := sorted(grid.get_node_ids())) < num_partitions:
         if time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
-    if len(nodes) != num_partitions:
+    if not least <= len(nodes) <= num_partitions:
+        fewer = least < num_partitions and f" (strategy.min-sites = {least})"
         raise EngineError(
-            f"{len(nodes)} nodes are connected, but data.num-partitions = {num_partitions}. "
-            f"With flwr run, add --federation-config 'num-supernodes={num_partitions}', or set "
-            f"data.num-partitions = {len(nodes)}."
+            f"{len(nodes)} nodes are connected, but data.num-partitions = "
+            f"{num_partitions}{fewer or ''}. With flwr run, add --federation-config "
+            f"'num-supernodes={num_partitions}', or set data.num-partitions = {len(nodes)}. Real "
+            "sites: start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or let "
+            "a run begin without some (strategy.min-sites)."
         )
     return nodes
 
@@ -60,6 +68,11 @@ def roll_call(
     nodes: Sequence[int],
     timeout_seconds: float,
     required: Collection[str] = messages.IDENTITY,
+    *,
+    num_sites: int | None = None,
+    run: str = "0",
+    least: int | None = None,
+    refused: dict[int, str] | None = None,
 ) -> dict[int, SiteCard]:
     """Ask every node who it is; return the sites by partition id.
 
@@ -67,33 +80,124 @@ def roll_call(
     ----------
     required
         What every site must say of itself.
+    num_sites : int or None
+        Sites of the run; None: as many as nodes.
+    run : str
+        The run's key.
+    least : int or None
+        With so many sites a run begins without those that cannot take part; None: all must.
+    refused
+        Takes node id → why it cannot take part.
 
     Raises
     ------
     GrandRoundsError
-        The first site's own error, if one cannot take part; `EngineError` if two sites differ in
-        what must be the same, or one does not answer.
+        The first site's own error, if one too many cannot take part; `EngineError` if two sites
+        differ in what must be the same, or one does not answer.
     """
-    outgoing = {
-        node: Message(messages.content(config={"round": 0}), node, MessageType.QUERY, group_id="0")
-        for node in nodes
-    }
     cards: dict[int, SiteCard] = {}
-    for node, reply in exchange(grid, outgoing, timeout_seconds):
-        messages.raise_failure(reply)
-        facts = introduction_of(node, reply, required, len(nodes))
+    refused = {} if refused is None else refused
+    for node, reply in exchange(grid, questions(nodes, run), timeout_seconds):
+        try:
+            messages.raise_failure(reply)
+        except GrandRoundsError as error:
+            refused[node] = str(error)
+            if least is None or len(nodes) - len(refused) < least:
+                raise
+            continue
+        facts = introduction_of(node, reply, required, num_sites or len(nodes))
         partition = facts["partition-id"]
         if partition in cards:
             raise EngineError(f"Two nodes say that they are site {partition}; each needs its own.")
         cards[partition] = SiteCard(node, facts)
-    if len(cards) < len(nodes):
-        missing = sorted(set(nodes) - {card.node_id for card in cards.values()})
+    silent = set(nodes) - refused.keys() - {card.node_id for card in cards.values()}
+    if silent and least is not None and len(cards) >= least:
+        refused |= dict.fromkeys(silent, f"no answer within {timeout_seconds:g} s")
+    elif silent:
+        missing = sorted(silent)
         raise EngineError(
             f"{len(missing)} of {len(nodes)} nodes did not answer the roll call within "
             f"{timeout_seconds:g} s: {missing[:5]}. Look at their logs, then start again."
         )
     check_same(cards)
     return dict(sorted(cards.items()))
+
+
+def questions(nodes: Sequence[int], run: str) -> dict[int, Message]:
+    """Return the message that asks each node who it is."""
+    return {
+        node: Message(
+            messages.content(config={"round": 0, messages.RUN: run}),
+            node,
+            MessageType.QUERY,
+            group_id="0",
+        )
+        for node in nodes
+    }
+
+
+REFRESH_SECONDS = 60.0
+"""Most time before a round for sites that came or came back to say who they are."""
+
+SAME_IN_A_RUN = ("version", "base", "prompt", "train-examples", "held-out-examples")
+"""What a site that comes back must still be."""
+
+
+def refresh(
+    grid: Grid,
+    cards: dict[int, SiteCard],
+    num_sites: int,
+    suspected: Collection[int],
+    timeout_seconds: float,
+    run: str,
+    required: Collection[str] = messages.IDENTITY,
+) -> dict[int, str]:
+    """Let sites that came, or whose last reply failed, say who they are; renew their cards.
+
+    Parameters
+    ----------
+    cards
+        Partition id → what a site said last. A site that is not what it was loses its card.
+    suspected
+        Partition ids whose last reply failed.
+
+    Returns
+    -------
+    dict
+        Partition id, or -1 where it is not known, → why a site cannot take part.
+    """
+    known = {card.node_id: partition for partition, card in cards.items()}
+    connected = set(grid.get_node_ids())
+    asked = sorted(node for node in connected if node not in known or known[node] in suspected)
+    refused: dict[int, str] = {}
+    seconds = min(timeout_seconds, REFRESH_SECONDS)
+    for node, reply in exchange(grid, questions(asked, run), seconds):
+        partition = known.get(node, -1)
+        try:
+            messages.raise_failure(reply)
+            facts = introduction_of(node, reply, required, num_sites)
+            partition = int(facts["partition-id"])
+            check_still_same(partition, facts, cards)
+        except GrandRoundsError as error:
+            refused[partition] = str(error)
+            cards.pop(partition, None)
+            continue
+        cards[partition] = SiteCard(node, facts)
+    return refused
+
+
+def check_still_same(
+    partition: int, facts: Mapping[str, Any], cards: Mapping[int, SiteCard]
+) -> None:
+    """Raise `EngineError` if a site that comes back is not what it was, or not like the others."""
+    before = cards[partition].facts if partition in cards else facts
+    for fact in SAME_IN_A_RUN:
+        if facts.get(fact) != before.get(fact):
+            raise EngineError(
+                f"it came back with another {fact}: {facts.get(fact)}, and was "
+                f"{before.get(fact)}. Restore it, or start a new run."
+            )
+    check_same({**cards, partition: SiteCard(-1, facts)})
 
 
 COUNTS = (
@@ -132,14 +236,18 @@ def introduction_of(
 
 def check_same(cards: Mapping[int, SiteCard]) -> None:
     """Raise `EngineError` naming the sites that differ in version, base or prompt."""
-    first = min(cards)
     for fact, meaning in (
         ("version", "version of grandrounds"),
         ("base", "base model"),
+        ("base-content", "base model, whose files differ"),
         ("prompt", "prompt"),
     ):
-        expected = cards[first].facts[fact]
-        other = [p for p, card in cards.items() if card.facts[fact] != expected]
+        those = {p: card for p, card in cards.items() if fact in card.facts}  # agents say more
+        if not those:
+            continue
+        first = min(those)
+        expected = those[first].facts[fact]
+        other = [p for p, card in those.items() if card.facts[fact] != expected]
         if other:
             raise EngineError(
                 f"The sites do not have the same {meaning}: site {first} has {expected}, "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import Message, MessageType
+from flwr.app import DEFAULT_TTL, Message, MessageType
 from flwr.serverapp import Grid
 
 from grandrounds import messages, protocol
@@ -48,6 +48,7 @@ def ask_cohort(
     timeout_seconds: float,
     use: Callable[[int, Message], messages.Metrics],
     on_reply: Callable[[int, str | None], None],
+    late: set[str] | None = None,
 ) -> Tally:
     """Send a cohort its messages; count, check and use each reply as it arrives.
 
@@ -60,13 +61,15 @@ def ask_cohort(
         reply that cannot be used, which is then named and counted as failed.
     on_reply
         Called with (partition id, None or the failure), once for every site that was asked.
+    late
+        As for `exchange`.
     """
     partition_of = {m.metadata.dst_node_id: p for p, m in outgoing.items()}
     for message in outgoing.values():
         ledger.count(f"{kind}.down", messages.tensor_sizes(message))
     tally = Tally()
     by_node = {m.metadata.dst_node_id: m for m in outgoing.values()}
-    for node, reply in exchange(grid, by_node, timeout_seconds):
+    for node, reply in exchange(grid, by_node, timeout_seconds, late):
         partition = partition_of[node]
         ledger.count(f"{kind}.up", messages.tensor_sizes(reply))
         try:
@@ -80,6 +83,32 @@ def ask_cohort(
             tally.failed[partition] = f"no reply within {timeout_seconds:g} s"
             on_reply(partition, tally.failed[partition])
     return tally
+
+
+NOT_THERE = "not connected"
+
+
+def addressed(
+    card: SiteCard,
+    kind: str,
+    round_number: int,
+    run: str,
+    parcel: Parcel,
+    instruction: Mapping[str, float | int],
+    timeout_seconds: float,
+) -> Message:
+    """Return a message to a site: the adapter, and what to do with it.
+
+    It outlives its round, so that a reply that comes late is told from none.
+    """
+    config = {"round": round_number, messages.RUN: run, **parcel.config, **instruction}
+    return Message(
+        messages.content(arrays=parcel.arrays, config=config),
+        card.node_id,
+        kind,
+        ttl=max(DEFAULT_TTL, 2 * timeout_seconds),
+        group_id=str(round_number),
+    )
 
 
 def train_round(
@@ -98,6 +127,7 @@ def train_round(
     on_reply: Callable[[int, str | None], None],
     measure_product_error: bool = False,
     required_metrics: Collection[str] = ("num-examples",),
+    late: set[str] | None = None,
 ) -> tuple[Adapter, Tally, dict[str, Any]]:
     """Train one cohort; return the new adapter, what came back, and what was measured of it.
 
@@ -114,18 +144,19 @@ def train_round(
     RoundError
         If fewer than `min_reply_fraction` of the cohort replied well; each failure is named.
     """
-    parcels = {p: sender.parcel(round_number, p, adapter, trains=True) for p in instructions}
+    there = {p: instruction for p, instruction in instructions.items() if p in cards}
+    parcels = {p: sender.parcel(round_number, p, adapter, trains=True) for p in there}
     outgoing = {
-        partition: Message(
-            messages.content(
-                arrays=parcels[partition].arrays,
-                config={"round": round_number, **parcels[partition].config, **instruction},
-            ),
-            cards[partition].node_id,
+        partition: addressed(
+            cards[partition],
             MessageType.TRAIN,
-            group_id=str(round_number),
+            round_number,
+            sender.run,
+            parcels[partition],
+            instruction,
+            timeout_seconds,
         )
-        for partition, instruction in instructions.items()
+        for partition, instruction in there.items()
     }
     shapes = protocol.shapes_of(adapter)
     modules = measured_modules(list(shapes), len(outgoing)) if measure_product_error else []
@@ -147,18 +178,21 @@ def train_round(
         if not updates.waits(partition):
             on_reply(partition, failure)
 
-    tally = ask_cohort(grid, "train", outgoing, ledger, timeout_seconds, use, tell)
+    tally = ask_cohort(grid, "train", outgoing, ledger, timeout_seconds, use, tell, late)
+    for partition in instructions.keys() - there.keys():
+        tally.failed[partition] = NOT_THERE
+        on_reply(partition, NOT_THERE)
     for partition, update in updates.screened(tally.failed, on_reply):
         add(partition, *update)
     for partition in tally.failed:
         tally.good.pop(partition, None)
     settle(sender, parcels, tally)
-    needed = math.ceil(terms.min_reply_fraction * len(outgoing) - 1e-9)
+    needed = math.ceil(terms.min_reply_fraction * len(instructions) - 1e-9)
     if len(tally.good) < needed:
         reasons = "; ".join(f"site {p}: {why}" for p, why in sorted(tally.failed.items()))
         raise RoundError(
-            f"Round {round_number}: {len(tally.good)} of {len(outgoing)} sites replied well, at "
-            f"least {needed} are needed (strategy.min-reply-fraction = "
+            f"Round {round_number}: {len(tally.good)} of {len(instructions)} sites replied well, "
+            f"at least {needed} are needed (strategy.min-reply-fraction = "
             f"{terms.min_reply_fraction:g}). {reasons}"
         )
     new = rule.result()
@@ -197,13 +231,17 @@ def evaluate_round(
 
     The loss is that of the adapter as the sites receive it.
     """
-    parcels = {p: sender.parcel(round_number, p, adapter, trains=False) for p in cohort}
+    there = [p for p in cohort if p in cards]
+    parcels = {p: sender.parcel(round_number, p, adapter, trains=False) for p in there}
     outgoing = {
-        partition: Message(
-            messages.content(arrays=parcel.arrays, config={"round": round_number, **parcel.config}),
-            cards[partition].node_id,
+        partition: addressed(
+            cards[partition],
             MessageType.EVALUATE,
-            group_id=str(round_number),
+            round_number,
+            sender.run,
+            parcel,
+            {},
+            timeout_seconds,
         )
         for partition, parcel in parcels.items()
     }
@@ -217,6 +255,7 @@ def evaluate_round(
         lambda *_: None,
     )
     settle(sender, parcels, tally)
+    tally.failed |= dict.fromkeys(set(cohort) - set(there), NOT_THERE)
     tokens = sum(int(m["tokens"]) for m in tally.good.values())
     loss = sum(float(m["nll-sum"]) for m in tally.good.values()) / tokens if tokens else None
     return loss, tally
@@ -239,12 +278,8 @@ def examine_formulary(
     parcel = sender.exact(adapter)
     tally, failed = Tally(), dict[int, str]()
     for partition, card in cards.items():
-        message = Message(
-            messages.content(arrays=parcel.arrays, config=parcel.config),
-            card.node_id,
-            f"{MessageType.EVALUATE}.formulary",
-            group_id="formulary",
-        )
+        kind = f"{MessageType.EVALUATE}.formulary"
+        message = addressed(card, kind, 0, sender.run, parcel, {}, timeout_seconds)
         tally = ask_cohort(
             grid,
             "formulary",

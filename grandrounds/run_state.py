@@ -22,6 +22,8 @@ class State:
     """The last finished round; 0 before training."""
     adapter: Adapter
     """The global adapter after it."""
+    run: str
+    """The run's key, which sites keep what they remember under; the same when it is resumed."""
     ledger: Ledger = field(default_factory=Ledger)
     """Bytes so far."""
     cursors: dict[int, int] = field(default_factory=dict)
@@ -33,6 +35,8 @@ class State:
     """Process → base models loaded in it."""
     failed_replies: int = 0
     """Replies that were not used."""
+    late_replies: int = 0
+    """Of these, replies that came after their round had ended."""
     seconds: float = 0.0
     """Wall-clock time of all finished rounds."""
 
@@ -40,11 +44,13 @@ class State:
         """Return everything but the adapter, and the round's metrics."""
         return {
             "round": self.round,
+            "run": self.run,
             "ledger": self.ledger.as_dict(),
             "cursors": self.cursors,
             "coverage": self.coverage,
             "base-loads": self.base_loads,
             "failed-replies": self.failed_replies,
+            "late-replies": self.late_replies,
             "seconds": self.seconds,
             "record": record,
         }
@@ -56,11 +62,13 @@ class State:
         return cls(
             round=data["round"],
             adapter=adapter,
+            run=data.get("run", "0"),
             ledger=Ledger.from_dict(data["ledger"]),
             cursors=cursors,
             coverage={int(p): c for p, c in data["coverage"].items()},
             base_loads=data["base-loads"],
             failed_replies=data["failed-replies"],
+            late_replies=data.get("late-replies", 0),
             seconds=data["seconds"],
         )
 
@@ -126,6 +134,7 @@ def summarize(
         },
         "coverage": trained[-1]["coverage"] if trained else 0.0,
         "failed_replies": state.failed_replies,
+        "late_replies": state.late_replies,
         "base_loads": sum(state.base_loads.values()),
         "processes": len(state.base_loads),
         "device": first.get("device"),

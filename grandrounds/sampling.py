@@ -7,6 +7,7 @@ cursor); node ids, which Flower draws at random, play no part.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -91,6 +92,15 @@ def uplink_generator(seed: int, round_number: int, partition_id: int) -> np.rand
 def downlink_generator(seed: int, *message: int) -> np.random.Generator:
     """Return the generator of stochastic rounding of one of the server's messages."""
     return _generator(seed, _DOWNLINK, *message)
+
+
+def examples_per_visit(
+    max_steps: int, num_train_epochs: float, examples_per_step: int, num_examples: int
+) -> int:
+    """Return how many examples one visit takes, repeats counted."""
+    if max_steps > 0:
+        return max_steps * examples_per_step
+    return max(1, math.ceil(num_train_epochs * num_examples))
 
 
 def next_examples(

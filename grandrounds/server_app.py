@@ -11,9 +11,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from grandrounds import federation
+from grandrounds.bookkeeping import Listener
 from grandrounds.config import Config
 from grandrounds.errors import GrandRoundsError
-from grandrounds.federation import Listener
 from grandrounds.quiet import quiet_libraries
 from grandrounds.recipes import resolve
 from grandrounds.reporting import PlainReporter

@@ -10,9 +10,10 @@ from typing import Any
 
 import grandrounds
 from grandrounds.allowed import Scalar
+from grandrounds.bookkeeping import Listener
 from grandrounds.config import Config
 from grandrounds.errors import EngineError
-from grandrounds.federation import Listener, default_run_directory
+from grandrounds.federation import default_run_directory
 from grandrounds.flower_runtime import run_simulation
 from grandrounds.recipes import defaults, to_toml
 from grandrounds.run_directory import RunDirectory
@@ -29,7 +30,7 @@ publisher = "grandrounds"
 
 [tool.flwr.app.components]
 serverapp = "grandrounds.server_app:app"
-clientapp = "grandrounds.client_app:app"
+clientapp = "{clientapp}:app"
 
 [tool.flwr.app.config]
 {config}"""
@@ -89,12 +90,7 @@ def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float
     flat = with_run_directory(config)
     run_directory = Path(str(flat["resume-from"] or flat["run-directory"]))
     home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
-    app = home / "app"
-    app.mkdir()
-    app_config = to_toml(defaults())
-    (app / "pyproject.toml").write_text(
-        APP.format(version=grandrounds.__version__, config=app_config)
-    )
+    app = write_app(home / "app")
     watcher = Watcher(run_directory, listener)
     with listener:
         try:
@@ -120,6 +116,22 @@ def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float
             )
         listener("finished", {**summary, "directory": str(run_directory)})
     shutil.rmtree(home)
+
+
+def write_app(folder: Path, clientapp: str = "grandrounds.client_app") -> Path:
+    """Write an app for Flower that holds no code; return its folder.
+
+    Parameters
+    ----------
+    clientapp : str
+        The module of the ClientApp.
+    """
+    folder.mkdir()
+    text = APP.format(
+        version=grandrounds.__version__, clientapp=clientapp, config=to_toml(defaults())
+    )
+    (folder / "pyproject.toml").write_text(text)
+    return folder
 
 
 def default_gpus() -> float:

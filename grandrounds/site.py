@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from grandrounds.config import DataConfig
-from grandrounds.data import site_data
+from grandrounds.data import SiteData, site_data
 from grandrounds.errors import DataError
 from grandrounds.model import load_tokenizer
 from grandrounds.sources import load_rows
@@ -81,9 +80,22 @@ def _open(
         partition_by=data.partition_by,
         dirichlet_alpha=data.dirichlet_alpha,
     )
+    return tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
+
+
+def tokenized_site(
+    split: SiteData, partition_id: int, model_name: str, template: str, seq_length: int
+) -> Site:
+    """Return a site's examples as tokens.
+
+    Raises
+    ------
+    DataError
+        If none is left to learn.
+    """
     tokenizer = tokenizer_of(model_name)
-    train = tokenize_examples(split.train, tokenizer, data.prompt_template, seq_length)
-    held_out = tokenize_examples(split.held_out, tokenizer, data.prompt_template, seq_length)
+    train = tokenize_examples(split.train, tokenizer, template, seq_length)
+    held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length)
     if not train.examples:
         raise DataError(
             f"Site {partition_id} has no example left to learn: the prompts of all its "
@@ -97,12 +109,3 @@ def _open(
         "unlearnable": train.unlearnable + held_out.unlearnable,
     }
     return Site(partition_id, train.examples, held_out.examples, report)
-
-
-def examples_per_visit(
-    max_steps: int, num_train_epochs: float, examples_per_step: int, num_examples: int
-) -> int:
-    """Return how many examples one visit takes, repeats counted."""
-    if max_steps > 0:
-        return max_steps * examples_per_step
-    return max(1, math.ceil(num_train_epochs * num_examples))

@@ -80,7 +80,7 @@ def load_rows(
 # --- Raw rows, before they are checked ------------------------------------------------------------
 
 
-def _to_dataset(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
+def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
     """Check that rows and columns are there, and turn their values into text."""
     from datasets import Dataset, Features, Value
 
@@ -167,7 +167,7 @@ def _load_formulary(columns: tuple[str, ...]) -> Dataset:
     from grandrounds.formulary.facts import flashcards
 
     raw = from_records(enumerate(flashcards(), 1), columns, "row")
-    return _to_dataset(raw, FORMULARY, columns)
+    return rows_of(raw, FORMULARY, columns)
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
@@ -185,7 +185,7 @@ def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
             f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {FORMULARY!r}."
         ) from error
     table = rows.with_format("arrow")[:]
-    return _to_dataset(from_table(table, columns, tuple(rows.column_names)), name, columns)
+    return rows_of(from_table(table, columns, tuple(rows.column_names)), name, columns)
 
 
 @contextmanager
@@ -267,4 +267,4 @@ def _load_file(
         raw = read_file(path, source, columns)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise _unreadable(source, error) from error
-    return _to_dataset(raw, source, columns)
+    return rows_of(raw, source, columns)

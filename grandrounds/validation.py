@@ -179,6 +179,11 @@ def check_together(config: Config) -> None:
                 ("data.answer-column", config.data.answer_column, "give a column's name."),
             )
         ),
+        (
+            strategy.min_sites > config.data.num_partitions,
+            f"strategy.min-sites = {strategy.min_sites} is more than data.num-partitions = "
+            f"{config.data.num_partitions}: lower it, or set 0 for all.",
+        ),
         *_rule_problems(config),
         *_communication_problems(config),
     ]

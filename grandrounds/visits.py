@@ -8,13 +8,25 @@ import platform
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 import grandrounds
-from grandrounds import downlink, fitting, machine, protocol, sampling, slots, training, uplink
+from grandrounds import (
+    downlink,
+    fitting,
+    machine,
+    messages,
+    protocol,
+    sampling,
+    slots,
+    training,
+    uplink,
+)
 from grandrounds.adapter import Adapter, factor_of
 from grandrounds.config import Config
+from grandrounds.consortium import custody
 from grandrounds.drawing import drawn_adapter
 from grandrounds.errors import DataError
 from grandrounds.model import (
@@ -28,13 +40,19 @@ from grandrounds.model import (
 )
 from grandrounds.prompts import prompt_hash
 from grandrounds.recipes import resolve
-from grandrounds.site import Site, examples_per_visit, open_site, tokenizer_of
+from grandrounds.sampling import examples_per_visit
+from grandrounds.site import Site, open_site, tokenizer_of
 from grandrounds.strategies import STRATEGIES
 from grandrounds.tokenization import TokenizedExample
 
 Batches = list[list[TokenizedExample]]
 
 _CURSOR = "grandrounds-cursor"
+
+MOST_ROUNDS = 10**9
+
+PROCESS = int.from_bytes(os.urandom(6))
+"""Tells this process from all others, those of other machines too."""
 
 
 def site_of(context: Context) -> tuple[Site, Config]:
@@ -61,6 +79,8 @@ def site_of(context: Context) -> tuple[Site, Config]:
             f"(--federation-config 'num-supernodes={config.data.num_partitions}'), or set "
             f"data.num-partitions = {connected}."
         )
+    if custody.SITE in node:
+        return custody.site_of_node(node, config), config
     site = open_site(
         config.static.name,
         config.data,
@@ -112,7 +132,7 @@ def read_cursor(state: RecordDict, instruction: ConfigRecord) -> int:
     belongs to the round from which the run goes on.
     """
     if "cursor" in instruction:
-        return int(instruction["cursor"])  # type: ignore[arg-type]
+        return messages.whole_number(instruction, "cursor")
     if _CURSOR in state.config_records:
         return int(state.config_records[_CURSOR]["examples"])  # type: ignore[arg-type]
     return 0
@@ -174,8 +194,8 @@ def next_batches(
 
 
 def round_of(instruction: ConfigRecord) -> int:
-    """Return the round that a message belongs to."""
-    return int(instruction["round"])  # type: ignore[arg-type]
+    """Return the round that a message belongs to; raise `ReplyError` if it tells none."""
+    return messages.whole_number(instruction, "round", 1, MOST_ROUNDS)
 
 
 def train(
@@ -189,7 +209,7 @@ def train(
     trained = {n: p for n, p in resident.parameters.items() if p.requires_grad}
     settings = training.VisitSettings(
         accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=float(instruction["learning-rate"]),  # type: ignore[arg-type]
+        learning_rate=messages.real_number(instruction, "learning-rate", 0.0, 1.0),
         warmup_steps=arguments.warmup_steps,
         optimizer=config.train.optimizer,
         weight_decay=arguments.weight_decay,
@@ -217,29 +237,35 @@ def trained_part(config: Config, partition_id: int, round_number: int) -> tuple[
     return STRATEGIES[rule].trained(round_number), ranks
 
 
-def encoded_change(
-    resident: Resident,
-    received: Adapter,
+def change_of(
+    resident: Resident, received: Adapter, config: Config, instruction: ConfigRecord, site: Site
+) -> Adapter:
+    """Return what the visit changed, as far as it was trained."""
+    factors, ranks = trained_part(config, site.partition_id, round_of(instruction))
+    return slots.take(adapter_change(resident, received), factors, ranks)
+
+
+def encoded(
+    change: Adapter,
     config: Config,
     context: Context,
     instruction: ConfigRecord,
+    site: Site,
     cursors: tuple[int, int],
 ) -> ArrayRecord:
-    """Return what the visit changed, as it travels.
+    """Return a change as it travels.
 
     Parameters
     ----------
     cursors : (int, int)
         Examples given to the site before and after the visit.
     """
-    partition_id, number = int(context.node_config["partition-id"]), round_of(instruction)
-    factors, ranks = trained_part(config, partition_id, number)
-    change = slots.take(adapter_change(resident, received), factors, ranks)
-    return uplink.encode_change(change, config, context, number, partition_id, *cursors)
+    number = round_of(instruction)
+    return uplink.encode_change(change, config, context, number, site.partition_id, *cursors)
 
 
 def train_metrics(
-    site: Site, result: training.VisitResult, cursor: int, config: Config
+    site: Site, result: training.VisitResult, cursor: int, config: Config, change: Adapter
 ) -> dict[str, float | int]:
     """Return what a site reports of a visit."""
     seen = cursor if config.train.dynamic_data_seed else result.examples
@@ -252,10 +278,11 @@ def train_metrics(
         "tokens": result.tokens,
         "padding-tokens": result.padding_tokens,
         "seconds": result.seconds,
+        messages.UPDATE_NORM: math.sqrt(sum(float(np.vdot(t, t)) for t in change.values())),
         "cursor": cursor,
         "coverage": min(1.0, seen / len(site.train)),
         "base-loads": base_loads(),
-        "process-id": os.getpid(),
+        "process-id": PROCESS,
     }
 
 
@@ -278,7 +305,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
         "tokens": tokens,
         "num-examples": len(site.held_out),
         "base-loads": base_loads(),
-        "process-id": os.getpid(),
+        "process-id": PROCESS,
     }
 
 

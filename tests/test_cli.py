@@ -18,7 +18,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import grandrounds
-from grandrounds import cli, federation
+from grandrounds import bookkeeping, cli, federation
 from grandrounds.cli import app
 
 Settings = dict[str, Any]
@@ -288,7 +288,7 @@ def test_ctrl_c_in_a_later_round_is_one_line_and_a_stopped_run(
     """The same in this process, quickly."""
     play_round = federation.play_round
 
-    def interrupt(run: federation.Run, grid: Any) -> None:
+    def interrupt(run: bookkeeping.Run, grid: Any) -> None:
         if run.state.round == 2:
             raise KeyboardInterrupt
         play_round(run, grid)

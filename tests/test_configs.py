@@ -31,6 +31,8 @@ LEFT_OUT = {
     "train.num-threads",
     "train.report-to",
     "strategy.round-timeout-seconds",
+    "strategy.min-sites",
+    "strategy.connect-timeout-seconds",
     # one value allowed, or the same as another key
     "train.training-arguments.output-dir",
     "train.training-arguments.learning-rate",

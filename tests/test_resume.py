@@ -18,9 +18,9 @@ import pytest
 from flwr.app import Context, Message, MessageType
 
 from grandrounds import client_app, recipes, server_app
+from grandrounds.bookkeeping import Listener
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import RoundError, RunDirectoryError
-from grandrounds.federation import Listener
 from grandrounds.run_directory import RunDirectory
 
 Settings = dict[str, Any]

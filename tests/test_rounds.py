@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 
-from grandrounds import messages, roll_call, rounds
+from grandrounds import exchange, messages, roll_call, rounds
 from grandrounds.aggregation.make import make_rule, rule_settings
 from grandrounds.codecs import codec_named
 from grandrounds.downlink import Sender
@@ -197,6 +197,96 @@ def test_a_node_that_does_not_answer_the_roll_call_is_named() -> None:
         roll_call.roll_call(Silent(Sites(), 3, {2}), [1, 2, 3], 0.2)
 
 
+def test_a_run_may_begin_without_some_sites() -> None:
+    grid = grid_of(Sites(), 3)
+    assert roll_call.wait_for_nodes(grid, 5, seconds=0, least=3) == [1, 2, 3]
+    with pytest.raises(EngineError, match=r"^3 nodes .* = 5 \(strategy\.min-sites = 4\)"):
+        roll_call.wait_for_nodes(grid, 5, seconds=0, least=4)
+
+
+def test_a_site_that_refuses_or_keeps_silent_is_left_out_where_the_others_suffice() -> None:
+    refused: dict[int, str] = {}
+    grid = Silent(Sites({("query", 1): refuse}), 4, {4})
+    cards = roll_call.roll_call(grid, [1, 2, 3, 4], 0.2, least=2, refused=refused)
+    assert list(cards) == [0, 2]
+    assert refused == {2: "site 1 has no rows", 4: "no answer within 0.2 s"}
+    with pytest.raises(DataError):
+        roll_call.roll_call(grid_of(Sites({("query", 1): refuse}), 4), [1, 2, 3, 4], 10, least=4)
+
+
+# --- Sites that come and go -----------------------------------------------------------------------
+
+
+def introduced(sites: Sites, count: int) -> tuple[InProcessGrid, dict[int, SiteCard]]:
+    """Return a grid, and the cards of its sites but the last."""
+    grid = grid_of(sites, count)
+    return grid, roll_call.roll_call(grid, list(range(1, count)), 10, num_sites=count)
+
+
+def test_a_site_that_comes_later_is_introduced_before_the_next_round() -> None:
+    sites = Sites()
+    grid, cards = introduced(sites, 3)
+    assert list(cards) == [0, 1]
+    assert roll_call.refresh(grid, cards, 3, (), 10, "ab") == {}
+    assert list(cards) == [0, 1, 2]
+    asked = len(sites.seen)
+    assert roll_call.refresh(grid, cards, 3, (), 10, "ab") == {}
+    assert len(sites.seen) == asked  # nobody new, nobody asked
+
+
+def test_a_site_that_comes_back_as_another_node_gets_a_new_card() -> None:
+    sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
+    grid, cards = introduced(sites, 3)
+    assert roll_call.refresh(grid, cards, 2, (), 10, "ab") == {}
+    assert {p: card.node_id for p, card in cards.items()} == {0: 1, 1: 3}
+
+
+@pytest.mark.parametrize("fact", ["base", "version", "prompt", "train-examples"])
+def test_a_site_that_comes_back_changed_takes_no_part_and_is_named(fact: str) -> None:
+    said: dict[str, Any] = {}
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, **said)})
+    grid = grid_of(sites, 2)
+    cards = roll_call.roll_call(grid, [1, 2], 10)
+    said[fact] = 999 if fact == "train-examples" else "other"
+    refused = roll_call.refresh(grid, cards, 2, {1}, 10, "ab")
+    assert list(cards) == [0]
+    assert f"it came back with another {fact}" in refused[1]
+
+
+def test_a_suspected_site_that_is_gone_keeps_its_card_and_is_not_waited_for() -> None:
+    grid, cards = introduced(Sites(), 3)
+    gone = SiteCard(77, {"train-examples": 5})
+    cards[2] = gone
+    grid._contexts.pop(3)
+    assert roll_call.refresh(grid, cards, 3, {2}, 10, "ab") == {}
+    assert cards[2] is gone
+
+
+def test_a_site_without_a_card_counts_as_failed() -> None:
+    heard: list[tuple[int, str | None]] = []
+    _, tally, _ = play(Sites(), [0, 1, 5], heard=heard, min_reply_fraction=0.5)
+    assert tally.failed == {5: "not connected"}
+    assert (5, "not connected") in heard
+    with pytest.raises(RoundError, match="2 of 3 sites replied well, at least 3"):
+        play(Sites(), [0, 1, 5], min_reply_fraction=1.0)
+
+
+def test_a_reply_that_comes_after_its_round_is_left_out_and_counted() -> None:
+    grid, late = Silent(Sites(), 4, {2}), set[str]()
+    replies = dict(exchange.exchange(grid, questions_to([1, 2]), 0.2, late))
+    assert list(replies) == [1]
+    assert len(late) == 1
+    assert list(exchange.replies_that_came_late(grid, late)) == []
+    grid._silent = set()
+    [reply] = exchange.replies_that_came_late(grid, late)
+    assert reply.metadata.src_node_id == 2
+    assert not late
+
+
+def questions_to(nodes: list[int]) -> dict[int, Message]:
+    return roll_call.questions(nodes, "ab")
+
+
 # --- A round of training --------------------------------------------------------------------------
 
 
@@ -231,8 +321,8 @@ def test_each_site_receives_its_own_instruction_and_the_round() -> None:
     sites = Sites()
     play(sites, [1, 2])
     assert sites.seen == [
-        ("train", 1, {"round": 3, "codec": "none", "rank": 2, "learning-rate": 0.5}),
-        ("train", 2, {"round": 3, "codec": "none", "rank": 2, "learning-rate": 0.5}),
+        ("train", 1, {"round": 3, "run": "0", "codec": "none", "rank": 2, "learning-rate": 0.5}),
+        ("train", 2, {"round": 3, "run": "0", "codec": "none", "rank": 2, "learning-rate": 0.5}),
     ]
 
 

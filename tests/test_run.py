@@ -501,6 +501,8 @@ TESTED_ELSEWHERE = {
     "strategy.fraction-evaluate": "above",
     "strategy.min-reply-fraction": "below",
     "strategy.round-timeout-seconds": "in process it never cuts a visit",
+    "strategy.min-sites": "tests/consortium/test_custody.py and tests/test_rounds.py",
+    "strategy.connect-timeout-seconds": "tests/test_rounds.py",
     "data.prompt-template": "below",
 }
 

@@ -1,0 +1,201 @@
+"""A site answers a message in its own custody: policy, visit, memory, audit, in this order.
+
+The same whether the site's agent holds the base, or a ClientApp that a SuperNode started. Data,
+base, columns and held-out examples are the site's own, whatever the run's configuration says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message
+
+from grandrounds import messages
+from grandrounds.config import Config
+from grandrounds.consortium import audit, policy
+from grandrounds.consortium.base_content import content_sha256
+from grandrounds.consortium.own_data import own_site
+from grandrounds.consortium.site_file import SiteFile, read_site_file
+from grandrounds.consortium.site_state import SiteState
+from grandrounds.errors import GrandRoundsError, ReplyError
+from grandrounds.formulary import BASE_NAME, base_path
+from grandrounds.machine import specs
+from grandrounds.model import BaseSpec, LoraSpec, adapter_layout
+from grandrounds.recipes import resolve
+from grandrounds.site import Site
+
+Visit = Callable[[Message, Context], Message]
+
+SITE, RUN = "site", "run"
+"""Keys of a node's configuration: its site.toml, and the run's key."""
+
+BASE = "base-content"
+"""What a site says of its base at roll call: the SHA-256 of its files."""
+
+RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
+
+
+def answer(path: Path, message: Message, context: Context, visit: Visit) -> Message:
+    """Let a visit answer a message under a site's policy; write down what was asked and what left.
+
+    Parameters
+    ----------
+    visit
+        The ClientApp's function for this kind of message.
+
+    Raises
+    ------
+    GrandRoundsError
+        If the policy forbids it, or the visit cannot be made; the server is told so.
+    """
+    site = read_site_file(path)
+    with closing(SiteState(site.place(site.agent.state))) as state:
+        entry = _question(message, context)
+        try:
+            run = run_key(message)
+            config = resolve(context.run_config)
+            own = localized(site, config)
+            base = base_sha256(site, config.model.name, state)
+            policy.check_base(site, config.model.name, base)
+            entry |= _admit(site, config, own, run).as_dict()
+            if message.metadata.message_type == "train":
+                policy.check_visits(site, state.visits_today())
+            inner = Context(
+                run_id=context.run_id,
+                node_id=context.node_id,
+                node_config=_node(site, run),
+                state=state.load(run),
+                run_config=own.flat(),
+            )
+            reply = visit(message, inner)
+            state.save(run, inner.state)
+            if message.metadata.message_type == "train":
+                state.count_visit(run, entry["round"])
+            if message.metadata.message_type == "query":
+                told = reply.content.config_records[messages.CONFIG]
+                told["name"], told[BASE] = site.name, base
+        except GrandRoundsError as error:
+            outcome = "refused" if type(error).__name__ == "PolicyError" else "failed"
+            audit.write(state.folder, {**entry, "outcome": outcome, "reason": str(error)})
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            audit.write(state.folder, {**entry, "outcome": "crashed", "reason": reason})
+            raise
+        audit.write(state.folder, {**entry, "outcome": "answered", "left": _left(reply)})
+        return reply
+
+
+def _admit(site: SiteFile, config: Config, own: Config, run: str) -> policy.Asked:
+    """Return what a run asks, once the site's policy has nothing against it."""
+    examples = len(site_in_custody(site, own, run).train)
+    asked = policy.asked_of(config, _targets(*specs(own)), examples)
+    policy.check_run(site, asked, examples)
+    return asked
+
+
+@lru_cache(maxsize=8)
+def _targets(base: BaseSpec, lora: LoraSpec) -> tuple[str, ...]:
+    return tuple(adapter_layout(base.name, lora)[1])
+
+
+def localized(site: SiteFile, config: Config) -> Config:
+    """Return a run's configuration with the site's own base and threads in it.
+
+    Raises
+    ------
+    PolicyError
+        If the site has no base of that name.
+    """
+    policy.check_known(site, config.model.name)
+    threads = site.agent.num_threads or min(config.train.num_threads, os.cpu_count() or 1)
+    compiles = config.arguments.torch_compile and site.agent.torch_compile
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, name=base_location(site, config.model.name)),
+        train=dataclasses.replace(config.train, num_threads=threads),
+        arguments=dataclasses.replace(config.arguments, torch_compile=compiles),
+        static=dataclasses.replace(config.static, name=f"the data of {site.name}"),
+    )
+
+
+def base_location(site: SiteFile, name: str) -> str:
+    """Return what loads the site's copy of a base."""
+    path = site.bases[name].path
+    return str(site.place(path)) if path else BASE_NAME
+
+
+def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
+    """Return the SHA-256 of the files of the site's copy of a base."""
+    location = base_location(site, name)
+    return content_sha256(base_path() if location == BASE_NAME else Path(location), state.hashes)
+
+
+def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
+    """Return the site's examples, for a run with this configuration."""
+    found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
+    if site.policy.report_held_out_loss:
+        return found
+    return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
+
+
+def site_of_node(node: Mapping[str, Any], own: Config) -> Site:
+    """Return the examples of the site that a node's configuration names."""
+    return site_in_custody(read_site_file(Path(str(node[SITE]))), own, str(node[RUN]))
+
+
+def run_key(message: Message) -> str:
+    """Return the key by which a site tells runs apart; it stays the same when a run is resumed.
+
+    Raises
+    ------
+    ReplyError
+        If the server sent none, or something else.
+    """
+    record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
+    key = record.get(messages.RUN)
+    if not isinstance(key, str) or not RUN_KEY.fullmatch(key):
+        raise ReplyError(f"run is {key!r}, not a key of up to 32 hex digits")
+    return key
+
+
+def _node(site: SiteFile, run: str) -> dict[str, bool | int | float | str]:
+    return {
+        RUN: run,
+        "partition-id": site.node.partition_id,
+        "num-partitions": site.node.num_partitions,
+        SITE: str(site.path),
+    }
+
+
+def _question(message: Message, context: Context) -> dict[str, Any]:
+    """Return what the audit log says of a message before anything is done."""
+    record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
+    number = record.get("round")
+    return {
+        "run": str(record.get(messages.RUN, "")),
+        "flower-run": str(context.run_id),
+        "round": number if isinstance(number, int) else 0,
+        "asked": message.metadata.message_type,
+        "bytes-in": sum(size for _, size in messages.tensor_sizes(message)),
+    }
+
+
+def _left(reply: Message) -> Mapping[str, Any]:
+    """Return what the audit log says of a reply: names, never contents, and the update's length."""
+    sizes = messages.tensor_sizes(reply)
+    metrics: Mapping[str, Any] = reply.content.metric_records.get(messages.METRICS) or {}
+    told: Mapping[str, Any] = reply.content.config_records.get(messages.CONFIG) or {}
+    return {
+        "tensors": len(sizes),
+        "bytes": sum(size for _, size in sizes),
+        "norm": metrics.get(messages.UPDATE_NORM),
+        "told": sorted([*metrics, *told]),
+    }

@@ -1,0 +1,231 @@
+"""Keys and certificates of a consortium, by `cryptography`: who may connect, and to whom.
+
+    certificate authority   signs the server's certificate; every site holds its certificate
+    node key                a site's own (ECDSA, P-384); Flower's server knows its public half
+    authority for nodes     signs a site's admission: its name, its number, its node key
+
+Private keys are written for their owner alone (mode 0600), and never over another.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from grandrounds.errors import ConfigError
+
+PrivateKey = ec.EllipticCurvePrivateKey
+PublicKey = ec.EllipticCurvePublicKey
+
+AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 825
+
+
+def new_key() -> PrivateKey:
+    """Return a fresh key on the curve that Flower's nodes use."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def write_private_key(path: Path, key: PrivateKey, *, openssh: bool = False) -> None:
+    """Write a private key for its owner alone.
+
+    Raises
+    ------
+    ConfigError
+        If there is something there already, or the place cannot be written.
+    """
+    form = serialization.PrivateFormat.OpenSSH if openssh else serialization.PrivateFormat.PKCS8
+    text = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    write_new(path, text, mode=0o600)
+
+
+def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file that was not there; raise `ConfigError` if it was."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{path} is there already, and is not written over. Choose another folder, or remove "
+            "it if it is of no more use."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+
+
+def read_private_key(path: Path) -> PrivateKey:
+    """Return a private key, in OpenSSH's form or PKCS 8.
+
+    Raises
+    ------
+    ConfigError
+        If others may read it, or it is no elliptic-curve key without a passphrase.
+    """
+    content = read_bytes(path)
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(
+            f"{path} can be read by other users (mode {path.stat().st_mode & 0o777:o}): whoever "
+            f"has it is this site to the server. chmod 600 {path}"
+        )
+    try:
+        key = (
+            serialization.load_ssh_private_key(content, None)
+            if b"OPENSSH" in content[:64]
+            else serialization.load_pem_private_key(content, None)
+        )
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is no private key without a passphrase ({error}).") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError(
+            f"{path} is no ECDSA key on the curve P-384, which Flower's nodes use. Make one with "
+            "grandrounds site init."
+        )
+    return key
+
+
+def public_text(key: PublicKey, comment: str = "") -> str:
+    """Return a public key as OpenSSH writes it."""
+    text = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return f"{text.decode()} {comment}".rstrip()
+
+
+def read_public_text(text: str) -> PublicKey:
+    """Return the key of a line in OpenSSH's form; raise `ConfigError` if it is none."""
+    try:
+        key = serialization.load_ssh_public_key(text.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{text[:60]!r} is no public key in OpenSSH's form.") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError(f"{text[:60]!r} is no ECDSA key.")
+    return key
+
+
+def fingerprint(key: PublicKey) -> str:
+    """Return a key's fingerprint, as `ssh-keygen -l` prints it."""
+    blob = base64.b64decode(public_text(key).split()[1])
+    digest = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return f"SHA256:{digest}"
+
+
+def sign(key: PrivateKey, content: bytes) -> str:
+    """Return a signature of ECDSA over SHA-384, in base 64."""
+    return base64.b64encode(key.sign(content, ec.ECDSA(hashes.SHA384()))).decode()
+
+
+def is_signed(key: PublicKey, content: bytes, signature: str) -> bool:
+    """Whether a signature is that of the key over the content."""
+    try:
+        key.verify(base64.b64decode(signature, validate=True), content, ec.ECDSA(hashes.SHA384()))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+# --- Certificates ---------------------------------------------------------------------------------
+
+
+def new_authority(name: str, key: PrivateKey) -> x509.Certificate:
+    """Return the certificate of a certificate authority, signed by itself."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    usage = x509.KeyUsage(
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=True,
+        crl_sign=True,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    return (
+        _builder(subject, subject, key.public_key(), AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def new_certificate(
+    name: str,
+    hosts: Sequence[str],
+    public_key: PublicKey,
+    authority: x509.Certificate,
+    authority_key: PrivateKey,
+    *,
+    days: int = CERTIFICATE_DAYS,
+) -> x509.Certificate:
+    """Return a certificate for hosts (names or addresses), for servers and clients alike."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    names: list[x509.GeneralName] = []
+    for host in hosts:
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            names.append(x509.DNSName(host))
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    return (
+        _builder(subject, authority.subject, public_key, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()),
+            critical=False,
+        )
+        .sign(authority_key, hashes.SHA384())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public_key: PublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def certificate_text(certificate: x509.Certificate) -> bytes:
+    """Return a certificate in PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """Return a certificate; raise `ConfigError` if the file holds none."""
+    try:
+        return x509.load_pem_x509_certificate(read_bytes(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} holds no certificate in PEM form.") from error
+
+
+def days_left(certificate: x509.Certificate) -> float:
+    """Return the days for which a certificate is valid still; negative if it has expired."""
+    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    return left.total_seconds() / 86400
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content; raise `ConfigError` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error

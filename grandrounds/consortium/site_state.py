@@ -1,0 +1,134 @@
+"""What a site remembers between messages, runs and restarts: a SQLite file of the agent alone."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+
+from grandrounds.errors import ConfigError
+
+FILE = "site.sqlite"
+DAY_SECONDS = 24 * 3600
+RUNS_KEPT = 32
+"""Runs whose cursors and error memories are kept; older ones are forgotten."""
+
+TABLES = """
+pragma journal_mode = wal;
+pragma synchronous = full;
+create table if not exists runs (run text primary key, state blob not null, time real not null);
+create table if not exists visits (time real not null, run text not null, round integer not null);
+create table if not exists hashes (
+    path text not null, size integer not null, modified integer not null, sha256 text not null,
+    primary key (path, size, modified)
+);
+"""
+
+
+class SiteState:
+    """Opened for each message: nothing is held in memory that a crash could lose."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the state in a folder, which is made for this user alone if it is not there.
+
+        Raises
+        ------
+        ConfigError
+            If the folder cannot be written, or others may look into it.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder.stat().st_mode & 0o077:
+                raise ConfigError(
+                    f"agent.state = {folder} can be looked into by other users; it holds what a "
+                    f"site remembers of its data. chmod 700 {folder}"
+                )
+            self._connection = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
+            (folder / FILE).chmod(0o600)
+            self._connection.executescript(TABLES)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"agent.state = {folder} cannot be used ({error}). Give a folder that the agent's "
+                "user may write, or remove a damaged site.sqlite: cursors are told by the server, "
+                "only error memories of codecs are lost."
+            ) from error
+        self.folder = folder
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def load(self, run: str) -> RecordDict:
+        """Return what was remembered of a run; empty if nothing was."""
+        row = self._connection.execute("select state from runs where run = ?", (run,)).fetchone()
+        if row is None:
+            return RecordDict()
+        return recorddict_from_proto(ProtoRecordDict.FromString(row[0]))
+
+    def save(self, run: str, state: RecordDict) -> None:
+        """Remember the state of a run, whole or not at all."""
+        blob = recorddict_to_proto(state).SerializeToString()
+        with self._connection:
+            self._connection.execute(
+                "insert or replace into runs values (?, ?, ?)", (run, blob, time.time())
+            )
+            self._connection.execute(
+                "delete from runs where run not in (select run from runs order by time desc "
+                "limit ?)",
+                (RUNS_KEPT,),
+            )
+
+    def count_visit(self, run: str, round_number: int) -> None:
+        """Remember that the site trained."""
+        with self._connection:
+            self._connection.execute(
+                "insert into visits values (?, ?, ?)", (time.time(), run, round_number)
+            )
+            self._connection.execute(
+                "delete from visits where time < ?", (time.time() - 2 * DAY_SECONDS,)
+            )
+
+    def visits_today(self) -> int:
+        """Return how often the site trained in the last 24 hours."""
+        since = time.time() - DAY_SECONDS
+        query = "select count(*) from visits where time > ?"
+        return int(self._connection.execute(query, (since,)).fetchone()[0])
+
+    @property
+    def hashes(self) -> MutableMapping[tuple[str, int, int], str]:
+        """Hashes of files that were read before."""
+        return _Hashes(self._connection)
+
+
+class _Hashes(MutableMapping[tuple[str, int, int], str]):
+    """The table of hashes, as a mapping."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __getitem__(self, key: tuple[str, int, int]) -> str:
+        query = "select sha256 from hashes where path = ? and size = ? and modified = ?"
+        row = self._connection.execute(query, key).fetchone()
+        if row is None:
+            raise KeyError(key)
+        return str(row[0])
+
+    def __setitem__(self, key: tuple[str, int, int], value: str) -> None:
+        with self._connection:
+            self._connection.execute("delete from hashes where path = ?", (key[0],))
+            self._connection.execute("insert into hashes values (?, ?, ?, ?)", (*key, value))
+
+    def __delitem__(self, key: tuple[str, int, int]) -> None:
+        with self._connection:
+            self._connection.execute("delete from hashes where path = ?", (key[0],))
+
+    def __iter__(self) -> Iterator[tuple[str, int, int]]:
+        yield from self._connection.execute("select path, size, modified from hashes")
+
+    def __len__(self) -> int:
+        return int(self._connection.execute("select count(*) from hashes").fetchone()[0])

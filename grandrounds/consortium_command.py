@@ -1,0 +1,75 @@
+"""`grandrounds consortium`: what runs beside the SuperLink."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grandrounds.site_command import say
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="The server of a consortium."
+)
+
+Folder = Annotated[Path, typer.Option("--dir", help="The consortium's folder.")]
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="What the consortium is called.")],
+    host: Annotated[str, typer.Option(help="Name or address by which sites reach the server.")],
+    port: Annotated[
+        int, typer.Option(help="Port for the sites; the SuperLink takes the next.", min=1)
+    ] = 8000,
+    directory: Folder = Path("consortium"),
+) -> None:
+    """Make authorities, the server's certificate, units, and a connection for Flower."""
+    from grandrounds.consortium import keys, set_up
+    from grandrounds.deployment import flower_home
+
+    folder = set_up.init_consortium(directory, name, host, port)
+    authority = keys.read_public_text((folder / "authority.pub").read_text())
+    say(
+        f"consortium {name!r} in {folder}; ca.key and authority.key are its secrets",
+        f"authority for sites: {keys.fingerprint(authority)} ({folder / 'authority.pub'})",
+        f"SuperLink: {shlex.join(set_up.superlink_command(folder, port))}",
+        f"gate for sites, port {port}: {folder / 'gate.conf'} (nginx)",
+        f"unit: {folder / 'superlink.service'}",
+        f"connection, to be added to {flower_home() / 'config.toml'}:",
+        *(folder / "flower-config.toml").read_text().splitlines(),
+        "next: grandrounds consortium admit REQUEST --partition-id 0 --num-partitions N",
+    )
+
+
+@app.command()
+def admit(
+    request: Annotated[Path, typer.Argument(help="request.json of a site.")],
+    partition_id: Annotated[int, typer.Option(help="The site's number, from 0.")],
+    num_partitions: Annotated[int, typer.Option(help="How many sites there will be.")],
+    connection: Annotated[
+        str | None,
+        typer.Option(help="Register the key with the SuperLink of this connection at once."),
+    ] = None,
+    directory: Folder = Path("consortium"),
+) -> None:
+    """Check a site's request, sign its admission, and register its key."""
+    from grandrounds.consortium import keys, set_up
+
+    directory = directory.expanduser().absolute()
+    file = set_up.admit(directory, request, partition_id, num_partitions)
+    public = file.with_suffix(".pub")
+    key = keys.read_public_text(public.read_text())
+    say(
+        f"site {file.stem!r} is site {partition_id} of {num_partitions}",
+        f"node key {keys.fingerprint(key)}: compare it with what the site reads to you",
+        f"admission for the site: {file}",
+    )
+    if connection:
+        from grandrounds.deployment import register
+
+        say(f"registered as node {register(public, file.stem, connection)}")
+    else:
+        say(f"register it: flwr supernode register {public} CONNECTION --name {file.stem}")

@@ -1,0 +1,181 @@
+"""A run on real sites: Flower's deployment, through a SuperLink that somebody runs.
+
+The ServerApp runs where the SuperLink runs, and writes the run directory there. On that machine the
+run is watched through its files, from elsewhere through its log.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from grandrounds.allowed import Scalar
+from grandrounds.config import Config
+from grandrounds.errors import ConfigError, EngineError, nearest
+from grandrounds.flower_cli import Link, ask, follow, quiet, tail
+from grandrounds.recipes import to_toml
+from grandrounds.run_directory import RunDirectory
+from grandrounds.simulation import Watcher, mark_stopped, with_run_directory, write_app
+
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0
+"""How long a SuperLink that does not answer is asked again."""
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def deploy(config: Config, listener: Any, connection: str) -> None:
+    """Run a configuration on the sites that are connected to a SuperLink.
+
+    Parameters
+    ----------
+    connection : str
+        Name of a connection in Flower's config.toml (`grandrounds consortium init` writes one).
+
+    Raises
+    ------
+    ConfigError
+        If there is no such connection, or no place is named for the run directory of a SuperLink
+        elsewhere.
+    EngineError
+        If the SuperLink does not take the run, is lost, or the run did not complete.
+    """
+    address = address_of(connection)
+    is_here = is_local(address)
+    flat = with_run_directory(config)
+    if not is_here and not (config.federation.run_directory or config.federation.resume_from):
+        raise ConfigError(
+            f"The SuperLink of {connection!r} is at {address}, and writes the run directory there: "
+            "give its full path on that machine with --run-dir."
+        )
+    directory = Path(str(flat["resume-from"] or flat["run-directory"]))
+    home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
+    (home / "cwd").mkdir()
+    link = Link(home, quiet(), connection)
+    watcher = Watcher(directory, listener) if is_here else None
+    look = watcher.look if watcher else _relay(home / "run.log")
+    with listener:
+        run_id = _start(link, flat, home)
+        try:
+            status, reason = follow(link, run_id, look, POLL_SECONDS, PATIENCE_SECONDS)
+        except KeyboardInterrupt:
+            ask(link, "stop", str(run_id), connection)
+            if is_here:
+                mark_stopped(RunDirectory(directory))
+            raise
+        except EngineError as error:
+            raise EngineError(
+                f"The SuperLink at {address} is lost ({error}). {_how_to_resume(flat, connection)}"
+            ) from error
+        summary = watcher.summary() if watcher else {}
+        if status != "completed" or (watcher and summary.get("status") != "completed"):
+            why = summary.get("reason") or reason.partition("exception: ")[2] or reason
+            why = why or tail(home / "run.log", lines=1)
+            raise EngineError(
+                f"The run ended as {status}: {why} {_how_to_resume(flat, connection)} (log: "
+                f"{home / 'run.log'})"
+            )
+        if watcher:
+            listener("finished", {**summary, "directory": str(directory)})
+    shutil.rmtree(home)
+
+
+def _start(link: Link, flat: Mapping[str, Scalar], home: Path) -> int:
+    """Submit the run; return Flower's number of it."""
+    app = write_app(home / "app", "grandrounds.consortium.node_app")
+    overrides = home / "overrides.toml"
+    overrides.write_text(to_toml(flat), encoding="utf-8")
+    answer = ask(link, "run", str(app), link.connection, "--run-config", str(overrides))
+    return int(answer["run-id"])
+
+
+def register(public_key: Path, name: str, connection: str) -> str:
+    """Let a SuperLink know a site's key; return Flower's id of the node.
+
+    Raises
+    ------
+    EngineError
+        If it does not take the key, or knows it already.
+    """
+    address_of(connection)
+    with tempfile.TemporaryDirectory(prefix="grandrounds-flower-") as folder:
+        (Path(folder) / "cwd").mkdir()
+        link = Link(Path(folder), quiet(), connection)
+        options = ("supernode", "register", str(public_key), connection, "--name", name)
+        return str(ask(link, *options).get("node-id", ""))
+
+
+def _how_to_resume(flat: Mapping[str, Scalar], connection: str) -> str:
+    directory = flat["resume-from"] or flat["run-directory"]
+    return (
+        "Finished rounds are kept; once the SuperLink runs: grandrounds run --resume "
+        f"{directory} --engine deployment --connection {connection}"
+    )
+
+
+def _relay(log: Path) -> Callable[[], None]:
+    """Return what prints the lines that a log has gained since it was called last."""
+    position = 0
+
+    def look() -> None:
+        nonlocal position
+        if not log.exists():
+            return
+        size = log.stat().st_size
+        position = 0 if size < position else position  # the stream was begun again
+        with log.open("rb") as file:
+            file.seek(position)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        position += len(whole)
+        sys.stdout.write(whole.decode(errors="replace"))
+        sys.stdout.flush()
+
+    return look
+
+
+def flower_home() -> Path:
+    """Return the folder of Flower's configuration."""
+    return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr").expanduser()
+
+
+def address_of(connection: str) -> str:
+    """Return the address of a connection in Flower's config.toml.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name.
+    """
+    file = flower_home() / "config.toml"
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {})
+    except OSError:
+        table = {}
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+    found = table.get(connection)
+    if not isinstance(found, Mapping) or not found.get("address"):
+        known = [name for name, entry in table.items() if isinstance(entry, Mapping)]
+        raise ConfigError(
+            f"--connection {connection!r}: {file} has no [superlink.{connection}] with an address."
+            f"{nearest(connection, known)} It has: {', '.join(known) or 'none'}. grandrounds "
+            "consortium init prints an entry."
+        )
+    return str(found["address"])
+
+
+def is_local(address: str) -> bool:
+    """Whether an address is this machine's own."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in LOCAL_NAMES

@@ -1,0 +1,133 @@
+"""`grandrounds site`: one site of a consortium, on its own machine."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grandrounds import recipes
+from grandrounds.options import Assignments
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="One site of a consortium."
+)
+
+SiteToml = Annotated[
+    Path, typer.Option("--config", "-c", help="The site's file.", metavar="site.toml")
+]
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="What the site is called.")],
+    directory: Annotated[Path, typer.Option("--dir", help="A new folder for it.")] = Path("site"),
+    tls_port: Annotated[
+        int,
+        typer.Option(
+            help="Let the agent listen on this loopback port with TLS; 0: on a Unix socket.", min=0
+        ),
+    ] = 0,
+) -> None:
+    """Make a site's node key, its request to join, and a site.toml to fill in."""
+    from grandrounds.consortium import keys, set_up
+
+    folder = set_up.init_site(directory, name, tls_port=tls_port)
+    key = keys.read_private_key(folder / "node.key").public_key()
+    say(
+        f"site {name!r} in {folder}",
+        f"node key: {keys.fingerprint(key)}",
+        f"1. send {folder / 'request.json'} to the consortium, and read the fingerprint to it by "
+        "another way",
+        f"2. fill in {folder / 'site.toml'}: data, bases, policy",
+        "3. when the admission comes: grandrounds site join ADMISSION --authority authority.pub "
+        f"--config {folder / 'site.toml'}",
+        f"4. grandrounds site check --config {folder / 'site.toml'}",
+    )
+
+
+@app.command()
+def join(
+    admission: Annotated[Path, typer.Argument(help="The consortium's admission of this site.")],
+    authority: Annotated[Path, typer.Option(help="authority.pub of the consortium.")],
+    config: SiteToml = Path("site.toml"),
+) -> None:
+    """Take over an admission: the server's address and authority, and the site's number."""
+    from grandrounds.consortium import keys, set_up
+    from grandrounds.consortium.site_file import read_site_file
+
+    found = set_up.join(read_site_file(config), admission, authority)
+    trusted = keys.read_public_text(authority.read_text())
+    say(
+        f"admitted to {found.consortium!r} as site {found.partition_id} of {found.num_partitions}",
+        f"signed by {keys.fingerprint(trusted)}: compare it with what the consortium says",
+        f"server {found.superlink}",
+        "agent:     " + f"grandrounds site serve --config {config}",
+        "SuperNode: " + set_up_command(config),
+        f"units: {config.absolute().parent / 'agent.service'}, supernode.service",
+    )
+
+
+def set_up_command(config: Path) -> str:
+    """Return the command line of a site's SuperNode, as a shell takes it."""
+    import shlex
+
+    from grandrounds.consortium.set_up import supernode_command
+    from grandrounds.consortium.site_file import read_site_file
+
+    return shlex.join(supernode_command(read_site_file(config)))
+
+
+@app.command()
+def check(
+    config: SiteToml = Path("site.toml"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A recipe that runs will have: its batch, lengths and prompt."),
+    ] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Look at all that a site needs; one line a finding, and exit code 1 if one is an error."""
+    from grandrounds.consortium.site_file import read_site_file
+    from grandrounds.quiet import quiet_libraries
+
+    site = read_site_file(config)
+    run = recipes.resolve(recipes.from_options(recipe, assignments))
+    quiet_libraries()
+    from grandrounds.consortium.checks import Finding, all_findings
+
+    def tell(finding: Finding) -> None:
+        say(f"{finding.level:<8}{finding.subject}: {finding.text}")
+
+    if not all_findings(site, run, tell):
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(config: SiteToml = Path("site.toml")) -> None:
+    """Run the site's agent: it holds data and base, and answers the site's SuperNode."""
+    from grandrounds.consortium.site_file import read_site_file
+    from grandrounds.quiet import quiet_libraries
+
+    site = read_site_file(config)
+    quiet_libraries()
+    from grandrounds.consortium.agent import Agent
+
+    agent = Agent(site, lambda line: say(f"grandrounds: {line}"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.serve()
+
+
+@app.command()
+def supernode(config: SiteToml = Path("site.toml")) -> None:
+    """Print the command line of the site's SuperNode."""
+    say(set_up_command(config))
+
+
+def say(*lines: str) -> None:
+    """Print lines."""
+    for line in lines:
+        print(line, flush=True)

@@ -1,0 +1,79 @@
+"""Sites of their own for tests: a folder with site.toml, data and base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grandrounds import recipes
+from grandrounds.consortium.set_up import with_value
+from grandrounds.consortium.site_file import TEMPLATE, SiteFile, read_site_file
+from grandrounds.data import partition_rows
+from grandrounds.sources import load_rows
+
+Settings = dict[str, Any]
+
+
+def make_site(
+    folder: Path, bases: dict[str, str], source: str = "cards.jsonl", **changes: Any
+) -> SiteFile:
+    """Write a site.toml into a new folder.
+
+    Parameters
+    ----------
+    bases
+        Name of each base → its path, empty for the embedded one.
+    changes
+        `section__key` of site.toml → its value.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = TEMPLATE.read_text()
+    values = {"data__source": source, "policy__min_examples": 1, "policy__max_rank": 64, **changes}
+    for name, value in values.items():
+        section, _, key = name.partition("__")
+        text = with_value(text, section, key.replace("_", "-"), value)
+    for name, path in bases.items():
+        text += f"\n[bases.{json.dumps(name)}]\npath = {json.dumps(path)}\n"
+    (folder / "site.toml").write_text(text)
+    return read_site_file(folder / "site.toml")
+
+
+def write_partition(file: Path, settings: Settings, partition_id: int) -> None:
+    """Write the rows that a run gives to one of its sites, in their order."""
+    config = recipes.resolve(settings)
+    data = config.data
+    rows = load_rows(
+        config.static.name, question_column=data.question_column, answer_column=data.answer_column
+    )
+    part = partition_rows(
+        rows,
+        partitioner="iid",
+        num_partitions=data.num_partitions,
+        partition_id=partition_id,
+        seed=config.federation.seed,
+    )
+    pairs = zip(part[data.question_column], part[data.answer_column], strict=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"input": q, "output": a}) + "\n" for q, a in pairs)
+    file.write_text("".join(lines))
+
+
+def sites_of(settings: Settings, folder: Path, **changes: Any) -> list[SiteFile]:
+    """Make a site of each partition of a run: the same rows, held out by the same seed."""
+    config = recipes.resolve(settings)
+    count = config.data.num_partitions
+    name = config.model.name
+    sites = []
+    for i in range(count):
+        write_partition(folder / f"site{i}" / "cards.jsonl", settings, i)
+        base = "" if name == "formulary" else name
+        own = {
+            "node__partition_id": i,
+            "node__num_partitions": count,
+            "data__held_out_seed": config.federation.seed,
+            "data__held_out_fraction": config.data.held_out_fraction,
+            **changes,
+        }
+        sites.append(make_site(folder / f"site{i}", {name: base}, **own))
+    return sites
