@@ -168,8 +168,9 @@ def run(
             gpus = default_gpus() if client_gpus is None else client_gpus
             simulate(resolved, reporter(resolved, plain), client_cpus, gpus)
         elif engine is Engine.deployment:
-            from grandrounds.deployment import deploy
+            from grandrounds.deployment import deploy, in_one_array
 
+            resolved = in_one_array(resolved)
             deploy(resolved, reporter(resolved, plain), str(connection))
         else:
             run_in_process(resolved, tracked(resolved, reporter(resolved, plain)))

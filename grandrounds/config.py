@@ -17,8 +17,11 @@ from typing import Annotated, Any, ClassVar
 from grandrounds.allowed import OneOf, Range, Scalar, SomeOf, words_of
 from grandrounds.strategies import STRATEGIES
 
-CODECS = ("none", "bf16", "int8", "int4", "int2", "ternary", "sign", "topk")
+CODECS = ("none", "float32", "bf16", "int8", "int4", "int2", "ternary", "sign", "topk")
 """Encodings of `grandrounds.codecs`."""
+
+EXACT_CODECS = ("none", "float32")
+"""Those that lose nothing."""
 
 COARSE_CODECS = ("ternary", "sign", "topk")
 """Those that need what they lose to be sent later: only for changes, not for a whole adapter."""
@@ -226,9 +229,11 @@ class CommunicationConfig:
     prefix: ClassVar[str] = "communication."
 
     uplink_codec: Annotated[str, OneOf(CODECS)]
-    """Encoding of a site's change: `none` (float32), `bf16`; `int8`, `int4`, `int2` (stochastic
-    rounding, a scale per block); `ternary` (minus, zero or plus); `sign` (one bit and a block's
-    mean magnitude); `topk` (the largest values). What a codec loses comes at the next visit."""
+    """Encoding of a site's change: `none` (float32, an array for each tensor); `float32` (the same
+    in one array, which Flower moves several times faster); `bf16`; `int8`, `int4`, `int2`
+    (stochastic rounding, a scale per block); `ternary` (minus, zero or plus); `sign` (one bit and a
+    block's mean magnitude); `topk` (the largest values). What a codec loses comes at the next
+    visit."""
     downlink_codec: Annotated[str, OneOf(CODECS)]
     """Encoding of what the server sends."""
     downlink: Annotated[str, OneOf(("complete", "incremental"))]

@@ -3,7 +3,8 @@
 With `downlink-codec = none` a message holds the adapter's float32 tensors. Otherwise it holds an
 encoded difference, and both ends know from what:
 
-    complete      the adapter of the start of the run, which every site draws from the seed
+    complete      the adapter of the start of the run, which every site draws from the seed; with
+                  `float32`, which loses nothing, from zeros
     incremental   what this site has had before; the server keeps it for every site, so that what a
                   codec lost is part of the next difference (the error memory of the way down)
 
@@ -102,6 +103,8 @@ class Sender:
         """Return the message that gives a site the adapter as it is, in float32."""
         rank = protocol.rank_of(protocol.shapes_of(adapter))
         sent = self._sent(adapter, rank)
+        if self.how.downlink_codec == "float32":
+            return self._encoded(sent, None, "float32", 0, (0, 0, 0))
         return Parcel(messages.to_arrays(sent), {"codec": "none", "rank": rank}, sent)
 
     def confirm(self, partition: int, parcel: Parcel) -> None:
@@ -124,7 +127,7 @@ class Sender:
 
     def _reference(self, sent: Adapter) -> Vector | None:
         """Return what a complete difference is taken from; None: the adapter itself travels."""
-        if not STRATEGIES[self.rule].error_feedback:
+        if not STRATEGIES[self.rule].error_feedback or self.how.downlink_codec == "float32":
             return None
         return protocol.flatten({name: self.start[name] for name in sent})
 
@@ -189,7 +192,7 @@ def receive(message: Message, config: Config, context: Context, shapes: Shapes) 
     count = protocol.count(expected)
     holds = messages.whole_number(instruction, "holds")
     version = messages.whole_number(instruction, _VERSION, 1)
-    vector = _held_by(context, holds, count) if holds else _drawn(config, shapes, expected)
+    vector = _held_by(context, holds, count) if holds else _drawn(config, shapes, expected, name)
     if record is not None:
         codec = codec_named(name, how)
         payload = messages.from_payload(record, name, codecs.encoded_bytes(codec, count))
@@ -202,9 +205,9 @@ def receive(message: Message, config: Config, context: Context, shapes: Shapes) 
     return protocol.unflatten(vector, expected)
 
 
-def _drawn(config: Config, shapes: Shapes, expected: Shapes) -> Vector:
+def _drawn(config: Config, shapes: Shapes, expected: Shapes, codec: str) -> Vector:
     """Return what a complete difference is added to."""
-    if not STRATEGIES[config.strategy.name].error_feedback:
+    if not STRATEGIES[config.strategy.name].error_feedback or codec == "float32":
         return np.zeros(protocol.count(expected), dtype=np.float32)
     start = drawn_adapter(shapes, config.federation.seed)
     return protocol.flatten({name: start[name] for name in expected})

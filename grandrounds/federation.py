@@ -286,6 +286,7 @@ def finish(run: Run, grid: Grid) -> dict[str, Any]:
             config.strategy.round_timeout_seconds,
         )
         state.failed_replies += len(tally.failed)
+        remember_loads(state, tally)
     run.directory.write_json("ledger.json", state.ledger.as_dict())
     summary = summary_of(run, "completed")
     if config.static.name == FORMULARY:

@@ -204,7 +204,9 @@ def plan_run(
         largest_up.append(max(m.tensor_bytes for m in sent))
         judge(number + 1)
     if formulary:
-        _count(ledger, FORMULARY_DOWN, measure.down("none", own_rank(rounds + 1), exact=True))
+        in_one = how.downlink_codec == "float32"
+        message = measure.down(how.downlink_codec, own_rank(rounds + 1), exact=not in_one)
+        _count(ledger, FORMULARY_DOWN, message)
     return Plan(
         adapter_parameters=protocol.count(shapes),
         rounds=rounds,
@@ -310,6 +312,6 @@ class _Down:
             self._holding.add(site)
         if codec == "none" and not incremental:
             return self._measure.down(codec, rank, exact=True)
-        if self._sends_changes and round_number == 1:
+        if self._sends_changes and round_number == 1 and codec != "float32":
             return EMPTY  # the untrained adapter, which every site draws from the seed
         return self._measure.down(codec, rank, exact=False)

@@ -17,7 +17,7 @@ from grandrounds import codecs, messages, protocol, sampling
 from grandrounds.adapter import Adapter, Shapes
 from grandrounds.codecs import Codec, codec_named
 from grandrounds.codecs.finite import all_finite
-from grandrounds.config import Config
+from grandrounds.config import EXACT_CODECS, Config
 from grandrounds.errors import ReplyError
 from grandrounds.strategies import STRATEGIES
 
@@ -54,7 +54,8 @@ def encode_change(
     if how.uplink_codec == "none":
         return messages.to_arrays(change)
     codec = codec_named(how.uplink_codec, how)
-    keeps = STRATEGIES[config.strategy.name].error_feedback
+    loses = how.uplink_codec not in EXACT_CODECS
+    keeps = loses and STRATEGIES[config.strategy.name].error_feedback
     vector = protocol.flatten(change)
     shapes = {name: tensor.shape for name, tensor in change.items()}
     memory = _memory_at(context, cursor, shapes) if keeps else {}

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from grandrounds.allowed import OneOf, Scalar, words_of
-from grandrounds.config import ALIASES, COARSE_CODECS, FIELD_OF_KEY, SECTIONS, Config
+from grandrounds.config import (
+    ALIASES,
+    COARSE_CODECS,
+    EXACT_CODECS,
+    FIELD_OF_KEY,
+    SECTIONS,
+    Config,
+)
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.strategies import STRATEGIES, needed_replies
 
@@ -252,10 +259,10 @@ def _communication_problems(config: Config) -> list[tuple[bool, str]]:
             "another strategy.name.",
         ),
         (
-            how.downlink == "incremental" and (rewrites or how.downlink_codec == "none"),
+            how.downlink == "incremental" and (rewrites or how.downlink_codec in EXACT_CODECS),
             f'communication.downlink = "incremental" does not serve {name} with downlink-codec = '
-            f"{how.downlink_codec!r}: it saves nothing with none, and nothing where the server "
-            'writes the factors anew. Choose a codec and another rule, or set "complete".',
+            f"{how.downlink_codec!r}: it saves nothing where nothing is lost, or where the "
+            'server writes the factors anew. Choose a codec and another rule, or set "complete".',
         ),
         (
             how.downlink == "complete" and how.downlink_codec in COARSE_CODECS,

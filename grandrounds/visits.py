@@ -318,9 +318,10 @@ def examine(resident: Resident, config: Config) -> dict[str, int]:
     tuned = score_formulary(resident.model, tokenizer, template)
     with resident.model.disable_adapter():
         base = score_formulary(resident.model, tokenizer, template)
-    return {
+    counts = {
         f"{kind}-{which}-{count}": number
         for which, scores in (("base", base), ("tuned", tuned))
         for kind, score in scores.items()
         for count, number in score.items()
     }
+    return {**counts, "base-loads": base_loads(), "process-id": PROCESS}

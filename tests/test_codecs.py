@@ -99,6 +99,7 @@ def test_lengths_by_hand() -> None:
     lengths = {name: codecs.encoded_bytes(codec(name), 1000) for name in CODECS}
     assert lengths == {
         "none": 1 + 4000,
+        "float32": 1 + 4000,
         "bf16": 1 + 2000,
         "int8": 1 + 4 + 16 + 1000,
         "int4": 1 + 4 + 16 + 500,
@@ -153,7 +154,7 @@ def test_the_same_seed_gives_the_same_bytes(name: str) -> None:
         codecs.encode(codec(name), normal(5000), np.random.default_rng(seed)) for seed in (1, 1, 2)
     )
     assert np.array_equal(first, again)
-    assert np.array_equal(first, other) == (name in ("none", "bf16", "ternary", "sign"))
+    assert np.array_equal(first, other) == (name in ("none", "float32", "bf16", "ternary", "sign"))
 
 
 @pytest.mark.parametrize("name", CODECS)

@@ -115,6 +115,21 @@ def test_an_encoding_learns_and_sends_what_was_planned(
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
+@pytest.mark.parametrize("rule", ["fedprox", "rolora", "product", "flora"])
+def test_float32_in_one_array_is_none_bit_for_bit_and_was_planned(
+    rule: str, settings: Settings, tmp_path: Path
+) -> None:
+    plain = play(settings, **of_rule(rule))
+    codecs = {f"communication.{way}-codec": "float32" for way in ("uplink", "downlink")}
+    other = {**settings, "run-directory": str(tmp_path / "packed"), **codecs}
+    packed = play(other, **of_rule(rule))
+    names = ("peft_3", "adapter_model.safetensors")
+    assert packed.joinpath(*names).read_bytes() == plain.joinpath(*names).read_bytes()
+    summary = read_json(packed / "summary.json")
+    assert summary["communication_mib"] == summary["planned_mib"]
+    assert summary["communication_mib"] < read_json(plain / "summary.json")["communication_mib"]
+
+
 def test_entropy_coding_sends_at_most_what_was_planned(settings: Settings) -> None:
     changes = {**of_encoding("int4"), "communication.entropy-coding": True}
     summary = read_json(play(settings, **changes) / "summary.json")

@@ -85,6 +85,7 @@ class Coding(Protocol):
 
 _CODINGS: dict[str, Callable[[Codec], Coding]] = {
     "none": lambda codec: Raw(),
+    "float32": lambda codec: Raw(),
     "bf16": lambda codec: BFloat16(),
     "int8": lambda codec: Blocks(8, codec.block),
     "int4": lambda codec: Blocks(4, codec.block),
