@@ -46,7 +46,9 @@ class Run:
     """How the adapter comes to the sites."""
     listener: Listener
     cards: dict[int, SiteCard] = field(default_factory=dict)
-    """The sites, after the roll call."""
+    """The sites that may take part, after the roll call."""
+    examples: dict[int, int] = field(default_factory=dict)
+    """Partition id → examples to train on, of every site that was ever there."""
     evaluation_cohort: list[int] = field(default_factory=list)
     """Who answers held-out loss."""
     suspected: set[int] = field(default_factory=set)
@@ -67,6 +69,11 @@ def stragglers(run: Run, grid: Grid) -> dict[str, int]:
         run.state.ledger.count("late.up", messages.tensor_sizes(reply))
     run.state.late_replies += came
     return {"late-replies": came} if came else {}
+
+
+def remember_examples(run: Run) -> None:
+    """Take over how much the sites hold; one that goes is not forgotten."""
+    run.examples |= {p: card.num_examples for p, card in run.cards.items()}
 
 
 def remember_cursors(state: State, tally: Tally) -> None:
@@ -94,8 +101,8 @@ def training_record(
         weighted = sum(float(m[name]) * weights[p] for p, m in tally.good.items())
         return weighted / sum(weights.values())
 
-    everything = sum(card.num_examples for card in sites.values())
-    covered = sum(c * sites[p].num_examples for p, c in run.state.coverage.items())
+    known = run.examples
+    covered = sum(c * known[p] for p, c in run.state.coverage.items() if p in known)
     return {
         "round": number,
         "flower-run": str(run.flower_run),
@@ -105,7 +112,7 @@ def training_record(
         "failed": {str(p): why for p, why in sorted(tally.failed.items())},
         "train-loss": mean("train-loss"),
         "proximal-penalty": mean("proximal-penalty"),
-        "coverage": covered / everything,
+        "coverage": covered / sum(known.values()),
         "site-coverage": {str(p): run.state.coverage[p] for p in sorted(tally.good)},
         **{
             name: sum(int(m[name]) for m in good)

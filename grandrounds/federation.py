@@ -18,6 +18,7 @@ from grandrounds.bookkeeping import (
     Listener,
     Run,
     remember_cursors,
+    remember_examples,
     remember_loads,
     spec_of,
     stragglers,
@@ -134,6 +135,7 @@ def open_session(run: Run, grid: Grid) -> None:
         refused=refused,
     )
     run.flower_run = grid.run.run_id
+    remember_examples(run)
     sites = [dict(card.facts) for card in run.cards.values()]
     check_same_sites(run.directory.read_json("sites.json"), sites)
     judges = run.evaluation_cohort
@@ -162,6 +164,7 @@ def play_round(run: Run, grid: Grid) -> None:
         state.run,
         messages.INTRODUCTION,
     )
+    remember_examples(run)
     number = state.round + 1
     total = config.federation.num_server_rounds
     learning_rate = schedules.round_learning_rate(

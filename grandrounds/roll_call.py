@@ -175,6 +175,10 @@ def refresh(
         partition = known.get(node, -1)
         try:
             messages.raise_failure(reply)
+        except GrandRoundsError as error:  # it may answer the next message
+            refused[partition] = str(error)
+            continue
+        try:
             facts = introduction_of(node, reply, required, num_sites)
             partition = int(facts["partition-id"])
             check_still_same(partition, facts, cards)

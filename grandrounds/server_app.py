@@ -54,5 +54,5 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
         kept = federation.fail(run, "failed", str(error))
         raise type(error)(f"{error} {kept[0].upper()}{kept[1:]}.") from error
     except Exception as error:
-        federation.fail(run, "failed", str(error))
+        federation.fail(run, "failed", f"{type(error).__name__}: {error}")
         raise

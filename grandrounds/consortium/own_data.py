@@ -99,19 +99,16 @@ def database_rows(
     """
     del run  # a key of the cache
     columns = (question_column, answer_column)
-    found = _asked(url, query)
-    raw = RawRows(
-        {name: found[1][name] for name in columns if name in found[1]},
-        tuple(found[0]),
-        range(1, found[2] + 1),
-        "row",
-    )
-    rows = rows_of(raw, f"data.database = {_without_password(url)!r}", columns)
-    return rows.sort(list(columns))
+    names, rows = _asked(url, query)
+    wanted = [names.index(name) for name in columns if name in names]
+    rows.sort(key=lambda row: [str(row[i]) for i in wanted])
+    values = {names[i]: [row[i] for row in rows] for i in wanted}
+    raw = RawRows(values, tuple(names), range(1, len(rows) + 1), "row")
+    return rows_of(raw, f"data.database = {_without_password(url)!r}", columns)
 
 
-def _asked(url: str, query: str) -> tuple[list[str], dict[str, list[Any]], int]:
-    """Return the names of a query's columns, their values, and the number of rows."""
+def _asked(url: str, query: str) -> tuple[list[str], list[Any]]:
+    """Return the names of a query's columns, and its rows."""
     try:
         import sqlalchemy
     except ModuleNotFoundError as error:
@@ -133,7 +130,7 @@ def _asked(url: str, query: str) -> tuple[list[str], dict[str, list[Any]], int]:
             if not result.returns_rows:
                 raise DataError(f"data.query = {query!r} gives no rows: it must be a SELECT.")
             names = list(result.keys())
-            rows = result.fetchall()
+            rows = list(result.fetchall())
     except sqlalchemy.exc.SQLAlchemyError as error:
         fault = first_line(getattr(error, "orig", None) or error)
         raise DataError(
@@ -142,7 +139,7 @@ def _asked(url: str, query: str) -> tuple[list[str], dict[str, list[Any]], int]:
         ) from error
     finally:
         engine.dispose()
-    return names, {n: [row[i] for row in rows] for i, n in enumerate(names)}, len(rows)
+    return names, rows
 
 
 def _without_password(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -230,10 +231,33 @@ class Consortium:
         """Start a site's SuperNode; it connects by itself."""
         self.start(f"node{i}", self.supernode_command(i, agent=agent), **options)
 
+    def restart_supernode(self, i: int) -> None:
+        """Start a SuperNode that was killed again and again, as its unit does, until it stays.
+
+        Flower takes it back only once it has missed it.
+        """
+        name = f"node{i}"
+
+        def stays() -> bool:
+            said = self.log(name).count("SuperNode ID:")
+            self.start_supernode(i)
+            process = self.running[name]
+            wait_for(
+                lambda: process.poll() is not None or self.log(name).count("SuperNode ID:") > said
+            )
+            if process.poll() is None:
+                return True
+            self.kill(name)
+            time.sleep(3)
+            return False
+
+        wait_for(stays, 120, self.log(name))
+
     def kill(self, name: str) -> None:
         """End a process and all that it started, at once."""
         process = self.running.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(20)
 
     def start_all(self, *, agents: bool = True) -> None:
