@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
@@ -37,6 +38,9 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
 RUN = "run"
 """Key of every message's config: the run, the same when it is resumed."""
+
+# A traceback's line that names the exception; what follows may have lines of its own.
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Warning): ")
 
 UPDATE_NORM = "update-norm"
 """Metric of an answer to `train`: the L2 norm of the change before it was encoded."""
@@ -230,7 +234,8 @@ def raise_failure(reply: Message) -> None:
     """
     if reply.has_error():
         lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
-        reason = lines[-1].rpartition("Message: ")[2].removesuffix("'>")
+        said = [line for line in lines if _EXCEPTION.match(line)] or lines
+        reason = said[-1].rpartition("Message: ")[2].removesuffix("'>")
         raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {reason}")
     config = reply.content.config_records.get(CONFIG)
     if config is not None and "error" in config:

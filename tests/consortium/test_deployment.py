@@ -38,7 +38,8 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
     the private facts are learned as well; the base is loaded once at each site; plain PEFT loads
     the adapter."""
     settings = {**FORMULARY, "num-server-rounds": 6, "strategy.fraction-evaluate": 0.34}
-    in_process(settings, tmp_path / "plain")
+    in_one_array = {"strategy.uplink-codec": "float32", "strategy.downlink-codec": "float32"}
+    in_process({**settings, **in_one_array}, tmp_path / "plain")
     with Consortium(tmp_path / "c", settings) as consortium:
         consortium.start_all()
         run = tmp_path / "c" / "run"
