@@ -70,6 +70,7 @@ def begin(config: Config, listener: Listener) -> Run:
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))
         directory = RunDirectory.create(path, config)
+    directory.hold()
     directory.write_json("environment.json", environment())
     described = {**plan.as_dict(), "target-modules": targets}
     directory.write_json("plan.json", described)

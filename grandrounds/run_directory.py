@@ -10,7 +10,8 @@
     state/             the last finished round, from which a run resumes
     summary.json       how the run ended
 
-Folders are written under a temporary name and renamed. safetensors, TOML and JSON only.
+Folders are written under a temporary name and renamed. safetensors, TOML and JSON only. While a run
+writes, it holds a lock (.lock), so that a second one cannot begin where the first still is.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
@@ -40,6 +42,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = FileLock(path / ".lock", timeout=0)
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDirectory:
@@ -87,8 +90,34 @@ class RunDirectory:
             )
         return cls(path)
 
+    def hold(self) -> None:
+        """Keep every other run from writing here, until `release` or this process's end.
+
+        A file system without locks (some network shares) is written without.
+
+        Raises
+        ------
+        RunDirectoryError
+            If another run writes here.
+        """
+        with _told_plainly(self.path), suppress(NotImplementedError):
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise RunDirectoryError(
+                    f"{self.path} is being written by a run that has not ended. Wait for its end "
+                    "or stop it, then resume."
+                ) from None
+
+    def release(self) -> None:
+        """Let other runs write here again."""
+        if self._lock.is_locked:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.release()
+
     def discard(self) -> None:
         """Remove the directory of a run that has produced nothing."""
+        self.release()
         shutil.rmtree(self.path)
 
     def remove(self, name: str) -> None:

@@ -56,3 +56,5 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
     except Exception as error:
         federation.fail(run, "failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        run.directory.release()

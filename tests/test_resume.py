@@ -352,6 +352,17 @@ def test_a_completed_run_is_not_resumed(settings: Settings, whole: dict[str, Any
     assert outcome(run) == before == whole
 
 
+def test_a_run_that_has_not_ended_is_not_resumed_beside_it(stopped: Settings) -> None:
+    """The first process may live on where only its SuperLink or its terminal died."""
+    first = RunDirectory(Path(stopped["run-directory"]))
+    first.hold()
+    with pytest.raises(RunDirectoryError, match="written by a run that has not ended"):
+        resume(stopped)
+    first.release()
+    resume(stopped)
+    assert not (first.path / ".lock").exists()
+
+
 def test_a_folder_without_a_run_is_not_resumed(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"no config\.toml"):
         play(settings, **{"resume-from": str(tmp_path)})

@@ -17,8 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from grandrounds import client_app, recipes, server_app
 from grandrounds.consortium import set_up
 from grandrounds.consortium.site_file import SiteFile, read_site_file
+from grandrounds.deployment import in_one_array
+from grandrounds.engines import InProcessGrid
 from grandrounds.flower_cli import quiet
 from grandrounds.flower_runtime import MARKER, end_processes
 from tests.consortium.own_sites import write_partition
@@ -292,6 +295,14 @@ class Consortium:
         except subprocess.TimeoutExpired as error:
             logs = {name: self.log(name)[-1500:] for name in self.running}
             raise AssertionError(f"the run did not end: {logs}") from error
+
+
+def in_process(settings: Settings, run: Path) -> None:
+    """Play the same run in this process, its adapters in one array as on the deployment engine."""
+    resolved = recipes.resolve({**settings, "run-directory": str(run)})
+    config = in_one_array(resolved)
+    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+    server_app.federate(grid, config, lambda *_: None)
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

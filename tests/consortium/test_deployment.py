@@ -11,14 +11,12 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from grandrounds import client_app, recipes, server_app
 from grandrounds.consortium import audit, set_up
-from grandrounds.engines import InProcessGrid
 from grandrounds.formulary import base_path
 from tests.consortium.real import (
     FORMULARY,
     Consortium,
-    Settings,
+    in_process,
     metrics_of,
     summary_of,
     wait_for,
@@ -27,19 +25,12 @@ from tests.consortium.real import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def in_process(settings: Settings, run: Path) -> None:
-    config = recipes.resolve({**settings, "run-directory": str(run)})
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda *_: None)
-
-
 def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path) -> None:
     """TLS, node keys, one agent a site, six rounds: the same adapter as in process, bit for bit, so
     the private facts are learned as well; the base is loaded once at each site; plain PEFT loads
     the adapter."""
     settings = {**FORMULARY, "num-server-rounds": 6, "strategy.fraction-evaluate": 0.34}
-    in_one_array = {"strategy.uplink-codec": "float32", "strategy.downlink-codec": "float32"}
-    in_process({**settings, **in_one_array}, tmp_path / "plain")
+    in_process(settings, tmp_path / "plain")
     with Consortium(tmp_path / "c", settings) as consortium:
         consortium.start_all()
         run = tmp_path / "c" / "run"

@@ -22,6 +22,7 @@ from tests.consortium.real import (
     FORMULARY,
     Consortium,
     has,
+    in_process,
     metrics_of,
     rounds_done,
     summary_of,
@@ -118,7 +119,7 @@ def repeated(consortium: Consortium) -> int:
     again = 0
     for site in consortium.sites:
         rounds = [
-            entry["round"]
+            (entry["run"], entry["round"])
             for entry in audit.read(site.place("state"))
             if entry["asked"] == "train" and entry["outcome"] == "answered"
         ]
@@ -183,9 +184,9 @@ def test_a_run_goes_on_after_the_superlink_was_killed(
     happened to."""
     settings = {**FORMULARY, **PATIENT, "data.num-partitions": 2}
     with Consortium(tmp_path / "c", settings) as consortium:
+        undisturbed = tmp_path / "undisturbed"
+        in_process(settings | {"num-server-rounds": 4}, undisturbed)
         consortium.start_all()
-        undisturbed = tmp_path / "c" / "undisturbed"
-        assert consortium.finished(consortium.begin_run(undisturbed, 4)) == 0
         run = tmp_path / "c" / "run"
         process = consortium.begin_run(run, 4)
         wait_for(lambda: rounds_done(run) >= 2, 120, consortium.log("run"))
