@@ -63,7 +63,11 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
     watcher = Watcher(directory, listener) if is_here else None
     look = watcher.look if watcher else _relay(home / "run.log")
     with listener:
-        run_id = _start(link, flat, home)
+        try:
+            run_id = _start(link, flat, home)
+        except EngineError:
+            shutil.rmtree(home)
+            raise
         try:
             status, reason = follow(link, run_id, look, POLL_SECONDS, PATIENCE_SECONDS)
         except KeyboardInterrupt:

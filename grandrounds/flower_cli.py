@@ -104,7 +104,9 @@ def ask(link: Link, *arguments: str) -> dict[str, Any]:
     found = re.search(r"^\{.*^\}", text, re.MULTILINE | re.DOTALL)  # there may be warnings too
     answer: dict[str, Any] = json.loads(found.group()) if found else {"error-message": text}
     if not answer.get("success"):
-        raise EngineError(f"Flower refused `flwr {arguments[0]}`: {answer.get('error-message')}")
+        said = str(answer.get("error-message", "")).splitlines()
+        why = " ".join(line for line in said if line and not line.startswith("Using SuperLink:"))
+        raise EngineError(f"Flower refused `flwr {arguments[0]}`: {why or 'it does not say why'}")
     return answer
 
 

@@ -114,8 +114,14 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
     site = read_site_file(config)
     quiet_libraries()
     from grandrounds.consortium.agent import Agent
+    from grandrounds.consortium.custody import inventory
 
-    agent = Agent(site, lambda line: say(f"grandrounds: {line}"))
+    def tell(line: str) -> None:
+        say(f"grandrounds: {line}")
+
+    agent = Agent(site, tell)
+    for line in inventory(site):
+        tell(line)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.serve()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from grandrounds import messages
 from grandrounds.config import Config
 from grandrounds.consortium import audit, policy
 from grandrounds.consortium.base_content import content_sha256
-from grandrounds.consortium.own_data import own_site
+from grandrounds.consortium.own_data import own_site, own_split
 from grandrounds.consortium.site_file import SiteFile, read_site_file
 from grandrounds.consortium.site_state import SiteState
 from grandrounds.errors import GrandRoundsError, ReplyError
@@ -124,6 +124,23 @@ def localized(site: SiteFile, config: Config) -> Config:
         arguments=dataclasses.replace(config.arguments, torch_compile=compiles),
         static=dataclasses.replace(config.static, name=f"the data of {site.name}"),
     )
+
+
+def inventory(site: SiteFile) -> Iterator[str]:
+    """Yield in words what a site has for runs: its examples, and each base with its hash.
+
+    Raises
+    ------
+    GrandRoundsError
+        If data or a base cannot be read, or a base is not the one that the site's file names.
+    """
+    report = own_split(site).report
+    yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
+    with closing(SiteState(site.place(site.agent.state))) as state:
+        for name in site.bases:
+            digest = base_sha256(site, name, state)
+            policy.check_base(site, name, digest)
+            yield f"base {name}: sha256 {digest}"
 
 
 def base_location(site: SiteFile, name: str) -> str:
