@@ -26,7 +26,7 @@ from grandrounds.run_directory import RunDirectory
 from grandrounds.simulation import Watcher, mark_stopped, with_run_directory, write_app
 
 POLL_SECONDS = 0.5
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 30.0
 """How long a SuperLink that does not answer is asked again."""
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -83,10 +83,9 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
         if status != "completed" or (watcher and summary.get("status") != "completed"):
             why = summary.get("reason") or reason.partition("exception: ")[2] or reason
             why = why or tail(home / "run.log", lines=1)
-            raise EngineError(
-                f"The run ended as {status}: {why} {_how_to_resume(flat, connection)} (log: "
-                f"{home / 'run.log'})"
-            )
+            is_kept = directory.exists() or not is_here
+            resume = f"{_how_to_resume(flat, connection)} " if is_kept else ""
+            raise EngineError(f"The run ended as {status}: {why} {resume}(log: {home / 'run.log'})")
         if watcher:
             listener("finished", {**summary, "directory": str(directory)})
     shutil.rmtree(home)

@@ -182,7 +182,7 @@ HUGGING_FACE = {
 TRACKERS = {"tensorboard", "wandb", "mlflow", "trackio"}
 THIRD_PARTY: dict[int, set[str]] = {
     0: set(),
-    1: {"numpy", "safetensors", "scipy", "zstandard"},
+    1: {"numpy", "safetensors", "scipy", "zstandard", "filelock"},
     2: HUGGING_FACE | TRACKERS | {"cryptography", "sqlalchemy"},
     3: {"flwr", "psutil", "google", "httpx"},
     4: set(),

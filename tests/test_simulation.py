@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -36,14 +37,24 @@ def weights(run: Path, checkpoint: str) -> bytes:
     return (run / checkpoint / "adapter_model.safetensors").read_bytes()
 
 
+THIS_TEST = "GRANDROUNDS_THIS_TEST"
+
+
+@pytest.fixture(autouse=True)
+def mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a test starts be told from what tests beside it start."""
+    monkeypatch.setenv(THIS_TEST, secrets.token_hex(8))
+
+
 def marked_processes() -> list[int]:
-    """Return the processes that a runtime of ours has started and that still live."""
+    """Return the processes that a runtime of ours has started here and that still live."""
     import psutil
 
     found = []
     for process in psutil.process_iter():
         try:
-            if MARKER in process.environ():
+            its = process.environ()
+            if MARKER in its and its.get(THIS_TEST) == os.environ[THIS_TEST]:
                 found.append(process.pid)
         except (psutil.Error, OSError):
             continue

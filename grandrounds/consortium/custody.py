@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import lru_cache
@@ -74,7 +75,9 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
                 state=state.load(run),
                 run_config=own.flat(),
             )
+            started = time.perf_counter()
             reply = visit(message, inner)
+            entry["seconds"] = round(time.perf_counter() - started, 3)
             state.save(run, inner.state)
             if message.metadata.message_type == "train":
                 state.count_visit(run, entry["round"])

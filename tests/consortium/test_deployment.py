@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import grp
+import importlib.metadata
 import os
+import shlex
 import subprocess
 import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import grandrounds
 from grandrounds.consortium import audit, set_up
 from grandrounds.formulary import base_path
 from tests.consortium.real import (
     FORMULARY,
     Consortium,
+    has,
     in_process,
     metrics_of,
     summary_of,
@@ -115,14 +123,89 @@ def test_the_exit_code_tells_that_a_site_forbade_the_run(tmp_path: Path) -> None
     assert not run.exists()
 
 
-def nobody_can_run_python() -> bool:
-    """Whether the user nobody can start this interpreter and read its packages."""
-    if os.getuid() != 0:
+NOBODY = 65534
+
+
+def mounts_are_permitted() -> bool:
+    """Whether this test may bind folders in a mount namespace, and become another user."""
+    if os.getuid() != 0 or not has("unshare", "setpriv", "mount"):
         return False
-    if (child := os.fork()) == 0:
-        os.setgroups([])
-        os.setresgid(65534, 65534, 65534)
-        os.setresuid(65534, 65534, 65534)
-        paths = [os.path.realpath(sys.executable), *filter(None, sys.path)]
-        os._exit(0 if all(os.access(p, os.R_OK) for p in paths if "/" in p) else 1)
-    return os.waitpid(child, 0)[1] == 0
+    return subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user may pass through; pytest's own are their owner's alone."""
+    with tempfile.TemporaryDirectory(prefix="grandrounds-test-") as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+def as_nobody(place: Path) -> list[str]:
+    """Return the words before a command that run it as the user nobody.
+
+    This interpreter, its packages and this checkout may lie where nobody can look: they are bound
+    into a folder of the command's own, with Flower's programs beside them.
+    """
+    python, packages, checkout = (place / name for name in ("python", "packages", "checkout"))
+    bound = {
+        python: Path(sys.base_prefix),
+        packages: Path(sysconfig.get_path("purelib")),
+        checkout: Path(grandrounds.__file__).parents[1],
+    }
+    for folder in (place, *bound, place / "bin", place / "home"):
+        folder.mkdir(mode=0o755, parents=True)
+    os.chown(place / "home", NOBODY, NOBODY)
+    executable = python / "bin" / Path(os.path.realpath(sys.executable)).name
+    for entry in importlib.metadata.distribution("flwr").entry_points.select(
+        group="console_scripts"
+    ):
+        script = place / "bin" / entry.name
+        script.write_text(
+            f"#!{executable}\nimport sys\nfrom {entry.module} import {entry.attr}\n"
+            f"sys.exit({entry.attr}())\n"
+        )
+        script.chmod(0o755)
+    values = {
+        "PATH": f"{place / 'bin'}:/usr/bin:/bin",
+        "PYTHONPATH": f"{checkout}:{packages}",
+        "LD_LIBRARY_PATH": str(python / "lib"),
+        "FLWR_HOME": str(place / "home"),
+        "HOME": str(place / "home"),
+    }
+    mounts = "".join(f"mount --bind {shlex.quote(str(a))} {b} && " for b, a in bound.items())
+    become = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups --no-new-privs"
+    words = " ".join(f"{key}={value}" for key, value in values.items())
+    shell = f'{mounts}cd {place / "home"} && exec {become} env {words} "$@"'
+    return ["unshare", "-m", "sh", "-c", shell, "sh"]
+
+
+@pytest.mark.skipif(not mounts_are_permitted(), reason="needs root and mount namespaces")
+def test_a_supernode_whose_user_cannot_read_the_data_serves_all_the_same(public: Path) -> None:
+    """What a run brings along is executed by the SuperNode's user; data and state are not its."""
+    settings = {**FORMULARY, "data.num-partitions": 1}
+    group = grp.getgrgid(NOBODY).gr_name
+    with Consortium(public / "c", settings, agent__socket_group=group) as consortium:
+        (public / "c").chmod(0o711)
+        [site] = consortium.sites
+        folder = site.path.parent
+        (folder / "cards.jsonl").chmod(0o600)
+        os.chown(folder / "node.key", NOBODY, NOBODY)
+        before = as_nobody(public / "nobody")
+        for name in ("cards.jsonl", "site.toml", "state"):
+            reading = subprocess.run([*before, "cat", str(folder / name)], capture_output=True)
+            assert reading.returncode != 0
+        consortium.start_superlink()
+        consortium.register(0)
+        consortium.start_agent(0)
+        look = subprocess.run([*before, "ls", str(folder / "state")], capture_output=True)
+        assert look.returncode != 0
+        assert b"Permission denied" in look.stderr
+        _, *words = consortium.supernode_command(0)
+        consortium.start("node0", [*before, "flower-supernode", *words])
+        run = public / "c" / "run"
+        process = consortium.begin_run(run, 2)
+        assert consortium.finished(process) == 0, consortium.log("run") + consortium.log("node0")
+        owner = consortium.running["node0"].pid
+        assert Path(f"/proc/{owner}").stat().st_uid == NOBODY
+    assert summary_of(run)["base_loads"] == 1
