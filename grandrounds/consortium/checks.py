@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import http
 import http.client
 import socket
 import ssl
@@ -187,7 +188,7 @@ def _server(site: SiteFile) -> Iterator[Finding]:
         raise ConfigError(f"node.superlink = {site.node.superlink!r} must be host:port.")
     ca = site.place(site.node.root_certificates)
     try:
-        answered, certificate = _asked_over_tls(host.strip("[]"), int(port), ca)
+        status, ahead, certificate = _asked_over_tls(host.strip("[]"), int(port), ca)
     except ssl.SSLCertVerificationError as error:
         yield Finding(
             "error",
@@ -205,14 +206,25 @@ def _server(site: SiteFile) -> Iterator[Finding]:
             "firewall let this machine out to that port?",
         )
         return
+    if status != http.HTTPStatus.OK:
+        yield Finding(
+            "error",
+            "server",
+            f"{site.node.superlink} answers with status {status}: the SuperLink behind its gate "
+            "does not run, or the gate does not reach it. Tell the consortium.",
+        )
+        return
     yield Finding("ok", "server", f"{site.node.superlink} answers, its certificate is accepted")
     yield _validity("server", "server's certificate", certificate)
-    yield _clock(answered)
+    yield _clock(ahead)
     yield _accepted(site, ca)
 
 
-def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[float | None, float]:
-    """Return by how many seconds this clock is ahead, and the days of the server's certificate."""
+def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, float]:
+    """Return a server's answer to a question for its health.
+
+    Its status, by how many seconds this clock is ahead, and the days of the server's certificate.
+    """
     context = ssl.create_default_context(cafile=ca)
     connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=context)
     with closing(connection):
@@ -226,7 +238,7 @@ def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[float | None, float
     ahead = None
     if stamp:
         ahead = time.time() - email.utils.parsedate_to_datetime(stamp).timestamp()
-    return ahead, (expires - time.time()) / 86400
+    return response.status, ahead, (expires - time.time()) / 86400
 
 
 def _clock(ahead: float | None) -> Finding:

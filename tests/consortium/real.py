@@ -58,6 +58,13 @@ def free_port(count: int = 1) -> int:
         return port
 
 
+def is_open(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
 def wait_for(what: Callable[[], Any], seconds: float = 60, why: str = "") -> Any:
     """Return what a question answers, once it is true."""
     deadline = time.monotonic() + seconds
@@ -77,6 +84,7 @@ class Consortium:
         *,
         host: str = "127.0.0.1",
         outside: Sequence[Sequence[str]] = (),
+        gate: bool = False,
         **site_changes: Any,
     ) -> None:
         """Set a consortium up; nothing is started yet.
@@ -87,10 +95,12 @@ class Consortium:
             Where the SuperLink listens.
         outside
             For each site the words before the command of its SuperNode (a network namespace).
+        gate : bool
+            Whether sites come through nginx, which `start_gate` starts.
         site_changes
             `section__key` of each site.toml.
         """
-        self.folder, self.settings, self.host = folder, settings, host
+        self.folder, self.settings, self.host, self.gate = folder, settings, host, gate
         self.outside = list(outside)
         self.port = free_port(2)
         self.marker = f"test-{secrets.token_hex(4)}"
@@ -126,9 +136,10 @@ class Consortium:
         count = int(settings["data.num-partitions"])
         admission = set_up.admit(self.home, folder / "request.json", i, count)
         set_up.join(read_site_file(folder / "site.toml"), admission, self.home / "authority.pub")
-        text = (folder / "site.toml").read_text()  # no gate before the SuperLink here
-        address = f"{self.host}:{self.port + 1}"
-        (folder / "site.toml").write_text(set_up.with_value(text, "node", "superlink", address))
+        if not self.gate:
+            text = (folder / "site.toml").read_text()
+            address = f"{self.host}:{self.port + 1}"
+            (folder / "site.toml").write_text(set_up.with_value(text, "node", "superlink", address))
         return read_site_file(folder / "site.toml")
 
     @property
@@ -153,8 +164,8 @@ class Consortium:
     ) -> None:
         """End every process."""
         end_processes(self.marker)
-        for process in self.running.values():
-            process.wait(20)
+        for name in [*self.running]:  # nginx writes over its environment, and so over the mark
+            self.kill(name)
 
     # --- Processes --------------------------------------------------------------------------------
 
@@ -186,13 +197,17 @@ class Consortium:
             for word in set_up.superlink_command(self.home, self.port)
         ]
         self.start("superlink", command)
+        wait_for(lambda: is_open(self.host, self.port + 1), 60, "the SuperLink does not listen")
 
-        def answers() -> bool:
-            with socket.socket() as probe:
-                probe.settimeout(1)
-                return probe.connect_ex((self.host, self.port + 1)) == 0
-
-        wait_for(answers, 60, "the SuperLink does not listen")
+    def start_gate(self) -> None:
+        """Start nginx with the gate as `consortium init` wrote it."""
+        conf = self.folder / "nginx.conf"
+        conf.write_text(
+            f"daemon off; pid {self.folder}/nginx.pid; error_log stderr; events {{}}\n"
+            f"http {{ access_log off; include {self.home}/gate.conf; }}\n"
+        )
+        self.start("gate", ["nginx", "-p", str(self.folder), "-c", str(conf)])
+        wait_for(lambda: is_open(self.host, self.port), 20, self.log("gate"))
 
     def register(self, i: int) -> None:
         """Let the SuperLink know a site's key."""
@@ -264,8 +279,10 @@ class Consortium:
         process.wait(20)
 
     def start_all(self, *, agents: bool = True) -> None:
-        """Start SuperLink, agents and SuperNodes."""
+        """Start SuperLink, gate, agents and SuperNodes."""
         self.start_superlink()
+        if self.gate:
+            self.start_gate()
         for i in range(len(self.sites)):
             self.register(i)
             if agents:

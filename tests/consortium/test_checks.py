@@ -42,7 +42,12 @@ def made_before(days: int) -> Iterator[None]:
 
 @contextmanager
 def web_server(
-    folder: Path, *, days: int = 90, hosts: Sequence[str] = ("127.0.0.1",), ahead: float = 0.0
+    folder: Path,
+    *,
+    days: int = 90,
+    hosts: Sequence[str] = ("127.0.0.1",),
+    ahead: float = 0.0,
+    status: int = 200,
 ) -> Iterator[str]:
     """Serve /health with TLS under an authority written to `ca.crt`; return its address.
 
@@ -51,7 +56,7 @@ def web_server(
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -208,6 +213,12 @@ def test_a_server_that_answers(site: SiteFile) -> None:
     assert found["clock"].level == "ok"
     assert found["registration"].level == "error"
     assert "does not take this node (401)" in found["registration"].text
+
+
+def test_a_gate_without_a_superlink_behind_it_is_told(site: SiteFile) -> None:
+    with web_server(site.path.parent, status=502) as address:
+        told = problem(changed(site, node__superlink=address), "server")
+    assert "answers with status 502: the SuperLink behind its gate does not run" in told
 
 
 @pytest.mark.parametrize(("ahead", "told"), [(60.0, "ahead of"), (-600.0, "behind")])

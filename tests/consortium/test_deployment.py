@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import grp
+import http.client
 import importlib.metadata
 import os
 import shlex
+import ssl
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,33 @@ def test_who_is_not_admitted_is_kept_out_and_says_why(tmp_path: Path) -> None:
             )
             assert done.returncode == 1
             assert told in done.stdout
+
+
+@pytest.mark.skipif(not has("nginx"), reason="needs nginx")
+def test_the_gate_lets_sites_through_and_nobody_else(tmp_path: Path) -> None:
+    """A round through nginx; what starts runs and registers keys is not there from outside."""
+    settings = {**FORMULARY, "data.num-partitions": 1}
+    with Consortium(tmp_path / "c", settings, gate=True) as consortium:
+        consortium.start_superlink()
+        consortium.start_gate()
+        consortium.register(0)
+        [site] = consortium.sites
+        assert site.node.superlink == f"127.0.0.1:{consortium.port}"
+        check = [sys.executable, "-m", "grandrounds", "site", "check", "--config", str(site.path)]
+        environment = consortium.environment
+        checked = subprocess.run(check, env=environment, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+        assert {line.split()[0] for line in checked.stdout.splitlines()} == {"ok"}
+        context = ssl.create_default_context(cafile=str(consortium.home / "ca.crt"))
+        for port, is_there in ((consortium.port, False), (consortium.port + 1, True)):
+            connection = http.client.HTTPSConnection("127.0.0.1", port, context=context)
+            with closing(connection):
+                connection.request("POST", "/v1/control/list-runs", body=b"")
+                assert (connection.getresponse().status != 404) == is_there
+        consortium.start_agent(0)
+        consortium.start_supernode(0)
+        process = consortium.begin_run(tmp_path / "c" / "run", 1)
+        assert consortium.finished(process) == 0, consortium.log("run")
 
 
 def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Path) -> None:
@@ -192,9 +222,9 @@ def test_a_supernode_whose_user_cannot_read_the_data_serves_all_the_same(public:
         (folder / "cards.jsonl").chmod(0o600)
         os.chown(folder / "node.key", NOBODY, NOBODY)
         before = as_nobody(public / "nobody")
-        for name in ("cards.jsonl", "site.toml", "state"):
+        for name, can_read in (("ca.crt", True), ("cards.jsonl", False), ("site.toml", False)):
             reading = subprocess.run([*before, "cat", str(folder / name)], capture_output=True)
-            assert reading.returncode != 0
+            assert (reading.returncode == 0) == can_read, reading.stderr
         consortium.start_superlink()
         consortium.register(0)
         consortium.start_agent(0)
