@@ -10,8 +10,16 @@ from flwr.serverapp import Grid
 
 from grandrounds.errors import EngineError
 
-POLL_SECONDS = 0.05
+LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.05, 1.0
 """Between two looks for replies; Flower's engines move messages every 0.1 s."""
+
+
+def pause(waited_seconds: float) -> float:
+    """Return how long to wait before the next look: a twentieth of what was waited already.
+
+    A look is a request for each message that is out, and real sites take minutes.
+    """
+    return min(max(LEAST_PAUSE_SECONDS, waited_seconds / 20), MOST_PAUSE_SECONDS)
 
 
 def exchange(
@@ -39,17 +47,18 @@ def exchange(
         )
     # Flower gives no id to a message whose node is gone; nothing will come back from there.
     pending = {i: node for i, node in zip(message_ids, nodes, strict=True) if i}
-    deadline = time.monotonic() + timeout_seconds
+    started = time.monotonic()
     while pending:
         waiting = len(pending)
         for message_id in list(pending):
             for reply in grid.pull_messages([message_id]):
                 yield pending.pop(message_id), reply
         if len(pending) == waiting:
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            if waited > timeout_seconds:
                 (set() if late is None else late).update(pending)
                 return
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause(waited))
 
 
 def replies_that_came_late(grid: Grid, late: set[str]) -> Iterator[Message]:

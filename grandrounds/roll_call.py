@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from grandrounds import messages
 from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
-from grandrounds.exchange import POLL_SECONDS, exchange
+from grandrounds.exchange import exchange, pause
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def wait_for_nodes(
         If there are fewer after `seconds`, or more than sites.
     """
     least = num_partitions if least is None else least
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
     while len(nodes := sorted(grid.get_node_ids())) < num_partitions:
-        if time.monotonic() > deadline:
+        if (waited := time.monotonic() - started) > seconds:
             break
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause(waited))
     if not least <= len(nodes) <= num_partitions:
         fewer = least < num_partitions and f" (strategy.min-sites = {least})"
         raise EngineError(

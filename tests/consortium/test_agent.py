@@ -6,6 +6,7 @@ import contextlib
 import grp
 import json
 import os
+import re
 import socket
 import ssl
 import stat
@@ -144,13 +145,16 @@ def test_another_user_cannot_connect_unless_a_group_is_named(
 
 
 def test_the_base_is_loaded_once_for_all_messages(settings: Settings, tmp_path: Path) -> None:
-    """A process of its own, asked twelve times by new connections."""
+    """A process of its own, asked again and again by new connections."""
     [site, *_] = sites_of(settings, tmp_path)
     command = [sys.executable, "-m", "grandrounds", "site", "serve", "--config", str(site.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            assert "serves at" in process.stdout.readline()
+            *had, serving_line = (process.stdout.readline() for _ in range(3))
+            assert "27 examples to train on, 3 held out" in had[0]
+            assert re.fullmatch(r"grandrounds: base \S+: sha256 [0-9a-f]{64}\n", had[1])
+            assert "serves at" in serving_line
             loads = []
             for _ in range(3):
                 reply = asked(site, settings, training_message(settings, site))

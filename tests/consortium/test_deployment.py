@@ -98,34 +98,8 @@ def test_who_is_not_admitted_is_kept_out_and_says_why(tmp_path: Path) -> None:
             assert told in done.stdout
 
 
-@pytest.mark.skipif(not has("nginx"), reason="needs nginx")
-def test_the_gate_lets_sites_through_and_nobody_else(tmp_path: Path) -> None:
-    """A round through nginx; what starts runs and registers keys is not there from outside."""
-    settings = {**FORMULARY, "data.num-partitions": 1}
-    with Consortium(tmp_path / "c", settings, gate=True) as consortium:
-        consortium.start_superlink()
-        consortium.start_gate()
-        consortium.register(0)
-        [site] = consortium.sites
-        assert site.node.superlink == f"127.0.0.1:{consortium.port}"
-        check = [sys.executable, "-m", "grandrounds", "site", "check", "--config", str(site.path)]
-        environment = consortium.environment
-        checked = subprocess.run(check, env=environment, capture_output=True, text=True)
-        assert checked.returncode == 0, checked.stdout
-        assert {line.split()[0] for line in checked.stdout.splitlines()} == {"ok"}
-        context = ssl.create_default_context(cafile=str(consortium.home / "ca.crt"))
-        for port, is_there in ((consortium.port, False), (consortium.port + 1, True)):
-            connection = http.client.HTTPSConnection("127.0.0.1", port, context=context)
-            with closing(connection):
-                connection.request("POST", "/v1/control/list-runs", body=b"")
-                assert (connection.getresponse().status != 404) == is_there
-        consortium.start_agent(0)
-        consortium.start_supernode(0)
-        process = consortium.begin_run(tmp_path / "c" / "run", 1)
-        assert consortium.finished(process) == 0, consortium.log("run")
-
-
 def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Path) -> None:
+    """And the exit code of a second run tells that the site's policy forbids it."""
     settings = {**FORMULARY, "data.num-partitions": 1}
     with Consortium(tmp_path / "c", settings) as consortium:
         consortium.start_all(agents=False)
@@ -134,23 +108,18 @@ def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Pa
         assert consortium.finished(process) == 0, consortium.log("run")
         assert "the base model was loaded again for this message" in consortium.log("node0")
         [site] = consortium.sites
+        forbidden = tmp_path / "c" / "forbidden"
+        process = consortium.begin_run(forbidden, 2, **{"model.lora.peft-lora-r": 128})
+        assert consortium.finished(process) == 1
+        said = consortium.log("forbidden")
+        assert "max-rank = 64, it asks for 128" in said
+        assert "Traceback" not in said
+        assert "--resume" not in said
+        assert not forbidden.exists()
     summary = summary_of(run)
     assert summary["base_loads"] == summary["processes"] == 3  # two visits, one exam
     outcomes = [e["outcome"] for e in audit.read(site.place("state"))]
-    assert outcomes == ["answered"] * 4
-
-
-def test_the_exit_code_tells_that_a_site_forbade_the_run(tmp_path: Path) -> None:
-    settings = {**FORMULARY, "data.num-partitions": 1}
-    with Consortium(tmp_path / "c", settings, policy__max_rank=2) as consortium:
-        consortium.start_all()
-        run = tmp_path / "c" / "run"
-        process = consortium.begin_run(run, 2)
-        assert consortium.finished(process) == 1
-        said = consortium.log("run")
-        assert "max-rank = 2, it asks for 16" in said
-        assert "Traceback" not in said
-    assert not run.exists()
+    assert outcomes == ["answered"] * 4 + ["refused"]
 
 
 NOBODY = 65534
@@ -211,22 +180,32 @@ def as_nobody(place: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not mounts_are_permitted(), reason="needs root and mount namespaces")
-def test_a_supernode_whose_user_cannot_read_the_data_serves_all_the_same(public: Path) -> None:
-    """What a run brings along is executed by the SuperNode's user; data and state are not its."""
+def test_a_site_as_it_is_deployed(public: Path) -> None:
+    """The SuperNode's user, as whom the code of a run is executed, can read neither data nor state;
+    where there is nginx, it comes through the gate, which lets nothing but sites through."""
     settings = {**FORMULARY, "data.num-partitions": 1}
-    group = grp.getgrgid(NOBODY).gr_name
-    with Consortium(public / "c", settings, agent__socket_group=group) as consortium:
+    group, gate = grp.getgrgid(NOBODY).gr_name, has("nginx")
+    with Consortium(public / "c", settings, gate=gate, agent__socket_group=group) as consortium:
         (public / "c").chmod(0o711)
         [site] = consortium.sites
         folder = site.path.parent
         (folder / "cards.jsonl").chmod(0o600)
+        consortium.start_superlink()
+        consortium.register(0)
+        if gate:
+            consortium.start_gate()
+            assert site.node.superlink == f"127.0.0.1:{consortium.port}"
+            nothing_but_sites_come_through(consortium)
+        check = [sys.executable, "-m", "grandrounds", "site", "check", "--config", str(site.path)]
+        checked = subprocess.run(check, env=consortium.environment, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+        assert {line.split()[0] for line in checked.stdout.splitlines()} == {"ok"}
+
         os.chown(folder / "node.key", NOBODY, NOBODY)
         before = as_nobody(public / "nobody")
         for name, can_read in (("ca.crt", True), ("cards.jsonl", False), ("site.toml", False)):
             reading = subprocess.run([*before, "cat", str(folder / name)], capture_output=True)
             assert (reading.returncode == 0) == can_read, reading.stderr
-        consortium.start_superlink()
-        consortium.register(0)
         consortium.start_agent(0)
         look = subprocess.run([*before, "ls", str(folder / "state")], capture_output=True)
         assert look.returncode != 0
@@ -239,3 +218,13 @@ def test_a_supernode_whose_user_cannot_read_the_data_serves_all_the_same(public:
         owner = consortium.running["node0"].pid
         assert Path(f"/proc/{owner}").stat().st_uid == NOBODY
     assert summary_of(run)["base_loads"] == 1
+
+
+def nothing_but_sites_come_through(consortium: Consortium) -> None:
+    """What starts runs and registers keys is there behind the gate, and not before it."""
+    context = ssl.create_default_context(cafile=str(consortium.home / "ca.crt"))
+    for port, is_there in ((consortium.port, False), (consortium.port + 1, True)):
+        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context)
+        with closing(connection):
+            connection.request("POST", "/v1/control/list-runs", body=b"")
+            assert (connection.getresponse().status != 404) == is_there
