@@ -45,6 +45,19 @@ def init(
 
 
 @app.command()
+def renew(directory: Folder = Path("consortium")) -> None:
+    """Renew the server's certificate with ca.key; the sites need do nothing."""
+    from grandrounds.consortium import set_up
+
+    directory = directory.expanduser().absolute()
+    days = set_up.renew(directory)
+    say(
+        f"{directory / 'server.crt'} is valid for {days:.0f} days",
+        "now restart the SuperLink and reload nginx",
+    )
+
+
+@app.command()
 def admit(
     request: Annotated[Path, typer.Argument(help="request.json of a site.")],
     partition_id: Annotated[int, typer.Option(help="The site's number, from 0.")],

@@ -35,6 +35,10 @@ class DataError(GrandRoundsError):
     """A data source is missing, malformed or too small for the federation."""
 
 
+class OwnDataError(DataError):
+    """A site's own data cannot be used. The message quotes none of them; its cause may."""
+
+
 class ModelError(GrandRoundsError):
     """A base model, its tokenizer or a target module cannot be used."""
 

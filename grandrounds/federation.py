@@ -141,7 +141,7 @@ def open_session(run: Run, grid: Grid) -> None:
     check_same_sites(run.directory.read_json("sites.json"), sites)
     judges = run.evaluation_cohort
     there = [run.cards[p].facts for p in judges if p in run.cards]
-    if judges and not any(int(facts["held-out-examples"]) for facts in there):
+    if there and not any(int(facts["held-out-examples"]) for facts in there):
         raise DataError(
             f"None of the sites drawn for held-out loss ({', '.join(map(str, judges))}) holds an "
             "example out: their data are too few. Raise data.held-out-fraction, give more data, or "

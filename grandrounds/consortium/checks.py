@@ -94,6 +94,13 @@ def _data(site: SiteFile) -> Iterator[Finding]:
         f"{report.held_out_examples:,} held out, {report.duplicate_rows:,} duplicate, "
         f"{report.empty_rows:,} without question or answer",
     )
+    file = site.place(site.data.source)
+    if site.data.source and file.is_file() and file.stat().st_mode & 0o007:
+        yield Finding(
+            "warning",
+            "data",
+            f"{file} can be read by every user, and so by the code of a run: chmod 600 {file}",
+        )
     if report.train_examples < site.policy.min_examples:
         yield Finding(
             "error",

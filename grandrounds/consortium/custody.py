@@ -25,7 +25,7 @@ from grandrounds.consortium.base_content import content_sha256
 from grandrounds.consortium.own_data import own_site, own_split
 from grandrounds.consortium.site_file import SiteFile, read_site_file
 from grandrounds.consortium.site_state import SiteState
-from grandrounds.errors import GrandRoundsError, ReplyError
+from grandrounds.errors import DataError, GrandRoundsError, OwnDataError, ReplyError
 from grandrounds.formulary import BASE_NAME, base_path
 from grandrounds.machine import specs
 from grandrounds.model import BaseSpec, LoraSpec, adapter_layout
@@ -86,7 +86,8 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
                 told["name"], told[BASE] = site.name, base
         except GrandRoundsError as error:
             outcome = "refused" if type(error).__name__ == "PolicyError" else "failed"
-            audit.write(state.folder, {**entry, "outcome": outcome, "reason": str(error)})
+            cause = error.__cause__ if isinstance(error, OwnDataError) else error
+            audit.write(state.folder, {**entry, "outcome": outcome, "reason": str(cause)})
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -159,8 +160,20 @@ def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
 
 
 def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
-    """Return the site's examples, for a run with this configuration."""
-    found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
+    """Return the site's examples, for a run with this configuration.
+
+    Raises
+    ------
+    OwnDataError
+        If they cannot be read. What is wrong may quote a row or a query: it is the error's cause,
+        for the site alone.
+    """
+    try:
+        found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
+    except DataError as error:
+        raise OwnDataError(
+            f"The data of site {site.name!r} cannot be used; its audit log says why."
+        ) from error
     if site.policy.report_held_out_loss:
         return found
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})

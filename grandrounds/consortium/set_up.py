@@ -1,9 +1,10 @@
 """What is written when a consortium or a site is set up, and how a site is admitted.
 
 consortium init   authority, server certificate, authority for nodes, units, gate, connection
-site init         node key, request, site.toml, units
+site init         node key, request, site.toml
 consortium admit  a request, signed by its node key → an admission, signed by the authority
-site join         an admission → the certificate authority and the numbers in site.toml
+site join         an admission → the certificate authority, the numbers in site.toml, units
+consortium renew  a certificate of the server for as long again
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
     folder = new_folder(folder)
     authority_key, server_key, nodes_key = (keys.new_key() for _ in range(3))
     authority = keys.new_authority(f"{name} certificate authority", authority_key)
-    hosts = list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"]))
-    server = keys.new_certificate(name, hosts, server_key.public_key(), authority, authority_key)
+    server = keys.new_certificate(
+        name, _hosts(host), server_key.public_key(), authority, authority_key
+    )
     for stem, key in (("ca", authority_key), ("server", server_key), ("authority", nodes_key)):
         keys.write_private_key(folder / f"{stem}.key", key)
     keys.write_new(folder / "ca.crt", keys.certificate_text(authority))
@@ -110,6 +112,31 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
     for file in ("superlink.service", "gate.conf"):
         keys.write_new(folder / file, _filled(file, values))
     return folder
+
+
+def renew(folder: Path) -> float:
+    """Write a new certificate for the server's key, signed by `ca.key`; return its days.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is not a consortium's, or lacks a key.
+    """
+    described = _json(folder / "consortium.json")
+    server_key = keys.read_private_key(folder / "server.key")
+    authority_key = keys.read_private_key(folder / "ca.key")
+    authority = keys.read_certificate(folder / "ca.crt")
+    host = str(described["superlink"]).rpartition(":")[0]
+    made = keys.new_certificate(
+        str(described["name"]), _hosts(host), server_key.public_key(), authority, authority_key
+    )
+    (folder / "server.crt").write_bytes(keys.certificate_text(made))
+    return keys.days_left(made)
+
+
+def _hosts(host: str) -> list[str]:
+    """Return all names of the server: the sites', and its own for the gate and for runs."""
+    return list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"]))
 
 
 def superlink_command(folder: Path, port: int) -> list[str]:
@@ -185,7 +212,7 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
 
 
 def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
-    """Write a site's node key, its request, its site.toml and units; return its folder.
+    """Write a site's node key, its request and its site.toml; return its folder.
 
     Parameters
     ----------
@@ -256,7 +283,9 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
         )
     names = ("consortium", "name", "partition-id", "num-partitions", "superlink", "ca", "node")
     found = Admission(*(content[name] for name in names))
-    site.place(site.node.root_certificates).write_text(found.ca)
+    authority_file = site.place(site.node.root_certificates)
+    authority_file.write_text(found.ca)
+    authority_file.chmod(0o644)  # the SuperNode's user reads it, whatever the umask
     text = site.path.read_text(encoding="utf-8")
     for key, value in (
         ("partition-id", found.partition_id),
@@ -271,7 +300,9 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
 
 def write_units(site: SiteFile) -> None:
     """Write the systemd units of agent and SuperNode, as site.toml has them now."""
+    needs_network = bool(site.agent.address or site.data.database)
     values = {
+        "network": "" if needs_network else "PrivateNetwork=yes\n",
         "name": site.name,
         "folder": str(site.path.parent),
         "user": getpass.getuser(),

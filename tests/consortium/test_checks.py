@@ -99,6 +99,7 @@ def site(tmp_path: Path) -> SiteFile:
     """A site that lacks nothing but a server."""
     folder = tmp_path / "site"
     write_partition(folder / "cards.jsonl", {**FORMULARY, "data.num-partitions": 4}, 0)
+    (folder / "cards.jsonl").chmod(0o600)
     keys.write_private_key(folder / "node.key", keys.new_key(), openssh=True)
     authority = keys.new_authority("trial", keys.new_key())
     (folder / "ca.crt").write_bytes(keys.certificate_text(authority))
@@ -167,6 +168,15 @@ def test_data_that_cannot_be_read_are_told(site: SiteFile) -> None:
         pytest.skip("root reads everything")
     (site.path.parent / "cards.jsonl").chmod(0)
     assert "cards.jsonl" in problem(site, "data")
+
+
+def test_data_that_every_user_can_read_are_warned_of(site: SiteFile) -> None:
+    cards = site.path.parent / "cards.jsonl"
+    cards.chmod(0o604)
+    assert findings(site)["data"].level == "warning"
+    assert f"chmod 600 {cards}" in findings(site)["data"].text
+    cards.chmod(0o640)
+    assert findings(site)["data"].level == "ok"
 
 
 def test_fewer_examples_than_the_policy_asks_for_are_told(site: SiteFile) -> None:

@@ -51,6 +51,9 @@ def test_the_way_from_nothing_to_an_admitted_site(tmp_path: Path, flower_home: P
     [line] = [line for line in made.stdout.splitlines() if line.startswith("authority for sites")]
     authority = line.split()[3]
 
+    renewed = run("consortium", "renew", "--dir", consortium)
+    assert f"{consortium / 'server.crt'} is valid for 825 days" in renewed.stdout
+
     asked = run("site", "init", "--name", "st-elsewhere", "--dir", site)
     assert asked.exit_code == 0, asked.output
     [line] = [line for line in asked.stdout.splitlines() if line.startswith("node key")]

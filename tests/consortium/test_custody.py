@@ -16,7 +16,7 @@ from grandrounds.consortium import audit, custody
 from grandrounds.consortium.site_file import SiteFile
 from grandrounds.consortium.site_state import SiteState
 from grandrounds.engines import InProcessGrid
-from grandrounds.errors import PolicyError, ReplyError, RoundError
+from grandrounds.errors import OwnDataError, PolicyError, ReplyError, RoundError
 from tests.consortium.own_sites import Settings, sites_of
 
 
@@ -247,6 +247,21 @@ def test_a_message_without_a_runs_key_is_refused(settings: Settings, tmp_path: P
         with pytest.raises(ReplyError, match="not a key of up to 32 hex digits"):
             messages.raise_failure(reply)
     assert roll_call.questions([1], "0")[1].content.config_records["config"]["run"] == "0"
+
+
+def test_the_server_learns_nothing_of_data_that_cannot_be_read(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """What is wrong may quote a row: it stays in the audit log."""
+    sites = sites_of(settings, tmp_path)
+    with (sites[1].path.parent / "cards.jsonl").open("a") as file:
+        file.write("Jane Roe, born 1961, asked\n")
+    with pytest.raises(OwnDataError) as refused:
+        run_of(settings, grid_of_sites(settings, sites))
+    assert "The data of site 'site' cannot be used; its audit log says why." in str(refused.value)
+    assert "Jane" not in str(refused.value)
+    [entry] = entries(sites[1], outcome="failed")
+    assert "Jane" in entry["reason"]
 
 
 def test_a_crash_is_written_down_and_raised(settings: Settings, tmp_path: Path) -> None:

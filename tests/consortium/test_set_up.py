@@ -53,6 +53,22 @@ def test_the_servers_certificate_is_for_its_name_and_for_this_machine(consortium
     certificate.verify_directly_issued_by(keys.read_certificate(consortium / "ca.crt"))
 
 
+def test_the_servers_certificate_is_renewed_for_the_same_key_and_names(consortium: Path) -> None:
+    before = keys.read_certificate(consortium / "server.crt")
+    assert set_up.renew(consortium) == pytest.approx(keys.CERTIFICATE_DAYS, abs=1)
+    after = keys.read_certificate(consortium / "server.crt")
+    assert after.serial_number != before.serial_number
+    assert after.public_key() == before.public_key()
+    kind = keys.x509.SubjectAlternativeName
+    assert after.extensions.get_extension_for_class(kind) == (
+        before.extensions.get_extension_for_class(kind)
+    )
+    after.verify_directly_issued_by(keys.read_certificate(consortium / "ca.crt"))
+    (consortium / "ca.key").unlink()
+    with pytest.raises(ConfigError, match=r"ca\.key cannot be read"):
+        set_up.renew(consortium)
+
+
 def test_a_site_that_is_admitted_has_all_it_needs(consortium: Path, site: Path) -> None:
     admission = set_up.admit(consortium, site / "request.json", 2, 5)
     found = set_up.join(read_site_file(site / "site.toml"), admission, consortium / "authority.pub")
@@ -67,7 +83,10 @@ def test_a_site_that_is_admitted_has_all_it_needs(consortium: Path, site: Path) 
     unit = (site / "supernode.service").read_text()
     assert "--auth-supernode-private-key" in unit
     assert "partition-id=2 num-partitions=5" in unit
-    assert "site serve" in (site / "agent.service").read_text()
+    agent = (site / "agent.service").read_text()
+    assert "site serve" in agent
+    assert "\nPrivateNetwork=yes\nProtectSystem=strict\n" in agent
+    assert (site / "ca.crt").stat().st_mode & 0o777 == 0o644
 
 
 def test_a_request_that_was_changed_on_its_way_is_refused(consortium: Path, site: Path) -> None:
