@@ -47,8 +47,8 @@ class Run:
     listener: Listener
     cards: dict[int, SiteCard] = field(default_factory=dict)
     """The sites that may take part, after the roll call."""
-    examples: dict[int, int] = field(default_factory=dict)
-    """Partition id → examples to train on, of every site that was ever there."""
+    introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Partition id → what a site said of itself, of every site that was ever there."""
     evaluation_cohort: list[int] = field(default_factory=list)
     """Who answers held-out loss."""
     suspected: set[int] = field(default_factory=set)
@@ -71,9 +71,12 @@ def stragglers(run: Run, grid: Grid) -> dict[str, int]:
     return {"late-replies": came} if came else {}
 
 
-def remember_examples(run: Run) -> None:
-    """Take over how much the sites hold; one that goes is not forgotten."""
-    run.examples |= {p: card.num_examples for p, card in run.cards.items()}
+def remember_sites(run: Run) -> None:
+    """Take over and write down what the sites said; one that goes is not forgotten."""
+    known = run.introduced | {p: dict(card.facts) for p, card in run.cards.items()}
+    if known != run.introduced:
+        run.introduced = dict(sorted(known.items()))
+        run.directory.write_json("sites.json", list(run.introduced.values()))
 
 
 def remember_cursors(state: State, tally: Tally) -> None:
@@ -101,7 +104,7 @@ def training_record(
         weighted = sum(float(m[name]) * weights[p] for p, m in tally.good.items())
         return weighted / sum(weights.values())
 
-    known = run.examples
+    known = {p: int(facts["train-examples"]) for p, facts in run.introduced.items()}
     covered = sum(c * known[p] for p, c in run.state.coverage.items() if p in known)
     return {
         "round": number,

@@ -18,8 +18,8 @@ from grandrounds.bookkeeping import (
     Listener,
     Run,
     remember_cursors,
-    remember_examples,
     remember_loads,
+    remember_sites,
     spec_of,
     stragglers,
     training_record,
@@ -136,9 +136,9 @@ def open_session(run: Run, grid: Grid) -> None:
         refused=refused,
     )
     run.flower_run = grid.run.run_id
-    remember_examples(run)
     sites = [dict(card.facts) for card in run.cards.values()]
-    check_same_sites(run.directory.read_json("sites.json"), sites)
+    before = run.directory.read_json("sites.json") or []
+    check_same_sites(before, sites)
     judges = run.evaluation_cohort
     there = [run.cards[p].facts for p in judges if p in run.cards]
     if there and not any(int(facts["held-out-examples"]) for facts in there):
@@ -147,7 +147,8 @@ def open_session(run: Run, grid: Grid) -> None:
             "example out: their data are too few. Raise data.held-out-fraction, give more data, or "
             "set strategy.fraction-evaluate = 0."
         )
-    run.directory.write_json("sites.json", sites)
+    run.introduced = {site["partition-id"]: site for site in before}
+    remember_sites(run)
     run.refused = {f"node {node}": why for node, why in refused.items()}
     run.listener("roll-call", {"sites": sites})
 
@@ -164,8 +165,9 @@ def play_round(run: Run, grid: Grid) -> None:
         config.strategy.round_timeout_seconds,
         state.run,
         messages.INTRODUCTION,
+        introduced=run.introduced,
     )
-    remember_examples(run)
+    remember_sites(run)
     number = state.round + 1
     total = config.federation.num_server_rounds
     learning_rate = schedules.round_learning_rate(
@@ -315,6 +317,6 @@ def fail(run: Run, status: str, reason: str) -> str:
 
 def summary_of(run: Run, status: str) -> dict[str, Any]:
     """Return the summary of a run as it stands."""
-    sites = [card.facts for card in run.cards.values()] or run.directory.read_json("sites.json")
+    sites = list(run.introduced.values()) or run.directory.read_json("sites.json")
     metrics = run.directory.read_metrics()
     return summarize(run.config, run.state, run.plan, sites or [], metrics, status)

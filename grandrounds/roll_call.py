@@ -92,23 +92,25 @@ def roll_call(
     Raises
     ------
     GrandRoundsError
-        The first site's own error, if one too many cannot take part; `EngineError` if two sites
-        differ in what must be the same, or one does not answer.
+        The first error, a site's own or of its introduction, if one too many cannot take part;
+        `EngineError` if two sites differ in what must be the same, or one does not answer.
     """
     cards: dict[int, SiteCard] = {}
     refused = {} if refused is None else refused
     for node, reply in exchange(grid, questions(nodes, run), timeout_seconds):
         try:
             messages.raise_failure(reply)
+            facts = introduction_of(node, reply, required, num_sites or len(nodes))
+            partition = facts["partition-id"]
+            if partition in cards:
+                raise EngineError(
+                    f"Two nodes say that they are site {partition}; each needs its own."
+                )
         except GrandRoundsError as error:
             refused[node] = str(error)
             if least is None or len(nodes) - len(refused) < least:
                 raise
             continue
-        facts = introduction_of(node, reply, required, num_sites or len(nodes))
-        partition = facts["partition-id"]
-        if partition in cards:
-            raise EngineError(f"Two nodes say that they are site {partition}; each needs its own.")
         cards[partition] = SiteCard(node, facts)
     silent = set(nodes) - refused.keys() - {card.node_id for card in cards.values()}
     if silent and least is not None and len(cards) >= least:
@@ -151,6 +153,8 @@ def refresh(
     timeout_seconds: float,
     run: str,
     required: Collection[str] = messages.IDENTITY,
+    *,
+    introduced: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> dict[int, str]:
     """Let sites that came, or whose last reply failed, say who they are; renew their cards.
 
@@ -160,6 +164,9 @@ def refresh(
         Partition id → what a site said last. A site that is not what it was loses its card.
     suspected
         Partition ids whose last reply failed.
+    introduced
+        Partition id → what a site said when it was there first, of all that ever were; None: of
+        those that have a card.
 
     Returns
     -------
@@ -167,6 +174,7 @@ def refresh(
         Partition id, or -1 where it is not known, → why a site cannot take part.
     """
     known = {card.node_id: partition for partition, card in cards.items()}
+    before = {p: c.facts for p, c in cards.items()} if introduced is None else introduced
     connected = set(grid.get_node_ids())
     asked = sorted(node for node in connected if node not in known or known[node] in suspected)
     refused: dict[int, str] = {}
@@ -181,7 +189,14 @@ def refresh(
         try:
             facts = introduction_of(node, reply, required, num_sites)
             partition = int(facts["partition-id"])
-            check_still_same(partition, facts, cards)
+            holder = cards[partition].node_id if partition in cards else node
+            if holder != node and holder in connected:
+                refused[-1] = (
+                    f"node {node} says that it is site {partition}, and so does node {holder}, "
+                    "which is connected; each needs its own"
+                )
+                continue
+            check_still_same(partition, facts, before.get(partition, facts), cards)
         except GrandRoundsError as error:
             refused[partition] = str(error)
             cards.pop(partition, None)
@@ -191,10 +206,12 @@ def refresh(
 
 
 def check_still_same(
-    partition: int, facts: Mapping[str, Any], cards: Mapping[int, SiteCard]
+    partition: int,
+    facts: Mapping[str, Any],
+    before: Mapping[str, Any],
+    cards: Mapping[int, SiteCard],
 ) -> None:
     """Raise `EngineError` if a site that comes back is not what it was, or not like the others."""
-    before = cards[partition].facts if partition in cards else facts
     for fact in SAME_IN_A_RUN:
         if facts.get(fact) != before.get(fact):
             raise EngineError(

@@ -237,8 +237,33 @@ def test_a_site_that_comes_later_is_introduced_before_the_next_round() -> None:
 def test_a_site_that_comes_back_as_another_node_gets_a_new_card() -> None:
     sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
     grid, cards = introduced(sites, 3)
+    grid._contexts.pop(2)
     assert roll_call.refresh(grid, cards, 2, (), 10, "ab") == {}
     assert {p: card.node_id for p, card in cards.items()} == {0: 1, 1: 3}
+
+
+def test_a_node_cannot_take_the_place_of_a_site_that_is_connected() -> None:
+    sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
+    grid, cards = introduced(sites, 3)
+    refused = roll_call.refresh(grid, cards, 2, (), 10, "ab")
+    assert "node 3 says that it is site 1, and so does node 2, which is connected" in refused[-1]
+    assert {p: card.node_id for p, card in cards.items()} == {0: 1, 1: 2}
+
+
+def test_a_site_that_comes_back_changed_is_refused_in_every_round() -> None:
+    said: dict[str, Any] = {}
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, **said)})
+    grid = grid_of(sites, 2)
+    cards = roll_call.roll_call(grid, [1, 2], 10)
+    was = {p: card.facts for p, card in cards.items()}
+    said["train-examples"] = 999
+    for suspected in ({1}, set()):
+        refused = roll_call.refresh(grid, cards, 2, suspected, 10, "ab", introduced=was)
+        assert "it came back with another train-examples" in refused[1]
+        assert list(cards) == [0]
+    said.clear()
+    assert roll_call.refresh(grid, cards, 2, (), 10, "ab", introduced=was) == {}
+    assert sorted(cards) == [0, 1]
 
 
 @pytest.mark.parametrize("fact", ["base", "version", "prompt", "train-examples"])

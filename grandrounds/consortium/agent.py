@@ -13,6 +13,8 @@ import errno
 import grp
 import ipaddress
 import os
+import re
+import select
 import socket
 import ssl
 import threading
@@ -35,8 +37,11 @@ MIB = 2**20
 READ_SECONDS = 30.0
 """How long the other end may keep silent within a request."""
 
-MOST_CONNECTIONS = 16
-"""Connections at a time; more wait in the kernel's queue."""
+SEND_SECONDS = 300.0
+"""How long the other end may take for the answer."""
+
+MOST_CONNECTIONS = 4
+"""Connections at a time; more wait in the kernel's queue. Each may hold a whole message."""
 
 Told = Callable[[str], None]
 
@@ -68,17 +73,20 @@ class Agent:
             listener.settimeout(0.2)
             self._told(f"site {self._site.name!r} serves at {place_of(self._site)}")
             while not self._stopping.is_set():
+                if not self._places.acquire(timeout=0.2):
+                    continue
                 try:
                     connection, _ = listener.accept()
                 except TimeoutError:
+                    self._places.release()
                     continue
-                self._places.acquire()
                 thread = threading.Thread(
                     target=self._handle, args=(connection, secured), daemon=True
                 )
                 thread.start()
-        with self._one_visit:
-            self._told("stopped")
+        for _ in range(MOST_CONNECTIONS):  # whoever is being answered
+            self._places.acquire()
+        self._told("stopped")
 
     def stop(self) -> None:
         """Let `serve` end."""
@@ -93,8 +101,10 @@ class Agent:
                 connection = secured.wrap_socket(plain, server_side=True)
             message, context = wire.read_request(connection, self._site.agent.max_message_mib * MIB)
             with self._one_visit:
+                if self._stopping.is_set() or is_closed(connection):
+                    return
                 reply = self._answer(message, context)
-            connection.settimeout(None)
+            connection.settimeout(SEND_SECONDS)
             connection.sendall(wire.pack_answer(reply))
         except ReplyError as error:
             self._refuse(str(error))
@@ -112,7 +122,7 @@ class Agent:
             self._refuse(reason)
             return Message(messages.failure(ReplyError(reason)), reply_to=message)
         context.node_config = {custody.SITE: str(self._site.path)}
-        number = message.metadata.group_id[:20]
+        number = re.sub(r"[^\w.-]", "", message.metadata.group_id)[:20]
         try:
             reply = self._visits[kind](message, context)
         except Exception as error:  # a crash is the site's to see; the server learns its kind only
@@ -125,6 +135,13 @@ class Agent:
     def _refuse(self, reason: str) -> None:
         self._told(f"refused: {reason}")
         audit.write(self._folder, {"asked": "", "outcome": "refused", "reason": reason})
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether nobody waits for the answer any more; over TLS that cannot be seen."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
 def outcome_of(reply: Message) -> str:

@@ -25,6 +25,9 @@ AGENT = "agent"
 
 WAIT_SECONDS = 60.0
 RETRY_SECONDS = 0.5
+MOST_TIMES = 3
+"""How often a request is sent whole: it may be what ends the agent."""
+
 CONNECT_SECONDS = 10.0
 MOST_BYTES = 2**31 - 1
 
@@ -32,9 +35,9 @@ MOST_BYTES = 2**31 - 1
 def forward(message: Message, context: Context) -> Message:
     """Let the site's agent answer a message.
 
-    An agent that is not there, or ends before it has answered, is waited for and asked again: the
-    server says from which example a visit starts, so that the second answer is what the first
-    would have been.
+    An agent that is not there, or ends before it has answered, is waited for and asked again, a few
+    times: the server says from which example a visit starts, so that the second answer is what the
+    first would have been.
 
     Raises
     ------
@@ -45,22 +48,27 @@ def forward(message: Message, context: Context) -> Message:
     address = str(node[AGENT])
     request = wire.pack_request(message, context)
     patience = float(node.get("agent-wait-seconds", WAIT_SECONDS))
-    deadline = time.monotonic() + patience
+    lost_since = time.monotonic()
+    times = 0
     while True:
         try:
             with connected(address, node) as connection:
                 connection.sendall(request)
+                times += 1
+                lost_since = float("inf")
                 answer = wire.read_answer(connection, MOST_BYTES)
             break
         except (OSError, wire.ClosedError) as error:
             _raise_if_final(error, address)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            lost_since = min(lost_since, now)
+            if times == MOST_TIMES or now - lost_since > patience:
+                seen = f"ended {times} times over this message" if times else "is not there"
                 raise EngineError(
-                    f"The site's agent at {address} did not answer within {patience:g} s "
-                    f"({error or 'it ended in mid-answer'}). Is grandrounds site serve running?"
+                    f"The site's agent at {address} {seen} ({error or 'it ended in mid-answer'}), "
+                    f"and is waited for {patience:g} s. Is grandrounds site serve running?"
                 ) from error
             time.sleep(RETRY_SECONDS)
-            deadline = max(deadline, time.monotonic())  # one try more after the wait
     if answer.has_error():
         return Message(answer.error, reply_to=message)
     return Message(answer.content, reply_to=message)
@@ -107,6 +115,7 @@ def connected(address: str, node: Mapping[str, Any]) -> socket.socket:
             f'agent = "{address}" is no address: write "unix:/path/agent.sock" or '
             '"tls:127.0.0.1:9443" in the SuperNode\'s --node-config.'
         )
+    host = host.strip("[]")
     context = client_context(node)
     plain = socket.create_connection((host, int(port)), CONNECT_SECONDS)
     try:

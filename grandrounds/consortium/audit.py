@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "audit.jsonl"
+MOST_CHARACTERS = 2000
+"""Of a text, which may be what a message brought."""
 
 
 def write(folder: Path, entry: Mapping[str, Any]) -> None:
@@ -17,7 +19,8 @@ def write(folder: Path, entry: Mapping[str, Any]) -> None:
 
     The file belongs to the agent alone (mode 0600).
     """
-    stamped = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **entry}
+    short = {k: v[:MOST_CHARACTERS] if isinstance(v, str) else v for k, v in entry.items()}
+    stamped = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **short}
     line = (json.dumps(stamped, ensure_ascii=False) + "\n").encode()
     handle = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:

@@ -195,7 +195,7 @@ def run_key(message: Message) -> str:
     record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
     key = record.get(messages.RUN)
     if not isinstance(key, str) or not RUN_KEY.fullmatch(key):
-        raise ReplyError(f"run is {key!r}, not a key of up to 32 hex digits")
+        raise ReplyError(f"run is {str(key)[:40]!r}, not a key of up to 32 hex digits")
     return key
 
 
@@ -213,10 +213,11 @@ def _question(message: Message, context: Context) -> dict[str, Any]:
     record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
     number = record.get("round")
     return {
-        "run": str(record.get(messages.RUN, "")),
+        "run": str(record.get(messages.RUN, ""))[:40],
         "flower-run": str(context.run_id),
         "round": number if isinstance(number, int) else 0,
         "asked": message.metadata.message_type,
+        **{name: record[name] for name in ("cursor", "learning-rate") if name in record},
         "bytes-in": sum(size for _, size in messages.tensor_sizes(message)),
     }
 

@@ -300,8 +300,13 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
 
 def write_units(site: SiteFile) -> None:
     """Write the systemd units of agent and SuperNode, as site.toml has them now."""
+    agent = site.agent
+    written = [site.path.parent, site.place(agent.state)]
+    written += [site.place(agent.socket).parent] if agent.socket else []
     needs_network = bool(site.agent.address or site.data.database)
     values = {
+        "group": f"SupplementaryGroups={site.agent.socket_group}\n" * bool(site.agent.socket_group),
+        "writes": " ".join(dict.fromkeys(str(p) for p in written)),
         "network": "" if needs_network else "PrivateNetwork=yes\n",
         "name": site.name,
         "folder": str(site.path.parent),
