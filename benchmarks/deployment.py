@@ -4,7 +4,7 @@
 
 A SuperLink with TLS and node keys, a SuperNode for each site, and the same short run twice: each
 site with its agent, then each visit in the process that Flower starts for it. What a round takes
-beyond its slowest visit is told apart by what the processes print, each line timed as it comes:
+beyond the visit is told apart by what the processes print, each line timed as it comes:
 
     polling    from the end of the round before to the SuperNode's question for messages, and from
                the reply that is sent last to the end of the round
@@ -204,7 +204,7 @@ def table(r: dict[str, Any]) -> str:
     ]
     labels = {
         "round": "a round",
-        "visit": "  its slowest visit",
+        "visit": "  the visit of its last reply",
         "polling": "  polling",
         "transfer": "  transfer",
         "start": "  process start and hand-over",

@@ -79,6 +79,9 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
             raise EngineError(
                 f"The SuperLink at {address} is lost ({error}). {_how_to_resume(flat, connection)}"
             ) from error
+        if watcher and status == "completed" and not directory.exists():  # through a tunnel
+            sys.stdout.write(f"completed; {directory} is on the SuperLink's machine\n")
+            watcher = None
         summary = watcher.summary() if watcher else {}
         if status != "completed" or (watcher and summary.get("status") != "completed"):
             why = summary.get("reason") or reason.partition("exception: ")[2] or reason

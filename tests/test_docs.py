@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ PAGES = [
     "report.md",
     "compare.md",
     "export.md",
+    "deployment.md",
 ]
 
 
@@ -130,11 +132,12 @@ def test_commands_of_the_page_parse(page: str) -> None:
     assert commands
     for words in commands:
         parse(typer.main.get_command(app), words)
-        assignments = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-        recipes.resolve(recipes.parse_overrides(assignments))
-        for i, word in enumerate(words):
-            if word == "--config" and words[i + 1].startswith("configs/"):
-                assert (ROOT / words[i + 1]).is_file()
+        given = list(pairwise(words))
+        assignments = [value for option, value in given if option == "--set"]
+        files = [ROOT / value for _, value in given if value.startswith("configs/")]
+        assert all(file.is_file() for file in files)
+        recipe = recipes.load_recipe(files[0]) if files else {}
+        recipes.resolve(recipe, recipes.parse_overrides(assignments))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flower's own command line

@@ -66,8 +66,9 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
             base = base_sha256(site, config.model.name, state)
             policy.check_base(site, config.model.name, base)
             entry |= _admit(site, config, own, run).as_dict()
-            if message.metadata.message_type == "train":
+            if message.metadata.message_type != "query":
                 policy.check_visits(site, state.visits_today())
+                state.count_visit(run, entry["round"])  # also one that fails
             inner = Context(
                 run_id=context.run_id,
                 node_id=context.node_id,
@@ -79,8 +80,6 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
             reply = visit(message, inner)
             entry["seconds"] = round(time.perf_counter() - started, 3)
             state.save(run, inner.state)
-            if message.metadata.message_type == "train":
-                state.count_visit(run, entry["round"])
             if message.metadata.message_type == "query":
                 told = reply.content.config_records[messages.CONFIG]
                 told["name"], told[BASE] = site.name, base

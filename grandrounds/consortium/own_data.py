@@ -24,7 +24,7 @@ def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, ru
     Parameters
     ----------
     run : str
-        The run's key: a database is asked once for a run, so that its examples stay the same.
+        The run's key: a process asks a database once for a run, so that its examples stay the same.
 
     Raises
     ------

@@ -30,6 +30,8 @@ class Asked:
     """Optimizer steps of one visit."""
     examples: int
     """Examples of one visit, repeats counted."""
+    batch: int
+    """Examples that go through the model at a time."""
 
     def as_dict(self) -> dict[str, object]:
         """Return it for the audit log."""
@@ -45,7 +47,8 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int) -> Asked
     )
     steps = math.ceil(examples / config.examples_per_step)
     name, template = config.model.name, config.data.prompt_template
-    return Asked(name, template, tuple(targets), rank, steps, examples)
+    batch = arguments.per_device_train_batch_size
+    return Asked(name, template, tuple(targets), rank, steps, examples, batch)
 
 
 def check_base(site: SiteFile, name: str, sha256: str) -> None:
@@ -94,6 +97,15 @@ def check_run(site: SiteFile, asked: Asked, num_examples: int) -> None:
                 f"max-steps-per-visit = {policy.max_steps_per_visit}, it asks for {asked.steps}",
             ),
             (
+                asked.examples < policy.min_examples_per_visit,
+                f"min-examples-per-visit = {policy.min_examples_per_visit}, it asks for "
+                f"{asked.examples}",
+            ),
+            (
+                asked.batch > policy.max_batch,
+                f"max-batch = {policy.max_batch}, it asks for {asked.batch}",
+            ),
+            (
                 asked.examples > policy.max_examples_per_visit,
                 f"max-examples-per-visit = {policy.max_examples_per_visit}, it asks for "
                 f"{asked.examples}",
@@ -110,7 +122,7 @@ def check_run(site: SiteFile, asked: Asked, num_examples: int) -> None:
 
 
 def check_visits(site: SiteFile, visits_today: int) -> None:
-    """Raise `PolicyError` if the site has trained as often as it lets itself in 24 hours."""
+    """Raise `PolicyError` if the site has been visited as often as it lets itself in 24 hours."""
     most = site.policy.max_visits_per_day
     if visits_today >= most:
         raise PolicyError(

@@ -310,7 +310,7 @@ def write_units(site: SiteFile) -> None:
         "network": "" if needs_network else "PrivateNetwork=yes\n",
         "name": site.name,
         "folder": str(site.path.parent),
-        "user": getpass.getuser(),
+        "user": site.path.parent.owner(),
         "node_user": "flower",
         "bin": str(Path(sys.executable).parent),
         "command": shlex.join(supernode_command(site)),

@@ -56,7 +56,9 @@ class Policy:
     target_modules: str
     max_rank: Annotated[int, Range(1)]
     max_steps_per_visit: Annotated[int, Range(1)]
+    min_examples_per_visit: Annotated[int, Range(1)]
     max_examples_per_visit: Annotated[int, Range(1)]
+    max_batch: Annotated[int, Range(1)]
     max_visits_per_day: Annotated[int, Range(1)]
     min_examples: Annotated[int, Range(1)]
     report_held_out_loss: bool

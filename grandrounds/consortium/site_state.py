@@ -84,7 +84,7 @@ class SiteState:
             )
 
     def count_visit(self, run: str, round_number: int) -> None:
-        """Remember that the site trained."""
+        """Remember that the site was asked to train or to evaluate."""
         with self._connection:
             self._connection.execute(
                 "insert into visits values (?, ?, ?)", (time.time(), run, round_number)
@@ -94,7 +94,7 @@ class SiteState:
             )
 
     def visits_today(self) -> int:
-        """Return how often the site trained in the last 24 hours."""
+        """Return how often the site was visited in the last 24 hours."""
         since = time.time() - DAY_SECONDS
         query = "select count(*) from visits where time > ?"
         return int(self._connection.execute(query, (since,)).fetchone()[0])

@@ -124,6 +124,7 @@ class Consortium:
             "data__held_out_fraction": settings["data.held-out-fraction"],
             "policy__min_examples": 1,
             "policy__max_rank": 64,
+            "policy__min_examples_per_visit": 1,
             **changes,
         }
         for name, value in values.items():

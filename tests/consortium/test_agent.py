@@ -357,6 +357,7 @@ def tls_site(settings: Settings, tmp_path: Path) -> SiteFile:
     for section, key, value in (
         ("data", "source", "cards.jsonl"),
         ("policy", "min-examples", 1),
+        ("policy", "min-examples-per-visit", 1),
         ("node", "num-partitions", 4),
     ):
         text = set_up.with_value(text, section, key, value)

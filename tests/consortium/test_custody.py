@@ -126,6 +126,19 @@ FORBIDDEN: dict[str, tuple[Settings, dict[str, Any], str]] = {
         "max-steps-per-visit = 8, it asks for",
     ),
     "examples": ({}, {"policy__min_examples": 1000}, "min-examples = 1000, there are"),
+    "one example": (
+        {
+            "train.training-arguments.max-steps": 1,
+            "train.training-arguments.per-device-train-batch-size": 1,
+        },
+        {"policy__min_examples_per_visit": 32},
+        "min-examples-per-visit = 32, it asks for 1",
+    ),
+    "batch": (
+        {"train.training-arguments.per-device-train-batch-size": 2**40},
+        {"policy__max_batch": 64, "policy__max_examples_per_visit": 2**50},
+        f"max-batch = 64, it asks for {2**40}",
+    ),
     "flora's stack": (
         {"strategy.name": "flora", "strategy.proximal-mu": 0.0},
         {"policy__max_rank": 16},
