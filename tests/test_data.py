@@ -12,8 +12,9 @@ import datasets
 import pytest
 from flwr_datasets import FederatedDataset, federated_dataset, partitioner
 
-from grandrounds.data import PARTITIONERS, Example, SiteData, partition_rows, site_data
+from grandrounds.data import Example, SiteData, site_data
 from grandrounds.errors import DataError
+from grandrounds.partitioning import PARTITIONERS, partition_rows
 from grandrounds.sources import load_rows
 
 WIKIDOC = Path(__file__).parents[2] / "shared/data/train/wikidoc_patient_information.jsonl.gz"

@@ -97,6 +97,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "comparison_exams",
         "files",
         "sources",
+        "partitioning",
         "data",
         "tokenization",
         "model",

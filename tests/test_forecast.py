@@ -106,7 +106,7 @@ def test_coverage_is_that_of_the_cursors_of_a_run() -> None:
 def test_sites_have_the_sizes_that_the_partitioner_gives(partitioner: str) -> None:
     from datasets import Dataset
 
-    from grandrounds.data import partition_rows
+    from grandrounds.partitioning import partition_rows
 
     rows = Dataset.from_dict({"x": list(range(107))})
     sizes = [

@@ -9,7 +9,7 @@ from typing import Any
 from grandrounds import recipes
 from grandrounds.consortium.set_up import with_value
 from grandrounds.consortium.site_file import TEMPLATE, SiteFile, read_site_file
-from grandrounds.data import partition_rows
+from grandrounds.partitioning import partition_rows
 from grandrounds.sources import load_rows
 
 Settings = dict[str, Any]
