@@ -300,13 +300,14 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
 
 def write_units(site: SiteFile) -> None:
     """Write the systemd units of agent and SuperNode, as site.toml has them now."""
-    agent = site.agent
-    written = [site.path.parent, site.place(agent.state)]
+    agent, folder = site.agent, site.path.parent
+    written = [site.place(agent.state)]
     written += [site.place(agent.socket).parent] if agent.socket else []
+    outside = [str(place) for place in written if not place.is_relative_to(folder)]
     needs_network = bool(site.agent.address or site.data.database)
     values = {
         "group": f"SupplementaryGroups={site.agent.socket_group}\n" * bool(site.agent.socket_group),
-        "writes": " ".join(dict.fromkeys(str(p) for p in written)),
+        "writes": " ".join([str(folder), *outside]),
         "network": "" if needs_network else "PrivateNetwork=yes\n",
         "name": site.name,
         "folder": str(site.path.parent),

@@ -135,16 +135,17 @@ def mounts_are_permitted() -> bool:
 @pytest.fixture
 def public() -> Iterator[Path]:
     """A folder that every user may pass through; pytest's own are their owner's alone."""
-    with tempfile.TemporaryDirectory(prefix="grandrounds-test-") as folder:
+    with tempfile.TemporaryDirectory(prefix="grandrounds-test-", dir="/var/tmp") as folder:
         Path(folder).chmod(0o711)
         yield Path(folder)
 
 
-def as_nobody(place: Path) -> list[str]:
-    """Return the words before a command that run it as the user nobody.
+def as_its_unit_does(place: Path, unit: Path) -> list[str]:
+    """Return the words before a command that run it as a SuperNode's unit does, by the user nobody.
 
-    This interpreter, its packages and this checkout may lie where nobody can look: they are bound
-    into a folder of the command's own, with Flower's programs beside them.
+    With the unit's environment and, as its sandbox has it, a /tmp of its own and nothing else that
+    can be written. This interpreter, its packages and this checkout may lie where nobody can look:
+    they are bound into a folder of the command's own, with Flower's programs beside them.
     """
     python, packages, checkout = (place / name for name in ("python", "packages", "checkout"))
     bound = {
@@ -152,9 +153,8 @@ def as_nobody(place: Path) -> list[str]:
         packages: Path(sysconfig.get_path("purelib")),
         checkout: Path(grandrounds.__file__).parents[1],
     }
-    for folder in (place, *bound, place / "bin", place / "home"):
+    for folder in (place, *bound, place / "bin"):
         folder.mkdir(mode=0o755, parents=True)
-    os.chown(place / "home", NOBODY, NOBODY)
     executable = python / "bin" / Path(os.path.realpath(sys.executable)).name
     for entry in importlib.metadata.distribution("flwr").entry_points.select(
         group="console_scripts"
@@ -165,17 +165,18 @@ def as_nobody(place: Path) -> list[str]:
             f"sys.exit({entry.attr}())\n"
         )
         script.chmod(0o755)
-    values = {
-        "PATH": f"{place / 'bin'}:/usr/bin:/bin",
-        "PYTHONPATH": f"{checkout}:{packages}",
-        "LD_LIBRARY_PATH": str(python / "lib"),
-        "FLWR_HOME": str(place / "home"),
-        "HOME": str(place / "home"),
-    }
-    mounts = "".join(f"mount --bind {shlex.quote(str(a))} {b} && " for b, a in bound.items())
+    lines = unit.read_text().splitlines()
+    given = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
+    values = [
+        *(word for words in given for word in shlex.split(words)),
+        f"PATH={place / 'bin'}:/usr/bin:/bin",
+        f"PYTHONPATH={checkout}:{packages}",
+        f"LD_LIBRARY_PATH={python / 'lib'}",
+    ]
+    mounts = [f"mount --bind {shlex.quote(str(a))} {b}" for b, a in bound.items()]
+    mounts += ["mount -t tmpfs -o mode=1777 tmpfs /tmp", "mount -o remount,bind,ro /"]
     become = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups --no-new-privs"
-    words = " ".join(f"{key}={value}" for key, value in values.items())
-    shell = f'{mounts}cd {place / "home"} && exec {become} env {words} "$@"'
+    shell = " && ".join([*mounts, "cd /tmp", f'exec {become} env -i {shlex.join(values)} "$@"'])
     return ["unshare", "-m", "sh", "-c", shell, "sh"]
 
 
@@ -202,7 +203,7 @@ def test_a_site_as_it_is_deployed(public: Path) -> None:
         assert {line.split()[0] for line in checked.stdout.splitlines()} == {"ok"}
 
         os.chown(folder / "node.key", NOBODY, NOBODY)
-        before = as_nobody(public / "nobody")
+        before = as_its_unit_does(public / "unit", folder / "supernode.service")
         for name, can_read in (("ca.crt", True), ("cards.jsonl", False), ("site.toml", False)):
             reading = subprocess.run([*before, "cat", str(folder / name)], capture_output=True)
             assert (reading.returncode == 0) == can_read, reading.stderr
