@@ -94,6 +94,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "consortium.keys",
         "consortium.own_data",
         "consortium.set_up",
+        "consortium.signed",
         "comparison_exams",
         "files",
         "sources",

@@ -21,7 +21,7 @@ from string import Template
 from typing import Any
 
 import grandrounds
-from grandrounds.consortium import keys
+from grandrounds.consortium import keys, signed
 from grandrounds.consortium.site_file import TEMPLATE, SiteFile, read_site_file
 from grandrounds.errors import ConfigError
 
@@ -122,7 +122,7 @@ def renew(folder: Path) -> float:
     ConfigError
         If the folder is not a consortium's, or lacks a key.
     """
-    described = _json(folder / "consortium.json")
+    described = signed.read_json(folder / "consortium.json")
     server_key = keys.read_private_key(folder / "server.key")
     authority_key = keys.read_private_key(folder / "ca.key")
     authority = keys.read_certificate(folder / "ca.crt")
@@ -174,7 +174,7 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
         If the request is damaged or not signed by the key in it, the numbers cannot be, or another
         site has the number or the name.
     """
-    described = _signed(request, "request", None)
+    described = signed.read_signed(request, "request", None)
     key = keys.read_public_text(str(described.get("public-key", "")))
     name = check_name(str(described.get("name", "")))
     if not 0 <= partition_id < num_partitions:
@@ -182,9 +182,9 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
             f"--partition-id {partition_id} must be from 0 to {num_partitions - 1}, below "
             f"--num-partitions {num_partitions}."
         )
-    consortium = _json(folder / "consortium.json")
+    consortium = signed.read_json(folder / "consortium.json")
     for file in sorted((folder / "admissions").glob("*.json")):
-        other = _json(file)["content"]
+        other = signed.read_json(file)["content"]
         if other["partition-id"] == partition_id or other["name"] == name:
             raise ConfigError(
                 f"Site {other['name']!r} is admitted already, with partition-id "
@@ -204,7 +204,7 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
     public = f"{keys.public_text(key, name)}\n".encode()
     (folder / "admissions" / f"{name}.pub").write_bytes(public)
     target = folder / "admissions" / f"{name}.json"
-    _write_signed(target, content, authority)
+    signed.write_signed(target, content, authority)
     return target
 
 
@@ -227,7 +227,7 @@ def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
     public = keys.public_text(key.public_key(), name)
     keys.write_new(folder / "node.pub", f"{public}\n".encode())
     content = {"name": name, "public-key": public, "version": grandrounds.__version__}
-    _write_signed(folder / "request.json", content, key)
+    signed.write_signed(folder / "request.json", content, key)
     text = TEMPLATE.read_text(encoding="utf-8")
     text = with_value(text, "", "name", name)
     if tls_port:
@@ -274,7 +274,7 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
         If the admission is not signed by the authority, or is for another node key.
     """
     trusted = keys.read_public_text(keys.read_bytes(authority).decode(errors="replace"))
-    content = _signed(admission, "admission", trusted)
+    content = signed.read_signed(admission, "admission", trusted)
     own = keys.fingerprint(keys.read_private_key(site.place(site.node.private_key)).public_key())
     if content.get("node") != own:
         raise ConfigError(
@@ -378,38 +378,3 @@ def with_value(text: str, section: str, key: str, value: str | int) -> str:
 
 def _filled(file: str, values: Mapping[str, str]) -> bytes:
     return Template((TEMPLATES / file).read_text(encoding="utf-8")).substitute(values).encode()
-
-
-def _write_signed(path: Path, content: Mapping[str, Any], key: keys.PrivateKey) -> None:
-    signature = keys.sign(key, _canonical(content))
-    text = json.dumps({"content": content, "signature": signature}, indent=2)
-    keys.write_new(path, f"{text}\n".encode())
-
-
-def _signed(path: Path, what: str, key: keys.PublicKey | None) -> dict[str, Any]:
-    """Return the content of a signed file; without a key, signed by the one that it names."""
-    whole = _json(path)
-    content, signature = whole.get("content"), whole.get("signature")
-    if not isinstance(content, dict) or not isinstance(signature, str):
-        raise ConfigError(f"{path} is no {what} of grandrounds.")
-    signer = key or keys.read_public_text(str(content.get("public-key", "")))
-    if not keys.is_signed(signer, _canonical(content), signature):
-        raise ConfigError(
-            f"{path} is not signed by {keys.fingerprint(signer)}: it was changed on its way, or is "
-            "not from whom it should be. Ask for it again."
-        )
-    return content
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(keys.read_bytes(path))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no JSON object.")
-    return found
