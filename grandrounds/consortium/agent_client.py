@@ -63,10 +63,13 @@ def forward(message: Message, context: Context) -> Message:
             now = time.monotonic()
             lost_since = min(lost_since, now)
             if times == MOST_TIMES or now - lost_since > patience:
+                # A refusal within TLS may come as a mere end.
+                trust = "Do both trust each other (agent-ca, agent-certificate, agent-key)? "
                 seen = f"ended {times} times over this message" if times else "is not there"
                 raise EngineError(
                     f"The site's agent at {address} {seen} ({error or 'it ended in mid-answer'}), "
-                    f"and is waited for {patience:g} s. Is grandrounds site serve running?"
+                    f"and is waited for {patience:g} s. {trust * address.startswith('tls:')}"
+                    "Is grandrounds site serve running?"
                 ) from error
             time.sleep(RETRY_SECONDS)
     if answer.has_error():

@@ -40,7 +40,7 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
     """TLS, node keys, one agent a site, six rounds: the same adapter as in process, bit for bit, so
     the private facts are learned as well; the base is loaded once at each site; plain PEFT loads
     the adapter."""
-    settings = {**FORMULARY, "num-server-rounds": 6, "strategy.fraction-evaluate": 0.34}
+    settings = {**FORMULARY, "num-server-rounds": 6}
     in_process(settings, tmp_path / "plain")
     with Consortium(tmp_path / "c", settings) as consortium:
         consortium.start_all()
@@ -104,7 +104,7 @@ def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Pa
     with Consortium(tmp_path / "c", settings) as consortium:
         consortium.start_all(agents=False)
         run = tmp_path / "c" / "run"
-        process = consortium.begin_run(run, 2)
+        process = consortium.begin_run(run, 1)
         assert consortium.finished(process) == 0, consortium.log("run")
         assert "the base model was loaded again for this message" in consortium.log("node0")
         [site] = consortium.sites
@@ -117,9 +117,9 @@ def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Pa
         assert "--resume" not in said
         assert not forbidden.exists()
     summary = summary_of(run)
-    assert summary["base_loads"] == summary["processes"] == 3  # two visits, one exam
+    assert summary["base_loads"] == summary["processes"] == 2  # one visit, one exam
     outcomes = [e["outcome"] for e in audit.read(site.place("state"))]
-    assert outcomes == ["answered"] * 4 + ["refused"]
+    assert outcomes == ["answered"] * 3 + ["refused"]
 
 
 NOBODY = 65534
@@ -214,11 +214,13 @@ def test_a_site_as_it_is_deployed(public: Path) -> None:
         _, *words = consortium.supernode_command(0)
         consortium.start("node0", [*before, "flower-supernode", *words])
         run = public / "c" / "run"
-        process = consortium.begin_run(run, 2)
+        process = consortium.begin_run(run, 1, **{"strategy.fraction-evaluate": 1.0})
         assert consortium.finished(process) == 0, consortium.log("run") + consortium.log("node0")
         owner = consortium.running["node0"].pid
         assert Path(f"/proc/{owner}").stat().st_uid == NOBODY
     assert summary_of(run)["base_loads"] == 1
+    before, after = (line["held-out-loss"] for line in metrics_of(run))
+    assert after < before
 
 
 def nothing_but_sites_come_through(consortium: Consortium) -> None:
