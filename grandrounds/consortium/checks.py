@@ -75,6 +75,13 @@ def check(site: SiteFile, config: Config) -> Iterator[Finding]:
 def _state(site: SiteFile) -> Iterator[Finding]:
     with closing(SiteState(site.place(site.agent.state))) as state:
         yield Finding("ok", "state", f"{state.folder}, {state.visits_today()} visits in 24 hours")
+    if is_hidden(site.path.parent.resolve()):
+        yield Finding(
+            "warning",
+            "state",
+            f"{site.path.parent} lies in a home, which the SuperNode's unit cannot see: move the "
+            "site's folder, to /srv for example, and join again",
+        )
     mode = site.path.stat().st_mode & 0o077
     if mode and ":" in site.data.database:
         yield Finding(
@@ -82,6 +89,11 @@ def _state(site: SiteFile) -> Iterator[Finding]:
             "state",
             f"{site.path} names a database and can be read by others: chmod 600 {site.path}",
         )
+
+
+def is_hidden(folder: Path) -> bool:
+    """Whether the SuperNode's unit cannot see a folder (ProtectHome)."""
+    return folder.parts[1:2] in (("home",), ("root",))
 
 
 def _data(site: SiteFile) -> Iterator[Finding]:

@@ -286,6 +286,12 @@ def test_a_database_in_a_file_that_others_read_is_warned_of(site: SiteFile) -> N
     assert "chmod 600" in found["state"].text
 
 
+def test_a_home_is_hidden_from_the_supernodes_unit() -> None:
+    assert checks.is_hidden(Path("/home/jo/site"))
+    assert checks.is_hidden(Path("/root/site"))
+    assert not checks.is_hidden(Path("/srv/home"))
+
+
 def test_a_setting_of_the_run_is_checked_like_any_other(site: SiteFile) -> None:
     words = ["site", "check", "--config", str(site.path), "--set", "train.seq-length=-1"]
     result = CliRunner().invoke(app, words)
