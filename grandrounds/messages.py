@@ -39,7 +39,8 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 RUN = "run"
 """Key of every message's config: the run, the same when it is resumed."""
 
-# A traceback's line that names the exception; what follows may have lines of its own.
+# How Flower writes an exception, and a traceback's line that names it, which more may follow.
+_OF_FLOWER = re.compile(r"^<class '(?:\w+\.)*(\w+)'>:<'")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Warning): ")
 
 UPDATE_NORM = "update-norm"
@@ -233,7 +234,8 @@ def raise_failure(reply: Message) -> None:
         `ReplyError` where Flower reports a crash or a lost site.
     """
     if reply.has_error():
-        lines = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
+        text = _OF_FLOWER.sub(r"\1: ", (reply.error.reason or "").strip())
+        lines = text.splitlines() or ["no reason given"]
         said = [line for line in lines if _EXCEPTION.match(line)] or lines
         reason = said[-1].rpartition("Message: ")[2].removesuffix("'>")
         raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {reason}")

@@ -193,6 +193,8 @@ def test_a_failure_without_a_type_becomes_a_reply_error() -> None:
     ("reason", "words"),
     [
         ("Traceback ...\n  line\nValueError: too odd\n", "code 2.*: ValueError: too odd$"),
+        ("<class 'ValueError'>:<'too odd'>", "code 2.*: ValueError: too odd$"),
+        ("<class 'a.b.OddError'>:<'first\nsecond'>", "code 2.*: OddError: first$"),
         ("", "no reason given"),
         ("\n\n", "code 2"),
     ],

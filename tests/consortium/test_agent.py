@@ -266,6 +266,19 @@ def test_a_crash_ends_neither_the_agent_nor_tells_the_server_more_than_its_kind(
     assert sum("the patient's name" in line for line in said) == 2
 
 
+def test_without_an_agent_the_server_learns_no_more_of_a_crash(
+    settings: Settings, site: SiteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(message: Message, context: Context) -> Message:
+        raise ValueError("the patient's name is in here")
+
+    monkeypatch.setattr(client_app, "app", crash)
+    reply = node_app.hand_on(question(), context_of(settings, {"site": str(site.path)}))
+    assert str(reply.error.reason) == "the site's visit crashed (ValueError); see its log"
+    with pytest.raises(ValueError, match="patient"):  # no site of its own: nothing to keep back
+        node_app.hand_on(question(), context_of(settings, {"partition-id": 0}))
+
+
 def test_a_kind_of_message_that_no_run_sends_is_refused(settings: Settings, site: SiteFile) -> None:
     message = Message(messages.content(config={"round": 0, "run": "ab"}), 1, "train.secretly")
     with serving(site):
