@@ -7,6 +7,7 @@ base, columns and held-out examples are the site's own, whatever the run's confi
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import time
@@ -16,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Error, Message
 
 from grandrounds import messages
 from grandrounds.config import Config
@@ -25,7 +26,8 @@ from grandrounds.consortium.base_content import content_sha256
 from grandrounds.consortium.own_data import own_site, own_split
 from grandrounds.consortium.site_file import SiteFile, read_site_file
 from grandrounds.consortium.site_state import SiteState
-from grandrounds.errors import DataError, GrandRoundsError, OwnDataError, ReplyError
+from grandrounds.engines import CLIENT_APP_RAISED
+from grandrounds.errors import DataError, GrandRoundsError, OwnDataError, PolicyError, ReplyError
 from grandrounds.formulary import BASE_NAME, base_path
 from grandrounds.machine import specs
 from grandrounds.model import BaseSpec, LoraSpec, adapter_layout
@@ -45,6 +47,8 @@ RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
 
 def answer(path: Path, message: Message, context: Context, visit: Visit) -> Message:
     """Let a visit answer a message under a site's policy; write down what was asked and what left.
+
+    Of a crash, whose text may quote the site's data, the server learns the kind only.
 
     Parameters
     ----------
@@ -84,14 +88,18 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
                 told = reply.content.config_records[messages.CONFIG]
                 told["name"], told[BASE] = site.name, base
         except GrandRoundsError as error:
-            outcome = "refused" if type(error).__name__ == "PolicyError" else "failed"
+            outcome = "refused" if isinstance(error, PolicyError) else "failed"
             cause = error.__cause__ if isinstance(error, OwnDataError) else error
             audit.write(state.folder, {**entry, "outcome": outcome, "reason": str(cause)})
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             audit.write(state.folder, {**entry, "outcome": "crashed", "reason": reason})
-            raise
+            logging.getLogger("grandrounds").exception("A visit crashed.")
+            told_of_it = (
+                f"the site's visit crashed ({type(error).__name__}); its audit log says why"
+            )
+            return Message(Error(CLIENT_APP_RAISED, told_of_it), reply_to=message)
         audit.write(state.folder, {**entry, "outcome": "answered", "left": _left(reply)})
         return reply
 

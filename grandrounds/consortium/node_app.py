@@ -6,9 +6,7 @@ training, unless there is no agent: then it is the ClientApp itself that answers
 
 from __future__ import annotations
 
-import logging
-
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from grandrounds.consortium.agent_client import AGENT, forward
@@ -26,16 +24,6 @@ def hand_on(message: Message, context: Context) -> Message:
     """Let the site's agent answer, or the ClientApp in this process where there is none."""
     if AGENT in context.node_config:
         return forward(message, context)
-    from grandrounds import client_app
-    from grandrounds.consortium.custody import SITE
+    from grandrounds.client_app import app as client_app
 
-    try:
-        return client_app.app(message, context)
-    except Exception as error:  # what Flower would send of it may quote the site's data
-        if SITE not in context.node_config:
-            raise
-        from grandrounds.engines import CLIENT_APP_RAISED
-
-        logging.getLogger("grandrounds").exception("The visit crashed.")
-        reason = f"the site's visit crashed ({type(error).__name__}); see its log"
-        return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
+    return client_app(message, context)

@@ -30,6 +30,7 @@ from grandrounds.consortium.site_file import SiteFile, read_site_file
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, ReplyError
 from tests.consortium.own_sites import Settings, make_site, sites_of
+from tests.consortium.real import wait_for
 
 
 @contextmanager
@@ -266,17 +267,44 @@ def test_a_crash_ends_neither_the_agent_nor_tells_the_server_more_than_its_kind(
     assert sum("the patient's name" in line for line in said) == 2
 
 
-def test_without_an_agent_the_server_learns_no_more_of_a_crash(
-    settings: Settings, site: SiteFile, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "its client is gone"])
+def test_the_visit_in_progress_is_answered_and_the_one_that_waits_is_not_begun(
+    settings: Settings, site: SiteFile, stopped: bool
 ) -> None:
-    def crash(message: Message, context: Context) -> Message:
-        raise ValueError("the patient's name is in here")
+    """The one that waits is left to the agent that comes next, or nobody asks for it any more."""
+    begun: list[str] = []
+    go_on = threading.Event()
 
-    monkeypatch.setattr(client_app, "app", crash)
-    reply = node_app.hand_on(question(), context_of(settings, {"site": str(site.path)}))
-    assert str(reply.error.reason) == "the site's visit crashed (ValueError); see its log"
-    with pytest.raises(ValueError, match="patient"):  # no site of its own: nothing to keep back
-        node_app.hand_on(question(), context_of(settings, {"partition-id": 0}))
+    def slow(message: Message, context: Context) -> Message:
+        begun.append(message.metadata.message_type)
+        go_on.wait(20)
+        return messages.reply(message, config={"partition-id": 0})
+
+    replies: list[Message] = []
+    agent = agents.Agent(site, lambda line: None, visits={"query": slow})
+    server = threading.Thread(target=agent.serve)
+    server.start()
+    path = site.place(site.agent.socket)
+    wait_for(path.exists, 10)
+    first = threading.Thread(target=lambda: replies.append(asked(site, settings)))
+    first.start()
+    wait_for(lambda: begun, 10)
+    second = socket.socket(socket.AF_UNIX)
+    second.connect(str(path))
+    second.sendall(wire.pack_request(question(), context_of(settings, {})))
+    time.sleep(0.5)  # it waits for its turn now
+    if stopped:
+        agent.stop()
+    else:
+        second.close()
+    go_on.set()
+    first.join(20)
+    time.sleep(0.2)
+    agent.stop()
+    server.join(20)
+    second.close()
+    messages.raise_failure(replies[0])
+    assert len(begun) == 1
 
 
 def test_a_kind_of_message_that_no_run_sends_is_refused(settings: Settings, site: SiteFile) -> None:

@@ -10,9 +10,10 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from grandrounds import deployment
+from grandrounds import deployment, recipes
 from grandrounds.cli import app
 from grandrounds.errors import ConfigError
+from grandrounds.reporting import PlainReporter
 from tests.consortium.own_sites import make_site, write_partition
 from tests.consortium.real import FORMULARY
 
@@ -175,6 +176,21 @@ def test_a_superlink_that_does_not_answer_is_told(flower_home: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
     assert "Flower refused `flwr run`: Connection to the SuperLink is unavailable." in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_run_that_completed_behind_a_tunnel_is_no_failure(
+    flower_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its run directory is on the SuperLink's machine, though the address is this one's."""
+    (flower_home / "config.toml").write_text('[superlink.trial]\naddress = "127.0.0.1:9"\n')
+    monkeypatch.setattr(deployment, "_start", lambda *_: 1)
+    monkeypatch.setattr(deployment, "follow", lambda *_: ("completed", ""))
+    config = recipes.resolve({"run-directory": str(tmp_path / "there")})
+    deployment.deploy(config, PlainReporter(config), "trial")
+    assert f"{tmp_path / 'there'} is on the SuperLink's machine" in capsys.readouterr().out
 
 
 def test_a_key_is_registered_with_a_known_connection_only(flower_home: Path) -> None:
