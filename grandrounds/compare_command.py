@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from grandrounds import comparison, recipes
 from grandrounds.allowed import words_of
+from grandrounds.config import PLACES
 from grandrounds.errors import ConfigError
 from grandrounds.options import Assignments, ConfigFile, Data, Model, Rounds
 from grandrounds.quiet import quiet_libraries
@@ -88,7 +89,7 @@ def compare(
     """
     asked = comparison.check_arms(list(words_of(arms)))
     settings = recipes.from_options(config, assignments, model=model, data=data, rounds=rounds)
-    for key in ("run-directory", "resume-from"):
+    for key in PLACES:
         if settings.pop(key, ""):
             raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
     resolved = recipes.with_absolute_paths(recipes.resolve(settings))

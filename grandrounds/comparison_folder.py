@@ -59,8 +59,7 @@ class ComparisonFolder:
         if not (self.path / _RECIPE).is_file():
             with self._told_plainly():
                 (self.path / "units").mkdir(parents=True)
-            places = {"run-directory": "", "resume-from": ""}
-            self._write(self.path / _RECIPE, recipes.to_toml({**config.flat(), **places}))
+            self._write(self.path / _RECIPE, recipes.to_toml(config.recipe()))
 
     def check_same(self, name: str, facts: Mapping[str, Any], what: str) -> None:
         """Write facts, or raise `RunDirectoryError` if one that was written before is another.

@@ -189,7 +189,6 @@ def content_of(
     found: Mapping[Unit, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return comparison.json as far as it goes."""
-    flat = {**config.flat(), "run-directory": "", "resume-from": ""}
     first = next(iter(sites.values()))
     return {
         "format": FORMAT,
@@ -200,7 +199,7 @@ def content_of(
         "command": command_of(folder, asked),
         "arms-asked": list(asked["arms"]),
         "seeds": list(asked["seeds"]),
-        "config": flat,
+        "config": config.recipe(),
         "environment": folder.read_json("environment.json"),
         "budget": budget(config, int(first[0]["train-examples"])),
         "sites": [

@@ -26,6 +26,9 @@ EXACT_CODECS = ("none", "float32")
 COARSE_CODECS = ("ternary", "sign", "topk")
 """Those that need what they lose to be sent later: only for changes, not for a whole adapter."""
 
+PLACES = ("run-directory", "resume-from", "site-nodes")
+"""Keys that say where a run is, and on whose machines: no part of a recipe."""
+
 
 @dataclass(frozen=True)
 class FederationConfig:
@@ -43,6 +46,10 @@ class FederationConfig:
     it."""
     resume_from: str
     """A run directory to continue from its last finished round; only the server reads it."""
+    site_nodes: str
+    """Flower's node of each site, as its key was registered: `0=1234,1=5678`. Number and node of a
+    pair are nobody else's; a site that is not listed is who it says. `grandrounds run --engine
+    deployment` fills it in from the admissions; only the server reads it."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +330,10 @@ class Config:
             for key, (section, field) in FIELD_OF_KEY.items()
         }
 
+    def recipe(self) -> dict[str, Scalar]:
+        """Return every key with its value, but those that say where a run is."""
+        return {**self.flat(), **dict.fromkeys(PLACES, "")}
+
     @property
     def cohort_size(self) -> int:
         """Sites that train in one round: fraction-train of the sites, rounded down."""
@@ -337,6 +348,12 @@ class Config:
     def site_ranks(self) -> tuple[int, ...]:
         """Ranks that the sites train, repeated over them; empty: the adapter's."""
         return tuple(int(rank) for rank in words_of(self.strategy.site_ranks))
+
+    @property
+    def site_nodes(self) -> dict[int, int]:
+        """Partition id → Flower's id of the node that the site was admitted as."""
+        pairs = (word.split("=") for word in words_of(self.federation.site_nodes))
+        return {int(partition): int(node) for partition, node in pairs}
 
     @property
     def examples_per_step(self) -> int:

@@ -83,6 +83,8 @@ def admit(
     if connection:
         from grandrounds.deployment import register
 
-        say(f"registered as node {register(public, file.stem, connection)}")
+        node = register(public, file.stem, connection)
+        set_up.note_node(file, node)
+        say(f"registered as node {node}; no other node can be site {partition_id}")
     else:
-        say(f"register it: flwr supernode register {public} CONNECTION --name {file.stem}")
+        say("its key is not registered yet: the same command with --connection NAME does that")

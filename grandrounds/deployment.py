@@ -19,6 +19,7 @@ from typing import Any
 
 from grandrounds.allowed import Scalar
 from grandrounds.config import Config
+from grandrounds.consortium import set_up
 from grandrounds.errors import ConfigError, EngineError, nearest
 from grandrounds.flower_cli import Link, ask, follow, quiet, tail
 from grandrounds.recipes import to_toml
@@ -51,6 +52,8 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
     address = address_of(connection)
     is_here = is_local(address)
     flat = with_run_directory(config)
+    if not flat["site-nodes"]:
+        flat = {**flat, "site-nodes": admitted_nodes(connection)}
     if not is_here and not (config.federation.run_directory or config.federation.resume_from):
         raise ConfigError(
             f"The SuperLink of {connection!r} is at {address}, and writes the run directory there: "
@@ -117,7 +120,7 @@ def _start(link: Link, flat: Mapping[str, Scalar], home: Path) -> int:
     return int(answer["run-id"])
 
 
-def register(public_key: Path, name: str, connection: str) -> str:
+def register(public_key: Path, name: str, connection: str) -> int:
     """Let a SuperLink know a site's key; return Flower's id of the node.
 
     Raises
@@ -130,7 +133,7 @@ def register(public_key: Path, name: str, connection: str) -> str:
         (Path(folder) / "cwd").mkdir()
         link = Link(Path(folder), quiet(), connection)
         options = ("supernode", "register", str(public_key), connection, "--name", name)
-        return str(ask(link, *options).get("node-id", ""))
+        return int(ask(link, *options)["node-id"])
 
 
 def _how_to_resume(flat: Mapping[str, Scalar], connection: str) -> str:
@@ -167,8 +170,23 @@ def flower_home() -> Path:
     return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr").expanduser()
 
 
+def admitted_nodes(connection: str) -> str:
+    """Return `site-nodes`, as the consortium beside the connection's certificate admitted them.
+
+    Empty where there is none: it is on another machine.
+    """
+    certificate = str(entry_of(connection).get("root-certificates", ""))
+    nodes = set_up.registered_nodes(Path(certificate).expanduser().parent) if certificate else {}
+    return ",".join(f"{partition}={node}" for partition, node in sorted(nodes.items()))
+
+
 def address_of(connection: str) -> str:
-    """Return the address of a connection in Flower's config.toml.
+    """Return the address of a connection; raise `ConfigError` if there is none."""
+    return str(entry_of(connection)["address"])
+
+
+def entry_of(connection: str) -> Mapping[str, Any]:
+    """Return a connection in Flower's config.toml, one with an address.
 
     Raises
     ------
@@ -190,7 +208,7 @@ def address_of(connection: str) -> str:
             f"{nearest(connection, known)} It has: {', '.join(known) or 'none'}. grandrounds "
             "consortium init prints an entry."
         )
-    return str(found["address"])
+    return found
 
 
 def is_local(address: str) -> bool:

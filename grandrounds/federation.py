@@ -134,6 +134,7 @@ def open_session(run: Run, grid: Grid) -> None:
         run=run.state.run,
         least=strategy.min_sites or None,
         refused=refused,
+        site_nodes=run.config.site_nodes,
     )
     run.flower_run = grid.run.run_id
     sites = [dict(card.facts) for card in run.cards.values()]
@@ -166,6 +167,7 @@ def play_round(run: Run, grid: Grid) -> None:
         state.run,
         messages.INTRODUCTION,
         introduced=run.introduced,
+        site_nodes=config.site_nodes,
     )
     remember_sites(run)
     number = state.round + 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import grandrounds
 from grandrounds import recipes
-from grandrounds.config import Config
+from grandrounds.config import PLACES, Config
 from grandrounds.formulary import BASE_NAME
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
@@ -292,11 +292,11 @@ def _limits(config: Config) -> str:
 
 def _recipe(config: Config) -> str:
     """Return what differs from the defaults, as a recipe that `grandrounds run` takes."""
-    default, places = recipes.defaults(), ("run-directory", "resume-from")
+    default = recipes.defaults()
     changed = {
         key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for key, value in config.flat().items()
-        if key not in places and value != default[key]
+        if key not in PLACES and value != default[key]
     }
     text = recipes.to_toml(changed) if changed else "# the defaults\n"
     return (

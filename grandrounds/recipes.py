@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.allowed import Scalar
-from grandrounds.config import FIELD_OF_KEY, Config
+from grandrounds.config import FIELD_OF_KEY, PLACES, Config
 from grandrounds.errors import ConfigError
 from grandrounds.validation import parse
 
@@ -219,7 +219,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return `key: old → new` for every key that differs, run directories and trackers apart."""
-    ignored = ("run-directory", "resume-from", "train.report-to")
+    ignored = (*PLACES, "train.report-to")
     before, after = old.flat(), new.flat()
     return [
         f"{key}: {before[key]!r} → {after[key]!r}"

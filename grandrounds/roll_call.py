@@ -73,6 +73,7 @@ def roll_call(
     run: str = "0",
     least: int | None = None,
     refused: dict[int, str] | None = None,
+    site_nodes: Mapping[int, int] | None = None,
 ) -> dict[int, SiteCard]:
     """Ask every node who it is; return the sites by partition id.
 
@@ -88,6 +89,8 @@ def roll_call(
         With so many sites a run begins without those that cannot take part; None: all must.
     refused
         Takes node id → why it cannot take part.
+    site_nodes
+        Partition id → the node that it was admitted as, where it is known.
 
     Raises
     ------
@@ -102,6 +105,8 @@ def roll_call(
             messages.raise_failure(reply)
             facts = introduction_of(node, reply, required, num_sites or len(nodes))
             partition = facts["partition-id"]
+            if told := another(partition, node, site_nodes or {}):
+                raise EngineError(f"{told[0].upper()}{told[1:]}.")
             if partition in cards:
                 raise EngineError(
                     f"Two nodes say that they are site {partition}; each needs its own."
@@ -155,6 +160,7 @@ def refresh(
     required: Collection[str] = messages.IDENTITY,
     *,
     introduced: Mapping[int, Mapping[str, Any]] | None = None,
+    site_nodes: Mapping[int, int] | None = None,
 ) -> dict[int, str]:
     """Let sites that came, or whose last reply failed, say who they are; renew their cards.
 
@@ -167,6 +173,8 @@ def refresh(
     introduced
         Partition id → what a site said when it was there first, of all that ever were; None: of
         those that have a card.
+    site_nodes
+        Partition id → the node that it was admitted as, where it is known.
 
     Returns
     -------
@@ -189,6 +197,9 @@ def refresh(
         try:
             facts = introduction_of(node, reply, required, num_sites)
             partition = int(facts["partition-id"])
+            if told := another(partition, node, site_nodes or {}):
+                refused[-1] = told
+                continue
             holder = cards[partition].node_id if partition in cards else node
             if holder != node and holder in connected:
                 refused[-1] = (
@@ -203,6 +214,19 @@ def refresh(
             continue
         cards[partition] = SiteCard(node, facts)
     return refused
+
+
+def another(partition: int, node: int, site_nodes: Mapping[int, int]) -> str:
+    """Return why a node cannot be the site that it says it is; empty if it can."""
+    admitted = site_nodes.get(partition, node)
+    if admitted != node:
+        return (
+            f"node {node} says that it is site {partition}, which node {admitted} was admitted as"
+        )
+    for other, its_node in site_nodes.items():
+        if its_node == node and other != partition:
+            return f"node {node} says that it is site {partition}, and was admitted as site {other}"
+    return ""
 
 
 def check_still_same(

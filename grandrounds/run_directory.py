@@ -62,8 +62,7 @@ class RunDirectory:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            places = {"run-directory": "", "resume-from": ""}  # where it ran is no part of a recipe
-            _write_text(path / "config.toml", to_toml({**config.flat(), **places}))
+            _write_text(path / "config.toml", to_toml(config.recipe()))
         except OSError as error:
             for folder in missing:  # what was made here, innermost first
                 shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from grandrounds.allowed import Scalar, words_of
-from grandrounds.config import Config
+from grandrounds.config import PLACES, Config
 from grandrounds.errors import ConfigError
 
 PROJECT = "grandrounds"
@@ -199,11 +199,10 @@ def trackers_of(report_to: str) -> dict[str, Tracker]:
 
 def settings_of(config: Config) -> dict[str, Scalar]:
     """Return what a tracker may know of the recipe: of local files the name alone."""
-    places = ("run-directory", "resume-from")
     return {
         key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for key, value in config.flat().items()
-        if key not in places
+        if key not in PLACES
     }
 
 

@@ -28,6 +28,7 @@ LEFT_OUT = {
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",
+    "site-nodes",
     "train.num-threads",
     "train.report-to",
     "strategy.round-timeout-seconds",

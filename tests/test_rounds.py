@@ -161,6 +161,25 @@ def test_two_nodes_of_one_site_are_an_error() -> None:
         roll_call.roll_call(grid_of(sites, 2), [1, 2], 10)
 
 
+def test_a_node_is_no_other_site_than_it_was_admitted_as() -> None:
+    sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
+    for site_nodes, told in (
+        ({0: 1}, "^Node 2 says that it is site 0, which node 1 was admitted as"),
+        ({1: 2}, "^Node 2 says that it is site 0, and was admitted as site 1"),
+    ):
+        grid = grid_of(sites, 2)
+        refused: dict[int, str] = {}
+        with pytest.raises(EngineError, match=told):
+            roll_call.roll_call(grid, [1, 2], 10, site_nodes=site_nodes)
+        cards = roll_call.roll_call(
+            grid, [2, 1], 10, least=1, refused=refused, site_nodes=site_nodes
+        )
+        assert {p: card.node_id for p, card in cards.items()} == {0: 1}
+        assert list(refused) == [2]
+    known = roll_call.roll_call(grid_of(Sites(), 2), [1, 2], 10, site_nodes={0: 1, 1: 2})
+    assert list(known) == [0, 1]
+
+
 def test_a_site_that_cannot_take_part_is_told_with_its_own_error() -> None:
     with pytest.raises(DataError, match="site 1 has no rows"):
         roll_call.roll_call(grid_of(Sites({("query", 1): refuse}), 2), [1, 2], 10)
@@ -247,6 +266,16 @@ def test_a_node_cannot_take_the_place_of_a_site_that_is_connected() -> None:
     grid, cards = introduced(sites, 3)
     refused = roll_call.refresh(grid, cards, 2, (), 10, "ab")
     assert "node 3 says that it is site 1, and so does node 2, which is connected" in refused[-1]
+    assert {p: card.node_id for p, card in cards.items()} == {0: 1, 1: 2}
+
+
+def test_a_node_cannot_take_the_place_of_a_site_that_is_away() -> None:
+    """Where it is known which node the site was admitted as; the site keeps its card."""
+    sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
+    grid, cards = introduced(sites, 3)
+    grid._contexts.pop(2)
+    refused = roll_call.refresh(grid, cards, 2, (), 10, "ab", site_nodes={1: 2})
+    assert refused == {-1: "node 3 says that it is site 1, which node 2 was admitted as"}
     assert {p: card.node_id for p, card in cards.items()} == {0: 1, 1: 2}
 
 

@@ -48,7 +48,8 @@ RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
 def answer(path: Path, message: Message, context: Context, visit: Visit) -> Message:
     """Let a visit answer a message under a site's policy; write down what was asked and what left.
 
-    Of a crash, whose text may quote the site's data, the server learns the kind only.
+    Of a crash, whose text may quote the site's data, the server learns the kind only; in an error's
+    text the site's folders go by what is in them.
 
     Parameters
     ----------
@@ -60,7 +61,20 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
     GrandRoundsError
         If the policy forbids it, or the visit cannot be made; the server is told so.
     """
-    site = read_site_file(path)
+    places = {str(path.parent): "the site's folder"}
+    try:
+        site = read_site_file(path)
+        places |= {str(base_folder(site, name)): f"the base {name!r}" for name in site.bases}
+        places.pop(str(context.run_config.get("model.name")), None)  # its own word
+        return _answer(site, message, context, visit)
+    except GrandRoundsError as error:
+        text = str(error)
+        for place in sorted(places, key=len, reverse=True):
+            text = text.replace(place, places[place])
+        raise type(error)(text) from error
+
+
+def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) -> Message:
     with closing(SiteState(site.place(site.agent.state))) as state:
         entry = _question(message, context)
         try:
@@ -156,14 +170,18 @@ def inventory(site: SiteFile) -> Iterator[str]:
 
 def base_location(site: SiteFile, name: str) -> str:
     """Return what loads the site's copy of a base."""
-    path = site.bases[name].path
-    return str(site.place(path)) if path else BASE_NAME
+    return str(base_folder(site, name)) if site.bases[name].path else BASE_NAME
 
 
 def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
     """Return the SHA-256 of the files of the site's copy of a base."""
-    location = base_location(site, name)
-    return content_sha256(base_path() if location == BASE_NAME else Path(location), state.hashes)
+    return content_sha256(base_folder(site, name), state.hashes)
+
+
+def base_folder(site: SiteFile, name: str) -> Path:
+    """Return the folder of the site's copy of a base."""
+    path = site.bases[name].path
+    return site.place(path) if path else base_path()
 
 
 def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:

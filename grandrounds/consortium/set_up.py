@@ -166,7 +166,8 @@ def connection_entry(folder: Path, name: str, port: int) -> str:
 def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -> Path:
     """Check a site's request and write its admission; return the admission's file.
 
-    The site's public key is written beside it, for `flwr supernode register`.
+    The site's public key is written beside it, for Flower. The same request with the same numbers
+    may come again: its admission stays.
 
     Raises
     ------
@@ -183,14 +184,7 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
             f"--num-partitions {num_partitions}."
         )
     consortium = signed.read_json(folder / "consortium.json")
-    for file in sorted((folder / "admissions").glob("*.json")):
-        other = signed.read_json(file)["content"]
-        if other["partition-id"] == partition_id or other["name"] == name:
-            raise ConfigError(
-                f"Site {other['name']!r} is admitted already, with partition-id "
-                f"{other['partition-id']} ({file}). Give another --partition-id, or remove that "
-                "admission first."
-            )
+    target = folder / "admissions" / f"{name}.json"
     content = {
         "consortium": consortium["name"],
         "name": name,
@@ -200,12 +194,51 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
         "ca": (folder / "ca.crt").read_text(),
         "node": keys.fingerprint(key),
     }
+    if target.is_file() and signed.read_json(target)["content"] == content:
+        return target
+    for file in sorted((folder / "admissions").glob("*.json")):
+        other = signed.read_json(file)["content"]
+        if other["partition-id"] == partition_id or other["name"] == name:
+            raise ConfigError(
+                f"Site {other['name']!r} is admitted already, with partition-id "
+                f"{other['partition-id']} ({file}). Give another --partition-id, or remove that "
+                "admission first."
+            )
     authority = keys.read_private_key(folder / "authority.key")
     public = f"{keys.public_text(key, name)}\n".encode()
     (folder / "admissions" / f"{name}.pub").write_bytes(public)
-    target = folder / "admissions" / f"{name}.json"
     signed.write_signed(target, content, authority)
+    target.with_suffix(".node").unlink(missing_ok=True)  # of a key that was admitted before
     return target
+
+
+def note_node(admission: Path, node: int) -> None:
+    """Write down which node a site's key was registered as, so that no other can be that site."""
+    admission.with_suffix(".node").write_text(f"{node}\n")
+
+
+def registered_nodes(folder: Path) -> dict[int, int]:
+    """Return the numbers of the admitted sites and their nodes, where the key was registered here.
+
+    Raises
+    ------
+    ConfigError
+        If an admission or the note of a node is damaged.
+    """
+    found: dict[int, int] = {}
+    for admission in sorted((folder / "admissions").glob("*.json")):
+        file = admission.with_suffix(".node")
+        if not file.is_file():
+            continue
+        number = signed.read_json(admission)["content"]["partition-id"]
+        text = keys.read_bytes(file).decode(errors="replace").strip()
+        if not text.isdecimal():
+            raise ConfigError(
+                f"{file} holds {text[:40]!r}, not the number of a node: write the node-id that "
+                "flwr supernode register printed, or remove the file."
+            )
+        found[int(number)] = int(text)
+    return found
 
 
 # --- A site ---------------------------------------------------------------------------------------

@@ -8,14 +8,11 @@ from typing import Any
 
 from grandrounds import recipes
 from grandrounds.allowed import Scalar
-from grandrounds.config import FIELD_OF_KEY, Config
+from grandrounds.config import FIELD_OF_KEY, PLACES, Config
 from grandrounds.report.figures import NONE, Table, Tile, duration, mib, percent
 from grandrounds.report.learning import scores
 from grandrounds.report.read import QUIET_SECONDS, RunFiles
 from grandrounds.reporting import recipe_rows
-
-PLACES = ("run-directory", "resume-from")
-"""Keys that say where a run is, not what."""
 
 MOODS = {"completed": "good", "going": "going"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from grandrounds.config import FIELD_OF_KEY
+from grandrounds.config import FIELD_OF_KEY, PLACES
 from grandrounds.errors import ConfigError
 from grandrounds.report import facts, learning
 from grandrounds.report.charts import Series, line_chart
@@ -203,7 +203,7 @@ def _end(run: RunFiles, key: str, place: int) -> str:
 def _recipes(named: dict[str, RunFiles]) -> Table:
     """Return the keys in which the runs differ."""
     flat = [run.config.flat() for run in named.values()]
-    keys = [k for k in FIELD_OF_KEY if k not in facts.PLACES]
+    keys = [k for k in FIELD_OF_KEY if k not in PLACES]
     rows = [
         (key, *(facts.value_text(f[key]) for f in flat))
         for key in keys

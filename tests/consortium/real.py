@@ -215,6 +215,7 @@ class Consortium:
         public = self.home / "admissions" / f"site-{i}.pub"
         done = self.flwr("supernode", "register", str(public), "trial", "--name", f"site-{i}")
         assert done.get("success"), done
+        set_up.note_node(public, int(done["node-id"]))
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Return the JSON answer of a command of Flower."""

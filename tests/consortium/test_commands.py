@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from grandrounds import deployment, recipes
 from grandrounds.cli import app
+from grandrounds.consortium import set_up
 from grandrounds.errors import ConfigError
 from grandrounds.reporting import PlainReporter
 from tests.consortium.own_sites import make_site, write_partition
@@ -69,7 +70,7 @@ def test_the_way_from_nothing_to_an_admitted_site(tmp_path: Path, flower_home: P
     )
     assert admitted.exit_code == 0, admitted.output
     assert f"node key {node}" in admitted.stdout
-    assert "flwr supernode register" in admitted.stdout
+    assert "its key is not registered yet" in admitted.stdout
 
     joined = run(
         *("site", "join", consortium / "admissions" / "st-elsewhere.json"),
@@ -191,6 +192,28 @@ def test_a_run_that_completed_behind_a_tunnel_is_no_failure(
     config = recipes.resolve({"run-directory": str(tmp_path / "there")})
     deployment.deploy(config, PlainReporter(config), "trial")
     assert f"{tmp_path / 'there'} is on the SuperLink's machine" in capsys.readouterr().out
+
+
+def test_a_run_knows_which_nodes_the_sites_were_admitted_as(
+    flower_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the admissions beside the connection's certificate; what the user gave goes first."""
+    folder = set_up.init_consortium(tmp_path / "consortium", "trial", "trial.example.org", 8000)
+    (flower_home / "config.toml").write_text((folder / "flower-config.toml").read_text())
+    monkeypatch.setattr(deployment, "register", lambda *_: 77)
+    site = set_up.init_site(tmp_path / "site", "st-elsewhere")
+    admitted = run(
+        *("consortium", "admit", site / "request.json", "--partition-id", 1),
+        *("--num-partitions", 3, "--dir", folder, "--connection", "trial"),
+    )
+    assert "registered as node 77; no other node can be site 1" in admitted.stdout
+    started: list[Any] = []
+    monkeypatch.setattr(deployment, "_start", lambda _, flat, __: started.append(flat) or 1)
+    monkeypatch.setattr(deployment, "follow", lambda *_: ("completed", ""))
+    for given, sent in (("", "1=77"), ("0=5", "0=5")):
+        config = recipes.resolve({"run-directory": str(tmp_path / "there"), "site-nodes": given})
+        deployment.deploy(config, PlainReporter(config), "trial")
+        assert started.pop()["site-nodes"] == sent
 
 
 def test_a_key_is_registered_with_a_known_connection_only(flower_home: Path) -> None:

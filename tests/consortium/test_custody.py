@@ -16,7 +16,13 @@ from grandrounds.consortium import audit, custody
 from grandrounds.consortium.site_file import SiteFile
 from grandrounds.consortium.site_state import SiteState
 from grandrounds.engines import InProcessGrid
-from grandrounds.errors import OwnDataError, PolicyError, ReplyError, RoundError
+from grandrounds.errors import (
+    GrandRoundsError,
+    OwnDataError,
+    PolicyError,
+    ReplyError,
+    RoundError,
+)
 from tests.consortium.own_sites import Settings, sites_of
 
 
@@ -275,6 +281,30 @@ def test_the_server_learns_nothing_of_data_that_cannot_be_read(
     assert "Jane" not in str(refused.value)
     [entry] = entries(sites[1], outcome="failed")
     assert "Jane" in entry["reason"]
+
+
+def test_the_server_learns_of_no_folder_of_the_site(settings: Settings, tmp_path: Path) -> None:
+    """It is told their names, the audit log where they are."""
+    shares = {"strategy.fraction-train": 1.0, "strategy.fraction-evaluate": 0.0}
+    settings = {**settings, **shares, "data.num-partitions": 1}
+    [site] = sites_of(settings, tmp_path)
+    name, folder = str(settings["model.name"]), site.path.parent
+    gone = json.dumps(str(tmp_path / "gone"))
+    text = site.path.read_text().replace(f"path = {json.dumps(name)}", f"path = {gone}")
+    for content, told in (
+        (text, f"the base {name!r} holds no base model"),
+        ("[", "the site's folder/site.toml is not valid TOML"),
+    ):
+        site.path.write_text(content)
+        [reply] = grid_of_sites(settings, [site]).send_and_receive(
+            [roll_call.questions([1], "ab")[1]]
+        )
+        with pytest.raises(GrandRoundsError) as refused:
+            messages.raise_failure(reply)
+        assert told in str(refused.value)
+        assert str(tmp_path) not in str(refused.value)
+    [entry] = [e for e in audit.read(folder / "state") if e["outcome"] == "failed"]
+    assert str(tmp_path / "gone") in entry["reason"]
 
 
 def test_a_crash_is_written_down_and_the_server_learns_its_kind_only(

@@ -116,6 +116,10 @@ def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Pa
         assert "Traceback" not in said
         assert "--resume" not in said
         assert not forbidden.exists()
+        set_up.note_node(consortium.home / "admissions" / "site-0.json", 77)
+        process = consortium.begin_run(tmp_path / "c" / "posed", 1)
+        assert consortium.finished(process) == 1
+        assert "says that it is site 0, which node 77 was admitted as" in consortium.log("posed")
     summary = summary_of(run)
     assert summary["base_loads"] == summary["processes"] == 2  # one visit, one exam
     outcomes = [e["outcome"] for e in audit.read(site.place("state"))]

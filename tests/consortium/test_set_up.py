@@ -129,6 +129,31 @@ def test_no_two_sites_have_one_number_or_name(consortium: Path, site: Path, tmp_
     set_up.admit(consortium, other / "request.json", 1, 2)
 
 
+def test_a_site_is_the_node_that_its_key_was_registered_as(
+    consortium: Path, site: Path, tmp_path: Path
+) -> None:
+    """The same request may come again; another key, or an admission that is gone, unties them."""
+    other = set_up.init_site(tmp_path / "other", "other")
+    set_up.admit(consortium, other / "request.json", 0, 2)
+    admission = set_up.admit(consortium, site / "request.json", 1, 2)
+    assert set_up.registered_nodes(consortium) == {}
+    set_up.note_node(admission, 77)
+    written = admission.read_bytes()
+    assert set_up.admit(consortium, site / "request.json", 1, 2) == admission
+    assert admission.read_bytes() == written
+    assert set_up.registered_nodes(consortium) == {1: 77}
+    with pytest.raises(ConfigError, match="admitted already, with partition-id 1"):
+        set_up.admit(consortium, site / "request.json", 1, 3)
+    admission.unlink()
+    assert set_up.registered_nodes(consortium) == {}
+    again = set_up.init_site(tmp_path / "again", "st-elsewhere")
+    set_up.admit(consortium, again / "request.json", 1, 2)
+    assert set_up.registered_nodes(consortium) == {}
+    admission.with_suffix(".node").write_text("seven")
+    with pytest.raises(ConfigError, match="holds 'seven', not the number of a node"):
+        set_up.registered_nodes(consortium)
+
+
 @pytest.mark.parametrize("name", ["", "..", "a/b", "-x", "a b", "x" * 64])
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"--name .* is not allowed"):

@@ -36,8 +36,7 @@ def write_run(
             **named,
         }
     )
-    places = {"run-directory": "", "resume-from": ""}
-    (path / "config.toml").write_text(recipes.to_toml({**config.flat(), **places}))
+    (path / "config.toml").write_text(recipes.to_toml(config.recipe()))
     lines = [line(r, sites, cohort) for r in range(rounds + 1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     write(path / "plan.json", {"total-mib": totals_mib(planned, cohort)} | totals(planned, cohort))
