@@ -69,10 +69,10 @@ def admit(
     directory: Folder = Path("consortium"),
 ) -> None:
     """Check a site's request, sign its admission, and register its key."""
-    from grandrounds.consortium import keys, set_up
+    from grandrounds.consortium import admissions, keys
 
     directory = directory.expanduser().absolute()
-    file = set_up.admit(directory, request, partition_id, num_partitions)
+    file = admissions.admit(directory, request, partition_id, num_partitions)
     public = file.with_suffix(".pub")
     key = keys.read_public_text(public.read_text())
     say(
@@ -84,7 +84,7 @@ def admit(
         from grandrounds.deployment import register
 
         node = register(public, file.stem, connection)
-        set_up.note_node(file, node)
+        admissions.note_node(file, node)
         say(f"registered as node {node}; no other node can be site {partition_id}")
     else:
         say("its key is not registered yet: the same command with --connection NAME does that")

@@ -19,7 +19,7 @@ from typing import Any
 
 from grandrounds.allowed import Scalar
 from grandrounds.config import Config
-from grandrounds.consortium import set_up
+from grandrounds.consortium import admissions
 from grandrounds.errors import ConfigError, EngineError, nearest
 from grandrounds.flower_cli import Link, ask, follow, quiet, tail
 from grandrounds.recipes import to_toml
@@ -176,7 +176,9 @@ def admitted_nodes(connection: str) -> str:
     Empty where there is none: it is on another machine.
     """
     certificate = str(entry_of(connection).get("root-certificates", ""))
-    nodes = set_up.registered_nodes(Path(certificate).expanduser().parent) if certificate else {}
+    nodes = (
+        admissions.registered_nodes(Path(certificate).expanduser().parent) if certificate else {}
+    )
     return ",".join(f"{partition}={node}" for partition, node in sorted(nodes.items()))
 
 

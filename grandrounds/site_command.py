@@ -55,10 +55,10 @@ def join(
     config: SiteToml = Path("site.toml"),
 ) -> None:
     """Take over an admission: the server's address and authority, and the site's number."""
-    from grandrounds.consortium import keys, set_up
+    from grandrounds.consortium import admissions, keys
     from grandrounds.consortium.site_file import read_site_file
 
-    found = set_up.join(read_site_file(config), admission, authority)
+    found = admissions.join(read_site_file(config), admission, authority)
     trusted = keys.read_public_text(authority.read_text())
     say(
         f"admitted to {found.consortium!r} as site {found.partition_id} of {found.num_partitions}",

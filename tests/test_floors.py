@@ -91,6 +91,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "formulary.vocabulary",
     ),
     2: (
+        "consortium.admissions",
         "consortium.keys",
         "consortium.own_data",
         "consortium.set_up",

@@ -1,10 +1,8 @@
-"""What is written when a consortium or a site is set up, and how a site is admitted.
+"""What is written when a consortium or a site is set up.
 
 consortium init   authority, server certificate, authority for nodes, units, gate, connection
-site init         node key, request, site.toml
-consortium admit  a request, signed by its node key → an admission, signed by the authority
-site join         an admission → the certificate authority, the numbers in site.toml, units
 consortium renew  a certificate of the server for as long again
+site init         node key, request, site.toml
 """
 
 from __future__ import annotations
@@ -15,35 +13,18 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import grandrounds
 from grandrounds.consortium import keys, signed
-from grandrounds.consortium.site_file import TEMPLATE, SiteFile, read_site_file
+from grandrounds.consortium.site_file import TEMPLATE, SiteFile
 from grandrounds.errors import ConfigError
 
 TEMPLATES = TEMPLATE.parent
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-
-
-@dataclass(frozen=True)
-class Admission:
-    """A consortium's word to one site."""
-
-    consortium: str
-    name: str
-    partition_id: int
-    num_partitions: int
-    superlink: str
-    """host:port that the site connects to."""
-    ca: str
-    """The certificate authority's certificate, in PEM."""
-    node: str
-    """Fingerprint of the site's node key."""
 
 
 def new_folder(folder: Path, mode: int = 0o700) -> Path:
@@ -163,84 +144,6 @@ def connection_entry(folder: Path, name: str, port: int) -> str:
     )
 
 
-def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -> Path:
-    """Check a site's request and write its admission; return the admission's file.
-
-    The site's public key is written beside it, for Flower. The same request with the same numbers
-    may come again: its admission stays.
-
-    Raises
-    ------
-    ConfigError
-        If the request is damaged or not signed by the key in it, the numbers cannot be, or another
-        site has the number or the name.
-    """
-    described = signed.read_signed(request, "request", None)
-    key = keys.read_public_text(str(described.get("public-key", "")))
-    name = check_name(str(described.get("name", "")))
-    if not 0 <= partition_id < num_partitions:
-        raise ConfigError(
-            f"--partition-id {partition_id} must be from 0 to {num_partitions - 1}, below "
-            f"--num-partitions {num_partitions}."
-        )
-    consortium = signed.read_json(folder / "consortium.json")
-    target = folder / "admissions" / f"{name}.json"
-    content = {
-        "consortium": consortium["name"],
-        "name": name,
-        "partition-id": partition_id,
-        "num-partitions": num_partitions,
-        "superlink": consortium["superlink"],
-        "ca": (folder / "ca.crt").read_text(),
-        "node": keys.fingerprint(key),
-    }
-    if target.is_file() and signed.read_json(target)["content"] == content:
-        return target
-    for file in sorted((folder / "admissions").glob("*.json")):
-        other = signed.read_json(file)["content"]
-        if other["partition-id"] == partition_id or other["name"] == name:
-            raise ConfigError(
-                f"Site {other['name']!r} is admitted already, with partition-id "
-                f"{other['partition-id']} ({file}). Give another --partition-id, or remove that "
-                "admission first."
-            )
-    authority = keys.read_private_key(folder / "authority.key")
-    public = f"{keys.public_text(key, name)}\n".encode()
-    (folder / "admissions" / f"{name}.pub").write_bytes(public)
-    signed.write_signed(target, content, authority)
-    target.with_suffix(".node").unlink(missing_ok=True)  # of a key that was admitted before
-    return target
-
-
-def note_node(admission: Path, node: int) -> None:
-    """Write down which node a site's key was registered as, so that no other can be that site."""
-    admission.with_suffix(".node").write_text(f"{node}\n")
-
-
-def registered_nodes(folder: Path) -> dict[int, int]:
-    """Return the numbers of the admitted sites and their nodes, where the key was registered here.
-
-    Raises
-    ------
-    ConfigError
-        If an admission or the note of a node is damaged.
-    """
-    found: dict[int, int] = {}
-    for admission in sorted((folder / "admissions").glob("*.json")):
-        file = admission.with_suffix(".node")
-        if not file.is_file():
-            continue
-        number = signed.read_json(admission)["content"]["partition-id"]
-        text = keys.read_bytes(file).decode(errors="replace").strip()
-        if not text.isdecimal():
-            raise ConfigError(
-                f"{file} holds {text[:40]!r}, not the number of a node: write the node-id that "
-                "flwr supernode register printed, or remove the file."
-            )
-        found[int(number)] = int(text)
-    return found
-
-
 # --- A site ---------------------------------------------------------------------------------------
 
 
@@ -290,45 +193,6 @@ def _write_agent_certificates(folder: Path) -> None:
         )
         keys.write_private_key(folder / f"{stem}.key", key)
         keys.write_new(folder / f"{stem}.crt", keys.certificate_text(made))
-
-
-def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
-    """Take over an admission: the server's authority and address, and the site's number.
-
-    Parameters
-    ----------
-    authority : Path
-        `authority.pub` of the consortium, which came another way than the admission, or whose
-        fingerprint was compared.
-
-    Raises
-    ------
-    ConfigError
-        If the admission is not signed by the authority, or is for another node key.
-    """
-    trusted = keys.read_public_text(keys.read_bytes(authority).decode(errors="replace"))
-    content = signed.read_signed(admission, "admission", trusted)
-    own = keys.fingerprint(keys.read_private_key(site.place(site.node.private_key)).public_key())
-    if content.get("node") != own:
-        raise ConfigError(
-            f"{admission} admits the node key {content.get('node')}, and this site's is {own}. "
-            "Ask for an admission of this site's request.json."
-        )
-    names = ("consortium", "name", "partition-id", "num-partitions", "superlink", "ca", "node")
-    found = Admission(*(content[name] for name in names))
-    authority_file = site.place(site.node.root_certificates)
-    authority_file.write_text(found.ca)
-    authority_file.chmod(0o644)  # the SuperNode's user reads it, whatever the umask
-    text = site.path.read_text(encoding="utf-8")
-    for key, value in (
-        ("partition-id", found.partition_id),
-        ("num-partitions", found.num_partitions),
-        ("superlink", found.superlink),
-    ):
-        text = with_value(text, "node", key, value)
-    site.path.write_text(text, encoding="utf-8")
-    write_units(read_site_file(site.path))
-    return found
 
 
 def write_units(site: SiteFile) -> None:

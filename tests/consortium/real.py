@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from grandrounds import client_app, recipes, server_app
-from grandrounds.consortium import set_up
+from grandrounds.consortium import admissions, set_up
 from grandrounds.consortium.site_file import SiteFile, read_site_file
 from grandrounds.deployment import in_one_array
 from grandrounds.engines import InProcessGrid
@@ -135,8 +135,10 @@ class Consortium:
         text += f"\n[bases.{json.dumps(name)}]\npath = {json.dumps(path)}\n"
         (folder / "site.toml").write_text(text)
         count = int(settings["data.num-partitions"])
-        admission = set_up.admit(self.home, folder / "request.json", i, count)
-        set_up.join(read_site_file(folder / "site.toml"), admission, self.home / "authority.pub")
+        admission = admissions.admit(self.home, folder / "request.json", i, count)
+        admissions.join(
+            read_site_file(folder / "site.toml"), admission, self.home / "authority.pub"
+        )
         if not self.gate:
             text = (folder / "site.toml").read_text()
             address = f"{self.host}:{self.port + 1}"
@@ -215,7 +217,7 @@ class Consortium:
         public = self.home / "admissions" / f"site-{i}.pub"
         done = self.flwr("supernode", "register", str(public), "trial", "--name", f"site-{i}")
         assert done.get("success"), done
-        set_up.note_node(public, int(done["node-id"]))
+        admissions.note_node(public, int(done["node-id"]))
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Return the JSON answer of a command of Flower."""

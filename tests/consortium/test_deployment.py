@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import grandrounds
-from grandrounds.consortium import audit, set_up
+from grandrounds.consortium import admissions, audit, set_up
 from grandrounds.formulary import base_path
 from tests.consortium.real import (
     FORMULARY,
@@ -116,7 +116,7 @@ def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Pa
         assert "Traceback" not in said
         assert "--resume" not in said
         assert not forbidden.exists()
-        set_up.note_node(consortium.home / "admissions" / "site-0.json", 77)
+        admissions.note_node(consortium.home / "admissions" / "site-0.json", 77)
         process = consortium.begin_run(tmp_path / "c" / "posed", 1)
         assert consortium.finished(process) == 1
         assert "says that it is site 0, which node 77 was admitted as" in consortium.log("posed")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds.consortium import keys, set_up
+from grandrounds.consortium import admissions, keys, set_up
 from grandrounds.consortium.site_file import read_site_file
 from grandrounds.errors import ConfigError
 
@@ -70,8 +70,10 @@ def test_the_servers_certificate_is_renewed_for_the_same_key_and_names(consortiu
 
 
 def test_a_site_that_is_admitted_has_all_it_needs(consortium: Path, site: Path) -> None:
-    admission = set_up.admit(consortium, site / "request.json", 2, 5)
-    found = set_up.join(read_site_file(site / "site.toml"), admission, consortium / "authority.pub")
+    admission = admissions.admit(consortium, site / "request.json", 2, 5)
+    found = admissions.join(
+        read_site_file(site / "site.toml"), admission, consortium / "authority.pub"
+    )
     assert (found.name, found.partition_id, found.num_partitions) == ("st-elsewhere", 2, 5)
     after = read_site_file(site / "site.toml")
     assert (after.node.partition_id, after.node.num_partitions) == (2, 5)
@@ -94,7 +96,7 @@ def test_a_request_that_was_changed_on_its_way_is_refused(consortium: Path, site
     request["content"]["name"] = "another"
     (site / "request.json").write_text(json.dumps(request))
     with pytest.raises(ConfigError, match="is not signed by SHA256:"):
-        set_up.admit(consortium, site / "request.json", 0, 1)
+        admissions.admit(consortium, site / "request.json", 0, 1)
     assert not list((consortium / "admissions").iterdir())
 
 
@@ -102,10 +104,10 @@ def test_an_admission_by_somebody_else_is_refused(
     consortium: Path, site: Path, tmp_path: Path
 ) -> None:
     forger = set_up.init_consortium(tmp_path / "forger", "trial", "evil.example.org", 8000)
-    forged = set_up.admit(forger, site / "request.json", 0, 1)
+    forged = admissions.admit(forger, site / "request.json", 0, 1)
     before = (site / "site.toml").read_text()
     with pytest.raises(ConfigError, match="is not signed by"):
-        set_up.join(read_site_file(site / "site.toml"), forged, consortium / "authority.pub")
+        admissions.join(read_site_file(site / "site.toml"), forged, consortium / "authority.pub")
     assert (site / "site.toml").read_text() == before
     assert not (site / "ca.crt").exists()
 
@@ -114,19 +116,19 @@ def test_an_admission_for_another_key_is_refused(
     consortium: Path, site: Path, tmp_path: Path
 ) -> None:
     other = set_up.init_site(tmp_path / "other", "other")
-    admission = set_up.admit(consortium, other / "request.json", 0, 2)
+    admission = admissions.admit(consortium, other / "request.json", 0, 2)
     with pytest.raises(ConfigError, match=r"admits the node key SHA256:.*this site's is SHA256:"):
-        set_up.join(read_site_file(site / "site.toml"), admission, consortium / "authority.pub")
+        admissions.join(read_site_file(site / "site.toml"), admission, consortium / "authority.pub")
 
 
 def test_no_two_sites_have_one_number_or_name(consortium: Path, site: Path, tmp_path: Path) -> None:
-    set_up.admit(consortium, site / "request.json", 0, 2)
+    admissions.admit(consortium, site / "request.json", 0, 2)
     other = set_up.init_site(tmp_path / "other", "other")
     with pytest.raises(ConfigError, match="'st-elsewhere' is admitted already, with partition-id"):
-        set_up.admit(consortium, other / "request.json", 0, 2)
+        admissions.admit(consortium, other / "request.json", 0, 2)
     with pytest.raises(ConfigError, match="--partition-id 2 must be from 0 to 1"):
-        set_up.admit(consortium, other / "request.json", 2, 2)
-    set_up.admit(consortium, other / "request.json", 1, 2)
+        admissions.admit(consortium, other / "request.json", 2, 2)
+    admissions.admit(consortium, other / "request.json", 1, 2)
 
 
 def test_a_site_is_the_node_that_its_key_was_registered_as(
@@ -134,24 +136,24 @@ def test_a_site_is_the_node_that_its_key_was_registered_as(
 ) -> None:
     """The same request may come again; another key, or an admission that is gone, unties them."""
     other = set_up.init_site(tmp_path / "other", "other")
-    set_up.admit(consortium, other / "request.json", 0, 2)
-    admission = set_up.admit(consortium, site / "request.json", 1, 2)
-    assert set_up.registered_nodes(consortium) == {}
-    set_up.note_node(admission, 77)
+    admissions.admit(consortium, other / "request.json", 0, 2)
+    admission = admissions.admit(consortium, site / "request.json", 1, 2)
+    assert admissions.registered_nodes(consortium) == {}
+    admissions.note_node(admission, 77)
     written = admission.read_bytes()
-    assert set_up.admit(consortium, site / "request.json", 1, 2) == admission
+    assert admissions.admit(consortium, site / "request.json", 1, 2) == admission
     assert admission.read_bytes() == written
-    assert set_up.registered_nodes(consortium) == {1: 77}
+    assert admissions.registered_nodes(consortium) == {1: 77}
     with pytest.raises(ConfigError, match="admitted already, with partition-id 1"):
-        set_up.admit(consortium, site / "request.json", 1, 3)
+        admissions.admit(consortium, site / "request.json", 1, 3)
     admission.unlink()
-    assert set_up.registered_nodes(consortium) == {}
+    assert admissions.registered_nodes(consortium) == {}
     again = set_up.init_site(tmp_path / "again", "st-elsewhere")
-    set_up.admit(consortium, again / "request.json", 1, 2)
-    assert set_up.registered_nodes(consortium) == {}
+    admissions.admit(consortium, again / "request.json", 1, 2)
+    assert admissions.registered_nodes(consortium) == {}
     admission.with_suffix(".node").write_text("seven")
     with pytest.raises(ConfigError, match="holds 'seven', not the number of a node"):
-        set_up.registered_nodes(consortium)
+        admissions.registered_nodes(consortium)
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "-x", "a b", "x" * 64])
@@ -172,7 +174,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
 def test_what_is_no_request_is_told(consortium: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "request.json").write_text(text)
     with pytest.raises(ConfigError):
-        set_up.admit(consortium, tmp_path / "request.json", 0, 1)
+        admissions.admit(consortium, tmp_path / "request.json", 0, 1)
 
 
 def test_a_site_with_tls_has_certificates_for_both_ends(tmp_path: Path) -> None:
