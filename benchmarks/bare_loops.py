@@ -75,7 +75,7 @@ def template_visit(base: Path, batches: Sequence[Any], quantization: int, optimi
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from grandrounds.model import device_and_dtype, has_bfloat16
+    from grandrounds.base import device_and_dtype, has_bfloat16
 
     device, dtype = device_and_dtype("auto")
     quantized = {

@@ -234,7 +234,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     import psutil
     import torch
 
-    from grandrounds.model import base_loads, device_and_dtype
+    from grandrounds.base import base_loads, device_and_dtype
 
     device, dtype = device_and_dtype("auto")
     with tempfile.TemporaryDirectory(dir=given.scratch) as folder:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from grandrounds.base import BaseSpec, load_tokenizer
 from grandrounds.checkpoints import Checkpoint
 from grandrounds.errors import DataError
 from grandrounds.evaluation.likelihood import context_length
 from grandrounds.evaluation.prefill import cache_of, with_cache
 from grandrounds.evaluation.runner import stop_tokens
 from grandrounds.evaluation.tuned import check_fit, lora_spec, read_adapter
-from grandrounds.model import BaseSpec, load_tokenizer, resident_model, set_adapter
+from grandrounds.model import resident_model, set_adapter
 from grandrounds.tokenization import prompt_token_ids
 
 

@@ -14,7 +14,7 @@ from grandrounds.aggregation.rule import Rule
 from grandrounds.config import Config
 from grandrounds.downlink import Sender
 from grandrounds.exchange import replies_that_came_late
-from grandrounds.model import LoraSpec
+from grandrounds.lora import LoraSpec
 from grandrounds.planning import Plan
 from grandrounds.roll_call import SiteCard
 from grandrounds.rounds import Tally

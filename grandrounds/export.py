@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from grandrounds.adapter import Adapter
+from grandrounds.base import BaseSpec, load_base, load_tokenizer, model_location
 from grandrounds.checkpoints import Checkpoint
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.evaluation.answers import RESULT
@@ -26,7 +27,7 @@ from grandrounds.evaluation.results import evaluations_in, faults_in
 from grandrounds.evaluation.statistics import wilson_interval
 from grandrounds.evaluation.tuned import check_fit, lora_spec, read_adapter
 from grandrounds.formulary import BASE_NAME
-from grandrounds.model import BaseSpec, LoraSpec, load_base, load_tokenizer, model_location
+from grandrounds.lora import LoraSpec
 from grandrounds.model_card import Accuracy, Findings, model_card
 
 Say = Callable[[str], None]

@@ -31,7 +31,7 @@ from grandrounds.drawing import drawn_adapter
 from grandrounds.environment import environment
 from grandrounds.errors import DataError, RoundError
 from grandrounds.formulary import BASE_NAME as FORMULARY
-from grandrounds.model import LoraSpec, adapter_layout, peft_config
+from grandrounds.lora import LoraSpec, adapter_layout, peft_config
 from grandrounds.model_card import model_card
 from grandrounds.planning import plan_config
 from grandrounds.resuming import check_resumable, check_same_sites

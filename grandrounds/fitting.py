@@ -28,17 +28,11 @@ from grandrounds.architectures import (
     from_config,
     target_modules,
 )
+from grandrounds.base import base_config, device_and_dtype, has_bfloat16
 from grandrounds.config import Config
 from grandrounds.errors import ModelError
 from grandrounds.memory import SiteMemory
-from grandrounds.model import (
-    Resident,
-    base_config,
-    checkpoint_activations,
-    device_and_dtype,
-    has_bfloat16,
-    resident_bytes,
-)
+from grandrounds.model import Resident, checkpoint_activations, resident_bytes
 
 GIB = 2**30
 

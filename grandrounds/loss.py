@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from grandrounds.architectures import FAMILIES
 from grandrounds.attention import by_sequence
-from grandrounds.model import has_bfloat16
+from grandrounds.base import has_bfloat16
 from grandrounds.tokenization import IGNORED_LABEL, TokenizedExample, collate, flatten
 
 

@@ -7,19 +7,11 @@ from functools import lru_cache
 import torch
 
 from grandrounds import fitting, loss, slots
+from grandrounds.base import BaseSpec, base_config, device_and_dtype, has_bfloat16
 from grandrounds.config import Config
 from grandrounds.errors import ModelError
-from grandrounds.model import (
-    BaseSpec,
-    LoraSpec,
-    Resident,
-    base_config,
-    base_parameters,
-    compile_mlps,
-    device_and_dtype,
-    has_bfloat16,
-    resident_model,
-)
+from grandrounds.lora import LoraSpec, base_parameters
+from grandrounds.model import Resident, compile_mlps, resident_model
 
 SMALL_BASE_PARAMETERS = 5_000_000
 """Below this a base trains with one CPU thread unless told otherwise."""

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from grandrounds.base import load_tokenizer
 from grandrounds.config import DataConfig
 from grandrounds.data import SiteData, site_data
 from grandrounds.errors import DataError
-from grandrounds.model import load_tokenizer
 from grandrounds.sources import load_rows
 from grandrounds.tokenization import TokenizedExample, tokenize_examples
 

@@ -25,19 +25,12 @@ from grandrounds import (
     uplink,
 )
 from grandrounds.adapter import Adapter, factor_of
+from grandrounds.base import base_fingerprint, base_loads, device_and_dtype, quantization_config
 from grandrounds.config import Config
 from grandrounds.consortium import custody
 from grandrounds.drawing import drawn_adapter
 from grandrounds.errors import DataError
-from grandrounds.model import (
-    Resident,
-    adapter_change,
-    base_fingerprint,
-    base_loads,
-    device_and_dtype,
-    quantization_config,
-    set_adapter,
-)
+from grandrounds.model import Resident, adapter_change, set_adapter
 from grandrounds.prompts import prompt_hash
 from grandrounds.recipes import resolve
 from grandrounds.sampling import examples_per_visit

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from grandrounds import ask_command
 from grandrounds.ask import Answer, Interview, printable
+from grandrounds.base import base_loads
 from grandrounds.checkpoints import find_checkpoint
 from grandrounds.cli import app
 from grandrounds.errors import DataError
 from grandrounds.evaluation.scoring import generate_greedily
 from grandrounds.formulary import base_path
 from grandrounds.formulary.facts import questions
-from grandrounds.model import base_loads
 from grandrounds.prompts import build_prompt
 from tests.test_export import made_run
 

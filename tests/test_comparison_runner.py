@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from grandrounds import model, recipes, visits
+from grandrounds import recipes, visits
+from grandrounds.base import base_loads
 from grandrounds.comparison import ARMS
 from grandrounds.comparison_arms import cohort_of, numbered_without, site_of
 from grandrounds.comparison_exams import exams_of
@@ -77,9 +78,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def whole_comparison(whole: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return one comparison of all arms, made once for this file."""
     if "content" not in whole:
-        loads = model.base_loads()
+        loads = base_loads()
         whole["content"] = played(resolved(settings), whole["out"])
-        whole["loads"] = model.base_loads() - loads
+        whole["loads"] = base_loads() - loads
     return whole["content"]  # type: ignore[no-any-return]
 
 

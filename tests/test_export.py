@@ -26,7 +26,7 @@ from grandrounds.errors import ConfigError, GrandRoundsError, ModelError, RunDir
 from grandrounds.evaluation import runner
 from grandrounds.formulary import base_path
 from grandrounds.formulary.exam import score_formulary
-from grandrounds.model import LoraSpec, adapter_layout, peft_config
+from grandrounds.lora import LoraSpec, adapter_layout, peft_config
 from grandrounds.model_card import model_card
 from grandrounds.run_directory import RunDirectory
 from tests.test_docs import parse, shell_commands
@@ -186,7 +186,7 @@ def test_a_quantised_base_is_dequantised_as_the_run_saw_it(
     LLM.int8 rounds activations too, which no merged weight can hold.
     """
     pytest.importorskip("bitsandbytes")
-    from grandrounds.model import BaseSpec, load_base
+    from grandrounds.base import BaseSpec, load_base
 
     more = {"model.quantization": bits}
     checkpoint = find_checkpoint(made_run(tmp_path / "run", tiny_base, {1: None}, **more))

@@ -22,20 +22,16 @@ from transformers import AutoTokenizer
 from grandrounds import client_app, messages, sampling, server_app, visits
 from grandrounds.aggregation.product_error import measured_modules
 from grandrounds.allowed import Scalar
+from grandrounds.base import BaseSpec, base_loads
 from grandrounds.config import Config
 from grandrounds.data import Example
 from grandrounds.drawing import initial_adapter
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import DataError, ModelError, RoundError
 from grandrounds.ledger import MIB
+from grandrounds.lora import LoraSpec
 from grandrounds.loss import Forward
-from grandrounds.model import (
-    BaseSpec,
-    LoraSpec,
-    base_loads,
-    resident_model,
-    set_adapter,
-)
+from grandrounds.model import resident_model, set_adapter
 from grandrounds.prompts import build_prompt
 from grandrounds.recipes import resolve
 from grandrounds.site import open_site

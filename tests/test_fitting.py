@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from grandrounds import fitting, recipes
+from grandrounds.base import BaseSpec
 from grandrounds.config import Config
 from grandrounds.errors import ModelError
-from grandrounds.model import BaseSpec, LoraSpec, Resident, resident_model
+from grandrounds.lora import LoraSpec
+from grandrounds.model import Resident, resident_model
 from tests.conftest import make_base, write_flashcards
 
 MIB = 2**20

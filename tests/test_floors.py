@@ -102,6 +102,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "partitioning",
         "data",
         "tokenization",
+        "base",
+        "lora",
         "model",
         "attention",
         "loss",

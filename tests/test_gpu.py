@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from grandrounds.base import BaseSpec, has_bfloat16
+from grandrounds.lora import LoraSpec
 from grandrounds.loss import Forward
-from grandrounds.model import (
-    BaseSpec,
-    LoraSpec,
-    checkpoint_activations,
-    has_bfloat16,
-    resident_model,
-)
+from grandrounds.model import checkpoint_activations, resident_model
 from grandrounds.tokenization import TokenizedExample
 from grandrounds.training import VisitResult, VisitSettings, train_visit
 

@@ -11,23 +11,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from grandrounds.drawing import initial_adapter
-from grandrounds.errors import ModelError
-from grandrounds.model import (
+from grandrounds.base import (
     BaseSpec,
-    LoraSpec,
-    Resident,
-    adapter_change,
-    adapter_layout,
     base_fingerprint,
     base_loads,
     device_and_dtype,
     load_tokenizer,
-    peft_config,
     quantization_config,
-    resident_model,
-    set_adapter,
 )
+from grandrounds.drawing import initial_adapter
+from grandrounds.errors import ModelError
+from grandrounds.lora import LoraSpec, adapter_layout, peft_config
+from grandrounds.model import Resident, adapter_change, resident_model, set_adapter
 from grandrounds.recipes import resolve
 from grandrounds.run_directory import RunDirectory
 

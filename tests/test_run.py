@@ -30,6 +30,7 @@ from grandrounds import (
     training,
     visits,
 )
+from grandrounds.base import base_loads
 from grandrounds.cli import app as command_line
 from grandrounds.config import FIELD_OF_KEY
 from grandrounds.engines import InProcessGrid
@@ -305,18 +306,18 @@ def test_coverage_of_the_federation_grows_with_every_visit_and_reaches_one(
 def test_the_base_is_loaded_once_for_all_sites_rounds_and_evaluations(
     settings: Settings, loads: list[str]
 ) -> None:
-    before = model.base_loads()
+    before = base_loads()
     play(settings)
     assert loads == [settings["model.name"]]
-    assert model.base_loads() == before + 1
+    assert base_loads() == before + 1
 
 
 def test_the_server_never_loads_the_base(settings: Settings, loads: list[str]) -> None:
-    before = model.base_loads()
+    before = base_loads()
     run = play(settings, answer_without_a_model(dict.fromkeys(range(4), 1.0)))
     assert read_json(run / "summary.json")["status"] == "completed"
     assert loads == []
-    assert model.base_loads() == before
+    assert base_loads() == before
 
 
 def test_training_and_held_out_loss_fall(settings: Settings) -> None:

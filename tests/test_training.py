@@ -14,16 +14,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from grandrounds import training
+from grandrounds.base import BaseSpec
 from grandrounds.drawing import initial_adapter
+from grandrounds.lora import LoraSpec
 from grandrounds.loss import Forward
-from grandrounds.model import (
-    BaseSpec,
-    LoraSpec,
-    Resident,
-    checkpoint_activations,
-    resident_model,
-    set_adapter,
-)
+from grandrounds.model import Resident, checkpoint_activations, resident_model, set_adapter
 from grandrounds.tokenization import TokenizedExample, collate
 from grandrounds.training import (
     VisitResult,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message
 
+from grandrounds.base import base_loads
 from grandrounds.consortium import custody
 from grandrounds.consortium.agent_client import AGENT, forward
-from grandrounds.model import base_loads
 from grandrounds.visits import PROCESS
 
 Visit = Callable[[Message, Context], Message]

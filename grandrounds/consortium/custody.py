@@ -20,6 +20,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Error, Message
 
 from grandrounds import messages
+from grandrounds.base import BaseSpec
 from grandrounds.config import Config
 from grandrounds.consortium import audit, policy
 from grandrounds.consortium.base_content import content_sha256
@@ -29,8 +30,8 @@ from grandrounds.consortium.site_state import SiteState
 from grandrounds.engines import CLIENT_APP_RAISED
 from grandrounds.errors import DataError, GrandRoundsError, OwnDataError, PolicyError, ReplyError
 from grandrounds.formulary import BASE_NAME, base_path
+from grandrounds.lora import LoraSpec, adapter_layout
 from grandrounds.machine import specs
-from grandrounds.model import BaseSpec, LoraSpec, adapter_layout
 from grandrounds.recipes import resolve
 from grandrounds.site import Site
 

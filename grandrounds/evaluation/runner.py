@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grandrounds.base import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
 from grandrounds.errors import ConfigError
 from grandrounds.evaluation import flowertune, likelihood
 from grandrounds.evaluation.answers import (
@@ -28,7 +29,6 @@ from grandrounds.evaluation.plan import Plan, Subject, Task, make_plan
 from grandrounds.evaluation.results import Answers, evaluation_of, write_flowertune_files
 from grandrounds.evaluation.scoring import generate_greedily
 from grandrounds.evaluation.tuned import Models
-from grandrounds.model import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
 
 FLOWERTUNE_BATCH = 16
 """Items whose answer length FlowerTune decides together, whatever is computed together here."""

@@ -11,17 +11,11 @@ import safetensors
 import torch
 
 from grandrounds.adapter import Adapter, Shapes
+from grandrounds.base import BaseSpec, load_base
 from grandrounds.errors import ModelError
 from grandrounds.evaluation.plan import WEIGHTS, Subject, read_adapter_config
-from grandrounds.model import (
-    BaseSpec,
-    LoraSpec,
-    Resident,
-    adapter_layout,
-    load_base,
-    resident_model,
-    set_adapter,
-)
+from grandrounds.lora import LoraSpec, adapter_layout
+from grandrounds.model import Resident, resident_model, set_adapter
 
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

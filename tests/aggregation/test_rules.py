@@ -9,7 +9,7 @@ from grandrounds.adapter import Adapter
 from grandrounds.aggregation.make import make_rule
 from grandrounds.drawing import initial_adapter
 from grandrounds.errors import ConfigError
-from grandrounds.model import LoraSpec, adapter_layout
+from grandrounds.lora import LoraSpec, adapter_layout
 from tests.aggregation.adapters import (
     AVERAGING,
     BY_PRODUCT,

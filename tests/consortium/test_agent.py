@@ -173,8 +173,8 @@ def training_message(settings: Settings, site: SiteFile) -> Message:
     """Return what the server sends in round 1."""
     from grandrounds.downlink import Sender
     from grandrounds.drawing import drawn_adapter
+    from grandrounds.lora import adapter_layout
     from grandrounds.machine import specs
-    from grandrounds.model import adapter_layout
     from grandrounds.rounds import addressed
 
     config = recipes.resolve(settings)

@@ -167,11 +167,12 @@ def test_the_base_is_loaded_once_for_all_models(
     ask: Callable[..., dict[str, Any]], adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from grandrounds import model
+    from grandrounds.base import base_loads
 
     monkeypatch.setattr(model, "_resident", None)
-    before = model.base_loads()
+    before = base_loads()
     ask(adapter, protocol="all", permutations=1)
-    assert model.base_loads() == before + 1
+    assert base_loads() == before + 1
 
 
 def test_likelihood_rows_tell_shuffling_and_position_bias_for_letters_only(
