@@ -14,6 +14,10 @@ from typing import Any
 
 RATE, RANK, ALPHA = 1e-5, 8, 32
 TARGETS = ["q_proj", "v_proj"]
+STEPS, BATCH, TOKENS = 6, 16, 512
+
+BARE = ("same", "neither", "grouped", "answers")
+"""Arms of full_size.py that are `bare_visit` by one means or another."""
 
 
 def padded(batch: Sequence[Any]) -> tuple[Any, Any, Any]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -33,9 +32,13 @@ from typing import Any
 
 from bare_loops import (
     ALPHA,
+    BARE,
+    BATCH,
     RANK,
     RATE,
+    STEPS,
     TARGETS,
+    TOKENS,
     bare_visit,
     free,
     lean_loss,
@@ -43,11 +46,11 @@ from bare_loops import (
     template_visit,
     whole_loss,
 )
+from full_size_table import summary, table
 from peak_memory import peak_bytes
 from random_base import SMALL, write_base, write_cards
 
-SITES, SEED, STEPS, BATCH, TOKENS = 20, 1, 6, 16, 512
-BARE = ("same", "neither", "grouped", "answers")
+SITES, SEED = 20, 1
 GIB = 2**30
 
 
@@ -305,34 +308,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def summary(
-    rows: list[dict[str, Any]], arms: list[str], template: dict[str, Any] | None, rate: float
-) -> dict[str, Any]:
-    """Return medians over the rounds, and ratios within each round."""
-
-    def median(name: str) -> float:
-        return statistics.median(row[name] for row in rows)
-
-    ours = median("ours")
-    figures: dict[str, Any] = {
-        "seconds": {name: median(name) for name in ("ours", "ours_visits", *arms)},
-        "tokens_per_second": statistics.median(r["tokens"] / r["ours"] for r in rows),
-        "utilisation": statistics.median(r["flops"] / r["ours"] / rate for r in rows),
-        "outside_steps_seconds": statistics.median(r["ours"] - r["ours_visits"] for r in rows),
-        "peak_gib": max(row["ours_peak_gib"] for row in rows),
-    }
-    for arm in arms:
-        ratios = [row["ours"] / row[arm] for row in rows]
-        figures[f"ours_to_{arm}"] = [statistics.median(ratios), min(ratios), max(ratios)]
-    if "neither" in arms:
-        for arm in (a for a in arms if a != "neither"):
-            gains = [row["neither"] / row[arm] for row in rows]
-            figures[f"gain_{arm}"] = [statistics.median(gains), min(gains), max(gains)]
-    if template is not None:
-        figures["template_to_ours"] = template["seconds"] / ours
-    return figures
-
-
 def reset_peak() -> None:
     """Begin to count the peak of the GPU's memory anew."""
     import torch
@@ -346,54 +321,6 @@ def peak_gib() -> float:
     import torch
 
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
-
-
-def table(r: dict[str, Any]) -> str:
-    """Return the result in lines."""
-    seconds, memory = r["seconds"], r["memory"]
-    lines = [
-        f"{r['architecture']}, {r['parameters'] / 1e6:,.1f} M parameters, "
-        f"{r['quantization'] or 'no'} bits, {r['device']}, torch {r['torch']}; "
-        f"median of {r['rounds']} rounds of 3 visits, {STEPS} steps of {BATCH}",
-        f"{'round, seconds':<34}{'':>10}{'ours to it':>12}{'range':>18}",
-        f"{'ours, a whole round':<34}{seconds['ours']:>10.2f}",
-        f"{'  its visits alone':<34}{seconds['ours_visits']:>10.2f}",
-    ]
-    labels = {
-        "same": "bare loop, same means",
-        "neither": "bare loop, padded, all logits",
-        "grouped": "  of similar length",
-        "answers": "  logits of answers",
-    }
-    for arm in (a for a in BARE if a in seconds):
-        ratio, low, high = r[f"ours_to_{arm}"]
-        lines.append(
-            f"{labels[arm]:<34}{seconds[arm]:>10.2f}{ratio:>12.3f}{f'{low:.3f} to {high:.3f}':>18}"
-        )
-    if r["template"]:
-        lines.append(
-            f"{'template, loads included':<34}{r['template']['seconds']:>10.2f}"
-            f"{1 / r['template_to_ours']:>12.3f}"
-        )
-    for arm in ("grouped", "answers", "same"):
-        if f"gain_{arm}" in r:
-            gain, low, high = r[f"gain_{arm}"]
-            lines.append(
-                f"gain over the loop with neither: {arm:<10}{gain:6.2f} ({low:.2f}-{high:.2f})"
-            )
-    lines += [
-        f"tokens/s {r['tokens_per_second']:,.0f} (no padding counted), model FLOP utilisation "
-        f"{r['utilisation']:.0%} of a measured {r['product_tflops']:.2f} TFLOP/s",
-        f"outside the steps {r['outside_steps_seconds']:.2f} s a round, start-up "
-        f"{r['start_up_seconds']:.1f} s, base loads {r['base_loads']}",
-        f"full batches of {BATCH} x {TOKENS}, checkpointing "
-        f"{'on' if memory['checkpointing'] else 'off'}: peak {memory['measured_gib']:.2f} GiB, "
-        f"planned {memory['planned_gib']:.2f} (beside the base {memory['visit_measured_gib']:.2f} "
-        f"and {memory['visit_planned_gib']:.2f})",
-    ]
-    if r["peak_gib"]:
-        lines.append(f"peak GPU memory of the rounds {r['peak_gib']:.2f} GiB")
-    return "\n".join(lines)
 
 
 def limit_memory(gib: float) -> None:
