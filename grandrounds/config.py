@@ -26,7 +26,7 @@ EXACT_CODECS = ("none", "float32")
 COARSE_CODECS = ("ternary", "sign", "topk")
 """Those that need what they lose to be sent later: only for changes, not for a whole adapter."""
 
-PLACES = ("run-directory", "resume-from", "site-nodes")
+PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run is, and on whose machines: no part of a recipe."""
 
 
@@ -46,10 +46,10 @@ class FederationConfig:
     it."""
     resume_from: str
     """A run directory to continue from its last finished round; only the server reads it."""
-    site_nodes: str
-    """Flower's node of each site, as its key was registered: `0=1234,1=5678`. Number and node of a
-    pair are nobody else's; a site that is not listed is who it says. `grandrounds run --engine
-    deployment` fills it in from the admissions; only the server reads it."""
+    consortium: str
+    """Folder of the consortium on the server's machine. Its admissions say which of Flower's nodes
+    each site is, and no other is taken for it; empty: a site is who it says. `grandrounds run
+    --engine deployment` fills it in from the connection; only the server reads it."""
 
 
 @dataclass(frozen=True)
@@ -348,12 +348,6 @@ class Config:
     def site_ranks(self) -> tuple[int, ...]:
         """Ranks that the sites train, repeated over them; empty: the adapter's."""
         return tuple(int(rank) for rank in words_of(self.strategy.site_ranks))
-
-    @property
-    def site_nodes(self) -> dict[int, int]:
-        """Partition id → Flower's id of the node that the site was admitted as."""
-        pairs = (word.split("=") for word in words_of(self.federation.site_nodes))
-        return {int(partition): int(node) for partition, node in pairs}
 
     @property
     def examples_per_step(self) -> int:

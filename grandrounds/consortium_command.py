@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from grandrounds.errors import ConfigError, EngineError
 from grandrounds.site_command import say
 
 app = typer.Typer(
@@ -66,25 +68,79 @@ def admit(
         str | None,
         typer.Option(help="Register the key with the SuperLink of this connection at once."),
     ] = None,
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(help="Of the node key, as the site reads it to you; asked for if not given."),
+    ] = None,
     directory: Folder = Path("consortium"),
 ) -> None:
     """Check a site's request, sign its admission, and register its key."""
-    from grandrounds.consortium import admissions, keys
+    from grandrounds.consortium import admissions
 
     directory = directory.expanduser().absolute()
+    check_fingerprint(request, fingerprint)
     file = admissions.admit(directory, request, partition_id, num_partitions)
-    public = file.with_suffix(".pub")
-    key = keys.read_public_text(public.read_text())
     say(
         f"site {file.stem!r} is site {partition_id} of {num_partitions}",
-        f"node key {keys.fingerprint(key)}: compare it with what the site reads to you",
         f"admission for the site: {file}",
     )
     if connection:
-        from grandrounds.deployment import register
-
-        node = register(public, file.stem, connection)
-        admissions.note_node(file, node)
-        say(f"registered as node {node}; no other node can be site {partition_id}")
+        register_admitted(file, connection)
+    if file in (nodes := admissions.nodes(directory)):
+        say(f"registered as node {nodes[file]}; no other node can be site {partition_id}")
     else:
         say("its key is not registered yet: the same command with --connection NAME does that")
+
+
+def check_fingerprint(request: Path, fingerprint: str | None) -> None:
+    """Compare a request's key with what the site reads to whoever admits it, before it is signed.
+
+    Raises
+    ------
+    ConfigError
+        If it is another, or nobody can be asked.
+    """
+    from grandrounds.consortium import admissions, keys
+
+    name, key = admissions.read_request(request)
+    found = keys.fingerprint(key)
+    told = f"{request} of {name!r} has the node key {found}"
+    if fingerprint is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"{told}: compare it with what the site reads to you (--fingerprint)."
+            )
+        say(told)
+        if not typer.confirm("Does the site read the same to you?"):
+            raise ConfigError(f"{name!r} is not admitted. Ask the site for its request once more.")
+    elif fingerprint.removeprefix("SHA256:") != found.removeprefix("SHA256:"):
+        raise ConfigError(
+            f"{told}, not {fingerprint}: it was exchanged on its way, or was read wrongly. Nothing "
+            "was signed."
+        )
+
+
+def register_admitted(admission: Path, connection: str) -> None:
+    """Register an admitted site's key, and write down as which node.
+
+    Raises
+    ------
+    EngineError
+        If the SuperLink does not take it; it may know it already only if the node is written down.
+    """
+    from grandrounds.consortium import admissions
+    from grandrounds.deployment import register
+
+    try:
+        node = register(admission.with_suffix(".pub"), admission.stem, connection)
+    except EngineError as error:
+        if "already in use" not in str(error):
+            raise
+        if not (file := admissions.node_file(admission)).is_file():
+            raise EngineError(
+                f"The SuperLink knows the key of {admission.stem!r} already, and as which node is "
+                f"not written down: write its node-id (flwr supernode list {connection}) into "
+                f"{file}."
+            ) from error
+    else:
+        admissions.note_node(admission, node)

@@ -52,14 +52,16 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
     address = address_of(connection)
     is_here = is_local(address)
     flat = with_run_directory(config)
-    if not flat["site-nodes"]:
-        flat = {**flat, "site-nodes": admitted_nodes(connection)}
+    if not flat["consortium"]:
+        flat = {**flat, "consortium": consortium_of(connection)}
     if not is_here and not (config.federation.run_directory or config.federation.resume_from):
         raise ConfigError(
             f"The SuperLink of {connection!r} is at {address}, and writes the run directory there: "
             "give its full path on that machine with --run-dir."
         )
     directory = Path(str(flat["resume-from"] or flat["run-directory"]))
+    if untied := untied_sites(flat):
+        sys.stdout.write(f"{untied}\n")
     home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
     (home / "cwd").mkdir()
     link = Link(home, quiet(), connection)
@@ -138,9 +140,11 @@ def register(public_key: Path, name: str, connection: str) -> int:
 
 def _how_to_resume(flat: Mapping[str, Scalar], connection: str) -> str:
     directory = flat["resume-from"] or flat["run-directory"]
+    folder = flat["consortium"]
+    given = f" --set consortium={folder}" if folder != consortium_of(connection) else ""
     return (
         "Finished rounds are kept; once the SuperLink runs: grandrounds run --resume "
-        f"{directory} --engine deployment --connection {connection}"
+        f"{directory} --engine deployment --connection {connection}{given}"
     )
 
 
@@ -170,16 +174,34 @@ def flower_home() -> Path:
     return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr").expanduser()
 
 
-def admitted_nodes(connection: str) -> str:
-    """Return `site-nodes`, as the consortium beside the connection's certificate admitted them.
+def consortium_of(connection: str) -> str:
+    """Return the folder of the consortium that a connection's certificate lies in.
 
     Empty where there is none: it is on another machine.
     """
     certificate = str(entry_of(connection).get("root-certificates", ""))
-    nodes = (
-        admissions.registered_nodes(Path(certificate).expanduser().parent) if certificate else {}
-    )
-    return ",".join(f"{partition}={node}" for partition, node in sorted(nodes.items()))
+    folder = Path(certificate).expanduser().parent
+    return str(folder) if certificate and (folder / "consortium.json").is_file() else ""
+
+
+def untied_sites(flat: Mapping[str, Scalar]) -> str:
+    """Return a line that names the sites whose number is taken at their word; empty if none is."""
+    folder, count = str(flat["consortium"]), int(flat["data.num-partitions"])
+    if not folder:
+        return (
+            "a site's number is taken at its word: no consortium's folder lies beside the "
+            "connection's certificate. If there is one where the SuperLink runs: "
+            "--set consortium=FOLDER"
+        )
+    if not Path(folder).is_dir():
+        return ""  # on the SuperLink's machine
+    tied = admissions.registered_nodes(Path(folder))
+    if missing := [str(p) for p in range(count) if p not in tied]:
+        return (
+            f"taken at their word: sites {', '.join(missing)}. grandrounds consortium admit with "
+            "--connection ties a site's number to its key"
+        )
+    return ""
 
 
 def address_of(connection: str) -> str:

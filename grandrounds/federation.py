@@ -134,7 +134,7 @@ def open_session(run: Run, grid: Grid) -> None:
         run=run.state.run,
         least=strategy.min_sites or None,
         refused=refused,
-        site_nodes=run.config.site_nodes,
+        site_nodes=admitted_nodes(run.config),
     )
     run.flower_run = grid.run.run_id
     sites = [dict(card.facts) for card in run.cards.values()]
@@ -154,6 +154,15 @@ def open_session(run: Run, grid: Grid) -> None:
     run.listener("roll-call", {"sites": sites})
 
 
+def admitted_nodes(config: Config) -> dict[int, int]:
+    """Return the sites' numbers and the nodes that they were admitted as, where that is known."""
+    if not config.federation.consortium:
+        return {}
+    from grandrounds.consortium.admissions import registered_nodes
+
+    return registered_nodes(Path(config.federation.consortium))
+
+
 def play_round(run: Run, grid: Grid) -> None:
     """Play the next round: train, evaluate, write down."""
     config, state = run.config, run.state
@@ -167,7 +176,7 @@ def play_round(run: Run, grid: Grid) -> None:
         state.run,
         messages.INTRODUCTION,
         introduced=run.introduced,
-        site_nodes=config.site_nodes,
+        site_nodes=admitted_nodes(config),
     )
     remember_sites(run)
     number = state.round + 1

@@ -257,6 +257,10 @@ COUNTS = (
 """Facts that are whole numbers from 0 on."""
 
 
+MOST_CHARACTERS = 1000
+"""Of a text at roll call."""
+
+
 def introduction_of(
     node: int, reply: Message, required: Collection[str], num_sites: int
 ) -> dict[str, Any]:
@@ -267,6 +271,13 @@ def introduction_of(
             f"Node {node} does not say its {', '.join(missing)} at roll call: is another version "
             "of grandrounds installed there? Install the same one everywhere."
         )
+    for name, value in record.items():
+        is_short = not isinstance(value, str) or len(value) <= MOST_CHARACTERS
+        if not isinstance(value, bool | int | float | str) or not is_short:
+            raise EngineError(
+                f"Node {node} introduces itself wrongly: its {name[:40]!r} is no number, and no "
+                f"text of at most {MOST_CHARACTERS} characters."
+            )
     facts = ConfigRecord(record)
     try:
         messages.whole_number(facts, "partition-id", 0, num_sites - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -192,28 +191,12 @@ def check_together(config: Config) -> None:
             f"strategy.min-sites = {strategy.min_sites} is more than data.num-partitions = "
             f"{config.data.num_partitions}: lower it, or set 0 for all.",
         ),
-        (
-            not _are_pairs(config),
-            f"site-nodes = {config.federation.site_nodes!r} is not allowed: it must be pairs of a "
-            f"site's number below data.num-partitions = {config.data.num_partitions} and a node, "
-            "each once, with commas: 0=1234,1=5678.",
-        ),
         *_rule_problems(config),
         *_communication_problems(config),
     ]
     for is_wrong, message in problems:
         if is_wrong:
             raise ConfigError(message)
-
-
-def _are_pairs(config: Config) -> bool:
-    """Whether site-nodes can be read, and names no site and no node twice."""
-    words = words_of(config.federation.site_nodes)
-    if not all(re.fullmatch(r"[0-9]{1,9}=[0-9]{1,20}", word) for word in words):
-        return False
-    nodes = config.site_nodes
-    is_once = len(words) == len(nodes) == len(set(nodes.values()))
-    return is_once and all(site < config.data.num_partitions for site in nodes)
 
 
 def _rule_problems(config: Config) -> list[tuple[bool, str]]:

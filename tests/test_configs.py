@@ -28,7 +28,7 @@ LEFT_OUT = {
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",
-    "site-nodes",
+    "consortium",
     "train.num-threads",
     "train.report-to",
     "strategy.round-timeout-seconds",

@@ -155,6 +155,13 @@ def test_a_site_that_differs_is_named_before_anybody_trains(fact: str, meaning: 
     assert {kind for kind, _, _ in sites.seen} == {"query"}
 
 
+@pytest.mark.parametrize("value", [b"x", "x" * 1001, [1]])
+def test_a_fact_that_could_not_be_written_down_is_the_sites_own_fault(value: Any) -> None:
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, device=value)})
+    with pytest.raises(EngineError, match="Node 2 introduces itself wrongly: its 'device' is no"):
+        roll_call.roll_call(grid_of(sites, 2), [1, 2], 10)
+
+
 def test_two_nodes_of_one_site_are_an_error() -> None:
     sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
     with pytest.raises(EngineError, match="Two nodes say that they are site 0"):

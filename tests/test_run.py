@@ -471,7 +471,7 @@ TESTED_ELSEWHERE = {
     "static.dataset.name": "other data are another run",
     "run-directory": "the server's",
     "resume-from": "the server's",
-    "site-nodes": "tests/test_rounds.py",
+    "consortium": "tests/consortium",
     "model.quantization": "below, slow",
     "model.gradient-checkpointing": "below: same adapter, by other means",
     "train.response-only-logits": "below: same adapter, by other means",

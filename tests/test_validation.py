@@ -280,13 +280,6 @@ def test_ranks_that_are_no_list_are_refused(ranks: str) -> None:
         resolve({"strategy.name": "product", "strategy.site-ranks": ranks})
 
 
-@pytest.mark.parametrize("nodes", ["0", "0:7", "a=7", "0=-7", "0=7,0=8", "0=7,1=7", "20=7"])
-def test_nodes_of_sites_that_are_no_pairs_are_refused(nodes: str) -> None:
-    with pytest.raises(ConfigError, match=f"site-nodes = '{nodes}' is not allowed"):
-        resolve({"data.num-partitions": 20, "site-nodes": nodes})
-    assert resolve({"site-nodes": "1=7, 0=8"}).site_nodes == {1: 7, 0: 8}
-
-
 def test_a_share_that_trims_nobody_is_told_at_once() -> None:
     with pytest.raises(ConfigError, match="needs at least 1000000000 replies"):
         resolve({"strategy.name": "fedtrimmedavg", "strategy.trimmed-share": 1e-9})

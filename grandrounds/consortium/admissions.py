@@ -6,6 +6,7 @@ site join         an admission → the certificate authority, the numbers in sit
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from grandrounds.consortium import keys, signed
 from grandrounds.consortium.set_up import check_name, with_value, write_units
 from grandrounds.consortium.site_file import SiteFile, read_site_file
 from grandrounds.errors import ConfigError
+
+SERVER = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}:[0-9]{1,5}")
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Admission:
 def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -> Path:
     """Check a site's request and write its admission; return the admission's file.
 
-    The site's public key is written beside it, for Flower. The same request with the same numbers
-    may come again: its admission stays.
+    The site's public key is written beside it, for Flower. A site may be admitted again: with other
+    numbers when the consortium has grown.
 
     Raises
     ------
@@ -43,9 +46,7 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
         If the request is damaged or not signed by the key in it, the numbers cannot be, or another
         site has the number or the name.
     """
-    described = signed.read_signed(request, "request", None)
-    key = keys.read_public_text(str(described.get("public-key", "")))
-    name = check_name(str(described.get("name", "")))
+    name, key = read_request(request)
     if not 0 <= partition_id < num_partitions:
         raise ConfigError(
             f"--partition-id {partition_id} must be from 0 to {num_partitions - 1}, below "
@@ -62,10 +63,10 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
         "ca": (folder / "ca.crt").read_text(),
         "node": keys.fingerprint(key),
     }
-    if target.is_file() and signed.read_json(target)["content"] == content:
-        return target
     for file in sorted((folder / "admissions").glob("*.json")):
         other = signed.read_json(file)["content"]
+        if (other["name"], other["node"]) == (name, content["node"]):
+            continue
         if other["partition-id"] == partition_id or other["name"] == name:
             raise ConfigError(
                 f"Site {other['name']!r} is admitted already, with partition-id "
@@ -73,16 +74,37 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
                 "admission first."
             )
     authority = keys.read_private_key(folder / "authority.key")
-    public = f"{keys.public_text(key, name)}\n".encode()
-    (folder / "admissions" / f"{name}.pub").write_bytes(public)
+    public = target.with_suffix(".pub")
+    line = f"{keys.public_text(key, name)}\n"
+    if not public.is_file() or public.read_text() != line:
+        node_file(target).unlink(missing_ok=True)  # of another key
+    public.write_text(line)
+    target.unlink(missing_ok=True)
     signed.write_signed(target, content, authority)
-    target.with_suffix(".node").unlink(missing_ok=True)  # of a key that was admitted before
     return target
+
+
+def read_request(request: Path) -> tuple[str, keys.PublicKey]:
+    """Return name and node key of a site's request.
+
+    Raises
+    ------
+    ConfigError
+        If it is damaged, or not signed by the key in it.
+    """
+    described = signed.read_signed(request, "request", None)
+    key = keys.read_public_text(str(described.get("public-key", "")))
+    return check_name(str(described.get("name", ""))), key
+
+
+def node_file(admission: Path) -> Path:
+    """Return the file beside an admission that says which node its key was registered as."""
+    return admission.with_suffix(".node")
 
 
 def note_node(admission: Path, node: int) -> None:
     """Write down which node a site's key was registered as, so that no other can be that site."""
-    admission.with_suffix(".node").write_text(f"{node}\n")
+    node_file(admission).write_text(f"{node}\n")
 
 
 def registered_nodes(folder: Path) -> dict[int, int]:
@@ -91,21 +113,27 @@ def registered_nodes(folder: Path) -> dict[int, int]:
     Raises
     ------
     ConfigError
-        If an admission or the note of a node is damaged.
+        If the folder is no consortium's, or an admission or the note of a node is damaged.
     """
-    found: dict[int, int] = {}
+    signed.read_json(folder / "consortium.json")
+    numbers = ((signed.read_json(file)["content"], node) for file, node in nodes(folder).items())
+    return {int(content["partition-id"]): node for content, node in numbers}
+
+
+def nodes(folder: Path) -> dict[Path, int]:
+    """Return the admissions of a consortium whose node is written down, and the node."""
+    found: dict[Path, int] = {}
     for admission in sorted((folder / "admissions").glob("*.json")):
-        file = admission.with_suffix(".node")
+        file = node_file(admission)
         if not file.is_file():
             continue
-        number = signed.read_json(admission)["content"]["partition-id"]
         text = keys.read_bytes(file).decode(errors="replace").strip()
         if not text.isdecimal():
             raise ConfigError(
-                f"{file} holds {text[:40]!r}, not the number of a node: write the node-id that "
-                "flwr supernode register printed, or remove the file."
+                f"{file} holds {text[:40]!r}, not the number of a node: write its node-id "
+                "(flwr supernode list), or remove the file."
             )
-        found[int(number)] = int(text)
+        found[admission] = int(text)
     return found
 
 
@@ -131,6 +159,8 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
             f"{admission} admits the node key {content.get('node')}, and this site's is {own}. "
             "Ask for an admission of this site's request.json."
         )
+    if not SERVER.fullmatch(str(content.get("superlink"))):
+        raise ConfigError(f"{admission} names no server as host:port.")
     names = ("consortium", "name", "partition-id", "num-partitions", "superlink", "ca", "node")
     found = Admission(*(content[name] for name in names))
     authority_file = site.place(site.node.root_certificates)

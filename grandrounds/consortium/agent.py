@@ -34,8 +34,8 @@ from grandrounds.errors import ConfigError, GrandRoundsError, ReplyError
 
 MIB = 2**20
 
-READ_SECONDS = 30.0
-"""How long the other end may keep silent within a request."""
+READ_SECONDS = 60.0
+"""How long the other end may take for a request."""
 
 SEND_SECONDS = 300.0
 """How long the other end may take for the answer."""
@@ -58,6 +58,7 @@ class Agent:
         self._site, self._told, self._visits = site, told, visits
         self._one_visit = threading.Lock()  # the base is one, and so is its adapter
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._open: set[socket.socket] = set()
         self._stopping = threading.Event()
         SiteState(self._folder).close()  # a folder that cannot be used is told now
 
@@ -66,7 +67,7 @@ class Agent:
         return self._site.place(self._site.agent.state)
 
     def serve(self) -> None:
-        """Answer until `stop` is called; a visit in progress is finished first."""
+        """Answer until `stop` is called; a visit in progress is finished and answered first."""
         # What Flower's runtimes set before an app starts; Message() reads it.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
         with listening(self._site) as (listener, secured):
@@ -84,7 +85,10 @@ class Agent:
                     target=self._handle, args=(connection, secured), daemon=True
                 )
                 thread.start()
-        for _ in range(MOST_CONNECTIONS):  # whoever is being answered
+        with self._one_visit:  # whoever is being answered
+            for connection in list(self._open):
+                hang_up(connection)
+        for _ in range(MOST_CONNECTIONS):
             self._places.acquire()
         self._told("stopped")
 
@@ -95,24 +99,44 @@ class Agent:
     def _handle(self, plain: socket.socket, secured: ssl.SSLContext | None) -> None:
         """Answer one connection, whatever comes of it."""
         connection = plain
+        self._open.add(connection)
         try:
-            plain.settimeout(READ_SECONDS)
             if secured is not None:
-                connection = secured.wrap_socket(plain, server_side=True)
-            message, context = wire.read_request(connection, self._site.agent.max_message_mib * MIB)
+                connection = secured.wrap_socket(
+                    plain, server_side=True, do_handshake_on_connect=False
+                )
+                self._open.add(connection)
+            if (request := self._read(connection)) is None:
+                return
             with self._one_visit:
                 if self._stopping.is_set() or is_closed(connection):
                     return
-                reply = self._answer(message, context)
-            connection.settimeout(SEND_SECONDS)
-            connection.sendall(wire.pack_answer(reply))
-        except ReplyError as error:
-            self._refuse(str(error))
+                reply = self._answer(*request)
+                connection.settimeout(SEND_SECONDS)
+                connection.sendall(wire.pack_answer(reply))
         except (OSError, wire.ClosedError) as error:
             self._told(f"a connection ended early: {str(error) or type(error).__name__}")
         finally:
+            self._open.discard(plain)
+            self._open.discard(connection)
             connection.close()
             self._places.release()
+
+    def _read(self, connection: socket.socket) -> tuple[Message, Context] | None:
+        """Return a request; None where it is refused. Both have `READ_SECONDS` in all."""
+        in_time = threading.Timer(READ_SECONDS, hang_up, (connection,))
+        in_time.daemon = True
+        in_time.start()
+        try:
+            if isinstance(connection, ssl.SSLSocket):
+                connection.do_handshake()
+            return wire.read_request(connection, self._site.agent.max_message_mib * MIB)
+        except ReplyError as error:
+            self._refuse(str(error))
+            wire.refuse(connection, str(error))
+            return None
+        finally:
+            in_time.cancel()
 
     def _answer(self, message: Message, context: Context) -> Message:
         """Return the answer to a request, an expected error or a crash as Flower reports it."""
@@ -135,6 +159,12 @@ class Agent:
     def _refuse(self, reason: str) -> None:
         self._told(f"refused: {reason}")
         audit.write(self._folder, {"asked": "", "outcome": "refused", "reason": reason})
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection that another thread may be waiting for."""
+    with contextlib.suppress(OSError):  # it has ended already
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def is_closed(connection: socket.socket) -> bool:

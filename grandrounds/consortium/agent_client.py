@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -66,10 +67,11 @@ def forward(message: Message, context: Context) -> Message:
                 # A refusal within TLS may come as a mere end.
                 trust = "Do both trust each other (agent-ca, agent-certificate, agent-key)? "
                 seen = f"ended {times} times over this message" if times else "is not there"
-                raise EngineError(
-                    f"The site's agent at {address} {seen} ({error or 'it ended in mid-answer'}), "
-                    f"and is waited for {patience:g} s. {trust * address.startswith('tls:')}"
-                    "Is grandrounds site serve running?"
+                raise _told(
+                    f"The site's agent {seen} ({error or 'it ended in mid-answer'}), and is waited "
+                    f"for {patience:g} s. {trust * address.startswith('tls:')}Is grandrounds site "
+                    "serve running?",
+                    address,
                 ) from error
             time.sleep(RETRY_SECONDS)
     if answer.has_error():
@@ -80,15 +82,23 @@ def forward(message: Message, context: Context) -> Message:
 def _raise_if_final(error: Exception, address: str) -> None:
     """Raise `EngineError` for what no waiting mends."""
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-        raise EngineError(
-            f"The site's agent at {address} and this SuperNode do not trust each other "
-            f"({error.reason or error}). Check agent-ca, agent-certificate and agent-key."
+        raise _told(
+            "The site's agent and its SuperNode do not trust each other "
+            f"({error.reason or error}). Check agent-ca, agent-certificate and agent-key.",
+            address,
         ) from error
     if isinstance(error, PermissionError):
-        raise EngineError(
-            f"This SuperNode's user may not connect to the site's agent at {address}: run it as "
-            "the same user, or put it into agent.socket-group of site.toml."
+        raise _told(
+            "The SuperNode's user may not connect to the site's agent: run it as the same user, or "
+            "put it into agent.socket-group of site.toml.",
+            address,
         ) from error
+
+
+def _told(reason: str, place: str) -> EngineError:
+    """Return an error for the server, and say here of which place of the site it speaks."""
+    print(f"grandrounds: {place}: {reason}", file=sys.stderr, flush=True)
+    return EngineError(reason)
 
 
 def connected(address: str, node: Mapping[str, Any]) -> socket.socket:
@@ -114,9 +124,10 @@ def connected(address: str, node: Mapping[str, Any]) -> socket.socket:
         return connection
     host, _, port = place.rpartition(":")
     if kind != "tls" or not host or not port.isdigit():
-        raise EngineError(
-            f'agent = "{address}" is no address: write "unix:/path/agent.sock" or '
-            '"tls:127.0.0.1:9443" in the SuperNode\'s --node-config.'
+        raise _told(
+            "The agent of the SuperNode's --node-config is no address: write "
+            '"unix:/path/agent.sock" or "tls:127.0.0.1:9443".',
+            f"agent = {address!r}",
         )
     host = host.strip("[]")
     context = client_context(node)
@@ -144,8 +155,9 @@ def client_context(node: Mapping[str, Any]) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(certificate, key)
     except OSError as error:  # SSLError too
-        raise EngineError(
-            f"The certificates of the SuperNode's --node-config cannot be used ({error}): "
-            f"{', '.join(f'{n} = {node[n]}' for n in names)}."
+        raise _told(
+            f"{', '.join(names)} of the SuperNode's --node-config cannot be used "
+            f"({getattr(error, 'strerror', None) or type(error).__name__}).",
+            ", ".join(str(node[name]) for name in names),
         ) from error
     return context

@@ -21,7 +21,7 @@ def write(folder: Path, entry: Mapping[str, Any]) -> None:
     """
     short = {k: v[:MOST_CHARACTERS] if isinstance(v, str) else v for k, v in entry.items()}
     stamped = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **short}
-    line = (json.dumps(stamped, ensure_ascii=False) + "\n").encode()
+    line = (json.dumps(stamped) + "\n").encode()  # ASCII: no line break but the last
     handle = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(handle, line)

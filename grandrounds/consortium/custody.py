@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,14 @@ from grandrounds.consortium.own_data import own_site, own_split
 from grandrounds.consortium.site_file import SiteFile, read_site_file
 from grandrounds.consortium.site_state import SiteState
 from grandrounds.engines import CLIENT_APP_RAISED
-from grandrounds.errors import DataError, GrandRoundsError, OwnDataError, PolicyError, ReplyError
+from grandrounds.errors import (
+    DataError,
+    GrandRoundsError,
+    ModelError,
+    OwnDataError,
+    PolicyError,
+    ReplyError,
+)
 from grandrounds.formulary import BASE_NAME, base_path
 from grandrounds.lora import LoraSpec, adapter_layout
 from grandrounds.machine import specs
@@ -66,13 +73,22 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
     try:
         site = read_site_file(path)
         places |= {str(base_folder(site, name)): f"the base {name!r}" for name in site.bases}
-        places.pop(str(context.run_config.get("model.name")), None)  # its own word
+        places[str(site.place(site.agent.state))] = "the agent's state"
         return _answer(site, message, context, visit)
     except GrandRoundsError as error:
-        text = str(error)
-        for place in sorted(places, key=len, reverse=True):
-            text = text.replace(place, places[place])
-        raise type(error)(text) from error
+        words = [str(value) for value in context.run_config.values()]
+        raise type(error)(without_places(str(error), places, words)) from error
+
+
+def without_places(text: str, places: Mapping[str, str], words: Sequence[str]) -> str:
+    """Return a text in which places go by their names.
+
+    What the run itself said stays as it said it; else it could guess a place and see it change.
+    """
+    own = {word for word in words if any(place in word for place in places)}
+    longest_first = sorted({*own, *places}, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.sub(pattern, lambda found: found[0] if found[0] in own else places[found[0]], text)
 
 
 def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) -> Message:
@@ -84,10 +100,14 @@ def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) ->
             own = localized(site, config)
             base = base_sha256(site, config.model.name, state)
             policy.check_base(site, config.model.name, base)
+            check_unchanged(config.model.name, own.model.name, base)
             entry |= _admit(site, config, own, run).as_dict()
-            if message.metadata.message_type != "query":
+            is_visit = message.metadata.message_type != "query"
+            if is_visit:
                 policy.check_visits(site, state.visits_today())
                 state.count_visit(run, entry["round"])  # also one that fails
+            else:
+                policy.check_questions(site, state.count_question())
             inner = Context(
                 run_id=context.run_id,
                 node_id=context.node_id,
@@ -98,8 +118,9 @@ def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) ->
             started = time.perf_counter()
             reply = visit(message, inner)
             entry["seconds"] = round(time.perf_counter() - started, 3)
-            state.save(run, inner.state)
-            if message.metadata.message_type == "query":
+            if is_visit:
+                state.save(run, inner.state)
+            else:
                 told = reply.content.config_records[messages.CONFIG]
                 told["name"], told[BASE] = site.name, base
         except GrandRoundsError as error:
@@ -179,6 +200,19 @@ def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
     return content_sha256(base_folder(site, name), state.hashes)
 
 
+_loaded: dict[str, str] = {}
+"""Where a base is → the SHA-256 of its files when this process used it first."""
+
+
+def check_unchanged(name: str, location: str, sha256: str) -> None:
+    """Raise `ModelError` if a base's files are not those that this process may have loaded."""
+    if (loaded := _loaded.setdefault(location, sha256)) != sha256:
+        raise ModelError(
+            f"The files of the base {name!r} have changed since the site's agent loaded them: "
+            f"their sha256 was {loaded} and is {sha256}. Start the agent again."
+        )
+
+
 def base_folder(site: SiteFile, name: str) -> Path:
     """Return the folder of the site's copy of a base."""
     path = site.bases[name].path
@@ -243,9 +277,14 @@ def _question(message: Message, context: Context) -> dict[str, Any]:
         "flower-run": str(context.run_id),
         "round": number if isinstance(number, int) else 0,
         "asked": message.metadata.message_type,
-        **{name: record[name] for name in ("cursor", "learning-rate") if name in record},
+        **{name: _number(record[name]) for name in ("cursor", "learning-rate") if name in record},
         "bytes-in": sum(size for _, size in messages.tensor_sizes(message)),
     }
+
+
+def _number(value: object) -> object:
+    """Return a number, or in words what came in its place."""
+    return value if isinstance(value, int | float) else repr(value)[:40]
 
 
 def _left(reply: Message) -> Mapping[str, Any]:

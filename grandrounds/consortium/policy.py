@@ -131,5 +131,17 @@ def check_visits(site: SiteFile, visits_today: int) -> None:
         )
 
 
+MOST_QUESTIONS_PER_DAY = 2000
+"""Roll calls that a site answers in 24 hours: one begins a run, and one each return to it."""
+
+
+def check_questions(site: SiteFile, questions_today: int) -> None:
+    """Raise `PolicyError` if the site was asked who it is more often than runs ever do."""
+    if questions_today > MOST_QUESTIONS_PER_DAY:
+        raise PolicyError(
+            f"{_forbids(site)}: it answers {MOST_QUESTIONS_PER_DAY} roll calls in 24 hours."
+        )
+
+
 def _forbids(site: SiteFile) -> str:
     return f"The policy of site {site.name!r} forbids this run"

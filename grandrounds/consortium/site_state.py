@@ -23,6 +23,7 @@ pragma journal_mode = wal;
 pragma synchronous = full;
 create table if not exists runs (run text primary key, state blob not null, time real not null);
 create table if not exists visits (time real not null, run text not null, round integer not null);
+create table if not exists questions (time real not null);
 create table if not exists hashes (
     path text not null, size integer not null, modified integer not null, sha256 text not null,
     primary key (path, size, modified)
@@ -92,6 +93,14 @@ class SiteState:
             self._connection.execute(
                 "delete from visits where time < ?", (time.time() - 2 * DAY_SECONDS,)
             )
+
+    def count_question(self) -> int:
+        """Remember that the site was asked who it is; return how often in the last 24 hours."""
+        now = time.time()
+        with self._connection:
+            self._connection.execute("insert into questions values (?)", (now,))
+            self._connection.execute("delete from questions where time < ?", (now - DAY_SECONDS,))
+            return int(self._connection.execute("select count(*) from questions").fetchone()[0])
 
     def visits_today(self) -> int:
         """Return how often the site was visited in the last 24 hours."""

@@ -2,6 +2,7 @@
 
     request   b"GRQ1", two lengths of 4 bytes (big-endian), then Flower's Context and its Message
     answer    b"GRA1", one length of 4 bytes, then Flower's Message
+    refusal   b"GRR1", one length of 4 bytes, then in UTF-8 why the request was not read
 
 Lengths are compared with the limit before anything more is read. Nothing is unpickled, and no
 array is made from what a message claims of itself: `messages.from_arrays` and `codecs` compare
@@ -28,9 +29,12 @@ from google.protobuf.message import DecodeError
 from grandrounds.allowed import Scalar
 from grandrounds.errors import ReplyError
 
-REQUEST, ANSWER = b"GRQ1", b"GRA1"
+REQUEST, ANSWER, REFUSAL = b"GRQ1", b"GRA1", b"GRR1"
 CONTEXT_BYTES = 1 << 20
 """Most bytes of a context: a run's configuration has about 4 KiB."""
+
+MOST_REASON_BYTES = 4096
+"""Of a refusal."""
 
 MOST_RECORDS = 16
 """More records than any message of a run has."""
@@ -59,6 +63,15 @@ def pack_answer(reply: Message) -> bytes:
     """Return an answer."""
     body: bytes = message_to_proto(reply).SerializeToString()
     return ANSWER + struct.pack(">I", len(body)) + body
+
+
+def refuse(connection: socket.socket, reason: str) -> None:
+    """Send why a request was not read, and take in what is still sent, so that it is heard."""
+    body = reason.encode()[:MOST_REASON_BYTES]
+    connection.sendall(REFUSAL + struct.pack(">I", len(body)) + body)
+    socket.socket.shutdown(connection, socket.SHUT_WR)
+    while connection.recv(1 << 16):
+        pass
 
 
 def read_request(connection: socket.socket, most_bytes: int) -> tuple[Message, Context]:
@@ -99,11 +112,14 @@ def read_request(connection: socket.socket, most_bytes: int) -> tuple[Message, C
 
 
 def read_answer(connection: socket.socket, most_bytes: int) -> Message:
-    """Read an answer; raise as `read_request` does."""
+    """Read an answer; raise as `read_request` does, and `ReplyError` with a refusal's reason."""
     header = _exactly(connection, 8)
+    (length,) = struct.unpack(">I", header[4:])
+    if header[:4] == REFUSAL and length <= MOST_REASON_BYTES:
+        reason = _exactly(connection, length).decode(errors="replace")
+        raise ReplyError(f"the site's agent did not read the request: {reason}")
     if header[:4] != ANSWER:
         raise ReplyError("this is no answer of a site's agent")
-    (length,) = struct.unpack(">I", header[4:])
     if length > most_bytes:
         raise ReplyError(f"an answer of {length} bytes, where at most {most_bytes} are allowed")
     body = _exactly(connection, length)
@@ -128,7 +144,7 @@ def _message(body: bytes) -> Message:
             continue
         for entry in getattr(item, kind).items:
             value = entry.value.WhichOneof("value")
-            if value is None or value.endswith("list"):
+            if value is None or value == "bytes" or value.endswith("list"):
                 raise ReplyError(f"{entry.key[:40]!r} is no single value")
     return message_from_proto(proto)
 

@@ -340,7 +340,8 @@ def test_lengths_beyond_the_bound_are_refused_before_anything_is_read(
     with serving(site) as said:
         for lengths in ((1, 2**20 + 1), (2**31, 1), (2**32 - 1, 2**32 - 1)):
             started = time.monotonic()
-            assert raw(site, wire.REQUEST + struct.pack(">II", *lengths), close=False) == b""
+            said_back = raw(site, wire.REQUEST + struct.pack(">II", *lengths), close=False)
+            assert said_back.startswith(wire.REFUSAL)
             assert time.monotonic() - started < 5
         messages.raise_failure(asked(site, settings))
     assert sum("are allowed (agent.max-message-mib)" in line for line in said) == 3
@@ -348,17 +349,93 @@ def test_lengths_beyond_the_bound_are_refused_before_anything_is_read(
     assert len(refused) == 3
 
 
+def test_a_message_that_is_too_large_is_told_as_that_at_once(
+    settings: Settings, tmp_path: Path
+) -> None:
+    [site, *_] = sites_of(settings, tmp_path, agent__max_message_mib=1)
+    large = messages.content(config={"round": 0, "run": "ab", "more": "x" * 3 * 2**20})
+    patient = context_of(settings, {**at(site), "agent-wait-seconds": 60})
+    with serving(site):
+        started = time.monotonic()
+        reply = node_app.hand_on(Message(large, 1, MessageType.QUERY), patient)
+        with pytest.raises(ReplyError, match=r"did not read the request.*agent\.max-message-mib"):
+            messages.raise_failure(reply)
+        assert time.monotonic() - started < 10
+    refused = [e for e in audit.read(site.place("state")) if e["outcome"] == "refused"]
+    assert len(refused) == 1
+
+
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"GET / HTTP/1.1\r\n\r\n", b"GRQ1", wire.REQUEST + struct.pack(">II", 100, 100) + b"x"],
+    ("content", "answer"),
+    [
+        (b"", b""),
+        (b"GET / HTTP/1.1\r\n\r\n", wire.REFUSAL),
+        (b"GRQ1", b""),
+        (wire.REQUEST + struct.pack(">II", 100, 100) + b"x", b""),
+    ],
     ids=["nothing", "http", "half a header", "half a body"],
 )
-def test_what_is_no_request_gets_no_answer_and_the_agent_goes_on(
-    settings: Settings, site: SiteFile, content: bytes
+def test_what_is_no_request_is_not_answered_and_the_agent_goes_on(
+    settings: Settings, site: SiteFile, content: bytes, answer: bytes
 ) -> None:
     with serving(site):
-        assert raw(site, content) == b""
+        assert raw(site, content)[:4] == answer
         messages.raise_failure(asked(site, settings))
+
+
+def test_a_request_has_one_deadline_however_often_a_byte_comes(
+    settings: Settings, site: SiteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents, "READ_SECONDS", 0.5)
+    with serving(site), socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(site.place(site.agent.socket)))
+        slow.sendall(wire.REQUEST + struct.pack(">II", 1000, 1000))
+        started = time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() - started < 10:
+                slow.sendall(b"x")
+                time.sleep(0.1)
+    assert time.monotonic() - started < 5
+
+
+def test_a_half_sent_request_does_not_keep_an_agent_from_stopping(site: SiteFile) -> None:
+    with socket.socket(socket.AF_UNIX) as slow:
+        with serving(site) as said:
+            slow.connect(str(site.place(site.agent.socket)))
+            slow.sendall(wire.REQUEST)
+            started = time.monotonic()
+        assert said[-1] == "stopped"
+    assert time.monotonic() - started < 5
+
+
+def test_every_message_leaves_a_line_whatever_stands_in_it(
+    settings: Settings, site: SiteFile
+) -> None:
+    """Bytes where numbers should be are refused before anything is done; lines stay lines."""
+    odd: dict[str, Any] = {"round": 0, "run": "ab", "cursor": "a\u2028b"}
+    raw_bytes = {**odd, "learning-rate": b"x"}
+    with serving(site) as said:
+        messages.raise_failure(
+            asked(site, settings, Message(messages.content(config=odd), 1, "query"))
+        )
+        with pytest.raises(ReplyError, match="'learning-rate' is no single value"):
+            asked(site, settings, Message(messages.content(config=raw_bytes), 1, "evaluate"))
+    assert not [line for line in said if "crashed" in line]
+    answered, refused = audit.read(site.place("state"))
+    assert (answered["cursor"], answered["outcome"]) == (repr("a\u2028b"), "answered")
+    assert refused["outcome"] == "refused"
+
+
+def test_the_server_learns_of_no_place_of_the_agent(
+    settings: Settings, site: SiteFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The site's own log says it."""
+    place = str(site.place(site.agent.socket))
+    reply = node_app.hand_on(question(), context_of(settings, at(site)))
+    with pytest.raises(EngineError, match="The site's agent is not there") as told:
+        messages.raise_failure(reply)
+    assert place not in str(told.value)
+    assert place in capsys.readouterr().err
 
 
 def test_a_silent_connection_is_closed(

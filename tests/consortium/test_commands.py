@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from grandrounds import deployment, recipes
 from grandrounds.cli import app
-from grandrounds.consortium import set_up
-from grandrounds.errors import ConfigError
+from grandrounds.consortium import admissions, keys, set_up
+from grandrounds.errors import ConfigError, EngineError
 from grandrounds.reporting import PlainReporter
 from tests.consortium.own_sites import make_site, write_partition
 from tests.consortium.real import FORMULARY
@@ -66,10 +66,9 @@ def test_the_way_from_nothing_to_an_admitted_site(tmp_path: Path, flower_home: P
 
     admitted = run(
         *("consortium", "admit", site / "request.json", "--partition-id", 1),
-        *("--num-partitions", 3, "--dir", consortium),
+        *("--num-partitions", 3, "--dir", consortium, "--fingerprint", node),
     )
     assert admitted.exit_code == 0, admitted.output
-    assert f"node key {node}" in admitted.stdout
     assert "its key is not registered yet" in admitted.stdout
 
     joined = run(
@@ -195,9 +194,12 @@ def test_a_run_that_completed_behind_a_tunnel_is_no_failure(
 
 
 def test_a_run_knows_which_nodes_the_sites_were_admitted_as(
-    flower_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flower_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From the admissions beside the connection's certificate; what the user gave goes first."""
+    """From the consortium beside the connection's certificate, or the one that the user gave."""
     folder = set_up.init_consortium(tmp_path / "consortium", "trial", "trial.example.org", 8000)
     (flower_home / "config.toml").write_text((folder / "flower-config.toml").read_text())
     monkeypatch.setattr(deployment, "register", lambda *_: 77)
@@ -205,15 +207,55 @@ def test_a_run_knows_which_nodes_the_sites_were_admitted_as(
     admitted = run(
         *("consortium", "admit", site / "request.json", "--partition-id", 1),
         *("--num-partitions", 3, "--dir", folder, "--connection", "trial"),
+        *("--fingerprint", fingerprint_of(site)),
     )
     assert "registered as node 77; no other node can be site 1" in admitted.stdout
+    assert admissions.registered_nodes(folder) == {1: 77}
     started: list[Any] = []
     monkeypatch.setattr(deployment, "_start", lambda _, flat, __: started.append(flat) or 1)
     monkeypatch.setattr(deployment, "follow", lambda *_: ("completed", ""))
-    for given, sent in (("", "1=77"), ("0=5", "0=5")):
-        config = recipes.resolve({"run-directory": str(tmp_path / "there"), "site-nodes": given})
+    place = {"run-directory": str(tmp_path / "there"), "data.num-partitions": 3}
+    place |= {"strategy.fraction-train": 1.0, "strategy.fraction-evaluate": 0.0}
+    for given, sent in (("", str(folder)), ("/elsewhere", "/elsewhere")):
+        config = recipes.resolve({**place, "consortium": given})
         deployment.deploy(config, PlainReporter(config), "trial")
-        assert started.pop()["site-nodes"] == sent
+        assert started.pop()["consortium"] == sent
+    assert "taken at their word: sites 0, 2." in capsys.readouterr().out
+
+
+def fingerprint_of(site: Path) -> str:
+    return keys.fingerprint(keys.read_private_key(site / "node.key").public_key())
+
+
+def test_nothing_is_signed_before_the_fingerprint_was_compared(tmp_path: Path) -> None:
+    folder = set_up.init_consortium(tmp_path / "consortium", "trial", "trial.example.org", 8000)
+    site = set_up.init_site(tmp_path / "site", "st-elsewhere")
+    words = ("consortium", "admit", site / "request.json", "--partition-id", 0)
+    words = (*words, "--num-partitions", 1, "--dir", folder)
+    line = complaint(run(*words))
+    assert f"has the node key {fingerprint_of(site)}: compare it" in line
+    assert "Nothing was signed" in complaint(run(*words, "--fingerprint", "SHA256:other"))
+    assert not list((folder / "admissions").iterdir())
+    assert run(*words, "--fingerprint", fingerprint_of(site)).exit_code == 0
+
+
+def test_a_key_that_the_superlink_knows_already_needs_its_node_written_down(
+    flower_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower never takes a key twice, and does not tell which node has it."""
+    folder = set_up.init_consortium(tmp_path / "consortium", "trial", "trial.example.org", 8000)
+    site = set_up.init_site(tmp_path / "site", "st-elsewhere")
+
+    def refuse(*_: object) -> int:
+        raise EngineError("Flower refused `flwr supernode`: Public key already in use")
+
+    monkeypatch.setattr(deployment, "register", refuse)
+    words = ("consortium", "admit", site / "request.json", "--partition-id", 0, "--dir", folder)
+    words = (*words, "--connection", "trial", "--fingerprint", fingerprint_of(site))
+    line = complaint(run(*words, "--num-partitions", 1), 1)
+    assert "(flwr supernode list trial) into" in line
+    (folder / "admissions" / "st-elsewhere.node").write_text("77\n")
+    assert "registered as node 77" in run(*words, "--num-partitions", 2).stdout
 
 
 def test_a_key_is_registered_with_a_known_connection_only(flower_home: Path) -> None:

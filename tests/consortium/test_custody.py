@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, MessageType
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from grandrounds import client_app, messages, recipes, roll_call, server_app
-from grandrounds.consortium import audit, custody
+from grandrounds.consortium import audit, custody, policy
 from grandrounds.consortium.site_file import SiteFile
-from grandrounds.consortium.site_state import SiteState
+from grandrounds.consortium.site_state import RUNS_KEPT, SiteState
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import (
     GrandRoundsError,
+    ModelError,
     OwnDataError,
     PolicyError,
     ReplyError,
@@ -305,6 +308,50 @@ def test_the_server_learns_of_no_folder_of_the_site(settings: Settings, tmp_path
         assert str(tmp_path) not in str(refused.value)
     [entry] = [e for e in audit.read(folder / "state") if e["outcome"] == "failed"]
     assert str(tmp_path / "gone") in entry["reason"]
+
+
+def test_what_a_run_says_itself_does_not_change_with_what_it_guesses() -> None:
+    places = {"/srv/site": "the site's folder", "/srv/site/state": "the agent's state"}
+    asked = "/srv/site/x is no base; /srv/site/state/a, /srv/site/b"
+    told = custody.without_places(asked, places, ["/srv/site/x", "alpaca"])
+    assert told == "/srv/site/x is no base; the agent's state/a, the site's folder/b"
+
+
+def test_a_base_whose_files_change_under_the_agent_is_refused(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """What it told the server, and compared with site.toml, would not be what it trains on."""
+    settings = {**settings, "data.num-partitions": 1}
+    shares = {"strategy.fraction-train": 1.0, "strategy.fraction-evaluate": 0.0}
+    settings = {**settings, **shares}
+    copy = tmp_path / "copy"
+    shutil.copytree(str(settings["model.name"]), copy)
+    [site] = sites_of({**settings, "model.name": str(copy)}, tmp_path)
+    grid = grid_of_sites({**settings, "model.name": str(copy)}, [site])
+    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    messages.raise_failure(reply)
+    with (copy / "generation_config.json").open("a") as file:
+        file.write("\n")
+    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    with pytest.raises(ModelError, match=r"have changed since .* Start the agent again"):
+        messages.raise_failure(reply)
+
+
+def test_roll_calls_take_nothing_from_other_runs_and_are_bounded(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = sites_of(settings, tmp_path)
+    grid = grid_of_sites(settings, sites)
+    monkeypatch.setattr(policy, "MOST_QUESTIONS_PER_DAY", RUNS_KEPT + 2)
+    with closing(SiteState(sites[0].place("state"))) as state:
+        state.save("ab", RecordDict({"kept": ConfigRecord({"a": 1})}))
+        for i in range(RUNS_KEPT + 2):
+            [reply] = grid.send_and_receive([roll_call.questions([1], f"{i:x}f")[1]])
+            messages.raise_failure(reply)
+        assert state.load("ab").config_records["kept"]["a"] == 1
+    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    with pytest.raises(PolicyError, match="roll calls in 24 hours"):
+        messages.raise_failure(reply)
 
 
 def test_a_crash_is_written_down_and_the_server_learns_its_kind_only(

@@ -134,7 +134,8 @@ def watch(event, arguments):
             outside.append(f"{event} {name}")
 
 sys.addaudithook(watch)
-agent = Agent(site, lambda line: None)
+crashed = []
+agent = Agent(site, lambda line: crashed.append(line) if "crashed" in line else None)
 def answer(*_):
     watched.append(1)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, flush=True)
@@ -144,6 +145,7 @@ print("ready", flush=True)
 agent.serve()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, flush=True)
 print(sorted(set(outside)), flush=True)
+print(sorted(set(crashed)), flush=True)
 """
 
 
@@ -194,13 +196,15 @@ def structured(settings: Settings, site: Any, draw: random.Random) -> tuple[byte
             for entry in item.config_record.items:
                 if draw.random() < 0.3:
                     entry.value.Clear()
-                    which = draw.randrange(4)
+                    which = draw.randrange(5)
                     if which == 0:
                         entry.value.sint64 = draw.choice([-1, 0, 2**62])
                     elif which == 1:
                         entry.value.string = draw.choice(["", "../..", "\0", "none", "int4"])
                     elif which == 2:
                         entry.value.double = draw.choice([float("nan"), float("inf"), -1.0])
+                    elif which == 3:
+                        entry.value.bytes = b"x"
         elif item.WhichOneof("value") == "array_record" and draw.random() < 0.8:
             array = draw.choice(item.array_record.items)
             which = draw.randrange(5)
@@ -267,8 +271,8 @@ def test_ten_thousand_hostile_messages_do_no_harm(settings: Settings, tmp_path: 
             process.terminate()
             said = process.stdout.read().splitlines()
     assert process.returncode == 0
-    at_end, outside = int(said[-2]), said[-1]
-    assert outside == "[]"
+    at_end, outside, crashed = int(said[-3]), said[-2], said[-1]
+    assert (outside, crashed) == ("[]", "[]")
     assert at_end - at_start < 8 * 1 + 64  # MiB: eight times a message, and what PyTorch keeps
     after = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if "state" not in f.parts}
     assert {f: after.get(f) for f in before if f.is_file()} == {
@@ -276,5 +280,5 @@ def test_ten_thousand_hostile_messages_do_no_harm(settings: Settings, tmp_path: 
     }
     told = audit.read(site.place("state"))
     outcomes = {entry["outcome"] for entry in told}
-    assert {"answered", "refused", "failed"} <= outcomes
-    assert not {entry["reason"] for entry in told if entry["outcome"] == "crashed"}
+    assert outcomes == {"answered", "refused", "failed"}
+    assert len(told) >= MESSAGES / 3

@@ -134,18 +134,17 @@ def test_no_two_sites_have_one_number_or_name(consortium: Path, site: Path, tmp_
 def test_a_site_is_the_node_that_its_key_was_registered_as(
     consortium: Path, site: Path, tmp_path: Path
 ) -> None:
-    """The same request may come again; another key, or an admission that is gone, unties them."""
+    """The same key may be admitted again; another, or an admission that is gone, unties them."""
     other = set_up.init_site(tmp_path / "other", "other")
     admissions.admit(consortium, other / "request.json", 0, 2)
     admission = admissions.admit(consortium, site / "request.json", 1, 2)
     assert admissions.registered_nodes(consortium) == {}
     admissions.note_node(admission, 77)
-    written = admission.read_bytes()
-    assert admissions.admit(consortium, site / "request.json", 1, 2) == admission
-    assert admission.read_bytes() == written
+    assert admissions.admit(consortium, site / "request.json", 1, 3) == admission
+    assert json.loads(admission.read_text())["content"]["num-partitions"] == 3
     assert admissions.registered_nodes(consortium) == {1: 77}
-    with pytest.raises(ConfigError, match="admitted already, with partition-id 1"):
-        admissions.admit(consortium, site / "request.json", 1, 3)
+    with pytest.raises(ConfigError, match="'other' is admitted already, with partition-id 0"):
+        admissions.admit(consortium, site / "request.json", 0, 3)
     admission.unlink()
     assert admissions.registered_nodes(consortium) == {}
     again = set_up.init_site(tmp_path / "again", "st-elsewhere")
