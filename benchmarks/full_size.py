@@ -12,8 +12,9 @@ round in this one process on the same base:
     neither   a bare loop with padded batches as drawn and transformers' own loss over all logits
     grouped   `neither`, but batches of similar length
     answers   `neither`, but logits of answers only
-    template  FlowerTune's way: base loaded again at each visit, FP4 with float32 products where it
-              is in 4 bits, gradient checkpointing always, padded batches, all logits
+    template  FlowerTune's way: base loaded again at each visit, bitsandbytes' defaults where it is
+              in 4 bits (FP4; products in float32, or in bfloat16 under autocast), gradient
+              checkpointing always, padded batches, all logits
 
 The base has random weights; it is written to disk shard by shard and loaded by the project's own
 code. The first round is start-up and not counted.
@@ -204,7 +205,10 @@ def worst_case(bench: Bench) -> dict[str, Any]:
     """Return the peak memory of a step with every example of full length, and what was planned."""
     import dataclasses
 
+    import torch
+
     from grandrounds import fitting, machine, training
+    from grandrounds.model import resident_bytes
     from grandrounds.tokenization import TokenizedExample
 
     resident, config = bench.resident(), bench.config
@@ -220,14 +224,16 @@ def worst_case(bench: Bench) -> dict[str, Any]:
     def step() -> None:
         training.train_visit(resident.model, parameters, [batch], how, 0)
 
+    is_gpu = torch.cuda.is_available()
+    held = torch.cuda.memory_allocated() if is_gpu else resident_bytes()
     measured = peak_bytes(lambda: fitting.run_visit(config, resident, step))
-    there_before = needs.base + 4 * sum(p.numel() for p in parameters)
+    planned_before = needs.base + 4 * sum(p.numel() for p in parameters)
     return {
         "checkpointing": again,
-        "measured_gib": (there_before + measured) / GIB,
+        "measured_gib": (held + measured) / GIB,
         "planned_gib": needs.total / GIB,
         "visit_measured_gib": measured / GIB,
-        "visit_planned_gib": (needs.total - there_before) / GIB,
+        "visit_planned_gib": (needs.total - planned_before) / GIB,
         "parts_gib": {k: v / GIB for k, v in dataclasses.asdict(needs).items()},
     }
 

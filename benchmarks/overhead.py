@@ -4,8 +4,9 @@
 
 Both arms are processes of their own, alternated: `grandrounds run` in process, and a loop that
 loads the same base with PEFT, reads the same batches ready tokenised from a file (so it spends
-nothing on data) and takes the same AdamW steps in the same precision. Time is wall-clock time of
-the whole process; what is not the rounds or the loop is start-up, shown apart.
+nothing on data) and takes the same AdamW steps in the same precision by the same means: no padding,
+logits of answers alone. Time is wall-clock time of the whole process; what is not the rounds or the
+loop is start-up, shown apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bare_loops import ALPHA, BATCH, RANK, RATE, STEPS, bare_visit, lean_loss
+
 SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
     "6m": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6},
@@ -29,7 +32,6 @@ SIZES = {
 """Llama architectures with random weights, vocabulary 6,144."""
 
 SITES, SEED = 20, 1
-RATE, STEPS, BATCH, RANK, ALPHA = 1e-4, 6, 16, 8, 32
 
 
 def make_base(size: str, folder: Path) -> int:
@@ -110,6 +112,9 @@ def bare_loop(base: Path, file: Path, threads: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from grandrounds.loss import Forward, attending
+    from grandrounds.tokenization import TokenizedExample
+
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -117,27 +122,18 @@ def bare_loop(base: Path, file: Path, threads: int) -> None:
     model = get_peft_model(model, lora)
     parameters = [p for p in model.parameters() if p.requires_grad]
     visit_batches = json.loads(file.read_text())
+    how, device = Forward(False, True, True, 1024), torch.device("cpu")
     started = time.perf_counter()
-    model.train()
-    for visit in visit_batches:
-        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-        for batch in visit:
-            longest = max(len(ids) for ids, _ in batch)
-            input_ids = torch.zeros((len(batch), longest), dtype=torch.long)
-            mask = torch.zeros_like(input_ids)
-            labels = torch.full_like(input_ids, -100)
-            for row, (ids, prompt_tokens) in enumerate(batch):
-                input_ids[row, : len(ids)] = torch.tensor(ids)
-                mask[row, : len(ids)] = 1
-                labels[row, prompt_tokens : len(ids)] = torch.tensor(ids[prompt_tokens:])
-            loss = model(
-                input_ids=input_ids, attention_mask=mask, labels=labels, use_cache=False
-            ).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
+    with attending(model, how):
+        for visit in visit_batches:
+            batches = [[TokenizedExample(tuple(ids), prompt) for ids, prompt in b] for b in visit]
+            bare_visit(
+                model,
+                parameters,
+                batches,
+                "adamw_torch",
+                lambda batch: lean_loss(model, batch, device, how),
+            )
     print(json.dumps({"loop_seconds": time.perf_counter() - started}))
 
 

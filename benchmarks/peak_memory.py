@@ -10,7 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the most bytes allocated at a time on top of what was there before.
+    """Return the most bytes allocated at a time on top of what was there before."""
+    return peak_and_left_bytes(function)[0]
+
+
+def peak_and_left_bytes(function: Callable[[], Any]) -> tuple[int, int]:
+    """Return the most bytes at a time on top of what was there before, and those left at the end.
 
     On a GPU as its allocator counts them; on the CPU every allocation and release is recorded by
     PyTorch's profiler, which slows the function down.
@@ -21,7 +26,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         torch.cuda.reset_peak_memory_stats()
         function()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
         function()
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
@@ -29,4 +34,4 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return most
+    return most, held

@@ -29,7 +29,15 @@ class Precision:
 
     @property
     def product_bytes(self) -> int:
-        """Bytes of a number that a linear module gives: e."""
+        """Bytes of a number that a linear module gives: e.
+
+        Those of bitsandbytes give the type that they get, which is the residual stream's.
+        """
+        return 2 if self.autocast and not self.quantization else self.base_bytes
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes of a number that the head gives, which is not quantised."""
         return 2 if self.autocast else self.base_bytes
 
     @property
@@ -76,7 +84,8 @@ def layer_bytes(
       reads it. Where attention is soft-capped (Gemma 2), the matrices of tokens x tokens: its
       capped scores, and probabilities in float32 and again in the type of the product.
     - MLP: act(gate) * up keeps gate, act(gate) and up: 3 N i e.
-    - A frozen linear module keeps nothing but its weight; LLM.int8 keeps its input.
+    - A frozen linear module keeps nothing but its weight; LLM.int8 keeps its input
+      (`int8_input_bytes`).
     - A factor A keeps its input: one for all modules that read it where it needs neither copy nor
       dropout, else one each; B keeps N r numbers. Dropout keeps its mask.
 
@@ -106,7 +115,7 @@ def layer_bytes(
     inputs_kept = set()
     for module in a.linears:
         source = _SOURCES.get(module.name, "first norm")
-        if precision.quantization == 8 and source != "attention":
+        if precision.quantization == 8 and (source != "attention" or not batch.padded):
             inputs_kept.add((source, module.inputs, e))
         if module.name not in targets:
             continue
@@ -130,6 +139,18 @@ _SOURCES = {
 """Linear module → where its input comes from; all others read the first norm."""
 
 
+def int8_input_bytes(architecture: Architecture, batch: Batch, precision: Precision) -> int:
+    """Return the bytes of the inputs that a layer's LLM.int8 modules keep; 0 for others.
+
+    bitsandbytes (0.50) keeps them outside of what autograd saves, so that checkpointing, which
+    works on that, does not free them: N (2 h + q + i) e for Llama.
+    """
+    if precision.quantization != 8:
+        return 0
+    inputs = {(_SOURCES.get(m.name, "first norm"), m.inputs) for m in architecture.linears}
+    return sum(batch.positions * width * precision.product_bytes for _, width in inputs)
+
+
 def loss_bytes(
     architecture: Architecture, batch: Batch, precision: Precision, chunk_tokens: int | None
 ) -> int:
@@ -148,7 +169,7 @@ def loss_bytes(
     chunk_tokens : int or None
         Tokens whose logits are held at a time, 0 for all; None: the head is applied to every token.
     """
-    n, v, e = batch.positions, architecture.vocabulary, precision.product_bytes
+    n, v, e = batch.positions, architecture.vocabulary, precision.logit_bytes
     capped = architecture.family.soft_capped_logits
     if chunk_tokens is None:
         return n * v * (e + 8 + (e if capped else 0))
@@ -172,11 +193,12 @@ def saved_bytes(
 
     With checkpointing each layer keeps its input alone, N h in the type of the residual stream
     (Chen et al., Training deep nets with sublinear memory cost, 2016, section 4.1, one segment a
-    layer).
+    layer), and LLM.int8 its modules' inputs all the same.
     """
     last_norm = 4 * batch.positions * (architecture.hidden_size + 1)
     if checkpointing:
         inputs = batch.positions * architecture.hidden_size * precision.base_bytes
+        inputs += int8_input_bytes(architecture, batch, precision)
         return architecture.num_layers * inputs + last_norm
     first, others = (
         layer_bytes(

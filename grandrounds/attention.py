@@ -47,7 +47,8 @@ def attend(
     tensor of (1, tokens, heads, head size), and no weights.
     """
     repeats = query.shape[1] // key.shape[1]
-    grouped = repeats > 1 and query.device.type == "cuda"
+    is_masked = sliding_window is not None and max(sequence_lengths) > sliding_window
+    grouped = repeats > 1 and not is_masked and takes_groups(query)
     if repeats > 1 and not grouped:
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
     parts = [torch.split(t, sequence_lengths, dim=2) for t in (query, key, value)]
@@ -67,6 +68,18 @@ def attend(
         )
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
+
+
+def takes_groups(query: torch.Tensor) -> bool:
+    """Whether a kernel that makes no matrix of tokens x tokens takes grouped heads as they are.
+
+    FlashAttention does, for numbers of two bytes and without a mask; what else there is on a GPU
+    does in some releases of PyTorch only, and SDPA falls back to the whole matrix.
+    """
+    device = query.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
+    return device == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def _window(tokens: int, sliding_window: int, device: torch.device) -> torch.Tensor:

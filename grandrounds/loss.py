@@ -151,7 +151,7 @@ class _HeadLoss(torch.autograd.Function):
                 slope = None
                 if cap is not None:
                     z.div_(cap).tanh_()
-                    slope = 1 - z.square()
+                    slope = z.square().neg_().add_(1)
                     z.mul_(cap)
                 target = targets[part].unsqueeze(1)
                 of_target = z.gather(1, target)

@@ -107,6 +107,8 @@ def prepare_model(config: Config) -> Resident:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = config.arguments.tf32
         torch.backends.cudnn.allow_tf32 = config.arguments.tf32
+        # cuDNN's attention makes a plan for each new shape, and every sequence is one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     with fitting.memory_told(config, fitting.checkpoints_activations(config)):
         resident = resident_model(*specs(config))
     compile_mlps(resident, config.arguments.torch_compile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from grandrounds import loss as losses
 from grandrounds.architectures import FAMILIES
+from grandrounds.attention import takes_groups
 from grandrounds.loss import Forward, can_skip_padding, has_plain_head, head_nll_sum
 from grandrounds.tokenization import TokenizedExample
 
@@ -115,6 +117,22 @@ def test_every_means_gives_the_loss_and_gradient_of_each_example_alone(
     assert loss == pytest.approx(expected, rel=1e-5)
     for got, wanted in zip(ours, gradients, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "grouped"),
+    [
+        ("cuda", torch.bfloat16, True),
+        ("cuda", torch.float16, True),
+        ("cuda", torch.float32, False),  # no FlashAttention
+        ("cpu", torch.bfloat16, False),
+    ],
+)
+def test_heads_stay_grouped_only_where_no_matrix_is_made(
+    device: str, dtype: torch.dtype, grouped: bool
+) -> None:
+    query = SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype)
+    assert takes_groups(query) == grouped  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("window", [4, 16, 64])

@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grandrounds.activations import Batch, Precision
+from grandrounds.activations import Batch, Precision, saved_bytes
 from grandrounds.architectures import from_config
-from grandrounds.loss import Forward
+from grandrounds.base import BaseSpec, load_base
+from grandrounds.loss import Forward, answer_nll_sum, attending
 from grandrounds.memory import site_memory
 from grandrounds.model import Resident, checkpoint_activations
 from grandrounds.tokenization import TokenizedExample
@@ -40,14 +41,15 @@ WIDE = {
 }
 
 
-def peak_bytes(function: Any) -> int:
-    """Return what `benchmarks/peak_memory.py` counts."""
+def counted(function: Any) -> tuple[int, int]:
+    """Return what `benchmarks/peak_memory.py` counts: bytes at the peak, and left at the end."""
     spec = importlib.util.spec_from_file_location("peak_memory", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return int(module.peak_bytes(function))
+    peak, left = module.peak_and_left_bytes(function)
+    return int(peak), int(left)
 
 
 def measured_and_planned(
@@ -93,7 +95,7 @@ def measured_and_planned(
         chunk_tokens=how.chunk_tokens if how.answers_only else None,
     )
     there_before = memory.base + memory.cuda_context + 4 * sum(sizes)
-    return peak_bytes(visit), memory.total - there_before
+    return counted(visit)[0], memory.total - there_before
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -115,6 +117,42 @@ def test_other_means_take_no_more_than_planned(padding_free: bool, answers_only:
     how = Forward(False, padding_free, answers_only, 0)
     measured, planned = measured_and_planned(WIDE, QUERY_VALUE, how, checkpointing=False)
     assert 0.99 <= planned / measured <= 1.15
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_llm_int8_keeps_is_planned_for_with_checkpointing_too(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    """Bytes that are held between forward and backward, beyond those of a base without it."""
+    config = LlamaConfig(**WIDE, num_attention_heads=4, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokens, how = (8, 96), Forward(False, padding_free=True, answers_only=True, chunk_tokens=64)
+    batch = [TokenizedExample((5,) * tokens[1], 1)] * tokens[0]
+
+    def held(bits: int) -> int:
+        base = load_base(BaseSpec(str(tmp_path), bits, "float32"))
+        lora = LoraConfig(r=8, target_modules=QUERY_VALUE, task_type="CAUSAL_LM")
+        model = get_peft_model(base, lora).train()
+        checkpoint_activations(Resident(None, None, model, {}), checkpointing)  # type: ignore[arg-type]
+        device = torch.device("cpu")
+        with attending(model, how):
+            answer_nll_sum(model, batch, 0, device, how).backward()  # tables are made once
+            kept: list[torch.Tensor] = []
+            return counted(lambda: kept.append(answer_nll_sum(model, batch, 0, device, how)))[1]
+
+    planned = [
+        saved_bytes(
+            from_config("tiny", config.to_dict(), "tiny"),
+            QUERY_VALUE,
+            8,
+            Batch(*tokens, padded=False),
+            Precision(bits, 4, autocast=False),
+            checkpointing=checkpointing,
+            dropout=False,
+        )
+        for bits in (8, 0)
+    ]
+    assert planned[0] - planned[1] == pytest.approx(held(8) - held(0), rel=0.02)
 
 
 def test_the_lean_means_save_what_the_plan_says() -> None:
