@@ -102,7 +102,8 @@ def run(
     rounds: Rounds = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where to write the run; default `runs/<date>-<model>`.")
+        Path | None,
+        typer.Option(help="Where to write the run; default `runs/<date>-<time>-<model>`."),
     ] = None,
     resume: Annotated[
         Path | None,

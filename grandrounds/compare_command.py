@@ -67,7 +67,7 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write to, or to go on in; default `comparisons/<date>-<model>`.",
+            help="Folder to write to, or to go on in; default `comparisons/<date>-<time>-<model>`.",
             metavar="DIR",
         ),
     ] = None,

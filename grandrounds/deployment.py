@@ -95,7 +95,8 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
             resume = f"{_how_to_resume(flat, connection)} " if is_kept else ""
             raise EngineError(f"The run ended as {status}: {why} {resume}(log: {home / 'run.log'})")
         if watcher:
-            listener("finished", {**summary, "directory": str(directory)})
+            place = {"directory": str(directory), "connection": connection}
+            listener("finished", {**summary, **place})
     shutil.rmtree(home)
 
 

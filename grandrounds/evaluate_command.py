@@ -265,7 +265,7 @@ def _verify(files: Sequence[Path]) -> None:
     for file in files:
         faults = faults_in(_read_json(file))
         found = found or bool(faults)
-        print(f"{file}: {f'{len(faults)} fault(s)' if faults else 'the figures can be'}")
+        print(f"{file}: {f'{len(faults)} fault(s)' if faults else 'the figures are possible'}")
         for fault in faults:
             print(f"  {fault}")
     if found:

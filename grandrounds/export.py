@@ -28,7 +28,7 @@ from grandrounds.evaluation.statistics import wilson_interval
 from grandrounds.evaluation.tuned import check_fit, lora_spec, read_adapter
 from grandrounds.formulary import BASE_NAME
 from grandrounds.lora import LoraSpec
-from grandrounds.model_card import Accuracy, Findings, model_card
+from grandrounds.model_card import Accuracy, Findings, have_own_data, model_card
 
 Say = Callable[[str], None]
 """Told what is being done."""
@@ -216,6 +216,7 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
         data=data if sites else None,
         accuracies=(*evaluated(checkpoint), *_asked_at_the_sites(checkpoint, summary)),
         device=device,
+        own_data=have_own_data(sites),
         failed_replies=summary.get("failed_replies"),
         repository=repository,
     )

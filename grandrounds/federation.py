@@ -32,7 +32,7 @@ from grandrounds.environment import environment
 from grandrounds.errors import DataError, RoundError
 from grandrounds.formulary import BASE_NAME as FORMULARY
 from grandrounds.lora import LoraSpec, adapter_layout, peft_config
-from grandrounds.model_card import model_card
+from grandrounds.model_card import Findings, have_own_data, model_card
 from grandrounds.planning import plan_config
 from grandrounds.resuming import check_resumable, check_same_sites
 from grandrounds.run_directory import RunDirectory
@@ -121,8 +121,13 @@ def begin(config: Config, listener: Listener) -> Run:
 def open_session(run: Run, grid: Grid) -> None:
     """Wait for the sites and call the roll; write down and tell who is there."""
     strategy, num_sites = run.config.strategy, run.config.data.num_partitions
+    site_nodes = admitted_nodes(run.config)
     nodes = roll_call.wait_for_nodes(
-        grid, num_sites, strategy.connect_timeout_seconds, strategy.min_sites or num_sites
+        grid,
+        num_sites,
+        strategy.connect_timeout_seconds,
+        strategy.min_sites or num_sites,
+        site_nodes,
     )
     refused: dict[int, str] = {}
     run.cards = roll_call.roll_call(
@@ -134,7 +139,7 @@ def open_session(run: Run, grid: Grid) -> None:
         run=run.state.run,
         least=strategy.min_sites or None,
         refused=refused,
-        site_nodes=admitted_nodes(run.config),
+        site_nodes=site_nodes,
     )
     run.flower_run = grid.run.run_id
     sites = [dict(card.facts) for card in run.cards.values()]
@@ -263,7 +268,10 @@ def judge_and_write(
     evaluated = time.perf_counter()
     if saves:
         loss = record.get("held-out-loss")
-        card = model_card(run.config, sorted(run.targets), state.round, loss, state.ledger.mib)
+        found = Findings(own_data=have_own_data(card.facts for card in run.cards.values()))
+        card = model_card(
+            run.config, sorted(run.targets), state.round, loss, state.ledger.mib, found
+        )
         described = peft_config(spec_of(run), run.targets, run.config.model.name)
         folder = run.directory.save_checkpoint(state.round, state.adapter, described, card)
         run.listener("checkpoint", {"round": state.round, "path": str(folder)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Findings:
     """With those of the base."""
     device: str | None = None
     """What the sites computed on, and in which types."""
+    own_data: bool = False
+    """Whether each site reads data of its own, whatever the recipe names."""
     failed_replies: int | None = None
     """Replies of the run that were not used."""
     merged: str | None = None
@@ -115,6 +117,12 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def have_own_data(sites: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these introductions are of real sites, which alone tell their base's hash."""
+    facts = list(sites)
+    return bool(facts) and all("base-content" in site for site in facts)
+
+
 def _shown(name: str) -> str:
     """Return a name as others may read it: of a local file or folder the last part alone."""
     shown = f"{Path(name).name} (local)" if Path(name).is_absolute() else name
@@ -132,7 +140,7 @@ def _metadata(config: Config, round_number: int, found: Findings) -> str:
         lines.append(f"base_model_relation: {'finetune' if found.merged else 'adapter'}")
     lines.append(f"library_name: {'transformers' if found.merged else 'peft'}")
     lines.append("pipeline_tag: text-generation")
-    if _HUB_NAME.fullmatch(config.static.name):
+    if _HUB_NAME.fullmatch(config.static.name) and not found.own_data:
         lines += ["datasets:", f"- {_yaml(config.static.name)}"]
     lines += ["tags:", *(f"- {tag}" for tag in ("lora", "federated-learning", "flower", "medical"))]
     tuned = [a for a in found.accuracies if not a.is_base]
@@ -185,7 +193,9 @@ def _facts(
         ("base", f"{_shown(config.model.name)}, {bits}"),
         (
             "data",
-            f"{_shown(config.static.name)}, {data.num_partitions} sites, "
+            f"each site's own, {data.num_partitions} sites"
+            if found.own_data
+            else f"{_shown(config.static.name)}, {data.num_partitions} sites, "
             f"{data.partitioner}{partition}",
         ),
         (

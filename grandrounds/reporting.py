@@ -289,9 +289,11 @@ def next_steps(summary: Mapping[str, Any]) -> list[str]:
             f"lowest held-out loss: {directory}/{best['adapter']} ({best['held_out_loss']:.4f})"
         )
     if summary["adapter"]:
+        connection = summary.get("connection")
+        engine = f" --engine deployment --connection {connection}" if connection else ""
         lines.append(
-            f"next: grandrounds evaluate {directory}, or train longer: "
-            f"grandrounds run --config {directory}/config.toml --rounds {2 * summary['rounds']}"
+            f"next: grandrounds evaluate {directory}, or train longer: grandrounds run --config "
+            f"{directory}/config.toml --rounds {2 * summary['rounds']}{engine}"
         )
     return lines
 

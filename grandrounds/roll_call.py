@@ -31,7 +31,11 @@ class SiteCard:
 
 
 def wait_for_nodes(
-    grid: Grid, num_partitions: int, seconds: float = 60.0, least: int | None = None
+    grid: Grid,
+    num_partitions: int,
+    seconds: float = 60.0,
+    least: int | None = None,
+    site_nodes: Mapping[int, int] | None = None,
 ) -> list[int]:
     """Return the ids of the connected nodes, once there are as many as sites.
 
@@ -39,6 +43,8 @@ def wait_for_nodes(
     ----------
     least : int or None
         With so many a run begins after `seconds`, and the others may come later; None: all.
+    site_nodes
+        Partition id → the node that it was admitted as, where it is known.
 
     Raises
     ------
@@ -53,12 +59,19 @@ def wait_for_nodes(
         time.sleep(pause(waited))
     if not least <= len(nodes) <= num_partitions:
         fewer = least < num_partitions and f" (strategy.min-sites = {least})"
-        raise EngineError(
+        told = (
             f"{len(nodes)} nodes are connected, but data.num-partitions = "
-            f"{num_partitions}{fewer or ''}. With flwr run, add --federation-config "
-            f"'num-supernodes={num_partitions}', or set data.num-partitions = {len(nodes)}. Real "
-            "sites: start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or let "
-            "a run begin without some (strategy.min-sites)."
+            f"{num_partitions}{fewer or ''}"
+        )
+        advice = (
+            "start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or let a run "
+            "begin without some (strategy.min-sites)."
+        )
+        if missing := [str(p) for p, node in (site_nodes or {}).items() if node not in nodes]:
+            raise EngineError(f"{told}. Not there: sites {', '.join(missing)}; {advice}")
+        raise EngineError(
+            f"{told}. With flwr run, add --federation-config 'num-supernodes={num_partitions}', or "
+            f"set data.num-partitions = {len(nodes)}. Real sites: {advice}"
         )
     return nodes
 

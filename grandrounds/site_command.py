@@ -85,7 +85,7 @@ def check(
     config: SiteToml = Path("site.toml"),
     recipe: Annotated[
         Path | None,
-        typer.Option(help="A recipe that runs will have: its batch, lengths and prompt."),
+        typer.Option(help="A recipe that runs will have: its base, policy, lengths and prompt."),
     ] = None,
     assignments: Assignments = None,
 ) -> None:
@@ -94,14 +94,15 @@ def check(
     from grandrounds.quiet import quiet_libraries
 
     site = read_site_file(config)
-    run = recipes.resolve(recipes.from_options(recipe, assignments))
+    asked = recipes.from_options(recipe, assignments)
+    run = recipes.resolve(asked)
     quiet_libraries()
     from grandrounds.consortium.checks import Finding, all_findings
 
     def tell(finding: Finding) -> None:
         say(f"{finding.level:<8}{finding.subject}: {finding.text}")
 
-    if not all_findings(site, run, tell):
+    if not all_findings(site, run, tell, is_asked=bool(asked)):
         raise typer.Exit(1)
 
 

@@ -104,7 +104,7 @@ def test_a_finished_run_is_evaluated_by_its_folder_alone(tmp_path: Path) -> None
     assert "peft_1: last checkpoint and lowest held-out loss" in result.stdout
     verified = evaluate("--verify", run / "evaluation" / "evaluation.json")
     assert verified.exit_code == 0
-    assert "the figures can be" in verified.stdout
+    assert "the figures are possible" in verified.stdout
 
 
 def make_run(folder: Path) -> Path:

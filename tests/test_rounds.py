@@ -130,6 +130,9 @@ def test_too_few_and_too_many_nodes_are_an_error_that_says_how_many() -> None:
         roll_call.wait_for_nodes(grid, 4, seconds=0)
     with pytest.raises(EngineError, match=r"^3 nodes are connected, but .* = 2"):
         roll_call.wait_for_nodes(grid, 2, seconds=0)
+    known = {0: 1, 1: 77, 2: 2, 3: 78}
+    with pytest.raises(EngineError, match=r"= 4\. Not there: sites 1, 3; start their SuperNodes"):
+        roll_call.wait_for_nodes(grid, 4, seconds=0, site_nodes=known)
 
 
 def test_the_roll_call_returns_the_sites_by_partition() -> None:

@@ -23,7 +23,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from grandrounds import fitting
 from grandrounds.config import Config
 from grandrounds.consortium import keys
-from grandrounds.consortium.custody import base_location, base_sha256
+from grandrounds.consortium.custody import admit, base_location, base_sha256, localized
 from grandrounds.consortium.own_data import own_split
 from grandrounds.consortium.site_file import SiteFile
 from grandrounds.consortium.site_state import SiteState
@@ -53,15 +53,21 @@ class Finding:
     """What was found, and what to do."""
 
 
-def check(site: SiteFile, config: Config) -> Iterator[Finding]:
+def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator[Finding]:
     """Yield the findings on a site, for runs like a configuration.
 
     A check that cannot be made after another one failed is left out.
+
+    Parameters
+    ----------
+    is_asked : bool
+        Whether a run with just this configuration is to come: then its base and its policy count.
     """
     for subject, look in (
         ("state", _state),
         ("data", _data),
         ("bases", lambda s: _bases(s, config)),
+        ("recipe", lambda s: _recipe(s, config) if is_asked else ()),
         ("node key", _node_key),
         ("authority", _authority),
         ("server", _server),
@@ -159,6 +165,17 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
             yield from _memory(site, config, name)
 
 
+def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
+    """Whether the policy lets the site take part in such a run."""
+    asked = admit(site, config, localized(site, config), "")
+    yield Finding(
+        "ok",
+        "recipe",
+        f"within the policy: base {asked.base}, rank {asked.rank}, {asked.steps} steps and "
+        f"{asked.examples} examples a visit",
+    )
+
+
 def _memory(site: SiteFile, config: Config, name: str) -> Iterator[Finding]:
     model = replace(config.model, name=base_location(site, name))
     here = replace(config, model=model)
@@ -186,7 +203,12 @@ def _node_key(site: SiteFile) -> Iterator[Finding]:
 
 
 def _authority(site: SiteFile) -> Iterator[Finding]:
-    certificate = keys.read_certificate(site.place(site.node.root_certificates))
+    file = site.place(site.node.root_certificates)
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} is not there: the consortium's admission brings it (grandrounds site join)."
+        )
+    certificate = keys.read_certificate(file)
     yield _validity("authority", "certificate authority", keys.days_left(certificate))
 
 
@@ -206,6 +228,8 @@ def _server(site: SiteFile) -> Iterator[Finding]:
     if not host or not port.isdigit():
         raise ConfigError(f"node.superlink = {site.node.superlink!r} must be host:port.")
     ca = site.place(site.node.root_certificates)
+    if not ca.is_file():
+        return  # told of the authority already
     try:
         status, ahead, certificate = _asked_over_tls(host.strip("[]"), int(port), ca)
     except ssl.SSLCertVerificationError as error:
@@ -296,10 +320,12 @@ def _accepted(site: SiteFile, ca: Path) -> Finding:
     return Finding("ok", "registration", "the server knows this site's key")
 
 
-def all_findings(site: SiteFile, config: Config, tell: Callable[[Finding], None]) -> bool:
+def all_findings(
+    site: SiteFile, config: Config, tell: Callable[[Finding], None], *, is_asked: bool = False
+) -> bool:
     """Tell every finding as it comes; return whether none is an error."""
     good = True
-    for finding in check(site, config):
+    for finding in check(site, config, is_asked=is_asked):
         tell(finding)
         good = good and finding.level != "error"
     return good

@@ -101,7 +101,7 @@ def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) ->
             base = base_sha256(site, config.model.name, state)
             policy.check_base(site, config.model.name, base)
             check_unchanged(config.model.name, own.model.name, base)
-            entry |= _admit(site, config, own, run).as_dict()
+            entry |= admit(site, config, own, run).as_dict()
             is_visit = message.metadata.message_type != "query"
             if is_visit:
                 policy.check_visits(site, state.visits_today())
@@ -140,8 +140,8 @@ def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) ->
         return reply
 
 
-def _admit(site: SiteFile, config: Config, own: Config, run: str) -> policy.Asked:
-    """Return what a run asks, once the site's policy has nothing against it."""
+def admit(site: SiteFile, config: Config, own: Config, run: str) -> policy.Asked:
+    """Return what a run asks; raise `PolicyError` if the site's policy has something against it."""
     examples = len(site_in_custody(site, own, run).train)
     asked = policy.asked_of(config, _targets(*specs(own)), examples)
     policy.check_run(site, asked, examples)
