@@ -9,6 +9,7 @@ from typing import Any
 from grandrounds import recipes
 from grandrounds.allowed import Scalar
 from grandrounds.config import FIELD_OF_KEY, PLACES, Config
+from grandrounds.model_card import have_own_data
 from grandrounds.report.figures import NONE, Table, Tile, duration, mib, percent
 from grandrounds.report.learning import scores
 from grandrounds.report.read import QUIET_SECONDS, RunFiles
@@ -33,7 +34,7 @@ def story(run: RunFiles) -> list[str]:
     """Return what happened, where it is not all well: what failed, where, and what to do."""
     if run.status == "completed":
         return []
-    resume = f"grandrounds run --resume {shlex.quote(str(run.path))}"
+    resume = f"grandrounds run --resume {shlex.quote(str(run.path))}{_engine(run)}"
     if run.status == "going":
         ago = duration(run.quiet_seconds)
         said = f"There is no summary yet. The last round was written {ago} before this page."
@@ -152,9 +153,14 @@ def commands(run: RunFiles) -> list[tuple[str, str]]:
     """Return the commands that repeat a run, with its directory and without."""
     again = shlex.join(["grandrounds", "run", "--config", str(run.path / "config.toml")])
     return [
-        ("From this run directory", again),
-        ("From anywhere, with the same version", repeat_command(run.config)),
+        ("From this run directory", again + _engine(run)),
+        ("From anywhere, with the same version", repeat_command(run.config) + _engine(run)),
     ]
+
+
+def _engine(run: RunFiles) -> str:
+    """Return the options that reach real sites, if it was they who trained; else nothing."""
+    return " --engine deployment --connection NAME" * have_own_data(run.sites)
 
 
 def repeat_command(config: Config) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from grandrounds import recipes
+from grandrounds.config import PLACES
 from grandrounds.errors import ConfigError, DataError, RunDirectoryError
 from grandrounds.report import learning, updates
 from grandrounds.report.comparison_file import read_comparison
@@ -252,11 +253,19 @@ def test_the_command_to_repeat_means_the_same_configuration(tmp_path: Path) -> N
     assert first == ["grandrounds", "run", "--config", str(run / "config.toml")]
 
 
+def test_a_run_of_real_sites_is_repeated_with_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    sites = json.loads((run / "sites.json").read_text())
+    (run / "sites.json").write_text(json.dumps([{**s, "base-content": "ab"} for s in sites]))
+    for _, command in commands(read_run(run)):
+        assert command.endswith(" --engine deployment --connection NAME")
+
+
 def test_the_recipe_tells_first_what_is_not_as_packaged(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", seed=7))
     _, other, rest = section(page, "recipe").tables
     assert ("seed", "7", "42") in other.rows
-    assert len(other.rows) + len(rest.rows) == len(recipes.resolve().flat()) - 2
+    assert len(other.rows) + len(rest.rows) == len(recipes.resolve().flat()) - len(PLACES)
     assert [value_text(v) for v in (True, "", 5e-3, 16, 0.1 + 0.2)] == [
         "true",
         '""',
