@@ -97,7 +97,10 @@ def plan(
         return
     if json_file is not None:
         _write(Path(json_file), content)
-    _show(planned, link, Screen(plain))
+    screen = Screen(plain)
+    _show(planned, link, screen)
+    if json_file is not None:
+        screen.say(f"written: {json_file}")
 
 
 def _link(uplink_mbps: float | None, downlink_mbps: float | None) -> tuple[float, float] | None:
@@ -144,7 +147,7 @@ def _write(file: Path, content: Any) -> None:
 def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str, Any]:
     """Return everything for JSON."""
     from grandrounds.forecast import as_dict, by_codec, link_seconds
-    from grandrounds.plan_tables import by_precision
+    from grandrounds.plan_tables import by_precision, ways
 
     content = dict(as_dict(forecast))
     content["codecs"] = {
@@ -153,6 +156,9 @@ def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str
             "total-mib-with-key-names": plan.total_bytes_with_key_names / MIB,
         }
         for name, plan in by_codec(forecast, CODECS).items()
+    }
+    content["site-peak-bytes"] = {
+        way.replace(" ", "-"): site.total for way, site in ways(forecast).items()
     }
     content["memory-by-precision"] = by_precision(forecast)
     if link:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from grandrounds.activations import Precision
 from grandrounds.config import CODECS
-from grandrounds.forecast import Forecast, by_codec, link_seconds, site_memory
+from grandrounds.forecast import Forecast, by_codec, link_seconds, precision_of, site_memory
+from grandrounds.memory import SiteMemory
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -18,6 +19,12 @@ MIB, GIB = 2**20, 2**30
 
 PRECISIONS = ((0, 4, "float32"), (0, 2, "bfloat16"), (8, 2, "8-bit"), (4, 2, "4-bit NF4"))
 """Bits (0: not quantised), bytes of a number that is not quantised, name."""
+
+WITHOUT, WITH = "without checkpointing", "with checkpointing"
+"""The two ways to hold the activations of a visit, gradient checkpointing is meant."""
+
+NONE = "-"
+"""What stands where there is nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,8 @@ def tables(forecast: Forecast, link: Link | None) -> list[Table]:
             codec_rows(forecast),
         ),
         Table(
-            f"GPU memory of one site, estimated for batches of {batch}",
-            ("part", "GiB"),
+            f"GPU memory of one site, GiB, estimated for batches of {batch}",
+            ("part", *ways(forecast)),
             site_rows(forecast),
         ),
         Table(
@@ -70,7 +77,11 @@ def tables(forecast: Forecast, link: Link | None) -> list[Table]:
 def side_by_side(planned: Mapping[str, Forecast], link: Link | None) -> Table:
     """Return the totals of several recipes, one column each."""
     columns = [totals(forecast, link) for forecast in planned.values()]
-    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    rows = [
+        (name, *(column[name] for column in columns))
+        for name in columns[0]
+        if any(column[name] != NONE for column in columns)
+    ]
     return Table("recipes side by side", ("item", *planned), rows)
 
 
@@ -78,6 +89,11 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
     """Return what a reader must know beside the tables."""
     data = forecast.config.data
     lines = ["memory follows from formulas (docs/planning.md); none is measured on a GPU"]
+    if forecast.config.model.gradient_checkpointing == "auto":
+        lines.append(
+            'model.gradient-checkpointing = "auto" switches gradient checkpointing on where the '
+            "peak without it does not fit into the memory that is free"
+        )
     if forecast.dora:
         lines.append(
             "DoRA's magnitudes are counted, but a run refuses DoRA: its magnitudes start from base "
@@ -123,7 +139,16 @@ def run_rows(forecast: Forecast) -> Rows:
             f"{config.federation.num_server_rounds} rounds, {config.strategy.name}",
         ),
         ("encoding", f"{how.uplink_codec} up, {how.downlink_codec} down ({how.downlink})"),
+        ("GPU memory of a site, peak", peak_words(forecast)),
     ]
+
+
+def peak_words(forecast: Forecast) -> str:
+    """Return the peak of a site, under `auto` without gradient checkpointing and with it."""
+    peaks = [f"{gib(site.total)} GiB {way}" for way, site in ways(forecast).items()]
+    if len(peaks) == 1:
+        return peaks[0]
+    return f"{', '.join(peaks)} (auto: on where memory asks for it)"
 
 
 def module_rows(forecast: Forecast) -> Rows:
@@ -178,19 +203,42 @@ def codec_rows(forecast: Forecast) -> Rows:
 
 def site_rows(forecast: Forecast) -> Rows:
     """Return the parts of a site's memory."""
-    site = forecast.site
-    parts = {
-        "CUDA context (allowance)": site.cuda_context,
-        "base": site.base,
-        "adapter, as trained and as received": site.adapter,
-        "gradient": site.gradient,
-        "optimizer": site.optimizer,
-        "activations kept for the backward pass": site.activations,
-        "logits and loss, or a layer computed again": site.working,
-        "copies of weights": site.weight_copies,
-        "peak": site.total,
+    columns = [
+        {
+            "CUDA context (allowance)": site.cuda_context,
+            "base": site.base,
+            "adapter, as trained and as received": site.adapter,
+            "gradient": site.gradient,
+            "optimizer": site.optimizer,
+            "activations kept for the backward pass": site.activations,
+            "logits and loss, or a layer computed again": site.working,
+            "copies of weights": site.weight_copies,
+            "peak": site.total,
+        }
+        for site in ways(forecast).values()
+    ]
+    return [(name, *(gib(column[name]) for column in columns)) for name in columns[0]]
+
+
+def ways(forecast: Forecast) -> dict[str, SiteMemory]:
+    """Return a site's memory as configured; under `auto` in both of the ways that it may take."""
+    asked = forecast.config.model.gradient_checkpointing
+    return {
+        way: _site(forecast, precision_of(forecast.config), checkpointing)
+        for way, checkpointing in ((WITHOUT, False), (WITH, True))
+        if asked in ("auto", checkpointing)
     }
-    return [(name, gib(value)) for name, value in parts.items()]
+
+
+def _site(forecast: Forecast, precision: Precision, checkpointing: bool) -> SiteMemory:
+    return site_memory(
+        forecast.config,
+        forecast.architecture,
+        forecast.targets,
+        forecast.shapes,
+        precision,
+        checkpointing=checkpointing,
+    )
 
 
 def by_precision(forecast: Forecast) -> dict[str, dict[str, int]]:
@@ -199,15 +247,7 @@ def by_precision(forecast: Forecast) -> dict[str, dict[str, int]]:
     for bits, base_bytes, name in PRECISIONS:
         precision = Precision(bits, base_bytes, forecast.config.arguments.bf16)
         with_it, without = (
-            site_memory(
-                forecast.config,
-                forecast.architecture,
-                forecast.targets,
-                forecast.shapes,
-                precision,
-                checkpointing=checkpointing,
-            )
-            for checkpointing in (True, False)
+            _site(forecast, precision, checkpointing) for checkpointing in (True, False)
         )
         found[name] = {
             "base": with_it.base,
@@ -243,6 +283,7 @@ def other_rows(forecast: Forecast, link: Link | None) -> Rows:
 def totals(forecast: Forecast, link: Link | None) -> dict[str, str]:
     """Return a recipe's column in a comparison."""
     config, plan, read = forecast.config, forecast.plan, forecast.reading
+    peaks = {way: gib(site.total) for way, site in ways(forecast).items()}
     column = {
         "base": forecast.architecture.name,
         "adapter parameters": f"{plan.adapter_parameters:,}",
@@ -251,10 +292,11 @@ def totals(forecast: Forecast, link: Link | None) -> dict[str, str]:
         "a round, MiB": mib(plan.total_bytes / plan.rounds),
         "in all, MiB": mib(plan.total_bytes),
         "with key names, MiB": mib(plan.total_bytes_with_key_names),
-        "GPU memory of a site, GiB": gib(forecast.site.total),
+        f"GPU memory, GiB, {WITHOUT}": peaks.get(WITHOUT, NONE),
+        f"GPU memory, GiB, {WITH}": peaks.get(WITH, NONE),
         "server's adapter tensors, MiB": mib(forecast.server_bytes),
-        "examples seen": f"{read.examples_seen:,}" if read else "-",
-        "data covered": f"{read.share_covered:.1%}" if read else "-",
+        "examples seen": f"{read.examples_seen:,}" if read else NONE,
+        "data covered": f"{read.share_covered:.1%}" if read else NONE,
     }
     if link:
         seconds = link_seconds(plan, *link)

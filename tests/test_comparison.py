@@ -133,6 +133,19 @@ def test_counted_says_how_many_gain() -> None:
     assert (found["better"], found["worse"], found["equal"]) == (2, 1, 1)
 
 
+def test_differences_of_rounding_are_none() -> None:
+    """0.1 + 0.2 - 0.3 is 5.6e-17: two sites are equal, and two equal differences have no error."""
+    rounding = 0.1 + 0.2 - 0.3
+    assert rounding > 0
+    found = counted([rounding, -rounding, 0.5])
+    assert (found["better"], found["worse"], found["equal"]) == (1, 0, 2)
+    nothing = {"mean": 0.0, "interval": [0.0, 0.0], "n": 2, "p": None}
+    assert paired_test([rounding, 0.0]) == nothing
+    assert paired_test([0.3, 0.1 + 0.2])["p"] is None
+    assert paired_test([0.3, rounding - 0.3])["mean"] == 0
+    assert paired_test([1e-6])["mean"] == 1e-6  # one answer in a million is no rounding
+
+
 # --- Results --------------------------------------------------------------------------------------
 
 EXAMS: dict[str, dict[str, Any]] = {

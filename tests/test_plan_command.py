@@ -93,6 +93,51 @@ def test_recipes_are_compared_side_by_side_in_the_order_given() -> None:
         assert row(output, "in all, MiB").startswith("7,809.38 216.24")
 
 
+def set_checkpointing(value: str) -> list[str]:
+    return ["--set", f"model.gradient-checkpointing={value}"]
+
+
+def test_auto_shows_the_peak_without_checkpointing_and_with_it() -> None:
+    output = plan("--config", JSL).stdout
+    both = "49.82 GiB without checkpointing, 10.17 GiB with checkpointing"
+    told = row(output, "GPU memory of a site, peak")
+    assert told == f"{both} (auto: on where memory asks for it)"
+    assert row(output, "part") == "without checkpointing with checkpointing"
+    assert row(output, "peak") == "49.82 10.17"
+    assert 'model.gradient-checkpointing = "auto" switches gradient checkpointing on' in output
+    compared = plan("--config", JSL, "--compare", LAPTOP).stdout
+    assert row(compared, "GPU memory, GiB, without checkpointing") == "49.82 2.29"
+    assert row(compared, "GPU memory, GiB, with checkpointing") == "10.17 1.27"
+    assert 'model.gradient-checkpointing = "auto" switches' in compared
+
+
+@pytest.mark.parametrize(
+    ("value", "way", "other", "peak"),
+    [("true", "with", "without", "10.17"), ("false", "without", "with", "49.82")],
+)
+def test_checkpointing_that_is_decided_shows_the_peak_that_applies(
+    value: str, way: str, other: str, peak: str
+) -> None:
+    output = plan("--config", JSL, *set_checkpointing(value)).stdout
+    assert row(output, "GPU memory of a site, peak") == f"{peak} GiB {way} checkpointing"
+    assert row(output, "peak") == peak
+    assert '"auto"' not in output
+    compared = plan("--config", JSL, "--compare", LAPTOP, *set_checkpointing(value)).stdout
+    assert row(compared, f"GPU memory, GiB, {way} checkpointing").startswith(f"{peak} ")
+    assert f"{other} checkpointing" not in compared
+    content = json.loads(plan("--config", JSL, *set_checkpointing(value), "--json", "-").stdout)
+    assert list(content["site-peak-bytes"]) == [f"{way}-checkpointing"]
+
+
+def test_recipes_with_checkpointing_on_and_auto_stand_side_by_side(tmp_path: Path) -> None:
+    switched_on = tmp_path / "on.toml"
+    text = Path(JSL).read_text().replace('checkpointing = "auto"', "checkpointing = true")
+    switched_on.write_text(text)
+    output = plan("--config", JSL, "--compare", str(switched_on)).stdout
+    assert row(output, "GPU memory, GiB, without checkpointing") == "49.82 -"
+    assert row(output, "GPU memory, GiB, with checkpointing") == "10.17 10.17"
+
+
 def test_overrides_hold_for_every_recipe() -> None:
     output = plan("--config", JSL, "--compare", LAPTOP, "--rounds", "10").stdout
     assert row(output, "cohort x rounds") == "3 x 10 2 x 10"
@@ -104,6 +149,7 @@ def test_json_goes_to_a_file_or_stands_alone(tmp_path: Path) -> None:
     output = plan("--config", JSL, "--json", str(file)).stdout
     assert json.loads(file.read_text()) == alone
     assert "in all" in output
+    assert output.endswith(f"written: {file}\n")
     assert alone["communication"]["total-bytes"] == 8_188_723_200
     assert list(alone["memory-by-precision"]) == ["float32", "bfloat16", "8-bit", "4-bit NF4"]
     both = json.loads(plan("--config", JSL, "--compare", LAPTOP, "--json", "-").stdout)

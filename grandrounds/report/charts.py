@@ -29,7 +29,7 @@ from grandrounds.report.drawing import (
 )
 
 PLOT_HEIGHT = 190
-LEFT = 46
+LEFT = 52
 RIGHT = 10
 
 
@@ -59,6 +59,8 @@ class Series:
     """Whether the points are joined."""
     marks: bool = True
     """Whether they have marks; a plan has none."""
+    wide: bool = False
+    """Whether the line is drawn wide and pale below all others, which may cover it exactly."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Legend:
     """Names of series with a sample of each, in as many lines as they need."""
 
     entries: list[tuple[str, str]] = field(default_factory=list)
-    """(name, kind: `line <style>`, `dot <style>`, `rule <style>` or `fill <class>`)."""
+    """(name, kind: `line`, `dot`, `rule` or `wide` and a style, or `fill <class>`)."""
 
     def draw(self, top: float) -> tuple[str, float]:
         """Return the markup, and where the next thing may begin."""
@@ -119,7 +121,8 @@ class Legend:
             "path", d=path([(x, y), (x + 24, y)]), class_="line", stroke_dasharray=dashes
         )
         dot = element("path", d=shape(style, x + 12, y), class_="dot")
-        shown = {"line": rule + dot, "dot": dot, "rule": rule}[form]
+        wide = element("path", d=path([(x, y), (x + 24, y)]), class_="wide")
+        shown = {"line": rule + dot, "dot": dot, "rule": rule, "wide": wide}[form]
         return element("g", shown, class_=f"s{style % STYLES}")
 
 
@@ -128,28 +131,43 @@ def axes(
 ) -> str:
     """Return grid lines, ticks and the names of both axes; the vertical one's stands on top."""
     parts = [label(y_label, 0, ys.end - 11, class_="name")]
-    for tick in ys.ticks(5):
+    ticks = ys.ticks(5)
+    for tick, text in zip(ticks, tick_texts(ticks), strict=True):
         y = ys(tick)
         parts.append(element("path", d=path([(xs.start, y), (xs.end, y)]), class_="rule"))
-        parts.append(label(tick_text(tick), xs.start - 6, y + 4, "end"))
+        parts.append(label(text, xs.start - 6, y + 4, "end"))
     marked = xs.ticks(8, whole=True) if x_ticks is None else x_ticks
-    for tick in marked:
-        parts.append(label(tick_text(tick), xs(tick), ys.start + 18, "middle"))
+    for tick, text in zip(marked, tick_texts(marked), strict=True):
+        parts.append(label(text, xs(tick), ys.start + 18, "middle"))
         parts.append(element("path", d=f"M{xs(tick):.1f} {ys.start:.1f}v4", class_="tick"))
     parts.append(label(x_label, xs.end, ys.start + 35, "end", class_="name"))
     base = element("path", d=path([(xs.start, ys.start), (xs.end, ys.start)]), class_="base")
     return element("g", *parts, base, class_="axes", aria_hidden="true")
 
 
-def tick_text(value: float) -> str:
-    """Return the text of a tick."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 10_000:
-        return f"{value / 1000:,.10g}k"
-    if abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:.10g}"
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Return the texts of an axis, all in one notation.
+
+    Thousands (`20k`) where it reaches 10,000 and no tick but 0 is below 100; powers (`1e-5`) where
+    it reaches 10,000 from below that, or comes nearer to 0 than 0.0001; else plain numbers.
+    """
+    sizes = [abs(tick) for tick in ticks if tick]
+    if not sizes:
+        return ["0"] * len(ticks)
+    least, most = min(sizes), max(sizes)
+    if most >= 9_999 and least >= 100:
+        texts = [f"{tick / 1000:,.10g}k" for tick in ticks]
+    elif most >= 9_999 or least < 9.999e-5:
+        texts = [_power(tick) for tick in ticks]
+    else:
+        texts = [f"{tick:.10g}" for tick in ticks]
+    return [text if tick else "0" for tick, text in zip(ticks, texts, strict=True)]
+
+
+def _power(value: float) -> str:
+    """Return `1.5e-5`."""
+    digits, _, power = f"{value:.9e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
 # --- Lines ----------------------------------------------------------------------------------------
@@ -183,12 +201,15 @@ def line_chart(
     ys = scale_over(values, top + PLOT_HEIGHT, top, log=log)
     marks = Marks(sum(len(f) for s, f in drawn if s.marks) <= MOST_MARKS)
     body = [_reference(r, xs, ys) for r in references]
-    body += [_series(s, found, xs, ys, marks) for s, found in drawn]
+    below_first = sorted(drawn, key=lambda item: not item[0].wide)
+    body += [_series(s, found, xs, ys, marks) for s, found in below_first]
     height = top + PLOT_HEIGHT + 40
     return drawing(height, title, named, axes(xs, ys, x_label, y_label), *body)
 
 
 def _kind(series: Series) -> str:
+    if series.wide:
+        return f"wide {series.style}"
     form = "line" if series.line and series.marks else "rule" if series.line else "dot"
     return f"{form} {series.style}"
 
@@ -219,8 +240,9 @@ def _series(series: Series, points: Sequence[Point], xs: Scale, ys: Scale, marks
     parts = []
     if series.line and points:
         line = path([(xs(p.x), ys(p.y)) for p in points])
-        dashes = DASHES[series.style % STYLES] or None
-        parts.append(element("path", d=line, class_="line", stroke_dasharray=dashes))
+        dashes = None if series.wide else DASHES[series.style % STYLES] or None
+        shown = "wide" if series.wide else "line"
+        parts.append(element("path", d=line, class_=shown, stroke_dasharray=dashes))
     dots = []
     for p in points if series.marks else ():
         x, y = xs(p.x), ys(p.y)

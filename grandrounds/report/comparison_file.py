@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grandrounds.comparison_statistics import without_rounding
 from grandrounds.errors import DataError
-from grandrounds.report.figures import NONE, is_number, number
+from grandrounds.report.figures import NONE, decimals_of, fixed, is_number
 
 LOSS = "held-out-loss"
 
@@ -85,13 +86,46 @@ def estimate_of(holder: Json, measure: str) -> Json | None:
     return found if found and is_number(found.get("mean")) else None
 
 
-def words(estimate: Json | None, factor: float, share: str = " %") -> str:
+def mean_of(estimate: Json, factor: float) -> float:
+    """Return a mean as it is shown: a gain that is but rounding is 0."""
+    mean = float(estimate["mean"])
+    return factor * (without_rounding(mean) if _is_gain(estimate) else mean)
+
+
+def interval_of(estimate: Json, factor: float) -> tuple[float, float] | None:
+    """Return an interval as it is shown; None if there is none.
+
+    Student's interval is a mean and a spread, and knows no ends: that of a share is cut at 0 and
+    100 %, that of a gain in shares at -100 and 100 points.
+    """
+    if not estimate.get("interval"):
+        return None
+    low, high = (factor * end for end in estimate["interval"])
+    if factor == 1:
+        return low, high
+    return max(low, -factor if _is_gain(estimate) else 0.0), min(high, factor)
+
+
+def _is_gain(estimate: Json) -> bool:
+    return "p" in estimate
+
+
+def decimals_for(estimates: Iterable[Json | None], factor: float) -> int:
+    """Return the decimals of all means and intervals of a column: 3 at least, of shares 1."""
+    values: list[float] = []
+    for found in estimates:
+        if found is not None:
+            values += (mean_of(found, factor), *(interval_of(found, factor) or ()))
+    return decimals_of(values, least=3 if factor == 1 else 1)
+
+
+def words(estimate: Json | None, factor: float, decimals: int, share: str = " %") -> str:
     """Return a mean and its interval in words; `share` is the unit of accuracies."""
     if estimate is None:
         return NONE
     unit = share if factor != 1 else ""
-    shown = f"{number(factor * estimate['mean'], 3)}{unit}"
-    if estimate.get("interval"):
-        low, high = (number(factor * end, 3) for end in estimate["interval"])
+    shown = fixed(mean_of(estimate, factor), decimals) + unit
+    if interval := interval_of(estimate, factor):
+        low, high = (fixed(end, decimals) for end in interval)
         shown += f" ({low} to {high})"
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from grandrounds.report.comparison_file import (
     STYLE,
     Json,
     arms_of,
+    decimals_for,
     estimate_of,
+    interval_of,
+    mean_of,
     measures,
     words,
 )
@@ -26,7 +30,9 @@ from grandrounds.report.figures import (
     Section,
     Table,
     Tile,
+    decimals_of,
     duration,
+    fixed,
     is_number,
     number,
     percent,
@@ -91,7 +97,9 @@ def _tiles(comparison: Json) -> list[Tile]:
             continue
         what = "loss" if gain["measure"] == LOSS else gain["measure"]
         unit = "nats" if factor == 1 else "points"
-        value = f"{factor * test['mean']:+.3g} {unit}"
+        gained = mean_of(test, factor)
+        places = decimals_of([gained], least=0 if factor == 1 else 1) if gained else 0
+        value = f"{fixed(gained, places, sign=True)} {unit}"
         rival = _where(gain)
         found.append(Tile(f"federated over {rival}: {what}", value, _sites_won(gain)))
     budget = comparison["budget"]
@@ -111,10 +119,9 @@ def _sites_won(gain: Json) -> str:
     over_sites = gain.get("over-sites")
     if not over_sites:
         return "above 0: the federation is better"
-    return (
-        f"better at {over_sites['better']} of "
-        f"{over_sites['better'] + over_sites['worse'] + over_sites['equal']} sites"
-    )
+    better, equal = over_sites["better"], over_sites["equal"]
+    told = f"better at {better} of {better + over_sites['worse'] + equal} sites"
+    return f"{told}, equal at {equal}" if equal else told
 
 
 def _sections(comparison: Json) -> list[Section]:
@@ -125,7 +132,7 @@ def _sections(comparison: Json) -> list[Section]:
     else:
         notes.append(
             "Whiskers: 95 % intervals over the seeds (Student's t, which may reach beyond 0 and "
-            "100 %; the figures end there)."
+            "100 %; what is shown ends there)."
         )
     if EVERYWHERE in arms_of(comparison):
         notes.append(
@@ -170,11 +177,13 @@ TESTS = (
 def _arms(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figure | None:
     """Return one measure of every arm, over all sites."""
     title, unit, factor = how
+    found = {name: estimate_of(arm, measure) for name, arm in arms_of(comparison).items()}
+    decimals = decimals_for(found.values(), factor)
     rows, table = [], []
-    for name, arm in arms_of(comparison).items():
-        estimate = estimate_of(arm, measure)
-        rows.append(_row(name, estimate, factor, f"{name}: ", STYLE.get(name, 5)))
-        table.append((name, words(estimate, factor), str(estimate["n"]) if estimate else NONE))
+    for name, estimate in found.items():
+        rows.append(_row(name, estimate, factor, decimals, f"{name}: ", STYLE.get(name, 5)))
+        seeds = str(estimate["n"]) if estimate else NONE
+        table.append((name, words(estimate, factor, decimals), seeds))
     if not any(row.dots for row in rows):
         return None
     chance = comparison["exams"].get(measure, {}).get("chance")
@@ -183,31 +192,33 @@ def _arms(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figure
         notes.append("Lower is better.")
     if comparison["exams"].get(measure, {}).get("measures") == "kept":
         notes.append("The base knew these: what is lost is forgotten.")
-    svg = interval_chart(title, rows, x_label=unit, from_zero=measure != LOSS)
+    from_zero = measure != LOSS
+    svg = interval_chart(title, rows, x_label=unit, from_zero=from_zero, decimals=decimals)
     columns = ("arm", "mean (95 % interval)", "seeds")
     return Figure(f"arms-{measure}", title, svg, " ".join(notes), Table(columns, table))
 
 
-def _row(name: str, estimate: Json | None, factor: float, before: str, style: int) -> Row:
-    return Row(name, [] if estimate is None else [_dot(estimate, factor, before, style)])
+def _row(
+    name: str, estimate: Json | None, factor: float, decimals: int, before: str, style: int
+) -> Row:
+    if estimate is None:
+        return Row(name, [])
+    low, high = interval_of(estimate, factor) or (None, None)
+    return Row(name, [replace(_dot(estimate, factor, decimals, before, style), low=low, high=high)])
 
 
-def _dot(estimate: Json, factor: float, before: str, style: int, whiskers: bool = True) -> Dot:
-    interval = estimate.get("interval") if whiskers else None
-    low, high = (factor * end for end in interval) if interval else (None, None)
-    is_gain = "p" in estimate
-    if low is not None and high is not None and factor != 1:  # Student's t knows no ends
-        low, high = max(low, -factor if is_gain else 0.0), min(high, factor)
-    said = before + words(estimate, factor, POINTS if is_gain else " %")
+def _dot(estimate: Json, factor: float, decimals: int, before: str, style: int) -> Dot:
+    """Return a mean without its whiskers."""
+    said = before + words(estimate, factor, decimals, POINTS if "p" in estimate else " %")
     if is_number(estimate.get("p")):
         said += f", {_p(estimate['p'])}"
-    return Dot(factor * estimate["mean"], said, low, high, style)
+    return Dot(mean_of(estimate, factor), said, style=style)
 
 
 def _p(value: object) -> str:
     if not is_number(value):
         return NONE
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _joining(comparison: Json, rival: str, which: str, measure: str) -> Figure | None:
@@ -222,7 +233,8 @@ def _joining(comparison: Json, rival: str, which: str, measure: str) -> Figure |
     if not found:
         return None
     style = STYLE[rival]
-    rows = [_row(f"site {s}", e, factor, f"site {s}: gain ", style) for s, e in found]
+    decimals = decimals_for((e for _, e in found), factor)
+    rows = [_row(f"site {s}", e, factor, decimals, f"site {s}: gain ", style) for s, e in found]
     whom = {
         "own": f"it gains over {rival}, own part",
         "everywhere": f"it gains over {rival}, everywhere",
@@ -230,10 +242,13 @@ def _joining(comparison: Json, rival: str, which: str, measure: str) -> Figure |
     }[which]
     named = f"{title.removeprefix('Accuracy: ').capitalize()}: what {whom}"
     unit = "gain, nats per answer token" if measure == LOSS else "gain, percentage points"
-    better = sum(e["mean"] > 0 for _, e in found)
+    better = sum(mean_of(e, factor) > 0 for _, e in found)
+    equal = sum(mean_of(e, factor) == 0 for _, e in found)
     note = f"Better off: {better} of {len(found)} sites."
-    svg = interval_chart(named, rows, x_label=unit, zero=True)
-    table = [(str(s), words(e, factor, POINTS), _p(e.get("p"))) for s, e in found]
+    if equal:
+        note += f" Neither better nor worse: {equal}."
+    svg = interval_chart(named, rows, x_label=unit, zero=True, decimals=decimals)
+    table = [(str(s), words(e, factor, decimals, POINTS), _p(e.get("p"))) for s, e in found]
     columns = ("site", "gain (95 % interval)", "p")
     key = f"joining-{rival}-{which}-{measure}"
     return Figure(key, named, svg, note, Table(columns, table))
@@ -254,11 +269,12 @@ def _sites(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figur
     sites = sorted({site for found in by_arm.values() for site in found})
     if not sites or (measure != LOSS and not comparison["exams"][measure].get("by-site")):
         return None
+    decimals = decimals_for((e for found in by_arm.values() for e in found.values()), factor)
     rows = [
         Row(
             f"site {site}",
             [
-                _dot(found[site], factor, f"site {site}, {name}: ", STYLE.get(name, 5), False)
+                _dot(found[site], factor, decimals, f"site {site}, {name}: ", STYLE.get(name, 5))
                 for name, found in by_arm.items()
                 if site in found
             ],
@@ -270,7 +286,7 @@ def _sites(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figur
     svg = interval_chart(named, rows, x_label=unit, legend=legend)
     note = "Means over the seeds; the table has the intervals."
     table = [
-        (str(site), *(words(found.get(site), factor) for found in by_arm.values()))
+        (str(site), *(words(found.get(site), factor, decimals) for found in by_arm.values()))
         for site in sites
     ]
     return Figure(f"sites-{measure}", named, svg, note, Table(("site", *by_arm), table))
@@ -282,27 +298,34 @@ def _sites(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figur
 def _table(comparison: Json) -> Table:
     """Return arms as rows, measures as columns."""
     asked = measures(comparison)
+    arms = arms_of(comparison).values()
+    decimals = {
+        measure: decimals_for((estimate_of(arm, measure) for arm in arms), factor)
+        for measure, (_, _, factor) in asked.items()
+    }
     rows = []
     for name, arm in arms_of(comparison).items():
         runs = list(arm["seeds"].values())
         visits = sum(run["example-visits"] for run in runs) / max(1, len(runs))
         took = sum(run["seconds"] for run in runs)
-        cells = [words(estimate_of(arm, m), factor) for m, (_, _, factor) in asked.items()]
+        cells = [
+            words(estimate_of(arm, measure), factor, decimals[measure])
+            for measure, (_, _, factor) in asked.items()
+        ]
         rows.append((name, *cells, number(round(visits)), str(len(runs)), duration(took)))
     columns = ("arm", *(title for title, _, _ in asked.values()), "example visits", "seeds", "time")
     return Table(columns, rows, "Mean over seeds (95 % interval)")
 
 
 def _tests(comparison: Json) -> Iterator[Table]:
-    rows, questions = [], []
-    for gain in comparison["gains"]:
-        title, _, factor = measures(comparison)[gain["measure"]]
-        for over in ("over-seeds", "over-sites"):
-            test = gain.get(over)
-            if test:
-                counts = f"{test['better']} / {test['worse']}" if "better" in test else NONE
-                cells = (words(test, factor, POINTS), str(test["n"]), counts, _p(test["p"]))
-                rows.append((_where(gain), title, over.replace("-", " "), *cells))
+    gains = comparison["gains"]
+    losses = [gain for gain in gains if gain["measure"] == LOSS]
+    yield _gains(comparison, losses, "Gain of the federation: held-out loss, nats per answer token")
+    shares = [gain for gain in gains if gain["measure"] != LOSS]
+    yield _gains(comparison, shares, "Gain of the federation: accuracy")
+    questions = []
+    for gain in gains:
+        title = measures(comparison)[gain["measure"]][0]
         for seed, asked in (gain.get("over-questions") or {}).items():
             low, high = asked["interval"]
             shown = f"{100 * asked['gain']:.1f} points ({100 * low:.1f} to {100 * high:.1f})"
@@ -310,8 +333,6 @@ def _tests(comparison: Json) -> Iterator[Table]:
             questions.append(
                 (_where(gain), title, seed, f"{asked['n']:,}", only, shown, _p(asked["p"]))
             )
-    columns = ("against", "measure", "paired", "gain (95 % interval)", "n", "better / worse", "p")
-    yield Table(columns, rows, "Gain of the federation")
     columns = (
         "against",
         "measure",
@@ -322,6 +343,32 @@ def _tests(comparison: Json) -> Iterator[Table]:
         "p",
     )
     yield Table(columns, questions, "Question by question (McNemar, exact)")
+
+
+def _gains(comparison: Json, gains: Sequence[Json], named: str) -> Table:
+    """Return the tests of gains of one unit over seeds and over sites."""
+    tests = [
+        (gain, over, gain[over])
+        for gain in gains
+        for over in ("over-seeds", "over-sites")
+        if gain.get(over)
+    ]
+    factor = measures(comparison)[gains[0]["measure"]][2] if gains else 1.0
+    decimals = decimals_for((test for _, _, test in tests), factor)
+    rows = [
+        (
+            _where(gain),
+            measures(comparison)[gain["measure"]][0],
+            over.replace("-", " "),
+            words(test, factor, decimals, POINTS),
+            str(test["n"]),
+            f"{test['better']} / {test['worse']} / {test['equal']}" if "better" in test else NONE,
+            _p(test["p"]),
+        )
+        for gain, over, test in tests
+    ]
+    columns = ("against", "measure", "paired", "gain (95 % interval)", "n")
+    return Table((*columns, "better / worse / equal", "p"), rows, named)
 
 
 def _surroundings(comparison: Json) -> Iterator[Table]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
 
@@ -97,6 +97,27 @@ def number(value: object, digits: int = 4) -> str:
     if isinstance(value, int) or (abs(value) >= 10 ** (digits - 1)):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def fixed(value: object, decimals: int, sign: bool = False) -> str:
+    """Return a number with so many decimals and no minus before a 0; `NONE` for anything else.
+
+    `sign` sets a plus before what is above 0.
+    """
+    if not is_number(value):
+        return NONE
+    shown = round(float(value), decimals)
+    return f"{shown:{'+' if sign and shown else ''}z,.{decimals}f}"
+
+
+def decimals_of(values: Iterable[object], digits: int = 3, least: int = 0) -> int:
+    """Return the decimals that give a column one form.
+
+    They give the largest value so many significant digits; `least` at least, 8 at most.
+    """
+    largest = max((abs(v) for v in values if is_number(v)), default=0.0)
+    needed = digits - 1 - math.floor(math.log10(largest)) if largest > 0 else 0
+    return min(8, max(least, needed))
 
 
 def percent(share: object, digits: int = 1) -> str:

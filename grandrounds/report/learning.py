@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,14 @@ from grandrounds.report.figures import (
     NONE,
     Figure,
     Table,
+    decimals_of,
+    fixed,
     is_number,
     number,
     percent,
     percent_range,
 )
-from grandrounds.report.read import RunFiles
+from grandrounds.report.read import RunFiles, checkpoints
 from grandrounds.report.row_charts import Cell, grid_chart
 
 MIB = 2**20
@@ -53,7 +56,8 @@ def loss_figure(run: RunFiles) -> Figure | None:
     ]
     title = "Loss by round"
     by_round = {r: (dict(judged).get(r), dict(trained).get(r)) for r, _ in [*judged, *trained]}
-    rows = [(str(r), number(h), number(t)) for r, (h, t) in sorted(by_round.items())]
+    places = decimals_of((v for pair in by_round.values() for v in pair), 4, least=3)
+    rows = [(str(r), fixed(h, places), fixed(t, places)) for r, (h, t) in sorted(by_round.items())]
     judges = max((len(m.get("evaluated") or ()) for m in run.metrics), default=0)
     note = "Round 0 is the base, untrained. Training loss is of the cohort, while it trains."
     if judged:
@@ -179,8 +183,7 @@ def _accuracy_figure(
     note = f"Protocol {protocol}. Whiskers and bands: 95 % intervals (Wilson). Lines across: base."
     if any(s.group == "private" for s in chosen):
         note += " Guessing gets 25 %."
-    if len({s.round for s in chosen} - {None}) == 1:
-        note += " One checkpoint was asked; grandrounds evaluate asks others by their folder."
+    note += _asked_only(run, chosen)
     svg = line_chart(
         title,
         series,
@@ -191,6 +194,20 @@ def _accuracy_figure(
     )
     columns = ("questions", "model", "correct", "accuracy", "95 % interval")
     return Figure(f"accuracy-{place + 1}", title, svg, note, Table(columns, rows))
+
+
+def _asked_only(run: RunFiles, chosen: Sequence[Score]) -> str:
+    """Return which checkpoint was asked where it is a single one, and how to ask another."""
+    asked = {s.round: s.model for s in chosen if s.round is not None}
+    if len(asked) != 1:
+        return ""
+    [(number_of_round, model)] = asked.items()
+    kept = [folder for r, folder in checkpoints(run.path) if r != number_of_round]
+    said = f" Only the checkpoint after round {number_of_round} ({model}) was asked"
+    if not kept:
+        return f"{said}; the run directory holds no other."
+    command = shlex.join(["grandrounds", "evaluate", str(kept[-1])])
+    return f"{said}. To ask another one: {command}"
 
 
 def _point(score: Score, round_number: int | None) -> Point:
@@ -248,15 +265,18 @@ def communication_figure(run: RunFiles) -> Figure | None:
         curve("both ways", total, "both ways, MiB", 0),
         curve("down, to the sites", down, "down, MiB", 1),
         curve("up, from the sites", up, "up, MiB", 2),
-        Series("plan, both ways", [Point(r, v, "") for r, v in plan], 4, marks=False),
+        Series("plan, both ways", [Point(r, v, "") for r, v in plan], 5, marks=False, wide=True),
     ]
     title = "Communication so far"
     ups, downs, plans = dict(up), dict(down), dict(plan)
     rows = [
-        (str(r), number(downs.get(r)), number(ups.get(r)), number(v), number(plans.get(r)))
+        (str(r), *(fixed(mib, 2) for mib in (downs.get(r), ups.get(r), v, plans.get(r))))
         for r, v in total
     ]
-    note = "MiB by FlowerTune's counting rule. The plan's total is spread evenly over the rounds."
+    note = (
+        "MiB by FlowerTune's counting rule. The wide pale line is the plan, its total spread "
+        "evenly over the rounds; where all went as planned it lies around that of both ways."
+    )
     if up and not run.values("communication-up-mib"):
         note += " Up and down: the ledger's totals, divided by the replies of each round."
     return Figure(

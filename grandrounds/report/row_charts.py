@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grandrounds.report.charts import LEFT, RIGHT, Legend, drawing, tick_text
+from grandrounds.report.charts import LEFT, RIGHT, Legend, drawing, tick_texts
 from grandrounds.report.drawing import (
     CHARACTER,
     LINE,
@@ -22,7 +22,7 @@ from grandrounds.report.drawing import (
     shape,
     shortened,
 )
-from grandrounds.report.figures import NONE, number
+from grandrounds.report.figures import NONE, decimals_of, fixed
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ def interval_chart(
     zero: bool = False,
     from_zero: bool = False,
     legend: Sequence[tuple[str, int]] = (),
+    decimals: int | None = None,
 ) -> str:
     """Return values in rows, with their intervals; a row of one value ends with it in figures.
 
@@ -135,13 +136,17 @@ def interval_chart(
         Whether a line stands at 0, where nothing is gained or lost.
     legend
         (name, style) where rows have several values.
+    decimals
+        Of the figures; default: those that give the largest three significant digits.
     """
     named, top = Legend([(name, f"dot {style}") for name, style in legend]).draw(0)
     dots = [dot for row in rows for dot in row.dots]
     values = [v for d in dots for v in (d.value, d.low, d.high) if v is not None]
     values += [0.0] if zero or from_zero else []
     name_width = min(170.0, 12 + CHARACTER * max((len(r.name) for r in rows), default=0))
-    texts = [_figures(row, unit) for row in rows]
+    if decimals is None:
+        decimals = decimals_of(dot.value for dot in dots)
+    texts = [_figures(row, unit, decimals) for row in rows]
     text_width = 12 + CHARACTER * max((len(t) for t in texts), default=0)
     xs = scale_over(values, name_width, WIDTH - text_width)
     marks = Marks(len(dots) <= MOST_MARKS)
@@ -154,20 +159,21 @@ def interval_chart(
         body.append(_row(row, text, xs, y - 8, name_width, marks))
     bottom = y + 6
     ground = [element("path", d=f"M{xs(0):.1f} {top:.1f}V{bottom:.1f}", class_="zero")] * zero
-    for tick in xs.ticks(5):
+    ticks = xs.ticks(5)
+    for tick, said in zip(ticks, tick_texts(ticks), strict=True):
         place = f"M{xs(tick):.1f} {top + 4:.1f}V{bottom:.1f}"
-        ground.append(label(tick_text(tick), xs(tick), bottom + 15, "middle"))
+        ground.append(label(said, xs(tick), bottom + 15, "middle"))
         ground.append(element("path", d=place, class_="rule"))
     ground.append(label(x_label, WIDTH, bottom + 32, "end", class_="name"))
     frame = element("g", *ground[::-1], class_="axes", aria_hidden="true")
     return drawing(bottom + 38, title, named, frame, *body)
 
 
-def _figures(row: Row, unit: str) -> str:
+def _figures(row: Row, unit: str, decimals: int) -> str:
     """Return what stands at the end of a row."""
     if not row.dots:
         return NONE
-    return number(row.dots[0].value, 3) + unit if len(row.dots) == 1 else ""
+    return fixed(row.dots[0].value, decimals) + unit if len(row.dots) == 1 else ""
 
 
 def _row(row: Row, text: str, xs: Scale, y: float, name_width: float, marks: Marks) -> str:

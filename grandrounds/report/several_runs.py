@@ -16,7 +16,9 @@ from grandrounds.report.figures import (
     Section,
     Table,
     Tile,
+    decimals_of,
     duration,
+    fixed,
     mib,
     number,
     percent,
@@ -135,7 +137,11 @@ def _curves(
         series.append(curve(name, [(r, factor * v) for r, v in found], f"{name}: {unit}", i))
     rounds = sorted({r for found in values.values() for r, _ in found})
     tables = [dict(found) for found in values.values()]
-    rows = [(str(r), *(number(factor * t[r]) if r in t else NONE for t in tables)) for r in rounds]
+    shown = [[factor * t[r] if r in t else None for t in tables] for r in rounds]
+    decimals = decimals_of((v for row in shown for v in row), 4)
+    rows = [
+        (str(r), *(fixed(v, decimals) for v in row)) for r, row in zip(rounds, shown, strict=True)
+    ]
     svg = line_chart(title, series, y_label=unit, from_zero=from_zero, x_range=(0, rounds[-1]))
     note = "Round 0 is the base, untrained." if key == "held-out-loss" else ""
     return Figure(key, title, svg, note, Table(("round", *named), rows))
@@ -161,7 +167,7 @@ def _accuracy(named: dict[str, RunFiles]) -> Figure | None:
     if not rows:
         return None
     title = "Accuracy of the last measured checkpoint"
-    svg = interval_chart(title, rows, x_label="right answers, %", unit=" %")
+    svg = interval_chart(title, rows, x_label="right answers, %", unit=" %", decimals=1)
     columns = ("questions", "run", "model", "accuracy (correct; 95 % interval)")
     return Figure("accuracy", title, svg, "Whiskers: 95 % intervals.", Table(columns, table))
 
@@ -197,7 +203,7 @@ def _facts_table(named: dict[str, RunFiles]) -> Table:
 
 def _end(run: RunFiles, key: str, place: int) -> str:
     values = run.values(key)
-    return number(values[place][1]) if values else NONE
+    return fixed(values[place][1], 4) if values else NONE
 
 
 def _recipes(named: dict[str, RunFiles]) -> Table:

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from grandrounds.report.charts import Point, Series, column_chart, line_chart
-from grandrounds.report.figures import Figure, Table, duration, is_number, number, percent
+from grandrounds.report.figures import (
+    Figure,
+    Table,
+    decimals_of,
+    duration,
+    fixed,
+    is_number,
+    number,
+    percent,
+)
 from grandrounds.report.learning import curve, shown_rounds
 from grandrounds.report.read import RunFiles
 
@@ -115,11 +124,13 @@ def update_figures(run: RunFiles) -> list[Figure]:
 
 
 def _by_site(updates: Sequence[Update], what: str) -> Table:
+    values = [u.value for u in updates if u.value]
+    decimals = decimals_of([min(values, key=abs)], 2, least=2) if values else 0
     rows = []
     for site in sorted({u.site for u in updates}):
         of_site = [u for u in updates if u.site == site]
         values = [u.value for u in of_site]
-        shown = [number(v, 3) for v in (statistics.median(values), min(values), max(values))]
+        shown = [fixed(v, decimals) for v in (statistics.median(values), min(values), max(values))]
         rounds = ", ".join(str(u.round) for u in of_site[:30])
         rows.append((str(site), *shown, rounds + (" …" if len(of_site) > 30 else "")))
     return Table(("site", f"median {what}", "smallest", "largest", "rounds"), rows)
@@ -180,7 +191,8 @@ def rule_figures(run: RunFiles) -> list[Figure]:
             svg = line_chart(
                 title, series, y_label=what, from_zero=True, x_range=(0, shown_rounds(run))
             )
-            rows = [(str(r), number(v)) for r, v in values]
+            places = 0 if all(v.is_integer() for _, v in values) else 4
+            rows = [(str(r), fixed(v, places)) for r, v in values]
             note = f"As {run.config.strategy.name} chose it."
             figures.append(Figure(key, title, svg, note, Table(("round", what), rows)))
     return figures
@@ -198,7 +210,8 @@ def penalty_figure(run: RunFiles) -> Figure | None:
     )
     mu = run.config.strategy.proximal_mu
     note = f"mu / 2 times the squared distance from the adapter received; mu = {mu:g}."
-    rows = [(str(r), number(v)) for r, v in values]
+    decimals = decimals_of([min(v for _, v in values)], 2)
+    rows = [(str(r), fixed(v, decimals)) for r, v in values]
     return Figure("proximal-penalty", title, svg, note, Table(("round", "penalty"), rows))
 
 

@@ -63,6 +63,12 @@ frame.onload = () => {
     inside: figures.filter((f) => f.getBoundingClientRect().right <= frame.clientWidth).length,
     smallest: Math.min(...[...page.querySelectorAll("svg.figure text")].map(
       (t) => t.getBoundingClientRect().height)),
+    broken: [...page.querySelectorAll(".tile .value")].filter((v) => {
+      const line = parseFloat(page.defaultView.getComputedStyle(v).lineHeight);
+      return v.getBoundingClientRect().height > 1.5 * line || v.scrollWidth > v.clientWidth;
+    }).map((v) => v.textContent),
+    cut: [...page.querySelectorAll(".scroll")].filter(
+      (t) => t.scrollHeight > t.clientHeight + 1).length,
     marks: marks.length,
     alerts: page.defaultView.alerted || 0,
     labels: [marks[0].getAttribute("aria-label"), first],
@@ -165,6 +171,25 @@ def test_a_phone_shows_every_figure_without_scrolling_sideways(tmp_path: Path, k
     assert found["figures"] == found["drawn"] == found["inside"] == len(page.figures)
     assert found["smallest"] > 10
     assert console == []
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [320, 390, 760, 1280])
+def test_values_of_the_headline_stand_on_one_line_and_tables_show_whole(
+    tmp_path: Path, width: int
+) -> None:
+    run = write_run(tmp_path / "long", rounds=8, sites=28)
+    asked = {
+        group: {"base": {"correct": 360, "n": 360}, "tuned": {"correct": right, "n": 360}}
+        for group, right in (("public", 360), ("private", 294))
+    }
+    write(run / "summary.json", {"status": "completed", "formulary": asked})
+    page = run_page(read_run(run))
+    assert {"100.0 → 100.0 %", "100.0 → 81.7 %"} < {tile.value for tile in page.tiles}
+    for content in (html(page), html(pages(tmp_path)["comparison"])):
+        found, _ = probed(content.replace("<details", "<details open"), tmp_path, width)
+        assert (found["broken"], found["cut"]) == ([], 0)
 
 
 @needs_chromium

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from grandrounds.report.charts import Point, Reference, Series, column_chart, line_chart, tick_text
+from grandrounds.report.charts import Point, Reference, Series, column_chart, line_chart, tick_texts
 from grandrounds.report.drawing import (
     MOST_MARKS,
     STYLES,
@@ -19,6 +19,7 @@ from grandrounds.report.drawing import (
     scale_over,
     shape,
 )
+from grandrounds.report.page import template
 from grandrounds.report.row_charts import Cell, Dot, Row, grid_chart, interval_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -49,7 +50,47 @@ def test_ticks_are_round_numbers_within_the_range() -> None:
     assert nice_ticks(0, 3, 8, whole=True) == [0, 1, 2, 3]
     assert log_ticks(0.05, 4) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
     assert log_ticks(1e-6, 1e-2) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
-    assert [tick_text(v) for v in (0, 0.25, 1e-4, 20_000)] == ["0", "0.25", "1e-4", "20k"]
+
+
+def test_an_axis_has_one_notation() -> None:
+    assert tick_texts([1e-4, 1e-3, 1e-2, 0.1]) == ["0.0001", "0.001", "0.01", "0.1"]
+    assert tick_texts(log_ticks(1e-5, 1e-2)) == [
+        f"{k}e{d}" for d in (-5, -4, -3) for k in (1, 2, 5)
+    ] + ["1e-2"]
+    assert tick_texts([0, 5e-5, 1e-4, 1.5e-4]) == ["0", "5e-5", "1e-4", "1.5e-4"]
+    assert tick_texts([-0.5, 0, 0.25]) == ["-0.5", "0", "0.25"]
+    assert tick_texts([0, 5_000, 10_000, 15_000]) == ["0", "5k", "10k", "15k"]
+    assert tick_texts([10, 1_000, 100_000]) == ["1e1", "1e3", "1e5"]
+    assert tick_texts([]) == []
+    svg = line_chart("t", [Series("", [Point(0, 9e-3, ""), Point(1, 5e-6, "")])], y_label="",
+        log=True)  # fmt: skip
+    texts = [e.text or "" for e in parsed(svg).iter(f"{SVG}text")]
+    assert [text for text in texts if text.startswith(("0.0", "1e"))] == [
+        "1e-5",
+        "1e-4",
+        "1e-3",
+        "1e-2",
+    ]
+
+
+def test_figures_at_the_end_of_rows_have_as_many_decimals() -> None:
+    """Of -0.0256, -0.33, -0.081 and a rounding error, the largest has three digits."""
+    rows = [Row(str(v), [Dot(v, "")]) for v in (-0.0256, -0.33, -0.081, 2.78e-15)]
+    svg = interval_chart("t", rows, x_label="")
+    shown = [e.text for e in parsed(svg).iter(f"{SVG}text") if e.get("class") == "value"]
+    assert shown == ["-0.026", "-0.330", "-0.081", "0.000"]
+
+
+def test_a_wide_line_lies_below_the_line_that_covers_it() -> None:
+    points = [Point(r, r, "") for r in range(3)]
+    measured = Series("measured", points, 0)
+    svg = line_chart("t", [measured, Series("plan", points, 5, marks=False, wide=True)], y_label="")
+    drawn = [e.get("class") for e in parsed(svg).iter(f"{SVG}path")]
+    lines = [name for name in drawn if name in ("line", "wide")]
+    assert lines == ["line", "wide", "wide", "line"]  # the legend's samples, then the lines
+    style = template("figures.css")
+    widths = re.findall(r"\.figure \.(line|wide) \{[^}]*stroke-width: ([\d.]+)", style)
+    assert float(dict(widths)["wide"]) > 3 * float(dict(widths)["line"])
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [5.0], [-1.0, -1.0], [math.nan, math.inf]])

@@ -19,12 +19,22 @@ from grandrounds.report import learning, updates
 from grandrounds.report.comparison_file import read_comparison
 from grandrounds.report.comparison_page import comparison_page
 from grandrounds.report.facts import commands, differing, repeat_command, value_text
-from grandrounds.report.figures import Page, Section, Table, duration, mib, number, percent
+from grandrounds.report.figures import (
+    Page,
+    Section,
+    Table,
+    decimals_of,
+    duration,
+    fixed,
+    mib,
+    number,
+    percent,
+)
 from grandrounds.report.one_run import run_page
-from grandrounds.report.page import html, numeric_columns, write_page
+from grandrounds.report.page import html, numeric_columns, template, write_page
 from grandrounds.report.read import read_run
 from grandrounds.report.several_runs import names, several_page
-from tests.report.run_files import comparison, evaluation, write, write_run
+from tests.report.run_files import comparison, estimate, evaluation, write, write_run
 
 
 def page_of(path: Path) -> Page:
@@ -120,7 +130,7 @@ def test_numbers_that_are_none_or_not_finite_are_left_out(tmp_path: Path) -> Non
     run = write_run(tmp_path / "run")
     set_metrics(run, train_loss=float("nan"), held_out_loss=None, coverage=None)
     page = page_of(run)
-    assert table_of(page, "loss").rows == [("0", "2", "-")]
+    assert table_of(page, "loss").rows == [("0", "2.000", "-")]
     assert ">nan<" not in html(page)
 
 
@@ -216,6 +226,17 @@ def test_accuracy_is_drawn_by_checkpoint_with_the_base_across(tmp_path: Path) ->
     assert tile(page, "private facts") == "50.0 → 60.0 %"
 
 
+def test_the_only_checkpoint_that_was_asked_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write(run / "evaluation/evaluation.json", evaluation())
+    note = next(f.note for f in page_of(run).figures if f.key == "accuracy-1")
+    said = "Only the checkpoint after round 4 (peft_4) was asked"
+    assert note.endswith(f"{said}; the run directory holds no other.")
+    (run / "peft_2").mkdir()
+    note = next(f.note for f in page_of(run).figures if f.key == "accuracy-1")
+    assert note.endswith(f"{said}. To ask another one: grandrounds evaluate {run}/peft_2")
+
+
 def test_both_protocols_have_a_figure_each(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     other = {**evaluation(), "protocol": "flowertune"}
@@ -281,6 +302,54 @@ def test_versions_and_hashes_are_listed(tmp_path: Path) -> None:
     assert ("base (fingerprint)", "2e56fa25ddb7668c") in at_sites.rows
     # sha256sum of the seven bytes `weights`
     assert dict(hashes.rows)["peft_4/adapter_model.safetensors"].startswith("9a129038d9a00aed")
+
+
+def test_a_column_is_given_the_decimals_of_its_largest_value() -> None:
+    assert decimals_of([0.0256, -0.33, None]) == 3
+    assert decimals_of([1.4e-5, 0.02], 4) == 5
+    assert [decimals_of(v) for v in ([], [0.0], [640.0], [1e-30])] == [0, 0, 0, 8]
+    assert decimals_of([640.0], least=1) == 1
+    assert [fixed(v, 2) for v in (-0.0256, -0.001, 1234.5, None)] == [
+        "-0.03",
+        "0.00",
+        "1,234.50",
+        "-",
+    ]
+    assert [fixed(v, 1, sign=True) for v in (0.25, -0.25, 0.0)] == ["+0.2", "-0.2", "0.0"]
+
+
+def test_columns_of_a_run_have_as_many_decimals(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    losses = table_of(page, "loss").rows
+    assert losses[0][1:] == ("2.000", "-")
+    assert losses[3][1:] == ("0.500", "0.500")
+    assert table_of(page, "communication").rows[0] == ("0", "1.00", "0.00", "1.00", "1.00")
+    assert table_of(page, "update-norms").rows[0][1:4] == ("1.00", "1.00", "1.00")
+    # the smallest, 0.1 / 4, has two digits
+    assert [row[1] for row in table_of(page, "proximal-penalty").rows] == [
+        "0.100",
+        "0.050",
+        "0.033",
+        "0.025",
+    ]
+
+
+def test_no_table_scrolls_up_and_down_by_itself() -> None:
+    style = template("page.css")
+    assert "max-height" not in style
+    assert "overflow-y" not in style
+
+
+def test_a_value_of_the_headline_stays_on_one_line() -> None:
+    [rule] = re.findall(r"^\.tile \.value \{([^}]*)\}", template("page.css"), re.MULTILINE)
+    assert "white-space: nowrap" in rule
+
+
+def test_the_plan_is_seen_below_what_was_sent(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "run"))
+    figure = next(f for f in page.figures if f.key == "communication")
+    assert figure.svg.count('class="wide"') == 2  # in the legend, and the line
+    assert "wide pale line is the plan" in figure.note
 
 
 def test_numbers_are_written_short() -> None:
@@ -395,7 +464,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert page.story == ["c: Round 5: out of memory"]
     table = table_of(page, "held-out-loss")
     assert table.columns == ("round", "a", "b", "c")
-    assert table.rows[-1] == ("6", "-", "0.2857", "-")
+    assert table.rows[-1] == ("6", "-", "0.286", "-")
     [side] = section(page, "table").tables
     assert side.rows[0] == (
         "status",
@@ -437,16 +506,66 @@ def test_a_comparison_shows_arms_sites_and_what_joining_gains(tmp_path: Path) ->
         "sites-held-out-loss",
         "sites-private",
     ]
-    assert table_of(page, "arms-private").rows[1] == ("federated", "80 % (70 to 90)", "2")
+    assert table_of(page, "arms-private").rows[1] == ("federated", "80.0 % (70.0 to 90.0)", "2")
     arms = [row[0] for row in table_of(page, "arms-private").rows]
     assert arms == ["base", "federated", "local, own part", "local, everywhere"]
     assert table_of(page, "sites-private").columns == ("site", *arms)
-    joined = ("0", "25 points (10 to 40)", "p = 0.01")
+    joined = ("0", "25.0 points (10.0 to 40.0)", "p = 0.010")
     assert table_of(page, "joining-local-own-private").rows[0] == joined
-    assert tile(page, "federated over local, own part: private") == "+25 points"
-    questions = section(page, "tests").tables[1].rows[0]
+    assert tile(page, "federated over local, own part: private") == "+25.0 points"
+    assert next(t.note for t in page.tiles if "private" in t.name) == "better at 2 of 3 sites"
+    losses, shares, asked = section(page, "tests").tables
+    assert not losses.rows
+    assert shares.rows[1][5] == "2 / 1 / 0"
+    questions = asked.rows[0]
     assert questions[-3:] == ("90 / 15", "25.0 points (18.0 to 32.0)", "p < 0.001")
     assert "grandrounds compare --seeds 2 --out wards" in html(page)
+
+
+def test_equal_scores_are_equal_and_printed_as_0(tmp_path: Path) -> None:
+    """A comparison written before rounding errors were told apart has 2.78e-17 in it."""
+    equal = {"mean": 2.78e-17, "interval": [-2e-17, 7e-17], "n": 2, "p": 0.4}
+    content = comparison()
+    content["gains"][0] |= {"over-seeds": equal}
+    content["gains"][0]["over-sites"] |= {"better": 1, "worse": 0, "equal": 2}
+    for joining, site in zip(content["joining"], range(3), strict=True):
+        gain = equal if site < 2 else {**equal, "mean": 0.25, "interval": [0.1, 0.4]}
+        joining["own"] = {"held-out-loss": gain, "accuracy": {"private": gain}}
+    page = comparison_page(content, tmp_path / "comparison.json")
+    [told] = [t for t in page.tiles if "private" in t.name]
+    assert (told.value, told.note) == ("0 points", "better at 1 of 3 sites, equal at 2")
+    figure = next(f for f in page.figures if f.key == "joining-local-own-private")
+    assert figure.note == "Better off: 1 of 3 sites. Neither better nor worse: 2."
+    assert figure.table.rows[0][1] == "0.0 points (0.0 to 0.0)"
+    assert "gain 0.0 points" in figure.svg
+    assert "e-1" not in html(page)
+
+
+def test_an_interval_of_a_share_ends_at_0_and_100(tmp_path: Path) -> None:
+    content = comparison()
+    content["arms"]["base"]["accuracy"]["private"] = {**estimate(0.971), "interval": [0.92, 1.02]}
+    content["arms"]["local"]["accuracy"]["private"] = {**estimate(0.02), "interval": [-0.1, 0.14]}
+    wide = {"mean": 0.9, "interval": [-1.4, 3.2], "n": 2, "p": 0.1}
+    content["joining"][0]["own"]["accuracy"]["private"] = wide
+    page = comparison_page(content, tmp_path / "comparison.json")
+    [table] = section(page, "arms").tables
+    shown = {row[0]: row[2] for row in table.rows}
+    assert shown["base"] == "97.1 % (92.0 to 100.0)"
+    assert shown["local, own part"] == "2.0 % (0.0 to 14.0)"
+    joined = table_of(page, "joining-local-own-private").rows[0]
+    assert joined[1] == "90.0 points (-100.0 to 100.0)"
+
+
+def test_a_column_of_a_comparison_has_as_many_decimals(tmp_path: Path) -> None:
+    content = comparison()
+    for joining, mean in zip(content["joining"], (-0.0256, -0.33, -0.081), strict=True):
+        gain = {"mean": mean, "interval": None, "n": 1, "p": None}
+        joining["own"] = {"held-out-loss": gain, "accuracy": {"private": gain}}
+    page = comparison_page(content, tmp_path / "comparison.json")
+    losses = table_of(page, "joining-local-own-held-out-loss").rows
+    assert [row[1] for row in losses] == ["-0.026", "-0.330", "-0.081"]
+    shares = table_of(page, "joining-local-own-private").rows
+    assert [row[1] for row in shares] == ["-2.6 points", "-33.0 points", "-8.1 points"]
 
 
 def test_an_unfinished_comparison_says_how_to_go_on(tmp_path: Path) -> None:
