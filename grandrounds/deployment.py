@@ -52,8 +52,9 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
     address = address_of(connection)
     is_here = is_local(address)
     flat = with_run_directory(config)
-    if not flat["consortium"]:
-        flat = {**flat, "consortium": consortium_of(connection)}
+    given = str(flat["consortium"])
+    folder = str(Path(given).expanduser().absolute()) if given else consortium_of(connection)
+    flat = {**flat, "consortium": folder}
     if not is_here and not (config.federation.run_directory or config.federation.resume_from):
         raise ConfigError(
             f"The SuperLink of {connection!r} is at {address}, and writes the run directory there: "

@@ -79,8 +79,10 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
     if not public.is_file() or public.read_text() != line:
         node_file(target).unlink(missing_ok=True)  # of another key
     public.write_text(line)
-    target.unlink(missing_ok=True)
-    signed.write_signed(target, content, authority)
+    fresh = target.with_suffix(".new")
+    fresh.unlink(missing_ok=True)  # of an admission that was interrupted
+    signed.write_signed(fresh, content, authority)
+    fresh.replace(target)  # a run may be reading it
     return target
 
 
@@ -104,7 +106,9 @@ def node_file(admission: Path) -> Path:
 
 def note_node(admission: Path, node: int) -> None:
     """Write down which node a site's key was registered as, so that no other can be that site."""
-    node_file(admission).write_text(f"{node}\n")
+    fresh = admission.with_suffix(".new")
+    fresh.write_text(f"{node}\n")
+    fresh.replace(node_file(admission))  # a run may be reading it
 
 
 def registered_nodes(folder: Path) -> dict[int, int]:
