@@ -14,11 +14,12 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from grandrounds import client_app, messages, recipes, roll_call, server_app
-from grandrounds.consortium import audit, custody, policy
+from grandrounds.consortium import admissions, audit, custody, policy, set_up
 from grandrounds.consortium.site_file import SiteFile
 from grandrounds.consortium.site_state import RUNS_KEPT, SiteState
 from grandrounds.engines import InProcessGrid
 from grandrounds.errors import (
+    EngineError,
     GrandRoundsError,
     ModelError,
     OwnDataError,
@@ -308,6 +309,19 @@ def test_the_server_learns_of_no_folder_of_the_site(settings: Settings, tmp_path
         assert str(tmp_path) not in str(refused.value)
     [entry] = [e for e in audit.read(folder / "state") if e["outcome"] == "failed"]
     assert str(tmp_path / "gone") in entry["reason"]
+
+
+def test_a_run_takes_no_other_node_for_an_admitted_site(settings: Settings, tmp_path: Path) -> None:
+    """In the grid here site 0 is node 1."""
+    folder = set_up.init_consortium(tmp_path / "consortium", "trial", "trial.example.org", 8000)
+    asks = set_up.init_site(tmp_path / "asks", "st-elsewhere")
+    admission = admissions.admit(folder, asks / "request.json", 0, 4)
+    settings = {**settings, "consortium": str(folder)}
+    admissions.note_node(admission, 77)
+    with pytest.raises(EngineError, match="is site 0, which node 77 was admitted as"):
+        run_of(settings)
+    admissions.note_node(admission, 1)
+    assert (run_of(settings) / "summary.json").is_file()
 
 
 def test_what_a_run_says_itself_does_not_change_with_what_it_guesses() -> None:
