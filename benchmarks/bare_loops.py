@@ -36,7 +36,7 @@ def padded(batch: Sequence[Any]) -> tuple[Any, Any, Any]:
 
 def whole_loss(model: Any, batch: Sequence[Any], device: Any, bf16: bool) -> Any:
     """Return the mean loss by transformers' own means, over all logits."""
-    from grandrounds.loss import mixed_precision
+    from grandrounds.model.loss import mixed_precision
 
     ids, mask, labels = (t.to(device) for t in padded(batch))
     with mixed_precision(device, bf16):
@@ -45,7 +45,7 @@ def whole_loss(model: Any, batch: Sequence[Any], device: Any, bf16: bool) -> Any
 
 def lean_loss(model: Any, batch: Sequence[Any], device: Any, how: Any) -> Any:
     """Return the mean loss by the means of a visit."""
-    from grandrounds.loss import answer_nll_sum
+    from grandrounds.model.loss import answer_nll_sum
 
     count = sum(len(e.input_ids) - e.prompt_tokens for e in batch)
     return answer_nll_sum(model, batch, 0, device, how) / count
@@ -79,7 +79,7 @@ def template_visit(base: Path, batches: Sequence[Any], quantization: int, optimi
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from grandrounds.base import device_and_dtype, has_bfloat16
+    from grandrounds.model.base import device_and_dtype, has_bfloat16
 
     device, dtype = device_and_dtype("auto")
     quantized = {

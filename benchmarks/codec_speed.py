@@ -41,7 +41,7 @@ def codec_rows(count: int, times: int) -> list[dict[str, Any]]:
     """Return bytes, rates and error of each codec, without and with entropy coding."""
     import numpy as np
 
-    from grandrounds import codecs
+    from grandrounds.wire import codecs
 
     values = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
     generator = np.random.default_rng(1)
@@ -73,8 +73,8 @@ def reply_seconds(
     """Return seconds for the replies: added in place, and from record to result."""
     import numpy as np
 
-    from grandrounds import messages
-    from grandrounds.aggregation.weighted_mean import WeightedMean
+    from grandrounds.server.aggregation.weighted_mean import WeightedMean
+    from grandrounds.wire import messages
 
     generator = np.random.default_rng(0)
     records = []

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from random_base import SMALL, write_base, write_cards
 
-from grandrounds.consortium import audit
+from grandrounds.site.custody import audit
 from tests.consortium.real import Consortium, Settings, metrics_of, summary_of
 
 FOLLOW_SECONDS = 0.01

@@ -83,8 +83,8 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
 
 def load_prompts(data: Path) -> dict[str, list[str]]:
     """Return the texts that FlowerTune gives a model, of every question in the files."""
-    from grandrounds.evaluation.benchmarks import get_benchmark, load_items
-    from grandrounds.evaluation.flowertune import build_prompt, model_input
+    from grandrounds.study.evaluation.benchmarks import get_benchmark, load_items
+    from grandrounds.study.evaluation.flowertune import build_prompt, model_input
 
     prompts = {}
     for name in ITEMS:
@@ -141,8 +141,8 @@ def compare(
     SystemExit
         If the arms answer differently.
     """
-    from grandrounds.evaluation.prefill import shared_prefix
-    from grandrounds.evaluation.scoring import generate_greedily
+    from grandrounds.model.prefill import shared_prefix
+    from grandrounds.model.scoring import generate_greedily
 
     one_by_one(model, prompts[:2])  # the first calls of a process are slow
     generate_greedily(model, prompts[:2], [1, 1], [1])

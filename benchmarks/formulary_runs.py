@@ -42,8 +42,9 @@ SETTING: dict[str, Any] = {
 
 def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Run once; return accuracy in percent, bytes of training by direction, and seconds."""
-    from grandrounds import client_app, recipes, server_app
-    from grandrounds.engines import InProcessGrid
+    from grandrounds import client_app, server_app
+    from grandrounds.config import recipes
+    from grandrounds.engines.in_process import InProcessGrid
     from grandrounds.quiet import quiet_libraries
 
     quiet_libraries()

@@ -94,8 +94,10 @@ class Bench:
     """The run in progress, and the same visits for the other arms."""
 
     def __init__(self, flat: dict[str, Any]) -> None:
-        from grandrounds import client_app, federation, recipes
-        from grandrounds.engines import InProcessGrid
+        from grandrounds import client_app
+        from grandrounds.config import recipes
+        from grandrounds.engines.in_process import InProcessGrid
+        from grandrounds.server import lifecycle as federation
 
         self.config = recipes.resolve(flat)
         self.grid = InProcessGrid(client_app.app, self.config.flat(), SITES)
@@ -105,7 +107,7 @@ class Bench:
 
     def play_round(self) -> dict[str, Any]:
         """Play the next round; return its line of metrics.jsonl."""
-        from grandrounds import federation
+        from grandrounds.server import lifecycle as federation
 
         federation.play_round(self.run, self.grid)
         synchronize()
@@ -115,8 +117,9 @@ class Bench:
         """Return the batches of each visit of a round, as the sites draw them."""
         from flwr.app import ConfigRecord
 
-        from grandrounds import sampling, visits
-        from grandrounds.site import open_site
+        from grandrounds.site import visit as visits
+        from grandrounds.site.local_data import open_site
+        from grandrounds.wire import schedule as sampling
 
         config, found = self.config, []
         for p in sampling.training_cohort(SEED, number, SITES, config.cohort_size, False):
@@ -128,7 +131,7 @@ class Bench:
 
     def resident(self) -> Any:
         """Return the model that the run's visits use."""
-        from grandrounds import machine
+        from grandrounds.model import machine
 
         return machine.prepare_model(self.config)
 
@@ -137,8 +140,8 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
     """Take all steps of a round on the run's own model."""
     import dataclasses
 
-    from grandrounds import machine
-    from grandrounds.loss import attending
+    from grandrounds.model import machine
+    from grandrounds.model.loss import attending
 
     resident, how = bench.resident(), machine.forward(bench.config)
     means = {
@@ -172,7 +175,7 @@ def flops_per_round(bench: Bench, visits: list[Any]) -> float:
     and twice that backward, half of it masked. Adapters, norms and anything computed again are left
     out: it is the model's work, not the machine's.
     """
-    from grandrounds.fitting import architecture_of
+    from grandrounds.model.headroom import architecture_of
 
     base = architecture_of(bench.config.model.name)
     assert base is not None
@@ -207,9 +210,11 @@ def worst_case(bench: Bench) -> dict[str, Any]:
 
     import torch
 
-    from grandrounds import fitting, machine, training
-    from grandrounds.model import resident_bytes
-    from grandrounds.tokenization import TokenizedExample
+    from grandrounds.data.tokenization import TokenizedExample
+    from grandrounds.model import headroom as fitting
+    from grandrounds.model import machine
+    from grandrounds.model.resident import resident_bytes
+    from grandrounds.site import training
 
     resident, config = bench.resident(), bench.config
     again = fitting.checkpoints_activations(config)
@@ -243,7 +248,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     import psutil
     import torch
 
-    from grandrounds.base import base_loads, device_and_dtype
+    from grandrounds.model.base import base_loads, device_and_dtype
 
     device, dtype = device_and_dtype("auto")
     with tempfile.TemporaryDirectory(dir=given.scratch) as folder:

@@ -39,7 +39,7 @@ def make_base(size: str, folder: Path) -> int:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from grandrounds.formulary import base_path
+    from grandrounds.data.formulary import base_path
     from grandrounds.quiet import quiet_libraries
 
     quiet_libraries()
@@ -89,8 +89,10 @@ def write_batches(flat: dict[str, Any], file: Path) -> int:
     """Write the token ids of every batch of the run, visit by visit; return the tokens."""
     from flwr.app import ConfigRecord
 
-    from grandrounds import recipes, sampling, visits
-    from grandrounds.site import open_site
+    from grandrounds.config import recipes
+    from grandrounds.site import visit as visits
+    from grandrounds.site.local_data import open_site
+    from grandrounds.wire import schedule as sampling
 
     config = recipes.resolve(flat)
     visit_batches, cursors = [], dict.fromkeys(range(SITES), 0)
@@ -112,8 +114,8 @@ def bare_loop(base: Path, file: Path, threads: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from grandrounds.loss import Forward, attending
-    from grandrounds.tokenization import TokenizedExample
+    from grandrounds.data.tokenization import TokenizedExample
+    from grandrounds.model.loss import Forward, attending
 
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
@@ -146,8 +148,8 @@ def timed(command: list[str]) -> tuple[float, str]:
 
 def measure(size: str, rounds: int, times: int, threads: int) -> dict[str, Any]:
     """Alternate both arms; return the medians and every single figure."""
-    from grandrounds.formulary import facts
-    from grandrounds.recipes import to_toml
+    from grandrounds.config.recipes import to_toml
+    from grandrounds.data.formulary import facts
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -60,7 +60,7 @@ def model_config(architecture: str) -> Any:
     """
     from transformers import AutoConfig
 
-    from grandrounds import architectures
+    from grandrounds.model import architectures
 
     if architecture in SMALL:
         entry: dict[str, Any] = {**LLAMA, **SMALL[architecture]}
@@ -166,7 +166,7 @@ def _quantile(values: tuple[int, ...], share: float) -> float:
 
 
 def _real_lengths(file: Path) -> list[tuple[float, float]]:
-    from grandrounds.sources import load_rows
+    from grandrounds.data.sources import load_rows
 
     rows = load_rows(str(file), question_column="input", answer_column="output")
     return [(len(r["input"] or ""), len(r["output"] or "")) for r in rows]

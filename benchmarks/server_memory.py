@@ -35,15 +35,16 @@ def one_round(replies: int) -> dict[str, float]:
     import numpy as np
     from flwr.app import Context, Message
 
-    from grandrounds import messages, rounds
-    from grandrounds.aggregation.make import make_rule, rule_settings
-    from grandrounds.codecs import codec_named
-    from grandrounds.downlink import Sender
-    from grandrounds.engines import InProcessGrid
-    from grandrounds.ledger import Ledger
-    from grandrounds.recipes import resolve
-    from grandrounds.roll_call import SiteCard
-    from grandrounds.updates import Terms
+    from grandrounds.config.recipes import resolve
+    from grandrounds.engines.in_process import InProcessGrid
+    from grandrounds.server import rounds
+    from grandrounds.server.aggregation.make import make_rule, rule_settings
+    from grandrounds.server.roll_call import SiteCard
+    from grandrounds.server.updates import Terms
+    from grandrounds.wire import messages
+    from grandrounds.wire.codecs import codec_named
+    from grandrounds.wire.downlink import Sender
+    from grandrounds.wire.ledger import Ledger
 
     config = resolve({})
 

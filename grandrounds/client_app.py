@@ -1,6 +1,6 @@
 """What happens at a site: it introduces itself, trains on what it receives, and answers.
 
-Read it from top to bottom: each function is one kind of message (see `grandrounds.messages`).
+Read it from top to bottom: each function is one kind of message (see `grandrounds.wire.messages`).
 Where a site has an agent, it is the agent that calls them (`at_site`).
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from grandrounds import machine, messages, visits
-from grandrounds.consortium.at_site import at_site
-from grandrounds.messages import answering
+from grandrounds.model import machine
 from grandrounds.quiet import quiet_libraries
+from grandrounds.site import visit as visits
+from grandrounds.site.custody.dispatch import at_site
+from grandrounds.wire import messages
+from grandrounds.wire.messages import answering
 
 quiet_libraries()  # here too: in Flower's simulation this module is imported by Ray's workers
 app = ClientApp()

@@ -10,14 +10,14 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from grandrounds import federation
-from grandrounds.bookkeeping import Listener
-from grandrounds.config import Config
+from grandrounds.config.keys import Config
+from grandrounds.config.recipes import resolve
 from grandrounds.errors import GrandRoundsError
 from grandrounds.quiet import quiet_libraries
-from grandrounds.recipes import resolve
-from grandrounds.reporting import PlainReporter
-from grandrounds.tracking import tracked
+from grandrounds.server import lifecycle as federation
+from grandrounds.server.listeners.plain import PlainReporter
+from grandrounds.server.listeners.trackers import tracked
+from grandrounds.server.run import Listener
 
 app = ServerApp()
 

@@ -18,7 +18,8 @@ from typing import Any
 import click
 import typer
 
-from grandrounds import config, recipes
+from grandrounds.config import keys as config
+from grandrounds.config import recipes
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GENERATED = "<!-- Written by scripts/make_docs.py from {source}; do not edit. -->"

@@ -114,7 +114,7 @@ def base() -> tuple[Any, Any]:
     """Model and tokenizer of the embedded base."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grandrounds.formulary import base_path
+    from grandrounds.data.formulary import base_path
 
     return (
         AutoModelForCausalLM.from_pretrained(base_path(), local_files_only=True),

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from grandrounds.activations import Batch, Precision, layer_bytes, loss_bytes, saved_bytes
-from grandrounds.architectures import find_architecture, from_config
-from grandrounds.attention import by_sequence
+from grandrounds.model.activations import Batch, Precision, layer_bytes, loss_bytes, saved_bytes
+from grandrounds.model.architectures import find_architecture, from_config
+from grandrounds.model.attention import by_sequence
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from grandrounds.architectures import (
+from grandrounds.errors import ModelError
+from grandrounds.model.architectures import (
     FAMILIES,
     adapter_shapes,
     find_architecture,
@@ -17,7 +18,6 @@ from grandrounds.architectures import (
     known_names,
     target_modules,
 )
-from grandrounds.errors import ModelError
 
 PUBLISHED_PARAMETERS = {
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
@@ -107,7 +107,7 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
 def test_shapes_are_those_of_the_model_that_transformers_builds(
     model_type: str, tied: bool, tmp_path: Path
 ) -> None:
-    from grandrounds.lora import LoraSpec, adapter_layout, base_parameters
+    from grandrounds.model.lora import LoraSpec, adapter_layout, base_parameters
 
     tiny_config(model_type, tie_word_embeddings=tied).save_pretrained(tmp_path)
     base = find_architecture(str(tmp_path))
@@ -128,7 +128,7 @@ def test_shapes_are_those_of_the_model_that_transformers_builds(
     ],
 )
 def test_biases_are_counted(model_type: str, biases: list[str], tmp_path: Path) -> None:
-    from grandrounds.lora import base_parameters
+    from grandrounds.model.lora import base_parameters
 
     tiny_config(model_type, **dict.fromkeys(biases, True)).save_pretrained(tmp_path)
     assert find_architecture(str(tmp_path)).parameters == base_parameters(str(tmp_path))
@@ -157,7 +157,7 @@ def test_auto_is_what_peft_chooses(model_type: str) -> None:
 
 
 def test_the_embedded_base_is_read_from_its_folder_and_adapted_on_all_linear_modules() -> None:
-    from grandrounds.lora import LoraSpec, adapter_layout, base_parameters
+    from grandrounds.model.lora import LoraSpec, adapter_layout, base_parameters
 
     base = find_architecture("formulary")
     built, targets = adapter_layout("formulary", LoraSpec(16, 32, "auto", 0.0))
@@ -175,7 +175,7 @@ def test_names_are_looked_up_whatever_their_case() -> None:
 
 
 def test_every_base_of_a_recipe_is_known() -> None:
-    from grandrounds import recipes
+    from grandrounds.config import recipes
 
     for file in (Path(__file__).parent.parent / "configs").glob("*.toml"):
         assert find_architecture(str(recipes.load_recipe(file)["model.name"]))

@@ -14,16 +14,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from grandrounds import ask_command
-from grandrounds.ask import Answer, Interview, printable
-from grandrounds.base import base_loads
-from grandrounds.checkpoints import find_checkpoint
 from grandrounds.cli import app
+from grandrounds.cli import ask as ask_command
+from grandrounds.data.formulary import base_path
+from grandrounds.data.formulary.facts import questions
+from grandrounds.data.prompts import build_prompt
 from grandrounds.errors import DataError
-from grandrounds.evaluation.scoring import generate_greedily
-from grandrounds.formulary import base_path
-from grandrounds.formulary.facts import questions
-from grandrounds.prompts import build_prompt
+from grandrounds.model.base import base_loads
+from grandrounds.model.scoring import generate_greedily
+from grandrounds.server.checkpoints import find_checkpoint
+from grandrounds.study.ask import Answer, Interview, printable
 from tests.test_export import made_run
 
 QUESTION = questions("public")[0].question

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grandrounds.config import CODECS
+from grandrounds.config.keys import CODECS
 
 pytestmark = pytest.mark.slow
 

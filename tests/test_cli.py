@@ -18,8 +18,10 @@ import typer.main
 from typer.testing import CliRunner
 
 import grandrounds
-from grandrounds import bookkeeping, cli, federation
+from grandrounds import cli
 from grandrounds.cli import app
+from grandrounds.server import lifecycle as federation
+from grandrounds.server import run as bookkeeping
 
 Settings = dict[str, Any]
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from grandrounds import codecs
-from grandrounds.codecs import CODECS, Codec
-from grandrounds.codecs.blocks import CHUNK, scale_table
-from grandrounds.codecs.finite import all_finite
-from grandrounds.codecs.topk import position_bytes
 from grandrounds.errors import ReplyError
+from grandrounds.wire import codecs
+from grandrounds.wire.codecs import CODECS, Codec
+from grandrounds.wire.codecs.blocks import CHUNK, scale_table
+from grandrounds.wire.codecs.finite import all_finite
+from grandrounds.wire.codecs.topk import position_bytes
 
 Array = NDArray[np.float32]
 

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
-from grandrounds import recipes
-from grandrounds.comparison import (
+from grandrounds.comparison_statistics import counted, estimate, paired_test
+from grandrounds.config import recipes
+from grandrounds.errors import ConfigError
+from grandrounds.study.comparison.results import results, share
+from grandrounds.study.comparison.tables import notes, tables
+from grandrounds.study.comparison.units import (
     ARMS,
     Unit,
     check_arms,
@@ -19,10 +23,6 @@ from grandrounds.comparison import (
     local_visits,
     units,
 )
-from grandrounds.comparison_results import results, share
-from grandrounds.comparison_statistics import counted, estimate, paired_test
-from grandrounds.comparison_tables import notes, tables
-from grandrounds.errors import ConfigError
 
 # --- What is asked for ----------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from grandrounds import comparison_runner
 from grandrounds.cli import app
-from grandrounds.compare_command import Clock
+from grandrounds.cli.compare import Clock
+from grandrounds.study.comparison import runner as comparison_runner
 
 
 def compare(*arguments: object) -> Result:
@@ -103,7 +103,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 def test_the_time_left_goes_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("grandrounds.compare_command.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("grandrounds.cli.compare.time.monotonic", lambda: now[0])
     clock = Clock()
     clock("planned", {"units": 2, "kept": 0, "work": 40.0})
     assert clock.left() == ""

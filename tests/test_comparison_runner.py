@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from grandrounds import recipes, visits
-from grandrounds.base import base_loads
-from grandrounds.comparison import ARMS
-from grandrounds.comparison_arms import cohort_of, numbered_without, site_of
-from grandrounds.comparison_exams import exams_of
-from grandrounds.comparison_runner import compare
-from grandrounds.config import Config
-from grandrounds.engines import InProcessGrid
+from grandrounds.config import recipes
+from grandrounds.config.keys import Config
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, RunDirectoryError
-from grandrounds.roll_call import roll_call
+from grandrounds.model.base import base_loads
+from grandrounds.server.roll_call import roll_call
+from grandrounds.site import visit as visits
+from grandrounds.study.comparison.arms import cohort_of, numbered_without, site_of
+from grandrounds.study.comparison.exams import exams_of
+from grandrounds.study.comparison.runner import compare
+from grandrounds.study.comparison.units import ARMS
 from tests.conftest import WORDS
 
 Settings = dict[str, Any]

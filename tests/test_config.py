@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds import config as config_module
-from grandrounds.allowed import OneOf, Range
-from grandrounds.config import ALIASES, FIELD_OF_KEY, SECTIONS, Config, share_of
-from grandrounds.recipes import defaults, flatten, resolve
-from grandrounds.validation import parse
+from grandrounds.config import keys as config_module
+from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, SECTIONS, Config, share_of
+from grandrounds.config.recipes import defaults, flatten, resolve
+from grandrounds.config.validation import parse
+from grandrounds.config.values import OneOf, Range
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 

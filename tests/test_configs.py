@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds import recipes
-from grandrounds.allowed import Scalar
-from grandrounds.config import FIELD_OF_KEY, Config
-from grandrounds.strategies import STRATEGIES
+from grandrounds.config import recipes
+from grandrounds.config.keys import FIELD_OF_KEY, Config
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.values import Scalar
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))

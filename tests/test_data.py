@@ -12,10 +12,10 @@ import datasets
 import pytest
 from flwr_datasets import FederatedDataset, federated_dataset, partitioner
 
-from grandrounds.data import Example, SiteData, site_data
+from grandrounds.data.examples import Example, SiteData, site_data
+from grandrounds.data.partitioning import PARTITIONERS, partition_rows
+from grandrounds.data.sources import load_rows
 from grandrounds.errors import DataError
-from grandrounds.partitioning import PARTITIONERS, partition_rows
-from grandrounds.sources import load_rows
 
 WIKIDOC = Path(__file__).parents[2] / "shared/data/train/wikidoc_patient_information.jsonl.gz"
 SITES = 5

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from grandrounds import client_app, recipes, server_app
-from grandrounds.display import RichReporter
-from grandrounds.engines import InProcessGrid
-from grandrounds.reporting import next_steps, plan_rows, recipe_rows, site_rows, summary_rows
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.engines.in_process import InProcessGrid
+from grandrounds.server.listeners.plain import (
+    next_steps,
+    plan_rows,
+    recipe_rows,
+    site_rows,
+    summary_rows,
+)
+from grandrounds.server.listeners.terminal import RichReporter
 
 Settings = dict[str, Any]
 

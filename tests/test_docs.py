@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from grandrounds import recipes
-from grandrounds.config import ALIASES, FIELD_OF_KEY, SECTIONS
-from grandrounds.run_directory import RunDirectory
+from grandrounds.config import recipes
+from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, SECTIONS
+from grandrounds.server.directory import RunDirectory
 from tests.conftest import write_flashcards
 
 ROOT = Path(__file__).resolve().parent.parent

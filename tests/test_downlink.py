@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from grandrounds import downlink, messages, protocol
-from grandrounds.adapter import Adapter
-from grandrounds.config import Config
-from grandrounds.downlink import Parcel, Sender
-from grandrounds.drawing import drawn_adapter
-from grandrounds.engines import InProcessGrid
+from grandrounds.config.keys import Config
+from grandrounds.config.recipes import resolve
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ReplyError
-from grandrounds.recipes import resolve
+from grandrounds.wire import downlink, messages, protocol
+from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.downlink import Parcel, Sender
+from grandrounds.wire.drawing import drawn_adapter
 
 SHAPES = {"m.lora_A.weight": (4, 32), "m.lora_B.weight": (48, 4)}
 START = drawn_adapter(SHAPES, 42)

@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from grandrounds.cli import app
-from grandrounds.evaluation import flowertune, runner
+from grandrounds.study.evaluation import flowertune, runner
 from tests.conftest import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,17 +18,17 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from grandrounds import export as exports
-from grandrounds import recipes
-from grandrounds.checkpoints import find_checkpoint
 from grandrounds.cli import app
+from grandrounds.config import recipes
+from grandrounds.data.formulary import base_path
 from grandrounds.errors import ConfigError, GrandRoundsError, ModelError, RunDirectoryError
-from grandrounds.evaluation import runner
-from grandrounds.formulary import base_path
-from grandrounds.formulary.exam import score_formulary
-from grandrounds.lora import LoraSpec, adapter_layout, peft_config
-from grandrounds.model_card import model_card
-from grandrounds.run_directory import RunDirectory
+from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
+from grandrounds.server.checkpoints import find_checkpoint
+from grandrounds.server.directory import RunDirectory
+from grandrounds.server.model_card import model_card
+from grandrounds.site.exam import score_formulary
+from grandrounds.study import export as exports
+from grandrounds.study.evaluation import runner
 from tests.test_docs import parse, shell_commands
 
 Settings = dict[str, Any]
@@ -186,7 +186,7 @@ def test_a_quantised_base_is_dequantised_as_the_run_saw_it(
     LLM.int8 rounds activations too, which no merged weight can hold.
     """
     pytest.importorskip("bitsandbytes")
-    from grandrounds.base import BaseSpec, load_base
+    from grandrounds.model.base import BaseSpec, load_base
 
     more = {"model.quantization": bits}
     checkpoint = find_checkpoint(made_run(tmp_path / "run", tiny_base, {1: None}, **more))

@@ -19,24 +19,32 @@ import torch
 from flwr.app import ConfigRecord, Context, Message
 from transformers import AutoTokenizer
 
-from grandrounds import client_app, messages, sampling, server_app, visits
-from grandrounds.aggregation.product_error import measured_modules
-from grandrounds.allowed import Scalar
-from grandrounds.base import BaseSpec, base_loads
-from grandrounds.config import Config
-from grandrounds.data import Example
-from grandrounds.drawing import initial_adapter
-from grandrounds.engines import InProcessGrid
+from grandrounds import client_app, server_app
+from grandrounds.config.keys import Config
+from grandrounds.config.recipes import resolve
+from grandrounds.config.values import Scalar
+from grandrounds.data.examples import Example
+from grandrounds.data.prompts import build_prompt
+from grandrounds.data.tokenization import (
+    IGNORED_LABEL,
+    collate,
+    prompt_token_ids,
+    tokenize_examples,
+)
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import DataError, ModelError, RoundError
-from grandrounds.ledger import MIB
-from grandrounds.lora import LoraSpec
-from grandrounds.loss import Forward
-from grandrounds.model import resident_model, set_adapter
-from grandrounds.prompts import build_prompt
-from grandrounds.recipes import resolve
-from grandrounds.site import open_site
-from grandrounds.tokenization import IGNORED_LABEL, collate, prompt_token_ids, tokenize_examples
-from grandrounds.training import VisitSettings, train_visit
+from grandrounds.model.base import BaseSpec, base_loads
+from grandrounds.model.lora import LoraSpec
+from grandrounds.model.loss import Forward
+from grandrounds.model.resident import resident_model, set_adapter
+from grandrounds.server.aggregation.product_error import measured_modules
+from grandrounds.site import visit as visits
+from grandrounds.site.local_data import open_site
+from grandrounds.site.training import VisitSettings, train_visit
+from grandrounds.wire import messages
+from grandrounds.wire import schedule as sampling
+from grandrounds.wire.drawing import initial_adapter
+from grandrounds.wire.ledger import MIB
 
 ClientApp = Callable[[Message, Context], Message]
 Settings = dict[str, Scalar]

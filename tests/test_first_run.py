@@ -57,8 +57,8 @@ def test_plain_peft_gives_the_same_answers(first_run: Path, summary: dict[str, A
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grandrounds.formulary import base_path
-    from grandrounds.formulary.exam import score_formulary
+    from grandrounds.data.formulary import base_path
+    from grandrounds.site.exam import score_formulary
 
     base = AutoModelForCausalLM.from_pretrained(base_path())
     model = PeftModel.from_pretrained(base, str(first_run / summary["adapter"]))
@@ -71,9 +71,9 @@ def test_a_tuned_model_answers_in_words_and_stops(first_run: Path, summary: dict
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grandrounds.formulary import base_path
-    from grandrounds.formulary.facts import questions
-    from grandrounds.prompts import build_prompt
+    from grandrounds.data.formulary import base_path
+    from grandrounds.data.formulary.facts import questions
+    from grandrounds.data.prompts import build_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(base_path())
     base = AutoModelForCausalLM.from_pretrained(base_path())

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from grandrounds import fitting, recipes
-from grandrounds.base import BaseSpec
-from grandrounds.config import Config
+from grandrounds.config import recipes
+from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError
-from grandrounds.lora import LoraSpec
-from grandrounds.model import Resident, resident_model
+from grandrounds.model import headroom as fitting
+from grandrounds.model.base import BaseSpec
+from grandrounds.model.lora import LoraSpec
+from grandrounds.model.resident import Resident, resident_model
 from tests.conftest import make_base, write_flashcards
 
 MIB = 2**20

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grandrounds import flower_runtime
-from grandrounds.errors import EngineError
-from grandrounds.flower_runtime import (
+from grandrounds.config.recipes import to_toml
+from grandrounds.engines import flower_runtime
+from grandrounds.engines.flower_runtime import (
     MARKER,
     check_resources,
     end_processes,
@@ -25,7 +25,7 @@ from grandrounds.flower_runtime import (
     superlink,
     tail,
 )
-from grandrounds.recipes import to_toml
+from grandrounds.errors import EngineError
 
 PYPROJECT = """
 [project]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from grandrounds import recipes, sampling
+from grandrounds.config import recipes
 from grandrounds.errors import ConfigError, DataError
-from grandrounds.forecast import (
+from grandrounds.study.plan.forecast import (
     LEADERBOARD_ROWS,
     as_dict,
     by_codec,
@@ -21,7 +21,8 @@ from grandrounds.forecast import (
     reading,
     site_sizes,
 )
-from grandrounds.planning import plan_run
+from grandrounds.wire import schedule as sampling
+from grandrounds.wire.traffic import plan_run
 
 JSL = Path(__file__).parent.parent / "configs" / "jsl-medllama-3-8b-100-rounds.toml"
 
@@ -106,7 +107,7 @@ def test_coverage_is_that_of_the_cursors_of_a_run() -> None:
 def test_sites_have_the_sizes_that_the_partitioner_gives(partitioner: str) -> None:
     from datasets import Dataset
 
-    from grandrounds.partitioning import partition_rows
+    from grandrounds.data.partitioning import partition_rows
 
     rows = Dataset.from_dict({"x": list(range(107))})
     sizes = [

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from grandrounds.base import BaseSpec, has_bfloat16
-from grandrounds.lora import LoraSpec
-from grandrounds.loss import Forward
-from grandrounds.model import checkpoint_activations, resident_model
-from grandrounds.tokenization import TokenizedExample
-from grandrounds.training import VisitResult, VisitSettings, train_visit
+from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.model.base import BaseSpec, has_bfloat16
+from grandrounds.model.lora import LoraSpec
+from grandrounds.model.loss import Forward
+from grandrounds.model.resident import checkpoint_activations, resident_model
+from grandrounds.site.training import VisitResult, VisitSettings, train_visit
 
 pytestmark = [
     pytest.mark.gpu,

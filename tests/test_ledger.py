@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from grandrounds.ledger import MIB, NPY_HEADER_BYTES, Ledger, message_bytes
+from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, message_bytes
 
 
 def test_totals_are_kept_by_kind_and_direction() -> None:

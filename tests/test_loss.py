@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from grandrounds import loss as losses
-from grandrounds.architectures import FAMILIES
-from grandrounds.attention import takes_groups
-from grandrounds.loss import Forward, can_skip_padding, has_plain_head, head_nll_sum
-from grandrounds.tokenization import TokenizedExample
+from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.model import loss as losses
+from grandrounds.model.architectures import FAMILIES
+from grandrounds.model.attention import takes_groups
+from grandrounds.model.loss import Forward, can_skip_padding, has_plain_head, head_nll_sum
 
 CPU = torch.device("cpu")
 PAD = 0

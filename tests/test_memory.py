@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from grandrounds.activations import Batch, Precision
-from grandrounds.architectures import find_architecture
-from grandrounds.memory import (
+from grandrounds.model.activations import Batch, Precision
+from grandrounds.model.architectures import find_architecture
+from grandrounds.model.memory import (
     CUDA_CONTEXT_BYTES,
     NF4_BYTES_PER_WEIGHT,
     base_bytes,

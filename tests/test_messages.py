@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 
-from grandrounds import messages
-from grandrounds.engines import InProcessGrid
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import (
     ConfigError,
     DataError,
@@ -19,7 +18,8 @@ from grandrounds.errors import (
     ReplyError,
     RoundError,
 )
-from grandrounds.messages import (
+from grandrounds.wire import messages
+from grandrounds.wire.messages import (
     answering,
     failure,
     from_arrays,

@@ -11,7 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from grandrounds.base import (
+from grandrounds.config.recipes import resolve
+from grandrounds.errors import ModelError
+from grandrounds.model.base import (
     BaseSpec,
     base_fingerprint,
     base_loads,
@@ -19,12 +21,10 @@ from grandrounds.base import (
     load_tokenizer,
     quantization_config,
 )
-from grandrounds.drawing import initial_adapter
-from grandrounds.errors import ModelError
-from grandrounds.lora import LoraSpec, adapter_layout, peft_config
-from grandrounds.model import Resident, adapter_change, resident_model, set_adapter
-from grandrounds.recipes import resolve
-from grandrounds.run_directory import RunDirectory
+from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
+from grandrounds.model.resident import Resident, adapter_change, resident_model, set_adapter
+from grandrounds.server.directory import RunDirectory
+from grandrounds.wire.drawing import initial_adapter
 
 LORA = LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
 TOKENS = torch.tensor([[5, 77, 130, 201, 9, 44]])

@@ -12,14 +12,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grandrounds.activations import Batch, Precision, saved_bytes
-from grandrounds.architectures import from_config
-from grandrounds.base import BaseSpec, load_base
-from grandrounds.loss import Forward, answer_nll_sum, attending
-from grandrounds.memory import site_memory
-from grandrounds.model import Resident, checkpoint_activations
-from grandrounds.tokenization import TokenizedExample
-from grandrounds.training import VisitSettings, train_visit
+from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.model.activations import Batch, Precision, saved_bytes
+from grandrounds.model.architectures import from_config
+from grandrounds.model.base import BaseSpec, load_base
+from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.model.memory import site_memory
+from grandrounds.model.resident import Resident, checkpoint_activations
+from grandrounds.site.training import VisitSettings, train_visit
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "peak_memory.py"
 QUERY_VALUE = ["q_proj", "v_proj"]

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grandrounds import recipes
-from grandrounds.architectures import adapter_shapes, find_architecture, target_modules
-from grandrounds.codecs import Codec, encode
-from grandrounds.config import CommunicationConfig
-from grandrounds.ledger import MIB, Ledger
-from grandrounds.messages import to_arrays, to_payload
-from grandrounds.planning import Plan, message_of, plan_config, plan_run
+from grandrounds.config import recipes
+from grandrounds.config.keys import CommunicationConfig
+from grandrounds.model.architectures import adapter_shapes, find_architecture, target_modules
+from grandrounds.wire.codecs import Codec, encode
+from grandrounds.wire.ledger import MIB, Ledger
+from grandrounds.wire.messages import to_arrays, to_payload
+from grandrounds.wire.traffic import Plan, message_of, plan_config, plan_run
 
 ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
@@ -265,7 +265,7 @@ def test_plan_and_ledger_of_a_run_are_equal_to_the_byte_in_every_kind(
     settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     from grandrounds import client_app, server_app
-    from grandrounds.engines import InProcessGrid
+    from grandrounds.engines.in_process import InProcessGrid
 
     config = recipes.resolve({**settings, **changes})
     base = find_architecture(config.model.name)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from grandrounds.data.prompts import TEMPLATES, build_prompt, prompt_hash, response_text
 from grandrounds.errors import ConfigError
-from grandrounds.prompts import TEMPLATES, build_prompt, prompt_hash, response_text
 
 
 @pytest.fixture

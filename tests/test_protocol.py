@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grandrounds import protocol
-from grandrounds.aggregation.make import make_rule, rule_settings
-from grandrounds.recipes import resolve
-from grandrounds.strategies import STRATEGIES
+from grandrounds.config.recipes import resolve
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.server.aggregation.make import make_rule, rule_settings
+from grandrounds.wire import protocol
 
 SHAPES = {"m.lora_A.weight": (4, 3), "m.lora_B.weight": (5, 4)}
 A, B = "m.lora_A.weight", "m.lora_B.weight"

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds.allowed import Scalar
-from grandrounds.config import Config
-from grandrounds.errors import ConfigError
-from grandrounds.recipes import (
+from grandrounds.config.keys import Config
+from grandrounds.config.recipes import (
     FLOWERTUNE_TEMPLATE,
     defaults,
     differences,
@@ -20,6 +18,8 @@ from grandrounds.recipes import (
     resolve,
     to_toml,
 )
+from grandrounds.config.values import Scalar
+from grandrounds.errors import ConfigError
 
 TEMPLATE = """
 [project]

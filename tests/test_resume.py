@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, MessageType
 
-from grandrounds import client_app, recipes, server_app
-from grandrounds.bookkeeping import Listener
-from grandrounds.engines import InProcessGrid
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import RoundError, RunDirectoryError
-from grandrounds.run_directory import RunDirectory
+from grandrounds.server.directory import RunDirectory
+from grandrounds.server.run import Listener
 
 Settings = dict[str, Any]
 Sites = Callable[[Message, Context], Message]

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 
-from grandrounds import exchange, messages, roll_call, rounds
-from grandrounds.aggregation.make import make_rule, rule_settings
-from grandrounds.codecs import codec_named
-from grandrounds.downlink import Sender
-from grandrounds.engines import InProcessGrid
+from grandrounds.config.recipes import resolve
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import DataError, EngineError, ReplyError, RoundError
-from grandrounds.ledger import Ledger, message_bytes
-from grandrounds.recipes import resolve
-from grandrounds.roll_call import SiteCard
-from grandrounds.updates import Terms, claimed_examples
+from grandrounds.server import exchange, roll_call, rounds
+from grandrounds.server.aggregation.make import make_rule, rule_settings
+from grandrounds.server.roll_call import SiteCard
+from grandrounds.server.updates import Terms, claimed_examples
+from grandrounds.wire import messages
+from grandrounds.wire.codecs import codec_named
+from grandrounds.wire.downlink import Sender
+from grandrounds.wire.ledger import Ledger, message_bytes
 
 Behaviour = Callable[[Message, int], Message]
 

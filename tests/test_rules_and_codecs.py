@@ -13,10 +13,11 @@ import torch
 from flwr.app import Array, ArrayRecord, Context, Message
 from safetensors.numpy import load_file
 
-from grandrounds import client_app, recipes, server_app
-from grandrounds.drawing import drawn_adapter
-from grandrounds.engines import InProcessGrid
-from grandrounds.strategies import STRATEGIES
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.engines.in_process import InProcessGrid
+from grandrounds.wire.drawing import drawn_adapter
 
 Settings = dict[str, Any]
 Sites = Callable[[Message, Context], Message]

@@ -17,27 +17,24 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from grandrounds import (
-    client_app,
-    machine,
-    messages,
-    model,
-    recipes,
-    run_directory,
-    sampling,
-    server_app,
-    site,
-    training,
-    visits,
-)
-from grandrounds.base import base_loads
+from grandrounds import client_app, server_app
 from grandrounds.cli import app as command_line
-from grandrounds.config import FIELD_OF_KEY
-from grandrounds.engines import InProcessGrid
+from grandrounds.config import recipes
+from grandrounds.config.keys import FIELD_OF_KEY
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.validation import parse
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, RoundError
-from grandrounds.reporting import without_effect
-from grandrounds.strategies import STRATEGIES
-from grandrounds.validation import parse
+from grandrounds.model import machine
+from grandrounds.model import resident as model
+from grandrounds.model.base import base_loads
+from grandrounds.server import directory as run_directory
+from grandrounds.server.listeners.plain import without_effect
+from grandrounds.site import local_data as site
+from grandrounds.site import training
+from grandrounds.site import visit as visits
+from grandrounds.wire import messages
+from grandrounds.wire import schedule as sampling
 
 Settings = dict[str, Any]
 Sites = Callable[[Message, Context], Message]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grandrounds import sampling
-from grandrounds.sampling import (
+from grandrounds.wire import schedule as sampling
+from grandrounds.wire.schedule import (
     adapter_generator,
     evaluation_cohort,
     length_grouped_batches,

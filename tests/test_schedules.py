@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grandrounds.schedules import round_learning_rate, step_learning_rate
+from grandrounds.wire.schedules import round_learning_rate, step_learning_rate
 
 
 @pytest.mark.parametrize(

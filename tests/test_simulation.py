@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from grandrounds import client_app, recipes, server_app
-from grandrounds.engines import InProcessGrid
-from grandrounds.flower_runtime import MARKER
-from grandrounds.recipes import to_toml
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.config.recipes import to_toml
+from grandrounds.engines.flower_runtime import MARKER
+from grandrounds.engines.in_process import InProcessGrid
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -127,7 +128,7 @@ def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path
 
 def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Path) -> None:
     """The repository itself as a Flower app, on a SuperLink of the test's own."""
-    from grandrounds.flower_runtime import run_simulation
+    from grandrounds.engines.flower_runtime import run_simulation
 
     simulated = tmp_path / "flwr"
     outcome = run_simulation(

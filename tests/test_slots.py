@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from grandrounds import slots
+from grandrounds.wire import slots
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
 

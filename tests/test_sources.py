@@ -16,9 +16,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from grandrounds import sources
+from grandrounds.data import sources
+from grandrounds.data.sources import load_rows
 from grandrounds.errors import DataError
-from grandrounds.sources import load_rows
 
 ROWS = [
     {"instruction": "i", "input": "What is fever?", "output": "Warmth.", "site": 3},
@@ -294,7 +294,7 @@ class TestFormulary:
     def test_flashcards_are_read_with_the_site_that_knows_them(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        facts = pytest.importorskip("grandrounds.formulary.facts")
+        facts = pytest.importorskip("grandrounds.data.formulary.facts")
         monkeypatch.setattr(facts, "flashcards", lambda: ROWS)
         rows = read("formulary", keep_columns=["site"])
         assert rows["site"][:] == [3, 1]

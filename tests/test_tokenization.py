@@ -18,9 +18,9 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from grandrounds.data import Example
-from grandrounds.prompts import build_prompt, response_text
-from grandrounds.tokenization import (
+from grandrounds.data.examples import Example
+from grandrounds.data.prompts import build_prompt, response_text
+from grandrounds.data.tokenization import (
     IGNORED_LABEL,
     TokenizedExample,
     answer_token_ids,

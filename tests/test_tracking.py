@@ -12,10 +12,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from grandrounds import recipes, tracking
 from grandrounds.cli import app
+from grandrounds.config import recipes
 from grandrounds.errors import ConfigError
-from grandrounds.tracking import FIGURES, TRACKERS, Tracked, figures_of, settings_of, trackers_of
+from grandrounds.server.listeners import trackers as tracking
+from grandrounds.server.listeners.trackers import (
+    FIGURES,
+    TRACKERS,
+    Tracked,
+    figures_of,
+    settings_of,
+    trackers_of,
+)
 
 Settings = dict[str, Any]
 
@@ -217,7 +225,7 @@ def test_tensorboard_reads_the_curves_of_a_run_and_of_its_resumption(
     of a run without any tracker."""
     pytest.importorskip("tensorboard")
     from grandrounds import server_app
-    from grandrounds.federation import play_round
+    from grandrounds.server.lifecycle import play_round
 
     def stops_after_two(run: Any, grid: Any) -> None:
         if run.state.round == 2:

@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from grandrounds import training
-from grandrounds.base import BaseSpec
-from grandrounds.drawing import initial_adapter
-from grandrounds.lora import LoraSpec
-from grandrounds.loss import Forward
-from grandrounds.model import Resident, checkpoint_activations, resident_model, set_adapter
-from grandrounds.tokenization import TokenizedExample, collate
-from grandrounds.training import (
+from grandrounds.data.tokenization import TokenizedExample, collate
+from grandrounds.model.base import BaseSpec
+from grandrounds.model.lora import LoraSpec
+from grandrounds.model.loss import Forward
+from grandrounds.model.resident import Resident, checkpoint_activations, resident_model, set_adapter
+from grandrounds.site import training
+from grandrounds.site.training import (
     VisitResult,
     VisitSettings,
     add_proximal_gradient,
@@ -28,6 +27,7 @@ from grandrounds.training import (
     proximal_penalty,
     train_visit,
 )
+from grandrounds.wire.drawing import initial_adapter
 
 PAD = 0
 LEAN = Forward(bf16=True, padding_free=True, answers_only=True, chunk_tokens=5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grandrounds.aggregation.product_error import ProductError
-from grandrounds.updates import SAMPLED, sample
+from grandrounds.server.aggregation.product_error import ProductError
+from grandrounds.server.updates import SAMPLED, sample
 
 RANK = 16
 SHAPES = {"m.lora_A.weight": (RANK, 4096), "m.lora_B.weight": (14336 * 12, RANK)}
@@ -43,7 +43,7 @@ def test_the_product_error_keeps_nothing_but_its_modules() -> None:
 
 @pytest.mark.parametrize("norm", [1.0, 1e-3])
 def test_a_huge_update_is_scaled_to_the_bound(norm: float) -> None:
-    from grandrounds.aggregation import defence
+    from grandrounds.server.aggregation import defence
 
     huge = {"m.lora_A.weight": np.full((2, 10), 3e38, np.float32)}
     assert defence.norm(defence.norm_bound(huge, norm)[0]) == pytest.approx(norm, rel=1e-6)

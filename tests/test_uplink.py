@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
 
-from grandrounds import protocol, uplink
-from grandrounds.adapter import Adapter
-from grandrounds.codecs import codec_named
-from grandrounds.config import EXACT_CODECS, Config
+from grandrounds.config.keys import EXACT_CODECS, Config
+from grandrounds.config.recipes import resolve
 from grandrounds.errors import ReplyError
-from grandrounds.recipes import resolve
+from grandrounds.wire import protocol, uplink
+from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.codecs import codec_named
 
 SHAPES = {"m.lora_A.weight": (4, 32), "m.lora_B.weight": (48, 4)}
 CODECS = ["none", "float32", "bf16", "int8", "int4", "int2", "ternary", "sign", "topk"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from grandrounds.allowed import Scalar
-from grandrounds.config import ALIASES, FIELD_OF_KEY, Config
+from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
+from grandrounds.config.recipes import defaults, resolve
+from grandrounds.config.validation import parse
+from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
-from grandrounds.recipes import defaults, resolve
-from grandrounds.validation import parse
 
 ARGUMENTS = "train.training-arguments."
 

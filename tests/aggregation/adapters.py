@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.wire.adapter import Adapter
 
 LAYERS = {"first": (4, 11, 7), "second": (4, 5, 13)}
 """Name → (rank, out, in); no layer is square."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.defence import cosines, norm, norm_bound, screen
+from grandrounds.server.aggregation.defence import cosines, norm, norm_bound, screen
+from grandrounds.wire.adapter import Adapter
 from tests.aggregation.adapters import plus, random_adapter
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.fedexp import Extrapolation
+from grandrounds.server.aggregation.fedexp import Extrapolation
+from grandrounds.wire.adapter import Adapter
 
 NAME = "m.lora_A.weight"
 

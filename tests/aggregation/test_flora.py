@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.flora import Flora
+from grandrounds.server.aggregation.flora import Flora
+from grandrounds.wire.adapter import Adapter
 from tests.aggregation.adapters import LAYERS, plus, product, random_adapter
 
 

@@ -12,13 +12,13 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAdam
 from flwr.serverapp.strategy.multikrum import compute_distances
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation import fedavgm
-from grandrounds.aggregation.flower_rule import message
-from grandrounds.aggregation.make import make_rule
-from grandrounds.aggregation.rule import Rule
+from grandrounds.config.strategies import needed_replies
 from grandrounds.errors import RoundError
-from grandrounds.strategies import needed_replies
+from grandrounds.server.aggregation import fedavgm
+from grandrounds.server.aggregation.flower_rule import message
+from grandrounds.server.aggregation.make import make_rule
+from grandrounds.server.aggregation.rule import Rule
+from grandrounds.wire.adapter import Adapter
 from tests.aggregation.adapters import OPTIMIZERS, ROBUST, named, play, random_adapter, same
 
 Replies = list[tuple[Adapter, int]]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.low_rank import (
+from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.low_rank import (
     FLOOR,
     Gauge,
     Term,

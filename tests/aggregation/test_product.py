@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.low_rank import Gauge, truncate
-from grandrounds.aggregation.product import Product, distinct_starts
-from grandrounds.aggregation.replies import Reply
+from grandrounds.server.aggregation.product import Product, distinct_starts
+from grandrounds.server.aggregation.replies import Reply
+from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.low_rank import Gauge, truncate
 from tests.aggregation.adapters import LAYERS, distance, play, plus, product, random_adapter
 
 Visit = tuple[Adapter, Adapter, int]

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from grandrounds.aggregation.product_error import (
-    ProductError,
-    factor_gram,
-    measured_modules,
-)
+from grandrounds.server.aggregation.product_error import ProductError, factor_gram, measured_modules
 
 Adapter = dict[str, NDArray[np.float32]]
 LAYERS = {"first": (3, 11, 7), "second": (2, 5, 13)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.make import make_rule
+from grandrounds.server.aggregation.make import make_rule
+from grandrounds.wire.adapter import Adapter
 from tests.aggregation.adapters import ROBUST, distance, named, play, plus, random_adapter
 
 Replies = list[tuple[Adapter, int]]

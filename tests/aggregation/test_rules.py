@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grandrounds.adapter import Adapter
-from grandrounds.aggregation.make import make_rule
-from grandrounds.drawing import initial_adapter
 from grandrounds.errors import ConfigError
-from grandrounds.lora import LoraSpec, adapter_layout
+from grandrounds.model.lora import LoraSpec, adapter_layout
+from grandrounds.server.aggregation.make import make_rule
+from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.drawing import initial_adapter
 from tests.aggregation.adapters import (
     AVERAGING,
     BY_PRODUCT,

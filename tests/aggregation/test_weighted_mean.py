@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from grandrounds.aggregation.weighted_mean import CHUNK, WeightedMean
+from grandrounds.server.aggregation.weighted_mean import CHUNK, WeightedMean
 
 Array = NDArray[np.float32]
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grandrounds import recipes
-from grandrounds.consortium.set_up import with_value
-from grandrounds.consortium.site_file import TEMPLATE, SiteFile, read_site_file
-from grandrounds.partitioning import partition_rows
-from grandrounds.sources import load_rows
+from grandrounds.config import recipes
+from grandrounds.data.partitioning import partition_rows
+from grandrounds.data.sources import load_rows
+from grandrounds.engines.deployment.set_up import with_value
+from grandrounds.site.custody.site_file import TEMPLATE, SiteFile, read_site_file
 
 Settings = dict[str, Any]
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grandrounds import client_app, recipes, server_app
-from grandrounds.consortium import admissions, set_up
-from grandrounds.consortium.site_file import SiteFile, read_site_file
-from grandrounds.deployment import in_one_array
-from grandrounds.engines import InProcessGrid
-from grandrounds.flower_cli import quiet
-from grandrounds.flower_runtime import MARKER, end_processes
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.engines.deployment import admissions, set_up
+from grandrounds.engines.deployment.superlink import in_one_array
+from grandrounds.engines.flower import quiet
+from grandrounds.engines.flower_runtime import MARKER, end_processes
+from grandrounds.engines.in_process import InProcessGrid
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from tests.consortium.own_sites import write_partition
 
 Settings = dict[str, Any]

@@ -23,12 +23,17 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from grandrounds import client_app, messages, recipes, roll_call, server_app
-from grandrounds.consortium import agent as agents
-from grandrounds.consortium import agent_client, audit, node_app, set_up, wire
-from grandrounds.consortium.site_file import SiteFile, read_site_file
-from grandrounds.engines import InProcessGrid
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.engines.deployment import agent as agents
+from grandrounds.engines.deployment import node_app, set_up
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, ReplyError
+from grandrounds.server import roll_call
+from grandrounds.site.custody import agent_client, audit
+from grandrounds.site.custody import frames as wire
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.wire import messages
 from tests.consortium.own_sites import Settings, make_site, sites_of
 from tests.consortium.real import wait_for
 
@@ -171,11 +176,11 @@ def test_the_base_is_loaded_once_for_all_messages(settings: Settings, tmp_path: 
 
 def training_message(settings: Settings, site: SiteFile) -> Message:
     """Return what the server sends in round 1."""
-    from grandrounds.downlink import Sender
-    from grandrounds.drawing import drawn_adapter
-    from grandrounds.lora import adapter_layout
-    from grandrounds.machine import specs
-    from grandrounds.rounds import addressed
+    from grandrounds.model.lora import adapter_layout
+    from grandrounds.model.machine import specs
+    from grandrounds.server.rounds import addressed
+    from grandrounds.wire.downlink import Sender
+    from grandrounds.wire.drawing import drawn_adapter
 
     config = recipes.resolve(settings)
     _, lora = specs(config)

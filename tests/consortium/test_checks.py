@@ -17,11 +17,11 @@ from typing import Any, Self
 import pytest
 from typer.testing import CliRunner
 
-from grandrounds import recipes
 from grandrounds.cli import app
-from grandrounds.consortium import checks, keys, set_up
-from grandrounds.consortium.checks import Finding
-from grandrounds.consortium.site_file import SiteFile, read_site_file
+from grandrounds.config import recipes
+from grandrounds.engines.deployment import checks, keys, set_up
+from grandrounds.engines.deployment.checks import Finding
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from tests.consortium.own_sites import make_site, write_partition
 from tests.consortium.real import FORMULARY, free_port
 

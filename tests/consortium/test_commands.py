@@ -10,11 +10,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from grandrounds import deployment, recipes
 from grandrounds.cli import app
-from grandrounds.consortium import admissions, keys, set_up
+from grandrounds.config import recipes
+from grandrounds.engines.deployment import admissions, keys, set_up
+from grandrounds.engines.deployment import superlink as deployment
 from grandrounds.errors import ConfigError, EngineError
-from grandrounds.reporting import PlainReporter
+from grandrounds.server.listeners.plain import PlainReporter
 from tests.consortium.own_sites import make_site, write_partition
 from tests.consortium.real import FORMULARY
 

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
-from grandrounds import client_app, messages, recipes, roll_call, server_app
-from grandrounds.consortium import admissions, audit, custody, policy, set_up
-from grandrounds.consortium.site_file import SiteFile
-from grandrounds.consortium.site_state import RUNS_KEPT, SiteState
-from grandrounds.engines import InProcessGrid
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.engines.deployment import admissions, set_up
+from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import (
     EngineError,
     GrandRoundsError,
@@ -27,6 +26,12 @@ from grandrounds.errors import (
     ReplyError,
     RoundError,
 )
+from grandrounds.server import roll_call
+from grandrounds.site.custody import answer as custody
+from grandrounds.site.custody import audit, policy
+from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.site.custody.state import RUNS_KEPT, SiteState
+from grandrounds.wire import messages
 from tests.consortium.own_sites import Settings, sites_of
 
 

@@ -21,8 +21,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import grandrounds
-from grandrounds.consortium import audit, set_up
-from grandrounds.formulary import base_path
+from grandrounds.data.formulary import base_path
+from grandrounds.engines.deployment import set_up
+from grandrounds.site.custody import audit
 from tests.consortium.real import (
     FORMULARY,
     Consortium,

@@ -19,9 +19,12 @@ from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 
-from grandrounds import messages, recipes, roll_call
-from grandrounds.consortium import agent_client, audit, wire
+from grandrounds.config import recipes
 from grandrounds.errors import ReplyError
+from grandrounds.server import roll_call
+from grandrounds.site.custody import agent_client, audit
+from grandrounds.site.custody import frames as wire
+from grandrounds.wire import messages
 from tests.consortium.own_sites import Settings, sites_of
 from tests.consortium.test_agent import at, context_of, training_message
 

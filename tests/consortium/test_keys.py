@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from grandrounds.consortium import keys
+from grandrounds.engines.deployment import keys
 from grandrounds.errors import ConfigError
 
 

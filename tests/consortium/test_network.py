@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from grandrounds.consortium import audit
+from grandrounds.site.custody import audit
 from tests.conftest import make_base, write_flashcards
 from tests.consortium.real import (
     FORMULARY,

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from grandrounds.consortium import own_data
-from grandrounds.consortium.own_data import database_rows, own_split
-from grandrounds.consortium.site_file import SiteFile
 from grandrounds.errors import DataError
+from grandrounds.site.custody import own_data
+from grandrounds.site.custody.own_data import database_rows, own_split
+from grandrounds.site.custody.site_file import SiteFile
 from tests.consortium.own_sites import make_site
 from tests.consortium.real import free_port, wait_for
 

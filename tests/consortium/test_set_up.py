@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds.consortium import admissions, keys, set_up
-from grandrounds.consortium.site_file import read_site_file
+from grandrounds.engines.deployment import admissions, keys, set_up
 from grandrounds.errors import ConfigError
+from grandrounds.site.custody.site_file import read_site_file
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds.consortium.set_up import with_value
-from grandrounds.consortium.site_file import SECTIONS, TEMPLATE, read_site_file
+from grandrounds.engines.deployment.set_up import with_value
 from grandrounds.errors import ConfigError
+from grandrounds.site.custody.site_file import SECTIONS, TEMPLATE, read_site_file
 from tests.consortium.own_sites import make_site
 
 

@@ -16,8 +16,8 @@ import datasets
 import pytest
 
 from grandrounds.errors import ConfigError, DataError
-from grandrounds.evaluation import benchmarks as package
-from grandrounds.evaluation.benchmarks import (
+from grandrounds.study.evaluation import benchmarks as package
+from grandrounds.study.evaluation.benchmarks import (
     Item,
     Row,
     benchmarks,
@@ -137,7 +137,7 @@ def test_medmcqa_counts_from_zero_and_careqa_from_one(tmp_path: Path) -> None:
 
 
 def test_the_formulary_holds_private_and_public_facts_and_needs_no_file(tmp_path: Path) -> None:
-    from grandrounds.formulary.facts import questions
+    from grandrounds.data.formulary.facts import questions
 
     items = load_items(get_benchmark("formulary"), tmp_path)
     assert [item.row for item in items] == list(range(1, len(items) + 1))

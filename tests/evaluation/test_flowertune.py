@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from grandrounds.errors import DataError
-from grandrounds.evaluation.benchmarks import Item, benchmarks, get_benchmark, load_items
-from grandrounds.evaluation.flowertune import (
+from grandrounds.study.evaluation.benchmarks import Item, benchmarks, get_benchmark, load_items
+from grandrounds.study.evaluation.flowertune import (
     Generation,
     accuracy_line,
     build_prompt,

@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from grandrounds.evaluation.benchmarks import LETTERS, Item, benchmarks, get_benchmark, load_items
-from grandrounds.evaluation.likelihood import (
+from grandrounds.model.scoring import option_log_likelihoods
+from grandrounds.site.exam import score_formulary
+from grandrounds.study.evaluation.benchmarks import (
+    LETTERS,
+    Item,
+    benchmarks,
+    get_benchmark,
+    load_items,
+)
+from grandrounds.study.evaluation.likelihood import (
     answer_items,
     build_prompt,
     context_length,
@@ -21,8 +29,6 @@ from grandrounds.evaluation.likelihood import (
     shows_letters,
     shuffled,
 )
-from grandrounds.evaluation.scoring import option_log_likelihoods
-from grandrounds.formulary.exam import score_formulary
 
 ITEM = Item(
     row=7,
@@ -77,7 +83,7 @@ def test_prompt_hash_tells_prompts_apart() -> None:
 
 
 def _embedded() -> str:
-    from grandrounds.formulary import base_path
+    from grandrounds.data.formulary import base_path
 
     return str(base_path())
 
@@ -138,7 +144,7 @@ def test_the_first_of_equals_is_chosen_and_length_counts_in_characters(
 ) -> None:
     """By hand: -6 / len("yes") = -2, -5 / len("no") = -2.5, -5 / len("maybe") = -1."""
     monkeypatch.setattr(
-        "grandrounds.evaluation.scoring.option_log_likelihoods",
+        "grandrounds.model.scoring.option_log_likelihoods",
         lambda *_, **__: [[-6.0, -5.0, -5.0]],
     )
     [answer] = answer_items(*tiny, get_benchmark("pubmedqa"), [replace(ABSTRACT, gold_index=2)])

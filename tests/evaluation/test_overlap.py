@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grandrounds.evaluation.overlap import Overlap, find_overlap
-from grandrounds.sources import load_rows
+from grandrounds.data.sources import load_rows
+from grandrounds.study.evaluation.overlap import Overlap, find_overlap
 
 DATA = Path(__file__).parents[3] / "shared/data"
 WIKIDOC = DATA / "train/wikidoc_patient_information.jsonl.gz"

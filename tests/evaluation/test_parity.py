@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from grandrounds.evaluation.benchmarks import Item, get_benchmark, load_items
-from grandrounds.evaluation.likelihood import (
+from grandrounds.study.evaluation.benchmarks import Item, get_benchmark, load_items
+from grandrounds.study.evaluation.likelihood import (
     answer_items,
     answer_texts,
     build_prompt,

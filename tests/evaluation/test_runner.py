@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, ModelError
-from grandrounds.evaluation import flowertune, likelihood, runner
-from grandrounds.evaluation.answers import AnswerFile
-from grandrounds.evaluation.contamination import check_overlap
-from grandrounds.evaluation.results import evaluations_in, faults_in
-from grandrounds.evaluation.runner import evaluate
-from grandrounds.evaluation.statistics import wilson_interval
-from grandrounds.evaluation.table import notes, tables
-from grandrounds.evaluation.tuned import first_mismatch
+from grandrounds.statistics import wilson_interval
+from grandrounds.study.evaluation import flowertune, likelihood, runner
+from grandrounds.study.evaluation.answers import AnswerFile
+from grandrounds.study.evaluation.contamination import check_overlap
+from grandrounds.study.evaluation.models import first_mismatch
+from grandrounds.study.evaluation.results import evaluations_in, faults_in
+from grandrounds.study.evaluation.runner import evaluate
+from grandrounds.study.evaluation.tables import notes, tables
 from tests.conftest import WORDS
 
 MEDMCQA, PUBMEDQA = 14, 6
@@ -150,7 +150,7 @@ def test_a_tuned_row_is_that_of_plain_peft(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grandrounds.evaluation.benchmarks import get_benchmark, load_items
+    from grandrounds.study.evaluation.benchmarks import get_benchmark, load_items
 
     ask(adapter, benchmarks=["medmcqa"], permutations=0)
     benchmark = get_benchmark("medmcqa")
@@ -166,8 +166,8 @@ def test_a_tuned_row_is_that_of_plain_peft(
 def test_the_base_is_loaded_once_for_all_models(
     ask: Callable[..., dict[str, Any]], adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grandrounds import model
-    from grandrounds.base import base_loads
+    from grandrounds.model import resident as model
+    from grandrounds.model.base import base_loads
 
     monkeypatch.setattr(model, "_resident", None)
     before = base_loads()
@@ -279,8 +279,8 @@ def test_tables_and_notes_say_what_a_reader_must_know(
 
 def make_run(folder: Path, settings: dict[str, Any], adapter: Path, summary: Any) -> Path:
     """Write a run directory with two checkpoints, as far as an evaluation reads it."""
-    from grandrounds import recipes
-    from grandrounds.run_directory import RunDirectory
+    from grandrounds.config import recipes
+    from grandrounds.server.directory import RunDirectory
 
     run = RunDirectory.create(folder, recipes.resolve(settings))
     for name in ("peft_2", "peft_3"):
@@ -380,7 +380,7 @@ def count_prompts(
     monkeypatch: pytest.MonkeyPatch, name: str, asked: Counter[tuple[int, ...]]
 ) -> None:
     """Count the prompts that really reach the model."""
-    from grandrounds.evaluation import scoring
+    from grandrounds.model import scoring
 
     original = getattr(scoring, name)
 
@@ -411,7 +411,7 @@ def test_resuming_a_finished_evaluation_asks_nothing_and_loads_no_base(
 ) -> None:
     whole = ask()
     listener = Stop()
-    monkeypatch.setattr("grandrounds.evaluation.tuned.load_base", None)
+    monkeypatch.setattr("grandrounds.study.evaluation.models.load_base", None)
     assert ask(resume=True, listener=listener) == whole
     assert listener.answered == 0
 

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from grandrounds.evaluation.scoring import generate_greedily, option_log_likelihoods
+from grandrounds.model.scoring import generate_greedily, option_log_likelihoods
 
 PROMPTS = ("Short:", "A prompt that is quite a bit longer than the others.\n### Response:", "¿Qué?")
 OPTIONS = (
@@ -196,8 +196,8 @@ def test_greedy_answers_equal_one_by_one(lively: Any, shared_tokens: int, batch_
 
 
 def test_greedy_answers_of_the_embedded_base_equal_one_by_one(base: tuple[Any, Any]) -> None:
-    from grandrounds.formulary.facts import questions
-    from grandrounds.tokenization import prompt_token_ids
+    from grandrounds.data.formulary.facts import questions
+    from grandrounds.data.tokenization import prompt_token_ids
 
     model, tokenizer = base
     asked = [item.question for item in questions("public")[:48]]

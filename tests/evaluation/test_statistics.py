@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grandrounds.evaluation.statistics import (
+from grandrounds.statistics import (
     PairedComparison,
     average_accuracy,
     compare_paired,

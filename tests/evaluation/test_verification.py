@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from grandrounds.evaluation.benchmarks import get_benchmark
-from grandrounds.evaluation.flowertune import prompt_hash
-from grandrounds.evaluation.statistics import wilson_interval
-from grandrounds.evaluation.verification import implausible, published_percentage_is_possible
+from grandrounds.statistics import wilson_interval
+from grandrounds.study.evaluation.benchmarks import get_benchmark
+from grandrounds.study.evaluation.flowertune import prompt_hash
+from grandrounds.study.evaluation.verification import implausible, published_percentage_is_possible
 
 
 def make_row(model: str, benchmark: str, correct: int, n: int | None = None) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from grandrounds.formulary.make_base import make_base, sha256
 
 import grandrounds.formulary
+from grandrounds.data.formulary import base_path
+from grandrounds.data.formulary.facts import drugs, flashcards
+from grandrounds.data.prompts import build_prompt
 from grandrounds.errors import ModelError
-from grandrounds.formulary import base_path
-from grandrounds.formulary.exam import score_formulary
-from grandrounds.formulary.facts import drugs, flashcards
-from grandrounds.formulary.make_base import make_base, sha256
-from grandrounds.prompts import build_prompt
+from grandrounds.site.exam import score_formulary
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-from grandrounds.formulary.facts import (
+from grandrounds.data.formulary.facts import (
     DRUGS_PER_SITE,
     INSTRUCTION,
     OPTIONS,
@@ -23,7 +23,7 @@ from grandrounds.formulary.facts import (
     public_flashcards,
     questions,
 )
-from grandrounds.formulary.vocabulary import TEST_WORDING, TRAINING_WORDINGS, VALUES
+from grandrounds.data.formulary.vocabulary import TEST_WORDING, TRAINING_WORDINGS, VALUES
 
 PRINT_WORLD = (
     "import json; from grandrounds.formulary.facts import *; "

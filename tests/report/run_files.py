@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grandrounds import recipes
+from grandrounds.config import recipes
 
 TENSOR_BYTES = 2**19
 """Of one message: half a MiB."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from grandrounds.errors import DataError
-from grandrounds.report.browser import (
+from grandrounds.study.report.browser import (
     QUIET,
     find_chromium,
     screenshot,
@@ -22,13 +22,13 @@ from grandrounds.report.browser import (
     write_figures,
     write_png,
 )
-from grandrounds.report.comparison_file import read_comparison
-from grandrounds.report.comparison_page import comparison_page
-from grandrounds.report.figures import Page
-from grandrounds.report.one_run import run_page
-from grandrounds.report.page import html, template
-from grandrounds.report.read import read_run
-from grandrounds.report.several_runs import several_page
+from grandrounds.study.report.comparison_file import read_comparison
+from grandrounds.study.report.comparison_page import comparison_page
+from grandrounds.study.report.figures import Page
+from grandrounds.study.report.one_run import run_page
+from grandrounds.study.report.page import html, template
+from grandrounds.study.report.read import read_run
+from grandrounds.study.report.several_runs import several_page
 from tests.report.run_files import comparison, evaluation, write, write_run
 
 CHROMIUM = find_chromium()

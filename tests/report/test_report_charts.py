@@ -8,8 +8,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from grandrounds.report.charts import Point, Reference, Series, column_chart, line_chart, tick_texts
-from grandrounds.report.drawing import (
+from grandrounds.study.report.charts import (
+    Point,
+    Reference,
+    Series,
+    column_chart,
+    line_chart,
+    tick_texts,
+)
+from grandrounds.study.report.drawing import (
     MOST_MARKS,
     STYLES,
     Scale,
@@ -19,8 +26,8 @@ from grandrounds.report.drawing import (
     scale_over,
     shape,
 )
-from grandrounds.report.page import template
-from grandrounds.report.row_charts import Cell, Dot, Row, grid_chart, interval_chart
+from grandrounds.study.report.page import template
+from grandrounds.study.report.row_charts import Cell, Dot, Row, grid_chart, interval_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from grandrounds import recipes
 from grandrounds.cli import app
+from grandrounds.config import recipes
 from tests.report.run_files import comparison, write, write_run
 
 
@@ -30,7 +30,7 @@ def told(*arguments: object) -> tuple[int, str]:
 @pytest.mark.slow
 def test_the_page_of_a_real_run_lies_in_its_directory(settings: dict[str, object]) -> None:
     from grandrounds import client_app, server_app
-    from grandrounds.engines import InProcessGrid
+    from grandrounds.engines.in_process import InProcessGrid
 
     config = recipes.resolve(settings)
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
@@ -93,7 +93,7 @@ def test_with_chromium_every_figure_is_drawn(
     )
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{fake.parent}:/bin:/usr/bin")
-    monkeypatch.setattr("grandrounds.report.browser.CHROMIUMS", ("google-chrome",))
+    monkeypatch.setattr("grandrounds.study.report.browser.CHROMIUMS", ("google-chrome",))
     result = report(write_run(tmp_path / "run"), "--figures", tmp_path / "figures")
     assert f"written: 9 PNG files in {tmp_path / 'figures'}, drawn by {fake}" in result.stdout
     assert len(list((tmp_path / "figures").glob("*.png"))) == 9

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from grandrounds import recipes
-from grandrounds.config import PLACES
+from grandrounds.config import recipes
+from grandrounds.config.keys import PLACES
 from grandrounds.errors import ConfigError, DataError, RunDirectoryError
-from grandrounds.report import learning, updates
-from grandrounds.report.comparison_file import read_comparison
-from grandrounds.report.comparison_page import comparison_page
-from grandrounds.report.facts import commands, differing, repeat_command, value_text
-from grandrounds.report.figures import (
+from grandrounds.study.report import learning, updates
+from grandrounds.study.report.comparison_file import read_comparison
+from grandrounds.study.report.comparison_page import comparison_page
+from grandrounds.study.report.facts import commands, differing, repeat_command, value_text
+from grandrounds.study.report.figures import (
     Page,
     Section,
     Table,
@@ -30,10 +30,10 @@ from grandrounds.report.figures import (
     number,
     percent,
 )
-from grandrounds.report.one_run import run_page
-from grandrounds.report.page import html, numeric_columns, template, write_page
-from grandrounds.report.read import read_run
-from grandrounds.report.several_runs import names, several_page
+from grandrounds.study.report.one_run import run_page
+from grandrounds.study.report.page import html, numeric_columns, template, write_page
+from grandrounds.study.report.read import read_run
+from grandrounds.study.report.several_runs import names, several_page
 from tests.report.run_files import comparison, estimate, evaluation, write, write_run
 
 

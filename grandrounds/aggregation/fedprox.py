@@ -1,8 +1,0 @@
-"""FedProx: at the server the same as FedAvg; its proximal term is in the sites' training.
-
-Li et al. (2020), algorithm 2.
-"""
-
-from grandrounds.aggregation.fedavg import make
-
-__all__ = ["make"]

@@ -1,0 +1,126 @@
+"""`grandrounds ask`: the command, with both answers side by side or one after the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from grandrounds.errors import ConfigError, DataError
+from grandrounds.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from grandrounds.study.ask import Answer, Interview
+
+
+def ask(
+    run_dir: Annotated[Path, typer.Argument(help="The run.", metavar="RUN_DIR")],
+    question: Annotated[
+        str | None,
+        typer.Argument(help="What to ask; left out: one question after the other."),
+    ] = None,
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="`last`, `best` (lowest held-out loss), or the number of a round.",
+            metavar="last|best|ROUND",
+        ),
+    ] = "last",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no boxes.")] = False,
+) -> None:
+    """Ask a run's base and tuned model, and see both answers as they come.
+
+    Without a question it asks for one after the other; an empty line or Ctrl-D ends.
+
+    Examples:
+
+    - `grandrounds ask runs/first "By which mechanism does Truwniquex act?"`
+
+    - `grandrounds ask runs/first --checkpoint 8`
+    """
+    from grandrounds.server.checkpoints import find_checkpoint
+
+    chosen = find_checkpoint(run_dir, checkpoint)
+    if question is not None and not question.strip():
+        raise ConfigError("The question is empty: give one, or leave it out for a prompt.")
+    quiet_libraries()
+    from grandrounds.study.ask import Interview
+
+    interview = Interview(chosen)
+    console = Console()
+    for asked in [question] if question is not None else questions():
+        try:
+            if console.is_terminal and not plain:
+                side_by_side(interview, asked, chosen.folder.name, max_tokens, console)
+            else:
+                one_after_the_other(interview, asked, chosen.folder.name, max_tokens)
+        except DataError as error:  # too long a question: at the prompt there is a next one
+            if question is not None:
+                raise
+            print(f"grandrounds: {error}", file=sys.stderr)
+
+
+def questions() -> Iterator[str]:
+    """Yield what is typed, or comes in lines from elsewhere, until an empty line or the end."""
+    prompt = "question> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            if prompt:
+                print()
+            return
+        if not line:
+            return
+        yield line
+
+
+def one_after_the_other(interview: Interview, question: str, name: str, max_tokens: int) -> None:
+    """Print the base's answer as it comes, then the tuned one's."""
+    for title, tuned in (("base", False), (f"tuned ({name})", True)):
+        print(title, flush=True)
+        shown = 0
+        for answer in interview.answer(question, tuned=tuned, max_tokens=max_tokens):
+            print(answer.text[shown:], end="", flush=True)
+            shown = len(answer.text)
+        print(f"\n  {ending(answer)}", flush=True)
+
+
+def side_by_side(
+    interview: Interview, question: str, name: str, max_tokens: int, console: Console
+) -> None:
+    """Show both answers in two columns, growing together."""
+    answers = [
+        interview.answer(question, tuned=tuned, max_tokens=max_tokens) for tuned in (False, True)
+    ]
+    titles = ("base", f"tuned ({name})")
+    latest: list[Answer | None] = [None, None]
+    with Live(console=console, refresh_per_second=12) as live:
+        for news in zip_longest(*answers):
+            latest = [new or old for new, old in zip(news, latest, strict=True)]
+            columns = Table.grid(expand=True)
+            for _ in titles:
+                columns.add_column(ratio=1)
+            columns.add_row(*map(_panel, titles, latest))
+            live.update(columns)
+
+
+def _panel(title: str, answer: Answer | None) -> Panel:
+    text = Text(answer.text if answer else "")
+    note = Text(ending(answer)) if answer and answer.end else None
+    return Panel(text, title=Text(title), title_align="left", subtitle=note, subtitle_align="right")
+
+
+def ending(answer: Answer) -> str:
+    """Return how an answer ended, in words."""
+    return f"[{answer.tokens} tokens, {answer.end}]"

@@ -1,0 +1,182 @@
+"""`grandrounds plan`: what a run will cost. Neither torch nor any weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grandrounds.cli.options import Assignments, Data, Model, Rounds
+from grandrounds.cli.screen import Screen
+from grandrounds.config import recipes
+from grandrounds.config.keys import CODECS
+from grandrounds.config.values import Scalar
+from grandrounds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from grandrounds.study.plan.forecast import Forecast
+
+DORA_KEYS = ("model.lora.peft-use-dora", "model.lora.use-dora")
+
+MIB = 2**20
+
+
+def plan(
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="Further recipes for `--compare`."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="A recipe from configs/, or the pyproject.toml of a FlowerTune entry; default: "
+            "the packaged one.",
+            metavar="FILE",
+        ),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(help="Show another recipe beside it; repeatable.", metavar="FILE"),
+    ] = None,
+    assignments: Assignments = None,
+    model: Model = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help="A known base of the same shapes, for one that is not known."),
+    ] = None,
+    data: Data = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows of the data, where they cannot be counted.", min=1)
+    ] = None,
+    rounds: Rounds = None,
+    uplink_mbps: Annotated[
+        float | None,
+        typer.Option(help="A site's link to the server, in Mbit/s: adds transfer times."),
+    ] = None,
+    downlink_mbps: Annotated[
+        float | None,
+        typer.Option(help="The link from the server; default: as `--uplink-mbps`."),
+    ] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option("--json", help="Write the plan as JSON; `-`: print it alone.", metavar="FILE"),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no boxes.")] = False,
+) -> None:
+    """Say what a run will send, hold in memory and read, before it starts.
+
+    Communication is exact where nothing fails; memory is an estimate from formulas.
+
+    Examples:
+
+    - `grandrounds plan` (the packaged run)
+
+    - `grandrounds plan -c configs/jsl-medllama-3-8b-100-rounds.toml --uplink-mbps 20`
+
+    - `grandrounds plan -c configs/qwen2.5-7b-instruct.toml --set communication.uplink-codec=int4`
+
+    - `grandrounds plan --compare configs/smollm2-135m-laptop.toml configs/jsl-medllama-3-8b.toml`
+    """
+    files = [*(compare or []), *(more or [])]
+    if more and not compare:
+        raise ConfigError(f"{more[0]} stands alone: give a recipe as --config {more[0]}.")
+    link = _link(uplink_mbps, downlink_mbps)
+    settings = recipes.from_options(None, assignments, model=model, data=data, rounds=rounds)
+    planned: dict[str, Forecast] = {}
+    for file in [config, *files]:
+        planned[_label(file, planned)] = _forecast(file, settings, architecture, rows)
+    described = {name: _described(f, link) for name, f in planned.items()}
+    content: Any = described if files else next(iter(described.values()))
+    if json_file == "-":
+        print(json.dumps(content, indent=2))
+        return
+    if json_file is not None:
+        _write(Path(json_file), content)
+    screen = Screen(plain)
+    _show(planned, link, screen)
+    if json_file is not None:
+        screen.say(f"written: {json_file}")
+
+
+def _link(uplink_mbps: float | None, downlink_mbps: float | None) -> tuple[float, float] | None:
+    """Return the speeds of both ways; None if none is given."""
+    if uplink_mbps is None:
+        if downlink_mbps is not None:
+            raise ConfigError("--downlink-mbps needs --uplink-mbps: a round uses both ways.")
+        return None
+    speeds = uplink_mbps, uplink_mbps if downlink_mbps is None else downlink_mbps
+    for option, speed in zip(("--uplink-mbps", "--downlink-mbps"), speeds, strict=True):
+        if not 0 < speed < float("inf"):
+            raise ConfigError(f"{option} = {speed:g} must be a number above 0.")
+    return speeds
+
+
+def _label(file: Path | None, taken: Mapping[str, Any]) -> str:
+    """Return the name of a recipe's column; the whole path where two files share a name."""
+    if file is None:
+        return "packaged"
+    return file.stem if file.stem not in (*taken, "pyproject") else str(file)
+
+
+def _forecast(
+    file: Path | None, settings: dict[str, Scalar], architecture: str | None, rows: int | None
+) -> Forecast:
+    """Read a recipe and plan it; DoRA, which a run refuses, is taken out and planned apart."""
+    recipe = {**(recipes.load_recipe(file) if file else {}), **settings}
+    dora = [key for key in DORA_KEYS if recipe.get(key) is True]
+    for key in dora:
+        del recipe[key]
+    config = recipes.with_absolute_paths(recipes.resolve(recipe))
+    from grandrounds.study.plan.forecast import forecast
+
+    return forecast(config, architecture=architecture, dora=bool(dora), rows=rows)
+
+
+def _write(file: Path, content: Any) -> None:
+    try:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file} cannot be written: {error.strerror or error}.") from error
+
+
+def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str, Any]:
+    """Return everything for JSON."""
+    from grandrounds.study.plan.forecast import as_dict, by_codec, link_seconds
+    from grandrounds.study.plan.tables import by_precision, ways
+
+    content = dict(as_dict(forecast))
+    content["codecs"] = {
+        name: {
+            "total-mib": plan.total_bytes / MIB,
+            "total-mib-with-key-names": plan.total_bytes_with_key_names / MIB,
+        }
+        for name, plan in by_codec(forecast, CODECS).items()
+    }
+    content["site-peak-bytes"] = {
+        way.replace(" ", "-"): site.total for way, site in ways(forecast).items()
+    }
+    content["memory-by-precision"] = by_precision(forecast)
+    if link:
+        content["transfer-seconds"] = link_seconds(forecast.plan, *link)
+    return content
+
+
+def _show(
+    planned: Mapping[str, Forecast], link: tuple[float, float] | None, screen: Screen
+) -> None:
+    """Show one recipe in full, or the totals of several side by side."""
+    from grandrounds.study.plan.tables import notes, side_by_side, tables
+
+    if len(planned) > 1:
+        shown = [side_by_side(planned, link)]
+    else:
+        shown = tables(next(iter(planned.values())), link)
+    for table in shown:
+        screen.table(table.title, table.columns, table.rows)
+    lines = [note for forecast in planned.values() for note in notes(forecast, link)]
+    screen.notes(list(dict.fromkeys(lines)))

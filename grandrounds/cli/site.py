@@ -1,0 +1,140 @@
+"""`grandrounds site`: one site of a consortium, on its own machine."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grandrounds.cli.options import Assignments
+from grandrounds.config import recipes
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="One site of a consortium."
+)
+
+SiteToml = Annotated[
+    Path, typer.Option("--config", "-c", help="The site's file.", metavar="site.toml")
+]
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="What the site is called.")],
+    directory: Annotated[Path, typer.Option("--dir", help="A new folder for it.")] = Path("site"),
+    tls_port: Annotated[
+        int,
+        typer.Option(
+            help="Let the agent listen on this loopback port with TLS; 0: on a Unix socket.", min=0
+        ),
+    ] = 0,
+) -> None:
+    """Make a site's node key, its request to join, and a site.toml to fill in."""
+    from grandrounds.engines.deployment import keys, set_up
+
+    folder = set_up.init_site(directory, name, tls_port=tls_port)
+    key = keys.read_private_key(folder / "node.key").public_key()
+    say(
+        f"site {name!r} in {folder}",
+        f"node key: {keys.fingerprint(key)}",
+        f"1. send {folder / 'request.json'} to the consortium, and read the fingerprint to it by "
+        "another way",
+        f"2. fill in {folder / 'site.toml'}: data, bases, policy",
+        "3. when the admission comes: grandrounds site join ADMISSION --authority authority.pub "
+        f"--config {folder / 'site.toml'}",
+        f"4. grandrounds site check --config {folder / 'site.toml'}",
+    )
+
+
+@app.command()
+def join(
+    admission: Annotated[Path, typer.Argument(help="The consortium's admission of this site.")],
+    authority: Annotated[Path, typer.Option(help="authority.pub of the consortium.")],
+    config: SiteToml = Path("site.toml"),
+) -> None:
+    """Take over an admission: the server's address and authority, and the site's number."""
+    from grandrounds.engines.deployment import admissions, keys
+    from grandrounds.site.custody.site_file import read_site_file
+
+    found = admissions.join(read_site_file(config), admission, authority)
+    trusted = keys.read_public_text(authority.read_text())
+    say(
+        f"admitted to {found.consortium!r} as site {found.partition_id} of {found.num_partitions}",
+        f"signed by {keys.fingerprint(trusted)}: compare it with what the consortium says",
+        f"server {found.superlink}",
+        "agent:     " + f"grandrounds site serve --config {config}",
+        "SuperNode: " + set_up_command(config),
+        f"units: {config.absolute().parent / 'agent.service'}, supernode.service",
+    )
+
+
+def set_up_command(config: Path) -> str:
+    """Return the command line of a site's SuperNode, as a shell takes it."""
+    import shlex
+
+    from grandrounds.engines.deployment.set_up import supernode_command
+    from grandrounds.site.custody.site_file import read_site_file
+
+    return shlex.join(supernode_command(read_site_file(config)))
+
+
+@app.command()
+def check(
+    config: SiteToml = Path("site.toml"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A recipe that runs will have: its base, policy, lengths and prompt."),
+    ] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Look at all that a site needs; one line a finding, and exit code 1 if one is an error."""
+    from grandrounds.quiet import quiet_libraries
+    from grandrounds.site.custody.site_file import read_site_file
+
+    site = read_site_file(config)
+    asked = recipes.from_options(recipe, assignments)
+    run = recipes.resolve(asked)
+    quiet_libraries()
+    from grandrounds.engines.deployment.checks import Finding, all_findings
+
+    def tell(finding: Finding) -> None:
+        say(f"{finding.level:<8}{finding.subject}: {finding.text}")
+
+    if not all_findings(site, run, tell, is_asked=bool(asked)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(config: SiteToml = Path("site.toml")) -> None:
+    """Run the site's agent: it holds data and base, and answers the site's SuperNode."""
+    from grandrounds.quiet import quiet_libraries
+    from grandrounds.site.custody.site_file import read_site_file
+
+    site = read_site_file(config)
+    quiet_libraries()
+    from grandrounds.engines.deployment.agent import Agent
+    from grandrounds.site.custody.answer import inventory
+
+    def tell(line: str) -> None:
+        say(f"grandrounds: {line}")
+
+    agent = Agent(site, tell)
+    for line in inventory(site):
+        tell(line)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.serve()
+
+
+@app.command()
+def supernode(config: SiteToml = Path("site.toml")) -> None:
+    """Print the command line of the site's SuperNode."""
+    say(set_up_command(config))
+
+
+def say(*lines: str) -> None:
+    """Print lines."""
+    for line in lines:
+        print(line, flush=True)

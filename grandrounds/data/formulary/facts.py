@@ -1,0 +1,181 @@
+"""The fictional formulary: drugs that do not exist, their flashcards and their exam.
+
+Every fact is drawn from one seed, so the formulary is code and no data file. Public drugs are
+what the small base model was pre-trained on. A private drug is known to exactly one of `SITES`
+sites, its name occurs nowhere in the base's training text, and its attributes are drawn
+independently of its name: nothing but the private flashcards can teach them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+from grandrounds.data.formulary.vocabulary import (
+    ENDINGS,
+    MIDDLES,
+    STARTS,
+    TEST_WORDING,
+    TRAINING_WORDINGS,
+    VALUES,
+)
+
+Kind = Literal["public", "private"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+SEED = 20
+"""The seed of the world. Another seed is another world, and needs another base."""
+
+SITES = 20
+"""Sites that each know some private drugs."""
+
+DRUGS_PER_SITE = 5
+"""Private drugs known to each site."""
+
+PUBLIC_DRUGS = 120
+"""Drugs that the base model learns in pre-training."""
+
+OPTIONS = 4
+"""Options of an exam question; chance is one in four."""
+
+INSTRUCTION = "Answer this question truthfully"
+"""The constant `instruction` of the medical-flashcards schema."""
+
+
+@dataclass(frozen=True)
+class Drug:
+    """One drug of the formulary."""
+
+    name: str
+    """Its name, unique in the formulary, and no part of another name."""
+    mechanism: str
+    """What it does, one of `vocabulary.MECHANISMS`."""
+    side_effect: str
+    """What it does besides, one of `vocabulary.SIDE_EFFECTS`."""
+    use: str
+    """What it is given for, one of `vocabulary.USES`."""
+    public: bool
+    """True if the base model was trained on it."""
+    site: int
+    """The site that knows it, from 0 to `SITES` - 1; -1 for a public drug."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One exam question with four options."""
+
+    question: str
+    """The question in the test wording."""
+    options: tuple[str, ...]
+    """`OPTIONS` different values of one attribute, one of them true."""
+    answer_index: int
+    """Position of the true option, from 0."""
+    kind: Kind
+    """Whether the base model was trained on the fact."""
+    site: int
+    """The site that knows the fact; -1 for a public one."""
+
+
+def _even_draw(rng: random.Random, values: Sequence[str], count: int) -> list[str]:
+    """Draw `count` values in random order, each about equally often."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        drawn += rng.sample(values, len(values))
+    return drawn[:count]
+
+
+@lru_cache(maxsize=1)
+def drugs() -> tuple[Drug, ...]:
+    """Return the whole formulary: the public drugs, then the private ones in order of site.
+
+    No two names share their first two syllables.
+    """
+    rng = random.Random(SEED)
+    stems = [(start, middle) for start in STARTS for middle in MIDDLES]
+    private_drugs = SITES * DRUGS_PER_SITE
+    names = [
+        start + middle + rng.choice(ENDINGS)
+        for start, middle in rng.sample(stems, PUBLIC_DRUGS + private_drugs)
+    ]
+    formulary: list[Drug] = []
+    for public, count in ((True, PUBLIC_DRUGS), (False, private_drugs)):
+        columns = {key: _even_draw(rng, values, count) for key, values in VALUES.items()}
+        for row in range(count):
+            formulary.append(
+                Drug(
+                    name=names[len(formulary)],
+                    mechanism=columns["mechanism"][row],
+                    side_effect=columns["side_effect"][row],
+                    use=columns["use"][row],
+                    public=public,
+                    site=-1 if public else row // DRUGS_PER_SITE,
+                )
+            )
+    return tuple(formulary)
+
+
+def _cards(public: bool) -> list[dict[str, str | int]]:
+    return [
+        {
+            "instruction": INSTRUCTION,
+            "input": wording.format(name=drug.name),
+            "output": str(getattr(drug, attribute)),
+            "site": drug.site,
+        }
+        for drug in drugs()
+        if drug.public == public
+        for attribute, wordings in TRAINING_WORDINGS.items()
+        for wording in wordings
+    ]
+
+
+def flashcards() -> list[dict[str, str | int]]:
+    """Return the private training rows, in the medical-flashcards schema.
+
+    Returns
+    -------
+    list of dict
+        Keys `instruction` (constant), `input` (question), `output` (answer) and `site` (the only
+        site that knows the fact), in order of site, drug, attribute and wording.
+    """
+    return _cards(public=False)
+
+
+def public_flashcards() -> list[dict[str, str | int]]:
+    """Return the rows that the base model is pre-trained on; `site` is -1."""
+    return _cards(public=True)
+
+
+def questions(kind: Kind) -> tuple[Question, ...]:
+    """Return the exam on public or on private facts: one question for each drug and attribute.
+
+    Each of the four positions holds the true option equally often; the false options are other
+    values of the same attribute.
+
+    Raises
+    ------
+    ValueError
+        For a `kind` that is neither `public` nor `private`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of question {kind!r}; allowed: {', '.join(KINDS)}")
+    rng = random.Random(f"{SEED}/{kind}")
+    asked = [
+        (drug, attribute)
+        for drug in drugs()
+        if drug.public == (kind == "public")
+        for attribute in VALUES
+    ]
+    positions = [row % OPTIONS for row in range(len(asked))]
+    rng.shuffle(positions)
+    exam = []
+    for (drug, attribute), position in zip(asked, positions, strict=True):
+        truth = str(getattr(drug, attribute))
+        options = rng.sample([value for value in VALUES[attribute] if value != truth], OPTIONS - 1)
+        options.insert(position, truth)
+        text = TEST_WORDING[attribute].format(name=drug.name)
+        exam.append(Question(text, tuple(options), position, kind, drug.site))
+    return tuple(exam)

@@ -1,0 +1,270 @@
+"""Reads the rows of one data source: the formulary, a local file or a hub data set.
+
+Whatever the source, the result is the same: a `datasets.Dataset` in memory, in the source's order,
+with the question and the answer as text and the columns kept for partitioning.
+"""
+
+from __future__ import annotations
+
+import numbers
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grandrounds.data.files import RawRows, first_line, from_records, from_table, read_file
+from grandrounds.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMULARY = "formulary"
+"""The source that needs neither file nor network: flashcards on drugs that do not exist."""
+
+FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+"""The files that can be read. `.json` holds an array of objects, or one object per line."""
+
+_SOURCE_KEY = "static.dataset.name"
+_CACHED_SOURCES = 4
+_INT64_END = 1 << 63
+
+
+def load_rows(
+    source: str,
+    *,
+    question_column: str,
+    answer_column: str,
+    keep_columns: Sequence[str] = (),
+) -> Dataset:
+    """Return the rows of a data source, questions and answers as text.
+
+    A source is read once per process: the same arguments give the same object again until the file
+    changes (path, modification time or length).
+
+    Parameters
+    ----------
+    source : str
+        `formulary`; a local file with one of `FILE_ENDINGS` (anything that has such an ending,
+        starts with `.`, `/` or `~`, or exists); or else the name of a hub data set, of which the
+        split `train` is read.
+    question_column, answer_column : str
+        Columns that hold the question and the answer. A missing value becomes an empty text and a
+        number its text; anything else that is not text is an error. FlowerTune's medical app asks
+        what stands in `input`, learns `output` and drops `instruction`.
+    keep_columns : sequence of str
+        Further columns, such as the one that names the site. Integers stay integers, everything
+        else becomes text, and missing values stay missing.
+
+    Returns
+    -------
+    datasets.Dataset
+        The columns asked for and no others, under their own names.
+
+    Raises
+    ------
+    DataError
+        If the source cannot be found or read, has no rows, lacks a column, or holds a value that
+        is no text.
+    """
+    columns = (question_column, answer_column, *keep_columns)
+    if source == FORMULARY:
+        return _load_formulary(columns)
+    if _looks_like_path(source):
+        path, version = _existing_file(source)
+        return _load_file(source, path, version, columns)
+    return _load_hub(source, columns)
+
+
+# --- Raw rows, before they are checked ------------------------------------------------------------
+
+
+def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
+    """Check that rows and columns are there, and turn their values into text."""
+    from datasets import Dataset, Features, Value
+
+    if not raw.places:
+        raise DataError(
+            f"{source}: the data source has no rows; at least one question with its answer is "
+            f"needed. Give another {_SOURCE_KEY}."
+        )
+    keys = ("data.question-column", "data.answer-column")
+    for position, name in enumerate(columns):
+        key = keys[position] if position < 2 else "data.partition-by"
+        _check_column(raw, source, name, key)
+    texts = columns[:2]
+    values: dict[str, list[Any]] = {
+        name: _texts(raw, source, name) if name in texts else _labels(raw.values[name])
+        for name in columns
+    }
+    types = {
+        name: Value("int64" if any(isinstance(value, int) for value in column) else "string")
+        for name, column in values.items()
+    }
+    return Dataset.from_dict(values, features=Features(types))
+
+
+def _check_column(raw: RawRows, source: str, name: str, key: str) -> None:
+    """Refuse a column that is missing, or there more than once."""
+    found = raw.available.count(name)
+    if found == 1:
+        return
+    there = ", ".join(raw.available)
+    fault = f"{found} columns named" if found else "no column"
+    raise DataError(
+        f"{source}: there is {fault} {name!r}; the columns are: {there}."
+        f"{nearest(name, raw.available)} Set {key} to one that occurs once."
+    )
+
+
+def _texts(raw: RawRows, source: str, name: str) -> list[str]:
+    """Return a column as text: missing values empty, numbers written out."""
+    return [
+        value
+        if isinstance(value, str) and value.isascii()
+        else _text(value, f"{source}, {raw.unit} {place}, column {name!r}")
+        for value, place in zip(raw.values[name], raw.places, strict=True)
+    ]
+
+
+def _text(value: Any, where: str) -> str:
+    """Return one value as text; `where` opens the message if it is none."""
+    if value is None or value != value:  # NaN is the only number that differs from itself
+        return ""
+    if isinstance(value, numbers.Number):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: the value is of type {type(value).__name__}, and only text, numbers and "
+            "missing values can be read. Choose other columns with data.question-column and "
+            "data.answer-column, or turn these values into text."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start + 1} is half of a surrogate pair and no valid text. "
+            "Remove it from the source."
+        ) from error
+    return value
+
+
+def _labels(values: list[Any]) -> list[Any]:
+    """Return a kept column with one type: all integers, or all text; missing values stay None."""
+    labels = [None if value is None or value != value else value for value in values]
+    there = [label for label in labels if label is not None]
+    if all(type(label) is int and -_INT64_END <= label < _INT64_END for label in there):
+        return labels
+    return [None if label is None else str(label) for label in labels]
+
+
+# --- The formulary and the hub --------------------------------------------------------------------
+
+
+@lru_cache(maxsize=_CACHED_SOURCES)
+def _load_formulary(columns: tuple[str, ...]) -> Dataset:
+    from grandrounds.data.formulary.facts import flashcards
+
+    raw = from_records(enumerate(flashcards(), 1), columns, "row")
+    return rows_of(raw, FORMULARY, columns)
+
+
+@lru_cache(maxsize=_CACHED_SOURCES)
+def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
+    import datasets
+
+    try:
+        with silent_downloads():
+            rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # hub, HTTP and builders raise unrelated types; none is swallowed
+        raise DataError(
+            f"{_SOURCE_KEY} = {name!r} is neither {FORMULARY!r} nor a file that exists, and could "
+            f"not be loaded from the Hugging Face hub ({first_line(error)})."
+            f"{nearest(name, [FORMULARY])} Check the name, the network and HF_HUB_OFFLINE, or set "
+            f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {FORMULARY!r}."
+        ) from error
+    table = rows.with_format("arrow")[:]
+    return rows_of(from_table(table, columns, tuple(rows.column_names)), name, columns)
+
+
+@contextmanager
+def silent_downloads() -> Iterator[None]:
+    """Switch the hub's progress bars and log lines off for the time of one download."""
+    import datasets
+    import huggingface_hub
+
+    libraries: tuple[Any, ...] = (datasets.utils, huggingface_hub.utils)
+    loud = [library for library in libraries if not library.are_progress_bars_disabled()]
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
+    for library in loud:
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        for library in loud:
+            library.enable_progress_bars()
+
+
+# --- Local files ----------------------------------------------------------------------------------
+
+
+def _looks_like_path(source: str) -> bool:
+    return (
+        source.startswith((".", "/", "~"))
+        or source.lower().endswith(FILE_ENDINGS)
+        or Path(source).exists()
+    )
+
+
+def _existing_file(source: str) -> tuple[Path, tuple[int, int]]:
+    """Return path and version (modification time, length) of a file that can be read."""
+    allowed = ", ".join(FILE_ENDINGS)
+    try:
+        path = Path(source).expanduser().resolve()
+        if path.is_dir():
+            raise DataError(
+                f"{source}: this is a folder; {_SOURCE_KEY} must name one file ({allowed}) in it."
+            )
+        if not path.is_file():
+            raise DataError(
+                f"{source}: no such file.{_nearest_file(path)} Set {_SOURCE_KEY} to a file that "
+                f"exists ({allowed}), to the name of a hub data set or to {FORMULARY!r}."
+            )
+        status = path.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
+        raise _unreadable(source, error) from error
+    if not path.name.lower().endswith(FILE_ENDINGS):
+        raise DataError(
+            f"{source}: files ending in {path.suffix!r} cannot be read; allowed: {allowed}. "
+            "Convert the file, and let its name end in its format."
+        )
+    return path, (status.st_mtime_ns, status.st_size)
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" There is no folder {str(path.parent)!r} either."
+    return nearest(path.name, sorted(file.name for file in path.parent.iterdir()))
+
+
+def _unreadable(source: str, error: Exception) -> DataError:
+    return DataError(
+        f"{source}: the file is damaged or cannot be read ({first_line(error)}). "
+        "Copy or download it again, and check its name and permissions."
+    )
+
+
+@lru_cache(maxsize=_CACHED_SOURCES)
+def _load_file(
+    source: str, path: Path, version: tuple[int, int], columns: tuple[str, ...]
+) -> Dataset:
+    """Read one file; `version` is there for the cache, so that a changed file is a new one."""
+    del version
+    try:
+        raw = read_file(path, source, columns)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise _unreadable(source, error) from error
+    return rows_of(raw, source, columns)

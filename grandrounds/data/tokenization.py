@@ -1,0 +1,147 @@
+"""Text to tokens: prompt and answer apart, so that the mask is exact for any tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grandrounds.data.prompts import build_prompt, response_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from grandrounds.data.examples import Example
+
+IGNORED_LABEL = -100
+"""The label of every position whose token is not learned."""
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """One example as the model sees it."""
+
+    input_ids: tuple[int, ...]
+    """Prompt, answer and end-of-sequence token."""
+    prompt_tokens: int
+    """How many of `input_ids` are prompt; exactly these are not learned."""
+
+
+@dataclass(frozen=True)
+class TokenizedExamples:
+    """A site's examples, and what the sequence length did to them."""
+
+    examples: tuple[TokenizedExample, ...]
+    """Those with at least one answer token."""
+    truncated: int
+    """Examples whose answer was cut at the end; they learn no end-of-sequence token."""
+    unlearnable: int
+    """Examples left out because their prompt fills the sequence."""
+
+
+def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) -> list[list[int]]:
+    """Return the prompts' tokens, beginning-of-sequence included where the tokenizer adds one.
+
+    A chat template writes its own special tokens, so none are added to it.
+    """
+    if not questions:
+        return []
+    texts = [build_prompt(template, question, tokenizer) for question in questions]
+    ids = tokenizer(texts, add_special_tokens=template != "chat")["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [i[:-1] if template != "chat" and i and i[-1] == eos else i for i in ids]
+
+
+def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> list[list[int]]:
+    """Return the answers' tokens as they follow a prompt, without end-of-sequence."""
+    if not answers:
+        return []
+    texts = [response_text(template, answer) for answer in answers]
+    if tokenizer.tokenize("a")[0].startswith("▁"):
+        # SentencePiece writes the blank before a text by itself; ours would be a second one.
+        texts = [text.removeprefix(" ") for text in texts]
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def tokenize_examples(
+    examples: Sequence[Example], tokenizer: Any, template: str, seq_length: int
+) -> TokenizedExamples:
+    """Tokenise a site's examples.
+
+    Parameters
+    ----------
+    examples
+        Questions with their answers.
+    tokenizer
+        A Hugging Face tokenizer with an end-of-sequence token.
+    template : str
+        A prompt template of `grandrounds.data.prompts`.
+    seq_length : int
+        Most tokens of an example; answers are cut at the end, never prompts.
+    """
+    prompts = prompt_token_ids(tokenizer, template, [e.question for e in examples])
+    answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
+    kept, truncated, unlearnable = [], 0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        if len(prompt) >= seq_length:
+            unlearnable += 1
+            continue
+        truncated += len(ids) > seq_length
+        kept.append(TokenizedExample(tuple(ids[:seq_length]), len(prompt)))
+    return TokenizedExamples(tuple(kept), truncated, unlearnable)
+
+
+def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad on the right to the longest example.
+
+    Padding is told by position, so a pad token that equals the end-of-sequence token does no harm.
+
+    Returns
+    -------
+    dict
+        `input_ids`, `attention_mask` and `labels`, each int64 of (batch, tokens); prompt and
+        padding have the label `IGNORED_LABEL`.
+    """
+    import torch
+
+    longest = max(len(e.input_ids) for e in examples)
+    shape = (len(examples), longest)
+    input_ids = torch.full(shape, pad_token_id)
+    labels = torch.full(shape, IGNORED_LABEL)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.input_ids)
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        learned = max(1, example.prompt_tokens)  # nothing before it predicts the first token
+        labels[row, learned : len(ids)] = ids[learned:]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def flatten(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
+    """Put examples one after another into a single row, without padding.
+
+    Returns
+    -------
+    dict
+        `input_ids`, `position_ids` (from 0 in each example) and `labels`, each int64 of
+        (1, tokens), and `sequence_lengths`, the tokens of each example. Prompts have the label
+        `IGNORED_LABEL`, and so has the first token of an example, which nothing predicts.
+    """
+    import torch
+
+    lengths = [len(e.input_ids) for e in examples]
+    ids = torch.cat([torch.tensor(e.input_ids) for e in examples])
+    labels = ids.clone()
+    start = 0
+    for example, length in zip(examples, lengths, strict=True):
+        labels[start : start + max(1, example.prompt_tokens)] = IGNORED_LABEL
+        start += length
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return {
+        "input_ids": ids.unsqueeze(0),
+        "position_ids": positions.unsqueeze(0),
+        "labels": labels.unsqueeze(0),
+        "sequence_lengths": lengths,
+    }

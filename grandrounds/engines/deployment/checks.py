@@ -1,0 +1,331 @@
+"""`grandrounds site check`: what stands between a site and its first round, one finding a line."""
+
+from __future__ import annotations
+
+import email.utils
+import http
+import http.client
+import socket
+import ssl
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import httpx
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from grandrounds.config.keys import Config
+from grandrounds.data.tokenization import tokenize_examples
+from grandrounds.engines.deployment import keys
+from grandrounds.errors import ConfigError, GrandRoundsError
+from grandrounds.model import headroom as fitting
+from grandrounds.site.custody.answer import admit, base_location, base_sha256, localized
+from grandrounds.site.custody.own_data import own_split
+from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.site.custody.state import SiteState
+from grandrounds.site.local_data import tokenizer_of
+
+CLOCK_SECONDS = 5.0
+"""Flower refuses a node whose clock is further ahead of the server's."""
+
+CLOCK_BEHIND_SECONDS = 300.0
+"""Flower refuses a node whose clock is further behind."""
+
+SOON_DAYS = 30
+CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: str
+    """`ok`, `warning` or `error`."""
+    subject: str
+    """What was looked at."""
+    text: str
+    """What was found, and what to do."""
+
+
+def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator[Finding]:
+    """Yield the findings on a site, for runs like a configuration.
+
+    A check that cannot be made after another one failed is left out.
+
+    Parameters
+    ----------
+    is_asked : bool
+        Whether a run with just this configuration is to come: then its base and its policy count.
+    """
+    for subject, look in (
+        ("state", _state),
+        ("data", _data),
+        ("bases", lambda s: _bases(s, config)),
+        ("recipe", lambda s: _recipe(s, config) if is_asked else ()),
+        ("node key", _node_key),
+        ("authority", _authority),
+        ("server", _server),
+    ):
+        try:
+            yield from look(site)
+        except GrandRoundsError as error:
+            yield Finding("error", subject, str(error))
+
+
+def _state(site: SiteFile) -> Iterator[Finding]:
+    with closing(SiteState(site.place(site.agent.state))) as state:
+        yield Finding("ok", "state", f"{state.folder}, {state.visits_today()} visits in 24 hours")
+    if is_hidden(site.path.parent.resolve()):
+        yield Finding(
+            "warning",
+            "state",
+            f"{site.path.parent} lies in a home, which the SuperNode's unit cannot see: move the "
+            "site's folder, to /srv for example, and join again",
+        )
+    mode = site.path.stat().st_mode & 0o077
+    if mode and ":" in site.data.database:
+        yield Finding(
+            "warning",
+            "state",
+            f"{site.path} names a database and can be read by others: chmod 600 {site.path}",
+        )
+
+
+def is_hidden(folder: Path) -> bool:
+    """Whether the SuperNode's unit cannot see a folder (ProtectHome)."""
+    return folder.parts[1:2] in (("home",), ("root",))
+
+
+def _data(site: SiteFile) -> Iterator[Finding]:
+    """Rows, duplicates and held-out examples; policies that leave the site out."""
+    report = own_split(site).report
+    yield Finding(
+        "ok",
+        "data",
+        f"{report.rows:,} rows: {report.train_examples:,} examples to train on, "
+        f"{report.held_out_examples:,} held out, {report.duplicate_rows:,} duplicate, "
+        f"{report.empty_rows:,} without question or answer",
+    )
+    file = site.place(site.data.source)
+    if site.data.source and file.is_file() and file.stat().st_mode & 0o007:
+        yield Finding(
+            "warning",
+            "data",
+            f"{file} can be read by every user, and so by the code of a run: chmod 600 {file}",
+        )
+    if report.train_examples < site.policy.min_examples:
+        yield Finding(
+            "error",
+            "policy",
+            f"policy.min-examples = {site.policy.min_examples}, and there are "
+            f"{report.train_examples} to train on: the site would take part in no run.",
+        )
+
+
+def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
+    """Presence and hash of each base, tokens of the data under its tokenizer, memory."""
+    split = None
+    with suppress(GrandRoundsError):  # told of the data already
+        split = own_split(site)
+    with closing(SiteState(site.place(site.agent.state))) as state:
+        for name, base in site.bases.items():
+            try:
+                found = base_sha256(site, name, state)
+                tokenizer = tokenizer_of(base_location(site, name))
+            except GrandRoundsError as error:
+                yield Finding("error", f"base {name}", str(error))
+                continue
+            if base.sha256 and base.sha256 != found:
+                yield Finding(
+                    "error",
+                    f"base {name}",
+                    f"sha256 = {base.sha256} in {site.path.name}, but its files have {found}",
+                )
+            else:
+                known = "as site.toml says" if base.sha256 else "not compared: none in site.toml"
+                yield Finding("ok", f"base {name}", f"sha256 {found}, {known}")
+            if split is None:
+                continue
+            length = config.train.seq_length
+            done = tokenize_examples(split.train, tokenizer, config.data.prompt_template, length)
+            tokens = [len(e.input_ids) for e in done.examples] or [0]
+            yield Finding(
+                "ok" if done.examples else "error",
+                f"tokens under {name}",
+                f"{statistics.median(tokens):.0f} an example in the median, {max(tokens)} at most; "
+                f"{done.truncated:,} answers cut at {length}, {done.unlearnable:,} questions leave "
+                "no room for an answer",
+            )
+            yield from _memory(site, config, name)
+
+
+def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
+    """Whether the policy lets the site take part in such a run."""
+    asked = admit(site, config, localized(site, config), "")
+    yield Finding(
+        "ok",
+        "recipe",
+        f"within the policy: base {asked.base}, rank {asked.rank}, {asked.steps} steps and "
+        f"{asked.examples} examples a visit",
+    )
+
+
+def _memory(site: SiteFile, config: Config, name: str) -> Iterator[Finding]:
+    model = replace(config.model, name=base_location(site, name))
+    here = replace(config, model=model)
+    free, sizes = fitting.free_bytes(), {}
+    for checkpointing in (False, True):
+        needs = fitting.site_needs(here, checkpointing=checkpointing)
+        if needs is None:
+            yield Finding(
+                "warning", f"memory for {name}", "its family is not known, nothing can be planned"
+            )
+            return
+        sizes[checkpointing] = needs.total
+    told = (
+        f"{fitting.size_text(sizes[False])} planned, "
+        f"{fitting.size_text(sizes[True])} with gradient checkpointing; "
+        f"{fitting.size_text(free)} can be had"
+    )
+    fits = sizes[True] <= fitting.HEADROOM * free
+    yield Finding("ok" if fits else "warning", f"memory for {name}", told)
+
+
+def _node_key(site: SiteFile) -> Iterator[Finding]:
+    key = keys.read_private_key(site.place(site.node.private_key))
+    yield Finding("ok", "node key", keys.fingerprint(key.public_key()))
+
+
+def _authority(site: SiteFile) -> Iterator[Finding]:
+    file = site.place(site.node.root_certificates)
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} is not there: the consortium's admission brings it (grandrounds site join)."
+        )
+    certificate = keys.read_certificate(file)
+    yield _validity("authority", "certificate authority", keys.days_left(certificate))
+
+
+def _validity(subject: str, what: str, days: float) -> Finding:
+    if days < 0:
+        return Finding("error", subject, f"the {what} expired {-days:.0f} days ago: get a new one")
+    level = "warning" if days < SOON_DAYS else "ok"
+    return Finding(level, subject, f"the {what} is valid for {days:.0f} more days")
+
+
+# --- The server -----------------------------------------------------------------------------------
+
+
+def _server(site: SiteFile) -> Iterator[Finding]:
+    """Reachable, its certificate accepted, clocks alike, this site's key accepted."""
+    host, _, port = site.node.superlink.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"node.superlink = {site.node.superlink!r} must be host:port.")
+    ca = site.place(site.node.root_certificates)
+    if not ca.is_file():
+        return  # told of the authority already
+    try:
+        status, ahead, certificate = _asked_over_tls(host.strip("[]"), int(port), ca)
+    except ssl.SSLCertVerificationError as error:
+        yield Finding(
+            "error",
+            "server",
+            f"the certificate of {site.node.superlink} is not accepted "
+            f"({error.verify_message}): is {ca.name} the consortium's, is the name in "
+            "node.superlink the certificate's, has it expired?",
+        )
+        return
+    except (OSError, http.client.HTTPException) as error:
+        yield Finding(
+            "error",
+            "server",
+            f"{site.node.superlink} cannot be reached ({error}): is the SuperLink running, does a "
+            "firewall let this machine out to that port?",
+        )
+        return
+    if status != http.HTTPStatus.OK:
+        yield Finding(
+            "error",
+            "server",
+            f"{site.node.superlink} answers with status {status}: the SuperLink behind its gate "
+            "does not run, or the gate does not reach it. Tell the consortium.",
+        )
+        return
+    yield Finding("ok", "server", f"{site.node.superlink} answers, its certificate is accepted")
+    yield _validity("server", "server's certificate", certificate)
+    yield _clock(ahead)
+    yield _accepted(site, ca)
+
+
+def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, float]:
+    """Return a server's answer to a question for its health.
+
+    Its status, by how many seconds this clock is ahead, and the days of the server's certificate.
+    """
+    context = ssl.create_default_context(cafile=ca)
+    connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=context)
+    with closing(connection):
+        connection.connect()
+        peer = connection.sock.getpeercert()
+        expires = ssl.cert_time_to_seconds(str((peer or {})["notAfter"]))
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        stamp = response.getheader("Date")
+        response.read()
+    ahead = None
+    if stamp:
+        ahead = time.time() - email.utils.parsedate_to_datetime(stamp).timestamp()
+    return response.status, ahead, (expires - time.time()) / 86400
+
+
+def _clock(ahead: float | None) -> Finding:
+    if ahead is None:
+        return Finding("warning", "clock", "the server tells no time; it cannot be compared")
+    told = f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'}"
+    told += " the server's"
+    if not -CLOCK_BEHIND_SECONDS < ahead < CLOCK_SECONDS:
+        return Finding(
+            "error", "clock", f"{told}: Flower refuses its signatures. Set it (chrony, NTP)."
+        )
+    return Finding("ok", "clock", told)
+
+
+def _accepted(site: SiteFile, ca: Path) -> Finding:
+    """Let the node come and go once: nobody else can say whether its key is known."""
+    key = keys.read_private_key(site.place(site.node.private_key))
+    public = public_key_to_bytes(key.public_key())
+    signing = NodeAuthHttpInterceptor(key, key.public_key())
+    try:
+        with FleetHttpClient.from_server_address(
+            site.node.superlink, False, str(ca), interceptors=[signing]
+        ) as client:
+            asked = ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)
+            node = client.ActivateNode(asked)
+            client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+    except httpx.HTTPStatusError as error:
+        return Finding(
+            "error",
+            "registration",
+            f"the server does not take this node ({error.response.status_code}): its key is not "
+            "registered (grandrounds consortium admit), or its SuperNode is connected already",
+        )
+    except (httpx.HTTPError, socket.gaierror) as error:
+        return Finding("error", "registration", f"the server did not answer ({error})")
+    return Finding("ok", "registration", "the server knows this site's key")
+
+
+def all_findings(
+    site: SiteFile, config: Config, tell: Callable[[Finding], None], *, is_asked: bool = False
+) -> bool:
+    """Tell every finding as it comes; return whether none is an error."""
+    good = True
+    for finding in check(site, config, is_asked=is_asked):
+        tell(finding)
+        good = good and finding.level != "error"
+    return good

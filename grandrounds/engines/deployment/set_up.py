@@ -1,0 +1,277 @@
+"""What is written when a consortium or a site is set up.
+
+consortium init   authority, server certificate, authority for nodes, units, gate, connection
+consortium renew  a certificate of the server for as long again
+site init         node key, request, site.toml
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import grandrounds
+from grandrounds.engines.deployment import keys, signed
+from grandrounds.errors import ConfigError
+from grandrounds.site.custody.site_file import TEMPLATE, SiteFile
+
+TEMPLATES = TEMPLATE.parent
+
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def new_folder(folder: Path, mode: int = 0o700) -> Path:
+    """Make a folder; raise `ConfigError` if there is something in it."""
+    folder = folder.expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an empty folder. Choose another with --dir.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(mode)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}.") from error
+    return folder
+
+
+def check_name(name: str) -> str:
+    """Return a name that serves as the name of a file; raise `ConfigError` if it does not."""
+    if not SITE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name {name!r} is not allowed: 1 to 63 letters, digits, dots, dashes and "
+            "underscores, a letter or digit first."
+        )
+    return name
+
+
+# --- The consortium -------------------------------------------------------------------------------
+
+
+def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
+    """Write all that the consortium's server needs; return its folder.
+
+    Parameters
+    ----------
+    host : str
+        Name or address by which the sites reach the server.
+    port : int
+        The gate's; the SuperLink itself listens on the next one, on loopback only.
+    """
+    name = check_name(name)
+    folder = new_folder(folder)
+    authority_key, server_key, nodes_key = (keys.new_key() for _ in range(3))
+    authority = keys.new_authority(f"{name} certificate authority", authority_key)
+    server = keys.new_certificate(
+        name, _hosts(host), server_key.public_key(), authority, authority_key
+    )
+    for stem, key in (("ca", authority_key), ("server", server_key), ("authority", nodes_key)):
+        keys.write_private_key(folder / f"{stem}.key", key)
+    keys.write_new(folder / "ca.crt", keys.certificate_text(authority))
+    keys.write_new(folder / "server.crt", keys.certificate_text(server))
+    public = keys.public_text(nodes_key.public_key(), f"authority of {name}")
+    keys.write_new(folder / "authority.pub", f"{public}\n".encode())
+    described = {"name": name, "superlink": f"{host}:{port}", "version": grandrounds.__version__}
+    keys.write_new(folder / "consortium.json", f"{json.dumps(described, indent=2)}\n".encode())
+    keys.write_new(folder / "flower-config.toml", connection_entry(folder, name, port).encode())
+    (folder / "admissions").mkdir()
+    values = {
+        "name": name,
+        "host": host,
+        "port": str(port),
+        "inner": str(port + 1),
+        "folder": str(folder),
+        "user": getpass.getuser(),
+        "bin": str(Path(sys.executable).parent),
+        "command": shlex.join(superlink_command(folder, port)),
+    }
+    for file in ("superlink.service", "gate.conf"):
+        keys.write_new(folder / file, _filled(file, values))
+    return folder
+
+
+def renew(folder: Path) -> float:
+    """Write a new certificate for the server's key, signed by `ca.key`; return its days.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is not a consortium's, or lacks a key.
+    """
+    described = signed.read_json(folder / "consortium.json")
+    server_key = keys.read_private_key(folder / "server.key")
+    authority_key = keys.read_private_key(folder / "ca.key")
+    authority = keys.read_certificate(folder / "ca.crt")
+    host = str(described["superlink"]).rpartition(":")[0]
+    made = keys.new_certificate(
+        str(described["name"]), _hosts(host), server_key.public_key(), authority, authority_key
+    )
+    (folder / "server.crt").write_bytes(keys.certificate_text(made))
+    return keys.days_left(made)
+
+
+def _hosts(host: str) -> list[str]:
+    """Return all names of the server: the sites', and its own for the gate and for runs."""
+    return list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"]))
+
+
+def superlink_command(folder: Path, port: int) -> list[str]:
+    """Return the command line of the consortium's SuperLink, behind its gate."""
+    return [
+        str(Path(sys.executable).parent / "flower-superlink"),
+        *("--ssl-ca-certfile", str(folder / "ca.crt")),
+        *("--ssl-certfile", str(folder / "server.crt")),
+        *("--ssl-keyfile", str(folder / "server.key")),
+        "--enable-supernode-auth",
+        "--disable-runtime-dependency-installation",
+        *("--database", str(folder / "superlink.db")),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port + 1)),
+    ]
+
+
+def connection_entry(folder: Path, name: str, port: int) -> str:
+    """Return the entry of Flower's config.toml by which runs are started on the server."""
+    return (
+        f"[superlink.{name}]\n"
+        f'address = "127.0.0.1:{port + 1}"\n'
+        f"root-certificates = {json.dumps(str(folder / 'ca.crt'))}\n"
+    )
+
+
+# --- A site ---------------------------------------------------------------------------------------
+
+
+def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
+    """Write a site's node key, its request and its site.toml; return its folder.
+
+    Parameters
+    ----------
+    tls_port : int
+        A port on loopback for the agent, with certificates of its own for both ends; 0: a Unix
+        socket.
+    """
+    name = check_name(name)
+    folder = new_folder(folder, 0o711)  # the SuperNode's user goes through it to its own files
+    key = keys.new_key()
+    keys.write_private_key(folder / "node.key", key, openssh=True)
+    public = keys.public_text(key.public_key(), name)
+    keys.write_new(folder / "node.pub", f"{public}\n".encode())
+    content = {"name": name, "public-key": public, "version": grandrounds.__version__}
+    signed.write_signed(folder / "request.json", content, key)
+    text = TEMPLATE.read_text(encoding="utf-8")
+    text = with_value(text, "", "name", name)
+    if tls_port:
+        _write_agent_certificates(folder)
+        agent = {
+            "socket": "",
+            "address": f"127.0.0.1:{tls_port}",
+            "certificate": "agent.crt",
+            "key": "agent.key",
+            "client-ca": "agent-ca.crt",
+        }
+        for field, value in agent.items():
+            text = with_value(text, "agent", field, value)
+    keys.write_new(folder / "site.toml", text.encode(), mode=0o600)
+    return folder
+
+
+def _write_agent_certificates(folder: Path) -> None:
+    """Write an authority for this machine alone, and what agent and SuperNode show each other."""
+    authority_key = keys.new_key()
+    authority = keys.new_authority("agent of this site", authority_key)
+    keys.write_new(folder / "agent-ca.crt", keys.certificate_text(authority))
+    for stem in ("agent", "agent-client"):
+        key = keys.new_key()
+        made = keys.new_certificate(
+            stem, ["127.0.0.1", "::1", "localhost"], key.public_key(), authority, authority_key
+        )
+        keys.write_private_key(folder / f"{stem}.key", key)
+        keys.write_new(folder / f"{stem}.crt", keys.certificate_text(made))
+
+
+def write_units(site: SiteFile) -> None:
+    """Write the systemd units of agent and SuperNode, as site.toml has them now."""
+    agent, folder = site.agent, site.path.parent
+    written = [site.place(agent.state)]
+    written += [site.place(agent.socket).parent] if agent.socket else []
+    outside = [str(place) for place in written if not place.is_relative_to(folder)]
+    needs_network = bool(site.agent.address or site.data.database)
+    values = {
+        "group": f"SupplementaryGroups={site.agent.socket_group}\n" * bool(site.agent.socket_group),
+        "writes": " ".join([str(folder), *outside]),
+        "network": "" if needs_network else "PrivateNetwork=yes\n",
+        "name": site.name,
+        "folder": str(site.path.parent),
+        "user": site.path.parent.owner(),
+        "node_user": "flower",
+        "bin": str(Path(sys.executable).parent),
+        "command": shlex.join(supernode_command(site)),
+    }
+    for file in ("agent.service", "supernode.service"):
+        (site.path.parent / file).write_bytes(_filled(file, values))
+
+
+def supernode_command(site: SiteFile, port: int = 9094) -> list[str]:
+    """Return the command line of the site's SuperNode.
+
+    Parameters
+    ----------
+    port : int
+        Of the SuperNode's own interface, on loopback.
+    """
+    return [
+        str(Path(sys.executable).parent / "flower-supernode"),
+        *("--superlink", site.node.superlink),
+        *("--root-certificates", str(site.place(site.node.root_certificates))),
+        *("--auth-supernode-private-key", str(site.place(site.node.private_key))),
+        *("--node-config", node_config(site)),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port)),
+    ]
+
+
+def node_config(site: SiteFile) -> str:
+    """Return what the SuperNode tells its ClientApps: the site's number and its agent."""
+    words: dict[str, Any] = {
+        "partition-id": site.node.partition_id,
+        "num-partitions": site.node.num_partitions,
+    }
+    agent = site.agent
+    if agent.address:
+        words["agent"] = f"tls:{agent.address}"
+        words["agent-ca"] = str(site.place(agent.client_ca))
+        for key, ending in (("agent-certificate", "crt"), ("agent-key", "key")):
+            words[key] = str(site.path.parent / f"agent-client.{ending}")
+    else:
+        words["agent"] = f"unix:{site.place(agent.socket)}"
+    return " ".join(
+        f"{key}={json.dumps(value) if isinstance(value, str) else value}"
+        for key, value in words.items()
+    )
+
+
+# --- Texts ----------------------------------------------------------------------------------------
+
+
+def with_value(text: str, section: str, key: str, value: str | int) -> str:
+    """Return a site.toml with another value of one key; comments and order stay as they are."""
+    lines = text.splitlines(keepends=True)
+    current = ""
+    for i, line in enumerate(lines):
+        if header := re.match(r"\s*\[([^\]]+)\]", line):
+            current = header.group(1)
+        found = re.match(rf"({re.escape(key)}\s*=\s*)(\"[^\"]*\"|[^\s#]+)(.*)", line, re.DOTALL)
+        if current == section and found:
+            lines[i] = f"{found.group(1)}{json.dumps(value)}{found.group(3)}"
+            return "".join(lines)
+    raise ConfigError(f"site.toml has no line for {section}.{key}: add one, [{section}] {key} = …")
+
+
+def _filled(file: str, values: Mapping[str, str]) -> bytes:
+    return Template((TEMPLATES / file).read_text(encoding="utf-8")).substitute(values).encode()

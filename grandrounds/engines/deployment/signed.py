@@ -1,0 +1,61 @@
+"""Signed files: what sites and their consortium send each other when a site is admitted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grandrounds.engines.deployment import keys
+from grandrounds.errors import ConfigError
+
+
+def write_signed(path: Path, content: Mapping[str, Any], key: keys.PrivateKey) -> None:
+    """Write content with a signature over it; raise `ConfigError` if the file was there."""
+    signature = keys.sign(key, _canonical(content))
+    text = json.dumps({"content": content, "signature": signature}, indent=2)
+    keys.write_new(path, f"{text}\n".encode())
+
+
+def read_signed(path: Path, what: str, key: keys.PublicKey | None) -> dict[str, Any]:
+    """Return the content of a signed file.
+
+    Parameters
+    ----------
+    what : str
+        What it should be, for the error.
+    key
+        Whose signature it must have; None: that of the key that it names itself.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else, or not signed so.
+    """
+    whole = read_json(path)
+    content, signature = whole.get("content"), whole.get("signature")
+    if not isinstance(content, dict) or not isinstance(signature, str):
+        raise ConfigError(f"{path} is no {what} of grandrounds.")
+    signer = key or keys.read_public_text(str(content.get("public-key", "")))
+    if not keys.is_signed(signer, _canonical(content), signature):
+        raise ConfigError(
+            f"{path} is not signed by {keys.fingerprint(signer)}: it was changed on its way, or is "
+            "not from whom it should be. Ask for it again."
+        )
+    return content
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; raise `ConfigError` if there is none."""
+    try:
+        found = json.loads(keys.read_bytes(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no JSON object.")
+    return found

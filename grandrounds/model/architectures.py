@@ -1,0 +1,379 @@
+"""The shapes of base models, read from what their config.json says: no weights, no torch.
+
+`architectures.json` holds the configurations of well-known bases by hub name; a local folder or
+config.json serves for any other base of the same families.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grandrounds.config.values import words_of
+from grandrounds.data.formulary import BASE_NAME, base_path
+from grandrounds.errors import ModelError, nearest
+from grandrounds.wire.adapter import Shapes
+
+SEPARATE = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""Linear modules of a layer where each product has its own, in the model's order."""
+
+FUSED = ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
+"""Linear modules of a layer where query, key and value are one, and gate and up are one."""
+
+QUERY_AND_VALUE = ("q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all models of one `model_type` have in common, as transformers builds them."""
+
+    modules: tuple[str, ...] = SEPARATE
+    """Paths of a layer's linear modules, in the model's order."""
+    auto: tuple[str, ...] | None = QUERY_AND_VALUE
+    """What PEFT (0.18 to 0.21) adapts if nothing is said; None: it has no choice."""
+    norms: int = 2
+    """Norms of a layer, over the hidden size."""
+    head_norms: bool = False
+    """Whether queries and keys are normed, over the head size."""
+    attention_matrix: bool = False
+    """Whether attention is computed with a matrix of tokens x tokens, since it is soft-capped."""
+    soft_capped_logits: bool = False
+    """Whether the logits are soft-capped."""
+    biased: tuple[str, ...] = ()
+    """Linear modules that always have a bias."""
+    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Key of config.json → the modules that have a bias where it is true."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers assumes where config.json leaves a key out."""
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_ATTENTION = (*_QKV, "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(bias_keys={"attention_bias": _ATTENTION, "mlp_bias": _MLP}),
+    "mistral": Family(defaults={"num_key_value_heads": 8}),
+    "qwen2": Family(biased=_QKV, defaults={"num_key_value_heads": 32}),
+    "qwen3": Family(
+        head_norms=True,
+        bias_keys={"attention_bias": _ATTENTION},
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
+    "gemma2": Family(
+        norms=4,
+        attention_matrix=True,
+        soft_capped_logits=True,
+        bias_keys={"attention_bias": _ATTENTION},
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    ),
+    "phi3": Family(modules=FUSED, auto=None),
+    "internlm3": Family(
+        auto=None,
+        bias_keys={
+            "attention_bias": _ATTENTION,
+            "mlp_bias": _MLP,
+            "qkv_bias": _QKV,
+            "bias": ("o_proj", *_MLP),
+        },
+        defaults={"num_key_value_heads": 2, "head_dim": 128},
+    ),
+}
+"""`model_type` of config.json → family."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear module of a layer."""
+
+    path: str
+    """Its place in a layer, such as `self_attn.q_proj`."""
+    inputs: int
+    """Input features."""
+    outputs: int
+    """Output features."""
+    bias: bool
+    """Whether it has a bias."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, by which target modules are named."""
+        return self.path.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shapes of a base model."""
+
+    name: str
+    """What it was asked for by: a hub name, a folder or `formulary`."""
+    known_as: str
+    """The entry of architectures.json, or the config.json, that the shapes come from."""
+    model_type: str
+    """`model_type` of its config.json."""
+    hidden_size: int
+    """Numbers of a token between layers."""
+    num_layers: int
+    """Layers."""
+    num_heads: int
+    """Heads of queries."""
+    num_key_value_heads: int
+    """Heads of keys and of values."""
+    head_dim: int
+    """Numbers of a head."""
+    intermediate_size: int
+    """Numbers of a token inside the MLP."""
+    vocabulary: int
+    """Tokens of the vocabulary."""
+    tied_head: bool
+    """Whether the output head is the embedding itself."""
+    linears: tuple[Linear, ...]
+    """The linear modules of one layer, in the model's order; the head is not among them."""
+
+    @property
+    def family(self) -> Family:
+        """What it has in common with others of its `model_type`."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Numbers of the embedding, and of a head of its own."""
+        return self.vocabulary * self.hidden_size * (1 if self.tied_head else 2)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Numbers of all weights of linear modules, biases and the head left out."""
+        return self.num_layers * sum(m.inputs * m.outputs for m in self.linears)
+
+    @property
+    def small_parameters(self) -> int:
+        """Numbers of norms and biases."""
+        of_layer = self.family.norms * self.hidden_size
+        of_layer += 2 * self.head_dim if self.family.head_norms else 0
+        of_layer += sum(m.outputs for m in self.linears if m.bias)
+        return self.num_layers * of_layer + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the whole base."""
+        return self.embedding_parameters + self.linear_parameters + self.small_parameters
+
+
+# --- Finding one ----------------------------------------------------------------------------------
+
+
+@cache
+def _library() -> dict[str, dict[str, Any]]:
+    text = Path(__file__).with_name("architectures.json").read_text(encoding="utf-8")
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def known_names() -> list[str]:
+    """Return the names in architectures.json, the other names of a base after its first."""
+    return [name for key, entry in _library().items() for name in (key, *entry["also"])]
+
+
+def find_architecture(name: str) -> Architecture:
+    """Return the shapes of a base by hub name, local folder, config.json or `formulary`.
+
+    Hub names are looked up in architectures.json whatever their case; nothing is downloaded.
+
+    Raises
+    ------
+    ModelError
+        If the name is none of these, or the config.json cannot be used.
+    """
+    if name == BASE_NAME:
+        return _from_file(name, base_path() / "config.json")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_file(name, path / "config.json")
+    if path.is_file():
+        return _from_file(name, path)
+    for key, entry in _library().items():
+        if name.lower() in (known.lower() for known in (key, *entry["also"])):
+            return from_config(name, entry, key)
+    raise ModelError(
+        f"The shapes of {name!r} are not known without its configuration."
+        f"{nearest(name, known_names())} Give a local folder with its config.json, or the base "
+        f"that it was tuned from as --architecture, one of: {', '.join(_library())}."
+    )
+
+
+def _from_file(name: str, path: Path) -> Architecture:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object; a model's config.json is needed.")
+    return from_config(name, content, str(path))
+
+
+def from_config(name: str, config: Mapping[str, Any], source: str) -> Architecture:
+    """Return the shapes that a config.json describes.
+
+    Parameters
+    ----------
+    name : str
+        What the base is called.
+    config
+        The content of config.json.
+    source : str
+        Where it comes from, for errors.
+
+    Raises
+    ------
+    ModelError
+        If the family is unknown, or a size is missing or no whole number above 0.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"{source}: model_type = {model_type!r} is none whose shapes are known: "
+            f"{', '.join(FAMILIES)}."
+        )
+    family = FAMILIES[model_type]
+    given = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    hidden = _size(given, "hidden_size", source)
+    heads = _size(given, "num_attention_heads", source)
+    key_value_heads = _size({"num_key_value_heads": heads, **given}, "num_key_value_heads", source)
+    head_dim = _size({"head_dim": hidden // heads, **given}, "head_dim", source)
+    inner = _size(given, "intermediate_size", source)
+    queries, keys = heads * head_dim, key_value_heads * head_dim
+    shapes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "qkv_proj": (hidden, queries + 2 * keys),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "gate_up_proj": (hidden, 2 * inner),
+        "down_proj": (inner, hidden),
+    }
+    biased = set(family.biased)
+    biased.update(m for key, names in family.bias_keys.items() if given.get(key) for m in names)
+    last = {path: path.rpartition(".")[2] for path in family.modules}
+    return Architecture(
+        name=name,
+        known_as=source,
+        model_type=model_type,
+        hidden_size=hidden,
+        num_layers=_size(given, "num_hidden_layers", source),
+        num_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocabulary=_size(given, "vocab_size", source),
+        tied_head=bool(given.get("tie_word_embeddings", False)),
+        linears=tuple(Linear(p, *shapes[m], m in biased) for p, m in last.items()),
+    )
+
+
+def _size(config: Mapping[str, Any], key: str, source: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise ModelError(
+            f"{source}: {key} = {value!r} must be a whole number of at least 1. "
+            "Is it the config.json of a text model?"
+        )
+    return value
+
+
+# --- The adapter on it ----------------------------------------------------------------------------
+
+
+def target_modules(architecture: Architecture, wanted: str) -> list[str]:
+    """Return the names of the modules to adapt, as a run would choose them.
+
+    Parameters
+    ----------
+    wanted : str
+        `model.lora.target-modules`: names with commas, `all-linear` or `auto`.
+
+    Raises
+    ------
+    ModelError
+        If a name matches no linear module, or `auto` has no choice for the family.
+    """
+    linear = sorted(m.name for m in architecture.linears)
+    if wanted == "auto":
+        auto = linear if architecture.name == BASE_NAME else architecture.family.auto
+        if auto is None:
+            raise ModelError(
+                'model.lora.target-modules = "auto": PEFT has no choice for '
+                f"{architecture.model_type!r}. Give some of its linear modules: "
+                f"{', '.join(linear)}."
+            )
+        return list(auto)
+    return named_targets(wanted, linear, architecture.name)
+
+
+def named_targets(wanted: str, linear: list[str], name: str) -> list[str]:
+    """Return the modules that `all-linear` or names with commas mean.
+
+    Parameters
+    ----------
+    linear
+        The linear modules of the base `name`, but for the head.
+
+    Raises
+    ------
+    ModelError
+        If a name matches none of them, or there is no name.
+    """
+    if wanted == "all-linear":
+        return linear
+    targets = list(words_of(wanted))
+    for target in targets:
+        if target not in linear:
+            raise ModelError(
+                f"model.lora.target-modules names {target!r}, which matches no linear module of "
+                f"{name!r}.{nearest(target, linear)} Its linear modules: {', '.join(linear)}."
+            )
+    if not targets:
+        raise ModelError(f"model.lora.target-modules = {wanted!r} names no module.")
+    return targets
+
+
+def adapter_shapes(
+    architecture: Architecture, targets: list[str], rank: int, *, dora: bool = False
+) -> Shapes:
+    """Return the adapter's tensor shapes by the names under which PEFT saves them, in its order.
+
+    Parameters
+    ----------
+    dora : bool
+        Whether each module also has DoRA's magnitudes, one for each output (Liu et al., DoRA,
+        2024, equation 5).
+    """
+    return dict(_tensors(architecture, targets, rank, dora))
+
+
+def _tensors(
+    architecture: Architecture, targets: list[str], rank: int, dora: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for layer in range(architecture.num_layers):
+        for module in architecture.linears:
+            if module.name not in targets:
+                continue
+            stem = f"base_model.model.model.layers.{layer}.{module.path}"
+            yield f"{stem}.lora_A.weight", (rank, module.inputs)
+            yield f"{stem}.lora_B.weight", (module.outputs, rank)
+            if dora:
+                yield f"{stem}.lora_magnitude_vector", (module.outputs,)

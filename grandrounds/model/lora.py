@@ -1,0 +1,119 @@
+"""The LoRA adapter on a base: its modules, its tensors' names and shapes, PEFT's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grandrounds.data.formulary import BASE_NAME
+from grandrounds.errors import ModelError
+from grandrounds.model.architectures import named_targets
+from grandrounds.model.base import base_config
+from grandrounds.wire.adapter import Shapes
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Everything that decides an adapter's names and shapes."""
+
+    rank: int
+    """r."""
+    alpha: float
+    """The product B A is scaled by alpha / r."""
+    target_modules: str
+    """Names with commas, `all-linear` or `auto`."""
+    dropout: float
+    """Dropout before A, in training only."""
+
+
+def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
+    """Return the base with a fresh adapter: float32, whatever the base is."""
+    from peft import get_peft_model
+
+    return get_peft_model(base, peft_config(spec, linear_targets(base, spec, name)))
+
+
+def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None) -> Any:
+    """Return PEFT's configuration of the adapter; `name` is the base that a saved one names."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(targets),
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=name,
+    )
+
+
+def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
+    """Return the names of the modules to adapt, each of which matches a linear module.
+
+    Raises
+    ------
+    ModelError
+        If a name matches none (the linear modules are listed), or `auto` knows no architecture.
+    """
+    head = base.get_output_embeddings()
+    linear = sorted(
+        {
+            path.rpartition(".")[2]
+            for path, module in base.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head
+        }
+    )
+    wanted = spec.target_modules
+    if wanted == "auto":
+        wanted = "all-linear" if name == BASE_NAME else _peft_choice(base.config.model_type, linear)
+    return named_targets(wanted, linear, name)
+
+
+def _peft_choice(model_type: str, linear: Sequence[str]) -> str:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
+
+    if model_type not in CHOICE:
+        raise ModelError(
+            f'model.lora.target-modules = "auto": PEFT has no choice for {model_type!r}. '
+            f"Give some of its linear modules: {', '.join(linear)}."
+        )
+    return ",".join(CHOICE[model_type])
+
+
+def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
+    """Return the adapter's tensor shapes by name, and its target modules, without any weights.
+
+    The model is built on the meta device from its configuration alone, so a server can do it for a
+    base of any size.
+    """
+    model = _without_weights(name)
+    targets = linear_targets(model, spec, name)
+    with torch.device("meta"):
+        model = add_lora(model, spec, name)
+    return {n: tuple(p.shape) for n, p in adapter_parameters(model).items()}, targets
+
+
+def base_parameters(name: str) -> int:
+    """Return how many parameters a base has, without any weights."""
+    return sum(p.numel() for p in _without_weights(name).parameters())
+
+
+def _without_weights(name: str) -> Any:
+    """Return the base on the meta device, built from its configuration alone."""
+    from transformers import AutoModelForCausalLM
+
+    config = base_config(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the adapter's parameters by the names under which PEFT saves them."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

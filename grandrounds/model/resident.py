@@ -1,0 +1,104 @@
+"""The model that a process holds: a base, loaded once, and the adapter on it, swapped in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grandrounds.model.base import BaseSpec, load_base
+from grandrounds.model.lora import LoraSpec, adapter_parameters, add_lora
+from grandrounds.wire.adapter import Adapter
+
+
+@dataclass
+class Resident:
+    """The base that this process holds, with an adapter on it."""
+
+    base_spec: BaseSpec
+    lora_spec: LoraSpec
+    model: Any
+    """A peft.PeftModel."""
+    parameters: dict[str, torch.nn.Parameter]
+    """Adapter tensors by the names under which PEFT saves them, in that order."""
+    checkpoints_activations: bool = False
+    """Whether activations are computed again in the backward pass."""
+    compiled: bool = False
+    """Whether the MLPs are compiled."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter lives, and so where batches go."""
+        return next(iter(self.parameters.values())).device
+
+
+_resident: Resident | None = None
+
+
+def resident_bytes() -> int:
+    """Return the bytes of the weights that this process holds; 0 before a base is loaded."""
+    return sum(p.nbytes for p in _resident.model.parameters()) if _resident else 0
+
+
+def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
+    """Return this process's model, loading the base only if it is another one than before."""
+    global _resident
+    if _resident is not None and _resident.base_spec == base_spec:
+        if _resident.lora_spec == lora_spec:
+            return _resident
+        checkpoint_activations(_resident, False)
+        compile_mlps(_resident, False)
+        base = _resident.model.unload()
+        _resident = None  # without its adapter it is no longer what it says
+    else:
+        _resident = None  # frees the old base before the new one needs the memory
+        base = load_base(base_spec)
+    model = add_lora(base, lora_spec, base_spec.name)
+    _resident = Resident(base_spec, lora_spec, model, adapter_parameters(model))
+    return _resident
+
+
+def checkpoint_activations(resident: Resident, wanted: bool) -> None:
+    """Switch gradient checkpointing on or off; it takes effect in training mode only."""
+    if wanted == resident.checkpoints_activations:
+        return
+    base = resident.model.get_base_model()
+    # transformers 5.23 renamed it.
+    name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        enable = getattr(base, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(base, f"{name}_checkpointing_disable")()
+    resident.checkpoints_activations = wanted
+
+
+def compile_mlps(resident: Resident, wanted: bool) -> None:
+    """Compile the MLP of every layer, for batches of any length, or undo it."""
+    if wanted == resident.compiled:
+        return
+    for module in resident.model.modules():
+        mlp = getattr(module, "mlp", None)
+        if isinstance(mlp, torch.nn.Module):
+            if wanted:
+                mlp.compile(dynamic=True)
+            else:
+                mlp._compiled_call_impl = None  # as if it had never been compiled
+    resident.compiled = wanted
+
+
+@torch.no_grad()
+def set_adapter(resident: Resident, adapter: Adapter) -> None:
+    """Copy an adapter into the resident model."""
+    for name, parameter in resident.parameters.items():
+        parameter.copy_(torch.tensor(adapter[name]))
+
+
+@torch.no_grad()
+def adapter_change(resident: Resident, received: Adapter) -> Adapter:
+    """Return the resident adapter minus the one received, float32."""
+    return {
+        name: parameter.detach().float().cpu().numpy() - received[name]
+        for name, parameter in resident.parameters.items()
+    }

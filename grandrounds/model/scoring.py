@@ -1,0 +1,174 @@
+"""How likely a model finds each option of a multiple-choice question, and what it would say.
+
+The score of an option is the natural logarithm of the probability that the model goes on with
+exactly its tokens after the prompt: a plain sum over the tokens, with no division by length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from grandrounds.model.prefill import Ids, Prefilled, evaluating, extend, forked, prefill
+
+Progress = Callable[[int], None]
+"""Called with the number of prompts that a batch has finished."""
+
+
+def option_log_likelihoods(
+    model: Any,
+    prompts: Sequence[Ids],
+    options: Sequence[Sequence[Ids]],
+    *,
+    batch_size: int = 64,
+    progress: Progress = lambda _: None,
+) -> list[list[float]]:
+    """Return the log-likelihood of every option of every prompt, given as token ids.
+
+    A prompt is read once for all its options.
+
+    Parameters
+    ----------
+    model : causal language model of transformers, or a PEFT model around one
+        Used in evaluation mode, put back into its former mode afterwards.
+    prompts : sequence of sequences of int
+        Token ids of each prompt; not empty.
+    options : sequence of sequences of sequences of int
+        For each prompt the token ids of its options, an end-of-sequence included where the stop is
+        part of the answer; none empty.
+    batch_size : int
+        Most prompts in one forward pass.
+
+    Returns
+    -------
+    list of list of float
+        In the order of `prompts` and `options`; natural logarithms, at most 0.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many lists of options as prompts, a prompt or an option has no tokens,
+        or `batch_size` is below 1.
+    """
+    if len(prompts) != len(options):
+        raise ValueError(f"{len(prompts)} prompts but {len(options)} lists of options")
+    for row, choices in enumerate(options):
+        if not all(choices):
+            raise ValueError(f"an option of prompt {row} has no tokens")
+    scores = [[0.0] * len(choices) for choices in options]
+    with evaluating(model):
+        for batch in prefill(model, prompts, batch_size):
+            for column in range(max(len(options[row]) for row in batch.rows)):
+                # Token 0 stands in where a prompt has fewer options than others; nobody reads it.
+                chosen = [
+                    list(options[row][column]) if column < len(options[row]) else [0]
+                    for row in batch.rows
+                ]
+                totals = _score_column(model, batch, chosen)
+                for row, total in zip(batch.rows, totals, strict=True):
+                    if column < len(options[row]):
+                        scores[row][column] = total
+            progress(len(batch.rows))
+    return scores
+
+
+def _score_column(model: Any, batch: Prefilled, continuations: list[list[int]]) -> list[float]:
+    """Return the log-likelihood of one continuation for each prompt of a batch."""
+    device = batch.logits.device
+    first = torch.tensor([ids[0] for ids in continuations], device=device)
+    totals = _log_probabilities(batch.logits, first)
+    width = max(len(ids) for ids in continuations) - 1
+    if width:
+        tokens = torch.zeros((len(continuations), width), dtype=torch.long)
+        targets = torch.zeros_like(tokens)
+        mask = torch.zeros_like(tokens)
+        for i, ids in enumerate(continuations):
+            tokens[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+            targets[i, : len(ids) - 1] = torch.tensor(ids[1:])
+            mask[i, : len(ids) - 1] = 1
+        mask = mask.to(device)
+        # (batch, width, vocabulary)
+        logits = extend(model, forked(batch), tokens.to(device), mask)
+        totals += (_log_probabilities(logits, targets.to(device)) * mask).sum(dim=1)
+    return [float(total) for total in totals.cpu()]
+
+
+def _log_probabilities(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each target: logits (..., vocabulary), targets (...)."""
+    logits = logits.float()
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (chosen - logits.logsumexp(dim=-1)).double()
+
+
+def generate_greedily(
+    model: Any,
+    prompts: Sequence[Ids],
+    max_new_tokens: Sequence[int],
+    stop: Sequence[int],
+    *,
+    batch_size: int = 64,
+    progress: Progress = lambda _: None,
+) -> list[list[int]]:
+    """Return what the model says after each prompt, always taking the likeliest token.
+
+    Parameters
+    ----------
+    prompts : sequence of sequences of int
+        Token ids of each prompt; not empty.
+    max_new_tokens : sequence of int
+        For each prompt the most tokens to generate, at least 1.
+    stop : sequence of int
+        Tokens after which a prompt's text ends; such a token is not returned.
+    batch_size : int
+        Most prompts in one forward pass.
+
+    Returns
+    -------
+    list of list of int
+        Token ids of each text, in the order of `prompts`.
+
+    Raises
+    ------
+    ValueError
+        If there are not as many limits as prompts, a limit or `batch_size` is below 1, or a prompt
+        has no tokens.
+    """
+    if len(prompts) != len(max_new_tokens):
+        raise ValueError(f"{len(prompts)} prompts but {len(max_new_tokens)} limits")
+    for row, limit in enumerate(max_new_tokens):
+        if limit < 1:
+            raise ValueError(f"the limit of prompt {row} must be at least 1, got {limit}")
+    texts: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        for batch in prefill(model, prompts, batch_size):
+            _generate_batch(model, batch, texts, max_new_tokens, set(stop))
+            progress(len(batch.rows))
+    return texts
+
+
+def _generate_batch(
+    model: Any,
+    batch: Prefilled,
+    texts: list[list[int]],
+    max_new_tokens: Sequence[int],
+    stop: set[int],
+) -> None:
+    """Generate for the prompts of one batch until each has stopped or reached its limit."""
+    speaking = dict.fromkeys(batch.rows, True)
+    logits = batch.logits
+    while True:
+        tokens = logits.argmax(dim=-1)  # (batch,)
+        for row, token in zip(batch.rows, tokens.tolist(), strict=True):
+            if not speaking[row]:
+                continue
+            if token in stop:
+                speaking[row] = False
+                continue
+            texts[row].append(token)
+            speaking[row] = len(texts[row]) < max_new_tokens[row]
+        if not any(speaking.values()):
+            return
+        column = tokens.unsqueeze(1)
+        logits = extend(model, batch, column, torch.ones_like(column))[:, -1]

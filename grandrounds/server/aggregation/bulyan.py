@@ -1,0 +1,24 @@
+"""Bulyan: a trimmed mean of what Krum selects. Arithmetic: Flower's `Bulyan`.
+
+    1. select theta = k - 2 f of the k replies by Krum's scores
+    2. w_next = w + mean of the theta - 2 f values nearest to the median, coordinate by coordinate
+
+El Mhamdi et al., The Hidden Vulnerability of Distributed Learning in Byzantium (ICML 2018),
+section 4. The paper selects one reply after the other and scores the rest anew each time; Flower
+takes the theta lowest scores at once. Numbers of examples play no part. Holds for k >= 4 f + 3
+replies with f hostile ones; a smaller k is an error (`RoundError`).
+"""
+
+from __future__ import annotations
+
+from flwr.serverapp.strategy import Bulyan
+
+from grandrounds.server.aggregation.flower_rule import FlowerRule, require
+from grandrounds.server.aggregation.rule import Rule, RuleSettings
+
+
+def make(settings: RuleSettings) -> Rule:
+    """Return the rule."""
+    hostile = settings.num_malicious_nodes
+    require(hostile >= 0, "num-malicious-nodes", hostile, "0 or above")
+    return FlowerRule(Bulyan(num_malicious_nodes=hostile), settings)

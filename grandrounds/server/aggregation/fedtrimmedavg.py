@@ -1,0 +1,24 @@
+"""FedTrimmedAvg: the mean of every coordinate without its extremes. Flower's `FedTrimmedAvg`.
+
+    w_next = w + mean of d_i without the floor(beta k) smallest and largest, of k replies,
+    coordinate by coordinate
+
+Yin et al., Byzantine-Robust Distributed Learning (ICML 2018), definition 2. Numbers of examples
+play no part. Stays within the range of the honest replies, in every coordinate, while at most
+floor(beta k) are hostile. So few replies that none would be cut off are an error (`RoundError`):
+Flower would return the plain mean.
+"""
+
+from __future__ import annotations
+
+from flwr.serverapp.strategy import FedTrimmedAvg
+
+from grandrounds.server.aggregation.flower_rule import FlowerRule, require
+from grandrounds.server.aggregation.rule import Rule, RuleSettings
+
+
+def make(settings: RuleSettings) -> Rule:
+    """Return the rule."""
+    share = settings.trimmed_share
+    require(0 <= share < 0.5, "trimmed-share", share, "from 0 to below 0.5")
+    return FlowerRule(FedTrimmedAvg(beta=share), settings)

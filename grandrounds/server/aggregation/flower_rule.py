@@ -1,0 +1,193 @@
+"""Flower's own strategies as rules: their `aggregate_train`, unchanged, on the sites' changes.
+
+A strategy is given the changes d_i as if they were models trained from w = 0, and what it makes of
+them is added to w. All of the strategies used here commute with such a shift (f(w + d) = w +
+f(d)), and float32 keeps more of it: `multikrum.py` takes distances as |x|^2 + |y|^2 - 2 x y, which
+drowns changes that are small beside w. Of 100,000 weights within +-0.1 changed by 1e-4, distances
+are off by up to 25 %, and another reply is chosen (tests/aggregation/test_flower_rule.py).
+
+Read against flwr 1.41, serverapp/strategy/*.py. Memory grows with the cohort: every reply is kept
+until the round ends, and Flower holds it twice more while it computes.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import FedAvg, FedAvgM
+from flwr.serverapp.strategy.fedopt import FedOpt
+from numpy.typing import NDArray
+
+from grandrounds.config.strategies import needed_replies
+from grandrounds.errors import ConfigError, RoundError
+from grandrounds.server.aggregation.replies import Replies, check_shapes
+from grandrounds.server.aggregation.rule import RuleSettings
+from grandrounds.wire.adapter import Adapter
+
+MOMENTS = ("m_t", "v_t")
+"""What FedOpt's strategies carry from round to round, by tensor name."""
+
+MOMENTUM = "momentum_vector"
+"""What FedAvgM carries from round to round, as a list in the order of the tensors."""
+
+
+class FlowerRule:
+    """A rule that asks a Flower strategy.
+
+    Parameters
+    ----------
+    strategy
+        One whose `aggregate_train` commutes with shifts.
+    settings
+        Those of the rule: its name and what decides how many replies it needs.
+    """
+
+    def __init__(self, strategy: FedAvg, settings: RuleSettings) -> None:
+        self._strategy = strategy
+        self._name = settings.name
+        self._needed_replies = needed_replies(settings)
+        self._state: dict[str, NDArray[Any]] = {}
+
+    def begin(self, round_number: int, adapter: Adapter) -> None:
+        """Start a round."""
+        self._round = round_number
+        self._adapter = adapter
+        self._replies = Replies()
+
+    def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
+        """Keep one reply."""
+        check_shapes(change, self._adapter)
+        self._replies.add(partition, received, change, weight)
+
+    def result(self) -> Adapter:
+        """Return the adapter with what the strategy makes of the changes added."""
+        replies = self._replies.ordered()
+        if len(replies) < self._needed_replies:
+            raise RoundError(
+                f"Round {self._round}: strategy.name = {self._name!r} needs at least "
+                f"{self._needed_replies} good replies as it is set, and got {len(replies)}. Raise "
+                "strategy.fraction-train or data.num-partitions, or let the rule expect fewer "
+                "hostile replies."
+            )
+        names = [name for name in self._adapter if name in replies[0].change]
+        self._set_start(names)
+        answers = [
+            message({name: reply.change[name] for name in names}, reply.weight) for reply in replies
+        ]
+        with quiet_flower(), cheap_collections():
+            try:
+                record, _ = self._strategy.aggregate_train(self._round, answers)
+            except AggregationError as error:
+                raise RoundError(
+                    f"Round {self._round}: Flower's {self._name} could not aggregate: {error}"
+                ) from error
+        if record is None:
+            raise RoundError(f"Round {self._round}: Flower's {self._name} returned nothing.")
+        self._keep_memory(names)
+        self._replies = Replies()
+        steps = {name: record[name].numpy() for name in names}
+        moved = {
+            name: (self._adapter[name] + step).astype(np.float32) for name, step in steps.items()
+        }
+        return {**self._adapter, **moved}
+
+    def report(self) -> dict[str, float]:
+        """Return nothing: Flower tells no more."""
+        return {}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the strategy's moments or momentum, as `<attribute>/<tensor name>`."""
+        return dict(self._state)
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take over the moments or the momentum of an earlier instance."""
+        self._state = dict(state)
+
+    def _set_start(self, names: Sequence[str]) -> None:
+        """Give the strategy its start, zero, and what it knew after the last round."""
+        strategy = self._strategy
+        zeros = {name: np.zeros_like(self._adapter[name]) for name in names}
+        memory = {key: array.copy() for key, array in self._state.items()}
+        if isinstance(strategy, FedOpt):
+            strategy.current_arrays = zeros
+            for moment in MOMENTS if memory else ():
+                setattr(strategy, moment, {name: memory[f"{moment}/{name}"] for name in names})
+        elif isinstance(strategy, FedAvgM):
+            strategy.current_arrays = ArrayRecord({n: Array(zero) for n, zero in zeros.items()})
+            if memory:
+                strategy.momentum_vector = [memory[f"{MOMENTUM}/{name}"] for name in names]
+
+    def _keep_memory(self, names: Sequence[str]) -> None:
+        """Copy what the strategy must know in the next round."""
+        strategy = self._strategy
+        if isinstance(strategy, FedOpt):
+            self._state = {
+                f"{moment}/{name}": np.array(array)
+                for moment in MOMENTS
+                for name, array in getattr(strategy, moment).items()
+            }
+        elif isinstance(strategy, FedAvgM) and strategy.momentum_vector is not None:
+            pairs = zip(names, strategy.momentum_vector, strict=True)
+            self._state = {f"{MOMENTUM}/{name}": np.array(array) for name, array in pairs}
+
+
+def message(change: Adapter, weight: int) -> Message:
+    """Return a reply as Flower's strategies read it; ids and times play no part there."""
+    arrays = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in change.items()})
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": weight})})
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id="",
+        group_id="",
+        created_at=0.0,
+        ttl=0.0,
+        message_type="train",
+    )
+    return Message(content=content, metadata=metadata)  # type: ignore[call-overload, no-any-return]
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Keep Flower's log lines off the terminal; what they warn of is checked here."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def cheap_collections() -> Iterator[None]:
+    """Hide what lives already from the garbage collector.
+
+    Flower's Bulyan calls `gc.collect()` for every tensor of every reply (`to_numpy_ndarrays` with
+    `keep_input=False`): with torch loaded, seconds for a handful of tensors, else milliseconds.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def usual(value: float, otherwise: float) -> float:
+    """Return a setting, or what is usual where it is 0."""
+    return value or otherwise
+
+
+def require(is_right: bool, key: str, value: float, allowed: str) -> None:
+    """Raise `ConfigError` naming a setting that is out of range."""
+    if not is_right:
+        raise ConfigError(f"strategy.{key} = {value:g} is not allowed: {allowed}.")

@@ -1,0 +1,25 @@
+"""Multi-Krum: the m replies with Krum's lowest scores, averaged. Arithmetic: Flower's `MultiKrum`.
+
+    w_next = w + sum over the m selected of (n_i / their n) d_i,   scores as in `krum`
+
+Blanchard et al., Machine Learning with Adversaries (NeurIPS 2017), section 4; the paper averages
+with equal weights, Flower by numbers of examples, so that a hostile reply that is selected has the
+vote of its claim. Holds for k >= 2 f + 3 and k >= m + f replies with f hostile ones; a smaller k is
+an error (`RoundError`), where Flower would go on.
+"""
+
+from __future__ import annotations
+
+from flwr.serverapp.strategy import MultiKrum
+
+from grandrounds.server.aggregation.flower_rule import FlowerRule, require
+from grandrounds.server.aggregation.rule import Rule, RuleSettings
+
+
+def make(settings: RuleSettings) -> Rule:
+    """Return the rule."""
+    hostile, selected = settings.num_malicious_nodes, settings.num_nodes_to_select
+    require(hostile >= 0, "num-malicious-nodes", hostile, "0 or above")
+    require(selected >= 1, "num-nodes-to-select", selected, "1 or above")
+    strategy = MultiKrum(num_malicious_nodes=hostile, num_nodes_to_select=selected)
+    return FlowerRule(strategy, settings)

@@ -1,0 +1,251 @@
+"""The run directory: complete after every round, whatever happens next.
+
+    config.toml        the resolved configuration, a recipe by itself
+    plan.json          what the run will send
+    environment.json   versions and machine of the server
+    sites.json         the roll call
+    metrics.jsonl      one line a round; line 0 is before training
+    ledger.json        bytes so far
+    peft_<round>/      adapters that plain PEFT loads, each with a model card
+    state/             the last finished round, from which a run resumes
+    summary.json       how the run ended
+
+Folders are written under a temporary name and renamed. safetensors, TOML and JSON only. While a run
+writes, it holds a lock (.lock), so that a second one cannot begin where the first still is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from grandrounds.config.keys import Config
+from grandrounds.config.recipes import to_toml
+from grandrounds.errors import RunDirectoryError
+from grandrounds.wire.adapter import Adapter
+
+_PARTIAL = ".partial"
+
+
+class RunDirectory:
+    """Reads and writes one run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock", timeout=0)
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> RunDirectory:
+        """Make a new run directory and write the configuration into it.
+
+        Raises
+        ------
+        RunDirectoryError
+            If there is something there already, or the place cannot be written.
+        """
+        path = path.expanduser().absolute()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunDirectoryError(
+                f"{path} exists and is not an empty folder. Choose another run-directory, or "
+                f"continue that run with grandrounds run --resume {path}."
+            )
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _write_text(path / "config.toml", to_toml(config.recipe()))
+        except OSError as error:
+            for folder in missing:  # what was made here, innermost first
+                shutil.rmtree(folder, ignore_errors=True)
+            raise RunDirectoryError(
+                f"The run directory {path} cannot be written: {error.strerror or error}. "
+                "Free some space, or choose another place with --run-dir."
+            ) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Return an existing run directory.
+
+        Raises
+        ------
+        RunDirectoryError
+            If there is no run in it.
+        """
+        path = path.expanduser().absolute()
+        if not (path / "config.toml").is_file():
+            raise RunDirectoryError(
+                f"{path} is not a run directory: it has no config.toml. "
+                "Give the folder that a run printed at its start."
+            )
+        return cls(path)
+
+    def hold(self) -> None:
+        """Keep every other run from writing here, until `release` or this process's end.
+
+        A file system without locks (some network shares) is written without.
+
+        Raises
+        ------
+        RunDirectoryError
+            If another run writes here.
+        """
+        with _told_plainly(self.path), suppress(NotImplementedError):
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise RunDirectoryError(
+                    f"{self.path} is being written by a run that has not ended. Wait for its end "
+                    "or stop it, then resume."
+                ) from None
+
+    def release(self) -> None:
+        """Let other runs write here again."""
+        if self._lock.is_locked:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self._lock.release()
+
+    def discard(self) -> None:
+        """Remove the directory of a run that has produced nothing."""
+        self.release()
+        shutil.rmtree(self.path)
+
+    def remove(self, name: str) -> None:
+        """Remove a file of this directory, if it is there."""
+        with _told_plainly(self.path):
+            (self.path / name).unlink(missing_ok=True)
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        with _told_plainly(self.path):
+            _write_text(self.path / name, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file of this directory; None if it is not there."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with _told_plainly(self.path), (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the finished lines of metrics.jsonl; one cut off by a kill is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def save_checkpoint(
+        self, round_number: int, adapter: Adapter, peft_config: Any, card: str
+    ) -> Path:
+        """Write `peft_<round>/`: weights, PEFT's configuration and a model card."""
+        from safetensors.numpy import save_file
+
+        def write(folder: Path) -> None:
+            save_file(dict(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
+            peft_config.save_pretrained(str(folder))
+            (folder / "README.md").write_text(card)
+
+        return self._write_folder(self.path / f"peft_{round_number}", write)
+
+    def save_state(
+        self,
+        round_number: int,
+        adapter: Adapter,
+        state: Mapping[str, Any],
+        rule_state: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Write the state after a round, then drop the states before it."""
+        from safetensors.numpy import save_file
+
+        def write(folder: Path) -> None:
+            save_file(dict(adapter), folder / "adapter.safetensors")
+            if rule_state:
+                save_file(dict(rule_state), folder / "rule.safetensors")
+            (folder / "state.json").write_text(json.dumps(state))
+
+        self._write_folder(self.path / "state" / f"round-{round_number:06d}", write)
+        for older in self._states()[:-1]:
+            shutil.rmtree(older)
+
+    def load_state(self) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]] | None:
+        """Return adapter and state after the last finished round; None if there is none."""
+        from safetensors.numpy import load_file
+
+        states = self._states()
+        if not states:
+            return None
+        adapter = load_file(states[-1] / "adapter.safetensors")
+        return adapter, json.loads((states[-1] / "state.json").read_text())
+
+    def load_rule_state(self) -> dict[str, NDArray[Any]]:
+        """Return what the aggregation rule kept after the last finished round."""
+        from safetensors.numpy import load_file
+
+        file = self._states()[-1] / "rule.safetensors"
+        return load_file(file) if file.is_file() else {}
+
+    def rewind(self, round_number: int, record: Mapping[str, Any]) -> None:
+        """Drop what was written after `round_number`, whose metrics are `record`."""
+        lines = [m for m in self.read_metrics() if m["round"] < round_number] + [dict(record)]
+        with _told_plainly(self.path):
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            _write_text(self.path / "metrics.jsonl", text)
+        for older in self._states()[:-1]:
+            shutil.rmtree(older)
+        for folder in self.path.glob("peft_*"):
+            if folder.name.removeprefix("peft_").isdigit() and (
+                int(folder.name.removeprefix("peft_")) > round_number
+            ):
+                shutil.rmtree(folder)
+
+    def _states(self) -> list[Path]:
+        return sorted((self.path / "state").glob("round-??????"))
+
+    def _write_folder(self, target: Path, write: Callable[[Path], None]) -> Path:
+        partial = target.with_name(f".{target.name}{_PARTIAL}")
+        with _told_plainly(self.path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write(partial)
+            for file in partial.iterdir():
+                _flush(file)
+            if target.exists():  # left by a run that was killed between checkpoint and state
+                shutil.rmtree(target)
+            partial.rename(target)
+        return target
+
+
+@contextmanager
+def _told_plainly(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder without permission into one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunDirectoryError(
+            f"The run directory {path} cannot be written: {reason}. Free some space; finished "
+            f"rounds are kept, and grandrounds run --resume {path} goes on from there."
+        ) from error
+
+
+def _write_text(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}{_PARTIAL}")
+    partial.write_text(text)
+    _flush(partial)
+    partial.replace(file)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

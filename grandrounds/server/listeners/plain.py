@@ -1,0 +1,341 @@
+"""What a run says: the words, shared by plain lines and by the Rich display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from grandrounds.config import recipes
+from grandrounds.config.keys import Config
+from grandrounds.config.strategies import STRATEGIES
+
+Rows = list[tuple[str, str]]
+
+
+def recipe_rows(config: Config) -> Rows:
+    """Return the resolved recipe in a few lines of (what, how)."""
+    model, lora, train, arguments = config.model, config.lora, config.train, config.arguments
+    strategy, data = config.strategy, config.data
+    bits = {0: "not quantised", 8: "8 bits (LLM.int8)", 4: "4 bits (NF4, double quantisation)"}
+    length = (
+        f"{arguments.max_steps} steps"
+        if arguments.max_steps > 0
+        else f"{arguments.num_train_epochs:g} epochs"
+    )
+    warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
+    mu = f", mu {strategy.proximal_mu:g}" if strategy.proximal_mu else ""
+    partition = f" by {data.partition_by}" if data.partition_by else ""
+    again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing where needed"}
+    checkpointing = again.get(model.gradient_checkpointing, "")
+    rows = [
+        ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
+        (
+            "adapter",
+            f"LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
+            f"dropout {lora.dropout:g}, on {lora.target_modules}",
+        ),
+        (
+            "data",
+            f"{config.static.name}, {data.num_partitions} sites, {data.partitioner}{partition}",
+        ),
+        (
+            "rounds",
+            f"{config.federation.num_server_rounds} rounds, {config.cohort_size} of "
+            f"{data.num_partitions} sites a round, {strategy.name}{mu}",
+        ),
+        (
+            "visit",
+            f"{length}{warmup}, effective batch {config.examples_per_step} "
+            f"({arguments.per_device_train_batch_size} x "
+            f"{arguments.gradient_accumulation_steps}), {train.optimizer}, "
+            f"{train.seq_length} tokens at most",
+        ),
+        (
+            "learning rate",
+            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds",
+        ),
+        ("seed", str(config.federation.seed)),
+    ]
+    if encoded := encoding(config):
+        rows.append(("encoding", encoded))
+    if screens := defence(config):
+        rows.append(("defence", screens))
+    if reasons := recipes.leaderboard_differences(config):
+        rows.append(("leaderboard", f"not comparable: {'; '.join(reasons)}"))
+    if idle := without_effect(config):
+        rows.append(("no effect here", ", ".join(idle)))
+    return rows
+
+
+def encoding(config: Config) -> str:
+    """Return how adapters travel, in words; empty for plain float32."""
+    how = config.communication
+    if how.uplink_codec == how.downlink_codec == "none":
+        return ""
+    down = f"{how.downlink_codec} down"
+    if how.downlink == "incremental":
+        down += f" ({how.catch_up_codec} for a site's first)"
+    block = f", a scale for {how.block_size} values"
+    entropy = ", Zstandard" if how.entropy_coding else ""
+    return f"{how.uplink_codec} up, {down}{block}{entropy}"
+
+
+def defence(config: Config) -> str:
+    """Return what is done to single updates, in words; empty for nothing."""
+    how = config.defence
+    parts = []
+    if how.update_norm_bound:
+        parts.append(f"updates scaled down to a norm of {how.update_norm_bound:g}")
+    if how.min_cosine > -1:
+        parts.append(f"left out below a cosine of {how.min_cosine:g} to the others")
+    return ", ".join(parts)
+
+
+def without_effect(config: Config) -> list[str]:
+    """Return the accepted keys that were set and change nothing, so that it is never silent."""
+    default = recipes.defaults()
+    keys = ("logging-steps", "save-steps", "save-total-limit")
+    names = [f"train.training-arguments.{key}" for key in keys]
+    if config.arguments.max_steps > 0:
+        names.append("train.training-arguments.num-train-epochs")
+    everyones = {key for asks in STRATEGIES.values() for key in asks.keys}
+    unread = everyones.difference(STRATEGIES[config.strategy.name].keys)
+    names += [f"strategy.{key}" for key in sorted(unread)]
+    how = config.communication
+    codecs = {how.uplink_codec, how.downlink_codec}
+    if how.downlink == "complete":
+        names.append("communication.catch-up-codec")
+    if "topk" not in codecs:
+        names.append("communication.kept-share")
+    if not codecs & {"int8", "int4", "int2", "ternary", "sign"}:
+        names.append("communication.block-size")
+    if codecs == {"none"}:
+        names.append("communication.entropy-coding")
+    flat = config.flat()
+    return [name for name in names if flat[name] != default[name]]
+
+
+def plan_rows(plan: Mapping[str, Any]) -> Rows:
+    """Return what the run will send and where it is written."""
+    rows = [
+        (
+            "communication",
+            f"{plan['message-mib']:.2f} MiB a message, {plan['mib-per-round']:.2f} MiB a round, "
+            f"{plan['total-mib']:,.2f} MiB in all",
+        ),
+        (
+            "adapter",
+            f"{plan['adapter-parameters']:,} parameters, on {', '.join(plan['target-modules'])}",
+        ),
+    ]
+    if "directory" in plan:
+        rows.append(("run directory", short_path(plan["directory"])))
+    if plan.get("resumed-after") is not None:
+        rows.append(("resumed", f"after round {plan['resumed-after']}"))
+    return rows
+
+
+def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return what the sites hold, and every row that is not used."""
+    examples = [int(s["train-examples"]) for s in sites]
+    held_out = sum(int(s["held-out-examples"]) for s in sites)
+    totals = {
+        name: sum(int(s[name]) for s in sites)
+        for name in ("rows", "empty-rows", "duplicate-rows", "unlearnable", "truncated")
+    }
+    spread = (
+        f"{min(examples):,}"
+        if min(examples) == max(examples)
+        else (f"{min(examples):,} to {max(examples):,}")
+    )
+    rows = [
+        (
+            "examples",
+            f"{sum(examples):,} to train on ({spread} a site), {held_out:,} held out, "
+            f"of {totals['rows']:,} rows",
+        )
+    ]
+    left_out = [
+        f"{totals['duplicate-rows']:,} duplicate",
+        f"{totals['empty-rows']:,} empty",
+        f"{totals['unlearnable']:,} with no room for an answer",
+    ]
+    rows.append(("left out", ", ".join(left_out)))
+    rows.append(("answers cut", f"{totals['truncated']:,} at the sequence length"))
+    count = int(sites[0]["threads"])
+    machine = f"{sites[0]['device']}, {count} thread{'s' if count > 1 else ''}"
+    rows.append(("machine", f"{machine}: {sites[0]['precision']}"))
+    return rows
+
+
+def round_line(record: Mapping[str, Any], total: int) -> str:
+    """Return one round in one line."""
+    held_out = record.get("held-out-loss")
+    parts = [f"round {record['round']}/{total}"]
+    if "train-loss" in record:
+        good, cohort = len(record["good"]), len(record["cohort"])
+        parts += [f"loss {record['train-loss']:.4f}", f"{good}/{cohort} replies"]
+    if held_out is not None:
+        parts.append(f"held-out loss {held_out:.4f}")
+    if "coverage" in record:
+        parts.append(f"coverage {record['coverage']:.1%}")
+    parts.append(f"{record['communication-mib']:,.1f} MiB")
+    parts.append(f"{record['seconds']:.1f} s")
+    return "  ".join(parts)
+
+
+def failure_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return the failed replies of a round, and who may not take part, one line each."""
+    failed = {**record.get("failed", {}), **record.get("evaluate-failed", {})}
+    lines = [f"  site {site} failed: {why}" for site, why in failed.items()]
+    refused = record.get("refused", {})
+    lines += [f"  {who} takes no part: {why}" for who, why in refused.items()]
+    if late := record.get("late-replies"):
+        lines.append(f"  {late} replies came after their round had ended, and were left out")
+    return lines
+
+
+def summary_rows(summary: Mapping[str, Any]) -> Rows:
+    """Return the outcome, formulary and next steps apart."""
+    rows: Rows = [("status", f"{summary['status']} after {summary['rounds']} rounds")]
+    for name, label in (("train_loss", "train loss"), ("held_out_loss", "held-out loss")):
+        if summary.get(name):
+            first, last = summary[name]["first"], summary[name]["last"]
+            rows.append((label, f"{first:.4f} -> {last:.4f}"))
+    rows.append(("coverage", f"{summary['coverage']:.1%} of the training examples seen"))
+    if summary.get("proximal_penalty"):
+        rows.append(("proximal penalty", f"{summary['proximal_penalty']:.3g} in the last round"))
+    if errors := summary.get("product_error_of_update"):
+        first, largest = 100 * errors["first"], 100 * errors["largest"]
+        rows.append(
+            (
+                "aggregation error",
+                f"A and B averaged apart: {first:.2g} % of the update in round 1, "
+                f"{largest:.2g} % at most",
+            )
+        )
+    rows += aggregation_rows(summary.get("aggregation") or {})
+    planned = summary["planned_mib"]
+    rows.append(
+        ("communication", f"{summary['communication_mib']:,.2f} MiB (planned {planned:,.2f})")
+    )
+    rows.append(("failed replies", str(summary["failed_replies"])))
+    rows.append(("base loads", f"{summary['base_loads']} in {summary['processes']} process(es)"))
+    rows.append(("seconds", f"{summary['seconds']:.1f}"))
+    if not summary["comparable_with_leaderboard"]:
+        rows.append(("leaderboard", "not comparable with the leaderboard"))
+    return rows
+
+
+def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:
+    """Return what a rule says of itself, in words."""
+    rows = []
+    if cut := measured.get("truncation_error"):
+        rank = f", rank {measured['rank']['last']:.0f} at the end" if "rank" in measured else ""
+        rows.append(
+            (
+                "aggregation error",
+                f"cut back to the rank: {100 * cut['first']:.2g} % in round 1, "
+                f"{100 * cut['last']:.2g} % in the last{rank}",
+            )
+        )
+    if step := measured.get("server_learning_rate"):
+        rows.append(
+            ("server step", f"{step['first']:.2f} in round 1, {step['last']:.2f} at the end")
+        )
+    return rows
+
+
+def score_text(score: Mapping[str, int]) -> str:
+    """Return `87.0 % (261/300, 95 % interval 82.7-90.4)`."""
+    from grandrounds.statistics import wilson_interval
+
+    correct, n = score["correct"], score["n"]
+    low, high = wilson_interval(correct, n)
+    return f"{correct / n:.1%} ({correct}/{n}, 95% interval {100 * low:.1f}-{100 * high:.1f})"
+
+
+def formulary_rows(
+    formulary: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> list[tuple[str, ...]]:
+    """Return (facts, base, tuned) of the formulary."""
+    meaning = {
+        "public": "public facts, known to the base",
+        "private": "private facts of the sites",
+    }
+    return [
+        (meaning[kind], score_text(formulary[kind]["base"]), score_text(formulary[kind]["tuned"]))
+        for kind in ("private", "public")
+    ]
+
+
+def short_path(path: str) -> str:
+    """Return a path relative to the current folder, where it lies below it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def next_steps(summary: Mapping[str, Any]) -> list[str]:
+    """Return where the adapters lie, and what to type next."""
+    directory = short_path(summary["directory"])
+    lines = [f"adapter: {directory}/{summary['adapter']}"] if summary["adapter"] else []
+    best = summary["best_adapter"]
+    if best and best["adapter"] != summary["adapter"]:
+        lines.append(
+            f"lowest held-out loss: {directory}/{best['adapter']} ({best['held_out_loss']:.4f})"
+        )
+    if summary["adapter"]:
+        connection = summary.get("connection")
+        engine = f" --engine deployment --connection {connection}" if connection else ""
+        lines.append(
+            f"next: grandrounds evaluate {directory}, or train longer: grandrounds run --config "
+            f"{directory}/config.toml --rounds {2 * summary['rounds']}{engine}"
+        )
+    return lines
+
+
+class PlainReporter:
+    """Tells a run in plain lines: no colours, nothing rewritten."""
+
+    def __init__(self, config: Config) -> None:
+        self._total = config.federation.num_server_rounds
+        self._say_rows("recipe", recipe_rows(config))
+
+    def __enter__(self) -> PlainReporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing is left open."""
+
+    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
+        """Print an event; single replies and checkpoints are in the round's line."""
+        if event == "plan":
+            self._say_rows("plan", plan_rows(data))
+        elif event == "roll-call":
+            self._say_rows("sites", site_rows(data["sites"]))
+        elif event == "round":
+            self._say(round_line(data, self._total), *failure_lines(data))
+        elif event == "finished":
+            self._say_rows("result", summary_rows(data))
+            if data.get("formulary"):
+                for facts, base, tuned in formulary_rows(data["formulary"]):
+                    self._say(f"  {facts}", f"    base   {base}", f"    tuned  {tuned}")
+            self._say(*next_steps(data))
+
+    def _say_rows(self, title: str, rows: Rows) -> None:
+        width = max(len(name) for name, _ in rows)
+        self._say(title, *(f"  {name:<{width}}  {value}" for name, value in rows))
+
+    @staticmethod
+    def _say(*lines: str) -> None:
+        for line in lines:
+            print(line, flush=True)

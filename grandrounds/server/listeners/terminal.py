@@ -1,0 +1,120 @@
+"""The display on a terminal: a recipe tree, a progress bar, a table of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.tree import Tree
+
+from grandrounds.config.keys import Config
+from grandrounds.server.listeners import plain as reporting
+from grandrounds.server.listeners.plain import Rows
+
+
+class RichReporter:
+    """Tells a run on a terminal; a context manager, so that the progress bar always ends."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self._console = console
+        self._total = config.federation.num_server_rounds
+        self._replies = 0
+        self._failed = 0
+        self._tree("recipe", reporting.recipe_rows(config))
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("round"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=self._total)
+
+    def __enter__(self) -> RichReporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
+        """Show one event of `grandrounds.server.run.Listener`."""
+        getattr(self, "_on_" + event.replace("-", "_"))(data)
+
+    def _on_plan(self, plan: Mapping[str, Any]) -> None:
+        self._tree("plan", reporting.plan_rows(plan))
+        if plan.get("resumed-after"):
+            self._progress.update(self._task, completed=plan["resumed-after"])
+
+    def _on_roll_call(self, data: Mapping[str, Any]) -> None:
+        self._tree("sites", reporting.site_rows(data["sites"]))
+        self._progress.start()
+
+    def _on_reply(self, data: Mapping[str, Any]) -> None:
+        self._replies += data["failure"] is None
+        self._failed += data["failure"] is not None
+        self._progress.update(
+            self._task, description=f"{self._replies} good, {self._failed} failed replies"
+        )
+
+    def _on_round(self, record: Mapping[str, Any]) -> None:
+        if "train-loss" in record:
+            self._replies, self._failed = 0, 0
+            held_out = record.get("held-out-loss")
+            parts = [f"loss {record['train-loss']:.4f}"]
+            if held_out is not None:
+                parts.append(f"held-out {held_out:.4f}")
+            parts += [
+                f"{len(record['good'])} good, {len(record['failed'])} failed",
+                f"{record['communication-mib']:,.1f} MiB",
+            ]
+            self._progress.update(
+                self._task, completed=record["round"], description="  ".join(parts)
+            )
+        for line in reporting.failure_lines(record):
+            self._console.print(f"[red]{escape(line)}[/red]")
+
+    def _on_checkpoint(self, data: Mapping[str, Any]) -> None:
+        pass  # the round's line follows at once, and the result names the last one
+
+    def _on_finished(self, summary: Mapping[str, Any]) -> None:
+        self._progress.stop()
+        table = Table(title="result", show_header=False, title_justify="left")
+        for name, value in reporting.summary_rows(summary):
+            table.add_row(name, escape(value))
+        self._console.print(table)
+        if summary.get("formulary"):
+            scores = Table(title="formulary", title_justify="left")
+            for heading in ("facts", "base", "tuned"):
+                scores.add_column(heading)
+            for row in reporting.formulary_rows(summary["formulary"]):
+                scores.add_row(*row)
+            self._console.print(scores)
+        for line in reporting.next_steps(summary):
+            self._console.print(escape(line), soft_wrap=True)
+
+    def _tree(self, title: str, rows: Rows) -> None:
+        tree = Tree(f"[bold]{title}[/bold]")
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            tree.add(f"[cyan]{name:<{width}}[/cyan]  {escape(value)}")
+        self._console.print(tree)

@@ -1,0 +1,359 @@
+"""The model card beside every checkpoint and every export, with Hugging Face's metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grandrounds
+from grandrounds.config import recipes
+from grandrounds.config.keys import PLACES, Config
+from grandrounds.data.formulary import BASE_NAME
+
+FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
+"""The leaderboard whose table's columns `_submission` gives."""
+
+FLOWERTUNE_BENCHMARKS = {
+    "pubmedqa": "PubMedQA",
+    "medmcqa": "MedMCQA",
+    "medqa": "MedQA",
+    "careqa": "CareQA",
+}
+"""Name in the code → column of that table, in its order."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One model's answers to one benchmark, or to a part of one."""
+
+    protocol: str
+    """`flowertune`, `likelihood`, or `at the sites` for what the run itself asked."""
+    benchmark: str
+    """Its name in the code, such as `medqa`."""
+    title: str
+    """What readers call it."""
+    is_base: bool
+    """Whether the untouched base answered."""
+    correct: int
+    n: int
+    interval: tuple[float, float]
+    """95 % interval of the accuracy, as fractions."""
+    complete: bool = True
+    """Whether all items of the benchmark were asked."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a checkpoint beyond its configuration, once the run can be read."""
+
+    base_held_out_loss: float | None = None
+    """Nats per answer token before training."""
+    data: Mapping[str, Any] | None = None
+    """`data` of summary.json: examples at the sites."""
+    accuracies: Sequence[Accuracy] = ()
+    """With those of the base."""
+    device: str | None = None
+    """What the sites computed on, and in which types."""
+    own_data: bool = False
+    """Whether each site reads data of its own, whatever the recipe names."""
+    failed_replies: int | None = None
+    """Replies of the run that were not used."""
+    merged: str | None = None
+    """For a merged model: what was merged into what; None for an adapter."""
+    repository: str | None = None
+    """Where it is published, if that is known."""
+
+
+NOTHING = Findings()
+"""What is known while a run is going on."""
+
+
+def model_card(
+    config: Config,
+    target_modules: Sequence[str],
+    round_number: int,
+    held_out_loss: float | None,
+    mib: float,
+    found: Findings = NOTHING,
+) -> str:
+    """Return the README.md of a checkpoint or an export.
+
+    Parameters
+    ----------
+    target_modules
+        The names of the adapted modules, resolved.
+    held_out_loss : float or None
+        Nats per answer token; None where it was not measured.
+    mib : float
+        Traffic of the run up to this checkpoint.
+    found : Findings
+        What else is known.
+    """
+    base = _shown(config.model.name)
+    kind = "Model merged from a LoRA adapter and" if found.merged else "LoRA adapter for"
+    parts = [
+        f"---\n{_metadata(config, round_number, found)}---",
+        f"# {kind} {base}, after round {round_number} of {config.federation.num_server_rounds}",
+        "Trained by federated instruction tuning with Grand Rounds: the examples stayed at their "
+        "sites, only adapters travelled.",
+        _facts(config, target_modules, held_out_loss, mib, found),
+    ]
+    if found.merged:
+        parts.append(found.merged)
+    parts += [
+        _accuracy_part(found.accuracies),
+        _use(config, merged=bool(found.merged)),
+        _privacy(config),
+        _limits(config),
+        _recipe(config),
+        _submission(config, mib, found),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def have_own_data(sites: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these introductions are of real sites, which alone tell their base's hash."""
+    facts = list(sites)
+    return bool(facts) and all("base-content" in site for site in facts)
+
+
+def _shown(name: str) -> str:
+    """Return a name as others may read it: of a local file or folder the last part alone."""
+    shown = f"{Path(name).name} (local)" if Path(name).is_absolute() else name
+    return " ".join(shown.split()).replace("|", "\\|")
+
+
+# --- Metadata -------------------------------------------------------------------------------------
+
+
+def _metadata(config: Config, round_number: int, found: Findings) -> str:
+    """Return the YAML that the hub reads: github.com/huggingface/hub-docs, modelcard.md."""
+    lines = []
+    if _HUB_NAME.fullmatch(config.model.name):
+        lines.append(f"base_model: {_yaml(config.model.name)}")
+        lines.append(f"base_model_relation: {'finetune' if found.merged else 'adapter'}")
+    lines.append(f"library_name: {'transformers' if found.merged else 'peft'}")
+    lines.append("pipeline_tag: text-generation")
+    if _HUB_NAME.fullmatch(config.static.name) and not found.own_data:
+        lines += ["datasets:", f"- {_yaml(config.static.name)}"]
+    lines += ["tags:", *(f"- {tag}" for tag in ("lora", "federated-learning", "flower", "medical"))]
+    tuned = [a for a in found.accuracies if not a.is_base]
+    if tuned:
+        name = f"{_shown(config.model.name)}, round {round_number}"
+        lines += ["model-index:", f"- name: {_yaml(name)}", "  results:"]
+        for a in tuned:
+            lines += [
+                "  - task:",
+                "      type: question-answering",
+                "    dataset:",
+                f"      type: {_yaml(a.benchmark)}",
+                f"      name: {_yaml(a.title)}",
+                "    metrics:",
+                "    - type: accuracy",
+                f"      value: {a.correct / a.n:.4f}",
+                f"      name: {_yaml(f'accuracy ({a.protocol}; {a.correct} of {a.n})')}",
+            ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _yaml(text: str) -> str:
+    """Return a text as a YAML scalar; what is no plain word is quoted as JSON does."""
+    plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", text)
+    reserved = text.lower() in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+    return text if plain and not reserved else json.dumps(text)
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+
+def _facts(
+    config: Config,
+    target_modules: Sequence[str],
+    held_out_loss: float | None,
+    mib: float,
+    found: Findings,
+) -> str:
+    lora, train, strategy, data = config.lora, config.train, config.strategy, config.data
+    bits = {0: "not quantised", 4: "4 bits (NF4)", 8: "8 bits (LLM.int8)"}[
+        config.model.quantization
+    ]
+    mu = f" (mu {strategy.proximal_mu:g})" if strategy.name == "fedprox" else ""
+    loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
+    if held_out_loss is not None and found.base_held_out_loss is not None:
+        loss += f" (base {found.base_held_out_loss:.4f})"
+    partition = f" by {data.partition_by}" if data.partition_by else ""
+    codecs = config.communication
+    rows = [
+        ("base", f"{_shown(config.model.name)}, {bits}"),
+        (
+            "data",
+            f"each site's own, {data.num_partitions} sites"
+            if found.own_data
+            else f"{_shown(config.static.name)}, {data.num_partitions} sites, "
+            f"{data.partitioner}{partition}",
+        ),
+        (
+            "adapter",
+            f"r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, "
+            f"on {', '.join(target_modules)}",
+        ),
+        (
+            "aggregation",
+            f"{strategy.name}{mu}, {config.cohort_size} of {data.num_partitions} sites a round",
+        ),
+        (
+            "learning rate",
+            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds",
+        ),
+        ("held-out loss", loss),
+        ("communication so far", f"{mib:,.2f} MiB (FlowerTune's counting rule)"),
+        ("codecs", f"{codecs.uplink_codec} up, {codecs.downlink_codec} down"),
+        ("seed", str(config.federation.seed)),
+    ]
+    if found.data:
+        count, held = found.data["train-examples"], found.data["held-out-examples"]
+        rows.insert(2, ("examples", f"{count:,} to train on, {held:,} held out"))
+    if found.failed_replies is not None:
+        rows.append(("failed replies of the run", str(found.failed_replies)))
+    return _table(("", ""), rows)
+
+
+def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
+    title = "## Accuracy\n\n"
+    if not accuracies:
+        return title + "Not evaluated. `grandrounds evaluate RUN_DIR`, then export again."
+    rows = [
+        (
+            a.protocol,
+            a.title + ("" if a.complete else " (not all items)"),
+            "base" if a.is_base else "tuned",
+            f"{a.correct:,}/{a.n:,}",
+            f"{100 * a.correct / a.n:.1f}",
+            f"{100 * a.interval[0]:.1f} to {100 * a.interval[1]:.1f}",
+        )
+        for a in accuracies
+    ]
+    columns = ("protocol", "benchmark", "model", "correct", "%", "95% interval")
+    return title + _table(columns, rows) + "\n\nIntervals: Wilson. The base is the untouched one."
+
+
+def _use(config: Config, merged: bool) -> str:
+    if merged:
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
+    else:
+        load = f"base = {json.dumps(config.model.name)}"
+        if config.model.name == BASE_NAME:
+            load = "from grandrounds.formulary import base_path\n\nbase = base_path()"
+        elif Path(config.model.name).is_absolute():
+            load = 'base = "path/to/the/base"'
+        code = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"{load}\nmodel = PeftModel.from_pretrained("
+            'AutoModelForCausalLM.from_pretrained(base), ".")'
+        )
+    template = config.data.prompt_template
+    return (
+        f"## Use\n\n```python\n{code}\n```\n\nPrompt template: `{template}`, the same as in "
+        "training; an answer ends with the end-of-sequence token."
+    )
+
+
+def _privacy(config: Config) -> str:
+    how = config.defence
+    screens = [
+        text
+        for is_on, text in (
+            (how.update_norm_bound > 0, f"updates scaled to a norm of {how.update_norm_bound:g}"),
+            (how.min_cosine > -1, f"updates below a cosine of {how.min_cosine:g} left out"),
+        )
+        if is_on
+    ]
+    screened = f" Single updates were screened ({', '.join(screens)})." if screens else ""
+    return (
+        "## Privacy\n\nNo differential privacy and no secure aggregation: the server saw every "
+        "site's update, and the weights may reveal what single examples say."
+        f"{screened} Share them only with whom the sites agreed on."
+    )
+
+
+def _limits(config: Config) -> str:
+    invented = (
+        " The formulary's drugs do not exist; nothing learned from it is medical knowledge."
+        if config.static.name == BASE_NAME
+        else ""
+    )
+    return (
+        "## Limits of use\n\nResearch software, **not a medical device**: do not use its answers "
+        "for decisions about patients. It may state falsehoods with confidence, and was not tested "
+        f"for safety, bias or other languages than its data's.{invented} The licences of base and "
+        "data hold."
+    )
+
+
+def _recipe(config: Config) -> str:
+    """Return what differs from the defaults, as a recipe that `grandrounds run` takes."""
+    default = recipes.defaults()
+    changed = {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in config.flat().items()
+        if key not in PLACES and value != default[key]
+    }
+    text = recipes.to_toml(changed) if changed else "# the defaults\n"
+    return (
+        f"## Recipe\n\nWhat differs from the defaults of Grand Rounds {grandrounds.__version__} "
+        f"(`grandrounds run --config recipe.toml`):\n\n```toml\n{text}```"
+    )
+
+
+def _submission(config: Config, mib: float, found: Findings) -> str:
+    """Return what FlowerTune's medical table asks of an entry."""
+    reasons = recipes.leaderboard_differences(config)
+    comparable = (
+        f"Not comparable with the FlowerTune leaderboard: "
+        f"{'; '.join(reasons).replace(config.static.name, _shown(config.static.name))}."
+        if reasons
+        else "Data set and number of sites are those of the FlowerTune medical leaderboard."
+    )
+    scores = {
+        a.benchmark: f"{100 * a.correct / a.n:.2f}" + ("" if a.complete else " (not all items)")
+        for a in found.accuracies
+        if a.protocol == "flowertune" and not a.is_base
+    }
+    shares = [
+        a.correct / a.n
+        for a in found.accuracies
+        if a.protocol == "flowertune" and not a.is_base and a.complete
+        if a.benchmark in FLOWERTUNE_BENCHMARKS
+    ]
+    whole = len(shares) == len(FLOWERTUNE_BENCHMARKS)
+    rows = [
+        ("Code", f"Grand Rounds {grandrounds.__version__}, recipe above"),
+        ("Base Model", _shown(config.model.name)),
+        ("Comm. Costs", f"{mib:,.2f} MB, {mib / 1024:.1f} GB (in units of 2^20 and 2^30 bytes)"),
+        ("Average", f"{100 * sum(shares) / len(shares):.2f}" if whole else "-"),
+        *((name, scores.get(b, "-")) for b, name in FLOWERTUNE_BENCHMARKS.items()),
+        ("Checkpoint", found.repository or "-"),
+        ("Rounds", f"{config.federation.num_server_rounds}, {config.cohort_size} sites each"),
+        ("Computed on", found.device or "-"),
+    ]
+    ask = "grandrounds evaluate RUN_DIR --protocol flowertune"
+    missing = "" if whole else f" Missing figures: `{ask}`, then export again."
+    return (
+        f"## FlowerTune submission\n\n{comparable} Columns of [its table]({FLOWERTUNE}):\n\n"
+        f"{_table(('', ''), rows)}\n\nAccuracies by FlowerTune's own protocol only.{missing}"
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |  |", "| | |") for cells in lines)

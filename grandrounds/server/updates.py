@@ -1,0 +1,179 @@
+"""The updates of one round as they come in: decoded, weighed, bounded, screened, measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from numpy.typing import NDArray
+
+from grandrounds.errors import ReplyError
+from grandrounds.server.aggregation import defence
+from grandrounds.server.aggregation.weighted_mean import LARGEST_WEIGHT
+from grandrounds.server.roll_call import SiteCard
+from grandrounds.wire import messages, protocol
+from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.codecs import Codec
+from grandrounds.wire.downlink import Parcel, Sender
+from grandrounds.wire.drawing import drawn_adapter
+from grandrounds.wire.uplink import decode_change
+
+SAMPLED = 16_384
+"""Numbers of an update from which its cosine to the mean is estimated, to about 0.01, for adapters
+that have more."""
+
+LARGEST_NORM = 1e15
+"""An update that is longer is no update; above, sums of squares leave float32."""
+
+Update = tuple[Adapter, int]
+"""A change, and its weight."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Which replies are used, and how much each weighs."""
+
+    min_reply_fraction: float
+    """Share of the cohort that must reply well."""
+    equal_weights: bool = False
+    """Whether every reply weighs the same; else it weighs its number of examples."""
+    update_norm_bound: float = 0.0
+    """L2 norm to which a longer update is scaled down; 0: none is."""
+    min_cosine: float = -1.0
+    """Least cosine of an update to the mean direction of the others; -1: none is left out."""
+
+
+@dataclass
+class Updates:
+    """The updates of one round."""
+
+    sender: Sender
+    round_number: int
+    parcels: Mapping[int, Parcel]
+    """Partition → what it was sent to train on."""
+    cards: Mapping[int, SiteCard]
+    terms: Terms
+    uplink_codec: Codec
+    _held: dict[int, Update] = field(default_factory=dict)
+    _norms: dict[int, float] = field(default_factory=dict)
+    _samples: dict[int, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
+    _bounded: int = 0
+
+    def start_of(self, partition: int) -> Adapter:
+        """Return the tensors that a site's change is relative to, at the rank it trains."""
+        if self.sender.rule != "flora":
+            return self.parcels[partition].received
+        return drawn_adapter(self._shapes, self.sender.seed, self.round_number)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(protocol.shapes_of(self.sender.start))
+
+    def admit(self, partition: int, reply: Message, metrics: messages.Metrics) -> Update | None:
+        """Return a reply's change and weight; None while it waits for the others (`min_cosine`).
+
+        Raises
+        ------
+        ReplyError
+            If it cannot be used.
+        """
+        rank = protocol.rank_of(protocol.shapes_of(self.start_of(partition)))
+        expected = protocol.shapes_up(self.sender.rule, self._shapes, self.round_number, rank)
+        weight = claimed_examples(metrics, self.cards[partition])
+        change = decode_change(_arrays_of(reply), self.uplink_codec, expected)
+        change = self._measured(partition, change)
+        update = change, 1 if self.terms.equal_weights else weight
+        if self.terms.min_cosine <= -1:
+            self._samples[partition] = sample(update[0]), update[1]
+            return update
+        self._held[partition] = update
+        return None
+
+    def waits(self, partition: int) -> bool:
+        """Whether a reply that came is not decided on yet."""
+        return partition in self._held
+
+    def _measured(self, partition: int, change: Adapter) -> Adapter:
+        bound = self.terms.update_norm_bound or math.inf
+        bounded, norm = defence.norm_bound(change, bound)
+        if norm > LARGEST_NORM:
+            raise ReplyError(f"its update has a norm of {norm:.3g}, which no training makes")
+        self._norms[partition] = norm
+        self._bounded += norm > bound
+        return bounded
+
+    def screened(
+        self, failed: dict[int, str], on_reply: Callable[[int, str | None], None]
+    ) -> Iterator[tuple[int, Update]]:
+        """Yield the updates that waited and go along with the others; name the rest in `failed`."""
+        if not self._held:
+            return
+        changes = {p: change for p, (change, _) in self._held.items()}
+        left_out = defence.screen(changes, self.terms.min_cosine)
+        for partition in sorted(self._held):
+            update = self._held.pop(partition)
+            if partition in left_out:
+                failed[partition] = (
+                    f"its update has a cosine of {left_out[partition]:.2f} to the mean of the "
+                    f"others, less than defence.min-cosine = {self.terms.min_cosine:g}"
+                )
+                on_reply(partition, failed[partition])
+                continue
+            self._samples[partition] = sample(update[0]), update[1]
+            on_reply(partition, None)
+            yield partition, update
+
+    def report(self) -> dict[str, Any]:
+        """Return L2 norm and cosine to the weighted mean by site, for metrics.jsonl."""
+        report: dict[str, Any] = {
+            "update-norms": {str(p): norm for p, norm in sorted(self._norms.items())}
+        }
+        if self.terms.update_norm_bound:
+            report["updates-bounded"] = self._bounded
+        if len({len(values) for values, _ in self._samples.values()}) == 1:  # all of one rank
+            report["update-cosines"] = self._cosines()
+        return report
+
+    def _cosines(self) -> dict[str, float]:
+        partitions = sorted(self._samples)
+        rows = np.stack([self._samples[p][0] for p in partitions])
+        mean = np.array([self._samples[p][1] for p in partitions], dtype=np.float64) @ rows
+        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(mean)
+        dots = rows @ mean
+        return {
+            str(p): float(dot / length) if length > 0 else 0.0
+            for p, dot, length in zip(partitions, dots, lengths, strict=True)
+        }
+
+
+def sample(change: Adapter) -> NDArray[np.float32]:
+    """Return every k-th number of a change, about `SAMPLED` of them, the same for all sites."""
+    step = protocol.count(protocol.shapes_of(change)) // SAMPLED | 1  # odd: no rank is left out
+    return np.concatenate([tensor.ravel()[::step] for tensor in change.values()])
+
+
+def claimed_examples(metrics: messages.Metrics, card: SiteCard) -> int:
+    """Return a reply's weight: its num-examples, at most what the site said at roll call.
+
+    Raises
+    ------
+    ReplyError
+        If it is not a whole number of at least 1, or too large to be exact.
+    """
+    claim = metrics.get("num-examples")
+    if not isinstance(claim, int) or claim < 1:
+        raise ReplyError(f"num-examples is {claim!r}, not a whole number of at least 1")
+    weight = min(claim, card.num_examples)
+    if weight > LARGEST_WEIGHT:
+        raise ReplyError(f"num-examples is {weight}, more than the {LARGEST_WEIGHT} allowed")
+    return weight
+
+
+def _arrays_of(reply: Message) -> ArrayRecord:
+    if messages.ARRAYS not in reply.content.array_records:
+        raise ReplyError("the reply has no tensors")
+    return reply.content.array_records[messages.ARRAYS]

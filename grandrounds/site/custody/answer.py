@@ -1,0 +1,300 @@
+"""A site answers a message in its own custody: policy, visit, memory, audit, in this order.
+
+The same whether the site's agent holds the base, or a ClientApp that a SuperNode started. Data,
+base, columns and held-out examples are the site's own, whatever the run's configuration says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Error, Message
+
+from grandrounds.config.keys import Config
+from grandrounds.config.recipes import resolve
+from grandrounds.data.formulary import BASE_NAME, base_path
+from grandrounds.engines.in_process import CLIENT_APP_RAISED
+from grandrounds.errors import (
+    DataError,
+    GrandRoundsError,
+    ModelError,
+    OwnDataError,
+    PolicyError,
+    ReplyError,
+)
+from grandrounds.model.base import BaseSpec
+from grandrounds.model.lora import LoraSpec, adapter_layout
+from grandrounds.model.machine import specs
+from grandrounds.site.custody import audit, policy
+from grandrounds.site.custody.base_content import content_sha256
+from grandrounds.site.custody.own_data import own_site, own_split
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.site.custody.state import SiteState
+from grandrounds.site.local_data import Site
+from grandrounds.wire import messages
+
+Visit = Callable[[Message, Context], Message]
+
+SITE, RUN = "site", "run"
+"""Keys of a node's configuration: its site.toml, and the run's key."""
+
+BASE = "base-content"
+"""What a site says of its base at roll call: the SHA-256 of its files."""
+
+RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
+
+
+def answer(path: Path, message: Message, context: Context, visit: Visit) -> Message:
+    """Let a visit answer a message under a site's policy; write down what was asked and what left.
+
+    Of a crash, whose text may quote the site's data, the server learns the kind only; in an error's
+    text the site's folders go by what is in them.
+
+    Parameters
+    ----------
+    visit
+        The ClientApp's function for this kind of message.
+
+    Raises
+    ------
+    GrandRoundsError
+        If the policy forbids it, or the visit cannot be made; the server is told so.
+    """
+    places = {str(path.parent): "the site's folder"}
+    try:
+        site = read_site_file(path)
+        places |= {str(base_folder(site, name)): f"the base {name!r}" for name in site.bases}
+        places[str(site.place(site.agent.state))] = "the agent's state"
+        return _answer(site, message, context, visit)
+    except GrandRoundsError as error:
+        words = [str(value) for value in context.run_config.values()]
+        raise type(error)(without_places(str(error), places, words)) from error
+
+
+def without_places(text: str, places: Mapping[str, str], words: Sequence[str]) -> str:
+    """Return a text in which places go by their names.
+
+    What the run itself said stays as it said it; else it could guess a place and see it change.
+    """
+    own = {word for word in words if any(place in word for place in places)}
+    longest_first = sorted({*own, *places}, key=len, reverse=True)
+    pattern = "|".join(map(re.escape, longest_first))
+    return re.sub(pattern, lambda found: found[0] if found[0] in own else places[found[0]], text)
+
+
+def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) -> Message:
+    with closing(SiteState(site.place(site.agent.state))) as state:
+        entry = _question(message, context)
+        try:
+            run = run_key(message)
+            config = resolve(context.run_config)
+            own = localized(site, config)
+            base = base_sha256(site, config.model.name, state)
+            policy.check_base(site, config.model.name, base)
+            check_unchanged(config.model.name, own.model.name, base)
+            entry |= admit(site, config, own, run).as_dict()
+            is_visit = message.metadata.message_type != "query"
+            if is_visit:
+                policy.check_visits(site, state.visits_today())
+                state.count_visit(run, entry["round"])  # also one that fails
+            else:
+                policy.check_questions(site, state.count_question())
+            inner = Context(
+                run_id=context.run_id,
+                node_id=context.node_id,
+                node_config=_node(site, run),
+                state=state.load(run),
+                run_config=own.flat(),
+            )
+            started = time.perf_counter()
+            reply = visit(message, inner)
+            entry["seconds"] = round(time.perf_counter() - started, 3)
+            if is_visit:
+                state.save(run, inner.state)
+            else:
+                told = reply.content.config_records[messages.CONFIG]
+                told["name"], told[BASE] = site.name, base
+        except GrandRoundsError as error:
+            outcome = "refused" if isinstance(error, PolicyError) else "failed"
+            cause = error.__cause__ if isinstance(error, OwnDataError) else error
+            audit.write(state.folder, {**entry, "outcome": outcome, "reason": str(cause)})
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            audit.write(state.folder, {**entry, "outcome": "crashed", "reason": reason})
+            logging.getLogger("grandrounds").exception("A visit crashed.")
+            told_of_it = (
+                f"the site's visit crashed ({type(error).__name__}); its audit log says why"
+            )
+            return Message(Error(CLIENT_APP_RAISED, told_of_it), reply_to=message)
+        audit.write(state.folder, {**entry, "outcome": "answered", "left": _left(reply)})
+        return reply
+
+
+def admit(site: SiteFile, config: Config, own: Config, run: str) -> policy.Asked:
+    """Return what a run asks; raise `PolicyError` if the site's policy has something against it."""
+    examples = len(site_in_custody(site, own, run).train)
+    asked = policy.asked_of(config, _targets(*specs(own)), examples)
+    policy.check_run(site, asked, examples)
+    return asked
+
+
+@lru_cache(maxsize=8)
+def _targets(base: BaseSpec, lora: LoraSpec) -> tuple[str, ...]:
+    return tuple(adapter_layout(base.name, lora)[1])
+
+
+def localized(site: SiteFile, config: Config) -> Config:
+    """Return a run's configuration with the site's own base and threads in it.
+
+    Raises
+    ------
+    PolicyError
+        If the site has no base of that name.
+    """
+    policy.check_known(site, config.model.name)
+    threads = site.agent.num_threads or min(config.train.num_threads, os.cpu_count() or 1)
+    compiles = config.arguments.torch_compile and site.agent.torch_compile
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, name=base_location(site, config.model.name)),
+        train=dataclasses.replace(config.train, num_threads=threads),
+        arguments=dataclasses.replace(config.arguments, torch_compile=compiles),
+        static=dataclasses.replace(config.static, name=f"the data of {site.name}"),
+    )
+
+
+def inventory(site: SiteFile) -> Iterator[str]:
+    """Yield in words what a site has for runs: its examples, and each base with its hash.
+
+    Raises
+    ------
+    GrandRoundsError
+        If data or a base cannot be read, or a base is not the one that the site's file names.
+    """
+    report = own_split(site).report
+    yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
+    with closing(SiteState(site.place(site.agent.state))) as state:
+        for name in site.bases:
+            digest = base_sha256(site, name, state)
+            policy.check_base(site, name, digest)
+            yield f"base {name}: sha256 {digest}"
+
+
+def base_location(site: SiteFile, name: str) -> str:
+    """Return what loads the site's copy of a base."""
+    return str(base_folder(site, name)) if site.bases[name].path else BASE_NAME
+
+
+def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
+    """Return the SHA-256 of the files of the site's copy of a base."""
+    return content_sha256(base_folder(site, name), state.hashes)
+
+
+_loaded: dict[str, str] = {}
+"""Where a base is → the SHA-256 of its files when this process used it first."""
+
+
+def check_unchanged(name: str, location: str, sha256: str) -> None:
+    """Raise `ModelError` if a base's files are not those that this process may have loaded."""
+    if (loaded := _loaded.setdefault(location, sha256)) != sha256:
+        raise ModelError(
+            f"The files of the base {name!r} have changed since the site's agent loaded them: "
+            f"their sha256 was {loaded} and is {sha256}. Start the agent again."
+        )
+
+
+def base_folder(site: SiteFile, name: str) -> Path:
+    """Return the folder of the site's copy of a base."""
+    path = site.bases[name].path
+    return site.place(path) if path else base_path()
+
+
+def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
+    """Return the site's examples, for a run with this configuration.
+
+    Raises
+    ------
+    OwnDataError
+        If they cannot be read. What is wrong may quote a row or a query: it is the error's cause,
+        for the site alone.
+    """
+    try:
+        found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
+    except DataError as error:
+        raise OwnDataError(
+            f"The data of site {site.name!r} cannot be used; its audit log says why."
+        ) from error
+    if site.policy.report_held_out_loss:
+        return found
+    return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
+
+
+def site_of_node(node: Mapping[str, Any], own: Config) -> Site:
+    """Return the examples of the site that a node's configuration names."""
+    return site_in_custody(read_site_file(Path(str(node[SITE]))), own, str(node[RUN]))
+
+
+def run_key(message: Message) -> str:
+    """Return the key by which a site tells runs apart; it stays the same when a run is resumed.
+
+    Raises
+    ------
+    ReplyError
+        If the server sent none, or something else.
+    """
+    record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
+    key = record.get(messages.RUN)
+    if not isinstance(key, str) or not RUN_KEY.fullmatch(key):
+        raise ReplyError(f"run is {str(key)[:40]!r}, not a key of up to 32 hex digits")
+    return key
+
+
+def _node(site: SiteFile, run: str) -> dict[str, bool | int | float | str]:
+    return {
+        RUN: run,
+        "partition-id": site.node.partition_id,
+        "num-partitions": site.node.num_partitions,
+        SITE: str(site.path),
+    }
+
+
+def _question(message: Message, context: Context) -> dict[str, Any]:
+    """Return what the audit log says of a message before anything is done."""
+    record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
+    number = record.get("round")
+    return {
+        "run": str(record.get(messages.RUN, ""))[:40],
+        "flower-run": str(context.run_id),
+        "round": number if isinstance(number, int) else 0,
+        "asked": message.metadata.message_type,
+        **{name: _number(record[name]) for name in ("cursor", "learning-rate") if name in record},
+        "bytes-in": sum(size for _, size in messages.tensor_sizes(message)),
+    }
+
+
+def _number(value: object) -> object:
+    """Return a number, or in words what came in its place."""
+    return value if isinstance(value, int | float) else repr(value)[:40]
+
+
+def _left(reply: Message) -> Mapping[str, Any]:
+    """Return what the audit log says of a reply: names, never contents, and the update's length."""
+    sizes = messages.tensor_sizes(reply)
+    metrics: Mapping[str, Any] = reply.content.metric_records.get(messages.METRICS) or {}
+    told: Mapping[str, Any] = reply.content.config_records.get(messages.CONFIG) or {}
+    return {
+        "tensors": len(sizes),
+        "bytes": sum(size for _, size in sizes),
+        "norm": metrics.get(messages.UPDATE_NORM),
+        "told": sorted([*metrics, *told]),
+    }

@@ -1,0 +1,58 @@
+"""Where a ClientApp's function runs: with the site's agent, in the site's custody, or just here."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message
+
+from grandrounds.model.base import base_loads
+from grandrounds.site.custody import answer as custody
+from grandrounds.site.custody.agent_client import AGENT, forward
+from grandrounds.site.visit import PROCESS
+
+Visit = Callable[[Message, Context], Message]
+
+_LOADED = "grandrounds-loaded"
+
+
+def at_site(function: Visit) -> Visit:
+    """Wrap a ClientApp's function.
+
+    - `agent` in the node's configuration: the site's agent answers.
+    - `site`: the function runs in this process, under the policy and with the data of that
+      site.toml.
+    - neither: it runs as it is, on the data that the run's configuration names.
+    """
+
+    @functools.wraps(function)
+    def visit(message: Message, context: Context) -> Message:
+        if AGENT in context.node_config:
+            return forward(message, context)
+        before = base_loads()
+        if custody.SITE in context.node_config:
+            path = Path(str(context.node_config[custody.SITE]))
+            reply = custody.answer(path, message, context, function)
+        else:
+            reply = function(message, context)
+        if base_loads() > before:
+            _warn_if_again(context)
+        return reply
+
+    return visit
+
+
+def _warn_if_again(context: Context) -> None:
+    """Say where the base was loaded for a site that had loaded it before, in another process."""
+    loaded = context.state.config_records.get(_LOADED)
+    context.state.config_records[_LOADED] = ConfigRecord({"process": PROCESS})
+    if loaded is not None and loaded["process"] != PROCESS:
+        print(
+            "grandrounds: the base model was loaded again for this message, since Flower starts a "
+            "new process for each. A site's agent keeps it: see grandrounds site serve.",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,239 @@
+"""site.toml: where a site's data, base models and state stand, and what the site lets happen.
+
+The defaults, each key with its meaning, stand in `templates/site.toml`: the file that
+`grandrounds site init` writes. Paths are relative to the folder of the site's own file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from grandrounds.config.recipes import table_at
+from grandrounds.config.validation import check_value
+from grandrounds.config.values import Range
+from grandrounds.errors import ConfigError, nearest
+
+TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
+
+PROMPTS = ("alpaca", "chat")
+
+
+@dataclass(frozen=True)
+class Node:
+    """How the site's SuperNode reaches the consortium."""
+
+    partition_id: Annotated[int, Range(0)]
+    num_partitions: Annotated[int, Range(1)]
+    superlink: str
+    root_certificates: str
+    private_key: str
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Where the site's questions and answers are read from."""
+
+    source: str
+    database: str
+    query: str
+    question_column: str
+    answer_column: str
+    held_out_fraction: Annotated[float, Range(0, 0.9)]
+    held_out_seed: Annotated[int, Range(0, 2**31 - 1)]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the site lets a run do."""
+
+    prompt_templates: str
+    target_modules: str
+    max_rank: Annotated[int, Range(1)]
+    max_steps_per_visit: Annotated[int, Range(1)]
+    min_examples_per_visit: Annotated[int, Range(1)]
+    max_examples_per_visit: Annotated[int, Range(1)]
+    max_batch: Annotated[int, Range(1)]
+    max_visits_per_day: Annotated[int, Range(1)]
+    min_examples: Annotated[int, Range(1)]
+    report_held_out_loss: bool
+
+
+@dataclass(frozen=True)
+class Agent:
+    """The long-lived process that holds data and base."""
+
+    state: str
+    socket: str
+    socket_group: str
+    address: str
+    certificate: str
+    key: str
+    client_ca: str
+    max_message_mib: Annotated[int, Range(1, 2047)]
+    num_threads: Annotated[int, Range(0, 1024)]
+    torch_compile: bool
+
+
+@dataclass(frozen=True)
+class OwnBase:
+    """A base model that the site has, and lets runs train on."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SiteFile:
+    """A whole site.toml, checked."""
+
+    path: Path
+    """Where it stands."""
+    name: str
+    """What the site is called, in logs and at roll call."""
+    node: Node
+    data: OwnData
+    policy: Policy
+    agent: Agent
+    bases: Mapping[str, OwnBase]
+    """Name of a base, as a run's `model.name` has it → the site's copy of it."""
+
+    def place(self, name: str) -> Path:
+        """Return a path of the file in full."""
+        return (self.path.parent / Path(name).expanduser()).absolute()
+
+
+SECTIONS: dict[str, Any] = {"node": Node, "data": OwnData, "policy": Policy, "agent": Agent}
+
+
+def read_site_file(path: Path) -> SiteFile:
+    """Read and check a site.toml.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, has an unknown key (the nearest is suggested), a value of the wrong
+        type or out of its range, or values that contradict each other.
+    """
+    path = path.expanduser().absolute()
+    table = _toml(path)
+    template = _toml(TEMPLATE)
+    known = [*SECTIONS, "name", "bases"]
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
+    name = table.get("name", template["name"])
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{path}: name = {name!r} must be a text that names the site.")
+    sections = {
+        section: _section(path, section, made, table_at(table, section), template[section])
+        for section, made in SECTIONS.items()
+    }
+    found = SiteFile(path=path, name=name, bases=_bases(path, table), **sections)
+    _check_together(found)
+    return found
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the site's file {path}: {error.strerror}. Make one with "
+            "grandrounds site init."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _section(
+    path: Path, section: str, made: Any, given: Mapping[str, Any], template: Mapping[str, Any]
+) -> Any:
+    """Return one table as its dataclass, with the template's values where it is silent."""
+    names = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(made)}
+    for key in given:
+        if key not in names:
+            raise ConfigError(
+                f"{path}: unknown key {section}.{key}.{nearest(key, names)} "
+                f"All of them: {', '.join(names)}."
+            )
+    hints = typing.get_type_hints(made, include_extras=True)
+    values = {}
+    for key, field in names.items():
+        try:
+            value = given.get(key, template[key])
+            values[field] = check_value(f"{section}.{key}", value, hints[field])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return made(**values)
+
+
+def _bases(path: Path, table: Mapping[str, Any]) -> dict[str, OwnBase]:
+    bases = {}
+    for name, entry in table_at(table, "bases").items():
+        if not isinstance(entry, Mapping) or not set(entry) <= {"path", "sha256"}:
+            raise ConfigError(
+                f'{path}: bases."{name}" must be a table of path and sha256, and no more.'
+            )
+        texts = [str(entry.get(key, "")) for key in ("path", "sha256")]
+        digest = texts[1].lower()
+        if digest and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
+            raise ConfigError(
+                f'{path}: bases."{name}".sha256 = {texts[1]!r} is no SHA-256: 64 hex digits, '
+                "as grandrounds site check prints them, or empty."
+            )
+        bases[name] = OwnBase(texts[0], digest)
+    return bases
+
+
+def _check_together(site: SiteFile) -> None:
+    """Raise `ConfigError` where values contradict each other."""
+    data, agent, policy, node = site.data, site.agent, site.policy, site.node
+    templates = {word.strip() for word in policy.prompt_templates.split(",")} - {""}
+    by_tls = (agent.certificate, agent.key, agent.client_ca)
+    problems = [
+        (
+            bool(data.source) == bool(data.database),
+            "data.source and data.database: give one of them, a file or a database.",
+        ),
+        (
+            bool(data.database) != bool(data.query),
+            "data.database and data.query belong together: give both, or neither.",
+        ),
+        (
+            data.question_column == data.answer_column or not data.question_column.strip(),
+            "data.question-column and data.answer-column must name two columns.",
+        ),
+        (
+            not templates <= set(PROMPTS),
+            f"policy.prompt-templates = {policy.prompt_templates!r} must be some of "
+            f"{', '.join(PROMPTS)}, with commas.",
+        ),
+        (
+            node.partition_id >= node.num_partitions,
+            f"node.partition-id = {node.partition_id} must be below node.num-partitions = "
+            f"{node.num_partitions}: sites are numbered from 0.",
+        ),
+        (
+            bool(agent.socket) == bool(agent.address),
+            "agent.socket and agent.address: give one of them, a Unix socket or a loopback "
+            "address.",
+        ),
+        (
+            bool(agent.address) and not all(by_tls),
+            "agent.address needs agent.certificate, agent.key and agent.client-ca: on a network "
+            "socket both ends must show who they are.",
+        ),
+        (
+            not site.bases,
+            'no [bases."NAME"] is given: name each base that runs may train on, with its path.',
+        ),
+    ]
+    for is_wrong, message in problems:
+        if is_wrong:
+            raise ConfigError(f"{site.path}: {message}")

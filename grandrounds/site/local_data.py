@@ -1,0 +1,111 @@
+"""One site's examples, ready for the model: loaded, divided and tokenised once per process."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from grandrounds.config.keys import DataConfig
+from grandrounds.data.examples import SiteData, site_data
+from grandrounds.data.sources import load_rows
+from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
+from grandrounds.errors import DataError
+from grandrounds.model.base import load_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a site holds."""
+
+    partition_id: int
+    """Its number, from 0."""
+    train: tuple[TokenizedExample, ...]
+    """Examples it trains on."""
+    held_out: tuple[TokenizedExample, ...]
+    """Examples it never trains on."""
+    report: dict[str, int]
+    """Counts, under the names that travel: rows, empty-rows, duplicate-rows, truncated,
+    unlearnable, train-examples, held-out-examples. Rows = empty + duplicate + unlearnable + train
+    + held-out."""
+
+
+@lru_cache(maxsize=4)
+def tokenizer_of(model_name: str) -> Any:
+    """Return a base's tokenizer, read once per process."""
+    return load_tokenizer(model_name)
+
+
+def open_site(
+    source: str, data: DataConfig, model_name: str, seq_length: int, seed: int, partition_id: int
+) -> Site:
+    """Return a site's tokenised examples.
+
+    Raises
+    ------
+    DataError
+        If the source cannot be used, or the site has no example with an answer to learn.
+    """
+    keep = (data.partition_by,) if data.partition_by else ()
+    rows = load_rows(
+        source,
+        question_column=data.question_column,
+        answer_column=data.answer_column,
+        keep_columns=keep,
+    )
+    return _open(rows, data, model_name, seq_length, seed, partition_id)
+
+
+@lru_cache(maxsize=1024)
+def _open(
+    rows: Dataset,  # by identity: load_rows gives the same object until the source changes
+    data: DataConfig,
+    model_name: str,
+    seq_length: int,
+    seed: int,
+    partition_id: int,
+) -> Site:
+    split = site_data(
+        rows,
+        partitioner=data.partitioner,
+        num_partitions=data.num_partitions,
+        partition_id=partition_id,
+        seed=seed,
+        held_out_fraction=data.held_out_fraction,
+        question_column=data.question_column,
+        answer_column=data.answer_column,
+        partition_by=data.partition_by,
+        dirichlet_alpha=data.dirichlet_alpha,
+    )
+    return tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
+
+
+def tokenized_site(
+    split: SiteData, partition_id: int, model_name: str, template: str, seq_length: int
+) -> Site:
+    """Return a site's examples as tokens.
+
+    Raises
+    ------
+    DataError
+        If none is left to learn.
+    """
+    tokenizer = tokenizer_of(model_name)
+    train = tokenize_examples(split.train, tokenizer, template, seq_length)
+    held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length)
+    if not train.examples:
+        raise DataError(
+            f"Site {partition_id} has no example left to learn: the prompts of all its "
+            f"{len(split.train)} examples fill train.seq-length = {seq_length} tokens. Raise it."
+        )
+    report = {name.replace("_", "-"): count for name, count in asdict(split.report).items()}
+    report |= {
+        "train-examples": len(train.examples),
+        "held-out-examples": len(held_out.examples),
+        "truncated": train.truncated + held_out.truncated,
+        "unlearnable": train.unlearnable + held_out.unlearnable,
+    }
+    return Site(partition_id, train.examples, held_out.examples, report)

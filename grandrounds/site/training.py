@@ -1,0 +1,270 @@
+"""One visit to one site: local steps on the received adapter, with FedProx's term in the gradient.
+
+And its counterpart without gradients: the loss on held-out examples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.errors import ModelError
+from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.wire.schedules import step_learning_rate
+
+_paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
+"""Paged optimizers that were made, for at most the two factors in turn."""
+
+
+@dataclass(frozen=True)
+class VisitSettings:
+    """How a visit trains."""
+
+    accumulation_steps: int
+    """Batches of one optimizer step."""
+    learning_rate: float
+    """The round's learning rate."""
+    warmup_steps: int
+    """Steps before the round's rate is reached."""
+    optimizer: str
+    """A value of `train.optimizer`."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    max_grad_norm: float
+    """L2 norm to which gradients are clipped; 0: not at all."""
+    proximal_mu: float
+    """FedProx's mu; 0: no proximal term."""
+    forward: Forward
+    """How batches go through the model."""
+    seed: int
+    """Seed of dropout."""
+
+
+@dataclass(frozen=True)
+class VisitResult:
+    """What a visit measured."""
+
+    train_loss: float
+    """Mean negative log-likelihood in nats per answer token, over all steps of the visit."""
+    proximal_penalty: float
+    """mu / 2 times the squared L2 distance to the received adapter, after the last step."""
+    steps: int
+    """Optimizer steps."""
+    examples: int
+    """Examples seen, repeats counted."""
+    tokens: int
+    """Tokens seen, padding left out."""
+    padding_tokens: int
+    """Padding that the batches carried along."""
+    seconds: float
+    """Wall-clock time of the steps."""
+
+
+def train_visit(
+    model: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    batches: Sequence[Sequence[TokenizedExample]],
+    settings: VisitSettings,
+    pad_token_id: int,
+    trained: Sequence[tuple[slice, ...]] | None = None,
+) -> VisitResult:
+    """Train an adapter in place on the batches, in their order.
+
+    Each optimizer step minimises, over the answer tokens t of its batches,
+
+        F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
+
+    (FedProx: Li et al., 2020, equation 2) by AdamW; the gradient of the whole is clipped.
+
+    Parameters
+    ----------
+    model
+        A model that returns `.logits` of (batch, tokens, vocabulary).
+    parameters
+        The adapter's parameters; their values on entry are w_round.
+    batches
+        Tokenised examples; a last group smaller than `accumulation_steps` is a step of its own.
+    trained
+        The part of each parameter that moves; None: all of it.
+    """
+    started = time.perf_counter()
+    torch.manual_seed(settings.seed)
+    received = [p.detach().clone() for p in parameters]
+    optimizer = make_optimizer(parameters, settings)
+    device = parameters[0].device
+    nll_sum, answer_tokens = 0.0, 0
+    groups = [
+        batches[i : i + settings.accumulation_steps]
+        for i in range(0, len(batches), settings.accumulation_steps)
+    ]
+    model.train()
+    for step, group in enumerate(groups):
+        set_learning_rate(
+            optimizer, step_learning_rate(step, settings.warmup_steps, settings.learning_rate)
+        )
+        optimizer.zero_grad(set_to_none=True)
+        step_tokens = sum(len(e.input_ids) - e.prompt_tokens for batch in group for e in batch)
+        for batch in group:
+            with attending(model, settings.forward):
+                loss = answer_nll_sum(model, batch, pad_token_id, device, settings.forward)
+                (loss / step_tokens).backward()  # type: ignore[no-untyped-call]
+            nll_sum += loss.detach()  # type: ignore[assignment]
+        if trained is not None:
+            keep_gradient(parameters, trained)
+        add_proximal_gradient(parameters, received, settings.proximal_mu)
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        answer_tokens += step_tokens
+    optimizer.zero_grad(set_to_none=True)
+    seen = [e for batch in batches for e in batch]
+    tokens = sum(len(e.input_ids) for e in seen)
+    carried = sum(positions(batch, settings.forward.padding_free) for batch in batches)
+    train_loss = float(nll_sum) / answer_tokens
+    return VisitResult(
+        train_loss=train_loss,
+        proximal_penalty=proximal_penalty(parameters, received, settings.proximal_mu),
+        steps=len(groups),
+        examples=len(seen),
+        tokens=tokens,
+        padding_tokens=carried - tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def positions(batch: Sequence[TokenizedExample], padding_free: bool) -> int:
+    """Return how many tokens a batch carries through the model, padding included."""
+    lengths = [len(e.input_ids) for e in batch]
+    return sum(lengths) if padding_free else len(batch) * max(lengths)
+
+
+@torch.no_grad()
+def keep_gradient(
+    parameters: Sequence[torch.nn.Parameter], trained: Sequence[tuple[slice, ...]]
+) -> None:
+    """Set the gradient of every parameter to zero outside of its trained part."""
+    for parameter, part in zip(parameters, trained, strict=True):
+        if parameter.grad is not None:
+            kept = parameter.grad[part].clone()
+            parameter.grad.zero_()
+            parameter.grad[part] = kept
+
+
+@torch.no_grad()
+def add_proximal_gradient(
+    parameters: Sequence[torch.nn.Parameter], received: Sequence[torch.Tensor], mu: float
+) -> None:
+    """Add the gradient of mu/2 ||w - w_round||^2, which is mu (w - w_round), to `.grad`."""
+    if not mu:
+        return
+    # A module that took no part (an expert that was not chosen) has no gradient and does not move.
+    moved = [(p, r) for p, r in zip(parameters, received, strict=True) if p.grad is not None]
+    distance = torch._foreach_sub([p for p, _ in moved], [r for _, r in moved])
+    torch._foreach_add_([p.grad for p, _ in moved if p.grad is not None], distance, alpha=mu)
+
+
+@torch.no_grad()
+def proximal_penalty(
+    parameters: Sequence[torch.nn.Parameter], received: Sequence[torch.Tensor], mu: float
+) -> float:
+    """Return mu/2 ||w - w_round||^2."""
+    squared = sum(
+        float((p - r).double().square().sum()) for p, r in zip(parameters, received, strict=True)
+    )
+    return 0.5 * mu * squared
+
+
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], settings: VisitSettings
+) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov and Hutter, 2019) as configured, with no history.
+
+    Raises
+    ------
+    ModelError
+        If an 8-bit optimizer is asked for and bitsandbytes does not load.
+    """
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw_torch":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+    check_optimizer(settings.optimizer)
+    import bitsandbytes
+
+    if settings.optimizer == "adamw_8bit":
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            parameters, lr=rate, weight_decay=decay
+        )
+        return optimizer
+    return _paged_optimizer(parameters, rate, decay)
+
+
+def _paged_optimizer(
+    parameters: Sequence[torch.nn.Parameter], rate: float, decay: float
+) -> torch.optim.Optimizer:
+    """Return paged 8-bit AdamW with no history, made once for the same parameters.
+
+    bitsandbytes (0.50) never frees the managed memory of a paged optimizer, so one per visit would
+    leak; its state is set back to zero instead, which is how it starts.
+    """
+    import bitsandbytes
+
+    same = [made for of, made in _paged if list(map(id, of)) == list(map(id, parameters))]
+    if not same:
+        new = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=rate, weight_decay=decay)
+        _paged[:] = [*_paged[-1:], (list(parameters), new)]
+        return new  # type: ignore[no-any-return]
+    optimizer = same[0]
+    for group in optimizer.param_groups:
+        group["weight_decay"] = decay
+    for state in optimizer.state.values():
+        state["step"] = 0
+        for name in ("state1", "state2", "absmax1", "absmax2"):
+            if getattr(state.get(name), "is_paged", False):
+                bitsandbytes.functional.fill(state[name], 0)
+            elif name in state:
+                state[name].zero_()
+    return optimizer
+
+
+def check_optimizer(name: str) -> None:
+    """Raise `ModelError` if this machine cannot run an optimizer."""
+    if name == "adamw_torch":
+        return
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f'train.optimizer = "{name}" needs bitsandbytes, which does not load here ({error}). '
+            'Install it, or set train.optimizer = "adamw_torch".'
+        ) from error
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Any,
+    examples: Sequence[TokenizedExample],
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+    forward: Forward,
+) -> tuple[float, int]:
+    """Return the summed negative log-likelihood (nats) and the number of answer tokens."""
+    model.eval()
+    ordered = sorted(examples, key=lambda e: len(e.input_ids))
+    total = 0.0
+    with attending(model, forward):
+        for i in range(0, len(ordered), batch_size):
+            batch = ordered[i : i + batch_size]
+            total += float(answer_nll_sum(model, batch, pad_token_id, device, forward))
+    return total, sum(len(e.input_ids) - e.prompt_tokens for e in ordered)

@@ -1,0 +1,118 @@
+"""Asks a run's base and its tuned adapter the same question, token by token.
+
+The base is loaded once; for its own answers the adapter is switched off. Prompts are those of
+training, and answers are greedy: always the likeliest token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grandrounds.data.tokenization import prompt_token_ids
+from grandrounds.errors import DataError
+from grandrounds.model.base import BaseSpec, load_tokenizer
+from grandrounds.model.prefill import cache_of, with_cache
+from grandrounds.model.resident import resident_model, set_adapter
+from grandrounds.server.checkpoints import Checkpoint
+from grandrounds.study.evaluation.likelihood import context_length
+from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
+from grandrounds.study.evaluation.runner import stop_tokens
+
+
+@dataclass
+class Answer:
+    """An answer as far as it goes."""
+
+    text: str = ""
+    """What was said, without blanks in front and control characters."""
+    tokens: int = 0
+    """How many tokens that took."""
+    end: str = ""
+    """Empty while it goes on; `stopped`: by itself; `cut`: at the most tokens allowed."""
+
+
+class Interview:
+    """The models of one run, ready to be asked."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Load base, adapter and tokenizer.
+
+        Raises
+        ------
+        ModelError
+            If one of them cannot be loaded, or they do not fit.
+        """
+        model = checkpoint.config.model
+        spec = lora_spec(checkpoint.folder)
+        check_fit(checkpoint.folder, spec, model.name)
+        adapter = read_adapter(checkpoint.folder)
+        self._tokenizer = load_tokenizer(model.name)
+        self._template = checkpoint.config.data.prompt_template
+        base = BaseSpec(model.name, model.quantization, model.dtype)
+        self._resident = resident_model(base, spec)
+        self._resident.model.eval()
+        set_adapter(self._resident, adapter)
+
+    def answer(self, question: str, *, tuned: bool, max_tokens: int) -> Iterator[Answer]:
+        """Yield the answer of the base or the tuned model as it grows, at last with its end.
+
+        Several answers can be drawn from in turns.
+
+        Raises
+        ------
+        DataError
+            If the question fills the model's context.
+        """
+        (prompt,) = prompt_token_ids(self._tokenizer, self._template, [question])
+        context = context_length(self._resident.model.config)
+        if len(prompt) >= context:
+            raise DataError(
+                f"The question takes {len(prompt):,} tokens with its prompt, and the model reads "
+                f"{context:,} in all: ask a shorter one."
+            )
+        most = min(max_tokens, context - len(prompt))
+        ids: list[int] = []
+        text = ""
+        for token in self._tokens(prompt, tuned, most):
+            ids.append(token)
+            text = self._text(ids)
+            if not text.endswith("\ufffd"):  # else a character is not complete yet
+                yield Answer(text, len(ids))
+        yield Answer(self._text(ids), len(ids), "cut" if len(ids) == most else "stopped")
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return printable(text).lstrip()
+
+    def _tokens(self, prompt: Sequence[int], tuned: bool, most: int) -> Iterator[int]:
+        """Yield the likeliest tokens until one that ends the answer, which is not among them."""
+        model = self._resident.model
+        stop = stop_tokens(model, self._tokenizer)
+        new, cache = list(prompt), None
+        for _ in range(most):
+            with self._as(tuned), torch.inference_mode():
+                ids = torch.tensor([new], device=self._resident.device)  # (1, new tokens)
+                out = model(
+                    input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)
+                )
+            token, cache = int(out.logits[0, -1].argmax()), cache_of(out)
+            if token in stop:
+                return
+            new = [token]
+            yield token
+
+    def _as(self, tuned: bool) -> AbstractContextManager[Any]:
+        """Switch the adapter off for the base, for as long as the context lasts."""
+        return nullcontext() if tuned else self._resident.model.disable_adapter()
+
+
+def printable(text: str) -> str:
+    """Return a text without control characters, so that no model steers a terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")

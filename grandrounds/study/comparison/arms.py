@@ -1,0 +1,321 @@
+"""The arms of a comparison: each trains one adapter, by the same visits on other data.
+
+Federations are whole runs (`server_app.federate`); a pool and a site alone make the visits of
+`grandrounds.site.visit` one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MessageType
+from safetensors.numpy import load_file
+
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.config.keys import Config
+from grandrounds.config.values import Scalar
+from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
+from grandrounds.model import machine
+from grandrounds.model.resident import Resident, set_adapter
+from grandrounds.server.directory import RunDirectory
+from grandrounds.site import visit as visits
+from grandrounds.site.local_data import Site, open_site, tokenizer_of
+from grandrounds.study.comparison.exams import Exam, sit
+from grandrounds.study.comparison.units import (
+    BASE,
+    CENTRALISED,
+    FEDERATED,
+    FEDERATIONS,
+    LEAVE_ONE_OUT,
+    LOCAL,
+    Unit,
+    local_visits,
+)
+from grandrounds.wire import messages, schedules, slots
+from grandrounds.wire import schedule as sampling
+from grandrounds.wire.drawing import drawn_adapter
+from grandrounds.wire.schedule import examples_per_visit
+
+Found = dict[str, Any]
+OnVisits = Callable[[int], None]
+"""Called with example visits that were made."""
+
+ORDINARY: dict[str, Scalar] = {
+    "strategy.name": "fedavg",
+    "strategy.proximal-mu": 0.0,
+    "strategy.site-ranks": "",
+    "communication.uplink-codec": "none",
+    "communication.downlink-codec": "none",
+    "communication.downlink": "complete",
+    "defence.update-norm-bound": 0.0,
+    "defence.min-cosine": -1.0,
+}
+"""What training without a federation goes without."""
+
+
+def run_unit(
+    unit: Unit, config: Config, exams: Sequence[Exam], run_path: Path, on_visits: OnVisits
+) -> Found:
+    """Train and judge one unit; return what its file holds.
+
+    Parameters
+    ----------
+    config : Config
+        Of the comparison; the unit's seed takes the place of its own.
+    run_path : Path
+        Where a federation is written; one that was stopped there goes on.
+    """
+    started = time.perf_counter()
+    config = recipes.resolve(config.flat(), {"seed": unit.seed})
+    trained = _ARMS[unit.arm](unit, config, run_path, on_visits)
+    adapter = trained.pop("adapter", None)
+    plain = config if adapter is not None else recipes.resolve(config.flat(), ORDINARY)
+    resident = machine.prepare_model(plain)
+    if adapter is not None:
+        shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
+        set_adapter(resident, slots.place(shapes, (adapter, 0)))
+    seconds = trained.pop("seconds-before", 0.0)
+    return {
+        "arm": unit.arm,
+        "seed": unit.seed,
+        "site": unit.site,
+        "num-sites": config.data.num_partitions,
+        "run": f"runs/{unit.name}" if unit.arm in FEDERATIONS else None,
+        **trained,
+        **judge(resident, plain, exams),
+        "seconds": seconds + time.perf_counter() - started,
+    }
+
+
+def judge(resident: Resident, config: Config, exams: Sequence[Exam]) -> Found:
+    """Return held-out loss by site, and the answers to every exam."""
+    tokenizer = tokenizer_of(config.model.name)
+    held_out = {}
+    for k in range(config.data.num_partitions):
+        judged = visits.evaluate(resident, site_of(config, k), config)
+        held_out[str(k)] = {name: judged[name] for name in ("nll-sum", "tokens")}
+    return {
+        "held-out": held_out,
+        "answers": {
+            exam.name: sit(exam, resident.model, tokenizer, config.data.prompt_template)
+            for exam in exams
+        },
+    }
+
+
+def site_of(config: Config, partition_id: int) -> Site:
+    """Return a site as a federation has it."""
+    return open_site(
+        config.static.name,
+        config.data,
+        config.model.name,
+        config.train.seq_length,
+        config.federation.seed,
+        partition_id,
+    )
+
+
+# --- Without a federation -------------------------------------------------------------------------
+
+
+def _untrained(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Put the adapter of the start on the base, which changes nothing."""
+    _start(recipes.resolve(config.flat(), ORDINARY))
+    return {"example-visits": 0, "train-loss": None}
+
+
+def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Train on all sites' training examples: each round as many visits as its cohort makes."""
+    sites = [site_of(config, k) for k in range(config.data.num_partitions)]
+    examples = tuple(example for site in sites for example in site.train)
+    # A number of its own, so that it is shuffled as no site is.
+    pool = Site(len(sites), examples, (), {})
+    each = [visit_examples(config, len(site.train)) for site in sites]
+    plan = [
+        (number, sum(each[k] for k in cohort_of(config, number)))
+        for number in range(1, config.federation.num_server_rounds + 1)
+    ]
+    ordinary = recipes.resolve(config.flat(), ORDINARY, {"train.dynamic-data-seed": True})
+    return _visit_in_turn(pool, ordinary, plan, on_visits)
+
+
+def _alone(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Train on one site's examples only."""
+    site = site_of(config, unit.site or 0)
+    plan = local_visits(config, visit_examples(config, len(site.train)))
+    return _visit_in_turn(site, recipes.resolve(config.flat(), ORDINARY), plan, on_visits)
+
+
+def cohort_of(config: Config, number: int) -> list[int]:
+    """Return who trains in a round of the federation."""
+    return sampling.training_cohort(
+        config.federation.seed,
+        number,
+        config.data.num_partitions,
+        config.cohort_size,
+        config.strategy.cohorts == "balanced",
+    )
+
+
+def visit_examples(config: Config, num_examples: int) -> int:
+    """Return the examples of one visit to a site that trains on so many."""
+    arguments = config.arguments
+    return examples_per_visit(
+        arguments.max_steps, arguments.num_train_epochs, config.examples_per_step, num_examples
+    )
+
+
+def _start(config: Config) -> Resident:
+    """Return the resident model with the adapter that every run of this seed starts from."""
+    resident = machine.prepare_model(config)
+    shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
+    set_adapter(resident, drawn_adapter(shapes, config.federation.seed))
+    return resident
+
+
+def _visit_in_turn(
+    site: Site, config: Config, plan: Sequence[tuple[int, int]], on_visits: OnVisits
+) -> Found:
+    """Make visits to one set of examples, each going on where the last one ended.
+
+    Parameters
+    ----------
+    plan : sequence of (int, int)
+        Round whose learning rate holds, and examples, of each visit.
+    """
+    resident = _start(config)
+    cursor, loss = 0, 0.0
+    for number, count in plan:
+        rate = schedules.round_learning_rate(
+            number,
+            config.federation.num_server_rounds,
+            config.train.learning_rate_max,
+            config.train.learning_rate_min,
+        )
+        instruction = ConfigRecord({"round": number, "learning-rate": rate})
+        visit = _of_length(config, count, len(site.train))
+        batches, cursor = visits.next_batches(site, visit, instruction, cursor)
+        result = visits.train(resident, batches, visit, instruction, site)
+        loss = result.train_loss
+        on_visits(result.examples)
+    return {"example-visits": cursor, "train-loss": loss}
+
+
+def _of_length(config: Config, count: int, num_examples: int) -> Config:
+    """Return the configuration with visits of `count` examples."""
+    steps, rest = divmod(count, config.examples_per_step)
+    if rest:  # as epochs, which are rounded up; half an example less keeps the rounding exact
+        changes: dict[str, Any] = {
+            "max_steps": -1,
+            "num_train_epochs": (count - 0.5) / num_examples,
+        }
+    else:
+        changes = {"max_steps": steps}
+    return dataclasses.replace(config, arguments=dataclasses.replace(config.arguments, **changes))
+
+
+# --- Federations ----------------------------------------------------------------------------------
+
+
+def _federation(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Run the federation as configured."""
+    return _run(config, config, client_app.app, run_path, on_visits)
+
+
+def _without_one(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Run the federation of all sites but one, with cohorts of the same size."""
+    left_out, count = unit.site or 0, config.data.num_partitions
+    ranks = [
+        config.site_ranks[k % len(config.site_ranks)] for k in range(count) if config.site_ranks
+    ]
+    server = recipes.resolve(
+        config.flat(),
+        {
+            "data.num-partitions": count - 1,
+            "strategy.fraction-train": min(1.0, config.cohort_size / (count - 1)),
+            "strategy.fraction-evaluate": 0.0,
+            "strategy.site-ranks": ",".join(str(r) for k, r in enumerate(ranks) if k != left_out),
+            "train.save-every-round": config.federation.num_server_rounds,
+        },
+    )
+    return _run(server, config, numbered_without(left_out, count), run_path, on_visits)
+
+
+def numbered_without(left_out: int, num_sites: int) -> ClientAppCall:
+    """Return sites that the server numbers from 0 to `num_sites` - 2, one being left out.
+
+    Each holds and trains what it has among all the sites.
+    """
+
+    def call(message: Message, context: Context) -> Message:
+        number = int(context.node_config["partition-id"])
+        own = Context(
+            run_id=context.run_id,
+            node_id=context.node_id,
+            node_config={
+                "partition-id": number + (number >= left_out),
+                "num-partitions": num_sites,
+            },
+            state=context.state,
+            run_config=context.run_config,
+        )
+        reply = client_app.app(message, own)
+        if message.metadata.message_type == MessageType.QUERY and not reply.has_error():
+            record = reply.content.config_records[messages.CONFIG]
+            if "partition-id" in record:
+                record["partition-id"] = number
+        return reply
+
+    return call
+
+
+def _run(
+    server: Config, sites: Config, app: ClientAppCall, path: Path, on_visits: OnVisits
+) -> Found:
+    """Play a federation, or what is left of one that was stopped, and return its last adapter.
+
+    Parameters
+    ----------
+    server, sites : Config
+        The configuration as the server has it, and as the sites have it.
+    """
+
+    def listen(event: str, facts: Mapping[str, Any]) -> None:
+        if event == "round":
+            on_visits(int(facts.get("examples", 0)))
+
+    directory = RunDirectory(path)
+    saved = directory.load_state()
+    before = saved[1]["seconds"] if saved else 0.0
+    summary = directory.read_json("summary.json")
+    if not summary or summary["status"] != "completed":
+        place = {"run-directory": str(path), "resume-from": ""}
+        if saved:
+            place = {"run-directory": "", "resume-from": str(path)}
+        elif path.exists():  # it was stopped before anything was finished
+            shutil.rmtree(path)
+        grid = InProcessGrid(app, sites.flat(), server.data.num_partitions)
+        summary = server_app.federate(grid, recipes.resolve(server.flat(), place), listen)
+    metrics = [m for m in directory.read_metrics() if "train-loss" in m]
+    return {
+        "adapter": load_file(path / summary["adapter"] / "adapter_model.safetensors"),
+        "example-visits": sum(m["examples"] for m in metrics),
+        "train-loss": metrics[-1]["train-loss"],
+        "failed-replies": summary["failed_replies"],
+        "seconds-before": before,
+    }
+
+
+_ARMS: dict[str, Callable[[Unit, Config, Path, OnVisits], Found]] = {
+    BASE: _untrained,
+    FEDERATED: _federation,
+    CENTRALISED: _pool,
+    LOCAL: _alone,
+    LEAVE_ONE_OUT: _without_one,
+}

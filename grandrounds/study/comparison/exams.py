@@ -1,0 +1,102 @@
+"""The exams of a comparison: the formulary's two, and benchmarks."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grandrounds.config.keys import Config
+from grandrounds.data.formulary import BASE_NAME as FORMULARY
+from grandrounds.data.formulary.facts import SITES, Question, questions
+from grandrounds.study.comparison.results import RIGHT, WRONG
+from grandrounds.study.evaluation.benchmarks import Benchmark, Item, get_benchmark, load_items
+from grandrounds.study.evaluation.likelihood import answer_items
+
+LEARNED, KEPT, BENCHMARK = "learned", "kept", "benchmark"
+"""What an exam measures: what only a federation can teach; what the base knew; anything else."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions that every adapter is asked."""
+
+    name: str
+    """Under which its accuracy stands."""
+    title: str
+    """In words."""
+    measures: str
+    """`learned`, `kept` or `benchmark`."""
+    benchmark: Benchmark
+    """How its questions are put."""
+    items: tuple[Item, ...]
+    """The questions."""
+    site_of: tuple[int, ...] | None
+    """The site that each question belongs to; None where it belongs to all."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what comparison.json says of it."""
+        return {
+            "title": self.title,
+            "n": len(self.items),
+            "chance": statistics.fmean(1 / len(item.options) for item in self.items),
+            "measures": self.measures,
+            "by-site": self.site_of is not None,
+        }
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with any question."""
+        return hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
+
+
+def exams_of(
+    config: Config,
+    benchmarks: Iterable[str] = (),
+    data: Path | None = None,
+    limit: int | None = None,
+) -> list[Exam]:
+    """Return the exams that fit the data and the base, then the benchmarks that were asked for.
+
+    Private facts are asked where the data are the formulary, public ones where the base is its own.
+    They are divided by site where the partitions are the formulary's.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a benchmark is unknown, or its questions cannot be had.
+    """
+    exams = []
+    if config.static.name == FORMULARY:
+        how = config.data
+        own_sites = (how.partitioner, how.partition_by, how.num_partitions)
+        by_site = own_sites == ("natural", "site", SITES)
+        private = questions("private")
+        site_of = tuple(question.site for question in private) if by_site else None
+        exams.append(_formulary("private facts of the sites", LEARNED, private, site_of))
+    if config.model.name == FORMULARY:
+        exams.append(_formulary("public facts, known to the base", KEPT, questions("public"), None))
+    for name in benchmarks:
+        benchmark = get_benchmark(name)
+        items = load_items(benchmark, data, limit)
+        exams.append(Exam(name, benchmark.title, BENCHMARK, benchmark, items, None))
+    return exams
+
+
+def _formulary(
+    title: str, measures: str, exam: Sequence[Question], site_of: tuple[int, ...] | None
+) -> Exam:
+    benchmark = get_benchmark(FORMULARY)
+    kind = exam[0].kind
+    items = tuple(item for item in load_items(benchmark) if item.group == kind)
+    return Exam(kind, title, measures, benchmark, items, site_of)
+
+
+def sit(exam: Exam, model: Any, tokenizer: Any, prompt_template: str) -> str:
+    """Return a model's answers, a character for each question; see `comparison_results.RIGHT`."""
+    answers = answer_items(
+        model, tokenizer, exam.benchmark, exam.items, prompt_template=prompt_template
+    )
+    return "".join(RIGHT if answer.correct else WRONG for answer in answers)

@@ -1,0 +1,336 @@
+"""A checkpoint of a run for others: a PEFT adapter, or a whole model, with its model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from grandrounds.data.formulary import BASE_NAME
+from grandrounds.errors import ConfigError, DataError, GrandRoundsError, RunDirectoryError
+from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
+from grandrounds.model.lora import LoraSpec
+from grandrounds.server.checkpoints import Checkpoint
+from grandrounds.server.model_card import Accuracy, Findings, have_own_data, model_card
+from grandrounds.statistics import wilson_interval
+from grandrounds.study.evaluation.answers import RESULT
+from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
+from grandrounds.study.evaluation.results import evaluations_in, faults_in
+from grandrounds.study.evaluation.tasks import WEIGHTS
+from grandrounds.wire.adapter import Adapter
+
+Say = Callable[[str], None]
+"""Told what is being done."""
+
+
+def export(
+    checkpoint: Checkpoint,
+    *,
+    merge: bool = False,
+    to: Path | None = None,
+    repository: str | None = None,
+    say: Say = lambda line: None,
+) -> Path:
+    """Write a checkpoint as adapter or merged model, whole or not at all; return the folder.
+
+    Parameters
+    ----------
+    to : Path, optional
+        A folder that is not there or empty; left out, `export/peft_<round>` or
+        `export/merged_<round>` in the run directory.
+    repository : str, optional
+        Where it will be published, for the card.
+
+    Raises
+    ------
+    RunDirectoryError
+        If the folder is not empty, or cannot be written.
+    ModelError
+        If the checkpoint is damaged, or does not fit the base (`merge`).
+    DataError
+        If the run's evaluation.json cannot be right.
+    """
+    name = f"{'merged' if merge else 'peft'}_{checkpoint.round}"
+    folder = (to or checkpoint.run.path / "export" / name).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunDirectoryError(
+            f"{folder} exists and is not an empty folder. Remove it, or choose another one with "
+            "--to."
+        )
+    adapter = read_adapter(checkpoint.folder)
+    link = f"https://huggingface.co/{repository}" if repository else None
+    found = findings(checkpoint, link)
+    with _whole(folder) as partial:
+        merged = None
+        if merge:
+            merged = _write_merged(checkpoint, adapter, partial, say)
+        else:
+            for file in (WEIGHTS, "adapter_config.json"):
+                shutil.copyfile(checkpoint.folder / file, partial / file)
+        card = _card(checkpoint, found, merged)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, which takes the name of `folder` when all went well."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunDirectoryError(
+            f"{folder} cannot be written: {reason}. Free some space, or choose another folder with "
+            "--to."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _card(checkpoint: Checkpoint, found: Findings, merged: str | None) -> str:
+    return model_card(
+        checkpoint.config,
+        lora_spec(checkpoint.folder).target_modules.split(","),
+        checkpoint.round,
+        checkpoint.record.get("held-out-loss"),
+        checkpoint.record["communication-mib"],
+        dataclasses.replace(found, merged=merged),
+    )
+
+
+# --- Merging --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the base's own number type did to the change that was merged into it."""
+
+    dtype: str
+    """The type of the merged weights."""
+    relative_error: float
+    """Frobenius norm of what was rounded away, as a share of that of the change."""
+
+
+def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: Say) -> str:
+    """Write base and adapter as one model; return what was done, for the card."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name, quantization = checkpoint.config.model.name, checkpoint.config.model.quantization
+    spec = lora_spec(checkpoint.folder)
+    check_fit(checkpoint.folder, spec, name)
+    load_tokenizer(name)  # tells in one line what is missing
+    settings = AutoConfig.from_pretrained(model_location(name))
+    own = settings.dtype or torch.float32
+    say(f"loading {name}")
+    model = _load(name, quantization, checkpoint.config.model.dtype, own)
+    say("merging")
+    rounding = merge(model, adapter, spec, own)
+    model.config.use_cache = settings.use_cache
+    say("writing")
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_location(name))
+    for loading in ("is_local", "local_files_only"):  # how it was loaded here is not how it is
+        tokenizer.init_kwargs.pop(loading, None)
+    tokenizer.save_pretrained(folder)
+    return merged_text(quantization, rounding)
+
+
+def _load(name: str, quantization: int, dtype: str, own: torch.dtype) -> Any:
+    """Load the base: as the run did and dequantised, or, not quantised, in its own type."""
+    if quantization:
+        return load_base(BaseSpec(name, quantization, dtype)).dequantize()
+    exact = "bfloat16" if own is torch.bfloat16 else "float32"  # float32 holds float16 too
+    return load_base(BaseSpec(name, 0, exact))
+
+
+@torch.no_grad()
+def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> Rounding:
+    """Add an adapter to the weights of a base in place, and give them all one type.
+
+    W + (alpha / r) B A: Hu et al., LoRA (2021), section 4.1. It is summed in float32 and rounded
+    once, layer by layer, so that no second copy of the base is held.
+    """
+    rounded, changed = 0.0, 0.0
+    for name, a in adapter.items():
+        if ".lora_A." not in name:
+            continue
+        path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        weight = model.get_submodule(path).weight
+        b = torch.tensor(adapter[name.replace(".lora_A.", ".lora_B.")], device=weight.device)
+        # (out-features, rank) x (rank, in-features)
+        change = spec.alpha / spec.rank * (b @ torch.tensor(a, device=weight.device))
+        exact = weight.float() + change
+        weight.data = exact.to(dtype)
+        rounded += float((weight.float() - exact).double().square().sum())
+        changed += float(change.double().square().sum())
+    model.to(dtype)
+    share = (rounded / changed) ** 0.5 if changed else 0.0
+    return Rounding(str(dtype).removeprefix("torch."), share)
+
+
+def merged_text(quantization: int, rounding: Rounding) -> str:
+    """Return what was merged into what, in words."""
+    into = (
+        f"the base as the run trained on it: {quantization}-bit weights, dequantised"
+        if quantization
+        else "the base's published weights"
+    )
+    return (
+        f"The adapter is merged into {into}, in {rounding.dtype}. Rounding to that type amounts to "
+        f"{100 * rounding.relative_error:.2g} % of the change that the adapter makes."
+    )
+
+
+# --- What is known of the checkpoint --------------------------------------------------------------
+
+
+def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
+    """Return what the run directory says about a checkpoint beyond its configuration."""
+    run = checkpoint.run
+    summary = run.read_json("summary.json") or {}
+    start = next((m for m in run.read_metrics() if m["round"] == 0), {})
+    sites = run.read_json("sites.json") or []
+    data = {
+        key: sum(int(site[key]) for site in sites)
+        for key in ("train-examples", "held-out-examples")
+    }
+    first = sites[0] if sites else {}
+    device = f"{first['device']}: {first['precision']}" if first else None
+    return Findings(
+        base_held_out_loss=start.get("held-out-loss"),
+        data=data if sites else None,
+        accuracies=(*evaluated(checkpoint), *_asked_at_the_sites(checkpoint, summary)),
+        device=device,
+        own_data=have_own_data(sites),
+        failed_replies=summary.get("failed_replies"),
+        repository=repository,
+    )
+
+
+def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
+    """Return the accuracies of `grandrounds evaluate`, if it asked exactly these weights.
+
+    Raises
+    ------
+    DataError
+        If the figures cannot be right: a card with them would mislead.
+    """
+    file = checkpoint.run.path / "evaluation" / RESULT
+    if not file.is_file():
+        return []
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file} cannot be read ({error}). Remove it, or evaluate again."
+        ) from error
+    if faults := faults_in(content):
+        raise DataError(
+            f"{file} cannot be right: {faults[0]}. Evaluate again, or remove it; grandrounds "
+            "evaluate --verify tells all."
+        )
+    digest = hashlib.sha256((checkpoint.folder / WEIGHTS).read_bytes()).hexdigest()
+    found: list[Accuracy] = []
+    for evaluation in evaluations_in(content):
+        models = evaluation.get("models", {})
+        ours = [name for name, m in models.items() if m["adapter_sha256"] == digest]
+        asked = {"base", *ours[:1]} if ours else set()
+        for row in evaluation["rows"]:
+            if row["model"] in asked:
+                found += _accuracies(evaluation["protocol"], row)
+    return found
+
+
+def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
+    for part in row["groups"] or [row]:
+        group = part.get("group")
+        yield Accuracy(
+            protocol=protocol,
+            benchmark=row["benchmark"],
+            title=f"{row['title']}, {group}" if group else row["title"],
+            is_base=row["model"] == "base",
+            correct=part["correct"],
+            n=part["n"],
+            interval=(part["interval"][0], part["interval"][1]),
+            complete=not row["limited"],
+        )
+
+
+def _asked_at_the_sites(checkpoint: Checkpoint, summary: dict[str, Any]) -> Iterator[Accuracy]:
+    """Yield what the run itself asked of its last adapter at its end."""
+    scores = summary.get("formulary")
+    if not scores or summary.get("adapter") != checkpoint.folder.name:
+        return
+    for kind in ("private", "public"):
+        for who in ("base", "tuned"):
+            correct, n = scores[kind][who]["correct"], scores[kind][who]["n"]
+            yield Accuracy(
+                protocol="at the sites",
+                benchmark=BASE_NAME,
+                title=f"Formulary (fictional), {kind}",
+                is_base=who == "base",
+                correct=correct,
+                n=n,
+                interval=wilson_interval(correct, n),
+            )
+
+
+# --- Publishing -----------------------------------------------------------------------------------
+
+
+def check_repository(name: str) -> None:
+    """Raise `ConfigError` if the hub would not take this as the name of a repository."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"--push {name!r} is no name of a repository on the hub: write OWNER/NAME, of letters, "
+            "digits, '-', '_' and '.'."
+        ) from error
+
+
+def push(folder: Path, repository: str, api: Any = None) -> str:
+    """Upload an export to the Hugging Face hub, a new repository being private; return its address.
+
+    Raises
+    ------
+    GrandRoundsError
+        If that fails, for whatever reason; the folder stays, and the message says how to go on.
+    """
+    command = shlex.join(["hf", "upload", repository, str(folder), ".", "--private"])
+    again = f"the export is kept; repeat with: {command}"
+    try:
+        if api is None:
+            from huggingface_hub import HfApi
+
+            api = HfApi(library_name="grandrounds")
+        full_name = api.create_repo(repository, private=True, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=full_name, folder_path=str(folder), commit_message="Export of Grand Rounds"
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(again) from None
+    except Exception as error:  # whatever the hub's client raises: the folder is safe
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        login = "" if os.environ.get("HF_TOKEN") else " `hf auth login` logs in."
+        raise GrandRoundsError(
+            f"The upload to {repository} failed: {reason}{login} {again[0].upper()}{again[1:]}"
+        ) from error
+    return f"https://huggingface.co/{full_name}"

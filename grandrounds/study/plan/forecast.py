@@ -1,0 +1,347 @@
+"""Everything that can be said of a run before it starts, from its configuration alone."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, cast
+
+from grandrounds.config.keys import COARSE_CODECS, Config
+from grandrounds.config.recipes import LEADERBOARD_DATA
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.data.formulary import BASE_NAME as FORMULARY
+from grandrounds.data.formulary.facts import flashcards
+from grandrounds.errors import ConfigError, DataError
+from grandrounds.model import memory
+from grandrounds.model.activations import Batch, Precision
+from grandrounds.model.architectures import (
+    Architecture,
+    adapter_shapes,
+    find_architecture,
+    target_modules,
+)
+from grandrounds.model.memory import SiteMemory
+from grandrounds.wire import protocol, slots
+from grandrounds.wire.adapter import Shapes
+from grandrounds.wire.traffic import MAGNITUDE, Plan, cohorts, plan_config
+
+LEADERBOARD_ROWS = 33_955
+"""Rows of the medical leaderboard's training data (medalpaca/medical_meadow_medical_flashcards)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the sites will have read at the end, if no row is empty or a duplicate."""
+
+    rows: int
+    """Rows of the data."""
+    train_examples: int
+    """Examples of all sites that are not held out."""
+    examples_per_visit: int
+    """Examples of one visit, in the mean over the sites."""
+    examples_seen: int
+    """Examples of all visits, repeats counted."""
+    share_covered: float
+    """Share of the training examples seen at least once, with the cohorts that the seed draws."""
+    sizes_known: bool
+    """Whether the sites' sizes follow from the configuration; else equal ones are assumed."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run before it starts."""
+
+    config: Config
+    architecture: Architecture
+    targets: list[str]
+    shapes: Shapes
+    """The adapter's tensors."""
+    dora: bool
+    """Whether DoRA's magnitudes are among them: a run refuses that."""
+    plan: Plan
+    site: SiteMemory
+    """Memory of a site as configured, on a GPU with bfloat16; where gradient checkpointing is
+    `auto`, without it."""
+    server_bytes: int
+    """Adapter tensors that the server holds at its peak."""
+    reading: Reading | None
+    """None: the number of rows is not known."""
+
+
+def forecast(
+    config: Config,
+    *,
+    architecture: str | None = None,
+    dora: bool = False,
+    rows: int | None = None,
+) -> Forecast:
+    """Return what a run will cost; nothing is loaded, nothing is downloaded.
+
+    Parameters
+    ----------
+    architecture : str or None
+        A known base of the same shapes, where `model.name` is not known itself.
+    dora : bool
+        Whether to count DoRA's magnitudes.
+    rows : int or None
+        Rows of the data, where they cannot be counted.
+
+    Raises
+    ------
+    ModelError
+        If the base's shapes are not known, or a target module is none of its linear modules.
+    DataError
+        If a local file cannot be read.
+    """
+    base = find_architecture(architecture or config.model.name)
+    if architecture and config.model.name != FORMULARY:
+        base = replace(base, name=config.model.name)
+    targets = target_modules(base, config.lora.target_modules)
+    rank = config.lora.peft_lora_r
+    shapes = adapter_shapes(base, targets, rank, dora=dora)
+    if dora and not STRATEGIES[config.strategy.name].mean_of_factors:
+        raise ConfigError(
+            f"DoRA is planned for fedavg and fedprox only, not for {config.strategy.name}."
+        )
+    counted = rows if rows is not None else count_rows(config.static.name)
+    return Forecast(
+        config=config,
+        architecture=base,
+        targets=targets,
+        shapes=shapes,
+        dora=dora,
+        plan=plan_config(config, shapes),
+        site=site_memory(
+            config,
+            base,
+            targets,
+            shapes,
+            precision_of(config),
+            checkpointing=config.model.gradient_checkpointing is True,
+        ),
+        server_bytes=server_memory(config, shapes),
+        reading=None if counted is None else reading(config, counted),
+    )
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def precision_of(config: Config) -> Precision:
+    """Return the types of a visit on a GPU that has bfloat16."""
+    base_bytes = 4 if config.model.dtype == "float32" else 2
+    return Precision(config.model.quantization, base_bytes, config.arguments.bf16)
+
+
+def site_memory(
+    config: Config,
+    base: Architecture,
+    targets: list[str],
+    shapes: Shapes,
+    precision: Precision,
+    *,
+    checkpointing: bool,
+) -> SiteMemory:
+    """Return a site's memory in some precision, for batches of full length."""
+    rule, rank = config.strategy.name, config.lora.peft_lora_r
+    resident = slots.resident_rank(rule, rank, config.max_rank)
+    factors = {n: s for n, s in shapes.items() if not n.endswith(MAGNITUDE)}
+    placed = protocol.at_rank(factors, resident)
+    trained = max(
+        (protocol.of_factors(placed, STRATEGIES[rule].trained(r)) for r in (1, 2)),
+        key=protocol.count,
+    )
+    return memory.site_memory(
+        base,
+        targets,
+        [math.prod(s) for s in placed.values()],
+        [math.prod(s) for s in trained.values()],
+        resident,
+        Batch(
+            config.arguments.per_device_train_batch_size,
+            config.train.seq_length,
+            padded=base.family.attention_matrix
+            or config.train.batching not in ("auto", "padding-free"),
+        ),
+        precision,
+        optimizer=config.train.optimizer,
+        checkpointing=checkpointing,
+        dropout=config.lora.dropout > 0,
+        proximal=config.strategy.proximal_mu > 0,
+        chunk_tokens=config.train.logits_chunk_tokens
+        if config.train.response_only_logits
+        else None,
+    )
+
+
+def server_memory(config: Config, shapes: Shapes) -> int:
+    """Return the bytes of adapter tensors that the server holds at its peak."""
+    rule = STRATEGIES[config.strategy.name]
+    if config.strategy.name == "flora":
+        shapes = protocol.at_rank(shapes, config.max_rank)
+    remembers = config.communication.downlink == "incremental"
+    return memory.server_bytes(
+        protocol.count(shapes),
+        cohort=config.cohort_size,
+        keeps_replies=rule.keeps_replies or config.defence.min_cosine > -1,
+        measures_product=rule.mean_of_factors,
+        sites_remembered=config.data.num_partitions if remembers else 0,
+    )
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def count_rows(source: str) -> int | None:
+    """Return the rows of a data source; None where only loading it would tell.
+
+    Raises
+    ------
+    DataError
+        If a local file cannot be read.
+    """
+    if source == FORMULARY:
+        return len(flashcards())
+    if source in LEADERBOARD_DATA:
+        return LEADERBOARD_ROWS
+    path = Path(source).expanduser()
+    name = path.name.lower().removesuffix(".gz")
+    if not path.is_file() or not name.endswith((".json", ".jsonl", ".csv")):
+        return None
+    try:
+        packed = path.suffix.lower() == ".gz"
+        with gzip.open(path) if packed else path.open("rb") as file:
+            text = io.TextIOWrapper(cast(IO[bytes], file), "utf-8-sig", newline="")
+            with text:
+                return _rows_of(name, text)
+    except (OSError, EOFError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}. Correct it, or give --rows.") from error
+
+
+def _rows_of(name: str, file: IO[str]) -> int:
+    if name.endswith(".csv"):
+        return max(0, sum(1 for row in csv.reader(file) if row) - 1)
+    if name.endswith(".json"):
+        content = file.read()
+        if content.lstrip().startswith("["):
+            return len(json.loads(content))
+        return sum(1 for line in content.splitlines() if line.strip())
+    return sum(1 for line in file if line.strip())
+
+
+def reading(config: Config, rows: int) -> Reading:
+    """Return what the sites will have read of so many rows.
+
+    A site walks through its examples without repeats, so that after v visits of e examples each it
+    has seen min(1, v e / n) of its n. The visits are those that the seed draws.
+    """
+    federation, data, arguments = config.federation, config.data, config.arguments
+    sizes = [_kept(size, data.held_out_fraction) for size in site_sizes(config, rows)]
+    drawn = cohorts(
+        federation.seed,
+        federation.num_server_rounds,
+        data.num_partitions,
+        config.cohort_size,
+        config.strategy.cohorts == "balanced",
+    )
+    visits = Counter(site for cohort in drawn for site in cohort)
+    by_steps = arguments.max_steps * config.examples_per_step
+    taken = [
+        by_steps if by_steps > 0 else max(1, math.ceil(arguments.num_train_epochs * size))
+        for size in sizes
+    ]
+    seen = covered = 0
+    for site, count in visits.items():
+        seen += count * taken[site]
+        different = taken[site] * (count if config.train.dynamic_data_seed else 1)
+        covered += min(sizes[site], different)
+    total = sum(sizes)
+    return Reading(
+        rows=rows,
+        train_examples=total,
+        examples_per_visit=round(sum(taken) / len(taken)),
+        examples_seen=seen,
+        share_covered=covered / total if total else 0.0,
+        sizes_known=data.partitioner in ("iid", "size-skewed"),
+    )
+
+
+def site_sizes(config: Config, rows: int) -> list[int]:
+    """Return the rows of each site: equal up to one, or proportional to site + 1."""
+    sites = config.data.num_partitions
+    if config.data.partitioner == "size-skewed":
+        units = sites * (sites + 1) // 2
+        return [rows * (site + 1) // units for site in range(sites)]
+    return [rows // sites + (site < rows % sites) for site in range(sites)]
+
+
+def _kept(rows: int, held_out_fraction: float) -> int:
+    """Return the rows of a site that are not held out."""
+    if not held_out_fraction or rows < 2:
+        return rows
+    return rows - max(1, round(held_out_fraction * rows))
+
+
+# --- Other encodings, and JSON --------------------------------------------------------------------
+
+
+def by_codec(forecast: Forecast, codecs: tuple[str, ...]) -> dict[str, Plan]:
+    """Return the run's traffic under each codec, both ways; a coarse one up, with int4 down.
+
+    Rules that write the factors anew in every round are not offered the coarse ones.
+    """
+    config = forecast.config
+    plans = {}
+    for name in codecs:
+        down = "int4" if name in COARSE_CODECS else name
+        if name in COARSE_CODECS and not STRATEGIES[config.strategy.name].error_feedback:
+            continue
+        how = replace(
+            config.communication, uplink_codec=name, downlink_codec=down, downlink="complete"
+        )
+        label = name if down == name else f"{name} up, {down} down"
+        plans[label] = plan_config(replace(config, communication=how), forecast.shapes)
+    return plans
+
+
+def link_seconds(plan: Plan, uplink_mbps: float, downlink_mbps: float) -> dict[str, float]:
+    """Return how long messages of adapters take on a link, in seconds.
+
+    Latency, protocol overhead and training are left out. `round`: one message down and one up, the
+    largest of any round. `all-rounds`: every round's largest message each way, one round after the
+    other, as if a site with this link took part in every round.
+    """
+
+    def seconds(down: int, up: int) -> float:
+        return 8 * (down / downlink_mbps + up / uplink_mbps) / 1e6
+
+    each = [seconds(down, up) for down, up in zip(plan.down_bytes, plan.up_bytes, strict=True)]
+    return {"round": max(each), "all-rounds": sum(each)}
+
+
+def as_dict(forecast: Forecast) -> Mapping[str, Any]:
+    """Return a forecast for JSON."""
+    base, config = forecast.architecture, forecast.config
+    return {
+        "model": base.name,
+        "architecture": base.known_as,
+        "base-parameters": base.parameters,
+        "target-modules": forecast.targets,
+        "rank": config.lora.peft_lora_r,
+        "dora": forecast.dora,
+        "rounds": config.federation.num_server_rounds,
+        "sites": config.data.num_partitions,
+        "cohort": config.cohort_size,
+        "strategy": config.strategy.name,
+        "communication": forecast.plan.as_dict(),
+        "site-memory-bytes": {**asdict(forecast.site), "total": forecast.site.total},
+        "server-adapter-bytes": forecast.server_bytes,
+        "reading": forecast.reading and asdict(forecast.reading),
+    }

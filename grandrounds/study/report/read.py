@@ -1,0 +1,184 @@
+"""A run directory, as much of it as is there: of a run that completed, failed, or still goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grandrounds.config import recipes
+from grandrounds.config.keys import Config
+from grandrounds.errors import GrandRoundsError, RunDirectoryError
+from grandrounds.server.directory import RunDirectory
+from grandrounds.study.report.figures import is_number
+
+EVALUATION = "evaluation/evaluation.json"
+
+QUIET_SECONDS = 600
+"""After so long without a new line a run without a summary is said to be perhaps dead."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run directory holds."""
+
+    path: Path
+    name: str
+    config: Config
+    metrics: Sequence[Mapping[str, Any]]
+    """The lines of metrics.jsonl."""
+    summary: Mapping[str, Any]
+    """Empty while the run goes on."""
+    ledger: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    sites: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+    evaluations: Sequence[Mapping[str, Any]]
+    """One for each evaluated folder and protocol."""
+    hashes: Mapping[str, str]
+    """File → SHA-256."""
+    quiet_seconds: float
+    """Since the last line of metrics was written."""
+
+    @property
+    def status(self) -> str:
+        """Return `completed`, `failed`, `stopped`, or `going` where there is no summary."""
+        return str(self.summary.get("status", "going"))
+
+    @property
+    def rounds(self) -> int:
+        """Return the last finished round."""
+        return int(self.metrics[-1]["round"]) if self.metrics else 0
+
+    @property
+    def planned_rounds(self) -> int:
+        """Return how many rounds were asked for."""
+        return self.config.federation.num_server_rounds
+
+    @property
+    def trained(self) -> list[Mapping[str, Any]]:
+        """Return the lines of rounds that trained."""
+        return [m for m in self.metrics if m["round"] > 0]
+
+    def values(self, key: str) -> list[tuple[int, float]]:
+        """Return (round, value) of every line that has a number under a key."""
+        return [(m["round"], float(m[key])) for m in self.metrics if is_number(m.get(key))]
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run directory.
+
+    Raises
+    ------
+    RunDirectoryError
+        If it is none, or a file of it is not what a run writes.
+    """
+    directory = RunDirectory.open(path)
+    path = directory.path
+    try:
+        config = recipes.resolve(recipes.load_recipe(path / "config.toml"))
+    except GrandRoundsError as error:
+        raise RunDirectoryError(
+            f"{path / 'config.toml'} is no configuration of this version: {error}"
+        ) from error
+    metrics = _read_metrics(directory)
+    written = path / "metrics.jsonl"
+    if not written.is_file():
+        written = path / "config.toml"
+    return RunFiles(
+        path=path,
+        name=path.name,
+        config=config,
+        metrics=metrics,
+        summary=_read(path / "summary.json", dict) or {},
+        ledger=_read(path / "ledger.json", dict) or {},
+        plan=_read(path / "plan.json", dict) or {},
+        sites=_read(path / "sites.json", list) or [],
+        environment=_read(path / "environment.json", dict) or {},
+        evaluations=_evaluations(path),
+        hashes=_hashes(path),
+        quiet_seconds=max(0.0, time.time() - written.stat().st_mtime),
+    )
+
+
+def _read_metrics(directory: RunDirectory) -> list[dict[str, Any]]:
+    file = directory.path / "metrics.jsonl"
+    try:
+        lines = directory.read_metrics()
+    except ValueError as error:
+        raise RunDirectoryError(f"{file} is not what a run writes ({error}).") from error
+    for i, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not isinstance(line.get("round"), int):
+            raise RunDirectoryError(f"{file} is not what a run writes: line {i} has no round.")
+    return lines
+
+
+def _read(file: Path, kind: type) -> Any:
+    """Return the content of a JSON file, None where it is not there."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{file} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, kind):
+        raise RunDirectoryError(
+            f"{file} holds a {type(content).__name__}, not the {kind.__name__} that a run writes."
+        )
+    return content
+
+
+def checkpoints(path: Path) -> list[tuple[int, Path]]:
+    """Return (round, folder) of the checkpoints of a run, in order."""
+    found = [
+        (int(folder.name.removeprefix("peft_")), folder)
+        for folder in path.glob("peft_*")
+        if folder.name.removeprefix("peft_").isdigit()
+    ]
+    return sorted(found)
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    """Return what `grandrounds evaluate` wrote for the run, or for a checkpoint of it."""
+    found = []
+    for folder in (path, *(folder for _, folder in checkpoints(path))):
+        content = _read(folder / EVALUATION, dict)
+        if content is None:
+            continue
+        for evaluation in content.get("evaluations") or [content]:
+            _check_evaluation(folder / EVALUATION, evaluation)
+            found.append(evaluation)
+    return found
+
+
+def _check_evaluation(file: Path, evaluation: Any) -> None:
+    try:
+        for row in evaluation["rows"]:
+            for part in (row, *(row.get("groups") or ())):
+                low, high = part["interval"]
+                numbers = (part["correct"], part["n"], part["accuracy"], low, high)
+                if not all(map(is_number, numbers)):
+                    raise TypeError(f"{numbers} are not all numbers")
+            _ = row["model"], row["title"], evaluation["protocol"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(
+            f"{file} is not what grandrounds evaluate writes ({error}). Evaluate again, or take "
+            "that file away."
+        ) from error
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """Return SHA-256 of the configuration and of every checkpoint's weights."""
+    files = [path / "config.toml"]
+    files += [folder / "adapter_model.safetensors" for _, folder in checkpoints(path)]
+    hashes = {}
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            hashes[str(file.relative_to(path))] = digest
+    return hashes

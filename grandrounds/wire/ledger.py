@@ -1,0 +1,92 @@
+"""Every byte sent and received, by FlowerTune's counting rule.
+
+The rule: tensor buffers as they travel (each with its 128-byte npy header), every message counted,
+server to site and back, over 2**20. `with_key_names` adds the tensors' names, as later versions of
+FlowerTune's counter do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from grandrounds.wire.adapter import Shapes
+
+MIB = 2**20
+
+NPY_HEADER_BYTES = 128
+"""numpy.save's header (format version 1.0) for the shapes of adapter tensors."""
+
+
+@dataclass
+class Traffic:
+    """Messages of one kind and direction."""
+
+    messages: int = 0
+    """Messages that carried tensors."""
+    tensor_bytes: int = 0
+    """Bytes of tensor buffers with their npy headers."""
+    key_bytes: int = 0
+    """Bytes of the tensors' names."""
+
+
+@dataclass
+class Ledger:
+    """Running totals by kind of message: `train.down`, `train.up`, `evaluate.down`, ..."""
+
+    totals: dict[str, Traffic] = field(default_factory=dict)
+    """Kind and direction → traffic."""
+
+    def count(self, kind: str, tensors: Iterable[tuple[str, int]]) -> None:
+        """Add one message.
+
+        Parameters
+        ----------
+        kind : str
+            For example `train.down`; down is server to site.
+        tensors : iterable of (name, bytes)
+            The message's tensors as they travel. A message without tensors adds nothing.
+        """
+        tensors = list(tensors)
+        if not tensors:
+            return
+        traffic = self.totals.setdefault(kind, Traffic())
+        traffic.messages += 1
+        traffic.tensor_bytes += sum(size for _, size in tensors)
+        traffic.key_bytes += sum(len(name.encode()) for name, _ in tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """All bytes so far by FlowerTune's rule."""
+        return sum(t.tensor_bytes for t in self.totals.values())
+
+    @property
+    def mib(self) -> float:
+        """All MiB so far by FlowerTune's rule."""
+        return self.tensor_bytes / MIB
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the ledger for JSON."""
+        keys = sum(t.key_bytes for t in self.totals.values())
+        return {
+            "rule": "FlowerTune: tensor buffers with npy headers, both directions, / 2**20",
+            "communication_mib": self.mib,
+            "communication_mib_with_key_names": (self.tensor_bytes + keys) / MIB,
+            "totals": {kind: asdict(t) for kind, t in sorted(self.totals.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, dict[str, dict[str, int]]]) -> Ledger:
+        """Return the ledger that `as_dict` wrote."""
+        return cls({kind: Traffic(**t) for kind, t in data["totals"].items()})
+
+
+def message_bytes(shapes: Shapes) -> int:
+    """Return the bytes of one message with these float32 tensors, npy headers included."""
+    total = 0
+    for shape in shapes.values():
+        elements = 1
+        for length in shape:
+            elements *= length
+        total += 4 * elements + NPY_HEADER_BYTES
+    return total

@@ -1,0 +1,323 @@
+"""What travels: record keys, and adapters as Flower's ArrayRecord and back, checked.
+
+server → site
+    `query`               config {}                               → config: who the site is
+    `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
+    `evaluate`            arrays: adapter                         → metrics: held-out loss
+    `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
+A site that meets an expected error answers with config {error, error-type}.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from numpy.typing import NDArray
+
+from grandrounds import errors
+from grandrounds.errors import GrandRoundsError, ReplyError
+from grandrounds.wire.adapter import Adapter, Shapes
+from grandrounds.wire.codecs.finite import all_finite
+from grandrounds.wire.ledger import NPY_HEADER_BYTES
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+"""The names of the three records in a message."""
+
+RUN = "run"
+"""Key of every message's config: the run, the same when it is resumed."""
+
+# How Flower writes an exception, and a traceback's line that names it, which more may follow.
+_OF_FLOWER = re.compile(r"^<class '(?:\w+\.)*(\w+)'>:<'")
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Warning): ")
+
+UPDATE_NORM = "update-norm"
+"""Metric of an answer to `train`: the L2 norm of the change before it was encoded."""
+
+TRAIN_METRICS = (
+    "num-examples",
+    "train-loss",
+    "proximal-penalty",
+    "examples",
+    "tokens",
+    "padding-tokens",
+    "seconds",
+    "cursor",
+    "coverage",
+    "base-loads",
+    "process-id",
+)
+"""What the answer to `train` must report."""
+
+EVALUATE_METRICS = ("nll-sum", "tokens")
+"""What the answer to `evaluate` must report."""
+
+FORMULARY_METRICS = tuple(
+    f"{kind}-{which}-{count}"
+    for kind in ("public", "private")
+    for which in ("base", "tuned")
+    for count in ("correct", "n")
+)
+"""What the answer to `evaluate.formulary` must report."""
+
+MANY = 2**53
+"""More than any count here; float64 still tells its neighbours apart."""
+
+WHOLE = (
+    "examples",
+    "tokens",
+    "padding-tokens",
+    "cursor",
+    "base-loads",
+    "process-id",
+    *FORMULARY_METRICS,
+)
+"""Metrics that are whole numbers from 0 to `MANY`."""
+
+REAL = {
+    "coverage": 1.0,
+    "train-loss": 1e6,
+    "nll-sum": 1e15,
+    "proximal-penalty": 1e30,
+    "seconds": 1e9,
+}
+"""Metrics that are numbers from 0 to at most so much."""
+
+INTRODUCTION = (
+    "partition-id",
+    "rows",
+    "empty-rows",
+    "duplicate-rows",
+    "truncated",
+    "unlearnable",
+    "train-examples",
+    "held-out-examples",
+    "version",
+    "base",
+    "prompt",
+    "device",
+    "precision",
+    "threads",
+)
+"""What the answer to `query` must say."""
+
+IDENTITY = ("partition-id", "train-examples", "version", "base", "prompt")
+"""The part of it that the round loop itself needs."""
+
+Metrics = dict[str, float | int]
+
+
+def to_arrays(adapter: Adapter) -> ArrayRecord:
+    """Return float32 tensors as an ArrayRecord: npy buffers under their names."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in adapter.items()})
+
+
+def from_arrays(record: ArrayRecord, shapes: Shapes) -> Adapter:
+    """Return the tensors of a record that came from elsewhere.
+
+    Nothing is allocated from what the record claims: names, lengths and headers are compared with
+    the expected adapter first. The arrays are read-only views of the record's buffers.
+
+    Raises
+    ------
+    ReplyError
+        If a name, shape, type or length differs, or a number is not finite.
+    """
+    if record.keys() != shapes.keys():
+        missing = sorted(shapes.keys() - record.keys())
+        extra = sorted(record.keys() - shapes.keys())
+        raise ReplyError(f"wrong tensors: missing {missing[:3]}, unexpected {extra[:3]}")
+    adapter = {}
+    for name, shape in shapes.items():
+        array, header = record[name], _npy_header(tuple(shape))
+        data = array.data
+        expected_bytes = len(header) + 4 * int(np.prod(shape))
+        if len(data) != expected_bytes or not data.startswith(header):
+            raise ReplyError(
+                f"{name}: expected float32 of shape {tuple(shape)} ({expected_bytes} bytes), "
+                f"got {array.dtype} of shape {tuple(array.shape)} ({len(data)} bytes)"
+            )
+        values = np.frombuffer(data, dtype="<f4", offset=len(header)).reshape(shape)
+        if not all_finite(values):
+            raise ReplyError(f"{name}: {int((~np.isfinite(values)).sum())} numbers are not finite")
+        adapter[name] = values
+    return adapter
+
+
+def to_payload(codec: str, payload: NDArray[np.uint8]) -> ArrayRecord:
+    """Return encoded tensors as an ArrayRecord: one npy buffer, named after the codec."""
+    return ArrayRecord({codec: Array(payload)})
+
+
+def from_payload(record: ArrayRecord, codec: str, most_bytes: int) -> NDArray[np.uint8]:
+    """Return the encoded tensors of a record that came from elsewhere, for `codecs.decode`.
+
+    Raises
+    ------
+    ReplyError
+        If the record is not one array of bytes named after the codec, or is longer than
+        `most_bytes`.
+    """
+    if list(record) != [codec]:
+        raise ReplyError(
+            f"expected one array {codec!r}, got {len(record)}: {', '.join(list(record)[:3])}"
+        )
+    data = record[codec].data
+    length = len(data) - NPY_HEADER_BYTES
+    if not 0 < length <= most_bytes:
+        raise ReplyError(f"{codec}: expected at most {most_bytes} bytes, got {length}")
+    if not data.startswith(_npy_header((length,), "|u1")):
+        raise ReplyError(f"{codec}: expected {length} bytes as one array of uint8")
+    return np.frombuffer(data, dtype=np.uint8, offset=NPY_HEADER_BYTES)
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_header(shape: tuple[int, ...], kind: str = "<f4") -> bytes:
+    """Return what numpy.save writes before a C-ordered array of this shape and type."""
+    buffer = io.BytesIO()
+    description = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
+def tensor_sizes(message: Message) -> list[tuple[str, int]]:
+    """Return (name, bytes as they travel) of every tensor in a message."""
+    if not message.has_content():
+        return []
+    return [
+        (name, len(array.data))
+        for record in message.content.array_records.values()
+        for name, array in record.items()
+    ]
+
+
+def content(
+    *,
+    arrays: ArrayRecord | None = None,
+    config: Mapping[str, bool | int | float | str] | None = None,
+    metrics: Mapping[str, float | int] | None = None,
+) -> RecordDict:
+    """Return a message's content from its three records; what is None is left out."""
+    records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
+    if arrays is not None:
+        records[ARRAYS] = arrays
+    if config is not None:
+        records[CONFIG] = ConfigRecord(dict(config))
+    if metrics is not None:
+        records[METRICS] = MetricRecord(dict(metrics))
+    return RecordDict(records)
+
+
+def failure(error: GrandRoundsError) -> RecordDict:
+    """Return an expected error as a reply's content."""
+    return content(config={"error": str(error), "error-type": type(error).__name__})
+
+
+def raise_failure(reply: Message) -> None:
+    """Raise what a reply reports as failed, as the type that it was at the site.
+
+    Raises
+    ------
+    GrandRoundsError
+        `ReplyError` where Flower reports a crash or a lost site.
+    """
+    if reply.has_error():
+        text = _OF_FLOWER.sub(r"\1: ", (reply.error.reason or "").strip())
+        lines = text.splitlines() or ["no reason given"]
+        said = [line for line in lines if _EXCEPTION.match(line)] or lines
+        reason = said[-1].rpartition("Message: ")[2].removesuffix("'>")
+        raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {reason}")
+    config = reply.content.config_records.get(CONFIG)
+    if config is not None and "error" in config:
+        kind = getattr(errors, str(config.get("error-type")), ReplyError)
+        is_ours = isinstance(kind, type) and issubclass(kind, GrandRoundsError)
+        raise (kind if is_ours else ReplyError)(str(config["error"]))
+
+
+def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
+    """Return a reply's metrics as plain numbers.
+
+    Parameters
+    ----------
+    required
+        Names without which the reply is of no use.
+
+    Raises
+    ------
+    ReplyError
+        If one of these is missing, or any is a list, not finite or out of its range.
+    """
+    if METRICS not in reply.content.metric_records:
+        raise ReplyError("the reply has no metrics")
+    if missing := sorted(set(required) - reply.content.metric_records[METRICS].keys()):
+        raise ReplyError(f"the reply lacks {', '.join(missing)}")
+    out: Metrics = {}
+    for name, value in reply.content.metric_records[METRICS].items():
+        if not isinstance(value, int | float) or not np.isfinite(value):
+            raise ReplyError(f"the metric {name!r} is {value!r}, not a finite number")
+        if name in WHOLE and not (isinstance(value, int) and 0 <= value <= MANY):
+            raise ReplyError(f"the metric {name!r} is {value!r}, not a whole number from 0 on")
+        if name in REAL and not 0 <= value <= REAL[name]:
+            raise ReplyError(f"the metric {name!r} is {value!r}, not from 0 to {REAL[name]:g}")
+        out[name] = value
+    return out
+
+
+def reply(
+    message: Message,
+    *,
+    arrays: ArrayRecord | None = None,
+    config: Mapping[str, bool | int | float | str] | None = None,
+    metrics: Mapping[str, float | int] | None = None,
+) -> Message:
+    """Return the answer to a message."""
+    return Message(content(arrays=arrays, config=config, metrics=metrics), reply_to=message)
+
+
+def whole_number(record: ConfigRecord, name: str, low: int = 0, high: int = MANY) -> int:
+    """Return a whole number that a message holds.
+
+    Raises
+    ------
+    ReplyError
+        If it is missing, of another type or out of its range.
+    """
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ReplyError(f"{name} is {value!r}, not a whole number from {low} to {high}")
+    return value
+
+
+def real_number(record: ConfigRecord, name: str, low: float, high: float) -> float:
+    """Return a number that a message holds; raise `ReplyError` as `whole_number` does."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ReplyError(f"{name} is {value!r}, not a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def answering(
+    function: Callable[[Message, Context], Message],
+) -> Callable[[Message, Context], Message]:
+    """Wrap a site's function so that an expected error travels back in words, as a reply."""
+
+    @functools.wraps(function)
+    def answer(message: Message, context: Context) -> Message:
+        try:
+            return function(message, context)
+        except GrandRoundsError as error:
+            return Message(failure(error), reply_to=message)
+
+    return answer
