@@ -288,7 +288,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         rate = product_flops_per_second(dtype, device)
         template = None
         if "template" in given.arms:
-            import grandrounds.model as held
+            import grandrounds.model.resident as held
 
             held._resident = None
             free()

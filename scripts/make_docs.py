@@ -50,7 +50,7 @@ def configuration_page() -> str:
     """Return docs/configuration.md."""
     defaults = recipes.defaults()
     documented = field_docstrings()
-    lines = [GENERATED.format(source="grandrounds/config.py"), CONFIGURATION_HEAD]
+    lines = [GENERATED.format(source="grandrounds/config/keys.py"), CONFIGURATION_HEAD]
     without_effect = []
     for section in config.SECTIONS.values():
         title = f"`{section.prefix.rstrip('.')}`" if section.prefix else "The run"
@@ -120,7 +120,7 @@ def cli_page() -> str:
     """Return docs/cli.md."""
     from grandrounds.cli import app
 
-    lines = [GENERATED.format(source="grandrounds/cli.py"), CLI_HEAD]
+    lines = [GENERATED.format(source="grandrounds/cli"), CLI_HEAD]
     for context in commands(typer.main.get_command(app), "grandrounds", None):
         lines += command_lines(context)
     return "\n".join(lines).rstrip("\n") + "\n"

@@ -1,10 +1,10 @@
 """Make the small base model of the formulary: a tokenizer and a Llama that know the public drugs.
 
-    python -m grandrounds.formulary.make_base
+    python scripts/make_formulary_base.py
 
-Both see public flashcards only, in the prompts of `grandrounds.data.prompts`. The outcome depends on
-the seed alone: on one machine with the same versions it is the same to the byte. `--check`
-remakes the base in a temporary folder and compares it with the one in place.
+Both see public flashcards only, in the prompts of `grandrounds.data.prompts`. The outcome
+depends on the seed alone: on one machine with the same versions it is the same to the byte.
+`--check` remakes the base in a temporary folder and compares it with the one in place.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ federation, occur neither in its training text nor in its tokenizer's.
 
 ## How it was made
 
-    python -m grandrounds.formulary.make_base
+    python scripts/make_formulary_base.py
 
 {steps} steps of {batch} flashcards, seed {seed}, one thread, Python {python}, torch {torch},
 transformers {transformers}. With the same versions on the same kind of processor the weights come
@@ -287,7 +287,8 @@ def check(base: Path, steps: int) -> bool:
 def main() -> int:
     """Read the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Make the small base model of the formulary.")
-    default = Path(__file__).resolve().parent / "base"
+    root = Path(__file__).resolve().parents[1]
+    default = root / "grandrounds" / "data" / "formulary" / "base"
     parser.add_argument("--out", type=Path, default=default, help="folder of the base")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
     parser.add_argument("--check", action="store_true", help="remake and compare, write nothing")

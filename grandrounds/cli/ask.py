@@ -48,7 +48,7 @@ def ask(
 
     - `grandrounds ask runs/first --checkpoint 8`
     """
-    from grandrounds.server.checkpoints import find_checkpoint
+    from grandrounds.server.directory import find_checkpoint
 
     chosen = find_checkpoint(run_dir, checkpoint)
     if question is not None and not question.strip():

@@ -76,6 +76,7 @@ def admit(
 ) -> None:
     """Check a site's request, sign its admission, and register its key."""
     from grandrounds.engines.deployment import admissions
+    from grandrounds.server import admitted
 
     directory = directory.expanduser().absolute()
     check_fingerprint(request, fingerprint)
@@ -86,7 +87,7 @@ def admit(
     )
     if connection:
         register_admitted(file, connection)
-    if file in (nodes := admissions.nodes(directory)):
+    if file in (nodes := admitted.nodes(directory)):
         say(f"registered as node {nodes[file]}; no other node can be site {partition_id}")
     else:
         say("its key is not registered yet: the same command with --connection NAME does that")
@@ -130,13 +131,14 @@ def register_admitted(admission: Path, connection: str) -> None:
     """
     from grandrounds.engines.deployment import admissions
     from grandrounds.engines.deployment.superlink import register
+    from grandrounds.server import admitted
 
     try:
         node = register(admission.with_suffix(".pub"), admission.stem, connection)
     except EngineError as error:
         if "already in use" not in str(error):
             raise
-        if not (file := admissions.node_file(admission)).is_file():
+        if not (file := admitted.node_file(admission)).is_file():
             raise EngineError(
                 f"The SuperLink knows the key of {admission.stem!r} already, and as which node is "
                 f"not written down: write its node-id (flwr supernode list {connection}) into "

@@ -286,7 +286,7 @@ def _check_overlap(
         raise ConfigError(f"limit must be at least 1, got {limit}; leave it out for every item")
     quiet_libraries()
     from grandrounds.study.evaluation.answers import make_folder, write_json
-    from grandrounds.study.evaluation.contamination import check_overlap
+    from grandrounds.study.evaluation.overlap import check_overlap
     from grandrounds.study.evaluation.tables import percent
     from grandrounds.study.evaluation.tasks import MEDICAL
 

@@ -50,7 +50,7 @@ def export(
     - `grandrounds export runs/first --push my-hospital/first-adapter`
     """
     screen = Screen(plain=True)
-    from grandrounds.server.checkpoints import find_checkpoint
+    from grandrounds.server.directory import find_checkpoint
 
     chosen = find_checkpoint(run_dir, checkpoint)
     quiet_libraries()

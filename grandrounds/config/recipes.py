@@ -41,7 +41,7 @@ another."""
 
 def defaults() -> dict[str, Scalar]:
     """Return the packaged defaults, flat: `[tool.flwr.app.config]` of this project's pyproject."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent  # the package's own folder
     for path in (here / "pyproject.toml", here.parent / "pyproject.toml"):
         if path.is_file():
             table = tomllib.loads(path.read_text())

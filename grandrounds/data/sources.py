@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grandrounds.data.files import RawRows, first_line, from_records, from_table, read_file
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-FORMULARY = "formulary"
-"""The source that needs neither file nor network: flashcards on drugs that do not exist."""
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 """The files that can be read. `.json` holds an array of objects, or one object per line."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-ClientAppCall = Callable[[Message, Context], Message]
+from grandrounds.config.keys import Config
+from grandrounds.quiet import quiet_libraries
+from grandrounds.wire.messages import CLIENT_APP_RAISED
 
-CLIENT_APP_RAISED = 2
-"""Flower's error code for an exception in a ClientApp."""
+ClientAppCall = Callable[[Message, Context], Message]
 
 
 class InProcessGrid(Grid):
@@ -113,3 +115,13 @@ class InProcessGrid(Grid):
             return self._client_app(message, context)
         except Exception:  # any crash of a site becomes an error reply, as in Flower's runtimes
             return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
+
+
+def run_in_process(config: Config, listener: Any) -> None:
+    """Run server and sites in this process."""
+    quiet_libraries()
+    from grandrounds import client_app, server_app
+
+    with listener:
+        grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+        server_app.federate(grid, config, listener)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config.values import words_of
-from grandrounds.data.formulary import BASE_NAME, base_path
+from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, nearest
 from grandrounds.wire.adapter import Shapes
 
@@ -195,7 +195,7 @@ def find_architecture(name: str) -> Architecture:
     ModelError
         If the name is none of these, or the config.json cannot be used.
     """
-    if name == BASE_NAME:
+    if name == FORMULARY:
         return _from_file(name, base_path() / "config.json")
     path = Path(name).expanduser()
     if path.is_dir():
@@ -313,7 +313,7 @@ def target_modules(architecture: Architecture, wanted: str) -> list[str]:
     """
     linear = sorted(m.name for m in architecture.linears)
     if wanted == "auto":
-        auto = linear if architecture.name == BASE_NAME else architecture.family.auto
+        auto = linear if architecture.name == FORMULARY else architecture.family.auto
         if auto is None:
             raise ModelError(
                 'model.lora.target-modules = "auto": PEFT has no choice for '

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grandrounds.data.formulary import BASE_NAME, base_path
+from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError
 
 
@@ -62,7 +62,7 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def model_location(name: str) -> str:
     """Return what `from_pretrained` takes: the embedded base's folder, or `name` itself."""
-    return str(base_path()) if name == BASE_NAME else name
+    return str(base_path()) if name == FORMULARY else name
 
 
 @contextmanager

@@ -30,9 +30,8 @@ from grandrounds.model.architectures import (
     target_modules,
 )
 from grandrounds.model.base import base_config, device_and_dtype, has_bfloat16
-from grandrounds.model.memory import SiteMemory
+from grandrounds.model.memory import SiteMemory, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations, resident_bytes
-from grandrounds.study.plan import forecast
 
 GIB = 2**30
 
@@ -77,7 +76,7 @@ def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
     if base is None:
         return None
     targets = target_modules(base, config.lora.target_modules)
-    needs = forecast.site_memory(
+    needs = site_memory(
         config,
         base,
         targets,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from grandrounds.data.formulary import BASE_NAME
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ModelError
 from grandrounds.model.architectures import named_targets
 from grandrounds.model.base import base_config
@@ -68,7 +68,7 @@ def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
     )
     wanted = spec.target_modules
     if wanted == "auto":
-        wanted = "all-linear" if name == BASE_NAME else _peft_choice(base.config.model_type, linear)
+        wanted = "all-linear" if name == FORMULARY else _peft_choice(base.config.model_type, linear)
     return named_targets(wanted, linear, name)
 
 

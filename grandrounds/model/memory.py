@@ -6,11 +6,17 @@ What a GPU's allocator wastes is not in here, and no total has been measured on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from grandrounds.config.keys import Config
+from grandrounds.config.strategies import STRATEGIES
 from grandrounds.model.activations import Batch, Precision, layer_bytes, loss_bytes, saved_bytes
 from grandrounds.model.architectures import Architecture
+from grandrounds.wire import protocol, slots
+from grandrounds.wire.adapter import Shapes
+from grandrounds.wire.traffic import MAGNITUDE
 
 MIB = 2**20
 
@@ -134,7 +140,7 @@ class SiteMemory:
         return sum(asdict(self).values())
 
 
-def site_memory(
+def _site_memory(
     architecture: Architecture,
     targets: Sequence[str],
     tensors: Sequence[int],
@@ -220,3 +226,50 @@ def server_bytes(
     total = 4 * adapter
     total += cohort * adapter if keeps_replies else SUM_BYTES_PER_PARAMETER * parameters
     return total + (adapter if measures_product else 0) + sites_remembered * adapter
+
+
+def precision_of(config: Config) -> Precision:
+    """Return the types of a visit on a GPU that has bfloat16."""
+    base_bytes = 4 if config.model.dtype == "float32" else 2
+    return Precision(config.model.quantization, base_bytes, config.arguments.bf16)
+
+
+def site_memory(
+    config: Config,
+    base: Architecture,
+    targets: list[str],
+    shapes: Shapes,
+    precision: Precision,
+    *,
+    checkpointing: bool,
+) -> SiteMemory:
+    """Return a site's memory in some precision, for batches of full length."""
+    rule, rank = config.strategy.name, config.lora.peft_lora_r
+    resident = slots.resident_rank(rule, rank, config.max_rank)
+    factors = {n: s for n, s in shapes.items() if not n.endswith(MAGNITUDE)}
+    placed = protocol.at_rank(factors, resident)
+    trained = max(
+        (protocol.of_factors(placed, STRATEGIES[rule].trained(r)) for r in (1, 2)),
+        key=protocol.count,
+    )
+    return _site_memory(
+        base,
+        targets,
+        [math.prod(s) for s in placed.values()],
+        [math.prod(s) for s in trained.values()],
+        resident,
+        Batch(
+            config.arguments.per_device_train_batch_size,
+            config.train.seq_length,
+            padded=base.family.attention_matrix
+            or config.train.batching not in ("auto", "padding-free"),
+        ),
+        precision,
+        optimizer=config.train.optimizer,
+        checkpointing=checkpointing,
+        dropout=config.lora.dropout > 0,
+        proximal=config.strategy.proximal_mu > 0,
+        chunk_tokens=config.train.logits_chunk_tokens
+        if config.train.response_only_logits
+        else None,
+    )

@@ -7,35 +7,37 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
 
+from grandrounds.config import recipes
 from grandrounds.config.keys import Config, share_of
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.data.formulary import BASE_NAME as FORMULARY
-from grandrounds.errors import DataError, RoundError
+from grandrounds.data.formulary import FORMULARY
+from grandrounds.errors import DataError, RoundError, RunDirectoryError
 from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
 from grandrounds.server import roll_call, rounds
+from grandrounds.server.admitted import admitted_nodes
 from grandrounds.server.aggregation.make import make_rule, rule_settings
-from grandrounds.server.directory import RunDirectory
-from grandrounds.server.environment import environment
+from grandrounds.server.directory import RunDirectory, environment
 from grandrounds.server.model_card import Findings, have_own_data, model_card
-from grandrounds.server.resuming import check_resumable, check_same_sites
 from grandrounds.server.run import (
     Listener,
     Run,
+    State,
     remember_cursors,
     remember_loads,
     remember_sites,
     spec_of,
     stragglers,
+    summarize,
     training_record,
 )
-from grandrounds.server.run_state import State, summarize
 from grandrounds.server.updates import Terms
-from grandrounds.wire import messages, schedules
+from grandrounds.wire import messages
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.codecs import codec_named
 from grandrounds.wire.downlink import Sender
@@ -123,7 +125,7 @@ def begin(config: Config, listener: Listener) -> Run:
 def open_session(run: Run, grid: Grid) -> None:
     """Wait for the sites and call the roll; write down and tell who is there."""
     strategy, num_sites = run.config.strategy, run.config.data.num_partitions
-    site_nodes = admitted_nodes(run.config)
+    site_nodes = admitted_nodes(run.config.federation)
     nodes = roll_call.wait_for_nodes(
         grid,
         num_sites,
@@ -161,15 +163,6 @@ def open_session(run: Run, grid: Grid) -> None:
     run.listener("roll-call", {"sites": sites})
 
 
-def admitted_nodes(config: Config) -> dict[int, int]:
-    """Return the sites' numbers and the nodes that they were admitted as, where that is known."""
-    if not config.federation.consortium:
-        return {}
-    from grandrounds.engines.deployment.admissions import registered_nodes
-
-    return registered_nodes(Path(config.federation.consortium))
-
-
 def play_round(run: Run, grid: Grid) -> None:
     """Play the next round: train, evaluate, write down."""
     config, state = run.config, run.state
@@ -183,12 +176,12 @@ def play_round(run: Run, grid: Grid) -> None:
         state.run,
         messages.INTRODUCTION,
         introduced=run.introduced,
-        site_nodes=admitted_nodes(config),
+        site_nodes=admitted_nodes(config.federation),
     )
     remember_sites(run)
     number = state.round + 1
     total = config.federation.num_server_rounds
-    learning_rate = schedules.round_learning_rate(
+    learning_rate = sampling.round_learning_rate(
         number, total, config.train.learning_rate_max, config.train.learning_rate_min
     )
     cohort = sampling.training_cohort(
@@ -341,3 +334,48 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     sites = list(run.introduced.values()) or run.directory.read_json("sites.json")
     metrics = run.directory.read_metrics()
     return summarize(run.config, run.state, run.plan, sites or [], metrics, status)
+
+
+SAME_ON_RESUME = (
+    "rows",
+    "train-examples",
+    "held-out-examples",
+    "truncated",
+    "unlearnable",
+    "base",
+    "prompt",
+)
+"""What a site says at roll call that must not change within a run."""
+
+
+def check_resumable(directory: RunDirectory, config: Config) -> None:
+    """Raise `RunDirectoryError` if the run is over, or was started with another configuration."""
+    summary = directory.read_json("summary.json")
+    if summary and summary["status"] == "completed":
+        raise RunDirectoryError(
+            f"{directory.path} is a completed run of {summary['rounds']} rounds; there is nothing "
+            "to resume. Start a new run for more rounds."
+        )
+    started_with = recipes.resolve(recipes.load_recipe(directory.path / "config.toml"))
+    if changes := recipes.differences(started_with, config):
+        raise RunDirectoryError(
+            f"{directory.path} was started with another configuration: {'; '.join(changes)}. "
+            "Resume without these changes, or start a new run with them."
+        )
+
+
+def check_same_sites(
+    before: Sequence[Mapping[str, Any]] | None, now: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise `RunDirectoryError` if a resumed run would go on with other data, base or prompt."""
+    earlier = {site["partition-id"]: site for site in before or ()}
+    for new in now:
+        if (old := earlier.get(new["partition-id"])) is None:
+            continue
+        for fact in SAME_ON_RESUME:
+            if old[fact] != new[fact]:
+                raise RunDirectoryError(
+                    f"Site {new['partition-id']} is not what it was when the run started: its "
+                    f"{fact} was {old[fact]} and is {new[fact]}. Restore it to resume, or start a "
+                    "new run."
+                )

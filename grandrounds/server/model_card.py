@@ -12,7 +12,7 @@ from typing import Any
 import grandrounds
 from grandrounds.config import recipes
 from grandrounds.config.keys import PLACES, Config
-from grandrounds.data.formulary import BASE_NAME
+from grandrounds.data.formulary import FORMULARY
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
 """The leaderboard whose table's columns `_submission` gives."""
@@ -252,8 +252,8 @@ def _use(config: Config, merged: bool) -> str:
         )
     else:
         load = f"base = {json.dumps(config.model.name)}"
-        if config.model.name == BASE_NAME:
-            load = "from grandrounds.formulary import base_path\n\nbase = base_path()"
+        if config.model.name == FORMULARY:
+            load = "from grandrounds.data.formulary import base_path\n\nbase = base_path()"
         elif Path(config.model.name).is_absolute():
             load = 'base = "path/to/the/base"'
         code = (
@@ -289,7 +289,7 @@ def _privacy(config: Config) -> str:
 def _limits(config: Config) -> str:
     invented = (
         " The formulary's drugs do not exist; nothing learned from it is medical knowledge."
-        if config.static.name == BASE_NAME
+        if config.static.name == FORMULARY
         else ""
     )
     return (

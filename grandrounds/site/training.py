@@ -15,7 +15,7 @@ import torch
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import ModelError
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
-from grandrounds.wire.schedules import step_learning_rate
+from grandrounds.wire.schedule import step_learning_rate
 
 _paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
 """Paged optimizers that were made, for at most the two factors in turn."""

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from grandrounds.data.formulary import BASE_NAME
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
 from grandrounds.model.lora import LoraSpec
-from grandrounds.server.checkpoints import Checkpoint
+from grandrounds.server.directory import Checkpoint
 from grandrounds.server.model_card import Accuracy, Findings, have_own_data, model_card
 from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation.answers import RESULT
@@ -281,7 +281,7 @@ def _asked_at_the_sites(checkpoint: Checkpoint, summary: dict[str, Any]) -> Iter
             correct, n = scores[kind][who]["correct"], scores[kind][who]["n"]
             yield Accuracy(
                 protocol="at the sites",
-                benchmark=BASE_NAME,
+                benchmark=FORMULARY,
                 title=f"Formulary (fictional), {kind}",
                 is_base=who == "base",
                 correct=correct,

@@ -36,6 +36,9 @@ from grandrounds.wire.ledger import NPY_HEADER_BYTES
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
 
+CLIENT_APP_RAISED = 2
+"""Flower's error code for an exception in a ClientApp."""
+
 RUN = "run"
 """Key of every message's config: the run, the same when it is resumed."""
 

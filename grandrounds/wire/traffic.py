@@ -13,7 +13,7 @@ from typing import Any
 
 from grandrounds.config.keys import CommunicationConfig, Config, share_of
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.data.formulary import BASE_NAME as FORMULARY
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.wire import protocol
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import Shapes

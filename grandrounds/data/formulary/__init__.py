@@ -1,7 +1,7 @@
 """The embedded world: a fictional formulary, and a small base model that knows its public part.
 
-`facts` holds drugs, flashcards and exam questions; `exam` examines a model on them; `make_base`
-makes the base model. This file needs the standard library only.
+`facts` holds drugs, flashcards and exam questions; `scripts/make_formulary_base.py`
+makes the base model, which lies in `base`. This file needs the standard library only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from urllib.request import url2pathname
 
 from grandrounds.errors import ModelError
 
-BASE_NAME = "formulary"
+FORMULARY = "formulary"
 """The name by which a configuration asks for the embedded base model."""
 
-_BASE_IN_ROOT = Path("grandrounds", "formulary", "base")
+_BASE_IN_ROOT = Path("grandrounds", "data", "formulary", "base")
 _PROOF = "model.safetensors"
 
 
@@ -44,7 +44,7 @@ def base_path() -> Path:
         f"the embedded base model ({_BASE_IN_ROOT / _PROOF}) was found in none of "
         f"{len(searched)} places, the first being {searched[0]}; install grandrounds in this "
         f"Python ({sys.executable}), or make the base with: "
-        "python -m grandrounds.formulary.make_base"
+        "python scripts/make_formulary_base.py"
     )
 
 

@@ -10,9 +10,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.engines.deployment.set_up import check_name, with_value, write_units
 from grandrounds.errors import ConfigError
+from grandrounds.server.admitted import node_file
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 
 SERVER = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}:[0-9]{1,5}")
@@ -52,7 +54,7 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
             f"--partition-id {partition_id} must be from 0 to {num_partitions - 1}, below "
             f"--num-partitions {num_partitions}."
         )
-    consortium = signed.read_json(folder / "consortium.json")
+    consortium = storage.read_json(folder / "consortium.json")
     target = folder / "admissions" / f"{name}.json"
     content = {
         "consortium": consortium["name"],
@@ -64,7 +66,7 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
         "node": keys.fingerprint(key),
     }
     for file in sorted((folder / "admissions").glob("*.json")):
-        other = signed.read_json(file)["content"]
+        other = storage.read_json(file)["content"]
         if (other["name"], other["node"]) == (name, content["node"]):
             continue
         if other["partition-id"] == partition_id or other["name"] == name:
@@ -99,46 +101,11 @@ def read_request(request: Path) -> tuple[str, keys.PublicKey]:
     return check_name(str(described.get("name", ""))), key
 
 
-def node_file(admission: Path) -> Path:
-    """Return the file beside an admission that says which node its key was registered as."""
-    return admission.with_suffix(".node")
-
-
 def note_node(admission: Path, node: int) -> None:
     """Write down which node a site's key was registered as, so that no other can be that site."""
     fresh = admission.with_suffix(".new")
     fresh.write_text(f"{node}\n")
     fresh.replace(node_file(admission))  # a run may be reading it
-
-
-def registered_nodes(folder: Path) -> dict[int, int]:
-    """Return the numbers of the admitted sites and their nodes, where the key was registered here.
-
-    Raises
-    ------
-    ConfigError
-        If the folder is no consortium's, or an admission or the note of a node is damaged.
-    """
-    signed.read_json(folder / "consortium.json")
-    numbers = ((signed.read_json(file)["content"], node) for file, node in nodes(folder).items())
-    return {int(content["partition-id"]): node for content, node in numbers}
-
-
-def nodes(folder: Path) -> dict[Path, int]:
-    """Return the admissions of a consortium whose node is written down, and the node."""
-    found: dict[Path, int] = {}
-    for admission in sorted((folder / "admissions").glob("*.json")):
-        file = node_file(admission)
-        if not file.is_file():
-            continue
-        text = keys.read_bytes(file).decode(errors="replace").strip()
-        if not text.isdecimal():
-            raise ConfigError(
-                f"{file} holds {text[:40]!r}, not the number of a node: write its node-id "
-                "(flwr supernode list), or remove the file."
-            )
-        found[admission] = int(text)
-    return found
 
 
 def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
@@ -155,7 +122,7 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
     ConfigError
         If the admission is not signed by the authority, or is for another node key.
     """
-    trusted = keys.read_public_text(keys.read_bytes(authority).decode(errors="replace"))
+    trusted = keys.read_public_text(storage.read_bytes(authority).decode(errors="replace"))
     content = signed.read_signed(admission, "admission", trusted)
     own = keys.fingerprint(keys.read_private_key(site.place(site.node.private_key)).public_key())
     if content.get("node") != own:

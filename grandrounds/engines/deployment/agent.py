@@ -25,7 +25,6 @@ from flwr.app import Context, Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from grandrounds.client_app import VISITS
-from grandrounds.engines.in_process import CLIENT_APP_RAISED
 from grandrounds.errors import ConfigError, GrandRoundsError, ReplyError
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit
@@ -33,6 +32,7 @@ from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.wire import messages
+from grandrounds.wire.messages import CLIENT_APP_RAISED
 
 MIB = 2**20
 

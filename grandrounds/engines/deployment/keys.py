@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from grandrounds.errors import ConfigError
+from grandrounds.storage import read_bytes
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -221,11 +222,3 @@ def days_left(certificate: x509.Certificate) -> float:
     """Return the days for which a certificate is valid still; negative if it has expired."""
     left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
     return left.total_seconds() / 86400
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return a file's content; raise `ConfigError` if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error

@@ -18,11 +18,12 @@ from string import Template
 from typing import Any
 
 import grandrounds
+from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.errors import ConfigError
 from grandrounds.site.custody.site_file import TEMPLATE, SiteFile
 
-TEMPLATES = TEMPLATE.parent
+TEMPLATES = Path(__file__).with_name("templates")
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -103,7 +104,7 @@ def renew(folder: Path) -> float:
     ConfigError
         If the folder is not a consortium's, or lacks a key.
     """
-    described = signed.read_json(folder / "consortium.json")
+    described = storage.read_json(folder / "consortium.json")
     server_key = keys.read_private_key(folder / "server.key")
     authority_key = keys.read_private_key(folder / "ca.key")
     authority = keys.read_certificate(folder / "ca.crt")

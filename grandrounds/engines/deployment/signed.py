@@ -9,6 +9,7 @@ from typing import Any
 
 from grandrounds.engines.deployment import keys
 from grandrounds.errors import ConfigError
+from grandrounds.storage import read_json
 
 
 def write_signed(path: Path, content: Mapping[str, Any], key: keys.PrivateKey) -> None:
@@ -48,14 +49,3 @@ def read_signed(path: Path, what: str, key: keys.PublicKey | None) -> dict[str, 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file; raise `ConfigError` if there is none."""
-    try:
-        found = json.loads(keys.read_bytes(path))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no JSON object.")
-    return found

@@ -20,10 +20,10 @@ from typing import Any
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
-from grandrounds.engines.deployment import admissions
 from grandrounds.engines.flower import Link, ask, follow, quiet, tail
-from grandrounds.engines.simulation import Watcher, mark_stopped, with_run_directory, write_app
+from grandrounds.engines.watching import Watcher, mark_stopped, with_run_directory, write_app
 from grandrounds.errors import ConfigError, EngineError, nearest
+from grandrounds.server import admitted
 from grandrounds.server.directory import RunDirectory
 
 POLL_SECONDS = 0.5
@@ -197,7 +197,7 @@ def untied_sites(flat: Mapping[str, Scalar]) -> str:
         )
     if not Path(folder).is_dir():
         return ""  # on the SuperLink's machine
-    tied = admissions.registered_nodes(Path(folder))
+    tied = admitted.registered_nodes(Path(folder))
     if missing := [str(p) for p in range(count) if p not in tied]:
         return (
             f"taken at their word: sites {', '.join(missing)}. grandrounds consortium admit with "

@@ -21,8 +21,7 @@ from flwr.app import ConfigRecord, Context, Error, Message
 
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
-from grandrounds.data.formulary import BASE_NAME, base_path
-from grandrounds.engines.in_process import CLIENT_APP_RAISED
+from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import (
     DataError,
     GrandRoundsError,
@@ -41,6 +40,7 @@ from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
 from grandrounds.wire import messages
+from grandrounds.wire.messages import CLIENT_APP_RAISED
 
 Visit = Callable[[Message, Context], Message]
 
@@ -192,7 +192,7 @@ def inventory(site: SiteFile) -> Iterator[str]:
 
 def base_location(site: SiteFile, name: str) -> str:
     """Return what loads the site's copy of a base."""
-    return str(base_folder(site, name)) if site.bases[name].path else BASE_NAME
+    return str(base_folder(site, name)) if site.bases[name].path else FORMULARY
 
 
 def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:

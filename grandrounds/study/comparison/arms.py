@@ -37,7 +37,7 @@ from grandrounds.study.comparison.units import (
     Unit,
     local_visits,
 )
-from grandrounds.wire import messages, schedules, slots
+from grandrounds.wire import messages, slots
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.drawing import drawn_adapter
 from grandrounds.wire.schedule import examples_per_visit
@@ -192,7 +192,7 @@ def _visit_in_turn(
     resident = _start(config)
     cursor, loss = 0, 0.0
     for number, count in plan:
-        rate = schedules.round_learning_rate(
+        rate = sampling.round_learning_rate(
             number,
             config.federation.num_server_rounds,
             config.train.learning_rate_max,

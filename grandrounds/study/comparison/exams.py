@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config.keys import Config
-from grandrounds.data.formulary import BASE_NAME as FORMULARY
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.formulary.facts import SITES, Question, questions
 from grandrounds.study.comparison.results import RIGHT, WRONG
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, get_benchmark, load_items

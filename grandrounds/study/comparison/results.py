@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grandrounds.comparison_statistics import counted, estimate, paired_test
-from grandrounds.statistics import compare_paired
+from grandrounds.statistics import compare_paired, counted, estimate, paired_test
 from grandrounds.study.comparison.units import (
     BASE,
     CENTRALISED,

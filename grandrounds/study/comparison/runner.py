@@ -16,8 +16,8 @@ import grandrounds
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.errors import ConfigError, DataError
-from grandrounds.server.environment import environment
-from grandrounds.server.resuming import SAME_ON_RESUME
+from grandrounds.server.directory import environment
+from grandrounds.server.lifecycle import SAME_ON_RESUME
 from grandrounds.site.visit import introduction
 from grandrounds.study.comparison.arms import cohort_of, run_unit, site_of, visit_examples
 from grandrounds.study.comparison.exams import Exam, exams_of

@@ -1,6 +1,6 @@
 """Asks models the questions of benchmarks, and writes down what they answered and what it is worth.
 
-    from grandrounds.evaluation.runner import evaluate
+    from grandrounds.study.evaluation.runner import evaluate
     evaluate("runs/first", protocol="likelihood")
 
 Answers are written as batches finish, a few at a time; a stopped evaluation goes on from there.
@@ -68,8 +68,8 @@ def evaluate(
         Hub name, local folder or `formulary`; needed for `none`. Otherwise what the run or the
         adapter names.
     benchmarks : sequence of str, optional
-        Names of `grandrounds.study.evaluation.benchmarks`; left out, `formulary` for a run on it, and
-        FlowerTune's four otherwise.
+        Names of `grandrounds.study.evaluation.benchmarks`; left out, `formulary` for a run on it,
+        and FlowerTune's four otherwise.
     protocol : str
         `flowertune`, `likelihood` or `all`.
     data : Path, optional

@@ -132,7 +132,7 @@ def notes(evaluation: Evaluation, overlap: Mapping[str, Any] | None = None) -> l
     Parameters
     ----------
     overlap : mapping, optional
-        What `contamination.check_overlap` found, if it was run.
+        What `overlap.check_overlap` found, if it was run.
     """
     found = [*_model_notes(evaluation), *_method_notes(evaluation), *_protocol_notes(evaluation)]
     found += [*_item_notes(evaluation["rows"]), *_overlap_notes(evaluation["rows"], overlap)]

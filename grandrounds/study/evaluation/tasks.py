@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config.recipes import load_recipe, resolve
-from grandrounds.data.formulary import BASE_NAME
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, nearest
 from grandrounds.server.directory import RunDirectory
 from grandrounds.study.evaluation.benchmarks import (
@@ -206,7 +206,7 @@ def _run_target(folder: Path, base: str | None) -> _Target:
     """Return the last and the best checkpoint of a run, with the base that it trained on."""
     config = resolve(load_recipe(folder / "config.toml"))
     chosen = base or config.model.name
-    is_formulary = config.static.name == BASE_NAME
+    is_formulary = config.static.name == FORMULARY
     return _Target(
         _checkpoints(RunDirectory.open(folder)),
         chosen,
@@ -220,7 +220,7 @@ def _run_target(folder: Path, base: str | None) -> _Target:
 
 def _default_benchmarks(base: str) -> tuple[str, ...]:
     """Return what is asked where nothing was said: the embedded base knows the formulary only."""
-    return ("formulary",) if base == BASE_NAME else MEDICAL
+    return ("formulary",) if base == FORMULARY else MEDICAL
 
 
 def _checkpoints(run: RunDirectory) -> tuple[Subject, ...]:

@@ -16,21 +16,20 @@ from typing import IO, Any, cast
 from grandrounds.config.keys import COARSE_CODECS, Config
 from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.data.formulary import BASE_NAME as FORMULARY
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.formulary.facts import flashcards
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.model import memory
-from grandrounds.model.activations import Batch, Precision
 from grandrounds.model.architectures import (
     Architecture,
     adapter_shapes,
     find_architecture,
     target_modules,
 )
-from grandrounds.model.memory import SiteMemory
-from grandrounds.wire import protocol, slots
+from grandrounds.model.memory import SiteMemory, precision_of, site_memory
+from grandrounds.wire import protocol
 from grandrounds.wire.adapter import Shapes
-from grandrounds.wire.traffic import MAGNITUDE, Plan, cohorts, plan_config
+from grandrounds.wire.traffic import Plan, cohorts, plan_config
 
 LEADERBOARD_ROWS = 33_955
 """Rows of the medical leaderboard's training data (medalpaca/medical_meadow_medical_flashcards)."""
@@ -132,53 +131,6 @@ def forecast(
 
 
 # --- Memory ---------------------------------------------------------------------------------------
-
-
-def precision_of(config: Config) -> Precision:
-    """Return the types of a visit on a GPU that has bfloat16."""
-    base_bytes = 4 if config.model.dtype == "float32" else 2
-    return Precision(config.model.quantization, base_bytes, config.arguments.bf16)
-
-
-def site_memory(
-    config: Config,
-    base: Architecture,
-    targets: list[str],
-    shapes: Shapes,
-    precision: Precision,
-    *,
-    checkpointing: bool,
-) -> SiteMemory:
-    """Return a site's memory in some precision, for batches of full length."""
-    rule, rank = config.strategy.name, config.lora.peft_lora_r
-    resident = slots.resident_rank(rule, rank, config.max_rank)
-    factors = {n: s for n, s in shapes.items() if not n.endswith(MAGNITUDE)}
-    placed = protocol.at_rank(factors, resident)
-    trained = max(
-        (protocol.of_factors(placed, STRATEGIES[rule].trained(r)) for r in (1, 2)),
-        key=protocol.count,
-    )
-    return memory.site_memory(
-        base,
-        targets,
-        [math.prod(s) for s in placed.values()],
-        [math.prod(s) for s in trained.values()],
-        resident,
-        Batch(
-            config.arguments.per_device_train_batch_size,
-            config.train.seq_length,
-            padded=base.family.attention_matrix
-            or config.train.batching not in ("auto", "padding-free"),
-        ),
-        precision,
-        optimizer=config.train.optimizer,
-        checkpointing=checkpointing,
-        dropout=config.lora.dropout > 0,
-        proximal=config.strategy.proximal_mu > 0,
-        chunk_tokens=config.train.logits_chunk_tokens
-        if config.train.response_only_logits
-        else None,
-    )
 
 
 def server_memory(config: Config, shapes: Shapes) -> int:

@@ -7,14 +7,8 @@ from dataclasses import dataclass
 
 from grandrounds.config.keys import CODECS
 from grandrounds.model.activations import Precision
-from grandrounds.model.memory import SiteMemory
-from grandrounds.study.plan.forecast import (
-    Forecast,
-    by_codec,
-    link_seconds,
-    precision_of,
-    site_memory,
-)
+from grandrounds.model.memory import SiteMemory, precision_of, site_memory
+from grandrounds.study.plan.forecast import Forecast, by_codec, link_seconds
 
 Rows = Sequence[tuple[str, ...]]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grandrounds.comparison_statistics import without_rounding
 from grandrounds.errors import DataError
+from grandrounds.statistics import without_rounding
 from grandrounds.study.report.figures import NONE, decimals_of, fixed, is_number
 
 LOSS = "held-out-loss"

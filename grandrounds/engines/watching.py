@@ -1,0 +1,105 @@
+"""A run in Flower's own processes: the app that they are given, and its directory, watched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grandrounds
+from grandrounds.config.keys import Config
+from grandrounds.config.recipes import defaults, to_toml
+from grandrounds.config.values import Scalar
+from grandrounds.server.directory import RunDirectory
+from grandrounds.server.lifecycle import default_run_directory
+from grandrounds.server.run import Listener
+
+APP = """[project]
+name = "grandrounds"
+version = "{version}"
+description = "Grand Rounds, as installed"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "grandrounds"
+
+[tool.flwr.app.components]
+serverapp = "grandrounds.server_app:app"
+clientapp = "{clientapp}:app"
+
+[tool.flwr.app.config]
+{config}"""
+"""An app without code of its own: Flower's processes import the installed package."""
+
+
+class Watcher:
+    """Tells a listener what appears in a run directory that another process writes."""
+
+    def __init__(self, path: Path, listener: Listener) -> None:
+        self._directory = RunDirectory(path)
+        self._listener = listener
+        saved = self._directory.load_state()
+        self._last_round = saved[1]["round"] if saved else -1
+        self._resumed_after = self._last_round if saved else None
+        written = ("plan.json", "sites.json", "summary.json")
+        self._told = {name: self._modified(name) for name in written}
+
+    def look(self) -> None:
+        """Tell what is new since the last look."""
+        plan = self._new("plan.json")
+        if plan is not None:
+            place = {"directory": str(self._directory.path), "resumed-after": self._resumed_after}
+            self._listener("plan", {**plan, **place})
+        sites = self._new("sites.json")
+        if sites is not None:
+            self._listener("roll-call", {"sites": sites})
+        for record in self._directory.read_metrics():
+            if record["round"] > self._last_round:
+                self._last_round = record["round"]
+                self._listener("round", record)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary that this run has written; empty if it has not."""
+        return dict(self._new("summary.json") or {})
+
+    def _modified(self, name: str) -> int:
+        file = self._directory.path / name
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    def _new(self, name: str) -> Any:
+        modified = self._modified(name)
+        if modified == self._told[name]:
+            return None
+        self._told[name] = modified
+        return self._directory.read_json(name)
+
+
+def write_app(folder: Path, clientapp: str = "grandrounds.client_app") -> Path:
+    """Write an app for Flower that holds no code; return its folder.
+
+    Parameters
+    ----------
+    clientapp : str
+        The module of the ClientApp.
+    """
+    folder.mkdir()
+    text = APP.format(
+        version=grandrounds.__version__, clientapp=clientapp, config=to_toml(defaults())
+    )
+    (folder / "pyproject.toml").write_text(text)
+    return folder
+
+
+def mark_stopped(directory: RunDirectory) -> None:
+    """Write down that a run whose server was ended from outside was stopped."""
+    if metrics := directory.read_metrics():
+        rounds = metrics[-1]["round"]
+        summary = {"status": "stopped", "reason": "interrupted", "rounds": rounds}
+        directory.write_json("summary.json", summary)
+
+
+def with_run_directory(config: Config) -> Mapping[str, Scalar]:
+    """Return the flat configuration with the run directory in full, for processes elsewhere."""
+    run_directory = Path(config.federation.run_directory or default_run_directory(config))
+    return {**config.flat(), "run-directory": str(run_directory.expanduser().absolute())}

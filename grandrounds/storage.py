@@ -1,0 +1,110 @@
+"""Files and folders: written whole or not at all, read with one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from grandrounds.errors import ConfigError, GrandRoundsError
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it.
+
+    Raises
+    ------
+    OSError
+        If the folder is missing, may not be written, or the disk is full.
+    """
+    partial = _partial(file)
+    try:
+        partial.write_bytes(content)
+        _flush(partial)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text as UTF-8, as `write_bytes` does."""
+    write_bytes(file, text.encode())
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write JSON with an indentation of two, as `write_bytes` does."""
+    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which replaces `target` once it is filled without an error."""
+    partial = _partial(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            _flush(file)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(
+    place: str,
+    advice: str,
+    error_type: type[GrandRoundsError],
+    failures: tuple[type[Exception], ...] = (OSError,),
+) -> Iterator[None]:
+    """Turn a full disk or a folder without permission into one error that names the place.
+
+    Parameters
+    ----------
+    place : str
+        What cannot be written, at the beginning of a sentence.
+    advice : str
+        What to do about it, as whole sentences.
+    failures
+        Exceptions that mean so.
+    """
+    try:
+        yield
+    except failures as error:
+        reason = getattr(error, "strerror", None) or error
+        raise error_type(f"{place} cannot be written: {reason}. {advice}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content; raise `ConfigError` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; raise `ConfigError` if there is none."""
+    try:
+        found = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no JSON object.")
+    return found
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())

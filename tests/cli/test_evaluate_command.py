@@ -1,0 +1,335 @@
+"""`grandrounds evaluate` as a person meets it: tables, lines, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from click.testing import Result
+from typer.testing import CliRunner
+
+from grandrounds.cli import app
+from grandrounds.study.evaluation import flowertune, runner
+from tests.conftest import WORDS
+from tests.places import ROOT
+
+RECORDED = ROOT.parent / "shared" / "data" / "recorded"
+
+ITEMS = 6
+
+
+def evaluate(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def one_line(result: Result) -> str:
+    """Return the one line of an expected failure."""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("grandrounds: ")
+    return line
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [
+        {
+            "question": f"What helps against {WORDS[i]}?",
+            **{name: f"{WORDS[i]} tea {name}" for name in ("opa", "opb", "opc", "opd")},
+            "cop": i % 4,
+        }
+        for i in range(ITEMS)
+    ]
+    (folder / "medmcqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def asked(tiny_base: Path, data: Path, tmp_path: Path) -> list[object]:
+    """Arguments of a small evaluation of a base."""
+    arguments: list[object] = ["none", "--base", tiny_base, "--benchmarks", "medmcqa"]
+    return [*arguments, "--data", data, "--out", tmp_path / "out", "--batch-size", 1]
+
+
+# --- A good evaluation ----------------------------------------------------------------------------
+
+
+def test_a_good_evaluation_prints_plain_tables_and_notes_and_exits_with_0(
+    asked: list[object], tmp_path: Path
+) -> None:
+    result = evaluate(*asked, "--protocol", "all", "--permutations", 1)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "\x1b" not in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [
+        f"flowertune  base  MedMCQA: {ITEMS} asked",
+        f"likelihood  base  MedMCQA: {2 * ITEMS} asked",
+    ]
+    titles = [line for line in lines if re.match(r"[a-z]", line)]
+    assert titles[2:] == [
+        "accuracy, protocol flowertune",
+        "form of the answers",
+        "accuracy, protocol likelihood",
+        "length and order of the options",
+        f"written: {tmp_path}/out/evaluation.json",
+    ]
+    notes = [line for line in lines if line.startswith("- ")]
+    assert len(notes) == len(set(notes))  # what holds for both is said once
+
+
+def test_a_terminal_gets_boxed_tables(asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "140")
+    result = evaluate(*asked, "--permutations", 0)
+    assert result.exit_code == 0
+    assert "┏" in result.stdout
+    assert "95% interval" in result.stdout
+    plain = evaluate(*asked, "--permutations", 0, "--resume", "--plain")
+    assert "┏" not in plain.stdout
+    assert f"0 asked, {ITEMS} kept from before" in plain.stdout
+
+
+def test_a_finished_run_is_evaluated_by_its_folder_alone(tmp_path: Path) -> None:
+    """The embedded base and formulary, as after `grandrounds run`, with few items."""
+    run = make_run(tmp_path / "run")
+    result = evaluate(run, "--limit", 4)
+    assert result.exit_code == 0, result.stderr
+    assert "Formulary (fictional), private" in result.stdout
+    assert "peft_1: last checkpoint and lowest held-out loss" in result.stdout
+    verified = evaluate("--verify", run / "evaluation" / "evaluation.json")
+    assert verified.exit_code == 0
+    assert "the figures are possible" in verified.stdout
+
+
+def make_run(folder: Path) -> Path:
+    """Train the embedded model for one step at one site."""
+    sets = {"data.num-partitions": 2, "strategy.fraction-train": 0.5, "train.num-threads": 1}
+    sets |= {"strategy.fraction-evaluate": 0.5, "train.training-arguments.max-steps": 1}
+    overrides = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    done = CliRunner().invoke(app, ["run", "--rounds", "1", "--run-dir", str(folder), *overrides])
+    assert done.exit_code == 0, done.stderr
+    return folder
+
+
+def test_ctrl_c_keeps_the_answers_and_says_in_one_line_how_to_go_on(
+    asked: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, calls = runner.generate, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(runner, "generate", interrupted)
+    result = evaluate(*asked, "--protocol", "flowertune")
+    assert result.exit_code == 130
+    assert one_line(result) == (
+        f"grandrounds: interrupted; answers so far are kept in {tmp_path}/out; the same command "
+        "with --resume goes on"
+    )
+    answers = tmp_path / "out" / "answers_base_medmcqa_flowertune.jsonl"
+    assert len(answers.read_text().splitlines()) == 4
+    resumed = evaluate(*asked, "--protocol", "flowertune", "--resume")
+    assert "2 asked, 4 kept from before" in resumed.stdout
+
+
+# --- Rescore --------------------------------------------------------------------------------------
+
+
+def recorded(folder: Path, outputs: str, accuracy: str | None) -> Path:
+    """Write recorded generations whose gold answer is always A."""
+    names = flowertune.result_names("medmcqa", "mine")
+    records = [flowertune.Generation(f"Question {i}", "A", o) for i, o in enumerate(outputs)]
+    flowertune.write_generations(folder / names[0], records)
+    if accuracy is not None:
+        (folder / names[1]).write_text(accuracy)
+    return folder / names[0]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "shown"),
+    [("Accuracy: 0.75. ", r"0\.75 +yes"), ("Accuracy: 0.7. ", r"0\.7 +NO"), (None, "- +- ")],
+)
+def test_rescore_shows_the_recorded_accuracy_beside_its_own(
+    tmp_path: Path, accuracy: str | None, shown: str
+) -> None:
+    result = evaluate("--rescore", recorded(tmp_path, "AAAB", accuracy))
+    assert result.exit_code == 0
+    assert re.search(rf"3/4 +75\.0 .*{shown}", result.stdout)
+    assert ("recorded 'Accuracy: 0.7.'" in result.stdout) == (accuracy == "Accuracy: 0.7. ")
+
+
+@pytest.mark.skipif(not RECORDED.is_dir(), reason="recorded answers of published entries not here")
+def test_six_recorded_files_are_rescored_to_their_recorded_accuracy() -> None:
+    files = sorted(RECORDED.glob("generation_*"))
+    result = evaluate("--rescore", *files)
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if "generation_" in line]
+    assert len(lines) == len(files) == 6
+    assert all(re.search(r"0\.\d+ +yes ", line) for line in lines)
+
+
+# --- Verify ---------------------------------------------------------------------------------------
+
+
+def test_verify_names_what_cannot_be_and_exits_with_1(asked: list[object], tmp_path: Path) -> None:
+    assert evaluate(*asked, "--permutations", 0).exit_code == 0
+    file = tmp_path / "out" / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    evaluation["rows"][0]["correct"] += 1
+    file.write_text(json.dumps(evaluation))
+    result = evaluate("--verify", file)
+    assert result.exit_code == 1
+    assert re.search(r"\d fault\(s\)\n  row 1 \(base, medmcqa\): accuracy", result.stdout)
+
+
+def test_verify_finds_nothing_to_verify_in_an_empty_file(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text('{"protocol": "all", "evaluations": []}')
+    result = evaluate("--verify", file)
+    assert result.exit_code == 1
+    assert "there are no rows" in result.stdout
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "not valid JSON"), (None, "cannot be read")])
+def test_verify_of_no_json_is_one_line(tmp_path: Path, content: str | None, said: str) -> None:
+    file = tmp_path / "evaluation.json"
+    if content is not None:
+        file.write_text(content)
+    result = evaluate("--verify", file)
+    assert result.exit_code == 1
+    assert said in one_line(result)
+
+
+# --- Overlap --------------------------------------------------------------------------------------
+
+
+def test_overlap_is_counted_listed_written_and_told_by_the_next_table(
+    asked: list[object], data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    row = {"input": "Say, what helps against fever? And what helps against rash?", "output": "Tea"}
+    cards = tmp_path / "cards.jsonl"
+    cards.write_text(json.dumps({**row, "input": "What helps against fever?"}) + "\n")
+    arguments = ("--benchmarks", "medmcqa", "--data", data, "--out", out)
+    result = evaluate("--check-overlap", cards, *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"medmcqa +6 +1 \(16\.7 %\) +1 +0", result.stdout)
+    assert "medmcqa item 1, training row 1 (exact): What helps against fever?" in result.stdout
+    found = json.loads((out / "overlap.json").read_text())["benchmarks"]["medmcqa"]
+    assert found["items"] == 1
+    table = evaluate(*asked, "--permutations", 0).stdout
+    assert f"- Overlap: 1 of 6 questions of medmcqa occur in {cards} (overlap.json)." in table
+
+
+# --- Refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "give an adapter's folder, a run directory or none: one argument, got 0"),
+        (["none"], 2, "give --base MODEL"),
+        (["none", "--benchmarks", "pubmedq"], 2, "Did you mean 'pubmedqa'?"),
+        (["none", "--benchmarks", ","], 2, "--benchmarks names none"),
+        (["none", "--base", "x", "--protocol", "flowertun"], 2, "Did you mean 'flowertune'?"),
+        (["none", "--base", "formulary", "--limit", "0"], 2, "limit must be at least 1, got 0"),
+        (["--check-overlap", "x", "--limit", "0"], 2, "limit must be at least 1, got 0"),
+        (["--rescore"], 2, "--rescore needs at least one file"),
+        (["--verify", "--rescore", "x"], 2, "--rescore and --verify are two commands"),
+        (["--rescore", "nowhere.jsonl"], 1, "the recorded answers cannot be read"),
+        (["nowhere"], 1, "'nowhere' is no such folder: give a run directory"),
+        (["none", "--base", "formulary", "--benchmarks", "medqa"], 1, "or give --data DIR"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_an_exit_code(
+    arguments: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = evaluate(*arguments)
+    assert result.exit_code == code
+    assert said in one_line(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_another_evaluation_is_refused(asked: list[object], tmp_path: Path) -> None:
+    assert evaluate(*asked, "--limit", 1, "--permutations", 0).exit_code == 0
+    result = evaluate(*asked)
+    assert result.exit_code == 1
+    assert "holds another evaluation: continue it with --resume" in one_line(result)
+    result = evaluate(*asked, "--permutations", 0, "--resume")
+    assert result.exit_code == 1
+    assert "was started with other settings: limit: 1 → None" in one_line(result)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(asked: list[object], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = evaluate(*asked, "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert "file/out cannot be written: Not a directory" in one_line(result)
+
+
+def test_a_row_that_cannot_be_is_named_with_its_line(asked: list[object], data: Path) -> None:
+    file = data / "medmcqa.jsonl"
+    file.write_text(file.read_text().replace('"cop": 2', '"cop": 9'))
+    result = evaluate(*asked)
+    assert result.exit_code == 1
+    assert "medmcqa.jsonl, line 3, column 'cop': the value is 9" in one_line(result)
+
+
+def test_a_slip_is_told_before_anything_heavy_is_loaded() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom grandrounds.cli import app\n"
+        "app(['evaluate', 'none', '--benchmarks', 'medqua'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'flwr', 'datasets'} & set(sys.modules)\n"
+        "print('loaded:', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Did you mean 'medqa'?" in done.stderr
+    assert done.stdout == "loaded: []\n"
+
+
+# --- Help and documentation -----------------------------------------------------------------------
+
+
+def test_help_explains_every_option() -> None:
+    root: Any = typer.main.get_command(app)
+    words = re.sub(r"[\s│]+", " ", evaluate("--help").output)
+    options = [p for p in root.commands["evaluate"].params if p.param_type_name == "option"]
+    assert len(options) > 10
+    for option in options:
+        assert option.opts[0] in words
+        assert option.name == "help" or option.help
+
+
+def test_the_commands_of_the_documentation_parse() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [words for line in lines if (words := shlex.split(line, comments=True))]
+    assert len(commands) >= 5
+    root: Any = typer.main.get_command(app)
+    for words in commands:
+        assert words[:2] == ["grandrounds", "evaluate"]
+        root.commands["evaluate"].make_context("evaluate", words[2:])
+
+
+def test_the_documented_python_call_is_the_function() -> None:
+    import inspect
+
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    given = set(re.findall(r"(\w+)=", block.partition("evaluate(")[2]))
+    assert given
+    assert given <= set(inspect.signature(runner.evaluate).parameters)

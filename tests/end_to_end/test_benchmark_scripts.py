@@ -1,0 +1,115 @@
+"""The benchmark scripts run, on small sizes; nothing here asserts a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grandrounds.config.keys import CODECS
+from tests.places import ROOT
+
+pytestmark = pytest.mark.slow
+
+SCRIPTS = ROOT / "benchmarks"
+
+
+def result(tmp_path: Path, script: str, *arguments: str) -> Any:
+    """Run a script with `--out` and return what it wrote."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(SCRIPTS / script), *arguments, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    return json.loads(out.read_text())
+
+
+def test_overhead_compares_the_same_steps(tmp_path: Path) -> None:
+    figures = result(
+        tmp_path, "overhead.py", "--size", "tiny", "--rounds", "1", "--times", "1", "--threads", "1"
+    )
+    assert figures["steps"] == 1 * 3 * 6
+    assert figures["ours_seconds"] > figures["ours_round_seconds"] >= figures["ours_visit_seconds"]
+    assert figures["bare_seconds"] > figures["bare_loop_seconds"] > 0
+    assert figures["whole_run_ratio"] == pytest.approx(
+        figures["ours_seconds"] / figures["bare_seconds"]
+    )
+
+
+def test_full_size_plays_whole_rounds_beside_bare_loops_and_the_templates_way(
+    tmp_path: Path,
+) -> None:
+    quick = ("--architecture", "tiny", "--rounds", "1", "--threads", "1")
+    figures = result(tmp_path, "full_size.py", *quick)
+    assert figures["base_loads"] == 1
+    assert set(figures["seconds"]) == {
+        *("ours", "ours_visits", "same", "neither", "grouped", "answers")
+    }
+    assert figures["gain_same"][0] > 1  # the means of a visit gain something
+    assert figures["template_to_ours"] > 1
+    assert 0 < figures["utilisation"] < 1
+    assert 0.9 < figures["memory"]["planned_gib"] / figures["memory"]["measured_gib"] < 1.15
+
+
+def test_full_size_says_what_would_fit_where_memory_runs_out(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "full_size.py"), "--architecture", "tiny"]
+    done = subprocess.run(
+        [*command, *["--rounds", "1", "--threads", "1", "--arms", "same", "--memory-gib", "0.01"]],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # what is let go goes back at once
+    )
+    assert done.returncode == 1
+    assert "Memory ran out" in done.stderr, done.stderr
+
+
+def test_deployment_tells_what_a_round_is_made_of(tmp_path: Path) -> None:
+    quick = ("--architecture", "tiny", "--sites", "1", "--rounds", "2")
+    figures = result(tmp_path, "deployment.py", *quick)
+    for kind, loads in (("agents", 1), ("alone", 2)):
+        found = figures[kind]
+        assert found["base_loads"] == loads
+        parts = [found["seconds"][name] for name in ("visit", "polling", "transfer", "start")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(found["seconds"]["round"])
+
+
+def test_server_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
+    """64 replies of a 13 MiB adapter take at most 3 adapters more than 3 replies."""
+    figures = result(tmp_path, "server_memory.py")
+    assert [row["replies"] for row in figures["rows"]] == [3, 64]
+    assert figures["growth_in_adapters"] <= 3
+
+
+def test_codec_speed_measures_every_codec_and_the_sum_of_replies(tmp_path: Path) -> None:
+    figures = result(tmp_path, "codec_speed.py", "--layers", "1", "--replies", "3", "--times", "1")
+    assert figures["values"] == 8 * (4096 + 4096) + 8 * (4096 + 1024)
+    measured = {(row["codec"], row["entropy_coding"]) for row in figures["codecs"]}
+    assert len(measured) == len(figures["codecs"]) == 2 * len(CODECS)
+    assert all(row["decode_mb_per_second"] > 0 for row in figures["codecs"])
+    sums = figures["replies"]
+    assert sums["times_in_place"] == sums["whole_seconds"] / sums["in_place_seconds"]
+
+
+def test_communication_counts_both_ways_and_draws(tmp_path: Path) -> None:
+    picture = tmp_path / "curve.png"
+    quick = ("--rounds", "1", "--jobs", "2", "--seeds", "1")
+    figures = result(
+        tmp_path, "communication.py", *quick, "--arms", "float32", "int4", "--png", str(picture)
+    )
+    assert list(figures["runs"]) == ["float32", "int4"]
+    plain, encoded = figures["rows"]
+    assert plain["times_less"] == 1
+    assert encoded["times_less"] > 7
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:
+    quick = ("--rounds", "1", "--jobs", "2", "--seeds", "1", "--arms", "centralised", "fedavg")
+    pooled, federated = result(tmp_path, "aggregation.py", *quick)["rows"]
+    assert pooled["gap"] == 0
+    assert federated["gap"] == pooled["private"] - federated["private"]

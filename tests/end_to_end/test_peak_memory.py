@@ -1,0 +1,166 @@
+"""The planned peak of a visit against every allocation that PyTorch makes on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.model.activations import Batch, Precision, saved_bytes
+from grandrounds.model.architectures import from_config
+from grandrounds.model.base import BaseSpec, load_base
+from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.model.memory import _site_memory
+from grandrounds.model.resident import Resident, checkpoint_activations
+from grandrounds.site.training import VisitSettings, train_visit
+from tests.places import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "peak_memory.py"
+QUERY_VALUE = ["q_proj", "v_proj"]
+ALL_SEVEN = [*QUERY_VALUE, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+DEEP = {
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 8,
+    "vocab_size": 8_000,
+    "num_key_value_heads": 4,
+}
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "vocab_size": 2_000,
+    "num_key_value_heads": 2,
+}
+
+
+def counted(function: Any) -> tuple[int, int]:
+    """Return what `benchmarks/peak_memory.py` counts: bytes at the peak, and left at the end."""
+    spec = importlib.util.spec_from_file_location("peak_memory", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    peak, left = module.peak_and_left_bytes(function)
+    return int(peak), int(left)
+
+
+def measured_and_planned(
+    shape: dict[str, int],
+    targets: list[str],
+    how: Forward,
+    *,
+    checkpointing: bool,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[int, int]:
+    """Return the bytes that a visit takes beside the model, as counted and as planned."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape, num_attention_heads=4, pad_token_id=0)
+    base = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    resident = Resident(None, None, model, {})  # type: ignore[arg-type]
+    checkpoint_activations(resident, checkpointing)
+    rng, examples, tokens = np.random.default_rng(0), 8, 96
+    batch = [
+        TokenizedExample(tuple(int(i) for i in rng.integers(1, shape["vocab_size"], tokens)), 1)
+        for _ in range(examples)
+    ]
+    settings = VisitSettings(1, 1e-3, 0, "adamw_torch", 0.0, 1.0, 0.01, how, 1)
+
+    def visit() -> None:
+        train_visit(model, parameters, [batch] * 2, settings, 0)
+
+    visit()  # what is made once, such as tables of the rotation, is there afterwards
+    sizes = [p.numel() for p in parameters]
+    memory = _site_memory(
+        from_config("tiny", config.to_dict(), "tiny"),
+        targets,
+        sizes,
+        sizes,
+        8,
+        Batch(examples, tokens, padded=not how.padding_free),
+        Precision(0, dtype.itemsize, autocast=False),
+        optimizer="adamw_torch",
+        checkpointing=checkpointing,
+        dropout=False,
+        proximal=True,
+        chunk_tokens=how.chunk_tokens if how.answers_only else None,
+    )
+    there_before = memory.base + memory.cuda_context + 4 * sum(sizes)
+    return counted(visit)[0], memory.total - there_before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [0, 64])
+@pytest.mark.parametrize("targets", [QUERY_VALUE, ALL_SEVEN], ids=["q,v", "all"])
+@pytest.mark.parametrize("shape", [DEEP, WIDE], ids=["deep", "wide"])
+def test_a_visit_without_padding_takes_what_is_planned_and_hardly_less(
+    shape: dict[str, int], targets: list[str], chunk: int, checkpointing: bool
+) -> None:
+    how = Forward(False, padding_free=True, answers_only=True, chunk_tokens=chunk)
+    measured, planned = measured_and_planned(shape, targets, how, checkpointing=checkpointing)
+    assert 0.99 <= planned / measured <= 1.12
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_other_means_take_no_more_than_planned(padding_free: bool, answers_only: bool) -> None:
+    """A padded batch of examples that are all as long needs no mask, which the plan counts."""
+    how = Forward(False, padding_free, answers_only, 0)
+    measured, planned = measured_and_planned(WIDE, QUERY_VALUE, how, checkpointing=False)
+    assert 0.99 <= planned / measured <= 1.15
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_llm_int8_keeps_is_planned_for_with_checkpointing_too(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    """Bytes that are held between forward and backward, beyond those of a base without it."""
+    config = LlamaConfig(**WIDE, num_attention_heads=4, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokens, how = (8, 96), Forward(False, padding_free=True, answers_only=True, chunk_tokens=64)
+    batch = [TokenizedExample((5,) * tokens[1], 1)] * tokens[0]
+
+    def held(bits: int) -> int:
+        base = load_base(BaseSpec(str(tmp_path), bits, "float32"))
+        lora = LoraConfig(r=8, target_modules=QUERY_VALUE, task_type="CAUSAL_LM")
+        model = get_peft_model(base, lora).train()
+        checkpoint_activations(Resident(None, None, model, {}), checkpointing)  # type: ignore[arg-type]
+        device = torch.device("cpu")
+        with attending(model, how):
+            answer_nll_sum(model, batch, 0, device, how).backward()  # tables are made once
+            kept: list[torch.Tensor] = []
+            return counted(lambda: kept.append(answer_nll_sum(model, batch, 0, device, how)))[1]
+
+    planned = [
+        saved_bytes(
+            from_config("tiny", config.to_dict(), "tiny"),
+            QUERY_VALUE,
+            8,
+            Batch(*tokens, padded=False),
+            Precision(bits, 4, autocast=False),
+            checkpointing=checkpointing,
+            dropout=False,
+        )
+        for bits in (8, 0)
+    ]
+    assert planned[0] - planned[1] == pytest.approx(held(8) - held(0), rel=0.02)
+
+
+def test_the_lean_means_save_what_the_plan_says() -> None:
+    lean = Forward(False, padding_free=True, answers_only=True, chunk_tokens=64)
+    full = Forward(False, padding_free=True, answers_only=False, chunk_tokens=0)
+    (a, planned_a), (b, planned_b) = (
+        measured_and_planned(DEEP, QUERY_VALUE, how, checkpointing=False) for how in (lean, full)
+    )
+    assert a < b
+    assert (planned_b - planned_a) / (b - a) == pytest.approx(1, abs=0.05)

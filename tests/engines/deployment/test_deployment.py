@@ -1,0 +1,235 @@
+"""Real processes on loopback: TLS, node keys, three sites with agents, and who is kept out."""
+
+from __future__ import annotations
+
+import grp
+import http.client
+import importlib.metadata
+import os
+import shlex
+import ssl
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import grandrounds
+from grandrounds.data.formulary import base_path
+from grandrounds.engines.deployment import set_up
+from grandrounds.site.custody import audit
+from tests.real import (
+    FORMULARY,
+    Consortium,
+    has,
+    in_process,
+    metrics_of,
+    summary_of,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path) -> None:
+    """TLS, node keys, one agent a site, six rounds: the same adapter as in process, bit for bit, so
+    the private facts are learned as well; the base is loaded once at each site; plain PEFT loads
+    the adapter."""
+    settings = {**FORMULARY, "num-server-rounds": 6}
+    in_process(settings, tmp_path / "plain")
+    with Consortium(tmp_path / "c", settings) as consortium:
+        consortium.start_all()
+        run = tmp_path / "c" / "run"
+        process = consortium.begin_run(run, 6)
+        assert consortium.finished(process) == 0, consortium.log("run")
+        said = consortium.log("run")
+    assert "status             completed after 6 rounds" in said
+    assert "taken at their word" not in said
+    summary, plain = summary_of(run), summary_of(tmp_path / "plain")
+    assert summary["base_loads"] == summary["processes"] == 3
+    assert summary["failed_replies"] == 0
+    assert summary["communication_mib"] == summary["planned_mib"] == plain["communication_mib"]
+    learned, expected = (
+        s["formulary"]["private"]["tuned"]["correct"] / s["formulary"]["private"]["tuned"]["n"]
+        for s in (summary, plain)
+    )
+    assert abs(learned - expected) <= 0.03
+    adapters = [r / "peft_6" / "adapter_model.safetensors" for r in (run, tmp_path / "plain")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    base = AutoModelForCausalLM.from_pretrained(base_path())
+    PeftModel.from_pretrained(base, run / "peft_6")
+    for site in consortium.sites:
+        visits = [e for e in audit.read(site.place("state")) if e["asked"] == "train"]
+        assert [e["round"] for e in visits] == [1, 2, 3, 4, 5, 6]
+    assert len({line["flower-run"] for line in metrics_of(run)[1:]}) == 1
+
+
+def test_who_is_not_admitted_is_kept_out_and_says_why(tmp_path: Path) -> None:
+    """An unregistered key, and a server that the site's authority does not vouch for."""
+    settings = {**FORMULARY, "data.num-partitions": 2}
+    with Consortium(tmp_path / "c", settings) as consortium:
+        consortium.start_superlink()
+        consortium.register(0)
+        consortium.start_supernode(1)
+        stranger = consortium.running["node1"]
+        assert stranger.wait(60) != 0
+        assert "Failed to initialize the connection" in consortium.log("node1")
+        other = set_up.init_consortium(tmp_path / "other", "other", "127.0.0.1", 1)
+        (consortium.sites[0].path.parent / "ca.crt").write_bytes((other / "ca.crt").read_bytes())
+        consortium.start_supernode(0)
+        wait_for(
+            lambda: "certificate" in consortium.log("node0").lower(), 60, consortium.log("node0")
+        )
+        nodes = consortium.flwr("supernode", "list", "trial")
+        assert {node["status"] for node in nodes["nodes"]} == {"registered"}, nodes
+        check = [sys.executable, "-m", "grandrounds", "site", "check", "--config"]
+        for i, told in ((0, "is not accepted"), (1, "the server does not take this node")):
+            done = subprocess.run(
+                [*check, str(consortium.sites[i].path)],
+                env=consortium.environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 1
+            assert told in done.stdout
+
+
+def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Path) -> None:
+    """And the exit code of a second run tells that the site's policy forbids it."""
+    settings = {**FORMULARY, "data.num-partitions": 1}
+    with Consortium(tmp_path / "c", settings) as consortium:
+        consortium.start_all(agents=False)
+        run = tmp_path / "c" / "run"
+        process = consortium.begin_run(run, 1)
+        assert consortium.finished(process) == 0, consortium.log("run")
+        assert "the base model was loaded again for this message" in consortium.log("node0")
+        [site] = consortium.sites
+        forbidden = tmp_path / "c" / "forbidden"
+        process = consortium.begin_run(forbidden, 2, **{"model.lora.peft-lora-r": 128})
+        assert consortium.finished(process) == 1
+        said = consortium.log("forbidden")
+        assert "max-rank = 64, it asks for 128" in said
+        assert "Traceback" not in said
+        assert "--resume" not in said
+        assert not forbidden.exists()
+    summary = summary_of(run)
+    assert summary["base_loads"] == summary["processes"] == 2  # one visit, one exam
+    outcomes = [e["outcome"] for e in audit.read(site.place("state"))]
+    assert outcomes == ["answered"] * 3 + ["refused"]
+
+
+NOBODY = 65534
+
+
+def mounts_are_permitted() -> bool:
+    """Whether this test may bind folders in a mount namespace, and become another user."""
+    if os.getuid() != 0 or not has("unshare", "setpriv", "mount"):
+        return False
+    return subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user may pass through; pytest's own are their owner's alone."""
+    with tempfile.TemporaryDirectory(prefix="grandrounds-test-", dir="/var/tmp") as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+def as_its_unit_does(place: Path, unit: Path) -> list[str]:
+    """Return the words before a command that run it as a SuperNode's unit does, by the user nobody.
+
+    With the unit's environment and, as its sandbox has it, a /tmp of its own and nothing else that
+    can be written. This interpreter, its packages and this checkout may lie where nobody can look:
+    they are bound into a folder of the command's own, with Flower's programs beside them.
+    """
+    python, packages, checkout = (place / name for name in ("python", "packages", "checkout"))
+    bound = {
+        python: Path(sys.base_prefix),
+        packages: Path(sysconfig.get_path("purelib")),
+        checkout: Path(grandrounds.__file__).parents[1],
+    }
+    for folder in (place, *bound, place / "bin"):
+        folder.mkdir(mode=0o755, parents=True)
+    executable = python / "bin" / Path(os.path.realpath(sys.executable)).name
+    for entry in importlib.metadata.distribution("flwr").entry_points.select(
+        group="console_scripts"
+    ):
+        script = place / "bin" / entry.name
+        script.write_text(
+            f"#!{executable}\nimport sys\nfrom {entry.module} import {entry.attr}\n"
+            f"sys.exit({entry.attr}())\n"
+        )
+        script.chmod(0o755)
+    lines = unit.read_text().splitlines()
+    given = [line.partition("=")[2] for line in lines if line.startswith("Environment=")]
+    values = [
+        *(word for words in given for word in shlex.split(words)),
+        f"PATH={place / 'bin'}:/usr/bin:/bin",
+        f"PYTHONPATH={checkout}:{packages}",
+        f"LD_LIBRARY_PATH={python / 'lib'}",
+    ]
+    mounts = [f"mount --bind {shlex.quote(str(a))} {b}" for b, a in bound.items()]
+    mounts += ["mount -t tmpfs -o mode=1777 tmpfs /tmp", "mount -o remount,bind,ro /"]
+    become = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups --no-new-privs"
+    shell = " && ".join([*mounts, "cd /tmp", f'exec {become} env -i {shlex.join(values)} "$@"'])
+    return ["unshare", "-m", "sh", "-c", shell, "sh"]
+
+
+@pytest.mark.skipif(not mounts_are_permitted(), reason="needs root and mount namespaces")
+def test_a_site_as_it_is_deployed(public: Path) -> None:
+    """The SuperNode's user, as whom the code of a run is executed, can read neither data nor state;
+    where there is nginx, it comes through the gate, which lets nothing but sites through."""
+    settings = {**FORMULARY, "data.num-partitions": 1}
+    group, gate = grp.getgrgid(NOBODY).gr_name, has("nginx")
+    with Consortium(public / "c", settings, gate=gate, agent__socket_group=group) as consortium:
+        (public / "c").chmod(0o711)
+        [site] = consortium.sites
+        folder = site.path.parent
+        (folder / "cards.jsonl").chmod(0o600)
+        consortium.start_superlink()
+        consortium.register(0)
+        if gate:
+            consortium.start_gate()
+            assert site.node.superlink == f"127.0.0.1:{consortium.port}"
+            nothing_but_sites_come_through(consortium)
+        check = [sys.executable, "-m", "grandrounds", "site", "check", "--config", str(site.path)]
+        checked = subprocess.run(check, env=consortium.environment, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+        assert {line.split()[0] for line in checked.stdout.splitlines()} == {"ok"}
+
+        os.chown(folder / "node.key", NOBODY, NOBODY)
+        before = as_its_unit_does(public / "unit", folder / "supernode.service")
+        for name, can_read in (("ca.crt", True), ("cards.jsonl", False), ("site.toml", False)):
+            reading = subprocess.run([*before, "cat", str(folder / name)], capture_output=True)
+            assert (reading.returncode == 0) == can_read, reading.stderr
+        consortium.start_agent(0)
+        look = subprocess.run([*before, "ls", str(folder / "state")], capture_output=True)
+        assert look.returncode != 0
+        assert b"Permission denied" in look.stderr
+        _, *words = consortium.supernode_command(0)
+        consortium.start("node0", [*before, "flower-supernode", *words])
+        run = public / "c" / "run"
+        process = consortium.begin_run(run, 1, **{"strategy.fraction-evaluate": 1.0})
+        assert consortium.finished(process) == 0, consortium.log("run") + consortium.log("node0")
+        owner = consortium.running["node0"].pid
+        assert Path(f"/proc/{owner}").stat().st_uid == NOBODY
+    assert summary_of(run)["base_loads"] == 1
+    before, after = (line["held-out-loss"] for line in metrics_of(run))
+    assert after < before
+
+
+def nothing_but_sites_come_through(consortium: Consortium) -> None:
+    """What starts runs and registers keys is there behind the gate, and not before it."""
+    context = ssl.create_default_context(cafile=str(consortium.home / "ca.crt"))
+    for port, is_there in ((consortium.port, False), (consortium.port + 1, True)):
+        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context)
+        with closing(connection):
+            connection.request("POST", "/v1/control/list-runs", body=b"")
+            assert (connection.getresponse().status != 404) == is_there

@@ -1,0 +1,271 @@
+"""Flower's Simulation Runtime, started and ended by us, around a toy app without a model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+
+from grandrounds.config.recipes import to_toml
+from grandrounds.engines import simulation
+from grandrounds.engines.simulation import (
+    MARKER,
+    check_resources,
+    end_processes,
+    marked_processes,
+    run_simulation,
+    superlink,
+    tail,
+)
+from grandrounds.errors import EngineError
+
+PYPROJECT = """
+[project]
+name = "toy"
+version = "0.1.0"
+description = "One round without a model"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "grandrounds"
+
+[tool.flwr.app.components]
+serverapp = "toy_server:app"
+clientapp = "toy_client:app"
+
+[tool.flwr.app.config]
+mode = "good"
+report = ""
+nested.factor = 1.0
+"""
+
+CLIENT = """
+import time
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict, Message
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    if context.run_config["mode"] == "hang":
+        time.sleep(3600)
+    value = np.full(2, context.node_config["partition-id"] * context.run_config["nested.factor"])
+    return Message(RecordDict({"arrays": ArrayRecord({"x": Array(value)})}), reply_to=message)
+"""
+
+SERVER = """
+import time
+from pathlib import Path
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    if context.run_config["mode"] == "raise":
+        raise RuntimeError("the toy server gives up")
+    while len(nodes := list(grid.get_node_ids())) < 3:
+        time.sleep(0.05)
+    messages = [Message(RecordDict(), message_type="train", dst_node_id=node) for node in nodes]
+    replies = grid.send_and_receive(messages)
+    total = sum(reply.content["arrays"]["x"].numpy().sum() for reply in replies)
+    Path(context.run_config["report"]).write_text(str(total))
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+
+from grandrounds.engines.simulation import run_simulation
+
+app, folder = map(Path, sys.argv[1:])
+settings = {"mode": "hang", "report": str(folder / "report")}
+run_simulation(app, settings, num_supernodes=3, home=folder / "home")
+"""
+
+
+@pytest.fixture
+def toy_app(tmp_path: Path) -> Path:
+    app = tmp_path / "toy"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(PYPROJECT)
+    (app / "toy_client.py").write_text(CLIENT)
+    (app / "toy_server.py").write_text(SERVER)
+    return app
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Return the living processes whose FLWR_HOME is `home`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+    return found
+
+
+def clients_run(home: Path) -> bool:
+    """Return whether an actor of Ray is at work; its process then bears the method's name."""
+    names = []
+    for process in processes_of(home):
+        with contextlib.suppress(psutil.Error):
+            names.append(" ".join(process.cmdline()))
+    return any("ClientAppActor.run" in name for name in names)
+
+
+def test_overrides_reach_toml_with_their_types() -> None:
+    values = {"a.b": "q\"' \n é\x7f", "yes": True, "n": 3, "rate": 5e-05, "none": ""}
+    assert tomllib.loads(to_toml(values)) == values
+
+
+def test_tail_drops_colours_and_empty_lines(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    assert tail(log) == ""
+    log.write_text("first\n\n\x1b[92mINFO\x1b[0m: second  \n\nthird\n")
+    assert tail(log, lines=2) == "INFO: second\nthird"
+
+
+def test_more_cpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
+    there = os.cpu_count() or 1
+    with pytest.raises(EngineError, match=rf"has {there} CPUs; asked: .* {there + 1} CPUs"):
+        run_simulation(
+            tmp_path, {}, num_supernodes=2, client_cpus=there + 1, home=tmp_path / "home"
+        )
+    assert not (tmp_path / "home").exists()
+
+
+def test_impossible_resources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_resources(20, 1, 0.25)
+    with pytest.raises(EngineError, match=r"1 GPUs that torch can use; asked: .* 2 GPUs"):
+        check_resources(20, 1, 2)
+    with pytest.raises(EngineError, match="at least one site"):
+        check_resources(0, 1, 0)
+
+
+def test_marked_processes_are_ended_even_if_they_ignore_sigterm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(simulation, "END_PATIENCE_SECONDS", 1.0)
+    stubborn = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+        "print('up', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", stubborn]
+    with subprocess.Popen(command, env={MARKER: "test"}, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert len(marked_processes("test")) == 2
+        end_processes("test")
+    assert marked_processes("test") == []
+
+
+@pytest.mark.timeout(120)
+def test_superlink_is_gone_after_use(tmp_path: Path) -> None:
+    with superlink(tmp_path / "home") as link:
+        assert link.process.poll() is None
+        assert processes_of(link.home)
+    assert processes_of(tmp_path / "home") == []
+    assert "Uvicorn running" in (tmp_path / "home" / "superlink.log").read_text()
+
+
+def test_superlink_that_does_not_come_up_in_time_is_an_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(EngineError, match=r"did not answer .* within 0 seconds"),
+        superlink(tmp_path, start_timeout_seconds=0),
+    ):
+        pytest.fail("came up")
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_completed_run(tmp_path: Path, toy_app: Path) -> None:
+    polls: list[float] = []
+    outcome = run_simulation(
+        toy_app,
+        {"report": str(tmp_path / "report"), "nested.factor": 2.5},
+        num_supernodes=3,
+        home=tmp_path / "home",
+        on_poll=lambda: polls.append(time.monotonic()),
+    )
+    assert (outcome.status, outcome.details) == ("completed", "")
+    # Two values from each of the sites 0, 1, 2, times 2.5: 2 * (0 + 1 + 2) * 2.5.
+    assert float((tmp_path / "report").read_text()) == 15.0
+    assert outcome.run_id > 0
+    assert len(polls) > 5
+    assert (tmp_path / "home" / "run.log").stat().st_size > 0
+    assert processes_of(tmp_path / "home") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_failing_server_is_reported_as_failed(tmp_path: Path, toy_app: Path) -> None:
+    outcome = run_simulation(toy_app, {"mode": "raise"}, num_supernodes=2, home=tmp_path / "home")
+    assert outcome.status == "failed"
+    assert "the toy server gives up" in outcome.details
+    assert processes_of(tmp_path / "home") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_refusal_of_flower_is_an_engine_error(tmp_path: Path, toy_app: Path) -> None:
+    with pytest.raises(EngineError, match=r"refused `flwr run`: (?s:.*)Invalid run configuration"):
+        run_simulation(toy_app, {"no-such-key": 1}, num_supernodes=2, home=tmp_path / "home")
+    assert processes_of(tmp_path / "home") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_death_of_the_superlink_in_mid_run_is_an_error(tmp_path: Path, toy_app: Path) -> None:
+    home = tmp_path / "home"
+
+    def kill_when_clients_run() -> None:
+        if clients_run(home):
+            for process in processes_of(home):
+                if any("flower-superlink" in argument for argument in process.cmdline()):
+                    process.kill()
+
+    settings = {"mode": "hang", "report": str(tmp_path / "report")}
+    with pytest.raises(EngineError, match=r"SuperLink ended with code -9 (?s:.*)Uvicorn running"):
+        run_simulation(
+            toy_app, settings, num_supernodes=3, home=home, on_poll=kill_when_clients_run
+        )
+    assert processes_of(home) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_ctrl_c_leaves_no_process_behind(tmp_path: Path, toy_app: Path) -> None:
+    home = tmp_path / "home"
+    environment = os.environ | {"PYTHONPATH": str(Path(simulation.__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(toy_app), str(tmp_path)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as driver:
+        while not clients_run(home):
+            assert driver.poll() is None
+            time.sleep(0.1)
+        driver.send_signal(signal.SIGINT)
+        _, error = driver.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in error
+    assert processes_of(home) == []

@@ -1,0 +1,148 @@
+"""Flower's simulation of a run: the same adapter as in process, and the truth about failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.config.recipes import to_toml
+from grandrounds.engines.in_process import InProcessGrid
+from grandrounds.engines.simulation import MARKER
+from tests.places import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+Settings = dict[str, Any]
+
+
+def command(settings: Settings, folder: Path, *arguments: str) -> list[str]:
+    """Return a `grandrounds run --engine simulation` with these settings."""
+    recipe = folder / "recipe.toml"
+    recipe.write_text(to_toml(settings))
+    run = [sys.executable, "-m", "grandrounds", "run", "--engine", "simulation"]
+    return [*run, "--config", str(recipe), *arguments]
+
+
+def weights(run: Path, checkpoint: str) -> bytes:
+    """Return a checkpoint's adapter, as bytes."""
+    return (run / checkpoint / "adapter_model.safetensors").read_bytes()
+
+
+THIS_TEST = "GRANDROUNDS_THIS_TEST"
+
+
+@pytest.fixture(autouse=True)
+def mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a test starts be told from what tests beside it start."""
+    monkeypatch.setenv(THIS_TEST, secrets.token_hex(8))
+
+
+def marked_processes() -> list[int]:
+    """Return the processes that a runtime of ours has started here and that still live."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            its = process.environ()
+            if MARKER in its and its.get(THIS_TEST) == os.environ[THIS_TEST]:
+                found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def test_both_engines_give_the_same_adapter_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
+    """Same seed, one thread each: order of arrival and number of processes play no part."""
+    simulated = tmp_path / "simulated"
+    line = command({**settings, "run-directory": str(simulated)}, tmp_path)
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "round 3/3" in done.stdout
+    assert "status" in done.stdout
+
+    config = recipes.resolve(settings)
+    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+    summary = server_app.federate(grid, config, lambda *_: None)
+    in_process = Path(settings["run-directory"])
+    for checkpoint in ("peft_2", "peft_3"):
+        assert weights(simulated, checkpoint) == weights(in_process, checkpoint)
+    other = json.loads((simulated / "summary.json").read_text())
+    for fact in ("train_loss", "held_out_loss", "communication_mib", "coverage"):
+        assert other[fact] == summary[fact]
+    assert other["base_loads"] == other["processes"]
+    assert marked_processes() == []
+
+
+def test_a_run_whose_sites_fail_has_an_exit_code_that_says_so(
+    settings: Settings, tmp_path: Path
+) -> None:
+    settings = {**settings, "model.lora.target-modules": "q_prj"}
+    done = subprocess.run(command(settings, tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "matches no linear module" in done.stderr
+    assert not Path(settings["run-directory"]).exists()
+    assert marked_processes() == []
+
+
+def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path: Path) -> None:
+    """Interrupted after the first round and resumed in process: the adapter of a whole run."""
+    run = Path(settings["run-directory"])
+    line = command({**settings, "num-server-rounds": 40}, tmp_path)
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted" in error
+    assert marked_processes() == []
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    finished = summary["rounds"]
+
+    config = recipes.resolve(recipes.load_recipe(run / "config.toml"), {"resume-from": str(run)})
+    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+    server_app.federate(grid, config, lambda *_: None)
+    assert finished < 40
+    whole = recipes.resolve(
+        {**settings, "num-server-rounds": 40, "run-directory": str(tmp_path / "whole")}
+    )
+    grid = InProcessGrid(client_app.app, whole.flat(), whole.data.num_partitions)
+    server_app.federate(grid, whole, lambda *_: None)
+    assert weights(run, "peft_40") == weights(tmp_path / "whole", "peft_40")
+
+
+def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Path) -> None:
+    """The repository itself as a Flower app, on a SuperLink of the test's own."""
+    from grandrounds.engines.simulation import run_simulation
+
+    simulated = tmp_path / "flwr"
+    outcome = run_simulation(
+        ROOT,
+        {**settings, "run-directory": str(simulated)},
+        num_supernodes=4,
+        client_cpus=1,
+        home=tmp_path / "home",
+    )
+    assert outcome.status == "completed", outcome.details
+    assert (tmp_path / "home" / "apps").is_dir()  # the bundle, without weights
+    config = recipes.resolve(settings)
+    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+    server_app.federate(grid, config, lambda *_: None)
+    assert weights(simulated, "peft_3") == weights(Path(settings["run-directory"]), "peft_3")
+    assert os.environ.get(MARKER) is None

@@ -1,0 +1,260 @@
+"""Whether a visit fits, and what is told where it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grandrounds.config import recipes
+from grandrounds.config.keys import Config
+from grandrounds.errors import ModelError
+from grandrounds.model import headroom as fitting
+from grandrounds.model.base import BaseSpec
+from grandrounds.model.lora import LoraSpec
+from grandrounds.model.resident import Resident, resident_model
+from tests.conftest import make_base, write_flashcards
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "_fits_without", {})
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> Config:
+    return recipes.resolve(settings)
+
+
+def having(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(fitting, "free_bytes", lambda: free)
+
+
+def needs(config: Config, *, checkpointing: bool) -> int:
+    found = fitting.site_needs(config, checkpointing=checkpointing)
+    assert found is not None
+    return found.total
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(1.2, False), (1.0, True)])
+def test_auto_checkpoints_only_where_a_visit_without_it_does_not_fit(
+    config: Config, monkeypatch: pytest.MonkeyPatch, free: float, wanted: bool
+) -> None:
+    """With as much as planned it does not fit: an allocator wastes some."""
+    having(monkeypatch, int(free * needs(config, checkpointing=False)))
+    assert fitting.checkpoints_activations(config) is wanted
+
+
+def test_what_is_set_is_not_questioned(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    having(monkeypatch, 1)
+    for wanted in (True, False):
+        config = recipes.resolve({**settings, "model.gradient-checkpointing": wanted})
+        assert fitting.checkpoints_activations(config) is wanted
+
+
+def test_a_family_that_is_not_known_checkpoints_under_auto(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "architecture_of", lambda name: None)
+    assert fitting.checkpoints_activations(config)
+
+
+def test_a_container_leaves_what_its_group_allows(tmp_path: Path) -> None:
+    (tmp_path / "memory.current").write_text("30\n")
+    for limit, left in (("100\n", 70), ("max\n", sys.maxsize), ("20\n", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert fitting._container_bytes(tmp_path) == left
+    assert fitting._container_bytes(tmp_path / "none") == sys.maxsize
+
+
+# --- Running out ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resident(config: Config) -> Resident:
+    return resident_model(
+        BaseSpec(config.model.name, 0, "float32"), LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
+    )
+
+
+SHORT = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", SHORT, ids=lambda error: type(error).__name__)
+def test_a_visit_that_runs_out_is_run_again_from_its_start_with_checkpointing(
+    config: Config, resident: Resident, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    having(monkeypatch, 2**40)
+    starts, checkpointing = [], []
+
+    def visit() -> str:
+        starts.append([p.detach().clone() for p in resident.parameters.values()])
+        checkpointing.append(resident.checkpoints_activations)
+        with torch.no_grad():
+            for parameter in resident.parameters.values():
+                parameter.add_(1.0)
+        if not resident.checkpoints_activations:
+            raise error
+        return "done"
+
+    assert fitting.run_visit(config, resident, visit) == "done"
+    assert checkpointing == [False, True]
+    for first, second in zip(*starts, strict=True):
+        assert torch.equal(first, second)
+    assert fitting.run_visit(config, resident, visit) == "done"
+    assert checkpointing == [False, True, True]  # it is not tried in vain again
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(
+    config: Config, resident: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    having(monkeypatch, 2**40)
+
+    def visit() -> None:
+        raise RuntimeError("shape '[32, 0]' is invalid")
+
+    with pytest.raises(RuntimeError, match="is invalid"):
+        fitting.run_visit(config, resident, visit)
+    with pytest.raises(RuntimeError, match="is invalid"), fitting.memory_told(config, False):
+        visit()
+
+
+def told(config: Config, checkpointing: bool) -> str:
+    with pytest.raises(ModelError) as caught, fitting.memory_told(config, checkpointing):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    return str(caught.value)
+
+
+def test_the_plans_figures_and_what_would_fit_are_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits by the plan itself: every setting named takes less than what is there."""
+    free = int(1.2 * needs(config, checkpointing=True))
+    having(monkeypatch, free)
+    message = told(config, False)
+    assert "batch of 4 x 512 tokens without gradient checkpointing" in message
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in message
+    assert f"Planned: {needs(config, checkpointing=False) / MIB:.0f} MiB" in message
+    assert f"{free / MIB:.0f} MiB can be had" in message
+    assert "What would fit: model.gradient-checkpointing = true (" in message
+    sizes = [float(s) for s in re.findall(r"\((\d+) MiB\)", message.partition("would fit")[2])]
+    assert sizes
+    assert all(size <= free / MIB for size in sizes)
+
+
+def test_a_smaller_batch_trains_on_as_many_examples_a_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = dict(fitting.smaller(config, True))
+    half = (
+        "train.training-arguments.per-device-train-batch-size = 2 with "
+        "gradient-accumulation-steps = 2"
+    )
+    assert offered[half] < needs(config, checkpointing=True)
+    assert all("accumulation-steps = 8" not in setting for setting in offered)  # of a batch of 4
+
+
+def test_where_nothing_fits_the_least_is_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    having(monkeypatch, 1000)
+    message = told(config, True)
+    least = min(need for _, need in fitting.smaller(config, True))
+    assert f"No setting fits; the smallest takes {least / MIB:.0f} MiB" in message
+
+
+def test_a_base_that_cannot_be_planned_is_told_too(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "architecture_of", lambda name: None)
+    assert "cannot be planned" in told(config, True)
+
+
+LIMITED = """
+import resource, sys
+import psutil, torch
+torch.set_num_threads(1)
+from grandrounds import client_app, server_app, machine
+from grandrounds.cli import app
+import datasets, peft, bitsandbytes, scipy.linalg
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from grandrounds.data.sources import load_rows
+load_rows("formulary", question_column="input", answer_column="output")
+room = int(sys.argv.pop(1)) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + room,) * 2)
+app(sys.argv[1:])
+"""
+
+
+def run_with_room(mib: int, tmp_path: Path, *assignments: str) -> subprocess.CompletedProcess[str]:
+    """Run one round of one site, a base of 24 small layers on 400 flashcards at a time, in a
+    process that gets `mib` of memory and no more once everything is imported."""
+    base = make_base(tmp_path / "base", layers=24)
+    cards = write_flashcards(tmp_path / "cards.jsonl", 400)
+    settings = [
+        "strategy.fraction-evaluate=0.0",
+        "strategy.fraction-train=1.0",
+        "data.held-out-fraction=0.0",
+        "data.num-partitions=1",
+        "train.num-threads=1",
+        "train.training-arguments.per-device-train-batch-size=400",
+        "train.training-arguments.max-steps=1",
+        "model.lora.target-modules=q_proj,v_proj",
+        *assignments,
+    ]
+    options = [*("--model", str(base), "--data", str(cards), "--rounds", "1", "--plain")]
+    options += [*("--run-dir", str(tmp_path / "run")), *(w for s in settings for w in ("--set", s))]
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(mib), "run", *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # what is let go goes back at once
+    )
+
+
+limits = pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+
+
+@limits
+@pytest.mark.slow
+def test_memory_that_really_runs_out_is_one_line_and_nothing_is_half_written(
+    tmp_path: Path,
+) -> None:
+    """Some 2 GiB are needed, and more than 500 MiB with checkpointing."""
+    done = run_with_room(300, tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "Memory ran out at a batch of 400 x 512 tokens with gradient" in done.stderr
+    assert "What would fit: train.training-arguments.per-device-train-batch-size = " in done.stderr
+    assert "Traceback" not in done.stderr
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text())["status"] == "failed"
+    assert not [f for f in run.rglob("*") if ".partial" in f.name or f.name.startswith("peft_")]
+
+
+@limits
+@pytest.mark.slow
+def test_where_only_checkpointing_fits_a_run_goes_through_with_it(tmp_path: Path) -> None:
+    room = 900
+    without = run_with_room(room, tmp_path / "without", "model.gradient-checkpointing=false")
+    assert without.returncode == 1
+    assert "Memory ran out" in without.stderr
+    done = run_with_room(room, tmp_path / "auto")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "auto" / "run" / "summary.json").read_text())
+    assert summary["status"] == "completed"

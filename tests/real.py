@@ -1,0 +1,352 @@
+"""A consortium of real processes: SuperLink, agents, SuperNodes; all of it ended afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from grandrounds import client_app, server_app
+from grandrounds.config import recipes
+from grandrounds.engines.deployment import admissions, set_up
+from grandrounds.engines.deployment.superlink import in_one_array
+from grandrounds.engines.flower import quiet
+from grandrounds.engines.in_process import InProcessGrid
+from grandrounds.engines.simulation import MARKER, end_processes
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from tests.own_sites import write_partition
+from tests.places import ROOT
+
+Settings = dict[str, Any]
+BIN = Path(sys.executable).parent
+
+FORMULARY: Settings = {
+    "model.name": "formulary",
+    "static.dataset.name": "formulary",
+    "data.num-partitions": 3,
+    "data.held-out-fraction": 0.05,
+    "strategy.fraction-train": 1.0,
+    "strategy.fraction-evaluate": 0.0,
+    "train.num-threads": 1,
+    "train.save-every-round": 100,
+    "seed": 42,
+}
+"""The embedded world on three sites."""
+
+
+def free_port(count: int = 1) -> int:
+    """Return a port that is free, with as many after it."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        try:
+            for i in range(1, count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port + i))
+        except OSError:
+            continue
+        return port
+
+
+def is_open(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60, why: str = "") -> Any:
+    """Return what a question answers, once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, why or "nothing came"
+        time.sleep(0.1)
+    return found
+
+
+class Consortium:
+    """The processes of a consortium in one folder; `with` ends them all."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        host: str = "127.0.0.1",
+        outside: Sequence[Sequence[str]] = (),
+        gate: bool = False,
+        **site_changes: Any,
+    ) -> None:
+        """Set a consortium up; nothing is started yet.
+
+        Parameters
+        ----------
+        host : str
+            Where the SuperLink listens.
+        outside
+            For each site the words before the command of its SuperNode (a network namespace).
+        gate : bool
+            Whether sites come through nginx, which `start_gate` starts.
+        site_changes
+            `section__key` of each site.toml.
+        """
+        self.folder, self.settings, self.host, self.gate = folder, settings, host, gate
+        self.outside = list(outside)
+        self.port = free_port(2)
+        self.marker = f"test-{secrets.token_hex(4)}"
+        self.home = set_up.init_consortium(folder / "consortium", "trial", host, self.port)
+        (folder / "flwr").mkdir()
+        entry = (self.home / "flower-config.toml").read_text().replace("127.0.0.1", host)
+        (folder / "flwr" / "config.toml").write_text(entry)
+        self.sites: list[SiteFile] = []
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        for i in range(int(settings["data.num-partitions"])):
+            self.sites.append(self._site(i, site_changes))
+
+    def _site(self, i: int, changes: Mapping[str, Any]) -> SiteFile:
+        settings = self.settings
+        folder = set_up.init_site(self.folder / f"site{i}", f"site-{i}")
+        write_partition(folder / "cards.jsonl", settings, i)
+        text = (folder / "site.toml").read_text()
+        values = {
+            "data__source": "cards.jsonl",
+            "data__held_out_seed": settings["seed"],
+            "data__held_out_fraction": settings["data.held-out-fraction"],
+            "policy__min_examples": 1,
+            "policy__max_rank": 64,
+            "policy__min_examples_per_visit": 1,
+            **changes,
+        }
+        for name, value in values.items():
+            section, _, key = name.partition("__")
+            text = set_up.with_value(text, section, key.replace("_", "-"), value)
+        name = str(settings["model.name"])
+        path = "" if name == "formulary" else name
+        text += f"\n[bases.{json.dumps(name)}]\npath = {json.dumps(path)}\n"
+        (folder / "site.toml").write_text(text)
+        count = int(settings["data.num-partitions"])
+        admission = admissions.admit(self.home, folder / "request.json", i, count)
+        admissions.join(
+            read_site_file(folder / "site.toml"), admission, self.home / "authority.pub"
+        )
+        if not self.gate:
+            text = (folder / "site.toml").read_text()
+            address = f"{self.host}:{self.port + 1}"
+            (folder / "site.toml").write_text(set_up.with_value(text, "node", "superlink", address))
+        return read_site_file(folder / "site.toml")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every process of it has."""
+        here = str(ROOT)
+        return quiet() | {
+            MARKER: self.marker,
+            "FLWR_HOME": str(self.folder / "flwr"),
+            "PYTHONPATH": here,
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def __enter__(self) -> Consortium:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End every process."""
+        end_processes(self.marker)
+        for name in [*self.running]:  # nginx writes over its environment, and so over the mark
+            self.kill(name)
+
+    # --- Processes --------------------------------------------------------------------------------
+
+    def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        """Start a process whose output goes to `<name>.log`."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.folder,
+                start_new_session=True,
+                **options,
+            )
+        self.running[name] = process
+        return process
+
+    def log(self, name: str) -> str:
+        """Return what a process has said."""
+        file = self.folder / f"{name}.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink as its unit does, and wait until it answers."""
+        command = [
+            word.replace("127.0.0.1", self.host) if word == "127.0.0.1" else word
+            for word in set_up.superlink_command(self.home, self.port)
+        ]
+        self.start("superlink", command)
+        wait_for(lambda: is_open(self.host, self.port + 1), 60, "the SuperLink does not listen")
+
+    def start_gate(self) -> None:
+        """Start nginx with the gate as `consortium init` wrote it."""
+        conf = self.folder / "nginx.conf"
+        conf.write_text(
+            f"daemon off; pid {self.folder}/nginx.pid; error_log stderr; events {{}}\n"
+            f"http {{ access_log off; include {self.home}/gate.conf; }}\n"
+        )
+        self.start("gate", ["nginx", "-p", str(self.folder), "-c", str(conf)])
+        wait_for(lambda: is_open(self.host, self.port), 20, self.log("gate"))
+
+    def register(self, i: int) -> None:
+        """Let the SuperLink know a site's key."""
+        public = self.home / "admissions" / f"site-{i}.pub"
+        done = self.flwr("supernode", "register", str(public), "trial", "--name", f"site-{i}")
+        assert done.get("success"), done
+        admissions.note_node(public, int(done["node-id"]))
+
+    def flwr(self, *arguments: str) -> dict[str, Any]:
+        """Return the JSON answer of a command of Flower."""
+        done = subprocess.run(
+            [str(BIN / "flwr"), *arguments, "--format", "json"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+        )
+        start = done.stdout.find("{")
+        answer: dict[str, Any] = json.loads(done.stdout[start:]) if start >= 0 else {}
+        return answer or {"output": done.stdout + done.stderr}
+
+    def start_agent(self, i: int, **options: Any) -> None:
+        """Start a site's agent, and wait until it serves."""
+        name = f"agent{i}"
+        said = self.log(name).count("serves at")
+        command = [sys.executable, "-m", "grandrounds", "site", "serve"]
+        self.start(name, [*command, "--config", str(self.sites[i].path)], **options)
+        wait_for(lambda: self.log(name).count("serves at") > said, 60, self.log(name))
+
+    def supernode_command(self, i: int, *, agent: bool = True) -> list[str]:
+        """Return the command of a site's SuperNode, on a port of its own."""
+        command = set_up.supernode_command(self.sites[i], free_port())
+        if not agent:
+            place = command.index("--node-config") + 1
+            numbers = command[place].partition(" agent=")[0]
+            command[place] = f"{numbers} site={json.dumps(str(self.sites[i].path))}"
+        return [*(self.outside[i] if self.outside else ()), *command]
+
+    def start_supernode(self, i: int, *, agent: bool = True, **options: Any) -> None:
+        """Start a site's SuperNode; it connects by itself."""
+        self.start(f"node{i}", self.supernode_command(i, agent=agent), **options)
+
+    def restart_supernode(self, i: int) -> None:
+        """Start a SuperNode that was killed again and again, as its unit does, until it stays.
+
+        Flower takes it back only once it has missed it.
+        """
+        name = f"node{i}"
+
+        def stays() -> bool:
+            said = self.log(name).count("SuperNode ID:")
+            self.start_supernode(i)
+            process = self.running[name]
+            wait_for(
+                lambda: process.poll() is not None or self.log(name).count("SuperNode ID:") > said
+            )
+            if process.poll() is None:
+                return True
+            self.kill(name)
+            time.sleep(3)
+            return False
+
+        wait_for(stays, 120, self.log(name))
+
+    def kill(self, name: str) -> None:
+        """End a process and all that it started, at once."""
+        process = self.running.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+    def start_all(self, *, agents: bool = True) -> None:
+        """Start SuperLink, gate, agents and SuperNodes."""
+        self.start_superlink()
+        if self.gate:
+            self.start_gate()
+        for i in range(len(self.sites)):
+            self.register(i)
+            if agents:
+                self.start_agent(i)
+            self.start_supernode(i, agent=agents)
+
+    # --- Runs -------------------------------------------------------------------------------------
+
+    def begin_run(self, run: Path, rounds: int, **changes: Any) -> subprocess.Popen[bytes]:
+        """Start `grandrounds run --engine deployment`."""
+        settings = {**self.settings, "num-server-rounds": rounds, **changes}
+        words = [w for k, v in settings.items() for w in ("--set", f"{k}={v}")]
+        return self._run(["--run-dir", str(run), *words], run.name)
+
+    def resume_run(self, run: Path) -> subprocess.Popen[bytes]:
+        """Start the resumption of a run."""
+        return self._run(["--resume", str(run)], f"{run.name}-resumed")
+
+    def _run(self, words: list[str], name: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "grandrounds", "run", "--engine", "deployment"]
+        return self.start(name, [*command, "--connection", "trial", "--plain", *words])
+
+    def finished(self, process: subprocess.Popen[bytes], seconds: float = 240) -> int:
+        """Return the exit code of a run."""
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            logs = {name: self.log(name)[-1500:] for name in self.running}
+            raise AssertionError(f"the run did not end: {logs}") from error
+
+
+def in_process(settings: Settings, run: Path) -> None:
+    """Play the same run in this process, its adapters in one array as on the deployment engine."""
+    resolved = recipes.resolve({**settings, "run-directory": str(run)})
+    config = in_one_array(resolved)
+    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
+    server_app.federate(grid, config, lambda *_: None)
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def rounds_done(run: Path) -> int:
+    """Return the last finished round of a run; -1 before it has begun."""
+    lines = metrics_of(run)
+    return int(lines[-1]["round"]) if lines else -1
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """Return a run's summary."""
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return found
+
+
+def has(*programs: str) -> bool:
+    """Whether programs are there."""
+    return all(shutil.which(program) for program in programs)

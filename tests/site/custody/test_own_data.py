@@ -1,0 +1,245 @@
+"""A site's own data: files, SQLite and a real PostgreSQL; nothing is written, no password told."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grandrounds.errors import DataError
+from grandrounds.site.custody import own_data
+from grandrounds.site.custody.own_data import database_rows, own_split
+from grandrounds.site.custody.site_file import SiteFile
+from tests.own_sites import make_site
+from tests.real import free_port, wait_for
+
+CARDS = [(f"What helps patient {i}?", f"Rest, and {i} cups of tea.") for i in range(40)]
+QUERY = "SELECT question, answer FROM cards WHERE consent ORDER BY id"
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    database_rows.cache_clear()
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> str:
+    """URL of a database with 40 cards that may be used, and 5 that may not."""
+    file = tmp_path / "clinic.db"
+    with sqlite3.connect(file) as connection:
+        connection.execute("create table cards (id integer, question, answer, consent integer)")
+        rows = [(i, q, a, 1) for i, (q, a) in enumerate(CARDS)]
+        rows += [(100 + i, "secret", "secret", 0) for i in range(5)]
+        connection.executemany("insert into cards values (?, ?, ?, ?)", rows)
+    connection.close()
+    return f"sqlite:///{file}"
+
+
+def database_site(tmp_path: Path, url: str, query: str = QUERY, **changes: Any) -> SiteFile:
+    return make_site(
+        tmp_path / "site",
+        {"formulary": ""},
+        source="",
+        data__database=url,
+        data__query=query,
+        data__question_column="question",
+        data__answer_column="answer",
+        **changes,
+    )
+
+
+def pairs(site: SiteFile) -> set[tuple[str, str]]:
+    split = own_split(site)
+    return {(e.question, e.answer) for e in (*split.train, *split.held_out)}
+
+
+def test_a_query_over_sqlite_gives_the_sites_examples(tmp_path: Path, sqlite: str) -> None:
+    site = database_site(tmp_path, sqlite)
+    assert pairs(site) == set(CARDS)
+    split = own_split(site)
+    assert split.report.held_out_examples == 2
+    assert not {e.question for e in split.train} & {e.question for e in split.held_out}
+
+
+def test_the_order_of_the_database_plays_no_part(tmp_path: Path, sqlite: str) -> None:
+    one = own_split(database_site(tmp_path, sqlite))
+    other = own_split(
+        database_site(tmp_path / "b", sqlite, QUERY.replace("ORDER BY id", "ORDER BY id DESC"))
+    )
+    assert one == other
+
+
+def test_held_out_examples_are_the_same_in_every_run_and_others_by_another_seed(
+    tmp_path: Path, sqlite: str
+) -> None:
+    site = database_site(tmp_path, sqlite)
+    assert own_split(site, "ab").held_out == own_split(site, "cd").held_out
+    other = database_site(tmp_path / "b", sqlite, data__held_out_seed=7)
+    assert own_split(other).held_out != own_split(site).held_out
+
+
+def test_a_database_is_asked_once_for_a_run(
+    tmp_path: Path, sqlite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    really = own_data._asked
+    monkeypatch.setattr(
+        own_data, "_asked", lambda url, query: asked.append(query) or really(url, query)
+    )
+    site = database_site(tmp_path, sqlite)
+    for run in ("ab", "ab", "cd", "ab"):
+        own_split(site, run)
+    assert len(asked) == 2
+
+
+def test_columns_are_mapped(tmp_path: Path, sqlite: str) -> None:
+    query = "SELECT question AS q, answer AS a FROM cards WHERE consent"
+    site = make_site(
+        tmp_path / "site",
+        {"formulary": ""},
+        source="",
+        data__database=sqlite,
+        data__query=query,
+        data__question_column="q",
+        data__answer_column="a",
+    )
+    assert pairs(site) == set(CARDS)
+
+
+WRONG = [
+    ("sqlite:///{folder}/none/clinic.db", QUERY, "the query failed"),
+    ("sqlite:///{file}", "SELECT question FROM carts", "no such table: carts"),
+    ("sqlite:///{file}", "SELECT question FROM cards", "no column 'answer'"),
+    ("sqlite:///{file}", "DELETE FROM cards WHERE id < 0", "gives no rows: it must be a SELECT"),
+    ("sqlite:///{file}", "SELECT question, answer FROM cards WHERE id < 0", "has no rows"),
+    ("clinic", QUERY, "is no SQLAlchemy URL"),
+    ("martian://x/y", QUERY, "is no SQLAlchemy URL"),
+    ("mysql+pymysql://reader:topsecret@localhost/clinic", QUERY, "needs the driver pymysql"),
+    (
+        "postgresql+psycopg://reader:topsecret@127.0.0.1:1/clinic",
+        QUERY,
+        r"reader:\*\*\*@127\.0\.0\.1:1/clinic.*the query failed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("url", "query", "reason"), WRONG)
+def test_what_cannot_be_read_is_told_without_the_password(
+    tmp_path: Path, sqlite: str, url: str, query: str, reason: str
+) -> None:
+    url = url.format(folder=tmp_path, file=sqlite.removeprefix("sqlite:///"))
+    with pytest.raises(DataError, match=reason) as caught:
+        own_split(database_site(tmp_path, url, query))
+    assert "topsecret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_written_anywhere(tmp_path: Path, sqlite: str) -> None:
+    """No cache of rows: Hugging Face's would copy them to the home folder."""
+    code = (
+        "import sys, os\n"
+        "from pathlib import Path\n"
+        "from grandrounds.site.custody.site_file import read_site_file\n"
+        "from grandrounds.site.custody.own_data import own_split\n"
+        "import datasets, sqlalchemy\n"
+        "written = []\n"
+        "def watch(event, args):\n"
+        "    if event == 'open' and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):\n"
+        "        written.append(args[0])\n"
+        "sys.addaudithook(watch)\n"
+        "print(len(own_split(read_site_file(Path(sys.argv[1]))).train), written)\n"
+    )
+    site = database_site(tmp_path, sqlite)
+    command = [sys.executable, "-c", code, str(site.path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[-1] == "38 []", done.stderr
+
+
+def test_a_file_is_read_in_place_of_a_database(tmp_path: Path) -> None:
+    import csv
+
+    site = make_site(tmp_path, {"formulary": ""}, source="cards.csv")
+    with (tmp_path / "cards.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("input", "output"), *CARDS])
+    assert pairs(site) == set(CARDS)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server of our own, run by another user than root."""
+    programs = Path(shutil.which("pg_ctl") or "/usr/lib/postgresql/15/bin/pg_ctl")
+    if not programs.exists():
+        pytest.skip("no PostgreSQL server here (Debian: postgresql)")
+    bin_folder = programs.resolve().parent
+    who: dict[str, Any] = {}
+    if os.getuid() == 0:
+        name = "postgres" if any(u.pw_name == "postgres" for u in pwd.getpwall()) else "nobody"
+        user = pwd.getpwnam(name)
+        who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+    folder = Path(tempfile.mkdtemp(prefix="gr-pg-", dir="/tmp"))
+    if who:
+        os.chown(folder, who["user"], who["group"])
+    port = free_port()
+
+    def run(*command: str) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, **who)
+        assert done.returncode == 0, done.stderr
+
+    run(str(bin_folder / "initdb"), "-D", str(folder / "data"), "-A", "trust", "-U", "owner")
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [
+                *(str(bin_folder / "postgres"), "-D", str(folder / "data"), "-p", str(port)),
+                *("-k", str(folder), "-h", "127.0.0.1"),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            **who,
+        )
+    try:
+        wait_for(lambda: b"ready to accept" in (folder / "log").read_bytes(), 60)
+        yield f"postgresql+psycopg://owner@127.0.0.1:{port}/postgres"
+    finally:
+        server.terminate()
+        server.wait(30)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_real_postgresql_server_is_read(tmp_path: Path, postgres: str) -> None:
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(postgres)
+    with engine.begin() as connection:
+        connection.execute(
+            sqlalchemy.text(
+                "create table cards (id int, question text, answer text, consent boolean)"
+            )
+        )
+        rows = [{"i": i, "q": q, "a": a} for i, (q, a) in enumerate(CARDS)]
+        connection.execute(sqlalchemy.text("insert into cards values (:i, :q, :a, true)"), rows)
+        connection.execute(
+            sqlalchemy.text("insert into cards values (99, 'secret', 'secret', false)")
+        )
+        connection.execute(sqlalchemy.text("create role reader login password 'topsecret'"))
+        connection.execute(sqlalchemy.text("create role stranger login"))
+        connection.execute(sqlalchemy.text("grant select on cards to reader"))
+    engine.dispose()
+    reader = postgres.replace("owner@", "reader:topsecret@")
+    assert pairs(database_site(tmp_path, reader)) == set(CARDS)
+    stranger = postgres.replace("owner@", "stranger@")
+    with pytest.raises(DataError, match="permission denied for table cards"):
+        own_split(database_site(tmp_path / "b", stranger))
+    with pytest.raises(DataError, match='relation "carts" does not exist') as caught:
+        own_split(database_site(tmp_path / "c", reader, "SELECT question FROM carts"))
+    assert "topsecret" not in str(caught.value)
