@@ -17,6 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from grandrounds.server.listeners import Listener
+
 MIB = 2**20
 
 SETTING: dict[str, Any] = {
@@ -51,7 +53,7 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = recipes.resolve({**settings, "run-directory": str(Path(folder, "run"))})
         grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-        summary = server_app.federate(grid, config, lambda *_: None)
+        summary = server_app.federate(grid, config, Listener())
         ledger = json.loads(Path(folder, "run", "ledger.json").read_text())["totals"]
     up, down = (ledger.get(f"train.{way}", {"tensor_bytes": 0}) for way in ("up", "down"))
     scores = {

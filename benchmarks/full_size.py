@@ -97,36 +97,39 @@ class Bench:
         from grandrounds import client_app
         from grandrounds.config import recipes
         from grandrounds.engines.in_process import InProcessGrid
-        from grandrounds.server import lifecycle as federation
+        from grandrounds.server import lifecycle
+        from grandrounds.server.listeners import Listener
 
         self.config = recipes.resolve(flat)
         self.grid = InProcessGrid(client_app.app, self.config.flat(), SITES)
-        self.run = federation.begin(self.config, lambda *_: None)
-        federation.open_session(self.run, self.grid)
+        self.run = lifecycle.begin(self.grid, self.config, Listener())
+        lifecycle.open_session(self.run)
         self.cursors = dict.fromkeys(range(SITES), 0)
 
     def play_round(self) -> dict[str, Any]:
         """Play the next round; return its line of metrics.jsonl."""
-        from grandrounds.server import lifecycle as federation
+        from grandrounds.server import rounds
 
-        federation.play_round(self.run, self.grid)
+        rounds.play_round(self.run)
         synchronize()
         return self.run.directory.read_metrics()[-1]
 
     def visits(self, number: int) -> list[list[list[Any]]]:
         """Return the batches of each visit of a round, as the sites draw them."""
-        from flwr.app import ConfigRecord
+        from flwr.app import RecordDict
 
         from grandrounds.site import visit as visits
         from grandrounds.site.local_data import open_site
+        from grandrounds.wire import messages
         from grandrounds.wire import schedule as sampling
 
         config, found = self.config, []
         for p in sampling.training_cohort(SEED, number, SITES, config.cohort_size, False):
             site = open_site(config.static.name, config.data, config.model.name, TOKENS, SEED, p)
-            record = ConfigRecord({"round": number})
-            batches, self.cursors[p] = visits.next_batches(site, config, record, self.cursors[p])
-            found.append(batches)
+            asked = messages.content(config={"round": number, "cursor": self.cursors[p]})
+            visit = visits.Visit(asked, RecordDict(), config, site)
+            found.append(visits.next_batches(visit))
+            self.cursors[p] = visit.cursor_after
         return found
 
     def resident(self) -> Any:

@@ -87,11 +87,12 @@ def settings(base: Path, data: Path, rounds: int, threads: int) -> dict[str, Any
 
 def write_batches(flat: dict[str, Any], file: Path) -> int:
     """Write the token ids of every batch of the run, visit by visit; return the tokens."""
-    from flwr.app import ConfigRecord
+    from flwr.app import RecordDict
 
     from grandrounds.config import recipes
     from grandrounds.site import visit as visits
     from grandrounds.site.local_data import open_site
+    from grandrounds.wire import messages
     from grandrounds.wire import schedule as sampling
 
     config = recipes.resolve(flat)
@@ -99,8 +100,10 @@ def write_batches(flat: dict[str, Any], file: Path) -> int:
     for number in range(1, config.federation.num_server_rounds + 1):
         for p in sampling.training_cohort(SEED, number, SITES, config.cohort_size, True):
             site = open_site(config.static.name, config.data, config.model.name, 512, SEED, p)
-            record = ConfigRecord({"round": number})
-            batches, cursors[p] = visits.next_batches(site, config, record, cursors[p])
+            asked = messages.content(config={"round": number, "cursor": cursors[p]})
+            visit = visits.Visit(asked, RecordDict(), config, site)
+            batches = visits.next_batches(visit)
+            cursors[p] = visit.cursor_after
             visit_batches.append(
                 [[[list(e.input_ids), e.prompt_tokens] for e in batch] for batch in batches]
             )

@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 MIB = 2**20
 
@@ -37,14 +38,16 @@ def one_round(replies: int) -> dict[str, float]:
 
     from grandrounds.config.recipes import resolve
     from grandrounds.engines.in_process import InProcessGrid
+    from grandrounds.model.lora import LoraSpec
     from grandrounds.server import rounds
-    from grandrounds.server.aggregation.make import make_rule, rule_settings
-    from grandrounds.server.roll_call import SiteCard
-    from grandrounds.server.updates import Terms
+    from grandrounds.server.aggregation.make import filled_in, make_rule
+    from grandrounds.server.exchange import Exchange
+    from grandrounds.server.listeners import Listener
+    from grandrounds.server.roll_call import Roster, SiteCard
+    from grandrounds.server.run import Run, State
     from grandrounds.wire import messages
-    from grandrounds.wire.codecs import codec_named
+    from grandrounds.wire.adapter import Ranks
     from grandrounds.wire.downlink import Sender
-    from grandrounds.wire.ledger import Ledger
 
     config = resolve({})
 
@@ -53,28 +56,31 @@ def one_round(replies: int) -> dict[str, float]:
 
     def client_app(message: Message, context: Context) -> Message:
         change = {n: generator.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
-        metrics = {"num-examples": 1700}
+        metrics = {**dict.fromkeys(messages.TRAIN_METRICS, 1), "num-examples": 1700}
         return messages.reply(message, arrays=messages.to_arrays(change), metrics=metrics)
 
     grid = InProcessGrid(client_app, {}, replies)
     cards = {p: SiteCard(p + 1, {"train-examples": 1700}) for p in range(replies)}
     adapter = {n: np.zeros(s, dtype=np.float32) for n, s in shapes.items()}
     before = peak_mib()
-    rounds.train_round(
-        grid,
-        1,
-        adapter,
-        {p: {} for p in range(replies)},
-        cards,
-        Ledger(),
-        rule=make_rule(rule_settings(config)),
-        sender=Sender(config.strategy.name, config.communication, adapter, seed=0),
-        uplink_codec=codec_named("none", config.communication),
-        terms=Terms(min_reply_fraction=1.0),
-        timeout_seconds=600.0,
-        on_reply=lambda *_: None,
-        measure_product_error=True,
+    state = State(0, adapter, "0")
+    nothing: Any = None  # a round reads neither plan nor run directory
+    run = Run(
+        config=config,
+        directory=nothing,
+        is_new=True,
+        plan=nothing,
+        lora=LoraSpec(8, 32.0, "q_proj,v_proj", 0.0),
+        targets=["q_proj", "v_proj"],
+        state=state,
+        rule=make_rule(filled_in(config)),
+        sender=Sender(Ranks.of(config), config.communication, adapter, 0),
+        exchange=Exchange(grid, state.ledger, state.run, 600.0),
+        roster=Roster(replies, cards=cards),
+        listener=Listener(),
+        evaluation_cohort=[],
     )
+    rounds.train(run, rounds.Round(1, 1e-3, list(cards), {}, True, 0.0, 0.0))
     adapter_mib = sum(a.nbytes for a in adapter.values()) / MIB
     return {
         "replies": replies,

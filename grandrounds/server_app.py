@@ -14,10 +14,10 @@ from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
 from grandrounds.errors import GrandRoundsError
 from grandrounds.quiet import quiet_libraries
-from grandrounds.server import lifecycle as federation
+from grandrounds.server import lifecycle, rounds
+from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.server.listeners.trackers import tracked
-from grandrounds.server.run import Listener
 
 app = ServerApp()
 
@@ -39,22 +39,22 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
     GrandRoundsError
         If the run cannot start, or a round has too few good replies. What was finished is kept.
     """
-    run = federation.begin(config, listener)
+    run = lifecycle.begin(grid, config, listener)
     try:
-        federation.open_session(run, grid)
+        lifecycle.open_session(run)
         if not run.directory.read_metrics():
-            federation.record_start(run, grid)
+            rounds.record_start(run)
         while run.state.round < config.federation.num_server_rounds:
-            federation.play_round(run, grid)
-        return federation.finish(run, grid)
+            rounds.play_round(run)
+        return lifecycle.finish(run)
     except KeyboardInterrupt:
-        kept = federation.fail(run, "stopped", "interrupted")
+        kept = lifecycle.fail(run, "stopped", "interrupted")
         raise KeyboardInterrupt(kept) from None
     except GrandRoundsError as error:
-        kept = federation.fail(run, "failed", str(error))
+        kept = lifecycle.fail(run, "failed", str(error))
         raise type(error)(f"{error} {kept[0].upper()}{kept[1:]}.") from error
     except Exception as error:
-        federation.fail(run, "failed", f"{type(error).__name__}: {error}")
+        lifecycle.fail(run, "failed", f"{type(error).__name__}: {error}")
         raise
     finally:
         run.directory.release()

@@ -24,6 +24,7 @@ from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.engines.simulation import MARKER, end_processes
+from grandrounds.server.listeners import Listener
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from tests.own_sites import write_partition
 from tests.places import ROOT
@@ -325,7 +326,7 @@ def in_process(settings: Settings, run: Path) -> None:
     resolved = recipes.resolve({**settings, "run-directory": str(run)})
     config = in_one_array(resolved)
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda *_: None)
+    server_app.federate(grid, config, Listener())
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
+from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
 
 
@@ -123,7 +124,7 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
     return recipes.with_absolute_paths(resumed)
 
 
-def reporter(config: Config, plain: bool) -> Any:
+def reporter(config: Config, plain: bool) -> Listener:
     """Return the display: Rich on a terminal, plain lines elsewhere or where wanted."""
     console = Console()
     if plain or not console.is_terminal:

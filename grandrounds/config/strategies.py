@@ -29,6 +29,9 @@ class Strategy:
     error_feedback: bool = True
     """Whether what a codec lost can be sent at the site's next visit: not where the server writes
     the factors anew in every round."""
+    stacks: bool = False
+    """Whether the sites' adapters are stacked, each trained afresh beside the frozen stack, so that
+    the rank grows from round to round."""
     mixed_ranks: bool = False
     """Whether sites may train a lower rank than the adapter's."""
     keys: tuple[str, ...] = ()
@@ -59,7 +62,7 @@ STRATEGIES: dict[str, Strategy] = {
     "product": Strategy(
         keeps_replies=True, error_feedback=False, mixed_ranks=True, keys=("site-ranks",)
     ),
-    "flora": Strategy(keeps_replies=True, error_feedback=False, keys=("max-rank",)),
+    "flora": Strategy(keeps_replies=True, error_feedback=False, stacks=True, keys=("max-rank",)),
 }
 """Name → what it asks."""
 

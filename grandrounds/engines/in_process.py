@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -14,6 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from grandrounds.config.keys import Config
 from grandrounds.quiet import quiet_libraries
+from grandrounds.server.listeners import Listener
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 
 ClientAppCall = Callable[[Message, Context], Message]
@@ -117,7 +117,7 @@ class InProcessGrid(Grid):
             return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
 
 
-def run_in_process(config: Config, listener: Any) -> None:
+def run_in_process(config: Config, listener: Listener) -> None:
     """Run server and sites in this process."""
     quiet_libraries()
     from grandrounds import client_app, server_app

@@ -23,7 +23,6 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -34,9 +33,10 @@ from grandrounds.engines.watching import Watcher, mark_stopped, with_run_directo
 from grandrounds.errors import EngineError
 from grandrounds.model.headroom import GPU_SHARE
 from grandrounds.server.directory import RunDirectory
+from grandrounds.server.listeners import Listener
 
 
-def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float) -> None:
+def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: float) -> None:
     """Run a configuration in Flower's simulation, on a SuperLink of its own.
 
     Raises
@@ -71,7 +71,7 @@ def simulate(config: Config, listener: Any, client_cpus: int, client_gpus: float
                 f"{summary.get('reason') or reason.partition('exception: ')[2] or reason} "
                 f"(Flower's logs: {home / 'runtime'})"
             )
-        listener("finished", {**summary, "directory": str(run_directory)})
+        listener.on_finished({**summary, "directory": str(run_directory)})
     shutil.rmtree(home)
 
 

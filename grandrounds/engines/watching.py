@@ -10,9 +10,8 @@ import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import defaults, to_toml
 from grandrounds.config.values import Scalar
-from grandrounds.server.directory import RunDirectory
-from grandrounds.server.lifecycle import default_run_directory
-from grandrounds.server.run import Listener
+from grandrounds.server.directory import RunDirectory, default_run_directory
+from grandrounds.server.listeners import Listener
 
 APP = """[project]
 name = "grandrounds"
@@ -50,14 +49,14 @@ class Watcher:
         plan = self._new("plan.json")
         if plan is not None:
             place = {"directory": str(self._directory.path), "resumed-after": self._resumed_after}
-            self._listener("plan", {**plan, **place})
+            self._listener.on_plan({**plan, **place})
         sites = self._new("sites.json")
         if sites is not None:
-            self._listener("roll-call", {"sites": sites})
+            self._listener.on_roll_call(sites)
         for record in self._directory.read_metrics():
             if record["round"] > self._last_round:
                 self._last_round = record["round"]
-                self._listener("round", record)
+                self._listener.on_round(record)
 
     def summary(self) -> dict[str, Any]:
         """Return the summary that this run has written; empty if it has not."""

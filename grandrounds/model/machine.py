@@ -13,7 +13,7 @@ from grandrounds.model import loss
 from grandrounds.model.base import BaseSpec, base_config, device_and_dtype, has_bfloat16
 from grandrounds.model.lora import LoraSpec, base_parameters
 from grandrounds.model.resident import Resident, compile_mlps, resident_model
-from grandrounds.wire import slots
+from grandrounds.wire.adapter import Ranks
 
 SMALL_BASE_PARAMETERS = 5_000_000
 """Below this a base trains with one CPU thread unless told otherwise."""
@@ -24,7 +24,7 @@ _PROCESS_THREADS = torch.get_num_threads()
 def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
     """Return what decides the base and the adapter."""
     model, lora = config.model, config.lora
-    rank = slots.resident_rank(config.strategy.name, lora.peft_lora_r, config.max_rank)
+    rank = Ranks.of(config).resident
     alpha = lora.peft_lora_alpha * rank / lora.peft_lora_r
     return (
         BaseSpec(model.name, model.quantization, model.dtype),

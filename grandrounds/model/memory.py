@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from grandrounds.config.keys import Config
-from grandrounds.config.strategies import STRATEGIES
 from grandrounds.model.activations import Batch, Precision, layer_bytes, loss_bytes, saved_bytes
 from grandrounds.model.architectures import Architecture
-from grandrounds.wire import protocol, slots
-from grandrounds.wire.adapter import Shapes
+from grandrounds.wire.adapter import Ranks, Shapes, at_rank, count_parameters, of_factors
 from grandrounds.wire.traffic import MAGNITUDE
 
 MIB = 2**20
@@ -244,20 +242,19 @@ def site_memory(
     checkpointing: bool,
 ) -> SiteMemory:
     """Return a site's memory in some precision, for batches of full length."""
-    rule, rank = config.strategy.name, config.lora.peft_lora_r
-    resident = slots.resident_rank(rule, rank, config.max_rank)
+    ranks = Ranks.of(config)
     factors = {n: s for n, s in shapes.items() if not n.endswith(MAGNITUDE)}
-    placed = protocol.at_rank(factors, resident)
+    placed = at_rank(factors, ranks.resident)
     trained = max(
-        (protocol.of_factors(placed, STRATEGIES[rule].trained(r)) for r in (1, 2)),
-        key=protocol.count,
+        (of_factors(placed, ranks.strategy.trained(number)) for number in (1, 2)),
+        key=count_parameters,
     )
     return _site_memory(
         base,
         targets,
         [math.prod(s) for s in placed.values()],
         [math.prod(s) for s in trained.values()],
-        resident,
+        ranks.resident,
         Batch(
             config.arguments.per_device_train_batch_size,
             config.train.seq_length,

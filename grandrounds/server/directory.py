@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 import grandrounds
+from grandrounds import storage
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import load_recipe, resolve, to_toml
 from grandrounds.errors import ConfigError, RunDirectoryError, nearest
+from grandrounds.storage import whole_folder, writing
 from grandrounds.wire.adapter import Adapter
-
-_PARTIAL = ".partial"
 
 
 class RunDirectory:
@@ -66,7 +66,7 @@ class RunDirectory:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _write_text(path / "config.toml", to_toml(config.recipe()))
+            storage.write_text(path / "config.toml", to_toml(config.recipe()))
         except OSError as error:
             for folder in missing:  # what was made here, innermost first
                 shutil.rmtree(folder, ignore_errors=True)
@@ -103,7 +103,7 @@ class RunDirectory:
         RunDirectoryError
             If another run writes here.
         """
-        with _told_plainly(self.path), suppress(NotImplementedError):
+        with _writing(self.path), suppress(NotImplementedError):
             try:
                 self._lock.acquire()
             except Timeout:
@@ -125,13 +125,13 @@ class RunDirectory:
 
     def remove(self, name: str) -> None:
         """Remove a file of this directory, if it is there."""
-        with _told_plainly(self.path):
+        with _writing(self.path):
             (self.path / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        with _told_plainly(self.path):
-            _write_text(self.path / name, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        with _writing(self.path):
+            storage.write_json(self.path / name, data)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file of this directory; None if it is not there."""
@@ -140,7 +140,7 @@ class RunDirectory:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with _told_plainly(self.path), (self.path / "metrics.jsonl").open("a") as file:
+        with _writing(self.path), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -155,12 +155,12 @@ class RunDirectory:
         """Write `peft_<round>/`: weights, PEFT's configuration and a model card."""
         from safetensors.numpy import save_file
 
-        def write(folder: Path) -> None:
+        target = self.path / f"peft_{round_number}"
+        with _writing(self.path), whole_folder(target) as folder:
             save_file(dict(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
             peft_config.save_pretrained(str(folder))
             (folder / "README.md").write_text(card)
-
-        return self._write_folder(self.path / f"peft_{round_number}", write)
+        return target
 
     def save_state(
         self,
@@ -172,13 +172,12 @@ class RunDirectory:
         """Write the state after a round, then drop the states before it."""
         from safetensors.numpy import save_file
 
-        def write(folder: Path) -> None:
+        target = self.path / "state" / f"round-{round_number:06d}"
+        with _writing(self.path), whole_folder(target) as folder:
             save_file(dict(adapter), folder / "adapter.safetensors")
             if rule_state:
                 save_file(dict(rule_state), folder / "rule.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
-
-        self._write_folder(self.path / "state" / f"round-{round_number:06d}", write)
         for older in self._states()[:-1]:
             shutil.rmtree(older)
 
@@ -202,9 +201,9 @@ class RunDirectory:
     def rewind(self, round_number: int, record: Mapping[str, Any]) -> None:
         """Drop what was written after `round_number`, whose metrics are `record`."""
         lines = [m for m in self.read_metrics() if m["round"] < round_number] + [dict(record)]
-        with _told_plainly(self.path):
+        with _writing(self.path):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            _write_text(self.path / "metrics.jsonl", text)
+            storage.write_text(self.path / "metrics.jsonl", text)
         for older in self._states()[:-1]:
             shutil.rmtree(older)
         for folder in self.path.glob("peft_*"):
@@ -216,43 +215,16 @@ class RunDirectory:
     def _states(self) -> list[Path]:
         return sorted((self.path / "state").glob("round-??????"))
 
-    def _write_folder(self, target: Path, write: Callable[[Path], None]) -> Path:
-        partial = target.with_name(f".{target.name}{_PARTIAL}")
-        with _told_plainly(self.path):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            for file in partial.iterdir():
-                _flush(file)
-            if target.exists():  # left by a run that was killed between checkpoint and state
-                shutil.rmtree(target)
-            partial.rename(target)
-        return target
 
-
-@contextmanager
-def _told_plainly(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> AbstractContextManager[None]:
     """Turn a full disk or a folder without permission into one clear error."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunDirectoryError(
-            f"The run directory {path} cannot be written: {reason}. Free some space; finished "
-            f"rounds are kept, and grandrounds run --resume {path} goes on from there."
-        ) from error
-
-
-def _write_text(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}{_PARTIAL}")
-    partial.write_text(text)
-    _flush(partial)
-    partial.replace(file)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+    return writing(
+        f"The run directory {path}",
+        "Free some space; finished rounds are kept, and grandrounds run --resume "
+        f"{path} goes on from there.",
+        RunDirectoryError,
+        (OSError, SafetensorError),
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -361,3 +333,9 @@ def _round(run: RunDirectory, saved: Mapping[int, Mapping[str, Any]], which: str
 
 def _listed(saved: Mapping[int, Any]) -> str:
     return ", ".join(map(str, sorted(saved)))
+
+
+def default_run_directory(config: Config) -> Path:
+    """Return `runs/<date>-<time>-<model>` below the current folder."""
+    model = config.model.name.rstrip("/").rpartition("/")[2]
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{model}"

@@ -1,17 +1,28 @@
-"""Messages out, replies in, as they arrive."""
+"""Messages out, replies in, each counted in the ledger as it passes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
-from flwr.app import Message
+from flwr.app import DEFAULT_TTL, Message
 from flwr.serverapp import Grid
 
-from grandrounds.errors import EngineError
+from grandrounds.errors import EngineError, GrandRoundsError
+from grandrounds.wire import messages
+from grandrounds.wire.downlink import Parcel
+from grandrounds.wire.ledger import Ledger
 
 LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.05, 1.0
 """Between two looks for replies; Flower's engines move messages every 0.1 s."""
+
+Use = Callable[[int, Message], messages.Metrics]
+"""Takes (partition id, reply) and returns its metrics; raises `GrandRoundsError` for a reply that
+cannot be used, which is then counted as failed."""
+
+OnReply = Callable[[int, str | None], None]
+"""Called with (partition id, None or the failure), once for every site that was selected."""
 
 
 def pause(waited_seconds: float) -> float:
@@ -22,48 +33,136 @@ def pause(waited_seconds: float) -> float:
     return min(max(LEAST_PAUSE_SECONDS, waited_seconds / 20), MOST_PAUSE_SECONDS)
 
 
-def exchange(
-    grid: Grid,
-    outgoing: Mapping[int, Message],
-    timeout_seconds: float,
-    late: set[str] | None = None,
-) -> Iterator[tuple[int, Message]]:
-    """Send one message per node and yield (node id, reply) as replies arrive.
+@dataclass
+class Tally:
+    """What came of one exchange with a cohort."""
 
-    Replies are fetched one by one, so that one that waits its turn takes no memory here. Ends when
-    all have answered, or after `timeout_seconds` with those who have.
+    good: dict[int, messages.Metrics] = field(default_factory=dict)
+    """Partition id → metrics of a reply that was used."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Partition id → why its reply was not used."""
 
-    Parameters
-    ----------
-    late
-        Takes the ids of messages whose replies had not come in time.
-    """
-    nodes = list(outgoing)
-    message_ids = list(grid.push_messages(outgoing.values()))
-    if len(message_ids) != len(nodes):
-        raise EngineError(
-            f"Flower took {len(message_ids)} of {len(nodes)} messages: are they larger than its "
-            "server allows? Send less (communication.downlink-codec), or raise its limit."
+    @property
+    def reasons(self) -> str:
+        """All failures in one line."""
+        return "; ".join(f"site {p}: {why}" for p, why in sorted(self.failed.items()))
+
+
+@dataclass
+class Exchange:
+    """The server's end of all messages of a run."""
+
+    grid: Grid
+    """Flower's way to the nodes."""
+    ledger: Ledger
+    """Where every message is counted."""
+    run: str
+    """The run's key, by which sites tell what they remember."""
+    timeout_seconds: float
+    """Longest wait for the replies of one cohort."""
+    late: set[str] = field(default_factory=set)
+    """Ids of messages whose replies had not come when their round ended."""
+
+    def message(
+        self,
+        node: int,
+        kind: str,
+        round_number: int,
+        parcel: Parcel,
+        instruction: Mapping[str, float | int] | None = None,
+    ) -> Message:
+        """Return a message to a site: the adapter, and what to do with it.
+
+        It outlives its round, so that a reply that comes late is told from none.
+        """
+        config = {"round": round_number, messages.RUN: self.run, **parcel.config}
+        return Message(
+            messages.content(arrays=parcel.arrays, config={**config, **(instruction or {})}),
+            node,
+            kind,
+            ttl=max(DEFAULT_TTL, 2 * self.timeout_seconds),
+            group_id=str(round_number),
         )
-    # Flower gives no id to a message whose node is gone; nothing will come back from there.
-    pending = {i: node for i, node in zip(message_ids, nodes, strict=True) if i}
-    started = time.monotonic()
-    while pending:
-        waiting = len(pending)
-        for message_id in list(pending):
-            for reply in grid.pull_messages([message_id]):
-                yield pending.pop(message_id), reply
-        if len(pending) == waiting:
-            waited = time.monotonic() - started
-            if waited > timeout_seconds:
-                (set() if late is None else late).update(pending)
-                return
-            time.sleep(pause(waited))
 
+    def ask(
+        self,
+        kind: str,
+        outgoing: Mapping[int, Message],
+        use: Use,
+        on_reply: OnReply = lambda *_: None,
+    ) -> Tally:
+        """Send a cohort its messages; count, check and use each reply as it arrives.
 
-def replies_that_came_late(grid: Grid, late: set[str]) -> Iterator[Message]:
-    """Yield the replies to earlier messages that are there by now, and wait for them no more."""
-    for message_id in sorted(late):
-        for reply in grid.pull_messages([message_id]):
-            late.discard(message_id)
-            yield reply
+        Parameters
+        ----------
+        kind : str
+            What the messages are in the ledger: `train`, `evaluate` or `formulary`.
+        outgoing
+            Partition id's message; its destination is the node of that site.
+        """
+        partition_of = {m.metadata.dst_node_id: p for p, m in outgoing.items()}
+        for message in outgoing.values():
+            self.ledger.count(f"{kind}.down", messages.tensor_sizes(message))
+        tally = Tally()
+        by_node = {m.metadata.dst_node_id: m for m in outgoing.values()}
+        # Only a late answer to `train` is worth telling from none.
+        late = self.late if kind == "train" else set[str]()
+        for node, reply in self.replies(by_node, self.timeout_seconds, late):
+            partition = partition_of[node]
+            self.ledger.count(f"{kind}.up", messages.tensor_sizes(reply))
+            try:
+                messages.raise_failure(reply)
+                tally.good[partition] = use(partition, reply)
+            except GrandRoundsError as error:
+                tally.failed[partition] = str(error)
+            on_reply(partition, tally.failed.get(partition))
+        for partition in outgoing:
+            if partition not in tally.good and partition not in tally.failed:
+                tally.failed[partition] = f"no reply within {self.timeout_seconds:g} s"
+                on_reply(partition, tally.failed[partition])
+        return tally
+
+    def replies(
+        self, outgoing: Mapping[int, Message], timeout_seconds: float, late: set[str]
+    ) -> Iterator[tuple[int, Message]]:
+        """Send one message per node and yield (node id, reply) as replies arrive.
+
+        Replies are fetched one by one, so that one that waits its turn takes no memory here. Ends
+        when all have answered, or after `timeout_seconds` with those who have.
+
+        Parameters
+        ----------
+        late
+            Takes the ids of messages whose replies had not come in time.
+        """
+        nodes = list(outgoing)
+        message_ids = list(self.grid.push_messages(outgoing.values()))
+        if len(message_ids) != len(nodes):
+            raise EngineError(
+                f"Flower took {len(message_ids)} of {len(nodes)} messages: are they larger than "
+                "its server allows? Send less (communication.downlink-codec), or raise its limit."
+            )
+        # Flower gives no id to a message whose node is gone; nothing will come back from there.
+        pending = {i: node for i, node in zip(message_ids, nodes, strict=True) if i}
+        started = time.monotonic()
+        while pending:
+            waiting = len(pending)
+            for message_id in list(pending):
+                for reply in self.grid.pull_messages([message_id]):
+                    yield pending.pop(message_id), reply
+            if len(pending) == waiting:
+                waited = time.monotonic() - started
+                if waited > timeout_seconds:
+                    late.update(pending)
+                    return
+                time.sleep(pause(waited))
+
+    def count_late(self) -> int:
+        """Count the late replies that are there by now, and return how many answered well."""
+        good = 0
+        for message_id in sorted(self.late):
+            for reply in self.grid.pull_messages([message_id]):
+                self.late.discard(message_id)
+                good += not reply.has_error()
+                self.ledger.count("late.up", messages.tensor_sizes(reply))
+        return good

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
-from grandrounds.server.exchange import exchange, pause
+from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
+
+REFRESH_SECONDS = 60.0
+"""Longest wait before a round for sites that came, or came back, to introduce themselves."""
+
+SAME_IN_A_RUN = (
+    *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
+    *("base", "prompt"),
+)
+"""What a site must still be when it comes back, and when the run is resumed."""
+
+COUNTS = (
+    "rows",
+    "empty-rows",
+    "duplicate-rows",
+    "truncated",
+    "unlearnable",
+    "held-out-examples",
+    "threads",
+)
+"""Facts that are integers of at least 0."""
+
+MOST_CHARACTERS = 1000
+"""Longest text in an introduction."""
 
 
 @dataclass(frozen=True)
 class SiteCard:
-    """What a site said at roll call."""
+    """A site that may take part."""
 
     node_id: int
     """Flower's id of the node, drawn at random by its engines."""
@@ -30,256 +53,189 @@ class SiteCard:
         return int(self.facts["train-examples"])
 
 
-def wait_for_nodes(
-    grid: Grid,
-    num_partitions: int,
-    seconds: float = 60.0,
-    least: int | None = None,
-    site_nodes: Mapping[int, int] | None = None,
-) -> list[int]:
-    """Return the ids of the connected nodes, once there are as many as sites.
+@dataclass
+class Roster:
+    """The sites of a run: who may take part, who ever did, and who may not."""
 
-    Parameters
-    ----------
-    least : int or None
-        With so many a run begins after `seconds`, and the others may come later; None: all.
-    site_nodes
-        Partition id → the node that it was admitted as, where it is known.
+    num_sites: int
+    """Sites of the run, `data.num-partitions`."""
+    min_sites: int = 0
+    """Sites without which a run does not begin, `strategy.min-sites`; 0: all of them."""
+    admitted: Callable[[], Mapping[int, int]] = dict
+    """Returns partition id → the node that the site was admitted as, where it is known."""
+    introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Partition id → introduction, of every site that ever took part."""
+    cards: dict[int, SiteCard] = field(default_factory=dict)
+    """Partition id → the site, of those that may take part."""
+    suspected: set[int] = field(default_factory=set)
+    """Sites whose last reply failed."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Node → why it was left out at the roll call."""
 
-    Raises
-    ------
-    EngineError
-        If there are fewer after `seconds`, or more than sites.
-    """
-    least = num_partitions if least is None else least
-    started = time.monotonic()
-    while len(nodes := sorted(grid.get_node_ids())) < num_partitions:
-        if (waited := time.monotonic() - started) > seconds:
-            break
-        time.sleep(pause(waited))
-    if not least <= len(nodes) <= num_partitions:
-        fewer = least < num_partitions and f" (strategy.min-sites = {least})"
-        told = (
-            f"{len(nodes)} nodes are connected, but data.num-partitions = "
-            f"{num_partitions}{fewer or ''}"
+    def open(self, exchange: Exchange, connect_timeout_seconds: float) -> None:
+        """Wait for the sites and call the roll."""
+        self.call(exchange, self.wait(exchange.grid, connect_timeout_seconds))
+
+    def wait(self, grid: Grid, seconds: float) -> list[int]:
+        """Return the ids of the connected nodes, once there are as many as sites.
+
+        Raises
+        ------
+        EngineError
+            If there are fewer than `min_sites` after `seconds`, or more than sites.
+        """
+        least = self.min_sites or self.num_sites
+        started = time.monotonic()
+        while len(nodes := sorted(grid.get_node_ids())) < self.num_sites:
+            if (waited := time.monotonic() - started) > seconds:
+                break
+            time.sleep(pause(waited))
+        if least <= len(nodes) <= self.num_sites:
+            return nodes
+        fewer = f" (strategy.min-sites = {least})" if least < self.num_sites else ""
+        found = (
+            f"{len(nodes)} nodes are connected, but data.num-partitions = {self.num_sites}{fewer}"
         )
         advice = (
             "start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or let a run "
             "begin without some (strategy.min-sites)."
         )
-        if missing := [str(p) for p, node in (site_nodes or {}).items() if node not in nodes]:
-            raise EngineError(f"{told}. Not there: sites {', '.join(missing)}; {advice}")
+        if missing := [str(p) for p, node in self.admitted().items() if node not in nodes]:
+            raise EngineError(f"{found}. Not there: sites {', '.join(missing)}; {advice}")
         raise EngineError(
-            f"{told}. With flwr run, add --federation-config 'num-supernodes={num_partitions}', or "
-            f"set data.num-partitions = {len(nodes)}. Real sites: {advice}"
+            f"{found}. With flwr run, add --federation-config 'num-supernodes={self.num_sites}', "
+            f"or set data.num-partitions = {len(nodes)}. Real sites: {advice}"
         )
-    return nodes
 
+    def call(self, exchange: Exchange, nodes: Sequence[int]) -> None:
+        """Ask every node to introduce itself; fill `cards` and `refused`.
 
-def roll_call(
-    grid: Grid,
-    nodes: Sequence[int],
-    timeout_seconds: float,
-    required: Collection[str] = messages.IDENTITY,
-    *,
-    num_sites: int | None = None,
-    run: str = "0",
-    least: int | None = None,
-    refused: dict[int, str] | None = None,
-    site_nodes: Mapping[int, int] | None = None,
-) -> dict[int, SiteCard]:
-    """Ask every node who it is; return the sites by partition id.
+        Raises
+        ------
+        GrandRoundsError
+            The first error, a site's own or of its introduction, if one too many cannot take part;
+            `EngineError` if two sites differ in what must be the same, or one does not answer.
+        """
+        least, admitted = self.min_sites, self.admitted()
+        cards, refused = dict[int, SiteCard](), dict[int, str]()
+        seconds = exchange.timeout_seconds
+        for node, reply in exchange.replies(questions(nodes, exchange.run), seconds, set()):
+            try:
+                messages.raise_failure(reply)
+                facts = introduction_of(node, reply, self.num_sites)
+                partition = facts["partition-id"]
+                if objection := mistaken(partition, node, admitted):
+                    raise EngineError(f"{objection[0].upper()}{objection[1:]}.")
+                if partition in cards:
+                    raise EngineError(
+                        f"Two nodes say that they are site {partition}; each needs its own."
+                    )
+            except GrandRoundsError as error:
+                refused[node] = str(error)
+                if not least or len(nodes) - len(refused) < least:
+                    raise
+                continue
+            cards[partition] = SiteCard(node, facts)
+        silent = set(nodes) - refused.keys() - {card.node_id for card in cards.values()}
+        if silent and not (least and len(cards) >= least):
+            raise EngineError(
+                f"{len(silent)} of {len(nodes)} nodes did not answer the roll call within "
+                f"{seconds:g} s: {sorted(silent)[:5]}. Look at their logs, then start again."
+            )
+        refused |= dict.fromkeys(silent, f"no answer within {seconds:g} s")
+        check_same(cards)
+        self.cards, self.refused = dict(sorted(cards.items())), refused
 
-    Parameters
-    ----------
-    required
-        What every site must say of itself.
-    num_sites : int or None
-        Sites of the run; None: as many as nodes.
-    run : str
-        The run's key.
-    least : int or None
-        With so many sites a run begins without those that cannot take part; None: all must.
-    refused
-        Takes node id → why it cannot take part.
-    site_nodes
-        Partition id → the node that it was admitted as, where it is known.
+    def refresh(self, exchange: Exchange) -> dict[int, str]:
+        """Let sites that came, or whose last reply failed, introduce themselves; renew `cards`.
 
-    Raises
-    ------
-    GrandRoundsError
-        The first error, a site's own or of its introduction, if one too many cannot take part;
-        `EngineError` if two sites differ in what must be the same, or one does not answer.
-    """
-    cards: dict[int, SiteCard] = {}
-    refused = {} if refused is None else refused
-    for node, reply in exchange(grid, questions(nodes, run), timeout_seconds):
-        try:
-            messages.raise_failure(reply)
-            facts = introduction_of(node, reply, required, num_sites or len(nodes))
-            partition = facts["partition-id"]
-            if told := another(partition, node, site_nodes or {}):
-                raise EngineError(f"{told[0].upper()}{told[1:]}.")
-            if partition in cards:
+        A site that is not what it was loses its card.
+
+        Returns
+        -------
+        dict
+            Partition id, or -1 where it is not known, → why a site cannot take part.
+        """
+        cards, admitted = self.cards, self.admitted()
+        known = {card.node_id: partition for partition, card in cards.items()}
+        connected = set(exchange.grid.get_node_ids())
+        asked = sorted(n for n in connected if n not in known or known[n] in self.suspected)
+        refused: dict[int, str] = {}
+        seconds = min(exchange.timeout_seconds, REFRESH_SECONDS)
+        for node, reply in exchange.replies(questions(asked, exchange.run), seconds, set()):
+            partition = known.get(node, -1)
+            try:
+                messages.raise_failure(reply)
+            except GrandRoundsError as error:  # it may answer the next message
+                refused[partition] = str(error)
+                continue
+            try:
+                facts = introduction_of(node, reply, self.num_sites)
+                partition = int(facts["partition-id"])
+                if objection := mistaken(partition, node, admitted):
+                    refused[-1] = objection
+                    continue
+                holder = cards[partition].node_id if partition in cards else node
+                if holder != node and holder in connected:
+                    refused[-1] = (
+                        f"node {node} says that it is site {partition}, and so does node {holder}, "
+                        "which is connected; each needs its own"
+                    )
+                    continue
+                self._check_still_same(partition, facts)
+            except GrandRoundsError as error:
+                refused[partition] = str(error)
+                cards.pop(partition, None)
+                continue
+            cards[partition] = SiteCard(node, facts)
+        return refused
+
+    def note_introductions(self) -> bool:
+        """Merge the introductions of `cards` into `introduced`; return whether any is new.
+
+        Sites that leave stay listed.
+        """
+        known = self.introduced | {p: dict(card.facts) for p, card in self.cards.items()}
+        is_new = known != self.introduced
+        self.introduced = dict(sorted(known.items()))
+        return is_new
+
+    def _check_still_same(self, partition: int, facts: Mapping[str, Any]) -> None:
+        """Raise `EngineError` if a site that comes back has changed, or is not like the others."""
+        before = self.introduced.get(partition, facts)
+        for fact in ("version", *SAME_IN_A_RUN):
+            if facts.get(fact) != before.get(fact):
                 raise EngineError(
-                    f"Two nodes say that they are site {partition}; each needs its own."
+                    f"it came back with another {fact}: {facts.get(fact)}, and was "
+                    f"{before.get(fact)}. Restore it, or start a new run."
                 )
-        except GrandRoundsError as error:
-            refused[node] = str(error)
-            if least is None or len(nodes) - len(refused) < least:
-                raise
-            continue
-        cards[partition] = SiteCard(node, facts)
-    silent = set(nodes) - refused.keys() - {card.node_id for card in cards.values()}
-    if silent and least is not None and len(cards) >= least:
-        refused |= dict.fromkeys(silent, f"no answer within {timeout_seconds:g} s")
-    elif silent:
-        missing = sorted(silent)
-        raise EngineError(
-            f"{len(missing)} of {len(nodes)} nodes did not answer the roll call within "
-            f"{timeout_seconds:g} s: {missing[:5]}. Look at their logs, then start again."
-        )
-    check_same(cards)
-    return dict(sorted(cards.items()))
+        check_same({**self.cards, partition: SiteCard(-1, facts)})
 
 
 def questions(nodes: Sequence[int], run: str) -> dict[int, Message]:
-    """Return the message that asks each node who it is."""
+    """Return the message that asks each node to introduce itself."""
+    config: dict[str, int | str] = {"round": 0, messages.RUN: run}
     return {
-        node: Message(
-            messages.content(config={"round": 0, messages.RUN: run}),
-            node,
-            MessageType.QUERY,
-            group_id="0",
-        )
+        node: Message(messages.content(config={**config}), node, MessageType.QUERY, group_id="0")
         for node in nodes
     }
 
 
-REFRESH_SECONDS = 60.0
-"""Most time before a round for sites that came or came back to say who they are."""
-
-SAME_IN_A_RUN = ("version", "base", "prompt", "train-examples", "held-out-examples")
-"""What a site that comes back must still be."""
-
-
-def refresh(
-    grid: Grid,
-    cards: dict[int, SiteCard],
-    num_sites: int,
-    suspected: Collection[int],
-    timeout_seconds: float,
-    run: str,
-    required: Collection[str] = messages.IDENTITY,
-    *,
-    introduced: Mapping[int, Mapping[str, Any]] | None = None,
-    site_nodes: Mapping[int, int] | None = None,
-) -> dict[int, str]:
-    """Let sites that came, or whose last reply failed, say who they are; renew their cards.
-
-    Parameters
-    ----------
-    cards
-        Partition id → what a site said last. A site that is not what it was loses its card.
-    suspected
-        Partition ids whose last reply failed.
-    introduced
-        Partition id → what a site said when it was there first, of all that ever were; None: of
-        those that have a card.
-    site_nodes
-        Partition id → the node that it was admitted as, where it is known.
-
-    Returns
-    -------
-    dict
-        Partition id, or -1 where it is not known, → why a site cannot take part.
-    """
-    known = {card.node_id: partition for partition, card in cards.items()}
-    before = {p: c.facts for p, c in cards.items()} if introduced is None else introduced
-    connected = set(grid.get_node_ids())
-    asked = sorted(node for node in connected if node not in known or known[node] in suspected)
-    refused: dict[int, str] = {}
-    seconds = min(timeout_seconds, REFRESH_SECONDS)
-    for node, reply in exchange(grid, questions(asked, run), seconds):
-        partition = known.get(node, -1)
-        try:
-            messages.raise_failure(reply)
-        except GrandRoundsError as error:  # it may answer the next message
-            refused[partition] = str(error)
-            continue
-        try:
-            facts = introduction_of(node, reply, required, num_sites)
-            partition = int(facts["partition-id"])
-            if told := another(partition, node, site_nodes or {}):
-                refused[-1] = told
-                continue
-            holder = cards[partition].node_id if partition in cards else node
-            if holder != node and holder in connected:
-                refused[-1] = (
-                    f"node {node} says that it is site {partition}, and so does node {holder}, "
-                    "which is connected; each needs its own"
-                )
-                continue
-            check_still_same(partition, facts, before.get(partition, facts), cards)
-        except GrandRoundsError as error:
-            refused[partition] = str(error)
-            cards.pop(partition, None)
-            continue
-        cards[partition] = SiteCard(node, facts)
-    return refused
-
-
-def another(partition: int, node: int, site_nodes: Mapping[int, int]) -> str:
+def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
     """Return why a node cannot be the site that it says it is; empty if it can."""
-    admitted = site_nodes.get(partition, node)
-    if admitted != node:
-        return (
-            f"node {node} says that it is site {partition}, which node {admitted} was admitted as"
-        )
-    for other, its_node in site_nodes.items():
+    own = admitted.get(partition, node)
+    if own != node:
+        return f"node {node} says that it is site {partition}, which node {own} was admitted as"
+    for other, its_node in admitted.items():
         if its_node == node and other != partition:
             return f"node {node} says that it is site {partition}, and was admitted as site {other}"
     return ""
 
 
-def check_still_same(
-    partition: int,
-    facts: Mapping[str, Any],
-    before: Mapping[str, Any],
-    cards: Mapping[int, SiteCard],
-) -> None:
-    """Raise `EngineError` if a site that comes back is not what it was, or not like the others."""
-    for fact in SAME_IN_A_RUN:
-        if facts.get(fact) != before.get(fact):
-            raise EngineError(
-                f"it came back with another {fact}: {facts.get(fact)}, and was "
-                f"{before.get(fact)}. Restore it, or start a new run."
-            )
-    check_same({**cards, partition: SiteCard(-1, facts)})
-
-
-COUNTS = (
-    "rows",
-    "empty-rows",
-    "duplicate-rows",
-    "truncated",
-    "unlearnable",
-    "held-out-examples",
-    "threads",
-)
-"""Facts that are whole numbers from 0 on."""
-
-
-MOST_CHARACTERS = 1000
-"""Of a text at roll call."""
-
-
-def introduction_of(
-    node: int, reply: Message, required: Collection[str], num_sites: int
-) -> dict[str, Any]:
+def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]:
     """Return what a site says of itself; raise `EngineError` if something is missing or wrong."""
     record = dict(reply.content.config_records.get(messages.CONFIG) or {})
-    if missing := [fact for fact in required if fact not in record]:
+    if missing := [fact for fact in messages.INTRODUCTION if fact not in record]:
         raise EngineError(
             f"Node {node} does not say its {', '.join(missing)} at roll call: is another version "
             "of grandrounds installed there? Install the same one everywhere."
@@ -296,8 +252,7 @@ def introduction_of(
         messages.whole_number(facts, "partition-id", 0, num_sites - 1)
         messages.whole_number(facts, "train-examples", 1)
         for name in COUNTS:
-            if name in record:
-                messages.whole_number(facts, name)
+            messages.whole_number(facts, name)
     except ReplyError as error:
         raise EngineError(f"Node {node} introduces itself wrongly: {error}.") from error
     return record

@@ -1,298 +1,259 @@
-"""The round loop: who is asked, what comes back, what becomes of it.
-
-Step 1  roll call: every site says what it holds; differences are named before anybody trains
-Step 2  a cohort is drawn by seed and receives the adapter
-Step 3  replies are checked, counted and added up as they arrive
-Step 4  the new adapter is judged on held-out examples and written down
-"""
+"""A round: cohort, send, receive, aggregate, evaluate, record."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import DEFAULT_TTL, Message, MessageType
-from flwr.serverapp import Grid
+from flwr.app import Message, MessageType
 
-from grandrounds.errors import GrandRoundsError, RoundError
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.errors import RoundError
+from grandrounds.model.lora import peft_config
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
-from grandrounds.server.aggregation.rule import Rule
-from grandrounds.server.exchange import exchange
-from grandrounds.server.roll_call import SiteCard
-from grandrounds.server.updates import Terms, Updates
-from grandrounds.wire import messages, protocol
-from grandrounds.wire.adapter import Adapter
-from grandrounds.wire.codecs import Codec
+from grandrounds.server.exchange import Tally
+from grandrounds.server.model_card import Findings, have_own_data, model_card
+from grandrounds.server.run import Run
+from grandrounds.server.updates import Updates, claimed_examples
+from grandrounds.wire import messages
+from grandrounds.wire.adapter import Adapter, shapes_of
+from grandrounds.wire.codecs import codec_named
 from grandrounds.wire.codecs.finite import all_finite
-from grandrounds.wire.downlink import Parcel, Sender
-from grandrounds.wire.ledger import Ledger
-
-
-@dataclass
-class Tally:
-    """What came of one exchange with a cohort."""
-
-    good: dict[int, messages.Metrics] = field(default_factory=dict)
-    """Partition id → metrics of a reply that was used."""
-    failed: dict[int, str] = field(default_factory=dict)
-    """Partition id → why its reply was not used."""
-
-
-def ask_cohort(
-    grid: Grid,
-    kind: str,
-    outgoing: Mapping[int, Message],
-    ledger: Ledger,
-    timeout_seconds: float,
-    use: Callable[[int, Message], messages.Metrics],
-    on_reply: Callable[[int, str | None], None],
-    late: set[str] | None = None,
-) -> Tally:
-    """Send a cohort its messages; count, check and use each reply as it arrives.
-
-    Parameters
-    ----------
-    outgoing
-        Partition id's message; its destination is the node of that site.
-    use
-        Called with (partition id, reply); returns its metrics, or raises `GrandRoundsError` for a
-        reply that cannot be used, which is then named and counted as failed.
-    on_reply
-        Called with (partition id, None or the failure), once for every site that was asked.
-    late
-        As for `exchange`.
-    """
-    partition_of = {m.metadata.dst_node_id: p for p, m in outgoing.items()}
-    for message in outgoing.values():
-        ledger.count(f"{kind}.down", messages.tensor_sizes(message))
-    tally = Tally()
-    by_node = {m.metadata.dst_node_id: m for m in outgoing.values()}
-    for node, reply in exchange(grid, by_node, timeout_seconds, late):
-        partition = partition_of[node]
-        ledger.count(f"{kind}.up", messages.tensor_sizes(reply))
-        try:
-            messages.raise_failure(reply)
-            tally.good[partition] = use(partition, reply)
-        except GrandRoundsError as error:
-            tally.failed[partition] = str(error)
-        on_reply(partition, tally.failed.get(partition))
-    for partition in outgoing:
-        if partition not in tally.good and partition not in tally.failed:
-            tally.failed[partition] = f"no reply within {timeout_seconds:g} s"
-            on_reply(partition, tally.failed[partition])
-    return tally
-
+from grandrounds.wire.downlink import Parcel
+from grandrounds.wire.schedule import cohort_of, round_learning_rate_of
 
 NOT_THERE = "not connected"
 
 
-def addressed(
-    card: SiteCard,
-    kind: str,
-    round_number: int,
-    run: str,
-    parcel: Parcel,
-    instruction: Mapping[str, float | int],
-    timeout_seconds: float,
-) -> Message:
-    """Return a message to a site: the adapter, and what to do with it.
+@dataclass
+class Round:
+    """A round of training in progress."""
 
-    It outlives its round, so that a reply that comes late is told from none.
+    number: int
+    """From 1."""
+    learning_rate: float
+    """At the sites, after their warm-up."""
+    cohort: list[int]
+    """The sites that are selected."""
+    refused: dict[int, str]
+    """Sites that came or came back and cannot take part, and why."""
+    saves: bool
+    """Whether a checkpoint is written after it."""
+    started: float
+    """`time.perf_counter()` at its start."""
+    trained: float
+    """The same when the next adapter was there."""
+
+
+def play_round(run: Run) -> None:
+    """Play the next round."""
+    now = select_cohort(run)
+    adapter, tally, measured = train(run, now)
+    now.trained = time.perf_counter()
+    run.accept(now.number, adapter, tally)
+    record = {**training_record(run, now, tally), **measured}
+    if late := run.exchange.count_late():
+        run.state.late_replies += late
+        record["late-replies"] = late
+    if now.refused:
+        record["refused"] = {f"site {p}": why for p, why in sorted(now.refused.items())}
+    evaluate_and_record(run, now, record)
+
+
+def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
+    """Send the adapter, receive the cohort's updates and aggregate them.
+
+    Returns
+    -------
+    tuple
+        The next adapter, what came of each site, and what was measured of the updates.
     """
-    config = {"round": round_number, messages.RUN: run, **parcel.config, **instruction}
-    return Message(
-        messages.content(arrays=parcel.arrays, config=config),
-        card.node_id,
-        kind,
-        ttl=max(DEFAULT_TTL, 2 * timeout_seconds),
-        group_id=str(round_number),
+    parcels = parcels_for(run, now.number, now.cohort, trains=True)
+    updates, product_error = collector(run, now, parcels)
+    tally = receive(run, now, updates, product_error)
+    adapter, measured = aggregate(run, now, tally)
+    return adapter, tally, {**measured, **updates.report(), **product_error.report()}
+
+
+def record_start(run: Run) -> None:
+    """Evaluate the untrained adapter, which is the base, and write line 0."""
+    refused = {f"node {node}": why for node, why in run.roster.refused.items()}
+    record = {"round": 0, **({"refused": refused} if refused else {})}
+    started = time.perf_counter()
+    now = Round(0, 0.0, [], {}, saves=False, started=started, trained=started)
+    evaluate_and_record(run, now, record)
+
+
+# --- Cohort and send ------------------------------------------------------------------------------
+
+
+def select_cohort(run: Run) -> Round:
+    """Let sites come and go, then draw the next round's cohort by seed."""
+    started = time.perf_counter()
+    refused = run.roster.refresh(run.exchange)
+    run.write_sites()
+    number, total = run.state.round + 1, run.config.federation.num_server_rounds
+    return Round(
+        number=number,
+        learning_rate=round_learning_rate_of(run.config, number),
+        cohort=cohort_of(run.config, number),
+        refused=refused,
+        saves=number % run.config.train.save_every_round == 0 or number == total,
+        started=started,
+        trained=started,
     )
 
 
-def train_round(
-    grid: Grid,
-    round_number: int,
-    adapter: Adapter,
-    instructions: Mapping[int, Mapping[str, float | int]],
-    cards: Mapping[int, SiteCard],
-    ledger: Ledger,
-    *,
-    rule: Rule,
-    sender: Sender,
-    uplink_codec: Codec,
-    terms: Terms,
-    timeout_seconds: float,
-    on_reply: Callable[[int, str | None], None],
-    measure_product_error: bool = False,
-    required_metrics: Collection[str] = ("num-examples",),
-    late: set[str] | None = None,
-) -> tuple[Adapter, Tally, dict[str, Any]]:
-    """Train one cohort; return the new adapter, what came back, and what was measured of it.
+def parcels_for(run: Run, number: int, cohort: Iterable[int], *, trains: bool) -> dict[int, Parcel]:
+    """Return what gives the adapter to each site of a cohort that is connected."""
+    there = [p for p in cohort if p in run.roster.cards]
+    return {p: run.sender.parcel(number, p, run.state.adapter, trains=trains) for p in there}
 
-    Parameters
-    ----------
-    instructions
-        Partition id → config of its message (learning rate, cursor after a resume). Its keys are
-        the cohort.
-    required_metrics
-        Metrics without which a reply counts as failed.
+
+def addressed(run: Run, kind: str, number: int, parcels: dict[int, Parcel]) -> dict[int, Message]:
+    """Return the messages that carry parcels to sites which only evaluate."""
+    cards = run.roster.cards
+    return {
+        p: run.exchange.message(cards[p].node_id, kind, number, parcel)
+        for p, parcel in parcels.items()
+    }
+
+
+# --- Receive and aggregate ------------------------------------------------------------------------
+
+
+def collector(run: Run, now: Round, parcels: dict[int, Parcel]) -> tuple[Updates, ProductError]:
+    """Return what takes in a round's updates, and what measures the error of averaged factors."""
+    config, how = run.config, run.config.communication
+    updates = Updates(
+        now.number,
+        parcels,
+        run.roster.cards,
+        run.sender,
+        config.strategy,
+        config.defence,
+        codec_named(how.uplink_codec, how),
+    )
+    averages_factors = STRATEGIES[config.strategy.name].mean_of_factors
+    names = list(shapes_of(run.state.adapter))
+    measures = averages_factors and (now.saves or now.number == 1)
+    modules = measured_modules(names, len(parcels)) if measures else []
+    return updates, ProductError(run.state.adapter, modules)
+
+
+def receive(run: Run, now: Round, updates: Updates, product_error: ProductError) -> Tally:
+    """Let the cohort train; check each client update and add it to the rule as it arrives."""
+    parcels, cards, state = updates.parcels, run.roster.cards, run.state
+    outgoing = {
+        p: run.exchange.message(
+            cards[p].node_id,
+            MessageType.TRAIN,
+            now.number,
+            parcel,
+            {"learning-rate": now.learning_rate, "cursor": state.cursors.get(p, 0)},
+        )
+        for p, parcel in parcels.items()
+    }
+    run.rule.begin(now.number, state.adapter)
+
+    def add(site: int, change: Adapter, weight: int) -> None:
+        run.rule.add(site, updates.start_of(site), change, weight)
+        product_error.add(change, weight)
+
+    def use(site: int, reply: Message) -> messages.Metrics:
+        metrics = messages.metrics_of(reply, messages.TRAIN_METRICS)
+        if (update := updates.admit(site, reply, metrics)) is not None:
+            add(site, *update)
+        return metrics
+
+    def tell(site: int, failure: str | None) -> None:
+        state.failed_replies += failure is not None
+        run.listener.on_reply(site, failure)
+
+    tally = run.exchange.ask(
+        "train", outgoing, use, lambda p, why: None if updates.waits(p) else tell(p, why)
+    )
+    for site in now.cohort:
+        if site not in parcels:
+            tally.failed[site] = NOT_THERE
+            tell(site, NOT_THERE)
+    for site, update in updates.screened(tally.failed, tell):
+        add(site, *update)
+    for site in tally.failed:
+        tally.good.pop(site, None)
+    run.sender.settle(parcels, tally.good)
+    return tally
+
+
+def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, Any]]:
+    """Return the next adapter, and what the rule reports of it.
 
     Raises
     ------
     RoundError
-        If fewer than `min_reply_fraction` of the cohort replied well; each failure is named.
+        If fewer than `strategy.min-reply-fraction` of the cohort replied well, with each failure;
+        or if the rule made numbers that are not finite.
     """
-    there = {p: instruction for p, instruction in instructions.items() if p in cards}
-    parcels = {p: sender.parcel(round_number, p, adapter, trains=True) for p in there}
-    outgoing = {
-        partition: addressed(
-            cards[partition],
-            MessageType.TRAIN,
-            round_number,
-            sender.run,
-            parcels[partition],
-            instruction,
-            timeout_seconds,
-        )
-        for partition, instruction in there.items()
-    }
-    shapes = protocol.shapes_of(adapter)
-    modules = measured_modules(list(shapes), len(outgoing)) if measure_product_error else []
-    product_error = ProductError(adapter, modules)
-    updates = Updates(sender, round_number, parcels, cards, terms, uplink_codec)
-    rule.begin(round_number, adapter)
-
-    def add(partition: int, change: Adapter, weight: int) -> None:
-        rule.add(partition, updates.start_of(partition), change, weight)
-        product_error.add(change, weight)
-
-    def use(partition: int, reply: Message) -> messages.Metrics:
-        metrics = messages.metrics_of(reply, required_metrics)
-        if (update := updates.admit(partition, reply, metrics)) is not None:
-            add(partition, *update)
-        return metrics
-
-    def tell(partition: int, failure: str | None) -> None:
-        if not updates.waits(partition):
-            on_reply(partition, failure)
-
-    tally = ask_cohort(grid, "train", outgoing, ledger, timeout_seconds, use, tell, late)
-    for partition in instructions.keys() - there.keys():
-        tally.failed[partition] = NOT_THERE
-        on_reply(partition, NOT_THERE)
-    for partition, update in updates.screened(tally.failed, on_reply):
-        add(partition, *update)
-    for partition in tally.failed:
-        tally.good.pop(partition, None)
-    settle(sender, parcels, tally)
-    needed = math.ceil(terms.min_reply_fraction * len(instructions) - 1e-9)
+    least = run.config.strategy.min_reply_fraction
+    needed = math.ceil(least * len(now.cohort) - 1e-9)
     if len(tally.good) < needed:
-        reasons = "; ".join(f"site {p}: {why}" for p, why in sorted(tally.failed.items()))
         raise RoundError(
-            f"Round {round_number}: {len(tally.good)} of {len(instructions)} sites replied well, "
-            f"at least {needed} are needed (strategy.min-reply-fraction = "
-            f"{terms.min_reply_fraction:g}). {reasons}"
+            f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites replied well, "
+            f"at least {needed} are needed (strategy.min-reply-fraction = {least:g}). "
+            f"{tally.reasons}"
         )
-    new = rule.result()
-    if not all(map(all_finite, (*new.values(), *rule.state().values()))):
+    adapter = run.rule.result()
+    if not all(map(all_finite, (*adapter.values(), *run.rule.state().values()))):
         raise RoundError(
-            f"Round {round_number}: {sender.rule} made numbers that are not finite of updates that "
-            "are. Lower the learning rates, or set defence.update-norm-bound; the round is dropped."
+            f"Round {now.number}: {run.config.strategy.name} made numbers that are not finite of "
+            "updates that are. Lower the learning rates, or set defence.update-norm-bound; the "
+            "round is dropped."
         )
-    measured: dict[str, Any] = {**rule.report(), **updates.report()}
-    if modules:
-        measured["product-error"] = product_error.result()
-        measured["product-error-of-update"] = product_error.of_update()
-    return new, tally, measured
+    return adapter, run.rule.report()
 
 
-def settle(sender: Sender, parcels: Mapping[int, Parcel], tally: Tally) -> None:
-    """Let the sender know which sites have what they were sent."""
-    for partition, parcel in parcels.items():
-        if partition in tally.good:
-            sender.confirm(partition, parcel)
-        else:
-            sender.forget(partition)
+# --- Evaluate -------------------------------------------------------------------------------------
 
 
-def evaluate_round(
-    grid: Grid,
-    round_number: int,
-    adapter: Adapter,
-    cohort: Sequence[int],
-    cards: Mapping[int, SiteCard],
-    ledger: Ledger,
-    sender: Sender,
-    timeout_seconds: float,
-) -> tuple[float | None, Tally]:
-    """Return the cohort's held-out loss in nats per answer token; None if nobody answered.
+def evaluate(run: Run) -> tuple[float | None, Tally]:
+    """Return the held-out loss in nats per answer token; None if nobody answered.
 
     The loss is that of the adapter as the sites receive it.
     """
-    there = [p for p in cohort if p in cards]
-    parcels = {p: sender.parcel(round_number, p, adapter, trains=False) for p in there}
-    outgoing = {
-        partition: addressed(
-            cards[partition],
-            MessageType.EVALUATE,
-            round_number,
-            sender.run,
-            parcel,
-            {},
-            timeout_seconds,
-        )
-        for partition, parcel in parcels.items()
-    }
-    tally = ask_cohort(
-        grid,
+    number, cohort = run.state.round, run.evaluation_cohort
+    parcels = parcels_for(run, number, cohort, trains=False)
+    tally = run.exchange.ask(
         "evaluate",
-        outgoing,
-        ledger,
-        timeout_seconds,
+        addressed(run, MessageType.EVALUATE, number, parcels),
         lambda _, reply: messages.metrics_of(reply, messages.EVALUATE_METRICS),
-        lambda *_: None,
     )
-    settle(sender, parcels, tally)
-    tally.failed |= dict.fromkeys(set(cohort) - set(there), NOT_THERE)
+    run.sender.settle(parcels, tally.good)
+    tally.failed |= dict.fromkeys(set(cohort) - parcels.keys(), NOT_THERE)
+    run.state.count_failures(tally)
     tokens = sum(int(m["tokens"]) for m in tally.good.values())
     loss = sum(float(m["nll-sum"]) for m in tally.good.values()) / tokens if tokens else None
     return loss, tally
 
 
-def examine_formulary(
-    grid: Grid,
-    adapter: Adapter,
-    cards: Mapping[int, SiteCard],
-    ledger: Ledger,
-    sender: Sender,
-    timeout_seconds: float,
-) -> tuple[dict[str, Any] | None, Tally]:
-    """Let one site answer the formulary's questions with the adapter and without it.
+def examine_formulary(run: Run) -> dict[str, Any] | None:
+    """Return one site's answers to the formulary's questions, with the adapter and without it.
 
-    The server has no base model; the first site that answers well is enough. The adapter travels
-    as float32: what is judged is what the checkpoint holds. The tally has the failures of all that
-    were asked before it.
+    The server has no base model; the first site that answers well is enough. The adapter travels as
+    float32: what is examined is what the checkpoint holds.
     """
-    parcel = sender.exact(adapter)
-    tally, failed = Tally(), dict[int, str]()
-    for partition, card in cards.items():
-        kind = f"{MessageType.EVALUATE}.formulary"
-        message = addressed(card, kind, 0, sender.run, parcel, {}, timeout_seconds)
-        tally = ask_cohort(
-            grid,
+    parcel = run.sender.exact(run.state.adapter)
+    for site in run.roster.cards:
+        tally = run.exchange.ask(
             "formulary",
-            {partition: message},
-            ledger,
-            timeout_seconds,
+            addressed(run, f"{MessageType.EVALUATE}.formulary", 0, {site: parcel}),
             lambda _, reply: messages.metrics_of(reply, messages.FORMULARY_METRICS),
-            lambda *_: None,
         )
-        failed |= tally.failed
-        tally.failed = failed
+        run.state.count_failures(tally)
         if tally.good:
-            scores = tally.good[partition]
+            scores = tally.good[site]
             return {
                 kind: {
                     which: {
@@ -302,5 +263,78 @@ def examine_formulary(
                     for which in ("base", "tuned")
                 }
                 for kind in ("public", "private")
-            }, tally
-    return None, tally
+            }
+    return None
+
+
+# --- Record ---------------------------------------------------------------------------------------
+
+
+def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
+    """Return the training part of a line of metrics.jsonl."""
+    good, cards, state = tally.good.values(), run.roster.cards, run.state
+    weights = {p: claimed_examples(m, cards[p]) for p, m in tally.good.items()}
+
+    def mean(name: str) -> float:
+        weighted = sum(float(m[name]) * weights[p] for p, m in tally.good.items())
+        return weighted / sum(weights.values())
+
+    known = {p: int(facts["train-examples"]) for p, facts in run.roster.introduced.items()}
+    covered = sum(share * known[p] for p, share in state.coverage.items() if p in known)
+    return {
+        "round": now.number,
+        "flower-run": str(run.exchange.grid.run.run_id),
+        "learning-rate": now.learning_rate,
+        "cohort": now.cohort,
+        "good": sorted(tally.good),
+        "failed": {str(p): why for p, why in sorted(tally.failed.items())},
+        "train-loss": mean("train-loss"),
+        "proximal-penalty": mean("proximal-penalty"),
+        "coverage": covered / sum(known.values()),
+        "site-coverage": {str(p): state.coverage[p] for p in sorted(tally.good)},
+        **{
+            name: sum(int(m[name]) for m in good)
+            for name in ("examples", "tokens", "padding-tokens")
+        },
+        "visit-seconds": sum(float(m["seconds"]) for m in good),
+    }
+
+
+def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
+    """Measure the held-out loss of the adapter as it is, then write the round to disk."""
+    state = run.state
+    if run.evaluation_cohort:
+        loss, tally = evaluate(run)
+        if now.number == 0 and tally.failed and not tally.good:
+            raise RoundError(f"No site could evaluate the untrained adapter. {tally.reasons}")
+        record["held-out-loss"] = loss
+        record["evaluated"] = sorted(tally.good)
+        record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
+    evaluated = time.perf_counter()
+    if now.saves:
+        record["checkpoint"] = save_checkpoint(run, record.get("held-out-loss"))
+    ended = time.perf_counter()
+    state.seconds += ended - now.started
+    record |= {
+        "communication-mib": state.ledger.mib,
+        "seconds": ended - now.started,
+        "train-seconds": now.trained - now.started,
+        "evaluate-seconds": evaluated - now.trained,
+    }
+    run.directory.save_state(state.round, state.adapter, state.to_json(record), run.rule.state())
+    run.directory.append_metrics(record)
+    run.directory.write_json("ledger.json", state.ledger.as_dict())
+    run.listener.on_round(record)
+
+
+def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
+    """Write a PEFT checkpoint with its model card; return the name of its folder."""
+    state = run.state
+    found = Findings(own_data=have_own_data(card.facts for card in run.roster.cards.values()))
+    card = model_card(
+        run.config, sorted(run.targets), state.round, held_out_loss, state.ledger.mib, found
+    )
+    described = peft_config(run.adapter_spec, run.targets, run.config.model.name)
+    folder = run.directory.save_checkpoint(state.round, state.adapter, described, card)
+    run.listener.on_checkpoint(state.round, str(folder))
+    return folder.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +11,16 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
+from grandrounds.config.keys import DefenceConfig, StrategyConfig
 from grandrounds.errors import ReplyError
-from grandrounds.server.aggregation import defence
+from grandrounds.server.aggregation import defence as bounds
 from grandrounds.server.aggregation.weighted_mean import LARGEST_WEIGHT
+from grandrounds.server.exchange import OnReply
 from grandrounds.server.roll_call import SiteCard
-from grandrounds.wire import messages, protocol
-from grandrounds.wire.adapter import Adapter
+from grandrounds.wire import messages
+from grandrounds.wire.adapter import Adapter, Shapes, count_parameters, rank_of, shapes_of
 from grandrounds.wire.codecs import Codec
 from grandrounds.wire.downlink import Parcel, Sender
-from grandrounds.wire.drawing import drawn_adapter
 from grandrounds.wire.uplink import decode_change
 
 SAMPLED = 16_384
@@ -33,61 +34,52 @@ Update = tuple[Adapter, int]
 """A change, and its weight."""
 
 
-@dataclass(frozen=True)
-class Terms:
-    """Which replies are used, and how much each weighs."""
-
-    min_reply_fraction: float
-    """Share of the cohort that must reply well."""
-    equal_weights: bool = False
-    """Whether every reply weighs the same; else it weighs its number of examples."""
-    update_norm_bound: float = 0.0
-    """L2 norm to which a longer update is scaled down; 0: none is."""
-    min_cosine: float = -1.0
-    """Least cosine of an update to the mean direction of the others; -1: none is left out."""
-
-
 @dataclass
 class Updates:
     """The updates of one round."""
 
-    sender: Sender
     round_number: int
     parcels: Mapping[int, Parcel]
     """Partition → what it was sent to train on."""
     cards: Mapping[int, SiteCard]
-    terms: Terms
-    uplink_codec: Codec
+    """The sites that may take part."""
+    sender: Sender
+    """Knows what travels up, and from where each site began."""
+    config: StrategyConfig
+    """How replies are weighted."""
+    defence: DefenceConfig
+    """Bounds on single updates."""
+    codec: Codec
+    """Encoding of the way up."""
     _held: dict[int, Update] = field(default_factory=dict)
     _norms: dict[int, float] = field(default_factory=dict)
     _samples: dict[int, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
     _bounded: int = 0
 
     def start_of(self, partition: int) -> Adapter:
-        """Return the tensors that a site's change is relative to, at the rank it trains."""
-        if self.sender.rule != "flora":
-            return self.parcels[partition].received
-        return drawn_adapter(self._shapes, self.sender.seed, self.round_number)
+        """Return the tensors that a site's change is relative to, at the rank that it trains."""
+        received, sender = self.parcels[partition].received, self.sender
+        return sender.ranks.start_of(received, self._shapes, sender.seed, self.round_number)
 
     @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(protocol.shapes_of(self.sender.start))
+    def _shapes(self) -> Shapes:
+        return dict(shapes_of(self.sender.start))
 
     def admit(self, partition: int, reply: Message, metrics: messages.Metrics) -> Update | None:
-        """Return a reply's change and weight; None while it waits for the others (`min_cosine`).
+        """Return a reply's change and weight; None while it waits for the others (`min-cosine`).
 
         Raises
         ------
         ReplyError
             If it cannot be used.
         """
-        rank = protocol.rank_of(protocol.shapes_of(self.start_of(partition)))
-        expected = protocol.shapes_up(self.sender.rule, self._shapes, self.round_number, rank)
+        rank = rank_of(self.start_of(partition))
+        expected = self.sender.ranks.shapes_up(self._shapes, self.round_number, rank)
         weight = claimed_examples(metrics, self.cards[partition])
-        change = decode_change(_arrays_of(reply), self.uplink_codec, expected)
+        change = decode_change(_arrays_of(reply), self.codec, expected)
         change = self._measured(partition, change)
-        update = change, 1 if self.terms.equal_weights else weight
-        if self.terms.min_cosine <= -1:
+        update = change, 1 if self.config.weighting == "equal" else weight
+        if self.defence.min_cosine <= -1:
             self._samples[partition] = sample(update[0]), update[1]
             return update
         self._held[partition] = update
@@ -98,28 +90,26 @@ class Updates:
         return partition in self._held
 
     def _measured(self, partition: int, change: Adapter) -> Adapter:
-        bound = self.terms.update_norm_bound or math.inf
-        bounded, norm = defence.norm_bound(change, bound)
+        bound = self.defence.update_norm_bound or math.inf
+        bounded, norm = bounds.norm_bound(change, bound)
         if norm > LARGEST_NORM:
             raise ReplyError(f"its update has a norm of {norm:.3g}, which no training makes")
         self._norms[partition] = norm
         self._bounded += norm > bound
         return bounded
 
-    def screened(
-        self, failed: dict[int, str], on_reply: Callable[[int, str | None], None]
-    ) -> Iterator[tuple[int, Update]]:
+    def screened(self, failed: dict[int, str], on_reply: OnReply) -> Iterator[tuple[int, Update]]:
         """Yield the updates that waited and go along with the others; name the rest in `failed`."""
         if not self._held:
             return
         changes = {p: change for p, (change, _) in self._held.items()}
-        left_out = defence.screen(changes, self.terms.min_cosine)
+        left_out = bounds.screen(changes, self.defence.min_cosine)
         for partition in sorted(self._held):
             update = self._held.pop(partition)
             if partition in left_out:
                 failed[partition] = (
                     f"its update has a cosine of {left_out[partition]:.2f} to the mean of the "
-                    f"others, less than defence.min-cosine = {self.terms.min_cosine:g}"
+                    f"others, less than defence.min-cosine = {self.defence.min_cosine:g}"
                 )
                 on_reply(partition, failed[partition])
                 continue
@@ -132,7 +122,7 @@ class Updates:
         report: dict[str, Any] = {
             "update-norms": {str(p): norm for p, norm in sorted(self._norms.items())}
         }
-        if self.terms.update_norm_bound:
+        if self.defence.update_norm_bound:
             report["updates-bounded"] = self._bounded
         if len({len(values) for values, _ in self._samples.values()}) == 1:  # all of one rank
             report["update-cosines"] = self._cosines()
@@ -152,7 +142,7 @@ class Updates:
 
 def sample(change: Adapter) -> NDArray[np.float32]:
     """Return every k-th number of a change, about `SAMPLED` of them, the same for all sites."""
-    step = protocol.count(protocol.shapes_of(change)) // SAMPLED | 1  # odd: no rank is left out
+    step = count_parameters(shapes_of(change)) // SAMPLED | 1  # odd: no rank is left out
     return np.concatenate([tensor.ravel()[::step] for tensor in change.values()])
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import platform
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 
 import grandrounds
 from grandrounds.config.keys import Config
@@ -29,13 +31,19 @@ from grandrounds.model.base import (
 )
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.site import training
-from grandrounds.site.custody import answer as custody
+from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, open_site, tokenizer_of
-from grandrounds.wire import downlink, messages, protocol, slots, uplink
+from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
-from grandrounds.wire.adapter import Adapter, factor_of
-from grandrounds.wire.drawing import drawn_adapter
-from grandrounds.wire.schedule import examples_per_visit
+from grandrounds.wire.adapter import (
+    EVERYTHING,
+    Adapter,
+    Ranks,
+    at_rank,
+    factor_of,
+    rank_index,
+    trained_part,
+)
 
 Batches = list[list[TokenizedExample]]
 
@@ -47,41 +55,108 @@ PROCESS = int.from_bytes(os.urandom(6))
 """Tells this process from all others, those of other machines too."""
 
 
-def site_of(context: Context) -> tuple[Site, Config]:
-    """Return the site that this node is, and the run's configuration, checked.
+@dataclass(frozen=True)
+class Visit:
+    """One message to a site, and what it takes to answer it."""
+
+    content: RecordDict
+    """What the server sent."""
+    state: RecordDict
+    """What the site keeps from message to message."""
+    config: Config
+    """The run's configuration, as far as the site lets it decide."""
+    site: Site
+    """The site's examples."""
+
+    @classmethod
+    def here(cls, content: RecordDict, context: Context) -> Visit:
+        """Return a visit to the site that this node is, on the data that the run names.
+
+        Raises
+        ------
+        DataError
+            If the node was given no partition, or one that the run does not have.
+        """
+        config = _parsed(tuple(sorted(context.run_config.items())))
+        number = partition_id(context.node_config, config)
+        source, data, model = config.static.name, config.data, config.model.name
+        site = open_site(
+            source, data, model, config.train.seq_length, config.federation.seed, number
+        )
+        return cls(content, context.state, config, site)
+
+    @property
+    def instruction(self) -> ConfigRecord:
+        """What the server asks beside the tensors."""
+        return self.content.config_records.get(messages.CONFIG) or ConfigRecord()
+
+    @property
+    def round(self) -> int:
+        """The round that the message belongs to, from 1; raises `ReplyError` if it names none."""
+        return messages.whole_number(self.instruction, "round", 1, MOST_ROUNDS)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate after warm-up; raises `ReplyError` if it is missing or above 1."""
+        return messages.real_number(self.instruction, "learning-rate", 0.0, 1.0)
+
+    @cached_property
+    def cursor(self) -> int:
+        """Examples that the site has been given before this visit.
+
+        The site's own record, unless the server says otherwise: after a resume it sends the cursor
+        that belongs to the round from which the run goes on.
+        """
+        if "cursor" in self.instruction:
+            return messages.whole_number(self.instruction, "cursor")
+        record = self.state.config_records.get(_CURSOR)
+        return int(record["examples"]) if record else 0  # type: ignore[arg-type]
+
+    @property
+    def cursor_after(self) -> int:
+        """Examples that it has been given after this visit."""
+        arguments, config = self.config.arguments, self.config
+        return self.cursor + sampling.examples_per_visit(
+            arguments.max_steps,
+            arguments.num_train_epochs,
+            config.examples_per_step,
+            len(self.site.train),
+        )
+
+    @property
+    def trained(self) -> tuple[str, slice]:
+        """The factors (`A`, `B` or `AB`) and the ranks that this visit trains."""
+        ranks = Ranks.of(self.config)
+        return ranks.strategy.trained(self.round), ranks.trained(self.site.partition_id)
+
+    def write_cursor(self) -> None:
+        """Keep the cursor for the next visit; it never leaves the site's state."""
+        self.state.config_records[_CURSOR] = ConfigRecord({"examples": self.cursor_after})
+
+
+def partition_id(node: Mapping[str, Any], config: Config) -> int:
+    """Return which site a node's configuration says it is.
 
     Raises
     ------
     DataError
-        If the node was given no partition, or one that the run does not have.
+        If it says nothing, or names a site that the run does not have.
     """
-    config = _parsed(tuple(sorted(context.run_config.items())))
-    node = context.node_config
     if "partition-id" not in node:
         raise DataError(
             "This node has no partition-id: start it with "
             "--node-config 'partition-id=0 num-partitions=20'."
         )
-    partition_id = int(node["partition-id"])
+    number = int(node["partition-id"])
     connected = int(node.get("num-partitions", config.data.num_partitions))
-    if connected != config.data.num_partitions or partition_id >= connected:
+    if connected != config.data.num_partitions or number >= connected:
         raise DataError(
-            f"Site {partition_id} of {connected} was asked to join a run with "
+            f"Site {number} of {connected} was asked to join a run with "
             f"data.num-partitions = {config.data.num_partitions}. Start as many nodes "
             f"(--federation-config 'num-supernodes={config.data.num_partitions}'), or set "
             f"data.num-partitions = {connected}."
         )
-    if custody.SITE in node:
-        return custody.site_of_node(node, config), config
-    site = open_site(
-        config.static.name,
-        config.data,
-        config.model.name,
-        config.train.seq_length,
-        config.federation.seed,
-        partition_id,
-    )
-    return site, config
+    return number
 
 
 @lru_cache(maxsize=8)
@@ -90,19 +165,18 @@ def _parsed(items: tuple[tuple[str, Any], ...]) -> Config:
 
 
 def introduction(site: Site, config: Config) -> dict[str, int | str]:
-    """Return what a site says at roll call; nothing heavy is loaded for it."""
+    """Return what a site says of itself at the roll call; nothing heavy is loaded for it."""
     device, dtype = device_and_dtype(config.model.dtype)
     # These fail here, before anybody trains.
     quantization_config(config.model.quantization, dtype)
     training.check_optimizer(config.train.optimizer)
     name = config.model.name
-    template = config.data.prompt_template
     return {
         "partition-id": site.partition_id,
         **site.report,
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
-        "prompt": prompt_hash(template, tokenizer_of(name)),
+        "prompt": prompt_hash(config.data.prompt_template, tokenizer_of(name)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "precision": machine.precision(config),
         "means": machine.means(config),
@@ -117,100 +191,60 @@ def _fingerprint(name: str) -> str:
     return base_fingerprint(name)
 
 
-def read_cursor(state: RecordDict, instruction: ConfigRecord) -> int:
-    """Return how many examples this site has been given.
-
-    The site's own record, unless the server says otherwise: after a resume it sends the cursor that
-    belongs to the round from which the run goes on.
-    """
-    if "cursor" in instruction:
-        return messages.whole_number(instruction, "cursor")
-    if _CURSOR in state.config_records:
-        return int(state.config_records[_CURSOR]["examples"])  # type: ignore[arg-type]
-    return 0
-
-
-def write_cursor(state: RecordDict, cursor: int) -> None:
-    """Keep the cursor for the next visit; it never leaves the site's record."""
-    state.config_records[_CURSOR] = ConfigRecord({"examples": cursor})
+def next_batches(visit: Visit) -> Batches:
+    """Return the batches of a visit: the site's next examples."""
+    config, site = visit.config, visit.site
+    seed, start = config.federation.seed, visit.cursor
+    count = visit.cursor_after - start
+    start = start if config.train.dynamic_data_seed else 0
+    indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
+    examples = [site.train[i] for i in indices]
+    size = config.arguments.per_device_train_batch_size
+    if machine.forward(config).padding_free or config.train.batching == "padded":
+        return [examples[i : i + size] for i in range(0, count, size)]
+    generator = sampling.visit_generator(seed, visit.round, site.partition_id)
+    groups = sampling.length_grouped_batches([len(e.input_ids) for e in examples], size, generator)
+    return [[examples[i] for i in group] for group in groups]
 
 
-def receive_adapter(
-    resident: Resident,
-    message: Message,
-    config: Config,
-    context: Context,
-    trains_in_round: int | None = None,
-) -> Adapter:
-    """Check the adapter that came, copy it into the model, and return it as it lies there.
+def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapter:
+    """Check the received adapter, copy it into the model, and return it as it lies there.
 
     Parameters
     ----------
-    trains_in_round : int or None
-        The round, if the site is to train; None if it judges what came.
+    trains : bool
+        Whether the site is to train; else it evaluates what it received.
     """
-    rule, rank, seed = config.strategy.name, config.lora.peft_lora_r, config.federation.seed
+    config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    shapes = protocol.at_rank(resident_shapes, rank)
-    parts = [(downlink.receive(message, config, context, shapes), 0)]
-    if rule == "flora" and trains_in_round is not None:
-        parts.append((drawn_adapter(shapes, seed, trains_in_round), config.max_rank))
-    elif len(parts[0][0]) < len(shapes):
-        parts.insert(0, (drawn_adapter(shapes, seed), 0))
-    adapter = slots.place(resident_shapes, *parts)
+    shapes = at_rank(resident_shapes, config.lora.peft_lora_r)
+    received = downlink.receive(visit.content, visit.state, config, shapes)
+    seed, trains_in = config.federation.seed, visit.round if trains else None
+    adapter = Ranks.of(config).on_base(received, shapes, seed, trains_in)
     set_adapter(resident, adapter)
     return adapter
 
 
-def next_batches(
-    site: Site, config: Config, instruction: ConfigRecord, cursor: int
-) -> tuple[Batches, int]:
-    """Return the batches of this visit and the cursor after it."""
-    arguments = config.arguments
-    count = examples_per_visit(
-        arguments.max_steps,
-        arguments.num_train_epochs,
-        config.examples_per_step,
-        len(site.train),
-    )
-    seed = config.federation.seed
-    start = cursor if config.train.dynamic_data_seed else 0
-    indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
-    examples = [site.train[i] for i in indices]
-    size = arguments.per_device_train_batch_size
-    if machine.forward(config).padding_free or config.train.batching == "padded":
-        return [examples[i : i + size] for i in range(0, count, size)], cursor + count
-    generator = sampling.visit_generator(seed, round_of(instruction), site.partition_id)
-    groups = sampling.length_grouped_batches([len(e.input_ids) for e in examples], size, generator)
-    return [[examples[i] for i in group] for group in groups], cursor + count
-
-
-def round_of(instruction: ConfigRecord) -> int:
-    """Return the round that a message belongs to; raise `ReplyError` if it tells none."""
-    return messages.whole_number(instruction, "round", 1, MOST_ROUNDS)
-
-
-def train(
-    resident: Resident, batches: Batches, config: Config, instruction: ConfigRecord, site: Site
-) -> training.VisitResult:
-    """Run the local steps of this visit on the resident model."""
-    arguments = config.arguments
-    factors, ranks = trained_part(config, site.partition_id, round_of(instruction))
+def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitResult:
+    """Run the local steps of a visit on the resident model."""
+    config, arguments = visit.config, visit.config.arguments
+    factors, ranks = visit.trained
     for name, parameter in resident.parameters.items():
         parameter.requires_grad_(factor_of(name) in factors)
     trained = {n: p for n, p in resident.parameters.items() if p.requires_grad}
+    seed = sampling.visit_seed(config.federation.seed, visit.round, visit.site.partition_id)
     settings = training.VisitSettings(
         accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=messages.real_number(instruction, "learning-rate", 0.0, 1.0),
+        learning_rate=visit.rate,
         warmup_steps=arguments.warmup_steps,
         optimizer=config.train.optimizer,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.max_grad_norm,
         proximal_mu=config.strategy.proximal_mu,
         forward=machine.forward(config),
-        seed=sampling.visit_seed(config.federation.seed, round_of(instruction), site.partition_id),
+        seed=seed,
     )
-    parts = None if ranks == slots.EVERYTHING else [slots.of_ranks(n, ranks) for n in trained]
+    parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = tokenizer_of(config.model.name).pad_token_id
     return fitting.run_visit(
         config,
@@ -221,48 +255,29 @@ def train(
     )
 
 
-def trained_part(config: Config, partition_id: int, round_number: int) -> tuple[str, slice]:
-    """Return the factors and the ranks that a visit trains."""
-    rule, rank = config.strategy.name, config.lora.peft_lora_r
-    site_rank = protocol.site_rank(config.site_ranks, partition_id, rank)
-    ranks = slots.trained_ranks(rule, rank, config.max_rank, site_rank)
-    return STRATEGIES[rule].trained(round_number), ranks
+def change_of(visit: Visit, resident: Resident, received: Adapter) -> Adapter:
+    """Return what a visit changed, as far as it was trained."""
+    return trained_part(adapter_change(resident, received), *visit.trained)
 
 
-def change_of(
-    resident: Resident, received: Adapter, config: Config, instruction: ConfigRecord, site: Site
-) -> Adapter:
-    """Return what the visit changed, as far as it was trained."""
-    factors, ranks = trained_part(config, site.partition_id, round_of(instruction))
-    return slots.take(adapter_change(resident, received), factors, ranks)
-
-
-def encoded(
-    change: Adapter,
-    config: Config,
-    context: Context,
-    instruction: ConfigRecord,
-    site: Site,
-    cursors: tuple[int, int],
-) -> ArrayRecord:
-    """Return a change as it travels.
-
-    Parameters
-    ----------
-    cursors : (int, int)
-        Examples given to the site before and after the visit.
-    """
-    number = round_of(instruction)
-    return uplink.encode_change(change, config, context, number, site.partition_id, *cursors)
+def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
+    """Return a change as it travels; what the codec lost stays in the site's state."""
+    config, memory = visit.config, None
+    if STRATEGIES[config.strategy.name].error_feedback:
+        memory = uplink.ErrorMemory(visit.state, visit.cursor, visit.cursor_after)
+    seed, site = config.federation.seed, visit.site.partition_id
+    generator = sampling.uplink_generator(seed, visit.round, site)
+    return uplink.encode_change(change, config.communication, memory, generator)
 
 
 def train_metrics(
-    site: Site, result: training.VisitResult, cursor: int, config: Config, change: Adapter
+    visit: Visit, result: training.VisitResult, change: Adapter
 ) -> dict[str, float | int]:
     """Return what a site reports of a visit."""
-    seen = cursor if config.train.dynamic_data_seed else result.examples
+    num_examples, cursor = len(visit.site.train), visit.cursor_after
+    seen = cursor if visit.config.train.dynamic_data_seed else result.examples
     return {
-        "num-examples": len(site.train),
+        "num-examples": num_examples,
         "train-loss": result.train_loss,
         "proximal-penalty": result.proximal_penalty,
         "steps": result.steps,
@@ -272,14 +287,18 @@ def train_metrics(
         "seconds": result.seconds,
         messages.UPDATE_NORM: math.sqrt(sum(float(np.vdot(t, t)) for t in change.values())),
         "cursor": cursor,
-        "coverage": min(1.0, seen / len(site.train)),
-        "base-loads": base_loads(),
-        "process-id": PROCESS,
+        "coverage": min(1.0, seen / num_examples),
+        **process_facts(),
     }
 
 
+def process_facts() -> dict[str, int]:
+    """Return which process answers, and how often it has loaded a base."""
+    return {"base-loads": base_loads(), "process-id": PROCESS}
+
+
 def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float | int]:
-    """Return the summed loss of the site's held-out examples, and over how many tokens."""
+    """Return the summed loss of the site's held-out examples in nats, and over how many tokens."""
     nll_sum, tokens = 0.0, 0
     if site.held_out:
         nll_sum, tokens = training.held_out_loss(
@@ -296,15 +315,12 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
         "nll-sum": nll_sum,
         "tokens": tokens,
         "num-examples": len(site.held_out),
-        "base-loads": base_loads(),
-        "process-id": PROCESS,
+        **process_facts(),
     }
 
 
 def examine(resident: Resident, config: Config) -> dict[str, int]:
     """Return correct answers and questions of the formulary, with the adapter and without."""
-    from grandrounds.site.exam import score_formulary
-
     tokenizer = tokenizer_of(config.model.name)
     template = config.data.prompt_template
     tuned = score_formulary(resident.model, tokenizer, template)
@@ -316,4 +332,4 @@ def examine(resident: Resident, config: Config) -> dict[str, int]:
         for kind, score in scores.items()
         for count, number in score.items()
     }
-    return {**counts, "base-loads": base_loads(), "process-id": PROCESS}
+    return {**counts, **process_facts()}

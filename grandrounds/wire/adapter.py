@@ -1,11 +1,17 @@
-"""What an adapter is between the modules: float32 tensors under the names that PEFT saves."""
+"""What an adapter is: float32 tensors under PEFT's names, and which travel at which rank."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+
+from grandrounds.config.keys import Config
+from grandrounds.config.strategies import STRATEGIES, Strategy
+from grandrounds.wire.schedule import adapter_generator
 
 Adapter = Mapping[str, NDArray[np.float32]]
 """Name, such as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, to tensor:
@@ -15,9 +21,219 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Name → shape of each tensor."""
 
 A, B = ".lora_A.weight", ".lora_B.weight"
-"""How the names of the two factors end."""
+"""Suffixes of the two factors' names."""
+
+EVERYTHING = slice(None)
+
+
+# --- Tensors --------------------------------------------------------------------------------------
 
 
 def factor_of(name: str) -> str:
-    """Return which factor a tensor is: `A` or `B`."""
+    """Return the factor that a tensor is: `A` or `B`."""
     return "A" if ".lora_A." in name else "B"
+
+
+def of_factors(shapes: Shapes, factors: str) -> Shapes:
+    """Return the tensors that are one of the factors `A`, `B` or `AB`."""
+    return {name: shape for name, shape in shapes.items() if factor_of(name) in factors}
+
+
+def at_rank(shapes: Shapes, rank: int) -> Shapes:
+    """Return the shapes at another rank."""
+    return {
+        name: (rank, *shape[1:]) if factor_of(name) == "A" else (*shape[:-1], rank)
+        for name, shape in shapes.items()
+    }
+
+
+def shapes_of(adapter: Adapter) -> Shapes:
+    """Return the shapes of an adapter's tensors."""
+    return {name: tensor.shape for name, tensor in adapter.items()}
+
+
+def rank_of(adapter: Adapter) -> int:
+    """Return the rank of an adapter."""
+    name, tensor = next(iter(adapter.items()))
+    return int(tensor.shape[0] if factor_of(name) == "A" else tensor.shape[-1])
+
+
+def count_parameters(shapes: Shapes) -> int:
+    """Return the number of parameters in tensors of these shapes."""
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def flatten(tensors: Adapter) -> NDArray[np.float32]:
+    """Concatenate all tensors into one vector, in the order of the mapping."""
+    if not tensors:
+        return np.zeros(0, dtype=np.float32)
+    return np.concatenate([tensor.ravel() for tensor in tensors.values()])
+
+
+def unflatten(vector: NDArray[np.float32], shapes: Shapes) -> Adapter:
+    """Return the tensors that `flatten` concatenated, as views of the vector."""
+    tensors, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + int(np.prod(shape))
+        tensors[name] = vector[start:stop].reshape(shape)
+        start = stop
+    return tensors
+
+
+def rank_index(name: str, ranks: slice) -> tuple[slice, ...]:
+    """Return the index of some ranks in a tensor: rows of A, columns of B."""
+    return (ranks,) if factor_of(name) == "A" else (EVERYTHING, ranks)
+
+
+def assemble(shapes: Shapes, *parts: tuple[Adapter, int]) -> Adapter:
+    """Return tensors of these shapes that hold each part from its first rank on, and zeros.
+
+    Parameters
+    ----------
+    parts : (adapter, first rank)
+        A later part overwrites an earlier one. A part may lack names.
+    """
+    if len(parts) == 1 and shapes_of(parts[0][0]) == dict(shapes):
+        return parts[0][0]
+    assembled = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+    for adapter, first in parts:
+        ranks = slice(first, first + rank_of(adapter))
+        for name, tensor in adapter.items():
+            assembled[name][rank_index(name, ranks)] = tensor
+    return assembled
+
+
+def trained_part(change: Adapter, factors: str, ranks: slice) -> Adapter:
+    """Return the part of a change that was trained, which is what travels up."""
+    return {
+        name: np.ascontiguousarray(tensor[rank_index(name, ranks)])
+        for name, tensor in change.items()
+        if factor_of(name) in factors
+    }
+
+
+# --- Fresh adapters -------------------------------------------------------------------------------
+
+
+def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
+    """Return a fresh adapter: A uniform in ±1/sqrt(fan-in), B zero, so that it changes nothing.
+
+    PEFT's own initialisation (Kaiming uniform with a = sqrt(5); Hu et al., LoRA (2021), section
+    4.1, draw A from a Gaussian), from a generator that needs no base model.
+    """
+    adapter = {}
+    for name, shape in shapes.items():
+        if ".lora_A." in name:
+            bound = 1.0 / np.sqrt(shape[1])
+            adapter[name] = generator.uniform(-bound, bound, shape).astype(np.float32)
+        else:
+            adapter[name] = np.zeros(shape, dtype=np.float32)
+    return adapter
+
+
+def drawn_adapter(shapes: Shapes, seed: int, *round_number: int) -> Adapter:
+    """Return the fresh adapter of a run, or of one of its rounds, which every site can draw."""
+    return _drawn(tuple(shapes.items()), seed, *round_number)
+
+
+@lru_cache(maxsize=2)
+def _drawn(shapes: tuple[tuple[str, tuple[int, ...]], ...], *numbers: int) -> Adapter:
+    drawn = initial_adapter(dict(shapes), adapter_generator(*numbers))
+    for tensor in drawn.values():
+        tensor.setflags(write=False)
+    return drawn
+
+
+# --- Ranks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks at which adapters lie on the base, are trained and travel.
+
+    Most rules train the whole of the resident adapter. `ffa` and `rolora` train one factor. A site
+    of a lower rank uses the first ranks and leaves the others zero. A rule that stacks (`flora`)
+    keeps the received stack frozen in the first ranks and trains a fresh adapter in the last ones:
+
+        ranks        0 ... stack      ... max_rank      max_rank ... max_rank + rank
+        holds        received         zeros             fresh: A drawn by seed and round, B zero
+
+    Shapes given to its methods are those of the whole adapter at its configured rank.
+    """
+
+    strategy: Strategy
+    """What the rule asks of the sites."""
+    rank: int
+    """The configured rank, `model.lora.peft-lora-r`."""
+    max_rank: int = 0
+    """Highest rank of the stack, for a rule that stacks."""
+    site_ranks: tuple[int, ...] = ()
+    """Ranks that sites 0, 1, 2, ... train, repeated; empty: all train the configured one."""
+
+    @classmethod
+    def of(cls, config: Config) -> Ranks:
+        """Return the ranks of a configured run."""
+        strategy = STRATEGIES[config.strategy.name]
+        return cls(strategy, config.lora.peft_lora_r, config.max_rank, config.site_ranks)
+
+    @property
+    def resident(self) -> int:
+        """Rank of the adapter on the base."""
+        return self.max_rank + self.rank if self.strategy.stacks else self.rank
+
+    @property
+    def highest_sent(self) -> int:
+        """Highest rank at which the server sends the adapter."""
+        return self.max_rank if self.strategy.stacks else self.rank
+
+    def trained(self, site: int) -> slice:
+        """Return which ranks of the resident adapter a site trains."""
+        if self.strategy.stacks:
+            return slice(self.max_rank, self.max_rank + self.rank)
+        rank = self.carried(site, self.rank)
+        return EVERYTHING if rank == self.rank else slice(0, rank)
+
+    def carried(self, site: int, whole: int) -> int:
+        """Return the rank at which a site that trains receives an adapter of rank `whole`."""
+        return self.site_ranks[site % len(self.site_ranks)] if self.site_ranks else whole
+
+    def begun_with(self, round_number: int, cohort: int) -> int:
+        """Return the rank of the adapter with which a round begins, if nothing failed before.
+
+        The untrained adapter has the rank that sites train. It changes nothing, so the first stack
+        holds the cohort's adapters alone; each round adds as many ranks, up to `max_rank`.
+        """
+        if not self.strategy.stacks or round_number <= 1:
+            return self.rank
+        return min(self.max_rank, (round_number - 1) * cohort * self.rank)
+
+    def shapes_down(self, shapes: Shapes, rank: int) -> Shapes:
+        """Return the tensors that a site receives at some rank."""
+        return at_rank(of_factors(shapes, self.strategy.sends), rank)
+
+    def shapes_up(self, shapes: Shapes, round_number: int, rank: int) -> Shapes:
+        """Return the tensors that a site which trains at some rank sends back in a round."""
+        return at_rank(of_factors(shapes, self.strategy.trained(round_number)), rank)
+
+    def start_of(self, received: Adapter, shapes: Shapes, seed: int, round_number: int) -> Adapter:
+        """Return the tensors that a site's change is relative to, at the rank that it trains."""
+        if self.strategy.stacks:
+            return drawn_adapter(shapes, seed, round_number)
+        return received
+
+    def on_base(
+        self, received: Adapter, shapes: Shapes, seed: int, trains_in: int | None
+    ) -> Adapter:
+        """Return the resident adapter that a received one makes.
+
+        Parameters
+        ----------
+        trains_in : int or None
+            The round, if the site is to train; None if it evaluates what it received.
+        """
+        parts = [(received, 0)]
+        if self.strategy.stacks and trains_in is not None:
+            parts.append((drawn_adapter(shapes, seed, trains_in), self.max_rank))
+        elif len(received) < len(shapes):
+            parts.insert(0, (drawn_adapter(shapes, seed), 0))
+        return assemble(at_rank(shapes, self.resident), *parts)

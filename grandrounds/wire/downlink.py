@@ -14,23 +14,32 @@ While the adapter is what both ends draw from the seed, an encoded message holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from grandrounds.config.keys import CommunicationConfig, Config
-from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import ReplyError
-from grandrounds.wire import codecs, messages, protocol
-from grandrounds.wire import schedule as sampling
-from grandrounds.wire.adapter import Adapter, Shapes
+from grandrounds.wire import codecs, messages
+from grandrounds.wire.adapter import (
+    Adapter,
+    Ranks,
+    Shapes,
+    count_parameters,
+    drawn_adapter,
+    flatten,
+    of_factors,
+    rank_of,
+    shapes_of,
+    unflatten,
+)
 from grandrounds.wire.codecs import codec_named
 from grandrounds.wire.codecs.finite import all_finite
-from grandrounds.wire.drawing import drawn_adapter
 from grandrounds.wire.low_rank import truncate
+from grandrounds.wire.schedule import downlink_generator
 
 _HELD = "grandrounds-held"
 _VERSION = "version"
@@ -54,16 +63,13 @@ class Parcel:
 class Sender:
     """The server's end."""
 
-    rule: str
-    """A value of `strategy.name`."""
+    ranks: Ranks
+    """What the rule sends to which site, at which rank."""
     how: CommunicationConfig
     start: Adapter
     """The adapter at the start of the run, which the sites draw from the seed."""
     seed: int
-    site_ranks: Sequence[int] = ()
-    """Ranks of the sites, repeated; empty: the adapter's."""
-    run: str = "0"
-    """The run's key, by which sites tell what they remember."""
+    """The run's seed."""
     _held: dict[int, tuple[int, Vector]] = field(default_factory=dict)
     """Partition → version and numbers of what it has (`incremental`)."""
     _shared: dict[tuple[int, int, int], Parcel] = field(default_factory=dict)
@@ -80,8 +86,8 @@ class Sender:
         trains : bool
             Whether the site is to train, at its own rank; else it judges the whole adapter.
         """
-        own = protocol.rank_of(protocol.shapes_of(adapter))
-        rank = protocol.site_rank(self.site_ranks, partition, own) if trains else own
+        own = rank_of(adapter)
+        rank = self.ranks.carried(partition, own) if trains else own
         if self.how.downlink == "incremental":
             sent = self._sent(adapter, rank)
             held = self._held.get(partition)
@@ -102,35 +108,36 @@ class Sender:
 
     def exact(self, adapter: Adapter) -> Parcel:
         """Return the message that gives a site the adapter as it is, in float32."""
-        rank = protocol.rank_of(protocol.shapes_of(adapter))
+        rank = rank_of(adapter)
         sent = self._sent(adapter, rank)
         if self.how.downlink_codec == "float32":
             return self._encoded(sent, None, "float32", 0, (0, 0, 0))
         return Parcel(messages.to_arrays(sent), {"codec": "none", "rank": rank}, sent)
 
-    def confirm(self, partition: int, parcel: Parcel) -> None:
-        """Remember that a site answered well, and so has what it was sent."""
-        if self.how.downlink == "incremental":
-            version = int(parcel.config[_VERSION])
-            self._held[partition] = (version, protocol.flatten(parcel.received))
+    def settle(self, parcels: Mapping[int, Parcel], good: Collection[int]) -> None:
+        """Note which sites answered well, and so have what they were sent.
 
-    def forget(self, partition: int) -> None:
-        """Take it that a site has nothing: what became of its last message is not known."""
-        self._held.pop(partition, None)
+        The others are taken to have nothing: what became of their message is not known.
+        """
+        for partition, parcel in parcels.items():
+            if partition not in good:
+                self._held.pop(partition, None)
+            elif self.how.downlink == "incremental":
+                version = int(parcel.config[_VERSION])
+                self._held[partition] = (version, flatten(parcel.received))
 
     def _sent(self, adapter: Adapter, rank: int) -> Adapter:
         """Return the tensors that travel, at a site's rank."""
-        start = protocol.shapes_of(self.start)
-        if rank != protocol.rank_of(protocol.shapes_of(adapter)):
+        if rank != rank_of(adapter):
             adapter = truncate(adapter, rank)
         # in the order of the start, which is the sites' own
-        return {n: adapter[n] for n in protocol.of_factors(start, STRATEGIES[self.rule].sends)}
+        return {n: adapter[n] for n in of_factors(shapes_of(self.start), self.ranks.strategy.sends)}
 
     def _reference(self, sent: Adapter) -> Vector | None:
         """Return what a complete difference is taken from; None: the adapter itself travels."""
-        if not STRATEGIES[self.rule].error_feedback or self.how.downlink_codec == "float32":
+        if not self.ranks.strategy.error_feedback or self.how.downlink_codec == "float32":
             return None
-        return protocol.flatten({name: self.start[name] for name in sent})
+        return flatten({name: self.start[name] for name in sent})
 
     def _encoded(
         self,
@@ -142,28 +149,32 @@ class Sender:
     ) -> Parcel:
         """Return tensors as an encoded difference; `numbers` seed its stochastic rounding."""
         self._version += 1
-        shapes = protocol.shapes_of(sent)
-        config: dict[str, int | str] = {"codec": codec_name, "rank": protocol.rank_of(shapes)}
+        shapes = shapes_of(sent)
+        config: dict[str, int | str] = {"codec": codec_name, "rank": rank_of(sent)}
         config |= {"holds": holds, _VERSION: self._version}
-        vector = protocol.flatten(sent)
+        vector = flatten(sent)
         if reference is not None:
             vector = vector - reference
             if not vector.any():
-                return Parcel(None, config, protocol.unflatten(reference, shapes))
+                return Parcel(None, config, unflatten(reference, shapes))
         codec = codec_named(codec_name, self.how)
-        payload = codecs.encode(codec, vector, sampling.downlink_generator(self.seed, *numbers))
+        payload = codecs.encode(codec, vector, downlink_generator(self.seed, *numbers))
         decoded = codecs.decode(codec, payload, vector.size)
         if reference is not None:
             decoded = reference + decoded
         arrays = messages.to_payload(codec_name, payload)
-        return Parcel(arrays, config, protocol.unflatten(decoded, shapes))
+        return Parcel(arrays, config, unflatten(decoded, shapes))
 
 
-def receive(message: Message, config: Config, context: Context, shapes: Shapes) -> Adapter:
+def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shapes) -> Adapter:
     """Return the tensors that a site has after a message, checked and decoded.
 
     Parameters
     ----------
+    content
+        What the server sent.
+    state
+        What the site keeps from message to message.
     shapes
         The whole adapter's tensors at the configured rank.
 
@@ -173,27 +184,31 @@ def receive(message: Message, config: Config, context: Context, shapes: Shapes) 
         If the message is not what this run's configuration lets the server send, or builds on
         something that the site does not have.
     """
-    instruction = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
-    rule, how = config.strategy.name, config.communication
-    name, most = str(instruction.get("codec")), config.lora.peft_lora_r
+    instruction = content.config_records.get(messages.CONFIG) or ConfigRecord()
+    ranks, how = Ranks.of(config), config.communication
+    name = str(instruction.get("codec"))
     allowed = {"none", how.downlink_codec}
     if how.downlink == "incremental":
         allowed.add(how.catch_up_codec)
     if name not in allowed:
         raise ReplyError(f"the server sent codec {name!r}; this run allows {sorted(allowed)}")
-    rank = messages.whole_number(
-        instruction, "rank", 1, config.max_rank if rule == "flora" else most
-    )
-    expected = protocol.shapes_down(rule, shapes, rank)
-    record = message.content.array_records.get(messages.ARRAYS)
+    rank = messages.whole_number(instruction, "rank", 1, ranks.highest_sent)
+    expected = ranks.shapes_down(shapes, rank)
+    record = content.array_records.get(messages.ARRAYS)
     if name == "none":
         if record is None:
             raise ReplyError("the server sent no tensors")
         return messages.from_arrays(record, expected)
-    count = protocol.count(expected)
+    count = count_parameters(expected)
     holds = messages.whole_number(instruction, "holds")
     version = messages.whole_number(instruction, _VERSION, 1)
-    vector = _held_by(context, holds, count) if holds else _drawn(config, shapes, expected, name)
+    if holds:
+        vector = _held_by(state, holds, count)
+    elif ranks.strategy.error_feedback and name != "float32":
+        start = drawn_adapter(shapes, config.federation.seed)
+        vector = flatten({name: start[name] for name in expected})
+    else:  # the adapter itself travels
+        vector = np.zeros(count, dtype=np.float32)
     if record is not None:
         codec = codec_named(name, how)
         payload = messages.from_payload(record, name, codecs.encoded_bytes(codec, count))
@@ -201,29 +216,21 @@ def receive(message: Message, config: Config, context: Context, shapes: Shapes) 
         if not all_finite(vector):
             raise ReplyError("what the server sent is not finite together with what is there")
     if how.downlink == "incremental":
-        context.state[_HELD] = ArrayRecord({"adapter": Array(vector)})
-        context.state[f"{_HELD}-{_VERSION}"] = ConfigRecord({_VERSION: version})
-    return protocol.unflatten(vector, expected)
+        state[_HELD] = ArrayRecord({"adapter": Array(vector)})
+        state[f"{_HELD}-{_VERSION}"] = ConfigRecord({_VERSION: version})
+    return unflatten(vector, expected)
 
 
-def _drawn(config: Config, shapes: Shapes, expected: Shapes, codec: str) -> Vector:
-    """Return what a complete difference is added to."""
-    if not STRATEGIES[config.strategy.name].error_feedback or codec == "float32":
-        return np.zeros(protocol.count(expected), dtype=np.float32)
-    start = drawn_adapter(shapes, config.federation.seed)
-    return protocol.flatten({name: start[name] for name in expected})
-
-
-def _held_by(context: Context, holds: int, count: int) -> Vector:
+def _held_by(state: RecordDict, holds: int, count: int) -> Vector:
     """Return what this site has had before, if it is what the server builds on."""
-    record = context.state.config_records.get(f"{_HELD}-{_VERSION}")
+    record = state.config_records.get(f"{_HELD}-{_VERSION}")
     if record is None or record[_VERSION] != holds:
         has = "nothing" if record is None else f"its message {record[_VERSION]!r}"
         raise ReplyError(
             f"the server builds on its message {holds}, but this site has {has}; it needs a "
             "complete one"
         )
-    vector = context.state.array_records[_HELD]["adapter"].numpy()
+    vector = state.array_records[_HELD]["adapter"].numpy()
     if vector.shape != (count,):
         raise ReplyError(f"this site has {vector.size} numbers, not the {count} of the adapter")
     return np.asarray(vector, dtype=np.float32)

@@ -116,9 +116,6 @@ INTRODUCTION = (
 )
 """What the answer to `query` must say."""
 
-IDENTITY = ("partition-id", "train-examples", "version", "base", "prompt")
-"""The part of it that the round loop itself needs."""
-
 Metrics = dict[str, float | int]
 
 

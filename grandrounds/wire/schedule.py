@@ -9,8 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
+
+from grandrounds.config.keys import Config, share_of
 
 BLUR = 0.1
 """Relative blur of lengths in batches. On WikiDoc patient information (batch 16, at most 512
@@ -67,6 +70,35 @@ def evaluation_cohort(seed: int, num_partitions: int, size: int) -> list[int]:
     """
     drawn = _generator(seed, _EVALUATION).choice(num_partitions, size, replace=False)
     return sorted(int(p) for p in drawn)
+
+
+def cohort_of(config: Config, round_number: int) -> list[int]:
+    """Return who trains in a round of a configured run."""
+    return training_cohort(
+        config.federation.seed,
+        round_number,
+        config.data.num_partitions,
+        config.cohort_size,
+        config.strategy.cohorts == "balanced",
+    )
+
+
+@lru_cache(maxsize=8)
+def cohorts_of(config: Config) -> tuple[tuple[int, ...], ...]:
+    """Return who trains in each round of a configured run."""
+    rounds = config.federation.num_server_rounds
+    if config.strategy.cohorts != "balanced":
+        return tuple(tuple(cohort_of(config, number)) for number in range(1, rounds + 1))
+    seed, sites = config.federation.seed, config.data.num_partitions
+    drawn = balanced_cohorts(seed, sites, config.cohort_size)
+    return tuple(tuple(next(drawn)) for _ in range(rounds))
+
+
+def evaluation_cohort_of(config: Config) -> list[int]:
+    """Return who answers held-out loss in a configured run."""
+    sites = config.data.num_partitions
+    size = share_of(config.strategy.fraction_evaluate, sites)
+    return evaluation_cohort(config.federation.seed, sites, size)
 
 
 def visit_seed(seed: int, round_number: int, partition_id: int) -> int:
@@ -146,6 +178,17 @@ def length_grouped_batches(
     by_length = [int(i) for i in np.argsort(blurred, kind="stable")]
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     return [batches[int(i)] for i in generator.permutation(len(batches))]
+
+
+def round_learning_rate_of(config: Config, round_number: int) -> float:
+    """Return the learning rate of a round of a configured run."""
+    train = config.train
+    return round_learning_rate(
+        round_number,
+        config.federation.num_server_rounds,
+        train.learning_rate_max,
+        train.learning_rate_min,
+    )
 
 
 def round_learning_rate(

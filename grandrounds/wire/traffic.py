@@ -1,30 +1,24 @@
 """What a run will send, known before it starts: to the byte, if nothing fails.
 
-What travels in a message is said by `protocol` and `codecs`; who takes part follows from the seed.
+What travels in a message is said by `adapter` and `codecs`; who takes part follows from the seed.
 So the plan is the ledger of a run that has not happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
-from grandrounds.config.keys import CommunicationConfig, Config, share_of
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.keys import CommunicationConfig, Config
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.wire import protocol
-from grandrounds.wire import schedule as sampling
-from grandrounds.wire.adapter import Shapes
+from grandrounds.wire.adapter import Ranks, Shapes, count_parameters
 from grandrounds.wire.codecs import Codec, encoded_bytes
 from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, Traffic
+from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of
 
 TRAIN_DOWN, TRAIN_UP = "train.down", "train.up"
 EVALUATE_DOWN, FORMULARY_DOWN = "evaluate.down", "formulary.down"
-
-PLAIN = CommunicationConfig("none", "none", "complete", "none", 64, 1.0, False)
-"""Everything travels as float32 tensors."""
 
 MAGNITUDE = ".lora_magnitude_vector"
 """How the names of DoRA's magnitudes end."""
@@ -113,90 +107,31 @@ class Plan:
 def plan_config(config: Config, shapes: Shapes) -> Plan:
     """Return the traffic of a configured run.
 
-    Parameters
-    ----------
-    shapes
-        The adapter's float32 tensors at its configured rank.
-    """
-    return plan_run(
-        shapes,
-        rounds=config.federation.num_server_rounds,
-        cohort=config.cohort_size,
-        evaluation_cohort=share_of(config.strategy.fraction_evaluate, config.data.num_partitions),
-        formulary=config.static.name == FORMULARY,
-        rule=config.strategy.name,
-        how=config.communication,
-        seed=config.federation.seed,
-        num_partitions=config.data.num_partitions,
-        balanced=config.strategy.cohorts == "balanced",
-        max_rank=config.max_rank,
-        site_ranks=config.site_ranks,
-    )
-
-
-def plan_run(
-    shapes: Shapes,
-    *,
-    rounds: int,
-    cohort: int,
-    evaluation_cohort: int,
-    formulary: bool,
-    rule: str = "fedavg",
-    how: CommunicationConfig = PLAIN,
-    seed: int = 0,
-    num_partitions: int | None = None,
-    balanced: bool = False,
-    max_rank: int = 0,
-    site_ranks: Sequence[int] = (),
-) -> Plan:
-    """Return the traffic of a run.
+    Held-out loss is asked once before the first round and after each. The formulary's questions are
+    asked of one site at the end, in float32.
 
     Parameters
     ----------
     shapes
         The adapter's float32 tensors at its configured rank. DoRA's magnitudes travel both ways.
-    cohort, evaluation_cohort : int
-        Sites that train, and that answer held-out loss, in a round. Held-out loss is also asked
-        once before the first round.
-    formulary : bool
-        Whether the formulary's questions are asked at the end, of one site and in float32.
-    rule : str
-        A value of `strategy.name`.
-    how
-        How adapters are encoded.
-    seed, num_partitions, balanced
-        Decide who takes part, which matters where sites differ in rank, or in what they hold; no
-        number: as many sites as are asked.
-    max_rank : int
-        Highest rank of `flora`'s stack.
-    site_ranks
-        Ranks of the sites, repeated; empty: the adapter's.
     """
-    sites = num_partitions or max(cohort, evaluation_cohort)
-    rank = protocol.rank_of(shapes)
-    measure = _Measure(rule, shapes, how)
-    down = _Down(how, STRATEGIES[rule].error_feedback, measure)
+    ranks, how, cohort = Ranks.of(config), config.communication, config.cohort_size
+    measure = _Measure(ranks, how, shapes)
+    down = _Down(how, ranks.strategy.error_feedback, measure)
     ledger = Ledger()
-    judges = sampling.evaluation_cohort(seed, sites, evaluation_cohort)
+    judges = evaluation_cohort_of(config)
 
-    def own_rank(round_number: int) -> int:
-        if rule != "flora":
-            return rank
-        return protocol.stacked_rank(rank, max_rank, cohort, round_number)
-
-    def judge(round_number: int) -> None:
+    def judge(next_round: int) -> None:
+        rank = ranks.begun_with(next_round, cohort)
         for site in judges:
-            _count(ledger, EVALUATE_DOWN, down.message(site, round_number, own_rank(round_number)))
+            _count(ledger, EVALUATE_DOWN, down.message(site, next_round, rank))
 
     judge(1)
     largest_down, largest_up = [], []
-    for number, chosen in enumerate(cohorts(seed, rounds, sites, cohort, balanced), 1):
-        received, sent = [], []
-        for site in chosen:
-            trained = protocol.site_rank(site_ranks, site, rank)
-            carried = own_rank(number) if rule == "flora" else trained
-            received.append(down.message(site, number, carried))
-            sent.append(measure.up(number, trained))
+    for number, chosen in enumerate(cohorts_of(config), 1):
+        begun_with = ranks.begun_with(number, cohort)
+        received = [down.message(site, number, ranks.carried(site, begun_with)) for site in chosen]
+        sent = [measure.up(number, ranks.carried(site, ranks.rank)) for site in chosen]
         for message in received:
             _count(ledger, TRAIN_DOWN, message)
         for message in sent:
@@ -204,32 +139,19 @@ def plan_run(
         largest_down.append(max(m.tensor_bytes for m in received))
         largest_up.append(max(m.tensor_bytes for m in sent))
         judge(number + 1)
-    if formulary:
+    if config.static.name == FORMULARY:
+        rank = ranks.begun_with(len(largest_down) + 1, cohort)
         in_one = how.downlink_codec == "float32"
-        message = measure.down(how.downlink_codec, own_rank(rounds + 1), exact=not in_one)
+        message = measure.down(how.downlink_codec, rank, exact=not in_one)
         _count(ledger, FORMULARY_DOWN, message)
     return Plan(
-        adapter_parameters=protocol.count(shapes),
-        rounds=rounds,
+        adapter_parameters=count_parameters(shapes),
+        rounds=config.federation.num_server_rounds,
         ledger=ledger,
         down_bytes=tuple(largest_down),
         up_bytes=tuple(largest_up),
         is_upper_bound=how.entropy_coding
         and (how.uplink_codec, how.downlink_codec) != ("none", "none"),
-    )
-
-
-@lru_cache(maxsize=8)
-def cohorts(
-    seed: int, rounds: int, num_partitions: int, size: int, balanced: bool
-) -> tuple[tuple[int, ...], ...]:
-    """Return who trains in each round."""
-    if balanced:
-        drawn = sampling.balanced_cohorts(seed, num_partitions, size)
-        return tuple(tuple(next(drawn)) for _ in range(rounds))
-    return tuple(
-        tuple(sampling.training_cohort(seed, number, num_partitions, size, False))
-        for number in range(1, rounds + 1)
     )
 
 
@@ -246,8 +168,8 @@ def _count(ledger: Ledger, kind: str, message: Message) -> None:
 class _Measure:
     """The sizes of messages, each worked out once."""
 
-    def __init__(self, rule: str, shapes: Shapes, how: CommunicationConfig) -> None:
-        self._rule, self._how = rule, how
+    def __init__(self, ranks: Ranks, how: CommunicationConfig, shapes: Shapes) -> None:
+        self._ranks, self._how = ranks, how
         self._magnitudes = {n: s for n, s in shapes.items() if n.endswith(MAGNITUDE)}
         self._factors = {n: s for n, s in shapes.items() if n not in self._magnitudes}
         self._made: dict[tuple[object, ...], Message] = {}
@@ -256,7 +178,7 @@ class _Measure:
         """Return a message to a site: float32 tensors if `exact`, else encoded."""
         return self._cached(
             ("down", codec, rank, exact),
-            lambda: protocol.shapes_down(self._rule, self._factors, rank),
+            lambda: self._ranks.shapes_down(self._factors, rank),
             None if exact else codec,
         )
 
@@ -264,8 +186,8 @@ class _Measure:
         """Return a site's reply."""
         codec = self._how.uplink_codec
         return self._cached(
-            ("up", STRATEGIES[self._rule].trained(round_number), rank),
-            lambda: protocol.shapes_up(self._rule, self._factors, round_number, rank),
+            ("up", self._ranks.strategy.trained(round_number), rank),
+            lambda: self._ranks.shapes_up(self._factors, round_number, rank),
             None if codec == "none" else codec,
         )
 
@@ -290,7 +212,7 @@ def message_of(tensors: Shapes, codec: Codec | None) -> Message:
     codec
         None: float32 tensors, each with an npy header.
     """
-    count = protocol.count(tensors)
+    count = count_parameters(tensors)
     if codec is None:
         keys = sum(len(name.encode()) for name in tensors)
         return Message(4 * count + NPY_HEADER_BYTES * len(tensors), keys)

@@ -9,16 +9,23 @@ none, because an old error has no place in new factors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from grandrounds.config.keys import EXACT_CODECS, Config
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.keys import EXACT_CODECS, CommunicationConfig
 from grandrounds.errors import ReplyError
-from grandrounds.wire import codecs, messages, protocol
-from grandrounds.wire import schedule as sampling
-from grandrounds.wire.adapter import Adapter, Shapes
+from grandrounds.wire import codecs, messages
+from grandrounds.wire.adapter import (
+    Adapter,
+    Shapes,
+    count_parameters,
+    flatten,
+    shapes_of,
+    unflatten,
+)
 from grandrounds.wire.codecs import Codec, codec_named
 from grandrounds.wire.codecs.finite import all_finite
 
@@ -29,49 +36,80 @@ _CURSORS = "grandrounds-memory-cursors"
 Vector = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class ErrorMemory:
+    """What a codec lost of a site's changes, in the state that Flower keeps for the node.
+
+    After a reply that was not used the site's cursor goes back, and the memory with it: the memory
+    of the visit before is kept too, and the cursors tell which belongs to a visit.
+    """
+
+    state: RecordDict
+    """The node's state."""
+    cursor: int
+    """Examples given to the site before this visit."""
+    cursor_after: int
+    """Examples given to it after this visit."""
+
+    def read(self, shapes: Shapes) -> dict[str, Vector]:
+        """Return the memory with which this visit begins; zeros where there is none."""
+        zeros = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+        cursors = self.state.config_records.get(_CURSORS) or ConfigRecord()
+        for place in (_MEMORY, _BEFORE):
+            if cursors.get(place) == self.cursor:
+                arrays = self.state.array_records[place]
+                return zeros | {name: array.numpy() for name, array in arrays.items()}
+        return zeros
+
+    def write(self, memory: Adapter) -> None:
+        """Keep the memory after this visit, and the one before it."""
+        state = self.state
+        cursors = dict(state.config_records.get(_CURSORS) or ConfigRecord())
+        if cursors.get(_MEMORY) == self.cursor:
+            state[_BEFORE], cursors[_BEFORE] = state.array_records[_MEMORY], self.cursor
+        state[_MEMORY] = ArrayRecord({name: Array(tensor) for name, tensor in memory.items()})
+        cursors[_MEMORY] = self.cursor_after
+        state[_CURSORS] = ConfigRecord(cursors)
+
+
 def encode_change(
     change: Adapter,
-    config: Config,
-    context: Context,
-    round_number: int,
-    partition_id: int,
-    cursor: int,
-    cursor_after: int,
+    how: CommunicationConfig,
+    memory: ErrorMemory | None,
+    generator: np.random.Generator,
 ) -> ArrayRecord:
-    """Return a site's change as it travels, and keep in `context.state` what the codec lost.
+    """Return a site's change as it travels, and keep what the codec lost.
 
     Parameters
     ----------
-    cursor, cursor_after : int
-        Examples given to the site before and after this visit. They tell which memory belongs to
-        it: after a reply that was not used, the cursor goes back, and the memory with it.
+    memory : ErrorMemory or None
+        None: the rule sends no error feedback.
+    generator
+        Of the codec's stochastic rounding.
 
     Raises
     ------
     ReplyError
         If the change is not finite: training diverged.
     """
-    how = config.communication
     if how.uplink_codec == "none":
         return messages.to_arrays(change)
     codec = codec_named(how.uplink_codec, how)
-    loses = how.uplink_codec not in EXACT_CODECS
-    keeps = loses and STRATEGIES[config.strategy.name].error_feedback
-    vector = protocol.flatten(change)
-    shapes = {name: tensor.shape for name, tensor in change.items()}
-    memory = _memory_at(context, cursor, shapes) if keeps else {}
-    if memory:
-        vector = vector + protocol.flatten({name: memory[name] for name in change})
+    if how.uplink_codec in EXACT_CODECS:
+        memory = None
+    vector, shapes = flatten(change), shapes_of(change)
+    lost_before = memory.read(shapes) if memory else {}
+    if lost_before:
+        vector = vector + flatten({name: lost_before[name] for name in change})
     if not all_finite(vector):
         raise ReplyError(
             "the change is not finite: training diverged. Lower train.learning-rate-max, or set "
             "train.training-arguments.max-grad-norm"
         )
-    generator = sampling.uplink_generator(config.federation.seed, round_number, partition_id)
     payload = codecs.encode(codec, vector, generator)
-    if keeps:
+    if memory:
         lost = vector - codecs.decode(codec, payload, vector.size)
-        _remember(context, {**memory, **protocol.unflatten(lost, shapes)}, cursor, cursor_after)
+        memory.write({**lost_before, **unflatten(lost, shapes)})
     return messages.to_payload(codec.name, payload)
 
 
@@ -85,28 +123,6 @@ def decode_change(record: ArrayRecord, codec: Codec, shapes: Shapes) -> Adapter:
     """
     if codec.name == "none":
         return messages.from_arrays(record, shapes)
-    count = protocol.count(shapes)
+    count = count_parameters(shapes)
     payload = messages.from_payload(record, codec.name, codecs.encoded_bytes(codec, count))
-    return protocol.unflatten(codecs.decode(codec, payload, count), shapes)
-
-
-def _memory_at(context: Context, cursor: int, shapes: Shapes) -> dict[str, Vector]:
-    """Return the memory after the visit that ended at this cursor; zeros where there is none."""
-    zeros = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
-    cursors = context.state.config_records.get(_CURSORS) or ConfigRecord()
-    for place in (_MEMORY, _BEFORE):
-        if cursors.get(place) == cursor:
-            arrays = context.state.array_records[place]
-            return zeros | {name: array.numpy() for name, array in arrays.items()}
-    return zeros
-
-
-def _remember(context: Context, memory: Adapter, cursor: int, cursor_after: int) -> None:
-    """Keep the memory after this visit, and the one before it."""
-    state = context.state
-    cursors = dict(state.config_records.get(_CURSORS) or ConfigRecord())
-    if cursors.get(_MEMORY) == cursor:
-        state[_BEFORE], cursors[_BEFORE] = state.array_records[_MEMORY], cursor
-    state[_MEMORY] = ArrayRecord({name: Array(tensor) for name, tensor in memory.items()})
-    cursors[_MEMORY] = cursor_after
-    state[_CURSORS] = ConfigRecord(cursors)
+    return unflatten(codecs.decode(codec, payload, count), shapes)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from grandrounds import cli
 from grandrounds.cli import app
 from grandrounds.cli import run as run_command
+from tests.listening import Telling
 
 Settings = dict[str, Any]
 
@@ -384,15 +385,7 @@ def wrapped_reporter(before: Callable[[str, Mapping[str, Any]], None]) -> Any:
     make = run_command.reporter
 
     def wrapped(config: Any, plain: bool) -> Any:
-        display = make(config, plain)
-
-        class Listening(type(display)):  # type: ignore[misc]
-            def __call__(self, event: str, data: Mapping[str, Any]) -> None:
-                super().__call__(event, data)
-                before(event, data)
-
-        display.__class__ = Listening
-        return display
+        return Telling(before, make(config, plain))
 
     return wrapped
 

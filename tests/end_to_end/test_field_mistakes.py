@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message, RecordDict
 from transformers import AutoTokenizer
 
 from grandrounds import client_app, server_app
@@ -38,13 +38,16 @@ from grandrounds.model.lora import LoraSpec
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.server.aggregation.product_error import measured_modules
+from grandrounds.server.listeners import Listener
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import open_site
 from grandrounds.site.training import VisitSettings, train_visit
+from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
 from grandrounds.wire import schedule as sampling
-from grandrounds.wire.drawing import initial_adapter
+from grandrounds.wire.adapter import initial_adapter
 from grandrounds.wire.ledger import MIB
+from tests.listening import Telling
 
 ClientApp = Callable[[Message, Context], Message]
 Settings = dict[str, Scalar]
@@ -89,7 +92,7 @@ def play(settings: Settings, app: ClientApp, **changes: Scalar) -> tuple[dict[st
     named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
     config = resolve({**settings, **named})
     grid = InProcessGrid(app, config.flat(), config.data.num_partitions)
-    return server_app.federate(grid, config, lambda *_: None), config
+    return server_app.federate(grid, config, Listener()), config
 
 
 def read_metrics(config: Config) -> list[dict[str, Any]]:
@@ -154,9 +157,10 @@ def test_field_mistake_02_visits_go_on_through_the_examples(settings: Settings) 
     assert len(set(site.train)) == len(site.train) == 27
     given, cursor = [], 0
     for number in (1, 2, 3):
-        instruction = ConfigRecord({"round": number, "learning-rate": 1e-3})
-        batches, cursor = visits.next_batches(site, config, instruction, cursor)
-        given += [example for batch in batches for example in batch]
+        asked = messages.content(config={"round": number, "cursor": cursor})
+        visit = Visit(asked, RecordDict(), config, site)
+        given += [example for batch in visits.next_batches(visit) for example in batch]
+        cursor = visit.cursor_after
     assert cursor == len(given) == len(set(given)) == 24
     reported = [int(metrics["cursor"]) for _, p, metrics, _, _ in app.trained if p == 1]
     assert reported == [8, 16, 24]
@@ -285,7 +289,7 @@ def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
     grid = InProcessGrid(app, config.flat(), 4)
     before = base_loads()
     with pytest.raises(RoundError):
-        server_app.federate(grid, config, listen)
+        server_app.federate(grid, config, Telling(listen))
     assert loads == {"plan": before, "roll-call": before}
     assert base_loads() == before  # a whole run in which no site trained: nobody loaded it
 

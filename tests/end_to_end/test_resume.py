@@ -22,7 +22,8 @@ from grandrounds.config import recipes
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import RoundError, RunDirectoryError
 from grandrounds.server.directory import RunDirectory
-from grandrounds.server.run import Listener
+from grandrounds.server.listeners import Listener
+from tests.listening import Telling
 
 Settings = dict[str, Any]
 Sites = Callable[[Message, Context], Message]
@@ -32,7 +33,7 @@ GOOD_SITES: Sites = client_app.app
 
 def play(
     settings: Settings,
-    listener: Listener = lambda event, data: None,
+    listener: Listener = Listener(),  # noqa: B008
     sites: Sites = GOOD_SITES,
     **changes: Any,
 ) -> None:
@@ -114,7 +115,7 @@ def interrupted_at(event: str, count: int) -> Listener:
         if name == event and seen == count:
             raise KeyboardInterrupt
 
-    return listen
+    return Telling(listen)
 
 
 @pytest.mark.parametrize(

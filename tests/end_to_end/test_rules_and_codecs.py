@@ -17,7 +17,9 @@ from grandrounds import client_app, server_app
 from grandrounds.config import recipes
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.engines.in_process import InProcessGrid
-from grandrounds.wire.drawing import drawn_adapter
+from grandrounds.server.listeners import Listener
+from grandrounds.wire.adapter import drawn_adapter
+from tests.listening import Telling
 
 Settings = dict[str, Any]
 Sites = Callable[[Message, Context], Message]
@@ -55,7 +57,7 @@ def of_encoding(name: str) -> Settings:
 def play(settings: Settings, sites: Sites = client_app.app, **changes: Any) -> Path:
     config = recipes.resolve({**settings, **changes})
     grid = InProcessGrid(sites, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda event, data: None)
+    server_app.federate(grid, config, Listener())
     return Path(config.federation.run_directory)
 
 
@@ -182,7 +184,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(
 
     grid = InProcessGrid(client_app.app, config.flat(), 4)
     with pytest.raises(KeyboardInterrupt):
-        server_app.federate(grid, config, stop_after_round_1)
+        server_app.federate(grid, config, Telling(stop_after_round_1))
     resumed = play({**settings, **changes, "resume-from": settings["run-directory"]})
     one, other = (
         (run / "peft_3/adapter_model.safetensors").read_bytes() for run in (whole, resumed)
@@ -277,14 +279,14 @@ def test_an_update_that_no_training_makes_is_left_out(name: str, settings: Setti
 def test_a_screened_site_is_told_once(settings: Settings) -> None:
     hostile = with_updates(lambda update: -update, {5})
     config = recipes.resolve({**settings, **EVERYBODY, "defence.min-cosine": 0.0})
-    heard: list[tuple[int, int, bool]] = []
+    heard: list[tuple[int, bool]] = []
 
     def listen(event: str, data: Mapping[str, Any]) -> None:
         if event == "reply":
-            heard.append((data["round"], data["partition"], data["failure"] is not None))
+            heard.append((data["partition"], data["failure"] is not None))
 
-    server_app.federate(InProcessGrid(hostile, config.flat(), 8), config, listen)
-    assert heard == [(r, p, p == 5) for r in (1, 2) for p in range(8)]
+    server_app.federate(InProcessGrid(hostile, config.flat(), 8), config, Telling(listen))
+    assert heard == 2 * [(p, p == 5) for p in range(8)]
 
 
 LIES: dict[str, tuple[str, dict[str, float | int]]] = {

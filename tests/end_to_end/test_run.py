@@ -29,6 +29,7 @@ from grandrounds.model import machine
 from grandrounds.model import resident as model
 from grandrounds.model.base import base_loads
 from grandrounds.server import directory as run_directory
+from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.plain import without_effect
 from grandrounds.site import local_data as site
 from grandrounds.site import training
@@ -49,7 +50,7 @@ def play(settings: Settings, sites: Sites = GOOD_SITES, **changes: Any) -> Path:
     """Run a federation in this process and return its run directory."""
     config = recipes.resolve({**settings, **changes})
     grid = InProcessGrid(sites, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda event, data: None)
+    server_app.federate(grid, config, Listener())
     return Path(config.federation.run_directory)
 
 
@@ -120,9 +121,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[Any], Any]]:
     visited: list[tuple[int, list[Any], Any]] = []
     train = visits.train
 
-    def remember(resident: Any, batches: Any, config: Any, instruction: Any, site: Any) -> Any:
-        result = train(resident, batches, config, instruction, site)
-        visited.append((site.partition_id, [e for batch in batches for e in batch], result))
+    def remember(visit: Any, resident: Any, batches: Any) -> Any:
+        result = train(visit, resident, batches)
+        visited.append((visit.site.partition_id, [e for batch in batches for e in batch], result))
         return result
 
     monkeypatch.setattr(visits, "train", remember)

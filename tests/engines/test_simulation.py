@@ -19,6 +19,7 @@ from grandrounds.config import recipes
 from grandrounds.config.recipes import to_toml
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.engines.simulation import MARKER
+from grandrounds.server.listeners import Listener
 from tests.places import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -74,7 +75,7 @@ def test_both_engines_give_the_same_adapter_bit_for_bit(settings: Settings, tmp_
 
     config = recipes.resolve(settings)
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    summary = server_app.federate(grid, config, lambda *_: None)
+    summary = server_app.federate(grid, config, Listener())
     in_process = Path(settings["run-directory"])
     for checkpoint in ("peft_2", "peft_3"):
         assert weights(simulated, checkpoint) == weights(in_process, checkpoint)
@@ -117,13 +118,13 @@ def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path
 
     config = recipes.resolve(recipes.load_recipe(run / "config.toml"), {"resume-from": str(run)})
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda *_: None)
+    server_app.federate(grid, config, Listener())
     assert finished < 40
     whole = recipes.resolve(
         {**settings, "num-server-rounds": 40, "run-directory": str(tmp_path / "whole")}
     )
     grid = InProcessGrid(client_app.app, whole.flat(), whole.data.num_partitions)
-    server_app.federate(grid, whole, lambda *_: None)
+    server_app.federate(grid, whole, Listener())
     assert weights(run, "peft_40") == weights(tmp_path / "whole", "peft_40")
 
 
@@ -143,6 +144,6 @@ def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Pat
     assert (tmp_path / "home" / "apps").is_dir()  # the bundle, without weights
     config = recipes.resolve(settings)
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda *_: None)
+    server_app.federate(grid, config, Listener())
     assert weights(simulated, "peft_3") == weights(Path(settings["run-directory"]), "peft_3")
     assert os.environ.get(MARKER) is None

@@ -24,7 +24,7 @@ from grandrounds.model.base import (
 from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
 from grandrounds.model.resident import Resident, adapter_change, resident_model, set_adapter
 from grandrounds.server.directory import RunDirectory
-from grandrounds.wire.drawing import initial_adapter
+from grandrounds.wire.adapter import initial_adapter
 
 LORA = LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
 TOKENS = torch.tensor([[5, 77, 130, 201, 9, 44]])

@@ -27,7 +27,7 @@ from grandrounds.site.training import (
     proximal_penalty,
     train_visit,
 )
-from grandrounds.wire.drawing import initial_adapter
+from grandrounds.wire.adapter import initial_adapter
 
 PAD = 0
 LEAN = Forward(bf16=True, padding_free=True, answers_only=True, chunk_tokens=5)

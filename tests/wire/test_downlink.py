@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import RecordDict
 
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
-from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ReplyError
-from grandrounds.wire import downlink, messages, protocol
-from grandrounds.wire.adapter import Adapter
+from grandrounds.wire import downlink, messages
+from grandrounds.wire.adapter import Adapter, Ranks, drawn_adapter, flatten
 from grandrounds.wire.downlink import Parcel, Sender
-from grandrounds.wire.drawing import drawn_adapter
 
 SHAPES = {"m.lora_A.weight": (4, 32), "m.lora_B.weight": (48, 4)}
 START = drawn_adapter(SHAPES, 42)
@@ -35,20 +33,11 @@ def config_of(down: str, mode: str = "complete", rule: str = "fedprox", **more: 
 
 
 def sender_of(config: Config) -> Sender:
-    name = config.strategy.name
-    return Sender(name, config.communication, START, 42, config.site_ranks)
+    return Sender(Ranks.of(config), config.communication, START, 42)
 
 
-def new_context() -> Context:
-    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-
-
-def arrived(parcel: Parcel, **changed: Any) -> Message:
-    InProcessGrid(lambda m, _: m, {}, 1)  # sets what Message() reads
-    config = {"round": 1, **parcel.config, **changed}
-    return Message(
-        messages.content(arrays=parcel.arrays, config=config), 1, MessageType.TRAIN, group_id="1"
-    )
+def arrived(parcel: Parcel, **changed: Any) -> RecordDict:
+    return messages.content(arrays=parcel.arrays, config={"round": 1, **parcel.config, **changed})
 
 
 def moved(seed: int = 0, scale: float = 0.01) -> Adapter:
@@ -69,9 +58,9 @@ def same(one: Adapter, other: Adapter) -> bool:
 def test_the_site_has_what_the_server_thinks_it_has(codec: str, rule: str) -> None:
     config = config_of(codec, rule=rule)
     parcel = sender_of(config).parcel(1, 0, moved(), trains=True)
-    received = downlink.receive(arrived(parcel), config, new_context(), SHAPES)
+    received = downlink.receive(arrived(parcel), RecordDict(), config, SHAPES)
     assert same(received, parcel.received)
-    assert set(received) == set(protocol.shapes_down(rule, SHAPES, 4))
+    assert set(received) == set(Ranks.of(config).shapes_down(SHAPES, 4))
 
 
 def test_a_complete_message_is_made_once_for_a_cohort() -> None:
@@ -85,54 +74,54 @@ def test_the_adapter_of_the_start_costs_nothing_encoded() -> None:
     config = config_of("int4")
     parcel = sender_of(config).parcel(1, 0, START, trains=True)
     assert parcel.arrays is None
-    assert same(downlink.receive(arrived(parcel), config, new_context(), SHAPES), START)
+    assert same(downlink.receive(arrived(parcel), RecordDict(), config, SHAPES), START)
 
 
 def test_increments_come_ever_closer_to_an_adapter_that_stays() -> None:
     """One bit a message: what a message loses is part of the next one."""
-    config, context = config_of("sign", "incremental"), new_context()
+    config, state = config_of("sign", "incremental"), RecordDict()
     sender, adapter, distances = sender_of(config), moved(), []
     for number in range(1, 9):
         parcel = sender.parcel(number, 0, adapter, trains=True)
-        received = downlink.receive(arrived(parcel), config, context, SHAPES)
+        received = downlink.receive(arrived(parcel), state, config, SHAPES)
         assert same(received, parcel.received)
-        sender.confirm(0, parcel)
-        distances.append(float(np.linalg.norm(protocol.flatten(received) - flat(adapter))))
+        sender.settle({0: parcel}, [0])
+        distances.append(float(np.linalg.norm(flatten(received) - flat(adapter))))
     assert size_of(parcel) < 0.1 * 4 * flat(adapter).size + 128
     assert distances[-1] < 0.1 * distances[0]
 
 
 def flat(adapter: Adapter) -> np.ndarray:
-    return protocol.flatten(adapter)
+    return flatten(adapter)
 
 
 def test_the_first_increment_is_complete_and_each_site_has_its_own() -> None:
     sender, adapter = sender_of(config_of("sign", "incremental")), moved()
     first = sender.parcel(1, 0, adapter, trains=True)
     assert first.config["codec"] == "int4"
-    sender.confirm(0, first)
+    sender.settle({0: first}, [0])
     assert sender.parcel(2, 0, adapter, trains=True).config["codec"] == "sign"
     assert sender.parcel(2, 1, adapter, trains=True).config["codec"] == "int4"
 
 
 def test_a_site_whose_reply_was_lost_is_sent_everything_again() -> None:
-    config, context = config_of("sign", "incremental"), new_context()
+    config, state = config_of("sign", "incremental"), RecordDict()
     sender, adapter = sender_of(config), moved()
     parcel = sender.parcel(1, 0, adapter, trains=True)
-    downlink.receive(arrived(parcel), config, context, SHAPES)
-    sender.forget(0)  # it arrived, but the server does not know
+    downlink.receive(arrived(parcel), state, config, SHAPES)
+    sender.settle({0: parcel}, [])  # it arrived, but the server does not know
     again = sender.parcel(2, 0, adapter, trains=True)
     assert again.config["holds"] == 0
-    assert same(downlink.receive(arrived(again), config, context, SHAPES), again.received)
+    assert same(downlink.receive(arrived(again), state, config, SHAPES), again.received)
 
 
 def test_a_site_that_has_something_else_says_so() -> None:
     config = config_of("sign", "incremental")
     sender, adapter = sender_of(config), moved()
-    sender.confirm(0, sender.parcel(1, 0, adapter, trains=True))
+    sender.settle({0: sender.parcel(1, 0, adapter, trains=True)}, [0])
     parcel = sender.parcel(2, 0, adapter, trains=True)
     with pytest.raises(ReplyError, match="builds on its message 1, but this site has nothing"):
-        downlink.receive(arrived(parcel), config, new_context(), SHAPES)
+        downlink.receive(arrived(parcel), RecordDict(), config, SHAPES)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +139,7 @@ def test_a_message_of_another_configuration_is_refused(changed: dict[str, Any]) 
     config = config_of("int4")
     parcel = sender_of(config).parcel(1, 0, moved(), trains=True)
     with pytest.raises(ReplyError, match=next(iter(changed))):
-        downlink.receive(arrived(parcel, **changed), config, new_context(), SHAPES)
+        downlink.receive(arrived(parcel, **changed), RecordDict(), config, SHAPES)
 
 
 @pytest.mark.parametrize("missing", ["codec", "rank", "holds", "version"])
@@ -158,12 +147,12 @@ def test_a_message_without_what_it_must_say_is_refused(missing: str) -> None:
     config = config_of("int4")
     parcel = sender_of(config).parcel(1, 0, moved(), trains=True)
     message = arrived(parcel)
-    del message.content.config_records["config"][missing]
+    del message.config_records["config"][missing]
     with pytest.raises(ReplyError, match=missing):
-        downlink.receive(message, config, new_context(), SHAPES)
-    message.content = messages.content(arrays=parcel.arrays)
+        downlink.receive(message, RecordDict(), config, SHAPES)
+    message = messages.content(arrays=parcel.arrays)
     with pytest.raises(ReplyError, match="codec"):
-        downlink.receive(message, config, new_context(), SHAPES)
+        downlink.receive(message, RecordDict(), config, SHAPES)
 
 
 def test_each_rank_of_a_cohort_is_encoded_once() -> None:
@@ -179,7 +168,7 @@ def test_the_order_of_the_tensors_is_that_of_the_start() -> None:
     config, adapter = config_of("int4"), moved()
     turned = dict(reversed(adapter.items()))
     parcel = sender_of(config).parcel(1, 0, turned, trains=True)
-    received = downlink.receive(arrived(parcel), config, new_context(), SHAPES)
+    received = downlink.receive(arrived(parcel), RecordDict(), config, SHAPES)
     assert np.abs(flat(received) - flat(adapter)).max() < 0.02
 
 
@@ -189,7 +178,7 @@ def test_a_site_of_lower_rank_receives_the_strongest_directions() -> None:
     assert sender.parcel(1, 0, adapter, trains=True).received["m.lora_A.weight"].shape == (4, 32)
     lower = sender.parcel(1, 1, adapter, trains=True)
     assert lower.received["m.lora_A.weight"].shape == (2, 32)
-    received = downlink.receive(arrived(lower), config, new_context(), SHAPES)
+    received = downlink.receive(arrived(lower), RecordDict(), config, SHAPES)
     product = adapter["m.lora_B.weight"] @ adapter["m.lora_A.weight"]
     left, sizes, right = np.linalg.svd(product, full_matrices=False)
     best = (left[:, :2] * sizes[:2]) @ right[:2]
@@ -203,6 +192,6 @@ def test_a_site_of_lower_rank_receives_the_strongest_directions() -> None:
 def test_what_is_judged_at_the_end_is_the_adapter_itself() -> None:
     config, adapter = config_of("int4", rule="ffa"), moved()
     parcel = sender_of(config).exact(adapter)
-    received = downlink.receive(arrived(parcel), config, new_context(), SHAPES)
+    received = downlink.receive(arrived(parcel), RecordDict(), config, SHAPES)
     assert list(received) == ["m.lora_B.weight"]
     assert np.array_equal(received["m.lora_B.weight"], adapter["m.lora_B.weight"])

@@ -10,15 +10,36 @@ import numpy as np
 import pytest
 
 from grandrounds.config import recipes
-from grandrounds.config.keys import CommunicationConfig
 from grandrounds.model.architectures import adapter_shapes, find_architecture, target_modules
+from grandrounds.server.listeners import Listener
+from grandrounds.wire.adapter import Shapes
 from grandrounds.wire.codecs import Codec, encode
 from grandrounds.wire.ledger import MIB, Ledger
 from grandrounds.wire.messages import to_arrays, to_payload
-from grandrounds.wire.traffic import Plan, message_of, plan_config, plan_run
+from grandrounds.wire.traffic import Plan, message_of, plan_config
 from tests.places import ROOT
 
 ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+def plan_of(
+    shapes: Shapes, rounds: int, cohort: int, evaluated: int = 0, sites: int = 0, **settings: Any
+) -> Plan:
+    """Return the plan of an adapter of some shapes under FedAvg, on data of one's own."""
+    sites = sites or max(cohort, evaluated)
+    plain = {
+        "static.dataset.name": "cards.jsonl",
+        "num-server-rounds": rounds,
+        "seed": 0,
+        "model.lora.peft-lora-r": next(s for n, s in shapes.items() if ".lora_A." in n)[0],
+        "data.num-partitions": sites,
+        "strategy.name": "fedavg",
+        "strategy.proximal-mu": 0.0,
+        "strategy.cohorts": "uniform",
+        "strategy.fraction-train": cohort / sites,
+        "strategy.fraction-evaluate": evaluated / sites,
+    }
+    return plan_config(recipes.resolve({**plain, **settings}), shapes)
 
 
 def entry(
@@ -27,7 +48,7 @@ def entry(
     """Return the plan of a FlowerTune entry, which holds nothing out."""
     base = find_architecture(model)
     shapes = adapter_shapes(base, target_modules(base, modules), rank, dora=dora)
-    return plan_run(shapes, rounds=rounds, cohort=cohort, evaluation_cohort=0, formulary=False)
+    return plan_of(shapes, rounds, cohort)
 
 
 # --- Published budgets ----------------------------------------------------------------------------
@@ -92,23 +113,17 @@ SHAPES = {"m.lora_A.weight": (2, 3), "m.lora_B.weight": (5, 2)}
 """16 numbers: 64 bytes and two headers make 320; A alone 152, B alone 168."""
 
 
-def encoding(**changes: Any) -> CommunicationConfig:
-    plain = {
-        "uplink_codec": "bf16",
-        "downlink_codec": "bf16",
-        "downlink": "complete",
-        "catch_up_codec": "int4",
-        "block_size": 64,
-        "kept_share": 0.05,
-        "entropy_coding": False,
-    }
-    return CommunicationConfig(**{**plain, **changes})
+BF16 = {
+    "communication.uplink-codec": "bf16",
+    "communication.downlink-codec": "bf16",
+    "communication.catch-up-codec": "int4",
+}
 
 
 def test_every_message_of_a_run_is_counted() -> None:
     """3 rounds of 2 sites: 6 messages each way; held-out loss of 1 site before the first round and
     after each: 4, down only; the formulary's questions: 1."""
-    plan = plan_run(SHAPES, rounds=3, cohort=2, evaluation_cohort=1, formulary=True)
+    plan = plan_of(SHAPES, 3, 2, 1, **{"static.dataset.name": "formulary"})
     counted = {kind: (t.messages, t.tensor_bytes) for kind, t in plan.ledger.totals.items()}
     assert counted == {
         "train.down": (6, 6 * 320),
@@ -125,7 +140,7 @@ def test_ffa_sends_one_factor_both_ways_and_rolora_both_down_and_one_up() -> Non
     """B alone is 168 bytes, A alone 152. rolora sends B up in rounds 1 and 3, A in round 2."""
 
     def up_and_down(rule: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        plan = plan_run(SHAPES, rounds=3, cohort=1, evaluation_cohort=0, formulary=False, rule=rule)
+        plan = plan_of(SHAPES, 3, 1, **{"strategy.name": rule})
         return plan.down_bytes, plan.up_bytes
 
     assert up_and_down("ffa") == ((168,) * 3, (168,) * 3)
@@ -134,15 +149,7 @@ def test_ffa_sends_one_factor_both_ways_and_rolora_both_down_and_one_up() -> Non
 
 def test_floras_stack_grows_with_the_cohort_up_to_its_highest_rank() -> None:
     """Rank 2, then 1 * 2 * 2 = 4, then 8, cut to 6: 4 (3 + 5) rank + 256 bytes."""
-    plan = plan_run(
-        SHAPES,
-        rounds=3,
-        cohort=2,
-        evaluation_cohort=0,
-        formulary=False,
-        rule="flora",
-        max_rank=6,
-    )
+    plan = plan_of(SHAPES, 3, 2, **{"strategy.name": "flora", "strategy.max-rank": 6})
     assert plan.down_bytes == tuple(32 * rank + 256 for rank in (2, 4, 6))
     assert plan.up_bytes == (320,) * 3
 
@@ -150,15 +157,7 @@ def test_floras_stack_grows_with_the_cohort_up_to_its_highest_rank() -> None:
 def test_sites_of_a_lower_rank_send_and_receive_less() -> None:
     """Sites 0, 1, 2, 3 of ranks 2, 1, 2, 1, all in one round: 2 * 320 + 2 * (32 + 256) bytes each
     way; held-out loss is of the whole adapter."""
-    plan = plan_run(
-        SHAPES,
-        rounds=1,
-        cohort=4,
-        evaluation_cohort=4,
-        formulary=False,
-        rule="product",
-        site_ranks=(2, 1),
-    )
+    plan = plan_of(SHAPES, 1, 4, 4, **{"strategy.name": "product", "strategy.site-ranks": "2,1"})
     totals = plan.ledger.totals
     assert totals["train.down"].tensor_bytes == totals["train.up"].tensor_bytes == 1216
     assert totals["evaluate.down"].tensor_bytes == 8 * 320
@@ -167,9 +166,7 @@ def test_sites_of_a_lower_rank_send_and_receive_less() -> None:
 def test_encoded_the_untrained_adapter_costs_nothing() -> None:
     """bf16: 1 + 32 bytes and a header of 128, 161. One site, two rounds, and held-out loss before
     round 1 and after both: down none + 161, held-out none + 161 + 161, up 2 * 161."""
-    plan = plan_run(
-        SHAPES, rounds=2, cohort=1, evaluation_cohort=1, formulary=False, how=encoding()
-    )
+    plan = plan_of(SHAPES, 2, 1, 1, **BF16)
     counted = {kind: (t.messages, t.tensor_bytes) for kind, t in plan.ledger.totals.items()}
     assert counted == {
         "train.down": (1, 161),
@@ -183,15 +180,10 @@ def test_encoded_the_untrained_adapter_costs_nothing() -> None:
 def test_incrementally_a_site_is_caught_up_once() -> None:
     """Two sites in turn, one a round: round 1 costs nothing, the other site is caught up in round
     2 (int4), and both then get changes (bf16)."""
-    plan = plan_run(
+    plan = plan_of(
         SHAPES,
-        rounds=4,
-        cohort=1,
-        evaluation_cohort=0,
-        formulary=False,
-        how=encoding(downlink="incremental"),
-        num_partitions=2,
-        balanced=True,
+        *(4, 1, 0, 2),
+        **{**BF16, "communication.downlink": "incremental", "strategy.cohorts": "balanced"},
     )
     catch_up = message_of(SHAPES, Codec("int4", 64, 0.05, False)).tensor_bytes
     assert sorted(plan.down_bytes[:2]) == sorted((0, catch_up))
@@ -199,9 +191,8 @@ def test_incrementally_a_site_is_caught_up_once() -> None:
 
 
 def test_with_entropy_coding_the_plan_says_that_it_is_an_upper_bound() -> None:
-    how = {"rounds": 1, "cohort": 1, "evaluation_cohort": 0, "formulary": False}
-    assert plan_run(SHAPES, **how, how=encoding(entropy_coding=True)).is_upper_bound  # type: ignore[arg-type]
-    assert not plan_run(SHAPES, **how, how=encoding()).is_upper_bound  # type: ignore[arg-type]
+    assert plan_of(SHAPES, 1, 1, **BF16, **{"communication.entropy-coding": True}).is_upper_bound
+    assert not plan_of(SHAPES, 1, 1, **BF16).is_upper_bound
 
 
 def test_the_plan_for_json_agrees_with_itself() -> None:
@@ -214,7 +205,7 @@ def test_the_plan_for_json_agrees_with_itself() -> None:
 
 
 def test_plan_and_ledger_are_told_apart_by_kind() -> None:
-    plan = plan_run(SHAPES, rounds=1, cohort=1, evaluation_cohort=0, formulary=False)
+    plan = plan_of(SHAPES, 1, 1)
     counted = Ledger()
     counted.count("train.down", [("x", 320)])
     counted.count("evaluate.down", [("x", 7)])
@@ -271,6 +262,6 @@ def test_plan_and_ledger_of_a_run_are_equal_to_the_byte_in_every_kind(
     targets = target_modules(base, config.lora.target_modules)
     plan = plan_config(config, adapter_shapes(base, targets, config.lora.peft_lora_r))
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda *_: None)
+    server_app.federate(grid, config, Listener())
     written = (Path(config.federation.run_directory) / "ledger.json").read_text()
     assert json.loads(written)["totals"] == plan.as_dict()["totals"]

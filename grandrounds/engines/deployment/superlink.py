@@ -25,6 +25,7 @@ from grandrounds.engines.watching import Watcher, mark_stopped, with_run_directo
 from grandrounds.errors import ConfigError, EngineError, nearest
 from grandrounds.server import admitted
 from grandrounds.server.directory import RunDirectory
+from grandrounds.server.listeners import Listener
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
@@ -33,7 +34,7 @@ PATIENCE_SECONDS = 30.0
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-def deploy(config: Config, listener: Any, connection: str) -> None:
+def deploy(config: Config, listener: Listener, connection: str) -> None:
     """Run a configuration on the sites that are connected to a SuperLink.
 
     Parameters
@@ -97,7 +98,7 @@ def deploy(config: Config, listener: Any, connection: str) -> None:
             raise EngineError(f"The run ended as {status}: {why} {resume}(log: {home / 'run.log'})")
         if watcher:
             place = {"directory": str(directory), "connection": connection}
-            listener("finished", {**summary, **place})
+            listener.on_finished({**summary, **place})
     shutil.rmtree(home)
 
 

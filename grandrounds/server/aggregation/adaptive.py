@@ -1,4 +1,4 @@
-"""What FedAdam, FedYogi and FedAdagrad have in common: their settings, checked.
+"""What FedAdam, FedYogi and FedAdagrad have in common: their config, checked.
 
 Reddi et al., Adaptive Federated Optimization (ICLR 2021), algorithm 2. With D_t = sum_i p_i d_i,
 
@@ -15,20 +15,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.flower_rule import require, usual
-from grandrounds.server.aggregation.rule import RuleSettings
 
 
-def arguments(settings: RuleSettings) -> dict[str, Any]:
+def arguments(config: StrategyConfig) -> dict[str, Any]:
     """Return eta and tau, checked, as Flower names them; eta is usually tau."""
-    rate, tau = settings.server_learning_rate, settings.tau
+    rate, tau = config.server_learning_rate, config.tau
     require(rate >= 0, "server-learning-rate", rate, "0 (usual) or above")
     require(tau > 0, "tau", tau, "above 0")
     return {"eta": usual(rate, tau), "tau": tau}
 
 
-def betas(settings: RuleSettings) -> dict[str, Any]:
+def betas(config: StrategyConfig) -> dict[str, Any]:
     """Return the decay of both moments, checked, as Flower names them."""
-    require(0 <= settings.beta_1 < 1, "beta-1", settings.beta_1, "from 0 to below 1")
-    require(0 <= settings.beta_2 < 1, "beta-2", settings.beta_2, "from 0 to below 1")
-    return {"beta_1": settings.beta_1, "beta_2": settings.beta_2}
+    require(0 <= config.beta_1 < 1, "beta-1", config.beta_1, "from 0 to below 1")
+    require(0 <= config.beta_2 < 1, "beta-2", config.beta_2, "from 0 to below 1")
+    return {"beta_1": config.beta_1, "beta_2": config.beta_2}

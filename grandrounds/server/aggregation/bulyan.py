@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import Bulyan
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.flower_rule import FlowerRule, require
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    hostile = settings.num_malicious_nodes
+    hostile = config.num_malicious_nodes
     require(hostile >= 0, "num-malicious-nodes", hostile, "0 or above")
-    return FlowerRule(Bulyan(num_malicious_nodes=hostile), settings)
+    return FlowerRule(Bulyan(num_malicious_nodes=hostile), config)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedAdagrad
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.adaptive import arguments
 from grandrounds.server.aggregation.flower_rule import FlowerRule
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    return FlowerRule(FedAdagrad(**arguments(settings)), settings)
+    return FlowerRule(FedAdagrad(**arguments(config)), config)

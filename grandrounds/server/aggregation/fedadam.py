@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedAdam
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.adaptive import arguments, betas
 from grandrounds.server.aggregation.flower_rule import FlowerRule
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    strategy = FedAdam(**arguments(settings), **betas(settings))
-    return FlowerRule(strategy, settings)
+    strategy = FedAdam(**arguments(config), **betas(config))
+    return FlowerRule(strategy, config)

@@ -8,26 +8,22 @@ site can move the mean anywhere. Memory is that of `WeightedMean`, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.server.aggregation.replies import check_shapes
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 from grandrounds.server.aggregation.weighted_mean import WeightedMean
-from grandrounds.wire.adapter import Adapter
-from grandrounds.wire.protocol import of_factors, shapes_of
+from grandrounds.wire.adapter import Adapter, of_factors, shapes_of
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    return Average(settings.name)
+    return Average(config.name)
 
 
-class Average:
+class Average(Rule):
     """The weighted mean of the changes of those tensors that a round trains; others stay."""
 
     def __init__(self, name: str) -> None:
@@ -61,14 +57,3 @@ class Average:
         """Return the weighted mean of the changes alone, float32."""
         zeros = {n: np.zeros_like(self._adapter[n]) for n in self._adapter if n in self._names}
         return self._mean.result(zeros)
-
-    def report(self) -> dict[str, float]:
-        """Return nothing: there is nothing to tell."""
-        return {}
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return nothing: a round knows nothing of the one before."""
-        return {}
-
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Do nothing."""

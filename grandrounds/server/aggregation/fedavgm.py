@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedAvgM
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.flower_rule import FlowerRule, require, usual
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 USUAL_SERVER_LEARNING_RATE = 1.0
 """A step as long as FedAvg's, before momentum."""
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    rate, momentum = settings.server_learning_rate, settings.server_momentum
+    rate, momentum = config.server_learning_rate, config.server_momentum
     require(rate >= 0, "server-learning-rate", rate, "0 (usual) or above")
     require(0 <= momentum < 1, "server-momentum", momentum, "from 0 to below 1")
     strategy = FedAvgM(
         server_learning_rate=usual(rate, USUAL_SERVER_LEARNING_RATE), server_momentum=momentum
     )
-    return FlowerRule(strategy, settings)
+    return FlowerRule(strategy, config)

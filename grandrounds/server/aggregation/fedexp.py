@@ -16,15 +16,16 @@ import math
 
 import numpy as np
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.defence import norm
 from grandrounds.server.aggregation.fedavg import Average
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 from grandrounds.wire.adapter import Adapter
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    return Extrapolation(settings.name)
+    return Extrapolation(config.name)
 
 
 class Extrapolation(Average):

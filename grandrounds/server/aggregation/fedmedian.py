@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedMedian
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.flower_rule import FlowerRule
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    return FlowerRule(FedMedian(), settings)
+    return FlowerRule(FedMedian(), config)

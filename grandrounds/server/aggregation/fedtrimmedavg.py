@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import FedTrimmedAvg
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.flower_rule import FlowerRule, require
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    share = settings.trimmed_share
+    share = config.trimmed_share
     require(0 <= share < 0.5, "trimmed-share", share, "from 0 to below 0.5")
-    return FlowerRule(FedTrimmedAvg(beta=share), settings)
+    return FlowerRule(FedTrimmedAvg(beta=share), config)

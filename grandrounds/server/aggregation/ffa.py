@@ -8,10 +8,11 @@ FedAvg travel up. Memory is that of `WeightedMean` over B, whatever the cohort.
 
 from __future__ import annotations
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.fedavg import Average
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    return Average(settings.name)
+    return Average(config.name)

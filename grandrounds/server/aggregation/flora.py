@@ -21,16 +21,13 @@ Memory grows with the cohort: all replies are kept until the round ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.errors import ConfigError
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.product import trained
 from grandrounds.server.aggregation.replies import Replies
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 from grandrounds.wire.adapter import A, Adapter, B
 from grandrounds.wire.low_rank import (
     BestProduct,
@@ -42,23 +39,12 @@ from grandrounds.wire.low_rank import (
 )
 
 
-def make(settings: RuleSettings) -> Rule:
-    """Return the rule.
-
-    Raises
-    ------
-    ConfigError
-        If the largest rank is below that of one site.
-    """
-    if settings.max_rank < settings.rank:
-        raise ConfigError(
-            f"strategy.max-rank = {settings.max_rank} is below the rank that a site trains "
-            f"({settings.rank}). Give at least that; several times as much keeps more."
-        )
-    return Flora(settings.max_rank)
+def make(config: StrategyConfig) -> Rule:
+    """Return the rule."""
+    return Flora(config.max_rank)
 
 
-class Flora:
+class Flora(Rule):
     """The stack of all adapters so far, cut at a largest rank."""
 
     def __init__(self, max_rank: int) -> None:
@@ -112,10 +98,3 @@ class Flora:
     def report(self) -> dict[str, float]:
         """Return the truncation error and the rank of the stack."""
         return dict(self._report)
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return nothing: the stack is the adapter."""
-        return {}
-
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Do nothing."""

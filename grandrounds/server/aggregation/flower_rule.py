@@ -25,10 +25,11 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM
 from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.config.strategies import needed_replies
 from grandrounds.errors import ConfigError, RoundError
 from grandrounds.server.aggregation.replies import Replies, check_shapes
-from grandrounds.server.aggregation.rule import RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 from grandrounds.wire.adapter import Adapter
 
 MOMENTS = ("m_t", "v_t")
@@ -38,21 +39,21 @@ MOMENTUM = "momentum_vector"
 """What FedAvgM carries from round to round, as a list in the order of the tensors."""
 
 
-class FlowerRule:
+class FlowerRule(Rule):
     """A rule that asks a Flower strategy.
 
     Parameters
     ----------
     strategy
         One whose `aggregate_train` commutes with shifts.
-    settings
-        Those of the rule: its name and what decides how many replies it needs.
+    config
+        The strategy's section: the rule's name and what decides how many replies it needs.
     """
 
-    def __init__(self, strategy: FedAvg, settings: RuleSettings) -> None:
+    def __init__(self, strategy: FedAvg, config: StrategyConfig) -> None:
         self._strategy = strategy
-        self._name = settings.name
-        self._needed_replies = needed_replies(settings)
+        self._name = config.name
+        self._needed_replies = needed_replies(config)
         self._state: dict[str, NDArray[Any]] = {}
 
     def begin(self, round_number: int, adapter: Adapter) -> None:
@@ -97,10 +98,6 @@ class FlowerRule:
             name: (self._adapter[name] + step).astype(np.float32) for name, step in steps.items()
         }
         return {**self._adapter, **moved}
-
-    def report(self) -> dict[str, float]:
-        """Return nothing: Flower tells no more."""
-        return {}
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the strategy's moments or momentum, as `<attribute>/<tensor name>`."""

@@ -1,50 +1,41 @@
-"""The rule of a given name."""
+"""The aggregation rule that a configuration names."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from pathlib import Path
 from typing import cast
 
-from grandrounds.config.keys import Config
+from grandrounds.config.keys import Config, StrategyConfig
 from grandrounds.errors import ConfigError, nearest
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make_rule(settings: RuleSettings) -> Rule:
-    """Return a new rule: what `make` in the file `settings.name` of this folder makes.
+def make_rule(config: StrategyConfig) -> Rule:
+    """Return a new rule: what `make` in the file `<config.name>.py` of this folder makes.
 
     Raises
     ------
     ConfigError
-        If there is no such rule, or a setting that it reads is out of range.
+        If there is no such rule, or a key that it reads is out of range.
     """
-    path = f"{__package__}.{settings.name}"
+    name = config.name
     files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    make = getattr(importlib.import_module(path), "make", None) if settings.name in files else None
-    if make is None:
-        raise ConfigError(
-            f"strategy.name = {settings.name!r} is no aggregation rule."
-            f"{nearest(settings.name, files)}"
-        )
-    return cast(Rule, make(settings))
+    module = importlib.import_module(f"{__package__}.{name}") if name in files else None
+    if not hasattr(module, "make"):
+        raise ConfigError(f"strategy.name = {name!r} is no aggregation rule.{nearest(name, files)}")
+    return cast(Rule, module.make(config))  # type: ignore[union-attr]
 
 
-def rule_settings(config: Config) -> RuleSettings:
-    """Return what the aggregation rule is told."""
+def filled_in(config: Config) -> StrategyConfig:
+    """Return the strategy's section with what its zeros stand for: the stack's highest rank, and
+    the replies that multikrum averages."""
     strategy = config.strategy
-    hostile = strategy.num_malicious_nodes
-    return RuleSettings(
-        name=strategy.name,
-        rank=config.lora.peft_lora_r,
+    honest = max(1, config.cohort_size - strategy.num_malicious_nodes)
+    return dataclasses.replace(
+        strategy,
         max_rank=config.max_rank,
-        num_malicious_nodes=hostile,
-        num_nodes_to_select=strategy.num_nodes_to_select or max(1, config.cohort_size - hostile),
-        trimmed_share=strategy.trimmed_share,
-        server_learning_rate=strategy.server_learning_rate,
-        server_momentum=strategy.server_momentum,
-        beta_1=strategy.beta_1,
-        beta_2=strategy.beta_2,
-        tau=strategy.tau,
+        num_nodes_to_select=strategy.num_nodes_to_select or honest,
     )

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from flwr.serverapp.strategy import MultiKrum
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.flower_rule import FlowerRule, require
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
-    hostile, selected = settings.num_malicious_nodes, settings.num_nodes_to_select
+    hostile, selected = config.num_malicious_nodes, config.num_nodes_to_select
     require(hostile >= 0, "num-malicious-nodes", hostile, "0 or above")
     require(selected >= 1, "num-nodes-to-select", selected, "1 or above")
     strategy = MultiKrum(num_malicious_nodes=hostile, num_nodes_to_select=selected)
-    return FlowerRule(strategy, settings)
+    return FlowerRule(strategy, config)

@@ -19,14 +19,14 @@ by module, a few float64 arrays of (out + in, ranks of all sites together).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.replies import Replies, Reply
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.server.aggregation.rule import Rule
 from grandrounds.wire.adapter import A, Adapter, B
 from grandrounds.wire.low_rank import (
     BestProduct,
@@ -39,12 +39,12 @@ from grandrounds.wire.low_rank import (
 )
 
 
-def make(settings: RuleSettings) -> Rule:
+def make(config: StrategyConfig) -> Rule:
     """Return the rule."""
     return Product()
 
 
-class Product:
+class Product(Rule):
     """Best factors, of the server's rank, of the mean of the sites' models.
 
     Parameters
@@ -84,13 +84,6 @@ class Product:
     def report(self) -> dict[str, float]:
         """Return the truncation error."""
         return dict(self._report)
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Return nothing: a round knows nothing of the one before."""
-        return {}
-
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Do nothing."""
 
 
 def distinct_starts(adapter: Adapter, replies: Sequence[Reply]) -> list[tuple[int, Adapter]]:

@@ -45,6 +45,12 @@ class ProductError:
             # copies: a view would keep the whole decoded change
             changes.append((change[module + A].copy(), change[module + B].copy()))
 
+    def report(self) -> dict[str, float]:
+        """Return both errors for the round's metrics; nothing where no module is measured."""
+        if not self._start:
+            return {}
+        return {"product-error": self.result(), "product-error-of-update": self.of_update()}
+
     def result(self) -> float:
         """Return e over the measured modules together; 0 where there is no product."""
         error, product, _ = self._norms_squared()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.server.listeners import Facts, Listener
 
 Rows = list[tuple[str, str]]
 
@@ -298,38 +298,35 @@ def next_steps(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-class PlainReporter:
-    """Tells a run in plain lines: no colours, nothing rewritten."""
+class PlainReporter(Listener):
+    """Prints a run in plain lines: no colours, nothing rewritten.
+
+    Single replies and checkpoints are part of the round's line.
+    """
 
     def __init__(self, config: Config) -> None:
         self._total = config.federation.num_server_rounds
         self._say_rows("recipe", recipe_rows(config))
 
-    def __enter__(self) -> PlainReporter:
-        return self
+    def on_plan(self, plan: Facts) -> None:
+        """Print what will be sent and where the run is written."""
+        self._say_rows("plan", plan_rows(plan))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing is left open."""
+    def on_roll_call(self, sites: Sequence[Facts]) -> None:
+        """Print what the sites hold."""
+        self._say_rows("sites", site_rows(sites))
 
-    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
-        """Print an event; single replies and checkpoints are in the round's line."""
-        if event == "plan":
-            self._say_rows("plan", plan_rows(data))
-        elif event == "roll-call":
-            self._say_rows("sites", site_rows(data["sites"]))
-        elif event == "round":
-            self._say(round_line(data, self._total), *failure_lines(data))
-        elif event == "finished":
-            self._say_rows("result", summary_rows(data))
-            if data.get("formulary"):
-                for facts, base, tuned in formulary_rows(data["formulary"]):
-                    self._say(f"  {facts}", f"    base   {base}", f"    tuned  {tuned}")
-            self._say(*next_steps(data))
+    def on_round(self, record: Facts) -> None:
+        """Print the round's line and its failures."""
+        self._say(round_line(record, self._total), *failure_lines(record))
+
+    def on_finished(self, summary: Facts) -> None:
+        """Print the outcome and what to type next."""
+        self._say_rows("result", summary_rows(summary))
+        if summary.get("formulary"):
+            for facts, base, tuned in formulary_rows(summary["formulary"]):
+                self._say(f"  {facts}", f"    base   {base}", f"    tuned  {tuned}")
+        self._say(*next_steps(summary))
 
     def _say_rows(self, title: str, rows: Rows) -> None:
         width = max(len(name) for name, _ in rows)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,11 +19,12 @@ from rich.table import Table
 from rich.tree import Tree
 
 from grandrounds.config.keys import Config
+from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners import plain as reporting
 from grandrounds.server.listeners.plain import Rows
 
 
-class RichReporter:
+class RichReporter(Listener):
     """Tells a run on a terminal; a context manager, so that the progress bar always ends."""
 
     def __init__(self, config: Config, console: Console) -> None:
@@ -45,9 +45,6 @@ class RichReporter:
         )
         self._task = self._progress.add_task("starting", total=self._total)
 
-    def __enter__(self) -> RichReporter:
-        return self
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -56,27 +53,27 @@ class RichReporter:
     ) -> None:
         self._progress.stop()
 
-    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
-        """Show one event of `grandrounds.server.run.Listener`."""
-        getattr(self, "_on_" + event.replace("-", "_"))(data)
-
-    def _on_plan(self, plan: Mapping[str, Any]) -> None:
+    def on_plan(self, plan: Facts) -> None:
+        """Show what will be sent; of a resumed run, how far it had come."""
         self._tree("plan", reporting.plan_rows(plan))
         if plan.get("resumed-after"):
             self._progress.update(self._task, completed=plan["resumed-after"])
 
-    def _on_roll_call(self, data: Mapping[str, Any]) -> None:
-        self._tree("sites", reporting.site_rows(data["sites"]))
+    def on_roll_call(self, sites: Sequence[Facts]) -> None:
+        """Show what the sites hold, and start the progress bar."""
+        self._tree("sites", reporting.site_rows(sites))
         self._progress.start()
 
-    def _on_reply(self, data: Mapping[str, Any]) -> None:
-        self._replies += data["failure"] is None
-        self._failed += data["failure"] is not None
+    def on_reply(self, site: int, failure: str | None) -> None:
+        """Count the replies of the round in progress."""
+        self._replies += failure is None
+        self._failed += failure is not None
         self._progress.update(
             self._task, description=f"{self._replies} good, {self._failed} failed replies"
         )
 
-    def _on_round(self, record: Mapping[str, Any]) -> None:
+    def on_round(self, record: Facts) -> None:
+        """Move the bar on, and print the round's failures above it."""
         if "train-loss" in record:
             self._replies, self._failed = 0, 0
             held_out = record.get("held-out-loss")
@@ -93,10 +90,8 @@ class RichReporter:
         for line in reporting.failure_lines(record):
             self._console.print(f"[red]{escape(line)}[/red]")
 
-    def _on_checkpoint(self, data: Mapping[str, Any]) -> None:
-        pass  # the round's line follows at once, and the result names the last one
-
-    def _on_finished(self, summary: Mapping[str, Any]) -> None:
+    def on_finished(self, summary: Facts) -> None:
+        """Show the outcome in a table, and what to type next."""
         self._progress.stop()
         table = Table(title="result", show_header=False, title_justify="left")
         for name, value in reporting.summary_rows(summary):

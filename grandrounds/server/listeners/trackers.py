@@ -10,15 +10,16 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from grandrounds.config.keys import PLACES, Config
 from grandrounds.config.values import Scalar, words_of
 from grandrounds.errors import ConfigError
+from grandrounds.server.listeners import Facts, Listener
 
 PROJECT = "grandrounds"
 """Project or experiment where the environment names none."""
@@ -215,19 +216,19 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
-class Tracked:
-    """A run's listener that tells trackers too, after the one that it wraps.
+class Tracked(Listener):
+    """A run's listener that reports to trackers too, after the one that it wraps.
 
-    A context manager: the trackers are ended with the run, however that ends.
+    The trackers are ended with the run, however that ends.
     """
 
-    def __init__(self, config: Config, listener: Any, trackers: Mapping[str, Tracker]) -> None:
+    def __init__(self, config: Config, listener: Listener, trackers: Mapping[str, Tracker]) -> None:
         self._settings = settings_of(config)
         self._listener = listener
         self._waiting = dict(trackers)
         self._active: dict[str, Tracker] = {}
 
-    def __enter__(self) -> Tracked:
+    def __enter__(self) -> Self:
         self._listener.__enter__()
         return self
 
@@ -242,16 +243,34 @@ class Tracked:
             with self._kept_apart(name):
                 tracker.finish(kind is None)
 
-    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
-        """Pass an event on, and tell the trackers what they may know of it."""
-        self._listener(event, data)
-        if event == "plan":
-            self._start(Path(data["directory"]), data.get("resumed-after") or 0)
-        elif event == "round":
-            figures = figures_of(data)
-            for name, tracker in list(self._active.items()):
-                with self._kept_apart(name):
-                    tracker.log(data["round"], figures)
+    def on_plan(self, plan: Facts) -> None:
+        """Start the trackers."""
+        self._listener.on_plan(plan)
+        self._start(Path(plan["directory"]), plan.get("resumed-after") or 0)
+
+    def on_roll_call(self, sites: Sequence[Facts]) -> None:
+        """Pass it on; trackers learn nothing of single sites."""
+        self._listener.on_roll_call(sites)
+
+    def on_reply(self, site: int, failure: str | None) -> None:
+        """Pass it on; trackers learn nothing of single sites."""
+        self._listener.on_reply(site, failure)
+
+    def on_checkpoint(self, round_number: int, folder: str) -> None:
+        """Pass it on."""
+        self._listener.on_checkpoint(round_number, folder)
+
+    def on_finished(self, summary: Facts) -> None:
+        """Pass it on; trackers are ended by `__exit__`."""
+        self._listener.on_finished(summary)
+
+    def on_round(self, record: Facts) -> None:
+        """Log the round's figures."""
+        self._listener.on_round(record)
+        figures = figures_of(record)
+        for name, tracker in list(self._active.items()):
+            with self._kept_apart(name):
+                tracker.log(record["round"], figures)
 
     def _start(self, directory: Path, resumed_after: int) -> None:
         for name, tracker in self._waiting.items():
@@ -275,7 +294,7 @@ class Tracked:
             )
 
 
-def tracked(config: Config, listener: Any) -> Any:
+def tracked(config: Config, listener: Listener) -> Listener:
     """Return the listener, wrapped where `train.report-to` names trackers.
 
     Raises

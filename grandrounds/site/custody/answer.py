@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Error, Message
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
@@ -39,13 +39,12 @@ from grandrounds.site.custody.own_data import own_site, own_split
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
+from grandrounds.site.visit import Visit, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 
-Visit = Callable[[Message, Context], Message]
-
-SITE, RUN = "site", "run"
-"""Keys of a node's configuration: its site.toml, and the run's key."""
+SITE = "site"
+"""Key of a node's configuration: its site.toml."""
 
 BASE = "base-content"
 """What a site says of its base at roll call: the SHA-256 of its files."""
@@ -53,7 +52,9 @@ BASE = "base-content"
 RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
 
 
-def answer(path: Path, message: Message, context: Context, visit: Visit) -> Message:
+def answer(
+    path: Path, message: Message, context: Context, function: Callable[[Visit], RecordDict]
+) -> Message:
     """Let a visit answer a message under a site's policy; write down what was asked and what left.
 
     Of a crash, whose text may quote the site's data, the server learns the kind only; in an error's
@@ -61,7 +62,7 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
 
     Parameters
     ----------
-    visit
+    function
         The ClientApp's function for this kind of message.
 
     Raises
@@ -74,7 +75,7 @@ def answer(path: Path, message: Message, context: Context, visit: Visit) -> Mess
         site = read_site_file(path)
         places |= {str(base_folder(site, name)): f"the base {name!r}" for name in site.bases}
         places[str(site.place(site.agent.state))] = "the agent's state"
-        return _answer(site, message, context, visit)
+        return _answer(site, message, context, function)
     except GrandRoundsError as error:
         words = [str(value) for value in context.run_config.values()]
         raise type(error)(without_places(str(error), places, words)) from error
@@ -91,7 +92,9 @@ def without_places(text: str, places: Mapping[str, str], words: Sequence[str]) -
     return re.sub(pattern, lambda found: found[0] if found[0] in own else places[found[0]], text)
 
 
-def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) -> Message:
+def _answer(
+    site: SiteFile, message: Message, context: Context, function: Callable[[Visit], RecordDict]
+) -> Message:
     with closing(SiteState(site.place(site.agent.state))) as state:
         entry = _question(message, context)
         try:
@@ -108,18 +111,14 @@ def _answer(site: SiteFile, message: Message, context: Context, visit: Visit) ->
                 state.count_visit(run, entry["round"])  # also one that fails
             else:
                 policy.check_questions(site, state.count_question())
-            inner = Context(
-                run_id=context.run_id,
-                node_id=context.node_id,
-                node_config=_node(site, run),
-                state=state.load(run),
-                run_config=own.flat(),
-            )
+            partition_id(_numbers(site), own)
+            examples = site_in_custody(site, own, run)
+            visit = Visit(message.content, state.load(run), own, examples)
             started = time.perf_counter()
-            reply = visit(message, inner)
+            reply = Message(function(visit), reply_to=message)
             entry["seconds"] = round(time.perf_counter() - started, 3)
             if is_visit:
-                state.save(run, inner.state)
+                state.save(run, visit.state)
             else:
                 told = reply.content.config_records[messages.CONFIG]
                 told["name"], told[BASE] = site.name, base
@@ -239,11 +238,6 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
 
 
-def site_of_node(node: Mapping[str, Any], own: Config) -> Site:
-    """Return the examples of the site that a node's configuration names."""
-    return site_in_custody(read_site_file(Path(str(node[SITE]))), own, str(node[RUN]))
-
-
 def run_key(message: Message) -> str:
     """Return the key by which a site tells runs apart; it stays the same when a run is resumed.
 
@@ -259,12 +253,10 @@ def run_key(message: Message) -> str:
     return key
 
 
-def _node(site: SiteFile, run: str) -> dict[str, bool | int | float | str]:
+def _numbers(site: SiteFile) -> dict[str, int]:
     return {
-        RUN: run,
         "partition-id": site.node.partition_id,
         "num-partitions": site.node.num_partitions,
-        SITE: str(site.path),
     }
 
 

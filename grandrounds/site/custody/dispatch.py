@@ -7,20 +7,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from grandrounds.model.base import base_loads
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody.agent_client import AGENT, forward
-from grandrounds.site.visit import PROCESS
-
-Visit = Callable[[Message, Context], Message]
+from grandrounds.site.visit import PROCESS, Visit
 
 _LOADED = "grandrounds-loaded"
 
 
-def at_site(function: Visit) -> Visit:
-    """Wrap a ClientApp's function.
+def at_site(
+    function: Callable[[Visit], RecordDict],
+) -> Callable[[Message, Context], Message]:
+    """Make a function of a visit one of Flower's messages.
 
     - `agent` in the node's configuration: the site's agent answers.
     - `site`: the function runs in this process, under the policy and with the data of that
@@ -29,7 +29,7 @@ def at_site(function: Visit) -> Visit:
     """
 
     @functools.wraps(function)
-    def visit(message: Message, context: Context) -> Message:
+    def answer(message: Message, context: Context) -> Message:
         if AGENT in context.node_config:
             return forward(message, context)
         before = base_loads()
@@ -37,12 +37,13 @@ def at_site(function: Visit) -> Visit:
             path = Path(str(context.node_config[custody.SITE]))
             reply = custody.answer(path, message, context, function)
         else:
-            reply = function(message, context)
+            visit = Visit.here(message.content, context)
+            reply = Message(function(visit), reply_to=message)
         if base_loads() > before:
             _warn_if_again(context)
         return reply
 
-    return visit
+    return answer
 
 
 def _warn_if_again(context: Context) -> None:

@@ -10,7 +10,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.values import words_of
 from grandrounds.errors import PolicyError, nearest
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.wire import slots
+from grandrounds.wire.adapter import Ranks
 from grandrounds.wire.schedule import examples_per_visit
 
 
@@ -40,7 +40,7 @@ class Asked:
 
 def asked_of(config: Config, targets: Sequence[str], num_examples: int) -> Asked:
     """Return what a run asks of a site with so many examples to train on."""
-    rank = slots.resident_rank(config.strategy.name, config.lora.peft_lora_r, config.max_rank)
+    rank = Ranks.of(config).resident
     arguments = config.arguments
     examples = examples_per_visit(
         arguments.max_steps, arguments.num_train_epochs, config.examples_per_step, num_examples

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.app import Context, Message, MessageType, RecordDict
 from safetensors.numpy import load_file
 
 from grandrounds import client_app, server_app
@@ -24,8 +24,10 @@ from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
 from grandrounds.model import machine
 from grandrounds.model.resident import Resident, set_adapter
 from grandrounds.server.directory import RunDirectory
+from grandrounds.server.listeners import Facts, Listener
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site, open_site, tokenizer_of
+from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.exams import Exam, sit
 from grandrounds.study.comparison.units import (
     BASE,
@@ -37,9 +39,9 @@ from grandrounds.study.comparison.units import (
     Unit,
     local_visits,
 )
-from grandrounds.wire import messages, slots
+from grandrounds.wire import messages
 from grandrounds.wire import schedule as sampling
-from grandrounds.wire.drawing import drawn_adapter
+from grandrounds.wire.adapter import assemble, drawn_adapter
 from grandrounds.wire.schedule import examples_per_visit
 
 Found = dict[str, Any]
@@ -79,7 +81,7 @@ def run_unit(
     resident = machine.prepare_model(plain)
     if adapter is not None:
         shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-        set_adapter(resident, slots.place(shapes, (adapter, 0)))
+        set_adapter(resident, assemble(shapes, (adapter, 0)))
     seconds = trained.pop("seconds-before", 0.0)
     return {
         "arm": unit.arm,
@@ -192,16 +194,11 @@ def _visit_in_turn(
     resident = _start(config)
     cursor, loss = 0, 0.0
     for number, count in plan:
-        rate = sampling.round_learning_rate(
-            number,
-            config.federation.num_server_rounds,
-            config.train.learning_rate_max,
-            config.train.learning_rate_min,
-        )
-        instruction = ConfigRecord({"round": number, "learning-rate": rate})
-        visit = _of_length(config, count, len(site.train))
-        batches, cursor = visits.next_batches(site, visit, instruction, cursor)
-        result = visits.train(resident, batches, visit, instruction, site)
+        rate = sampling.round_learning_rate_of(config, number)
+        asked = messages.content(config={"round": number, "learning-rate": rate, "cursor": cursor})
+        visit = Visit(asked, RecordDict(), _of_length(config, count, len(site.train)), site)
+        result = visits.train(visit, resident, visits.next_batches(visit))
+        cursor = visit.cursor_after
         loss = result.train_loss
         on_visits(result.examples)
     return {"example-visits": cursor, "train-loss": loss}
@@ -275,6 +272,17 @@ def numbered_without(left_out: int, num_sites: int) -> ClientAppCall:
     return call
 
 
+class _Visits(Listener):
+    """Passes on how many examples each round visited."""
+
+    def __init__(self, on_visits: OnVisits) -> None:
+        self._on_visits = on_visits
+
+    def on_round(self, record: Facts) -> None:
+        """Pass on a round's examples."""
+        self._on_visits(int(record.get("examples", 0)))
+
+
 def _run(
     server: Config, sites: Config, app: ClientAppCall, path: Path, on_visits: OnVisits
 ) -> Found:
@@ -285,10 +293,6 @@ def _run(
     server, sites : Config
         The configuration as the server has it, and as the sites have it.
     """
-
-    def listen(event: str, facts: Mapping[str, Any]) -> None:
-        if event == "round":
-            on_visits(int(facts.get("examples", 0)))
 
     directory = RunDirectory(path)
     saved = directory.load_state()
@@ -301,7 +305,9 @@ def _run(
         elif path.exists():  # it was stopped before anything was finished
             shutil.rmtree(path)
         grid = InProcessGrid(app, sites.flat(), server.data.num_partitions)
-        summary = server_app.federate(grid, recipes.resolve(server.flat(), place), listen)
+        summary = server_app.federate(
+            grid, recipes.resolve(server.flat(), place), _Visits(on_visits)
+        )
     metrics = [m for m in directory.read_metrics() if "train-loss" in m]
     return {
         "adapter": load_file(path / summary["adapter"] / "adapter_model.safetensors"),

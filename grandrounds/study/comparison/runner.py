@@ -17,7 +17,7 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import environment
-from grandrounds.server.lifecycle import SAME_ON_RESUME
+from grandrounds.server.roll_call import SAME_IN_A_RUN
 from grandrounds.site.visit import introduction
 from grandrounds.study.comparison.arms import cohort_of, run_unit, site_of, visit_examples
 from grandrounds.study.comparison.exams import Exam, exams_of
@@ -157,7 +157,7 @@ def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
             "raise data.dirichlet-alpha or train.seq-length, or leave such sites out of the data."
         )
     return [
-        {"site": k, **{name: card[name] for name in SAME_ON_RESUME}} for k, card in enumerate(cards)
+        {"site": k, **{name: card[name] for name in SAME_IN_A_RUN}} for k, card in enumerate(cards)
     ]
 
 

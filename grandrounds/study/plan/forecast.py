@@ -27,9 +27,9 @@ from grandrounds.model.architectures import (
     target_modules,
 )
 from grandrounds.model.memory import SiteMemory, precision_of, site_memory
-from grandrounds.wire import protocol
-from grandrounds.wire.adapter import Shapes
-from grandrounds.wire.traffic import Plan, cohorts, plan_config
+from grandrounds.wire.adapter import Shapes, at_rank, count_parameters
+from grandrounds.wire.schedule import cohorts_of
+from grandrounds.wire.traffic import Plan, plan_config
 
 LEADERBOARD_ROWS = 33_955
 """Rows of the medical leaderboard's training data (medalpaca/medical_meadow_medical_flashcards)."""
@@ -136,11 +136,11 @@ def forecast(
 def server_memory(config: Config, shapes: Shapes) -> int:
     """Return the bytes of adapter tensors that the server holds at its peak."""
     rule = STRATEGIES[config.strategy.name]
-    if config.strategy.name == "flora":
-        shapes = protocol.at_rank(shapes, config.max_rank)
+    if rule.stacks:
+        shapes = at_rank(shapes, config.max_rank)
     remembers = config.communication.downlink == "incremental"
     return memory.server_bytes(
-        protocol.count(shapes),
+        count_parameters(shapes),
         cohort=config.cohort_size,
         keeps_replies=rule.keeps_replies or config.defence.min_cosine > -1,
         measures_product=rule.mean_of_factors,
@@ -194,16 +194,9 @@ def reading(config: Config, rows: int) -> Reading:
     A site walks through its examples without repeats, so that after v visits of e examples each it
     has seen min(1, v e / n) of its n. The visits are those that the seed draws.
     """
-    federation, data, arguments = config.federation, config.data, config.arguments
+    data, arguments = config.data, config.arguments
     sizes = [_kept(size, data.held_out_fraction) for size in site_sizes(config, rows)]
-    drawn = cohorts(
-        federation.seed,
-        federation.num_server_rounds,
-        data.num_partitions,
-        config.cohort_size,
-        config.strategy.cohorts == "balanced",
-    )
-    visits = Counter(site for cohort in drawn for site in cohort)
+    visits = Counter(site for cohort in cohorts_of(config) for site in cohort)
     by_steps = arguments.max_steps * config.examples_per_step
     taken = [
         by_steps if by_steps > 0 else max(1, math.ceil(arguments.num_train_epochs * size))

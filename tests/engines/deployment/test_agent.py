@@ -30,6 +30,7 @@ from grandrounds.engines.deployment import node_app, set_up
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, ReplyError
 from grandrounds.server import roll_call
+from grandrounds.server.listeners import Listener
 from grandrounds.site.custody import agent_client, audit
 from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
@@ -88,7 +89,7 @@ def test_a_run_through_agents_is_the_run_without_them_bit_for_bit(
         grid = InProcessGrid(grid_app, config.flat(), 4)
         for node, context in zip(nodes, grid._contexts.values(), strict=True):
             context.node_config |= node
-        server_app.federate(grid, config, lambda *_: None)
+        server_app.federate(grid, config, Listener())
         return (run / "peft_3" / "adapter_model.safetensors").read_bytes()
 
     plain = play(tmp_path / "plain", client_app.app, [{}] * 4)
@@ -178,21 +179,20 @@ def training_message(settings: Settings, site: SiteFile) -> Message:
     """Return what the server sends in round 1."""
     from grandrounds.model.lora import adapter_layout
     from grandrounds.model.machine import specs
-    from grandrounds.server.rounds import addressed
+    from grandrounds.server.exchange import Exchange
+    from grandrounds.wire.adapter import Ranks, drawn_adapter
     from grandrounds.wire.downlink import Sender
-    from grandrounds.wire.drawing import drawn_adapter
+    from grandrounds.wire.ledger import Ledger
 
     config = recipes.resolve(settings)
     _, lora = specs(config)
     shapes, _ = adapter_layout(config.model.name, lora)
     start = drawn_adapter(shapes, config.federation.seed)
-    sender = Sender(
-        config.strategy.name, config.communication, start, config.federation.seed, (), "ab"
-    )
+    sender = Sender(Ranks.of(config), config.communication, start, config.federation.seed)
     parcel = sender.parcel(1, 0, start, trains=True)
-    card = roll_call.SiteCard(1, {})
+    exchange = Exchange(InProcessGrid(client_app.app, {}, 1), Ledger(), "ab", 60)
     said = {"learning-rate": 1e-3, "cursor": 0}
-    return addressed(card, MessageType.TRAIN, 1, "ab", parcel, said, 60)
+    return exchange.message(1, MessageType.TRAIN, 1, parcel, said)
 
 
 def test_an_agent_that_is_not_there_is_waited_for_and_then_told(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.server.aggregation.rule import Rule, RuleSettings
+from grandrounds.config.keys import StrategyConfig
+from grandrounds.config.recipes import resolve
+from grandrounds.server.aggregation.rule import Rule
 from grandrounds.wire.adapter import Adapter
 
 LAYERS = {"first": (4, 11, 7), "second": (4, 5, 13)}
 """Name → (rank, out, in); no layer is square."""
 
-SETTINGS = RuleSettings(
-    name="fedavg",
-    rank=4,
+CONFIG = replace(
+    resolve({}).strategy,
     max_rank=12,
     num_malicious_nodes=1,
     num_nodes_to_select=3,
@@ -34,9 +36,9 @@ ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 BY_PRODUCT = ("product", "flora")
 
 
-def named(name: str, **changed: float) -> RuleSettings:
-    """Return the settings of a rule."""
-    return replace(SETTINGS, name=name, **changed)  # type: ignore[arg-type]
+def named(name: str, **changed: Any) -> StrategyConfig:
+    """Return the strategy's section for a rule."""
+    return replace(CONFIG, name=name, **changed)
 
 
 def random_adapter(

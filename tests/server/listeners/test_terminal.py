@@ -20,6 +20,7 @@ from grandrounds.server.listeners.plain import (
     summary_rows,
 )
 from grandrounds.server.listeners.terminal import RichReporter
+from tests.listening import Telling
 
 Settings = dict[str, Any]
 
@@ -42,11 +43,10 @@ def show(settings: Settings, console: Console) -> tuple[str, dict[str, Any]]:
 
     def listen(event: str, data: Any) -> None:
         told[event] = data
-        display(event, data)
 
     with display:
         grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-        server_app.federate(grid, config, listen)
+        server_app.federate(grid, config, Telling(listen, display))
     return console.export_text(), told
 
 
@@ -78,9 +78,8 @@ def test_a_run_shows_recipe_plan_sites_result_and_next_steps(
 
 def test_the_formulary_is_a_table_with_intervals(settings: Settings, console: Console) -> None:
     _, told = show(settings, console)
-    RichReporter(recipes.resolve(settings), console)(
-        "finished", {**told["finished"], "formulary": FORMULARY}
-    )
+    display = RichReporter(recipes.resolve(settings), console)
+    display.on_finished({**told["finished"], "formulary": FORMULARY})
     shown = joined(console.export_text())
     # Wilson's intervals of 25, 84, 100 and 72 of 100, from R's binom.wilson
     for score in (
@@ -121,9 +120,9 @@ def test_a_failed_reply_is_shown_with_its_site_and_reason(
     }
     display = RichReporter(recipes.resolve(settings), console)
     with display:
-        display("reply", {"round": 1, "partition": 0, "failure": None})
-        display("reply", {"round": 1, "partition": 3, "failure": "wrong tensors"})
-        display("round", record)
+        display.on_reply(0, None)
+        display.on_reply(3, "wrong tensors")
+        display.on_round(record)
     text = console.export_text()
     assert "site 3 failed: wrong tensors: missing ['[a]']" in text
     assert "site 2 failed: no reply within 5 s" in text
@@ -133,7 +132,6 @@ def test_the_progress_bar_ends_when_a_run_is_interrupted(
     settings: Settings, console: Console
 ) -> None:
     def interrupt(event: str, data: Any) -> None:
-        display(event, data)
         if event == "round" and data["round"] == 1:
             raise KeyboardInterrupt
 
@@ -141,7 +139,7 @@ def test_the_progress_bar_ends_when_a_run_is_interrupted(
     display = RichReporter(config, console)
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
     with pytest.raises(KeyboardInterrupt), display:
-        server_app.federate(grid, config, interrupt)
+        server_app.federate(grid, config, Telling(interrupt, display))
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") > 0
 
@@ -153,7 +151,9 @@ def test_a_resumed_run_says_after_which_round(settings: Settings, console: Conso
 
     config = recipes.resolve(settings)
     with pytest.raises(KeyboardInterrupt):
-        server_app.federate(InProcessGrid(client_app.app, config.flat(), 4), config, interrupt)
+        server_app.federate(
+            InProcessGrid(client_app.app, config.flat(), 4), config, Telling(interrupt)
+        )
     text, told = show({**settings, "resume-from": settings["run-directory"]}, console)
     assert "after round 2" in text
     assert told["finished"]["rounds"] == 3

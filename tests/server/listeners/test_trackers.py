@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.errors import ConfigError
+from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners import trackers as tracking
 from grandrounds.server.listeners.trackers import (
     FIGURES,
@@ -28,7 +29,7 @@ from grandrounds.server.listeners.trackers import (
 Settings = dict[str, Any]
 
 
-class Recorder:
+class Recorder(Listener):
     """A tracker, or a run's listener, that keeps what it is told; fails where it is asked to."""
 
     def __init__(self, fails_at: str = "") -> None:
@@ -57,17 +58,23 @@ class Recorder:
     def __exit__(self, *error: object) -> None:
         self._tell("exit")
 
-    def __call__(self, event: str, data: Mapping[str, Any]) -> None:
-        self._tell(event)
+    def on_plan(self, plan: Facts) -> None:
+        self._tell("plan")
+
+    def on_roll_call(self, sites: Sequence[Facts]) -> None:
+        self._tell("roll-call")
+
+    def on_round(self, record: Facts) -> None:
+        self._tell("round")
 
 
 def play(listener: Any, rounds: int = 2, error: BaseException | None = None) -> None:
     """Tell a listener what a run tells."""
     with listener:
-        listener("plan", {"directory": "/runs/first", "resumed-after": None})
-        listener("roll-call", {"sites": []})
+        listener.on_plan({"directory": "/runs/first", "resumed-after": None})
+        listener.on_roll_call([])
         for number in range(rounds + 1):
-            listener("round", {"round": number, "held-out-loss": 1.0 / (number + 1)})
+            listener.on_round({"round": number, "held-out-loss": 1.0 / (number + 1)})
         if error is not None:
             raise error
 
@@ -225,12 +232,12 @@ def test_tensorboard_reads_the_curves_of_a_run_and_of_its_resumption(
     of a run without any tracker."""
     pytest.importorskip("tensorboard")
     from grandrounds import server_app
-    from grandrounds.server.lifecycle import play_round
+    from grandrounds.server.rounds import play_round
 
-    def stops_after_two(run: Any, grid: Any) -> None:
+    def stops_after_two(run: Any) -> None:
         if run.state.round == 2:
             raise KeyboardInterrupt
-        play_round(run, grid)
+        play_round(run)
 
     def start(*more: str) -> int:
         sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
@@ -240,7 +247,7 @@ def test_tensorboard_reads_the_curves_of_a_run_and_of_its_resumption(
     settings["train.report-to"] = "tensorboard"
     run = Path(settings["run-directory"])
     with monkeypatch.context() as patch:
-        patch.setattr(server_app.federation, "play_round", stops_after_two)
+        patch.setattr(server_app.rounds, "play_round", stops_after_two)
         assert start() == 130
     assert start("--resume", str(run)) == 0
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -27,16 +27,13 @@ from grandrounds.errors import (
     RoundError,
 )
 from grandrounds.server import roll_call
+from grandrounds.server.listeners import Listener
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit, policy
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import RUNS_KEPT, SiteState
 from grandrounds.wire import messages
 from tests.own_sites import Settings, sites_of
-
-
-def listen(*_: Any) -> None:
-    """Hear nothing."""
 
 
 def grid_of_sites(
@@ -60,7 +57,7 @@ def run_of(settings: Settings, grid: InProcessGrid | None = None) -> Path:
     """Run a federation; return its run directory."""
     config = recipes.resolve(settings)
     grid = grid or InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, listen)
+    server_app.federate(grid, config, Listener())
     return Path(config.federation.run_directory)
 
 

@@ -14,12 +14,15 @@ from grandrounds.config.keys import Config
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.base import base_loads
-from grandrounds.server.roll_call import roll_call
+from grandrounds.server.exchange import Exchange
+from grandrounds.server.roll_call import Roster
 from grandrounds.site import visit as visits
+from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.arms import cohort_of, numbered_without, site_of
 from grandrounds.study.comparison.exams import exams_of
 from grandrounds.study.comparison.runner import compare
 from grandrounds.study.comparison.units import ARMS
+from grandrounds.wire.ledger import Ledger
 from tests.conftest import WORDS
 
 Settings = dict[str, Any]
@@ -61,10 +64,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, set[Any]]]:
     made: list[tuple[int, int, set[Any]]] = []
     train = visits.train
 
-    def spy(resident: Any, batches: Any, config: Any, instruction: Any, site: Any) -> Any:
+    def spy(visit: Visit, resident: Any, batches: Any) -> Any:
         examples = {tuple(e.input_ids) for batch in batches for e in batch}
-        made.append((site.partition_id, visits.round_of(instruction), examples))
-        return train(resident, batches, config, instruction, site)
+        made.append((visit.site.partition_id, visit.round, examples))
+        return train(visit, resident, batches)
 
     monkeypatch.setattr(visits, "train", spy)
     return made
@@ -322,7 +325,7 @@ def test_a_site_that_cannot_answer_the_roll_call_says_why(settings: Settings) ->
     config = resolved(settings, **{"static.dataset.name": "/nowhere.jsonl"})
     grid = InProcessGrid(numbered_without(0, 4), config.flat(), 3)
     with pytest.raises(GrandRoundsError, match="nowhere"):
-        roll_call(grid, list(grid.get_node_ids()), 10)
+        Roster(3).call(Exchange(grid, Ledger(), "0", 10), list(grid.get_node_ids()))
 
 
 # --- The formulary --------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from grandrounds.study.plan.forecast import (
     site_sizes,
 )
 from grandrounds.wire import schedule as sampling
-from grandrounds.wire.traffic import plan_run
+from grandrounds.wire.ledger import Ledger
+from grandrounds.wire.traffic import Plan
 from tests.places import ROOT
 
 JSL = ROOT / "configs" / "jsl-medllama-3-8b-100-rounds.toml"
@@ -145,8 +146,7 @@ def test_rules_that_write_factors_anew_are_offered_no_coarse_codec() -> None:
 
 def test_transfer_times_by_hand() -> None:
     """320 bytes each way: 2,560 bits at 1 Mbit/s down and 0.5 up: 2.56 + 5.12 ms a round."""
-    shapes = {"m.lora_A.weight": (2, 3), "m.lora_B.weight": (5, 2)}
-    plan = plan_run(shapes, rounds=3, cohort=1, evaluation_cohort=0, formulary=False)
+    plan = Plan(16, 3, Ledger(), (320,) * 3, (320,) * 3)
     seconds = link_seconds(plan, uplink_mbps=0.5, downlink_mbps=1.0)
     assert seconds == pytest.approx({"round": 0.00768, "all-rounds": 3 * 0.00768})
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from grandrounds.config import recipes
+from grandrounds.server.listeners import Listener
 from tests.study.report.run_files import comparison, write, write_run
 
 
@@ -34,7 +35,7 @@ def test_the_page_of_a_real_run_lies_in_its_directory(settings: dict[str, object
 
     config = recipes.resolve(settings)
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda event, data: None)
+    server_app.federate(grid, config, Listener())
     run = Path(config.federation.run_directory)
     result = report(run)
     assert result.exit_code == 0, result.stderr

@@ -1,0 +1,236 @@
+"""The roll call: who may take part, who is refused, who may come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from grandrounds.engines.in_process import InProcessGrid
+from grandrounds.errors import DataError, EngineError, ReplyError
+from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, SiteCard
+from grandrounds.wire import messages
+from tests.server.hand_written import (
+    Silent,
+    Sites,
+    crash,
+    exchange_of,
+    grid_of,
+    introduce,
+    refuse,
+)
+
+
+def called(
+    grid: InProcessGrid,
+    nodes: Sequence[int],
+    seconds: float = 10.0,
+    *,
+    min_sites: int = 0,
+    admitted: Mapping[int, int] | None = None,
+) -> Roster:
+    """Call the roll of some nodes of a grid."""
+    roster = Roster(len(nodes), min_sites, admitted=lambda: admitted or {})
+    roster.call(exchange_of(grid, seconds), nodes)
+    roster.note_introductions()
+    return roster
+
+
+def refreshed(roster: Roster, grid: InProcessGrid) -> dict[int, str]:
+    return roster.refresh(exchange_of(grid))
+
+
+def nodes_of(roster: Roster) -> dict[int, int]:
+    return {p: card.node_id for p, card in roster.cards.items()}
+
+
+def test_too_few_and_too_many_nodes_are_an_error_that_says_how_many() -> None:
+    grid = grid_of(Sites(), 3)
+    assert Roster(3).wait(grid, 0) == [1, 2, 3]
+    with pytest.raises(EngineError, match=r"^3 nodes are connected, but .* = 4"):
+        Roster(4).wait(grid, 0)
+    with pytest.raises(EngineError, match=r"^3 nodes are connected, but .* = 2"):
+        Roster(2).wait(grid, 0)
+    known = {0: 1, 1: 77, 2: 2, 3: 78}
+    with pytest.raises(EngineError, match=r"= 4\. Not there: sites 1, 3; start their SuperNodes"):
+        Roster(4, admitted=lambda: known).wait(grid, 0)
+
+
+def test_the_roll_call_returns_the_sites_by_partition() -> None:
+    """The nodes' ids are in another order than the partitions: site 2 answers as node 1."""
+    swapped = {
+        ("query", 0): lambda m, _: introduce(m, 2),
+        ("query", 2): lambda m, _: introduce(m, 0),
+    }
+    cards = called(grid_of(Sites(swapped), 3), [1, 2, 3]).cards
+    assert list(cards) == [0, 1, 2]
+    assert [card.node_id for card in cards.values()] == [3, 2, 1]
+    assert [card.num_examples for card in cards.values()] == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("fact", "meaning"),
+    [("version", "version of grandrounds"), ("base", "base model"), ("prompt", "prompt")],
+)
+def test_a_site_that_differs_is_named_before_anybody_trains(fact: str, meaning: str) -> None:
+    sites = Sites({("query", 2): lambda m, s: introduce(m, s, **{fact: "other"})})
+    with pytest.raises(EngineError, match=rf"same {meaning}: .*site 2 has other \(1 of 3"):
+        called(grid_of(sites, 3), [1, 2, 3])
+    assert {kind for kind, _, _ in sites.seen} == {"query"}
+
+
+@pytest.mark.parametrize("value", [b"x", "x" * 1001, [1]])
+def test_a_fact_that_could_not_be_written_down_is_the_sites_own_fault(value: Any) -> None:
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, device=value)})
+    with pytest.raises(EngineError, match="Node 2 introduces itself wrongly: its 'device' is no"):
+        called(grid_of(sites, 2), [1, 2])
+
+
+def test_two_nodes_of_one_site_are_an_error() -> None:
+    sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
+    with pytest.raises(EngineError, match="Two nodes say that they are site 0"):
+        called(grid_of(sites, 2), [1, 2])
+
+
+def test_a_node_is_no_other_site_than_it_was_admitted_as() -> None:
+    sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
+    for admitted, told in (
+        ({0: 1}, "^Node 2 says that it is site 0, which node 1 was admitted as"),
+        ({1: 2}, "^Node 2 says that it is site 0, and was admitted as site 1"),
+    ):
+        grid = grid_of(sites, 2)
+        with pytest.raises(EngineError, match=told):
+            called(grid, [1, 2], admitted=admitted)
+        roster = called(grid, [2, 1], min_sites=1, admitted=admitted)
+        assert nodes_of(roster) == {0: 1}
+        assert list(roster.refused) == [2]
+    known = called(grid_of(Sites(), 2), [1, 2], admitted={0: 1, 1: 2})
+    assert list(known.cards) == [0, 1]
+
+
+def test_a_site_that_cannot_take_part_is_told_with_its_own_error() -> None:
+    with pytest.raises(DataError, match="site 1 has no rows"):
+        called(grid_of(Sites({("query", 1): refuse}), 2), [1, 2])
+
+
+def test_a_site_that_crashes_at_roll_call_is_told() -> None:
+    with pytest.raises(ReplyError, match="RuntimeError: site 1 is on fire"):
+        called(grid_of(Sites({("query", 1): crash}), 2), [1, 2])
+
+
+def test_a_site_that_says_nothing_of_itself_is_an_error_of_ours() -> None:
+    sites = Sites({("query", 1): lambda m, _: messages.reply(m, config={"hello": 1})})
+    with pytest.raises((ReplyError, EngineError)):
+        called(grid_of(sites, 2), [1, 2])
+
+
+def test_a_node_that_does_not_answer_the_roll_call_is_named() -> None:
+    with pytest.raises(EngineError, match=r"1 of 3 nodes did not answer .*\[2\]"):
+        called(Silent(Sites(), 3, {2}), [1, 2, 3], 0.2)
+
+
+def test_a_run_may_begin_without_some_sites() -> None:
+    grid = grid_of(Sites(), 3)
+    assert Roster(5, 3).wait(grid, 0) == [1, 2, 3]
+    with pytest.raises(EngineError, match=r"^3 nodes .* = 5 \(strategy\.min-sites = 4\)"):
+        Roster(5, 4).wait(grid, 0)
+
+
+def test_a_site_that_refuses_or_keeps_silent_is_left_out_where_the_others_suffice() -> None:
+    grid = Silent(Sites({("query", 1): refuse}), 4, {4})
+    roster = called(grid, [1, 2, 3, 4], 0.2, min_sites=2)
+    assert list(roster.cards) == [0, 2]
+    assert roster.refused == {2: "site 1 has no rows", 4: "no answer within 0.2 s"}
+    with pytest.raises(DataError):
+        called(grid_of(Sites({("query", 1): refuse}), 4), [1, 2, 3, 4], min_sites=4)
+
+
+# --- Sites that come and go -----------------------------------------------------------------------
+
+
+def introduced(
+    sites: Sites, count: int, admitted: Mapping[int, int] | None = None
+) -> tuple[InProcessGrid, Roster]:
+    """Return a grid, and the roster of its sites but the last."""
+    grid = grid_of(sites, count)
+    roster = called(grid, list(range(1, count)), admitted=admitted)
+    roster.num_sites = count
+    return grid, roster
+
+
+def test_a_site_that_comes_later_is_introduced_before_the_next_round() -> None:
+    sites = Sites()
+    grid, roster = introduced(sites, 3)
+    assert list(roster.cards) == [0, 1]
+    assert refreshed(roster, grid) == {}
+    assert list(roster.cards) == [0, 1, 2]
+    asked = len(sites.seen)
+    assert refreshed(roster, grid) == {}
+    assert len(sites.seen) == asked  # nobody new, nobody asked
+
+
+def test_a_site_that_comes_back_as_another_node_gets_a_new_card() -> None:
+    sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
+    grid, roster = introduced(sites, 3)
+    grid._contexts.pop(2)
+    assert refreshed(roster, grid) == {}
+    assert nodes_of(roster) == {0: 1, 1: 3}
+
+
+def test_a_node_cannot_take_the_place_of_a_site_that_is_connected() -> None:
+    sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
+    grid, roster = introduced(sites, 3)
+    refused = refreshed(roster, grid)
+    assert "node 3 says that it is site 1, and so does node 2, which is connected" in refused[-1]
+    assert nodes_of(roster) == {0: 1, 1: 2}
+
+
+def test_a_node_cannot_take_the_place_of_a_site_that_is_away() -> None:
+    """Where it is known which node the site was admitted as; the site keeps its card."""
+    sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
+    grid, roster = introduced(sites, 3)
+    grid._contexts.pop(2)
+    roster.admitted = lambda: {1: 2}
+    refused = refreshed(roster, grid)
+    assert refused == {-1: "node 3 says that it is site 1, which node 2 was admitted as"}
+    assert nodes_of(roster) == {0: 1, 1: 2}
+
+
+def test_a_site_that_comes_back_changed_is_refused_in_every_round() -> None:
+    said: dict[str, Any] = {}
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, **said)})
+    grid = grid_of(sites, 2)
+    roster = called(grid, [1, 2])
+    said["train-examples"] = 999
+    for suspected in ({1}, set[int]()):
+        roster.suspected = suspected
+        refused = refreshed(roster, grid)
+        assert "it came back with another train-examples" in refused[1]
+        assert list(roster.cards) == [0]
+    said.clear()
+    assert refreshed(roster, grid) == {}
+    assert sorted(roster.cards) == [0, 1]
+
+
+@pytest.mark.parametrize("fact", ["version", *SAME_IN_A_RUN])
+def test_a_site_that_comes_back_changed_takes_no_part_and_is_named(fact: str) -> None:
+    said: dict[str, Any] = {}
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, **said)})
+    grid = grid_of(sites, 2)
+    roster = called(grid, [1, 2])
+    said[fact] = 999 if fact not in ("version", "base", "prompt") else "other"
+    roster.suspected = {1}
+    refused = refreshed(roster, grid)
+    assert list(roster.cards) == [0]
+    assert f"it came back with another {fact}" in refused[1]
+
+
+def test_a_suspected_site_that_is_gone_keeps_its_card_and_is_not_waited_for() -> None:
+    grid, roster = introduced(Sites(), 3)
+    gone = SiteCard(77, {"train-examples": 5})
+    roster.cards[2] = gone
+    roster.suspected = {2}
+    grid._contexts.pop(3)
+    assert refreshed(roster, grid) == {}
+    assert roster.cards[2] is gone
