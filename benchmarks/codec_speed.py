@@ -41,14 +41,16 @@ def codec_rows(count: int, times: int) -> list[dict[str, Any]]:
     """Return bytes, rates and error of each codec, without and with entropy coding."""
     import numpy as np
 
+    from grandrounds.config.codecs import CODECS
     from grandrounds.wire import codecs
+    from grandrounds.wire.codecs.codec import Codec
 
     values = np.random.default_rng(0).standard_normal(count, dtype=np.float32)
     generator = np.random.default_rng(1)
     rows = []
     for entropy_coding in (False, True):
-        for name in codecs.CODECS:
-            codec = codecs.Codec(name, 64, 0.05, entropy_coding)
+        for name in CODECS:
+            codec = Codec(name, 64, 0.05, entropy_coding)
             payload = codecs.encode(codec, values, generator)
             decoded = codecs.decode(codec, payload, count)
             error = np.square(decoded - values, dtype=np.float64).mean()

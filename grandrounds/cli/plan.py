@@ -12,7 +12,7 @@ import typer
 from grandrounds.cli.options import Assignments, Data, Model, Rounds
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
-from grandrounds.config.keys import CODECS
+from grandrounds.config.codecs import CODECS
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
 
@@ -155,7 +155,7 @@ def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str
             "total-mib": plan.total_bytes / MIB,
             "total-mib-with-key-names": plan.total_bytes_with_key_names / MIB,
         }
-        for name, plan in by_codec(forecast, CODECS).items()
+        for name, plan in by_codec(forecast, tuple(CODECS)).items()
     }
     content["site-peak-bytes"] = {
         way.replace(" ", "-"): site.total for way, site in ways(forecast).items()

@@ -14,17 +14,9 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from grandrounds.config.codecs import CODECS
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.values import OneOf, Range, Scalar, SomeOf, words_of
-
-CODECS = ("none", "float32", "bf16", "int8", "int4", "int2", "ternary", "sign", "topk")
-"""Encodings of `grandrounds.wire.codecs`."""
-
-EXACT_CODECS = ("none", "float32")
-"""Those that lose nothing."""
-
-COARSE_CODECS = ("ternary", "sign", "topk")
-"""Those that need what they lose to be sent later: only for changes, not for a whole adapter."""
 
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run is, and on whose machines: no part of a recipe."""
@@ -235,13 +227,13 @@ class CommunicationConfig:
 
     prefix: ClassVar[str] = "communication."
 
-    uplink_codec: Annotated[str, OneOf(CODECS)]
+    uplink_codec: Annotated[str, OneOf(tuple(CODECS))]
     """Encoding of a site's change: `none` (float32, an array for each tensor); `float32` (the same
     in one array, which Flower moves several times faster); `bf16`; `int8`, `int4`, `int2`
     (stochastic rounding, a scale per block); `ternary` (minus, zero or plus); `sign` (one bit and a
     block's mean magnitude); `topk` (the largest values). What a codec loses comes at the next
     visit."""
-    downlink_codec: Annotated[str, OneOf(CODECS)]
+    downlink_codec: Annotated[str, OneOf(tuple(CODECS))]
     """Encoding of what the server sends."""
     downlink: Annotated[str, OneOf(("complete", "incremental"))]
     """`complete`: every message holds the whole adapter, as its change since the start of the run.

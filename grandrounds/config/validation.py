@@ -8,10 +8,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
 from grandrounds.config.keys import (
     ALIASES,
-    COARSE_CODECS,
-    EXACT_CODECS,
     FIELD_OF_KEY,
     SECTIONS,
     Config,

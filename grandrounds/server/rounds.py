@@ -20,7 +20,7 @@ from grandrounds.server.run import Run
 from grandrounds.server.updates import Updates, claimed_examples
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter, shapes_of
-from grandrounds.wire.codecs import codec_named
+from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.schedule import cohort_of, round_learning_rate_of

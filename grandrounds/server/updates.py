@@ -19,7 +19,7 @@ from grandrounds.server.exchange import OnReply
 from grandrounds.server.roll_call import SiteCard
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter, Shapes, count_parameters, rank_of, shapes_of
-from grandrounds.wire.codecs import Codec
+from grandrounds.wire.codecs.codec import Codec
 from grandrounds.wire.downlink import Parcel, Sender
 from grandrounds.wire.uplink import decode_change
 

@@ -36,7 +36,7 @@ from grandrounds.wire.adapter import (
     shapes_of,
     unflatten,
 )
-from grandrounds.wire.codecs import codec_named
+from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.low_rank import truncate
 from grandrounds.wire.schedule import downlink_generator

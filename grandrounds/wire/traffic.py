@@ -13,7 +13,8 @@ from typing import Any
 from grandrounds.config.keys import CommunicationConfig, Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.wire.adapter import Ranks, Shapes, count_parameters
-from grandrounds.wire.codecs import Codec, encoded_bytes
+from grandrounds.wire.codecs import encoded_bytes
+from grandrounds.wire.codecs.codec import Codec, codec_named
 from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, Traffic
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of
 
@@ -196,12 +197,10 @@ class _Measure:
     ) -> Message:
         if key not in self._made:
             tensors = {**shapes(), **self._magnitudes}
-            self._made[key] = message_of(tensors, None if codec is None else self._codec(codec))
+            self._made[key] = message_of(
+                tensors, None if codec is None else codec_named(codec, self._how)
+            )
         return self._made[key]
-
-    def _codec(self, name: str) -> Codec:
-        how = self._how
-        return Codec(name, how.block_size, how.kept_share, how.entropy_coding)
 
 
 def message_of(tensors: Shapes, codec: Codec | None) -> Message:

@@ -15,7 +15,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from grandrounds.config.keys import EXACT_CODECS, CommunicationConfig
+from grandrounds.config.codecs import CODECS
+from grandrounds.config.keys import CommunicationConfig
 from grandrounds.errors import ReplyError
 from grandrounds.wire import codecs, messages
 from grandrounds.wire.adapter import (
@@ -26,7 +27,7 @@ from grandrounds.wire.adapter import (
     shapes_of,
     unflatten,
 )
-from grandrounds.wire.codecs import Codec, codec_named
+from grandrounds.wire.codecs.codec import Codec, codec_named
 from grandrounds.wire.codecs.finite import all_finite
 
 _MEMORY = "grandrounds-memory"
@@ -95,7 +96,7 @@ def encode_change(
     if how.uplink_codec == "none":
         return messages.to_arrays(change)
     codec = codec_named(how.uplink_codec, how)
-    if how.uplink_codec in EXACT_CODECS:
+    if CODECS[how.uplink_codec].exact:
         memory = None
     vector, shapes = flatten(change), shapes_of(change)
     lost_before = memory.read(shapes) if memory else {}

@@ -13,7 +13,8 @@ from grandrounds.config import recipes
 from grandrounds.model.architectures import adapter_shapes, find_architecture, target_modules
 from grandrounds.server.listeners import Listener
 from grandrounds.wire.adapter import Shapes
-from grandrounds.wire.codecs import Codec, encode
+from grandrounds.wire.codecs import encode
+from grandrounds.wire.codecs.codec import Codec
 from grandrounds.wire.ledger import MIB, Ledger
 from grandrounds.wire.messages import to_arrays, to_payload
 from grandrounds.wire.traffic import Plan, message_of, plan_config

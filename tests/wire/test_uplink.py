@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
-from grandrounds.config.keys import EXACT_CODECS, Config
+from grandrounds.config.codecs import EXACT_CODECS
+from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import ReplyError
 from grandrounds.wire import uplink
 from grandrounds.wire.adapter import Adapter, at_rank, flatten, shapes_of
-from grandrounds.wire.codecs import codec_named
+from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.schedule import uplink_generator
 
 SHAPES = {"m.lora_A.weight": (4, 32), "m.lora_B.weight": (48, 4)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config import recipes
+from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.server.listeners import Facts, Listener
@@ -109,7 +110,7 @@ def without_effect(config: Config) -> list[str]:
         names.append("communication.catch-up-codec")
     if "topk" not in codecs:
         names.append("communication.kept-share")
-    if not codecs & {"int8", "int4", "int2", "ternary", "sign"}:
+    if not any(CODECS[name].scaled for name in codecs):
         names.append("communication.block-size")
     if codecs == {"none"}:
         names.append("communication.entropy-coding")

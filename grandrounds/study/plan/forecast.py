@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from grandrounds.config.keys import COARSE_CODECS, Config
+from grandrounds.config.codecs import COARSE_CODECS
+from grandrounds.config.keys import Config
 from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.formulary import FORMULARY

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from grandrounds.config.keys import CODECS
+from grandrounds.config.codecs import CODECS
 from grandrounds.model.activations import Precision
 from grandrounds.model.memory import SiteMemory, precision_of, site_memory
 from grandrounds.study.plan.forecast import Forecast, by_codec, link_seconds
@@ -197,7 +197,7 @@ def codec_rows(forecast: Forecast) -> Rows:
             mib(plan.total_bytes_with_key_names),
             f"{configured / plan.total_bytes:.2f}",
         )
-        for name, plan in by_codec(forecast, CODECS).items()
+        for name, plan in by_codec(forecast, tuple(CODECS)).items()
     ]
 
 

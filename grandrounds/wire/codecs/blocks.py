@@ -22,14 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.errors import ReplyError
+from grandrounds.wire.codecs.codec import CHUNK, Codec
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-CHUNK = 65536
-"""Values packed together, and a multiple of every block: byte i of a chunk of int4 holds value i in
-its low bits and value i + CHUNK / 2 in its high bits; int2 and sign likewise by quarters and
-eighths. What is in between stays in the cache."""
+BITS = {"int8": 8, "int4": 4, "int2": 2, "sign": 1}
+"""Bits of a code. Values are packed by chunks: byte i of a chunk of int4 holds value i in its low
+bits and value i + CHUNK / 2 in its high bits; int2 and sign likewise by quarters and eighths."""
 
 SCALES_PER_OCTAVE = 12
 """Neighbouring scales differ by 2**(1/12): 5.9 %."""
@@ -63,6 +63,11 @@ def largest_scale(body: Bytes) -> np.float32:
     if not 0 <= largest < np.inf:
         raise ReplyError(f"the largest scale is {largest}; it must be finite and at least 0")
     return np.float32(largest)
+
+
+def make(codec: Codec) -> Blocks:
+    """Return the codes of a codec's bits."""
+    return Blocks(BITS[codec.name], codec.block)
 
 
 @dataclass(frozen=True)
@@ -134,20 +139,6 @@ class Blocks:
             if rows.size > len(out[part]):
                 out[part] = scratch[: len(out[part])]
         return out
-
-    def worst_error(self, values: Floats) -> NDArray[np.float64]:
-        """Return the largest |decoded - value| of each value.
-
-        Random rounding: a step, 2 * scale / (2**bits - 1). Sign: |value| + scale. On top, 2**-20 of
-        the scale for float32's rounding and 2e-43 for its subnormal numbers.
-        """
-        sizes = self._sizes(values).astype(np.float64)
-        smallest = sizes.max() * 2.0 ** (-254 / SCALES_PER_OCTAVE)
-        scales = np.maximum(sizes * 2 ** (1 / SCALES_PER_OCTAVE), smallest) * (sizes > 0)
-        scale = np.repeat(scales, self.block)[: len(values)]
-        error = scale / self._half if self.unbiased else np.abs(values.astype(np.float64)) + scale
-        bound: NDArray[np.float64] = error + scale * 2.0**-20 + 2e-43
-        return bound
 
     def _sizes(self, values: Floats) -> Floats:
         """Return each block's largest magnitude, for sign its mean magnitude."""

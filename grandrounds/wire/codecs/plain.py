@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.errors import ReplyError
+from grandrounds.wire.codecs.codec import CHUNK, Codec
 from grandrounds.wire.codecs.finite import all_finite
-
-CHUNK = 65536
-"""Values handled at a time, so that what is in between stays in the cache."""
 
 LARGEST_BF16 = np.float32(3.3895313892515355e38)
 """0x7f7f, the largest finite bfloat16: (2 - 2**-7) * 2**127."""
 
 
+def make(codec: Codec) -> Raw | BFloat16:
+    """Return bfloat16, or float32 as it is for `none` and `float32`."""
+    return BFloat16() if codec.name == "bf16" else Raw()
+
+
 @dataclass(frozen=True)
 class Raw:
     """float32, little-endian: 4 bytes a value."""
-
-    unbiased: ClassVar[bool] = True
 
     def body_bytes(self, count: int) -> int:
         """Return the exact length for this many values."""
@@ -44,10 +44,6 @@ class Raw:
         """
         return _finite(body.view("<f4").astype(np.float32))
 
-    def worst_error(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return zeros: nothing is lost."""
-        return np.zeros(len(values))
-
 
 @dataclass(frozen=True)
 class BFloat16:
@@ -56,8 +52,6 @@ class BFloat16:
     Eight bits of precision. Not random: the error of one value is the same whatever the seed, but
     at most 2**-9 of the value (2**-8 beyond the largest bfloat16, which stands for what is larger).
     """
-
-    unbiased: ClassVar[bool] = True
 
     def body_bytes(self, count: int) -> int:
         """Return the exact length for this many values."""
@@ -95,11 +89,6 @@ class BFloat16:
             part[:] = halves[start : start + CHUNK]
             part <<= 16
         return _finite(words.view(np.float32))
-
-    def worst_error(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return 2**-8 of each value, and half the smallest step: 2**-134."""
-        bound: NDArray[np.float64] = np.abs(values.astype(np.float64)) * 2.0**-8 + 2.0**-134
-        return bound
 
 
 def _finite(values: NDArray[np.float32]) -> NDArray[np.float32]:

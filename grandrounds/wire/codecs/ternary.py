@@ -12,18 +12,17 @@ of Gaussian values two thirds are 0, and the entropy is 1.2 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.wire.codecs.blocks import (
-    SCALES_PER_OCTAVE,
     Bytes,
     Floats,
     largest_scale,
     scale_table,
 )
+from grandrounds.wire.codecs.codec import Codec
 
 DEAD_ZONE = 1.25
 """In mean magnitudes; of Gaussian values one standard deviation."""
@@ -38,13 +37,17 @@ _UNPACKED[3**PER_BYTE :] = 0
 """Byte → five codes; a byte that no encoder writes means zeros."""
 
 
+def make(codec: Codec) -> Ternary:
+    """Return the codec."""
+    return Ternary(codec.block)
+
+
 @dataclass(frozen=True)
 class Ternary:
     """Codes of -1, 0, 1; `block` consecutive values share a scale."""
 
     block: int
     """A power of two from 8 on."""
-    unbiased: ClassVar[bool] = False
 
     def body_bytes(self, count: int) -> int:
         """Return the exact length for this many values."""
@@ -79,14 +82,6 @@ class Ternary:
         out = self._rows(codes.astype(np.float32))
         out *= scales[:, None]
         return out.reshape(-1)[:count]
-
-    def worst_error(self, values: Floats) -> NDArray[np.float64]:
-        """Return the largest |decoded - value| of each value: the value, and a kept one's scale."""
-        rows = self._rows(values)
-        kept, sizes = self._kept(rows, len(values))
-        scale = np.where(kept, sizes[:, None].astype(np.float64), 0) * 2 ** (1 / SCALES_PER_OCTAVE)
-        bound = np.abs(rows.astype(np.float64)) + scale + 2e-43
-        return np.asarray(bound.reshape(-1)[: len(values)], dtype=np.float64)
 
     def _kept(self, rows: Floats, count: int) -> tuple[NDArray[np.bool_], Floats]:
         """Return which values are not in the dead zone, and each block's mean of those."""

@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.errors import ReplyError
 from grandrounds.wire.codecs.blocks import Blocks, Bytes, Floats
+from grandrounds.wire.codecs.codec import Codec
 
 Positions = NDArray[np.int64]
+
+
+def make(codec: Codec) -> TopK:
+    """Return the codec, whose kept values are written as int4."""
+    return TopK(codec.kept_share, Blocks(4, codec.block))
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,6 @@ class TopK:
     """Above 0, at most 1."""
     values: Blocks
     """How the kept values are written."""
-    unbiased: ClassVar[bool] = False
 
     def kept(self, count: int) -> int:
         """Return k, of this many values."""
@@ -63,13 +67,6 @@ class TopK:
         out = np.zeros(count, np.float32)
         out[positions] = self.values.decode(body[length:], kept)
         return out
-
-    def worst_error(self, values: Floats) -> NDArray[np.float64]:
-        """Return the value where it is left out, elsewhere what writing it may cost."""
-        positions = self._largest(values)
-        bound: NDArray[np.float64] = np.abs(values.astype(np.float64))
-        bound[positions] = self.values.worst_error(values[positions])
-        return bound
 
     def _largest(self, values: Floats) -> Positions:
         """Return the positions of the largest magnitudes, rising; of equals the first."""
