@@ -67,3 +67,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'X'?"` for the allowed word nearest to `word`, or an empty string."""
     matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def first_line(error: BaseException, most: int | None = 200) -> str:
+    """Return the first line of an error's message without its full stop.
+
+    Parameters
+    ----------
+    most : int, optional
+        Maximum length in characters; None keeps the whole line.
+    """
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:most].rstrip(".")

@@ -1,6 +1,6 @@
-"""Intervals and tests of the accuracies that Grand Rounds reports.
+"""Confidence intervals and tests for accuracies and for figures measured once per seed.
 
-SciPy is imported when a figure is asked for, so that importing this module costs nothing.
+SciPy is imported on use, so that importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+CONFIDENCE = 0.95
+"""Confidence level of all intervals."""
 
-def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of an accuracy.
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of an accuracy, as fractions from 0 to 1.
 
     Wilson (1927), "Probable inference, the law of succession, and statistical inference",
     Journal of the American Statistical Association 22, 209-212; no continuity correction.
@@ -23,29 +26,20 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     Parameters
     ----------
     correct : int
-        Questions answered rightly, from 0 to `n`.
+        Correct answers, from 0 to `n`.
     n : int
-        Questions asked, at least 1.
-    confidence : float
-        Between 0 and 1, both excluded.
-
-    Returns
-    -------
-    tuple of float
-        Lower and upper bound, as fractions from 0 to 1.
+        Items, at least 1.
 
     Raises
     ------
     ValueError
-        If an argument is out of its range.
+        If an argument is out of range.
     """
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"no interval for {correct} of {n}: needs n >= 1 and 0 <= correct <= n")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, n).proportion_ci(confidence_level=confidence, method="wilson")
+    interval = binomtest(correct, n).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -54,53 +48,40 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Two models asked the same items, the first usually being the untouched base."""
+    """Two models on the same items; the first is usually the base."""
 
     n: int
-    """Items asked."""
-    both_correct: int
-    """Items that both answered rightly."""
+    """Number of items."""
     only_first: int
-    """Items that only the first answered rightly."""
+    """Items that only the first answered correctly."""
     only_second: int
-    """Items that only the second answered rightly."""
-    neither: int
-    """Items that neither answered rightly."""
+    """Items that only the second answered correctly."""
     difference: float
     """Accuracy of the second minus accuracy of the first, a fraction from -1 to 1."""
     interval: tuple[float, float]
-    """Bounds of the difference at the confidence asked for: Newcombe's method 10."""
+    """95 % interval of the difference: Newcombe's method 10."""
     p_value: float
-    """McNemar's exact two-sided p: how likely so lopsided a split is if neither is better."""
+    """McNemar's exact two-sided p."""
 
 
-def compare_paired(
-    first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95
-) -> PairedComparison:
+def compare_paired(first: Sequence[bool], second: Sequence[bool]) -> PairedComparison:
     """Compare two models item by item.
 
-    The test is McNemar's in its exact form: of the items that only one of the two got right, each
-    is either's with probability 1/2 if they are equally good (McNemar 1947, "Note on the sampling
+    The test is McNemar's exact test: of the items that only one of the two answered correctly, each
+    is either's with probability 1/2 if both are equally good (McNemar 1947, "Note on the sampling
     error of the difference between correlated proportions or percentages", Psychometrika 12,
-    153-157). With no such item p is 1. Interval and test are different methods, and near p = 0.05
+    153-157). Without any such item p is 1. Interval and test are different methods: near p = 0.05,
     one may exclude equality where the other does not.
 
     Parameters
     ----------
     first, second : sequence of bool
-        Whether each item was answered rightly; both in the same order of items.
-    confidence : float
-        Of the interval; between 0 and 1, both excluded.
-
-    Returns
-    -------
-    PairedComparison
-        With `difference` = second - first.
+        Whether each item was answered correctly, in the same order of items.
 
     Raises
     ------
     ValueError
-        If there are no items, the lengths differ, or `confidence` is out of its range.
+        If there are no items, or the lengths differ.
     """
     if len(first) != len(second) or not len(first):
         raise ValueError(
@@ -114,32 +95,30 @@ def compare_paired(
     discordant = only_first + only_second
     return PairedComparison(
         n=len(first),
-        both_correct=both,
         only_first=only_first,
         only_second=only_second,
-        neither=neither,
         difference=(only_second - only_first) / len(first),
-        interval=_newcombe_interval(both, only_first, only_second, neither, confidence),
+        interval=_newcombe_interval(both, only_first, only_second, neither),
         p_value=float(binomtest(only_second, discordant, 0.5).pvalue) if discordant else 1.0,
     )
 
 
 def _newcombe_interval(
-    both: int, only_first: int, only_second: int, neither: int, confidence: float
+    both: int, only_first: int, only_second: int, neither: int
 ) -> tuple[float, float]:
     """Return the interval of (second - first) from the four cells of the paired table.
 
     Method 10 of Newcombe (1998), "Improved confidence intervals for the difference between binomial
     proportions based on paired data", Statistics in Medicine 17, 2635-2650. The distances of the
     Wilson bounds from the two accuracies are combined like standard deviations of correlated
-    variables; their correlation phi is the table's, its numerator moved towards 0 by n/2 if
-    positive. The bounds never leave [-1, 1], nor is the interval of width 0 if no item differs.
+    variables. Their correlation is the table's phi, with n/2 subtracted from a positive numerator,
+    down to 0. The bounds stay within [-1, 1], and the width is above 0 even if no item differs.
     """
     n = both + only_first + only_second + neither
     right_first, right_second = both + only_first, both + only_second
     first, second = right_first / n, right_second / n
-    low_first, high_first = wilson_interval(right_first, n, confidence)
-    low_second, high_second = wilson_interval(right_second, n, confidence)
+    low_first, high_first = wilson_interval(right_first, n)
+    low_second, high_second = wilson_interval(right_second, n)
 
     covariance = both * neither - only_first * only_second
     corrected = max(covariance - n / 2, 0.0) if covariance > 0 else covariance
@@ -159,62 +138,39 @@ def _newcombe_interval(
 # --- Several benchmarks ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AverageAccuracy:
-    """The mean accuracy over benchmarks, each counting the same."""
+def average_accuracy(counts: Sequence[tuple[int, int]]) -> tuple[float, tuple[float, float]]:
+    """Return the unweighted mean accuracy over benchmarks, as on the leaderboard, and its interval.
 
-    benchmarks: tuple[str, ...]
-    """The benchmarks that went into it."""
-    accuracy: float
-    """Unweighted mean of their accuracies, a fraction from 0 to 1."""
-    interval: tuple[float, float]
-    """Its bounds at the confidence asked for."""
-
-
-def average_accuracy(
-    rows: Mapping[str, tuple[int, int]], confidence: float = 0.95
-) -> AverageAccuracy:
-    """Average over the benchmarks run as the leaderboard does: a benchmark counts once.
-
-    A benchmark of 500 items so weighs as much as one of 5,000. The interval combines the Wilson
+    A benchmark of 500 items counts as much as one of 5,000. The 95 % interval combines the Wilson
     bounds l, u of the k independent accuracies p: mean(p) - sqrt(sum((p - l)²)) / k and
     mean(p) + sqrt(sum((u - p)²)) / k. Zou, Huang and Zhang (2009), "A note on confidence interval
     estimation for a linear function of binomial proportions", Computational Statistics & Data
-    Analysis 53, 1080-1085. For one benchmark this is Wilson's interval; unlike the normal
-    approximation it stays within 0 and 1 and keeps a width at 0 % and 100 %. It speaks of new
-    questions to these benchmarks, not of other benchmarks.
+    Analysis 53, 1080-1085. For one benchmark it is Wilson's interval; unlike the normal
+    approximation, it stays within [0, 1] and keeps a width at 0 % and 100 %. It covers new items of
+    these benchmarks, not other benchmarks.
 
     Parameters
     ----------
-    rows : mapping of str to (int, int)
-        Benchmark → questions answered rightly and questions asked; not empty.
-    confidence : float
-        Between 0 and 1, both excluded.
-
-    Returns
-    -------
-    AverageAccuracy
-        Which benchmarks it covers, in the order given, mean and interval.
+    counts : sequence of (int, int)
+        Correct answers and items of each benchmark; not empty.
 
     Raises
     ------
     ValueError
-        If there is no benchmark, or counts or confidence are out of their range.
+        If there is no benchmark, or a count is out of range.
     """
-    if not rows:
+    if not counts:
         raise ValueError("no benchmark was run, so there is no average")
     below = above = total = 0.0
-    for correct, n in rows.values():
-        low, high = wilson_interval(correct, n, confidence)
+    for correct, n in counts:
+        low, high = wilson_interval(correct, n)
         accuracy = correct / n
         total += accuracy
         below += (accuracy - low) ** 2
         above += (high - accuracy) ** 2
-    count = len(rows)
-    mean = total / count
-    return AverageAccuracy(
-        tuple(rows), mean, (mean - sqrt(below) / count, mean + sqrt(above) / count)
-    )
+    k = len(counts)
+    mean = total / k
+    return mean, (mean - sqrt(below) / k, mean + sqrt(above) / k)
 
 
 # --- Order of the options -------------------------------------------------------------------------
@@ -222,42 +178,36 @@ def average_accuracy(
 
 @dataclass(frozen=True)
 class PositionBias:
-    """How the chosen answers are spread over the positions of the options."""
+    """Distribution of the chosen options over positions."""
 
     counts: tuple[int, ...]
-    """How often each position was chosen, the first option first."""
+    """Number of choices of each position."""
     shares: tuple[float, ...]
-    """The same as fractions of all choices."""
+    """Fraction of choices of each position."""
     p_value: float
     """Pearson's chi-square test of equal shares."""
 
 
 def position_bias(choices: Sequence[int], options: int) -> PositionBias:
-    """Count which position is chosen how often, and test against equal shares.
+    """Count how often each position is chosen, and test for equal shares.
 
-    Give it answers to items whose options were shuffled: the right answer then stands equally often
-    at every position, and so does any answer chosen for what it says, right or wrong. On items in
-    their published order a small p may only reflect where the right answers stand. The test
-    (Pearson 1900, with `options` - 1 degrees of freedom) takes the choices as independent and wants
-    five or more expected at each position. Permutations that bring every option to every position
-    once make it conservative.
+    For answers to items with shuffled options: the correct option is then equally likely at every
+    position, and so is any option chosen for its content. On items in their published order, a
+    small p may only reflect the positions of the correct options. The test (Pearson 1900, with
+    `options` - 1 degrees of freedom) assumes independent choices and at least five expected at each
+    position. Permutations that put every option at every position once make it conservative.
 
     Parameters
     ----------
     choices : sequence of int
         Position of each chosen option, from 0; not empty.
     options : int
-        Positions there are, at least 2, the same for every item.
-
-    Returns
-    -------
-    PositionBias
-        Counts and shares by position, and p.
+        Number of options per item, at least 2.
 
     Raises
     ------
     ValueError
-        If there are no choices, fewer than two options, or a choice is no position.
+        If there are no choices, fewer than two options, or a choice is out of range.
     """
     if options < 2 or not len(choices):
         raise ValueError(
@@ -266,7 +216,7 @@ def position_bias(choices: Sequence[int], options: int) -> PositionBias:
         )
     outside = next((choice for choice in choices if not 0 <= choice < options), None)
     if outside is not None:
-        raise ValueError(f"choice {outside} is no position; allowed: 0 to {options - 1}")
+        raise ValueError(f"choice {outside} is not a position; allowed: 0 to {options - 1}")
     from scipy.stats import chisquare
 
     found = Counter(int(choice) for choice in choices)
@@ -283,37 +233,32 @@ class ShuffledAccuracy:
     """Accuracy on the same items under several orders of their options."""
 
     n: int
-    """Items, each asked once per permutation."""
+    """Number of items, each asked once per permutation."""
     correct: tuple[int, ...]
-    """Items answered rightly under each permutation."""
+    """Correct answers under each permutation."""
     mean: float
-    """Mean accuracy over the permutations, a fraction like all below."""
+    """Mean accuracy over the permutations, a fraction as all below."""
     minimum: float
     """Accuracy under the worst permutation."""
     maximum: float
     """Accuracy under the best permutation."""
     always_correct: int
-    """Items answered rightly under every permutation."""
+    """Items answered correctly under every permutation."""
     always_correct_share: float
-    """The same as a fraction of the items; no guess survives many permutations."""
+    """`always_correct / n`."""
 
 
 def shuffled_accuracy(correct_by_permutation: Sequence[Sequence[bool]]) -> ShuffledAccuracy:
     """Summarise accuracy over permutations of the options.
 
-    Guessing among m options under k independent permutations gets an item right every time with
-    probability m^-k. An interval of `always_correct` of `n` is Wilson's; the mean has none here,
-    since answers to one item under several permutations are not independent.
+    Guessing among m options under k independent permutations answers an item correctly every time
+    with probability m^-k. The interval of `always_correct` of `n` is Wilson's; the mean has none,
+    because answers to one item under several permutations are not independent.
 
     Parameters
     ----------
     correct_by_permutation : sequence of sequences of bool
-        For each permutation, whether each item was answered rightly; same items, same order.
-
-    Returns
-    -------
-    ShuffledAccuracy
-        Counts, mean, minimum and maximum, and the items that are right every time.
+        For each permutation, whether each item was answered correctly; same items, same order.
 
     Raises
     ------
@@ -340,17 +285,17 @@ def shuffled_accuracy(correct_by_permutation: Sequence[Sequence[bool]]) -> Shuff
     )
 
 
-CONFIDENCE = 0.95
+# --- One figure per seed --------------------------------------------------------------------------
 
 ROUNDING = 1e-9
-"""Differences up to this are rounding: equal ratios of counts, subtracted in float64, differ by
-about 1e-16, and one answer in a million questions by 1e-6."""
+"""Differences up to this are rounding errors: equal ratios of counts, subtracted in float64, differ
+by about 1e-16, and one answer in a million questions by 1e-6."""
 
 Result = dict[str, Any]
 
 
 def estimate(values: Sequence[float]) -> Result:
-    """Return mean, interval and n of a figure that was measured once for each seed.
+    """Return mean, 95 % interval and n of a figure that was measured once per seed.
 
     The interval is Student's, m ± t s / sqrt(n) with n - 1 degrees of freedom ("Student" 1908, "The
     probable error of a mean", Biometrika 6, 1-25); None for a single value.
@@ -365,14 +310,14 @@ def estimate(values: Sequence[float]) -> Result:
 
 
 def paired_test(gains: Sequence[float]) -> Result:
-    """Return mean, interval, n and the two-sided p of Student's paired test.
+    """Return mean, interval, n and the two-sided p of Student's paired t-test.
+
+    p is None for a single pair, and if all differences are equal: their standard error is then 0.
 
     Parameters
     ----------
     gains : sequence of float
-        One difference for each pair, above 0 where the federation is better; one within
-        `ROUNDING` counts as 0. p is None for one pair, and where all differences are equal: the
-        test knows no error then.
+        Difference of each pair, positive if the federation is better; rounding errors count as 0.
     """
     gains = [without_rounding(gain) for gain in gains]
     mean, error = _mean_and_error(gains)
@@ -385,7 +330,7 @@ def paired_test(gains: Sequence[float]) -> Result:
 
 
 def counted(gains: Sequence[float]) -> Result:
-    """Return `paired_test`, and how many pairs are above, below and at 0, up to `ROUNDING`."""
+    """Return `paired_test`, and the number of pairs that are better, worse and equal."""
     gains = [without_rounding(gain) for gain in gains]
     return {
         **paired_test(gains),
@@ -396,12 +341,12 @@ def counted(gains: Sequence[float]) -> Result:
 
 
 def without_rounding(difference: float) -> float:
-    """Return a difference; 0 where it is none but that of rounding."""
+    """Return a difference, or 0 if it is only a rounding error."""
     return 0.0 if abs(difference) <= ROUNDING else difference
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and its standard error: None for a single value, 0 for equal ones."""
+    """Return the mean and its standard error: None for a single value, 0 for equal values."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None

@@ -48,8 +48,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        for file in partial.iterdir():
-            _flush(file)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)

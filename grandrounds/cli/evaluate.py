@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from grandrounds.cli.screen import Screen
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from grandrounds.study.evaluation.benchmarks import Questions
+    from grandrounds.study.evaluation.tasks import EvaluationTasks
 
 OVERLAP = "overlap.json"
 """File of what `--check-overlap` found."""
@@ -145,23 +149,20 @@ def evaluate(
     elif check_overlap:
         training = _only(given, "--check-overlap needs the training data")
         columns = {"question_column": question_column, "answer_column": answer_column}
-        _check_overlap(training, names, data, limit, out, columns, screen)
+        quiet_libraries()
+        from grandrounds.study.evaluation.benchmarks import MEDICAL, load_questions
+
+        questions = load_questions(names or MEDICAL, data, limit)
+        _check_overlap(training, questions, out, columns, screen)
     else:
-        target = _only(given, "give an adapter's folder, a run directory or none")
-        _evaluate(
-            target,
-            screen,
-            base=base,
-            benchmarks=names,
-            protocol=protocol,
-            data=data,
-            quantization=quantization,
-            batch_size=batch_size,
-            limit=limit,
-            permutations=permutations,
-            out=out,
-            resume=resume,
-        )
+        from grandrounds.study.evaluation.benchmarks import load_questions
+        from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, find_target
+
+        method = Method(protocol, permutations, batch_size)
+        name = _only(given, "give an adapter's folder, a run directory or none")
+        target = find_target(name, base, quantization)
+        questions = load_questions(names or target.benchmarks, data, limit)
+        _evaluate(EvaluationTasks(target, questions, method, out), resume, screen)
 
 
 def _names(benchmarks: str | None) -> list[str] | None:
@@ -191,20 +192,17 @@ def _files(given: Sequence[str], option: str) -> list[Path]:
 # --- Evaluate -------------------------------------------------------------------------------------
 
 
-def _evaluate(target: str, screen: Screen, **arguments: Any) -> None:
+def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
     """Ask, then show tables, notes and where they are written."""
-    from grandrounds.study.evaluation.tasks import make_plan
-
-    chosen = {key: arguments[key] for key in arguments if key not in ("batch_size", "resume")}
-    plan = make_plan(target, **chosen)  # a slip is told before torch is loaded
     quiet_libraries()
     from grandrounds.study.evaluation import runner
-    from grandrounds.study.evaluation.results import evaluations_in
     from grandrounds.study.evaluation.tables import notes, tables
+    from grandrounds.study.evaluation.verification import evaluations_in
 
     with screen.progress() as listener:
-        content = runner.evaluate(target, **arguments, listener=listener)
-    overlap = _read_json(plan.out / OVERLAP) if (plan.out / OVERLAP).is_file() else None
+        content = runner.evaluate(tasks, resume=resume, listener=listener)
+    found = tasks.folder / OVERLAP
+    overlap = _read_json(found) if found.is_file() else None
     told: set[str] = set()
     for evaluation in evaluations_in(content):
         for table in tables(evaluation):
@@ -212,7 +210,7 @@ def _evaluate(target: str, screen: Screen, **arguments: Any) -> None:
         new = [note for note in notes(evaluation, overlap) if note not in told]
         screen.notes(new)
         told.update(new)
-    screen.say(f"written: {plan.out}/evaluation.json")
+    screen.say(f"written: {tasks.folder}/evaluation.json")
 
 
 # --- The other three ------------------------------------------------------------------------------
@@ -259,7 +257,7 @@ def _recorded_accuracy(file: Path) -> str | None:
 
 def _verify(files: Sequence[Path]) -> None:
     """Say what cannot be in result files; exit with code 1 if there is anything."""
-    from grandrounds.study.evaluation.results import faults_in
+    from grandrounds.study.evaluation.verification import faults_in
 
     found = False
     for file in files:
@@ -274,25 +272,18 @@ def _verify(files: Sequence[Path]) -> None:
 
 def _check_overlap(
     training: str,
-    names: list[str] | None,
-    data: Path | None,
-    limit: int | None,
+    questions: Questions,
     out: Path | None,
     columns: Mapping[str, str],
     screen: Screen,
 ) -> None:
     """Show and write which benchmark questions occur in training data."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}; leave it out for every item")
-    quiet_libraries()
-    from grandrounds.study.evaluation.answers import make_folder, write_json
+    from grandrounds.study.evaluation.answers import write_json
     from grandrounds.study.evaluation.overlap import check_overlap
     from grandrounds.study.evaluation.tables import percent
-    from grandrounds.study.evaluation.tasks import MEDICAL
 
-    report = check_overlap(training, names or MEDICAL, data=data, limit=limit, **columns)
+    report = check_overlap(training, questions, **columns)
     folder = out or Path()
-    make_folder(folder)
     write_json(folder / OVERLAP, report)
     rows = [
         (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from grandrounds.errors import DataError
+from grandrounds.errors import DataError, first_line
 
 _CSV_BLOCK_BYTES = 1 << 26  # pyarrow refuses a CSV row longer than one block
 
@@ -163,9 +163,3 @@ def from_table(table: Any, columns: Sequence[str], available: tuple[str, ...]) -
     once = [name for name in columns if available.count(name) == 1]
     values = {name: table.select([name]).to_pydict()[name] for name in once}
     return RawRows(values, available, range(1, table.num_rows + 1), "row")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, cut to a length that can be read."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -14,9 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grandrounds.data.files import RawRows, first_line, from_records, from_table, read_file
+from grandrounds.data.files import RawRows, from_records, from_table, read_file
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import DataError, nearest
+from grandrounds.errors import DataError, first_line, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from grandrounds.data.formulary import FORMULARY, base_path
-from grandrounds.errors import ModelError
+from grandrounds.errors import ModelError, first_line
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _told_plainly(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error, most=None)  # uncut: a site redacts whole paths only
         offline = os.environ.get("HF_HUB_OFFLINE") in (
             "1",
             "true",
@@ -88,7 +88,7 @@ def _told_plainly(name: str, what: str) -> Iterator[None]:
             "folder, "
         )
         raise ModelError(
-            f"The {what} of {name!r} cannot be loaded: {reason} {advice}"
+            f"The {what} of {name!r} cannot be loaded: {reason}. {advice}"
             'or use model.name = "formulary".'
         ) from error
 

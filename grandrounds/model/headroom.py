@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from grandrounds.config.keys import Config
-from grandrounds.errors import ModelError
+from grandrounds.errors import ModelError, first_line
 from grandrounds.model.activations import Precision
 from grandrounds.model.architectures import (
     FAMILIES,
@@ -187,7 +187,7 @@ def memory_told(config: Config, checkpointing: bool) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         _let_go()
         raise ModelError(shortage(config, checkpointing, free, reason)) from error
 

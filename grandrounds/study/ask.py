@@ -1,15 +1,14 @@
-"""Asks a run's base and its tuned adapter the same question, token by token.
+"""Streams the answers of a run's base and tuned model to the same question.
 
-The base is loaded once; for its own answers the adapter is switched off. Prompts are those of
-training, and answers are greedy: always the likeliest token.
+The base is loaded once, and its own answers are generated with the adapter disabled. Prompts use
+the run's template, and decoding is greedy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -26,18 +25,18 @@ from grandrounds.study.evaluation.runner import stop_tokens
 
 @dataclass
 class Answer:
-    """An answer as far as it goes."""
+    """An answer generated so far."""
 
     text: str = ""
-    """What was said, without blanks in front and control characters."""
+    """Text, without leading whitespace and control characters."""
     tokens: int = 0
-    """How many tokens that took."""
+    """Number of generated tokens."""
     end: str = ""
-    """Empty while it goes on; `stopped`: by itself; `cut`: at the most tokens allowed."""
+    """Empty while generating; `stopped` at a stop token; `cut` at the token limit."""
 
 
 class Interview:
-    """The models of one run, ready to be asked."""
+    """The loaded models of one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Load base, adapter and tokenizer.
@@ -59,9 +58,9 @@ class Interview:
         set_adapter(self._resident, adapter)
 
     def answer(self, question: str, *, tuned: bool, max_tokens: int) -> Iterator[Answer]:
-        """Yield the answer of the base or the tuned model as it grows, at last with its end.
+        """Yield the growing answer of the base or the tuned model, the last one with its end.
 
-        Several answers can be drawn from in turns.
+        Several answers can be consumed in turns.
 
         Raises
         ------
@@ -72,8 +71,8 @@ class Interview:
         context = context_length(self._resident.model.config)
         if len(prompt) >= context:
             raise DataError(
-                f"The question takes {len(prompt):,} tokens with its prompt, and the model reads "
-                f"{context:,} in all: ask a shorter one."
+                f"The question takes {len(prompt):,} tokens with its prompt, and the model's context "
+                f"is {context:,}: ask a shorter one."
             )
         most = min(max_tokens, context - len(prompt))
         ids: list[int] = []
@@ -81,7 +80,7 @@ class Interview:
         for token in self._tokens(prompt, tuned, most):
             ids.append(token)
             text = self._text(ids)
-            if not text.endswith("\ufffd"):  # else a character is not complete yet
+            if not text.endswith("\ufffd"):  # else the last character is incomplete
                 yield Answer(text, len(ids))
         yield Answer(self._text(ids), len(ids), "cut" if len(ids) == most else "stopped")
 
@@ -92,12 +91,13 @@ class Interview:
         return printable(text).lstrip()
 
     def _tokens(self, prompt: Sequence[int], tuned: bool, most: int) -> Iterator[int]:
-        """Yield the likeliest tokens until one that ends the answer, which is not among them."""
+        """Yield greedily decoded tokens up to, and without, a stop token."""
         model = self._resident.model
         stop = stop_tokens(model, self._tokenizer)
         new, cache = list(prompt), None
         for _ in range(most):
-            with self._as(tuned), torch.inference_mode():
+            adapter = nullcontext() if tuned else model.disable_adapter()
+            with adapter, torch.inference_mode():
                 ids = torch.tensor([new], device=self._resident.device)  # (1, new tokens)
                 out = model(
                     input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)
@@ -108,11 +108,7 @@ class Interview:
             new = [token]
             yield token
 
-    def _as(self, tuned: bool) -> AbstractContextManager[Any]:
-        """Switch the adapter off for the base, for as long as the context lasts."""
-        return nullcontext() if tuned else self._resident.model.disable_adapter()
-
 
 def printable(text: str) -> str:
-    """Return a text without control characters, so that no model steers a terminal."""
+    """Remove control characters, so that no output controls the terminal."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")

@@ -1,4 +1,4 @@
-"""A checkpoint of a run for others: a PEFT adapter, or a whole model, with its model card."""
+"""Exports a checkpoint as a PEFT adapter or a merged model, with a model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,27 @@ import torch
 from safetensors import SafetensorError
 
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import ConfigError, DataError, GrandRoundsError, RunDirectoryError
+from grandrounds.errors import (
+    ConfigError,
+    DataError,
+    GrandRoundsError,
+    RunDirectoryError,
+    first_line,
+)
 from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
 from grandrounds.model.lora import LoraSpec
 from grandrounds.server.directory import Checkpoint
 from grandrounds.server.model_card import Accuracy, Findings, have_own_data, model_card
 from grandrounds.statistics import wilson_interval
+from grandrounds.storage import whole_folder, writing
 from grandrounds.study.evaluation.answers import RESULT
 from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
-from grandrounds.study.evaluation.results import evaluations_in, faults_in
 from grandrounds.study.evaluation.tasks import WEIGHTS
+from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
 from grandrounds.wire.adapter import Adapter
 
 Say = Callable[[str], None]
-"""Told what is being done."""
+"""Receives progress messages."""
 
 
 def export(
@@ -42,15 +48,15 @@ def export(
     repository: str | None = None,
     say: Say = lambda line: None,
 ) -> Path:
-    """Write a checkpoint as adapter or merged model, whole or not at all; return the folder.
+    """Write a checkpoint atomically as an adapter or a merged model; return the folder.
 
     Parameters
     ----------
     to : Path, optional
-        A folder that is not there or empty; left out, `export/peft_<round>` or
-        `export/merged_<round>` in the run directory.
+        A new or empty folder; by default `export/peft_<round>` or `export/merged_<round>` in the
+        run directory.
     repository : str, optional
-        Where it will be published, for the card.
+        Repository that it will be published in, for the card.
 
     Raises
     ------
@@ -59,19 +65,17 @@ def export(
     ModelError
         If the checkpoint is damaged, or does not fit the base (`merge`).
     DataError
-        If the run's evaluation.json cannot be right.
+        If the run's evaluation.json has impossible figures.
     """
     name = f"{'merged' if merge else 'peft'}_{checkpoint.round}"
     folder = (to or checkpoint.run.path / "export" / name).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunDirectoryError(
-            f"{folder} exists and is not an empty folder. Remove it, or choose another one with "
-            "--to."
-        )
+    _check_empty(folder)
     adapter = read_adapter(checkpoint.folder)
     link = f"https://huggingface.co/{repository}" if repository else None
     found = findings(checkpoint, link)
-    with _whole(folder) as partial:
+    advice = "Free some disk space, or choose another folder with --to."
+    failures = (OSError, SafetensorError)
+    with writing(str(folder), advice, RunDirectoryError, failures), whole_folder(folder) as partial:
         merged = None
         if merge:
             merged = _write_merged(checkpoint, adapter, partial, say)
@@ -80,26 +84,16 @@ def export(
                 shutil.copyfile(checkpoint.folder / file, partial / file)
         card = _card(checkpoint, found, merged)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        _check_empty(folder)  # a merge takes minutes
     return folder
 
 
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, which takes the name of `folder` when all went well."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(
-            f"{folder} cannot be written: {reason}. Free some space, or choose another folder with "
+            f"{folder} exists and is not an empty folder. Remove it, or choose another one with "
             "--to."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        )
 
 
 def _card(checkpoint: Checkpoint, found: Findings, merged: str | None) -> str:
@@ -118,22 +112,22 @@ def _card(checkpoint: Checkpoint, found: Findings, merged: str | None) -> str:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the base's own number type did to the change that was merged into it."""
+    """Rounding error of merged weights, in the base's dtype."""
 
     dtype: str
-    """The type of the merged weights."""
+    """Dtype of the merged weights."""
     relative_error: float
-    """Frobenius norm of what was rounded away, as a share of that of the change."""
+    """Frobenius norm of the rounding error, as a fraction of that of the adapter's change."""
 
 
 def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: Say) -> str:
-    """Write base and adapter as one model; return what was done, for the card."""
+    """Write base and adapter as one model; return a description for the card."""
     from transformers import AutoConfig, AutoTokenizer
 
     name, quantization = checkpoint.config.model.name, checkpoint.config.model.quantization
     spec = lora_spec(checkpoint.folder)
     check_fit(checkpoint.folder, spec, name)
-    load_tokenizer(name)  # tells in one line what is missing
+    load_tokenizer(name)  # reports a missing base in one line
     settings = AutoConfig.from_pretrained(model_location(name))
     own = settings.dtype or torch.float32
     say(f"loading {name}")
@@ -144,26 +138,26 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     say("writing")
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(model_location(name))
-    for loading in ("is_local", "local_files_only"):  # how it was loaded here is not how it is
+    for loading in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
         tokenizer.init_kwargs.pop(loading, None)
     tokenizer.save_pretrained(folder)
     return merged_text(quantization, rounding)
 
 
 def _load(name: str, quantization: int, dtype: str, own: torch.dtype) -> Any:
-    """Load the base: as the run did and dequantised, or, not quantised, in its own type."""
+    """Load the base: dequantised from the run's quantisation, or in its own dtype."""
     if quantization:
         return load_base(BaseSpec(name, quantization, dtype)).dequantize()
-    exact = "bfloat16" if own is torch.bfloat16 else "float32"  # float32 holds float16 too
+    exact = "bfloat16" if own is torch.bfloat16 else "float32"  # float32 represents float16 exactly
     return load_base(BaseSpec(name, 0, exact))
 
 
 @torch.no_grad()
 def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> Rounding:
-    """Add an adapter to the weights of a base in place, and give them all one type.
+    """Merge an adapter into the weights of a base in place, and convert them to one dtype.
 
-    W + (alpha / r) B A: Hu et al., LoRA (2021), section 4.1. It is summed in float32 and rounded
-    once, layer by layer, so that no second copy of the base is held.
+    W + (alpha / r) B A: Hu et al., LoRA (2021), section 4.1. Summed in float32 and rounded once,
+    layer by layer, to avoid a second copy of the base in memory.
     """
     rounded, changed = 0.0, 0.0
     for name, a in adapter.items():
@@ -184,23 +178,23 @@ def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> R
 
 
 def merged_text(quantization: int, rounding: Rounding) -> str:
-    """Return what was merged into what, in words."""
+    """Describe the merge for the card."""
     into = (
         f"the base as the run trained on it: {quantization}-bit weights, dequantised"
         if quantization
         else "the base's published weights"
     )
     return (
-        f"The adapter is merged into {into}, in {rounding.dtype}. Rounding to that type amounts to "
-        f"{100 * rounding.relative_error:.2g} % of the change that the adapter makes."
+        f"The adapter is merged into {into}, in {rounding.dtype}. The rounding error is "
+        f"{100 * rounding.relative_error:.2g} % of the adapter's change."
     )
 
 
-# --- What is known of the checkpoint --------------------------------------------------------------
+# --- Findings of the card -------------------------------------------------------------------------
 
 
 def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
-    """Return what the run directory says about a checkpoint beyond its configuration."""
+    """Return what the run directory records about a checkpoint beyond its configuration."""
     run = checkpoint.run
     summary = run.read_json("summary.json") or {}
     start = next((m for m in run.read_metrics() if m["round"] == 0), {})
@@ -223,12 +217,12 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
 
 
 def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
-    """Return the accuracies of `grandrounds evaluate`, if it asked exactly these weights.
+    """Return the accuracies from `grandrounds evaluate`, if it evaluated exactly these weights.
 
     Raises
     ------
     DataError
-        If the figures cannot be right: a card with them would mislead.
+        If a figure is impossible: a card with it would mislead.
     """
     file = checkpoint.run.path / "evaluation" / RESULT
     if not file.is_file():
@@ -241,15 +235,15 @@ def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
         ) from error
     if faults := faults_in(content):
         raise DataError(
-            f"{file} cannot be right: {faults[0]}. Evaluate again, or remove it; grandrounds "
-            "evaluate --verify tells all."
+            f"{file} has impossible figures: {faults[0]}. Evaluate again, or remove it; "
+            "grandrounds evaluate --verify lists all faults."
         )
     digest = hashlib.sha256((checkpoint.folder / WEIGHTS).read_bytes()).hexdigest()
     found: list[Accuracy] = []
     for evaluation in evaluations_in(content):
         models = evaluation.get("models", {})
         ours = [name for name, m in models.items() if m["adapter_sha256"] == digest]
-        asked = {"base", *ours[:1]} if ours else set()
+        asked = {BASE, *ours[:1]} if ours else set()
         for row in evaluation["rows"]:
             if row["model"] in asked:
                 found += _accuracies(evaluation["protocol"], row)
@@ -263,7 +257,7 @@ def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
             protocol=protocol,
             benchmark=row["benchmark"],
             title=f"{row['title']}, {group}" if group else row["title"],
-            is_base=row["model"] == "base",
+            is_base=row["model"] == BASE,
             correct=part["correct"],
             n=part["n"],
             interval=(part["interval"][0], part["interval"][1]),
@@ -272,18 +266,18 @@ def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
 
 
 def _asked_at_the_sites(checkpoint: Checkpoint, summary: dict[str, Any]) -> Iterator[Accuracy]:
-    """Yield what the run itself asked of its last adapter at its end."""
+    """Yield the formulary scores that the run itself measured on its last adapter."""
     scores = summary.get("formulary")
     if not scores or summary.get("adapter") != checkpoint.folder.name:
         return
     for kind in ("private", "public"):
-        for who in ("base", "tuned"):
+        for who in (BASE, "tuned"):
             correct, n = scores[kind][who]["correct"], scores[kind][who]["n"]
             yield Accuracy(
                 protocol="at the sites",
                 benchmark=FORMULARY,
                 title=f"Formulary (fictional), {kind}",
-                is_base=who == "base",
+                is_base=who == BASE,
                 correct=correct,
                 n=n,
                 interval=wilson_interval(correct, n),
@@ -294,28 +288,31 @@ def _asked_at_the_sites(checkpoint: Checkpoint, summary: dict[str, Any]) -> Iter
 
 
 def check_repository(name: str) -> None:
-    """Raise `ConfigError` if the hub would not take this as the name of a repository."""
+    """Raise `ConfigError` if the hub would reject this repository name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(
-            f"--push {name!r} is no name of a repository on the hub: write OWNER/NAME, of letters, "
+            f"--push {name!r} is not a valid repository name: use OWNER/NAME, with letters, "
             "digits, '-', '_' and '.'."
         ) from error
 
 
 def push(folder: Path, repository: str, api: Any = None) -> str:
-    """Upload an export to the Hugging Face hub, a new repository being private; return its address.
+    """Upload an export to the Hugging Face hub and return its address.
+
+    A new repository is private.
 
     Raises
     ------
     GrandRoundsError
-        If that fails, for whatever reason; the folder stays, and the message says how to go on.
+        If the upload fails for any reason; the folder is kept, and the message names the command to
+        retry.
     """
     command = shlex.join(["hf", "upload", repository, str(folder), ".", "--private"])
-    again = f"the export is kept; repeat with: {command}"
+    again = f"the export is kept; retry with: {command}"
     try:
         if api is None:
             from huggingface_hub import HfApi
@@ -328,9 +325,9 @@ def push(folder: Path, repository: str, api: Any = None) -> str:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(again) from None
     except Exception as error:  # whatever the hub's client raises: the folder is safe
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         login = "" if os.environ.get("HF_TOKEN") else " `hf auth login` logs in."
         raise GrandRoundsError(
-            f"The upload to {repository} failed: {reason}{login} {again[0].upper()}{again[1:]}"
+            f"The upload to {repository} failed: {first_line(error)}.{login} "
+            f"{again[0].upper()}{again[1:]}"
         ) from error
     return f"https://huggingface.co/{full_name}"

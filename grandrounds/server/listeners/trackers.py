@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 
 from grandrounds.config.keys import PLACES, Config
 from grandrounds.config.values import Scalar, words_of
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, first_line
 from grandrounds.server.listeners import Facts, Listener
 
 PROJECT = "grandrounds"
@@ -287,7 +287,7 @@ class Tracked(Listener):
                 yield
         except Exception as error:  # whatever a tracker's library raises, the run goes on
             self._active.pop(name, None)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             print(
                 f"grandrounds: {name} failed and is switched off; the run goes on: {reason}",
                 file=sys.stderr,

@@ -6,10 +6,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from grandrounds.data.examples import SiteData, split_rows
-from grandrounds.data.files import RawRows, first_line
+from grandrounds.data.files import RawRows
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.sources import load_rows, rows_of
-from grandrounds.errors import DataError
+from grandrounds.errors import DataError, first_line
 from grandrounds.site.custody.site_file import OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
 

@@ -1,1 +1,1 @@
-"""Measuring a model: scores of answers, benchmarks and their confidence intervals."""
+"""Evaluates models on benchmarks: protocols, scores and confidence intervals."""

@@ -1,28 +1,29 @@
-"""What was asked and answered, written line by line, so that a stopped evaluation goes on.
+"""Answers on disk, appended as they are computed, so that an evaluation can be resumed.
 
-settings.json                                what decides the answers
-answers_{model}_{benchmark}_{protocol}.jsonl one line an answer, in the order asked
+settings.json                                everything that determines the answers
+answers_{model}_{benchmark}_{protocol}.jsonl one answer per line, in the order computed
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from grandrounds.errors import RunDirectoryError
+from grandrounds import storage
+from grandrounds.errors import ConfigError, RunDirectoryError
 
 SETTINGS = "settings.json"
-"""File of what decides the answers: equal settings, equal answers."""
+"""File of the settings that determine the answers."""
 
 RESULT = "evaluation.json"
 """File of the result."""
 
 Record = dict[str, Any]
-"""One answer; `row` is the item's, `order` which order of the options was shown (0: published)."""
+"""One answer. `row` is the item's row, `order` the order of its options (0: as published)."""
 
 
 def answers_name(model: str, benchmark: str, protocol: str) -> str:
@@ -31,41 +32,34 @@ def answers_name(model: str, benchmark: str, protocol: str) -> str:
 
 
 def open_folder(out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder of a new evaluation, or check that an old one can go on.
+    """Create the folder of a new evaluation, or check that an existing one can be resumed.
 
     Raises
     ------
     RunDirectoryError
-        If a new evaluation would write over another; if there is none to resume, or it was started
-        with other settings, which are named; or if the folder cannot be written.
+        If a new evaluation would overwrite another; if there is none to resume, or its settings
+        differ; or if the folder cannot be written.
     """
     file = out / SETTINGS
     if not resume:
         if file.exists() or (out / RESULT).exists():
             raise RunDirectoryError(
-                f"{out} holds another evaluation: continue it with --resume, or choose another "
-                "folder with --out"
+                f"{out} already contains an evaluation: continue it with --resume, or choose "
+                "another folder with --out"
             )
-        make_folder(out)
         write_json(file, settings)
         return
     if not file.is_file():
-        raise RunDirectoryError(f"{out} holds no evaluation to resume; leave --resume out")
-    if found := _differences(_read_settings(file), settings):
+        raise RunDirectoryError(f"{out} has no evaluation to resume; omit --resume")
+    try:
+        before = storage.read_json(file)
+    except ConfigError as error:
+        raise RunDirectoryError(f"{error} Choose another folder with --out.") from error
+    if found := _differences(before, settings):
         raise RunDirectoryError(
             f"{out} was started with other settings: {'; '.join(found)}. Resume without these "
             "changes, or choose another folder with --out."
         )
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{file} cannot be read ({error}); choose another folder with --out"
-        ) from error
-    return before if isinstance(before, dict) else {}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -88,30 +82,21 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a folder without permission into one clear error."""
-    try:
-        yield
-    except OSError as error:
-        raise RunDirectoryError(
-            f"{path} cannot be written: {error.strerror or error}. Free some space, or choose "
-            "another folder with --out; answers that were written are kept (--resume)."
-        ) from error
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Turn a failure to write to `path` into one `RunDirectoryError`."""
+    return storage.writing(
+        str(path),
+        "Free some disk space, or choose another folder with --out; recorded answers are kept "
+        "(--resume).",
+        RunDirectoryError,
+    )
 
 
 def write_json(file: Path, data: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    with writing(file):
-        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(file)
+    """Write a JSON file atomically, and create its folder if needed."""
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_json(file, data)
 
 
 class AnswerFile:
@@ -122,7 +107,7 @@ class AnswerFile:
         self.records = self._read()
 
     def _read(self) -> dict[tuple[int, int], Record]:
-        """Return the whole lines by (order, row), and cut off what a kill left half-written."""
+        """Return the complete lines by (order, row), and truncate a partial last line."""
         if not self.path.exists():
             return {}
         content = self.path.read_bytes()
@@ -136,13 +121,13 @@ class AnswerFile:
                 records[record["order"], record["row"]] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise RunDirectoryError(
-                    f"{self.path}, line {number}: this is no recorded answer. Remove the line and "
+                    f"{self.path}, line {number}: not a recorded answer. Remove the line and "
                     "resume; its item is asked again."
                 ) from error
         return records
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write down a batch of answers."""
+        """Record a batch of answers."""
         batch = list(records)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -150,5 +135,5 @@ class AnswerFile:
         self.records |= {(record["order"], record["row"]): record for record in batch}
 
     def ordered(self, order: int = 0) -> list[Record]:
-        """Return the answers under one order of the options, by the item's row."""
+        """Return the answers to one order of the options, by row."""
         return [self.records[key] for key in sorted(self.records) if key[0] == order]

@@ -1,4 +1,4 @@
-"""The base with one adapter after the other on it: loaded once, checked before it is loaded."""
+"""The base, loaded once, with each adapter in turn; adapters are checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from grandrounds.errors import ModelError
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.lora import LoraSpec, adapter_layout
-from grandrounds.model.resident import Resident, resident_model, set_adapter
+from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.study.evaluation.tasks import WEIGHTS, Subject, read_adapter_config
 from grandrounds.wire.adapter import Adapter, Shapes
 
@@ -28,20 +28,19 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": ({}, None),
     "layers_to_transform": (None,),
 }
-"""Settings of adapter_config.json that change what an adapter computes → what is understood."""
+"""Settings of adapter_config.json that change what an adapter computes → supported values."""
 
 
 class Models:
-    """The models of an evaluation: one base in memory, and the adapters' files."""
+    """The models of an evaluation: one base in memory, adapters on disk."""
 
     def __init__(self, base_spec: BaseSpec, subjects: tuple[Subject, ...]) -> None:
-        """Check that every adapter fits the base; no weights are loaded.
+        """Check that every adapter fits the base, without loading weights.
 
         Raises
         ------
         ModelError
-            If an adapter is of a kind that is not understood, or does not fit: the first mismatch
-            is named.
+            If an adapter is of an unsupported kind, or does not fit the base.
         """
         self._base_spec = base_spec
         self._specs: dict[str, LoraSpec] = {}
@@ -54,43 +53,34 @@ class Models:
 
     @contextmanager
     def asked(self, subject: Subject) -> Iterator[Any]:
-        """Give the model of a subject; the untouched base is the one with its adapter disabled."""
+        """Yield the model of a subject; for the base, adapters are disabled, not removed."""
         if not self._specs:
             if self._base is None:
                 self._base = load_base(self._base_spec)
             yield self._base
         elif subject.adapter is None:
-            resident = self._resident(next(iter(self._specs.values())))
+            resident = resident_model(self._base_spec, next(iter(self._specs.values())))
             with resident.model.disable_adapter():
                 yield resident.model
         else:
-            resident = self._resident(self._specs[subject.name])
+            resident = resident_model(self._base_spec, self._specs[subject.name])
             set_adapter(resident, read_adapter(subject.adapter))
             yield resident.model
 
-    def _resident(self, spec: LoraSpec) -> Resident:
-        return resident_model(self._base_spec, spec)
-
 
 def lora_spec(folder: Path) -> LoraSpec:
-    """Return rank, alpha and targets of a saved adapter.
-
-    Raises
-    ------
-    ModelError
-        If the adapter is not plain LoRA.
-    """
+    """Return rank, alpha and targets of a saved adapter; raise `ModelError` unless plain LoRA."""
     config = read_adapter_config(folder)
     for key, understood in _MUST_BE.items():
         if config.get(key, understood[0]) not in understood:
             raise ModelError(
-                f"the adapter {folder} has {key} = {config[key]!r}; understood is "
-                f"{understood[0]!r} only. Merge it into a base of its own, and evaluate that base "
-                "with target none."
+                f"the adapter {folder} has {key} = {config[key]!r}; only {understood[0]!r} is "
+                "supported. Merge the adapter into its base, and evaluate the merged model as the "
+                "base of target none."
             )
     targets = config.get("target_modules")
     if isinstance(targets, list):
-        # PEFT saves a set, in any order
+        # PEFT saves a set, in arbitrary order
         targets = ",".join(sorted(target.rpartition(".")[2] for target in targets))
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not targets:
@@ -102,33 +92,27 @@ def lora_spec(folder: Path) -> LoraSpec:
 
 
 def check_fit(folder: Path, spec: LoraSpec, base: str) -> None:
-    """Compare an adapter's tensors with those the base would get, without loading either.
-
-    Raises
-    ------
-    ModelError
-        If they differ; the first difference is named.
-    """
+    """Raise `ModelError` unless an adapter's tensors fit the base; neither is loaded."""
     try:
         needed, _ = adapter_layout(base, spec)
     except ModelError as error:
         raise ModelError(f"the adapter {folder} does not fit the base {base!r}: {error}") from error
     if mismatch := first_mismatch(adapter_shapes(folder), needed):
         raise ModelError(
-            f"the adapter {folder} does not fit the base {base!r}: {mismatch}. Give the base that "
-            "the adapter was trained on with --base."
+            f"the adapter {folder} does not fit the base {base!r}: {mismatch}. Use --base with "
+            "the base that the adapter was trained on."
         )
 
 
 def first_mismatch(found: Shapes, needed: Shapes) -> str | None:
-    """Return the first difference between an adapter's shapes and the base's, in words."""
+    """Describe the first difference between an adapter's shapes and those the base needs."""
     for name, shape in needed.items():
         if name not in found:
             return f"the base needs a tensor {name}, and the adapter has none"
         if tuple(found[name]) != tuple(shape):
             return f"{name} has shape {_times(found[name])}, and the base needs {_times(shape)}"
     foreign = [name for name in found if name not in needed]
-    return f"the base has no place for the tensor {foreign[0]}" if foreign else None
+    return f"the base has no module for the tensor {foreign[0]}" if foreign else None
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -136,7 +120,7 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a saved adapter's tensors by name."""
+    """Return the shapes of a saved adapter's tensors by name, without reading them."""
     with _weights(folder) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 

@@ -1,22 +1,22 @@
-"""Recorded answers become counts, intervals and comparisons: the content of `evaluation.json`.
+"""Turns recorded answers into counts, intervals and comparisons: the content of `evaluation.json`.
 
-The layout is that of `grandrounds.study.evaluation.verification`, with these keys beside it:
+The layout is that of `grandrounds.study.evaluation.verification`, plus these keys:
 
     models       model → adapter, adapter_sha256, role
     base_fingerprint, quantization, limit, permutations, prompt_template
     rows, each:
-        title            the benchmark's, for tables
-        truncated        items whose prompt was cut on the left
-        expected         items of the benchmark as published
-        groups           where a benchmark has parts: group, n, correct, accuracy, interval, vs_base
+        title            name of the benchmark in tables
+        truncated        items whose prompt was left-truncated
+        expected         number of items as published
+        groups           subsets of the benchmark: group, n, correct, accuracy, interval, vs_base
         vs_base          only_base, only_model, difference, interval, p_value; null for the base
       and with protocol `flowertune`:
         spread, format_failures, first_letter_answers, commonest_failures
       or with protocol `likelihood`:
         normalised       correct, accuracy, interval by log-likelihood per character
         shuffled         n, correct, mean, minimum, maximum, always_correct, always_correct_share;
-                         null where no order of options is shown
-        position_bias    counts, shares, p_value over the shuffled orders; likewise
+                         null if the options have no order
+        position_bias    counts, shares, p_value over the shuffled orders; or null likewise
 """
 
 from __future__ import annotations
@@ -34,51 +34,45 @@ from grandrounds.statistics import (
     shuffled_accuracy,
     wilson_interval,
 )
-from grandrounds.study.evaluation import flowertune, likelihood
-from grandrounds.study.evaluation.answers import AnswerFile, Record, writing
-from grandrounds.study.evaluation.benchmarks import Item, benchmarks
-from grandrounds.study.evaluation.tasks import ALL, Plan, Task
-from grandrounds.study.evaluation.verification import implausible
+from grandrounds.study.evaluation import flowertune
+from grandrounds.study.evaluation.answers import AnswerFile, writing
+from grandrounds.study.evaluation.benchmarks import Item, Task
+from grandrounds.study.evaluation.tasks import ALL, EvaluationTasks
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "numpy", "scipy")
-"""Libraries whose versions go into the result, besides our own."""
+"""Libraries whose versions are recorded, besides our own."""
 
 Answers = Mapping[tuple[str, str, str], AnswerFile]
-"""(model, benchmark, protocol) → the answers."""
+"""(model, benchmark, protocol) → answers."""
 
 
-def evaluation_of(plan: Plan, settings: Mapping[str, Any], answers: Answers) -> dict[str, Any]:
-    """Return what `evaluation.json` holds, from answers that are all there."""
-    each = [_of_protocol(plan, settings, answers, protocol) for protocol in plan.protocols]
+def evaluation_of(
+    tasks: EvaluationTasks, settings: Mapping[str, Any], answers: Answers
+) -> dict[str, Any]:
+    """Return the content of `evaluation.json` from a complete set of answers."""
+    each = [_of_protocol(tasks, settings, answers, p) for p in tasks.method.protocols]
     return each[0] if len(each) == 1 else {"protocol": ALL, "evaluations": each}
 
 
-def evaluations_in(content: Any) -> list[Any]:
-    """Return the evaluations of an `evaluation.json`, one per protocol."""
-    several = content.get("evaluations") if isinstance(content, dict) else None
-    return list(several) if isinstance(several, list) and several else [content]
-
-
 def _of_protocol(
-    plan: Plan, settings: Mapping[str, Any], answers: Answers, protocol: str
+    tasks: EvaluationTasks, settings: Mapping[str, Any], answers: Answers, protocol: str
 ) -> dict[str, Any]:
-    """Return the evaluation by one protocol."""
-    tuned = [subject for subject in plan.subjects if subject.adapter is not None]
+    target = tasks.target
+    tuned = target.adapters
     rows = []
-    for task in plan.tasks:
-        base_right: list[bool] = []
-        for subject in plan.subjects:
+    for task in tasks.questions.tasks:
+        base_right: list[bool] | None = None
+        for subject in target.subjects:
             file = answers[subject.name, task.benchmark.name, protocol]
             row, right = _ROWS[protocol](task, file)
-            base_right = base_right or right
-            against = base_right if subject.adapter is not None else None
-            row = {"model": subject.name, **_common(plan, task, right, against), **row}
+            row = {"model": subject.name, **_common(task, right, base_right), **row}
             row["prompt_hash"] = settings["prompt hash"][task.benchmark.name][protocol]
             row["truncated"] = sum(record["truncated"] for record in file.ordered())
             rows.append(row)
+            base_right = base_right or right
     return {
         "protocol": protocol,
-        "base": plan.base,
+        "base": target.base,
         "base_fingerprint": settings["base fingerprint"],
         "adapter": str(tuned[0].adapter) if tuned else None,
         "adapter_sha256": tuned[0].sha256 if tuned else None,
@@ -87,18 +81,21 @@ def _of_protocol(
             for s in tuned
         },
         "precision": settings["precision"],
-        "quantization": plan.quantization,
-        "prompt_template": plan.prompt_template,
-        "limit": plan.limit,
-        "permutations": plan.permutations,
+        "quantization": target.quantization,
+        "prompt_template": target.prompt_template,
+        "limit": tasks.questions.limit,
+        "permutations": tasks.method.permutations,
         "versions": versions(),
         "rows": rows,
-        "average": {subject.name: _average(rows, subject.name) for subject in plan.subjects},
+        "average": {
+            subject.name: _average([row for row in rows if row["model"] == subject.name])
+            for subject in target.subjects
+        },
     }
 
 
 def versions() -> dict[str, str]:
-    """Return the version of each library that is installed, and our own."""
+    """Return the versions of the installed libraries and our own."""
     found = {"grandrounds": grandrounds.__version__}
     for package in PACKAGES:
         try:
@@ -108,23 +105,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _average(rows: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
-    counts = {r["benchmark"]: (r["correct"], r["n"]) for r in rows if r["model"] == model}
-    average = average_accuracy(counts)
+def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    accuracy, interval = average_accuracy([(row["correct"], row["n"]) for row in rows])
     return {
-        "accuracy": average.accuracy,
-        "interval": list(average.interval),
-        "benchmarks": list(average.benchmarks),
+        "accuracy": accuracy,
+        "interval": list(interval),
+        "benchmarks": [row["benchmark"] for row in rows],
     }
 
 
 # --- One row --------------------------------------------------------------------------------------
 
 
-def _common(
-    plan: Plan, task: Task, right: Sequence[bool], base_right: Sequence[bool] | None
-) -> dict[str, Any]:
-    """Return what rows of every protocol hold."""
+def _common(task: Task, right: Sequence[bool], base_right: Sequence[bool] | None) -> dict[str, Any]:
+    """Return the keys that rows of every protocol have."""
     benchmark = task.benchmark
     return {
         "benchmark": benchmark.name,
@@ -138,7 +132,7 @@ def _common(
 
 
 def _counts(right: Sequence[bool], base_right: Sequence[bool] | None) -> dict[str, Any]:
-    """Return counts, accuracy, its interval, and the comparison with the base."""
+    """Return counts, accuracy with its interval, and the comparison with the base."""
     n, correct = len(right), sum(right)
     compared = None
     if base_right is not None:
@@ -162,7 +156,7 @@ def _counts(right: Sequence[bool], base_right: Sequence[bool] | None) -> dict[st
 def _groups(
     items: Sequence[Item], right: Sequence[bool], base_right: Sequence[bool] | None
 ) -> list[dict[str, Any]]:
-    """Return the counts of each part of a benchmark; none where it has no parts."""
+    """Return the counts of each subset of a benchmark; empty if it has none."""
     groups = []
     for name in dict.fromkeys(item.group for item in items if item.group):
         where = [i for i, item in enumerate(items) if item.group == name]
@@ -172,23 +166,19 @@ def _groups(
 
 
 def _flowertune_row(task: Task, file: AnswerFile) -> tuple[dict[str, Any], list[bool]]:
-    """Return what only protocol `flowertune` tells, and which items are right."""
-    labels = task.benchmark.labels
-    records = generations(task, file)
-    score = flowertune.rescore(records, labels)
-    kind = flowertune.answer_type(labels)
-    pairs = [flowertune.read_answer(r.output.lower(), r.gold.lower(), kind) for r in records]
+    """Return the keys of protocol `flowertune`, and whether each item is correct."""
+    score = flowertune.rescore(generations(task, file), task.benchmark.labels)
     row = {
         "spread": score.spread,
         "format_failures": score.format_failures,
         "first_letter_answers": score.first_letter_answers,
         "commonest_failures": score.commonest_failures,
     }
-    return row, [predicted == gold for predicted, gold in pairs]
+    return row, list(score.right)
 
 
 def _likelihood_row(task: Task, file: AnswerFile) -> tuple[dict[str, Any], list[bool]]:
-    """Return what only protocol `likelihood` tells, and which items are right."""
+    """Return the keys of protocol `likelihood`, and whether each item is correct."""
     published = file.ordered()
     n, normalised = len(published), sum(r["correct_normalised"] for r in published)
     orders = sorted({order for order, _ in file.records} - {0})
@@ -218,7 +208,7 @@ _ROWS: dict[str, Callable[[Task, AnswerFile], tuple[dict[str, Any], list[bool]]]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values as JSON has them: lists for tuples."""
+    """Return the values with lists for tuples, as JSON reads them back."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -227,86 +217,26 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def generations(task: Task, file: AnswerFile) -> list[flowertune.Generation]:
     """Return the recorded outputs with their prompts and gold answers, in the source's order."""
-    outputs: dict[int, Record] = {record["row"]: record for record in file.ordered()}
+    outputs = {record["row"]: record["output"] for record in file.ordered()}
     return [
         flowertune.Generation(
             flowertune.build_prompt(task.benchmark, item),
             flowertune.gold_text(item),
-            outputs[item.row]["output"],
+            outputs[item.row],
         )
         for item in task.items
     ]
 
 
-def write_flowertune_files(plan: Plan, answers: Answers) -> None:
-    """Write what FlowerTune's evaluator leaves behind, for each model and benchmark."""
-    if "flowertune" not in plan.protocols:
+def write_flowertune_files(tasks: EvaluationTasks, answers: Answers) -> None:
+    """Write the result files of FlowerTune's evaluator, for each model and benchmark."""
+    if "flowertune" not in tasks.method.protocols:
         return
-    for subject in plan.subjects:
-        for task in plan.tasks:
+    for subject in tasks.target.subjects:
+        for task in tasks.questions.tasks:
             records = generations(task, answers[subject.name, task.benchmark.name, "flowertune"])
             names = flowertune.result_names(task.benchmark.name, subject.name)
             score = flowertune.rescore(records, task.benchmark.labels)
-            with writing(plan.out):
-                flowertune.write_generations(plan.out / names[0], records)
-                flowertune.write_accuracy(plan.out / names[1], score)
-
-
-# --- Verification ---------------------------------------------------------------------------------
-
-
-def faults_in(content: Any) -> list[str]:
-    """Return what cannot be in an `evaluation.json`, parts of benchmarks included."""
-    found = []
-    for evaluation in evaluations_in(content):
-        told = implausible(_checkable(evaluation)) or _group_faults(evaluation)
-        protocol = evaluation.get("protocol") if isinstance(evaluation, dict) else None
-        several = evaluation is not content
-        found += [f"protocol {protocol}: {fault}" if several else fault for fault in told]
-    return found
-
-
-def _checkable(evaluation: Any) -> Any:
-    """Return an evaluation whose prompt hashes can be recomputed without its tokenizer.
-
-    Where a run's own prompt is the base's chat template, its hash cannot, and is taken as right.
-    """
-    rows = evaluation.get("rows") if isinstance(evaluation, dict) else None
-    if not isinstance(rows, list) or evaluation.get("prompt_template") in (None, "alpaca"):
-        return evaluation
-    known = benchmarks()
-    own = {name: b for name, b in known.items() if likelihood.asks_in_own_prompt(b)}
-    is_likelihood = evaluation.get("protocol") == "likelihood"
-    return {
-        **evaluation,
-        "rows": [
-            {**row, "prompt_hash": likelihood.prompt_hash(own[row["benchmark"]])}
-            if is_likelihood and isinstance(row, dict) and row.get("benchmark") in own
-            else row
-            for row in rows
-        ],
-    }
-
-
-def _group_faults(evaluation: Mapping[str, Any]) -> list[str]:
-    """Say which parts of a benchmark do not add up; rows themselves are known to be in order."""
-    faults = []
-    for number, row in enumerate(evaluation["rows"], 1):
-        groups = row.get("groups") or []
-        try:
-            sums = {key: sum(group[key] for group in groups) for key in ("n", "correct")}
-            intervals = [
-                (g["interval"], list(wilson_interval(g["correct"], g["n"]))) for g in groups
-            ]
-            wrong = any(abs(a - b) > 1e-3 for pair in intervals for a, b in zip(*pair, strict=True))
-        except (TypeError, KeyError, ValueError) as error:
-            faults.append(f"row {number}: its groups cannot be read ({error})")
-            continue
-        if groups and (sums["n"], sums["correct"]) != (row["n"], row["correct"]):
-            faults.append(
-                f"row {number} ({row['model']}, {row['benchmark']}): its groups add up to "
-                f"{sums['correct']} of {sums['n']}, the row says {row['correct']} of {row['n']}"
-            )
-        if wrong:
-            faults.append(f"row {number}: an interval of its groups is not Wilson's")
-    return faults
+            with writing(tasks.folder):
+                flowertune.write_generations(tasks.folder / names[0], records)
+                flowertune.write_accuracy(tasks.folder / names[1], score)

@@ -1,7 +1,7 @@
-"""What an evaluation asks, of which models, and where it writes: settled before a model is loaded.
+"""What an evaluation asks, of which models: resolved and checked before a model is loaded.
 
-A target is a run directory (its last and its best checkpoint), the folder of one adapter, or
-`none`. The untouched base is always asked too.
+target = find_target("runs/first")
+tasks = EvaluationTasks(target, load_questions(target.benchmarks))
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,209 +17,181 @@ from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, nearest
 from grandrounds.server.directory import RunDirectory
-from grandrounds.study.evaluation.benchmarks import (
-    Benchmark,
-    Item,
-    get_benchmark,
-    load_items,
-    source_of,
-)
+from grandrounds.study.evaluation.benchmarks import MEDICAL, Questions
 from grandrounds.study.evaluation.verification import BASE
 
 PROTOCOLS = ("flowertune", "likelihood")
-"""The ways to ask; `all` is every one of them."""
+"""Evaluation protocols."""
 
 ALL = "all"
-"""The name of all protocols together."""
+"""Selects every protocol."""
 
 NO_ADAPTER = "none"
-"""The target that stands for the untouched base alone."""
-
-MEDICAL = ("pubmedqa", "medqa", "medmcqa", "careqa")
-"""The benchmarks of FlowerTune's medical table, asked where nothing else is said."""
+"""Selects the base model alone."""
 
 WEIGHTS = "adapter_model.safetensors"
 """File of an adapter's tensors."""
 
 QUANTIZATIONS = (0, 4, 8)
-"""Bits of the base's weights; 0 stands for not quantised."""
+"""Bits of the base's weights; 0 for an unquantised base."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is asked."""
+    """A model to evaluate."""
 
     name: str
-    """What its rows are called: `base`, or the name of the adapter's folder."""
-    adapter: Path | None
-    """The adapter's folder; None for the untouched base."""
-    sha256: str | None
+    """`base`, or the name of the adapter's folder."""
+    adapter: Path | None = None
+    """Folder of the adapter; None for the base."""
+    sha256: str | None = None
     """Hash of the adapter's weights file."""
-    role: str
-    """What the adapter is to its run, such as `last checkpoint`; empty where there is no run."""
+    role: str = ""
+    """Role of the adapter in its run, such as `last checkpoint`."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """A benchmark with what was read of it."""
+class Target:
+    """The adapters to evaluate and the base they belong to."""
 
-    benchmark: Benchmark
-    """Its description."""
-    items: tuple[Item, ...]
-    """What is asked, in the source's order."""
-    source: dict[str, str]
-    """Where the items came from, from `benchmarks.source_of`."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole evaluation."""
-
-    subjects: tuple[Subject, ...]
-    """The base first."""
-    tasks: tuple[Task, ...]
-    """In the order asked for."""
-    protocols: tuple[str, ...]
-    """Some of `PROTOCOLS`."""
+    adapters: tuple[Subject, ...]
     base: str
     """Hub name, local folder or `formulary`."""
-    quantization: int
-    """One of `QUANTIZATIONS`."""
-    dtype: str
-    """`auto`, `float32` or `bfloat16`."""
-    prompt_template: str
-    """In which the formulary is asked: the run's, `alpaca` where there is no run."""
-    limit: int | None
-    """Items asked of each benchmark, the first; None for all."""
-    permutations: int
-    """Orders of the options that protocol `likelihood` asks besides the published one."""
     out: Path
-    """Folder that everything is written to."""
+    """Default output folder."""
+    benchmarks: tuple[str, ...]
+    """Default benchmarks."""
+    quantization: int = 0
+    """One of `QUANTIZATIONS`."""
+    dtype: str = "auto"
+    """`auto`, `float32` or `bfloat16`."""
+    prompt_template: str = "alpaca"
+    """Prompt template for the formulary: the one the run trained with."""
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """All models to evaluate, the base first."""
+        return Subject(BASE), *self.adapters
 
 
-def make_plan(
-    target: str,
-    *,
-    base: str | None = None,
-    benchmarks: Sequence[str] | None = None,
-    protocol: str = "likelihood",
-    data: Path | None = None,
-    quantization: int | None = None,
-    limit: int | None = None,
-    permutations: int = 3,
-    out: Path | None = None,
-) -> Plan:
-    """Check what was asked for, and read the benchmarks; parameters are those of `evaluate`."""
-    protocols = protocols_named(protocol)
-    for name in benchmarks or ():
-        get_benchmark(name)
-    _check_numbers(quantization, limit, permutations)
-    chosen = _target(target, base)
-    names = tuple(dict.fromkeys(benchmarks or chosen.benchmarks))
-    known = [get_benchmark(name) for name in names]
-    tasks = tuple(Task(b, load_items(b, data, limit), source_of(b, data)) for b in known)
-    return Plan(
-        subjects=(Subject(BASE, None, None, ""), *chosen.adapters),
-        tasks=tasks,
-        protocols=protocols,
-        base=chosen.base,
-        quantization=chosen.quantization if quantization is None else quantization,
-        dtype=chosen.dtype,
-        prompt_template=chosen.prompt_template,
-        limit=limit,
-        permutations=permutations,
-        out=(out or chosen.out).expanduser().absolute(),
-    )
+@dataclass(frozen=True)
+class Method:
+    """How models are asked."""
 
+    protocol: str = "likelihood"
+    """One of `PROTOCOLS`, or `all`."""
+    permutations: int = 3
+    """Random orders of the options asked under `likelihood`, besides the published order."""
+    batch_size: int = 16
+    """Prompts per forward pass; affects answers by rounding only."""
 
-def protocols_named(name: str) -> tuple[str, ...]:
-    """Return the protocols that a name stands for.
-
-    Raises
-    ------
-    ConfigError
-        If there is none of that name; the message suggests the nearest.
-    """
-    if name == ALL:
-        return PROTOCOLS
-    if name not in PROTOCOLS:
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` if a value is out of range."""
         allowed = (*PROTOCOLS, ALL)
-        raise ConfigError(
-            f"unknown protocol {name!r}; allowed: {', '.join(allowed)}.{nearest(name, allowed)}"
-        )
-    return (name,)
+        if self.protocol not in allowed:
+            raise ConfigError(
+                f"unknown protocol {self.protocol!r}; allowed: {', '.join(allowed)}."
+                f"{nearest(self.protocol, allowed)}"
+            )
+        if self.permutations < 0:
+            raise ConfigError(f"permutations must be at least 0, got {self.permutations}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch-size must be at least 1, got {self.batch_size}")
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The protocols to evaluate by, in order."""
+        return PROTOCOLS if self.protocol == ALL else (self.protocol,)
 
 
-def _check_numbers(quantization: int | None, limit: int | None, permutations: int) -> None:
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        allowed = ", ".join(map(str, QUANTIZATIONS))
-        raise ConfigError(f"quantization must be one of {allowed} bits, got {quantization}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}; leave it out to ask every item")
-    if permutations < 0:
-        raise ConfigError(f"permutations must be at least 0, got {permutations}")
+@dataclass(frozen=True)
+class EvaluationTasks:
+    """An evaluation: which models are asked which questions, how, and where the result goes."""
+
+    target: Target
+    questions: Questions
+    method: Method = Method()
+    out: Path | None = None
+    """Output folder; None for the target's default."""
+
+    @property
+    def folder(self) -> Path:
+        """Absolute path of the output folder."""
+        return (self.out or self.target.out).expanduser().absolute()
 
 
 # --- Targets --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What a target says by itself."""
+def find_target(target: str, base: str | None = None, quantization: int | None = None) -> Target:
+    """Return the models that a target names.
 
-    adapters: tuple[Subject, ...]
-    base: str
-    quantization: int
-    dtype: str
-    benchmarks: tuple[str, ...]
-    out: Path
-    prompt_template: str = "alpaca"
+    Parameters
+    ----------
+    target : str
+        A run directory (its last and best checkpoints), the folder of one adapter, or `none` for
+        the base alone.
+    base : str, optional
+        Hub name, local folder or `formulary`. Required for `none`; defaults to the base recorded by
+        the run or adapter.
+    quantization : int, optional
+        One of `QUANTIZATIONS`; defaults to the run's, or 0.
+
+    Raises
+    ------
+    ConfigError
+        If the base is missing, or `quantization` is not allowed.
+    ModelError, RunDirectoryError
+        If the target is none of these, or contains no adapter.
+    """
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        allowed = ", ".join(map(str, QUANTIZATIONS))
+        raise ConfigError(f"quantization must be one of {allowed} bits, got {quantization}")
+    found = _find(target, base)
+    return found if quantization is None else replace(found, quantization=quantization)
 
 
-def _target(target: str, base: str | None) -> _Target:
-    """Return what stands behind a target: `none`, a run directory, or an adapter's folder."""
+def _find(target: str, base: str | None) -> Target:
     if target == NO_ADAPTER:
         if base is None:
-            raise ConfigError(f"target {NO_ADAPTER!r} needs a base model: give --base MODEL")
-        name = re.sub(r"[^\w.-]+", "-", base.strip("/"))
-        return _Target((), base, 0, "auto", _default_benchmarks(base), Path(f"evaluation-{name}"))
+            raise ConfigError(f"target {NO_ADAPTER!r} needs a base model: use --base MODEL")
+        out = Path(f"evaluation-{_file_name(base.strip('/'))}")
+        return Target((), base, out, _default_benchmarks(base))
     folder = Path(target).expanduser()
     if (folder / "config.toml").is_file():
         return _run_target(folder, base)
     if (folder / "adapter_config.json").is_file():
-        recorded = read_adapter_config(folder).get("base_model_name_or_path")
-        chosen = base or recorded
+        chosen = base or read_adapter_config(folder).get("base_model_name_or_path")
         if not chosen:
-            raise ConfigError(f"{folder} does not say which base it belongs to: give --base MODEL")
-        adapter = _adapter_subject(folder, "")
-        out = folder / "evaluation"
-        return _Target((adapter,), chosen, 0, "auto", _default_benchmarks(chosen), out)
+            raise ConfigError(f"{folder} does not record its base model: use --base MODEL")
+        adapters = (_adapter_subject(folder),)
+        return Target(adapters, chosen, folder / "evaluation", _default_benchmarks(chosen))
     what = "is no such folder" if not folder.is_dir() else "is neither"
     raise ModelError(
-        f"{target!r} {what}: give a run directory (with config.toml), the folder of an adapter "
+        f"{target!r} {what}: expected a run directory (with config.toml), the folder of an adapter "
         f"(with adapter_config.json), or {NO_ADAPTER!r} for the base alone"
     )
 
 
-def _run_target(folder: Path, base: str | None) -> _Target:
-    """Return the last and the best checkpoint of a run, with the base that it trained on."""
+def _run_target(folder: Path, base: str | None) -> Target:
+    """Return the last and the best checkpoint of a run, on the base it trained on."""
     config = resolve(load_recipe(folder / "config.toml"))
     chosen = base or config.model.name
-    is_formulary = config.static.name == FORMULARY
-    return _Target(
-        _checkpoints(RunDirectory.open(folder)),
-        chosen,
-        config.model.quantization,
-        config.model.dtype,
-        ("formulary",) if is_formulary else _default_benchmarks(chosen),
-        folder / "evaluation",
-        config.data.prompt_template,
+    on_formulary = config.static.name == FORMULARY
+    return Target(
+        adapters=_checkpoints(RunDirectory.open(folder)),
+        base=chosen,
+        out=folder / "evaluation",
+        benchmarks=(FORMULARY,) if on_formulary else _default_benchmarks(chosen),
+        quantization=config.model.quantization,
+        dtype=config.model.dtype,
+        prompt_template=config.data.prompt_template,
     )
 
 
 def _default_benchmarks(base: str) -> tuple[str, ...]:
-    """Return what is asked where nothing was said: the embedded base knows the formulary only."""
-    return ("formulary",) if base == FORMULARY else MEDICAL
+    """Return the default benchmarks of a base: the embedded one knows the formulary only."""
+    return (FORMULARY,) if base == FORMULARY else MEDICAL
 
 
 def _checkpoints(run: RunDirectory) -> tuple[Subject, ...]:
@@ -242,16 +213,21 @@ def _checkpoints(run: RunDirectory) -> tuple[Subject, ...]:
     return tuple(_adapter_subject(run.path / name, role) for name, role in roles.items())
 
 
-def _adapter_subject(folder: Path, role: str) -> Subject:
+def _adapter_subject(folder: Path, role: str = "") -> Subject:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ModelError(
-            f"{folder} holds no adapter: there is no {WEIGHTS}. Save the adapter with "
+            f"{folder} has no adapter: {WEIGHTS} is missing. Save the adapter with "
             "save_pretrained, as safetensors."
         )
-    name = re.sub(r"[^\w.-]+", "-", folder.resolve().name)
+    name = _file_name(folder.resolve().name)
     name = f"adapter-{name}" if name in ("", BASE) else name
     return Subject(name, folder, hashlib.sha256(weights.read_bytes()).hexdigest(), role)
+
+
+def _file_name(text: str) -> str:
+    """Return a text with everything that does not belong in a file name replaced."""
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -260,7 +236,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises
     ------
     ModelError
-        If it is not there or is no JSON object.
+        If the file cannot be read or is not a JSON object.
     """
     file = folder / "adapter_config.json"
     try:
@@ -268,5 +244,5 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{file} must hold one JSON object")
+        raise ModelError(f"{file} must contain one JSON object")
     return config

@@ -1,27 +1,29 @@
-"""Says what in an `evaluation.json` cannot be, without asking a model again.
+"""Checks an `evaluation.json` for impossible or inconsistent figures, without running a model.
 
 The file is one object:
 
     protocol         "flowertune" or "likelihood"
     base             name of the base model
-    adapter          where the adapter came from; null if only the base was asked
+    adapter          path of the adapter; null if only the base was evaluated
     adapter_sha256   hash of the adapter's weights; null without one
     precision        such as "float32" or "nf4"
     versions         library → version
     rows             one object for each model and benchmark:
-        model        "base", or what the tuned model is called
+        model        "base", or the name of the tuned model
         benchmark    a name of `grandrounds.study.evaluation.benchmarks`
         n, correct   counts of items
         accuracy     correct / n, from 0 to 1
         interval     [low, high], Wilson's 95 % interval of the accuracy
         prompt_hash  the protocol's for this benchmark
         source       from `benchmarks.source_of`
-        limited      true where n is meant to be below the published size; may be left out
-        spread       answer → count, adding up to n; may be left out
-        format_failures  a count of items; may be left out
+        limited      true if n is deliberately below the published size; optional
+        spread       answer → count, summing to n; optional
+        format_failures  a count of items; optional
+        groups       subsets of the benchmark with n, correct, accuracy, interval; optional
     average          model → {"accuracy": mean of its rows' accuracies, "benchmarks": [names]}
 
-Further keys are not looked at.
+Further keys are ignored. An evaluation by several protocols is an object with one such object each
+under `evaluations`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from itertools import combinations
 from typing import Any
 
 from grandrounds.errors import nearest
+from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation import flowertune, likelihood
 from grandrounds.study.evaluation.benchmarks import Benchmark, benchmarks
 
@@ -41,13 +44,13 @@ PROMPT_HASHES: dict[str, Callable[[Benchmark], str]] = {
     "flowertune": flowertune.prompt_hash,
     "likelihood": likelihood.prompt_hash,
 }
-"""Protocol → the hash of a benchmark's prompts. Those of other protocols are not checked."""
+"""Protocol → hash of a benchmark's prompts. Other protocols' hashes are not checked."""
 
 BASE = "base"
-"""What the untouched base is called in a row."""
+"""Name of the base model in a row."""
 
 SMALLEST_COMPARED = 100
-"""Benchmarks with fewer items are left out where equal figures are looked for: chance is enough."""
+"""Benchmarks with fewer items are ignored in the search for copied figures: ties are likely."""
 
 _INTERVAL_TOLERANCE = 1e-3
 
@@ -55,25 +58,24 @@ Row = dict[str, Any]
 
 
 def published_percentage_is_possible(percentage: float, decimals: int, n: int) -> bool:
-    """Say whether any count over `n` items gives a percentage, rounded to so many decimals.
+    """Return whether any count out of `n` items rounds to a percentage.
 
-    Halves may have been rounded up or down. A figure that was cut off instead of rounded is not
-    what a percentage with `decimals` decimals means, and is refused: 68.34 % of 4,183 lies between
-    2,858 (68.32) and 2,859 (68.35).
+    Halves may be rounded up or down. Figures truncated instead of rounded are rejected: 68.34 % of
+    4,183 lies between 2,858 (68.32) and 2,859 (68.35).
 
     Parameters
     ----------
     percentage : float
         From 0 to 100, as published.
     decimals : int
-        Decimals it was published with, from 0; trailing zeros count.
+        Number of published decimals, including trailing zeros.
     n : int
-        Items asked, at least 1.
+        Number of items, at least 1.
 
     Raises
     ------
     ValueError
-        If `n` or `decimals` is out of its range, or `percentage` is no number.
+        If `n` or `decimals` is out of range, or `percentage` is not finite.
     """
     if n < 1 or decimals < 0 or not math.isfinite(percentage):
         raise ValueError(f"no percentage {percentage} with {decimals} decimals of {n} items")
@@ -84,15 +86,32 @@ def published_percentage_is_possible(percentage: float, decimals: int, n: int) -
     return lowest <= highest
 
 
-def implausible(evaluation: Any) -> list[str]:
-    """Return what cannot be in an `evaluation.json`, one sentence each; none if nothing is found.
+def evaluations_in(content: Any) -> list[Any]:
+    """Return the evaluations of an `evaluation.json`, one per protocol."""
+    several = content.get("evaluations") if isinstance(content, dict) else None
+    return list(several) if isinstance(several, list) and several else [content]
 
-    Figures that agree with each other may still be wrong: this finds slips and copies, and cannot
-    show that a model was asked.
+
+def faults_in(content: Any) -> list[str]:
+    """Return the faults of an `evaluation.json`, one sentence each.
+
+    Consistent figures may still be wrong: this finds slips and copies, and cannot show that a model
+    was run.
     """
+    found = []
+    for evaluation in evaluations_in(content):
+        faults = _faults_in(evaluation)
+        protocol = evaluation.get("protocol") if isinstance(evaluation, dict) else None
+        several = evaluation is not content
+        found += [f"protocol {protocol}: {fault}" if several else fault for fault in faults]
+    return found
+
+
+def _faults_in(evaluation: Any) -> list[str]:
+    """Return the faults of one protocol's evaluation."""
     given = evaluation.get("rows") if isinstance(evaluation, dict) else None
     if not isinstance(given, list) or not given:
-        return ["there are no rows, so there is nothing to verify"]
+        return ["there are no rows to verify"]
     found = []
     rows = []
     for number, row in enumerate(given, 1):
@@ -102,25 +121,26 @@ def implausible(evaluation: Any) -> list[str]:
             continue
         rows.append(row)
         name = f"row {number} ({row['model']}, {row['benchmark']})"
-        faults = [*_count_faults(row), *_benchmark_faults(row, evaluation.get("protocol"))]
+        faults = [*_count_faults(row), *_benchmark_faults(row, evaluation)]
         found += [f"{name}: {fault}" for fault in faults]
-    return [*found, *_table_faults(rows), *_average_faults(evaluation.get("average"), rows)]
+    found += [*_table_faults(rows), *_average_faults(evaluation.get("average"), rows)]
+    return found or _group_faults(rows)
 
 
 # --- One row --------------------------------------------------------------------------------------
 
 
 def _form_faults(row: Any) -> list[str]:
-    """Say what is missing in a row, or of another type."""
+    """Return which keys of a row are missing or of the wrong type."""
     if not isinstance(row, dict):
         return ["not an object"]
     faults = [
         f"{key!r} is {row.get(key)!r}, and must be {what}"
         for key, what, holds in (
-            ("model", "a text", _is_name),
-            ("benchmark", "a text", _is_name),
-            ("n", "a whole number from 1", lambda value: _is_count(value) and value > 0),
-            ("correct", "a whole number from 0", _is_count),
+            ("model", "a string", _is_name),
+            ("benchmark", "a string", _is_name),
+            ("n", "an integer of at least 1", lambda value: _is_count(value) and value > 0),
+            ("correct", "an integer of at least 0", _is_count),
             ("accuracy", "a number from 0 to 1", _is_fraction),
             ("interval", "two numbers from 0 to 1", _is_interval),
         )
@@ -148,7 +168,7 @@ def _is_interval(value: Any) -> bool:
 
 
 def _count_faults(row: Row) -> Iterable[str]:
-    """Say which figures of a row contradict its counts."""
+    """Yield the figures of a row that contradict its counts."""
     n, correct = row["n"], row["correct"]
     if correct > n:
         yield f"{correct} of {n} items correct"
@@ -159,30 +179,29 @@ def _count_faults(row: Row) -> Iterable[str]:
         percentage = float(Decimal(repr(row["accuracy"])) * 100)
         if not published_percentage_is_possible(percentage, decimals, n):
             yield f"no count of {n} items gives {percentage:.{decimals}f} %"
-    yield from _interval_faults(row)
+    if not _has_wilson_interval(row):
+        low, high = wilson_interval(correct, n)
+        yield (
+            f"interval {row['interval']}, but Wilson's 95 % interval of {correct} of {n} is "
+            f"[{low:.4f}, {high:.4f}]"
+        )
     failures = row.get("format_failures")
     if failures is not None and not (_is_count(failures) and failures <= n):
         yield f"{failures!r} format failures among {n} items"
     if "spread" in row:
         counts = row["spread"].values()
         if not all(map(_is_count, counts)) or sum(counts) != n:
-            yield f"the spread of answers {row['spread']} does not add up to {n} items"
+            yield f"the spread of answers {row['spread']} does not sum to {n} items"
 
 
-def _interval_faults(row: Row) -> Iterable[str]:
-    from grandrounds.statistics import wilson_interval
-
+def _has_wilson_interval(row: Row) -> bool:
     expected = wilson_interval(row["correct"], row["n"])
     pairs = zip(row["interval"], expected, strict=True)
-    if any(abs(given - right) > _INTERVAL_TOLERANCE for given, right in pairs):
-        yield (
-            f"interval {row['interval']}, but Wilson's 95 % interval of {row['correct']} of "
-            f"{row['n']} is [{expected[0]:.4f}, {expected[1]:.4f}]"
-        )
+    return all(abs(given - right) <= _INTERVAL_TOLERANCE for given, right in pairs)
 
 
-def _benchmark_faults(row: Row, protocol: Any) -> Iterable[str]:
-    """Say what contradicts the benchmark as published, and the protocol's prompts."""
+def _benchmark_faults(row: Row, evaluation: Row) -> Iterable[str]:
+    """Yield contradictions to the published benchmark and to the protocol's prompts."""
     known = benchmarks()
     name = row["benchmark"]
     if name not in known:
@@ -193,20 +212,46 @@ def _benchmark_faults(row: Row, protocol: Any) -> Iterable[str]:
         yield f"{row['n']} items, but the benchmark has {published}"
     elif row["n"] < published and not row.get("limited"):
         yield f"{row['n']} items instead of {published}, and not declared as limited"
-    if protocol in PROMPT_HASHES:
-        right = PROMPT_HASHES[protocol](known[name])
-        if row.get("prompt_hash") != right:
-            yield (
-                f"prompt hash {row.get('prompt_hash')!r}, but protocol {protocol!r} has {right!r}: "
-                "other prompts were sent"
+    protocol = evaluation.get("protocol")
+    if protocol not in PROMPT_HASHES:
+        return
+    own = protocol == "likelihood" and likelihood.asks_in_own_prompt(known[name])
+    if own and evaluation.get("prompt_template") not in (None, "alpaca"):
+        return  # the hash of a chat template cannot be recomputed without the tokenizer
+    right = PROMPT_HASHES[protocol](known[name])
+    if row.get("prompt_hash") != right:
+        yield (
+            f"prompt hash {row.get('prompt_hash')!r}, but protocol {protocol!r} has {right!r}: "
+            "other prompts were sent"
+        )
+
+
+def _group_faults(rows: list[Row]) -> list[str]:
+    """Return the faults in the subsets of benchmarks, of rows that are otherwise consistent."""
+    faults = []
+    for number, row in enumerate(rows, 1):
+        groups = row.get("groups") or []
+        try:
+            n, correct = (sum(group[key] for group in groups) for key in ("n", "correct"))
+            right = all(map(_has_wilson_interval, groups))
+        except (TypeError, KeyError, ValueError) as error:
+            faults.append(f"row {number}: its groups cannot be read ({error})")
+            continue
+        if groups and (n, correct) != (row["n"], row["correct"]):
+            faults.append(
+                f"row {number} ({row['model']}, {row['benchmark']}): its groups sum to "
+                f"{correct} of {n}, but the row has {row['correct']} of {row['n']}"
             )
+        if not right:
+            faults.append(f"row {number}: the interval of a group is not Wilson's")
+    return faults
 
 
 # --- The table ------------------------------------------------------------------------------------
 
 
 def _table_faults(rows: list[Row]) -> Iterable[str]:
-    """Say which rows are missing, doubled, or alike where they cannot be."""
+    """Yield rows that are missing, duplicated, or suspiciously equal."""
     table: dict[str, dict[str, Row]] = {}  # model → benchmark → row
     for row in rows:
         columns = table.setdefault(row["model"], {})
@@ -214,13 +259,13 @@ def _table_faults(rows: list[Row]) -> Iterable[str]:
             yield f"{row['model']} has two rows for {row['benchmark']}"
         columns[row["benchmark"]] = row
     if BASE not in table:
-        yield f"there is no row of the untouched base (model {BASE!r})"
+        yield f"there is no row for the base (model {BASE!r})"
     yield from _equal_columns(table)
     yield from _copies_of_base(table)
 
 
 def _equal_columns(table: dict[str, dict[str, Row]]) -> Iterable[str]:
-    """Two benchmarks on which every one of several models has the same figure."""
+    """Yield pairs of benchmarks on which each of several models has the same accuracy."""
     names = dict.fromkeys(name for columns in table.values() for name in columns)
     for one, other in combinations(names, 2):
         pairs = [
@@ -235,7 +280,7 @@ def _equal_columns(table: dict[str, dict[str, Row]]) -> Iterable[str]:
 
 
 def _copies_of_base(table: dict[str, dict[str, Row]]) -> Iterable[str]:
-    """Tuned models whose figures are the base's on every one of several benchmarks."""
+    """Yield tuned models whose counts equal the base's on each of several benchmarks."""
     base = table.get(BASE, {})
     for model, columns in table.items():
         shared = [
@@ -251,14 +296,14 @@ def _copies_of_base(table: dict[str, dict[str, Row]]) -> Iterable[str]:
 
 
 def _tells(rows: Iterable[Row]) -> bool:
-    """Say whether equal figures mean something: not where all are 0 or 1, as after no answer."""
+    """Return whether equal figures are suspicious: not if all are 0 or 1, as without any answer."""
     return any(0 < row["correct"] < row["n"] for row in rows)
 
 
 def _average_faults(average: Any, rows: list[Row]) -> Iterable[str]:
-    """Say which average is missing or is not the mean of its rows."""
+    """Yield averages that are missing or are not the mean of their rows."""
     if not isinstance(average, dict):
-        yield "'average' must be an object from model to accuracy and benchmarks"
+        yield "'average' must map each model to its accuracy and benchmarks"
         return
     models = dict.fromkeys(row["model"] for row in rows)
     yield from (f"there is no average for {model}" for model in models if model not in average)
@@ -282,11 +327,11 @@ def _average_faults(average: Any, rows: list[Row]) -> Iterable[str]:
 
 
 def _decimals(value: float) -> int:
-    """Return the decimals that a number was written with."""
+    """Return the number of decimals in a number's shortest representation."""
     exponent = Decimal(repr(value)).as_tuple().exponent
     return -exponent if isinstance(exponent, int) and exponent < 0 else 0
 
 
 def _rounds_to(exact: float, written: float) -> bool:
-    """Say whether `written` is `exact`, as far as its decimals go."""
+    """Return whether `exact` rounds to `written`."""
     return abs(exact - written) <= 0.5 * 10.0 ** -_decimals(written) + 1e-12

@@ -1,4 +1,4 @@
-"""Everything that can be said of a run before it starts, from its configuration alone."""
+"""Forecasts a run's traffic, memory and coverage from its configuration alone."""
 
 from __future__ import annotations
 
@@ -33,46 +33,45 @@ from grandrounds.wire.schedule import cohorts_of
 from grandrounds.wire.traffic import Plan, plan_config
 
 LEADERBOARD_ROWS = 33_955
-"""Rows of the medical leaderboard's training data (medalpaca/medical_meadow_medical_flashcards)."""
+"""Rows of the medical leaderboard's training data, medalpaca/medical_meadow_medical_flashcards."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the sites will have read at the end, if no row is empty or a duplicate."""
+    """Training data seen by the end of a run, if no row is empty or a duplicate."""
 
     rows: int
     """Rows of the data."""
     train_examples: int
-    """Examples of all sites that are not held out."""
+    """Training examples of all sites."""
     examples_per_visit: int
-    """Examples of one visit, in the mean over the sites."""
+    """Examples per visit, averaged over the sites."""
     examples_seen: int
-    """Examples of all visits, repeats counted."""
+    """Examples in all visits, including repeats."""
     share_covered: float
-    """Share of the training examples seen at least once, with the cohorts that the seed draws."""
+    """Share of the training examples seen at least once, given the seed's cohorts."""
     sizes_known: bool
-    """Whether the sites' sizes follow from the configuration; else equal ones are assumed."""
+    """Whether the configuration determines the sites' sizes; otherwise they are assumed equal."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run before it starts."""
+    """Forecast of a run."""
 
     config: Config
     architecture: Architecture
     targets: list[str]
     shapes: Shapes
-    """The adapter's tensors."""
+    """Shapes of the adapter's tensors."""
     dora: bool
-    """Whether DoRA's magnitudes are among them: a run refuses that."""
+    """Whether they include DoRA's magnitudes, which a run refuses."""
     plan: Plan
     site: SiteMemory
-    """Memory of a site as configured, on a GPU with bfloat16; where gradient checkpointing is
-    `auto`, without it."""
+    """Memory of a site on a GPU with bfloat16; without gradient checkpointing if it is `auto`."""
     server_bytes: int
-    """Adapter tensors that the server holds at its peak."""
+    """Peak memory of adapter tensors on the server."""
     reading: Reading | None
-    """None: the number of rows is not known."""
+    """None if the number of rows is unknown."""
 
 
 def forecast(
@@ -82,21 +81,23 @@ def forecast(
     dora: bool = False,
     rows: int | None = None,
 ) -> Forecast:
-    """Return what a run will cost; nothing is loaded, nothing is downloaded.
+    """Forecast a run without loading or downloading anything.
 
     Parameters
     ----------
-    architecture : str or None
-        A known base of the same shapes, where `model.name` is not known itself.
+    architecture : str, optional
+        A known base with the same shapes, if `model.name` is unknown.
     dora : bool
         Whether to count DoRA's magnitudes.
-    rows : int or None
-        Rows of the data, where they cannot be counted.
+    rows : int, optional
+        Number of rows, for data that cannot be counted.
 
     Raises
     ------
+    ConfigError
+        If DoRA is combined with a strategy that does not average LoRA factors.
     ModelError
-        If the base's shapes are not known, or a target module is none of its linear modules.
+        If the base's shapes are unknown, or a target is not one of its linear modules.
     DataError
         If a local file cannot be read.
     """
@@ -108,7 +109,7 @@ def forecast(
     shapes = adapter_shapes(base, targets, rank, dora=dora)
     if dora and not STRATEGIES[config.strategy.name].mean_of_factors:
         raise ConfigError(
-            f"DoRA is planned for fedavg and fedprox only, not for {config.strategy.name}."
+            f"DoRA can be planned for fedavg and fedprox only, not for {config.strategy.name}."
         )
     counted = rows if rows is not None else count_rows(config.static.name)
     return Forecast(
@@ -135,7 +136,7 @@ def forecast(
 
 
 def server_memory(config: Config, shapes: Shapes) -> int:
-    """Return the bytes of adapter tensors that the server holds at its peak."""
+    """Return the peak memory of adapter tensors on the server, in bytes."""
     rule = STRATEGIES[config.strategy.name]
     if rule.stacks:
         shapes = at_rank(shapes, config.max_rank)
@@ -153,7 +154,7 @@ def server_memory(config: Config, shapes: Shapes) -> int:
 
 
 def count_rows(source: str) -> int | None:
-    """Return the rows of a data source; None where only loading it would tell.
+    """Count the rows of a data source; None if it would have to be loaded.
 
     Raises
     ------
@@ -175,7 +176,7 @@ def count_rows(source: str) -> int | None:
             with text:
                 return _rows_of(name, text)
     except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}. Correct it, or give --rows.") from error
+        raise DataError(f"{path} cannot be read: {error}. Correct it, or use --rows.") from error
 
 
 def _rows_of(name: str, file: IO[str]) -> int:
@@ -190,10 +191,10 @@ def _rows_of(name: str, file: IO[str]) -> int:
 
 
 def reading(config: Config, rows: int) -> Reading:
-    """Return what the sites will have read of so many rows.
+    """Return how much of the data the sites will have seen.
 
-    A site walks through its examples without repeats, so that after v visits of e examples each it
-    has seen min(1, v e / n) of its n. The visits are those that the seed draws.
+    A site's cursor advances through its examples without repeats: after v visits of e examples, it
+    has seen the share min(1, v e / n) of its n examples. Visits follow from the seed's cohorts.
     """
     data, arguments = config.data, config.arguments
     sizes = [_kept(size, data.held_out_fraction) for size in site_sizes(config, rows)]
@@ -220,7 +221,7 @@ def reading(config: Config, rows: int) -> Reading:
 
 
 def site_sizes(config: Config, rows: int) -> list[int]:
-    """Return the rows of each site: equal up to one, or proportional to site + 1."""
+    """Return the rows of each site: equal up to one row, or proportional to site + 1."""
     sites = config.data.num_partitions
     if config.data.partitioner == "size-skewed":
         units = sites * (sites + 1) // 2
@@ -229,19 +230,19 @@ def site_sizes(config: Config, rows: int) -> list[int]:
 
 
 def _kept(rows: int, held_out_fraction: float) -> int:
-    """Return the rows of a site that are not held out."""
+    """Return the number of a site's rows that are not held out."""
     if not held_out_fraction or rows < 2:
         return rows
     return rows - max(1, round(held_out_fraction * rows))
 
 
-# --- Other encodings, and JSON --------------------------------------------------------------------
+# --- Codecs, links and JSON -----------------------------------------------------------------------
 
 
 def by_codec(forecast: Forecast, codecs: tuple[str, ...]) -> dict[str, Plan]:
-    """Return the run's traffic under each codec, both ways; a coarse one up, with int4 down.
+    """Return the run's traffic under each codec, both ways; coarse codecs with int4 down.
 
-    Rules that write the factors anew in every round are not offered the coarse ones.
+    Coarse codecs are omitted for strategies without error feedback.
     """
     config = forecast.config
     plans = {}
@@ -258,11 +259,10 @@ def by_codec(forecast: Forecast, codecs: tuple[str, ...]) -> dict[str, Plan]:
 
 
 def link_seconds(plan: Plan, uplink_mbps: float, downlink_mbps: float) -> dict[str, float]:
-    """Return how long messages of adapters take on a link, in seconds.
+    """Return the transfer time of adapters over a link in seconds, without latency and overhead.
 
-    Latency, protocol overhead and training are left out. `round`: one message down and one up, the
-    largest of any round. `all-rounds`: every round's largest message each way, one round after the
-    other, as if a site with this link took part in every round.
+    `round`: one message down and one up, the largest of any round. `all-rounds`: the sum over
+    rounds of the largest message each way, as for a site that is selected in every round.
     """
 
     def seconds(down: int, up: int) -> float:
@@ -273,7 +273,7 @@ def link_seconds(plan: Plan, uplink_mbps: float, downlink_mbps: float) -> dict[s
 
 
 def as_dict(forecast: Forecast) -> Mapping[str, Any]:
-    """Return a forecast for JSON."""
+    """Return a forecast as JSON values."""
     base, config = forecast.architecture, forecast.config
     return {
         "model": base.name,

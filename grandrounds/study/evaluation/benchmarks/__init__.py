@@ -1,8 +1,8 @@
-"""The benchmarks: multiple-choice questions with one right answer, from a file or from the hub.
+"""Multiple-choice benchmarks with one correct answer per item, read from a file or from the hub.
 
-One benchmark is one module of this package that defines `BENCHMARK`; the module's name is the
-benchmark's. `benchmarks` imports every module it finds here, so that another benchmark is another
-file and no edit elsewhere.
+Each benchmark is one module of this package that defines `BENCHMARK` and carries its name.
+`benchmarks` imports every module it finds here, so adding a benchmark takes one file and no edit
+elsewhere.
 """
 
 from __future__ import annotations
@@ -23,72 +23,75 @@ from typing import Any
 
 from grandrounds.data.files import json_records
 from grandrounds.data.sources import silent_downloads
-from grandrounds.errors import ConfigError, DataError, nearest
+from grandrounds.errors import ConfigError, DataError, first_line, nearest
+
+MEDICAL = ("pubmedqa", "medqa", "medmcqa", "careqa")
+"""The benchmarks of FlowerTune's medical leaderboard."""
 
 LETTERS = ("A", "B", "C", "D")
-"""The labels of four options."""
+"""Labels of four options."""
 
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-"""What follows a benchmark's file stem in a data folder. Columns are the hub's own."""
+"""Endings of a benchmark's file in a data folder. Columns are those of the hub's data set."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """One question with its options."""
 
     row: int
-    """Its row in the source, from 1."""
+    """Row in the source, from 1."""
     question: str
-    """What is asked."""
-    context: tuple[str, ...]
-    """The paragraphs to be read before; empty where the benchmark has none."""
+    """Text of the question."""
+    context: tuple[str, ...] = ()
+    """Paragraphs of the abstract that precedes the question."""
     options: tuple[str, ...]
-    """What each option says. Two may say the same."""
-    labels: tuple[str, ...]
-    """What each option is called: `A`, `B`, ... or `yes`, `no`, `maybe`."""
+    """Text of each option. Two options may have the same text."""
+    labels: tuple[str, ...] = LETTERS
+    """Label of each option: `A`, `B`, ... or `yes`, `no`, `maybe`."""
     gold_index: int
-    """Position of the right option, from 0."""
-    group: str
-    """The part of the benchmark that it belongs to; empty where there are no parts."""
+    """Position of the correct option, from 0."""
+    group: str = ""
+    """Subset of the benchmark that the item belongs to; empty if it has no subsets."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source; its methods return a column's value, or refuse it by name."""
+    """One row of a source; its methods return a checked value, or raise an error that names it."""
 
     number: int
-    """From 1, in the source's order."""
+    """Position in the source, from 1."""
     place: str
-    """Source and line or row, as an error names it."""
+    """Source and line or row, as quoted in errors."""
     values: dict[str, Any]
     """Column → value."""
 
     def value(self, column: str) -> Any:
-        """Return what stands in a column that must be there."""
+        """Return the value of a required column."""
         if column not in self.values:
             there = ", ".join(self.values)
             raise DataError(
                 f"{self.place}: there is no column {column!r}; the columns are: {there}."
-                f"{nearest(column, self.values)} Give the benchmark in the hub's own columns."
+                f"{nearest(column, self.values)} Use the column names of the hub's data set."
             )
         return self.values[column]
 
     def text(self, column: str) -> str:
-        """Return a text."""
+        """Return a string."""
         value = self.value(column)
         if not _is_text(value):
-            raise self.refused(column, "text")
+            raise self.refused(column, "a string")
         return str(value)
 
     def texts(self, column: str) -> tuple[str, ...]:
-        """Return a list of texts."""
+        """Return a list of strings."""
         values = self.value(column)
         if not isinstance(values, list | tuple) or not all(_is_text(value) for value in values):
-            raise self.refused(column, "a list of texts")
+            raise self.refused(column, "a list of strings")
         return tuple(values)
 
     def position(self, column: str, allowed: Sequence[int | str]) -> int:
-        """Return where the value stands among those allowed; a number may be written as text."""
+        """Return the index of the value among those allowed; numbers may be strings."""
         value = self.value(column)
         written = [str(other) for other in allowed]
         if isinstance(value, bool) or str(value) not in written:
@@ -96,7 +99,7 @@ class Row:
         return written.index(str(value))
 
     def refused(self, column: str, allowed: str) -> DataError:
-        """Return the error for a value that cannot be."""
+        """Return the error for an invalid value."""
         shown = repr(self.values[column])
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         return DataError(
@@ -106,7 +109,7 @@ class Row:
 
 
 def _is_text(value: Any) -> bool:
-    """Say whether a value is a text that can be encoded: no half of a surrogate pair."""
+    """Return whether a value is a string without lone surrogates, which UTF-8 cannot encode."""
     if not isinstance(value, str):
         return False
     try:
@@ -116,39 +119,37 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Where a benchmark's rows come from, and how one is read."""
+    """Where a benchmark's rows come from, and how a row is read."""
 
     name: str
-    """What it is called on the command line and in result files: the name of its module."""
+    """Name on the command line, in result files and of a data folder's file: its module's."""
     title: str
-    """What it is called in a table."""
+    """Name in tables."""
     expected_items: int
-    """Items that it has as published."""
-    labels: tuple[str, ...]
-    """The labels of every item's options."""
+    """Number of items as published."""
+    labels: tuple[str, ...] = LETTERS
+    """Labels of every item's options."""
     instruction: str
-    """What protocol `flowertune` says before a question."""
+    """Instruction that precedes each question under protocol `flowertune`."""
     read: Callable[[Row], Item]
-    """Turns a row in the hub's own columns into an item."""
-    stem: str
-    """The name of its file in a data folder, without one of `FILE_ENDINGS`."""
-    hub_name: str | None
-    """The data set on the hub; None if the rows are built in."""
-    hub_config: str | None
-    """The data set's configuration."""
-    hub_split: str
-    """The split that is asked."""
-    hub_revision: str | None
-    """`refs/convert/parquet` for data sets that otherwise come with a loading script."""
-    built_in: Callable[[], list[dict[str, Any]]] | None
-    """Makes the rows, for a benchmark that needs neither file nor hub."""
+    """Turns a row with the hub's columns into an item."""
+    hub_name: str | None = None
+    """Data set on the hub; None if the rows are built in."""
+    hub_config: str | None = None
+    """Configuration of the data set."""
+    hub_split: str = "test"
+    """Split of the data set."""
+    hub_revision: str | None = None
+    """`refs/convert/parquet` for data sets that are otherwise published as a loading script."""
+    built_in: Callable[[], list[dict[str, Any]]] | None = None
+    """Generates the rows of a benchmark that needs neither file nor hub."""
 
 
 @lru_cache(maxsize=1)
 def benchmarks() -> dict[str, Benchmark]:
-    """Return every benchmark by name, in alphabetical order."""
+    """Return all benchmarks by name, in alphabetical order."""
     modules = [
         import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)
     ]
@@ -156,13 +157,7 @@ def benchmarks() -> dict[str, Benchmark]:
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of that name.
-
-    Raises
-    ------
-    ConfigError
-        If there is none; the message suggests the nearest.
-    """
+    """Return the benchmark of that name; raise `ConfigError` if there is none."""
     known = benchmarks()
     if name not in known:
         raise ConfigError(
@@ -171,63 +166,106 @@ def get_benchmark(name: str) -> Benchmark:
     return known[name]
 
 
+def placeholder_item(benchmark: Benchmark, question: str = "\x00question\x00") -> Item:
+    """Return an item of placeholders: its prompt shows what all prompts of a benchmark share."""
+    return Item(
+        row=1,
+        question=question,
+        context=("\x00one\x00", "\x00two\x00"),
+        options=tuple(f"\x00option {label}\x00" for label in benchmark.labels),
+        labels=benchmark.labels,
+        gold_index=0,
+    )
+
+
+# --- Items ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark and the items read from it."""
+
+    benchmark: Benchmark
+    items: tuple[Item, ...]
+    """In the source's order."""
+    source: dict[str, str]
+    """Where the items were read, from `source_of`."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The items of one or more benchmarks."""
+
+    tasks: tuple[Task, ...]
+    """One per benchmark."""
+    limit: int | None
+    """Maximum number of items per benchmark; None for all."""
+
+
+def load_questions(
+    names: Iterable[str], data: Path | None = None, limit: int | None = None
+) -> Questions:
+    """Read the items of several benchmarks; parameters and errors are those of `load_items`."""
+    known = [get_benchmark(name) for name in dict.fromkeys(names)]
+    tasks = (Task(b, load_items(b, data, limit), source_of(b, data)) for b in known)
+    return Questions(tuple(tasks), limit)
+
+
 def load_items(
-    benchmark: Benchmark, data_dir: Path | None = None, limit: int | None = None
+    benchmark: Benchmark, data: Path | None = None, limit: int | None = None
 ) -> tuple[Item, ...]:
-    """Return the benchmark's items in the source's order.
+    """Return a benchmark's items in the source's order.
 
     Parameters
     ----------
-    benchmark : Benchmark
-        From `get_benchmark`.
-    data_dir : Path, optional
-        Folder with the benchmark's file, in the hub's own columns. Where it holds none, and
-        without a folder, the rows come from the hub; `source_of` says which it was.
+    data : Path, optional
+        Folder with the benchmark's file. Without a folder, or if the folder has no such file, the
+        rows are loaded from the hub.
     limit : int, optional
-        Take only so many rows, the first; at least 1.
+        Maximum number of items, at least 1.
 
     Raises
     ------
     ConfigError
         If `limit` is below 1.
     DataError
-        If the source cannot be found or read or has no rows, or if a row lacks a column or holds a
-        value that cannot be.
+        If the source cannot be read or has no rows, or if a row has a missing column or an invalid
+        value.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}; leave it out to ask every item")
-    file = _local_file(benchmark, data_dir)
+        raise ConfigError(f"limit must be at least 1, got {limit}; omit it to use every item")
+    file = _local_file(benchmark, data)
     if benchmark.built_in is not None:
         places, rows = f"{benchmark.name}, row", list(enumerate(benchmark.built_in(), 1))
     elif file is not None:
         places, rows = _file_rows(file)
     else:
         places = f"{benchmark.hub_name} (hub), row"
-        rows = list(enumerate(_hub_rows(benchmark, data_dir).to_list(), 1))
+        rows = list(enumerate(_hub_rows(benchmark, data).to_list(), 1))
     if not rows:
-        raise DataError(f"{file or benchmark.hub_name}: there are no rows. Give another source.")
+        raise DataError(f"{file or benchmark.hub_name}: there are no rows. Use another source.")
     return tuple(
         benchmark.read(Row(number, f"{places} {place}", values))
         for number, (place, values) in enumerate(rows[:limit], 1)
     )
 
 
-def source_of(benchmark: Benchmark, data_dir: Path | None = None) -> dict[str, str]:
-    """Return where `load_items` reads, so that others can check that they read the same.
+def source_of(benchmark: Benchmark, data: Path | None = None) -> dict[str, str]:
+    """Return the provenance of a benchmark's rows, which a second party can check.
 
     Returns
     -------
     dict
         `file` and `sha256` of the file's bytes; or `hub`, `config`, `split`, `revision` (a commit
-        where the hub's cache tells it, the branch otherwise) and `rows-sha256`; or `built-in` and
+        if the hub's cache records it, else the branch) and `rows-sha256`; or `built-in` and
         `rows-sha256`.
     """
-    file = _local_file(benchmark, data_dir)
+    file = _local_file(benchmark, data)
     if benchmark.built_in is not None:
         return {"built-in": benchmark.name, "rows-sha256": _rows_hash(benchmark.built_in())}
     if file is not None:
         return {"file": file.name, "sha256": hashlib.sha256(_file_bytes(file)).hexdigest()}
-    loaded = _hub_rows(benchmark, data_dir)
+    loaded = _hub_rows(benchmark, data)
     urls = " ".join(loaded.info.download_checksums or {})
     commit = re.search(r"@([0-9a-f]{40})/", urls)
     return {
@@ -246,19 +284,19 @@ def _rows_hash(rows: list[dict[str, Any]]) -> str:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _local_file(benchmark: Benchmark, data_dir: Path | None) -> Path | None:
-    """Return the benchmark's file in a data folder, if there is one."""
-    if data_dir is None or benchmark.built_in is not None:
+def _local_file(benchmark: Benchmark, data: Path | None) -> Path | None:
+    """Return the benchmark's file in a data folder, if it exists."""
+    if data is None or benchmark.built_in is not None:
         return None
-    if not data_dir.is_dir():
+    if not data.is_dir():
         raise DataError(
-            f"{data_dir}: no such folder; it must hold a file for each benchmark, such as "
-            f"{benchmark.stem}{FILE_ENDINGS[0]}"
+            f"{data}: no such folder; it must contain one file per benchmark, such as "
+            f"{benchmark.name}{FILE_ENDINGS[0]}"
         )
-    found = [path for end in FILE_ENDINGS if (path := data_dir / f"{benchmark.stem}{end}").exists()]
+    found = [path for end in FILE_ENDINGS if (path := data / f"{benchmark.name}{end}").exists()]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise DataError(f"{data_dir}: {names} are one benchmark in several files; keep one of them")
+        raise DataError(f"{data}: {names} are files of the same benchmark; keep one of them")
     return found[0] if found else None
 
 
@@ -270,7 +308,7 @@ def _file_bytes(path: Path) -> bytes:
 
 
 def _file_rows(path: Path) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
-    """Return how a row's place is called, and place and values of each row."""
+    """Return the prefix of a row's place in errors, then each row's place and values."""
     content = _file_bytes(path)
     if path.name.endswith(".parquet"):
         return f"{path}, row", list(enumerate(_parquet_rows(content, path), 1))
@@ -290,15 +328,15 @@ def _parquet_rows(content: bytes, path: Path) -> Iterable[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(content)).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a valid Parquet file ({_first_line(error)})") from error
+        raise DataError(f"{path}: not a valid Parquet file ({first_line(error)})") from error
     return rows
 
 
 # --- The hub --------------------------------------------------------------------------------------
 
 
-def _hub_rows(benchmark: Benchmark, data_dir: Path | None) -> Any:
-    """Return the `datasets.Dataset` of a benchmark; a second call reads the library's cache."""
+def _hub_rows(benchmark: Benchmark, data: Path | None) -> Any:
+    """Return the benchmark's `datasets.Dataset`; later calls read the library's cache."""
     import datasets
 
     name, config, split = benchmark.hub_name, benchmark.hub_config, benchmark.hub_split
@@ -308,17 +346,11 @@ def _hub_rows(benchmark: Benchmark, data_dir: Path | None) -> Any:
                 return datasets.load_dataset(name, config, split=split)
             files = f"hf://datasets/{name}@{benchmark.hub_revision}/{config}/{split}/*.parquet"
             return datasets.load_dataset("parquet", data_files=files, split="train")
-    except Exception as error:  # hub, HTTP and builders raise unrelated types; none is swallowed
+    except Exception as error:  # hub, HTTP and builders raise unrelated types; all are reported
         endings = ", ".join(FILE_ENDINGS)
-        here = f"; {data_dir} holds no file of it either" if data_dir else ""
+        here = f"; {data} has no file of it either" if data else ""
         raise DataError(
             f"benchmark {benchmark.name!r} could not be loaded from the Hugging Face hub "
-            f"({name}: {_first_line(error)}){here}. Check the network and HF_HUB_OFFLINE, or give "
-            f"--data DIR, a folder with {benchmark.stem} as one of: {endings}."
+            f"({name}: {first_line(error)}){here}. Check the network and HF_HUB_OFFLINE, or use "
+            f"--data DIR, a folder with {benchmark.name} as one of: {endings}."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, cut to a length that can be read."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -1,10 +1,10 @@
 """MedQA: United States Medical Licensing Examination, four options, test split of 1,273 questions.
 
 Jin et al. (2021), "What disease does this patient have? A large-scale open domain question
-answering dataset from medical exams", Applied Sciences 11. Two data sets of the hub hold the same
-rows: `options` is a list of `key` and `value` in `bigbio/med_qa`, which FlowerTune asks, and an
-object from letter to text in `GBaker/MedQA-USMLE-4-options`, which needs no loading script. Both
-are read. FlowerTune's instruction speaks of A to E, though there are four options:
+answering dataset from medical exams", Applied Sciences 11. Two data sets on the hub have the same
+rows: `options` is a list of `key` and `value` in `bigbio/med_qa`, which FlowerTune uses, and maps
+letters to texts in `GBaker/MedQA-USMLE-4-options`, which needs no loading script. Both formats are
+read. FlowerTune's instruction names A to E, although there are four options:
 https://github.com/adap/flower/blob/62eb72ab773c255052e0c672fc1ac9bfa0c8a06a/benchmarks/flowertune-llm/evaluation/medical/benchmarks.py
 """
 
@@ -14,7 +14,7 @@ from grandrounds.study.evaluation.benchmarks import LETTERS, Benchmark, Item, Ro
 
 
 def _options(row: Row) -> tuple[str, ...]:
-    """Return the texts of options A to D, from either of the two forms."""
+    """Return the texts of options A to D, from either of the two formats."""
     options = row.value("options")
     pairs: list[tuple[object, object]] = []
     if isinstance(options, dict):
@@ -23,27 +23,24 @@ def _options(row: Row) -> tuple[str, ...]:
         pairs = [(option.get("key"), option.get("value")) for option in options]
     texts = tuple(text for _, text in pairs if isinstance(text, str))
     if tuple(key for key, _ in pairs) != LETTERS or len(texts) != len(LETTERS):
-        raise row.refused("options", "one text for each of A, B, C, D, in this order")
+        raise row.refused("options", "one string for each of A, B, C, D, in this order")
     return texts
 
 
 def _read(row: Row) -> Item:
-    """Take the first option that says what `answer` says; `answer_idx` must not contradict it."""
+    """Read a row: the first option whose text is `answer` is correct; `answer_idx` must agree."""
     options = _options(row)
     answer = row.text("answer")
     if answer not in options:
         raise row.refused("answer", "the text of one of the options")
     if "answer_idx" in row.values and options[row.position("answer_idx", LETTERS)] != answer:
         allowed = LETTERS[options.index(answer)]
-        raise row.refused("answer_idx", f"{allowed}, the option that `answer` repeats")
+        raise row.refused("answer_idx", f"{allowed}, the option whose text is `answer`")
     return Item(
         row=row.number,
         question=row.text("question"),
-        context=(),
         options=options,
-        labels=LETTERS,
         gold_index=options.index(answer),
-        group="",
     )
 
 
@@ -51,7 +48,6 @@ BENCHMARK = Benchmark(
     name="medqa",
     title="MedQA (USMLE, 4 options)",
     expected_items=1273,
-    labels=LETTERS,
     instruction=(
         "You are a medical doctor taking the US Medical Licensing Examination. You need to "
         "demonstrate your understanding of basic and clinical science, medical knowledge, and "
@@ -61,10 +57,5 @@ BENCHMARK = Benchmark(
         "current and standard practices referenced in medical guidelines."
     ),
     read=_read,
-    stem="medqa",
     hub_name="GBaker/MedQA-USMLE-4-options",
-    hub_config=None,
-    hub_split="test",
-    hub_revision=None,
-    built_in=None,
 )

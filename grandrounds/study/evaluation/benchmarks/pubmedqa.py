@@ -1,8 +1,8 @@
-"""PubMedQA: does the abstract say yes, no or maybe? The 500 labelled test questions of fold 0.
+"""PubMedQA: yes, no or maybe from an abstract; the 500 labelled test questions of fold 0.
 
 Jin et al. (2019), "PubMedQA: a dataset for biomedical research question answering", EMNLP. The
-hub's data set comes with a loading script, which `datasets` 4 no longer runs; its rows are read
-from the hub's own conversion to Parquet. FlowerTune asks the same rows:
+hub's data set is a loading script, which `datasets` 4 no longer runs; the rows are read from the
+hub's conversion to Parquet. FlowerTune uses the same rows:
 https://github.com/adap/flower/blob/62eb72ab773c255052e0c672fc1ac9bfa0c8a06a/benchmarks/flowertune-llm/evaluation/medical/benchmarks.py
 """
 
@@ -21,7 +21,6 @@ def _read(row: Row) -> Item:
         options=ANSWERS,
         labels=ANSWERS,
         gold_index=row.position("final_decision", ANSWERS),
-        group="",
     )
 
 
@@ -35,10 +34,7 @@ BENCHMARK = Benchmark(
         "following statement is correct? Answer yes, no, or maybe."
     ),
     read=_read,
-    stem="pubmedqa",
     hub_name="bigbio/pubmed_qa",
     hub_config="pubmed_qa_labeled_fold0_source",
-    hub_split="test",
     hub_revision="refs/convert/parquet",
-    built_in=None,
 )
