@@ -71,8 +71,8 @@ class Interview:
         context = context_length(self._resident.model.config)
         if len(prompt) >= context:
             raise DataError(
-                f"The question takes {len(prompt):,} tokens with its prompt, and the model's context "
-                f"is {context:,}: ask a shorter one."
+                f"The question takes {len(prompt):,} tokens with its prompt, and the model's "
+                f"context is {context:,}: ask a shorter one."
             )
         most = min(max_tokens, context - len(prompt))
         ids: list[int] = []

@@ -120,20 +120,20 @@ def make_run(folder: Path) -> Path:
 def test_ctrl_c_keeps_the_answers_and_says_in_one_line_how_to_go_on(
     asked: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate, calls = runner.generate, []
+    generate, calls = runner.generate_greedily, []
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(*args)
+        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "generate", interrupted)
+    monkeypatch.setattr(runner, "generate_greedily", interrupted)
     result = evaluate(*asked, "--protocol", "flowertune")
     assert result.exit_code == 130
     assert one_line(result) == (
-        f"grandrounds: interrupted; answers so far are kept in {tmp_path}/out; the same command "
-        "with --resume goes on"
+        f"grandrounds: interrupted; answers so far are kept in {tmp_path}/out; continue with the "
+        "same command and --resume"
     )
     answers = tmp_path / "out" / "answers_base_medmcqa_flowertune.jsonl"
     assert len(answers.read_text().splitlines()) == 4
@@ -237,7 +237,7 @@ def test_overlap_is_counted_listed_written_and_told_by_the_next_table(
     ("arguments", "code", "said"),
     [
         ([], 2, "give an adapter's folder, a run directory or none: one argument, got 0"),
-        (["none"], 2, "give --base MODEL"),
+        (["none"], 2, "use --base MODEL"),
         (["none", "--benchmarks", "pubmedq"], 2, "Did you mean 'pubmedqa'?"),
         (["none", "--benchmarks", ","], 2, "--benchmarks names none"),
         (["none", "--base", "x", "--protocol", "flowertun"], 2, "Did you mean 'flowertune'?"),
@@ -246,8 +246,8 @@ def test_overlap_is_counted_listed_written_and_told_by_the_next_table(
         (["--rescore"], 2, "--rescore needs at least one file"),
         (["--verify", "--rescore", "x"], 2, "--rescore and --verify are two commands"),
         (["--rescore", "nowhere.jsonl"], 1, "the recorded answers cannot be read"),
-        (["nowhere"], 1, "'nowhere' is no such folder: give a run directory"),
-        (["none", "--base", "formulary", "--benchmarks", "medqa"], 1, "or give --data DIR"),
+        (["nowhere"], 1, "'nowhere' is no such folder: expected a run directory"),
+        (["none", "--base", "formulary", "--benchmarks", "medqa"], 1, "or use --data DIR"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_an_exit_code(
@@ -264,7 +264,7 @@ def test_a_folder_with_another_evaluation_is_refused(asked: list[object], tmp_pa
     assert evaluate(*asked, "--limit", 1, "--permutations", 0).exit_code == 0
     result = evaluate(*asked)
     assert result.exit_code == 1
-    assert "holds another evaluation: continue it with --resume" in one_line(result)
+    assert "already contains an evaluation: continue it with --resume" in one_line(result)
     result = evaluate(*asked, "--permutations", 0, "--resume")
     assert result.exit_code == 1
     assert "was started with other settings: limit: 1 → None" in one_line(result)

@@ -105,7 +105,7 @@ def test_answers_drawn_in_turns_are_those_drawn_alone_and_the_base_is_loaded_onc
 
 
 def test_a_question_that_fills_the_context_is_told(interview: Interview) -> None:
-    with pytest.raises(DataError, match=r"and the model reads 1,024 in all: ask a shorter one"):
+    with pytest.raises(DataError, match=r"and the model's context is 1,024: ask a shorter one"):
         last(interview.answer("drug " * 2000, tuned=True, max_tokens=4))
 
 

@@ -27,8 +27,8 @@ from grandrounds.server.directory import RunDirectory, find_checkpoint
 from grandrounds.server.model_card import model_card
 from grandrounds.site.exam import score_formulary
 from grandrounds.study import export as exports
-from grandrounds.study.evaluation import runner
 from tests.end_to_end.test_docs import parse, shell_commands
+from tests.study.evaluation.small import evaluate_target
 
 Settings = dict[str, Any]
 
@@ -163,7 +163,7 @@ def test_bfloat16_rounds_once_and_the_loss_is_told() -> None:
     assert layer.weight.dtype == torch.bfloat16
     assert layer.weight.item() == 256
     assert rounding == exports.Rounding("bfloat16", 1.0)
-    assert "bfloat16. Rounding to that type amounts to 1e+02 %" in exports.merged_text(0, rounding)
+    assert "bfloat16. The rounding error is 1e+02 %" in exports.merged_text(0, rounding)
 
 
 def test_a_bfloat16_base_stays_bfloat16(tiny_base: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_an_export_that_fails_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exports.shutil, "copyfile", full)
-    with pytest.raises(RunDirectoryError, match=r"No space left on device\. Free some space"):
+    with pytest.raises(RunDirectoryError, match=r"No space left on device\. Free some disk space"):
         exports.export(find_checkpoint(made), to=tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["run"]
 
@@ -362,14 +362,14 @@ def test_offline_a_push_is_told_in_one_line_after_the_export(made: Path, tmp_pat
     result = command("export", made, "--to", tmp_path / "out", "--push", "ward/first")
     assert result.exit_code == 1
     assert "The upload to ward/first failed: " in one_line(result)
-    assert "Repeat" not in result.stdout
+    assert "Retry" not in result.stdout
     assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_a_name_that_the_hub_refuses_is_told_before_anything_is_written(made: Path) -> None:
     result = command("export", made, "--push", "no/such/name")
     assert result.exit_code == 2
-    assert "--push 'no/such/name' is no name of a repository" in one_line(result)
+    assert "--push 'no/such/name' is not a valid repository name" in one_line(result)
     assert not (made / "export").exists()
 
 
@@ -427,7 +427,7 @@ def test_evaluated_accuracies_come_with_the_base_and_only_for_these_weights(
     """The last and best checkpoint of the run are asked; the first is not among them."""
     run = tmp_path / "run"
     exports.shutil.copytree(trained, run)
-    runner.evaluate(str(run), limit=8, permutations=0, protocol="all")
+    evaluate_target(run, limit=8, permutations=0, protocol="all")
     found = exports.evaluated(find_checkpoint(run))
     assert {a.protocol for a in found} == {"flowertune", "likelihood"}
     assert [a.is_base for a in found].count(True) == len(found) // 2
@@ -442,14 +442,14 @@ def test_evaluated_accuracies_come_with_the_base_and_only_for_these_weights(
 def test_figures_that_cannot_be_right_are_not_published(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     exports.shutil.copytree(trained, run)
-    runner.evaluate(str(run), limit=4, permutations=0)
+    evaluate_target(run, limit=4, permutations=0)
     file = run / "evaluation" / "evaluation.json"
     evaluation = json.loads(file.read_text())
     evaluation["rows"][0]["correct"] += 1
     file.write_text(json.dumps(evaluation))
     result = command("export", run, "--to", tmp_path / "out")
     assert result.exit_code == 1
-    assert "evaluation.json cannot be right: row 1" in one_line(result)
+    assert "evaluation.json has impossible figures: row 1" in one_line(result)
     assert not (tmp_path / "out").exists()
 
 

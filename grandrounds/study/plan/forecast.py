@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from grandrounds.config.codecs import COARSE_CODECS
 from grandrounds.config.keys import Config
@@ -170,11 +169,9 @@ def count_rows(source: str) -> int | None:
     if not path.is_file() or not name.endswith((".json", ".jsonl", ".csv")):
         return None
     try:
-        packed = path.suffix.lower() == ".gz"
-        with gzip.open(path) if packed else path.open("rb") as file:
-            text = io.TextIOWrapper(cast(IO[bytes], file), "utf-8-sig", newline="")
-            with text:
-                return _rows_of(name, text)
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            return _rows_of(name, file)
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}. Correct it, or use --rows.") from error
 

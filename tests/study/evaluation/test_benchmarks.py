@@ -156,14 +156,14 @@ def test_the_formulary_holds_private_and_public_facts_and_needs_no_file(tmp_path
         ("medmcqa", {"cop": -1}, "column 'cop': the value is -1; allowed is one of 0, 1, 2, 3"),
         ("medmcqa", {"cop": True}, "column 'cop': the value is True"),
         ("medmcqa", {"cop": None}, "column 'cop': the value is None"),
-        ("medmcqa", {"opc": None}, "column 'opc': the value is None; allowed is text"),
+        ("medmcqa", {"opc": None}, "column 'opc': the value is None; allowed is a string"),
         ("medmcqa", {"question": "\ud800"}, "column 'question'"),
         ("careqa", {"cop": 0}, "column 'cop': the value is 0; allowed is one of 1, 2, 3, 4"),
         ("pubmedqa", {"final_decision": "Yes"}, "'Yes'; allowed is one of yes, no, maybe"),
-        ("pubmedqa", {"CONTEXTS": "text"}, "'text'; allowed is a list of texts"),
+        ("pubmedqa", {"CONTEXTS": "text"}, "'text'; allowed is a list of strings"),
         ("pubmedqa", {"CONTEXTS": [None]}, "column 'CONTEXTS'"),
         ("medqa", {"answer": "sleep"}, "'sleep'; allowed is the text of one of the options"),
-        ("medqa", {"answer_idx": "C"}, "'C'; allowed is B, the option that `answer` repeats"),
+        ("medqa", {"answer_idx": "C"}, "'C'; allowed is B, the option whose text is `answer`"),
         ("medqa", {"answer_idx": "E"}, "'E'; allowed is one of A, B, C, D"),
         ("medqa", {"options": {"A": "tea", "B": "rest"}}, "column 'options'"),
         ("medqa", {"options": ["tea", "rest", "salt", "heat"]}, "column 'options'"),
@@ -248,7 +248,7 @@ def test_a_file_that_cannot_be_read_says_why(
 
 
 def test_a_missing_folder_says_what_it_must_hold(tmp_path: Path) -> None:
-    assert "no such folder; it must hold a file" in failure("medqa", tmp_path / "none")
+    assert "no such folder; it must contain one file" in failure("medqa", tmp_path / "none")
 
 
 def test_the_source_of_a_file_is_its_hash(tmp_path: Path) -> None:
@@ -313,8 +313,8 @@ def test_the_source_of_hub_rows_names_the_commit(hub: list[tuple[Any, ...]]) -> 
 def test_without_hub_and_file_the_error_says_what_to_do(name: str, tmp_path: Path) -> None:
     message = failure(name, tmp_path)
     assert f"benchmark {name!r} could not be loaded from the Hugging Face hub" in message
-    assert f"{tmp_path} holds no file of it either" in message
-    assert f"give --data DIR, a folder with {name} as one of: .jsonl" in message
+    assert f"{tmp_path} has no file of it either" in message
+    assert f"use --data DIR, a folder with {name} as one of: .jsonl" in message
 
 
 # --- Real data ------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def recorded(name: str, model: str) -> Path:
 
 
 def multiple_choice(question: str = "What helps?") -> Item:
-    return Item(1, question, (), ("tea", "rest", "salt", "heat"), ("A", "B", "C", "D"), 1, "")
+    return Item(row=1, question=question, options=("tea", "rest", "salt", "heat"), gold_index=1)
 
 
 def answers(*pairs: tuple[str, str]) -> list[Generation]:
@@ -134,7 +134,14 @@ def test_a_question_mark_is_added_unless_the_question_ends_in_one_or_in_a_full_s
 
 def test_an_abstract_stands_before_its_question_and_gets_no_question_mark() -> None:
     labels = ("yes", "no", "maybe")
-    item = Item(1, "Tea helps", ("One.", "Two."), labels, labels, 0, "")
+    item = Item(
+        row=1,
+        question="Tea helps",
+        context=("One.", "Two."),
+        options=labels,
+        labels=labels,
+        gold_index=0,
+    )
     prompt = build_prompt(get_benchmark("pubmedqa"), item)
     assert prompt.endswith("or maybe.\nOne.\nTwo.\nTea helps\nThe answer is:\n")
     assert gold_text(item) == "yes"

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grandrounds.data.sources import load_rows
-from grandrounds.study.evaluation.overlap import Overlap, find_overlap
+from grandrounds.study.evaluation import overlap as overlap_module
+from grandrounds.study.evaluation.benchmarks import load_questions
+from grandrounds.study.evaluation.overlap import Overlap, check_overlap, find_overlap
 from tests.places import SHARED
+from tests.study.evaluation.small import MEDMCQA, medmcqa_rows, write_lines
 
 DATA = SHARED
 WIKIDOC = DATA / "train/wikidoc_patient_information.jsonl.gz"
@@ -70,7 +74,6 @@ def test_case_blanks_punctuation_and_unicode_forms_do_not_hide_a_question(text: 
     (overlap,) = find_overlap([QUESTION], ["Rest and tea.", text])
     assert (overlap.item, overlap.row, overlap.kind) == (0, 1, "exact")
     assert overlap.similarity == 1.0
-    assert (overlap.question, overlap.training_text) == (QUESTION, text)
 
 
 def test_composed_and_decomposed_letters_are_equal() -> None:
@@ -95,7 +98,6 @@ def test_only_whole_words_are_contained() -> None:
 def test_a_question_of_few_words_must_be_the_whole_text() -> None:
     assert not find_overlap(["Pneumonia is:"], ["Pneumonia is an inflammation of the lung."])
     assert pairs(find_overlap(["Pneumonia is:"], ["pneumonia is"])) == [(0, 0, "exact")]
-    assert find_overlap(["Pneumonia is:"], ["Pneumonia is an inflammation of it."], ngram=2)
 
 
 def test_texts_without_words_overlap_with_nothing() -> None:
@@ -140,17 +142,18 @@ def test_another_word_in_a_short_question_makes_another_question() -> None:
     )
 
 
-def test_repeated_words_in_another_number_are_near_at_threshold_one() -> None:
+def test_repeated_words_in_another_number_are_near() -> None:
     """Bags of one word: {pain} and {pain} are equal sets, the texts are not."""
-    overlaps = find_overlap(["pain pain"], ["pain pain pain"], threshold=1.0)
+    overlaps = find_overlap(["pain pain"], ["pain pain pain"])
     assert [(overlap.kind, overlap.similarity) for overlap in overlaps] == [("near", 1.0)]
 
 
-def test_a_lower_threshold_finds_more() -> None:
+def test_a_lower_threshold_finds_more(monkeypatch: pytest.MonkeyPatch) -> None:
     question, text = words(0, 40), words(10, 50)
     arguments = [" ".join(question)], [" ".join(text)]
     assert not find_overlap(*arguments)
-    (overlap,) = find_overlap(*arguments, threshold=0.55)  # 26 of 46 shingles
+    monkeypatch.setattr(overlap_module, "THRESHOLD", 0.55)
+    (overlap,) = find_overlap(*arguments)  # 26 of 46 shingles
     assert overlap.similarity == pytest.approx(26 / 46)
 
 
@@ -183,7 +186,9 @@ texts = st.lists(
 def test_results_are_those_of_comparing_every_pair(
     questions: list[str], rows: list[str], threshold: float
 ) -> None:
-    overlaps = find_overlap(questions, rows, threshold=threshold)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap_module, "THRESHOLD", threshold)
+        overlaps = find_overlap(questions, rows)
     found = [(found.item, found.row, found.kind, found.similarity) for found in overlaps]
     assert len(found) == len(set(found))
     assert set(found) == brute_force(questions, rows, threshold)
@@ -211,20 +216,24 @@ def test_results_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     assert "near" in outputs.pop()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"threshold": 0.0}, "threshold must be"),
-        ({"threshold": 1.5}, "threshold must be"),
-        ({"threshold": float("nan")}, "threshold must be"),
-        ({"num_perm": 1}, "num_perm must be"),
-        ({"ngram": 0}, "ngram must be"),
-        ({"threshold": 0.3, "num_perm": 8}, "raise num_perm or threshold"),
-    ],
-)
-def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        find_overlap([QUESTION], [QUESTION], **arguments)
+# --- A report -------------------------------------------------------------------------------------
+
+
+def test_overlap_counts_and_lists_the_items_found_in_training_data(
+    data: Path, tmp_path: Path
+) -> None:
+    question = medmcqa_rows(MEDMCQA)[4]["question"]
+    rows = [
+        {"input": "What is rest?", "output": "Something else entirely."},
+        {"input": f"Tell me. {question}", "output": "Tea."},
+    ]
+    training = write_lines(tmp_path / "cards.jsonl", rows)
+    report = check_overlap(str(training), load_questions(["medmcqa", "pubmedqa"], data))
+    found = report["benchmarks"]["medmcqa"]
+    assert (found["n"], found["items"], found["exact"], found["near"]) == (MEDMCQA, 1, 1, 0)
+    (pair,) = found["found"]
+    assert (pair["item"], pair["training_row"], pair["column"]) == (5, 2, "input")
+    assert report["benchmarks"]["pubmedqa"]["items"] == 0
 
 
 # --- Real data ------------------------------------------------------------------------------------

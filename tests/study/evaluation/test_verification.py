@@ -11,7 +11,7 @@ import pytest
 from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation.benchmarks import get_benchmark
 from grandrounds.study.evaluation.flowertune import prompt_hash
-from grandrounds.study.evaluation.verification import implausible, published_percentage_is_possible
+from grandrounds.study.evaluation.verification import faults_in, published_percentage_is_possible
 
 
 def make_row(model: str, benchmark: str, correct: int, n: int | None = None) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def sound() -> dict[str, Any]:
 
 
 def only_fault(evaluation: Any) -> str:
-    faults = implausible(evaluation)
+    faults = faults_in(evaluation)
     assert len(faults) == 1, faults
     return faults[0]
 
@@ -117,7 +117,7 @@ def test_a_percentage_of_nothing_is_refused(percentage: float, decimals: int, n:
 
 
 def test_a_sound_evaluation_passes(sound: dict[str, Any]) -> None:
-    assert implausible(sound) == []
+    assert faults_in(sound) == []
 
 
 def test_figures_rounded_in_writing_pass(sound: dict[str, Any]) -> None:
@@ -126,12 +126,12 @@ def test_figures_rounded_in_writing_pass(sound: dict[str, Any]) -> None:
         row["interval"] = [round(bound, 4) for bound in row["interval"]]
     for average in sound["average"].values():
         average["accuracy"] = round(average["accuracy"], 4)
-    assert implausible(sound) == []
+    assert faults_in(sound) == []
 
 
 def test_an_accuracy_that_no_count_gives_is_found(sound: dict[str, Any]) -> None:
     sound["rows"][3]["accuracy"] = 0.6834
-    faults = implausible(sound)
+    faults = faults_in(sound)
     assert faults == [
         "row 4 (tuned, medmcqa): accuracy 0.6834, but 2390 of 4183 is 0.571360",
         "row 4 (tuned, medmcqa): no count of 4183 items gives 68.34 %",
@@ -145,7 +145,7 @@ def test_an_accuracy_of_another_count_is_found(sound: dict[str, Any]) -> None:
 
 def test_more_correct_than_asked_is_found(sound: dict[str, Any]) -> None:
     sound["rows"][0]["correct"] = 501
-    assert "row 1 (base, pubmedqa): 501 of 500 items correct" in implausible(sound)
+    assert "row 1 (base, pubmedqa): 501 of 500 items correct" in faults_in(sound)
 
 
 def test_an_interval_of_other_counts_is_found(sound: dict[str, Any]) -> None:
@@ -156,9 +156,9 @@ def test_an_interval_of_other_counts_is_found(sound: dict[str, Any]) -> None:
 def test_a_spread_or_failures_beyond_the_items_are_found(sound: dict[str, Any]) -> None:
     sound["rows"][0]["spread"]["A"] += 1
     sound["rows"][1]["format_failures"] = 4184
-    faults = implausible(sound)
+    faults = faults_in(sound)
     assert len(faults) == 2
-    assert "does not add up to 500 items" in faults[0]
+    assert "does not sum to 500 items" in faults[0]
     assert "4184 format failures among 4183 items" in faults[1]
 
 
@@ -169,7 +169,7 @@ def test_fewer_items_than_published_must_be_declared(sound: dict[str, Any]) -> N
         "300 items instead of 500, and not declared as limited"
     )
     row["limited"] = True
-    assert implausible(averaged(rows)) == []
+    assert faults_in(averaged(rows)) == []
 
 
 def test_more_items_than_published_are_found_even_if_declared(sound: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def test_more_items_than_published_are_found_even_if_declared(sound: dict[str, A
 def test_an_unknown_benchmark_suggests_the_nearest(sound: dict[str, Any]) -> None:
     for row in sound["rows"][::2]:
         row["benchmark"] = "pubmed_qa"
-    faults = implausible(averaged(sound["rows"]))
+    faults = faults_in(averaged(sound["rows"]))
     assert len(faults) == 2
     assert "Did you mean 'pubmedqa'?" in faults[0]
 
@@ -218,12 +218,12 @@ def test_equal_figures_of_few_items_or_of_no_right_answer_are_no_fault() -> None
             for model in ("base", "tuned")
             for name in ("medqa", "medmcqa")
         ]
-        assert implausible(averaged(rows)) == []
+        assert faults_in(averaged(rows)) == []
 
 
 def test_a_missing_base_and_a_doubled_row_are_found(sound: dict[str, Any]) -> None:
     tuned = sound["rows"][2:]
-    assert "no row of the untouched base" in only_fault(averaged(tuned))
+    assert "no row for the base" in only_fault(averaged(tuned))
     doubled = copy.deepcopy(sound)
     doubled["rows"].append(doubled["rows"][0])
     assert only_fault(doubled) == "base has two rows for pubmedqa"
@@ -237,13 +237,13 @@ def test_an_average_that_is_not_the_mean_of_its_rows_is_found(sound: dict[str, A
 
 def test_an_average_over_some_of_the_rows_is_no_fault(sound: dict[str, Any]) -> None:
     sound["average"]["tuned"] = {"accuracy": 341 / 500, "benchmarks": ["pubmedqa"]}
-    assert implausible(sound) == []
+    assert faults_in(sound) == []
 
 
 @pytest.mark.parametrize(
     ("average", "told"),
     [
-        (None, "'average' must be an object"),
+        (None, "'average' must map each model"),
         ({"base": 0.4}, "'accuracy' must be a number"),
         ({"base": {"accuracy": 0.4, "benchmarks": ["medqa"]}}, "over ['medqa']"),
         ({"base": {"accuracy": 0.4, "benchmarks": []}}, "over []"),
@@ -253,7 +253,7 @@ def test_an_average_over_some_of_the_rows_is_no_fault(sound: dict[str, Any]) -> 
 def test_an_average_that_cannot_be_checked_is_found(
     average: Any, told: str, sound: dict[str, Any]
 ) -> None:
-    assert any(told in fault for fault in implausible({**sound, "average": average}))
+    assert any(told in fault for fault in faults_in({**sound, "average": average}))
 
 
 @pytest.mark.parametrize("evaluation", [{}, [], None, {"rows": []}, {"rows": "no"}])
@@ -282,6 +282,6 @@ def test_a_malformed_row_is_told_and_the_others_are_still_checked(
 ) -> None:
     sound["rows"][0][key] = value
     sound["rows"][3]["correct"] += 1
-    faults = implausible(sound)
+    faults = faults_in(sound)
     assert any(fault.startswith(f"row 1: '{key}'") for fault in faults)
     assert any(fault.startswith("row 4 (tuned, medmcqa): accuracy") for fault in faults)

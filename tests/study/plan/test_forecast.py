@@ -62,7 +62,7 @@ def test_rows_of_local_files_are_counted_packed_or_not(
 
 def test_a_damaged_file_is_told_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match=r"cannot be read: .* or give --rows"):
+    with pytest.raises(DataError, match=r"cannot be read: .* or use --rows"):
         count_rows(str(tmp_path / "a.jsonl.gz"))
 
 
@@ -182,6 +182,6 @@ def test_floras_sites_hold_the_stack_and_a_fresh_adapter() -> None:
 def test_dora_is_planned_for_averages_of_factors_only() -> None:
     changes = {"strategy.name": "ffa", "strategy.proximal-mu": 0.0}
     with pytest.raises(
-        ConfigError, match="DoRA is planned for fedavg and fedprox only, not for ff"
+        ConfigError, match="DoRA can be planned for fedavg and fedprox only, not for ff"
     ):
         forecast(configured(**changes), dora=True)
