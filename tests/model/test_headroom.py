@@ -149,7 +149,7 @@ def test_the_plans_figures_and_what_would_fit_are_told(
     having(monkeypatch, free)
     message = told(config, False)
     assert "batch of 4 x 512 tokens without gradient checkpointing" in message
-    assert "(CUDA out of memory. Tried to allocate 2.00 GiB.)" in message
+    assert "(CUDA out of memory. Tried to allocate 2.00 GiB)" in message
     assert f"Planned: {needs(config, checkpointing=False) / MIB:.0f} MiB" in message
     assert f"{free / MIB:.0f} MiB can be had" in message
     assert "What would fit: model.gradient-checkpointing = true (" in message

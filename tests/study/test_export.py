@@ -289,6 +289,22 @@ def test_an_export_that_fails_leaves_nothing(
     assert [f.name for f in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_folder_that_is_filled_during_the_export_is_left_alone(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, card = tmp_path / "out", exports._card
+
+    def meanwhile(*args: Any) -> str:
+        folder.mkdir()
+        (folder / "mine").write_text("mine")
+        return card(*args)
+
+    monkeypatch.setattr(exports, "_card", meanwhile)
+    with pytest.raises(RunDirectoryError, match="is not an empty folder"):
+        exports.export(find_checkpoint(made), to=folder)
+    assert (folder / "mine").read_text() == "mine"
+
+
 def test_a_damaged_checkpoint_and_another_base_are_told(
     made: Path, tmp_path: Path, tiny_base: Path
 ) -> None:

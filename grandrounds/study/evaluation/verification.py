@@ -275,7 +275,7 @@ def _equal_columns(table: dict[str, dict[str, Row]]) -> Iterable[str]:
         ]
         large = [pair for pair in pairs if min(row["n"] for row in pair) >= SMALLEST_COMPARED]
         alike = all(first["accuracy"] == second["accuracy"] for first, second in large)
-        if len(large) > 1 and alike and _tells(first for first, _ in large):
+        if len(large) > 1 and alike and _is_informative(first for first, _ in large):
             yield f"{one} and {other} have the same figures for every model: one may be a copy"
 
 
@@ -291,11 +291,11 @@ def _copies_of_base(table: dict[str, dict[str, Row]]) -> Iterable[str]:
         alike = all(
             (tuned["correct"], tuned["n"]) == (own["correct"], own["n"]) for tuned, own in shared
         )
-        if len(shared) > 1 and alike and _tells(tuned for tuned, _ in shared):
+        if len(shared) > 1 and alike and _is_informative(tuned for tuned, _ in shared):
             yield f"{model} has the base's figures on every benchmark: was its adapter loaded?"
 
 
-def _tells(rows: Iterable[Row]) -> bool:
+def _is_informative(rows: Iterable[Row]) -> bool:
     """Return whether equal figures are suspicious: not if all are 0 or 1, as without any answer."""
     return any(0 < row["correct"] < row["n"] for row in rows)
 

@@ -157,5 +157,5 @@ def test_a_folder_with_another_evaluation_is_refused_and_one_without_cannot_be_r
     with pytest.raises(GrandRoundsError, match="has no evaluation to resume"):
         ask(resume=True)
     ask(limit=1)
-    with pytest.raises(GrandRoundsError, match="already contains an evaluation: continue it with --res"):
+    with pytest.raises(GrandRoundsError, match="already contains an evaluation: continue it with"):
         ask(limit=1)
