@@ -195,7 +195,7 @@ def test_an_unknown_name_is_told_what_to_give() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"model_type": "mamba"}', "model_type = 'mamba' is unsupported; the shapes are known for llama,"),
+        ('{"model_type": "mamba"}', "'mamba' is unsupported; the shapes are known for llama,"),
         ('{"model_type": "llama"}', "hidden_size = None must be an integer of at least 1"),
         ("[]", "is not a JSON object"),
         ("{", "is not valid JSON"),
