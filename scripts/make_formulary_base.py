@@ -291,7 +291,7 @@ def main() -> int:
     default = root / "grandrounds" / "data" / "formulary" / "base"
     parser.add_argument("--out", type=Path, default=default, help="folder of the base")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
-    parser.add_argument("--check", action="store_true", help="train again and compare, write nothing")
+    parser.add_argument("--check", action="store_true", help="train again and compare only")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")

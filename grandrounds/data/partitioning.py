@@ -112,7 +112,11 @@ def _partitions(
     if name in ("dirichlet", "natural"):
         _check_partition_column(rows, name, column)
     if name == "natural":
-        _check_natural_sites(len(rows.unique(column)), count, column)
+        if (sites := len(rows.unique(column))) != count:
+            raise DataError(
+                f"data.partition-by = {column!r} has {sites} distinct values, one per site, but "
+                f"data.num-partitions = {count}. Set data.num-partitions = {sites}."
+            )
     elif len(rows) < count:
         raise DataError(
             f"{len(rows)} rows cannot fill {count} sites. "
@@ -172,14 +176,6 @@ def _check_partition_column(rows: Dataset, partitioner: str, column: str) -> Non
         raise DataError(
             f"data.partition-by = {column!r}: {gaps} of {len(rows)} rows have no value in this "
             "column. Fill it, remove these rows, or choose another column."
-        )
-
-
-def _check_natural_sites(sites: int, count: int, column: str) -> None:
-    if sites != count:
-        raise DataError(
-            f"data.partition-by = {column!r} has {sites} distinct values, one per site, but "
-            f"data.num-partitions = {count}. Set data.num-partitions = {sites}."
         )
 
 

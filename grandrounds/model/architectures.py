@@ -296,38 +296,36 @@ def target_modules(architecture: Architecture, wanted: str) -> list[str]:
         If a name matches no linear module, or PEFT has no default for the family.
     """
     linear = sorted(m.name for m in architecture.linears)
-    if wanted == "auto":
-        auto = linear if architecture.name == FORMULARY else architecture.family.auto
-        if auto is None:
-            raise no_auto_targets(architecture.model_type, linear)
-        return list(auto)
-    return named_targets(wanted, linear, architecture.name)
-
-
-def no_auto_targets(model_type: str, linear: Sequence[str]) -> ModelError:
-    """Return the error for `auto` on a family without default target modules."""
-    return ModelError(
-        f'model.lora.target-modules = "auto": PEFT has no default for {model_type!r}. '
-        f"Name some of its linear modules: {', '.join(linear)}."
+    return choose_targets(
+        wanted, linear, architecture.name, architecture.model_type, architecture.family.auto
     )
 
 
-def named_targets(wanted: str, linear: list[str], name: str) -> list[str]:
-    """Return the modules that `all-linear` or comma-separated names stand for.
+def choose_targets(
+    wanted: str, linear: list[str], name: str, model_type: str, auto: Sequence[str] | None
+) -> list[str]:
+    """Return the modules that `auto`, `all-linear` or comma-separated names stand for.
 
     Parameters
     ----------
     linear
         Linear modules of the base `name`, without the head.
+    auto
+        PEFT's default for the base's `model_type`; None: it has none.
 
     Raises
     ------
     ModelError
-        If a name matches none of them, or no name is given.
+        If a name matches none of them, no name is given, or there is no default.
     """
-    if wanted == "all-linear":
+    if wanted == "all-linear" or (wanted == "auto" and name == FORMULARY):
         return linear
-    targets = list(words_of(wanted))
+    if wanted == "auto" and auto is None:
+        raise ModelError(
+            f'model.lora.target-modules = "auto": PEFT has no default for {model_type!r}. '
+            f"Name some of its linear modules: {', '.join(linear)}."
+        )
+    targets = list(auto if wanted == "auto" and auto else words_of(wanted))
     for target in targets:
         if target not in linear:
             raise ModelError(

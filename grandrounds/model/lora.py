@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from grandrounds.data.formulary import FORMULARY
-from grandrounds.model.architectures import named_targets, no_auto_targets
+from grandrounds.model.architectures import choose_targets
 from grandrounds.model.base import base_config
 from grandrounds.wire.adapter import Shapes
 
@@ -57,6 +57,8 @@ def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
     ModelError
         If a name matches no linear module, or PEFT has no default for the architecture.
     """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
+
     head = base.get_output_embeddings()
     linear = sorted(
         {
@@ -65,18 +67,8 @@ def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
             if isinstance(module, torch.nn.Linear) and module is not head
         }
     )
-    wanted = spec.target_modules
-    if wanted == "auto":
-        wanted = "all-linear" if name == FORMULARY else _peft_choice(base.config.model_type, linear)
-    return named_targets(wanted, linear, name)
-
-
-def _peft_choice(model_type: str, linear: Sequence[str]) -> str:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
-
-    if model_type not in CHOICE:
-        raise no_auto_targets(model_type, linear)
-    return ",".join(CHOICE[model_type])
+    model_type = base.config.model_type
+    return choose_targets(spec.target_modules, linear, name, model_type, CHOICE.get(model_type))
 
 
 def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
@@ -92,6 +84,7 @@ def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
     return {n: tuple(p.shape) for n, p in adapter_parameters(model).items()}, targets
 
 
+@lru_cache(maxsize=4)
 def base_parameters(name: str) -> int:
     """Return the number of parameters of a base, without loading its weights."""
     return sum(p.numel() for p in _without_weights(name).parameters())

@@ -94,14 +94,9 @@ def threads(config: Config) -> int:
     """
     if config.train.num_threads:
         return config.train.num_threads
-    if torch.cuda.is_available() or _parameters(config.model.name) >= SMALL_BASE_PARAMETERS:
+    if torch.cuda.is_available() or base_parameters(config.model.name) >= SMALL_BASE_PARAMETERS:
         return _PROCESS_THREADS
     return 1
-
-
-@lru_cache(maxsize=4)
-def _parameters(name: str) -> int:
-    return base_parameters(name)
 
 
 def prepare_model(config: Config) -> Resident:

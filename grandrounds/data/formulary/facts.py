@@ -107,9 +107,7 @@ def drugs() -> tuple[Drug, ...]:
             formulary.append(
                 Drug(
                     name=names[len(formulary)],
-                    mechanism=columns["mechanism"][row],
-                    side_effect=columns["side_effect"][row],
-                    use=columns["use"][row],
+                    **{key: column[row] for key, column in columns.items()},
                     public=public,
                     site=-1 if public else row // DRUGS_PER_SITE,
                 )
