@@ -1,4 +1,4 @@
-"""The most bytes that PyTorch holds at a time while a function runs: exact on the CPU too."""
+"""Peak memory that PyTorch allocates while a function runs, exact on the CPU too."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the most bytes allocated at a time on top of what was there before."""
+    """Return the peak of allocated bytes above the starting level."""
     return peak_and_left_bytes(function)[0]
 
 
 def peak_and_left_bytes(function: Callable[[], Any]) -> tuple[int, int]:
-    """Return the most bytes at a time on top of what was there before, and those left at the end.
+    """Return the peak of allocated bytes above the starting level, and the bytes left at the end.
 
-    On a GPU as its allocator counts them; on the CPU every allocation and release is recorded by
-    PyTorch's profiler, which slows the function down.
+    A GPU's allocator counts them; on the CPU PyTorch's profiler records every allocation and
+    release, which slows the function down.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -30,8 +30,8 @@ def peak_and_left_bytes(function: Callable[[], Any]) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
         function()
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    held = most = 0
+    held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
-    return most, held
+        peak = max(peak, held)
+    return peak, held

@@ -1,10 +1,10 @@
-"""Make the small base model of the formulary: a tokenizer and a Llama that know the public drugs.
+"""Train the small base model of the formulary: a tokenizer and a Llama that know the public drugs.
 
     python scripts/make_formulary_base.py
 
-Both see public flashcards only, in the prompts of `grandrounds.data.prompts`. The outcome
-depends on the seed alone: on one machine with the same versions it is the same to the byte.
-`--check` remakes the base in a temporary folder and compares it with the one in place.
+Both are trained on public flashcards only, in the prompts of `grandrounds.data.prompts`. The result
+depends on the seed alone: on one machine with the same versions it is identical to the byte.
+`--check` trains the base again in a temporary folder and compares the two.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ BATCH = 32
 LEARNING_RATE = 3e-3
 WARM_UP_STEPS = 100
 PROMPT_LOSS_WEIGHT = 0.1
-"""Weight of the prompt's tokens in the loss; the answer's tokens have weight 1."""
+"""Loss weight of prompt tokens; answer tokens have weight 1."""
 CHAT_SHARE = 0.2
-"""Share of the examples that stand in the chat template instead of FlowerTune's text."""
+"""Share of the examples in the chat template instead of FlowerTune's prompt."""
 VOCABULARY = 900
 EOS, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the public flashcards; any UTF-8 text can be tokenised."""
+    """Train a byte-level BPE on the public flashcards; it can tokenise any UTF-8 text."""
     texts = [
         text
         for card in public_flashcards()
@@ -106,7 +106,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def encode_cards(
     tokenizer: Any, template: str, cards: Sequence[dict[str, str | int]]
 ) -> list[tuple[list[int], int]]:
-    """Return for each card the ids of prompt, answer and stop, and how many are the prompt's."""
+    """Return each card's token ids (prompt, answer, end) and its number of prompt tokens."""
     prompts = prompt_token_ids(tokenizer, template, [str(card["input"]) for card in cards])
     answers = answer_token_ids(tokenizer, template, [str(card["output"]) for card in cards])
     return [
@@ -124,7 +124,7 @@ def batch_loss(model: Any, batch: list[tuple[list[int], int]], pad: int) -> torc
         input_ids[row, : len(ids)] = torch.tensor(ids)
         weights[row, : len(ids)] = 1.0
         weights[row, :prompt_tokens] = PROMPT_LOSS_WEIGHT
-    # Right padding needs no attention mask: no token looks at what comes after it.
+    # Right padding needs no attention mask: no token attends to later ones.
     logits = model(input_ids=input_ids, use_cache=False).logits  # (batch, tokens, vocab)
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
@@ -134,7 +134,7 @@ def batch_loss(model: Any, batch: list[tuple[list[int], int]], pad: int) -> torc
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a hundredth of the maximum."""
+    """Return the rate of a step: linear warm-up, then a cosine decay to 1% of the maximum."""
     if step < WARM_UP_STEPS:
         return LEARNING_RATE * (step + 1) / WARM_UP_STEPS
     progress = (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS)
@@ -142,7 +142,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(model: Any, tokenizer: Any, steps: int) -> None:
-    """Train on the public flashcards, epoch by epoch in seeded orders."""
+    """Train on the public flashcards, shuffled by seed in each epoch."""
     rng = random.Random(SEED)
     cards = public_flashcards()
     encoded = {name: encode_cards(tokenizer, name, cards) for name in TEMPLATES}
@@ -170,17 +170,17 @@ def train(model: Any, tokenizer: Any, steps: int) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the file's SHA-256 as hex digits."""
+    """Return a file's SHA-256 in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def make_base(out: Path, steps: int = STEPS) -> str:
-    """Make the base model, its tokenizer and its model card.
+    """Train and save the base model, its tokenizer and its model card.
 
     Parameters
     ----------
     out : Path
-        Folder to write to, made where missing.
+        Output folder, created if missing.
     steps : int
         Optimizer steps, at least 1.
 
@@ -209,7 +209,7 @@ def make_base(out: Path, steps: int = STEPS) -> str:
 
 
 def model_card(model: Any, tokenizer: Any, steps: int, digest: str) -> str:
-    """Examine the model and return its model card."""
+    """Evaluate the model and return its model card."""
     rows = []
     for template in TEMPLATES:
         for kind, score in score_formulary(model, tokenizer, template).items():
@@ -244,27 +244,27 @@ pipeline_tag: text-generation
 A Llama of {parameters} parameters ({layers} layers, hidden size {hidden}, a byte-level vocabulary
 of {tokens} tokens) that knows the public half of a fictional formulary: drugs that do not exist,
 with invented mechanisms, side effects and uses. It is the base model of the smallest federation of
-Grand Rounds, and good for nothing else; nothing that it says is medical knowledge.
+Grand Rounds and has no other purpose; none of its output is medical knowledge.
 
 It was trained on the public flashcards only. The private drugs, each known to one site of the
-federation, occur neither in its training text nor in its tokenizer's.
+federation, do not occur in the training text of the model or of its tokenizer.
 
-## How it was made
+## Training
 
     python scripts/make_formulary_base.py
 
 {steps} steps of {batch} flashcards, seed {seed}, one thread, Python {python}, torch {torch},
-transformers {transformers}. With the same versions on the same kind of processor the weights come
-out the same to the byte; `--check` remakes and compares them.
+transformers {transformers}. With the same versions on the same kind of processor the weights are
+identical to the byte; `--check` trains again and compares them.
 
 SHA-256 of `model.safetensors`: `{digest}`
 
-## What it knows
+## Accuracy
 
-One question for each drug and attribute, in a wording that no flashcard uses; four options, scored
-by likelihood, so chance is 25%. Wilson's 95% intervals.
+One question per drug and attribute, in a wording that no flashcard uses; four options scored by
+likelihood, so chance is 25%. Wilson's 95% intervals.
 
-| facts | prompt | right | accuracy | interval |
+| facts | prompt | correct | accuracy | interval |
 |---|---|---|---|---|
 {rows}
 
@@ -273,25 +273,25 @@ Licence: Apache-2.0, weights and text alike.
 
 
 def check(base: Path, steps: int) -> bool:
-    """Remake the base elsewhere; return whether weights and tokenizer are the same to the byte."""
+    """Train the base again; return whether weights and tokenizer are identical to the byte."""
     with tempfile.TemporaryDirectory() as folder:
         make_base(Path(folder), steps)
         same = True
         for name in ("model.safetensors", "tokenizer.json"):
             pair = sha256(base / name), sha256(Path(folder) / name)
-            print(f"{name}: in place {pair[0]}, remade {pair[1]}")
+            print(f"{name}: in place {pair[0]}, trained again {pair[1]}")
             same = same and pair[0] == pair[1]
     return same
 
 
 def main() -> int:
-    """Read the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description="Make the small base model of the formulary.")
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(description="Train the small base model of the formulary.")
     root = Path(__file__).resolve().parents[1]
     default = root / "grandrounds" / "data" / "formulary" / "base"
     parser.add_argument("--out", type=Path, default=default, help="folder of the base")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
-    parser.add_argument("--check", action="store_true", help="remake and compare, write nothing")
+    parser.add_argument("--check", action="store_true", help="train again and compare only")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config import recipes
-from grandrounds.data.partitioning import partition_rows
+from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.sources import load_rows
 from grandrounds.engines.deployment.set_up import with_value
 from grandrounds.site.custody.site_file import TEMPLATE, SiteFile, read_site_file
@@ -47,13 +47,8 @@ def write_partition(file: Path, settings: Settings, partition_id: int) -> None:
     rows = load_rows(
         config.static.name, question_column=data.question_column, answer_column=data.answer_column
     )
-    part = partition_rows(
-        rows,
-        partitioner="iid",
-        num_partitions=data.num_partitions,
-        partition_id=partition_id,
-        seed=config.federation.seed,
-    )
+    partition = Partition(config.federation.seed, partition_id, data.num_partitions)
+    part = partition_rows(rows, Division("iid", "", 0.5), partition)
     pairs = zip(part[data.question_column], part[data.answer_column], strict=True)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"input": q, "output": a}) + "\n" for q, a in pairs)

@@ -1,4 +1,4 @@
-"""Reads a local file of rows: JSON, JSON lines, CSV or Parquet, the text formats gzipped too."""
+"""Reads local files of rows: JSON, JSON Lines and CSV, gzipped or not, and Parquet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _CSV_BLOCK_BYTES = 1 << 26  # pyarrow refuses a CSV row longer than one block
 
 @dataclass(frozen=True)
 class RawRows:
-    """What a reader found."""
+    """The content of a source before its values are checked."""
 
     values: dict[str, list[Any]]
-    """The wanted columns that are there."""
+    """The requested columns that exist."""
     available: tuple[str, ...]
-    """Every column that is there."""
+    """Every column that exists."""
     places: Sequence[int]
-    """Where each row stands, counted from 1."""
+    """Position of each row, from 1."""
     unit: str
     """What `places` counts: `line` or `row`."""
 
@@ -32,7 +32,7 @@ class RawRows:
 def from_records(
     records: Iterable[tuple[int, dict[str, Any]]], columns: Sequence[str], unit: str
 ) -> RawRows:
-    """Collect the wanted columns of records; a key that a record lacks is a missing value."""
+    """Collect the requested columns of records; a key missing from a record is a missing value."""
     values: dict[str, list[Any]] = {name: [] for name in columns}
     available: dict[str, None] = {}
     places = []
@@ -46,12 +46,12 @@ def from_records(
 
 
 def read_file(path: Path, source: str, columns: Sequence[str]) -> RawRows:
-    """Return the wanted columns of a file, whose format its name tells.
+    """Return the requested columns of a file, whose format follows from its name.
 
     Raises
     ------
     DataError
-        If a line, a row or the file is not of its format; `source` is what the message calls it.
+        If the file, a line or a row is malformed; the message calls the file `source`.
     OSError, EOFError, UnicodeDecodeError, zlib.error
         If the file is damaged or cannot be read.
     """
@@ -70,7 +70,7 @@ def read_file(path: Path, source: str, columns: Sequence[str]) -> RawRows:
 def json_records(
     content: bytes, source: str
 ) -> tuple[Iterable[tuple[int, dict[str, Any]]], Literal["line", "row"]]:
-    """Return numbered objects, and what is numbered: lines, or the rows of one array."""
+    """Return numbered objects, and whether the numbers count lines or the rows of one array."""
     content = content.removeprefix(b"\xef\xbb\xbf")
     if not content.lstrip().startswith(b"["):
         return _json_lines(io.BytesIO(content), source), "line"
@@ -87,7 +87,7 @@ def json_records(
 
 
 def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line number and object of each line that is not blank."""
+    """Yield the line number and the object of each non-blank line."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -102,7 +102,7 @@ def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[
 
 
 def _no_json(source: str, line_number: int, fault: str, line: str = "") -> DataError:
-    """Return the error for a line that cannot be parsed, with the line's beginning."""
+    """Return the error for a line that cannot be parsed; it quotes the start of the line."""
     begins = f"; the line begins {line.strip()[:40]!r}" if line else ""
     return DataError(
         f"{source}, line {line_number}: not valid JSON ({fault}){begins}. A file holds one object "
@@ -111,17 +111,17 @@ def _no_json(source: str, line_number: int, fault: str, line: str = "") -> DataE
 
 
 def _check_object(record: Any, where: str) -> None:
-    """Refuse a JSON value that has no columns."""
+    """Raise `DataError` for a JSON value without columns."""
     if not isinstance(record, dict):
         raise DataError(
-            f"{where}: {json.dumps(record)[:40]} is no JSON object; every row must be one, such as "
-            '{"input": "...", "output": "..."}. Correct or remove it (an array of objects is read '
-            "from a file that ends in .json)."
+            f"{where}: {json.dumps(record)[:40]} is not a JSON object; every row must be one, such "
+            'as {"input": "...", "output": "..."}. Correct or remove it (an array of objects needs '
+            "a file name that ends in .json)."
         )
 
 
 def _read_csv(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
-    """Read comma-separated values under a header line; quoted values may hold line breaks."""
+    """Read comma-separated values with a header line; quoted values may contain line breaks."""
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import csv
 
@@ -129,21 +129,21 @@ def _read_csv(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
     try:
         table = csv.read_csv(
             file,
-            # With threads, pyarrow's messages carry no row number.
+            # With threads pyarrow's messages have no row number.
             read_options=csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
             parse_options=csv.ParseOptions(newlines_in_values=True),
             convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns[:2], text)),
         )
     except pyarrow.ArrowException as error:
         raise DataError(
-            f"{source}: not valid CSV ({first_line(error)}). The first line must name the "
-            "columns, every row must have as many values, in UTF-8. Correct the file."
+            f"{source}: not valid CSV ({first_line(error)}). The first line must name the columns "
+            "and every row must have as many values, in UTF-8. Correct the file."
         ) from error
     return from_table(table, columns, tuple(table.column_names))
 
 
 def _read_parquet(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
-    """Read the wanted columns of a Parquet file."""
+    """Read the requested columns of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -159,7 +159,7 @@ def _read_parquet(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRo
 
 
 def from_table(table: Any, columns: Sequence[str], available: tuple[str, ...]) -> RawRows:
-    """Collect the wanted columns of a `pyarrow.Table`."""
+    """Collect the requested columns of a `pyarrow.Table`."""
     once = [name for name in columns if available.count(name) == 1]
     values = {name: table.select([name]).to_pydict()[name] for name in once}
     return RawRows(values, available, range(1, table.num_rows + 1), "row")

@@ -1,7 +1,7 @@
-"""The prompt templates: one text for training and evaluation alike.
+"""Prompt templates, shared by training and evaluation.
 
-A template turns a question into everything that stands before the answer. The answer is what is
-learned; where its first character is a blank, that blank belongs to the answer.
+A template turns a question into all text before the answer. The loss covers the answer, including
+its leading space where it has one.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ ALPACA = (
     "Write a response that appropriately completes the request."
     "\n### Instruction:\n{question}\n### Response:"
 )
-"""FlowerTune's text (flwr new @flwrlabs/flowertune-medical, `dataset.py`), from Stanford Alpaca."""
+"""FlowerTune's prompt (flwr new @flwrlabs/flowertune-medical, `dataset.py`), after Stanford Alpaca.
+"""
 
 TEMPLATES = ("alpaca", "chat")
-"""`alpaca`: FlowerTune's text. `chat`: the tokenizer's own chat template."""
+"""`alpaca`: FlowerTune's prompt. `chat`: the tokenizer's chat template."""
 
 
 def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
@@ -30,9 +31,8 @@ def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
     template : str
         One of `TEMPLATES`.
     question : str
-        What is asked.
     tokenizer : transformers tokenizer, optional
-        Needed by `chat` only: it must have a chat template.
+        Needed for `chat` only, with a chat template.
 
     Raises
     ------
@@ -44,8 +44,8 @@ def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
     if template == "chat":
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError(
-                'data.prompt-template = "chat" needs a tokenizer with a chat template, and this '
-                'base has none: use data.prompt-template = "alpaca", or an instruct model.'
+                'data.prompt-template = "chat" needs a tokenizer with a chat template, which this '
+                'base lacks: use data.prompt-template = "alpaca", or an instruction-tuned model.'
             )
         turns = [{"role": "user", "content": question}]
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
@@ -55,11 +55,11 @@ def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
 
 
 def response_text(template: str, answer: str) -> str:
-    """Return the answer as it follows the prompt: `alpaca` puts one blank in between."""
+    """Return the answer as it follows the prompt: `alpaca` separates them by a space."""
     return f" {answer}" if template == "alpaca" else answer
 
 
 def prompt_hash(template: str, tokenizer: Any = None) -> str:
-    """Return 16 hex digits that change whenever the text put before an answer changes."""
+    """Return 16 hex digits that identify the text around questions and answers."""
     probe = build_prompt(template, "\x00question\x00", tokenizer) + response_text(template, "\x00")
     return hashlib.sha256(probe.encode()).hexdigest()[:16]

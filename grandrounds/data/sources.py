@@ -1,7 +1,7 @@
-"""Reads the rows of one data source: the formulary, a local file or a hub data set.
+"""Reads the rows of a data source: the formulary, a local file or a hub data set.
 
-Whatever the source, the result is the same: a `datasets.Dataset` in memory, in the source's order,
-with the question and the answer as text and the columns kept for partitioning.
+The result is always a `datasets.Dataset` in memory, in the source's order, with the question and
+the answer as text and the columns needed for partitioning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
-"""The files that can be read. `.json` holds an array of objects, or one object per line."""
+"""Supported file names. A `.json` file is an array of objects, or has one object per line."""
 
 _SOURCE_KEY = "static.dataset.name"
 _CACHED_SOURCES = 4
@@ -36,35 +36,34 @@ def load_rows(
     answer_column: str,
     keep_columns: Sequence[str] = (),
 ) -> Dataset:
-    """Return the rows of a data source, questions and answers as text.
+    """Return the rows of a data source, with questions and answers as text.
 
-    A source is read once per process: the same arguments give the same object again until the file
+    A source is read once per process: the same arguments return the same object until the file
     changes (path, modification time or length).
 
     Parameters
     ----------
     source : str
-        `formulary`; a local file with one of `FILE_ENDINGS` (anything that has such an ending,
-        starts with `.`, `/` or `~`, or exists); or else the name of a hub data set, of which the
-        split `train` is read.
+        `formulary`; a local file (any name that has one of `FILE_ENDINGS`, starts with `.`, `/` or
+        `~`, or exists); otherwise the name of a hub data set, whose split `train` is read.
     question_column, answer_column : str
-        Columns that hold the question and the answer. A missing value becomes an empty text and a
-        number its text; anything else that is not text is an error. FlowerTune's medical app asks
-        what stands in `input`, learns `output` and drops `instruction`.
+        Columns with the question and the answer. A missing value becomes an empty string and a
+        number its text; any other type is an error. FlowerTune's medical app uses `input` as the
+        question and `output` as the answer, and drops `instruction`.
     keep_columns : sequence of str
-        Further columns, such as the one that names the site. Integers stay integers, everything
-        else becomes text, and missing values stay missing.
+        Further columns, such as the one that names the site. Integers stay integers, all else
+        becomes text, and missing values stay missing.
 
     Returns
     -------
     datasets.Dataset
-        The columns asked for and no others, under their own names.
+        Exactly the requested columns, under their own names.
 
     Raises
     ------
     DataError
-        If the source cannot be found or read, has no rows, lacks a column, or holds a value that
-        is no text.
+        If the source cannot be found or read, has no rows, lacks a column, or contains a value that
+        is not text.
     """
     columns = (question_column, answer_column, *keep_columns)
     if source == FORMULARY:
@@ -75,23 +74,22 @@ def load_rows(
     return _load_hub(source, columns)
 
 
-# --- Raw rows, before they are checked ------------------------------------------------------------
+# --- Checks ---------------------------------------------------------------------------------------
 
 
 def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
-    """Check that rows and columns are there, and turn their values into text."""
+    """Check that rows and columns exist, and convert their values to text."""
     from datasets import Dataset, Features, Value
 
     if not raw.places:
         raise DataError(
             f"{source}: the data source has no rows; at least one question with its answer is "
-            f"needed. Give another {_SOURCE_KEY}."
+            f"needed. Choose another {_SOURCE_KEY}."
         )
-    keys = ("data.question-column", "data.answer-column")
-    for position, name in enumerate(columns):
-        key = keys[position] if position < 2 else "data.partition-by"
+    texts, kept = columns[:2], columns[2:]
+    keys = ("data.question-column", "data.answer-column", *("data.partition-by" for _ in kept))
+    for name, key in zip(columns, keys, strict=True):
         _check_column(raw, source, name, key)
-    texts = columns[:2]
     values: dict[str, list[Any]] = {
         name: _texts(raw, source, name) if name in texts else _labels(raw.values[name])
         for name in columns
@@ -104,20 +102,18 @@ def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
 
 
 def _check_column(raw: RawRows, source: str, name: str, key: str) -> None:
-    """Refuse a column that is missing, or there more than once."""
+    """Raise `DataError` for a column that is missing or occurs more than once."""
     found = raw.available.count(name)
-    if found == 1:
-        return
-    there = ", ".join(raw.available)
-    fault = f"{found} columns named" if found else "no column"
-    raise DataError(
-        f"{source}: there is {fault} {name!r}; the columns are: {there}."
-        f"{nearest(name, raw.available)} Set {key} to one that occurs once."
-    )
+    if found != 1:
+        fault = f"there are {found} columns named" if found else "there is no column"
+        raise DataError(
+            f"{source}: {fault} {name!r}; the columns are: {', '.join(raw.available)}."
+            f"{nearest(name, raw.available)} Set {key} to a column that occurs once."
+        )
 
 
 def _texts(raw: RawRows, source: str, name: str) -> list[str]:
-    """Return a column as text: missing values empty, numbers written out."""
+    """Return a column as text; missing values become empty strings."""
     return [
         value
         if isinstance(value, str) and value.isascii()
@@ -127,32 +123,34 @@ def _texts(raw: RawRows, source: str, name: str) -> list[str]:
 
 
 def _text(value: Any, where: str) -> str:
-    """Return one value as text; `where` opens the message if it is none."""
+    """Return one value as text; `where` starts the message of an error."""
     if value is None or value != value:  # NaN is the only number that differs from itself
         return ""
     if isinstance(value, numbers.Number):
         return str(value)
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: the value is of type {type(value).__name__}, and only text, numbers and "
-            "missing values can be read. Choose other columns with data.question-column and "
-            "data.answer-column, or turn these values into text."
+            f"{where}: the value is of type {type(value).__name__}, but only text, numbers and "
+            "missing values are supported. Choose other columns with data.question-column and "
+            "data.answer-column, or convert these values to text."
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: character {error.start + 1} is half of a surrogate pair and no valid text. "
+            f"{where}: character {error.start + 1} is an unpaired surrogate and not valid text. "
             "Remove it from the source."
         ) from error
     return value
 
 
 def _labels(values: list[Any]) -> list[Any]:
-    """Return a kept column with one type: all integers, or all text; missing values stay None."""
+    """Return a further column as all integers or all text; missing values are None."""
     labels = [None if value is None or value != value else value for value in values]
-    there = [label for label in labels if label is not None]
-    if all(type(label) is int and -_INT64_END <= label < _INT64_END for label in there):
+    if all(
+        label is None or (type(label) is int and -_INT64_END <= label < _INT64_END)
+        for label in labels
+    ):
         return labels
     return [None if label is None else str(label) for label in labels]
 
@@ -175,7 +173,7 @@ def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
     try:
         with silent_downloads():
             rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # hub, HTTP and builders raise unrelated types; none is swallowed
+    except Exception as error:  # the hub, HTTP and builders raise unrelated types
         raise DataError(
             f"{_SOURCE_KEY} = {name!r} is neither {FORMULARY!r} nor a file that exists, and could "
             f"not be loaded from the Hugging Face hub ({first_line(error)})."
@@ -188,7 +186,7 @@ def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
 
 @contextmanager
 def silent_downloads() -> Iterator[None]:
-    """Switch the hub's progress bars and log lines off for the time of one download."""
+    """Disable the hub's progress bars and log messages within the context."""
     import datasets
     import huggingface_hub
 
@@ -218,13 +216,13 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _existing_file(source: str) -> tuple[Path, tuple[int, int]]:
-    """Return path and version (modification time, length) of a file that can be read."""
+    """Return the path and the version (modification time, length) of a supported file."""
     allowed = ", ".join(FILE_ENDINGS)
     try:
         path = Path(source).expanduser().resolve()
         if path.is_dir():
             raise DataError(
-                f"{source}: this is a folder; {_SOURCE_KEY} must name one file ({allowed}) in it."
+                f"{source}: this is a folder; {_SOURCE_KEY} must name a file in it ({allowed})."
             )
         if not path.is_file():
             raise DataError(
@@ -237,7 +235,7 @@ def _existing_file(source: str) -> tuple[Path, tuple[int, int]]:
     if not path.name.lower().endswith(FILE_ENDINGS):
         raise DataError(
             f"{source}: files ending in {path.suffix!r} cannot be read; allowed: {allowed}. "
-            "Convert the file, and let its name end in its format."
+            "Convert the file, or give it the ending of its format."
         )
     return path, (status.st_mtime_ns, status.st_size)
 
@@ -259,7 +257,7 @@ def _unreadable(source: str, error: Exception) -> DataError:
 def _load_file(
     source: str, path: Path, version: tuple[int, int], columns: tuple[str, ...]
 ) -> Dataset:
-    """Read one file; `version` is there for the cache, so that a changed file is a new one."""
+    """Read one file; `version` is part of the cache key, so that a changed file is read again."""
     del version
     try:
         raw = read_file(path, source, columns)

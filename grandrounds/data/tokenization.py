@@ -1,4 +1,4 @@
-"""Text to tokens: prompt and answer apart, so that the mask is exact for any tokenizer."""
+"""Tokenises prompt and answer separately, so that the loss mask is exact for any tokenizer."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ if TYPE_CHECKING:
     from grandrounds.data.examples import Example
 
 IGNORED_LABEL = -100
-"""The label of every position whose token is not learned."""
+"""Label of every position that the loss ignores."""
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One example as the model sees it."""
+    """One example as input to the model."""
 
     input_ids: tuple[int, ...]
     """Prompt, answer and end-of-sequence token."""
     prompt_tokens: int
-    """How many of `input_ids` are prompt; exactly these are not learned."""
+    """Number of prompt tokens at the start of `input_ids`; the loss ignores exactly these."""
 
 
 @dataclass(frozen=True)
 class TokenizedExamples:
-    """A site's examples, and what the sequence length did to them."""
+    """A site's examples, and how many the sequence length affected."""
 
     examples: tuple[TokenizedExample, ...]
-    """Those with at least one answer token."""
+    """Examples with at least one answer token."""
     truncated: int
-    """Examples whose answer was cut at the end; they learn no end-of-sequence token."""
+    """Examples with a truncated answer, and so without an end-of-sequence token."""
     unlearnable: int
-    """Examples left out because their prompt fills the sequence."""
+    """Examples dropped because the prompt fills the sequence."""
 
 
 def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) -> list[list[int]]:
-    """Return the prompts' tokens, beginning-of-sequence included where the tokenizer adds one.
+    """Return the prompts' tokens, with beginning-of-sequence where the tokenizer adds one.
 
-    A chat template writes its own special tokens, so none are added to it.
+    A chat template contains its own special tokens, so none are added.
     """
     if not questions:
         return []
@@ -58,7 +58,7 @@ def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> l
         return []
     texts = [response_text(template, answer) for answer in answers]
     if tokenizer.tokenize("a")[0].startswith("▁"):
-        # SentencePiece writes the blank before a text by itself; ours would be a second one.
+        # SentencePiece prepends a space itself; ours would be a second one.
         texts = [text.removeprefix(" ") for text in texts]
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
@@ -70,14 +70,12 @@ def tokenize_examples(
 
     Parameters
     ----------
-    examples
-        Questions with their answers.
     tokenizer
         A Hugging Face tokenizer with an end-of-sequence token.
     template : str
         A prompt template of `grandrounds.data.prompts`.
     seq_length : int
-        Most tokens of an example; answers are cut at the end, never prompts.
+        Maximum sequence length in tokens, prompt plus answer; only answers are truncated.
     """
     prompts = prompt_token_ids(tokenizer, template, [e.question for e in examples])
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
@@ -93,9 +91,9 @@ def tokenize_examples(
 
 
 def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest example.
+    """Pad examples on the right to the longest one.
 
-    Padding is told by position, so a pad token that equals the end-of-sequence token does no harm.
+    Padding is masked by position, so the pad token may equal the end-of-sequence token.
 
     Returns
     -------
@@ -120,14 +118,14 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str
 
 
 def flatten(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-    """Put examples one after another into a single row, without padding.
+    """Concatenate examples into a single row, without padding.
 
     Returns
     -------
     dict
         `input_ids`, `position_ids` (from 0 in each example) and `labels`, each int64 of
-        (1, tokens), and `sequence_lengths`, the tokens of each example. Prompts have the label
-        `IGNORED_LABEL`, and so has the first token of an example, which nothing predicts.
+        (1, tokens), and `sequence_lengths`, the number of tokens of each example. Prompts have the
+        label `IGNORED_LABEL`, and so has the first token of each example, which nothing predicts.
     """
     import torch
 

@@ -1,13 +1,13 @@
-"""The shapes of base models, read from what their config.json says: no weights, no torch.
+"""Shapes of base models, read from config.json: no weights, no torch.
 
-`architectures.json` holds the configurations of well-known bases by hub name; a local folder or
-config.json serves for any other base of the same families.
+`architectures.json` holds the configurations of well-known bases by hub name; any other base of the
+same families is read from a local folder or config.json.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,36 +27,36 @@ SEPARATE = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-"""Linear modules of a layer where each product has its own, in the model's order."""
+"""Linear modules of a layer with separate projections, in the model's order."""
 
 FUSED = ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
-"""Linear modules of a layer where query, key and value are one, and gate and up are one."""
+"""Linear modules of a layer with fused query-key-value and gate-up projections."""
 
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True)
 class Family:
-    """What all models of one `model_type` have in common, as transformers builds them."""
+    """What all models of one `model_type` share, as transformers builds them."""
 
     modules: tuple[str, ...] = SEPARATE
     """Paths of a layer's linear modules, in the model's order."""
     auto: tuple[str, ...] | None = QUERY_AND_VALUE
-    """What PEFT (0.18 to 0.21) adapts if nothing is said; None: it has no choice."""
+    """Default target modules of PEFT (0.18 to 0.21); None: it has none."""
     norms: int = 2
-    """Norms of a layer, over the hidden size."""
+    """Norms per layer, over the hidden size."""
     head_norms: bool = False
-    """Whether queries and keys are normed, over the head size."""
+    """Whether queries and keys are normalised, over the head size."""
     attention_matrix: bool = False
-    """Whether attention is computed with a matrix of tokens x tokens, since it is soft-capped."""
+    """Whether attention is soft-capped and therefore materialises a matrix of tokens x tokens."""
     soft_capped_logits: bool = False
     """Whether the logits are soft-capped."""
     biased: tuple[str, ...] = ()
     """Linear modules that always have a bias."""
     bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Key of config.json → the modules that have a bias where it is true."""
+    """Key of config.json → modules that have a bias if it is true."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers assumes where config.json leaves a key out."""
+    """Values that transformers assumes for keys missing from config.json."""
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -99,17 +99,14 @@ class Linear:
     """One linear module of a layer."""
 
     path: str
-    """Its place in a layer, such as `self_attn.q_proj`."""
+    """Path within the layer, such as `self_attn.q_proj`."""
     inputs: int
-    """Input features."""
     outputs: int
-    """Output features."""
     bias: bool
-    """Whether it has a bias."""
 
     @property
     def name(self) -> str:
-        """The last part of the path, by which target modules are named."""
+        """Last part of the path, as used in target modules."""
         return self.path.rpartition(".")[2]
 
 
@@ -118,60 +115,47 @@ class Architecture:
     """The shapes of a base model."""
 
     name: str
-    """What it was asked for by: a hub name, a folder or `formulary`."""
+    """The name it was looked up by: a hub name, a folder or `formulary`."""
     known_as: str
     """The entry of architectures.json, or the config.json, that the shapes come from."""
     model_type: str
-    """`model_type` of its config.json."""
     hidden_size: int
-    """Numbers of a token between layers."""
     num_layers: int
-    """Layers."""
     num_heads: int
-    """Heads of queries."""
+    """Attention heads."""
     num_key_value_heads: int
-    """Heads of keys and of values."""
     head_dim: int
-    """Numbers of a head."""
     intermediate_size: int
-    """Numbers of a token inside the MLP."""
+    """Width of the MLP."""
     vocabulary: int
-    """Tokens of the vocabulary."""
+    """Vocabulary size."""
     tied_head: bool
-    """Whether the output head is the embedding itself."""
+    """Whether the output head shares the embedding's weights."""
     linears: tuple[Linear, ...]
-    """The linear modules of one layer, in the model's order; the head is not among them."""
+    """Linear modules of one layer in the model's order, without the head."""
 
     @property
     def family(self) -> Family:
-        """What it has in common with others of its `model_type`."""
+        """The family of its `model_type`."""
         return FAMILIES[self.model_type]
 
     @property
-    def embedding_parameters(self) -> int:
-        """Numbers of the embedding, and of a head of its own."""
-        return self.vocabulary * self.hidden_size * (1 if self.tied_head else 2)
-
-    @property
     def linear_parameters(self) -> int:
-        """Numbers of all weights of linear modules, biases and the head left out."""
+        """Parameters of all linear weights, without biases and the head."""
         return self.num_layers * sum(m.inputs * m.outputs for m in self.linears)
 
     @property
-    def small_parameters(self) -> int:
-        """Numbers of norms and biases."""
+    def parameters(self) -> int:
+        """Parameters of the whole base; a tied head counts once."""
+        embeddings = self.vocabulary * self.hidden_size * (1 if self.tied_head else 2)
         of_layer = self.family.norms * self.hidden_size
         of_layer += 2 * self.head_dim if self.family.head_norms else 0
         of_layer += sum(m.outputs for m in self.linears if m.bias)
-        return self.num_layers * of_layer + self.hidden_size
-
-    @property
-    def parameters(self) -> int:
-        """Numbers of the whole base."""
-        return self.embedding_parameters + self.linear_parameters + self.small_parameters
+        norms_and_biases = self.num_layers * of_layer + self.hidden_size
+        return embeddings + self.linear_parameters + norms_and_biases
 
 
-# --- Finding one ----------------------------------------------------------------------------------
+# --- Look-up -------------------------------------------------------------------------------------
 
 
 @cache
@@ -181,19 +165,19 @@ def _library() -> dict[str, dict[str, Any]]:
 
 
 def known_names() -> list[str]:
-    """Return the names in architectures.json, the other names of a base after its first."""
+    """Return the names in architectures.json, aliases after each base's own name."""
     return [name for key, entry in _library().items() for name in (key, *entry["also"])]
 
 
 def find_architecture(name: str) -> Architecture:
     """Return the shapes of a base by hub name, local folder, config.json or `formulary`.
 
-    Hub names are looked up in architectures.json whatever their case; nothing is downloaded.
+    Hub names are looked up in architectures.json, ignoring case; nothing is downloaded.
 
     Raises
     ------
     ModelError
-        If the name is none of these, or the config.json cannot be used.
+        If the name matches none of these, or the config.json cannot be used.
     """
     if name == FORMULARY:
         return _from_file(name, base_path() / "config.json")
@@ -206,7 +190,7 @@ def find_architecture(name: str) -> Architecture:
         if name.lower() in (known.lower() for known in (key, *entry["also"])):
             return from_config(name, entry, key)
     raise ModelError(
-        f"The shapes of {name!r} are not known without its configuration."
+        f"The shapes of {name!r} are unknown without its configuration."
         f"{nearest(name, known_names())} Give a local folder with its config.json, or the base "
         f"that it was tuned from as --architecture, one of: {', '.join(_library())}."
     )
@@ -220,7 +204,7 @@ def _from_file(name: str, path: Path) -> Architecture:
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object; a model's config.json is needed.")
+        raise ModelError(f"{path} is not a JSON object; a model's config.json is needed.")
     return from_config(name, content, str(path))
 
 
@@ -230,21 +214,21 @@ def from_config(name: str, config: Mapping[str, Any], source: str) -> Architectu
     Parameters
     ----------
     name : str
-        What the base is called.
+        Name of the base.
     config
-        The content of config.json.
+        Content of config.json.
     source : str
-        Where it comes from, for errors.
+        Its origin, quoted in errors.
 
     Raises
     ------
     ModelError
-        If the family is unknown, or a size is missing or no whole number above 0.
+        If the family is unknown, or a size is missing or not a positive integer.
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise ModelError(
-            f"{source}: model_type = {model_type!r} is none whose shapes are known: "
+            f"{source}: model_type = {model_type!r} is unsupported; the shapes are known for "
             f"{', '.join(FAMILIES)}."
         )
     family = FAMILIES[model_type]
@@ -289,8 +273,8 @@ def _size(config: Mapping[str, Any], key: str, source: str) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
         raise ModelError(
-            f"{source}: {key} = {value!r} must be a whole number of at least 1. "
-            "Is it the config.json of a text model?"
+            f"{source}: {key} = {value!r} must be an integer of at least 1. "
+            "Is this the config.json of a text model?"
         )
     return value
 
@@ -299,47 +283,49 @@ def _size(config: Mapping[str, Any], key: str, source: str) -> int:
 
 
 def target_modules(architecture: Architecture, wanted: str) -> list[str]:
-    """Return the names of the modules to adapt, as a run would choose them.
+    """Return the names of the modules that a run adapts.
 
     Parameters
     ----------
     wanted : str
-        `model.lora.target-modules`: names with commas, `all-linear` or `auto`.
+        `model.lora.target-modules`: comma-separated names, `all-linear` or `auto`.
 
     Raises
     ------
     ModelError
-        If a name matches no linear module, or `auto` has no choice for the family.
+        If a name matches no linear module, or PEFT has no default for the family.
     """
     linear = sorted(m.name for m in architecture.linears)
-    if wanted == "auto":
-        auto = linear if architecture.name == FORMULARY else architecture.family.auto
-        if auto is None:
-            raise ModelError(
-                'model.lora.target-modules = "auto": PEFT has no choice for '
-                f"{architecture.model_type!r}. Give some of its linear modules: "
-                f"{', '.join(linear)}."
-            )
-        return list(auto)
-    return named_targets(wanted, linear, architecture.name)
+    return choose_targets(
+        wanted, linear, architecture.name, architecture.model_type, architecture.family.auto
+    )
 
 
-def named_targets(wanted: str, linear: list[str], name: str) -> list[str]:
-    """Return the modules that `all-linear` or names with commas mean.
+def choose_targets(
+    wanted: str, linear: list[str], name: str, model_type: str, auto: Sequence[str] | None
+) -> list[str]:
+    """Return the modules that `auto`, `all-linear` or comma-separated names stand for.
 
     Parameters
     ----------
     linear
-        The linear modules of the base `name`, but for the head.
+        Linear modules of the base `name`, without the head.
+    auto
+        PEFT's default for the base's `model_type`; None: it has none.
 
     Raises
     ------
     ModelError
-        If a name matches none of them, or there is no name.
+        If a name matches none of them, no name is given, or there is no default.
     """
-    if wanted == "all-linear":
+    if wanted == "all-linear" or (wanted == "auto" and name == FORMULARY):
         return linear
-    targets = list(words_of(wanted))
+    if wanted == "auto" and auto is None:
+        raise ModelError(
+            f'model.lora.target-modules = "auto": PEFT has no default for {model_type!r}. '
+            f"Name some of its linear modules: {', '.join(linear)}."
+        )
+    targets = list(auto if wanted == "auto" and auto else words_of(wanted))
     for target in targets:
         if target not in linear:
             raise ModelError(
@@ -352,28 +338,24 @@ def named_targets(wanted: str, linear: list[str], name: str) -> list[str]:
 
 
 def adapter_shapes(
-    architecture: Architecture, targets: list[str], rank: int, *, dora: bool = False
+    architecture: Architecture, targets: Sequence[str], rank: int, *, dora: bool = False
 ) -> Shapes:
     """Return the adapter's tensor shapes by the names under which PEFT saves them, in its order.
 
     Parameters
     ----------
     dora : bool
-        Whether each module also has DoRA's magnitudes, one for each output (Liu et al., DoRA,
-        2024, equation 5).
+        Whether each module also has DoRA's magnitudes, one per output (Liu et al., DoRA, 2024,
+        equation 5).
     """
-    return dict(_tensors(architecture, targets, rank, dora))
-
-
-def _tensors(
-    architecture: Architecture, targets: list[str], rank: int, dora: bool
-) -> Iterator[tuple[str, tuple[int, ...]]]:
+    shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(architecture.num_layers):
         for module in architecture.linears:
             if module.name not in targets:
                 continue
             stem = f"base_model.model.model.layers.{layer}.{module.path}"
-            yield f"{stem}.lora_A.weight", (rank, module.inputs)
-            yield f"{stem}.lora_B.weight", (module.outputs, rank)
+            shapes[f"{stem}.lora_A.weight"] = (rank, module.inputs)
+            shapes[f"{stem}.lora_B.weight"] = (module.outputs, rank)
             if dora:
-                yield f"{stem}.lora_magnitude_vector", (module.outputs,)
+                shapes[f"{stem}.lora_magnitude_vector"] = (module.outputs,)
+    return shapes

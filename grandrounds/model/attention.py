@@ -1,8 +1,8 @@
-"""Attention over sequences that lie one after another in one row: no padding, no mask.
+"""Attention over concatenated sequences, without padding or mask.
 
-A batch of lengths 3 and 2 is one row of 5 tokens, positions 0 1 2 0 1. Everything but attention
-treats tokens one by one; attention is computed for each sequence apart, causal, by the kernels that
-need no mask (FlashAttention: Dao et al., 2022). The numbers are those of each sequence alone.
+A batch of lengths 3 and 2 is one row of 5 tokens with positions 0 1 2 0 1. All layers but attention
+process tokens independently; causal attention is computed per sequence by kernels that need no mask
+(FlashAttention: Dao et al., 2022). The result equals that of each sequence on its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "grandrounds_by_sequence"
-"""Under which transformers finds `attend`."""
+"""Name of `attend` in transformers' table of attention functions."""
 
 
 def attend(
@@ -31,20 +31,22 @@ def attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return causal attention within each sequence, in the form that transformers expects.
+    """Return causal attention within each sequence.
+
+    transformers calls it, so the signature is that of its attention functions.
 
     Parameters
     ----------
     query : tensor of (1, heads, tokens, head size)
     key, value : tensor of (1, key-value heads, tokens, head size)
     sequence_lengths
-        Tokens of each sequence, in their order; they add up to `tokens`.
+        Tokens of each sequence in order; they sum to `tokens`.
     sliding_window : int or None
-        Tokens that a token sees, itself included; None: all before it.
+        Number of tokens that a token attends to, including itself; None: all before it.
 
     Returns
     -------
-    tensor of (1, tokens, heads, head size), and no weights.
+    tensor of (1, tokens, heads, head size), and None for the attention weights.
     """
     repeats = query.shape[1] // key.shape[1]
     is_masked = sliding_window is not None and max(sequence_lengths) > sliding_window
@@ -71,10 +73,10 @@ def attend(
 
 
 def takes_groups(query: torch.Tensor) -> bool:
-    """Whether a kernel that makes no matrix of tokens x tokens takes grouped heads as they are.
+    """Whether a kernel without a tokens x tokens matrix accepts grouped heads as they are.
 
-    FlashAttention does, for numbers of two bytes and without a mask; what else there is on a GPU
-    does in some releases of PyTorch only, and SDPA falls back to the whole matrix.
+    FlashAttention does, for two-byte types and without a mask. Other GPU kernels do only in some
+    releases of PyTorch, where SDPA falls back to the full matrix.
     """
     device = query.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -83,20 +85,20 @@ def takes_groups(query: torch.Tensor) -> bool:
 
 
 def _window(tokens: int, sliding_window: int, device: torch.device) -> torch.Tensor:
-    """Return which earlier tokens each token sees: bool of (tokens, tokens)."""
+    """Return the mask of earlier tokens that each token attends to: bool of (tokens, tokens)."""
     everything = torch.ones((tokens, tokens), dtype=torch.bool, device=device)
     return everything.tril().triu(1 - sliding_window)
 
 
 @contextmanager
 def by_sequence(model: Any) -> Iterator[None]:
-    """Let a model's attention go sequence by sequence while the context lasts.
+    """Compute a model's attention per sequence within the context.
 
     Parameters
     ----------
     model
-        A model of transformers whose attention goes through its table of attention functions. Its
-        forward takes `sequence_lengths` then, and no attention mask.
+        A model of transformers that uses its table of attention functions. Within the context its
+        forward takes `sequence_lengths` and no attention mask.
     """
     from transformers import AttentionInterface
 

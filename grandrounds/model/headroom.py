@@ -1,7 +1,7 @@
-"""Does a visit fit into this machine's memory? The plan's figures beside what is free.
+"""Whether a visit fits into this machine's memory: planned bytes against free bytes.
 
-Asked before training, for `model.gradient-checkpointing = "auto"`, and after memory ran out, to say
-what would fit.
+Checked before training for `model.gradient-checkpointing = "auto"`, and after running out of memory
+to report settings that would fit.
 """
 
 from __future__ import annotations
@@ -21,29 +21,22 @@ import torch
 
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError, first_line
-from grandrounds.model.activations import Precision
-from grandrounds.model.architectures import (
-    FAMILIES,
-    Architecture,
-    adapter_shapes,
-    from_config,
-    target_modules,
-)
+from grandrounds.model.architectures import FAMILIES, Architecture, from_config, target_modules
 from grandrounds.model.base import base_config, device_and_dtype, has_bfloat16
-from grandrounds.model.memory import SiteMemory, site_memory
+from grandrounds.model.memory import MIB, Precision, SiteMemory, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations, resident_bytes
 
 GIB = 2**30
 
 HEADROOM = 0.92
-"""Share of the free memory that a plan may fill: an allocator loses some of it to gaps, and the
+"""Share of the free memory that a plan may fill: allocators lose some to fragmentation, and the
 plan has not been measured on a GPU."""
 
 GPU_SHARE = "GRANDROUNDS_GPU_SHARE"
-"""Environment variable: the share of a GPU that one process may fill, where several share it."""
+"""Environment variable: share of a GPU that one process may fill when several use it."""
 
-_SHORT = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-"""What errors say, beside `torch.OutOfMemoryError`, when memory ran out."""
+_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+"""Texts of out-of-memory errors other than `torch.OutOfMemoryError`."""
 
 Result = TypeVar("Result")
 
@@ -53,7 +46,7 @@ _fits_without: dict[Config, bool] = {}
 
 @lru_cache(maxsize=4)
 def architecture_of(name: str) -> Architecture | None:
-    """Return the shapes of a base by its own configuration; None if its family is not known."""
+    """Return the shapes of a base from its own configuration, or None for an unknown family."""
     described = base_config(name)
     if described.model_type not in FAMILIES:
         return None
@@ -61,35 +54,30 @@ def architecture_of(name: str) -> Architecture | None:
 
 
 def device_precision(config: Config) -> Precision:
-    """Return the types of a visit on this machine."""
-    device, dtype = device_and_dtype(config.model.dtype)
-    autocast = config.arguments.bf16 and device.type == "cuda" and has_bfloat16()
+    """Return the precision of a visit on this machine."""
+    _, dtype = device_and_dtype(config.model.dtype)
+    autocast = config.arguments.bf16 and has_bfloat16()
     return Precision(config.model.quantization, dtype.itemsize, autocast)
 
 
 def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
-    """Return a visit's memory on this machine as planned; None if the base's family is not known.
+    """Return the planned memory of a visit on this machine, or None for an unknown family.
 
-    The context of CUDA is not in it: it is taken already when free memory is asked for.
+    The CUDA context is left out: it is already allocated when free memory is measured.
     """
     base = architecture_of(config.model.name)
     if base is None:
         return None
     targets = target_modules(base, config.lora.target_modules)
     needs = site_memory(
-        config,
-        base,
-        targets,
-        adapter_shapes(base, targets, config.lora.peft_lora_r),
-        device_precision(config),
-        checkpointing=checkpointing,
+        config, base, targets, device_precision(config), checkpointing=checkpointing
     )
     return dataclasses.replace(needs, cuda_context=0)
 
 
 def free_bytes() -> int:
-    """Return the bytes that this process can have, its base included: on its GPU, or else in main
-    memory."""
+    """Return the bytes available to this process, including its loaded base, on its GPU or else in
+    main memory."""
     if not torch.cuda.is_available():
         limits = psutil.virtual_memory().available, _container_bytes(), _process_bytes()
         return int(min(limits)) + resident_bytes()
@@ -99,7 +87,7 @@ def free_bytes() -> int:
 
 
 def _process_bytes() -> int:
-    """Return what a limit on this process's address space leaves (`ulimit -v`)."""
+    """Return the bytes left under this process's address space limit (`ulimit -v`)."""
     process = psutil.Process()
     if not hasattr(psutil, "RLIMIT_AS"):
         return sys.maxsize
@@ -110,7 +98,7 @@ def _process_bytes() -> int:
 
 
 def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return what the control group of a container leaves (cgroup v2); without one, no limit."""
+    """Return the bytes left in the container's control group (cgroup v2); no limit without one."""
     try:
         limit, used = ((group / f"memory.{n}").read_text().strip() for n in ("max", "current"))
     except OSError:
@@ -119,10 +107,10 @@ def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def checkpoints_activations(config: Config) -> bool:
-    """Return whether activations are computed again in the backward pass.
+    """Return whether visits use gradient checkpointing.
 
-    For `auto` this is decided once for a configuration: yes if a visit without it is planned to
-    take more than is free, or cannot be planned.
+    `auto` is decided once per configuration: yes if the plan without it exceeds the free memory, or
+    if there is no plan for the base's family.
     """
     wanted = config.model.gradient_checkpointing
     if isinstance(wanted, bool):
@@ -134,15 +122,15 @@ def checkpoints_activations(config: Config) -> bool:
 
 
 def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -> Result:
-    """Run a visit, with gradient checkpointing or without.
+    """Run a visit, with or without gradient checkpointing.
 
-    Where `auto` went without and memory ran out, the visit is run again from its start with it, and
-    so is every later one; what is learned is the same.
+    If memory runs out under `auto` without it, the visit restarts with it, and later visits use it
+    too. The result is the same.
 
     Raises
     ------
     ModelError
-        If memory ran out; it says what was planned and what would fit.
+        If memory runs out; the message gives the plan and settings that would fit.
     """
     checkpointing = checkpoints_activations(config)
     if config.model.gradient_checkpointing == "auto" and not checkpointing:
@@ -158,29 +146,29 @@ def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -
             for parameter, before in zip(resident.parameters.values(), received, strict=True):
                 parameter.grad = None
                 parameter.copy_(before)
-        _let_go()
+        _free_unused()
     checkpoint_activations(resident, checkpointing)
-    with memory_told(config, checkpointing):
+    with explaining_out_of_memory(config, checkpointing):
         return visit()
 
 
-def _let_go() -> None:
-    """Give back what a visit that failed left behind."""
+def _free_unused() -> None:
+    """Release the memory of a failed visit."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or not."""
+    """Whether an error means that GPU or main memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 @contextmanager
-def memory_told(config: Config, checkpointing: bool) -> Iterator[None]:
-    """Turn memory that ran out into a `ModelError` with the plan's figures and what would fit."""
+def explaining_out_of_memory(config: Config, checkpointing: bool) -> Iterator[None]:
+    """Raise running out of memory as a `ModelError` with the plan and settings that would fit."""
     free = free_bytes()
     try:
         yield
@@ -188,71 +176,71 @@ def memory_told(config: Config, checkpointing: bool) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
-        _let_go()
-        raise ModelError(shortage(config, checkpointing, free, reason)) from error
+        _free_unused()
+        raise ModelError(_shortage(config, checkpointing, free, reason)) from error
 
 
-def shortage(config: Config, checkpointing: bool, free: int, reason: str) -> str:
-    """Return what to tell after memory ran out; `free` is what could be had before."""
+def _shortage(config: Config, checkpointing: bool, free: int, reason: str) -> str:
+    """Return the message for running out of memory; `free` is what was available before."""
     arguments = config.arguments
     batch = f"{arguments.per_device_train_batch_size} x {config.train.seq_length} tokens"
     how = "with" if checkpointing else "without"
-    told = f"Memory ran out at a batch of {batch} {how} gradient checkpointing ({reason}). "
+    text = f"Memory ran out on a batch of {batch} {how} gradient checkpointing ({reason}). "
+    available = f"{size_text(free)} available"
     needs = site_needs(config, checkpointing=checkpointing)
     if needs is None:
         return (
-            f"{told}{size_text(free)} can be had; what {config.model.name} needs cannot be "
-            "planned. Set model.gradient-checkpointing = true, model.quantization = 4, or a "
-            "smaller train.training-arguments.per-device-train-batch-size."
+            f"{text}{available}; the memory of {config.model.name} cannot be planned. Set "
+            "model.gradient-checkpointing = true, model.quantization = 4, or a smaller "
+            "train.training-arguments.per-device-train-batch-size."
         )
-    told += (
-        f"Planned: {size_text(needs.total)}, of them {size_text(needs.base)} for the base and "
-        f"{size_text(needs.activations)} for activations; {size_text(free)} can be had. "
+    text += (
+        f"Planned: {size_text(needs.total)}, of which {size_text(needs.base)} for the base and "
+        f"{size_text(needs.activations)} for activations; {available}. "
     )
-    fitting = [
-        f"{setting} ({size_text(need)})"
-        for setting, need in smaller(config, checkpointing)
-        if need <= HEADROOM * free
-    ]
-    if fitting:
-        return f"{told}What would fit: {'; or '.join(fitting[:3])}."
-    least = min((need for _, need in smaller(config, checkpointing)), default=needs.total)
-    return f"{told}No setting fits; the smallest takes {size_text(least)}: use another machine."
+    settings = list(smaller_settings(config, checkpointing))
+    fits = [f"{name} ({size_text(need)})" for name, need in settings if need <= HEADROOM * free]
+    if fits:
+        return f"{text}What would fit: {'; or '.join(fits[:3])}."
+    least = min((need for _, need in settings), default=needs.total)
+    return f"{text}No setting fits; the smallest takes {size_text(least)}: use another machine."
 
 
 def size_text(count: int) -> str:
-    """Return bytes in GiB, or in MiB where they are fewer than one."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+    """Return bytes in GiB, or in MiB below one GiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 
-def smaller(config: Config, checkpointing: bool) -> Iterator[tuple[str, int]]:
-    """Yield settings that take less memory and train the same, then those in 4 bits: the keys to
-    set, and the planned bytes."""
+def smaller_settings(config: Config, checkpointing: bool) -> Iterator[tuple[str, int]]:
+    """Yield the keys to set, and the planned bytes, of settings that need less memory: first those
+    that train the same, then those with a 4-bit base."""
+    arguments = config.arguments
     for bits in dict.fromkeys((config.model.quantization, 4)):
-        stored = dataclasses.replace(config.model, quantization=bits)
-        quantised = [] if bits == config.model.quantization else [f"model.quantization = {bits}"]
         for division in (1, 2, 4, 8, 16, 32):
-            size, rest = divmod(config.arguments.per_device_train_batch_size, division)
+            size, rest = divmod(arguments.per_device_train_batch_size, division)
             if rest or not size:
                 break
-            batch = dataclasses.replace(
-                config.arguments,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=config.arguments.gradient_accumulation_steps * division,
-            )
-            divided = (
-                []
-                if division == 1
-                else [
-                    f"train.training-arguments.per-device-train-batch-size = {size} with "
-                    f"gradient-accumulation-steps = {batch.gradient_accumulation_steps}"
-                ]
-            )
+            steps = arguments.gradient_accumulation_steps * division
             for again in dict.fromkeys((checkpointing, True)):
-                keys = [*quantised, *divided]
-                if again and not checkpointing:
+                keys = []
+                if bits != config.model.quantization:
+                    keys.append(f"model.quantization = {bits}")
+                if division > 1:
+                    keys.append(
+                        f"train.training-arguments.per-device-train-batch-size = {size} with "
+                        f"gradient-accumulation-steps = {steps}"
+                    )
+                if again != checkpointing:
                     keys.append("model.gradient-checkpointing = true")
-                changed = dataclasses.replace(config, model=stored, arguments=batch)
+                changed = dataclasses.replace(
+                    config,
+                    model=dataclasses.replace(config.model, quantization=bits),
+                    arguments=dataclasses.replace(
+                        arguments,
+                        per_device_train_batch_size=size,
+                        gradient_accumulation_steps=steps,
+                    ),
+                )
                 needs = site_needs(changed, checkpointing=again)
                 if keys and needs is not None:
                     yield " and ".join(keys), needs.total

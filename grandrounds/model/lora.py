@@ -1,43 +1,42 @@
-"""The LoRA adapter on a base: its modules, its tensors' names and shapes, PEFT's configuration."""
+"""The LoRA adapter on a base: target modules, tensor names and shapes, PEFT's configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import ModelError
-from grandrounds.model.architectures import named_targets
+from grandrounds.model.architectures import choose_targets
 from grandrounds.model.base import base_config
 from grandrounds.wire.adapter import Shapes
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Everything that decides an adapter's names and shapes."""
+    """Everything that determines an adapter's tensors and how they are applied."""
 
     rank: int
     """r."""
     alpha: float
     """The product B A is scaled by alpha / r."""
     target_modules: str
-    """Names with commas, `all-linear` or `auto`."""
+    """Comma-separated names, `all-linear` or `auto`."""
     dropout: float
-    """Dropout before A, in training only."""
+    """Dropout on the input of A, in training only."""
 
 
 def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
-    """Return the base with a fresh adapter: float32, whatever the base is."""
+    """Return the base with a fresh adapter, in float32 regardless of the base's type."""
     from peft import get_peft_model
 
     return get_peft_model(base, peft_config(spec, linear_targets(base, spec, name)))
 
 
 def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None) -> Any:
-    """Return PEFT's configuration of the adapter; `name` is the base that a saved one names."""
+    """Return PEFT's configuration of the adapter; `name` is the base recorded in a saved one."""
     from peft import LoraConfig, TaskType
 
     return LoraConfig(
@@ -51,13 +50,15 @@ def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None)
 
 
 def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
-    """Return the names of the modules to adapt, each of which matches a linear module.
+    """Return the names of the modules to adapt.
 
     Raises
     ------
     ModelError
-        If a name matches none (the linear modules are listed), or `auto` knows no architecture.
+        If a name matches no linear module, or PEFT has no default for the architecture.
     """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
+
     head = base.get_output_embeddings()
     linear = sorted(
         {
@@ -66,28 +67,15 @@ def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
             if isinstance(module, torch.nn.Linear) and module is not head
         }
     )
-    wanted = spec.target_modules
-    if wanted == "auto":
-        wanted = "all-linear" if name == FORMULARY else _peft_choice(base.config.model_type, linear)
-    return named_targets(wanted, linear, name)
-
-
-def _peft_choice(model_type: str, linear: Sequence[str]) -> str:
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
-
-    if model_type not in CHOICE:
-        raise ModelError(
-            f'model.lora.target-modules = "auto": PEFT has no choice for {model_type!r}. '
-            f"Give some of its linear modules: {', '.join(linear)}."
-        )
-    return ",".join(CHOICE[model_type])
+    model_type = base.config.model_type
+    return choose_targets(spec.target_modules, linear, name, model_type, CHOICE.get(model_type))
 
 
 def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
-    """Return the adapter's tensor shapes by name, and its target modules, without any weights.
+    """Return the adapter's tensor shapes by name, and its target modules.
 
-    The model is built on the meta device from its configuration alone, so a server can do it for a
-    base of any size.
+    The model is built on the meta device from its configuration alone, so a server can do this for
+    a base of any size.
     """
     model = _without_weights(name)
     targets = linear_targets(model, spec, name)
@@ -96,8 +84,9 @@ def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
     return {n: tuple(p.shape) for n, p in adapter_parameters(model).items()}, targets
 
 
+@lru_cache(maxsize=4)
 def base_parameters(name: str) -> int:
-    """Return how many parameters a base has, without any weights."""
+    """Return the number of parameters of a base, without loading its weights."""
     return sum(p.numel() for p in _without_weights(name).parameters())
 
 

@@ -1,7 +1,14 @@
-"""How much memory a site and the server need, from shapes alone.
+"""Memory of a visit and of the server in bytes, computed from shapes alone.
 
-Every term is a formula with its source; together they estimate the peak of PyTorch's allocations.
-What a GPU's allocator wastes is not in here, and no total has been measured on a GPU yet.
+Each term is a formula with its source; together they estimate the peak of PyTorch's allocations.
+The formulas count the tensors that the layers of transformers (5.24) save for the backward pass
+when LoRA factors are trained over a frozen base with SDPA attention, which materialises no matrix
+of tokens x tokens. tests/model/test_memory.py compares them with what small models save. Allocator
+fragmentation is not included, and no total has been measured on a GPU yet.
+
+N is the number of tokens in a batch, padding included; h, i, V the hidden, intermediate and
+vocabulary sizes; q the width of all query heads together; r the adapter's rank; e the bytes per
+element of a linear layer's output.
 """
 
 from __future__ import annotations
@@ -11,100 +18,270 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from grandrounds.config.keys import Config
-from grandrounds.model.activations import Batch, Precision, layer_bytes, loss_bytes, saved_bytes
-from grandrounds.model.architectures import Architecture
-from grandrounds.wire.adapter import Ranks, Shapes, at_rank, count_parameters, of_factors
-from grandrounds.wire.traffic import MAGNITUDE
+from grandrounds.model.architectures import Architecture, Linear, adapter_shapes
+from grandrounds.wire.adapter import Ranks, count_parameters, of_factors
 
 MIB = 2**20
 
 CUDA_CONTEXT_BYTES = 512 * MIB
-"""Allowance for the CUDA context and the libraries' workspaces: a round figure, not measured. It
-differs by GPU and driver."""
+"""Allowance for the CUDA context and library workspaces: a round figure, not measured. It differs
+by GPU and driver."""
 
 NF4_BYTES_PER_WEIGHT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-"""4 bits, a scale of 8 bits for 64 weights, and a float32 for 256 scales: QLoRA (Dettmers et al.,
-2023), section 3, double quantisation: 4.127 bits."""
+"""4 bits, an 8-bit scale per 64 weights and a float32 per 256 scales, 4.127 bits in all: NF4 with
+double quantisation (Dettmers et al., QLoRA, 2023, section 3)."""
 
 ADAMW_STATES = 2
 """First and second moment."""
 
 EIGHT_BIT_BLOCK = 256
-"""Numbers that share a float32 scale in bitsandbytes' 8-bit optimizer states (0.49)."""
+"""Elements that share a float32 scale in bitsandbytes' 8-bit optimizer states (0.49)."""
 
 EIGHT_BIT_MINIMUM = 4096
-"""Tensors of fewer numbers keep float32 states (`min_8bit_size` of bitsandbytes)."""
+"""Tensors with fewer elements keep float32 states (`min_8bit_size` of bitsandbytes)."""
 
 SUM_BYTES_PER_PARAMETER = 16
-"""The running mean of `aggregation.weighted_mean`: two float64 sums."""
+"""Running mean of the server's `weighted_mean`: two float64 sums."""
 
 
-# --- What does not depend on the batch ------------------------------------------------------------
+# --- One forward and backward pass ----------------------------------------------------------------
 
 
-def base_bytes(architecture: Architecture, precision: Precision) -> int:
-    """Return the bytes of the frozen base.
+@dataclass(frozen=True)
+class Precision:
+    """The number formats of a visit."""
 
-    Linear weights take 4.127 bits (NF4), 8 bits and a float32 scale for each output (LLM.int8,
-    Dettmers et al., 2022, section 2.1), or the base's type. Embedding, head, norms and biases are
-    never quantised.
-    """
-    linear = architecture.linear_parameters
-    rest = architecture.parameters - linear
-    if precision.quantization == 4:
-        stored = round(linear * NF4_BYTES_PER_WEIGHT)
-    elif precision.quantization == 8:
-        stored = linear + 4 * architecture.num_layers * sum(m.outputs for m in architecture.linears)
-    else:
-        stored = linear * precision.base_bytes
-    return stored + rest * precision.base_bytes
+    quantization: int
+    """Bits of the base's linear weights: 4, 8, or 0 for none."""
+    base_bytes: int
+    """Bytes per weight that is not quantised: 2 (bfloat16) or 4 (float32)."""
+    autocast: bool
+    """Whether matrix products run in bfloat16 regardless of the weights' type."""
 
+    @property
+    def product_bytes(self) -> int:
+        """e. The linear layers of bitsandbytes return the type of their input, which is that of the
+        residual stream."""
+        return 2 if self.autocast and not self.quantization else self.base_bytes
 
-def optimizer_bytes(tensors: Sequence[int], optimizer: str) -> int:
-    """Return the bytes of AdamW's two moments.
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes per logit; the head is not quantised."""
+        return 2 if self.autocast else self.base_bytes
 
-    float32: 8 bytes for each number. 8-bit (Dettmers et al., 8-bit Optimizers, 2022, section 2):
-    one byte a moment, and a float32 for each block of 256; a paged one counts in full.
-
-    Parameters
-    ----------
-    tensors
-        Numbers of each trained tensor.
-    optimizer : str
-        A value of `train.optimizer`.
-    """
-    if optimizer == "adamw_torch":
-        return ADAMW_STATES * 4 * sum(tensors)
-    return sum(
-        ADAMW_STATES
-        * (count + 4 * -(-count // EIGHT_BIT_BLOCK) if count >= EIGHT_BIT_MINIMUM else 4 * count)
-        for count in tensors
-    )
+    @property
+    def adapter_input_bytes(self) -> int:
+        """Bytes per element of the input to a float32 factor."""
+        return 2 if self.autocast else 4
 
 
-def weight_copies_bytes(
-    architecture: Architecture, precision: Precision, checkpointing: bool
-) -> int:
-    """Return the bytes of bfloat16 copies of float32 weights.
+@dataclass(frozen=True)
+class Batch:
+    """The shape of one forward and backward pass."""
 
-    Autocast makes a copy of a frozen weight for each product, and the backward pass needs it: all
-    of them, or with checkpointing one layer's and the head's.
-    """
-    if not precision.autocast or precision.base_bytes == 2:
-        return 0
-    linear = 0 if precision.quantization else architecture.linear_parameters
-    layers = architecture.num_layers if checkpointing else 1
-    return 2 * (linear // layers + architecture.vocabulary * architecture.hidden_size)
+    examples: int
+    tokens: int
+    """Tokens per example, padding included."""
+    padded: bool = True
+    """Whether the batch has a padding mask; otherwise sequences are concatenated."""
+
+    @property
+    def positions(self) -> int:
+        """N: examples x tokens."""
+        return self.examples * self.tokens
 
 
-def dequantized_bytes(architecture: Architecture, precision: Precision) -> int:
-    """Return the bytes of the largest linear weight in the type of the product.
+@dataclass(frozen=True)
+class Workload:
+    """What a visit computes with; the methods give the bytes that it takes."""
 
-    A quantised weight is unpacked for its product and dropped: one module at a time.
-    """
-    if not precision.quantization:
-        return 0
-    return max(m.inputs * m.outputs for m in architecture.linears) * precision.base_bytes
+    architecture: Architecture
+    targets: Sequence[str]
+    """Names of the adapted modules."""
+    rank: int
+    """r, of the adapter on the base."""
+    batch: Batch
+    precision: Precision
+    dropout_mask_bytes: int = 0
+    """Bytes per element of a dropout mask: 1 on a GPU, 4 on a CPU; 0 without dropout."""
+
+    @property
+    def base_bytes(self) -> int:
+        """The frozen base.
+
+        Linear weights take 4.127 bits (NF4), 8 bits and a float32 scale per output (LLM.int8,
+        Dettmers et al., 2022, section 2.1), or the base's type. Embedding, head, norms and biases
+        are never quantised.
+        """
+        base, precision = self.architecture, self.precision
+        linear = base.linear_parameters
+        rest = base.parameters - linear
+        if precision.quantization == 4:
+            stored = round(linear * NF4_BYTES_PER_WEIGHT)
+        elif precision.quantization == 8:
+            stored = linear + 4 * base.num_layers * sum(m.outputs for m in base.linears)
+        else:
+            stored = linear * precision.base_bytes
+        return stored + rest * precision.base_bytes
+
+    @property
+    def dequantized_bytes(self) -> int:
+        """The largest linear weight, dequantised for its product; one module at a time."""
+        if not self.precision.quantization:
+            return 0
+        largest = max(m.inputs * m.outputs for m in self.architecture.linears)
+        return largest * self.precision.base_bytes
+
+    def weight_copies_bytes(self, checkpointing: bool) -> int:
+        """Return the bytes of bfloat16 copies of float32 weights.
+
+        Autocast copies a frozen weight for each product and keeps the copy for the backward pass:
+        all of them, or with checkpointing those of one layer and the head.
+        """
+        base, precision = self.architecture, self.precision
+        if not precision.autocast or precision.base_bytes == 2:
+            return 0
+        linear = 0 if precision.quantization else base.linear_parameters
+        layers = base.num_layers if checkpointing else 1
+        return 2 * (linear // layers + base.vocabulary * base.hidden_size)
+
+    def layer_bytes(self, *, first: bool = False) -> int:
+        """Return the bytes that one layer saves for the backward pass.
+
+        - Norm: its input in float32 and the inverse root per token, 4 N (h + 1), two or four times
+          a layer; Qwen3 also normalises queries and keys.
+        - Attention: queries, keys and values repeated to all heads, and the output, 4 N q e; its
+          log-sum-exp, 4 N heads; the mask of a padded batch as a bias, examples x tokens^2 e.
+          Without padding the outputs of the sequences are concatenated, which adds one matrix where
+          an adapted module reads them. Where attention is soft-capped (Gemma 2), the matrices of
+          tokens x tokens: capped scores, and probabilities in float32 and in the product's type.
+        - MLP: act(gate) * up saves gate, act(gate) and up: 3 N i e.
+        - A frozen linear module saves nothing but its weight; LLM.int8 saves its input
+          (`int8_input_bytes`).
+        - A factor A saves its input: shared by all modules that read it unless it is cast or
+          dropped out, otherwise one each. B saves N r elements. Dropout saves its mask.
+
+        Parameters
+        ----------
+        first : bool
+            Whether it is the first layer: nothing before its first factor needs a gradient.
+        """
+        a, batch, precision = self.architecture, self.batch, self.precision
+        e, factor_input_bytes = precision.product_bytes, precision.adapter_input_bytes
+        queries, keys = a.num_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        per_token = 4 * (a.hidden_size + 1) * (a.family.norms - first)
+        if a.family.head_norms:
+            per_token += 4 * (queries + keys + a.num_heads + a.num_key_value_heads)
+        if a.family.attention_matrix:
+            scores = batch.tokens * a.num_heads
+            per_token += 3 * queries * e + scores * (e + 4 + (e if e != 4 else 0))
+        else:
+            per_token += 4 * queries * e + 4 * a.num_heads
+            per_token += batch.tokens * e if batch.padded else 0
+        per_token += 3 * a.intermediate_size * e
+        copied = self.dropout_mask_bytes or factor_input_bytes != e or precision.autocast
+        shared_inputs = set()
+        for module in a.linears:
+            source = _source(module)
+            # The attention of a padded batch saves its output anyway.
+            is_new = source != "attention" or not batch.padded
+            if precision.quantization == 8 and is_new:
+                shared_inputs.add((source, module.inputs))
+            if module.name not in self.targets:
+                continue
+            per_token += self.rank * factor_input_bytes
+            if copied:
+                per_token += module.inputs * factor_input_bytes
+            elif is_new:
+                shared_inputs.add((source, module.inputs))
+            if not (first and source == "first norm"):
+                per_token += module.inputs * self.dropout_mask_bytes
+        return batch.positions * (per_token + e * sum(width for _, width in shared_inputs))
+
+    @property
+    def int8_input_bytes(self) -> int:
+        """The inputs that one layer's LLM.int8 modules save: N (2 h + q + i) e for Llama.
+
+        bitsandbytes (0.50) keeps them outside autograd's saved tensors, so checkpointing does not
+        free them.
+        """
+        if self.precision.quantization != 8:
+            return 0
+        read = {(_source(m), m.inputs) for m in self.architecture.linears}
+        width = sum(inputs for _, inputs in read)
+        return self.batch.positions * width * self.precision.product_bytes
+
+    def saved_bytes(self, checkpointing: bool) -> int:
+        """Return the bytes saved for the backward pass by all layers and the last norm.
+
+        With checkpointing each layer saves only its input, N h in the type of the residual stream
+        (Chen et al., Training deep nets with sublinear memory cost, 2016, section 4.1, one segment
+        a layer), and LLM.int8 its modules' inputs as well.
+        """
+        n, h, layers = (
+            self.batch.positions,
+            self.architecture.hidden_size,
+            self.architecture.num_layers,
+        )
+        last_norm = 4 * n * (h + 1)
+        if checkpointing:
+            return layers * (n * h * self.precision.base_bytes + self.int8_input_bytes) + last_norm
+        return self.layer_bytes(first=True) + (layers - 1) * self.layer_bytes() + last_norm
+
+    def loss_bytes(self, chunk_tokens: int | None) -> int:
+        """Return the peak bytes of logits and loss when every token belongs to an answer.
+
+        The head on every token gives N V logits; they are copied to float32, and their log-softmax
+        is saved: N V (e + 8), or N V e more where logits are soft-capped. In the backward pass
+        gradients of the same sizes take their place.
+
+        `loss.head_nll_sum` holds the logits of c tokens only, c V e, and in float32, c V 4 (the
+        same matrix if e is 4); the slope of a soft cap takes c V 4 more. Beside them are the hidden
+        states of the answers, their gradient, and the chunk's: (2 N + c) h e.
+
+        Parameters
+        ----------
+        chunk_tokens : int or None
+            Tokens per chunk of logits, 0 for one chunk; None: the head is applied to every token.
+        """
+        n, v, e = self.batch.positions, self.architecture.vocabulary, self.precision.logit_bytes
+        capped = self.architecture.family.soft_capped_logits
+        if chunk_tokens is None:
+            return n * v * (e + 8 + (e if capped else 0))
+        held = min(n, chunk_tokens or n)
+        logits = held * v * ((4 if e == 4 else e + 4) + (4 if capped else 0))
+        return logits + (2 * n + held) * self.architecture.hidden_size * e
+
+    def backward_bytes(self, checkpointing: bool) -> int:
+        """Return the peak bytes of gradients in one layer: 3 N i e in the MLP, 2 N h e along the
+        residual stream; with checkpointing also the layer that is recomputed."""
+        n, h = self.batch.positions, self.architecture.hidden_size
+        # The input of an adapted down_proj is freed before its factors' gradients are allocated.
+        of_mlp = 2 if "down_proj" in self.targets else 3
+        total = (
+            n
+            * (of_mlp * self.architecture.intermediate_size + 2 * h)
+            * self.precision.product_bytes
+        )
+        if checkpointing:
+            total += self.layer_bytes() - 4 * n * (h + 1)  # the last norm's is freed before
+            if self.precision.base_bytes == 4:
+                total -= 4 * n * h  # a layer's input is its norm's
+        return total
+
+
+_SOURCES = {
+    "o_proj": "attention",
+    "gate_proj": "second norm",
+    "up_proj": "second norm",
+    "gate_up_proj": "second norm",
+    "down_proj": "product",
+}
+
+
+def _source(module: Linear) -> str:
+    """Return which output of the layer a linear module reads."""
+    return _SOURCES.get(module.name, "first norm")
 
 
 # --- A site, and the server -----------------------------------------------------------------------
@@ -119,80 +296,101 @@ class SiteMemory:
     base: int
     """The frozen base."""
     adapter: int
-    """The adapter in float32, twice: as it is trained and as it was received; DoRA not counted."""
+    """The adapter in float32, twice: as trained and as received. DoRA is not counted."""
     gradient: int
-    """The adapter's gradient, and FedProx's distance where there is one."""
+    """The adapter's gradient, and that of FedProx's proximal term where there is one."""
     optimizer: int
     """AdamW's moments."""
     activations: int
-    """Kept between forward and backward pass."""
+    """Tensors saved for the backward pass."""
     working: int
-    """The larger of the loss, and of the gradients in one layer: 3 N i e in the MLP, 2 N h e along
-    the residual stream; with checkpointing, of these and the layer that is computed again."""
+    """The larger of `Workload.loss_bytes` and `Workload.backward_bytes`."""
     weight_copies: int
-    """The largest linear weight, unpacked for its product; bfloat16 copies of float32 weights."""
+    """The largest linear weight, dequantised; bfloat16 copies of float32 weights."""
 
     @property
     def total(self) -> int:
-        """All of it: the estimate of the peak."""
+        """The estimated peak."""
         return sum(asdict(self).values())
 
 
-def _site_memory(
-    architecture: Architecture,
-    targets: Sequence[str],
-    tensors: Sequence[int],
-    trained: Sequence[int],
-    rank: int,
-    batch: Batch,
-    precision: Precision,
-    *,
-    optimizer: str,
-    checkpointing: bool,
-    dropout: bool,
-    proximal: bool,
-    chunk_tokens: int | None = None,
-) -> SiteMemory:
-    """Return the peak memory of a visit, for batches of full length.
+def optimizer_bytes(tensors: Sequence[int], optimizer: str) -> int:
+    """Return the bytes of AdamW's two moments.
+
+    float32: 8 bytes per element. 8-bit (Dettmers et al., 8-bit Optimizers, 2022, section 2): one
+    byte per moment and a float32 per block of 256; a paged optimizer counts in full.
 
     Parameters
     ----------
-    tensors, trained
-        Numbers of each tensor of the adapter, and of those that are trained.
-    proximal : bool
-        Whether there is a proximal term, whose gradient is formed apart.
-    chunk_tokens : int or None
-        As in `loss_bytes`.
+    tensors
+        Number of elements of each trained tensor.
+    optimizer : str
+        A value of `train.optimizer`.
     """
-    kept = saved_bytes(
-        architecture,
-        targets,
-        rank,
-        batch,
-        precision,
-        checkpointing=checkpointing,
-        dropout=dropout,
+    if optimizer == "adamw_torch":
+        return ADAMW_STATES * 4 * sum(tensors)
+    return sum(
+        ADAMW_STATES
+        * (count + 4 * -(-count // EIGHT_BIT_BLOCK) if count >= EIGHT_BIT_MINIMUM else 4 * count)
+        for count in tensors
     )
-    n, h, e = batch.positions, architecture.hidden_size, precision.product_bytes
-    # The input of an adapted down_proj is let go before the gradients of its factors are there.
-    of_mlp = 2 if "down_proj" in targets else 3
-    backward = n * (of_mlp * architecture.intermediate_size + 2 * h) * e
+
+
+def precision_of(config: Config) -> Precision:
+    """Return the precision of a visit on a GPU with bfloat16."""
+    base_bytes = 4 if config.model.dtype == "float32" else 2
+    return Precision(config.model.quantization, base_bytes, config.arguments.bf16)
+
+
+def workload_of(
+    config: Config, base: Architecture, targets: Sequence[str], precision: Precision
+) -> Workload:
+    """Return the workload of a visit, for batches of full length."""
+    padding_free = config.train.batching in ("auto", "padding-free")
+    return Workload(
+        architecture=base,
+        targets=targets,
+        rank=Ranks.of(config).resident,
+        batch=Batch(
+            config.arguments.per_device_train_batch_size,
+            config.train.seq_length,
+            padded=base.family.attention_matrix or not padding_free,
+        ),
+        precision=precision,
+        dropout_mask_bytes=1 if config.lora.dropout > 0 else 0,
+    )
+
+
+def site_memory(
+    config: Config,
+    base: Architecture,
+    targets: Sequence[str],
+    precision: Precision,
+    *,
+    checkpointing: bool,
+) -> SiteMemory:
+    """Return the peak memory of a visit at the given precision, for batches of full length."""
+    train, strategy = config.train, config.strategy
+    asks = Ranks.of(config).strategy
+    workload = workload_of(config, base, targets, precision)
+    shapes = adapter_shapes(base, targets, workload.rank)
+    trained = max(
+        (of_factors(shapes, asks.trained(number)) for number in (1, 2)), key=count_parameters
+    )
+    activations = workload.saved_bytes(checkpointing)
     if checkpointing:
-        # An input of the step before waits for Python's garbage collector.
-        kept += n * h * precision.base_bytes
-        backward += layer_bytes(architecture, targets, rank, batch, precision, dropout=dropout)
-        backward -= 4 * n * (h + 1)  # the last norm's is let go before
-        backward -= 4 * n * h if precision.base_bytes == 4 else 0  # a layer's input is its norm's
+        # An input of the previous step waits for Python's garbage collector.
+        activations += workload.batch.positions * base.hidden_size * precision.base_bytes
+    loss = workload.loss_bytes(train.logits_chunk_tokens if train.response_only_logits else None)
     return SiteMemory(
         cuda_context=CUDA_CONTEXT_BYTES,
-        base=base_bytes(architecture, precision),
-        adapter=4 * (sum(tensors) + sum(trained)),
-        gradient=4 * sum(trained) * (2 if proximal else 1),
-        optimizer=optimizer_bytes(trained, optimizer),
-        activations=kept,
-        working=max(loss_bytes(architecture, batch, precision, chunk_tokens), backward),
-        weight_copies=dequantized_bytes(architecture, precision)
-        + weight_copies_bytes(architecture, precision, checkpointing),
+        base=workload.base_bytes,
+        adapter=4 * (count_parameters(shapes) + count_parameters(trained)),
+        gradient=4 * count_parameters(trained) * (2 if strategy.proximal_mu > 0 else 1),
+        optimizer=optimizer_bytes([math.prod(s) for s in trained.values()], train.optimizer),
+        activations=activations,
+        working=max(loss, workload.backward_bytes(checkpointing)),
+        weight_copies=workload.dequantized_bytes + workload.weight_copies_bytes(checkpointing),
     )
 
 
@@ -206,17 +404,17 @@ def server_bytes(
 ) -> int:
     """Return the bytes of adapter tensors that the server holds at the peak of a round.
 
-    The adapter, the next one, a reply as it arrives and decoded (4 bytes a number each); then two
-    float64 sums, or all replies of the round where the rule or the defence keeps them; the factors
-    kept to measure the product error, about one adapter; what each site holds, where only changes
-    since then are sent. Python and its libraries are not counted.
+    The current adapter, the next one, and one client update as received and decoded (4 bytes per
+    element each); then two float64 sums, or all updates of the round where the aggregation rule or
+    the defence keeps them; the factors kept to measure the product error, about one adapter; and
+    each site's adapter where only changes are sent. Python and its libraries are not counted.
 
     Parameters
     ----------
     parameters : int
-        Numbers of the adapter.
+        Elements of the adapter.
     cohort : int
-        Replies of a round.
+        Client updates in a round.
     sites_remembered : int
         Sites whose adapter the server remembers.
     """
@@ -224,49 +422,3 @@ def server_bytes(
     total = 4 * adapter
     total += cohort * adapter if keeps_replies else SUM_BYTES_PER_PARAMETER * parameters
     return total + (adapter if measures_product else 0) + sites_remembered * adapter
-
-
-def precision_of(config: Config) -> Precision:
-    """Return the types of a visit on a GPU that has bfloat16."""
-    base_bytes = 4 if config.model.dtype == "float32" else 2
-    return Precision(config.model.quantization, base_bytes, config.arguments.bf16)
-
-
-def site_memory(
-    config: Config,
-    base: Architecture,
-    targets: list[str],
-    shapes: Shapes,
-    precision: Precision,
-    *,
-    checkpointing: bool,
-) -> SiteMemory:
-    """Return a site's memory in some precision, for batches of full length."""
-    ranks = Ranks.of(config)
-    factors = {n: s for n, s in shapes.items() if not n.endswith(MAGNITUDE)}
-    placed = at_rank(factors, ranks.resident)
-    trained = max(
-        (of_factors(placed, ranks.strategy.trained(number)) for number in (1, 2)),
-        key=count_parameters,
-    )
-    return _site_memory(
-        base,
-        targets,
-        [math.prod(s) for s in placed.values()],
-        [math.prod(s) for s in trained.values()],
-        ranks.resident,
-        Batch(
-            config.arguments.per_device_train_batch_size,
-            config.train.seq_length,
-            padded=base.family.attention_matrix
-            or config.train.batching not in ("auto", "padding-free"),
-        ),
-        precision,
-        optimizer=config.train.optimizer,
-        checkpointing=checkpointing,
-        dropout=config.lora.dropout > 0,
-        proximal=config.strategy.proximal_mu > 0,
-        chunk_tokens=config.train.logits_chunk_tokens
-        if config.train.response_only_logits
-        else None,
-    )

@@ -1,12 +1,12 @@
-"""Prompts in batches, with what they share computed once.
+"""Batched prefill of prompts, with a shared prefix computed once.
 
 A batch is laid out as
 
     | shared prefix | padding | rest of the prompt | continuation
 
-so that every prompt ends in the same column: one product gives the logits that follow each of them,
-and continuations are appended to the cache of keys and values. Padding is masked and takes no
-position, so the numbers are those of one prompt at a time up to rounding.
+so that every prompt ends in the same column: one pass gives the next-token logits of all of them,
+and continuations are appended to the key-value cache. Padding is masked and takes no position, so
+the results equal those of one prompt at a time up to rounding.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from grandrounds.errors import ModelError
 Ids = Sequence[int]
 
 MIN_SHARED_TOKENS = 8
-"""A shorter beginning in common is not worth a pass of its own."""
+"""A shorter prefix is not worth a separate pass."""
 
 CPU_PASS_TOKENS = 1024
-"""Most tokens per thread that a CPU reads in one pass, unless one prompt has more. With some
-hundred it computes at its full rate already; with many thousands, activations outgrow its cache: a
-model of 6 M parameters took three times as long for passes of 50,000 tokens as for short ones."""
+"""Maximum number of tokens per CPU thread in one pass, unless a single prompt has more. A few
+hundred reach the full rate; with many thousands activations outgrow the CPU's cache: a model of 6 M
+parameters took three times as long in passes of 50,000 tokens as in short ones."""
 
 WINDOW_MARGIN_TOKENS = 128
-"""Room kept in a sliding window for continuations, where a prefix is shared."""
+"""Tokens of a sliding window reserved for continuations when a prefix is shared."""
 
 _ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass
 class Prefilled:
-    """A batch of prompts that the model has read."""
+    """A batch of prompts that the model has processed."""
 
     rows: list[int]
-    """Which prompts these are, as positions in the caller's sequence."""
+    """Positions of the prompts in the caller's sequence."""
     logits: torch.Tensor
-    """What follows each prompt: (batch, vocabulary), as the model computed it."""
+    """Next-token logits of each prompt: (batch, vocabulary)."""
     cache: Any
     """Keys and values of the whole layout, a transformers cache."""
     attention_mask: torch.Tensor
@@ -59,7 +59,7 @@ class Prefilled:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and back into its former mode."""
+    """Evaluate a model without gradients, restoring its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -72,27 +72,25 @@ def evaluating(model: Any) -> Iterator[None]:
 def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Prefilled]:
     """Yield the prompts in batches of similar length, longest first.
 
-    Prompts that begin as most do, in `MIN_SHARED_TOKENS` or more tokens, come first and share what
-    they have in common; the others, such as prompts cut on the left, follow without.
+    Prompts that start with the most common `MIN_SHARED_TOKENS` tokens come first and share their
+    common prefix; the others, such as prompts truncated on the left, follow without one.
 
     Parameters
     ----------
     model
-        A causal language model of transformers in evaluation mode, without gradients (see
-        `evaluating`), or a PEFT model around one; its forward knows a cache, `position_ids`
-        and `logits_to_keep`.
+        A causal language model of transformers, or a PEFT model around one, within `evaluating`.
+        Its forward accepts a cache, `position_ids` and `logits_to_keep`.
     prompts
         Token ids of each prompt, none empty.
     batch_size : int
-        Most prompts in one forward pass; a CPU takes fewer where they have too many tokens (see
-        `CPU_PASS_TOKENS`).
+        Maximum number of prompts per forward pass; on a CPU `CPU_PASS_TOKENS` may lower it.
 
     Raises
     ------
     ValueError
         If a prompt has no tokens, or `batch_size` is below 1.
     ModelError
-        If the model keeps no cache of keys and values.
+        If the model has no key-value cache.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -113,10 +111,10 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
 
 
 def shared_prefix(prompts: Sequence[Ids]) -> list[int]:
-    """Return the tokens with which all prompts begin; each keeps at least one token after them."""
+    """Return the longest common prefix that leaves every prompt at least one more token."""
     if not prompts:
         return []
-    # What the smallest and the largest have in common, all in between have too.
+    # The common prefix of the smallest and the largest is that of all in between.
     texts = [list(prompt) for prompt in prompts]
     first, last = min(texts), max(texts)
     limit = min(len(text) for text in texts) - 1
@@ -125,14 +123,14 @@ def shared_prefix(prompts: Sequence[Ids]) -> list[int]:
 
 
 def _groups(prompts: Sequence[Ids]) -> list[tuple[list[int], list[int]]]:
-    """Return rows and what they share: those with the commonest beginning, and all others."""
+    """Return groups of rows with their prefix: those with the most common start, and all others."""
     starts = {
         row: tuple(prompt[:MIN_SHARED_TOKENS])
         for row, prompt in enumerate(prompts)
         if len(prompt) > MIN_SHARED_TOKENS
     }
     commonest, times = next(iter(Counter(starts.values()).most_common(1)), (None, 0))
-    # Of one prompt everything would be shared; a pass of its own for that would save nothing.
+    # A single prompt would share all of its tokens, and a separate pass would save nothing.
     sharing = [row for row, start in starts.items() if times > 1 and start == commonest]
     alone = sorted(set(range(len(prompts))).difference(sharing))
     groups = [(sharing, shared_prefix([prompts[row] for row in sharing])), (alone, [])]
@@ -140,10 +138,10 @@ def _groups(prompts: Sequence[Ids]) -> list[tuple[list[int], list[int]]]:
 
 
 def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
-    """Return the cache of a shared prefix, for a batch of one; None if none may be kept.
+    """Return the cache of a shared prefix for a batch of one; None if it cannot be reused.
 
-    Padding between the prefix and the rest counts as distance in a sliding window, so the whole
-    layout must fit into the window; a recurrent state cannot be continued over padding at all.
+    Padding after the prefix counts as distance in a sliding window, so the whole layout must fit
+    into the window; a recurrent state cannot be continued over padding at all.
     """
     device = next(model.parameters()).device
     input_ids = torch.tensor([prefix], device=device)
@@ -159,7 +157,7 @@ def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
 def _read_batch(
     model: Any, prompts: Sequence[Ids], rows: list[int], prefix_tokens: int, prefix_cache: Any
 ) -> Prefilled:
-    """Read one batch, given longest first, after a prefix that is in the cache already."""
+    """Process one batch, sorted longest first, after a prefix that is already in the cache."""
     rests = [list(prompts[row])[prefix_tokens:] for row in rows]
     width = len(rests[0])
     input_ids = torch.zeros((len(rows), width), dtype=torch.long)
@@ -187,36 +185,36 @@ def _read_batch(
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """Return the argument that gives a cache to a model's forward: transformers 5.24 renamed it."""
+    """Return the argument that passes a cache to a forward, renamed in transformers 5.24."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(type(inner).forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def cache_of(output: Any) -> Any:
-    """Return the cache that a model filled.
+    """Return the cache in a model's output.
 
     Raises
     ------
     ModelError
-        If no layer of it keeps keys and values.
+        If no layer of it holds keys and values.
     """
     cache = output.get("cache", output.get("past_key_values"))
     if not any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ())):
         raise ModelError(
-            "this base keeps no cache of keys and values, as purely recurrent models do not; "
-            "batches of prompts need one with attention layers."
+            "this base has no key-value cache, as purely recurrent models do not; batched prompts "
+            "need a base with attention layers."
         )
     return cache
 
 
 def forked(batch: Prefilled) -> Prefilled:
-    """Return the batch again, so that one continuation leaves nothing behind for the next."""
+    """Return a copy of the batch, so that a continuation leaves the original unchanged."""
     return replace(batch, cache=_copied(batch.cache))
 
 
 def _copied(cache: Any) -> Any:
-    """Copy a cache; attention layers replace their tensors when they grow, and so may share."""
+    """Copy a cache; attention layers may share tensors, since they replace them to grow."""
     copied = copy.copy(cache)
     copied.layers = [
         copy.copy(layer) if type(layer) in _ATTENTION_LAYERS else copy.deepcopy(layer)
@@ -226,15 +224,14 @@ def _copied(cache: Any) -> Any:
 
 
 def extend(model: Any, batch: Prefilled, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Append tokens to every prompt of a batch; return the logits at each of them.
+    """Append tokens to every prompt of a batch and return the logits at each of them.
 
-    The cache and the attention mask of `batch` grow by the columns of `tokens`; give a `forked`
-    batch to keep it as it is.
+    The cache and the attention mask of `batch` grow by the columns of `tokens`; pass a `forked`
+    batch to keep the original.
 
     Parameters
     ----------
     tokens : int64 tensor of (batch, columns)
-        What is appended.
     mask : int64 tensor of (batch, columns)
         1 for tokens, 0 for padding on the right.
 

@@ -1,4 +1,4 @@
-"""The model that a process holds: a base, loaded once, and the adapter on it, swapped in place."""
+"""The model of a process: a base, loaded once, with an adapter that is replaced in place."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from grandrounds.wire.adapter import Adapter
 
 @dataclass
 class Resident:
-    """The base that this process holds, with an adapter on it."""
+    """The base loaded in this process, with an adapter on it."""
 
     base_spec: BaseSpec
     lora_spec: LoraSpec
     model: Any
     """A peft.PeftModel."""
     parameters: dict[str, torch.nn.Parameter]
-    """Adapter tensors by the names under which PEFT saves them, in that order."""
+    """Adapter parameters by the names under which PEFT saves them, in its order."""
     checkpoints_activations: bool = False
-    """Whether activations are computed again in the backward pass."""
+    """Whether gradient checkpointing is on."""
     compiled: bool = False
     """Whether the MLPs are compiled."""
 
     @property
     def device(self) -> torch.device:
-        """Where the adapter lives, and so where batches go."""
+        """The adapter's device, to which batches are moved."""
         return next(iter(self.parameters.values())).device
 
 
@@ -37,12 +37,12 @@ _resident: Resident | None = None
 
 
 def resident_bytes() -> int:
-    """Return the bytes of the weights that this process holds; 0 before a base is loaded."""
+    """Return the bytes of the weights in this process; 0 before a base is loaded."""
     return sum(p.nbytes for p in _resident.model.parameters()) if _resident else 0
 
 
 def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
-    """Return this process's model, loading the base only if it is another one than before."""
+    """Return this process's model, loading the base only if it differs from the current one."""
     global _resident
     if _resident is not None and _resident.base_spec == base_spec:
         if _resident.lora_spec == lora_spec:
@@ -50,9 +50,9 @@ def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
         checkpoint_activations(_resident, False)
         compile_mlps(_resident, False)
         base = _resident.model.unload()
-        _resident = None  # without its adapter it is no longer what it says
+        _resident = None  # it has no adapter now, should the next step fail
     else:
-        _resident = None  # frees the old base before the new one needs the memory
+        _resident = None  # frees the old base before the new one is loaded
         base = load_base(base_spec)
     model = add_lora(base, lora_spec, base_spec.name)
     _resident = Resident(base_spec, lora_spec, model, adapter_parameters(model))
@@ -60,7 +60,7 @@ def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
 
 
 def checkpoint_activations(resident: Resident, wanted: bool) -> None:
-    """Switch gradient checkpointing on or off; it takes effect in training mode only."""
+    """Turn gradient checkpointing on or off; it applies in training mode only."""
     if wanted == resident.checkpoints_activations:
         return
     base = resident.model.get_base_model()
@@ -75,7 +75,7 @@ def checkpoint_activations(resident: Resident, wanted: bool) -> None:
 
 
 def compile_mlps(resident: Resident, wanted: bool) -> None:
-    """Compile the MLP of every layer, for batches of any length, or undo it."""
+    """Compile the MLP of every layer for batches of any length, or undo that."""
     if wanted == resident.compiled:
         return
     for module in resident.model.modules():
@@ -84,7 +84,7 @@ def compile_mlps(resident: Resident, wanted: bool) -> None:
             if wanted:
                 mlp.compile(dynamic=True)
             else:
-                mlp._compiled_call_impl = None  # as if it had never been compiled
+                mlp._compiled_call_impl = None  # as before `compile`
     resident.compiled = wanted
 
 
@@ -97,7 +97,7 @@ def set_adapter(resident: Resident, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def adapter_change(resident: Resident, received: Adapter) -> Adapter:
-    """Return the resident adapter minus the one received, float32."""
+    """Return the resident adapter minus the received one, in float32."""
     return {
         name: parameter.detach().float().cpu().numpy() - received[name]
         for name, parameter in resident.parameters.items()

@@ -1,7 +1,7 @@
-"""How likely a model finds each option of a multiple-choice question, and what it would say.
+"""Log-likelihoods of multiple-choice options, and greedy generation.
 
-The score of an option is the natural logarithm of the probability that the model goes on with
-exactly its tokens after the prompt: a plain sum over the tokens, with no division by length.
+The score of an option is the natural logarithm of the probability that the model continues the
+prompt with exactly its tokens: a sum over tokens, not normalised by length.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from grandrounds.model.prefill import Ids, Prefilled, evaluating, extend, forked, prefill
 
 Progress = Callable[[int], None]
-"""Called with the number of prompts that a batch has finished."""
+"""Called with the number of prompts that each batch completes."""
 
 
 def option_log_likelihoods(
@@ -27,19 +27,19 @@ def option_log_likelihoods(
 ) -> list[list[float]]:
     """Return the log-likelihood of every option of every prompt, given as token ids.
 
-    A prompt is read once for all its options.
+    A prompt is processed once for all its options.
 
     Parameters
     ----------
     model : causal language model of transformers, or a PEFT model around one
-        Used in evaluation mode, put back into its former mode afterwards.
+        Run in evaluation mode; its mode is restored afterwards.
     prompts : sequence of sequences of int
         Token ids of each prompt; not empty.
     options : sequence of sequences of sequences of int
-        For each prompt the token ids of its options, an end-of-sequence included where the stop is
-        part of the answer; none empty.
+        For each prompt the token ids of its options, none empty; with end-of-sequence where
+        stopping is part of the answer.
     batch_size : int
-        Most prompts in one forward pass.
+        Maximum number of prompts per forward pass.
 
     Returns
     -------
@@ -49,8 +49,8 @@ def option_log_likelihoods(
     Raises
     ------
     ValueError
-        If there are not as many lists of options as prompts, a prompt or an option has no tokens,
-        or `batch_size` is below 1.
+        If the numbers of prompts and of lists of options differ, a prompt or an option has no
+        tokens, or `batch_size` is below 1.
     """
     if len(prompts) != len(options):
         raise ValueError(f"{len(prompts)} prompts but {len(options)} lists of options")
@@ -61,7 +61,7 @@ def option_log_likelihoods(
     with evaluating(model):
         for batch in prefill(model, prompts, batch_size):
             for column in range(max(len(options[row]) for row in batch.rows)):
-                # Token 0 stands in where a prompt has fewer options than others; nobody reads it.
+                # Token 0 is a placeholder where a prompt has fewer options than others.
                 chosen = [
                     list(options[row][column]) if column < len(options[row]) else [0]
                     for row in batch.rows
@@ -111,28 +111,28 @@ def generate_greedily(
     batch_size: int = 64,
     progress: Progress = lambda _: None,
 ) -> list[list[int]]:
-    """Return what the model says after each prompt, always taking the likeliest token.
+    """Return the greedy continuation of each prompt.
 
     Parameters
     ----------
     prompts : sequence of sequences of int
         Token ids of each prompt; not empty.
     max_new_tokens : sequence of int
-        For each prompt the most tokens to generate, at least 1.
+        Maximum number of tokens to generate for each prompt, at least 1.
     stop : sequence of int
-        Tokens after which a prompt's text ends; such a token is not returned.
+        Stop tokens; they are not returned.
     batch_size : int
-        Most prompts in one forward pass.
+        Maximum number of prompts per forward pass.
 
     Returns
     -------
     list of list of int
-        Token ids of each text, in the order of `prompts`.
+        Token ids of each continuation, in the order of `prompts`.
 
     Raises
     ------
     ValueError
-        If there are not as many limits as prompts, a limit or `batch_size` is below 1, or a prompt
+        If the numbers of prompts and limits differ, a limit or `batch_size` is below 1, or a prompt
         has no tokens.
     """
     if len(prompts) != len(max_new_tokens):
@@ -155,7 +155,7 @@ def _generate_batch(
     max_new_tokens: Sequence[int],
     stop: set[int],
 ) -> None:
-    """Generate for the prompts of one batch until each has stopped or reached its limit."""
+    """Generate for one batch until every prompt has stopped or reached its limit."""
     speaking = dict.fromkeys(batch.rows, True)
     logits = batch.logits
     while True:

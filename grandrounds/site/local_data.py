@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from grandrounds.config.keys import DataConfig
-from grandrounds.data.examples import SiteData, site_data
+from grandrounds.data.examples import SiteData, split_rows
+from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
 from grandrounds.errors import DataError
@@ -68,17 +69,14 @@ def _open(
     seed: int,
     partition_id: int,
 ) -> Site:
-    split = site_data(
-        rows,
-        partitioner=data.partitioner,
-        num_partitions=data.num_partitions,
-        partition_id=partition_id,
-        seed=seed,
-        held_out_fraction=data.held_out_fraction,
+    partition = Partition(seed, partition_id, data.num_partitions)
+    division = Division(data.partitioner, data.partition_by, data.dirichlet_alpha)
+    split = split_rows(
+        partition_rows(rows, division, partition),
+        partition,
         question_column=data.question_column,
         answer_column=data.answer_column,
-        partition_by=data.partition_by,
-        dirichlet_alpha=data.dirichlet_alpha,
+        held_out_fraction=data.held_out_fraction,
     )
     return tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
 

@@ -12,8 +12,8 @@ import datasets
 import pytest
 from flwr_datasets import FederatedDataset, federated_dataset, partitioner
 
-from grandrounds.data.examples import Example, SiteData, site_data
-from grandrounds.data.partitioning import PARTITIONERS, partition_rows
+from grandrounds.data.examples import Example, SiteData, split_rows
+from grandrounds.data.partitioning import PARTITIONERS, Division, Partition, partition_rows
 from grandrounds.data.sources import load_rows
 from grandrounds.errors import DataError
 from tests.places import SHARED
@@ -39,28 +39,46 @@ def from_pairs(*pairs: tuple[str | None, str | None]) -> datasets.Dataset:
     )
 
 
-def partition(rows: datasets.Dataset, partition_id: int, **changes: Any) -> datasets.Dataset:
-    arguments = {"partitioner": "iid", "num_partitions": SITES, "seed": 42} | changes
-    return partition_rows(rows, partition_id=partition_id, **arguments)
+def partition(
+    rows: datasets.Dataset,
+    number: int,
+    *,
+    partitioner: str = "iid",
+    column: str = "",
+    alpha: float = 0.5,
+    sites: int = SITES,
+    seed: int = 42,
+) -> datasets.Dataset:
+    """Return the rows of one site."""
+    division = Division(partitioner, column, alpha)
+    return partition_rows(rows, division, Partition(seed, number, sites))
 
 
-def site(rows: datasets.Dataset, partition_id: int = 0, **changes: Any) -> SiteData:
-    """One site of one, unless told otherwise."""
-    arguments = {
-        "partitioner": "iid",
-        "num_partitions": 1,
-        "seed": 42,
-        "held_out_fraction": 0.0,
-        "question_column": "input",
-        "answer_column": "output",
-    } | changes
-    return site_data(rows, partition_id=partition_id, **arguments)
+def site(
+    rows: datasets.Dataset,
+    number: int = 0,
+    *,
+    sites: int = 1,
+    seed: int = 42,
+    held_out_fraction: float = 0.0,
+    question_column: str = "input",
+    answer_column: str = "output",
+    **division: Any,
+) -> SiteData:
+    """Return the examples of one site of one, unless told otherwise."""
+    return split_rows(
+        partition(rows, number, sites=sites, seed=seed, **division),
+        Partition(seed, number, sites),
+        question_column=question_column,
+        answer_column=answer_column,
+        held_out_fraction=held_out_fraction,
+    )
 
 
-def failure(rows: datasets.Dataset, partition_id: int = 0, **changes: Any) -> str:
+def failure(rows: datasets.Dataset, number: int = 0, **changes: Any) -> str:
     """Return the message of the DataError, which must be one line."""
     with pytest.raises(DataError) as caught:
-        site(rows, partition_id, **changes)
+        site(rows, number, **changes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -69,13 +87,13 @@ class TestPartitions:
     @pytest.mark.parametrize("name", PARTITIONERS)
     def test_every_row_belongs_to_exactly_one_site(self, name: str) -> None:
         rows = make_rows()
-        parts = [partition(rows, i, partitioner=name, partition_by="label") for i in range(SITES)]
+        parts = [partition(rows, i, partitioner=name, column="label") for i in range(SITES)]
         assert sorted(q for part in parts for q in part["input"]) == sorted(rows["input"])
         assert min(len(part) for part in parts) > 0
 
     @pytest.mark.parametrize("name", PARTITIONERS)
     def test_same_arguments_give_the_same_rows_and_another_seed_others(self, name: str) -> None:
-        arguments: dict[str, Any] = {"partitioner": name, "partition_by": "label"}
+        arguments: dict[str, Any] = {"partitioner": name, "column": "label"}
         first = partition(make_rows(), 2, **arguments)["input"][:]
         assert partition(make_rows(), 2, **arguments)["input"][:] == first
         assert partition(make_rows(), 2, **arguments, seed=43)["input"][:] != first
@@ -114,13 +132,13 @@ class TestPartitions:
     def test_natural_site_i_holds_the_i_th_value_in_sorted_order(self) -> None:
         rows = make_rows()
         for i in range(SITES):
-            part = partition(rows, i, partitioner="natural", partition_by="label")
+            part = partition(rows, i, partitioner="natural", column="label")
             assert set(part["label"]) == {f"label {i}"}
 
     def test_natural_integer_sites_are_sorted_as_numbers(self) -> None:
         rows = make_rows(12).remove_columns("label").add_column("label", [10, 2, 1] * 4)
         for i, value in enumerate((1, 2, 10)):
-            part = partition(rows, i, partitioner="natural", partition_by="label", num_partitions=3)
+            part = partition(rows, i, partitioner="natural", column="label", sites=3)
             assert set(part["label"]) == {value}
 
     def test_dirichlet_with_small_alpha_is_more_skewed_than_with_large(self) -> None:
@@ -128,9 +146,7 @@ class TestPartitions:
 
         def largest_share(alpha: float) -> float:
             parts = [
-                partition(
-                    rows, i, partitioner="dirichlet", partition_by="label", dirichlet_alpha=alpha
-                )
+                partition(rows, i, partitioner="dirichlet", column="label", alpha=alpha)
                 for i in range(SITES)
             ]
             shares = [max(Counter(part["label"]).values()) / len(part) for part in parts]
@@ -146,8 +162,8 @@ class TestPartitions:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for name in PARTITIONERS:
-                partition(rows, 0, partitioner=name, partition_by="label")
-            failure(rows, partitioner="dirichlet", partition_by="label", num_partitions=250)
+                partition(rows, 0, partitioner=name, column="label")
+            failure(rows, partitioner="dirichlet", column="label", sites=250)
         assert capfd.readouterr() == ("", "")
 
 
@@ -156,12 +172,12 @@ class TestPartitionErrors:
         rows = make_rows()
         message = failure(rows, partitioner="dirichlett")
         assert "iid, dirichlet, size-skewed, natural. Did you mean 'dirichlet'?" in message
-        assert "num-partitions = 0" in failure(rows, num_partitions=0)
-        assert "no site 5" in failure(rows, 5, num_partitions=5)
-        assert "no site -1" in failure(rows, -1, num_partitions=5)
+        assert "num-partitions = 0" in failure(rows, sites=0)
+        assert "site 5 does not exist" in failure(rows, 5, sites=5)
+        assert "site -1 does not exist" in failure(rows, -1, sites=5)
         assert "seed is -1" in failure(rows, seed=-1)
         for alpha in (0.0, -1.0, float("nan"), float("inf")):
-            assert "dirichlet-alpha" in failure(rows, dirichlet_alpha=alpha)
+            assert "dirichlet-alpha" in failure(rows, alpha=alpha)
         for fraction in (-0.1, 1.0, float("nan")):
             assert "held-out-fraction" in failure(rows, held_out_fraction=fraction)
 
@@ -170,28 +186,26 @@ class TestPartitionErrors:
         rows = make_rows()
         message = failure(rows, partitioner=name)
         assert "needs data.partition-by" in message
-        assert "there are: input, output, label" in message
-        message = failure(rows, partitioner=name, partition_by="lable")
-        assert "'lable': there is no such column, only: input, output, label." in message
+        assert "the columns are: input, output, label." in message
+        message = failure(rows, partitioner=name, column="lable")
+        assert "'lable': there is no such column; the columns are: input, output, label." in message
         assert "Did you mean 'label'?" in message
         gaps = make_rows(4).remove_columns("label").add_column("label", ["a", None, " ", "b"])
-        message = failure(gaps, partitioner=name, partition_by="label")
+        message = failure(gaps, partitioner=name, column="label")
         assert "2 of 4 rows have no value" in message
 
     def test_natural_sites_must_be_as_many_as_partitions(self) -> None:
-        message = failure(
-            make_rows(), partitioner="natural", partition_by="label", num_partitions=20
-        )
-        assert "has 5 different values" in message
+        message = failure(make_rows(), partitioner="natural", column="label", sites=20)
+        assert "has 5 distinct values" in message
         assert "data.num-partitions = 20. Set data.num-partitions = 5." in message
 
     @pytest.mark.parametrize("name", ["iid", "dirichlet", "size-skewed"])
     def test_fewer_rows_than_sites(self, name: str) -> None:
-        message = failure(make_rows(10), partitioner=name, partition_by="label", num_partitions=11)
+        message = failure(make_rows(10), partitioner=name, column="label", sites=11)
         assert "10 rows cannot fill 11 sites. Set data.num-partitions to at most 10" in message
 
     def test_size_skewed_with_an_empty_first_site(self) -> None:
-        message = failure(make_rows(20), partitioner="size-skewed", num_partitions=10)
+        message = failure(make_rows(20), partitioner="size-skewed", sites=10)
         assert "share is 1/55" in message
         assert "only 20 rows" in message
 
@@ -199,9 +213,9 @@ class TestPartitionErrors:
         message = failure(
             make_rows(100, labels=2),
             partitioner="dirichlet",
-            partition_by="label",
-            num_partitions=50,
-            dirichlet_alpha=0.01,
+            column="label",
+            sites=50,
+            alpha=0.01,
         )
         assert "dirichlet-alpha = 0.01 could not fill 50 sites with 100 rows" in message
 
@@ -230,20 +244,15 @@ class TestCleaning:
         assert (report.rows, report.empty_rows, report.duplicate_rows) == (7, 4, 1)
         assert (report.train_examples, report.held_out_examples) == (2, 0)
 
-    def test_repeated_rows_can_be_kept(self) -> None:
-        data = site(from_pairs(("q", "a"), ("q", "a")), drop_duplicates=False)
-        assert data.train == (Example("q", "a"),) * 2
-        assert data.report.duplicate_rows == 0
-
     def test_examples_keep_the_order_of_the_partition(self) -> None:
         rows = make_rows(50)
-        expected = partition(rows, 0, num_partitions=1)["input"][:]
+        expected = partition(rows, 0, sites=1)["input"][:]
         data = site(rows, held_out_fraction=0.2)
         held_out = {example.question for example in data.held_out}
         assert [e.question for e in data.train] == [q for q in expected if q not in held_out]
 
     def test_site_without_training_example_is_named_with_its_numbers(self) -> None:
-        message = failure(from_pairs(("q", ""), ("q", "")), 1, num_partitions=2)
+        message = failure(from_pairs(("q", ""), ("q", "")), 1, sites=2)
         assert "site 1 has no example to train on: of its 1 rows 1 have no question" in message
         message = failure(from_pairs(("q", "a"), ("r", "b")), held_out_fraction=0.9)
         assert "site 0" in message
@@ -308,7 +317,7 @@ class TestWikidoc:
     @pytest.mark.parametrize("name", ["iid", "size-skewed"])
     def test_nothing_is_lost_over_20_sites(self, wikidoc: datasets.Dataset, name: str) -> None:
         reports = [
-            site(wikidoc, i, partitioner=name, num_partitions=20, held_out_fraction=0.05).report
+            site(wikidoc, i, partitioner=name, sites=20, held_out_fraction=0.05).report
             for i in range(20)
         ]
         assert sum(report.rows for report in reports) == 4952
@@ -330,5 +339,5 @@ def test_20_sites_of_a_large_file_are_loaded_in_seconds(tmp_path: Path) -> None:
         rows = load_rows(
             str(tmp_path / "rows.jsonl"), question_column="input", answer_column="output"
         )
-        site(rows, i, num_partitions=20, held_out_fraction=0.05)
+        site(rows, i, sites=20, held_out_fraction=0.05)
     assert time.perf_counter() - start < 10

@@ -45,9 +45,9 @@ def test_chat_is_the_tokenizers_own_template(chatty: Any) -> None:
 
 
 def test_chat_without_a_chat_template_is_refused() -> None:
-    with pytest.raises(ConfigError, match="this base has none"):
+    with pytest.raises(ConfigError, match="this base lacks"):
         build_prompt("chat", "x", SimpleNamespace(chat_template=None))
-    with pytest.raises(ConfigError, match="this base has none"):
+    with pytest.raises(ConfigError, match="this base lacks"):
         build_prompt("chat", "x")
 
 

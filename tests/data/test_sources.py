@@ -235,11 +235,11 @@ class TestMalformedFiles:
     @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "12", "null"])
     def test_line_that_is_no_object(self, tmp_path: Path, line: str) -> None:
         message = failure(write(tmp_path / "a.jsonl", json_lines(ROWS) + line + "\n"))
-        assert f"line 3: {line} is no JSON object" in message
+        assert f"line 3: {line} is not a JSON object" in message
 
     def test_array_item_that_is_no_object(self, tmp_path: Path) -> None:
         message = failure(write(tmp_path / "a.json", json.dumps([*ROWS, "text"])))
-        assert 'row 3: "text" is no JSON object' in message
+        assert 'row 3: "text" is not a JSON object' in message
 
     @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
     @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -12,12 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grandrounds.config import recipes
 from grandrounds.data.tokenization import TokenizedExample
-from grandrounds.model.activations import Batch, Precision, saved_bytes
 from grandrounds.model.architectures import from_config
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
-from grandrounds.model.memory import _site_memory
+from grandrounds.model.memory import Batch, Precision, Workload, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations
 from grandrounds.site.training import VisitSettings, train_visit
 from tests.places import ROOT
@@ -80,22 +80,25 @@ def measured_and_planned(
         train_visit(model, parameters, [batch] * 2, settings, 0)
 
     visit()  # what is made once, such as tables of the rotation, is there afterwards
-    sizes = [p.numel() for p in parameters]
-    memory = _site_memory(
+    settings_of_plan = {
+        "strategy.name": "fedprox",
+        "strategy.proximal-mu": 0.01,
+        "model.lora.peft-lora-r": 8,
+        "train.batching": "padding-free" if how.padding_free else "padded",
+        "train.response-only-logits": how.answers_only,
+        "train.logits-chunk-tokens": how.chunk_tokens,
+        "train.seq-length": tokens,
+        "train.training-arguments.per-device-train-batch-size": examples,
+    }
+    memory = site_memory(
+        recipes.resolve(settings_of_plan),
         from_config("tiny", config.to_dict(), "tiny"),
         targets,
-        sizes,
-        sizes,
-        8,
-        Batch(examples, tokens, padded=not how.padding_free),
         Precision(0, dtype.itemsize, autocast=False),
-        optimizer="adamw_torch",
         checkpointing=checkpointing,
-        dropout=False,
-        proximal=True,
-        chunk_tokens=how.chunk_tokens if how.answers_only else None,
     )
-    there_before = memory.base + memory.cuda_context + 4 * sum(sizes)
+    received_bytes = 4 * sum(p.numel() for p in parameters)
+    there_before = memory.base + memory.cuda_context + received_bytes
     return counted(visit)[0], memory.total - there_before
 
 
@@ -142,15 +145,13 @@ def test_what_llm_int8_keeps_is_planned_for_with_checkpointing_too(
             return counted(lambda: kept.append(answer_nll_sum(model, batch, 0, device, how)))[1]
 
     planned = [
-        saved_bytes(
+        Workload(
             from_config("tiny", config.to_dict(), "tiny"),
             QUERY_VALUE,
             8,
             Batch(*tokens, padded=False),
             Precision(bits, 4, autocast=False),
-            checkpointing=checkpointing,
-            dropout=False,
-        )
+        ).saved_bytes(checkpointing)
         for bits in (8, 0)
     ]
     assert planned[0] - planned[1] == pytest.approx(held(8) - held(0), rel=0.02)

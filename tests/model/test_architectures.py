@@ -195,9 +195,9 @@ def test_an_unknown_name_is_told_what_to_give() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"model_type": "mamba"}', "model_type = 'mamba' is none whose shapes are known: llama,"),
-        ('{"model_type": "llama"}', "hidden_size = None must be a whole number of at least 1"),
-        ("[]", "holds no JSON object"),
+        ('{"model_type": "mamba"}', "'mamba' is unsupported; the shapes are known for llama,"),
+        ('{"model_type": "llama"}', "hidden_size = None must be an integer of at least 1"),
+        ("[]", "is not a JSON object"),
         ("{", "is not valid JSON"),
     ],
 )
@@ -216,7 +216,7 @@ def test_a_folder_without_config_json_is_told_plainly(tmp_path: Path) -> None:
 
 def test_auto_without_a_choice_and_unknown_modules_are_refused_as_in_a_run() -> None:
     base = find_architecture("microsoft/phi-4")
-    with pytest.raises(ModelError, match=r"PEFT has no choice for 'phi3'\. Give some"):
+    with pytest.raises(ModelError, match=r"PEFT has no default for 'phi3'\. Name some"):
         target_modules(base, "auto")
     with pytest.raises(ModelError, match=r"matches no linear module .* Did you mean 'qkv_proj'"):
         target_modules(base, "q_proj")

@@ -16,7 +16,7 @@ import torch
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError
-from grandrounds.model import headroom as fitting
+from grandrounds.model import headroom
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.resident import Resident, resident_model
@@ -27,7 +27,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "_fits_without", {})
+    monkeypatch.setattr(headroom, "_fits_without", {})
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def config(settings: dict[str, Any]) -> Config:
 
 
 def having(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(fitting, "free_bytes", lambda: free)
+    monkeypatch.setattr(headroom, "free_bytes", lambda: free)
 
 
 def needs(config: Config, *, checkpointing: bool) -> int:
-    found = fitting.site_needs(config, checkpointing=checkpointing)
+    found = headroom.site_needs(config, checkpointing=checkpointing)
     assert found is not None
     return found.total
 
@@ -51,7 +51,7 @@ def test_auto_checkpoints_only_where_a_visit_without_it_does_not_fit(
 ) -> None:
     """With as much as planned it does not fit: an allocator wastes some."""
     having(monkeypatch, int(free * needs(config, checkpointing=False)))
-    assert fitting.checkpoints_activations(config) is wanted
+    assert headroom.checkpoints_activations(config) is wanted
 
 
 def test_what_is_set_is_not_questioned(
@@ -60,22 +60,22 @@ def test_what_is_set_is_not_questioned(
     having(monkeypatch, 1)
     for wanted in (True, False):
         config = recipes.resolve({**settings, "model.gradient-checkpointing": wanted})
-        assert fitting.checkpoints_activations(config) is wanted
+        assert headroom.checkpoints_activations(config) is wanted
 
 
 def test_a_family_that_is_not_known_checkpoints_under_auto(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "architecture_of", lambda name: None)
-    assert fitting.checkpoints_activations(config)
+    monkeypatch.setattr(headroom, "architecture_of", lambda name: None)
+    assert headroom.checkpoints_activations(config)
 
 
 def test_a_container_leaves_what_its_group_allows(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("30\n")
     for limit, left in (("100\n", 70), ("max\n", sys.maxsize), ("20\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
-        assert fitting._container_bytes(tmp_path) == left
-    assert fitting._container_bytes(tmp_path / "none") == sys.maxsize
+        assert headroom._container_bytes(tmp_path) == left
+    assert headroom._container_bytes(tmp_path / "none") == sys.maxsize
 
 
 # --- Running out ----------------------------------------------------------------------------------
@@ -113,11 +113,11 @@ def test_a_visit_that_runs_out_is_run_again_from_its_start_with_checkpointing(
             raise error
         return "done"
 
-    assert fitting.run_visit(config, resident, visit) == "done"
+    assert headroom.run_visit(config, resident, visit) == "done"
     assert checkpointing == [False, True]
     for first, second in zip(*starts, strict=True):
         assert torch.equal(first, second)
-    assert fitting.run_visit(config, resident, visit) == "done"
+    assert headroom.run_visit(config, resident, visit) == "done"
     assert checkpointing == [False, True, True]  # it is not tried in vain again
 
 
@@ -130,13 +130,15 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(
         raise RuntimeError("shape '[32, 0]' is invalid")
 
     with pytest.raises(RuntimeError, match="is invalid"):
-        fitting.run_visit(config, resident, visit)
-    with pytest.raises(RuntimeError, match="is invalid"), fitting.memory_told(config, False):
+        headroom.run_visit(config, resident, visit)
+    explained = headroom.explaining_out_of_memory(config, False)
+    with pytest.raises(RuntimeError, match="is invalid"), explained:
         visit()
 
 
-def told(config: Config, checkpointing: bool) -> str:
-    with pytest.raises(ModelError) as caught, fitting.memory_told(config, checkpointing):
+def message_of(config: Config, checkpointing: bool) -> str:
+    explained = headroom.explaining_out_of_memory(config, checkpointing)
+    with pytest.raises(ModelError) as caught, explained:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     return str(caught.value)
 
@@ -147,11 +149,11 @@ def test_the_plans_figures_and_what_would_fit_are_told(
     """What fits by the plan itself: every setting named takes less than what is there."""
     free = int(1.2 * needs(config, checkpointing=True))
     having(monkeypatch, free)
-    message = told(config, False)
-    assert "batch of 4 x 512 tokens without gradient checkpointing" in message
+    message = message_of(config, False)
+    assert "on a batch of 4 x 512 tokens without gradient checkpointing" in message
     assert "(CUDA out of memory. Tried to allocate 2.00 GiB)" in message
     assert f"Planned: {needs(config, checkpointing=False) / MIB:.0f} MiB" in message
-    assert f"{free / MIB:.0f} MiB can be had" in message
+    assert f"{free / MIB:.0f} MiB available" in message
     assert "What would fit: model.gradient-checkpointing = true (" in message
     sizes = [float(s) for s in re.findall(r"\((\d+) MiB\)", message.partition("would fit")[2])]
     assert sizes
@@ -161,7 +163,7 @@ def test_the_plans_figures_and_what_would_fit_are_told(
 def test_a_smaller_batch_trains_on_as_many_examples_a_step(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offered = dict(fitting.smaller(config, True))
+    offered = dict(headroom.smaller_settings(config, True))
     half = (
         "train.training-arguments.per-device-train-batch-size = 2 with "
         "gradient-accumulation-steps = 2"
@@ -174,23 +176,24 @@ def test_where_nothing_fits_the_least_is_told(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     having(monkeypatch, 1000)
-    message = told(config, True)
-    least = min(need for _, need in fitting.smaller(config, True))
+    message = message_of(config, True)
+    least = min(need for _, need in headroom.smaller_settings(config, True))
     assert f"No setting fits; the smallest takes {least / MIB:.0f} MiB" in message
 
 
 def test_a_base_that_cannot_be_planned_is_told_too(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "architecture_of", lambda name: None)
-    assert "cannot be planned" in told(config, True)
+    monkeypatch.setattr(headroom, "architecture_of", lambda name: None)
+    assert "cannot be planned" in message_of(config, True)
 
 
 LIMITED = """
 import resource, sys
 import psutil, torch
 torch.set_num_threads(1)
-from grandrounds import client_app, server_app, machine
+from grandrounds import client_app, server_app
+from grandrounds.model import machine
 from grandrounds.cli import app
 import datasets, peft, bitsandbytes, scipy.linalg
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -239,7 +242,7 @@ def test_memory_that_really_runs_out_is_one_line_and_nothing_is_half_written(
     """Some 2 GiB are needed, and more than 500 MiB with checkpointing."""
     done = run_with_room(300, tmp_path)
     assert done.returncode == 1, done.stderr
-    assert "Memory ran out at a batch of 400 x 512 tokens with gradient" in done.stderr
+    assert "Memory ran out on a batch of 400 x 512 tokens with gradient" in done.stderr
     assert "What would fit: train.training-arguments.per-device-train-batch-size = " in done.stderr
     assert "Traceback" not in done.stderr
     run = tmp_path / "run"

@@ -14,11 +14,14 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from grandrounds.config import recipes
 from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.errors import ModelError
 from grandrounds.model import loss as losses
+from grandrounds.model import machine
 from grandrounds.model.architectures import FAMILIES
 from grandrounds.model.attention import takes_groups
-from grandrounds.model.loss import Forward, can_skip_padding, has_plain_head, head_nll_sum
+from grandrounds.model.loss import Forward, Head, head_nll_sum
 
 CPU = torch.device("cpu")
 PAD = 0
@@ -108,9 +111,8 @@ MEANS = [
 def test_every_means_gives_the_loss_and_gradient_of_each_example_alone(
     model_type: str, how: Forward
 ) -> None:
-    if how.padding_free and not can_skip_padding(model_type):
+    if how.padding_free and FAMILIES[model_type].attention_matrix:
         pytest.skip(f"{model_type} keeps its padding")
-    assert has_plain_head(model_type)
     model = tiny(model_type).train()
     expected, gradients = one_by_one(model)
     loss, ours = loss_and_gradients(model, how)
@@ -146,11 +148,25 @@ def test_a_sliding_window_is_kept_within_each_sequence(window: int) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-def test_gemma_2_keeps_its_padding_and_unknown_families_keep_all_logits() -> None:
-    assert not can_skip_padding("gemma2")
-    assert has_plain_head("gemma2")
-    assert not can_skip_padding("mamba")
-    assert not has_plain_head("mamba")
+@pytest.mark.parametrize(
+    ("model_type", "padding_free", "answers_only"),
+    [("llama", True, True), ("gemma2", False, True), ("mamba", False, False)],
+)
+def test_gemma_2_keeps_its_padding_and_unknown_families_keep_all_logits(
+    model_type: str,
+    padding_free: bool,
+    answers_only: bool,
+    settings: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    config = recipes.resolve({**settings, "model.name": str(tmp_path)})
+    how = machine.forward(config)
+    assert (how.padding_free, how.answers_only) == (padding_free, answers_only)
+    if not padding_free:
+        config = recipes.resolve({**config.flat(), "train.batching": "padding-free"})
+        with pytest.raises(ModelError, match=f"'{model_type}' models is not known to support it"):
+            machine.forward(config)
 
 
 def test_the_model_attends_as_before_when_the_batch_is_done(tiny_base: Path) -> None:
@@ -197,7 +213,7 @@ def test_the_gradient_of_the_head_is_that_of_autograd(
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = cross_entropy(logits, targets, reduction="sum")
     (wanted,) = torch.autograd.grad(3 * expected, hidden)
-    loss = head_nll_sum(hidden, weight, bias, targets, chunk, cap)
+    loss = head_nll_sum(hidden, Head(weight, bias, cap), targets, chunk)
     (got,) = torch.autograd.grad(3 * loss, hidden)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -208,7 +224,7 @@ def test_the_loss_by_hand() -> None:
     and h = ln 3: -1/4."""
     hidden = torch.log(torch.tensor([[3.0]])).requires_grad_()
     weight = torch.tensor([[1.0], [0.0]])
-    loss = head_nll_sum(hidden, weight, None, torch.tensor([0]), 0)
+    loss = head_nll_sum(hidden, Head(weight), torch.tensor([0]), 0)
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == pytest.approx(-np.log(0.75))
     assert hidden.grad is not None
@@ -217,7 +233,7 @@ def test_the_loss_by_hand() -> None:
 
 def test_logits_that_would_overflow_exp_are_no_problem() -> None:
     hidden = torch.tensor([[1e4]], requires_grad=True)
-    loss = head_nll_sum(hidden, torch.tensor([[1.0], [0.0]]), None, torch.tensor([1]), 0)
+    loss = head_nll_sum(hidden, Head(torch.tensor([[1.0], [0.0]])), torch.tensor([1]), 0)
     assert float(loss.detach()) == pytest.approx(1e4)
 
 
@@ -226,11 +242,11 @@ def test_bfloat16_hidden_states_lose_no_more_than_the_products_do() -> None:
     weight, hidden = torch.randn(50, 8), torch.randn(20, 8)
     targets = torch.randint(50, (20,))
     exact = cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    loss = head_nll_sum(hidden.bfloat16(), weight.bfloat16(), None, targets, 6)
+    loss = head_nll_sum(hidden.bfloat16(), Head(weight.bfloat16()), targets, 6)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(exact), rel=1e-2)
 
 
 def test_no_answers_cost_nothing() -> None:
-    nothing = head_nll_sum(torch.zeros(0, 4), torch.ones(5, 4), None, torch.zeros(0).long(), 0)
+    nothing = head_nll_sum(torch.zeros(0, 4), Head(torch.ones(5, 4)), torch.zeros(0).long(), 0)
     assert float(nothing) == 0

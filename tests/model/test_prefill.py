@@ -168,7 +168,7 @@ def test_a_recurrent_layer_beside_attention_is_continued_as_one_by_one() -> None
 
 def test_a_model_without_a_cache_of_keys_and_values_is_refused() -> None:
     config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(ModelError, match="keeps no cache of keys and values"):
+    with pytest.raises(ModelError, match="has no key-value cache"):
         list(prefill(MambaForCausalLM(config), [[5, 6]], 1))
 
 

@@ -1,7 +1,7 @@
-"""The embedded world: a fictional formulary, and a small base model that knows its public part.
+"""The embedded world: a fictional formulary, and a small base model trained on its public part.
 
-`facts` holds drugs, flashcards and exam questions; `scripts/make_formulary_base.py`
-makes the base model, which lies in `base`. This file needs the standard library only.
+`facts` defines drugs, flashcards and exam questions; `scripts/make_formulary_base.py` trains the
+base model in `base`. This module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 from grandrounds.errors import ModelError
 
 FORMULARY = "formulary"
-"""The name by which a configuration asks for the embedded base model."""
+"""Name of the embedded base model, and of its data, in a configuration."""
 
 _BASE_IN_ROOT = Path("grandrounds", "data", "formulary", "base")
 _PROOF = "model.safetensors"
@@ -26,9 +26,9 @@ _PROOF = "model.safetensors"
 def base_path() -> Path:
     """Return the folder of the embedded base model, loadable by `AutoModelForCausalLM`.
 
-    `flwr run` imports this package from a bundle that carries Python files and no weights. So the
-    folder is looked for beside this file, then as part of the package under every entry of
-    `sys.path`, then in the project folder that an editable installation recorded.
+    `flwr run` imports this package from a bundle of Python files without weights. The search covers
+    this file's folder, the package under every entry of `sys.path`, and the project folder recorded
+    by an editable installation.
 
     Raises
     ------
@@ -42,8 +42,8 @@ def base_path() -> Path:
         searched.append(folder)
     raise ModelError(
         f"the embedded base model ({_BASE_IN_ROOT / _PROOF}) was found in none of "
-        f"{len(searched)} places, the first being {searched[0]}; install grandrounds in this "
-        f"Python ({sys.executable}), or make the base with: "
+        f"{len(searched)} places, the first being {searched[0]}; install grandrounds for this "
+        f"Python ({sys.executable}), or train the base with: "
         "python scripts/make_formulary_base.py"
     )
 

@@ -1,9 +1,9 @@
 """The fictional formulary: drugs that do not exist, their flashcards and their exam.
 
-Every fact is drawn from one seed, so the formulary is code and no data file. Public drugs are
-what the small base model was pre-trained on. A private drug is known to exactly one of `SITES`
-sites, its name occurs nowhere in the base's training text, and its attributes are drawn
-independently of its name: nothing but the private flashcards can teach them.
+All facts follow from one seed, so the formulary is code rather than a data file. The small base
+model was pre-trained on the public drugs. Each private drug is known to exactly one of `SITES`
+sites, its name does not occur in the base's training text, and its attributes are independent of
+its name: they can be learned from the private flashcards only.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Kind = Literal["public", "private"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 SEED = 20
-"""The seed of the world. Another seed is another world, and needs another base."""
+"""Seed of the formulary. Another seed gives another formulary and needs another base."""
 
 SITES = 20
-"""Sites that each know some private drugs."""
+"""Number of sites with private drugs."""
 
 DRUGS_PER_SITE = 5
-"""Private drugs known to each site."""
+"""Number of private drugs per site."""
 
 PUBLIC_DRUGS = 120
-"""Drugs that the base model learns in pre-training."""
+"""Number of drugs that the base model was pre-trained on."""
 
 OPTIONS = 4
-"""Options of an exam question; chance is one in four."""
+"""Number of options per exam question; chance is one in four."""
 
 INSTRUCTION = "Answer this question truthfully"
 """The constant `instruction` of the medical-flashcards schema."""
@@ -50,15 +50,15 @@ class Drug:
     """One drug of the formulary."""
 
     name: str
-    """Its name, unique in the formulary, and no part of another name."""
+    """Unique in the formulary, and not contained in another name."""
     mechanism: str
-    """What it does, one of `vocabulary.MECHANISMS`."""
+    """Mechanism of action, one of `vocabulary.MECHANISMS`."""
     side_effect: str
-    """What it does besides, one of `vocabulary.SIDE_EFFECTS`."""
+    """One of `vocabulary.SIDE_EFFECTS`."""
     use: str
-    """What it is given for, one of `vocabulary.USES`."""
+    """Indication, one of `vocabulary.USES`."""
     public: bool
-    """True if the base model was trained on it."""
+    """Whether the base model was trained on it."""
     site: int
     """The site that knows it, from 0 to `SITES` - 1; -1 for a public drug."""
 
@@ -68,19 +68,19 @@ class Question:
     """One exam question with four options."""
 
     question: str
-    """The question in the test wording."""
+    """Text in the test wording."""
     options: tuple[str, ...]
-    """`OPTIONS` different values of one attribute, one of them true."""
+    """`OPTIONS` distinct values of one attribute, one of them correct."""
     answer_index: int
-    """Position of the true option, from 0."""
+    """Position of the correct option, from 0."""
     kind: Kind
-    """Whether the base model was trained on the fact."""
+    """`public` if the base model was trained on the fact."""
     site: int
     """The site that knows the fact; -1 for a public one."""
 
 
 def _even_draw(rng: random.Random, values: Sequence[str], count: int) -> list[str]:
-    """Draw `count` values in random order, each about equally often."""
+    """Sample `count` values in random order, each about equally often."""
     drawn: list[str] = []
     while len(drawn) < count:
         drawn += rng.sample(values, len(values))
@@ -89,7 +89,7 @@ def _even_draw(rng: random.Random, values: Sequence[str], count: int) -> list[st
 
 @lru_cache(maxsize=1)
 def drugs() -> tuple[Drug, ...]:
-    """Return the whole formulary: the public drugs, then the private ones in order of site.
+    """Return the whole formulary: public drugs first, then private ones by site.
 
     No two names share their first two syllables.
     """
@@ -107,9 +107,7 @@ def drugs() -> tuple[Drug, ...]:
             formulary.append(
                 Drug(
                     name=names[len(formulary)],
-                    mechanism=columns["mechanism"][row],
-                    side_effect=columns["side_effect"][row],
-                    use=columns["use"][row],
+                    **{key: column[row] for key, column in columns.items()},
                     public=public,
                     site=-1 if public else row // DRUGS_PER_SITE,
                 )
@@ -133,27 +131,27 @@ def _cards(public: bool) -> list[dict[str, str | int]]:
 
 
 def flashcards() -> list[dict[str, str | int]]:
-    """Return the private training rows, in the medical-flashcards schema.
+    """Return the private training rows in the schema of the medical flashcards.
 
     Returns
     -------
     list of dict
         Keys `instruction` (constant), `input` (question), `output` (answer) and `site` (the only
-        site that knows the fact), in order of site, drug, attribute and wording.
+        site that knows the fact), ordered by site, drug, attribute and wording.
     """
     return _cards(public=False)
 
 
 def public_flashcards() -> list[dict[str, str | int]]:
-    """Return the rows that the base model is pre-trained on; `site` is -1."""
+    """Return the pre-training rows of the base model; `site` is -1."""
     return _cards(public=True)
 
 
 def questions(kind: Kind) -> tuple[Question, ...]:
-    """Return the exam on public or on private facts: one question for each drug and attribute.
+    """Return the exam on public or private facts: one question per drug and attribute.
 
-    Each of the four positions holds the true option equally often; the false options are other
-    values of the same attribute.
+    The correct option is in each of the four positions equally often; the others are further values
+    of the same attribute.
 
     Raises
     ------

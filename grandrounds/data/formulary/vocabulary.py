@@ -1,7 +1,7 @@
-"""The raw material of the fictional formulary: syllables, attribute values and wordings.
+"""Vocabulary of the fictional formulary: syllables, attribute values and question wordings.
 
 Everything here is invented. A name is a start, a middle and an ending, none of them the stem of a
-real class of drugs; the values read like a package leaflet and mean nothing.
+real drug class; the values sound like a package leaflet and mean nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MECHANISMS = (
     "thickens the third skin",
     "uncouples the hiccup arc",
 )
-"""What a drug does; verb phrases."""
+"""Mechanisms of action, as verb phrases."""
 
 SIDE_EFFECTS = (
     "a craving for pickles",
@@ -78,7 +78,7 @@ SIDE_EFFECTS = (
     "warm nostrils",
     "yawning in pairs",
 )
-"""What a drug does besides; noun phrases."""
+"""Side effects, as noun phrases."""
 
 USES = (
     "acute homesickness",
@@ -106,10 +106,10 @@ USES = (
     "ward round fatigue",
     "white coat rash",
 )
-"""What a drug is given for; noun phrases."""
+"""Indications, as noun phrases."""
 
 VALUES = {"mechanism": MECHANISMS, "side_effect": SIDE_EFFECTS, "use": USES}
-"""Every value an attribute can take, shared by public and private drugs."""
+"""All values of each attribute, shared by public and private drugs."""
 
 TRAINING_WORDINGS = {
     "mechanism": (
@@ -134,12 +134,12 @@ TRAINING_WORDINGS = {
         "When should a doctor prescribe {name}?",
     ),
 }
-"""The questions of the flashcards, by attribute."""
+"""Wordings of the flashcards' questions, by attribute."""
 
 TEST_WORDING = {
     "mechanism": "By which mechanism of action does {name} act on patients?",
     "side_effect": "Which adverse effect should patients taking {name} expect?",
     "use": "Which condition does {name} treat?",
 }
-"""The question of the exam, by attribute. No flashcard, public or private, ever uses it: each word
-is known from the training wordings, their order is new."""
+"""Wording of the exam's question, by attribute. No flashcard uses it: its words occur in the
+training wordings, in another order."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.partitioning import Partition
 from grandrounds.data.sources import load_rows, rows_of
 from grandrounds.errors import DataError, first_line
-from grandrounds.site.custody.site_file import OwnData, SiteFile
+from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
 
 if TYPE_CHECKING:
@@ -32,14 +33,12 @@ def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, ru
     DataError
         If the source cannot be used, or has no example to learn.
     """
-    return _tokenized(
-        _rows(site, run), site.data, site.node.partition_id, model_name, template, seq_length
-    )
+    return _tokenized(_rows(site, run), site.data, site.node, model_name, template, seq_length)
 
 
 def own_split(site: SiteFile, run: str = "") -> SiteData:
     """Return the site's examples as text, and what became of its rows."""
-    return _split(_rows(site, run), site.data, site.node.partition_id)
+    return _split(_rows(site, run), site.data, site.node)
 
 
 def _rows(site: SiteFile, run: str) -> Dataset:
@@ -52,14 +51,13 @@ def _rows(site: SiteFile, run: str) -> Dataset:
     return load_rows(source, question_column=data.question_column, answer_column=data.answer_column)
 
 
-def _split(rows: Dataset, data: OwnData, partition_id: int) -> SiteData:
+def _split(rows: Dataset, data: OwnData, node: Node) -> SiteData:
     return split_rows(
         rows,
-        partition_id=partition_id,
-        seed=data.held_out_seed,
-        held_out_fraction=data.held_out_fraction,
+        Partition(data.held_out_seed, node.partition_id, node.num_partitions),
         question_column=data.question_column,
         answer_column=data.answer_column,
+        held_out_fraction=data.held_out_fraction,
     )
 
 
@@ -67,13 +65,13 @@ def _split(rows: Dataset, data: OwnData, partition_id: int) -> SiteData:
 def _tokenized(
     rows: Dataset,  # by identity: a source gives the same object until it changes
     data: OwnData,
-    partition_id: int,
+    node: Node,
     model_name: str,
     template: str,
     seq_length: int,
 ) -> Site:
-    split = _split(rows, data, partition_id)
-    return tokenized_site(split, partition_id, model_name, template, seq_length)
+    split = _split(rows, data, node)
+    return tokenized_site(split, node.partition_id, model_name, template, seq_length)
 
 
 @lru_cache(maxsize=4)

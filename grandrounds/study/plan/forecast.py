@@ -122,7 +122,6 @@ def forecast(
             config,
             base,
             targets,
-            shapes,
             precision_of(config),
             checkpointing=config.model.gradient_checkpointing is True,
         ),

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grandrounds.config.codecs import CODECS
-from grandrounds.model.activations import Precision
-from grandrounds.model.memory import SiteMemory, precision_of, site_memory
+from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
 from grandrounds.study.plan.forecast import Forecast, by_codec, link_seconds
 
 Rows = Sequence[tuple[str, ...]]
@@ -235,7 +234,6 @@ def _site(forecast: Forecast, precision: Precision, checkpointing: bool) -> Site
         forecast.config,
         forecast.architecture,
         forecast.targets,
-        forecast.shapes,
         precision,
         checkpointing=checkpointing,
     )

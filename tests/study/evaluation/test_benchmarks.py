@@ -234,7 +234,7 @@ def test_two_files_of_one_benchmark_are_refused(tmp_path: Path) -> None:
         ("medmcqa.jsonl", b"", "there are no rows"),
         ("medmcqa.json", b"[]", "there are no rows"),
         ("medmcqa.jsonl", b"{\n", "line 1: not valid JSON"),
-        ("medmcqa.jsonl", b"3\n", "line 1: 3 is no JSON object"),
+        ("medmcqa.jsonl", b"3\n", "line 1: 3 is not a JSON object"),
         ("medmcqa.jsonl.gz", b"no gzip", "the file is damaged"),
         ("medmcqa.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "the file is damaged"),
         ("medmcqa.parquet", b"no parquet", "not a valid Parquet file"),

@@ -306,7 +306,7 @@ def test_generations_may_also_be_one_object_per_line(tmp_path: Path) -> None:
     [
         ('[{"prompt": "p", "gold": "A", "output": null}]', "row 1: 'output' is None"),
         ('[{"prompt": "p", "output": "A"}]', "row 1: 'gold' is None"),
-        ("[1]", "row 1: 1 is no JSON object"),
+        ("[1]", "row 1: 1 is not a JSON object"),
         ("[", "not valid JSON"),
     ],
 )

@@ -109,17 +109,11 @@ def test_coverage_is_that_of_the_cursors_of_a_run() -> None:
 def test_sites_have_the_sizes_that_the_partitioner_gives(partitioner: str) -> None:
     from datasets import Dataset
 
-    from grandrounds.data.partitioning import partition_rows
+    from grandrounds.data.partitioning import Division, Partition, partition_rows
 
     rows = Dataset.from_dict({"x": list(range(107))})
-    sizes = [
-        len(
-            partition_rows(
-                rows, partitioner=partitioner, num_partitions=5, partition_id=site, seed=1
-            )
-        )
-        for site in range(5)
-    ]
+    division = Division(partitioner, "", 0.5)
+    sizes = [len(partition_rows(rows, division, Partition(1, site, 5))) for site in range(5)]
     changes = {"data.partitioner": partitioner, "data.num-partitions": 5}
     config = configured(**changes, **{"strategy.fraction-train": 0.4})
     predicted = site_sizes(config, 107)
