@@ -584,8 +584,9 @@ def test_prompts_longer_than_the_context_are_cut_on_the_left_counted_and_told(
         data=tmp_path, benchmarks=["medmcqa"], protocol=protocol, permutations=0, batch_size=2
     )
     assert evaluation["rows"][0]["truncated"] == 1
-    assert "MedMCQA, base: prompts longer than the context, cut on the left: 1 of 3." in notes(
-        evaluation
+    assert (
+        "MedMCQA, base: 1 of 3 prompts exceeded the context length and were truncated on the left."
+        in notes(evaluation)
     )
 
 
