@@ -165,10 +165,10 @@ def test_a_local_folder_is_planned_and_its_rows_are_counted(
 
 
 def test_unknown_rows_are_asked_for_and_taken() -> None:
-    assert "give --rows" in plan("--data", "someone/else").stdout
+    assert "pass --rows" in plan("--data", "someone/else").stdout
     output = plan("--data", "someone/else", "--rows", "5000").stdout
     assert row(output, "rows of the data") == "5,000"
-    assert "give --rows" not in output
+    assert "pass --rows" not in output
 
 
 @pytest.mark.parametrize(

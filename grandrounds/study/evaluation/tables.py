@@ -123,7 +123,8 @@ def notes(evaluation: Evaluation, overlap: Mapping[str, Any] | None = None) -> l
 def _model_notes(evaluation: Evaluation) -> Iterator[str]:
     yield (
         f"Base: {evaluation['base']} (fingerprint {evaluation['base_fingerprint']}), "
-        f"{evaluation['precision']}; its rows use the same loaded model with the adapter disabled."
+        f"{evaluation['precision']}; its rows come from the same loaded model with no adapter "
+        "active."
     )
     for name, model in evaluation["models"].items():
         role = f"{model['role']}; " if model["role"] else ""
@@ -131,7 +132,7 @@ def _model_notes(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _method_notes(evaluation: Evaluation) -> Iterator[str]:
-    yield "Accuracy intervals: Wilson, 95 %. They describe sampling of items of the same kind."
+    yield "Accuracy intervals: Wilson, 95 %, for new items of the same kind."
     tests = sum(
         max(len(row["groups"]), 1) for row in evaluation["rows"] if row["vs_base"] is not None
     )
