@@ -132,7 +132,8 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
     """Format the ticks of an axis in one notation.
 
     Thousands (`20k`) if the axis reaches 10,000 and no tick but 0 is below 100; powers of ten
-    (`1e-5`) if it reaches 10,000 from below 100, or 0.0001 from above; plain numbers otherwise.
+    (`1e-5`) if it reaches 10,000 and one is, or if a tick but 0 is below 0.0001; plain numbers
+    otherwise.
     """
     sizes = [abs(tick) for tick in ticks if tick]
     if not sizes:

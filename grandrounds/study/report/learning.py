@@ -22,7 +22,7 @@ MEANING = {
 
 
 def section(run: RunFiles) -> Section:
-    """Return losses and accuracies, with the reasons why they do not compare to the leaderboard."""
+    """Return losses and accuracies, and why they are not comparable with the leaderboard."""
     reasons = "; ".join(recipes.leaderboard_differences(run.config))
     notes = [f"Not comparable with the FlowerTune leaderboard: {reasons}."] if reasons else []
     figures = [*some(loss_figure(run)), *accuracy_figures(run)]
