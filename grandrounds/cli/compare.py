@@ -98,6 +98,7 @@ def compare(
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})
     left_out = comparison.check_sites(sites, resolved.data.num_partitions)
     names = list(words_of(benchmarks or ""))
+    design = comparison.Design(asked, numbers, left_out, names, benchmark_data, limit)
     quiet_libraries()
     from grandrounds.study.comparison import runner as comparison_runner
     from grandrounds.study.comparison.folder import RESULT
@@ -107,17 +108,7 @@ def compare(
     screen = Screen(plain)
     with progress(plain) as listener:
         try:
-            content = comparison_runner.compare(
-                resolved,
-                arms=asked,
-                seeds=numbers,
-                left_out=left_out if comparison.LEAVE_ONE_OUT in asked else [],
-                out=folder,
-                benchmarks=names,
-                benchmark_data=benchmark_data,
-                limit=limit,
-                listener=listener,
-            )
+            content = comparison_runner.compare(resolved, design, folder, listener)
         except KeyboardInterrupt:
             kept = f"finished parts are kept; the same command with --out {folder} goes on"
             raise KeyboardInterrupt(kept) from None

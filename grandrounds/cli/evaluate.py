@@ -220,7 +220,7 @@ def _rescore(files: Sequence[Path], screen: Screen) -> None:
     """Show what recorded generations are worth, beside the accuracy recorded with them."""
     from grandrounds.statistics import wilson_interval
     from grandrounds.study.evaluation import flowertune
-    from grandrounds.study.evaluation.tables import interval, percent
+    from grandrounds.study.tables import in_percent, interval, percent
 
     rows, differing = [], []
     for file in files:
@@ -233,11 +233,11 @@ def _rescore(files: Sequence[Path], screen: Screen) -> None:
             (
                 file.name,
                 f"{score.correct:,}/{score.n:,}",
-                percent(score.accuracy),
+                in_percent(score.accuracy),
                 interval(wilson_interval(score.correct, score.n)),
                 "-" if recorded is None else recorded.removeprefix("Accuracy: ").rstrip("."),
                 "-" if recorded is None else ("yes" if recorded == line else "NO"),
-                f"{score.format_failures:,} ({percent(score.format_failures / score.n)} %)",
+                f"{score.format_failures:,} ({percent(score.format_failures / score.n)})",
                 "  ".join(f"{answer} {count:,}" for answer, count in score.spread.items()),
             )
         )
@@ -280,7 +280,7 @@ def _check_overlap(
     """Show and write which benchmark questions occur in training data."""
     from grandrounds.study.evaluation.answers import write_json
     from grandrounds.study.evaluation.overlap import check_overlap
-    from grandrounds.study.evaluation.tables import percent
+    from grandrounds.study.tables import percent
 
     report = check_overlap(training, questions, **columns)
     folder = out or Path()
@@ -289,7 +289,7 @@ def _check_overlap(
         (
             name,
             f"{found['n']:,}",
-            f"{found['items']:,} ({percent(found['items'] / found['n'])} %)",
+            f"{found['items']:,} ({percent(found['items'] / found['n'])})",
             f"{found['exact']:,}",
             f"{found['near']:,}",
         )

@@ -50,8 +50,8 @@ def test_a_comparison_prints_plain_lines_and_tables_and_exits_with_0(
     assert lines[6].startswith("6/6  local, seed 42, site 3: loss ")
     assert [line for line in lines[7:] if not line.startswith((" ", "-"))] == [
         "arms, 1 seed",
-        "what the federation gains (above 0: it is better)",
-        "what each site gains over training alone (alone > joined)",
+        "gain of the federation (positive: the federation is better)",
+        "gain of each site over training alone (alone → joined)",
         f"written: {out}/comparison.json",
     ]
     content = json.loads((out / "comparison.json").read_text())
@@ -65,10 +65,10 @@ def test_a_comparison_prints_plain_lines_and_tables_and_exits_with_0(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--arms", "federated,locl"], "there is no arm 'locl'; allowed: federated, centralised, "),
+        (["--arms", "federated,locl"], "unknown arm 'locl'; allowed: federated, centralised, "),
         (["--arms", "federated,locl"], "Did you mean 'local'?"),
-        (["--seeds", "0"], "--seeds = 0: at least 1 seed is needed"),
-        (["--sites", "20"], "--sites '20': 20 is no site"),
+        (["--seeds", "0"], "--seeds = 0: at least 1 seed is required"),
+        (["--sites", "20"], "--sites '20': 20 is not a site"),
         (["--set", "seed=2147483647", "--seeds", "2"], "seed = 2147483648"),
         (["--set", "run-directory=runs/x"], "give the comparison's folder as --out"),
         (["--set", "data.held-out-fraction=0"], "strategy.fraction-evaluate"),

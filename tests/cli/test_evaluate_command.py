@@ -74,7 +74,7 @@ def test_a_good_evaluation_prints_plain_tables_and_notes_and_exits_with_0(
     titles = [line for line in lines if re.match(r"[a-z]", line)]
     assert titles[2:] == [
         "accuracy, protocol flowertune",
-        "form of the answers",
+        "format of the answers",
         "accuracy, protocol likelihood",
         "length and order of the options",
         f"written: {tmp_path}/out/evaluation.json",
@@ -227,7 +227,7 @@ def test_overlap_is_counted_listed_written_and_told_by_the_next_table(
     found = json.loads((out / "overlap.json").read_text())["benchmarks"]["medmcqa"]
     assert found["items"] == 1
     table = evaluate(*asked, "--permutations", 0).stdout
-    assert f"- Overlap: 1 of 6 questions of medmcqa occur in {cards} (overlap.json)." in table
+    assert f"- Overlap: 1 of 6 medmcqa questions occur in {cards} (overlap.json)." in table
 
 
 # --- Refused --------------------------------------------------------------------------------------

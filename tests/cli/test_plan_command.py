@@ -49,16 +49,16 @@ def test_the_packaged_run_is_planned_without_arguments() -> None:
 
 def test_the_jsl_recipe_says_what_it_costs() -> None:
     output = plan("--config", JSL, "--uplink-mbps", "20").stdout
-    assert row(output, "in all") == "7,809.38 7,813.97"
-    assert row(output, "a round, mean") == "78.09 78.14"
+    assert row(output, "total") == "7,809.38 7,813.97"
+    assert row(output, "mean per round") == "78.09 78.14"
     assert row(output, "train.up") == "300 13.02 3,904.69 3,906.98"
     assert "johnsnowlabs/JSL-MedLlama-3-8B-v1.0, 8,030,261,248 parameters" in output
     assert "shapes of meta-llama/Meta-Llama-3-8B" in output
-    assert row(output, "examples seen") == "28,800, repeats counted"
+    assert row(output, "examples seen") == "28,800, repeats included"
     # 2 * 13,647,872 bytes * 8 / 20e6 = 10.9 s, and 100 times that: 18.2 min
     assert row(output, "transfer, one site, one round (20 Mbit/s up, 20 down)") == "10.9 s"
-    assert row(output, "transfer, one site, all rounds one after another") == "18.2 min"
-    assert "none is measured on a GPU" in output
+    assert row(output, "transfer, one site, sum over all rounds") == "18.2 min"
+    assert "not measured on a GPU" in output
 
 
 def test_a_flowertune_entry_with_dora_is_planned_and_told_that_a_run_refuses_it(
@@ -82,15 +82,15 @@ options.num-supernodes = 20
     )
     file = str(tmp_path / "pyproject.toml")
     output = plan("--config", file, "--set", "model.lora.target-modules=all-linear").stdout
-    assert row(output, "in all").startswith("8,253.71 ")
-    assert "a run refuses DoRA" in output
+    assert row(output, "total").startswith("8,253.71 ")
+    assert "a run rejects DoRA" in output
 
 
 def test_recipes_are_compared_side_by_side_in_the_order_given() -> None:
     for arguments in (["--compare", LAPTOP], ["--compare", LAPTOP, JSL]):
         output = plan("--config", JSL, *arguments).stdout
         assert row(output, "adapter parameters").startswith("3,407,872 460,800")
-        assert row(output, "in all, MiB").startswith("7,809.38 216.24")
+        assert row(output, "total, MiB").startswith("7,809.38 216.24")
 
 
 def set_checkpointing(value: str) -> list[str]:
@@ -100,14 +100,14 @@ def set_checkpointing(value: str) -> list[str]:
 def test_auto_shows_the_peak_without_checkpointing_and_with_it() -> None:
     output = plan("--config", JSL).stdout
     both = "49.82 GiB without checkpointing, 10.17 GiB with checkpointing"
-    told = row(output, "GPU memory of a site, peak")
-    assert told == f"{both} (auto: on where memory asks for it)"
+    told = row(output, "peak GPU memory of a site")
+    assert told == f"{both} (auto: on if memory is short)"
     assert row(output, "part") == "without checkpointing with checkpointing"
     assert row(output, "peak") == "49.82 10.17"
     assert 'model.gradient-checkpointing = "auto" switches gradient checkpointing on' in output
     compared = plan("--config", JSL, "--compare", LAPTOP).stdout
-    assert row(compared, "GPU memory, GiB, without checkpointing") == "49.82 2.29"
-    assert row(compared, "GPU memory, GiB, with checkpointing") == "10.17 1.27"
+    assert row(compared, "peak GPU memory, GiB, without checkpointing") == "49.82 2.29"
+    assert row(compared, "peak GPU memory, GiB, with checkpointing") == "10.17 1.27"
     assert 'model.gradient-checkpointing = "auto" switches' in compared
 
 
@@ -119,11 +119,11 @@ def test_checkpointing_that_is_decided_shows_the_peak_that_applies(
     value: str, way: str, other: str, peak: str
 ) -> None:
     output = plan("--config", JSL, *set_checkpointing(value)).stdout
-    assert row(output, "GPU memory of a site, peak") == f"{peak} GiB {way} checkpointing"
+    assert row(output, "peak GPU memory of a site") == f"{peak} GiB {way} checkpointing"
     assert row(output, "peak") == peak
     assert '"auto"' not in output
     compared = plan("--config", JSL, "--compare", LAPTOP, *set_checkpointing(value)).stdout
-    assert row(compared, f"GPU memory, GiB, {way} checkpointing").startswith(f"{peak} ")
+    assert row(compared, f"peak GPU memory, GiB, {way} checkpointing").startswith(f"{peak} ")
     assert f"{other} checkpointing" not in compared
     content = json.loads(plan("--config", JSL, *set_checkpointing(value), "--json", "-").stdout)
     assert list(content["site-peak-bytes"]) == [f"{way}-checkpointing"]
@@ -134,8 +134,8 @@ def test_recipes_with_checkpointing_on_and_auto_stand_side_by_side(tmp_path: Pat
     text = Path(JSL).read_text().replace('checkpointing = "auto"', "checkpointing = true")
     switched_on.write_text(text)
     output = plan("--config", JSL, "--compare", str(switched_on)).stdout
-    assert row(output, "GPU memory, GiB, without checkpointing") == "49.82 -"
-    assert row(output, "GPU memory, GiB, with checkpointing") == "10.17 10.17"
+    assert row(output, "peak GPU memory, GiB, without checkpointing") == "49.82 -"
+    assert row(output, "peak GPU memory, GiB, with checkpointing") == "10.17 10.17"
 
 
 def test_overrides_hold_for_every_recipe() -> None:
@@ -148,7 +148,7 @@ def test_json_goes_to_a_file_or_stands_alone(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     output = plan("--config", JSL, "--json", str(file)).stdout
     assert json.loads(file.read_text()) == alone
-    assert "in all" in output
+    assert row(output, "total")
     assert output.endswith(f"written: {file}\n")
     assert alone["communication"]["total-bytes"] == 8_188_723_200
     assert list(alone["memory-by-precision"]) == ["float32", "bfloat16", "8-bit", "4-bit NF4"]
@@ -165,10 +165,10 @@ def test_a_local_folder_is_planned_and_its_rows_are_counted(
 
 
 def test_unknown_rows_are_asked_for_and_taken() -> None:
-    assert "give --rows" in plan("--data", "someone/else").stdout
+    assert "pass --rows" in plan("--data", "someone/else").stdout
     output = plan("--data", "someone/else", "--rows", "5000").stdout
     assert row(output, "rows of the data") == "5,000"
-    assert "give --rows" not in output
+    assert "pass --rows" not in output
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The arms of a comparison: each trains one adapter, by the same visits on other data.
+"""The arms of a comparison: each trains one adapter with the same visits, on different data.
 
-Federations are whole runs (`server_app.federate`); a pool and a site alone make the visits of
-`grandrounds.site.visit` one after the other.
+Federations are whole runs (`server_app.federate`). Centralised and local training make the visits
+of `grandrounds.site.visit` in sequence.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from grandrounds.wire.schedule import examples_per_visit
 
 Found = dict[str, Any]
 OnVisits = Callable[[int], None]
-"""Called with example visits that were made."""
+"""Called with the number of example visits just made."""
 
 ORDINARY: dict[str, Scalar] = {
     "strategy.name": "fedavg",
@@ -58,20 +58,20 @@ ORDINARY: dict[str, Scalar] = {
     "defence.update-norm-bound": 0.0,
     "defence.min-cosine": -1.0,
 }
-"""What training without a federation goes without."""
+"""Settings of training without a federation: no aggregation strategy, codec or defence."""
 
 
 def run_unit(
     unit: Unit, config: Config, exams: Sequence[Exam], run_path: Path, on_visits: OnVisits
 ) -> Found:
-    """Train and judge one unit; return what its file holds.
+    """Train and evaluate one unit; return the content of its file.
 
     Parameters
     ----------
     config : Config
-        Of the comparison; the unit's seed takes the place of its own.
+        Of the comparison; the unit's seed replaces its own.
     run_path : Path
-        Where a federation is written; one that was stopped there goes on.
+        Run directory of a federation; a run that was stopped there is resumed.
     """
     started = time.perf_counter()
     config = recipes.resolve(config.flat(), {"seed": unit.seed})
@@ -96,7 +96,7 @@ def run_unit(
 
 
 def judge(resident: Resident, config: Config, exams: Sequence[Exam]) -> Found:
-    """Return held-out loss by site, and the answers to every exam."""
+    """Return the held-out loss by site and the answers to every exam."""
     tokenizer = tokenizer_of(config.model.name)
     held_out = {}
     for k in range(config.data.num_partitions):
@@ -112,7 +112,7 @@ def judge(resident: Resident, config: Config, exams: Sequence[Exam]) -> Found:
 
 
 def site_of(config: Config, partition_id: int) -> Site:
-    """Return a site as a federation has it."""
+    """Return a site with the examples it has in the federation."""
     return open_site(
         config.static.name,
         config.data,
@@ -127,16 +127,16 @@ def site_of(config: Config, partition_id: int) -> Site:
 
 
 def _untrained(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
-    """Put the adapter of the start on the base, which changes nothing."""
+    """Put the initial adapter on the base, which changes no output."""
     _start(recipes.resolve(config.flat(), ORDINARY))
     return {"example-visits": 0, "train-loss": None}
 
 
 def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
-    """Train on all sites' training examples: each round as many visits as its cohort makes."""
+    """Train on the training examples of all sites, each round on as many as its cohort sees."""
     sites = [site_of(config, k) for k in range(config.data.num_partitions)]
     examples = tuple(example for site in sites for example in site.train)
-    # A number of its own, so that it is shuffled as no site is.
+    # A partition id of its own, so that it is not shuffled like any site.
     pool = Site(len(sites), examples, (), {})
     each = [visit_examples(config, len(site.train)) for site in sites]
     plan = [
@@ -148,14 +148,14 @@ def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Fo
 
 
 def _alone(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
-    """Train on one site's examples only."""
+    """Train on the examples of one site only."""
     site = site_of(config, unit.site or 0)
     plan = local_visits(config, visit_examples(config, len(site.train)))
     return _visit_in_turn(site, recipes.resolve(config.flat(), ORDINARY), plan, on_visits)
 
 
 def cohort_of(config: Config, number: int) -> list[int]:
-    """Return who trains in a round of the federation."""
+    """Return the sites that train in a round of the federation."""
     return sampling.training_cohort(
         config.federation.seed,
         number,
@@ -166,7 +166,7 @@ def cohort_of(config: Config, number: int) -> list[int]:
 
 
 def visit_examples(config: Config, num_examples: int) -> int:
-    """Return the examples of one visit to a site that trains on so many."""
+    """Return the number of examples of one visit to a site with `num_examples`."""
     arguments = config.arguments
     return examples_per_visit(
         arguments.max_steps, arguments.num_train_epochs, config.examples_per_step, num_examples
@@ -174,7 +174,7 @@ def visit_examples(config: Config, num_examples: int) -> int:
 
 
 def _start(config: Config) -> Resident:
-    """Return the resident model with the adapter that every run of this seed starts from."""
+    """Return the resident model with the initial adapter of this seed."""
     resident = machine.prepare_model(config)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
     set_adapter(resident, drawn_adapter(shapes, config.federation.seed))
@@ -184,12 +184,12 @@ def _start(config: Config) -> Resident:
 def _visit_in_turn(
     site: Site, config: Config, plan: Sequence[tuple[int, int]], on_visits: OnVisits
 ) -> Found:
-    """Make visits to one set of examples, each going on where the last one ended.
+    """Make visits to one set of examples, each continuing where the last one ended.
 
     Parameters
     ----------
     plan : sequence of (int, int)
-        Round whose learning rate holds, and examples, of each visit.
+        The round that sets the learning rate, and the examples, of each visit.
     """
     resident = _start(config)
     cursor, loss = 0, 0.0
@@ -207,7 +207,7 @@ def _visit_in_turn(
 def _of_length(config: Config, count: int, num_examples: int) -> Config:
     """Return the configuration with visits of `count` examples."""
     steps, rest = divmod(count, config.examples_per_step)
-    if rest:  # as epochs, which are rounded up; half an example less keeps the rounding exact
+    if rest:  # epochs are rounded up to whole examples: half an example less rounds exactly
         changes: dict[str, Any] = {
             "max_steps": -1,
             "num_train_epochs": (count - 0.5) / num_examples,
@@ -245,9 +245,9 @@ def _without_one(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits
 
 
 def numbered_without(left_out: int, num_sites: int) -> ClientAppCall:
-    """Return sites that the server numbers from 0 to `num_sites` - 2, one being left out.
+    """Return the client app of all sites but one, renumbered from 0 to `num_sites` - 2.
 
-    Each holds and trains what it has among all the sites.
+    Each site keeps the examples that it has among all sites.
     """
 
     def call(message: Message, context: Context) -> Message:
@@ -286,12 +286,12 @@ class _Visits(Listener):
 def _run(
     server: Config, sites: Config, app: ClientAppCall, path: Path, on_visits: OnVisits
 ) -> Found:
-    """Play a federation, or what is left of one that was stopped, and return its last adapter.
+    """Run a federation, or resume one that was stopped, and return its last adapter.
 
     Parameters
     ----------
     server, sites : Config
-        The configuration as the server has it, and as the sites have it.
+        The configuration of the server, and of the sites.
     """
 
     directory = RunDirectory(path)
@@ -302,7 +302,7 @@ def _run(
         place = {"run-directory": str(path), "resume-from": ""}
         if saved:
             place = {"run-directory": "", "resume-from": str(path)}
-        elif path.exists():  # it was stopped before anything was finished
+        elif path.exists():  # stopped before the first checkpoint
             shutil.rmtree(path)
         grid = InProcessGrid(app, sites.flat(), server.data.num_partitions)
         summary = server_app.federate(

@@ -1,44 +1,42 @@
-"""The exams of a comparison: the formulary's two, and benchmarks."""
+"""The exams of a comparison: two of the formulary, and benchmarks."""
 
 from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.formulary.facts import SITES, Question, questions
 from grandrounds.study.comparison.results import RIGHT, WRONG
+from grandrounds.study.comparison.units import Design
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, get_benchmark, load_items
 from grandrounds.study.evaluation.likelihood import answer_items
 
 LEARNED, KEPT, BENCHMARK = "learned", "kept", "benchmark"
-"""What an exam measures: what only a federation can teach; what the base knew; anything else."""
+"""What an exam measures: knowledge held by sites only, knowledge of the base, or anything else."""
 
 
 @dataclass(frozen=True)
 class Exam:
-    """Questions that every adapter is asked."""
+    """Questions that every adapter answers."""
 
     name: str
-    """Under which its accuracy stands."""
+    """Its key in comparison.json."""
     title: str
-    """In words."""
     measures: str
     """`learned`, `kept` or `benchmark`."""
     benchmark: Benchmark
-    """How its questions are put."""
+    """How its questions are asked."""
     items: tuple[Item, ...]
-    """The questions."""
     site_of: tuple[int, ...] | None
-    """The site that each question belongs to; None where it belongs to all."""
+    """The site that each question belongs to; None if the exam is not divided by site."""
 
-    def facts(self) -> dict[str, Any]:
-        """Return what comparison.json says of it."""
+    def entry(self) -> dict[str, Any]:
+        """Return its entry in comparison.json."""
         return {
             "title": self.title,
             "n": len(self.items),
@@ -48,25 +46,21 @@ class Exam:
         }
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change with any question."""
+        """Return a hash of the questions, 16 hex digits."""
         return hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
 
 
-def exams_of(
-    config: Config,
-    benchmarks: Iterable[str] = (),
-    data: Path | None = None,
-    limit: int | None = None,
-) -> list[Exam]:
-    """Return the exams that fit the data and the base, then the benchmarks that were asked for.
+def exams_of(config: Config, design: Design) -> list[Exam]:
+    """Return the exams that fit the data and the base, then the benchmarks of the design.
 
-    Private facts are asked where the data are the formulary, public ones where the base is its own.
-    They are divided by site where the partitions are the formulary's.
+    There is an exam on private facts if the data are the formulary, and one on public facts if the
+    base is the formulary's. Private facts are divided by site if the partitions are the
+    formulary's own sites.
 
     Raises
     ------
     ConfigError, DataError
-        If a benchmark is unknown, or its questions cannot be had.
+        If a benchmark is unknown, or its items cannot be loaded.
     """
     exams = []
     if config.static.name == FORMULARY:
@@ -78,9 +72,9 @@ def exams_of(
         exams.append(_formulary("private facts of the sites", LEARNED, private, site_of))
     if config.model.name == FORMULARY:
         exams.append(_formulary("public facts, known to the base", KEPT, questions("public"), None))
-    for name in benchmarks:
+    for name in design.benchmarks:
         benchmark = get_benchmark(name)
-        items = load_items(benchmark, data, limit)
+        items = load_items(benchmark, design.benchmark_data, design.limit)
         exams.append(Exam(name, benchmark.title, BENCHMARK, benchmark, items, None))
     return exams
 
@@ -95,7 +89,7 @@ def _formulary(
 
 
 def sit(exam: Exam, model: Any, tokenizer: Any, prompt_template: str) -> str:
-    """Return a model's answers, a character for each question; see `comparison_results.RIGHT`."""
+    """Return a model's answers, one character per question; see `results.RIGHT`."""
     answers = answer_items(
         model, tokenizer, exam.benchmark, exam.items, prompt_template=prompt_template
     )

@@ -1,4 +1,4 @@
-"""Finished units → comparison.json. docs/compare.md has the format."""
+"""Finished units → comparison.json, whose format docs/compare.md describes."""
 
 from __future__ import annotations
 
@@ -18,37 +18,46 @@ from grandrounds.study.comparison.units import (
 
 Json = dict[str, Any]
 Found = Mapping[Unit, Mapping[str, Any]]
-"""What each finished unit found, as `comparison_arms` returns it."""
+"""Finished unit → its result, as `arms.run_unit` returns it."""
+
+FORMAT = 1
+"""Version of the format of comparison.json."""
 
 LOSS = "held-out-loss"
 RIGHT, WRONG = "1", "0"
-"""Characters of a unit's answers to an exam, question by question."""
+"""A unit's answers to an exam are a string of these, one per question."""
 
 OWN, EVERYWHERE = "own", "everywhere"
-"""Where a site's model is judged: on what belongs to the site, or on what belongs to any."""
+"""Where a site's model is evaluated: on the site's own examples and questions, or on everyone's."""
+
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""Results of the rival and of the federation, of one seed."""
 
 Exams = Mapping[str, Mapping[str, Any]]
-"""Name → facts of comparison.json, and `site-of`: the site that each question belongs to, where the
-exam is divided by site."""
+"""Exam → its entry in comparison.json, plus `site-of`: the site of each question, if the exam is
+divided by site."""
+
+
+def measured(holder: Mapping[str, Any], measure: str) -> Any:
+    """Return the held-out loss, or the accuracy on an exam, of an arm, a site or a unit."""
+    return holder[LOSS] if measure == LOSS else holder["accuracy"][measure]
 
 
 def results(found: Found, exams: Exams) -> Json:
     """Return `arms`, `without`, `gains` and `joining`."""
-    measured = {arm: _by_seed(found, arm, exams) for arm in (BASE, FEDERATED, CENTRALISED, LOCAL)}
-    measured = {arm: by_seed for arm, by_seed in measured.items() if by_seed}
+    arms = {arm: _by_seed(found, arm, exams) for arm in (BASE, FEDERATED, CENTRALISED, LOCAL)}
+    arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
     left_out = sorted({u.site for u in found if u.arm == LEAVE_ONE_OUT and u.site is not None})
     without = {k: _by_seed(found, LEAVE_ONE_OUT, exams, k) for k in left_out}
-    federated = measured.get(FEDERATED, {})
-    rivals = {arm: measured[arm] for arm in (BASE, CENTRALISED, LOCAL) if arm in measured}
+    federated = arms.get(FEDERATED, {})
+    rivals = {arm: arms[arm] for arm in (BASE, CENTRALISED, LOCAL) if arm in arms}
     return {
-        "arms": {arm: _arm(by_seed) for arm, by_seed in measured.items()},
+        "arms": {arm: _arm(by_seed) for arm, by_seed in arms.items()},
         "without": {str(k): _arm(by_seed) for k, by_seed in without.items()},
         "gains": [
-            found_gain
-            for arm, rival in rivals.items()
-            for found_gain in _gains(arm, rival, federated, exams)
+            gain for arm, rival in rivals.items() for gain in _gains(arm, rival, federated, exams)
         ],
-        "joining": _joining(found, measured, exams),
+        "joining": _joining(found, arms, exams),
     }
 
 
@@ -56,7 +65,7 @@ def results(found: Found, exams: Exams) -> Json:
 
 
 def _by_seed(found: Found, arm: str, exams: Exams, left_out: int | None = None) -> dict[str, Json]:
-    """Return seed → MEASURED of an arm, with `answers` besides, which `_arm` leaves out."""
+    """Return MEASURED of an arm by seed, plus the `answers`, which `_arm` leaves out."""
     chosen = {u: f for u, f in found.items() if u.arm == arm and left_out in (None, u.site)}
     out = {}
     for seed in sorted({unit.seed for unit in chosen}):
@@ -69,7 +78,7 @@ def _by_seed(found: Found, arm: str, exams: Exams, left_out: int | None = None) 
 
 
 def _one_adapter(unit: Mapping[str, Any], exams: Exams) -> Json:
-    """Return what one adapter is worth, in all and at each site."""
+    """Return the results of one adapter, overall and at each site."""
     everywhere = figures(unit, exams)
     sites = {
         site: {
@@ -91,10 +100,10 @@ def _one_adapter(unit: Mapping[str, Any], exams: Exams) -> Json:
 
 
 def _one_adapter_each(units: Sequence[Mapping[str, Any]], exams: Exams) -> Json:
-    """Return what the sites' own adapters are worth, each at its own site and everywhere."""
+    """Return the results of one adapter per site, each evaluated at its own site and everywhere."""
     each = {str(unit["site"]): _one_adapter(unit, exams) for unit in units}
     sites = {site: one["sites"][site] for site, one in each.items()}
-    answers = {  # each question by the model of the site that it belongs to
+    answers = {  # each question answered by the model of its own site
         name: "".join(
             each[str(site)]["answers"][name][number] for number, site in enumerate(exam["site-of"])
         )
@@ -108,7 +117,7 @@ def _one_adapter_each(units: Sequence[Mapping[str, Any]], exams: Exams) -> Json:
         },
     }
     return {
-        LOSS: _pooled_loss([sites[site] for site in sites]),
+        LOSS: _pooled_loss(list(sites.values())),
         "accuracy": {**everywhere["accuracy"], **{n: share(a) for n, a in answers.items()}},
         EVERYWHERE: everywhere,
         "example-visits": sum(one["example-visits"] for one in each.values()),
@@ -122,13 +131,13 @@ def _one_adapter_each(units: Sequence[Mapping[str, Any]], exams: Exams) -> Json:
 
 
 def figures(unit: Mapping[str, Any], exams: Exams, *sites: int) -> Json:
-    """Return loss and accuracies of a unit's adapter, on everything or on some sites' part.
+    """Return loss and accuracies of a unit's adapter, overall or at some sites.
 
     Parameters
     ----------
     sites
-        Only their held-out examples, and only their questions of exams that are divided by site;
-        none: everything.
+        Sites whose held-out examples count, and whose questions of exams divided by site; without
+        any, everything counts.
     """
     held_out = [unit["held-out"][str(site)] for site in sites] or unit["held-out"].values()
     losses = [{LOSS: h["nll-sum"] / h["tokens"], "tokens": h["tokens"]} for h in held_out]
@@ -143,30 +152,30 @@ def figures(unit: Mapping[str, Any], exams: Exams, *sites: int) -> Json:
 
 
 def _pooled_loss(judged: Sequence[Mapping[str, Any]]) -> float:
-    """Return a mean loss, weighted by answer tokens."""
+    """Return the mean loss, weighted by answer tokens."""
     tokens = sum(part["tokens"] for part in judged)
     return float(sum(part[LOSS] * part["tokens"] for part in judged) / tokens)
 
 
 def share(answers: str) -> float:
-    """Return the share of right answers."""
+    """Return the share of correct answers."""
     return answers.count(RIGHT) / len(answers)
 
 
 def _of_sites(answers: str, exam: Mapping[str, Any], sites: Sequence[int]) -> str:
-    """Return the answers to some sites' questions; no sites: to all questions."""
+    """Return the answers to some sites' questions, or to all questions if no site is given."""
     if not sites:
         return answers
     return "".join(a for a, site in zip(answers, exam["site-of"], strict=True) if site in sites)
 
 
 def _arm(by_seed: Mapping[str, Json]) -> Json:
-    """Return ARM: what stands in the file for one arm."""
+    """Return ARM: an arm's entry in comparison.json."""
     runs = list(by_seed.values())
     return {
         "seeds": {
-            seed: {name: value for name, value in measured.items() if name != "answers"}
-            for seed, measured in by_seed.items()
+            seed: {name: value for name, value in run.items() if name != "answers"}
+            for seed, run in by_seed.items()
         },
         **_estimates(runs),
         "sites": {
@@ -175,97 +184,73 @@ def _arm(by_seed: Mapping[str, Json]) -> Json:
     }
 
 
-def _estimates(measured: Sequence[Mapping[str, Any]]) -> Json:
-    """Return the estimates over seeds of what was measured once for each."""
+def _estimates(runs: Sequence[Mapping[str, Any]]) -> Json:
+    """Return the estimates over seeds, from one result per seed."""
     found: Json = {
-        LOSS: estimate([one[LOSS] for one in measured]),
+        LOSS: estimate([run[LOSS] for run in runs]),
         "accuracy": {
-            name: estimate([one["accuracy"][name] for one in measured])
-            for name in measured[0]["accuracy"]
+            name: estimate([run["accuracy"][name] for run in runs]) for name in runs[0]["accuracy"]
         },
     }
-    if EVERYWHERE in measured[0]:
-        found[EVERYWHERE] = _estimates([one[EVERYWHERE] for one in measured])
+    if EVERYWHERE in runs[0]:
+        found[EVERYWHERE] = _estimates([run[EVERYWHERE] for run in runs])
     return found
 
 
-# --- Arms against each other ----------------------------------------------------------------------
+# --- The federation against the other arms --------------------------------------------------------
 
 
 def _gains(
     arm: str, rival: Mapping[str, Json], federated: Mapping[str, Json], exams: Exams
 ) -> list[Json]:
-    """Return GAIN for held-out loss and every exam; of sites alone also everywhere."""
-    seeds = [seed for seed in federated if seed in rival]
-    if not seeds:
-        return []
+    """Return GAIN for held-out loss and every exam; for `local` also everywhere."""
+    pairs: dict[str, Pair] = {s: (rival[s], federated[s]) for s in federated if s in rival}
     gains = []
-    for measure in (LOSS, *exams):
-        pairs = {
-            s: (rival[s]["answers"][measure], federated[s]["answers"][measure])
-            for s in seeds
-            if measure in rival[s]["answers"]
-        }
-        gains.append(
-            {
-                "over": arm,
-                "measure": measure,
-                "where": OWN,
-                "over-seeds": paired_test([gain(rival[s], federated[s], measure) for s in seeds]),
-                "over-sites": _over_sites(rival, federated, measure, seeds),
-                "over-questions": {s: _over_questions(*pair) for s, pair in pairs.items()} or None,
+    for measure in (LOSS, *exams) if pairs else ():
+        also_everywhere = arm == LOCAL and (measure == LOSS or exams[measure]["by-site"])
+        for where in (OWN, EVERYWHERE) if also_everywhere else (OWN,):
+            questions = {
+                seed: _over_questions(*(one["answers"][measure] for one in pair))
+                for seed, pair in pairs.items()
+                if where == OWN and measure in pair[0]["answers"]
             }
-        )
-        if arm == LOCAL and (measure == LOSS or exams[measure]["by-site"]):
-            over_seeds = [
-                gain(rival[s][EVERYWHERE], federated[s][EVERYWHERE], measure) for s in seeds
-            ]
+            judged = [_judged(pair, where) for pair in pairs.values()]
             gains.append(
                 {
                     "over": arm,
                     "measure": measure,
-                    "where": EVERYWHERE,
-                    "over-seeds": paired_test(over_seeds),
-                    "over-sites": _over_sites(rival, federated, measure, seeds, EVERYWHERE),
-                    "over-questions": None,
+                    "where": where,
+                    "over-seeds": paired_test([gain(pair, measure) for pair in judged]),
+                    "over-sites": _over_sites(list(pairs.values()), measure, where),
+                    "over-questions": questions or None,
                 }
             )
     return gains
 
 
-def gain(rival: Mapping[str, Any], federated: Mapping[str, Any], measure: str) -> float:
-    """Return what the federation is ahead: loss that is lower, or accuracy that is higher."""
-    if measure == LOSS:
-        return float(rival[LOSS] - federated[LOSS])
-    return float(federated["accuracy"][measure] - rival["accuracy"][measure])
+def _judged(pair: Pair, where: str) -> Pair:
+    return pair if where == OWN else (pair[0][EVERYWHERE], pair[1][EVERYWHERE])
 
 
-def _over_sites(
-    rival: Mapping[str, Json],
-    federated: Mapping[str, Json],
-    measure: str,
-    seeds: Sequence[str],
-    where: str = OWN,
-) -> Json | None:
-    """Return the test over sites of each one's mean gain; None if sites have no such figure."""
+def gain(pair: Pair, measure: str) -> float:
+    """Return the lead of the federation: the lower loss, or the higher accuracy."""
+    rival, federated = (measured(one, measure) for one in pair)
+    return float(rival - federated if measure == LOSS else federated - rival)
 
-    def at(site: str, measured: Mapping[str, Json], seed: str) -> Any:
-        judged = measured[seed]["sites"][site]
-        return judged[EVERYWHERE] if where == EVERYWHERE else judged
 
-    sites = list(federated[seeds[0]]["sites"])
-    if measure != LOSS and measure not in at(sites[0], federated, seeds[0])["accuracy"]:
+def _over_sites(pairs: Sequence[Pair], measure: str, where: str) -> Json | None:
+    """Return the test over sites of each site's mean gain; None if the exam has no sites."""
+    at_sites = [
+        [_judged((rival["sites"][k], federated["sites"][k]), where) for rival, federated in pairs]
+        for k in pairs[0][1]["sites"]
+    ]
+    if measure != LOSS and measure not in at_sites[0][0][1]["accuracy"]:
         return None
-    return counted(
-        [
-            statistics.fmean(gain(at(k, rival, s), at(k, federated, s), measure) for s in seeds)
-            for k in sites
-        ]
-    )
+    return counted([statistics.fmean(gain(pair, measure) for pair in site) for site in at_sites])
 
 
 def _over_questions(rival: str, federated: str) -> Json:
-    """Return McNemar's test of one seed."""
+    """Return McNemar's test over the questions of one seed."""
     pair = compare_paired([a == RIGHT for a in rival], [a == RIGHT for a in federated])
     return {
         "n": pair.n,
@@ -277,39 +262,39 @@ def _over_questions(rival: str, federated: str) -> Json:
     }
 
 
-def _joining(found: Found, measured: Mapping[str, Mapping[str, Json]], exams: Exams) -> list[Json]:
-    """Return JOINING of every site, by site."""
+def _joining(found: Found, arms: Mapping[str, Mapping[str, Json]], exams: Exams) -> list[Json]:
+    """Return JOINING of every site."""
     federated = {u.seed: f for u, f in found.items() if u.arm == FEDERATED}
     num_sites = next(iter(federated.values()))["num-sites"] if federated else 0
     out = []
     for k in range(num_sites):
         others = [site for site in range(num_sites) if site != k]
         for instead in (LOCAL, LEAVE_ONE_OUT):
-            if instead == LOCAL and LOCAL not in measured:
-                continue
             rival = {u.seed: f for u, f in found.items() if u.arm == instead and u.site == k}
             pairs = [(rival[s], federated[s]) for s in sorted(federated) if s in rival]
-            if pairs:
+            if pairs and (instead == LEAVE_ONE_OUT or LOCAL in arms):
                 is_left_out = instead == LEAVE_ONE_OUT
                 out.append(
                     {
                         "site": k,
                         "instead-of": instead,
-                        "own": _tests(pairs, exams, k),
-                        "everywhere": _tests(pairs, exams),
+                        OWN: _tests(pairs, exams, k),
+                        EVERYWHERE: _tests(pairs, exams),
                         "others": _tests(pairs, exams, *others) if is_left_out else None,
                     }
                 )
     return out
 
 
-def _tests(pairs: Sequence[tuple[Any, Any]], exams: Exams, *sites: int) -> Json:
-    """Return the paired test over seeds of (rival, federated) units, on some sites' part."""
-    judged = [tuple(figures(unit, exams, *sites) for unit in pair) for pair in pairs]
+def _tests(pairs: Sequence[Pair], exams: Exams, *sites: int) -> Json:
+    """Return the paired tests over seeds of (rival, federated) units, overall or at some sites."""
+    judged = [
+        (figures(rival, exams, *sites), figures(ours, exams, *sites)) for rival, ours in pairs
+    ]
     return {
-        LOSS: paired_test([gain(rival, federated, LOSS) for rival, federated in judged]),
+        LOSS: paired_test([gain(pair, LOSS) for pair in judged]),
         "accuracy": {
-            name: paired_test([gain(rival, federated, name) for rival, federated in judged])
+            name: paired_test([gain(pair, name) for pair in judged])
             for name in judged[0][1]["accuracy"]
         },
     }

@@ -1,7 +1,7 @@
-"""Runs a comparison unit by unit, and writes down what came out after each.
+"""Runs a comparison unit by unit and rewrites comparison.json after each.
 
-from grandrounds.comparison_runner import compare
-compare(config, arms=["federated", "local"], seeds=[42, 43], ...)
+from grandrounds.study.comparison.runner import compare
+compare(config, Design(arms=["federated", "local"], seeds=[42, 43]), out=Path("comparisons/a"))
 """
 
 from __future__ import annotations
@@ -22,91 +22,54 @@ from grandrounds.site.visit import introduction
 from grandrounds.study.comparison.arms import cohort_of, run_unit, site_of, visit_examples
 from grandrounds.study.comparison.exams import Exam, exams_of
 from grandrounds.study.comparison.folder import RESULT, ComparisonFolder
-from grandrounds.study.comparison.results import Exams, figures, results
+from grandrounds.study.comparison.results import FORMAT, figures, results
 from grandrounds.study.comparison.units import (
     BASE,
     LEAVE_ONE_OUT,
     LOCAL,
+    Design,
     Unit,
     check_leave_one_out,
     local_visits,
-    units,
     visits_of_a_site,
 )
 
-FORMAT = 1
-
 Listener = Callable[[str, Mapping[str, Any]], None]
-"""Called with (event, facts): planned, visited, finished."""
+"""Called with an event (planned, visited, finished) and its data."""
 
 
 def compare(
-    config: Config,
-    *,
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    left_out: Sequence[int],
-    out: Path,
-    benchmarks: Sequence[str] = (),
-    benchmark_data: Path | None = None,
-    limit: int | None = None,
-    listener: Listener = lambda *_: None,
+    config: Config, design: Design, out: Path, listener: Listener = lambda *_: None
 ) -> dict[str, Any]:
-    """Do what is missing of a comparison; return comparison.json.
+    """Run the units of a comparison that are not finished yet; return comparison.json.
 
     Parameters
     ----------
     config : Config
         Of the federated arm.
-    arms, seeds
-        As checked by `comparison.check_arms` and `check_seeds`.
-    left_out : sequence of int
-        Sites of `leave-one-out`, one at a time.
     out : Path
-        The folder.
-    benchmarks, benchmark_data, limit
-        Exams besides the formulary's; see `evaluation.benchmarks.load_items`.
+        Folder of the comparison, new or to continue.
 
     Raises
     ------
     GrandRoundsError
-        If an arm cannot be trained or judged, or the folder holds another comparison. Finished
+        If an arm cannot be trained or evaluated, or the folder holds another comparison. Finished
         units are kept.
     """
-    check_judged(config)
-    if LEAVE_ONE_OUT in arms:
-        check_leave_one_out(config)
-    folder = ComparisonFolder.open(out, config)
-    exams = exams_of(config, benchmarks, benchmark_data, limit)
-    sites = {str(seed): introductions(config, seed) for seed in seeds}
-    folder.begin(config)
-    folder.check_same("sites.json", sites, "seed")
-    folder.check_same("exams.json", {"asked": {e.name: e.fingerprint() for e in exams}}, "exams")
-    folder.write_json("environment.json", environment())
-    planned = list(units(arms, seeds, config.data.num_partitions, left_out))
-    found = folder.finished(planned)
-    sizes = {unit: planned_work(unit, config, exams) for unit in planned}
-    asked: dict[str, Any] = {
-        "arms": arms,
-        "seeds": seeds,
-        "left-out": left_out,
-        "benchmarks": benchmarks,
-    }
-    asked |= {"benchmark-data": benchmark_data, "limit": limit}
+    comparison = Comparison(config, design, out)
+    folder, exams, found = comparison.folder, comparison.exams, comparison.found
+    work = {unit: planned_work(unit, config, exams) for unit in comparison.planned}
     listener(
         "planned",
         {
             "directory": str(folder.path),
-            "units": len(planned),
+            "units": len(work),
             "kept": len(found),
-            "work": sum(size for unit, size in sizes.items() if unit not in found),
+            "work": sum(size for unit, size in work.items() if unit not in found),
         },
     )
-    content = content_of(folder, config, asked, planned, exams, sites, found)
-    folder.write_json(RESULT, content)
-    for unit in planned:
-        if unit in found:
-            continue
+    content = comparison.write()
+    for unit in [unit for unit in work if unit not in found]:
         made = run_unit(
             unit,
             config,
@@ -116,21 +79,74 @@ def compare(
         )
         folder.finish(unit, made)
         found[unit] = made
-        content = content_of(folder, config, asked, planned, exams, sites, found)
-        folder.write_json(RESULT, content)
+        content = comparison.write()
         own = (unit.site,) if unit.arm == LOCAL and unit.site is not None else ()
-        judged = {**figures(made, exam_facts(exams), *own), "seconds": made["seconds"]}
-        listener("finished", {"unit": unit.title, "work": sizes[unit], **judged})
+        judged = {**figures(made, comparison.entries, *own), "seconds": made["seconds"]}
+        listener("finished", {"unit": unit.title, "work": work[unit], **judged})
     return content
 
 
-def check_judged(config: Config) -> None:
-    """Raise `ConfigError` if no site holds anything out."""
-    if not config.data.held_out_fraction:
-        raise ConfigError(
-            "data.held-out-fraction = 0 leaves nothing to judge the arms on: set a share, for "
-            "example 0.05."
-        )
+class Comparison:
+    """A comparison in its folder: the planned units, and the results of the finished ones."""
+
+    def __init__(self, config: Config, design: Design, out: Path) -> None:
+        if not config.data.held_out_fraction:
+            raise ConfigError(
+                "data.held-out-fraction = 0 leaves no examples to evaluate the arms on: set a "
+                "share, for example 0.05."
+            )
+        if LEAVE_ONE_OUT in design.arms:
+            check_leave_one_out(config)
+        self.config, self.design = config, design
+        self.folder = ComparisonFolder.open(out, config)
+        self.exams = exams_of(config, design)
+        self.entries = {e.name: {**e.entry(), "site-of": e.site_of} for e in self.exams}
+        self.sites = {str(seed): introductions(config, seed) for seed in design.seeds}
+        self.planned = list(design.units(config.data.num_partitions))
+        self.found = self.folder.finished(self.planned)
+        asked = {exam.name: exam.fingerprint() for exam in self.exams}
+        self.folder.begin(config)
+        self.folder.check_same("sites.json", self.sites, "seed")
+        self.folder.check_same("exams.json", {"asked": asked}, "exams")
+        self.environment = environment()
+        self.folder.write_json("environment.json", self.environment)
+
+    def write(self) -> dict[str, Any]:
+        """Write comparison.json as far as there are results, and return it."""
+        done, planned, first = len(self.found), len(self.planned), next(iter(self.sites.values()))
+        content = {
+            "format": FORMAT,
+            "version": grandrounds.__version__,
+            "status": "complete" if done == planned else "unfinished",
+            "units": {"done": done, "planned": planned},
+            "seconds": sum(made["seconds"] for made in self.found.values()),
+            "command": self.command(),
+            "arms-asked": list(self.design.arms),
+            "seeds": list(self.design.seeds),
+            "config": self.config.recipe(),
+            "environment": self.environment,
+            "budget": budget(self.config, int(first[0]["train-examples"])),
+            "sites": [
+                {
+                    "site": k,
+                    **{
+                        name: {seed: int(cards[k][name]) for seed, cards in self.sites.items()}
+                        for name in ("train-examples", "held-out-examples")
+                    },
+                }
+                for k in range(len(first))
+            ],
+            "exams": {exam.name: exam.entry() for exam in self.exams},
+            **results(self.found, self.entries),
+        }
+        self.folder.write_json(RESULT, content)
+        return content
+
+    def command(self) -> str:
+        """Return the command that continues this comparison, or repeats it in another folder."""
+        recipe, out = str(self.folder.path / "config.toml"), str(self.folder.path)
+        words = ["grandrounds", "compare", "--config", recipe]
+        return shlex.join([*words, *self.design.options(), "--out", out])
 
 
 def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
@@ -139,7 +155,7 @@ def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
     Raises
     ------
     DataError
-        If a site has nothing held out; all such sites are named.
+        If a site has no held-out examples; all such sites are named.
     """
     seeded = recipes.resolve(config.flat(), {"seed": seed})
     cards = [introduction(site_of(seeded, k), seeded) for k in range(config.data.num_partitions)]
@@ -151,8 +167,8 @@ def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
         raise DataError(
             f"With seed {seed}, {len(small)} of {len(cards)} sites have too few examples for a "
             f"held-out part (site {named}{more}): a site needs at least 2 different questions, one "
-            "to train on and one to judge by, after duplicates and empty rows are left out. Site "
-            f"{first['partition-id']} has {first['train-examples']} usable example(s) of "
+            "for training and one for evaluation, after duplicates and empty rows are removed. "
+            f"Site {first['partition-id']} has {first['train-examples']} usable example(s) of "
             f"{first['rows']} rows. Lower data.num-partitions, choose another data.partitioner, "
             "raise data.dirichlet-alpha or train.seq-length, or leave such sites out of the data."
         )
@@ -162,9 +178,9 @@ def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
 
 
 def planned_work(unit: Unit, config: Config, exams: Sequence[Exam]) -> float:
-    """Return what a unit costs, in example visits: a question, or a held-out example, is half one.
+    """Return the cost of a unit in example visits; evaluating an example or question costs half.
 
-    Measured on the embedded base; good enough for the time that is left.
+    The half was measured on the embedded base, and is good enough to estimate the time left.
     """
     seeded = recipes.resolve(config.flat(), {"seed": unit.seed})
     sites = [site_of(seeded, k) for k in range(config.data.num_partitions)]
@@ -179,51 +195,8 @@ def planned_work(unit: Unit, config: Config, exams: Sequence[Exam]) -> float:
     return made + judged / 2
 
 
-def content_of(
-    folder: ComparisonFolder,
-    config: Config,
-    asked: Mapping[str, Any],
-    planned: Sequence[Unit],
-    exams: Sequence[Exam],
-    sites: Mapping[str, Sequence[Mapping[str, Any]]],
-    found: Mapping[Unit, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return comparison.json as far as it goes."""
-    first = next(iter(sites.values()))
-    return {
-        "format": FORMAT,
-        "version": grandrounds.__version__,
-        "status": "complete" if len(found) == len(planned) else "unfinished",
-        "units": {"done": len(found), "planned": len(planned)},
-        "seconds": sum(made["seconds"] for made in found.values()),
-        "command": command_of(folder, asked),
-        "arms-asked": list(asked["arms"]),
-        "seeds": list(asked["seeds"]),
-        "config": config.recipe(),
-        "environment": folder.read_json("environment.json"),
-        "budget": budget(config, int(first[0]["train-examples"])),
-        "sites": [
-            {
-                "site": k,
-                **{
-                    name: {seed: int(cards[k][name]) for seed, cards in sites.items()}
-                    for name in ("train-examples", "held-out-examples")
-                },
-            }
-            for k in range(len(first))
-        ],
-        "exams": {exam.name: exam.facts() for exam in exams},
-        **results(found, exam_facts(exams)),
-    }
-
-
-def exam_facts(exams: Sequence[Exam]) -> Exams:
-    """Return the exams as `comparison_results` takes them."""
-    return {exam.name: {**exam.facts(), "site-of": exam.site_of} for exam in exams}
-
-
 def budget(config: Config, train_examples: int) -> dict[str, Any]:
-    """Return how many visits are made, and at which learning rates a site alone makes its own."""
+    """Return the number of visits, and the rounds whose learning rates a site alone uses."""
     rounds, cohort = config.federation.num_server_rounds, config.cohort_size
     return {
         "rounds": rounds,
@@ -235,19 +208,6 @@ def budget(config: Config, train_examples: int) -> dict[str, Any]:
             number for number, _ in local_visits(config, visit_examples(config, train_examples))
         ],
     }
-
-
-def command_of(folder: ComparisonFolder, asked: Mapping[str, Any]) -> str:
-    """Return the command that goes on with a comparison, or repeats it in another folder."""
-    words = ["grandrounds", "compare", "--config", str(folder.path / "config.toml")]
-    words += ["--arms", ",".join(asked["arms"]), "--seeds", str(len(asked["seeds"]))]
-    if LEAVE_ONE_OUT in asked["arms"]:
-        words += ["--sites", ",".join(map(str, asked["left-out"]))]
-    if asked["benchmarks"]:
-        words += ["--benchmarks", ",".join(asked["benchmarks"])]
-        for option in ("benchmark-data", "limit"):
-            words += [f"--{option}", str(asked[option])] if asked[option] else []
-    return shlex.join([*words, "--out", str(folder.path)])
 
 
 def default_folder(config: Config) -> Path:

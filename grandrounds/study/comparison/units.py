@@ -1,7 +1,7 @@
-"""What a comparison consists of: arms, the visits that each makes, and its units of work.
+"""The design of a comparison: its arms, their units of work and the visits of each.
 
-docs/compare.md says what the arms mean. A unit is what is finished, or not, when a comparison is
-stopped: one federation, one pool, or one site alone, for one seed.
+docs/compare.md describes the arms. A unit is the piece of work that a stopped comparison either
+has finished or repeats: one federation, one centralised run or one site alone, for one seed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from grandrounds.config.keys import Config
 from grandrounds.config.values import words_of
@@ -23,34 +24,73 @@ BASE, FEDERATED, CENTRALISED, LOCAL, LEAVE_ONE_OUT = (
 )
 
 ARMS = (FEDERATED, CENTRALISED, LOCAL, LEAVE_ONE_OUT)
-"""What can be asked for; `base` is always judged beside them."""
+"""Arms to choose from; `base` is always evaluated too."""
 
 FEDERATIONS = (FEDERATED, LEAVE_ONE_OUT)
-"""The arms whose units are whole runs."""
+"""Arms whose units are whole runs."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One finished or unfinished piece of a comparison."""
+    """One adapter to train and evaluate."""
 
     arm: str
     """`base`, or one of `ARMS`."""
     seed: int
-    """Its seed."""
     site: int | None = None
-    """The site that is alone, or left out; None in the other arms."""
+    """The site trained alone, or left out; None in the other arms."""
 
     @property
     def name(self) -> str:
-        """Where it lies below `units` and `runs`: `local/seed-42/site-3`."""
+        """Its path below `units` and `runs`: `local/seed-42/site-3`."""
         parts = [self.arm, f"seed-{self.seed}"]
         return "/".join(parts if self.site is None else [*parts, f"site-{self.site}"])
 
     @property
     def title(self) -> str:
-        """What a person is told: `local, seed 42, site 3`."""
+        """Its name in messages: `local, seed 42, site 3`."""
         site = "" if self.site is None else f", site {self.site}"
         return f"{self.arm}, seed {self.seed}{site}"
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a comparison consists of, besides the configuration of the federated arm."""
+
+    arms: Sequence[str]
+    """Some of `ARMS`, as `check_arms` returns them."""
+    seeds: Sequence[int]
+    left_out: Sequence[int] = ()
+    """Sites that `leave-one-out` leaves out, one per federation."""
+    benchmarks: Sequence[str] = ()
+    """Benchmarks to evaluate in addition to the formulary."""
+    benchmark_data: Path | None = None
+    """Folder with the files of the benchmarks; None: from the hub."""
+    limit: int | None = None
+    """Evaluate only the first so many items of each benchmark."""
+
+    def units(self, num_sites: int) -> Iterator[Unit]:
+        """Yield every unit, seed by seed, so that results of the first seed come early."""
+        for seed in self.seeds:
+            yield Unit(BASE, seed)
+            for arm in self.arms:
+                if arm == LOCAL:
+                    yield from (Unit(arm, seed, site) for site in range(num_sites))
+                elif arm == LEAVE_ONE_OUT:
+                    yield from (Unit(arm, seed, site) for site in self.left_out)
+                else:
+                    yield Unit(arm, seed)
+
+    def options(self) -> list[str]:
+        """Return the options of `grandrounds compare` that give this design."""
+        words = ["--arms", ",".join(self.arms), "--seeds", str(len(self.seeds))]
+        if LEAVE_ONE_OUT in self.arms:
+            words += ["--sites", ",".join(map(str, self.left_out))]
+        if self.benchmarks:
+            words += ["--benchmarks", ",".join(self.benchmarks)]
+            words += ["--benchmark-data", str(self.benchmark_data)] if self.benchmark_data else []
+            words += ["--limit", str(self.limit)] if self.limit else []
+        return words
 
 
 def check_arms(names: Sequence[str]) -> tuple[str, ...]:
@@ -59,31 +99,31 @@ def check_arms(names: Sequence[str]) -> tuple[str, ...]:
     Raises
     ------
     ConfigError
-        If there is none, or one is unknown; the message suggests the nearest.
+        If there is none, or one is unknown; the message suggests the nearest name.
     """
     for name in names:
         if name not in ARMS:
-            hint = " It is always judged." if name == BASE else nearest(name, ARMS)
-            raise ConfigError(f"there is no arm {name!r}; allowed: {', '.join(ARMS)}.{hint}")
+            hint = " It is always evaluated." if name == BASE else nearest(name, ARMS)
+            raise ConfigError(f"unknown arm {name!r}; allowed: {', '.join(ARMS)}.{hint}")
     if not names:
-        raise ConfigError(f"--arms names none; allowed: {', '.join(ARMS)}.")
+        raise ConfigError(f"--arms is empty; allowed: {', '.join(ARMS)}.")
     return tuple(arm for arm in ARMS if arm in names)
 
 
 def check_seeds(first: int, count: int) -> list[int]:
-    """Return `count` seeds from `first` on; raise `ConfigError` for a count below 1."""
+    """Return `count` seeds, starting at `first`; raise `ConfigError` for a count below 1."""
     if count < 1:
-        raise ConfigError(f"--seeds = {count}: at least 1 seed is needed, and 2 for intervals.")
+        raise ConfigError(f"--seeds = {count}: at least 1 seed is required, and 2 for intervals.")
     return list(range(first, first + count))
 
 
 def check_sites(text: str, num_sites: int) -> list[int]:
-    """Return the sites that `all`, `3` or `0,3,5` names.
+    """Return the sites named by `all`, `3` or `0,3,5`.
 
     Raises
     ------
     ConfigError
-        If one is no number, or there is no such site.
+        If a name is not a number, or there is no such site.
     """
     if text.strip() == "all":
         return list(range(num_sites))
@@ -91,32 +131,17 @@ def check_sites(text: str, num_sites: int) -> list[int]:
     wrong = [w for w in words if not (w.isascii() and w.isdigit() and int(w) < num_sites)]
     if wrong or not words:
         raise ConfigError(
-            f"--sites {text!r}: {wrong[0] if wrong else 'nothing'} is no site; allowed: all, or "
-            f"numbers from 0 to {num_sites - 1} with commas."
+            f"--sites {text!r}: {wrong[0] if wrong else 'nothing'} is not a site; allowed: all, or "
+            f"numbers from 0 to {num_sites - 1}, separated by commas."
         )
     return sorted({int(word) for word in words})
 
 
-def units(
-    arms: Sequence[str], seeds: Sequence[int], num_sites: int, left_out: Sequence[int]
-) -> Iterator[Unit]:
-    """Yield every unit, seed by seed, so that the first seed can be read soon."""
-    for seed in seeds:
-        yield Unit(BASE, seed)
-        for arm in arms:
-            if arm == LOCAL:
-                yield from (Unit(arm, seed, site) for site in range(num_sites))
-            elif arm == LEAVE_ONE_OUT:
-                yield from (Unit(arm, seed, site) for site in left_out)
-            else:
-                yield Unit(arm, seed)
-
-
 def check_leave_one_out(config: Config) -> None:
-    """Raise `ConfigError` if nobody would be left."""
+    """Raise `ConfigError` if no site would be left."""
     if config.data.num_partitions < 2:
         raise ConfigError(
-            "arm 'leave-one-out' needs at least 2 sites, and data.num-partitions = "
+            "arm 'leave-one-out' needs at least 2 sites, but data.num-partitions = "
             f"{config.data.num_partitions}."
         )
 
@@ -125,22 +150,22 @@ def check_leave_one_out(config: Config) -> None:
 
 
 def visits_of_a_site(config: Config) -> float:
-    """Return how many visits a site has in the federation, in the mean."""
+    """Return the mean number of visits to a site in the federation."""
     rounds = config.federation.num_server_rounds
     return rounds * config.cohort_size / config.data.num_partitions
 
 
 def local_visits(config: Config, visit_examples: int) -> list[tuple[int, int]]:
-    """Return (round whose learning rate holds, examples) of each visit of a site alone.
+    """Return (round that sets the learning rate, examples) of each visit to a site alone.
 
-    The visits are those of the federation in the mean, in whole optimizer steps (whole examples,
-    where visits are counted in epochs), and at least one step; visit v of V stands at round
-    ceil((v - 1/2) R / V) of R.
+    Together the visits are as long as a site's visits in the federation on average, rounded to
+    whole optimizer steps (to whole examples if visits are counted in epochs), and at least one
+    step. Visit v of V uses the learning rate of round ceil((v - 1/2) R / V) of R.
 
     Parameters
     ----------
     visit_examples : int
-        Examples of one visit to this site, repeats counted.
+        Examples of one visit to this site, repeats included.
     """
     step = config.examples_per_step if config.arguments.max_steps > 0 else 1
     total = step * max(1, round(visits_of_a_site(config) * visit_examples / step))

@@ -1,4 +1,4 @@
-"""Figures as files: SVG that stands alone, and PNG through a Chromium that is installed."""
+"""Figures as files: standalone SVG, and PNG through an installed Chromium."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from grandrounds import storage
 from grandrounds.errors import DataError
 from grandrounds.study.report.figures import Figure
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
-"""Commands that are looked for, in this order."""
+"""Commands to look for, in this order."""
 
 QUIET = (
     "--headless",
@@ -27,12 +28,12 @@ QUIET = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
     "--hide-scrollbars",
 )
-"""Options with which Chromium draws and asks nobody for anything: its own services still try, so
-no name and no address is resolved. Without a sandbox it also runs as root and in containers; what
-it is given to draw is our own file."""
+"""Options that let Chromium render without any network access: its own services still try, so no
+host name is resolved. Without a sandbox it also runs as root and in containers; the file that it
+renders is our own."""
 
 PIXELS = 2
-"""Pixels of a PNG for each unit of the figure."""
+"""Pixels of a PNG per unit of the figure."""
 
 SECONDS = 120
 
@@ -43,7 +44,7 @@ def find_chromium() -> str | None:
 
 
 def standalone(svg: str, style: str) -> str:
-    """Return a figure as a file by itself: its style inside, on white."""
+    """Return a figure as a file of its own: its style inside, on white."""
     head, tag, rest = svg.partition(">")
     ground = '<rect width="100%" height="100%" fill="#ffffff"/>'
     return f"{head}{tag}<style>{style}</style>{ground}{rest}"
@@ -57,18 +58,11 @@ def write_figures(figures: Sequence[Figure], folder: Path, style: str) -> list[P
     DataError
         If the folder cannot be written.
     """
-    files = []
-    try:
+    files = [folder / f"{figure.key}.svg" for figure in figures]
+    with storage.writing(str(folder), "Choose another folder with --figures.", DataError):
         folder.mkdir(parents=True, exist_ok=True)
-        for figure in figures:
-            file = folder / f"{figure.key}.svg"
-            file.write_text(standalone(figure.svg, style), encoding="utf-8")
-            files.append(file)
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be written: {error.strerror or error}. Choose another folder with "
-            "--figures."
-        ) from error
+        for file, figure in zip(files, figures, strict=True):
+            storage.write_text(file, standalone(figure.svg, style))
     return files
 
 
@@ -76,50 +70,39 @@ def size_of(svg: str) -> tuple[int, int]:
     """Return width and height of a figure, from its viewBox."""
     found = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg)
     if found is None:
-        raise DataError("this SVG is no figure of a report: it has no viewBox from 0 0")
+        raise DataError(
+            "this SVG is not a figure of a report: it has no viewBox that begins at 0 0"
+        )
     return int(found[1]), int(found[2])
 
 
 def write_png(chromium: str, svg: Path) -> Path:
-    """Draw an SVG file of `write_figures` as the PNG beside it.
+    """Render an SVG file of `write_figures` as a PNG next to it.
 
     Raises
     ------
     DataError
-        If Chromium fails, with what it said last.
+        If Chromium fails, with its last line of output.
     """
     width, height = size_of(svg.read_text(encoding="utf-8"))
     png = svg.with_suffix(".png")
-    screenshot(chromium, svg, png, width, height, PIXELS)
-    return png
-
-
-def screenshot(
-    chromium: str, page: Path, png: Path, width: int, height: int, pixels: int = 1
-) -> None:
-    """Write what a local page looks like in a window of so many CSS pixels.
-
-    Raises
-    ------
-    DataError
-        If Chromium fails, with what it said last.
-    """
     with tempfile.TemporaryDirectory() as profile:
         command = [
             chromium,
             *QUIET,
             f"--user-data-dir={profile}",
             f"--window-size={width},{height}",
-            f"--force-device-scale-factor={pixels}",
+            f"--force-device-scale-factor={PIXELS}",
             f"--screenshot={png.absolute()}",
-            page.absolute().as_uri(),
+            svg.absolute().as_uri(),
         ]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=SECONDS, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise DataError(f"{chromium} could not draw {page}: {error}.") from error
+            raise DataError(f"{chromium} could not render {svg}: {error}.") from error
     if done.returncode or not png.is_file():
-        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise DataError(f"{chromium} could not draw {page} (exit code {done.returncode}): {said}")
+        said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DataError(f"{chromium} could not render {svg} (exit code {done.returncode}): {said}")
+    return png

@@ -1,29 +1,31 @@
-"""Charts as SVG: lines over rounds, and columns; what is in rows is in `row_charts`.
+"""Line charts over rounds and column charts, as SVG; `row_charts` has the charts in rows.
 
-Series differ in colour, mark and dashes, so that none depends on colour alone. Colours are classes
-of templates/figures.css.
+Series differ in colour, mark and dashes, so that no distinction depends on colour alone. Colours
+are classes of templates/figures.css.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from grandrounds.study.report.drawing import (
+from grandrounds.study.report.svg import (
     CHARACTER,
     DASHES,
     LINE,
     MOST_MARKS,
     STYLES,
     WIDTH,
+    Axis,
     Marks,
     Scale,
     box,
+    document,
     element,
     label,
     path,
-    scale_over,
     shape,
     shortened,
 )
@@ -31,6 +33,8 @@ from grandrounds.study.report.drawing import (
 PLOT_HEIGHT = 190
 LEFT = 52
 RIGHT = 10
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,10 @@ class Point:
     x: float
     y: float
     label: str
-    """What the mark says when it is pointed at."""
-    low: float | None = None
-    high: float | None = None
-    """Ends of its interval."""
+    """Shown when the mark is pointed at."""
+    interval: Interval | None = None
     flag: str = ""
-    """A few words beside a mark that stands out; it is drawn larger, with a ring."""
+    """A few words beside an outlier; its mark gets a ring."""
 
 
 @dataclass(frozen=True)
@@ -55,88 +57,69 @@ class Series:
     name: str
     points: Sequence[Point]
     style: int = 0
-    line: bool = True
-    """Whether the points are joined."""
-    marks: bool = True
-    """Whether they have marks; a plan has none."""
-    wide: bool = False
-    """Whether the line is drawn wide and pale below all others, which may cover it exactly."""
+    form: Literal["line", "dot", "rule", "wide"] = "line"
+    """A line with marks, marks only, a line only, or a wide pale line below all others."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A value to compare with: a line across, with a band for its interval."""
+    """A value to compare with: a horizontal line, with a band for its interval."""
 
     name: str
     value: float
     style: int
-    low: float | None = None
-    high: float | None = None
-
-
-def drawing(height: float, title: str, *parts: str) -> str:
-    """Return the SVG of a figure."""
-    return element(
-        "svg",
-        *parts,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH} {math.ceil(height)}",
-        role="group",
-        aria_label=title,
-        class_="figure",
-    )
+    interval: Interval
 
 
 # --- Legend and axes ------------------------------------------------------------------------------
 
 
-@dataclass
-class Legend:
-    """Names of series with a sample of each, in as many lines as they need."""
+def legend(entries: Sequence[tuple[str, str]]) -> tuple[str, float]:
+    """Return the markup of a legend and the position below it.
 
-    entries: list[tuple[str, str]] = field(default_factory=list)
-    """(name, kind: `line`, `dot`, `rule` or `wide` and a style, or `fill <class>`)."""
-
-    def draw(self, top: float) -> tuple[str, float]:
-        """Return the markup, and where the next thing may begin."""
-        parts: list[str] = []
-        x, y = 0.0, top + LINE - 4
-        for name, kind in self.entries:
-            words = shortened(name, 50)
-            width = 30 + CHARACTER * len(words) + 12
-            if x and x + width > WIDTH:
-                x, y = 0.0, y + LINE
-            parts += [self._sample(kind, x, y - 4), label(words, x + 30, y)]
-            x += width
-        return "".join(parts), (y + 8 if self.entries else top)
-
-    @staticmethod
-    def _sample(kind: str, x: float, y: float) -> str:
-        form, _, which = kind.partition(" ")
-        if form == "fill":
-            return element("path", d=box(x + 10, y - 5, 12, 10), class_=f"cell {which}")
-        style = int(which)
-        dashes = DASHES[style % STYLES] or None
-        rule = element(
-            "path", d=path([(x, y), (x + 24, y)]), class_="line", stroke_dasharray=dashes
-        )
-        dot = element("path", d=shape(style, x + 12, y), class_="dot")
-        wide = element("path", d=path([(x, y), (x + 24, y)]), class_="wide")
-        shown = {"line": rule + dot, "dot": dot, "rule": rule, "wide": wide}[form]
-        return element("g", shown, class_=f"s{style % STYLES}")
+    Parameters
+    ----------
+    entries
+        (name, sample): a sample is a form of `Series` and a style, or `fill` and a class.
+    """
+    parts: list[str] = []
+    x, y = 0.0, LINE - 4.0
+    for name, sample in entries:
+        words = shortened(name, 50)
+        width = 30 + CHARACTER * len(words) + 12
+        if x and x + width > WIDTH:
+            x, y = 0.0, y + LINE
+        parts += [_sample(sample, x, y - 4), label(words, x + 30, y)]
+        x += width
+    return "".join(parts), (y + 8 if entries else 0.0)
 
 
-def axes(
-    xs: Scale, ys: Scale, x_label: str, y_label: str, *, x_ticks: Sequence[float] | None = None
-) -> str:
-    """Return grid lines, ticks and the names of both axes; the vertical one's stands on top."""
+def _sample(sample: str, x: float, y: float) -> str:
+    form, _, which = sample.partition(" ")
+    if form == "fill":
+        return element("path", d=box(x + 10, y - 5, 12, 10), class_=f"cell {which}")
+    style = int(which)
+    across = path([(x, y), (x + 24, y)])
+    rule = _line(across, style)
+    dot = element("path", d=shape(style, x + 12, y), class_="dot")
+    wide = element("path", d=across, class_="wide")
+    shown = {"line": rule + dot, "dot": dot, "rule": rule, "wide": wide}[form]
+    return element("g", shown, class_=f"s{style % STYLES}")
+
+
+def _line(d: str, style: int) -> str:
+    return element("path", d=d, class_="line", stroke_dasharray=DASHES[style % STYLES] or None)
+
+
+def axes(xs: Scale, ys: Scale, x_label: str, y_label: str) -> str:
+    """Return grid lines, ticks and labels of both axes; the vertical one's label is on top."""
     parts = [label(y_label, 0, ys.end - 11, class_="name")]
     ticks = ys.ticks(5)
     for tick, text in zip(ticks, tick_texts(ticks), strict=True):
         y = ys(tick)
         parts.append(element("path", d=path([(xs.start, y), (xs.end, y)]), class_="rule"))
         parts.append(label(text, xs.start - 6, y + 4, "end"))
-    marked = xs.ticks(8, whole=True) if x_ticks is None else x_ticks
+    marked = xs.ticks(8, whole=True)
     for tick, text in zip(marked, tick_texts(marked), strict=True):
         parts.append(label(text, xs(tick), ys.start + 18, "middle"))
         parts.append(element("path", d=f"M{xs(tick):.1f} {ys.start:.1f}v4", class_="tick"))
@@ -146,10 +129,11 @@ def axes(
 
 
 def tick_texts(ticks: Sequence[float]) -> list[str]:
-    """Return the texts of an axis, all in one notation.
+    """Format the ticks of an axis in one notation.
 
-    Thousands (`20k`) where it reaches 10,000 and no tick but 0 is below 100; powers (`1e-5`) where
-    it reaches 10,000 from below that, or comes nearer to 0 than 0.0001; else plain numbers.
+    Thousands (`20k`) if the axis reaches 10,000 and no tick but 0 is below 100; powers of ten
+    (`1e-5`) if it reaches 10,000 and one is, or if a tick but 0 is below 0.0001; plain numbers
+    otherwise.
     """
     sizes = [abs(tick) for tick in ticks if tick]
     if not sizes:
@@ -165,7 +149,7 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
 
 
 def _power(value: float) -> str:
-    """Return `1.5e-5`."""
+    """Format as `1.5e-5`."""
     digits, _, power = f"{value:.9e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
@@ -176,78 +160,54 @@ def _power(value: float) -> str:
 def line_chart(
     title: str,
     series: Sequence[Series],
-    *,
-    y_label: str,
-    x_label: str = "round",
-    log: bool = False,
-    from_zero: bool = False,
+    y_axis: Axis,
+    last_round: float,
     references: Sequence[Reference] = (),
-    x_range: tuple[float, float] | None = None,
 ) -> str:
-    """Return values over rounds: lines with marks, intervals as whiskers, references across."""
+    """Return values over rounds 0 to `last_round`; intervals as whiskers, references across."""
     drawn = [
-        (s, [p for p in s.points if math.isfinite(p.y) and (p.y > 0 or not log)]) for s in series
+        (s, [p for p in s.points if math.isfinite(p.y) and (p.y > 0 or not y_axis.log)])
+        for s in series
     ]
     points = [p for _, found in drawn for p in found]
     values = [p.y for p in points] + [r.value for r in references]
-    bounds = [p.low for p in points] + [p.high for p in points]
-    bounds += [r.low for r in references] + [r.high for r in references]
-    values += [b for b in bounds if b is not None] + ([0.0] if from_zero else [])
-    legend = Legend([(s.name, _kind(s)) for s, found in drawn if found and s.name])
-    legend.entries += [(r.name, f"rule {r.style}") for r in references]
-    named, top = legend.draw(0)
+    values += [end for p in points for end in p.interval or ()]
+    values += [end for r in references for end in r.interval]
+    entries = [(s.name, f"{s.form} {s.style}") for s, found in drawn if found and s.name]
+    named, top = legend(entries + [(r.name, f"rule {r.style}") for r in references])
     top += LINE + 8
-    xs = _over_rounds([p.x for p in points], x_range)
-    ys = scale_over(values, top + PLOT_HEIGHT, top, log=log)
-    marks = Marks(sum(len(f) for s, f in drawn if s.marks) <= MOST_MARKS)
+    high = max(1, last_round)
+    xs = Scale(-0.02 * high, high + 0.02 * high, LEFT, WIDTH - RIGHT)
+    ys = y_axis.scale(values, top + PLOT_HEIGHT, top)
+    marks = Marks(sum(len(f) for s, f in drawn if s.form in ("line", "dot")) <= MOST_MARKS)
     body = [_reference(r, xs, ys) for r in references]
-    below_first = sorted(drawn, key=lambda item: not item[0].wide)
+    below_first = sorted(drawn, key=lambda item: item[0].form != "wide")
     body += [_series(s, found, xs, ys, marks) for s, found in below_first]
-    height = top + PLOT_HEIGHT + 40
-    return drawing(height, title, named, axes(xs, ys, x_label, y_label), *body)
-
-
-def _kind(series: Series) -> str:
-    if series.wide:
-        return f"wide {series.style}"
-    form = "line" if series.line and series.marks else "rule" if series.line else "dot"
-    return f"{form} {series.style}"
-
-
-def _over_rounds(found: Sequence[float], given: tuple[float, float] | None) -> Scale:
-    low, high = given or (min(found, default=0), max(found, default=1))
-    if high <= low:
-        high = low + 1
-    room = (high - low) * 0.02
-    return Scale(low - room, high + room, LEFT, WIDTH - RIGHT)
+    return document(
+        top + PLOT_HEIGHT + 40, title, named, axes(xs, ys, "round", y_axis.label), *body
+    )
 
 
 def _reference(reference: Reference, xs: Scale, ys: Scale) -> str:
     y = ys(reference.value)
-    dashes = DASHES[reference.style % STYLES] or None
-    parts = []
-    if reference.low is not None and reference.high is not None:
-        top, bottom = ys(reference.high), ys(reference.low)
-        parts.append(
-            element("path", d=box(xs.start, top, xs.end - xs.start, bottom - top), class_="band")
-        )
-    across = path([(xs.start, y), (xs.end, y)])
-    parts.append(element("path", d=across, class_="line", stroke_dasharray=dashes))
-    return element("g", *parts, class_=f"s{reference.style % STYLES}")
+    bottom, top = map(ys, reference.interval)
+    band = box(xs.start, top, xs.end - xs.start, bottom - top)
+    across = _line(path([(xs.start, y), (xs.end, y)]), reference.style)
+    shown = element("path", d=band, class_="band") + across
+    return element("g", shown, class_=f"s{reference.style % STYLES}")
 
 
 def _series(series: Series, points: Sequence[Point], xs: Scale, ys: Scale, marks: Marks) -> str:
     parts = []
-    if series.line and points:
+    if series.form != "dot" and points:
         line = path([(xs(p.x), ys(p.y)) for p in points])
-        dashes = None if series.wide else DASHES[series.style % STYLES] or None
-        shown = "wide" if series.wide else "line"
-        parts.append(element("path", d=line, class_=shown, stroke_dasharray=dashes))
+        wide = series.form == "wide"
+        parts.append(element("path", d=line, class_="wide") if wide else _line(line, series.style))
     dots = []
-    for p in points if series.marks else ():
+    for p in points if series.form in ("line", "dot") else ():
         x, y = xs(p.x), ys(p.y)
-        if p.low is not None and p.high is not None:
-            low, high = ys(p.low), ys(p.high)
+        if p.interval:
+            low, high = map(ys, p.interval)
             whisker = f"M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {low:.1f}h8"
             whisker += f"M{x - 4:.1f} {high:.1f}h8"
             parts.append(element("path", d=whisker, class_="whisker"))
@@ -278,15 +238,14 @@ def column_chart(
     Parameters
     ----------
     columns
-        (place on the axis, what the column says) of each.
+        (position on the axis, label) of each.
     stacks
-        (name, a height for each column), from the bottom up.
+        (name, one height per column), from the bottom up.
     top_value
         Upper end of the axis; default: the highest column.
     """
-    named, top = Legend(
-        [(name, f"fill f{i}") for i, (name, _) in enumerate(stacks)] if len(stacks) > 1 else []
-    ).draw(0)
+    entries = [(name, f"fill f{i}") for i, (name, _) in enumerate(stacks)]
+    named, top = legend(entries if len(stacks) > 1 else [])
     top += LINE + 8
     totals = [sum(values[i] for _, values in stacks) for i in range(len(columns))]
     highest = top_value or 1.05 * max(totals, default=0.0) or 1.0
@@ -309,5 +268,4 @@ def column_chart(
         reach = max(ys(0) - ys(floor), 4.0)
         covers.append((box(left, ys(0) - reach, wide - gap, reach), words))
     body.append(marks.draw(covers, "cover"))
-    height = top + PLOT_HEIGHT + 40
-    return drawing(height, title, named, axes(xs, ys, x_label, y_label), *body)
+    return document(top + PLOT_HEIGHT + 40, title, named, axes(xs, ys, x_label, y_label), *body)

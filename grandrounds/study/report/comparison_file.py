@@ -1,38 +1,108 @@
-"""What a `comparison.json` (docs/compare.md) holds, as the page needs it."""
+"""Reads a `comparison.json`, whose format docs/compare.md describes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grandrounds.errors import DataError
 from grandrounds.statistics import without_rounding
-from grandrounds.study.report.figures import NONE, decimals_of, fixed, is_number
+from grandrounds.study.comparison.results import EVERYWHERE, FORMAT, LOSS
+from grandrounds.study.comparison.units import BASE, CENTRALISED, FEDERATED, LEAVE_ONE_OUT, LOCAL
+from grandrounds.study.report.charts import Interval
+from grandrounds.study.tables import NONE, decimals_of, fixed, is_number
 
-LOSS = "held-out-loss"
-
-FORMAT = 1
-
-OWN, EVERYWHERE = "local, own part", "local, everywhere"
-"""The two ways to judge a site's own model: on that site's questions, and on all sites'."""
+LOCAL_OWN, LOCAL_EVERYWHERE = "local, own part", "local, everywhere"
+"""The local arm evaluated on each site's own questions, and on the questions of all sites."""
 
 STYLE = {
-    "base": 4,
-    "federated": 0,
-    "centralised": 1,
-    "local": 2,
-    OWN: 2,
-    EVERYWHERE: 6,
-    "leave-one-out": 3,
+    BASE: 4,
+    FEDERATED: 0,
+    CENTRALISED: 1,
+    LOCAL: 2,
+    LOCAL_OWN: 2,
+    LOCAL_EVERYWHERE: 6,
+    LEAVE_ONE_OUT: 3,
 }
-"""Arm → how it is drawn."""
-
-POINTS = " points"
-"""Unit of a difference of accuracies."""
+"""Arm → style of its marks."""
 
 Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Held-out loss, or the accuracy on an exam."""
+
+    key: str
+    """`LOSS`, or the exam's key."""
+    title: str
+    exam: Json
+    """The exam's entry in comparison.json; empty for held-out loss."""
+
+    @property
+    def factor(self) -> float:
+        """Factor from values of the file to values on the page: accuracies are in percent there."""
+        return 1.0 if self.key == LOSS else 100.0
+
+    @property
+    def unit(self) -> str:
+        """Unit of the measure."""
+        return "nats per answer token" if self.key == LOSS else "accuracy, %"
+
+    def estimate(self, holder: Json) -> Json | None:
+        """Return the estimate or test of an arm, a site or a gain; None if there is none."""
+        accuracy = holder.get("accuracy") or {}
+        found = holder.get(LOSS) if self.key == LOSS else accuracy.get(self.key)
+        return found if found and is_number(found.get("mean")) else None
+
+    def mean(self, estimate: Json) -> float:
+        """Return a mean as shown: a gain within rounding error is 0."""
+        mean = float(estimate["mean"])
+        return self.factor * (without_rounding(mean) if is_gain(estimate) else mean)
+
+    def interval(self, estimate: Json) -> Interval | None:
+        """Return an interval as shown; None if there is none.
+
+        Student's interval does not know the range of a share: it is cut at 0 and 100 %, and for
+        the gain of a share at -100 and 100 points.
+        """
+        if not estimate.get("interval"):
+            return None
+        low, high = (self.factor * end for end in estimate["interval"])
+        if self.key == LOSS:
+            return low, high
+        return max(low, -self.factor if is_gain(estimate) else 0.0), min(high, self.factor)
+
+    def decimals(self, estimates: Iterable[Json | None]) -> int:
+        """Return the decimals of a column of means and intervals: at least 3, of shares 1."""
+        values: list[float] = []
+        for found in estimates:
+            if found is not None:
+                values += (self.mean(found), *(self.interval(found) or ()))
+        return decimals_of(values, least=3 if self.key == LOSS else 1)
+
+    def value(self, estimate: Json, decimals: int) -> str:
+        """Format a mean."""
+        return fixed(self.mean(estimate), decimals)
+
+    def words(self, estimate: Json | None, decimals: int) -> str:
+        """Format a mean with its unit and interval."""
+        if estimate is None:
+            return NONE
+        unit = "" if self.key == LOSS else " points" if is_gain(estimate) else " %"
+        shown = self.value(estimate, decimals) + unit
+        if interval := self.interval(estimate):
+            low, high = (fixed(end, decimals) for end in interval)
+            shown += f" ({low} to {high})"
+        return shown
+
+
+def is_gain(estimate: Json) -> bool:
+    """Whether an estimate is a test of a gain."""
+    return "p" in estimate
 
 
 def read_comparison(file: Path) -> dict[str, Any]:
@@ -41,7 +111,7 @@ def read_comparison(file: Path) -> dict[str, Any]:
     Raises
     ------
     DataError
-        If the file is not there, is no comparison, or is of another format.
+        If the file does not exist, is not a comparison, or has another format.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -50,82 +120,34 @@ def read_comparison(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{file} is not valid JSON ({error}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
-        raise DataError(f"{file} is no comparison: it has no arms. grandrounds compare writes one.")
+        raise DataError(
+            f"{file} is not a comparison: it has no arms. grandrounds compare writes one."
+        )
     if content.get("format") != FORMAT:
         raise DataError(
-            f"{file} has format {content.get('format')!r}, this version reads {FORMAT}. Repeat "
+            f"{file} has format {content.get('format')!r}, but this version reads {FORMAT}. Repeat "
             "the comparison, or use the version that made it."
         )
     return content
 
 
-def measures(comparison: Json) -> dict[str, tuple[str, str, float]]:
-    """Return measure → (title, unit, factor)."""
-    found = {LOSS: ("Held-out loss", "nats per answer token", 1.0)}
-    for exam, what in comparison["exams"].items():
-        found[exam] = (f"Accuracy: {what['title']}", "right answers, %", 100.0)
-    return found
+def measures(comparison: Json) -> dict[str, Measure]:
+    """Return the measures of a comparison by key."""
+    exams = {
+        key: Measure(key, f"Accuracy: {exam['title']}", exam)
+        for key, exam in comparison["exams"].items()
+    }
+    return {LOSS: Measure(LOSS, "Held-out loss", {}), **exams}
 
 
 def arms_of(comparison: Json) -> dict[str, Json]:
-    """Return the arms as they are shown: `local` twice, judged on its own part and everywhere."""
+    """Return the arms as shown: `local` twice, evaluated on its own part and everywhere."""
     found: dict[str, Json] = {}
     for name, arm in comparison["arms"].items():
-        if name != "local" or not arm.get("everywhere"):
+        if name != LOCAL or not arm.get(EVERYWHERE):
             found[name] = arm
             continue
-        sites = {s: of.get("everywhere") or {} for s, of in (arm.get("sites") or {}).items()}
-        found[OWN] = arm
-        found[EVERYWHERE] = {**arm["everywhere"], "seeds": arm["seeds"], "sites": sites}
+        sites = {s: of.get(EVERYWHERE) or {} for s, of in (arm.get("sites") or {}).items()}
+        found[LOCAL_OWN] = arm
+        found[LOCAL_EVERYWHERE] = {**arm[EVERYWHERE], "seeds": arm["seeds"], "sites": sites}
     return found
-
-
-def estimate_of(holder: Json, measure: str) -> Json | None:
-    """Return an estimate or a test of an arm, of a site of it, or of a gain; None if not there."""
-    found = holder.get(LOSS) if measure == LOSS else (holder.get("accuracy") or {}).get(measure)
-    return found if found and is_number(found.get("mean")) else None
-
-
-def mean_of(estimate: Json, factor: float) -> float:
-    """Return a mean as it is shown: a gain that is but rounding is 0."""
-    mean = float(estimate["mean"])
-    return factor * (without_rounding(mean) if _is_gain(estimate) else mean)
-
-
-def interval_of(estimate: Json, factor: float) -> tuple[float, float] | None:
-    """Return an interval as it is shown; None if there is none.
-
-    Student's interval is a mean and a spread, and knows no ends: that of a share is cut at 0 and
-    100 %, that of a gain in shares at -100 and 100 points.
-    """
-    if not estimate.get("interval"):
-        return None
-    low, high = (factor * end for end in estimate["interval"])
-    if factor == 1:
-        return low, high
-    return max(low, -factor if _is_gain(estimate) else 0.0), min(high, factor)
-
-
-def _is_gain(estimate: Json) -> bool:
-    return "p" in estimate
-
-
-def decimals_for(estimates: Iterable[Json | None], factor: float) -> int:
-    """Return the decimals of all means and intervals of a column: 3 at least, of shares 1."""
-    values: list[float] = []
-    for found in estimates:
-        if found is not None:
-            values += (mean_of(found, factor), *(interval_of(found, factor) or ()))
-    return decimals_of(values, least=3 if factor == 1 else 1)
-
-
-def words(estimate: Json | None, factor: float, decimals: int, share: str = " %") -> str:
-    """Return a mean and its interval in words; `share` is the unit of accuracies."""
-    if estimate is None:
-        return NONE
-    unit = share if factor != 1 else ""
-    shown = fixed(mean_of(estimate, factor), decimals) + unit
-    if interval := interval_of(estimate, factor):
-        low, high = (fixed(end, decimals) for end in interval)
-        shown += f" ({low} to {high})"
-    return shown

@@ -1,44 +1,38 @@
-"""The page of a `comparison.json` (docs/compare.md): arms side by side, and who gained."""
+"""The page of a `comparison.json`: arms side by side, and who gains by joining."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from grandrounds.errors import DataError
+from grandrounds.study.comparison.results import EVERYWHERE, LOSS, OWN
+from grandrounds.study.comparison.units import BASE, LEAVE_ONE_OUT, LOCAL
 from grandrounds.study.report.comparison_file import (
-    EVERYWHERE,
-    LOSS,
-    OWN,
-    POINTS,
+    LOCAL_EVERYWHERE,
+    LOCAL_OWN,
     STYLE,
     Json,
+    Measure,
     arms_of,
-    decimals_for,
-    estimate_of,
-    interval_of,
-    mean_of,
+    is_gain,
     measures,
-    words,
 )
-from grandrounds.study.report.figures import (
+from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
+from grandrounds.study.report.provenance import version_rows
+from grandrounds.study.report.row_charts import Dot, Row, interval_chart
+from grandrounds.study.report.svg import Axis
+from grandrounds.study.tables import (
     NONE,
-    Figure,
-    Page,
-    Section,
     Table,
-    Tile,
     decimals_of,
     duration,
     fixed,
     is_number,
     number,
+    p_text,
     percent,
 )
-from grandrounds.study.report.one_run import made, some
-from grandrounds.study.report.row_charts import Dot, Row, interval_chart
 
 
 def comparison_page(comparison: Json, file: Path) -> Page:
@@ -61,25 +55,17 @@ def comparison_page(comparison: Json, file: Path) -> Page:
 def _page(comparison: Json, file: Path) -> Page:
     config, units = comparison["config"], comparison["units"]
     complete = comparison["status"] == "complete"
-    story = (
-        []
-        if complete
-        else [
-            f"{units['done']} of {units['planned']} parts are finished; the same command goes on: "
-            f"{comparison['command']}"
-        ]
-    )
+    finished = f"{units['done']} of {units['planned']} units finished"
     return Page(
-        title=f"What the federation gained: {file.absolute().parent.name}",
+        title=f"Comparison: {file.absolute().parent.name}",
         subtitle=f"{config['model.name']} on {config['static.dataset.name']}, "
         f"{config['data.num-partitions']} sites, {config['data.partitioner']}; "
         f"seeds {', '.join(map(str, comparison['seeds']))}",
         mood="good" if complete else "going",
-        status="Complete" if complete else f"{units['done']} of {units['planned']} parts finished",
-        story=story,
+        status="Complete" if complete else finished,
+        story=[] if complete else [f"{finished}. To continue: {comparison['command']}"],
         tiles=_tiles(comparison),
-        sections=[s for s in _sections(comparison) if s],
-        made=made(),
+        sections=_sections(comparison),
     )
 
 
@@ -89,207 +75,191 @@ def _tiles(comparison: Json) -> list[Tile]:
         test = gain["over-seeds"]
         if not test or not is_number(test.get("mean")):
             continue
-        _, unit, factor = measures(comparison)[gain["measure"]]
-        if (
-            gain["over"] == "base"
-            or comparison["exams"].get(gain["measure"], {}).get("measures") == "kept"
-        ):
+        measure = measures(comparison)[gain["measure"]]
+        if gain["over"] == BASE or measure.exam.get("measures") == "kept":
             continue
-        what = "loss" if gain["measure"] == LOSS else gain["measure"]
-        unit = "nats" if factor == 1 else "points"
-        gained = mean_of(test, factor)
-        places = decimals_of([gained], least=0 if factor == 1 else 1) if gained else 0
+        what, unit, least = (
+            ("loss", "nats", 0) if measure.key == LOSS else (measure.key, "points", 1)
+        )
+        gained = measure.mean(test)
+        places = decimals_of([gained], least=least) if gained else 0
         value = f"{fixed(gained, places, sign=True)} {unit}"
-        rival = _where(gain)
-        found.append(Tile(f"federated over {rival}: {what}", value, _sites_won(gain)))
+        found.append(Tile(f"federated over {_rival(gain)}: {what}", value, _sites_won(gain)))
     budget = comparison["budget"]
     note = f"{budget['rounds']} rounds of {budget['cohort']} of {budget['sites']} sites"
-    found.append(Tile("time", duration(comparison["seconds"]), note))
+    found.append(Tile("wall-clock time", duration(comparison["seconds"]), note))
     return found[:8]
 
 
-def _where(gain: Json) -> str:
-    """Return the rival of a gain as the arms name it."""
-    if gain["over"] != "local" or "where" not in gain:
+def _rival(gain: Json) -> str:
+    """Return the arm that the federation is compared with, as the page names it."""
+    if gain["over"] != LOCAL or "where" not in gain:
         return str(gain["over"])
-    return OWN if gain["where"] == "own" else EVERYWHERE
+    return LOCAL_OWN if gain["where"] == OWN else LOCAL_EVERYWHERE
 
 
 def _sites_won(gain: Json) -> str:
     over_sites = gain.get("over-sites")
     if not over_sites:
-        return "above 0: the federation is better"
+        return "positive: the federation is better"
     better, equal = over_sites["better"], over_sites["equal"]
     told = f"better at {better} of {better + over_sites['worse'] + equal} sites"
     return f"{told}, equal at {equal}" if equal else told
 
 
 def _sections(comparison: Json) -> list[Section]:
-    arms = [_arms(comparison, *item) for item in measures(comparison).items()]
-    notes = ["Same base, recipe, data and number of example visits in every arm."]
+    asked = measures(comparison).values()
+    notes = [
+        "Every arm uses the same base, recipe and number of example visits; only the examples "
+        "that it trains on differ."
+    ]
     if len(comparison["seeds"]) < 2:
-        notes.append("One seed: no interval can be given, and a repetition may come out otherwise.")
+        notes.append("One seed: there is no interval, and other seeds may give other results.")
     else:
+        notes.append("Whiskers: 95 % intervals over seeds (Student's t, cut at 0 and 100 %).")
+    if LOCAL_EVERYWHERE in arms_of(comparison):
         notes.append(
-            "Whiskers: 95 % intervals over the seeds (Student's t, which may reach beyond 0 and "
-            "100 %; what is shown ends there)."
-        )
-    if EVERYWHERE in arms_of(comparison):
-        notes.append(
-            "A site alone has a model of its own. Own part: it is asked that site's questions. "
-            "Everywhere: it is asked all sites' questions, as the shared adapter is."
+            "Local training gives each site a model of its own. Own part: it is evaluated on that "
+            "site's questions. Everywhere: on the questions of all sites, like the shared adapter."
         )
     joining = [
-        _joining(comparison, rival, which, measure)
-        for rival in ("local", "leave-one-out")
-        for which in ("own", "everywhere", "others")
-        for measure in measures(comparison)
+        _joining(comparison, rival, whose, measure)
+        for rival in (LOCAL, LEAVE_ONE_OUT)
+        for whose in JOINING
+        for measure in asked
     ]
-    sites = [_sites(comparison, *item) for item in measures(comparison).items()]
+    joining_notes = [
+        "Right of the line, joining is better.",
+        "Over local: compared with training alone. Over leave-one-out: compared with using the "
+        "adapter of a federation that the site did not join.",
+    ]
+    arms = some(*(_arms(comparison, measure) for measure in asked))
+    sites = some(*(_sites(comparison, measure) for measure in asked))
+    command = [("Repeat or continue the comparison", comparison["command"])]
     return [
-        Section("arms", "The arms", notes=notes, figures=some(*arms), tables=[_table(comparison)]),
-        Section(
-            "joining",
-            "What a site gains by joining",
-            notes=[
-                "Right of the line: joining is better.",
-                "Over local: against what it could do alone. Over leave-one-out: against a "
-                "federation without it, which it would be given all the same.",
-            ],
-            figures=some(*joining),
-        ),
-        Section("sites", "Site by site", figures=some(*sites)),
-        Section("tests", "Tests", notes=[TESTS], tables=list(_tests(comparison))),
-        Section("repeat", "How to repeat it", commands=[("The command", comparison["command"])]),
-        Section("recipe", "Recipe and versions", tables=list(_surroundings(comparison))),
+        Section("arms", "Arms", notes=notes, figures=arms, tables=[_table(comparison)]),
+        Section("joining", "Gain from joining", notes=joining_notes, figures=some(*joining)),
+        Section("sites", "Results by site", figures=sites),
+        Section("tests", "Statistical tests", notes=[TESTS], tables=list(_tests(comparison))),
+        Section("repeat", "Reproduce", commands=command),
+        Section("recipe", "Recipe and versions", tables=_provenance(comparison)),
     ]
 
 
 TESTS = (
-    "A gain above 0 is the federation's. Over sites: one adapter serves all of them, so this "
-    "speaks of these adapters, not of new runs. p is not adjusted for the number of tests."
+    "Positive gains favour the federation. All sites share one federated adapter, so tests over "
+    "sites describe that adapter, not new runs. p is not adjusted for multiple tests."
 )
+
+JOINING = {
+    OWN: "gain over {rival}, own part",
+    EVERYWHERE: "gain over {rival}, everywhere",
+    "others": "gain of the other sites by its joining",
+}
+"""Key of JOINING in comparison.json → title of its figures."""
 
 
 # --- Figures --------------------------------------------------------------------------------------
 
 
-def _arms(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figure | None:
+def _arms(comparison: Json, measure: Measure) -> Figure | None:
     """Return one measure of every arm, over all sites."""
-    title, unit, factor = how
-    found = {name: estimate_of(arm, measure) for name, arm in arms_of(comparison).items()}
-    decimals = decimals_for(found.values(), factor)
-    rows, table = [], []
-    for name, estimate in found.items():
-        rows.append(_row(name, estimate, factor, decimals, f"{name}: ", STYLE.get(name, 5)))
-        seeds = str(estimate["n"]) if estimate else NONE
-        table.append((name, words(estimate, factor, decimals), seeds))
-    if not any(row.dots for row in rows):
+    found = {name: measure.estimate(arm) for name, arm in arms_of(comparison).items()}
+    if not any(found.values()):
         return None
-    chance = comparison["exams"].get(measure, {}).get("chance")
-    notes = [f"Guessing gets {percent(chance, 0)}."] if is_number(chance) else []
-    if measure == LOSS:
+    decimals = measure.decimals(found.values())
+    rows = [_row(measure, name, e, decimals, STYLE.get(name, 5)) for name, e in found.items()]
+    table = [
+        (name, measure.words(estimate, decimals), str(estimate["n"]) if estimate else NONE)
+        for name, estimate in found.items()
+    ]
+    chance = measure.exam.get("chance")
+    notes = [f"Chance: {percent(chance, 0)}."] if is_number(chance) else []
+    if measure.key == LOSS:
         notes.append("Lower is better.")
-    if comparison["exams"].get(measure, {}).get("measures") == "kept":
-        notes.append("The base knew these: what is lost is forgotten.")
-    from_zero = measure != LOSS
-    svg = interval_chart(title, rows, x_label=unit, from_zero=from_zero, decimals=decimals)
+    if measure.exam.get("measures") == "kept":
+        notes.append("The base knows these facts: a loss of accuracy is forgetting.")
+    svg = interval_chart(measure.title, rows, Axis(measure.unit, from_zero=measure.key != LOSS))
     columns = ("arm", "mean (95 % interval)", "seeds")
-    return Figure(f"arms-{measure}", title, svg, " ".join(notes), Table(columns, table))
+    key = f"arms-{measure.key}"
+    return Figure(key, measure.title, svg, " ".join(notes), Table(columns, table))
 
 
-def _row(
-    name: str, estimate: Json | None, factor: float, decimals: int, before: str, style: int
-) -> Row:
+def _row(measure: Measure, name: str, estimate: Json | None, decimals: int, style: int) -> Row:
+    """Return a row of one value with its interval."""
     if estimate is None:
         return Row(name, [])
-    low, high = interval_of(estimate, factor) or (None, None)
-    return Row(name, [replace(_dot(estimate, factor, decimals, before, style), low=low, high=high)])
+    said = f"{name}: {'gain ' if is_gain(estimate) else ''}{measure.words(estimate, decimals)}"
+    if is_number(p := estimate.get("p")):
+        said += f", p {'' if p < 0.001 else '= '}{p_text(p)}"
+    dot = Dot(measure.mean(estimate), said, measure.interval(estimate), style)
+    return Row(name, [dot], value=measure.value(estimate, decimals))
 
 
-def _dot(estimate: Json, factor: float, decimals: int, before: str, style: int) -> Dot:
-    """Return a mean without its whiskers."""
-    said = before + words(estimate, factor, decimals, POINTS if "p" in estimate else " %")
-    if is_number(estimate.get("p")):
-        said += f", {_p(estimate['p'])}"
-    return Dot(mean_of(estimate, factor), said, style=style)
-
-
-def _p(value: object) -> str:
-    if not is_number(value):
-        return NONE
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def _joining(comparison: Json, rival: str, which: str, measure: str) -> Figure | None:
+def _joining(comparison: Json, rival: str, whose: str, measure: Measure) -> Figure | None:
     """Return what each site gains by joining, or what the others gain by it."""
-    title, _, factor = measures(comparison)[measure]
-    found = []
-    for entry in comparison["joining"]:
-        if entry["instead-of"] == rival and entry.get(which):
-            estimate = estimate_of(entry[which], measure)
-            if estimate is not None:
-                found.append((entry["site"], estimate))
+    found = {
+        entry["site"]: estimate
+        for entry in comparison["joining"]
+        if entry["instead-of"] == rival and entry.get(whose)
+        if (estimate := measure.estimate(entry[whose])) is not None
+    }
     if not found:
         return None
-    style = STYLE[rival]
-    decimals = decimals_for((e for _, e in found), factor)
-    rows = [_row(f"site {s}", e, factor, decimals, f"site {s}: gain ", style) for s, e in found]
-    whom = {
-        "own": f"it gains over {rival}, own part",
-        "everywhere": f"it gains over {rival}, everywhere",
-        "others": "the others gain by its joining",
-    }[which]
-    named = f"{title.removeprefix('Accuracy: ').capitalize()}: what {whom}"
-    unit = "gain, nats per answer token" if measure == LOSS else "gain, percentage points"
-    better = sum(mean_of(e, factor) > 0 for _, e in found)
-    equal = sum(mean_of(e, factor) == 0 for _, e in found)
-    note = f"Better off: {better} of {len(found)} sites."
-    if equal:
-        note += f" Neither better nor worse: {equal}."
-    svg = interval_chart(named, rows, x_label=unit, zero=True, decimals=decimals)
-    table = [(str(s), words(e, factor, decimals, POINTS), _p(e.get("p"))) for s, e in found]
+    decimals = measure.decimals(found.values())
+    rows = [_row(measure, f"site {s}", e, decimals, STYLE[rival]) for s, e in found.items()]
+    what = measure.title.removeprefix("Accuracy: ").capitalize()
+    title = f"{what}: {JOINING[whose].format(rival=rival)}"
+    unit = f"gain, {measure.unit if measure.key == LOSS else 'percentage points'}"
+    means = [measure.mean(estimate) for estimate in found.values()]
+    note = f"Better off: {sum(mean > 0 for mean in means)} of {len(found)} sites."
+    if equal := means.count(0):
+        note += f" Unchanged: {equal}."
+    svg = interval_chart(title, rows, Axis(unit), zero_line=True)
+    table = [(str(s), measure.words(e, decimals), p_text(e.get("p"))) for s, e in found.items()]
     columns = ("site", "gain (95 % interval)", "p")
-    key = f"joining-{rival}-{which}-{measure}"
-    return Figure(key, named, svg, note, Table(columns, table))
+    key = f"joining-{rival}-{whose}-{measure.key}"
+    return Figure(key, title, svg, note, Table(columns, table))
 
 
-def _sites(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figure | None:
+def _sites(comparison: Json, measure: Measure) -> Figure | None:
     """Return one measure of every site in every arm."""
-    title, unit, factor = how
     by_arm = {
         name: {
             int(site): estimate
             for site, holder in (arm.get("sites") or {}).items()
-            if (estimate := estimate_of(holder, measure))
+            if (estimate := measure.estimate(holder))
         }
         for name, arm in arms_of(comparison).items()
     }
     by_arm = {name: found for name, found in by_arm.items() if found}
     sites = sorted({site for found in by_arm.values() for site in found})
-    if not sites or (measure != LOSS and not comparison["exams"][measure].get("by-site")):
+    if not sites or (measure.key != LOSS and not measure.exam.get("by-site")):
         return None
-    decimals = decimals_for((e for found in by_arm.values() for e in found.values()), factor)
-    rows = [
-        Row(
-            f"site {site}",
-            [
-                _dot(found[site], factor, decimals, f"site {site}, {name}: ", STYLE.get(name, 5))
-                for name, found in by_arm.items()
-                if site in found
-            ],
-        )
-        for site in sites
-    ]
-    named = f"{title}, by site"
-    legend = [(name, STYLE.get(name, 5)) for name in by_arm]
-    svg = interval_chart(named, rows, x_label=unit, legend=legend)
-    note = "Means over the seeds; the table has the intervals."
+    everything = [estimate for found in by_arm.values() for estimate in found.values()]
+    decimals, places = measure.decimals(everything), decimals_of(map(measure.mean, everything))
+    rows = []
+    for site in sites:
+        found = {name: of_arm[site] for name, of_arm in by_arm.items() if site in of_arm}
+        dots = [
+            Dot(
+                measure.mean(estimate),
+                f"site {site}, {name}: {measure.words(estimate, decimals)}",
+                style=STYLE.get(name, 5),
+            )
+            for name, estimate in found.items()
+        ]
+        value = fixed(dots[0].value, places) if len(dots) == 1 else ""
+        rows.append(Row(f"site {site}", dots, value=value))
+    title = f"{measure.title}, by site"
+    names = [(name, STYLE.get(name, 5)) for name in by_arm]
+    svg = interval_chart(title, rows, Axis(measure.unit), names=names)
+    note = "Means over seeds; the table has their intervals."
     table = [
-        (str(site), *(words(found.get(site), factor, decimals) for found in by_arm.values()))
+        (str(site), *(measure.words(found.get(site), decimals) for found in by_arm.values()))
         for site in sites
     ]
-    return Figure(f"sites-{measure}", named, svg, note, Table(("site", *by_arm), table))
+    return Figure(f"sites-{measure.key}", title, svg, note, Table(("site", *by_arm), table))
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -297,23 +267,18 @@ def _sites(comparison: Json, measure: str, how: tuple[str, str, float]) -> Figur
 
 def _table(comparison: Json) -> Table:
     """Return arms as rows, measures as columns."""
-    asked = measures(comparison)
-    arms = arms_of(comparison).values()
-    decimals = {
-        measure: decimals_for((estimate_of(arm, measure) for arm in arms), factor)
-        for measure, (_, _, factor) in asked.items()
-    }
+    asked, arms = measures(comparison).values(), arms_of(comparison)
+    cells = []
+    for measure in asked:
+        found = [measure.estimate(arm) for arm in arms.values()]
+        cells.append([measure.words(estimate, measure.decimals(found)) for estimate in found])
     rows = []
-    for name, arm in arms_of(comparison).items():
+    for (name, arm), *own in zip(arms.items(), *cells, strict=True):
         runs = list(arm["seeds"].values())
         visits = sum(run["example-visits"] for run in runs) / max(1, len(runs))
-        took = sum(run["seconds"] for run in runs)
-        cells = [
-            words(estimate_of(arm, measure), factor, decimals[measure])
-            for measure, (_, _, factor) in asked.items()
-        ]
-        rows.append((name, *cells, number(round(visits)), str(len(runs)), duration(took)))
-    columns = ("arm", *(title for title, _, _ in asked.values()), "example visits", "seeds", "time")
+        took = duration(sum(run["seconds"] for run in runs))
+        rows.append((name, *own, number(round(visits)), str(len(runs)), took))
+    columns = ("arm", *(m.title for m in asked), "example visits", "seeds", "wall-clock time")
     return Table(columns, rows, "Mean over seeds (95 % interval)")
 
 
@@ -325,74 +290,50 @@ def _tests(comparison: Json) -> Iterator[Table]:
     yield _gains(comparison, shares, "Gain of the federation: accuracy")
     questions = []
     for gain in gains:
-        title = measures(comparison)[gain["measure"]][0]
+        title = measures(comparison)[gain["measure"]].title
         for seed, asked in (gain.get("over-questions") or {}).items():
             low, high = asked["interval"]
             shown = f"{100 * asked['gain']:.1f} points ({100 * low:.1f} to {100 * high:.1f})"
             only = f"{asked['only-federated']:,} / {asked['only-rival']:,}"
-            questions.append(
-                (_where(gain), title, seed, f"{asked['n']:,}", only, shown, _p(asked["p"]))
-            )
-    columns = (
-        "against",
-        "measure",
-        "seed",
-        "questions",
-        "only federated / only rival",
-        "gain",
-        "p",
-    )
-    yield Table(columns, questions, "Question by question (McNemar, exact)")
+            n, p = f"{asked['n']:,}", p_text(asked["p"])
+            questions.append((_rival(gain), title, seed, n, only, shown, p))
+    only = "correct only: federated / rival"
+    columns = ("against", "measure", "seed", "questions", only, "gain", "p")
+    yield Table(columns, questions, "Per question (McNemar's exact test)")
 
 
-def _gains(comparison: Json, gains: Sequence[Json], named: str) -> Table:
-    """Return the tests of gains of one unit over seeds and over sites."""
+def _gains(comparison: Json, gains: Sequence[Json], title: str) -> Table:
+    """Return the tests over seeds and over sites, of gains in one unit."""
     tests = [
         (gain, over, gain[over])
         for gain in gains
         for over in ("over-seeds", "over-sites")
         if gain.get(over)
     ]
-    factor = measures(comparison)[gains[0]["measure"]][2] if gains else 1.0
-    decimals = decimals_for((test for _, _, test in tests), factor)
-    rows = [
-        (
-            _where(gain),
-            measures(comparison)[gain["measure"]][0],
-            over.replace("-", " "),
-            words(test, factor, decimals, POINTS),
-            str(test["n"]),
-            f"{test['better']} / {test['worse']} / {test['equal']}" if "better" in test else NONE,
-            _p(test["p"]),
-        )
-        for gain, over, test in tests
-    ]
-    columns = ("against", "measure", "paired", "gain (95 % interval)", "n")
-    return Table((*columns, "better / worse / equal", "p"), rows, named)
-
-
-def _surroundings(comparison: Json) -> Iterator[Table]:
-    config, found = comparison["config"], comparison.get("environment") or {}
-    rows = [
-        (name, str(found[name])) for name in ("grandrounds", "python", "platform") if name in found
-    ]
-    packages: Mapping[str, Any] = found.get("packages") or {}
-    rows += [(name, str(version)) for name, version in packages.items()]
-    yield Table(("what", "version"), rows, "Versions")
-    yield Table(("site", *_seeds(comparison)), _site_rows(comparison), "Examples, and held out")
-    keys: Sequence[tuple[str, str]] = [(key, str(value)) for key, value in config.items()]
-    yield Table(("key", "value"), keys, f"Configuration: {len(keys)} keys")
-
-
-def _seeds(comparison: Json) -> list[str]:
-    return [f"seed {seed}" for seed in comparison["seeds"]]
-
-
-def _site_rows(comparison: Json) -> list[tuple[str, ...]]:
     rows = []
+    for gain, over, test in tests:
+        measure = measures(comparison)[gain["measure"]]
+        won = f"{test['better']} / {test['worse']} / {test['equal']}" if "better" in test else NONE
+        gained = measure.words(test, measure.decimals(test for _, _, test in tests))
+        p = p_text(test["p"])
+        paired = over.replace("-", " ")
+        rows.append((_rival(gain), measure.title, paired, gained, str(test["n"]), won, p))
+    columns = ("against", "measure", "paired", "gain (95 % interval)", "n")
+    return Table((*columns, "better / worse / equal", "p"), rows, title)
+
+
+def _provenance(comparison: Json) -> list[Table]:
+    """Return versions, examples by site and seed, and the configuration."""
+    versions = version_rows(comparison.get("environment") or {})
+    seeds = [str(seed) for seed in comparison["seeds"]]
+    sites = []
     for site in comparison["sites"]:
         trained, held = site["train-examples"], site["held-out-examples"]
-        seeds = [str(seed) for seed in comparison["seeds"]]
         cells = [f"{trained[s]:,}, {held[s]:,}" if s in trained else NONE for s in seeds]
-        rows.append((str(site["site"]), *cells))
-    return rows
+        sites.append((str(site["site"]), *cells))
+    keys = [(key, str(value)) for key, value in comparison["config"].items()]
+    return [
+        Table(("package", "version"), versions, "Versions"),
+        Table(("site", *(f"seed {s}" for s in seeds)), sites, "Training and held-out examples"),
+        Table(("key", "value"), keys, f"Configuration: {len(keys)} keys"),
+    ]

@@ -1,4 +1,4 @@
-"""A run directory, as much of it as is there: of a run that completed, failed, or still goes on."""
+"""Reads a run directory as far as it is written: of a run that completed, failed or is going on."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.errors import GrandRoundsError, RunDirectoryError
 from grandrounds.server.directory import RunDirectory
-from grandrounds.study.report.figures import is_number
+from grandrounds.study.tables import is_number
 
 EVALUATION = "evaluation/evaluation.json"
 
 QUIET_SECONDS = 600
-"""After so long without a new line a run without a summary is said to be perhaps dead."""
+"""After this long without a new line, the page of a run without a summary says it may be dead."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory holds."""
+    """The content of a run directory."""
 
     path: Path
     name: str
@@ -32,7 +32,7 @@ class RunFiles:
     metrics: Sequence[Mapping[str, Any]]
     """The lines of metrics.jsonl."""
     summary: Mapping[str, Any]
-    """Empty while the run goes on."""
+    """Empty until the run ends."""
     ledger: Mapping[str, Any]
     plan: Mapping[str, Any]
     sites: Sequence[Mapping[str, Any]]
@@ -46,26 +46,36 @@ class RunFiles:
 
     @property
     def status(self) -> str:
-        """Return `completed`, `failed`, `stopped`, or `going` where there is no summary."""
+        """`completed`, `failed`, `stopped`, or `going` if there is no summary."""
         return str(self.summary.get("status", "going"))
 
     @property
     def rounds(self) -> int:
-        """Return the last finished round."""
+        """The last finished round."""
         return int(self.metrics[-1]["round"]) if self.metrics else 0
 
     @property
     def planned_rounds(self) -> int:
-        """Return how many rounds were asked for."""
+        """The number of rounds configured."""
         return self.config.federation.num_server_rounds
 
     @property
+    def last_shown(self) -> int:
+        """The last round on the axes: the last one configured as long as the run may continue."""
+        return self.rounds if self.status == "completed" else max(self.planned_rounds, self.rounds)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of all finished rounds."""
+        return sum(seconds for _, seconds in self.values("seconds"))
+
+    @property
     def trained(self) -> list[Mapping[str, Any]]:
-        """Return the lines of rounds that trained."""
+        """The metrics of the rounds that trained."""
         return [m for m in self.metrics if m["round"] > 0]
 
     def values(self, key: str) -> list[tuple[int, float]]:
-        """Return (round, value) of every line that has a number under a key."""
+        """Return (round, value) of every line of the metrics that has a number under a key."""
         return [(m["round"], float(m[key])) for m in self.metrics if is_number(m.get(key))]
 
 
@@ -75,7 +85,7 @@ def read_run(path: Path) -> RunFiles:
     Raises
     ------
     RunDirectoryError
-        If it is none, or a file of it is not what a run writes.
+        If it is not a run directory, or one of its files is not what a run writes.
     """
     directory = RunDirectory.open(path)
     path = directory.path
@@ -83,7 +93,7 @@ def read_run(path: Path) -> RunFiles:
         config = recipes.resolve(recipes.load_recipe(path / "config.toml"))
     except GrandRoundsError as error:
         raise RunDirectoryError(
-            f"{path / 'config.toml'} is no configuration of this version: {error}"
+            f"{path / 'config.toml'} is not a configuration of this version: {error}"
         ) from error
     metrics = _read_metrics(directory)
     written = path / "metrics.jsonl"
@@ -118,7 +128,7 @@ def _read_metrics(directory: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _read(file: Path, kind: type) -> Any:
-    """Return the content of a JSON file, None where it is not there."""
+    """Return the content of a JSON file; None if there is none."""
     if not file.is_file():
         return None
     try:
@@ -133,7 +143,7 @@ def _read(file: Path, kind: type) -> Any:
 
 
 def checkpoints(path: Path) -> list[tuple[int, Path]]:
-    """Return (round, folder) of the checkpoints of a run, in order."""
+    """Return (round, folder) of the checkpoints of a run, by round."""
     found = [
         (int(folder.name.removeprefix("peft_")), folder)
         for folder in path.glob("peft_*")
@@ -143,7 +153,7 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
 
 
 def _evaluations(path: Path) -> list[dict[str, Any]]:
-    """Return what `grandrounds evaluate` wrote for the run, or for a checkpoint of it."""
+    """Return the evaluations of the run and of its checkpoints."""
     found = []
     for folder in (path, *(folder for _, folder in checkpoints(path))):
         content = _read(folder / EVALUATION, dict)
@@ -166,13 +176,13 @@ def _check_evaluation(file: Path, evaluation: Any) -> None:
             _ = row["model"], row["title"], evaluation["protocol"]
     except (KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(
-            f"{file} is not what grandrounds evaluate writes ({error}). Evaluate again, or take "
-            "that file away."
+            f"{file} is not what grandrounds evaluate writes ({error}). Evaluate again, or remove "
+            "that file."
         ) from error
 
 
 def _hashes(path: Path) -> dict[str, str]:
-    """Return SHA-256 of the configuration and of every checkpoint's weights."""
+    """Return the SHA-256 of the configuration and of each checkpoint's weights."""
     files = [path / "config.toml"]
     files += [folder / "adapter_model.safetensors" for _, folder in checkpoints(path)]
     hashes = {}

@@ -1,4 +1,4 @@
-"""The page of runs side by side: curves on one another, one table."""
+"""The page of several runs side by side: curves in one chart, one table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES
 from grandrounds.errors import ConfigError
-from grandrounds.study.report import facts, learning
-from grandrounds.study.report.charts import Series, line_chart
-from grandrounds.study.report.drawing import STYLES
-from grandrounds.study.report.figures import (
+from grandrounds.study.report import cost, headline, provenance
+from grandrounds.study.report.charts import line_chart
+from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
+from grandrounds.study.report.learning import Score, curve, scores_by_questions
+from grandrounds.study.report.read import RunFiles
+from grandrounds.study.report.row_charts import Dot, Row, interval_chart
+from grandrounds.study.report.svg import STYLES, Axis
+from grandrounds.study.tables import (
+    MIB,
     NONE,
-    Figure,
-    Page,
-    Section,
     Table,
-    Tile,
     decimals_of,
     duration,
     fixed,
@@ -23,21 +24,22 @@ from grandrounds.study.report.figures import (
     number,
     percent,
 )
-from grandrounds.study.report.learning import Score, curve, scores
-from grandrounds.study.report.one_run import made, some
-from grandrounds.study.report.read import RunFiles
-from grandrounds.study.report.row_charts import Dot, Row, interval_chart
 
 CURVES = (
-    ("held-out-loss", "Held-out loss", "nats per answer token", 1.0, False),
-    ("train-loss", "Training loss", "nats per answer token", 1.0, False),
-    ("communication-mib", "Communication so far", "MiB, both ways", 1.0, True),
-    ("coverage", "Coverage", "% of all examples trained on", 100.0, True),
-    ("product-error-of-update", "Aggregation error", "% of the round's update", 100.0, True),
-    ("proximal-penalty", "Proximal penalty", "nats, added to the loss", 1.0, True),
-    ("seconds", "Seconds of each round", "wall-clock seconds", 1.0, True),
+    ("held-out-loss", "Held-out loss", Axis("nats per answer token"), 1.0),
+    ("train-loss", "Training loss", Axis("nats per answer token"), 1.0),
+    ("communication-mib", "Cumulative communication", Axis("MiB, both ways", from_zero=True), 1.0),
+    ("coverage", "Coverage", Axis("% of training examples seen", from_zero=True), 100.0),
+    (
+        "product-error-of-update",
+        "Aggregation error",
+        Axis("% of the round's update", from_zero=True),
+        100.0,
+    ),
+    ("proximal-penalty", "Proximal penalty", Axis("nats, added to the loss", from_zero=True), 1.0),
+    ("seconds", "Wall-clock time by round", Axis("seconds", from_zero=True), 1.0),
 )
-"""(key of metrics.jsonl, title, unit, factor, whether the axis begins at 0)."""
+"""(key of metrics.jsonl, title, axis, factor)."""
 
 
 def several_page(runs: Sequence[RunFiles]) -> Page:
@@ -50,27 +52,21 @@ def several_page(runs: Sequence[RunFiles]) -> Page:
     """
     named = names(runs)
     unfinished = [name for name, run in named.items() if run.status != "completed"]
-    story = [f"{name}: {line}" for name in unfinished for line in facts.story(named[name])[:1]]
+    story = [f"{name}: {line}" for name in unfinished for line in headline.story(named[name])[:1]]
+    moods = {headline.mood(run) for run in runs}
     return Page(
         title=" | ".join(named) if len(runs) <= 4 else f"{len(runs)} runs",
         subtitle=f"{len(runs)} runs side by side",
-        mood=_mood(list(named.values())),
+        mood=next(mood for mood in ("bad", "going", "good") if mood in moods),
         status=f"{len(runs) - len(unfinished)} of {len(runs)} runs completed",
         story=story,
         tiles=[_tile(name, run) for name, run in named.items()],
-        sections=[s for s in _sections(named) if s],
-        made=made(),
+        sections=_sections(named),
     )
 
 
-def _mood(runs: Sequence[RunFiles]) -> str:
-    """Return the worst mood of the runs."""
-    moods = {facts.MOODS.get(run.status, "bad") for run in runs}
-    return next(mood for mood in ("bad", "going", "good") if mood in moods)
-
-
 def names(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
-    """Return runs by a name each: the folder's, with as much of its path as tells them apart."""
+    """Return runs by name: the folder, with as much of its path as makes it unique."""
     paths = [run.path for run in runs]
     if len(set(paths)) < len(paths):
         twice = next(p for p in paths if paths.count(p) > 1)
@@ -85,26 +81,23 @@ def names(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
 def _tile(name: str, run: RunFiles) -> Tile:
     losses = run.values("held-out-loss")
     value = number(losses[-1][1]) if losses else NONE
-    return Tile(name, value, f"held-out loss; {facts.status_text(run).lower()}")
+    return Tile(name, value, f"held-out loss; {headline.status_text(run).lower()}")
 
 
 def _sections(named: dict[str, RunFiles]) -> list[Section]:
     figures = some(*(_curves(named, *how) for how in CURVES))
+    commands = [(name, provenance.repeat_command(run.config)) for name, run in named.items()]
     return [
         Section("learning", "Curves", notes=_cautions(named), figures=figures),
         Section("accuracy", "Accuracy", figures=some(_accuracy(named))),
-        Section("table", "Side by side", tables=[_facts_table(named)]),
+        Section("table", "Side by side", tables=[_results(named)]),
         Section("recipe", "Recipes", tables=[_recipes(named)]),
-        Section(
-            "repeat",
-            "How to repeat them",
-            commands=[(name, facts.repeat_command(run.config)) for name, run in named.items()],
-        ),
+        Section("repeat", "Reproduce", commands=commands),
     ]
 
 
 def _cautions(named: dict[str, RunFiles]) -> list[str]:
-    """Return why some figures of these runs do not compare."""
+    """Return why some results of these runs are not comparable."""
     keys = [
         "static.dataset.name",
         "model.name",
@@ -117,24 +110,25 @@ def _cautions(named: dict[str, RunFiles]) -> list[str]:
     flat = [run.config.flat() for run in named.values()]
     differing = [key for key in keys if len({str(f[key]) for f in flat}) > 1]
     if not differing:
-        return ["All runs are judged on the same held-out examples."]
+        return ["All runs are evaluated on the same held-out examples."]
     return [
-        f"The runs differ in {', '.join(differing)}: their losses are of different questions or "
-        "models, and small differences between the curves say little."
+        f"The runs differ in {', '.join(differing)}, so their losses are on different examples or "
+        "models: small differences between the curves mean little."
     ]
 
 
 def _curves(
-    named: dict[str, RunFiles], key: str, title: str, unit: str, factor: float, from_zero: bool
+    named: dict[str, RunFiles], key: str, title: str, axis: Axis, factor: float
 ) -> Figure | None:
     values = {name: run.values(key) for name, run in named.items()}
     if key == "proximal-penalty":
         values = {name: [(r, v) for r, v in found if v > 0] for name, found in values.items()}
     if not any(values.values()):
         return None
-    series: list[Series] = []
-    for i, (name, found) in enumerate(values.items()):
-        series.append(curve(name, [(r, factor * v) for r, v in found], f"{name}: {unit}", i))
+    series = [
+        curve(name, [(r, factor * v) for r, v in found], f"{name}: {axis.label}", i)
+        for i, (name, found) in enumerate(values.items())
+    ]
     rounds = sorted({r for found in values.values() for r, _ in found})
     tables = [dict(found) for found in values.values()]
     shown = [[factor * t[r] if r in t else None for t in tables] for r in rounds]
@@ -142,62 +136,59 @@ def _curves(
     rows = [
         (str(r), *(fixed(v, decimals) for v in row)) for r, row in zip(rounds, shown, strict=True)
     ]
-    svg = line_chart(title, series, y_label=unit, from_zero=from_zero, x_range=(0, rounds[-1]))
-    note = "Round 0 is the base, untrained." if key == "held-out-loss" else ""
+    svg = line_chart(title, series, axis, rounds[-1])
+    note = "Round 0 is the untrained base." if key == "held-out-loss" else ""
     return Figure(key, title, svg, note, Table(("round", *named), rows))
 
 
 def _accuracy(named: dict[str, RunFiles]) -> Figure | None:
-    """Return the last measured checkpoint of each run on each benchmark, beside its base."""
-    found = {name: scores(run) for name, run in named.items()}
-    keys = dict.fromkeys(
-        (s.protocol, s.benchmark, s.group) for all_ in found.values() for s in all_
-    )
+    """Return the last evaluated checkpoint of each run on each benchmark, beside its base."""
+    found = {name: scores_by_questions(run) for name, run in named.items()}
     rows, table = [], []
-    for key in keys:
+    for key in dict.fromkeys(key for by_questions in found.values() for key in by_questions):
         heading = ", ".join(part for part in key[::-1] if part)
-        for i, (name, all_) in enumerate(found.items()):
-            of_key = [s for s in all_ if (s.protocol, s.benchmark, s.group) == key]
-            base = [s for s in of_key if s.model == "base"]
-            last = sorted((s for s in of_key if s.round is not None), key=lambda s: s.round or 0)
-            for style, score in [(4, s) for s in base] + [(i, s) for s in last[-1:]]:
+        for i, (name, by_questions) in enumerate(found.items()):
+            asked = by_questions.get(key, [])
+            base = [(4, s) for s in asked if s.model == "base"]
+            last = sorted((s for s in asked if s.round is not None), key=lambda s: s.round or 0)
+            for style, score in base + [(i, s) for s in last[-1:]]:
                 rows.append(_accuracy_row(name, score, style, heading))
                 table.append((heading, name, score.model, score.words))
                 heading = ""
     if not rows:
         return None
-    title = "Accuracy of the last measured checkpoint"
-    svg = interval_chart(title, rows, x_label="right answers, %", unit=" %", decimals=1)
+    title = "Accuracy of the last evaluated checkpoint"
+    svg = interval_chart(title, rows, Axis("accuracy, %"))
     columns = ("questions", "run", "model", "accuracy (correct; 95 % interval)")
     return Figure("accuracy", title, svg, "Whiskers: 95 % intervals.", Table(columns, table))
 
 
 def _accuracy_row(name: str, score: Score, style: int, heading: str) -> Row:
-    low, high = (100 * end for end in score.interval)
     shown = f"{name}, base" if score.model == "base" else name
     words = f"{name}, {score.model}: {score.words}"
-    return Row(shown, [Dot(100 * score.accuracy, words, low, high, style % STYLES)], heading)
+    dot = Dot(100 * score.accuracy, words, score.interval_percent, style % STYLES)
+    return Row(shown, [dot], heading, percent(score.accuracy))
 
 
-def _facts_table(named: dict[str, RunFiles]) -> Table:
-    """Return the runs as columns, what is known of each as rows."""
+def _results(named: dict[str, RunFiles]) -> Table:
+    """Return one column per run."""
     measures: dict[str, Callable[[RunFiles], str]] = {
-        "status": facts.status_text,
+        "status": headline.status_text,
         "held-out loss, first": lambda r: _end(r, "held-out-loss", 0),
         "held-out loss, last": lambda r: _end(r, "held-out-loss", -1),
         "training loss, last": lambda r: _end(r, "train-loss", -1),
-        "sent and received": lambda r: mib(r.ledger.get("communication_mib")),
+        "communication": lambda r: mib(r.ledger.get("communication_mib")),
         "planned": lambda r: mib(r.plan.get("total-mib")),
-        "up": lambda r: mib(learning.traffic(r.ledger, "up") / learning.MIB),
-        "down": lambda r: mib(learning.traffic(r.ledger, "down") / learning.MIB),
+        "up": lambda r: mib(cost.traffic(r.ledger, "up") / MIB),
+        "down": lambda r: mib(cost.traffic(r.ledger, "down") / MIB),
         "coverage": lambda r: percent(r.values("coverage")[-1][1]) if r.trained else NONE,
         "failed visits": lambda r: str(sum(len(m.get("failed") or ()) for m in r.metrics)),
-        "time": lambda r: duration(sum(s for _, s in r.values("seconds"))),
+        "wall-clock time": lambda r: duration(r.seconds),
     }
-    tiles = {name: {t.name: t.value for t in facts.accuracy_tiles(r)} for name, r in named.items()}
     rows = [(what, *(measure(r) for r in named.values())) for what, measure in measures.items()]
-    for key in dict.fromkeys(key for found in tiles.values() for key in found):
-        rows.append((key, *(tiles[name].get(key, NONE) for name in named)))
+    tiles = [{t.name: t.value for t in headline.accuracy_tiles(r)} for r in named.values()]
+    for key in dict.fromkeys(key for found in tiles for key in found):
+        rows.append((key, *(found.get(key, NONE) for found in tiles)))
     return Table(("", *named), rows)
 
 
@@ -211,7 +202,7 @@ def _recipes(named: dict[str, RunFiles]) -> Table:
     flat = [run.config.flat() for run in named.values()]
     keys = [k for k in FIELD_OF_KEY if k not in PLACES]
     rows = [
-        (key, *(facts.value_text(f[key]) for f in flat))
+        (key, *(provenance.value_text(f[key]) for f in flat))
         for key in keys
         if len({str(f[key]) for f in flat}) > 1
     ]

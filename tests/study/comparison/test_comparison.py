@@ -15,13 +15,13 @@ from grandrounds.study.comparison.results import results, share
 from grandrounds.study.comparison.tables import notes, tables
 from grandrounds.study.comparison.units import (
     ARMS,
+    Design,
     Unit,
     check_arms,
     check_leave_one_out,
     check_seeds,
     check_sites,
     local_visits,
-    units,
 )
 
 # --- What is asked for ----------------------------------------------------------------------------
@@ -35,8 +35,8 @@ def test_arms_come_in_their_own_order_and_once() -> None:
     ("names", "told"),
     [
         (["centralized"], "Did you mean 'centralised'?"),
-        (["base"], "It is always judged."),
-        ([], "names none"),
+        (["base"], "It is always evaluated."),
+        ([], "--arms is empty"),
     ],
 )
 def test_an_unknown_arm_is_told_with_the_nearest(names: list[str], told: str) -> None:
@@ -66,7 +66,7 @@ def test_leaving_one_out_needs_two_sites() -> None:
 
 
 def test_units_are_seed_by_seed_and_only_some_arms_have_sites() -> None:
-    names = [unit.name for unit in units(ARMS, [1, 2], 2, [1])]
+    names = [unit.name for unit in Design(ARMS, [1, 2], [1]).units(2)]
     assert names[:6] == [
         "base/seed-1",
         "federated/seed-1",
@@ -285,4 +285,6 @@ def test_tables_show_every_arm_and_site_with_as_many_cells_as_columns(
     ):
         assert len(row) == len(table.columns)
     assert made[0].rows[0][:3] == ("base", "3.000 ± 0.000", "25.0 ± 0.0")
-    assert "forgetting: 100.0 % of public facts before, 50.0 % after" in notes(content)
+    assert "forgetting: accuracy on public facts 100.0 % before training, 50.0 % after" in notes(
+        content
+    )

@@ -21,13 +21,15 @@ from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.arms import cohort_of, numbered_without, site_of
 from grandrounds.study.comparison.exams import exams_of
 from grandrounds.study.comparison.runner import compare
-from grandrounds.study.comparison.units import ARMS
+from grandrounds.study.comparison.units import ARMS, Design
 from grandrounds.wire.ledger import Ledger
 from tests.conftest import WORDS
 
 Settings = dict[str, Any]
 
 SEEDS = [42, 43]
+
+DESIGN = Design(ARMS, SEEDS)
 
 
 def resolved(settings: Settings, **changes: Any) -> Config:
@@ -44,8 +46,9 @@ def resolved(settings: Settings, **changes: Any) -> Config:
 
 
 def played(config: Config, out: Path, **changes: Any) -> dict[str, Any]:
-    asked: dict[str, Any] = {"arms": ARMS, "seeds": SEEDS, "left_out": [1], "out": out, **changes}
-    return compare(config, **asked)
+    listener = {"listener": changes.pop("listener")} if "listener" in changes else {}
+    design = Design(**{"arms": ARMS, "seeds": SEEDS, "left_out": [1], **changes})
+    return compare(config, design, out, **listener)
 
 
 def figures(content: dict[str, Any]) -> Any:
@@ -333,8 +336,8 @@ def test_a_site_that_cannot_answer_the_roll_call_says_why(settings: Settings) ->
 
 def test_private_facts_belong_to_sites_only_where_partitions_are_the_formularys() -> None:
     natural = {"data.partitioner": "natural", "data.partition-by": "site"}
-    private, public = exams_of(recipes.resolve(natural))
-    assert private.facts() == {
+    private, public = exams_of(recipes.resolve(natural), DESIGN)
+    assert private.entry() == {
         "title": "private facts of the sites",
         "n": 300,
         "chance": 0.25,
@@ -343,15 +346,15 @@ def test_private_facts_belong_to_sites_only_where_partitions_are_the_formularys(
     }
     assert private.site_of is not None
     assert all(private.site_of.count(site) == 15 for site in range(20))
-    assert (public.facts()["n"], public.facts()["by-site"]) == (360, False)
-    by_chance, _ = exams_of(recipes.resolve({}))
+    assert (public.entry()["n"], public.entry()["by-site"]) == (360, False)
+    by_chance, _ = exams_of(recipes.resolve({}), DESIGN)
     assert by_chance.site_of is None
 
 
 def test_other_data_have_no_private_facts(settings: Settings, flashcards: Path) -> None:
-    assert exams_of(resolved(settings)) == []
+    assert exams_of(resolved(settings), DESIGN) == []
     on_cards = recipes.resolve({"static.dataset.name": str(flashcards)})
-    assert [exam.name for exam in exams_of(on_cards)] == ["public"]
+    assert [exam.name for exam in exams_of(on_cards, DESIGN)] == ["public"]
 
 
 @pytest.mark.slow

@@ -178,17 +178,15 @@ def test_tables_and_notes_say_what_a_reader_must_know(
         "Wilson",
         "McNemar",
         "Newcombe",
-        "one may exclude equality where the other does not",
-        "not adjusted for the 2 comparisons",
-        "Average: over medmcqa, pubmedqa",
-        f"MedMCQA: {MEDMCQA} of 4,183 items",
+        "test and interval may disagree",
+        "Not adjusted for the 2 comparisons",
+        "Average: unweighted mean of medmcqa, pubmedqa",
+        f"MedMCQA: the first {MEDMCQA} of 4,183 items",
         "was not checked",
     ):
         assert words in text
     overlap = {"training": "cards.jsonl", "benchmarks": {"medmcqa": {"items": 3, "n": 14}}}
-    assert "3 of 14 questions of medmcqa occur in cards.jsonl" in " ".join(
-        notes(evaluation, overlap)
-    )
+    assert "3 of 14 medmcqa questions occur in cards.jsonl" in " ".join(notes(evaluation, overlap))
 
 
 @pytest.mark.parametrize("protocol", ["flowertune", "likelihood"])
@@ -202,6 +200,7 @@ def test_prompts_longer_than_the_context_are_cut_on_the_left_counted_and_told(
         data=tmp_path, benchmarks=["medmcqa"], protocol=protocol, permutations=0, batch_size=2
     )
     assert evaluation["rows"][0]["truncated"] == 1
-    assert "MedMCQA, base: prompts longer than the context, cut on the left: 1 of 3." in notes(
-        evaluation
+    assert (
+        "MedMCQA, base: 1 of 3 prompts exceeded the context length and were truncated on the left."
+        in notes(evaluation)
     )

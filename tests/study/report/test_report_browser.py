@@ -16,7 +16,6 @@ from grandrounds.errors import DataError
 from grandrounds.study.report.browser import (
     QUIET,
     find_chromium,
-    screenshot,
     size_of,
     standalone,
     write_figures,
@@ -240,5 +239,7 @@ def test_a_chromium_that_fails_is_told_with_its_last_words(tmp_path: Path) -> No
     fake = tmp_path / "chromium"
     fake.write_text("#!/bin/sh\necho 'no display' >&2\nexit 3\n")
     fake.chmod(0o755)
+    figure = pages(tmp_path)["run"].figures[0]
+    [svg] = write_figures([figure], tmp_path / "figures", template("figures.css"))
     with pytest.raises(DataError, match=r"\(exit code 3\): no display"):
-        screenshot(str(fake), tmp_path / "page.html", tmp_path / "page.png", 10, 10)
+        write_png(str(fake), svg)

@@ -70,7 +70,7 @@ def test_a_comparison_is_given_by_its_folder_or_its_file(tmp_path: Path, name: s
     result = report(tmp_path / name)
     assert result.exit_code == 0, result.stderr
     content = (tmp_path / "wards/report.html").read_text()
-    assert "What the federation gained: wards" in content
+    assert "Comparison: wards" in content
 
 
 def test_without_chromium_the_svg_files_are_written_and_png_explained(
@@ -120,7 +120,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "is not a run directory" in told(tmp_path / "nowhere")[1]
     assert "cannot be read" in told(tmp_path / "nowhere.json")[1]
     (tmp_path / "other.json").write_text("{}")
-    assert "is no comparison: it has no arms" in told(tmp_path / "other.json")[1]
+    assert "is not a comparison: it has no arms" in told(tmp_path / "other.json")[1]
 
 
 def test_a_comparison_among_runs_is_refused(tmp_path: Path) -> None:

@@ -15,25 +15,16 @@ import pytest
 from grandrounds.config import recipes
 from grandrounds.config.keys import PLACES
 from grandrounds.errors import ConfigError, DataError, RunDirectoryError
-from grandrounds.study.report import learning, updates
+from grandrounds.study.report import client_updates, cost, learning
 from grandrounds.study.report.comparison_file import read_comparison
 from grandrounds.study.report.comparison_page import comparison_page
-from grandrounds.study.report.facts import commands, differing, repeat_command, value_text
-from grandrounds.study.report.figures import (
-    Page,
-    Section,
-    Table,
-    decimals_of,
-    duration,
-    fixed,
-    mib,
-    number,
-    percent,
-)
+from grandrounds.study.report.figures import Page, Section
 from grandrounds.study.report.one_run import run_page
 from grandrounds.study.report.page import html, numeric_columns, template, write_page
+from grandrounds.study.report.provenance import differing, repeat_command, value_text
 from grandrounds.study.report.read import read_run
 from grandrounds.study.report.several_runs import names, several_page
+from grandrounds.study.tables import Table, decimals_of, duration, fixed, mib, number, percent
 from tests.study.report.run_files import comparison, estimate, evaluation, write, write_run
 
 
@@ -51,6 +42,10 @@ def table_of(page: Page, key: str) -> Table:
 
 def tile(page: Page, name: str) -> str:
     return next(t.value for t in page.tiles if t.name == name)
+
+
+def commands(run: Path) -> list[tuple[str, str]]:
+    return [*section(page_of(run), "repeat").commands]
 
 
 def set_metrics(path: Path, **changes: Any) -> None:
@@ -81,7 +76,7 @@ def test_a_completed_run_has_every_figure(tmp_path: Path) -> None:
     assert (page.mood, page.status, page.story) == ("good", "Completed: 4 rounds", [])
     assert tile(page, "held-out loss") == "2.000 → 0.400"
     # 3 sites a round: 4 x 3 messages down, as many up, 2 x 5 judged; half a MiB each
-    assert tile(page, "sent and received") == "17.00 MiB"
+    assert tile(page, "communication") == "17.00 MiB"
     assert tile(page, "visits used") == "11 of 12"
 
 
@@ -92,13 +87,13 @@ def test_a_failed_run_says_what_failed_and_where(tmp_path: Path) -> None:
     assert (page.mood, page.status) == ("bad", "Failed after 4 of 8 rounds")
     assert page.story[0] == reason
     assert f"grandrounds run --resume {run}" in page.story[1]
-    assert page.details == ["round 2, site 1, training: no reply within 5 s"]
+    assert page.failures == ["round 2, site 1, training: no reply within 5 s"]
 
 
 def test_the_end_of_a_summary_without_a_reason_is_told(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", planned=8, status="stopped"))
     assert page.status == "Stopped after 4 of 8 rounds"
-    assert page.story[0] == "Round 5: no reason was written down"
+    assert page.story[0] == "Round 5: no reason was recorded"
 
 
 def test_a_run_that_still_goes_on_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
@@ -106,7 +101,7 @@ def test_a_run_that_still_goes_on_is_shown_as_far_as_it_is(tmp_path: Path) -> No
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"round": 5, "held-out')  # being written
     page = page_of(run)
-    assert (page.mood, page.status) == ("going", "Not finished yet: 4 of 8 rounds")
+    assert (page.mood, page.status) == ("going", "In progress: 4 of 8 rounds")
     assert "no summary yet" in page.story[0]
     assert len(page.figures) == 9
 
@@ -116,7 +111,7 @@ def test_a_run_before_its_first_round_has_a_page(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "sites.json", "ledger.json", "plan.json", "environment.json"):
         (run / name).unlink()
     page = page_of(run)
-    assert page.status == "Not finished yet: 0 of 4 rounds"
+    assert page.status == "In progress: 0 of 4 rounds"
     assert not page.figures
     assert "<h1>run</h1>" in html(page)
 
@@ -138,14 +133,14 @@ def test_uploads_are_split_by_replies_unless_they_were_recorded(tmp_path: Path) 
     run = write_run(tmp_path / "run")
     # 12 messages of half a MiB in the ledger, 11 replies with an update, 2 of them in round 2
     shares = [6 * n / 11 for n in (0, 3, 5, 8, 11)]
-    assert [v for _, v in learning.uploaded(read_run(run))] == pytest.approx(shares)
+    assert [v for _, v in cost.uploaded(read_run(run))] == pytest.approx(shares)
     set_metrics(run, communication_up_mib=1.5)
-    assert learning.uploaded(read_run(run)) == [(r, 1.5) for r in range(1, 5)]
+    assert cost.uploaded(read_run(run)) == [(r, 1.5) for r in range(1, 5)]
 
 
 def test_the_plan_ends_at_its_total(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
-    plan = learning.planned(run)
+    plan = cost.planned(run)
     assert plan[0] == (0, 1.0)  # two sites judge the base
     assert plan[-1] == (4, run.plan["total-mib"])
 
@@ -162,7 +157,10 @@ def test_participation_names_who_trained_and_who_failed(tmp_path: Path) -> None:
 def test_a_site_that_was_never_drawn_is_named(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", rounds=1, planned=9, status=None))
     note = next(f.note for f in page.figures if f.key == "coverage")
-    assert note == "All together: 50.0 %. Not yet visited: 0, 1, 2."
+    assert note == (
+        "Share of the training examples seen at least once. Overall: 50.0 %. "
+        "Not visited yet: 0, 1, 2."
+    )
 
 
 # --- Updates --------------------------------------------------------------------------------------
@@ -172,9 +170,9 @@ def test_an_update_that_stands_out_is_named_and_ringed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", rounds=1)
     norms = {"3": 1.0, "4": 6.0, "5": 1.2}
     set_metrics(run, update_norms=norms, update_cosines={"3": 0.6, "4": -0.3, "5": 0.5})
-    length, direction = updates.update_figures(read_run(run))
-    assert length.note.startswith("Stands out: site 4 in round 1 (5 times the median).")
-    assert direction.note.startswith("Stands out: site 4 in round 1 (cosine -0.3).")
+    length, direction = client_updates.update_figures(read_run(run))
+    assert length.note.startswith("Outliers: site 4 in round 1 (5 times the median).")
+    assert direction.note.startswith("Outliers: site 4 in round 1 (cosine -0.3).")
     for figure in (length, direction):
         assert figure.svg.count('class="ring"') == 1
         assert '<text x="' in figure.svg
@@ -182,16 +180,16 @@ def test_an_update_that_stands_out_is_named_and_ringed(tmp_path: Path) -> None:
 
 
 def test_updates_that_are_alike_do_not_stand_out(tmp_path: Path) -> None:
-    for figure in updates.update_figures(read_run(write_run(tmp_path / "run"))):
-        assert figure.note.startswith("None stands out.")
+    for figure in client_updates.update_figures(read_run(write_run(tmp_path / "run"))):
+        assert figure.note.startswith("No outliers.")
         assert "ring" not in figure.svg
 
 
 def test_of_two_updates_neither_stands_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", rounds=1)
     set_metrics(run, update_norms={"3": 1.0, "4": 9.0})
-    [length, _] = updates.update_figures(read_run(run))
-    assert length.note.startswith("None stands out.")
+    [length, _] = client_updates.update_figures(read_run(run))
+    assert length.note.startswith("No outliers.")
 
 
 def test_what_a_rule_cuts_and_the_rank_it_keeps_are_drawn(tmp_path: Path) -> None:
@@ -202,7 +200,7 @@ def test_what_a_rule_cuts_and_the_rank_it_keeps_are_drawn(tmp_path: Path) -> Non
         each |= {"truncation-error": 0.2, "rank": 16 * each["round"]}
     (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     page = page_of(run)
-    assert table_of(page, "aggregation-error").columns == ("round", "cut back to the rank")
+    assert table_of(page, "aggregation-error").columns == ("round", "rank truncation")
     assert table_of(page, "rank").rows[-1] == ("4", "64")
 
 
@@ -230,11 +228,11 @@ def test_the_only_checkpoint_that_was_asked_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     write(run / "evaluation/evaluation.json", evaluation())
     note = next(f.note for f in page_of(run).figures if f.key == "accuracy-1")
-    said = "Only the checkpoint after round 4 (peft_4) was asked"
+    said = "Only the checkpoint of round 4 (peft_4) was evaluated"
     assert note.endswith(f"{said}; the run directory holds no other.")
     (run / "peft_2").mkdir()
     note = next(f.note for f in page_of(run).figures if f.key == "accuracy-1")
-    assert note.endswith(f"{said}. To ask another one: grandrounds evaluate {run}/peft_2")
+    assert note.endswith(f"{said}. To evaluate another: grandrounds evaluate {run}/peft_2")
 
 
 def test_both_protocols_have_a_figure_each(tmp_path: Path) -> None:
@@ -270,7 +268,7 @@ def test_the_command_to_repeat_means_the_same_configuration(tmp_path: Path) -> N
     assert words[2::2] == ["--set"] * len(differing(config))
     again = recipes.resolve(recipes.parse_overrides(words[3::2]))
     assert again.flat() == config.flat()
-    first = shlex.split(commands(read_run(run))[0][1])
+    first = shlex.split(commands(run)[0][1])
     assert first == ["grandrounds", "run", "--config", str(run / "config.toml")]
 
 
@@ -278,7 +276,7 @@ def test_a_run_of_real_sites_is_repeated_with_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     sites = json.loads((run / "sites.json").read_text())
     (run / "sites.json").write_text(json.dumps([{**s, "base-content": "ab"} for s in sites]))
-    for _, command in commands(read_run(run)):
+    for _, command in commands(run):
         assert command.endswith(" --engine deployment --connection NAME")
 
 
@@ -445,7 +443,7 @@ def test_a_page_is_not_written_over_something_else(tmp_path: Path) -> None:
     assert write_page(page, target) == target.stat().st_size
     write_page(page, target)  # its own it may
     target.write_text("<html>thesis</html>")
-    with pytest.raises(DataError, match="is no report of grandrounds"):
+    with pytest.raises(DataError, match="is not a report of grandrounds"):
         write_page(page, target)
     assert target.read_text() == "<html>thesis</html>"
 
@@ -510,7 +508,7 @@ def test_a_comparison_shows_arms_sites_and_what_joining_gains(tmp_path: Path) ->
     arms = [row[0] for row in table_of(page, "arms-private").rows]
     assert arms == ["base", "federated", "local, own part", "local, everywhere"]
     assert table_of(page, "sites-private").columns == ("site", *arms)
-    joined = ("0", "25.0 points (10.0 to 40.0)", "p = 0.010")
+    joined = ("0", "25.0 points (10.0 to 40.0)", "0.010")
     assert table_of(page, "joining-local-own-private").rows[0] == joined
     assert tile(page, "federated over local, own part: private") == "+25.0 points"
     assert next(t.note for t in page.tiles if "private" in t.name) == "better at 2 of 3 sites"
@@ -518,7 +516,7 @@ def test_a_comparison_shows_arms_sites_and_what_joining_gains(tmp_path: Path) ->
     assert not losses.rows
     assert shares.rows[1][5] == "2 / 1 / 0"
     questions = asked.rows[0]
-    assert questions[-3:] == ("90 / 15", "25.0 points (18.0 to 32.0)", "p < 0.001")
+    assert questions[-3:] == ("90 / 15", "25.0 points (18.0 to 32.0)", "< 0.001")
     assert "grandrounds compare --seeds 2 --out wards" in html(page)
 
 
@@ -535,7 +533,7 @@ def test_equal_scores_are_equal_and_printed_as_0(tmp_path: Path) -> None:
     [told] = [t for t in page.tiles if "private" in t.name]
     assert (told.value, told.note) == ("0 points", "better at 1 of 3 sites, equal at 2")
     figure = next(f for f in page.figures if f.key == "joining-local-own-private")
-    assert figure.note == "Better off: 1 of 3 sites. Neither better nor worse: 2."
+    assert figure.note == "Better off: 1 of 3 sites. Unchanged: 2."
     assert figure.table.rows[0][1] == "0.0 points (0.0 to 0.0)"
     assert "gain 0.0 points" in figure.svg
     assert "e-1" not in html(page)
@@ -558,29 +556,35 @@ def test_an_interval_of_a_share_ends_at_0_and_100(tmp_path: Path) -> None:
 
 def test_a_column_of_a_comparison_has_as_many_decimals(tmp_path: Path) -> None:
     content = comparison()
-    for joining, mean in zip(content["joining"], (-0.0256, -0.33, -0.081), strict=True):
+    content["joining"].append({**content["joining"][0], "site": 3})
+    means = (-0.0256, -0.33, -0.081, 2.78e-15)
+    for joining, mean in zip(content["joining"], means, strict=True):
         gain = {"mean": mean, "interval": None, "n": 1, "p": None}
         joining["own"] = {"held-out-loss": gain, "accuracy": {"private": gain}}
     page = comparison_page(content, tmp_path / "comparison.json")
     losses = table_of(page, "joining-local-own-held-out-loss").rows
-    assert [row[1] for row in losses] == ["-0.026", "-0.330", "-0.081"]
+    assert [row[1] for row in losses] == ["-0.026", "-0.330", "-0.081", "0.000"]
+    figure = next(f for f in page.figures if f.key == "joining-local-own-held-out-loss")
+    at_the_end = re.findall(r'class="value">([^<]+)<', figure.svg)
+    assert at_the_end == ["-0.026", "-0.330", "-0.081", "0.000"]
     shares = table_of(page, "joining-local-own-private").rows
-    assert [row[1] for row in shares] == ["-2.6 points", "-33.0 points", "-8.1 points"]
+    points = [row[1].removesuffix(" points") for row in shares]
+    assert points == ["-2.6", "-33.0", "-8.1", "0.0"]
 
 
 def test_an_unfinished_comparison_says_how_to_go_on(tmp_path: Path) -> None:
     empty = {"arms": {}, "gains": [], "joining": [], "units": {"done": 0, "planned": 10}}
     file = comparison_file(tmp_path, status="unfinished", **empty)
     page = comparison_page(read_comparison(file), file)
-    assert page.status == "0 of 10 parts finished"
+    assert page.status == "0 of 10 units finished"
     assert "grandrounds compare --seeds 2 --out wards" in page.story[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "has format 2, this version reads 1"),
-        ({"arms": 3}, "is no comparison"),
+        ({"format": 2}, "has format 2, but this version reads 1"),
+        ({"arms": 3}, "is not a comparison"),
         ({"gains": [{}]}, "is not what grandrounds compare writes"),
         ({"joining": [{}]}, "is not what grandrounds compare writes"),
     ],

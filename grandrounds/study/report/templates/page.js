@@ -27,7 +27,7 @@
   for (const figure of document.querySelectorAll("svg.figure")) {
     const marks = [...figure.querySelectorAll(".mark")];
     for (const mark of marks) {
-      // The browser's own tooltip would stand beside ours.
+      // Without a title, the browser shows no tooltip of its own.
       const title = mark.querySelector("title");
       mark.setAttribute("aria-label", title.textContent);
       title.remove();
@@ -76,7 +76,7 @@
     });
   }
 
-  // On paper nothing can be opened.
+  // Open what a reader on paper cannot.
   const closed = [];
   addEventListener("beforeprint", () => {
     for (const part of document.querySelectorAll("details:not([open])")) {

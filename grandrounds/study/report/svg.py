@@ -1,35 +1,38 @@
-"""SVG by small functions: elements, marks, scales and ticks. Every text is escaped here."""
+"""SVG primitives: elements, marks, scales and ticks. All text is escaped here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH = 440
-"""Width of a figure in its own units; on a phone a unit is 0.8 CSS pixels, and text is legible."""
+"""Width of a figure in user units; on a phone a unit is 0.8 CSS pixels, so text stays legible."""
 
 CHARACTER = 7.1
-"""Mean width of a character of the figures' text, in the same units."""
+"""Mean width of a character in user units."""
 
 LINE = 17
-"""Height of a line of text."""
+"""Line height in user units."""
 
 STYLES = 7
-"""Ways to draw a series that differ in colour, mark and dashes; more series begin again."""
+"""Number of series styles (colour, mark and dashes); more series reuse them."""
 
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 5", "1 4", "12 4")
-"""Dashes of the lines, one for each style."""
+"""Dash pattern of each style."""
 
 MOST_MARKS = 2_500
-"""Marks of one figure that carry a label; of more, none does, and the table tells."""
+"""With more marks than this a figure carries no labels; its table has the values."""
+
+MARGIN = 0.06
+"""Space between the values and the ends of an axis, as a share of their range."""
 
 
 def element(name: str, *children: str, **attributes: object) -> str:
-    """Return an SVG element; `children` is markup, attribute values are escaped here.
+    """Return an SVG element; `children` are markup, attribute values are escaped.
 
-    An attribute `class_` is `class`, `stroke_width` is `stroke-width`; None leaves it out.
+    `class_` becomes `class`, `stroke_width` becomes `stroke-width`; None omits an attribute.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_value(value))}"'
@@ -51,15 +54,28 @@ def label(words: str, x: float, y: float, anchor: str = "start", class_: str = "
 
 
 def shortened(words: str, most: int) -> str:
-    """Return a text of at most so many characters, with an ellipsis where it was cut."""
+    """Cut a text to `most` characters, with an ellipsis if it was longer."""
     return words if len(words) <= most else f"{words[: most - 1]}…"
+
+
+def document(height: float, title: str, *parts: str) -> str:
+    """Return the SVG of a figure."""
+    return element(
+        "svg",
+        *parts,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {WIDTH} {math.ceil(height)}",
+        role="group",
+        aria_label=title,
+        class_="figure",
+    )
 
 
 # --- Marks ----------------------------------------------------------------------------------------
 
 
 def shape(style: int, x: float, y: float, r: float = 3.4) -> str:
-    """Return the path of a mark: disc, square, triangle, diamond, cross, star, turned triangle."""
+    """Return the path of a mark: disc, square, triangle, diamond, cross, star, or triangle down."""
     kind = style % STYLES
     if kind == 0:
         return f"M{x - r:.1f} {y:.1f}a{r:g} {r:g} 0 1 0 {2 * r:g} 0a{r:g} {r:g} 0 1 0 {-2 * r:g} 0"
@@ -75,7 +91,7 @@ def shape(style: int, x: float, y: float, r: float = 3.4) -> str:
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    """Return the path through points."""
+    """Return a path through points."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
@@ -86,14 +102,14 @@ def box(x: float, y: float, width: float, height: float) -> str:
 
 @dataclass
 class Marks:
-    """Marks of a figure: the first takes the Tab key, the arrow keys go to the others."""
+    """Marks of a figure: Tab focuses the first, the arrow keys reach the others."""
 
     labelled: bool = True
-    """Whether marks say what they are; not where there are more than `MOST_MARKS`."""
+    """Whether marks carry a label: only up to `MOST_MARKS` of them."""
     _first: bool = True
 
     def draw(self, shapes: Sequence[tuple[str, str]], class_: str) -> str:
-        """Return marks, each from (path, what it says)."""
+        """Return marks, each given as (path, label)."""
         if not self.labelled:
             return element("path", d="".join(d for d, _ in shapes), class_=class_)
         return "".join(self._one(d, words, class_) for d, words in shapes)
@@ -109,24 +125,24 @@ class Marks:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a value lies on an axis."""
+    """Maps values to positions on an axis."""
 
     low: float
     high: float
-    """The values at either end; `high` is above `low`, and both above 0 where `log`."""
+    """Values at the ends; `high` is above `low`, and both are positive if `log`."""
     start: float
     end: float
-    """The places of both."""
+    """Positions of the ends."""
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the place of a value."""
+        """Return the position of a value."""
         turn: Callable[[float], float] = math.log if self.log else float
         share = (turn(value) - turn(self.low)) / (turn(self.high) - turn(self.low))
         return self.start + share * (self.end - self.start)
 
     def ticks(self, most: int = 6, whole: bool = False) -> list[float]:
-        """Return round values within the scale, at most about so many."""
+        """Return round values within the scale, about `most` at most."""
         if self.log:
             return log_ticks(self.low, self.high)
         return nice_ticks(self.low, self.high, most, whole)
@@ -143,7 +159,7 @@ def nice_ticks(low: float, high: float, most: int = 6, whole: bool = False) -> l
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return powers of ten between two positive values; 1, 2 and 5 times these over few decades."""
+    """Return powers of ten between two positive values; 2 and 5 times these over few decades."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     every = max(1, len(decades) // 6)
     steps = (1, 2, 5) if len(decades) <= 4 else (1,)
@@ -151,19 +167,28 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [t for t in ticks if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
 
 
-def scale_over(
-    values: Sequence[float], start: float, end: float, *, log: bool = False, pad: float = 0.06
-) -> Scale:
-    """Return the scale that holds all values, with some room at either end.
+@dataclass(frozen=True)
+class Axis:
+    """An axis of measured values."""
 
-    Without values, or with one value only, there is room all the same.
-    """
-    found = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
-    low, high = (min(found), max(found)) if found else (0.0, 1.0)
-    if log:
-        low, high = (low or 1e-9), (high or 1.0)
-        room = (high / low) ** pad if high > low else 2.0
-        return Scale(low / room, high * room, start, end, log=True)
-    span = (high - low) or abs(high) or 1.0
-    at_zero = low >= 0 and low - pad * span < 0
-    return Scale(0.0 if at_zero else low - pad * span, high + pad * span, start, end)
+    label: str
+    from_zero: bool = False
+    """Whether it includes 0."""
+    log: bool = False
+    """Whether it is logarithmic."""
+
+    def scale(self, values: Iterable[float], start: float, end: float) -> Scale:
+        """Return a scale that holds all values, with a margin at both ends.
+
+        It has an extent even with a single value or with none.
+        """
+        values = [*values, 0.0] if self.from_zero else values
+        found = [v for v in values if math.isfinite(v) and (v > 0 or not self.log)]
+        low, high = (min(found), max(found)) if found else (0.0, 1.0)
+        if self.log:
+            low, high = (low or 1e-9), (high or 1.0)
+            room = (high / low) ** MARGIN if high > low else 2.0
+            return Scale(low / room, high * room, start, end, log=True)
+        span = (high - low) or abs(high) or 1.0
+        at_zero = low >= 0 and low - MARGIN * span < 0
+        return Scale(0.0 if at_zero else low - MARGIN * span, high + MARGIN * span, start, end)

@@ -1,0 +1,129 @@
+"""What a run costs: communication and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grandrounds.study.report.charts import Point, Series, column_chart, line_chart
+from grandrounds.study.report.figures import Figure, Section, some
+from grandrounds.study.report.learning import curve
+from grandrounds.study.report.read import RunFiles
+from grandrounds.study.report.svg import Axis
+from grandrounds.study.tables import MIB, Table, duration, fixed, in_mib, is_number
+
+
+def section(run: RunFiles) -> Section:
+    """Return communication against the plan, time by phase, and messages by kind."""
+    ledger = ledger_table(run)
+    figures = some(communication_figure(run), seconds_figure(run))
+    return Section("cost", "Cost", figures=figures, tables=[ledger] if ledger else [])
+
+
+# --- Communication --------------------------------------------------------------------------------
+
+
+def traffic(content: Mapping[str, Any], way: str) -> int:
+    """Return the bytes of one direction, `up` or `down`, in a ledger or a plan."""
+    totals = content.get("totals") or {}
+    return sum(int(t["tensor_bytes"]) for kind, t in totals.items() if kind.endswith(f".{way}"))
+
+
+def uploaded(run: RunFiles) -> list[tuple[int, float]]:
+    """Return cumulative MiB sent up: as recorded, else the ledger's total divided by replies."""
+    if recorded := run.values("communication-up-mib"):
+        return recorded
+    replies, so_far = 0, []
+    for line in run.metrics:
+        replies += len(line.get("update-norms") or line.get("good") or ())
+        so_far.append((line["round"], replies))
+    total = traffic(run.ledger, "up") / MIB
+    return [(r, total * n / replies) for r, n in so_far] if replies else []
+
+
+def planned(run: RunFiles) -> list[tuple[int, float]]:
+    """Return cumulative MiB of the plan, its totals spread evenly over the rounds."""
+    totals = run.plan.get("totals") or {}
+    rounds = run.planned_rounds
+    by_kind = {
+        kind: sum(t["tensor_bytes"] for k, t in totals.items() if k.startswith(kind)) / MIB
+        for kind in ("train", "evaluate")
+    }
+    if not totals:
+        return []
+    return [
+        (r, by_kind["train"] * r / rounds + by_kind["evaluate"] * (r + 1) / (rounds + 1))
+        for r in range(rounds + 1)
+    ]
+
+
+def communication_figure(run: RunFiles) -> Figure | None:
+    """Return cumulative communication, by direction, beside the plan."""
+    total = run.values("communication-mib")
+    if not total:
+        return None
+    up = uploaded(run)
+    down = [(r, dict(total)[r] - v) for r, v in up if r in dict(total)]
+    plan = planned(run)
+    series = [
+        curve("total", total, "total, MiB", 0),
+        curve("down, to the sites", down, "down, MiB", 1),
+        curve("up, from the sites", up, "up, MiB", 2),
+        Series("planned total", [Point(r, v, "") for r, v in plan], 5, "wide"),
+    ]
+    title = "Cumulative communication"
+    ups, downs, plans = dict(up), dict(down), dict(plan)
+    rows = [
+        (str(r), *(fixed(mib, 2) for mib in (downs.get(r), ups.get(r), v, plans.get(r))))
+        for r, v in total
+    ]
+    note = (
+        "MiB by FlowerTune's counting rule. The wide pale line is the plan, its total spread "
+        "evenly over the rounds; if the run went as planned, it surrounds the measured total."
+    )
+    if up and not run.values("communication-up-mib"):
+        note += " Up and down: the ledger's totals, divided by the replies of each round."
+    svg = line_chart(title, series, Axis("MiB", from_zero=True), run.last_shown)
+    columns = ("round", "down", "up", "total", "planned total")
+    return Figure("communication", title, svg, note, Table(columns, rows))
+
+
+def ledger_table(run: RunFiles) -> Table | None:
+    """Return messages and MiB by kind of message, beside the plan."""
+    sent, plan = run.ledger.get("totals") or {}, run.plan.get("totals") or {}
+    if not sent and not plan:
+        return None
+    rows = []
+    for kind in sorted({*sent, *plan}):
+        cells = [
+            text
+            for t in (sent.get(kind, {}), plan.get(kind, {}))
+            for text in (f"{t.get('messages', 0):,}", in_mib(t.get("tensor_bytes", 0)))
+        ]
+        rows.append((kind, *cells))
+    return Table(("kind", "sent", "MiB", "planned", "MiB"), rows, "Messages by kind")
+
+
+# --- Time -----------------------------------------------------------------------------------------
+
+PHASES = ("training", "held-out loss", "I/O")
+
+
+def seconds_figure(run: RunFiles) -> Figure | None:
+    """Return the wall-clock seconds of each round, by phase."""
+    timed = [m for m in run.metrics if is_number(m.get("seconds"))]
+    if not timed:
+        return None
+    columns, rows, by_round = [], [], []
+    for line in timed:
+        train, judge = (float(line.get(f"{p}-seconds") or 0) for p in ("train", "evaluate"))
+        parts = (train, judge, max(0.0, float(line["seconds"]) - train - judge))
+        said = ", ".join(f"{p} {v:.2f} s" for p, v in zip(PHASES, parts, strict=True))
+        columns.append((float(line["round"]), f"round {line['round']}: {said}"))
+        rows.append((str(line["round"]), *(f"{v:.2f}" for v in parts)))
+        by_round.append(parts)
+    stacks = list(zip(PHASES, zip(*by_round, strict=True), strict=True))
+    title = "Wall-clock time by round"
+    svg = column_chart(title, columns, stacks, x_label="round", y_label="seconds")
+    totals = ", ".join(f"{name} {duration(sum(values))}" for name, values in stacks)
+    return Figure("seconds", title, svg, f"Total: {totals}.", Table(("round", *PHASES), rows))

@@ -1,0 +1,88 @@
+"""Which sites took part, and how much of their data was seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from grandrounds.study.report.charts import column_chart
+from grandrounds.study.report.figures import Figure, Section, some
+from grandrounds.study.report.read import RunFiles
+from grandrounds.study.report.row_charts import Cell, grid_chart
+from grandrounds.study.tables import NONE, Table, is_number, number, percent
+
+
+def section(run: RunFiles) -> Section:
+    """Return participation by site and round, and coverage by site."""
+    figures = some(participation_figure(run), coverage_figure(run))
+    return Section("sites", "Participation", figures=figures)
+
+
+def site_numbers(run: RunFiles) -> list[int]:
+    """Return the partition ids of all sites."""
+    named = [int(s["partition-id"]) for s in run.sites if is_number(s.get("partition-id"))]
+    return sorted(named) or list(range(run.config.data.num_partitions))
+
+
+def participation_figure(run: RunFiles) -> Figure | None:
+    """Return which sites trained in which round, and which failed."""
+    sites, rounds = site_numbers(run), run.last_shown
+    if not run.trained or not rounds:
+        return None
+    cells = []
+    for line in run.trained:
+        failed: Mapping[str, str] = line.get("failed") or {}
+        for site in line.get("cohort") or ():
+            if site in sites:
+                why = failed.get(str(site))
+                outcome = "took part" if why is None else f"failed: {why[:200]}"
+                label = f"site {site}, round {line['round']}: {outcome}"
+                kind = "took" if why is None else "failed"
+                cells.append(Cell(site, line["round"], kind, label))
+    title = "Participation by site and round"
+    svg = grid_chart(title, sites, rounds, cells, run.rounds)
+    counts = Counter((cell.site, cell.kind) for cell in cells)
+    used, unused = (sum(cell.kind == kind for cell in cells) for kind in ("took", "failed"))
+    held = {int(s["partition-id"]): s for s in run.sites if is_number(s.get("partition-id"))}
+    rows = [
+        (
+            str(s),
+            number(held.get(s, {}).get("train-examples")),
+            number(held.get(s, {}).get("held-out-examples")),
+            str(counts[s, "took"]),
+            str(counts[s, "failed"]),
+        )
+        for s in sites
+    ]
+    columns = ("site", "training examples", "held-out examples", "rounds", "failed")
+    note = f"{used:,} visits were used, {unused:,} failed."
+    return Figure("participation", title, svg, note, Table(columns, rows))
+
+
+def coverage_figure(run: RunFiles) -> Figure | None:
+    """Return the share of each site's training examples seen at least once."""
+    last: dict[int, float] = dict.fromkeys(site_numbers(run), 0.0)
+    for line in run.trained:
+        found = line.get("site-coverage") or {}
+        last |= {int(s): float(share) for s, share in found.items() if is_number(share)}
+    if not run.trained:
+        return None
+    title = "Coverage by site"
+    columns = [(s, f"site {s}: {percent(share)} of its examples") for s, share in last.items()]
+    svg = column_chart(
+        title,
+        columns,
+        [("", [100 * share for share in last.values()])],
+        x_label="site",
+        y_label="% of training examples seen",
+        top_value=100,
+    )
+    note = "Share of the training examples seen at least once."
+    if overall := run.values("coverage"):
+        note += f" Overall: {percent(overall[-1][1])}."
+    never = [s for s, share in last.items() if not share]
+    if never:
+        named = ", ".join(map(str, never[:20])) + (" and more" if len(never) > 20 else "")
+        note += f" Not visited yet: {named}."
+    rows = [(str(s), percent(share) if share else NONE) for s, share in last.items()]
+    return Figure("coverage", title, svg, note, Table(("site", "coverage"), rows))
