@@ -205,7 +205,7 @@ def test_the_qwen_entry_with_dora_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('task.name = "code"', "only the medical task is served"),
+        ('task.name = "code"', "only the medical task is supported"),
     ],
 )
 def test_a_foreign_key_that_means_something_else_is_refused(
