@@ -179,7 +179,7 @@ def test_unknown_rows_are_asked_for_and_taken() -> None:
         (["--set", "seeed=1"], 2, "Did you mean 'seed'?"),
         (["--config", "no.toml"], 2, "Cannot read the configuration no.toml"),
         (["--config", JSL, "--compare", "no.toml"], 2, "Cannot read the configuration no.toml"),
-        ([JSL], 2, f"stands alone: give a recipe as --config {JSL}"),
+        ([JSL], 2, f"needs an option: give a recipe as --config {JSL}"),
         (["--downlink-mbps", "5"], 2, "--downlink-mbps needs --uplink-mbps"),
         (["--uplink-mbps", "0"], 2, "--uplink-mbps = 0 must be a number above 0"),
         (["--uplink-mbps", "5", "--downlink-mbps", "nan"], 2, "--downlink-mbps = nan must be"),
