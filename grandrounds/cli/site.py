@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
+
+if TYPE_CHECKING:
+    from grandrounds.site.custody.site_file import SiteFile
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="One site of a consortium."
@@ -61,26 +65,24 @@ def join(
     from grandrounds.engines.deployment import admissions, keys
     from grandrounds.site.custody.site_file import read_site_file
 
-    found = admissions.join(read_site_file(config), admission, authority)
+    consortium, site = admissions.join(read_site_file(config), admission, authority)
     trusted = keys.read_public_text(authority.read_text())
     say(
-        f"admitted to {found.consortium!r} as site {found.partition_id} of {found.num_partitions}",
+        f"admitted to {consortium!r} as site {site.node.partition_id} of "
+        f"{site.node.num_partitions}",
         f"signed by {keys.fingerprint(trusted)}: compare it with the consortium's own statement",
-        f"server {found.superlink}",
+        f"server {site.node.superlink}",
         "agent:     " + f"grandrounds site serve --config {config}",
-        "SuperNode: " + set_up_command(config),
+        "SuperNode: " + start_command(site),
         f"units: {config.absolute().parent / 'agent.service'}, supernode.service",
     )
 
 
-def set_up_command(config: Path) -> str:
+def start_command(site: SiteFile) -> str:
     """Return the shell command that starts a site's SuperNode."""
-    import shlex
-
     from grandrounds.engines.deployment.set_up import supernode_command
-    from grandrounds.site.custody.site_file import read_site_file
 
-    return shlex.join(supernode_command(read_site_file(config)))
+    return shlex.join(supernode_command(site))
 
 
 @app.command()
@@ -134,4 +136,6 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
 @app.command()
 def supernode(config: SiteToml = Path("site.toml")) -> None:
     """Print the command that starts the site's SuperNode."""
-    say(set_up_command(config))
+    from grandrounds.site.custody.site_file import read_site_file
+
+    say(start_command(read_site_file(config)))

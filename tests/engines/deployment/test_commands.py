@@ -147,7 +147,7 @@ def test_a_superlink_elsewhere_needs_a_place_for_the_run(flower_home: Path) -> N
         '[superlink.trial]\naddress = "trial.example.org:8001"\n'
     )
     line = complaint(run("run", "--engine", "deployment", "--connection", "trial"))
-    assert "writes the run directory there: give its full path" in line
+    assert "give its absolute path there with --run-dir" in line
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_run_knows_which_nodes_the_sites_were_admitted_as(
         config = recipes.resolve({**place, "consortium": given})
         deployment.deploy(config, PlainReporter(config), "trial")
         assert started.pop()["consortium"] == sent
-    assert "taken at their word: sites 0, 2." in capsys.readouterr().out
+    assert "unverified partition ids: 0, 2." in capsys.readouterr().out
 
 
 def fingerprint_of(site: Path) -> str:
