@@ -11,6 +11,7 @@ import typer
 
 from grandrounds.cli.screen import say
 from grandrounds.errors import ConfigError, EngineError
+from grandrounds.server import admitted
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="The server of a consortium."
@@ -76,7 +77,6 @@ def admit(
 ) -> None:
     """Check a site's request, sign its admission and register its key."""
     from grandrounds.engines.deployment import admissions
-    from grandrounds.server import admitted
 
     directory = directory.expanduser().absolute()
     check_fingerprint(request, fingerprint)
@@ -129,7 +129,6 @@ def register_admitted(admission: Path, connection: str) -> None:
     """
     from grandrounds.engines.deployment import admissions
     from grandrounds.engines.deployment.superlink import register
-    from grandrounds.server import admitted
 
     try:
         node = register(admission.with_suffix(".pub"), admission.stem, connection)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
-
-if TYPE_CHECKING:
-    from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.quiet import quiet_libraries
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="One site of a consortium."
@@ -63,7 +62,6 @@ def join(
 ) -> None:
     """Apply an admission: server address, certificate authority and partition id."""
     from grandrounds.engines.deployment import admissions, keys
-    from grandrounds.site.custody.site_file import read_site_file
 
     consortium, site = admissions.join(read_site_file(config), admission, authority)
     trusted = keys.read_public_text(authority.read_text())
@@ -95,9 +93,6 @@ def check(
     assignments: Assignments = None,
 ) -> None:
     """Check everything that a site needs, one finding per line; exit code 1 on an error."""
-    from grandrounds.quiet import quiet_libraries
-    from grandrounds.site.custody.site_file import read_site_file
-
     site = read_site_file(config)
     asked = recipes.from_options(recipe, assignments)
     run = recipes.resolve(asked)
@@ -114,9 +109,6 @@ def check(
 @app.command()
 def serve(config: SiteToml = Path("site.toml")) -> None:
     """Run the site's agent, which holds data and base model and serves the SuperNode."""
-    from grandrounds.quiet import quiet_libraries
-    from grandrounds.site.custody.site_file import read_site_file
-
     site = read_site_file(config)
     quiet_libraries()
     from grandrounds.engines.deployment.agent import Agent
@@ -136,6 +128,4 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
 @app.command()
 def supernode(config: SiteToml = Path("site.toml")) -> None:
     """Print the command that starts the site's SuperNode."""
-    from grandrounds.site.custody.site_file import read_site_file
-
     say(start_command(read_site_file(config)))

@@ -13,6 +13,7 @@ from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.validation import parse
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
+from grandrounds.storage import read_toml
 
 LEADERBOARD_DATA = (
     "medalpaca/medical_meadow_medical_flashcards",
@@ -43,7 +44,7 @@ def defaults() -> dict[str, Scalar]:
     here = Path(__file__).resolve().parent.parent  # the package's own folder
     for path in (here / "pyproject.toml", here.parent / "pyproject.toml"):
         if path.is_file():
-            table = tomllib.loads(path.read_text())
+            table = read_toml(path)
             if table.get("project", {}).get("name") == "grandrounds":
                 return flatten(table["tool"]["flwr"]["app"]["config"])
     raise ConfigError(
@@ -63,12 +64,7 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
     ConfigError
         If the file is missing or not TOML, or has an entry-specific key that cannot be honoured.
     """
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    table = read_toml(path)
     app = table_at(table, "tool", "flwr", "app")
     if "config" not in app:
         return flatten(table)

@@ -281,7 +281,7 @@ def test_nested_tables_and_dotted_keys_are_the_same(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml cannot be read: No such file"):
         load_recipe(tmp_path / "nowhere.toml")
     with pytest.raises(ConfigError, match="Is a directory"):
         load_recipe(tmp_path)

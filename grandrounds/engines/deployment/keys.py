@@ -165,8 +165,6 @@ def new_certificate(
     public_key: PublicKey,
     authority: x509.Certificate,
     authority_key: PrivateKey,
-    *,
-    days: int = CERTIFICATE_DAYS,
 ) -> x509.Certificate:
     """Return a certificate for host names or addresses, valid for servers and clients."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -178,7 +176,7 @@ def new_certificate(
             names.append(x509.DNSName(host))
     usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     return (
-        _builder(subject, authority.subject, public_key, days)
+        _builder(subject, authority.subject, public_key, CERTIFICATE_DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)

@@ -33,11 +33,9 @@ def new_folder(folder: Path, mode: int = 0o700) -> Path:
     folder = folder.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder. Choose another with --dir.")
-    try:
+    with storage.writing(str(folder), "Choose another with --dir.", ConfigError):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(mode)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be created: {error.strerror}.") from error
     return folder
 
 
@@ -71,10 +69,10 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
     server = keys.new_certificate(
         name, _hosts(host), server_key.public_key(), authority, authority_key
     )
-    for stem, key in (("ca", authority_key), ("server", server_key), ("authority", nodes_key)):
+    keys.write_private_key(folder / "authority.key", nodes_key)
+    for stem, key, made in (("ca", authority_key, authority), ("server", server_key, server)):
         keys.write_private_key(folder / f"{stem}.key", key)
-    keys.write_new(folder / "ca.crt", keys.certificate_text(authority))
-    keys.write_new(folder / "server.crt", keys.certificate_text(server))
+        keys.write_new(folder / f"{stem}.crt", keys.certificate_text(made))
     public = keys.public_text(nodes_key.public_key(), f"authority of {name}")
     keys.write_new(folder / "authority.pub", f"{public}\n".encode())
     described = {"name": name, "superlink": f"{host}:{port}", "version": grandrounds.__version__}

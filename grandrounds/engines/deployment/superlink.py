@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from grandrounds.engines.watching import (
 from grandrounds.errors import ConfigError, EngineError, nearest
 from grandrounds.server import admitted
 from grandrounds.server.directory import RunDirectory
+from grandrounds.storage import read_toml
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
@@ -204,12 +204,7 @@ def entry_of(connection: str) -> Mapping[str, Any]:
         If there is none of that name with an address.
     """
     file = flower_home() / "config.toml"
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {})
-    except OSError:
-        table = {}
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+    table = read_toml(file).get("superlink", {}) if file.is_file() else {}
     found = table.get(connection)
     if not isinstance(found, Mapping) or not found.get("address"):
         known = [name for name, entry in table.items() if isinstance(entry, Mapping)]

@@ -73,9 +73,9 @@ def web_server(
 
     authority_key, server_key = keys.new_key(), keys.new_key()
     authority = keys.new_authority("trial certificate authority", authority_key)
-    with made_before(30):
+    with made_before(keys.CERTIFICATE_DAYS - days):
         made = keys.new_certificate(
-            "trial", hosts, server_key.public_key(), authority, authority_key, days=30 + days
+            "trial", hosts, server_key.public_key(), authority, authority_key
         )
     (folder / "ca.crt").write_bytes(keys.certificate_text(authority))
     (folder / "server.crt").write_bytes(keys.certificate_text(made))
