@@ -59,8 +59,7 @@ class ModelConfig:
     prefix: ClassVar[str] = "model."
 
     name: str
-    """Base model: Hugging Face Hub name, local folder, or `formulary` for the built-in small model.
-    """
+    """Base model: Hugging Face Hub name, local folder, or `formulary` for the small built-in one."""
     quantization: Annotated[int, OneOf((0, 4, 8))]
     """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8) or 0 (not quantised)."""
     dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))]
@@ -144,8 +143,7 @@ class TrainingArguments:
     output_dir: Annotated[str, OneOf(("",))]
     """Must be empty: sites write no files."""
     learning_rate: Annotated[str, OneOf(("",))]
-    """Must be empty: `train.learning-rate-max` and `train.learning-rate-min` set the learning rate.
-    """
+    """Must be empty: set `train.learning-rate-max` and `train.learning-rate-min` instead."""
     per_device_train_batch_size: Annotated[int, Range(1)]
     """Examples per forward and backward pass."""
     gradient_accumulation_steps: Annotated[int, Range(1)]
@@ -280,8 +278,7 @@ class CommunicationConfig:
     """Codec for what the server sends."""
     downlink: Annotated[str, OneOf(("complete", "incremental"))]
     """`complete`: send the whole adapter, as its change since the start of the run. `incremental`:
-    send the change since the version that the site holds, which the server stores for every site.
-    """
+    send the change since the version that the site holds; the server stores it for every site."""
     catch_up_codec: Annotated[str, OneOf(("bf16", "int8", "int4", "int2"))]
     """`incremental`: codec for a site that holds no adapter yet or whose last update was lost."""
     block_size: Annotated[int, OneOf((16, 32, 64, 128, 256, 512, 1024))]
