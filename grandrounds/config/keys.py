@@ -59,7 +59,7 @@ class ModelConfig:
     prefix: ClassVar[str] = "model."
 
     name: str
-    """Base model: Hugging Face Hub name, local folder, or `formulary` for the small built-in one."""
+    """Base model: Hugging Face Hub name, local folder, or `formulary` (small, built in)."""
     quantization: Annotated[int, OneOf((0, 4, 8))]
     """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8) or 0 (not quantised)."""
     dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))]
