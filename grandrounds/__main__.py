@@ -1,4 +1,4 @@
-"""The `grandrounds` command; without its extras it answers with one line."""
+"""The `grandrounds` command; a missing extra is reported in one line."""
 
 from __future__ import annotations
 

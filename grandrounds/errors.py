@@ -1,16 +1,17 @@
-"""Every error that a person can cause or meet, as one tree.
+"""Every expected error, as one tree.
 
 GrandRoundsError            exit code 1, printed as one line, never as a traceback
-├── ConfigError             a key or value of the configuration cannot be used      (exit code 2)
+├── ConfigError             a configuration key or value is invalid                 (exit code 2)
 ├── DataError               a data source is missing, malformed or too small
+│   └── OwnDataError        the same for a site's own data, none of which is quoted
 ├── ModelError              a base model, tokenizer or target module cannot be used
 ├── RunDirectoryError       a run directory cannot be written, read or resumed
-├── RoundError              a round ended with fewer good replies than it needs
-├── ReplyError              one reply cannot be used; the round goes on without it
-├── PolicyError             a site's own policy forbids what a run asks of it
+├── RoundError              a round ended with fewer valid updates than required
+├── ReplyError              one reply is invalid; the round continues without it
+├── PolicyError             a site's own policy forbids what a run requests
 └── EngineError             Flower's runtime did not start, or ended without a result
 
-A message says what was wrong, the value received, what is allowed and what to do next.
+A message states what is wrong, the value received, what is allowed and what to do next.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class GrandRoundsError(Exception):
 
 
 class ConfigError(GrandRoundsError):
-    """A key or a value of the configuration cannot be used."""
+    """A configuration key or value is invalid."""
 
     exit_code = 2
 
@@ -36,11 +37,11 @@ class DataError(GrandRoundsError):
 
 
 class OwnDataError(DataError):
-    """A site's own data cannot be used. The message quotes none of them; its cause may."""
+    """A site's own data cannot be used. The message quotes none of it; its cause may."""
 
 
 class ModelError(GrandRoundsError):
-    """A base model, its tokenizer or a target module cannot be used."""
+    """A base model, tokenizer or target module cannot be used."""
 
 
 class RunDirectoryError(GrandRoundsError):
@@ -48,15 +49,15 @@ class RunDirectoryError(GrandRoundsError):
 
 
 class RoundError(GrandRoundsError):
-    """A round ended with fewer good replies than it needs."""
+    """A round ended with fewer valid updates than required."""
 
 
 class ReplyError(GrandRoundsError):
-    """One site's reply cannot be used; the round goes on without it and counts it as failed."""
+    """One site's reply is invalid; the round continues without it and counts it as failed."""
 
 
 class PolicyError(GrandRoundsError):
-    """A site's own policy forbids what a run asks of it."""
+    """A site's own policy forbids what a run requests."""
 
 
 class EngineError(GrandRoundsError):
@@ -64,7 +65,7 @@ class EngineError(GrandRoundsError):
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return `" Did you mean 'X'?"` for the allowed word nearest to `word`, or an empty string."""
+    """Return `" Did you mean 'X'?"` for the allowed word nearest to `word`, else `""`."""
     matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 

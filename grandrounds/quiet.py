@@ -1,6 +1,6 @@
-"""Keeps the libraries' warnings, log lines and progress bars off the terminal.
+"""Keeps warnings, log messages and progress bars of libraries off the terminal.
 
-Our own warnings stay: only what is raised within the libraries named here is left out.
+Only what is raised within the libraries listed here is suppressed; our own warnings are shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIBRARIES = (
 
 
 def quiet_libraries() -> None:
-    """Set filters, log levels and environment; call it before the libraries are imported."""
+    """Set filters, log levels and environment; call this before importing the libraries."""
     for name, value in (
         ("TOKENIZERS_PARALLELISM", "false"),
         ("HF_HUB_DISABLE_TELEMETRY", "1"),

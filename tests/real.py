@@ -238,10 +238,10 @@ class Consortium:
     def start_agent(self, i: int, **options: Any) -> None:
         """Start a site's agent, and wait until it serves."""
         name = f"agent{i}"
-        said = self.log(name).count("serves at")
+        said = self.log(name).count("listens on")
         command = [sys.executable, "-m", "grandrounds", "site", "serve"]
         self.start(name, [*command, "--config", str(self.sites[i].path)], **options)
-        wait_for(lambda: self.log(name).count("serves at") > said, 60, self.log(name))
+        wait_for(lambda: self.log(name).count("listens on") > said, 60, self.log(name))
 
     def supernode_command(self, i: int, *, agent: bool = True) -> list[str]:
         """Return the command of a site's SuperNode, on a port of its own."""

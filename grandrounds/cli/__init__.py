@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before the configuration is known to be right."""
+"""The command line. Nothing heavy is imported before the configuration has been validated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import grandrounds
 from grandrounds.cli import ask, compare, consortium, evaluate, export, plan, report, run, site
@@ -34,10 +35,47 @@ NEEDED_TO_RUN = (
 """Modules of the `train` extra."""
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells use it."""
+"""Exit code after Ctrl-C, by shell convention."""
+
+
+@contextmanager
+def reported_in_one_line() -> Iterator[None]:
+    """Print an expected failure as one line and exit with its code; a traceback means a bug."""
+    # SIGTERM is handled like Ctrl-C: child processes are ended and the summary is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except GrandRoundsError as error:
+        print(f"grandrounds: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt as interrupt:
+        what = f"; {interrupt}" if str(interrupt) else ""
+        print(f"grandrounds: interrupted{what}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in NEEDED_TO_RUN:
+            raise
+        print(
+            f"grandrounds: this command needs {package}, which is not installed: "
+            'pip install "grandrounds[all]"',
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
+
+
+class Commands(TyperGroup):
+    """All commands, their expected failures reported in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        with reported_in_one_line():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="grandrounds",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -61,52 +99,18 @@ def root(
 ) -> None:
     """Federated instruction tuning of medical language models.
 
-    Each site trains a small LoRA adapter on its own examples over a frozen base; only adapters
-    travel.
+    Each site trains a small LoRA adapter on its own examples over a frozen base model; only
+    adapters leave a site.
 
-    **Start here:** `grandrounds run` trains the embedded model on the embedded data: no download,
-    about a minute.
+    **Start here:** `grandrounds run` trains the built-in model on the built-in data, without
+    downloads, in about a minute.
     """
 
 
-@contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Print an expected failure as one line and exit with its code; a traceback means a bug."""
-    # An end asked from outside is like Ctrl-C: what was started is ended, the summary written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except GrandRoundsError as error:
-        print(f"grandrounds: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt as interrupt:
-        what = f"; {interrupt}" if str(interrupt) else ""
-        print(f"grandrounds: interrupted{what}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in NEEDED_TO_RUN:
-            raise
-        print(
-            f"grandrounds: a run needs {package}, which is not installed: "
-            'pip install "grandrounds[all]"',
-            file=sys.stderr,
-        )
-        raise typer.Exit(1) from None
-
-
-def in_one_line(below: typer.Typer) -> typer.Typer:
-    """Let all commands of a group tell expected failures in one line."""
-    for command in below.registered_commands:
-        if command.callback is not None:
-            command.callback = told_in_one_line()(command.callback)
-    return below
-
-
-app.add_typer(in_one_line(site.app), name="site")
-app.add_typer(in_one_line(consortium.app), name="consortium")
+app.add_typer(site.app, name="site")
+app.add_typer(consortium.app, name="consortium")
 for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
 ):
-    app.command()(told_in_one_line()(command))
+    app.command()(command)

@@ -1,11 +1,10 @@
-"""`grandrounds ask`: the command, with both answers side by side or one after the other."""
+"""`grandrounds ask`: answers of base and tuned model, side by side or one after the other."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from grandrounds.cli.options import Checkpoint, Plain, RunDirectory
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
 
@@ -23,24 +23,17 @@ if TYPE_CHECKING:
 
 
 def ask(
-    run_dir: Annotated[Path, typer.Argument(help="The run.", metavar="RUN_DIR")],
+    run_dir: RunDirectory,
     question: Annotated[
-        str | None,
-        typer.Argument(help="What to ask; left out: one question after the other."),
+        str | None, typer.Argument(help="Question; if omitted, a prompt asks for them.")
     ] = None,
-    checkpoint: Annotated[
-        str,
-        typer.Option(
-            help="`last`, `best` (lowest held-out loss), or the number of a round.",
-            metavar="last|best|ROUND",
-        ),
-    ] = "last",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
-    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no boxes.")] = False,
+    checkpoint: Checkpoint = "last",
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.", min=1)] = 256,
+    plain: Plain = False,
 ) -> None:
-    """Ask a run's base and tuned model, and see both answers as they come.
+    """Ask a run's base model and tuned model a question and stream both answers.
 
-    Without a question it asks for one after the other; an empty line or Ctrl-D ends.
+    Without a question, a prompt asks for one after the other; an empty line or Ctrl-D ends it.
 
     Examples:
 
@@ -52,7 +45,7 @@ def ask(
 
     chosen = find_checkpoint(run_dir, checkpoint)
     if question is not None and not question.strip():
-        raise ConfigError("The question is empty: give one, or leave it out for a prompt.")
+        raise ConfigError("The question is empty: give one, or omit it for a prompt.")
     quiet_libraries()
     from grandrounds.study.ask import Interview
 
@@ -64,14 +57,14 @@ def ask(
                 side_by_side(interview, asked, chosen.folder.name, max_tokens, console)
             else:
                 one_after_the_other(interview, asked, chosen.folder.name, max_tokens)
-        except DataError as error:  # too long a question: at the prompt there is a next one
+        except DataError as error:  # a question that is too long does not end the prompt
             if question is not None:
                 raise
             print(f"grandrounds: {error}", file=sys.stderr)
 
 
 def questions() -> Iterator[str]:
-    """Yield what is typed, or comes in lines from elsewhere, until an empty line or the end."""
+    """Yield lines from standard input until an empty line or the end."""
     prompt = "question> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -86,7 +79,7 @@ def questions() -> Iterator[str]:
 
 
 def one_after_the_other(interview: Interview, question: str, name: str, max_tokens: int) -> None:
-    """Print the base's answer as it comes, then the tuned one's."""
+    """Stream the base model's answer, then the tuned model's."""
     for title, tuned in (("base", False), (f"tuned ({name})", True)):
         print(title, flush=True)
         shown = 0
@@ -99,7 +92,7 @@ def one_after_the_other(interview: Interview, question: str, name: str, max_toke
 def side_by_side(
     interview: Interview, question: str, name: str, max_tokens: int, console: Console
 ) -> None:
-    """Show both answers in two columns, growing together."""
+    """Stream both answers in two columns."""
     answers = [
         interview.answer(question, tuned=tuned, max_tokens=max_tokens) for tuned in (False, True)
     ]
@@ -122,5 +115,5 @@ def _panel(title: str, answer: Answer | None) -> Panel:
 
 
 def ending(answer: Answer) -> str:
-    """Return how an answer ended, in words."""
+    """Return the length of an answer and how it ended."""
     return f"[{answer.tokens} tokens, {answer.end}]"

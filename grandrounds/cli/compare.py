@@ -1,6 +1,6 @@
-"""`grandrounds compare`: federated beside centralised, local and leave-one-out.
+"""`grandrounds compare`: federated training against centralised, local and leave-one-out.
 
-Nothing heavy is imported before the arguments are known to be right.
+Nothing heavy is imported before the arguments have been validated.
 """
 
 from __future__ import annotations
@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import TaskProgressColumn, TextColumn
 
-from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Rounds
-from grandrounds.cli.screen import Screen
+from grandrounds.cli.options import (
+    Assignments,
+    BenchmarkData,
+    ConfigFile,
+    Data,
+    Limit,
+    Model,
+    Plain,
+    Rounds,
+)
+from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.keys import PLACES
 from grandrounds.config.values import words_of
@@ -37,48 +44,43 @@ def compare(
     arms: Annotated[
         str,
         typer.Option(
-            help="Some of federated, centralised, local, leave-one-out, with commas.",
+            help="Arms to train, comma-separated: federated, centralised, local, leave-one-out.",
             metavar="NAMES",
         ),
     ] = DEFAULT_ARMS,
     seeds: Annotated[
-        int, typer.Option(help="Number of seeds: the configuration's, and those after it.")
+        int, typer.Option(help="Number of consecutive seeds, starting at the configured one.")
     ] = 1,
     sites: Annotated[
         str,
         typer.Option(
-            help="Sites that `leave-one-out` leaves out, each in a federation of its own: `all`, "
-            "or numbers with commas."
+            help="Sites to leave out in `leave-one-out`, one per federation: `all`, or site "
+            "numbers, comma-separated."
         ),
     ] = "all",
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks to ask besides, with commas: pubmedqa, medqa, medmcqa, careqa.",
+            help="Additional benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa.",
             metavar="NAMES",
         ),
     ] = None,
-    benchmark_data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with files of the benchmarks; else the hub.", metavar="DIR"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Ask only the first so many items of each benchmark.")
-    ] = None,
+    benchmark_data: BenchmarkData = None,
+    limit: Limit = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write to, or to go on in; default `comparisons/<date>-<time>-<model>`.",
+            help="Output folder, or one to continue; default `comparisons/<date>-<time>-<model>`.",
             metavar="DIR",
         ),
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no progress bar.")] = False,
+    plain: Plain = False,
 ) -> None:
-    """Say what the federation gained, and for whom.
+    """Measure what federation gains, and for which sites.
 
-    The same adapter, recipe and number of example visits in every arm; only the data differ:
-    `federated` as configured, `centralised` on one pool, `local` at each site alone,
-    `leave-one-out` without one site. All are judged on what each site holds out.
+    Adapter, recipe and number of training examples seen are the same in every arm; only the data
+    differ: `federated` as configured, `centralised` on the pooled data, `local` at each site alone,
+    `leave-one-out` without one site. Every arm is evaluated on each site's held-out examples.
 
     Examples:
 
@@ -106,64 +108,46 @@ def compare(
 
     folder = out or comparison_runner.default_folder(resolved)
     screen = Screen(plain)
-    with progress(plain) as listener:
+    with progress(screen) as listener:
         try:
             content = comparison_runner.compare(resolved, design, folder, listener)
         except KeyboardInterrupt:
-            kept = f"finished parts are kept; the same command with --out {folder} goes on"
+            kept = f"finished parts are kept; the same command with --out {folder} continues"
             raise KeyboardInterrupt(kept) from None
     for table in tables(content):
         screen.table(table.title, table.columns, table.rows)
     screen.notes(notes(content))
-    screen.say(f"written: {folder}/{RESULT}")
+    say(f"written: {folder}/{RESULT}")
 
 
 @contextmanager
-def progress(plain: bool) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
-    """Give a listener of `comparison_runner.compare`: a bar on a terminal, else a line a part."""
-    console = Console()
+def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    """Yield a listener for `comparison_runner.compare`: a line per part, and a bar."""
     clock = Clock()
-    if plain or not console.is_terminal:
+    time_left = TextColumn("{task.fields[left]}")
+    with screen.bar("reading", TaskProgressColumn(), time_left, left="") as (bar, task):
 
-        def tell(event: str, facts: Mapping[str, Any]) -> None:
+        def listen(event: str, facts: Mapping[str, Any]) -> None:
             clock(event, facts)
+            bar.update(task, total=max(1, clock.planned), completed=clock.work, left=clock.left())
+            bar.update(task, description=f"{clock.done}/{clock.units} parts")
             if line := _line(event, facts, clock):
-                print(line, flush=True)
+                say(line)
 
-        yield tell
-        return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-        transient=True,
-    )
-    task = bar.add_task("reading", total=None, left="")
-
-    def draw(event: str, facts: Mapping[str, Any]) -> None:
-        clock(event, facts)
-        bar.update(task, total=max(1, clock.planned), completed=clock.work, left=clock.left())
-        bar.update(task, description=f"{clock.done}/{clock.units} parts")
-        if line := _line(event, facts, clock):
-            console.print(escape(line), highlight=False)
-
-    with bar:
-        yield draw
+        yield listen
 
 
 class Clock:
-    """Counts work in example visits, and from that the time that is left."""
+    """Counts finished work in training examples, and estimates the time left from it."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.units = self.done = 0
         self.planned = self.work = self._finished = 0.0
-        self._has_trained = False  # the base is loaded before: that tells nothing of the rest
+        self._has_trained = False  # loading the base says nothing about the time of the rest
 
     def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        """Take in one event."""
+        """Count one event."""
         if event == "planned":
             self.started = time.monotonic()
             self.units, self.done, self.planned = facts["units"], facts["kept"], facts["work"]
@@ -173,10 +157,10 @@ class Clock:
         else:
             self.done += 1
             self._finished += facts["work"]
-            self.work = self._finished  # as planned, whatever failed or was resumed
+            self.work = self._finished  # as planned, including what failed or was resumed
 
     def left(self) -> str:
-        """Return `about 3 min left`; empty before there is anything to judge by."""
+        """Return `about 3 min left`; empty while there is nothing to estimate from."""
         if not self._has_trained or self.work >= self.planned:
             return ""
         spent = time.monotonic() - self.started
@@ -187,7 +171,7 @@ class Clock:
 
 
 def _line(event: str, facts: Mapping[str, Any], clock: Clock) -> str:
-    """Return what is told of an event; empty for what only moves the bar."""
+    """Return the line for an event; empty if it only moves the bar."""
     if event == "planned":
         kept = f", {facts['kept']} finished before" if facts["kept"] else ""
         return f"comparison in {facts['directory']}: {facts['units']} parts{kept}"

@@ -1,4 +1,4 @@
-"""`grandrounds consortium`: what runs beside the SuperLink."""
+"""`grandrounds consortium`: setting up the server and admitting sites."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from typing import Annotated
 
 import typer
 
-from grandrounds.cli.site import say
+from grandrounds.cli.screen import say
 from grandrounds.errors import ConfigError, EngineError
+from grandrounds.server import admitted
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="The server of a consortium."
 )
 
-Folder = Annotated[Path, typer.Option("--dir", help="The consortium's folder.")]
+Folder = Annotated[Path, typer.Option("--dir", help="Folder of the consortium.")]
 
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Option(help="What the consortium is called.")],
-    host: Annotated[str, typer.Option(help="Name or address by which sites reach the server.")],
+    name: Annotated[str, typer.Option(help="Name of the consortium.")],
+    host: Annotated[str, typer.Option(help="Host name or address of the server for the sites.")],
     port: Annotated[
-        int, typer.Option(help="Port for the sites; the SuperLink takes the next.", min=1)
+        int, typer.Option(help="Port for the sites; the SuperLink uses the next one.", min=1)
     ] = 8000,
     directory: Folder = Path("consortium"),
 ) -> None:
-    """Make authorities, the server's certificate, units, and a connection for Flower."""
+    """Create authorities, server certificate, systemd unit, gate and Flower connection."""
     from grandrounds.engines.deployment import keys, set_up
     from grandrounds.engines.deployment.superlink import flower_home
 
     folder = set_up.init_consortium(directory, name, host, port)
     authority = keys.read_public_text((folder / "authority.pub").read_text())
     say(
-        f"consortium {name!r} in {folder}; ca.key and authority.key are its secrets",
+        f"consortium {name!r} in {folder}; keep ca.key and authority.key secret",
         f"authority for sites: {keys.fingerprint(authority)} ({folder / 'authority.pub'})",
         f"SuperLink: {shlex.join(set_up.superlink_command(folder, port))}",
         f"gate for sites, port {port}: {folder / 'gate.conf'} (nginx)",
         f"unit: {folder / 'superlink.service'}",
-        f"connection, to be added to {flower_home() / 'config.toml'}:",
+        f"connection, to add to {flower_home() / 'config.toml'}:",
         *(folder / "flower-config.toml").read_text().splitlines(),
         "next: grandrounds consortium admit REQUEST --partition-id 0 --num-partitions N",
     )
@@ -48,7 +49,7 @@ def init(
 
 @app.command()
 def renew(directory: Folder = Path("consortium")) -> None:
-    """Renew the server's certificate with ca.key; the sites need do nothing."""
+    """Renew the server's certificate with ca.key; sites are not affected."""
     from grandrounds.engines.deployment import set_up
 
     directory = directory.expanduser().absolute()
@@ -61,22 +62,21 @@ def renew(directory: Folder = Path("consortium")) -> None:
 
 @app.command()
 def admit(
-    request: Annotated[Path, typer.Argument(help="request.json of a site.")],
-    partition_id: Annotated[int, typer.Option(help="The site's number, from 0.")],
-    num_partitions: Annotated[int, typer.Option(help="How many sites there will be.")],
+    request: Annotated[Path, typer.Argument(help="A site's request.json.")],
+    partition_id: Annotated[int, typer.Option(help="Partition id of the site, from 0.")],
+    num_partitions: Annotated[int, typer.Option(help="Planned number of sites.")],
     connection: Annotated[
         str | None,
-        typer.Option(help="Register the key with the SuperLink of this connection at once."),
+        typer.Option(help="Also register the key with the SuperLink of this connection."),
     ] = None,
     fingerprint: Annotated[
         str | None,
-        typer.Option(help="Of the node key, as the site reads it to you; asked for if not given."),
+        typer.Option(help="Node key fingerprint as told by the site; prompted for if omitted."),
     ] = None,
     directory: Folder = Path("consortium"),
 ) -> None:
-    """Check a site's request, sign its admission, and register its key."""
+    """Check a site's request, sign its admission and register its key."""
     from grandrounds.engines.deployment import admissions
-    from grandrounds.server import admitted
 
     directory = directory.expanduser().absolute()
     check_fingerprint(request, fingerprint)
@@ -90,48 +90,45 @@ def admit(
     if file in (nodes := admitted.nodes(directory)):
         say(f"registered as node {nodes[file]}; no other node can be site {partition_id}")
     else:
-        say("its key is not registered yet: the same command with --connection NAME does that")
+        say("its key is not registered yet: repeat the command with --connection NAME")
 
 
 def check_fingerprint(request: Path, fingerprint: str | None) -> None:
-    """Compare a request's key with what the site reads to whoever admits it, before it is signed.
+    """Compare a request's key with the fingerprint that the site told, before signing anything.
 
     Raises
     ------
     ConfigError
-        If it is another, or nobody can be asked.
+        If they differ, or there is no terminal to ask on.
     """
     from grandrounds.engines.deployment import admissions, keys
 
     name, key = admissions.read_request(request)
     found = keys.fingerprint(key)
-    told = f"{request} of {name!r} has the node key {found}"
+    told = f"{request} of {name!r} has node key {found}"
     if fingerprint is None:
         if not sys.stdin.isatty():
-            raise ConfigError(
-                f"{told}: compare it with what the site reads to you (--fingerprint)."
-            )
+            raise ConfigError(f"{told}: compare it with what the site tells you (--fingerprint).")
         say(told)
-        if not typer.confirm("Does the site read the same to you?"):
-            raise ConfigError(f"{name!r} is not admitted. Ask the site for its request once more.")
+        if not typer.confirm("Does the site tell you the same fingerprint?"):
+            raise ConfigError(f"{name!r} is not admitted. Ask the site for its request again.")
     elif fingerprint.removeprefix("SHA256:") != found.removeprefix("SHA256:"):
         raise ConfigError(
-            f"{told}, not {fingerprint}: it was exchanged on its way, or was read wrongly. Nothing "
-            "was signed."
+            f"{told}, not {fingerprint}: the request was replaced in transit, or the fingerprint "
+            "was misread. Nothing was signed."
         )
 
 
 def register_admitted(admission: Path, connection: str) -> None:
-    """Register an admitted site's key, and write down as which node.
+    """Register an admitted site's key and record its node id.
 
     Raises
     ------
     EngineError
-        If the SuperLink does not take it; it may know it already only if the node is written down.
+        If the SuperLink rejects the key, or already knows it under a node id that is not recorded.
     """
     from grandrounds.engines.deployment import admissions
     from grandrounds.engines.deployment.superlink import register
-    from grandrounds.server import admitted
 
     try:
         node = register(admission.with_suffix(".pub"), admission.stem, connection)
@@ -140,9 +137,8 @@ def register_admitted(admission: Path, connection: str) -> None:
             raise
         if not (file := admitted.node_file(admission)).is_file():
             raise EngineError(
-                f"The SuperLink knows the key of {admission.stem!r} already, and as which node is "
-                f"not written down: write its node-id (flwr supernode list {connection}) into "
-                f"{file}."
+                f"The SuperLink already knows the key of {admission.stem!r}, but the node id is "
+                f"not recorded: write it (flwr supernode list {connection}) to {file}."
             ) from error
     else:
         admissions.note_node(admission, node)

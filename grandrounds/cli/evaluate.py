@@ -1,18 +1,22 @@
-"""`grandrounds evaluate`: the command, its progress, and its tables, boxed or in plain lines.
+"""`grandrounds evaluate`: benchmarks, and checks of recorded results and training data.
 
-Nothing heavy is imported before the arguments are known to be right.
+Nothing heavy is imported before the arguments have been validated.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from grandrounds.cli.screen import Screen
+from grandrounds.cli.options import BenchmarkData, Limit, Plain
+from grandrounds.cli.screen import Screen, say
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
     from grandrounds.study.evaluation.tasks import EvaluationTasks
 
 OVERLAP = "overlap.json"
-"""File of what `--check-overlap` found."""
+"""File with the findings of `--check-overlap`."""
 
 
 def evaluate(
@@ -30,96 +34,88 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER|RUN_DIR|none",
-            help="An adapter's folder, a run directory (its last and best checkpoints), or `none` "
-            "for the base alone. The untouched base is always asked too.",
+            help="Adapter folder, run directory (its last and best checkpoints), or `none` for the "
+            "base model alone. The untuned base is always evaluated too.",
             show_default=False,
         ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            help="Base model: hub name, local folder, or formulary; a run or an adapter names "
-            "its own.",
+            help="Base model: Hub name, local folder, or formulary; default: that of the run or "
+            "adapter.",
             metavar="MODEL",
         ),
     ] = None,
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Some of pubmedqa, medqa, medmcqa, careqa, formulary, with commas; default: "
-            "formulary for a run on it, else the first four.",
+            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, formulary; "
+            "default: formulary for a run on it, else the first four.",
             metavar="NAMES",
         ),
     ] = None,
     protocol: Annotated[
         str,
         typer.Option(
-            help="`flowertune`: the leaderboard's own rule. `likelihood`: options compared, as "
-            "lm-evaluation-harness does. `all`: both.",
+            help="`flowertune`: the leaderboard's scoring of generated answers. `likelihood`: "
+            "option log-likelihoods, as in lm-evaluation-harness. `all`: both.",
         ),
     ] = "likelihood",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with files of the benchmarks; without one they come from the hub.",
-            metavar="DIR",
-        ),
-    ] = None,
+    data: BenchmarkData = None,
     quantization: Annotated[
         int | None,
-        typer.Option(help="Bits of the base's weights: 0, 4 or 8; default: the run's, or 0."),
+        typer.Option(help="Bits per base weight: 0, 4 or 8; default: the run's, or 0."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts computed together; changes no answer but by rounding.")
+        int, typer.Option(help="Prompts per batch; affects answers only by rounding.")
     ] = 16,
-    limit: Annotated[
-        int | None, typer.Option(help="Ask only the first so many items of each benchmark.")
-    ] = None,
+    limit: Limit = None,
     permutations: Annotated[
-        int,
-        typer.Option(help="Random orders of lettered options that `likelihood` asks besides."),
+        int, typer.Option(help="Additional random orders of lettered options in `likelihood`.")
     ] = 3,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write to; default: `evaluation` in the run or adapter.", metavar="DIR"
+            help="Output folder; default: `evaluation` in the run or adapter.", metavar="DIR"
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a stopped evaluation in the same folder.")
+        bool, typer.Option("--resume", help="Continue a stopped evaluation in the same folder.")
     ] = False,
     rescore: Annotated[
         bool,
         typer.Option(
-            "--rescore", help="Score recorded generations (the arguments) by FlowerTune's rule."
+            "--rescore", help="Rescore recorded generations (the arguments) by FlowerTune's rule."
         ),
     ] = False,
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Say whether the figures of evaluation.json (the argument) can be."
+            "--verify",
+            help="Check evaluation.json (the argument) for impossible or inconsistent figures.",
         ),
     ] = False,
     check_overlap: Annotated[
         bool,
         typer.Option(
             "--check-overlap",
-            help="Count benchmark questions that occur in training data (the argument).",
+            help="Count benchmark questions that occur in the training data (the argument).",
         ),
     ] = False,
     question_column: Annotated[
-        str, typer.Option(help="Column of the training data, for `--check-overlap`.")
+        str, typer.Option(help="Question column of the training data, for `--check-overlap`.")
     ] = "input",
     answer_column: Annotated[
-        str, typer.Option(help="Column of the training data, for `--check-overlap`.")
+        str, typer.Option(help="Answer column of the training data, for `--check-overlap`.")
     ] = "output",
-    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no progress bar.")] = False,
+    plain: Plain = False,
 ) -> None:
-    """Measure adapters on medical benchmarks, always against their untouched base.
+    """Evaluate adapters on medical benchmarks, always against their untuned base model.
 
-    The argument is an adapter's folder, a run directory (its last and best checkpoints are asked),
-    or `none` for the base alone; with `--rescore`, `--verify` and `--check-overlap`, what these
-    read.
+    The argument is an adapter folder, a run directory (its last and best checkpoints are
+    evaluated), or `none` for the base model alone; with `--rescore`, `--verify` and
+    `--check-overlap`, the files that these read.
 
     Examples:
 
@@ -141,7 +137,7 @@ def evaluate(
     modes = {"--rescore": rescore, "--verify": verify, "--check-overlap": check_overlap}
     chosen = [mode for mode, wanted in modes.items() if wanted]
     if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} are two commands: give one of them")
+        raise ConfigError(f"{' and '.join(chosen)} exclude each other: give one of them")
     if rescore:
         _rescore(_files(given, "--rescore"), screen)
     elif verify:
@@ -166,14 +162,14 @@ def evaluate(
 
 
 def _names(benchmarks: str | None) -> list[str] | None:
-    """Return the names of benchmarks that a text with commas holds, each of them known."""
+    """Return the benchmarks of a comma-separated list, each of them known."""
     if benchmarks is None:
         return None
     from grandrounds.study.evaluation.benchmarks import get_benchmark
 
     names = list(words_of(benchmarks))
     if not names:
-        raise ConfigError("--benchmarks names none; leave it out for the default")
+        raise ConfigError("--benchmarks is empty; omit it for the default")
     return [get_benchmark(name).name for name in names]
 
 
@@ -193,13 +189,13 @@ def _files(given: Sequence[str], option: str) -> list[Path]:
 
 
 def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
-    """Ask, then show tables, notes and where they are written."""
+    """Evaluate, then show tables, notes and the output file."""
     quiet_libraries()
     from grandrounds.study.evaluation import runner
     from grandrounds.study.evaluation.tables import notes, tables
     from grandrounds.study.evaluation.verification import evaluations_in
 
-    with screen.progress() as listener:
+    with progress(screen) as listener:
         content = runner.evaluate(tasks, resume=resume, listener=listener)
     found = tasks.folder / OVERLAP
     overlap = _read_json(found) if found.is_file() else None
@@ -210,14 +206,36 @@ def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
         new = [note for note in notes(evaluation, overlap) if note not in told]
         screen.notes(new)
         told.update(new)
-    screen.say(f"written: {tasks.folder}/evaluation.json")
+    say(f"written: {tasks.folder}/evaluation.json")
 
 
-# --- The other three ------------------------------------------------------------------------------
+@contextmanager
+def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    """Yield a listener for `runner.evaluate`: a line per benchmark, and a bar."""
+    with screen.bar("loading", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
+
+        def listen(event: str, facts: Mapping[str, Any]) -> None:
+            if event == "asking":
+                what = escape(f"{facts['model']}  {facts['benchmark']}  {facts['protocol']}")
+                bar.reset(task, total=facts["total"], completed=facts["done"], description=what)
+            elif event == "answered":
+                bar.advance(task, facts["count"])
+            elif event == "asked":
+                cut = f", {facts['truncated']:,} prompts truncated" if facts["truncated"] else ""
+                kept = f", {facts['done']:,} kept from before" if facts["done"] else ""
+                say(
+                    f"{facts['protocol']}  {facts['model']}  {facts['benchmark']}: "
+                    f"{facts['asked']:,} asked{kept}{cut}"
+                )
+
+        yield listen
+
+
+# --- Rescore, verify, check overlap ---------------------------------------------------------------
 
 
 def _rescore(files: Sequence[Path], screen: Screen) -> None:
-    """Show what recorded generations are worth, beside the accuracy recorded with them."""
+    """Show the score of recorded generations beside the accuracy recorded with them."""
     from grandrounds.statistics import wilson_interval
     from grandrounds.study.evaluation import flowertune
     from grandrounds.study.tables import in_percent, interval, percent
@@ -244,28 +262,26 @@ def _rescore(files: Sequence[Path], screen: Screen) -> None:
     columns = ("file", "correct", "%", "95% interval", "recorded", "same")
     answers = ("no clean answer", "answers given")
     screen.table("rescored by FlowerTune's rule", (*columns, *answers), rows)
-    for text in differing:
-        screen.say(text)
+    say(*differing)
 
 
 def _recorded_accuracy(file: Path) -> str | None:
-    """Return the text of the acc_*.txt that lies beside recorded generations, if one does."""
+    """Return the text of the acc_*.txt beside recorded generations, if there is one."""
     stem = file.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
     beside = file.with_name(f"acc_{stem.removeprefix('generation_')}.txt")
     return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
 
 
 def _verify(files: Sequence[Path]) -> None:
-    """Say what cannot be in result files; exit with code 1 if there is anything."""
+    """Print the faults of result files; exit with code 1 if there are any."""
     from grandrounds.study.evaluation.verification import faults_in
 
     found = False
     for file in files:
         faults = faults_in(_read_json(file))
         found = found or bool(faults)
-        print(f"{file}: {f'{len(faults)} fault(s)' if faults else 'the figures are possible'}")
-        for fault in faults:
-            print(f"  {fault}")
+        say(f"{file}: {f'{len(faults)} fault(s)' if faults else 'no fault found'}")
+        say(*(f"  {fault}" for fault in faults))
     if found:
         raise typer.Exit(1)
 
@@ -277,7 +293,7 @@ def _check_overlap(
     columns: Mapping[str, str],
     screen: Screen,
 ) -> None:
-    """Show and write which benchmark questions occur in training data."""
+    """Show and write which benchmark questions occur in the training data."""
     from grandrounds.study.evaluation.answers import write_json
     from grandrounds.study.evaluation.overlap import check_overlap
     from grandrounds.study.tables import percent
@@ -296,19 +312,19 @@ def _check_overlap(
         for name, found in report["benchmarks"].items()
     ]
     title = f"questions that occur in {training} ({report['rows']:,} rows)"
-    screen.table(title, ("benchmark", "asked", "found", "word for word", "nearly"), rows)
+    screen.table(title, ("benchmark", "items", "found", "exact", "near-duplicate"), rows)
     for name, found in report["benchmarks"].items():
         for pair in found["found"][:SHOWN]:
             question = " ".join(pair["question"].split())
             where = f"{name} item {pair['item']}, training row {pair['training_row']}"
-            screen.say(f"  {where} ({pair['kind']}): {question[:100]}")
+            say(f"  {where} ({pair['kind']}): {question[:100]}")
         if len(found["found"]) > SHOWN:
-            screen.say(f"  {name}: {len(found['found']) - SHOWN:,} more in {OVERLAP}")
-    screen.say(f"written: {folder / OVERLAP}")
+            say(f"  {name}: {len(found['found']) - SHOWN:,} more in {OVERLAP}")
+    say(f"written: {folder / OVERLAP}")
 
 
 SHOWN = 10
-"""Pairs of each benchmark that are printed; all are in the file."""
+"""Matches printed per benchmark; the file has all of them."""
 
 
 def _read_json(file: Path) -> Any:

@@ -1,4 +1,4 @@
-"""`grandrounds export`: the command. Nothing heavy is loaded before the arguments are right."""
+"""`grandrounds export`: a checkpoint as a PEFT adapter or a merged model."""
 
 from __future__ import annotations
 
@@ -7,39 +7,33 @@ from typing import Annotated
 
 import typer
 
-from grandrounds.cli.screen import Screen
+from grandrounds.cli.options import Checkpoint, RunDirectory
+from grandrounds.cli.screen import say
 from grandrounds.quiet import quiet_libraries
 
 
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="The run.", metavar="RUN_DIR")],
-    checkpoint: Annotated[
-        str,
-        typer.Option(
-            help="`last`, `best` (lowest held-out loss), or the number of a round.",
-            metavar="last|best|ROUND",
-        ),
-    ] = "last",
+    run_dir: RunDirectory,
+    checkpoint: Checkpoint = "last",
     merge: Annotated[
-        bool,
-        typer.Option("--merge", help="Merge the adapter into its base: a whole model."),
+        bool, typer.Option("--merge", help="Merge the adapter into the base model.")
     ] = False,
     to: Annotated[
         Path | None,
         typer.Option(
-            help="Folder to write, not there yet or empty; default: below `export/` in the run.",
+            help="Output folder, new or empty; default: a subfolder of `export/` in the run.",
             metavar="FOLDER",
         ),
     ] = None,
     push: Annotated[
         str | None,
         typer.Option(
-            help="Upload it to this repository of the Hugging Face hub; a new one is private.",
+            help="Upload to this Hugging Face Hub repository; a new one is created as private.",
             metavar="OWNER/NAME",
         ),
     ] = None,
 ) -> None:
-    """Write a run's checkpoint for others: a plain PEFT adapter or a whole model, with its card.
+    """Export a checkpoint as a PEFT adapter or a merged model, with a model card.
 
     Examples:
 
@@ -49,7 +43,6 @@ def export(
 
     - `grandrounds export runs/first --push my-hospital/first-adapter`
     """
-    screen = Screen(plain=True)
     from grandrounds.server.directory import find_checkpoint
 
     chosen = find_checkpoint(run_dir, checkpoint)
@@ -58,8 +51,8 @@ def export(
 
     if push is not None:
         exports.check_repository(push)
-    folder = exports.export(chosen, merge=merge, to=to, repository=push, say=screen.say)
-    screen.say(f"written: {folder} (checkpoint after round {chosen.round})")
+    folder = exports.export(chosen, merge=merge, to=to, repository=push, say=say)
+    say(f"written: {folder} (checkpoint after round {chosen.round})")
     if push is not None:
-        screen.say(f"uploading to {push}")
-        screen.say(f"published: {exports.push(folder, push)}")
+        say(f"uploading to {push}")
+        say(f"published: {exports.push(folder, push)}")

@@ -1,4 +1,4 @@
-"""Options that several commands have, said once: what a recipe is made of."""
+"""Options and arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         "-c",
-        help="A recipe from configs/, or the pyproject.toml of a FlowerTune entry.",
+        help="Recipe from configs/, or pyproject.toml of a FlowerTune entry.",
         metavar="FILE",
     ),
 ]
@@ -23,12 +23,32 @@ Assignments = Annotated[
 ]
 
 Model = Annotated[
-    str | None, typer.Option(help="Base model: hub name, local folder, or formulary.")
+    str | None, typer.Option(help="Base model: Hub name, local folder, or formulary.")
 ]
 
 Data = Annotated[
     str | None,
-    typer.Option(help="Data: hub name, .json/.jsonl/.csv/.parquet file, or formulary."),
+    typer.Option(help="Data: Hub name, .json/.jsonl/.csv/.parquet file, or formulary."),
 ]
 
-Rounds = Annotated[int | None, typer.Option(help="Rounds of training.")]
+Rounds = Annotated[int | None, typer.Option(help="Number of training rounds.")]
+
+RunDirectory = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")]
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        help="`last`, `best` (lowest held-out loss), or a round number.", metavar="last|best|ROUND"
+    ),
+]
+
+BenchmarkData = Annotated[
+    Path | None,
+    typer.Option(help="Folder of benchmark files; default: download from the Hub.", metavar="DIR"),
+]
+
+Limit = Annotated[int | None, typer.Option(help="Only the first N items of each benchmark.")]
+
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Plain text output, without boxes or progress bars.")
+]

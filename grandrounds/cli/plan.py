@@ -1,4 +1,4 @@
-"""`grandrounds plan`: what a run will cost. Neither torch nor any weights are loaded."""
+"""`grandrounds plan`: the cost of a run in bytes, memory and time, without loading a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grandrounds.cli.options import Assignments, Data, Model, Rounds
-from grandrounds.cli.screen import Screen
+from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Plain, Rounds
+from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
+from grandrounds.storage import writing
 
 if TYPE_CHECKING:
     from grandrounds.study.plan.forecast import Forecast
@@ -27,54 +28,47 @@ MIB = 2**20
 def plan(
     more: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="Further recipes for `--compare`."),
+        typer.Argument(metavar="[FILE]...", help="More recipes for `--compare`."),
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            help="A recipe from configs/, or the pyproject.toml of a FlowerTune entry; default: "
-            "the packaged one.",
-            metavar="FILE",
-        ),
-    ] = None,
+    config: ConfigFile = None,
     compare: Annotated[
         list[Path] | None,
-        typer.Option(help="Show another recipe beside it; repeatable.", metavar="FILE"),
+        typer.Option(help="Recipe to show side by side; repeatable.", metavar="FILE"),
     ] = None,
     assignments: Assignments = None,
     model: Model = None,
     architecture: Annotated[
         str | None,
-        typer.Option(help="A known base of the same shapes, for one that is not known."),
+        typer.Option(help="Known base model with the same shapes, for an unknown one."),
     ] = None,
     data: Data = None,
     rows: Annotated[
-        int | None, typer.Option(help="Rows of the data, where they cannot be counted.", min=1)
+        int | None, typer.Option(help="Number of rows, if they cannot be counted.", min=1)
     ] = None,
     rounds: Rounds = None,
     uplink_mbps: Annotated[
         float | None,
-        typer.Option(help="A site's link to the server, in Mbit/s: adds transfer times."),
+        typer.Option(help="A site's uplink in Mbit/s; adds transfer times to the plan."),
     ] = None,
     downlink_mbps: Annotated[
         float | None,
-        typer.Option(help="The link from the server; default: as `--uplink-mbps`."),
+        typer.Option(help="A site's downlink in Mbit/s; default: `--uplink-mbps`."),
     ] = None,
     json_file: Annotated[
         str | None,
-        typer.Option("--json", help="Write the plan as JSON; `-`: print it alone.", metavar="FILE"),
+        typer.Option(
+            "--json", help="Write the plan as JSON; `-`: print only that.", metavar="FILE"
+        ),
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no boxes.")] = False,
+    plain: Plain = False,
 ) -> None:
-    """Say what a run will send, hold in memory and read, before it starts.
+    """Plan the communication, memory and data of a run before it starts.
 
-    Communication is exact where nothing fails; memory is an estimate from formulas.
+    Communication is exact if no message is lost; memory is an analytical estimate.
 
     Examples:
 
-    - `grandrounds plan` (the packaged run)
+    - `grandrounds plan` (the default run)
 
     - `grandrounds plan -c configs/jsl-medllama-3-8b-100-rounds.toml --uplink-mbps 20`
 
@@ -84,7 +78,7 @@ def plan(
     """
     files = [*(compare or []), *(more or [])]
     if more and not compare:
-        raise ConfigError(f"{more[0]} stands alone: give a recipe as --config {more[0]}.")
+        raise ConfigError(f"{more[0]} needs an option: give a recipe as --config {more[0]}.")
     link = _link(uplink_mbps, downlink_mbps)
     settings = recipes.from_options(None, assignments, model=model, data=data, rounds=rounds)
     planned: dict[str, Forecast] = {}
@@ -100,14 +94,14 @@ def plan(
     screen = Screen(plain)
     _show(planned, link, screen)
     if json_file is not None:
-        screen.say(f"written: {json_file}")
+        say(f"written: {json_file}")
 
 
 def _link(uplink_mbps: float | None, downlink_mbps: float | None) -> tuple[float, float] | None:
-    """Return the speeds of both ways; None if none is given."""
+    """Return uplink and downlink speed; None if neither is given."""
     if uplink_mbps is None:
         if downlink_mbps is not None:
-            raise ConfigError("--downlink-mbps needs --uplink-mbps: a round uses both ways.")
+            raise ConfigError("--downlink-mbps needs --uplink-mbps: a round uses both.")
         return None
     speeds = uplink_mbps, uplink_mbps if downlink_mbps is None else downlink_mbps
     for option, speed in zip(("--uplink-mbps", "--downlink-mbps"), speeds, strict=True):
@@ -117,7 +111,7 @@ def _link(uplink_mbps: float | None, downlink_mbps: float | None) -> tuple[float
 
 
 def _label(file: Path | None, taken: Mapping[str, Any]) -> str:
-    """Return the name of a recipe's column; the whole path where two files share a name."""
+    """Return the column title of a recipe; the whole path if two files share a name."""
     if file is None:
         return "packaged"
     return file.stem if file.stem not in (*taken, "pyproject") else str(file)
@@ -126,7 +120,7 @@ def _label(file: Path | None, taken: Mapping[str, Any]) -> str:
 def _forecast(
     file: Path | None, settings: dict[str, Scalar], architecture: str | None, rows: int | None
 ) -> Forecast:
-    """Read a recipe and plan it; DoRA, which a run refuses, is taken out and planned apart."""
+    """Read a recipe and plan it; DoRA, which a run rejects, is passed on separately."""
     recipe = {**(recipes.load_recipe(file) if file else {}), **settings}
     dora = [key for key in DORA_KEYS if recipe.get(key) is True]
     for key in dora:
@@ -138,14 +132,12 @@ def _forecast(
 
 
 def _write(file: Path, content: Any) -> None:
-    try:
+    with writing(str(file), "Choose another file with --json.", DataError):
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{file} cannot be written: {error.strerror or error}.") from error
 
 
 def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str, Any]:
-    """Return everything for JSON."""
+    """Return the plan as JSON content."""
     from grandrounds.study.plan.forecast import as_dict, by_codec, link_seconds
     from grandrounds.study.plan.tables import by_precision, ways
 

@@ -1,4 +1,4 @@
-"""`grandrounds report`: one HTML page about a run, about several, or about a comparison."""
+"""`grandrounds report`: one HTML page for a run, several runs, or a comparison."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grandrounds.cli.screen import Screen
+from grandrounds.cli.screen import say
 from grandrounds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_DIR|COMPARISON...",
-            help="A run directory, several to be shown side by side, or a comparison: its folder "
-            "or its comparison.json.",
+            help="Run directory, several of them to show side by side, or a comparison's folder "
+            "or comparison.json.",
             show_default=False,
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The page; default: `report.html` in the run or comparison, for several runs "
+            help="Output file; default: `report.html` in the run or comparison, for several runs "
             "in the current folder.",
             metavar="FILE",
         ),
@@ -41,15 +41,15 @@ def report(
     figures: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the same figures as SVG and, with Chromium installed, as PNG.",
+            help="Output folder for the figures as SVG and, if Chromium is installed, as PNG.",
             metavar="DIR",
         ),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Show a run, or several, or a comparison on one page that needs no network.
+    """Render one or more runs, or a comparison, as a self-contained HTML page.
 
-    Works for runs that completed, that failed, and that still go on.
+    Works for completed, failed and running runs.
 
     Examples:
 
@@ -61,10 +61,9 @@ def report(
 
     - `grandrounds report comparisons/wards`
     """
-    screen = Screen(plain=True)
     file = (out or default_place(targets)).expanduser()
     if file.is_dir():
-        raise ConfigError(f"--out {file} is a folder: give a file, for example {file / PAGE}.")
+        raise ConfigError(f"--out {file} is a folder: give a file, such as {file / PAGE}.")
     if find_spec("jinja2") is None:
         raise ConfigError(
             'a report needs jinja2, which is not installed: pip install "jinja2>=3.1"'
@@ -73,22 +72,22 @@ def report(
     from grandrounds.study.report.page import write_page
 
     size_bytes = write_page(page, file)
-    screen.say(f"written: {file} ({size_bytes / 1000:,.0f} kB, {len(page.figures)} figures)")
+    say(f"written: {file} ({size_bytes / 1000:,.0f} kB, {len(page.figures)} figures)")
     if figures is not None:
-        _write_figures(page, figures.expanduser(), screen)
+        _write_figures(page, figures.expanduser())
     if open_page and not webbrowser.open(file.absolute().as_uri()):
-        screen.say(f"--open: no browser was found here; open {file.absolute()} in one.")
+        say(f"--open: no browser found; open {file.absolute()} in one.")
 
 
 def default_place(targets: list[Path]) -> Path:
-    """Return where the page goes unless told otherwise."""
+    """Return the default output file."""
     if len(targets) > 1:
         return Path(PAGE)
     return (targets[0].parent if targets[0].suffix == ".json" else targets[0]) / PAGE
 
 
 def page_of(targets: list[Path]) -> Page:
-    """Return the page that the arguments ask for."""
+    """Return the page of one run, several runs or a comparison."""
     from grandrounds.study.report.comparison_file import read_comparison
     from grandrounds.study.report.comparison_page import comparison_page
     from grandrounds.study.report.one_run import run_page
@@ -98,7 +97,7 @@ def page_of(targets: list[Path]) -> Page:
     compared = [t for t in targets if t.suffix == ".json" or (t / COMPARISON).is_file()]
     if compared and len(targets) > 1:
         raise ConfigError(
-            f"{compared[0]} is a comparison, which has a page of its own: give it alone, or give "
+            f"{compared[0]} is a comparison, which has its own page: give it alone, or give "
             "run directories only."
         )
     if compared:
@@ -108,20 +107,20 @@ def page_of(targets: list[Path]) -> Page:
     return run_page(runs[0]) if len(runs) == 1 else several_page(runs)
 
 
-def _write_figures(page: Page, folder: Path, screen: Screen) -> None:
-    """Write SVG, then PNG if a Chromium is there."""
+def _write_figures(page: Page, folder: Path) -> None:
+    """Write SVG files, then PNG files if Chromium is installed."""
     from grandrounds.study.report.browser import CHROMIUMS, find_chromium, write_figures, write_png
     from grandrounds.study.report.page import template
 
     files = write_figures(page.figures, folder, template("figures.css"))
-    screen.say(f"written: {len(files)} SVG files in {folder}")
+    say(f"written: {len(files)} SVG files in {folder}")
     chromium = find_chromium()
     if chromium is None:
-        screen.say(
+        say(
             f"no PNG files: they need Chromium, and none of {', '.join(CHROMIUMS)} is on PATH. "
-            "Install one (Debian: apt install chromium), or use the SVG files."
+            "Install it (Debian: apt install chromium), or use the SVG files."
         )
         return
     for file in files:
         write_png(chromium, file)
-    screen.say(f"written: {len(files)} PNG files in {folder}, drawn by {chromium}")
+    say(f"written: {len(files)} PNG files in {folder}, rendered by {chromium}")

@@ -1,4 +1,4 @@
-"""grandrounds run: train one adapter across all sites."""
+"""`grandrounds run`: train one adapter across all sites."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Rounds
+from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Plain, Rounds
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
@@ -32,44 +32,42 @@ def run(
     model: Model = None,
     data: Data = None,
     rounds: Rounds = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Where to write the run; default `runs/<date>-<time>-<model>`."),
+        typer.Option(help="Run directory; default `runs/<date>-<time>-<model>`."),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Continue this run directory after its last finished round."),
+        typer.Option(help="Run directory to resume after its last finished round."),
     ] = None,
     engine: Annotated[
         Engine,
         typer.Option(
-            help="`in-process`: all sites one by one, here. `simulation`: Flower's, on Ray. "
-            "`deployment`: real sites, through a SuperLink."
+            help="`in-process`: sites one after another in this process. `simulation`: Flower's "
+            "simulation on Ray. `deployment`: real sites, through a SuperLink."
         ),
     ] = Engine.in_process,
-    client_cpus: Annotated[
-        int, typer.Option(help="CPUs of one site in the simulation.", min=1)
-    ] = 1,
+    client_cpus: Annotated[int, typer.Option(help="CPUs per site in the simulation.", min=1)] = 1,
     client_gpus: Annotated[
         float | None,
         typer.Option(
-            help="GPUs of one site in the simulation; 0.5: two share one. Default: 1 where there "
-            "is a GPU.",
+            help="GPUs per site in the simulation; with 0.5, two sites share one. Default: 1 if "
+            "there is a GPU, else 0.",
             min=0.0,
         ),
     ] = None,
     connection: Annotated[
         str | None,
-        typer.Option(help="The SuperLink of a deployment: a connection in Flower's config.toml."),
+        typer.Option(help="Connection in Flower's config.toml to the SuperLink of a deployment."),
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Plain lines, no progress bar.")] = False,
+    plain: Plain = False,
 ) -> None:
     """Train one adapter across all sites.
 
     Examples:
 
-    - `grandrounds run` (the embedded model and data, offline)
+    - `grandrounds run` (built-in model and data, offline)
 
     - `grandrounds run --config configs/smollm2-135m-laptop.toml`
 
@@ -91,9 +89,9 @@ def run(
     resolved = resolve_run(settings, resume)
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(
-            "--engine deployment and --connection NAME belong together: give both, or neither."
+            "--engine deployment and --connection NAME belong together: give both or neither."
         )
-    trackers_of(resolved.train.report_to)  # a missing one is told before anything starts
+    trackers_of(resolved.train.report_to)  # fails now if one is not installed
     if engine is Engine.simulation:
         from grandrounds.engines.simulation import default_gpus, simulate
 
@@ -111,11 +109,11 @@ def run(
 
 
 def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
-    """Return the checked configuration of a new run, or of one that is resumed."""
+    """Return the validated configuration of a new run, or of one that is resumed."""
     if resume is None:
         return recipes.with_absolute_paths(recipes.resolve(settings))
     if "run-directory" in settings:
-        raise ConfigError("--resume writes into the run that it resumes; leave --run-dir out.")
+        raise ConfigError("--resume writes to the run that it resumes; leave --run-dir out.")
     from grandrounds.server.directory import RunDirectory
 
     directory = RunDirectory.open(resume)
@@ -125,7 +123,7 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
 
 
 def reporter(config: Config, plain: bool) -> Listener:
-    """Return the display: Rich on a terminal, plain lines elsewhere or where wanted."""
+    """Return the listener that shows a run: Rich on a terminal, plain lines elsewhere."""
     console = Console()
     if plain or not console.is_terminal:
         from grandrounds.server.listeners.plain import PlainReporter

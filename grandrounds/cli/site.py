@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -9,29 +10,34 @@ from typing import Annotated
 import typer
 
 from grandrounds.cli.options import Assignments
+from grandrounds.cli.screen import say
 from grandrounds.config import recipes
+from grandrounds.quiet import quiet_libraries
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="One site of a consortium."
 )
 
 SiteToml = Annotated[
-    Path, typer.Option("--config", "-c", help="The site's file.", metavar="site.toml")
+    Path, typer.Option("--config", "-c", help="The site's site.toml.", metavar="site.toml")
 ]
 
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Option(help="What the site is called.")],
-    directory: Annotated[Path, typer.Option("--dir", help="A new folder for it.")] = Path("site"),
+    name: Annotated[str, typer.Option(help="Name of the site.")],
+    directory: Annotated[Path, typer.Option("--dir", help="New folder for the site.")] = Path(
+        "site"
+    ),
     tls_port: Annotated[
         int,
         typer.Option(
-            help="Let the agent listen on this loopback port with TLS; 0: on a Unix socket.", min=0
+            help="Loopback port on which the agent listens with TLS; 0: a Unix socket.", min=0
         ),
     ] = 0,
 ) -> None:
-    """Make a site's node key, its request to join, and a site.toml to fill in."""
+    """Create a site's node key, its request to join, and a site.toml to fill in."""
     from grandrounds.engines.deployment import keys, set_up
 
     folder = set_up.init_site(directory, name, tls_port=tls_port)
@@ -39,10 +45,10 @@ def init(
     say(
         f"site {name!r} in {folder}",
         f"node key: {keys.fingerprint(key)}",
-        f"1. send {folder / 'request.json'} to the consortium, and read the fingerprint to it by "
-        "another way",
+        f"1. send {folder / 'request.json'} to the consortium, and tell it the fingerprint over "
+        "another channel",
         f"2. fill in {folder / 'site.toml'}: data, bases, policy",
-        "3. when the admission comes: grandrounds site join ADMISSION --authority authority.pub "
+        "3. with the admission: grandrounds site join ADMISSION --authority authority.pub "
         f"--config {folder / 'site.toml'}",
         f"4. grandrounds site check --config {folder / 'site.toml'}",
     )
@@ -50,34 +56,31 @@ def init(
 
 @app.command()
 def join(
-    admission: Annotated[Path, typer.Argument(help="The consortium's admission of this site.")],
-    authority: Annotated[Path, typer.Option(help="authority.pub of the consortium.")],
+    admission: Annotated[Path, typer.Argument(help="Admission of this site, from the consortium.")],
+    authority: Annotated[Path, typer.Option(help="The consortium's authority.pub.")],
     config: SiteToml = Path("site.toml"),
 ) -> None:
-    """Take over an admission: the server's address and authority, and the site's number."""
+    """Apply an admission: server address, certificate authority and partition id."""
     from grandrounds.engines.deployment import admissions, keys
-    from grandrounds.site.custody.site_file import read_site_file
 
-    found = admissions.join(read_site_file(config), admission, authority)
+    consortium, site = admissions.join(read_site_file(config), admission, authority)
     trusted = keys.read_public_text(authority.read_text())
     say(
-        f"admitted to {found.consortium!r} as site {found.partition_id} of {found.num_partitions}",
-        f"signed by {keys.fingerprint(trusted)}: compare it with what the consortium says",
-        f"server {found.superlink}",
+        f"admitted to {consortium!r} as site {site.node.partition_id} of "
+        f"{site.node.num_partitions}",
+        f"signed by {keys.fingerprint(trusted)}: compare it with the consortium's own statement",
+        f"server {site.node.superlink}",
         "agent:     " + f"grandrounds site serve --config {config}",
-        "SuperNode: " + set_up_command(config),
+        "SuperNode: " + start_command(site),
         f"units: {config.absolute().parent / 'agent.service'}, supernode.service",
     )
 
 
-def set_up_command(config: Path) -> str:
-    """Return the command line of a site's SuperNode, as a shell takes it."""
-    import shlex
-
+def start_command(site: SiteFile) -> str:
+    """Return the shell command that starts a site's SuperNode."""
     from grandrounds.engines.deployment.set_up import supernode_command
-    from grandrounds.site.custody.site_file import read_site_file
 
-    return shlex.join(supernode_command(read_site_file(config)))
+    return shlex.join(supernode_command(site))
 
 
 @app.command()
@@ -85,14 +88,11 @@ def check(
     config: SiteToml = Path("site.toml"),
     recipe: Annotated[
         Path | None,
-        typer.Option(help="A recipe that runs will have: its base, policy, lengths and prompt."),
+        typer.Option(help="Recipe of a planned run: checks its base, policy, lengths and prompt."),
     ] = None,
     assignments: Assignments = None,
 ) -> None:
-    """Look at all that a site needs; one line a finding, and exit code 1 if one is an error."""
-    from grandrounds.quiet import quiet_libraries
-    from grandrounds.site.custody.site_file import read_site_file
-
+    """Check everything that a site needs, one finding per line; exit code 1 on an error."""
     site = read_site_file(config)
     asked = recipes.from_options(recipe, assignments)
     run = recipes.resolve(asked)
@@ -108,10 +108,7 @@ def check(
 
 @app.command()
 def serve(config: SiteToml = Path("site.toml")) -> None:
-    """Run the site's agent: it holds data and base, and answers the site's SuperNode."""
-    from grandrounds.quiet import quiet_libraries
-    from grandrounds.site.custody.site_file import read_site_file
-
+    """Run the site's agent, which holds data and base model and serves the SuperNode."""
     site = read_site_file(config)
     quiet_libraries()
     from grandrounds.engines.deployment.agent import Agent
@@ -130,11 +127,5 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
 
 @app.command()
 def supernode(config: SiteToml = Path("site.toml")) -> None:
-    """Print the command line of the site's SuperNode."""
-    say(set_up_command(config))
-
-
-def say(*lines: str) -> None:
-    """Print lines."""
-    for line in lines:
-        print(line, flush=True)
+    """Print the command that starts the site's SuperNode."""
+    say(start_command(read_site_file(config)))

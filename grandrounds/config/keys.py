@@ -1,14 +1,14 @@
-"""Every key of the configuration: its name, type, meaning and what it allows.
+"""Every key of the configuration: name, type, meaning and allowed values.
 
-The defaults live in `[tool.flwr.app.config]` of pyproject.toml and nowhere else; the dataclasses
-have none; `validation.parse` fills them. A field `peft_lora_r` of the section with the prefix
-`model.lora.` is the key `model.lora.peft-lora-r`. The docstrings under the fields
-are the source of docs/configuration.md.
+Defaults live in `[tool.flwr.app.config]` of pyproject.toml and nowhere else. The field
+`peft_lora_r` of the section with the prefix `model.lora.` is the key `model.lora.peft-lora-r`.
+docs/configuration.md is generated from the docstrings under the fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import typing
 from dataclasses import dataclass
@@ -19,29 +19,29 @@ from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.values import OneOf, Range, Scalar, SomeOf, words_of
 
 PLACES = ("run-directory", "resume-from", "consortium")
-"""Keys that say where a run is, and on whose machines: no part of a recipe."""
+"""Keys that say where a run lives rather than what it computes; recipes leave them out."""
 
 
 @dataclass(frozen=True)
 class FederationConfig:
-    """The run as a whole."""
+    """Length, seed and location of the run."""
 
     prefix: ClassVar[str] = ""
 
     num_server_rounds: Annotated[int, Range(1)]
-    """Rounds of training. The learning rate falls from its maximum to its minimum over them."""
+    """Training rounds. The learning rate decays over them from `train.learning-rate-max` to
+    `train.learning-rate-min`."""
     seed: Annotated[int, Range(0, 2**31 - 1)]
-    """Every random number of a run comes from this: adapter initialisation, partitions, cohorts,
-    held-out shares, and each visit through (seed, round, partition)."""
+    """Seed for all randomness: adapter initialisation, partitions, cohorts, held-out splits, and
+    each visit through (seed, round, partition)."""
     run_directory: str
-    """Where the server writes the run; empty: `runs/<date>-<time>-<model>`. Only the server reads
-    it."""
+    """Run directory on the server. Empty: `runs/<date>-<time>-<model>`."""
     resume_from: str
-    """A run directory to continue from its last finished round; only the server reads it."""
+    """Run directory on the server to resume after its last finished round."""
     consortium: str
-    """Folder of the consortium on the server's machine. Its admissions say which of Flower's nodes
-    each site is, and no other is taken for it; empty: a site is who it says. `grandrounds run
-    --engine deployment` fills it in from the connection; only the server reads it."""
+    """Consortium folder on the server, whose admissions bind each partition id to one Flower node.
+    Empty: any node may claim any partition id. `grandrounds run --engine deployment` takes it from
+    the connection."""
 
 
 @dataclass(frozen=True)
@@ -51,258 +51,292 @@ class ModelConfig:
     prefix: ClassVar[str] = "model."
 
     name: str
-    """Hub name or local folder of the base model; `formulary` is the small one that is embedded."""
+    """Base model: Hugging Face Hub name, local folder, or `formulary` (small, built in)."""
     quantization: Annotated[int, OneOf((0, 4, 8))]
-    """Bits of the base weights: 4 (NF4 with double quantisation), 8 (LLM.int8) or 0 (none)."""
+    """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8) or 0 (not quantised)."""
     dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))]
-    """Type of weights that are not quantised, and of the computation on 4-bit weights; `auto`:
-    bfloat16 on a GPU that has it, else float32."""
+    """Data type of unquantised weights, and compute type for 4-bit weights. `auto`: bfloat16 on a
+    GPU that supports it, else float32."""
     gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto"))]
-    """Compute activations again in the backward pass: less memory, about a third more time. `auto`:
-    only where the plan of a site's memory does not fit into what is free."""
+    """Recompute activations in the backward pass, which saves memory for about a third more time.
+    `auto`: only if a site's estimated peak memory exceeds what is free."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapter that is trained and travels."""
+    """The LoRA adapter that is trained and exchanged."""
 
     prefix: ClassVar[str] = "model.lora."
 
     peft_lora_r: Annotated[int, Range(1, 1024)]
-    """Rank of the adapter."""
+    """LoRA rank."""
     peft_lora_alpha: Annotated[float, Range(0, above=True)]
-    """The adapter's product is scaled by alpha / rank."""
+    """LoRA alpha; the update BA is scaled by alpha / rank."""
     target_modules: str
-    """Names of the linear modules to adapt, with commas; `all-linear`: every one but the head;
-    `auto`: what PEFT chooses for the architecture (`q_proj,v_proj` for Llama, Mistral and Qwen2),
-    and `all-linear` for the embedded base."""
+    """Linear modules to adapt, comma-separated. `all-linear`: every linear layer except the output
+    head. `auto`: PEFT's default for the architecture (`q_proj,v_proj` for Llama, Mistral and
+    Qwen2), or `all-linear` for the built-in model."""
     dropout: Annotated[float, Range(0, 0.9)]
-    """Dropout before the adapter in training."""
+    """LoRA dropout probability during training."""
     peft_use_dora: Annotated[bool, OneOf((False,))]
-    """DoRA. Only `false`: its magnitudes start from base weights, which the server never has."""
+    """DoRA is not supported: its magnitudes are initialised from base weights, which the server
+    never loads."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training over the rounds."""
+    """Training across rounds."""
 
     prefix: ClassVar[str] = "train."
 
     save_every_round: Annotated[int, Range(1)]
-    """A PEFT checkpoint every so many rounds, and one at the end."""
+    """Rounds between PEFT checkpoints; the last round is always saved."""
     learning_rate_max: Annotated[float, Range(0, 1, above=True)]
-    """Learning rate before the first round; lr(r) = min + (max - min)(1 + cos(pi r / rounds)) / 2
-    in round r = 1, 2, ... as FlowerTune counts."""
+    """Upper end of the cosine schedule over rounds: lr(r) = min + (max - min)(1 + cos(pi r /
+    rounds)) / 2 for r = 1, 2, ..., FlowerTune's counting."""
     learning_rate_min: Annotated[float, Range(0, 1)]
     """Learning rate of the last round."""
     seq_length: Annotated[int, Range(8)]
-    """Most tokens of prompt and answer together; longer answers are cut at the end and counted."""
+    """Maximum sequence length in tokens, prompt plus answer. Longer answers are truncated and
+    counted."""
     dynamic_data_seed: bool
-    """`true`: a visit continues in the site's shuffled examples where its last one ended. `false`:
-    every visit begins at the same first examples, as the FlowerTune template does."""
+    """`true`: each visit continues through the site's shuffled examples where the previous one
+    stopped. `false`: every visit starts from the same examples, as in the FlowerTune template."""
     batching: Annotated[str, OneOf(("auto", "padding-free", "length-grouped", "padded"))]
-    """`padding-free`: the examples of a batch lie one after another, each with its own attention;
-    `length-grouped`: examples of similar length stand in one padded batch; `padded`: as they are
-    drawn. `auto`: `padding-free` where the base's family is known and allows it, else
-    `length-grouped`. The loss of a batch is the same in all."""
+    """How a batch is laid out; the loss is the same in every mode. `padding-free`: sequences
+    concatenated, attention kept within each. `length-grouped`: padded batches of similar lengths.
+    `padded`: padded batches in sampling order. `auto`: `padding-free` if the architecture supports
+    it, else `length-grouped`."""
     response_only_logits: bool
-    """Apply the head only where an answer token is predicted; for a base of an unknown family the
-    logits of all tokens are computed. The loss is the same."""
+    """Compute logits only at positions that predict an answer token; the loss is the same. Unknown
+    architectures always compute all logits."""
     logits_chunk_tokens: Annotated[int, Range(0)]
-    """With `response-only-logits`: most answer tokens whose logits are held at a time; 0: all."""
+    """With `response-only-logits`: maximum number of answer tokens whose logits are held at once;
+    0: no limit."""
     optimizer: Annotated[str, OneOf(("adamw_torch", "adamw_8bit", "paged_adamw_8bit"))]
-    """`adamw_torch`, or bitsandbytes' 8-bit AdamW, paged or not. It starts anew at each visit."""
+    """PyTorch's AdamW, or bitsandbytes' 8-bit AdamW, optionally paged. Its state is reset at each
+    visit."""
     num_threads: Annotated[int, Range(0, 1024)]
-    """CPU threads of PyTorch in a site's process; 0: one for a base under 5 million parameters,
-    else as many as PyTorch takes. The same seed and the same number of threads give the same
-    adapter in every engine."""
+    """PyTorch CPU threads per site process. 0: one for bases under 5 million parameters, else
+    PyTorch's default. Adapters are bit-for-bit reproducible across engines for equal seed and
+    thread count."""
     report_to: Annotated[str, SomeOf(("none", "tensorboard", "wandb", "mlflow", "trackio"))]
-    """Who is told of each round while it runs, with commas: the recipe and means over the cohort,
-    nothing of single sites. Each must be installed. docs/export.md says where to look."""
+    """Experiment trackers to log each round to, comma-separated; each must be installed. They
+    receive the recipe and cohort means, never per-site values. See docs/export.md."""
 
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """One visit to one site; names and meaning of Hugging Face's TrainingArguments."""
+    """Training within one visit to one site, with the names and meaning of Hugging Face's
+    TrainingArguments."""
 
     prefix: ClassVar[str] = "train.training-arguments."
 
     output_dir: Annotated[str, OneOf(("",))]
-    """Only empty: a site writes no files."""
+    """Must be empty: sites write no files."""
     learning_rate: Annotated[str, OneOf(("",))]
-    """Only empty: the round's rate comes from `train.learning-rate-max` and `-min`."""
+    """Must be empty: set `train.learning-rate-max` and `train.learning-rate-min` instead."""
     per_device_train_batch_size: Annotated[int, Range(1)]
-    """Examples of one forward and backward pass."""
+    """Examples per forward and backward pass."""
     gradient_accumulation_steps: Annotated[int, Range(1)]
-    """Passes of one optimizer step; the loss is the mean over all their answer tokens."""
+    """Passes per optimizer step; the loss is averaged over all their answer tokens."""
     num_train_epochs: Annotated[float, Range(0, 1_000_000, above=True)]
-    """Epochs of one visit; counts only where `max-steps` is -1."""
+    """Epochs per visit; used only if `max-steps` is -1."""
     max_steps: Annotated[int, Range(-1)]
-    """Optimizer steps of one visit; -1: as many as `num-train-epochs` takes."""
+    """Optimizer steps per visit; -1: train for `num-train-epochs` instead."""
     warmup_steps: Annotated[int, Range(0)]
-    """Steps over which the learning rate of a visit rises from 0; needs
-    `lr-scheduler-type = "constant_with_warmup"`."""
+    """Linear warm-up steps at the start of each visit; requires `lr-scheduler-type =
+    "constant_with_warmup"`."""
     max_grad_norm: Annotated[float, Range(0)]
-    """Gradients are scaled down to this L2 norm; 0 leaves them alone."""
+    """Gradient clipping threshold (L2 norm); 0: no clipping."""
     weight_decay: Annotated[float, Range(0, 1)]
     """Decoupled weight decay of AdamW."""
     lr_scheduler_type: Annotated[str, OneOf(("constant", "constant_with_warmup"))]
-    """Learning rate inside a visit."""
+    """Learning-rate schedule within a visit."""
     bf16: bool
-    """Mixed precision in bfloat16 on a GPU that has it; elsewhere float32, as the summary says."""
+    """Mixed precision in bfloat16 on a GPU that supports it; elsewhere float32, which the summary
+    reports."""
     fp16: Annotated[bool, OneOf((False,))]
-    """Only `false`: use bf16 or float32."""
+    """Must be `false`: use `bf16`, or neither for float32."""
     tf32: bool
-    """TensorFloat-32 for float32 products on a GPU that has it."""
+    """TensorFloat-32 for float32 matrix products on a GPU that supports it."""
     gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto", ""))]
-    """Empty, or the same value as `model.gradient-checkpointing`."""
+    """Empty, or equal to `model.gradient-checkpointing`."""
     torch_compile: bool
-    """Compile the MLPs of the base: a minute at the first visit, for less memory traffic after."""
+    """Compile the MLP blocks of the base model; costs about a minute at the first visit and reduces
+    memory traffic afterwards."""
     logging_steps: Annotated[int, Range(1)]
-    """Accepted, without effect: every visit's loss is recorded."""
+    """No effect: every visit reports its loss."""
     save_steps: Annotated[int, Range(1)]
-    """Accepted, without effect: a site saves nothing, the server saves rounds."""
+    """No effect: sites save nothing; the server saves rounds."""
     save_total_limit: Annotated[int, Range(1)]
-    """Accepted, without effect: every checkpoint is kept."""
+    """No effect: every checkpoint is kept."""
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """Who takes part in a round, and how replies become the next adapter."""
+    """Site selection and aggregation."""
 
     prefix: ClassVar[str] = "strategy."
 
     name: Annotated[str, OneOf(tuple(STRATEGIES))]
-    """Aggregation rule; docs/aggregation.md says what each computes. `fedprox` averages like
-    `fedavg`; the proximal term at the sites makes the difference."""
+    """Aggregation rule; see docs/aggregation.md. `fedprox` averages like `fedavg` and adds a
+    proximal term to local training."""
     proximal_mu: Annotated[float, Range(0)]
-    """FedProx's mu: the loss gains mu/2 times the squared distance to the adapter received. Every
-    rule but `fedavg` takes it."""
+    """FedProx coefficient mu: adds mu/2 times the squared L2 distance to the received adapter to
+    the training loss. Available with every rule except `fedavg`."""
     fraction_train: Annotated[float, Range(0, 1, above=True)]
-    """Share of the sites that trains in a round, rounded down."""
+    """Fraction of sites selected for training in each round, rounded down."""
     cohorts: Annotated[str, OneOf(("balanced", "uniform"))]
-    """`balanced`: all sites take part once, in random order, before any does again. `uniform`: each
-    round draws anew, as FlowerTune does; some sites are then seldom heard."""
+    """`balanced`: every site is selected once, in random order, before any is selected again.
+    `uniform`: each round samples independently, as in FlowerTune, so some sites are rarely
+    selected."""
     fraction_evaluate: Annotated[float, Range(0, 1)]
-    """Share of the sites that answers held-out loss, drawn once so that rounds compare; 0: none."""
+    """Fraction of sites that report held-out loss; the sample is fixed so that rounds are
+    comparable. 0: none."""
     min_reply_fraction: Annotated[float, Range(0, 1, above=True)]
-    """Share of a round's cohort, rounded up, that must reply well; fewer end the run as failed."""
+    """Minimum fraction of the cohort, rounded up, that must return a valid update; with fewer the
+    run fails."""
     round_timeout_seconds: Annotated[float, Range(0, above=True)]
-    """A round ends after this time with those who answered. In process it never cuts a visit."""
+    """Time limit for a round in seconds; the round ends with the updates received so far. Has no
+    effect on a visit in the in-process engine."""
     min_sites: Annotated[int, Range(0)]
-    """Sites with which a run begins after `connect-timeout-seconds`; those that come later take
-    part from then on. 0: all of them."""
+    """Minimum number of connected sites for starting a run after `connect-timeout-seconds`; later
+    sites join the rounds that follow. 0: all sites."""
     connect_timeout_seconds: Annotated[float, Range(0, above=True)]
-    """How long the server waits for all sites before the roll call."""
+    """Time in seconds to wait for all sites before the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
-    """A reply counts by its site's number of training examples (at most what the site said at roll
-    call), or all replies count alike."""
+    """`examples`: weight updates by the number of training examples, capped at the number given at
+    roll call. `equal`: weight all updates equally."""
     max_rank: Annotated[int, Range(0, 4096)]
-    """`flora`: highest rank of the stack, above which it is cut by SVD; 0: four times the rank."""
+    """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
+    times the rank."""
     site_ranks: str
-    """`product`: ranks that sites 0, 1, 2, ... train, with commas, repeated over the sites, for
-    example `16,8,4`; empty: all train the adapter's rank."""
+    """`product`: training ranks of sites 0, 1, 2, ..., comma-separated and repeated cyclically, for
+    example `16,8,4`. Empty: the rank of the adapter."""
     server_learning_rate: Annotated[float, Range(0)]
-    """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`: the server's step; 0: 1 for `fedavgm`, `tau`
-    for the others."""
+    """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`: server learning rate; 0: 1 for `fedavgm`,
+    `tau` for the others."""
     server_momentum: Annotated[float, Range(0, 0.9999)]
-    """`fedavgm`: momentum of the server's step."""
+    """`fedavgm`: server momentum."""
     beta_1: Annotated[float, Range(0, 0.9999)]
-    """`fedadam`, `fedyogi`: decay of the first moment."""
+    """`fedadam`, `fedyogi`: decay rate of the first moment."""
     beta_2: Annotated[float, Range(0, 0.9999)]
-    """`fedadam`, `fedyogi`: decay of the second moment."""
+    """`fedadam`, `fedyogi`: decay rate of the second moment."""
     tau: Annotated[float, Range(0, above=True)]
-    """`fedadam`, `fedyogi`, `fedadagrad`: added to the root of the second moment."""
+    """`fedadam`, `fedyogi`, `fedadagrad`: adaptivity constant added to the root of the second
+    moment."""
     num_malicious_nodes: Annotated[int, Range(0)]
-    """`krum`, `multikrum`, `bulyan`: how many replies of a round may be hostile."""
+    """`krum`, `multikrum`, `bulyan`: number of malicious updates to tolerate in a round."""
     num_nodes_to_select: Annotated[int, Range(0)]
-    """`multikrum`: how many replies are averaged; 0: all but `num-malicious-nodes`."""
+    """`multikrum`: number of updates to average; 0: all but `num-malicious-nodes`."""
     trimmed_share: Annotated[float, Range(0, 0.49)]
-    """`fedtrimmedavg`: share of the values cut off at either end, coordinate by coordinate."""
+    """`fedtrimmedavg`: fraction of values trimmed at each end, per coordinate."""
+
+    @property
+    def needed_replies(self) -> int:
+        """Smallest number of updates with which the rule does what its paper says.
+
+        krum: n >= 2 f + 3 (Blanchard et al., 2017, proposition 4.2). multikrum: also n >= m + f,
+        so that all selected updates can be honest. bulyan: n >= 4 f + 3 (El Mhamdi et al., 2018,
+        section 4). fedtrimmedavg: enough for one to be trimmed at each end.
+        """
+        hostile = self.num_malicious_nodes
+        if self.name == "krum":
+            return 2 * hostile + 3
+        if self.name == "multikrum":
+            return max(2 * hostile + 3, self.num_nodes_to_select + hostile)
+        if self.name == "bulyan":
+            return 4 * hostile + 3
+        if self.name == "fedtrimmedavg" and self.trimmed_share > 0:
+            near = max(1, math.ceil(1 / self.trimmed_share) - 1)
+            return next(n for n in itertools.count(near) if int(self.trimmed_share * n))
+        return 1
 
 
 @dataclass(frozen=True)
 class CommunicationConfig:
-    """How adapters are encoded on their way. docs/communication.md compares."""
+    """Encoding of adapters in transit; docs/communication.md compares the codecs."""
 
     prefix: ClassVar[str] = "communication."
 
     uplink_codec: Annotated[str, OneOf(tuple(CODECS))]
-    """Encoding of a site's change: `none` (float32, an array for each tensor); `float32` (the same
-    in one array, which Flower moves several times faster); `bf16`; `int8`, `int4`, `int2`
-    (stochastic rounding, a scale per block); `ternary` (minus, zero or plus); `sign` (one bit and a
-    block's mean magnitude); `topk` (the largest values). What a codec loses comes at the next
-    visit."""
+    """Codec for a site's update: `none` (float32, one array per tensor); `float32` (the same in a
+    single array, which Flower transfers several times faster); `bf16`; `int8`, `int4`, `int2`
+    (stochastic rounding, one scale per block); `ternary` (-1, 0 or 1 times a scale); `sign` (one
+    bit per value, times the block's mean magnitude); `topk` (largest values only). Compression
+    error is fed back into the site's next update."""
     downlink_codec: Annotated[str, OneOf(tuple(CODECS))]
-    """Encoding of what the server sends."""
+    """Codec for what the server sends."""
     downlink: Annotated[str, OneOf(("complete", "incremental"))]
-    """`complete`: every message holds the whole adapter, as its change since the start of the run.
-    `incremental`: the change since what the site holds; the server keeps that for every site."""
+    """`complete`: send the whole adapter, as its change since the start of the run. `incremental`:
+    send the change since the version that the site holds; the server stores it for every site."""
     catch_up_codec: Annotated[str, OneOf(("bf16", "int8", "int4", "int2"))]
-    """`incremental`: encoding for a site that holds nothing yet, or whose last reply was lost."""
+    """`incremental`: codec for a site that holds no adapter yet or whose last update was lost."""
     block_size: Annotated[int, OneOf((16, 32, 64, 128, 256, 512, 1024))]
-    """Values that share a scale in `int8`, `int4`, `int2`, `ternary` and `sign`."""
+    """Values per scale in `int8`, `int4`, `int2`, `ternary` and `sign`."""
     kept_share: Annotated[float, Range(0, 1, above=True)]
-    """`topk`: share of the values that is sent."""
+    """`topk`: fraction of values sent."""
     entropy_coding: bool
-    """Compress encoded messages by Zstandard where that makes them smaller. The plan's bytes are
-    then the most there can be."""
+    """Compress encoded messages with Zstandard where that makes them smaller. The byte counts of
+    the plan are then upper bounds."""
 
 
 @dataclass(frozen=True)
 class DefenceConfig:
-    """What is done to single updates before any rule sees them."""
+    """Checks on individual updates before aggregation."""
 
     prefix: ClassVar[str] = "defence."
 
     update_norm_bound: Annotated[float, Range(0)]
-    """An update with a larger L2 norm is scaled down to it; 0: none is."""
+    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound."""
     min_cosine: Annotated[float, Range(-1, 1)]
-    """An update whose cosine to the mean direction of the others is lower is left out, and counts
-    as a failed reply; -1: none is. The server then holds all replies of a round."""
+    """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
+    rejected and counts as a failed update. -1: accept all. Any other value makes the server hold
+    all updates of a round in memory."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How the data become sites, and rows become text."""
+    """Partitioning of the data, and the prompt."""
 
     prefix: ClassVar[str] = "data."
 
     num_partitions: Annotated[int, Range(1)]
     """Number of sites."""
     partitioner: Annotated[str, OneOf(("iid", "dirichlet", "size-skewed", "natural"))]
-    """How rows become sites: `iid`; `dirichlet` over the labels of `partition-by`; `size-skewed`
-    (site i gets a share proportional to i + 1); `natural` (a site per value of `partition-by`)."""
+    """How rows are split into sites: `iid`; `dirichlet` over the labels in `partition-by`;
+    `size-skewed` (the share of site i is proportional to i + 1); `natural` (one site per value of
+    `partition-by`)."""
     partition_by: str
-    """Column for `dirichlet` and `natural`."""
+    """Column used by `dirichlet` and `natural`."""
     dirichlet_alpha: Annotated[float, Range(0, above=True)]
-    """Concentration of `dirichlet`; small values give sites with few labels."""
+    """Concentration parameter of `dirichlet`; smaller values give each site fewer labels."""
     held_out_fraction: Annotated[float, Range(0, 0.9)]
-    """Share of its rows that each site holds out by seed for held-out loss; 0: none, as FlowerTune.
-    A site's held-out questions are none of its own training questions; another site may train on
-    the same question."""
+    """Fraction of each site's rows held out for evaluation; 0: none, as in FlowerTune. A held-out
+    question never occurs in the same site's training data, but may occur in another site's."""
     prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
-    """`alpaca`: FlowerTune's text. `chat`: the tokenizer's own chat template."""
+    """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template."""
     question_column: str
-    """Column that holds the question."""
+    """Column holding the question."""
     answer_column: str
-    """Column that holds the answer."""
+    """Column holding the answer."""
 
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """What the FlowerTune leaderboard holds fixed."""
+    """The data set; FlowerTune's leaderboard prescribes it."""
 
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Hub name of a data set, a local .json, .jsonl, .csv or .parquet file (.gz too), or
-    `formulary`."""
+    """Training data: Hugging Face Hub name, local .json, .jsonl, .csv or .parquet file (.gz too),
+    or `formulary`."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole validated configuration; `flat()` gives it back as Flower's flat run config."""
+    """A validated configuration; `flat()` returns it as Flower's run config."""
 
     federation: FederationConfig
     model: ModelConfig
@@ -323,33 +357,33 @@ class Config:
         }
 
     def recipe(self) -> dict[str, Scalar]:
-        """Return every key with its value, but those that say where a run is."""
+        """Return every key with its value, with `PLACES` left empty."""
         return {**self.flat(), **dict.fromkeys(PLACES, "")}
 
     @property
     def cohort_size(self) -> int:
-        """Sites that train in one round: fraction-train of the sites, rounded down."""
+        """Number of sites that train in a round."""
         return share_of(self.strategy.fraction_train, self.data.num_partitions)
 
     @property
     def max_rank(self) -> int:
-        """Highest rank of `flora`'s stack."""
+        """Maximum rank of FLoRA's stacked adapter."""
         return self.strategy.max_rank or 4 * self.lora.peft_lora_r
 
     @property
     def site_ranks(self) -> tuple[int, ...]:
-        """Ranks that the sites train, repeated over them; empty: the adapter's."""
+        """Training ranks, repeated cyclically over the sites; empty: the adapter's rank."""
         return tuple(int(rank) for rank in words_of(self.strategy.site_ranks))
 
     @property
     def examples_per_step(self) -> int:
-        """Examples of one optimizer step at one site."""
+        """Examples per optimizer step at one site."""
         a = self.arguments
         return a.per_device_train_batch_size * a.gradient_accumulation_steps
 
 
 SECTIONS: dict[str, Any] = typing.get_type_hints(Config)
-"""Name of the attribute of `Config` → dataclass of the section."""
+"""Attribute of `Config` → dataclass of the section."""
 
 FIELD_OF_KEY: dict[str, tuple[str, str]] = {
     section.prefix + field.name.replace("_", "-"): (name, field.name)
@@ -363,9 +397,9 @@ ALIASES = {
     "train.training-arguments.optim": "train.optimizer",
     "model.lora.use-dora": "model.lora.peft-use-dora",
 }
-"""Older or other entries' names of a key; empty when not used."""
+"""Name used by other FlowerTune entries → key; empty if unused."""
 
 
 def share_of(fraction: float, count: int) -> int:
-    """Return `fraction` of `count` rounded down, safe from binary fractions (0.29 of 100 is 29)."""
+    """Return `fraction` of `count`, rounded down despite binary fractions (0.29 of 100 is 29)."""
     return math.floor(fraction * count + 1e-9)

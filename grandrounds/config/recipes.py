@@ -1,4 +1,4 @@
-"""Where a configuration comes from: packaged defaults, recipe files, FlowerTune entries."""
+"""Sources of a configuration: packaged defaults, recipe files, FlowerTune entries."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.validation import parse
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
+from grandrounds.storage import read_toml
 
 LEADERBOARD_DATA = (
     "medalpaca/medical_meadow_medical_flashcards",
     "flwrlabs/medical-meadow-medical-flashcards",
 )
-"""The two hub names of the medical leaderboard's training data."""
+"""Hub names of the medical leaderboard's training data."""
 
 LEADERBOARD_PARTITIONS = 20
 
@@ -30,48 +31,40 @@ FLOWERTUNE_TEMPLATE: dict[str, Scalar] = {
     "model.lora.dropout": 0.075,
     "data.held-out-fraction": 0.0,
 }
-"""What the FlowerTune template fixes in its code, for the keys that its pyproject leaves out."""
+"""What the FlowerTune template hard-codes, for keys that its pyproject.toml does not have."""
 
 FOREIGN_KEYS: dict[str, tuple[Scalar, str]] = {
-    "task.name": ("medical", "only the medical task is served"),
+    "task.name": ("medical", "only the medical task is supported"),
 }
-"""Keys of single published entries: the value that means what happens here anyway, and why not
-another."""
+"""Keys of individual published entries: the one value supported here, and why no other."""
 
 
 def defaults() -> dict[str, Scalar]:
-    """Return the packaged defaults, flat: `[tool.flwr.app.config]` of this project's pyproject."""
+    """Return the packaged defaults, flat: `[tool.flwr.app.config]` of our pyproject.toml."""
     here = Path(__file__).resolve().parent.parent  # the package's own folder
     for path in (here / "pyproject.toml", here.parent / "pyproject.toml"):
         if path.is_file():
-            table = tomllib.loads(path.read_text())
+            table = read_toml(path)
             if table.get("project", {}).get("name") == "grandrounds":
                 return flatten(table["tool"]["flwr"]["app"]["config"])
     raise ConfigError(
-        f"The defaults are missing: no pyproject.toml of grandrounds beside {here}. "
-        "Install the package again."
+        f"The defaults are missing: no pyproject.toml of grandrounds in or beside {here}. "
+        "Reinstall the package."
     )
 
 
 def load_recipe(path: Path) -> dict[str, Scalar]:
-    """Read a recipe file, or the pyproject.toml of a FlowerTune entry, as a flat mapping.
+    """Read a recipe, or the pyproject.toml of a FlowerTune entry, as a flat mapping.
 
-    A FlowerTune entry is known by its `[tool.flwr.app.config]`. What its template fixes in code is
-    filled in from `FLOWERTUNE_TEMPLATE`, and the number of sites from its federation's
-    `options.num-supernodes`.
+    A FlowerTune entry is recognised by its `[tool.flwr.app.config]`. `FLOWERTUNE_TEMPLATE` supplies
+    what its template hard-codes, and its federation's `options.num-supernodes` the number of sites.
 
     Raises
     ------
     ConfigError
-        If the file is missing, is not TOML, or has a key of one entry's own that cannot be
-        honoured.
+        If the file is missing or not TOML, or has an entry-specific key that cannot be honoured.
     """
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    table = read_toml(path)
     app = table_at(table, "tool", "flwr", "app")
     if "config" not in app:
         return flatten(table)
@@ -84,7 +77,7 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
 
 
 def table_at(table: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
-    """Return the table at a path of names, empty if it is not there."""
+    """Return the table at a path of names; empty if missing."""
     for i, name in enumerate(names):
         table = table.get(name, {})
         if not isinstance(table, Mapping):
@@ -96,16 +89,16 @@ def table_at(table: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 
 
 def from_flowertune(entry: dict[str, Scalar], num_supernodes: Any) -> dict[str, Scalar]:
-    """Return a FlowerTune entry's configuration in this project's keys.
+    """Return a FlowerTune entry's configuration under our keys.
 
     Parameters
     ----------
     num_supernodes
-        The number of sites in the entry's default federation; None if it names none.
+        Number of sites in the entry's default federation; None if not given.
     """
     for key, (same_thing, why) in FOREIGN_KEYS.items():
         if key in entry and entry.pop(key) != same_thing:
-            raise ConfigError(f"{key} cannot be honoured: {why}. Remove it, or set {same_thing!r}.")
+            raise ConfigError(f"{key} cannot be honoured: {why}. Remove it or set {same_thing!r}.")
     flexlora = {"strategy.name": "product"} if entry.pop("strategy.use-flexlora", False) else {}
     out = {**FLOWERTUNE_TEMPLATE, **flexlora, **entry}
     evaluated = out["strategy.fraction-evaluate"]
@@ -127,17 +120,17 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
             flat[key] = value
         else:
             raise ConfigError(
-                f"{key} = {value!r} is a {type(value).__name__}; Flower's run config takes texts, "
-                'numbers and true/false only. Write a list as one text: "q_proj,v_proj".'
+                f"{key} = {value!r} is a {type(value).__name__}; Flower's run config only takes "
+                'strings, numbers and booleans. Write a list as one string: "q_proj,v_proj".'
             )
     return flat
 
 
 def to_toml(flat: Mapping[str, Scalar]) -> str:
-    """Return a flat configuration as TOML with quoted keys; Flower and `load_recipe` read it."""
+    """Return a flat configuration as TOML with quoted keys, as Flower and `load_recipe` read it."""
 
     def literal(value: Scalar) -> str:
-        if isinstance(value, str):  # JSON's texts are TOML's, but for DEL
+        if isinstance(value, str):  # a JSON string is a TOML string, except for DEL
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return str(value).lower() if isinstance(value, bool) else repr(value)
 
@@ -145,7 +138,7 @@ def to_toml(flat: Mapping[str, Scalar]) -> str:
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
-    """Read `KEY=VALUE` texts; a value that is no TOML value is taken as a plain text.
+    """Parse `KEY=VALUE` assignments; a value that is not TOML is taken as a string.
 
     Raises
     ------
@@ -157,7 +150,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
-                f"{assignment!r} is not an override: write KEY=VALUE, for example "
+                f"{assignment!r} is not an override: use KEY=VALUE, for example "
                 "num-server-rounds=10."
             )
         try:
@@ -171,12 +164,12 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
 def from_options(
     file: Path | None, assignments: Iterable[str] | None, **options: Scalar | None
 ) -> dict[str, Scalar]:
-    """Return what a command was given: a recipe, overrides over it, and options over both.
+    """Return a command's settings: options override assignments, which override the recipe.
 
     Parameters
     ----------
     options
-        model, data, rounds, seed, run_directory; None where not given.
+        Values for the names in `OPTIONS`; None if not given.
     """
     settings = load_recipe(file) if file else {}
     settings |= parse_overrides(assignments or [])
@@ -191,20 +184,17 @@ OPTIONS = {
     "seed": "seed",
     "run_directory": "run-directory",
 }
-"""Option of a command → the key that it sets."""
+"""Option of a command → key."""
 
 
 def resolve(*layers: Mapping[str, Scalar]) -> Config:
-    """Merge layers over the packaged defaults, later ones winning, and check the whole."""
-    base = defaults()
-    merged: dict[str, Scalar] = {}
-    for layer in layers:
-        merged |= layer
-    return parse(merged, base)
+    """Merge layers over the packaged defaults, later ones overriding, and validate the result."""
+    merged = {key: value for layer in layers for key, value in layer.items()}
+    return parse(merged, defaults())
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with local files in full, so that it means the same everywhere."""
+    """Return the configuration with absolute local paths, valid from any working directory."""
 
     def full(name: str) -> str:
         path = Path(name).expanduser()
@@ -218,7 +208,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Return `key: old → new` for every key that differs, run directories and trackers apart."""
+    """Return `key: old → new` for each difference, except run directories and trackers."""
     ignored = (*PLACES, "train.report-to")
     before, after = old.flat(), new.flat()
     return [
@@ -229,7 +219,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def leaderboard_differences(config: Config) -> list[str]:
-    """Return why a run does not compare with FlowerTune's medical leaderboard; empty if it does."""
+    """Return why a run is not comparable with FlowerTune's medical leaderboard; empty if it is."""
     reasons = []
     if config.static.name not in LEADERBOARD_DATA:
         reasons.append(f"static.dataset.name is {config.static.name}")

@@ -1,7 +1,7 @@
-"""The aggregation rules by name, and what each asks of the sites. One line per rule.
+"""The aggregation rules by name, and what each requires of sites and server: one line per rule.
 
-What a rule computes is in `grandrounds/aggregation/<name>.py`; here stands only what planning,
-server and sites must agree on without loading it.
+The rules themselves are in `grandrounds/server/aggregation/<name>.py`; this table holds what
+planning, server and sites must agree on without loading them.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a rule asks of the sites, and of the server's memory."""
+    """What a rule requires of the sites, and of the server's memory."""
 
     odd: str = "AB"
-    """Factors that are trained, and travel up, in rounds 1, 3, 5, ..."""
+    """Factors trained and sent to the server in rounds 1, 3, 5, ..."""
     even: str = "AB"
     """The same for rounds 2, 4, 6, ..."""
     sends: str = "AB"
-    """Factors that travel down."""
+    """Factors sent to the sites."""
     keeps_replies: bool = False
-    """Whether the server holds all replies of a round: its memory grows with the cohort."""
+    """Whether the server holds all updates of a round, so that its memory grows with the cohort."""
     mean_of_factors: bool = False
-    """Whether A and B are averaged apart, which has an error to measure."""
+    """Whether A and B are averaged separately, which has an aggregation error to measure."""
     error_feedback: bool = True
-    """Whether what a codec lost can be sent at the site's next visit: not where the server writes
-    the factors anew in every round."""
+    """Whether sites can feed compression error back at their next visit; not if the server
+    recomputes the factors in every round."""
     stacks: bool = False
-    """Whether the sites' adapters are stacked, each trained afresh beside the frozen stack, so that
-    the rank grows from round to round."""
+    """Whether the sites' adapters are stacked: each is trained afresh beside the frozen stack, so
+    that the rank grows from round to round."""
     mixed_ranks: bool = False
-    """Whether sites may train a lower rank than the adapter's."""
+    """Whether sites may train at a lower rank than the adapter's."""
     keys: tuple[str, ...] = ()
-    """Keys of `strategy.` that this rule reads, of those that not every rule does."""
+    """Keys of `strategy.` that are specific to this rule."""
 
     def trained(self, round_number: int) -> str:
         """Return the factors trained in a round: `A`, `B` or `AB`."""
@@ -64,7 +64,7 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "flora": Strategy(keeps_replies=True, error_feedback=False, stacks=True, keys=("max-rank",)),
 }
-"""Name → what it asks."""
+"""Name → requirements."""
 
 
 class Thresholds(Protocol):

@@ -1,11 +1,11 @@
-"""From a flat run config to a checked `Config`, before anything heavy is imported."""
+"""Turns a flat run config into a validated `Config`, before anything heavy is imported."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
@@ -15,32 +15,32 @@ from grandrounds.config.keys import (
     SECTIONS,
     Config,
 )
-from grandrounds.config.strategies import STRATEGIES, needed_replies
+from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.values import OneOf, Scalar, words_of
 from grandrounds.errors import ConfigError, nearest
 
 
 def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Config:
-    """Check a flat configuration and return it as dataclasses.
+    """Validate a flat configuration and return it as dataclasses.
 
     Parameters
     ----------
     values
-        Keys as in pyproject.toml, each with a scalar. Keys that are left out take `defaults`.
+        Keys as in pyproject.toml, each with a scalar. Missing keys take their default.
     defaults
         The packaged defaults (`grandrounds.config.recipes.defaults`).
 
     Raises
     ------
     ConfigError
-        For an unknown key (the nearest is suggested), a wrong type, a value that is not allowed,
-        or two keys that contradict each other.
+        For an unknown key (with the nearest suggested), a wrong type, a value that is not
+        allowed, or keys that contradict each other.
     """
     for key in values:
         if key not in FIELD_OF_KEY and key not in ALIASES:
             raise ConfigError(
                 f"Unknown configuration key {key!r}.{nearest(key, [*FIELD_OF_KEY, *ALIASES])} "
-                "All keys are listed in docs/configuration.md."
+                "docs/configuration.md lists all keys."
             )
     merged = resolve_aliases({**defaults, **values}, defaults)
     sections = {}
@@ -52,14 +52,15 @@ def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Confi
             fields[field.name] = check_value(key, merged[key], hints[field.name])
         sections[name] = section(**fields)
     config = Config(**sections)
-    check_together(config)
+    if problem := next(contradictions(config), ""):
+        raise ConfigError(problem)
     return config
 
 
 def resolve_aliases(
     merged: Mapping[str, Scalar], defaults: Mapping[str, Scalar]
 ) -> dict[str, Scalar]:
-    """Return the configuration under today's names; an alias that is set wins over a default."""
+    """Return the configuration without aliases; an alias that is set overrides a default."""
     out = {k: v for k, v in merged.items() if k not in ALIASES}
     for alias, key in ALIASES.items():
         given = merged.get(alias, "")
@@ -68,22 +69,22 @@ def resolve_aliases(
         if out[key] not in (defaults[key], given):
             raise ConfigError(
                 f"{alias} = {given!r} and {key} = {out[key]!r} contradict each other: "
-                f"the first is another name of the second. Give {key} alone."
+                f"the first is an alias of the second. Set {key} only."
             )
         out[key] = given
     return out
 
 
 def check_value(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` in the type that the field asks for, or raise `ConfigError`."""
+    """Return `value` in the field's type, or raise `ConfigError`."""
     base, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     kinds = typing.get_args(base) or (base,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) not in kinds:
-        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         allowed = names[base] if len(kinds) == 1 else str(rules[0])
-        raise ConfigError(f"{key} = {value!r} is of the wrong type: it must be {allowed}.")
+        raise ConfigError(f"{key} = {value!r} has the wrong type: it must be {allowed}.")
     for rule in rules:
         if not rule.admits(value):
             suggestion = ""
@@ -97,176 +98,153 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
 
 
 NOT_HONOURED = {
-    "model.lora.peft-use-dora": " DoRA's magnitudes start from the base weights, which the server"
-    " never loads; set it to false.",
-    "train.training-arguments.fp16": " Half precision would need loss scaling; use"
+    "model.lora.peft-use-dora": " DoRA initialises its magnitudes from the base weights, which the"
+    " server never loads.",
+    "train.training-arguments.fp16": " Half precision would need loss scaling; set"
     " train.training-arguments.bf16 = true, or neither for float32.",
-    "train.training-arguments.output-dir": " A site never writes to a path that it was sent;"
-    " set run-directory for the server.",
-    "train.training-arguments.learning-rate": " The round's rate comes from"
-    " train.learning-rate-max and train.learning-rate-min.",
+    "train.training-arguments.output-dir": " A site never writes to a path that it was sent; for"
+    " the server, set run-directory.",
+    "train.training-arguments.learning-rate": " Set train.learning-rate-max and"
+    " train.learning-rate-min instead.",
 }
-"""Why a value that another system takes cannot be honoured here, and what to set instead."""
+"""Why a value that FlowerTune accepts cannot be honoured here, and what to set instead."""
 
 
-def check_together(config: Config) -> None:
-    """Raise `ConfigError` where values are fine one by one but contradict each other."""
-    train, arguments, strategy = config.train, config.arguments, config.strategy
-    problems = [
-        (
-            train.learning_rate_min > train.learning_rate_max,
-            f"train.learning-rate-min = {train.learning_rate_min:g} is above "
-            f"train.learning-rate-max = {train.learning_rate_max:g}; swap or lower it.",
-        ),
-        (
-            strategy.name == "fedavg" and strategy.proximal_mu > 0,
-            f"strategy.proximal-mu = {strategy.proximal_mu:g} has no place in FedAvg: "
-            'set strategy.name = "fedprox", or strategy.proximal-mu = 0.',
-        ),
-        (
-            strategy.name == "fedprox" and strategy.proximal_mu == 0,
-            "strategy.proximal-mu = 0 makes FedProx the same as FedAvg: "
-            'set a value above 0 (0.01 is usual), or strategy.name = "fedavg".',
-        ),
-        (
-            arguments.gradient_checkpointing not in ("", config.model.gradient_checkpointing),
+def contradictions(config: Config) -> Iterator[str]:
+    """Yield what is wrong with values that are each allowed but contradict each other."""
+    train, arguments, strategy, data = config.train, config.arguments, config.strategy, config.data
+    sites = data.num_partitions
+    if train.learning_rate_min > train.learning_rate_max:
+        yield (
+            f"train.learning-rate-min = {train.learning_rate_min:g} exceeds "
+            f"train.learning-rate-max = {train.learning_rate_max:g}; swap them or lower it."
+        )
+    if strategy.name == "fedavg" and strategy.proximal_mu > 0:
+        yield (
+            f"strategy.proximal-mu = {strategy.proximal_mu:g} does not apply to FedAvg: "
+            'set strategy.name = "fedprox", or strategy.proximal-mu = 0.'
+        )
+    if strategy.name == "fedprox" and strategy.proximal_mu == 0:
+        yield (
+            "strategy.proximal-mu = 0 reduces FedProx to FedAvg: "
+            'set a value above 0 (0.01 is usual), or strategy.name = "fedavg".'
+        )
+    if arguments.gradient_checkpointing not in ("", config.model.gradient_checkpointing):
+        yield (
             "train.training-arguments.gradient-checkpointing = "
             f"{arguments.gradient_checkpointing} and model.gradient-checkpointing = "
-            f"{config.model.gradient_checkpointing} contradict each other; set both alike.",
-        ),
-        (
-            arguments.max_steps == 0,
+            f"{config.model.gradient_checkpointing} contradict each other; use the same value."
+        )
+    if arguments.max_steps == 0:
+        yield (
             "train.training-arguments.max-steps = 0 would train nothing: "
-            "give at least 1, or -1 to count epochs.",
-        ),
-        (
-            arguments.lr_scheduler_type == "constant" and arguments.warmup_steps > 0,
+            "use at least 1, or -1 to count epochs."
+        )
+    if arguments.lr_scheduler_type == "constant" and arguments.warmup_steps > 0:
+        yield (
             f"train.training-arguments.warmup-steps = {arguments.warmup_steps} has no effect with "
-            'lr-scheduler-type = "constant": use "constant_with_warmup", or warmup-steps = 0.',
-        ),
-        (
-            0 < arguments.max_steps < arguments.warmup_steps,
-            f"train.training-arguments.warmup-steps = {arguments.warmup_steps} is more than "
-            f"max-steps = {arguments.max_steps}: the learning rate would never be reached.",
-        ),
-        (
-            0 < strategy.fraction_evaluate * config.data.num_partitions < 1 - 1e-9,
-            f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} of data.num-partitions = "
-            f"{config.data.num_partitions} sites is nobody: at least "
-            f"{1 / config.data.num_partitions:g} is needed, or 0 for no held-out loss.",
-        ),
-        (
-            config.cohort_size < 1,
-            f"strategy.fraction-train = {strategy.fraction_train:g} of data.num-partitions = "
-            f"{config.data.num_partitions} sites is nobody: at least "
-            f"{1 / config.data.num_partitions:g} is needed.",
-        ),
-        (
-            strategy.fraction_evaluate > 0 and config.data.held_out_fraction == 0,
+            'lr-scheduler-type = "constant": use "constant_with_warmup", or warmup-steps = 0.'
+        )
+    if 0 < arguments.max_steps < arguments.warmup_steps:
+        yield (
+            f"train.training-arguments.warmup-steps = {arguments.warmup_steps} exceeds max-steps = "
+            f"{arguments.max_steps}: warm-up would never end. Lower it, or raise max-steps."
+        )
+    nobody = f"of data.num-partitions = {sites} sites selects none: use at least {1 / sites:g}"
+    if 0 < strategy.fraction_evaluate * sites < 1 - 1e-9:
+        yield (
+            f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} {nobody}, "
+            "or 0 for no held-out loss."
+        )
+    if config.cohort_size < 1:
+        yield f"strategy.fraction-train = {strategy.fraction_train:g} {nobody}."
+    if strategy.fraction_evaluate > 0 and data.held_out_fraction == 0:
+        yield (
             f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} needs held-out examples: "
-            "set data.held-out-fraction (0.05 is usual), or strategy.fraction-evaluate = 0.",
-        ),
-        (
-            config.data.partitioner in ("dirichlet", "natural") and not config.data.partition_by,
-            f'data.partitioner = "{config.data.partitioner}" needs data.partition-by, '
-            "the name of a column.",
-        ),
-        *(
-            (not value, f"{key} is empty: {hint}")
-            for key, value, hint in (
-                ("model.name", config.model.name, "give a hub name, a folder, or formulary."),
-                (
-                    "static.dataset.name",
-                    config.static.name,
-                    "give a hub name, a file, or formulary.",
-                ),
-                ("model.lora.target-modules", config.lora.target_modules, "give names, or auto."),
-                ("data.question-column", config.data.question_column, "give a column's name."),
-                ("data.answer-column", config.data.answer_column, "give a column's name."),
-            )
-        ),
-        (
-            strategy.min_sites > config.data.num_partitions,
-            f"strategy.min-sites = {strategy.min_sites} is more than data.num-partitions = "
-            f"{config.data.num_partitions}: lower it, or set 0 for all.",
-        ),
-        *_rule_problems(config),
-        *_communication_problems(config),
-    ]
-    for is_wrong, message in problems:
-        if is_wrong:
-            raise ConfigError(message)
+            "set data.held-out-fraction (0.05 is usual), or strategy.fraction-evaluate = 0."
+        )
+    if data.partitioner in ("dirichlet", "natural") and not data.partition_by:
+        yield f'data.partitioner = "{data.partitioner}" needs data.partition-by, a column name.'
+    for key, value, hint in (
+        ("model.name", config.model.name, "a Hub name, a folder, or formulary"),
+        ("static.dataset.name", config.static.name, "a Hub name, a file, or formulary"),
+        ("model.lora.target-modules", config.lora.target_modules, "module names, or auto"),
+        ("data.question-column", data.question_column, "a column name"),
+        ("data.answer-column", data.answer_column, "a column name"),
+    ):
+        if not value:
+            yield f"{key} is empty: set {hint}."
+    if strategy.min_sites > sites:
+        yield (
+            f"strategy.min-sites = {strategy.min_sites} exceeds data.num-partitions = {sites}: "
+            "lower it, or set 0 for all sites."
+        )
+    yield from _rule_contradictions(config)
+    yield from _codec_contradictions(config)
 
 
-def _rule_problems(config: Config) -> list[tuple[bool, str]]:
-    """Return what an aggregation rule cannot work with, as (is wrong, message)."""
+def _rule_contradictions(config: Config) -> Iterator[str]:
+    """Yield settings that the aggregation rule cannot work with."""
     strategy, rank, cohort = config.strategy, config.lora.peft_lora_r, config.cohort_size
-    name = strategy.name
+    name, needed = strategy.name, strategy.needed_replies
     ranks = words_of(strategy.site_ranks)
-    are_ranks = all(r.isascii() and r.isdigit() and 1 <= int(r) <= rank for r in ranks)
-    mixed = [rule for rule, asks in STRATEGIES.items() if asks.mixed_ranks]
-    needed = needed_replies(strategy)
-    return [
-        (
-            bool(ranks) and name not in mixed,
+    mixed = [rule for rule, requires in STRATEGIES.items() if requires.mixed_ranks]
+    if ranks and name not in mixed:
+        yield (
             f'strategy.site-ranks needs strategy.name = "{mixed[0]}": {name} averages tensors of '
-            "one shape. Change the rule, or leave site-ranks empty.",
-        ),
-        (
-            not are_ranks,
-            f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be whole "
-            f"numbers from 1 to model.lora.peft-lora-r = {rank}, with commas.",
-        ),
-        (
-            bool(ranks) and config.defence.min_cosine > -1,
+            "equal shape. Change the rule, or leave site-ranks empty."
+        )
+    if not all(r.isascii() and r.isdigit() and 1 <= int(r) <= rank for r in ranks):
+        yield (
+            f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be integers "
+            f"from 1 to model.lora.peft-lora-r = {rank}, comma-separated."
+        )
+    if ranks and config.defence.min_cosine > -1:
+        yield (
             f"defence.min-cosine = {config.defence.min_cosine:g} cannot compare updates of "
-            "different ranks: set it to -1, or leave strategy.site-ranks empty.",
-        ),
-        (
-            name == "flora" and config.max_rank < rank,
+            "different ranks: set it to -1, or leave strategy.site-ranks empty."
+        )
+    if name == "flora" and config.max_rank < rank:
+        yield (
             f"strategy.max-rank = {strategy.max_rank} is below model.lora.peft-lora-r = {rank}: "
-            "the stack must hold at least one site's adapter. Raise it, or set 0.",
-        ),
-        (
-            name == "flora" and config.arguments.weight_decay > 0,
+            "the stack must hold at least one site's adapter. Raise it, or set 0."
+        )
+    if name == "flora" and config.arguments.weight_decay > 0:
+        yield (
             f"train.training-arguments.weight-decay = {config.arguments.weight_decay:g} would "
-            "shrink the stack that flora keeps frozen; set it to 0.",
-        ),
-        (
-            0 < cohort < needed,
-            f"strategy.name = {name!r} needs at least {needed} replies a round with its "
-            f"{' and '.join(STRATEGIES[name].keys)} as set, but only {cohort} sites train: raise "
-            "strategy.fraction-train, or change what the rule expects.",
-        ),
-        (
-            name == "fedtrimmedavg" and strategy.trimmed_share == 0,
-            "strategy.trimmed-share = 0 trims no reply: give a share above 0, or "
-            'strategy.name = "fedavg".',
-        ),
-    ]
+            "shrink the stack that flora keeps frozen; set it to 0."
+        )
+    if 0 < cohort < needed:
+        yield (
+            f"strategy.name = {name!r} needs at least {needed} updates per round with its "
+            f"{' and '.join(STRATEGIES[name].keys)} as set, but the cohort is {cohort}: raise "
+            "strategy.fraction-train, or lower what the rule needs."
+        )
+    if name == "fedtrimmedavg" and strategy.trimmed_share == 0:
+        yield (
+            "strategy.trimmed-share = 0 trims nothing: use a fraction above 0, or "
+            'strategy.name = "fedavg".'
+        )
 
 
-def _communication_problems(config: Config) -> list[tuple[bool, str]]:
-    """Return which encodings do not work together, as (is wrong, message)."""
+def _codec_contradictions(config: Config) -> Iterator[str]:
+    """Yield codecs that do not work with the aggregation rule or with each other."""
     how, name = config.communication, config.strategy.name
     rewrites = not STRATEGIES[name].error_feedback
-    return [
-        (
-            rewrites and how.uplink_codec in COARSE_CODECS,
-            f"communication.uplink-codec = {how.uplink_codec!r} needs what it loses to be sent "
-            f"later, but {name} writes the factors anew in every round: use int8, int4 or bf16, or "
-            "another strategy.name.",
-        ),
-        (
-            how.downlink == "incremental" and (rewrites or how.downlink_codec in EXACT_CODECS),
-            f'communication.downlink = "incremental" does not serve {name} with downlink-codec = '
-            f"{how.downlink_codec!r}: it saves nothing where nothing is lost, or where the "
-            'server writes the factors anew. Choose a codec and another rule, or set "complete".',
-        ),
-        (
-            how.downlink == "complete" and how.downlink_codec in COARSE_CODECS,
-            f"communication.downlink-codec = {how.downlink_codec!r} keeps too little of a complete "
-            "adapter to train on; use int8, int4 or bf16, or communication.downlink = "
-            '"incremental".',
-        ),
-    ]
+    if rewrites and how.uplink_codec in COARSE_CODECS:
+        yield (
+            f"communication.uplink-codec = {how.uplink_codec!r} needs error feedback, which {name} "
+            "does not allow since it recomputes the factors in every round: use int8, int4 or "
+            "bf16, or another strategy.name."
+        )
+    if how.downlink == "incremental" and (rewrites or how.downlink_codec in EXACT_CODECS):
+        yield (
+            f'communication.downlink = "incremental" saves nothing for {name} with downlink-codec '
+            f"= {how.downlink_codec!r}: it needs a lossy codec, and a rule that does not recompute "
+            'the factors in every round. Change either, or set "complete".'
+        )
+    if how.downlink == "complete" and how.downlink_codec in COARSE_CODECS:
+        yield (
+            f"communication.downlink-codec = {how.downlink_codec!r} is too coarse to train on a "
+            'complete adapter: use int8, int4 or bf16, or communication.downlink = "incremental".'
+        )

@@ -1,4 +1,4 @@
-"""What a key of the configuration allows: a range, one value of a list, or several."""
+"""Allowed values of a configuration key: a range, one value of a list, or several."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 Scalar = bool | int | float | str
 
 ENDLESS = sys.float_info.max
-"""The highest value of a key that names none."""
+"""Upper end of a range that has none."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a key allows: `low <= value <= high`, without `low` itself if `above`."""
+    """Numbers with `low <= value <= high`; `low` itself is excluded if `above`."""
 
     low: float
     high: float = ENDLESS
@@ -34,12 +34,12 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The values that a key allows, listed."""
+    """One of the listed values."""
 
     values: tuple[Scalar, ...]
 
     def admits(self, value: Scalar) -> bool:
-        """Whether `value` is in the list, as the same type."""
+        """Whether `value` is listed; `True` is not 1."""
         return any(
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values
         )
@@ -50,18 +50,18 @@ class OneOf:
 
 @dataclass(frozen=True)
 class SomeOf(OneOf):
-    """One or several of the values that a key allows, in one text with commas; `none` alone."""
+    """One or more of the listed values, comma-separated; `none` only alone."""
 
     def admits(self, value: Scalar) -> bool:
-        """Whether every word of `value` is in the list, and none stands twice."""
+        """Whether every word of `value` is listed, and none is repeated."""
         words = words_of(value)
         alone = len(words) == 1 or (len(set(words)) == len(words) and "none" not in words)
         return bool(words) and alone and set(words) <= set(self.values)
 
     def __str__(self) -> str:
-        return "one or several of " + ", ".join(repr(v) for v in self.values) + ", with commas"
+        return "one or more of " + ", ".join(repr(v) for v in self.values) + ", comma-separated"
 
 
 def words_of(value: Scalar) -> tuple[str, ...]:
-    """Return the words of a text with commas."""
+    """Return the items of a comma-separated list."""
     return tuple(word.strip() for word in str(value).split(",") if word.strip())

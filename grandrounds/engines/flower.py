@@ -1,6 +1,6 @@
-"""Flower's own commands, run by us: in our environment, in an empty folder, their output in a log.
+"""Runs Flower's commands: in our environment, in an empty folder, with their output in a log.
 
-`flwr` exits with 0 whatever happened; the truth is in its JSON answers.
+`flwr` always exits with 0; its JSON output says what happened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from grandrounds.errors import EngineError
 
-COMMAND_TIMEOUT_SECONDS = 120.0  # for one `flwr` command; it takes 1 to 2 seconds
+COMMAND_TIMEOUT_SECONDS = 120.0  # a `flwr` command takes 1 to 2 seconds
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,18 @@ class Link:
     """How Flower's commands reach a SuperLink."""
 
     home: Path
-    """Where logs are written; it holds an empty folder `cwd`."""
+    """Folder of the logs; holds an empty folder `cwd`."""
     environment: Mapping[str, str]
-    """Of the commands; `FLWR_HOME` in it says where the connection is described."""
+    """Environment of the commands; its `FLWR_HOME` holds the config.toml with the connection."""
     connection: str
     """Name of the connection in Flower's config.toml."""
     process: subprocess.Popen[bytes] | None = None
-    """The SuperLink, where it was started for this run."""
+    """The SuperLink, if it was started for this run."""
 
 
 def quiet() -> dict[str, str]:
-    """Return our environment, where Flower finds its programs, tells nobody, installs nothing."""
+    """Return our environment, with Flower's programs on PATH, and no telemetry or installs."""
     return os.environ | {
-        # Flower finds its own programs (flower-superexec, flwr-simulation) on PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -51,7 +50,7 @@ def quiet() -> dict[str, str]:
 
 
 def tail(path: Path, lines: int = 20) -> str:
-    """Return the last lines of a log, without terminal colours and empty lines."""
+    """Return the last lines of a log, without terminal colours and blank lines."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
     return "\n".join([line.rstrip() for line in plain if line.strip()][-lines:])
@@ -61,19 +60,19 @@ def tail(path: Path, lines: int = 20) -> str:
 def started(
     home: Path, environment: Mapping[str, str], log_name: str, command: Sequence[str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program of Flower, its output in a log, until the block ends."""
+    """Run a Flower program until the block ends, with its output in a log."""
     path = shutil.which(command[0], path=environment["PATH"])
     if path is None:
-        raise EngineError(f"{command[0]!r} is not on PATH; pip install 'grandrounds[all]'")
+        raise EngineError(f"{command[0]!r} is not on PATH: pip install 'grandrounds[all]'")
     with (home / log_name).open("wb") as log:
         process = subprocess.Popen(
             [path, *command[1:]],
             env=dict(environment),
-            cwd=home / "cwd",  # empty: Ray's actors import from here first
+            cwd=home / "cwd",  # empty, since Ray's actors import from here first
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
+            start_new_session=True,  # Ctrl-C in the terminal is for us alone
         )
     try:
         yield process
@@ -83,17 +82,16 @@ def started(
 
 
 def require_alive(link: Link, problem: str = "") -> None:
-    """Raise `EngineError` if the SuperLink that was started for this run has ended, or for a
-    problem with it."""
+    """Raise `EngineError` for a problem with this run's own SuperLink, or if it has ended."""
     if link.process is not None and (code := link.process.poll()) is not None:
-        problem = f"ended with code {code} (too little memory?)"
+        problem = f"ended with code {code} (out of memory?)"
     if problem:
         log = link.home / "superlink.log"
         raise EngineError(f"Flower's SuperLink {problem}. Run again. End of {log}:\n{tail(log)}")
 
 
 def ask(link: Link, *arguments: str) -> dict[str, Any]:
-    """Run one `flwr` command and return its JSON answer; its exit code says nothing."""
+    """Run one `flwr` command and return its JSON output; raise `EngineError` if it failed."""
     command = ("flwr", *arguments, "--format", "json")
     with (
         contextlib.suppress(subprocess.TimeoutExpired),
@@ -101,12 +99,12 @@ def ask(link: Link, *arguments: str) -> dict[str, Any]:
     ):
         process.wait(COMMAND_TIMEOUT_SECONDS)
     text = tail(link.home / "flwr.log", lines=1000)
-    found = re.search(r"^\{.*^\}", text, re.MULTILINE | re.DOTALL)  # there may be warnings too
+    found = re.search(r"^\{.*^\}", text, re.MULTILINE | re.DOTALL)  # amid possible warnings
     answer: dict[str, Any] = json.loads(found.group()) if found else {"error-message": text}
     if not answer.get("success"):
         said = str(answer.get("error-message", "")).splitlines()
         why = " ".join(line for line in said if line and not line.startswith("Using SuperLink:"))
-        raise EngineError(f"Flower refused `flwr {arguments[0]}`: {why or 'it does not say why'}")
+        raise EngineError(f"Flower refused `flwr {arguments[0]}`: {why or 'no reason given'}")
     return answer
 
 
@@ -119,18 +117,18 @@ def follow(
 ) -> tuple[str, str]:
     """Wait for the end of a run; return Flower's sub-status and reason.
 
-    A child copies the run's log and ends with the run; `flwr list`, which takes a second of CPU,
-    is asked only then. If the stream had merely broken, it is begun again.
+    A child process copies the run's log and ends with the run; only then is `flwr list` called,
+    which takes a second of CPU. If merely the log stream broke, it is restarted.
 
     Parameters
     ----------
     patience_seconds : float
-        How long a SuperLink that does not answer is asked again.
+        How long to retry if the SuperLink does not answer.
 
     Raises
     ------
     EngineError
-        If it does not answer, or has ended.
+        If the SuperLink does not answer, or has ended.
     """
     deadline = None
     command = ("flwr", "log", str(run_id), link.connection)

@@ -1,4 +1,4 @@
-"""The in-process engine: Flower's two apps, called in this process, with no runtime in between."""
+"""The in-process engine: Flower's two apps, called in this process without a runtime."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ClientAppCall = Callable[[Message, Context], Message]
 
 
 class InProcessGrid(Grid):
-    """A Grid whose sites are called one after the other, when their replies are pulled.
+    """A Grid whose sites run one after another, each when its reply is pulled.
 
     Parameters
     ----------
     client_app
         Called with (message, context), as Flower's runtimes do.
     run_config
-        The run's flat configuration, as every site sees it.
+        Flat configuration of the run, as every site receives it.
     num_partitions : int
-        Number of sites; site i has the node id i + 1.
+        Number of sites; site i has node id i + 1.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class InProcessGrid(Grid):
         self._pending: dict[str, Message] = {}
         self._ids = (f"message-{i}" for i in itertools.count())
         self._run = Run.create_empty(1)
-        # What Flower's runtimes set before an app starts; Message() reads it.
+        # Flower's runtimes set these before an app starts; Message() reads them.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
 
     def set_run(self, run: Run) -> None:
-        """Set the run; nothing depends on it here."""
+        """Set the run's description."""
         self._run = run
 
     @property
@@ -72,7 +72,7 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Return a new message; `Message(...)` does the same."""
+        """Return a new message."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -90,9 +90,9 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Call the site of the first pending message and return its reply, alone.
+        """Call the site of the first pending message and return its reply only.
 
-        One at a time, so that a reply can be used up before the next one takes memory.
+        One at a time, so that a reply can be consumed before the next one takes memory.
         """
         for message_id in message_ids:
             if message_id in self._pending:
@@ -113,7 +113,7 @@ class InProcessGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         try:
             return self._client_app(message, context)
-        except Exception:  # any crash of a site becomes an error reply, as in Flower's runtimes
+        except Exception:  # a crash becomes an error reply, as in Flower's runtimes
             return Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
 
 

@@ -1,9 +1,9 @@
-"""Flower's simulation of a run: a SuperLink of its own, and the truth about how it ended.
+"""Flower's simulation of a run, on a SuperLink that starts and ends with it.
 
 Flower's own `flwr run` starts a SuperLink that outlives it, exits with 0 when the run failed, and
-only detaches on Ctrl-C. Here each run has a SuperLink of its own, with its own folder and port, and
-how it ended is read from `flwr list`. Everything started carries `MARKER` in its environment (Ray's
-daemons and actors inherit it), and whatever carries it is ended before this module returns.
+only detaches on Ctrl-C. Here each run has its own SuperLink, with its own folder and port, and its
+outcome is read from `flwr list`. Every process started carries `MARKER` in its environment (Ray's
+daemons and actors inherit it), and all that carry it are ended before this module returns.
 
 The apps run with our environment in an empty folder, so paths in their configuration must be
 absolute. `SystemExit` in a ServerApp counts as *completed* (Flower 1.41, 1.42).
@@ -28,156 +28,148 @@ import psutil
 
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
-from grandrounds.engines.flower import Link, ask, follow, quiet, require_alive, started, tail
-from grandrounds.engines.watching import Watcher, mark_stopped, with_run_directory, write_app
+from grandrounds.config.values import Scalar
+from grandrounds.engines.flower import Link, ask, follow, quiet, require_alive, started
+from grandrounds.engines.watching import (
+    Watcher,
+    mark_stopped,
+    why_it_ended,
+    with_run_directory,
+    write_app,
+)
 from grandrounds.errors import EngineError
 from grandrounds.model.headroom import GPU_SHARE
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Listener
 
+MARKER = "GRANDROUNDS_RUNTIME"
+CONNECTION = "grandrounds"  # name of the SuperLink connection in config.toml
+POLL_SECONDS = 0.5
+END_PATIENCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class SimulatedSites:
+    """The sites of a simulation, and what Ray reserves for each: that decides how many run at once.
+
+    Ray sets `OMP_NUM_THREADS` to `cpus`, and hides every GPU from a site with `gpus` 0.
+    """
+
+    count: int
+    cpus: float = 1
+    gpus: float = 0
+
+    def check(self) -> None:
+        """Raise `EngineError` if this machine cannot host a single site of that size."""
+        cpus, gpus = os.cpu_count() or 1, 0
+        if self.gpus:
+            import torch  # only here: without GPUs this process needs no torch
+
+            gpus = torch.cuda.device_count()
+        asked = f"{self.count} sites, {self.cpus:g} CPUs and {self.gpus:g} GPUs each"
+        if self.count < 1 or self.cpus <= 0 or self.gpus < 0:
+            raise EngineError(f"A simulation needs at least one site and some CPU, not {asked}.")
+        if self.cpus > cpus or self.gpus > gpus:
+            there = f"{cpus} CPUs" + (f" and {gpus} usable GPUs" if self.gpus else "")
+            raise EngineError(f"This machine has {there}, not {asked}. Reserve less per site.")
+
+    @property
+    def gpu_share(self) -> float:
+        """Fraction of a GPU's memory that each site may plan with."""
+        return min(1.0, self.gpus) if self.gpus else 1.0
+
 
 def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: float) -> None:
-    """Run a configuration in Flower's simulation, on a SuperLink of its own.
+    """Run a configuration in Flower's simulation, on its own SuperLink.
 
     Raises
     ------
     EngineError
-        If the run did not complete. Flower's logs are kept then, and named.
+        If the run did not complete. Flower's logs are then kept, and the message names them.
     """
-    flat = with_run_directory(config)
-    run_directory = Path(str(flat["resume-from"] or flat["run-directory"]))
+    flat, directory = with_run_directory(config)
     home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
     app = write_app(home / "app")
-    watcher = Watcher(run_directory, listener)
+    runtime = home / "runtime"
+    watcher = Watcher(directory, listener)
+    sites = SimulatedSites(config.data.num_partitions, client_cpus, client_gpus)
     with listener:
         try:
-            outcome = run_simulation(
-                app,
-                flat,
-                num_supernodes=config.data.num_partitions,
-                client_cpus=client_cpus,
-                client_gpus=client_gpus,
-                home=home / "runtime",
-                on_poll=watcher.look,
-            )
+            status, reason = run_simulation(app, flat, sites, runtime, watcher.look)
         except KeyboardInterrupt:
-            mark_stopped(RunDirectory(run_directory))
+            mark_stopped(RunDirectory(directory))
             raise
         summary = watcher.summary()
-        if outcome.status != "completed" or summary.get("status") != "completed":
-            reason = outcome.details.splitlines()[0] if outcome.details else "no reason given"
-            raise EngineError(
-                f"The simulation ended as {outcome.status}: "
-                f"{summary.get('reason') or reason.partition('exception: ')[2] or reason} "
-                f"(Flower's logs: {home / 'runtime'})"
-            )
-        listener.on_finished({**summary, "directory": str(run_directory)})
+        if status != "completed" or summary.get("status") != "completed":
+            why = why_it_ended(summary, reason, runtime / "run.log")
+            raise EngineError(f"The simulation ended as {status}: {why} (Flower's logs: {runtime})")
+        listener.on_finished({**summary, "directory": str(directory)})
     shutil.rmtree(home)
 
 
 def default_gpus() -> float:
-    """Return the GPUs of one site where none are asked for: 1 if there is one, since Ray hides
-    every GPU from a site that has 0."""
+    """Return the default GPUs per site: 1 if there is a GPU, since Ray hides all of them from a
+    site with 0."""
     import torch
 
     return 1.0 if torch.cuda.is_available() else 0.0
 
 
-MARKER = "GRANDROUNDS_RUNTIME"
-CONNECTION = "grandrounds"  # name of the SuperLink connection in config.toml
-END_PATIENCE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class SimulationOutcome:
-    """How a simulation ended, in Flower's own words."""
-
-    status: str
-    """`"completed"`, `"failed"` or `"stopped"`. Completed: the ServerApp returned, no more."""
-    run_id: int
-    """Flower's number of the run."""
-    details: str
-    """Empty if completed, else Flower's reason and the last lines of `run.log`."""
-
-
 def run_simulation(
     app_dir: Path,
-    overrides: Mapping[str, str | int | float | bool],
-    *,
-    num_supernodes: int,
-    client_cpus: float = 1,
-    client_gpus: float = 0,
+    overrides: Mapping[str, Scalar],
+    sites: SimulatedSites,
     home: Path,
     on_poll: Callable[[], None] = lambda: None,
-    poll_seconds: float = 0.5,
-    start_timeout_seconds: float = 60,
-) -> SimulationOutcome:
+) -> tuple[str, str]:
     """Run the Flower app in `app_dir` to its end; leave no process behind, however it ends.
 
     Parameters
     ----------
     app_dir : Path
         Folder whose `pyproject.toml` holds `[tool.flwr.app]`.
-    overrides : Mapping[str, str | int | float | bool]
-        Changes to `[tool.flwr.app.config]`, keys in dotted form. Flower checks no types.
-    num_supernodes : int
-        Number of simulated sites, at least 1.
-    client_cpus, client_gpus : float
-        What one ClientApp actor reserves; they decide how many sites train at the same time.
-        Ray sets `OMP_NUM_THREADS` to `client_cpus`, and hides every GPU if `client_gpus` is 0.
+    overrides : Mapping[str, Scalar]
+        Changes to `[tool.flwr.app.config]`, under dotted keys. Flower checks no types.
     home : Path
-        Folder of this run alone, for Flower's configuration, `superlink.log` and `run.log`.
+        Folder for this run only: Flower's configuration, `superlink.log` and `run.log`.
     on_poll : Callable[[], None]
-        Called about every `poll_seconds` while the run lasts. What it raises ends the run.
+        Called about every `POLL_SECONDS` while the run lasts. An exception in it ends the run.
+
+    Returns
+    -------
+    tuple[str, str]
+        `"completed"` (the ServerApp returned, no more), `"failed"` or `"stopped"`; Flower's reason.
 
     Raises
     ------
     EngineError
-        If the resources are not there, the SuperLink does not come up or dies in mid-run, Flower
-        refuses the app, or a process cannot be ended.
+        If the resources are not available, the SuperLink does not start or dies during the run,
+        Flower rejects the app, or a process cannot be ended.
     """
-    check_resources(num_supernodes, client_cpus, client_gpus)
-    gpu_share = min(1.0, client_gpus) if client_gpus else 1.0
-    with superlink(home, start_timeout_seconds, gpu_share) as link:
+    sites.check()
+    with superlink(home, gpu_share=sites.gpu_share) as link:
         overrides_file = link.home / "overrides.toml"
         overrides_file.write_text(to_toml(overrides), encoding="utf-8")
         resources = (
-            f"num-supernodes={num_supernodes} client-resources-num-cpus={client_cpus} "
-            f"client-resources-num-gpus={client_gpus}"
+            f"num-supernodes={sites.count} client-resources-num-cpus={sites.cpus} "
+            f"client-resources-num-gpus={sites.gpus}"
         )
         options = ("--federation-config", resources, "--run-config", str(overrides_file))
         answer = ask(link, "run", str(app_dir.resolve()), CONNECTION, *options)
         # If this raises, the run ends with its SuperLink: `flwr stop` would only note it there.
-        status, reason = follow(link, int(answer["run-id"]), on_poll, poll_seconds)
-    log = "" if status == "completed" else tail(home / "run.log")
-    return SimulationOutcome(status, int(answer["run-id"]), f"{reason}\n{log}".strip())
-
-
-def check_resources(num_supernodes: int, client_cpus: float, client_gpus: float) -> None:
-    """Raise `EngineError` if this machine cannot host a single ClientApp of that size."""
-    cpus, gpus = os.cpu_count() or 1, 0
-    if client_gpus:
-        import torch  # only here: without GPUs this process needs no torch
-
-        gpus = torch.cuda.device_count()
-    asked = f"{num_supernodes} sites, {client_cpus:g} CPUs and {client_gpus:g} GPUs each"
-    if num_supernodes < 1 or client_cpus <= 0 or client_gpus < 0:
-        raise EngineError(f"A simulation needs at least one site and some CPU; asked: {asked}.")
-    if client_cpus > cpus or client_gpus > gpus:
-        there = f"{cpus} CPUs" + (f" and {gpus} GPUs that torch can use" if client_gpus else "")
-        raise EngineError(f"This machine has {there}; asked: {asked}. Ask for less per site.")
+        return follow(link, int(answer["run-id"]), on_poll, POLL_SECONDS)
 
 
 @contextlib.contextmanager
 def superlink(
     home: Path, start_timeout_seconds: float = 60, gpu_share: float = 1.0
 ) -> Iterator[Link]:
-    """Start a SuperLink for simulations in `home`; at the end, end all that came of it.
+    """Run a SuperLink for simulations in `home`; on exit, end every process that it started.
 
     Parameters
     ----------
     gpu_share : float
-        The share of a GPU's memory that each of its sites plans with.
+        Fraction of a GPU's memory that each site may plan with.
     """
     home = home.resolve()
     (home / "cwd").mkdir(parents=True, exist_ok=True)
@@ -187,7 +179,7 @@ def superlink(
     (home / "config.toml").write_text(  # an explicit address: `flwr` starts no SuperLink itself
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', "utf-8"
     )
-    # Ray keeps its sockets there, whose paths may not exceed about 100 characters.
+    # Ray keeps its sockets there, and their paths are limited to about 100 characters.
     ray_dir = tempfile.mkdtemp(prefix="gr-", dir="/tmp" if Path("/tmp").is_dir() else None)
     environment = _environment(home, ray_dir, gpu_share)
     options = f"--insecure --simulation --host 127.0.0.1 --port {port}"
@@ -199,7 +191,7 @@ def superlink(
             yield link
     finally:
         in_main = threading.current_thread() is threading.main_thread()  # others get no signals
-        # An impatient second Ctrl-C must not break off the clean-up, which takes a few seconds.
+        # A second Ctrl-C must not interrupt the clean-up, which takes a few seconds.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
         try:
             end_processes(ray_dir)
@@ -210,7 +202,7 @@ def superlink(
 
 
 def _environment(home: Path, ray_dir: str, gpu_share: float) -> dict[str, str]:
-    """Return our environment with what keeps this run apart, quiet and offline."""
+    """Return our environment, changed so that this run is isolated, quiet and local."""
     environment = {key: value for key, value in quiet().items() if key != "RAY_ADDRESS"}
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = f"{environment.get(name, '')},127.0.0.1"
@@ -237,7 +229,7 @@ def _wait_until_healthy(link: Link, url: str, timeout_seconds: float) -> None:
 
 
 def end_processes(marker: str) -> None:
-    """End every process that carries `marker`, and make sure that none is left."""
+    """End every process that carries `marker`, and verify that none is left."""
     for kill in (False, True):
         deadline = time.monotonic() + END_PATIENCE_SECONDS
         while time.monotonic() < deadline:
@@ -248,14 +240,14 @@ def end_processes(marker: str) -> None:
                     process.kill() if kill else process.terminate()
             time.sleep(0.1)
     pids = [process.pid for process in processes]
-    raise EngineError(f"Processes of Flower could not be ended; end them by hand: {pids}.")
+    raise EngineError(f"Flower processes could not be ended; kill them by hand: {pids}.")
 
 
 def marked_processes(marker: str) -> list[psutil.Process]:
     """Return the living processes that carry `marker` in their environment."""
     found = []
     for process in psutil.process_iter():
-        # The processes of others, and zombies, have no environment to read.
+        # Other users' processes, and zombies, have no environment to read.
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(MARKER) == marker:
                 found.append(process)

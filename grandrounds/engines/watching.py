@@ -1,4 +1,4 @@
-"""A run in Flower's own processes: the app that they are given, and its directory, watched."""
+"""A run in Flower's own processes: the app they execute, and its run directory, watched."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import defaults, to_toml
 from grandrounds.config.values import Scalar
+from grandrounds.engines.flower import tail
 from grandrounds.server.directory import RunDirectory, default_run_directory
 from grandrounds.server.listeners import Listener
 
@@ -29,11 +30,11 @@ clientapp = "{clientapp}:app"
 
 [tool.flwr.app.config]
 {config}"""
-"""An app without code of its own: Flower's processes import the installed package."""
+"""An app without code: Flower's processes import the installed package."""
 
 
 class Watcher:
-    """Tells a listener what appears in a run directory that another process writes."""
+    """Tells a listener what another process writes to a run directory."""
 
     def __init__(self, path: Path, listener: Listener) -> None:
         self._directory = RunDirectory(path)
@@ -45,7 +46,7 @@ class Watcher:
         self._told = {name: self._modified(name) for name in written}
 
     def look(self) -> None:
-        """Tell what is new since the last look."""
+        """Tell the listener what is new since the last look."""
         plan = self._new("plan.json")
         if plan is not None:
             place = {"directory": str(self._directory.path), "resumed-after": self._resumed_after}
@@ -59,7 +60,7 @@ class Watcher:
                 self._listener.on_round(record)
 
     def summary(self) -> dict[str, Any]:
-        """Return the summary that this run has written; empty if it has not."""
+        """Return the summary of this run; empty if there is none yet."""
         return dict(self._new("summary.json") or {})
 
     def _modified(self, name: str) -> int:
@@ -75,12 +76,12 @@ class Watcher:
 
 
 def write_app(folder: Path, clientapp: str = "grandrounds.client_app") -> Path:
-    """Write an app for Flower that holds no code; return its folder.
+    """Write a Flower app without code; return its folder.
 
     Parameters
     ----------
     clientapp : str
-        The module of the ClientApp.
+        Module of the ClientApp.
     """
     folder.mkdir()
     text = APP.format(
@@ -91,14 +92,22 @@ def write_app(folder: Path, clientapp: str = "grandrounds.client_app") -> Path:
 
 
 def mark_stopped(directory: RunDirectory) -> None:
-    """Write down that a run whose server was ended from outside was stopped."""
+    """Record that a run was stopped by ending its server from outside."""
     if metrics := directory.read_metrics():
         rounds = metrics[-1]["round"]
         summary = {"status": "stopped", "reason": "interrupted", "rounds": rounds}
         directory.write_json("summary.json", summary)
 
 
-def with_run_directory(config: Config) -> Mapping[str, Scalar]:
-    """Return the flat configuration with the run directory in full, for processes elsewhere."""
-    run_directory = Path(config.federation.run_directory or default_run_directory(config))
-    return {**config.flat(), "run-directory": str(run_directory.expanduser().absolute())}
+def with_run_directory(config: Config) -> tuple[dict[str, Scalar], Path]:
+    """Return the flat configuration with an absolute run directory, and the folder written to."""
+    new = Path(config.federation.run_directory or default_run_directory(config))
+    flat = {**config.flat(), "run-directory": str(new.expanduser().absolute())}
+    return flat, Path(config.federation.resume_from or str(flat["run-directory"]))
+
+
+def why_it_ended(summary: Mapping[str, Any], reason: str, log: Path) -> str:
+    """Return the cause that the run gave, else Flower's reason, else the last line of a log."""
+    reason = reason.partition("\n")[0]
+    told = summary.get("reason") or reason.partition("exception: ")[2] or reason
+    return told or tail(log, lines=1) or "no reason given"

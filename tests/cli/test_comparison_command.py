@@ -98,7 +98,7 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(comparison_runner, "run_unit", stop)
     result = compare(*small, "--out", tmp_path / "out")
     assert result.exit_code == 130
-    assert f"the same command with --out {tmp_path}/out goes on" in one_line(result)
+    assert f"the same command with --out {tmp_path}/out continues" in one_line(result)
 
 
 def test_the_time_left_goes_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,11 +104,11 @@ def test_a_finished_run_is_evaluated_by_its_folder_alone(tmp_path: Path) -> None
     assert "peft_1: last checkpoint and lowest held-out loss" in result.stdout
     verified = evaluate("--verify", run / "evaluation" / "evaluation.json")
     assert verified.exit_code == 0
-    assert "the figures are possible" in verified.stdout
+    assert "no fault found" in verified.stdout
 
 
 def make_run(folder: Path) -> Path:
-    """Train the embedded model for one step at one site."""
+    """Train the built-in model for one step at one site."""
     sets = {"data.num-partitions": 2, "strategy.fraction-train": 0.5, "train.num-threads": 1}
     sets |= {"strategy.fraction-evaluate": 0.5, "train.training-arguments.max-steps": 1}
     overrides = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
@@ -239,12 +239,12 @@ def test_overlap_is_counted_listed_written_and_told_by_the_next_table(
         ([], 2, "give an adapter's folder, a run directory or none: one argument, got 0"),
         (["none"], 2, "use --base MODEL"),
         (["none", "--benchmarks", "pubmedq"], 2, "Did you mean 'pubmedqa'?"),
-        (["none", "--benchmarks", ","], 2, "--benchmarks names none"),
+        (["none", "--benchmarks", ","], 2, "--benchmarks is empty"),
         (["none", "--base", "x", "--protocol", "flowertun"], 2, "Did you mean 'flowertune'?"),
         (["none", "--base", "formulary", "--limit", "0"], 2, "limit must be at least 1, got 0"),
         (["--check-overlap", "x", "--limit", "0"], 2, "limit must be at least 1, got 0"),
         (["--rescore"], 2, "--rescore needs at least one file"),
-        (["--verify", "--rescore", "x"], 2, "--rescore and --verify are two commands"),
+        (["--verify", "--rescore", "x"], 2, "--rescore and --verify exclude each other"),
         (["--rescore", "nowhere.jsonl"], 1, "the recorded answers cannot be read"),
         (["nowhere"], 1, "'nowhere' is no such folder: expected a run directory"),
         (["none", "--base", "formulary", "--benchmarks", "medqa"], 1, "or use --data DIR"),

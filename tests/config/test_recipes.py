@@ -205,7 +205,7 @@ def test_the_qwen_entry_with_dora_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('task.name = "code"', "only the medical task is served"),
+        ('task.name = "code"', "only the medical task is supported"),
     ],
 )
 def test_a_foreign_key_that_means_something_else_is_refused(
@@ -281,7 +281,7 @@ def test_nested_tables_and_dotted_keys_are_the_same(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.toml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml cannot be read: No such file"):
         load_recipe(tmp_path / "nowhere.toml")
     with pytest.raises(ConfigError, match="Is a directory"):
         load_recipe(tmp_path)

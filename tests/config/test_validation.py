@@ -49,17 +49,17 @@ def test_an_unknown_key_with_nothing_near_suggests_nothing() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "kind"),
     [
-        ("num-server-rounds", "ten", "a whole number"),
-        ("num-server-rounds", 10.0, "a whole number"),
-        ("num-server-rounds", True, "a whole number"),
-        ("seed", "", "a whole number"),
+        ("num-server-rounds", "ten", "an integer"),
+        ("num-server-rounds", 10.0, "an integer"),
+        ("num-server-rounds", True, "an integer"),
+        ("seed", "", "an integer"),
         ("train.learning-rate-max", "5e-5", "a number"),
         ("train.learning-rate-max", False, "a number"),
         ("model.gradient-checkpointing", "true", "one of True, False, 'auto'"),
         ("model.gradient-checkpointing", 1, "one of True, False, 'auto'"),
-        ("model.name", 8, "a text"),
-        ("model.quantization", "4", "a whole number"),
-        ("model.quantization", False, "a whole number"),
+        ("model.name", 8, "a string"),
+        ("model.quantization", "4", "an integer"),
+        ("model.quantization", False, "an integer"),
         (ARGUMENTS + "gradient-checkpointing", 1, "one of True, False, 'auto', ''"),
         ("strategy.fraction-fit", "all", "a number"),
     ],
@@ -123,10 +123,10 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
     [
         (
             {"train.learning-rate-max": 1e-6, "train.learning-rate-min": 1e-5},
-            ["learning-rate-min = 1e-05 is above", "learning-rate-max = 1e-06"],
+            ["learning-rate-min = 1e-05 exceeds", "learning-rate-max = 1e-06"],
         ),
-        ({"strategy.name": "fedavg", "strategy.proximal-mu": 0.1}, ["no place in FedAvg"]),
-        ({"strategy.name": "fedprox", "strategy.proximal-mu": 0.0}, ["the same as FedAvg"]),
+        ({"strategy.name": "fedavg", "strategy.proximal-mu": 0.1}, ["does not apply to FedAvg"]),
+        ({"strategy.name": "fedprox", "strategy.proximal-mu": 0.0}, ["reduces FedProx to FedAvg"]),
         (
             {"model.gradient-checkpointing": False, ARGUMENTS + "gradient-checkpointing": True},
             ["gradient-checkpointing = True", "contradict"],
@@ -146,11 +146,11 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
                 ARGUMENTS + "max-steps": 5,
                 ARGUMENTS + "lr-scheduler-type": "constant_with_warmup",
             },
-            ["warmup-steps = 6 is more than max-steps = 5"],
+            ["warmup-steps = 6 exceeds max-steps = 5"],
         ),
         (
             {"strategy.fraction-train": 0.1, "data.num-partitions": 9},
-            ["is nobody", "at least 0.111111"],
+            ["selects none", "at least 0.111111"],
         ),
         (
             {"strategy.fraction-evaluate": 0.2, "data.held-out-fraction": 0.0},
@@ -281,5 +281,5 @@ def test_ranks_that_are_no_list_are_refused(ranks: str) -> None:
 
 
 def test_a_share_that_trims_nobody_is_told_at_once() -> None:
-    with pytest.raises(ConfigError, match="needs at least 1000000000 replies"):
+    with pytest.raises(ConfigError, match="needs at least 1000000000 updates"):
         resolve({"strategy.name": "fedtrimmedavg", "strategy.trimmed-share": 1e-9})

@@ -16,14 +16,14 @@ import pytest
 
 from grandrounds.config.recipes import to_toml
 from grandrounds.engines import simulation
+from grandrounds.engines.flower import tail
 from grandrounds.engines.simulation import (
     MARKER,
-    check_resources,
+    SimulatedSites,
     end_processes,
     marked_processes,
     run_simulation,
     superlink,
-    tail,
 )
 from grandrounds.errors import EngineError
 
@@ -91,11 +91,11 @@ DRIVER = """
 import sys
 from pathlib import Path
 
-from grandrounds.engines.simulation import run_simulation
+from grandrounds.engines.simulation import SimulatedSites, run_simulation
 
 app, folder = map(Path, sys.argv[1:])
 settings = {"mode": "hang", "report": str(folder / "report")}
-run_simulation(app, settings, num_supernodes=3, home=folder / "home")
+run_simulation(app, settings, SimulatedSites(3), folder / "home")
 """
 
 
@@ -142,21 +142,19 @@ def test_tail_drops_colours_and_empty_lines(tmp_path: Path) -> None:
 
 def test_more_cpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
     there = os.cpu_count() or 1
-    with pytest.raises(EngineError, match=rf"has {there} CPUs; asked: .* {there + 1} CPUs"):
-        run_simulation(
-            tmp_path, {}, num_supernodes=2, client_cpus=there + 1, home=tmp_path / "home"
-        )
+    with pytest.raises(EngineError, match=rf"has {there} CPUs, not .* {there + 1} CPUs"):
+        run_simulation(tmp_path, {}, SimulatedSites(2, cpus=there + 1), tmp_path / "home")
     assert not (tmp_path / "home").exists()
 
 
 def test_impossible_resources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    check_resources(20, 1, 0.25)
-    with pytest.raises(EngineError, match=r"1 GPUs that torch can use; asked: .* 2 GPUs"):
-        check_resources(20, 1, 2)
+    SimulatedSites(20, 1, 0.25).check()
+    with pytest.raises(EngineError, match=r"1 usable GPUs, not .* 2 GPUs"):
+        SimulatedSites(20, 1, 2).check()
     with pytest.raises(EngineError, match="at least one site"):
-        check_resources(0, 1, 0)
+        SimulatedSites(0, 1, 0).check()
 
 
 def test_marked_processes_are_ended_even_if_they_ignore_sigterm(
@@ -202,14 +200,13 @@ def test_completed_run(tmp_path: Path, toy_app: Path) -> None:
     outcome = run_simulation(
         toy_app,
         {"report": str(tmp_path / "report"), "nested.factor": 2.5},
-        num_supernodes=3,
-        home=tmp_path / "home",
-        on_poll=lambda: polls.append(time.monotonic()),
+        SimulatedSites(3),
+        tmp_path / "home",
+        lambda: polls.append(time.monotonic()),
     )
-    assert (outcome.status, outcome.details) == ("completed", "")
+    assert outcome == ("completed", "")
     # Two values from each of the sites 0, 1, 2, times 2.5: 2 * (0 + 1 + 2) * 2.5.
     assert float((tmp_path / "report").read_text()) == 15.0
-    assert outcome.run_id > 0
     assert len(polls) > 5
     assert (tmp_path / "home" / "run.log").stat().st_size > 0
     assert processes_of(tmp_path / "home") == []
@@ -218,9 +215,10 @@ def test_completed_run(tmp_path: Path, toy_app: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_failing_server_is_reported_as_failed(tmp_path: Path, toy_app: Path) -> None:
-    outcome = run_simulation(toy_app, {"mode": "raise"}, num_supernodes=2, home=tmp_path / "home")
-    assert outcome.status == "failed"
-    assert "the toy server gives up" in outcome.details
+    home = tmp_path / "home"
+    status, reason = run_simulation(toy_app, {"mode": "raise"}, SimulatedSites(2), home)
+    assert status == "failed"
+    assert "the toy server gives up" in reason
     assert processes_of(tmp_path / "home") == []
 
 
@@ -228,7 +226,7 @@ def test_failing_server_is_reported_as_failed(tmp_path: Path, toy_app: Path) -> 
 @pytest.mark.timeout(180)
 def test_refusal_of_flower_is_an_engine_error(tmp_path: Path, toy_app: Path) -> None:
     with pytest.raises(EngineError, match=r"refused `flwr run`: (?s:.*)Invalid run configuration"):
-        run_simulation(toy_app, {"no-such-key": 1}, num_supernodes=2, home=tmp_path / "home")
+        run_simulation(toy_app, {"no-such-key": 1}, SimulatedSites(2), tmp_path / "home")
     assert processes_of(tmp_path / "home") == []
 
 
@@ -245,9 +243,7 @@ def test_death_of_the_superlink_in_mid_run_is_an_error(tmp_path: Path, toy_app: 
 
     settings = {"mode": "hang", "report": str(tmp_path / "report")}
     with pytest.raises(EngineError, match=r"SuperLink ended with code -9 (?s:.*)Uvicorn running"):
-        run_simulation(
-            toy_app, settings, num_supernodes=3, home=home, on_poll=kill_when_clients_run
-        )
+        run_simulation(toy_app, settings, SimulatedSites(3), home, kill_when_clients_run)
     assert processes_of(home) == []
 
 

@@ -130,17 +130,12 @@ def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path
 
 def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Path) -> None:
     """The repository itself as a Flower app, on a SuperLink of the test's own."""
-    from grandrounds.engines.simulation import run_simulation
+    from grandrounds.engines.simulation import SimulatedSites, run_simulation
 
     simulated = tmp_path / "flwr"
-    outcome = run_simulation(
-        ROOT,
-        {**settings, "run-directory": str(simulated)},
-        num_supernodes=4,
-        client_cpus=1,
-        home=tmp_path / "home",
-    )
-    assert outcome.status == "completed", outcome.details
+    overrides = {**settings, "run-directory": str(simulated)}
+    outcome = run_simulation(ROOT, overrides, SimulatedSites(4), tmp_path / "home")
+    assert outcome == ("completed", "")
     assert (tmp_path / "home" / "apps").is_dir()  # the bundle, without weights
     config = recipes.resolve(settings)
     grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)

@@ -1,13 +1,12 @@
-"""How a site is admitted: its signed request, its signed admission, and the node that it is.
+"""Admission of a site: its signed request, its signed admission, and its node id.
 
-consortium admit  a request, signed by its node key → an admission, signed by the authority
-site join         an admission → the certificate authority, the numbers in site.toml, units
+consortium admit  request, signed by the node key → admission, signed by the authority
+site join         admission → certificate authority, partition id in site.toml, systemd units
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from grandrounds import storage
@@ -20,33 +19,17 @@ from grandrounds.site.custody.site_file import SiteFile, read_site_file
 SERVER = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}:[0-9]{1,5}")
 
 
-@dataclass(frozen=True)
-class Admission:
-    """A consortium's word to one site."""
-
-    consortium: str
-    name: str
-    partition_id: int
-    num_partitions: int
-    superlink: str
-    """host:port that the site connects to."""
-    ca: str
-    """The certificate authority's certificate, in PEM."""
-    node: str
-    """Fingerprint of the site's node key."""
-
-
 def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -> Path:
     """Check a site's request and write its admission; return the admission's file.
 
-    The site's public key is written beside it, for Flower. A site may be admitted again: with other
-    numbers when the consortium has grown.
+    The site's public key is written beside it, for Flower. A site may be admitted again with
+    another partition id, for example when the consortium has grown.
 
     Raises
     ------
     ConfigError
-        If the request is damaged or not signed by the key in it, the numbers cannot be, or another
-        site has the number or the name.
+        If the request is damaged or not signed by the key in it, the partition id is out of range,
+        or another site has the same partition id or name.
     """
     name, key = read_request(request)
     if not 0 <= partition_id < num_partitions:
@@ -71,18 +54,18 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
             continue
         if other["partition-id"] == partition_id or other["name"] == name:
             raise ConfigError(
-                f"Site {other['name']!r} is admitted already, with partition-id "
-                f"{other['partition-id']} ({file}). Give another --partition-id, or remove that "
+                f"Site {other['name']!r} is already admitted with partition-id "
+                f"{other['partition-id']} ({file}). Use another --partition-id, or remove that "
                 "admission first."
             )
     authority = keys.read_private_key(folder / "authority.key")
     public = target.with_suffix(".pub")
     line = f"{keys.public_text(key, name)}\n"
     if not public.is_file() or public.read_text() != line:
-        node_file(target).unlink(missing_ok=True)  # of another key
+        node_file(target).unlink(missing_ok=True)  # belongs to another key
     public.write_text(line)
     fresh = target.with_suffix(".new")
-    fresh.unlink(missing_ok=True)  # of an admission that was interrupted
+    fresh.unlink(missing_ok=True)  # left by an interrupted admission
     signed.write_signed(fresh, content, authority)
     fresh.replace(target)  # a run may be reading it
     return target
@@ -102,20 +85,22 @@ def read_request(request: Path) -> tuple[str, keys.PublicKey]:
 
 
 def note_node(admission: Path, node: int) -> None:
-    """Write down which node a site's key was registered as, so that no other can be that site."""
+    """Record the node id of a site's key, so that no other node can be that site."""
     fresh = admission.with_suffix(".new")
     fresh.write_text(f"{node}\n")
     fresh.replace(node_file(admission))  # a run may be reading it
 
 
-def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
-    """Take over an admission: the server's authority and address, and the site's number.
+def join(site: SiteFile, admission: Path, authority: Path) -> tuple[str, SiteFile]:
+    """Apply an admission: certificate authority, server address and partition id.
+
+    Return the name of the consortium, and the site's new site.toml.
 
     Parameters
     ----------
     authority : Path
-        `authority.pub` of the consortium, which came another way than the admission, or whose
-        fingerprint was compared.
+        The consortium's `authority.pub`, received over another channel than the admission, or with
+        its fingerprint compared.
 
     Raises
     ------
@@ -127,23 +112,18 @@ def join(site: SiteFile, admission: Path, authority: Path) -> Admission:
     own = keys.fingerprint(keys.read_private_key(site.place(site.node.private_key)).public_key())
     if content.get("node") != own:
         raise ConfigError(
-            f"{admission} admits the node key {content.get('node')}, and this site's is {own}. "
+            f"{admission} admits node key {content.get('node')}, but this site's is {own}. "
             "Ask for an admission of this site's request.json."
         )
     if not SERVER.fullmatch(str(content.get("superlink"))):
-        raise ConfigError(f"{admission} names no server as host:port.")
-    names = ("consortium", "name", "partition-id", "num-partitions", "superlink", "ca", "node")
-    found = Admission(*(content[name] for name in names))
-    authority_file = site.place(site.node.root_certificates)
-    authority_file.write_text(found.ca)
-    authority_file.chmod(0o644)  # the SuperNode's user reads it, whatever the umask
+        raise ConfigError(f"{admission} does not name the server as host:port.")
     text = site.path.read_text(encoding="utf-8")
-    for key, value in (
-        ("partition-id", found.partition_id),
-        ("num-partitions", found.num_partitions),
-        ("superlink", found.superlink),
-    ):
-        text = with_value(text, "node", key, value)
+    for key in ("partition-id", "num-partitions", "superlink"):
+        text = with_value(text, "node", key, content[key])
+    authority_file = site.place(site.node.root_certificates)
+    authority_file.write_text(content["ca"])
+    authority_file.chmod(0o644)  # readable by the SuperNode's user, whatever the umask
     site.path.write_text(text, encoding="utf-8")
-    write_units(read_site_file(site.path))
-    return found
+    joined = read_site_file(site.path)
+    write_units(joined)
+    return content["consortium"], joined

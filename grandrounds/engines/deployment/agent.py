@@ -2,8 +2,8 @@
 
     grandrounds site serve --config site.toml
 
-It holds the base model, which Flower's processes would load again for each message, and alone can
-read the data. It runs the code that is installed beside it and none that came with a run.
+It holds the base model, which Flower's processes would reload for every message, and is the only
+process that can read the data. It runs only installed code, none that came with a run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from flwr.app import Context, Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from grandrounds.client_app import VISITS
+from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import ConfigError, GrandRoundsError, ReplyError
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit
@@ -37,13 +38,13 @@ from grandrounds.wire.messages import CLIENT_APP_RAISED
 MIB = 2**20
 
 READ_SECONDS = 60.0
-"""How long the other end may take for a request."""
+"""Time limit for receiving a request."""
 
 SEND_SECONDS = 300.0
-"""How long the other end may take for the answer."""
+"""Time limit for sending an answer."""
 
 MOST_CONNECTIONS = 4
-"""Connections at a time; more wait in the kernel's queue. Each may hold a whole message."""
+"""Concurrent connections, each of which may hold a whole message; others wait in the kernel."""
 
 Told = Callable[[str], None]
 
@@ -58,23 +59,23 @@ class Agent:
         visits: Mapping[str, Callable[[Message, Context], Message]] = VISITS,
     ) -> None:
         self._site, self._told, self._visits = site, told, visits
-        self._one_visit = threading.Lock()  # the base is one, and so is its adapter
+        self._one_visit = threading.Lock()  # there is one base model with one adapter
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._open: set[socket.socket] = set()
         self._stopping = threading.Event()
-        SiteState(self._folder).close()  # a folder that cannot be used is told now
+        SiteState(self._folder).close()  # fails now if the folder is unusable
 
     @property
     def _folder(self) -> Path:
         return self._site.place(self._site.agent.state)
 
     def serve(self) -> None:
-        """Answer until `stop` is called; a visit in progress is finished and answered first."""
-        # What Flower's runtimes set before an app starts; Message() reads it.
+        """Answer requests until `stop` is called; a visit in progress is completed first."""
+        # Flower's runtimes set these before an app starts; Message() reads them.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
         with listening(self._site) as (listener, secured):
             listener.settimeout(0.2)
-            self._told(f"site {self._site.name!r} serves at {place_of(self._site)}")
+            self._told(f"site {self._site.name!r} listens on {place_of(self._site)}")
             while not self._stopping.is_set():
                 if not self._places.acquire(timeout=0.2):
                     continue
@@ -87,7 +88,7 @@ class Agent:
                     target=self._handle, args=(connection, secured), daemon=True
                 )
                 thread.start()
-        with self._one_visit:  # whoever is being answered
+        with self._one_visit:  # wait for the visit in progress
             for connection in list(self._open):
                 hang_up(connection)
         for _ in range(MOST_CONNECTIONS):
@@ -95,11 +96,11 @@ class Agent:
         self._told("stopped")
 
     def stop(self) -> None:
-        """Let `serve` end."""
+        """Make `serve` return."""
         self._stopping.set()
 
     def _handle(self, plain: socket.socket, secured: ssl.SSLContext | None) -> None:
-        """Answer one connection, whatever comes of it."""
+        """Answer one connection; no failure of it ends the agent."""
         connection = plain
         self._open.add(connection)
         try:
@@ -117,7 +118,7 @@ class Agent:
                 connection.settimeout(SEND_SECONDS)
                 connection.sendall(wire.pack_answer(reply))
         except (OSError, wire.ClosedError) as error:
-            self._told(f"a connection ended early: {str(error) or type(error).__name__}")
+            self._told(f"connection closed early: {str(error) or type(error).__name__}")
         finally:
             self._open.discard(plain)
             self._open.discard(connection)
@@ -125,7 +126,7 @@ class Agent:
             self._places.release()
 
     def _read(self, connection: socket.socket) -> tuple[Message, Context] | None:
-        """Return a request; None where it is refused. Both have `READ_SECONDS` in all."""
+        """Return a request, or None if it is rejected; a TLS handshake counts towards its time."""
         in_time = threading.Timer(READ_SECONDS, hang_up, (connection,))
         in_time.daemon = True
         in_time.start()
@@ -141,17 +142,17 @@ class Agent:
             in_time.cancel()
 
     def _answer(self, message: Message, context: Context) -> Message:
-        """Return the answer to a request, an expected error or a crash as Flower reports it."""
+        """Return the answer to a request; an error or a crash becomes an error reply."""
         kind = message.metadata.message_type
         if kind not in self._visits or not message.has_content():
-            reason = f"{kind[:40]!r} is no question to a site: {', '.join(self._visits)}"
+            reason = f"{kind[:40]!r} is not a message type of a site: {', '.join(self._visits)}"
             self._refuse(reason)
             return Message(messages.failure(ReplyError(reason)), reply_to=message)
         context.node_config = {custody.SITE: str(self._site.path)}
         number = re.sub(r"[^\w.-]", "", message.metadata.group_id)[:20]
         try:
             reply = self._visits[kind](message, context)
-        except Exception as error:  # a crash is the site's to see; the server learns its kind only
+        except Exception as error:  # details stay at the site; the server learns the type only
             self._told(f"{kind}, round {number}: crashed: {type(error).__name__}: {error}")
             reason = f"the site's agent crashed ({type(error).__name__}); see its log"
             return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
@@ -164,20 +165,20 @@ class Agent:
 
 
 def hang_up(connection: socket.socket) -> None:
-    """End a connection that another thread may be waiting for."""
-    with contextlib.suppress(OSError):  # it has ended already
+    """Shut down a connection that another thread may be waiting on."""
+    with contextlib.suppress(OSError):  # already closed
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether nobody waits for the answer any more; over TLS that cannot be seen."""
+    """Whether the peer has hung up; over TLS that cannot be seen."""
     poll = select.poll()
     poll.register(connection, 0)
     return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
 def outcome_of(reply: Message) -> str:
-    """Return in words what came of a visit."""
+    """Return the outcome of a visit for the log."""
     try:
         messages.raise_failure(reply)
     except GrandRoundsError as error:
@@ -185,50 +186,42 @@ def outcome_of(reply: Message) -> str:
     return "answered"
 
 
-def place_of(site: SiteFile) -> str:
-    """Return the address under which ClientApps find an agent, as their nodes name it."""
-    agent = site.agent
-    return f"tls:{agent.address}" if agent.address else f"unix:{site.place(agent.socket)}"
-
-
 @contextlib.contextmanager
 def listening(site: SiteFile) -> Iterator[tuple[socket.socket, ssl.SSLContext | None]]:
-    """Yield the agent's listening socket, and its TLS where it is a network socket.
+    """Yield the agent's listening socket, and the TLS context of a network socket.
 
     Raises
     ------
     ConfigError
-        If another agent listens there, the place cannot be used, or certificates are wrong.
+        If the address is in use or unusable, or the certificates are wrong.
     """
     if site.agent.address:
         secured = server_context(site)
-        listener = _network_socket(site)
-        try:
+        with _network_socket(site) as listener:
             yield listener, secured
-        finally:
-            listener.close()
         return
     path = site.place(site.agent.socket)
-    listener = _unix_socket(site, path)
-    try:
-        yield listener, None
-    finally:
-        listener.close()
-        path.unlink(missing_ok=True)
+    with _unix_socket(site, path) as listener:
+        try:
+            yield listener, None
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _unix_socket(site: SiteFile, path: Path) -> socket.socket:
-    """Return a listening Unix socket: mode 0600, or 0660 where it is given to a group."""
+    """Return a listening Unix socket of mode 0600, or 0660 if it has a group."""
     if path.exists():
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             if probe.connect_ex(str(path)) == 0:
                 raise ConfigError(
-                    f"agent.socket = {path}: an agent listens there already. Stop it, or give "
+                    f"agent.socket = {path}: another agent is listening there. Stop it, or use "
                     "another socket."
                 )
         if not path.is_socket():
-            raise ConfigError(f"agent.socket = {path} is a file of another kind; give another.")
-        path.unlink()  # left by an agent that was killed
+            raise ConfigError(
+                f"agent.socket = {path} exists and is not a socket; use another path."
+            )
+        path.unlink()  # left by a killed agent
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
@@ -240,8 +233,8 @@ def _unix_socket(site: SiteFile, path: Path) -> socket.socket:
         listener.close()
         reason = getattr(error, "strerror", None) or f"no group {site.agent.socket_group!r}"
         raise ConfigError(
-            f"agent.socket = {path} cannot be made ({reason}). Give a place in a folder of the "
-            "agent's user, of at most 100 characters, and a group that it belongs to."
+            f"agent.socket = {path} cannot be created ({reason}). Use a path of at most 100 "
+            "characters in a folder of the agent's user, and a group that it belongs to."
         ) from error
     finally:
         os.umask(before)
@@ -261,20 +254,19 @@ def _network_socket(site: SiteFile) -> socket.socket:
         taken = error.errno == errno.EADDRINUSE
         raise ConfigError(
             f"agent.address = {site.agent.address!r} cannot be used ({error.strerror}). "
-            f"{'Another process listens there: stop it, or' if taken else 'Please'} give another "
-            "port."
+            f"{'Stop the process that listens there, or use' if taken else 'Use'} another port."
         ) from error
     listener.listen()
     return listener
 
 
 def loopback_address(site: SiteFile) -> tuple[str, int]:
-    """Return host and port of a network socket.
+    """Return host and port of the agent's network socket.
 
     Raises
     ------
     ConfigError
-        If it is no address of this machine alone.
+        If it is not a loopback address with a port.
     """
     host, _, port = site.agent.address.rpartition(":")
     host = host.strip("[]")
@@ -285,13 +277,13 @@ def loopback_address(site: SiteFile) -> tuple[str, int]:
     if not is_local or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(
             f"agent.address = {site.agent.address!r} must be a loopback address with a port, such "
-            "as 127.0.0.1:9443: the agent serves this machine alone."
+            "as 127.0.0.1:9443: the agent serves this machine only."
         )
     return host, int(port)
 
 
 def server_context(site: SiteFile) -> ssl.SSLContext:
-    """Return the TLS context in which a ClientApp must show a certificate of `client-ca`."""
+    """Return a TLS context that requires a client certificate signed by `client-ca`."""
     agent = site.agent
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -1,4 +1,4 @@
-"""`grandrounds site check`: what stands between a site and its first round, one finding a line."""
+"""`grandrounds site check`: what keeps a site from its first round, one finding per line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from grandrounds.config.keys import Config
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import keys
-from grandrounds.errors import ConfigError, GrandRoundsError
+from grandrounds.errors import ConfigError, EngineError, GrandRoundsError
 from grandrounds.model import headroom as fitting
 from grandrounds.site.custody.answer import admit, base_location, base_sha256, localized
 from grandrounds.site.custody.own_data import own_split
@@ -32,10 +32,10 @@ from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import tokenizer_of
 
 CLOCK_SECONDS = 5.0
-"""Flower refuses a node whose clock is further ahead of the server's."""
+"""Flower rejects a node whose clock is further ahead of the server's."""
 
 CLOCK_BEHIND_SECONDS = 300.0
-"""Flower refuses a node whose clock is further behind."""
+"""Flower rejects a node whose clock is further behind."""
 
 SOON_DAYS = 30
 CONNECT_SECONDS = 10.0
@@ -43,25 +43,25 @@ CONNECT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     level: str
     """`ok`, `warning` or `error`."""
     subject: str
-    """What was looked at."""
+    """What was checked."""
     text: str
     """What was found, and what to do."""
 
 
 def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator[Finding]:
-    """Yield the findings on a site, for runs like a configuration.
+    """Yield the findings on a site for runs like a configuration.
 
-    A check that cannot be made after another one failed is left out.
+    A check that depends on a failed one is left out.
 
     Parameters
     ----------
     is_asked : bool
-        Whether a run with just this configuration is to come: then its base and its policy count.
+        Whether to check that the policy admits a run with this very configuration.
     """
     for subject, look in (
         ("state", _state),
@@ -85,30 +85,30 @@ def _state(site: SiteFile) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "state",
-            f"{site.path.parent} lies in a home, which the SuperNode's unit cannot see: move the "
-            "site's folder, to /srv for example, and join again",
+            f"{site.path.parent} is in a home directory, which the SuperNode's unit cannot access: "
+            "move the site's folder, for example to /srv, and join again",
         )
     mode = site.path.stat().st_mode & 0o077
     if mode and ":" in site.data.database:
         yield Finding(
             "warning",
             "state",
-            f"{site.path} names a database and can be read by others: chmod 600 {site.path}",
+            f"{site.path} names a database and is readable by others: chmod 600 {site.path}",
         )
 
 
 def is_hidden(folder: Path) -> bool:
-    """Whether the SuperNode's unit cannot see a folder (ProtectHome)."""
+    """Whether the SuperNode's unit cannot access a folder (ProtectHome)."""
     return folder.parts[1:2] in (("home",), ("root",))
 
 
 def _data(site: SiteFile) -> Iterator[Finding]:
-    """Rows, duplicates and held-out examples; policies that leave the site out."""
+    """Rows, duplicates, held-out examples, and whether the policy's minimum is reached."""
     report = own_split(site).report
     yield Finding(
         "ok",
         "data",
-        f"{report.rows:,} rows: {report.train_examples:,} examples to train on, "
+        f"{report.rows:,} rows: {report.train_examples:,} training examples, "
         f"{report.held_out_examples:,} held out, {report.duplicate_rows:,} duplicate, "
         f"{report.empty_rows:,} without question or answer",
     )
@@ -117,21 +117,21 @@ def _data(site: SiteFile) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "data",
-            f"{file} can be read by every user, and so by the code of a run: chmod 600 {file}",
+            f"{file} is readable by every user, and so by the code of a run: chmod 600 {file}",
         )
     if report.train_examples < site.policy.min_examples:
         yield Finding(
             "error",
             "policy",
-            f"policy.min-examples = {site.policy.min_examples}, and there are "
-            f"{report.train_examples} to train on: the site would take part in no run.",
+            f"policy.min-examples = {site.policy.min_examples}, but there are only "
+            f"{report.train_examples} training examples: the site would take part in no run.",
         )
 
 
 def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
-    """Presence and hash of each base, tokens of the data under its tokenizer, memory."""
+    """Presence and hash of each base model, token counts under its tokenizer, memory."""
     split = None
-    with suppress(GrandRoundsError):  # told of the data already
+    with suppress(GrandRoundsError):  # already reported under data
         split = own_split(site)
     with closing(SiteState(site.place(site.agent.state))) as state:
         for name, base in site.bases.items():
@@ -145,10 +145,10 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
                 yield Finding(
                     "error",
                     f"base {name}",
-                    f"sha256 = {base.sha256} in {site.path.name}, but its files have {found}",
+                    f"sha256 = {base.sha256} in {site.path.name}, but that of its files is {found}",
                 )
             else:
-                known = "as site.toml says" if base.sha256 else "not compared: none in site.toml"
+                known = "as in site.toml" if base.sha256 else "not compared: none in site.toml"
                 yield Finding("ok", f"base {name}", f"sha256 {found}, {known}")
             if split is None:
                 continue
@@ -158,43 +158,39 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
             yield Finding(
                 "ok" if done.examples else "error",
                 f"tokens under {name}",
-                f"{statistics.median(tokens):.0f} an example in the median, {max(tokens)} at most; "
-                f"{done.truncated:,} answers cut at {length}, {done.unlearnable:,} questions leave "
-                "no room for an answer",
+                f"median {statistics.median(tokens):.0f} per example, maximum {max(tokens)}; "
+                f"{done.truncated:,} answers truncated at {length}, {done.unlearnable:,} questions "
+                "leave no room for an answer",
             )
             yield from _memory(site, config, name)
 
 
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
-    """Whether the policy lets the site take part in such a run."""
+    """Whether the policy admits such a run."""
     asked = admit(site, config, localized(site, config), "")
     yield Finding(
         "ok",
         "recipe",
         f"within the policy: base {asked.base}, rank {asked.rank}, {asked.steps} steps and "
-        f"{asked.examples} examples a visit",
+        f"{asked.examples} examples per visit",
     )
 
 
 def _memory(site: SiteFile, config: Config, name: str) -> Iterator[Finding]:
-    model = replace(config.model, name=base_location(site, name))
-    here = replace(config, model=model)
-    free, sizes = fitting.free_bytes(), {}
-    for checkpointing in (False, True):
-        needs = fitting.site_needs(here, checkpointing=checkpointing)
-        if needs is None:
-            yield Finding(
-                "warning", f"memory for {name}", "its family is not known, nothing can be planned"
-            )
-            return
-        sizes[checkpointing] = needs.total
+    """Estimated peak memory against what is free."""
+    here = replace(config, model=replace(config.model, name=base_location(site, name)))
+    free, subject = fitting.free_bytes(), f"memory for {name}"
+    plain, checkpointed = (fitting.site_needs(here, checkpointing=c) for c in (False, True))
+    if plain is None or checkpointed is None:
+        yield Finding("warning", subject, "unknown architecture; memory cannot be estimated")
+        return
     told = (
-        f"{fitting.size_text(sizes[False])} planned, "
-        f"{fitting.size_text(sizes[True])} with gradient checkpointing; "
-        f"{fitting.size_text(free)} can be had"
+        f"{fitting.size_text(plain.total)} estimated, "
+        f"{fitting.size_text(checkpointed.total)} with gradient checkpointing; "
+        f"{fitting.size_text(free)} available"
     )
-    fits = sizes[True] <= fitting.HEADROOM * free
-    yield Finding("ok" if fits else "warning", f"memory for {name}", told)
+    fits = checkpointed.total <= fitting.HEADROOM * free
+    yield Finding("ok" if fits else "warning", subject, told)
 
 
 def _node_key(site: SiteFile) -> Iterator[Finding]:
@@ -206,7 +202,7 @@ def _authority(site: SiteFile) -> Iterator[Finding]:
     file = site.place(site.node.root_certificates)
     if not file.is_file():
         raise ConfigError(
-            f"{file} is not there: the consortium's admission brings it (grandrounds site join)."
+            f"{file} is missing: the consortium's admission contains it (grandrounds site join)."
         )
     certificate = keys.read_certificate(file)
     yield _validity("authority", "certificate authority", keys.days_left(certificate))
@@ -214,7 +210,7 @@ def _authority(site: SiteFile) -> Iterator[Finding]:
 
 def _validity(subject: str, what: str, days: float) -> Finding:
     if days < 0:
-        return Finding("error", subject, f"the {what} expired {-days:.0f} days ago: get a new one")
+        return Finding("error", subject, f"the {what} expired {-days:.0f} days ago: renew it")
     level = "warning" if days < SOON_DAYS else "ok"
     return Finding(level, subject, f"the {what} is valid for {days:.0f} more days")
 
@@ -223,51 +219,39 @@ def _validity(subject: str, what: str, days: float) -> Finding:
 
 
 def _server(site: SiteFile) -> Iterator[Finding]:
-    """Reachable, its certificate accepted, clocks alike, this site's key accepted."""
+    """Whether it answers, the certificate is valid, the clocks agree and it knows our key."""
     host, _, port = site.node.superlink.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"node.superlink = {site.node.superlink!r} must be host:port.")
     ca = site.place(site.node.root_certificates)
     if not ca.is_file():
-        return  # told of the authority already
+        return  # already reported under authority
     try:
         status, ahead, certificate = _asked_over_tls(host.strip("[]"), int(port), ca)
     except ssl.SSLCertVerificationError as error:
-        yield Finding(
-            "error",
-            "server",
-            f"the certificate of {site.node.superlink} is not accepted "
-            f"({error.verify_message}): is {ca.name} the consortium's, is the name in "
-            "node.superlink the certificate's, has it expired?",
-        )
-        return
+        raise EngineError(
+            f"the certificate of {site.node.superlink} is not valid ({error.verify_message}): "
+            f"check that {ca.name} is the consortium's, that the certificate covers the name in "
+            "node.superlink, and that it has not expired"
+        ) from error
     except (OSError, http.client.HTTPException) as error:
-        yield Finding(
-            "error",
-            "server",
-            f"{site.node.superlink} cannot be reached ({error}): is the SuperLink running, does a "
-            "firewall let this machine out to that port?",
-        )
-        return
+        raise EngineError(
+            f"{site.node.superlink} cannot be reached ({error}): check that the SuperLink runs and "
+            "that no firewall blocks that port"
+        ) from error
     if status != http.HTTPStatus.OK:
-        yield Finding(
-            "error",
-            "server",
-            f"{site.node.superlink} answers with status {status}: the SuperLink behind its gate "
-            "does not run, or the gate does not reach it. Tell the consortium.",
+        raise EngineError(
+            f"{site.node.superlink} answers with status {status}: the SuperLink behind the gate "
+            "does not run or cannot be reached. Tell the consortium."
         )
-        return
-    yield Finding("ok", "server", f"{site.node.superlink} answers, its certificate is accepted")
+    yield Finding("ok", "server", f"{site.node.superlink} answers, its certificate is valid")
     yield _validity("server", "server's certificate", certificate)
     yield _clock(ahead)
     yield _accepted(site, ca)
 
 
 def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, float]:
-    """Return a server's answer to a question for its health.
-
-    Its status, by how many seconds this clock is ahead, and the days of the server's certificate.
-    """
+    """Return a server's health status, our clock's lead in seconds, and certificate days left."""
     context = ssl.create_default_context(cafile=ca)
     connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=context)
     with closing(connection):
@@ -286,18 +270,18 @@ def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, 
 
 def _clock(ahead: float | None) -> Finding:
     if ahead is None:
-        return Finding("warning", "clock", "the server tells no time; it cannot be compared")
-    told = f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'}"
-    told += " the server's"
+        return Finding("warning", "clock", "not compared: the server sends no time")
+    side = "ahead of" if ahead > 0 else "behind"
+    told = f"this machine's clock is {abs(ahead):.0f} s {side} the server's"
     if not -CLOCK_BEHIND_SECONDS < ahead < CLOCK_SECONDS:
         return Finding(
-            "error", "clock", f"{told}: Flower refuses its signatures. Set it (chrony, NTP)."
+            "error", "clock", f"{told}: Flower rejects its signatures. Set it (chrony, NTP)."
         )
     return Finding("ok", "clock", told)
 
 
 def _accepted(site: SiteFile, ca: Path) -> Finding:
-    """Let the node come and go once: nobody else can say whether its key is known."""
+    """Activate and deactivate the node once, the only way to learn whether its key is known."""
     key = keys.read_private_key(site.place(site.node.private_key))
     public = public_key_to_bytes(key.public_key())
     signing = NodeAuthHttpInterceptor(key, key.public_key())
@@ -312,8 +296,8 @@ def _accepted(site: SiteFile, ca: Path) -> Finding:
         return Finding(
             "error",
             "registration",
-            f"the server does not take this node ({error.response.status_code}): its key is not "
-            "registered (grandrounds consortium admit), or its SuperNode is connected already",
+            f"the server rejects this node ({error.response.status_code}): its key is not "
+            "registered (grandrounds consortium admit), or its SuperNode is already connected",
         )
     except (httpx.HTTPError, socket.gaierror) as error:
         return Finding("error", "registration", f"the server did not answer ({error})")
@@ -323,7 +307,7 @@ def _accepted(site: SiteFile, ca: Path) -> Finding:
 def all_findings(
     site: SiteFile, config: Config, tell: Callable[[Finding], None], *, is_asked: bool = False
 ) -> bool:
-    """Tell every finding as it comes; return whether none is an error."""
+    """Report every finding as it comes; return whether none is an error."""
     good = True
     for finding in check(site, config, is_asked=is_asked):
         tell(finding)

@@ -1,10 +1,10 @@
-"""Keys and certificates of a consortium, by `cryptography`: who may connect, and to whom.
+"""Keys and certificates of a consortium: who may connect, and to whom.
 
     certificate authority   signs the server's certificate; every site holds its certificate
-    node key                a site's own (ECDSA, P-384); Flower's server knows its public half
-    authority for nodes     signs a site's admission: its name, its number, its node key
+    node key                a site's own (ECDSA, P-384); Flower's server holds the public key
+    authority for nodes     signs a site's admission: its name, partition id and node key
 
-Private keys are written for their owner alone (mode 0600), and never over another.
+Private keys are readable by their owner only (mode 0600), and never overwritten.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ AUTHORITY_DAYS, CERTIFICATE_DAYS = 3650, 825
 
 
 def new_key() -> PrivateKey:
-    """Return a fresh key on the curve that Flower's nodes use."""
+    """Return a new key on the curve that Flower's nodes use."""
     return ec.generate_private_key(ec.SECP384R1())
 
 
 def write_private_key(path: Path, key: PrivateKey, *, openssh: bool = False) -> None:
-    """Write a private key for its owner alone.
+    """Write a private key, readable by its owner only.
 
     Raises
     ------
     ConfigError
-        If there is something there already, or the place cannot be written.
+        If the file exists or cannot be written.
     """
     form = serialization.PrivateFormat.OpenSSH if openssh else serialization.PrivateFormat.PKCS8
     text = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
@@ -51,13 +51,13 @@ def write_private_key(path: Path, key: PrivateKey, *, openssh: bool = False) -> 
 
 
 def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file that was not there; raise `ConfigError` if it was."""
+    """Write a new file; raise `ConfigError` if it exists."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError as error:
         raise ConfigError(
-            f"{path} is there already, and is not written over. Choose another folder, or remove "
-            "it if it is of no more use."
+            f"{path} already exists and is not overwritten. Choose another folder, or remove it "
+            "if it is no longer needed."
         ) from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
@@ -66,18 +66,18 @@ def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def read_private_key(path: Path) -> PrivateKey:
-    """Return a private key, in OpenSSH's form or PKCS 8.
+    """Return a private key in OpenSSH or PKCS #8 format.
 
     Raises
     ------
     ConfigError
-        If others may read it, or it is no elliptic-curve key without a passphrase.
+        If other users can read it, it has a passphrase, or it is not an ECDSA key on P-384.
     """
     content = read_bytes(path)
     if path.stat().st_mode & 0o077:
         raise ConfigError(
-            f"{path} can be read by other users (mode {path.stat().st_mode & 0o777:o}): whoever "
-            f"has it is this site to the server. chmod 600 {path}"
+            f"{path} is readable by other users (mode {path.stat().st_mode & 0o777:o}): whoever "
+            f"holds it can act as this site. chmod 600 {path}"
         )
     try:
         key = (
@@ -86,29 +86,29 @@ def read_private_key(path: Path) -> PrivateKey:
             else serialization.load_pem_private_key(content, None)
         )
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path} is no private key without a passphrase ({error}).") from error
+        raise ConfigError(f"{path} is not a private key without passphrase ({error}).") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
         raise ConfigError(
-            f"{path} is no ECDSA key on the curve P-384, which Flower's nodes use. Make one with "
+            f"{path} is not an ECDSA key on P-384, the curve of Flower's nodes. Create one with "
             "grandrounds site init."
         )
     return key
 
 
 def public_text(key: PublicKey, comment: str = "") -> str:
-    """Return a public key as OpenSSH writes it."""
+    """Return a public key in OpenSSH format."""
     text = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return f"{text.decode()} {comment}".rstrip()
 
 
 def read_public_text(text: str) -> PublicKey:
-    """Return the key of a line in OpenSSH's form; raise `ConfigError` if it is none."""
+    """Return a public key in OpenSSH format; raise `ConfigError` if it is not one."""
     try:
         key = serialization.load_ssh_public_key(text.encode())
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{text[:60]!r} is no public key in OpenSSH's form.") from error
+        raise ConfigError(f"{text[:60]!r} is not a public key in OpenSSH format.") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConfigError(f"{text[:60]!r} is no ECDSA key.")
+        raise ConfigError(f"{text[:60]!r} is not an ECDSA key.")
     return key
 
 
@@ -120,12 +120,12 @@ def fingerprint(key: PublicKey) -> str:
 
 
 def sign(key: PrivateKey, content: bytes) -> str:
-    """Return a signature of ECDSA over SHA-384, in base 64."""
+    """Return an ECDSA signature over SHA-384, in Base64."""
     return base64.b64encode(key.sign(content, ec.ECDSA(hashes.SHA384()))).decode()
 
 
 def is_signed(key: PublicKey, content: bytes, signature: str) -> bool:
-    """Whether a signature is that of the key over the content."""
+    """Whether the key signed the content."""
     try:
         key.verify(base64.b64decode(signature, validate=True), content, ec.ECDSA(hashes.SHA384()))
     except (InvalidSignature, ValueError):
@@ -137,7 +137,7 @@ def is_signed(key: PublicKey, content: bytes, signature: str) -> bool:
 
 
 def new_authority(name: str, key: PrivateKey) -> x509.Certificate:
-    """Return the certificate of a certificate authority, signed by itself."""
+    """Return the self-signed certificate of a certificate authority."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     usage = x509.KeyUsage(
         digital_signature=False,
@@ -165,10 +165,8 @@ def new_certificate(
     public_key: PublicKey,
     authority: x509.Certificate,
     authority_key: PrivateKey,
-    *,
-    days: int = CERTIFICATE_DAYS,
 ) -> x509.Certificate:
-    """Return a certificate for hosts (names or addresses), for servers and clients alike."""
+    """Return a certificate for host names or addresses, valid for servers and clients."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     names: list[x509.GeneralName] = []
     for host in hosts:
@@ -178,7 +176,7 @@ def new_certificate(
             names.append(x509.DNSName(host))
     usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     return (
-        _builder(subject, authority.subject, public_key, days)
+        _builder(subject, authority.subject, public_key, CERTIFICATE_DAYS)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -206,7 +204,7 @@ def _builder(
 
 
 def certificate_text(certificate: x509.Certificate) -> bytes:
-    """Return a certificate in PEM."""
+    """Return a certificate in PEM format."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -215,10 +213,10 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(read_bytes(path))
     except ValueError as error:
-        raise ConfigError(f"{path} holds no certificate in PEM form.") from error
+        raise ConfigError(f"{path} holds no certificate in PEM format.") from error
 
 
 def days_left(certificate: x509.Certificate) -> float:
-    """Return the days for which a certificate is valid still; negative if it has expired."""
+    """Return the remaining validity of a certificate in days; negative if it has expired."""
     left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
     return left.total_seconds() / 86400

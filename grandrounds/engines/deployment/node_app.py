@@ -1,7 +1,7 @@
-"""What a SuperNode starts for each message where the site has an agent: it hands the message on.
+"""The ClientApp of a deployment: it forwards each message to the site's agent.
 
-Flower starts a new process for every message. This one loads neither torch nor the site's code for
-training, unless there is no agent: then it is the ClientApp itself that answers.
+Flower starts a new process for every message. This one loads neither torch nor the training code,
+unless the site has no agent: then it runs the regular ClientApp itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ app = ClientApp()
 @app.evaluate("formulary")
 @answering
 def hand_on(message: Message, context: Context) -> Message:
-    """Let the site's agent answer, or the ClientApp in this process where there is none."""
+    """Return the answer of the site's agent, or of the ClientApp in this process without one."""
     if AGENT in context.node_config:
         return forward(message, context)
     from grandrounds.client_app import app as client_app

@@ -1,7 +1,7 @@
-"""What is written when a consortium or a site is set up.
+"""Writes the files of a new consortium or site.
 
-consortium init   authority, server certificate, authority for nodes, units, gate, connection
-consortium renew  a certificate of the server for as long again
+consortium init   authorities, server certificate, systemd unit, gate, Flower connection
+consortium renew  a new server certificate
 site init         node key, request, site.toml
 """
 
@@ -29,24 +29,22 @@ SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def new_folder(folder: Path, mode: int = 0o700) -> Path:
-    """Make a folder; raise `ConfigError` if there is something in it."""
+    """Create a folder; raise `ConfigError` if it exists and is not empty."""
     folder = folder.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder. Choose another with --dir.")
-    try:
+    with storage.writing(str(folder), "Choose another with --dir.", ConfigError):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(mode)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be made: {error.strerror}.") from error
     return folder
 
 
 def check_name(name: str) -> str:
-    """Return a name that serves as the name of a file; raise `ConfigError` if it does not."""
+    """Return a name; raise `ConfigError` if it is not a safe file name."""
     if not SITE_NAME.fullmatch(name):
         raise ConfigError(
-            f"--name {name!r} is not allowed: 1 to 63 letters, digits, dots, dashes and "
-            "underscores, a letter or digit first."
+            f"--name {name!r} is not allowed: use 1 to 63 letters, digits, dots, dashes and "
+            "underscores, starting with a letter or digit."
         )
     return name
 
@@ -55,14 +53,14 @@ def check_name(name: str) -> str:
 
 
 def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
-    """Write all that the consortium's server needs; return its folder.
+    """Write everything that the consortium's server needs; return its folder.
 
     Parameters
     ----------
     host : str
-        Name or address by which the sites reach the server.
+        Host name or address by which sites reach the server.
     port : int
-        The gate's; the SuperLink itself listens on the next one, on loopback only.
+        Port of the gate; the SuperLink itself listens on the next one, on loopback only.
     """
     name = check_name(name)
     folder = new_folder(folder)
@@ -71,10 +69,10 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
     server = keys.new_certificate(
         name, _hosts(host), server_key.public_key(), authority, authority_key
     )
-    for stem, key in (("ca", authority_key), ("server", server_key), ("authority", nodes_key)):
+    keys.write_private_key(folder / "authority.key", nodes_key)
+    for stem, key, made in (("ca", authority_key, authority), ("server", server_key, server)):
         keys.write_private_key(folder / f"{stem}.key", key)
-    keys.write_new(folder / "ca.crt", keys.certificate_text(authority))
-    keys.write_new(folder / "server.crt", keys.certificate_text(server))
+        keys.write_new(folder / f"{stem}.crt", keys.certificate_text(made))
     public = keys.public_text(nodes_key.public_key(), f"authority of {name}")
     keys.write_new(folder / "authority.pub", f"{public}\n".encode())
     described = {"name": name, "superlink": f"{host}:{port}", "version": grandrounds.__version__}
@@ -102,7 +100,7 @@ def renew(folder: Path) -> float:
     Raises
     ------
     ConfigError
-        If the folder is not a consortium's, or lacks a key.
+        If the folder does not belong to a consortium, or a key is missing.
     """
     described = storage.read_json(folder / "consortium.json")
     server_key = keys.read_private_key(folder / "server.key")
@@ -117,12 +115,12 @@ def renew(folder: Path) -> float:
 
 
 def _hosts(host: str) -> list[str]:
-    """Return all names of the server: the sites', and its own for the gate and for runs."""
+    """Return the server's names: for sites, and on loopback for the gate and for runs."""
     return list(dict.fromkeys([host, "localhost", "127.0.0.1", "::1"]))
 
 
 def superlink_command(folder: Path, port: int) -> list[str]:
-    """Return the command line of the consortium's SuperLink, behind its gate."""
+    """Return the command that starts the consortium's SuperLink behind its gate."""
     return [
         str(Path(sys.executable).parent / "flower-superlink"),
         *("--ssl-ca-certfile", str(folder / "ca.crt")),
@@ -137,7 +135,7 @@ def superlink_command(folder: Path, port: int) -> list[str]:
 
 
 def connection_entry(folder: Path, name: str, port: int) -> str:
-    """Return the entry of Flower's config.toml by which runs are started on the server."""
+    """Return the entry in Flower's config.toml for starting runs on the server."""
     return (
         f"[superlink.{name}]\n"
         f'address = "127.0.0.1:{port + 1}"\n'
@@ -154,11 +152,10 @@ def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
     Parameters
     ----------
     tls_port : int
-        A port on loopback for the agent, with certificates of its own for both ends; 0: a Unix
-        socket.
+        Loopback port of the agent, with certificates for both ends; 0: a Unix socket.
     """
     name = check_name(name)
-    folder = new_folder(folder, 0o711)  # the SuperNode's user goes through it to its own files
+    folder = new_folder(folder, 0o711)  # the SuperNode's user must reach its files inside
     key = keys.new_key()
     keys.write_private_key(folder / "node.key", key, openssh=True)
     public = keys.public_text(key.public_key(), name)
@@ -183,7 +180,7 @@ def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
 
 
 def _write_agent_certificates(folder: Path) -> None:
-    """Write an authority for this machine alone, and what agent and SuperNode show each other."""
+    """Write a local certificate authority, and certificates for agent and SuperNode."""
     authority_key = keys.new_key()
     authority = keys.new_authority("agent of this site", authority_key)
     keys.write_new(folder / "agent-ca.crt", keys.certificate_text(authority))
@@ -197,34 +194,34 @@ def _write_agent_certificates(folder: Path) -> None:
 
 
 def write_units(site: SiteFile) -> None:
-    """Write the systemd units of agent and SuperNode, as site.toml has them now."""
+    """Write the systemd units of agent and SuperNode for the current site.toml."""
     agent, folder = site.agent, site.path.parent
     written = [site.place(agent.state)]
     written += [site.place(agent.socket).parent] if agent.socket else []
     outside = [str(place) for place in written if not place.is_relative_to(folder)]
-    needs_network = bool(site.agent.address or site.data.database)
+    needs_network = bool(agent.address or site.data.database)
     values = {
-        "group": f"SupplementaryGroups={site.agent.socket_group}\n" * bool(site.agent.socket_group),
+        "group": f"SupplementaryGroups={agent.socket_group}\n" if agent.socket_group else "",
         "writes": " ".join([str(folder), *outside]),
         "network": "" if needs_network else "PrivateNetwork=yes\n",
         "name": site.name,
-        "folder": str(site.path.parent),
-        "user": site.path.parent.owner(),
+        "folder": str(folder),
+        "user": folder.owner(),
         "node_user": "flower",
         "bin": str(Path(sys.executable).parent),
         "command": shlex.join(supernode_command(site)),
     }
     for file in ("agent.service", "supernode.service"):
-        (site.path.parent / file).write_bytes(_filled(file, values))
+        (folder / file).write_bytes(_filled(file, values))
 
 
 def supernode_command(site: SiteFile, port: int = 9094) -> list[str]:
-    """Return the command line of the site's SuperNode.
+    """Return the command that starts the site's SuperNode.
 
     Parameters
     ----------
     port : int
-        Of the SuperNode's own interface, on loopback.
+        Loopback port of the SuperNode's own interface.
     """
     return [
         str(Path(sys.executable).parent / "flower-supernode"),
@@ -238,30 +235,33 @@ def supernode_command(site: SiteFile, port: int = 9094) -> list[str]:
 
 
 def node_config(site: SiteFile) -> str:
-    """Return what the SuperNode tells its ClientApps: the site's number and its agent."""
+    """Return what the SuperNode passes to its ClientApps: partition id and agent."""
     words: dict[str, Any] = {
         "partition-id": site.node.partition_id,
         "num-partitions": site.node.num_partitions,
+        "agent": place_of(site),
     }
-    agent = site.agent
-    if agent.address:
-        words["agent"] = f"tls:{agent.address}"
-        words["agent-ca"] = str(site.place(agent.client_ca))
+    if site.agent.address:
+        words["agent-ca"] = str(site.place(site.agent.client_ca))
         for key, ending in (("agent-certificate", "crt"), ("agent-key", "key")):
             words[key] = str(site.path.parent / f"agent-client.{ending}")
-    else:
-        words["agent"] = f"unix:{site.place(agent.socket)}"
     return " ".join(
         f"{key}={json.dumps(value) if isinstance(value, str) else value}"
         for key, value in words.items()
     )
 
 
+def place_of(site: SiteFile) -> str:
+    """Return the address under which ClientApps find the site's agent."""
+    agent = site.agent
+    return f"tls:{agent.address}" if agent.address else f"unix:{site.place(agent.socket)}"
+
+
 # --- Texts ----------------------------------------------------------------------------------------
 
 
 def with_value(text: str, section: str, key: str, value: str | int) -> str:
-    """Return a site.toml with another value of one key; comments and order stay as they are."""
+    """Return a site.toml with one value replaced; comments and order are kept."""
     lines = text.splitlines(keepends=True)
     current = ""
     for i, line in enumerate(lines):
@@ -271,7 +271,7 @@ def with_value(text: str, section: str, key: str, value: str | int) -> str:
         if current == section and found:
             lines[i] = f"{found.group(1)}{json.dumps(value)}{found.group(3)}"
             return "".join(lines)
-    raise ConfigError(f"site.toml has no line for {section}.{key}: add one, [{section}] {key} = …")
+    raise ConfigError(f"site.toml has no line for {section}.{key}: add [{section}] {key} = …")
 
 
 def _filled(file: str, values: Mapping[str, str]) -> bytes:

@@ -1,4 +1,4 @@
-"""Signed files: what sites and their consortium send each other when a site is admitted."""
+"""Signed files, exchanged between a site and its consortium during admission."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grandrounds.storage import read_json
 
 
 def write_signed(path: Path, content: Mapping[str, Any], key: keys.PrivateKey) -> None:
-    """Write content with a signature over it; raise `ConfigError` if the file was there."""
+    """Write signed content to a new file; raise `ConfigError` if the file exists."""
     signature = keys.sign(key, _canonical(content))
     text = json.dumps({"content": content, "signature": signature}, indent=2)
     keys.write_new(path, f"{text}\n".encode())
@@ -25,24 +25,24 @@ def read_signed(path: Path, what: str, key: keys.PublicKey | None) -> dict[str, 
     Parameters
     ----------
     what : str
-        What it should be, for the error.
+        Expected kind of file, for the error message.
     key
-        Whose signature it must have; None: that of the key that it names itself.
+        Key that must have signed it; None: the public key in its content.
 
     Raises
     ------
     ConfigError
-        If it is something else, or not signed so.
+        If the file is of another kind, or the signature is not valid.
     """
     whole = read_json(path)
     content, signature = whole.get("content"), whole.get("signature")
     if not isinstance(content, dict) or not isinstance(signature, str):
-        raise ConfigError(f"{path} is no {what} of grandrounds.")
+        raise ConfigError(f"{path} is not a grandrounds {what}.")
     signer = key or keys.read_public_text(str(content.get("public-key", "")))
     if not keys.is_signed(signer, _canonical(content), signature):
         raise ConfigError(
-            f"{path} is not signed by {keys.fingerprint(signer)}: it was changed on its way, or is "
-            "not from whom it should be. Ask for it again."
+            f"{path} is not signed by {keys.fingerprint(signer)}: it was changed in transit, or "
+            "comes from someone else. Ask for it again."
         )
     return content
 

@@ -1,7 +1,7 @@
-"""A run on real sites: Flower's deployment, through a SuperLink that somebody runs.
+"""A run on real sites, through an existing SuperLink of Flower's deployment.
 
-The ServerApp runs where the SuperLink runs, and writes the run directory there. On that machine the
-run is watched through its files, from elsewhere through its log.
+The ServerApp runs on the SuperLink's machine and writes the run directory there. On that machine
+the run is watched through its files, from elsewhere through its log.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,23 @@ from typing import Any
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
-from grandrounds.engines.flower import Link, ask, follow, quiet, tail
-from grandrounds.engines.watching import Watcher, mark_stopped, with_run_directory, write_app
+from grandrounds.engines.flower import Link, ask, follow, quiet
+from grandrounds.engines.watching import (
+    Watcher,
+    mark_stopped,
+    why_it_ended,
+    with_run_directory,
+    write_app,
+)
 from grandrounds.errors import ConfigError, EngineError, nearest
 from grandrounds.server import admitted
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Listener
+from grandrounds.storage import read_toml
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
-"""How long a SuperLink that does not answer is asked again."""
-
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+"""How long to retry if the SuperLink does not answer."""
 
 
 def deploy(config: Config, listener: Listener, connection: str) -> None:
@@ -40,35 +44,38 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
     Parameters
     ----------
     connection : str
-        Name of a connection in Flower's config.toml (`grandrounds consortium init` writes one).
+        Name of a connection in Flower's config.toml (`grandrounds consortium init` prints one).
 
     Raises
     ------
     ConfigError
-        If there is no such connection, or no place is named for the run directory of a SuperLink
-        elsewhere.
+        If there is no such connection, or no run directory is given for a remote SuperLink.
     EngineError
-        If the SuperLink does not take the run, is lost, or the run did not complete.
+        If the SuperLink rejects the run or is lost, or the run did not complete.
     """
-    address = address_of(connection)
+    address = str(entry_of(connection)["address"])
     is_here = is_local(address)
-    flat = with_run_directory(config)
-    given = str(flat["consortium"])
-    folder = str(Path(given).expanduser().absolute()) if given else consortium_of(connection)
-    flat = {**flat, "consortium": folder}
+    flat, directory = with_run_directory(config)
+    given = config.federation.consortium
+    default = consortium_of(connection)
+    folder = str(Path(given).expanduser().absolute()) if given else default
+    flat["consortium"] = folder
     if not is_here and not (config.federation.run_directory or config.federation.resume_from):
         raise ConfigError(
-            f"The SuperLink of {connection!r} is at {address}, and writes the run directory there: "
-            "give its full path on that machine with --run-dir."
+            f"The SuperLink of {connection!r} at {address} writes the run directory on its own "
+            "machine: give its absolute path there with --run-dir."
         )
-    directory = Path(str(flat["resume-from"] or flat["run-directory"]))
-    if untied := untied_sites(flat):
+    if untied := untied_sites(folder, config.data.num_partitions):
         sys.stdout.write(f"{untied}\n")
+    resume = (
+        "Finished rounds are kept; once the SuperLink runs again: grandrounds run --resume "
+        f"{directory} --engine deployment --connection {connection}"
+    ) + (f" --set consortium={folder}" if folder != default else "")
     home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
     (home / "cwd").mkdir()
+    log = home / "run.log"
     link = Link(home, quiet(), connection)
     watcher = Watcher(directory, listener) if is_here else None
-    look = watcher.look if watcher else _relay(home / "run.log")
     with listener:
         try:
             run_id = _start(link, flat, home)
@@ -76,6 +83,7 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
             shutil.rmtree(home)
             raise
         try:
+            look = watcher.look if watcher else _relay(log)
             status, reason = follow(link, run_id, look, POLL_SECONDS, PATIENCE_SECONDS)
         except KeyboardInterrupt:
             ask(link, "stop", str(run_id), connection)
@@ -83,19 +91,15 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
                 mark_stopped(RunDirectory(directory))
             raise
         except EngineError as error:
-            raise EngineError(
-                f"The SuperLink at {address} is lost ({error}). {_how_to_resume(flat, connection)}"
-            ) from error
+            raise EngineError(f"The SuperLink at {address} is lost ({error}). {resume}") from error
         if watcher and status == "completed" and not directory.exists():  # through a tunnel
             sys.stdout.write(f"completed; {directory} is on the SuperLink's machine\n")
             watcher = None
         summary = watcher.summary() if watcher else {}
         if status != "completed" or (watcher and summary.get("status") != "completed"):
-            why = summary.get("reason") or reason.partition("exception: ")[2] or reason
-            why = why or tail(home / "run.log", lines=1)
-            is_kept = directory.exists() or not is_here
-            resume = f"{_how_to_resume(flat, connection)} " if is_kept else ""
-            raise EngineError(f"The run ended as {status}: {why} {resume}(log: {home / 'run.log'})")
+            why = why_it_ended(summary, reason, log)
+            advice = f"{resume} " if directory.exists() or not is_here else ""
+            raise EngineError(f"The run ended as {status}: {why} {advice}(log: {log})")
         if watcher:
             place = {"directory": str(directory), "connection": connection}
             listener.on_finished({**summary, **place})
@@ -103,10 +107,10 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
 
 
 def in_one_array(config: Config) -> Config:
-    """Return the configuration with adapters that travel as they are in one array.
+    """Return the configuration with uncompressed adapters sent as a single array.
 
-    Flower moves each array of a message by requests of its own, so that many small ones take
-    longer than the visit; the numbers are the same bit for bit.
+    Flower transfers each array of a message in separate requests, so that many small arrays take
+    longer than the visit. The values are bit-for-bit the same.
     """
     how = config.communication
     up, down = (
@@ -117,7 +121,7 @@ def in_one_array(config: Config) -> Config:
 
 
 def _start(link: Link, flat: Mapping[str, Scalar], home: Path) -> int:
-    """Submit the run; return Flower's number of it."""
+    """Submit the run; return Flower's run id."""
     app = write_app(home / "app", "grandrounds.engines.deployment.node_app")
     overrides = home / "overrides.toml"
     overrides.write_text(to_toml(flat), encoding="utf-8")
@@ -126,14 +130,14 @@ def _start(link: Link, flat: Mapping[str, Scalar], home: Path) -> int:
 
 
 def register(public_key: Path, name: str, connection: str) -> int:
-    """Let a SuperLink know a site's key; return Flower's id of the node.
+    """Register a site's key with a SuperLink; return Flower's node id.
 
     Raises
     ------
     EngineError
-        If it does not take the key, or knows it already.
+        If the SuperLink rejects the key, or already knows it.
     """
-    address_of(connection)
+    entry_of(connection)  # fails now if there is no such connection
     with tempfile.TemporaryDirectory(prefix="grandrounds-flower-") as folder:
         (Path(folder) / "cwd").mkdir()
         link = Link(Path(folder), quiet(), connection)
@@ -141,18 +145,8 @@ def register(public_key: Path, name: str, connection: str) -> int:
         return int(ask(link, *options)["node-id"])
 
 
-def _how_to_resume(flat: Mapping[str, Scalar], connection: str) -> str:
-    directory = flat["resume-from"] or flat["run-directory"]
-    folder = flat["consortium"]
-    given = f" --set consortium={folder}" if folder != consortium_of(connection) else ""
-    return (
-        "Finished rounds are kept; once the SuperLink runs: grandrounds run --resume "
-        f"{directory} --engine deployment --connection {connection}{given}"
-    )
-
-
 def _relay(log: Path) -> Callable[[], None]:
-    """Return what prints the lines that a log has gained since it was called last."""
+    """Return a function that prints the lines added to a log since its last call."""
     position = 0
 
     def look() -> None:
@@ -160,7 +154,7 @@ def _relay(log: Path) -> Callable[[], None]:
         if not log.exists():
             return
         size = log.stat().st_size
-        position = 0 if size < position else position  # the stream was begun again
+        position = 0 if size < position else position  # the stream was restarted
         with log.open("rb") as file:
             file.seek(position)
             new = file.read()
@@ -178,55 +172,40 @@ def flower_home() -> Path:
 
 
 def consortium_of(connection: str) -> str:
-    """Return the folder of the consortium that a connection's certificate lies in.
-
-    Empty where there is none: it is on another machine.
-    """
+    """Return the consortium folder that holds a connection's certificate; empty if it is remote."""
     certificate = str(entry_of(connection).get("root-certificates", ""))
     folder = Path(certificate).expanduser().parent
     return str(folder) if certificate and (folder / "consortium.json").is_file() else ""
 
 
-def untied_sites(flat: Mapping[str, Scalar]) -> str:
-    """Return a line that names the sites whose number is taken at their word; empty if none is."""
-    folder, count = str(flat["consortium"]), int(flat["data.num-partitions"])
+def untied_sites(folder: str, count: int) -> str:
+    """Return a line naming the sites whose partition id is unverified; empty if there are none."""
     if not folder:
         return (
-            "a site's number is taken at its word: no consortium's folder lies beside the "
-            "connection's certificate. If there is one where the SuperLink runs: "
-            "--set consortium=FOLDER"
+            "partition ids are unverified: there is no consortium folder beside the connection's "
+            "certificate. If it is on the SuperLink's machine: --set consortium=FOLDER"
         )
     if not Path(folder).is_dir():
         return ""  # on the SuperLink's machine
     tied = admitted.registered_nodes(Path(folder))
     if missing := [str(p) for p in range(count) if p not in tied]:
         return (
-            f"taken at their word: sites {', '.join(missing)}. grandrounds consortium admit with "
-            "--connection ties a site's number to its key"
+            f"unverified partition ids: {', '.join(missing)}. grandrounds consortium admit with "
+            "--connection binds a partition id to the site's key"
         )
     return ""
 
 
-def address_of(connection: str) -> str:
-    """Return the address of a connection; raise `ConfigError` if there is none."""
-    return str(entry_of(connection)["address"])
-
-
 def entry_of(connection: str) -> Mapping[str, Any]:
-    """Return a connection in Flower's config.toml, one with an address.
+    """Return a connection in Flower's config.toml.
 
     Raises
     ------
     ConfigError
-        If there is none of that name.
+        If there is none of that name with an address.
     """
     file = flower_home() / "config.toml"
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8")).get("superlink", {})
-    except OSError:
-        table = {}
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}.") from error
+    table = read_toml(file).get("superlink", {}) if file.is_file() else {}
     found = table.get(connection)
     if not isinstance(found, Mapping) or not found.get("address"):
         known = [name for name, entry in table.items() if isinstance(entry, Mapping)]
@@ -239,9 +218,9 @@ def entry_of(connection: str) -> Mapping[str, Any]:
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is this machine's own."""
+    """Whether an address is on this machine."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host in LOCAL_NAMES
+        return host == "localhost"

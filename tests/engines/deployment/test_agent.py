@@ -103,7 +103,7 @@ def test_the_socket_is_its_owners_alone_and_gone_afterwards(site: SiteFile) -> N
     path = site.place(site.agent.socket)
     with serving(site) as said:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert said[0] == f"site 'site' serves at unix:{path}"
+        assert said[0] == f"site 'site' listens on unix:{path}"
     assert not path.exists()
     assert said[-1] == "stopped"
 
@@ -112,7 +112,7 @@ def test_a_second_agent_on_the_same_socket_is_told_and_one_left_behind_is_replac
     settings: Settings, site: SiteFile
 ) -> None:
     path = site.place(site.agent.socket)
-    with serving(site), pytest.raises(ConfigError, match="an agent listens there already"):
+    with serving(site), pytest.raises(ConfigError, match="another agent is listening there"):
         agents._unix_socket(site, path)
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(path))
@@ -161,7 +161,7 @@ def test_the_base_is_loaded_once_for_all_messages(settings: Settings, tmp_path: 
             *had, serving_line = (process.stdout.readline() for _ in range(3))
             assert "27 examples to train on, 3 held out" in had[0]
             assert re.fullmatch(r"grandrounds: base \S+: sha256 [0-9a-f]{64}\n", had[1])
-            assert "serves at" in serving_line
+            assert "listens on" in serving_line
             loads = []
             for _ in range(3):
                 reply = asked(site, settings, training_message(settings, site))
@@ -316,7 +316,7 @@ def test_a_kind_of_message_that_no_run_sends_is_refused(settings: Settings, site
     message = Message(messages.content(config={"round": 0, "run": "ab"}), 1, "train.secretly")
     with serving(site):
         reply = asked(site, settings, message)
-    with pytest.raises(ReplyError, match="is no question to a site"):
+    with pytest.raises(ReplyError, match="is not a message type of a site"):
         messages.raise_failure(reply)
 
 
@@ -450,7 +450,7 @@ def test_a_silent_connection_is_closed(
     with serving(site) as said:
         assert raw(site, b"GRQ1", close=False) == b""
         messages.raise_failure(asked(site, settings))
-    assert any("ended early" in line for line in said)
+    assert any("closed early" in line for line in said)
 
 
 def test_the_run_cannot_name_files_of_the_site(settings: Settings, site: SiteFile) -> None:
@@ -550,7 +550,7 @@ def test_only_loopback_addresses_are_served(settings: Settings, tmp_path: Path) 
 
 
 def test_a_port_in_use_is_told(tls_site: SiteFile) -> None:
-    with serving(tls_site), pytest.raises(ConfigError, match="Another process listens there"):
+    with serving(tls_site), pytest.raises(ConfigError, match="the process that listens there"):
         agents._network_socket(tls_site)
 
 

@@ -50,7 +50,7 @@ def test_the_way_from_nothing_to_an_admitted_site(tmp_path: Path, flower_home: P
         *("--dir", consortium),
     )
     assert made.exit_code == 0, made.output
-    assert f"connection, to be added to {flower_home / 'config.toml'}:" in made.stdout
+    assert f"connection, to add to {flower_home / 'config.toml'}:" in made.stdout
     assert '[superlink.trial]\naddress = "127.0.0.1:8001"' in made.stdout
     [line] = [line for line in made.stdout.splitlines() if line.startswith("authority for sites")]
     authority = line.split()[3]
@@ -147,7 +147,7 @@ def test_a_superlink_elsewhere_needs_a_place_for_the_run(flower_home: Path) -> N
         '[superlink.trial]\naddress = "trial.example.org:8001"\n'
     )
     line = complaint(run("run", "--engine", "deployment", "--connection", "trial"))
-    assert "writes the run directory there: give its full path" in line
+    assert "give its absolute path there with --run-dir" in line
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_run_knows_which_nodes_the_sites_were_admitted_as(
         config = recipes.resolve({**place, "consortium": given})
         deployment.deploy(config, PlainReporter(config), "trial")
         assert started.pop()["consortium"] == sent
-    assert "taken at their word: sites 0, 2." in capsys.readouterr().out
+    assert "unverified partition ids: 0, 2." in capsys.readouterr().out
 
 
 def fingerprint_of(site: Path) -> str:
@@ -235,7 +235,7 @@ def test_nothing_is_signed_before_the_fingerprint_was_compared(tmp_path: Path) -
     words = ("consortium", "admit", site / "request.json", "--partition-id", 0)
     words = (*words, "--num-partitions", 1, "--dir", folder)
     line = complaint(run(*words))
-    assert f"has the node key {fingerprint_of(site)}: compare it" in line
+    assert f"has node key {fingerprint_of(site)}: compare it" in line
     assert "Nothing was signed" in complaint(run(*words, "--fingerprint", "SHA256:other"))
     assert not list((folder / "admissions").iterdir())
     assert run(*words, "--fingerprint", fingerprint_of(site)).exit_code == 0
@@ -255,7 +255,7 @@ def test_a_key_that_the_superlink_knows_already_needs_its_node_written_down(
     words = ("consortium", "admit", site / "request.json", "--partition-id", 0, "--dir", folder)
     words = (*words, "--connection", "trial", "--fingerprint", fingerprint_of(site))
     line = complaint(run(*words, "--num-partitions", 1), 1)
-    assert "(flwr supernode list trial) into" in line
+    assert "(flwr supernode list trial) to" in line
     (folder / "admissions" / "st-elsewhere.node").write_text("77\n")
     assert "registered as node 77" in run(*words, "--num-partitions", 2).stdout
 

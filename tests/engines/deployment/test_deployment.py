@@ -50,7 +50,7 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
         assert consortium.finished(process) == 0, consortium.log("run")
         said = consortium.log("run")
     assert "status             completed after 6 rounds" in said
-    assert "taken at their word" not in said
+    assert "unverified" not in said
     summary, plain = summary_of(run), summary_of(tmp_path / "plain")
     assert summary["base_loads"] == summary["processes"] == 3
     assert summary["failed_replies"] == 0
@@ -89,7 +89,7 @@ def test_who_is_not_admitted_is_kept_out_and_says_why(tmp_path: Path) -> None:
         nodes = consortium.flwr("supernode", "list", "trial")
         assert {node["status"] for node in nodes["nodes"]} == {"registered"}, nodes
         check = [sys.executable, "-m", "grandrounds", "site", "check", "--config"]
-        for i, told in ((0, "is not accepted"), (1, "the server does not take this node")):
+        for i, told in ((0, "is not valid ("), (1, "the server rejects this node")):
             done = subprocess.run(
                 [*check, str(consortium.sites[i].path)],
                 env=consortium.environment,

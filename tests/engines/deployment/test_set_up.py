@@ -72,11 +72,11 @@ def test_the_servers_certificate_is_renewed_for_the_same_key_and_names(consortiu
 
 def test_a_site_that_is_admitted_has_all_it_needs(consortium: Path, site: Path) -> None:
     admission = admissions.admit(consortium, site / "request.json", 2, 5)
-    found = admissions.join(
+    name, joined = admissions.join(
         read_site_file(site / "site.toml"), admission, consortium / "authority.pub"
     )
-    assert (found.name, found.partition_id, found.num_partitions) == ("st-elsewhere", 2, 5)
     after = read_site_file(site / "site.toml")
+    assert (name, joined) == ("trial", after)
     assert (after.node.partition_id, after.node.num_partitions) == (2, 5)
     assert after.node.superlink == "trial.example.org:8000"
     assert (site / "ca.crt").read_bytes() == (consortium / "ca.crt").read_bytes()
@@ -118,14 +118,14 @@ def test_an_admission_for_another_key_is_refused(
 ) -> None:
     other = set_up.init_site(tmp_path / "other", "other")
     admission = admissions.admit(consortium, other / "request.json", 0, 2)
-    with pytest.raises(ConfigError, match=r"admits the node key SHA256:.*this site's is SHA256:"):
+    with pytest.raises(ConfigError, match=r"admits node key SHA256:.*this site's is SHA256:"):
         admissions.join(read_site_file(site / "site.toml"), admission, consortium / "authority.pub")
 
 
 def test_no_two_sites_have_one_number_or_name(consortium: Path, site: Path, tmp_path: Path) -> None:
     admissions.admit(consortium, site / "request.json", 0, 2)
     other = set_up.init_site(tmp_path / "other", "other")
-    with pytest.raises(ConfigError, match="'st-elsewhere' is admitted already, with partition-id"):
+    with pytest.raises(ConfigError, match="'st-elsewhere' is already admitted with partition-id"):
         admissions.admit(consortium, other / "request.json", 0, 2)
     with pytest.raises(ConfigError, match="--partition-id 2 must be from 0 to 1"):
         admissions.admit(consortium, other / "request.json", 2, 2)
@@ -144,7 +144,7 @@ def test_a_site_is_the_node_that_its_key_was_registered_as(
     assert admissions.admit(consortium, site / "request.json", 1, 3) == admission
     assert json.loads(admission.read_text())["content"]["num-partitions"] == 3
     assert admitted.registered_nodes(consortium) == {1: 77}
-    with pytest.raises(ConfigError, match="'other' is admitted already, with partition-id 0"):
+    with pytest.raises(ConfigError, match="'other' is already admitted with partition-id 0"):
         admissions.admit(consortium, site / "request.json", 0, 3)
     admission.unlink()
     assert admitted.registered_nodes(consortium) == {}

@@ -176,7 +176,7 @@ def test_report_to_is_one_or_several_names_with_commas(value: str, allowed: bool
     if allowed:
         assert recipes.resolve({"train.report-to": value}).train.report_to == value
     else:
-        with pytest.raises(ConfigError, match="one or several of 'none', 'tensorboard'"):
+        with pytest.raises(ConfigError, match="one or more of 'none', 'tensorboard'"):
             recipes.resolve({"train.report-to": value})
 
 
@@ -209,7 +209,7 @@ def test_every_name_that_the_configuration_allows_has_a_tracker() -> None:
     for name in TRACKERS:
         recipes.resolve({"train.report-to": name})
     listed = ", ".join(map(repr, ("none", *TRACKERS)))
-    with pytest.raises(ConfigError, match=f"one or several of {listed}, with commas"):
+    with pytest.raises(ConfigError, match=f"one or more of {listed}, comma-separated"):
         recipes.resolve({"train.report-to": "x"})
 
 

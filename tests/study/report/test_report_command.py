@@ -96,7 +96,7 @@ def test_with_chromium_every_figure_is_drawn(
     monkeypatch.setenv("PATH", f"{fake.parent}:/bin:/usr/bin")
     monkeypatch.setattr("grandrounds.study.report.browser.CHROMIUMS", ("google-chrome",))
     result = report(write_run(tmp_path / "run"), "--figures", tmp_path / "figures")
-    assert f"written: 9 PNG files in {tmp_path / 'figures'}, drawn by {fake}" in result.stdout
+    assert f"written: 9 PNG files in {tmp_path / 'figures'}, rendered by {fake}" in result.stdout
     assert len(list((tmp_path / "figures").glob("*.png"))) == 9
 
 
@@ -109,7 +109,7 @@ def test_open_says_so_where_there_is_no_browser(
     result = report(write_run(tmp_path / "run"), "--open")
     assert result.exit_code == 0
     assert opened == [(tmp_path / "run/report.html").as_uri()]
-    assert ("no browser was found" in result.stdout) is said
+    assert ("no browser found" in result.stdout) is said
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_comparison_among_runs_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "wards/comparison.json", comparison())
     code, message = told(write_run(tmp_path / "run"), tmp_path / "wards")
     assert code == 2
-    assert "is a comparison, which has a page of its own" in message
+    assert "is a comparison, which has its own page" in message
 
 
 def test_a_run_given_twice_and_a_folder_as_page_are_refused(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_run_given_twice_and_a_folder_as_page_are_refused(tmp_path: Path) -> N
     assert told(run, run)[0] == 2
     code, message = told(run, "--out", tmp_path)
     assert code == 2
-    assert f"give a file, for example {tmp_path / 'report.html'}" in message
+    assert f"give a file, such as {tmp_path / 'report.html'}" in message
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
