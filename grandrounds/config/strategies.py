@@ -6,10 +6,7 @@ planning, server and sites must agree on without loading them.
 
 from __future__ import annotations
 
-import itertools
-import math
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -65,43 +62,3 @@ STRATEGIES: dict[str, Strategy] = {
     "flora": Strategy(keeps_replies=True, error_feedback=False, stacks=True, keys=("max-rank",)),
 }
 """Name → requirements."""
-
-
-class Thresholds(Protocol):
-    """What decides how many replies a rule needs; both configuration and `RuleSettings` have it."""
-
-    @property
-    def name(self) -> str:
-        """A value of `strategy.name`."""
-
-    @property
-    def num_malicious_nodes(self) -> int:
-        """f, the replies of a round that may be hostile."""
-
-    @property
-    def num_nodes_to_select(self) -> int:
-        """m, the replies that multikrum averages; 0: all but f."""
-
-    @property
-    def trimmed_share(self) -> float:
-        """beta, the share of replies that fedtrimmedavg cuts off at either end."""
-
-
-def needed_replies(settings: Thresholds) -> int:
-    """Return the smallest number of replies with which a rule does what its paper says.
-
-    krum: n >= 2 f + 3 (Blanchard et al., 2017, proposition 4.2). multikrum: as well n >= m + f, so
-    that those selected can all be honest. bulyan: n >= 4 f + 3 (El Mhamdi et al., 2018,
-    section 4). fedtrimmedavg: so many that at least one is cut off at either end.
-    """
-    hostile = settings.num_malicious_nodes
-    if settings.name == "krum":
-        return 2 * hostile + 3
-    if settings.name == "multikrum":
-        return max(2 * hostile + 3, settings.num_nodes_to_select + hostile)
-    if settings.name == "bulyan":
-        return 4 * hostile + 3
-    if settings.name == "fedtrimmedavg" and settings.trimmed_share > 0:
-        near = math.ceil(1 / settings.trimmed_share) - 1
-        return next(n for n in itertools.count(max(1, near)) if int(settings.trimmed_share * n))
-    return 1

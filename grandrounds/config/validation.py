@@ -204,12 +204,12 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             f"defence.min-cosine = {config.defence.min_cosine:g} cannot compare updates of "
             "different ranks: set it to -1, or leave strategy.site-ranks empty."
         )
-    if name == "flora" and config.max_rank < rank:
+    if STRATEGIES[name].stacks and config.max_rank < rank:
         yield (
             f"strategy.max-rank = {strategy.max_rank} is below model.lora.peft-lora-r = {rank}: "
             "the stack must hold at least one site's adapter. Raise it, or set 0."
         )
-    if name == "flora" and config.arguments.weight_decay > 0:
+    if STRATEGIES[name].stacks and config.arguments.weight_decay > 0:
         yield (
             f"train.training-arguments.weight-decay = {config.arguments.weight_decay:g} would "
             "shrink the stack that flora keeps frozen; set it to 0."

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from grandrounds.config.keys import DataConfig
+from grandrounds.config.keys import Config, DataConfig
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.sources import load_rows
@@ -38,6 +38,14 @@ class Site:
 def tokenizer_of(model_name: str) -> Any:
     """Return a base's tokenizer, read once per process."""
     return load_tokenizer(model_name)
+
+
+def site_of(config: Config, partition_id: int) -> Site:
+    """Return a site of a run on the data that its configuration names."""
+    source, data, model = config.static.name, config.data, config.model.name
+    return open_site(
+        source, data, model, config.train.seq_length, config.federation.seed, partition_id
+    )
 
 
 def open_site(

@@ -32,7 +32,7 @@ from grandrounds.model.base import (
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
-from grandrounds.site.local_data import Site, open_site, tokenizer_of
+from grandrounds.site.local_data import Site, site_of, tokenizer_of
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
@@ -79,11 +79,7 @@ class Visit:
         """
         config = _parsed(tuple(sorted(context.run_config.items())))
         number = partition_id(context.node_config, config)
-        source, data, model = config.static.name, config.data, config.model.name
-        site = open_site(
-            source, data, model, config.train.seq_length, config.federation.seed, number
-        )
-        return cls(content, context.state, config, site)
+        return cls(content, context.state, config, site_of(config, number))
 
     @property
     def instruction(self) -> ConfigRecord:
@@ -115,13 +111,7 @@ class Visit:
     @property
     def cursor_after(self) -> int:
         """Examples that it has been given after this visit."""
-        arguments, config = self.config.arguments, self.config
-        return self.cursor + sampling.examples_per_visit(
-            arguments.max_steps,
-            arguments.num_train_epochs,
-            config.examples_per_step,
-            len(self.site.train),
-        )
+        return self.cursor + sampling.examples_of_a_visit(self.config, len(self.site.train))
 
     @property
     def trained(self) -> tuple[str, slice]:

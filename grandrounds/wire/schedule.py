@@ -135,6 +135,12 @@ def examples_per_visit(
     return max(1, math.ceil(num_train_epochs * num_examples))
 
 
+def examples_of_a_visit(config: Config, num_examples: int) -> int:
+    """Return how many examples a visit to a site with `num_examples` takes in a configured run."""
+    steps, epochs = config.arguments.max_steps, config.arguments.num_train_epochs
+    return examples_per_visit(steps, epochs, config.examples_per_step, num_examples)
+
+
 def next_examples(
     seed: int, partition_id: int, num_examples: int, cursor: int, count: int
 ) -> list[int]:

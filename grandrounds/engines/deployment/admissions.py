@@ -86,9 +86,7 @@ def read_request(request: Path) -> tuple[str, keys.PublicKey]:
 
 def note_node(admission: Path, node: int) -> None:
     """Record the node id of a site's key, so that no other node can be that site."""
-    fresh = admission.with_suffix(".new")
-    fresh.write_text(f"{node}\n")
-    fresh.replace(node_file(admission))  # a run may be reading it
+    storage.write_text(node_file(admission), f"{node}\n")  # a run may be reading it
 
 
 def join(site: SiteFile, admission: Path, authority: Path) -> tuple[str, SiteFile]:

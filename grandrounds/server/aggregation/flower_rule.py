@@ -26,7 +26,6 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 
 from grandrounds.config.keys import StrategyConfig
-from grandrounds.config.strategies import needed_replies
 from grandrounds.errors import ConfigError, RoundError
 from grandrounds.server.aggregation.replies import Replies, check_shapes
 from grandrounds.server.aggregation.rule import Rule
@@ -53,7 +52,7 @@ class FlowerRule(Rule):
     def __init__(self, strategy: FedAvg, config: StrategyConfig) -> None:
         self._strategy = strategy
         self._name = config.name
-        self._needed_replies = needed_replies(config)
+        self._needed_replies = config.needed_replies
         self._state: dict[str, NDArray[Any]] = {}
 
     def begin(self, round_number: int, adapter: Adapter) -> None:

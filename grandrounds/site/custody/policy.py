@@ -11,7 +11,7 @@ from grandrounds.config.values import words_of
 from grandrounds.errors import PolicyError, nearest
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire.adapter import Ranks
-from grandrounds.wire.schedule import examples_per_visit
+from grandrounds.wire.schedule import examples_of_a_visit
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,10 @@ class Asked:
 def asked_of(config: Config, targets: Sequence[str], num_examples: int) -> Asked:
     """Return what a run asks of a site with so many examples to train on."""
     rank = Ranks.of(config).resident
-    arguments = config.arguments
-    examples = examples_per_visit(
-        arguments.max_steps, arguments.num_train_epochs, config.examples_per_step, num_examples
-    )
+    examples = examples_of_a_visit(config, num_examples)
     steps = math.ceil(examples / config.examples_per_step)
     name, template = config.model.name, config.data.prompt_template
-    batch = arguments.per_device_train_batch_size
+    batch = config.arguments.per_device_train_batch_size
     return Asked(name, template, tuple(targets), rank, steps, examples, batch)
 
 

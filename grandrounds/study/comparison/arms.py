@@ -26,7 +26,7 @@ from grandrounds.model.resident import Resident, set_adapter
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Facts, Listener
 from grandrounds.site import visit as visits
-from grandrounds.site.local_data import Site, open_site, tokenizer_of
+from grandrounds.site.local_data import Site, site_of, tokenizer_of
 from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.exams import Exam, sit
 from grandrounds.study.comparison.units import (
@@ -40,9 +40,8 @@ from grandrounds.study.comparison.units import (
     local_visits,
 )
 from grandrounds.wire import messages
-from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import assemble, drawn_adapter
-from grandrounds.wire.schedule import examples_per_visit
+from grandrounds.wire.schedule import cohort_of, examples_of_a_visit, round_learning_rate_of
 
 Found = dict[str, Any]
 OnVisits = Callable[[int], None]
@@ -111,18 +110,6 @@ def judge(resident: Resident, config: Config, exams: Sequence[Exam]) -> Found:
     }
 
 
-def site_of(config: Config, partition_id: int) -> Site:
-    """Return a site with the examples it has in the federation."""
-    return open_site(
-        config.static.name,
-        config.data,
-        config.model.name,
-        config.train.seq_length,
-        config.federation.seed,
-        partition_id,
-    )
-
-
 # --- Without a federation -------------------------------------------------------------------------
 
 
@@ -138,7 +125,7 @@ def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Fo
     examples = tuple(example for site in sites for example in site.train)
     # A partition id of its own, so that it is not shuffled like any site.
     pool = Site(len(sites), examples, (), {})
-    each = [visit_examples(config, len(site.train)) for site in sites]
+    each = [examples_of_a_visit(config, len(site.train)) for site in sites]
     plan = [
         (number, sum(each[k] for k in cohort_of(config, number)))
         for number in range(1, config.federation.num_server_rounds + 1)
@@ -150,27 +137,8 @@ def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Fo
 def _alone(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
     """Train on the examples of one site only."""
     site = site_of(config, unit.site or 0)
-    plan = local_visits(config, visit_examples(config, len(site.train)))
+    plan = local_visits(config, examples_of_a_visit(config, len(site.train)))
     return _visit_in_turn(site, recipes.resolve(config.flat(), ORDINARY), plan, on_visits)
-
-
-def cohort_of(config: Config, number: int) -> list[int]:
-    """Return the sites that train in a round of the federation."""
-    return sampling.training_cohort(
-        config.federation.seed,
-        number,
-        config.data.num_partitions,
-        config.cohort_size,
-        config.strategy.cohorts == "balanced",
-    )
-
-
-def visit_examples(config: Config, num_examples: int) -> int:
-    """Return the number of examples of one visit to a site with `num_examples`."""
-    arguments = config.arguments
-    return examples_per_visit(
-        arguments.max_steps, arguments.num_train_epochs, config.examples_per_step, num_examples
-    )
 
 
 def _start(config: Config) -> Resident:
@@ -194,7 +162,7 @@ def _visit_in_turn(
     resident = _start(config)
     cursor, loss = 0, 0.0
     for number, count in plan:
-        rate = sampling.round_learning_rate_of(config, number)
+        rate = round_learning_rate_of(config, number)
         asked = messages.content(config={"round": number, "learning-rate": rate, "cursor": cursor})
         visit = Visit(asked, RecordDict(), _of_length(config, count, len(site.train)), site)
         result = visits.train(visit, resident, visits.next_batches(visit))

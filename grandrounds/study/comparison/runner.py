@@ -18,8 +18,9 @@ from grandrounds.config.keys import Config
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import environment
 from grandrounds.server.roll_call import SAME_IN_A_RUN
+from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import introduction
-from grandrounds.study.comparison.arms import cohort_of, run_unit, site_of, visit_examples
+from grandrounds.study.comparison.arms import run_unit
 from grandrounds.study.comparison.exams import Exam, exams_of
 from grandrounds.study.comparison.folder import RESULT, ComparisonFolder
 from grandrounds.study.comparison.results import FORMAT, figures, results
@@ -33,6 +34,7 @@ from grandrounds.study.comparison.units import (
     local_visits,
     visits_of_a_site,
 )
+from grandrounds.wire.schedule import cohort_of, examples_of_a_visit
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with an event (planned, visited, finished) and its data."""
@@ -184,7 +186,7 @@ def planned_work(unit: Unit, config: Config, exams: Sequence[Exam]) -> float:
     """
     seeded = recipes.resolve(config.flat(), {"seed": unit.seed})
     sites = [site_of(seeded, k) for k in range(config.data.num_partitions)]
-    each = [visit_examples(seeded, len(site.train)) for site in sites]
+    each = [examples_of_a_visit(seeded, len(site.train)) for site in sites]
     judged = sum(len(exam.items) for exam in exams) + sum(len(site.held_out) for site in sites)
     made = 0
     if unit.arm == LOCAL:
@@ -205,7 +207,8 @@ def budget(config: Config, train_examples: int) -> dict[str, Any]:
         "site-visits": rounds * cohort,
         "local-visits": visits_of_a_site(config),
         "local-rounds": [
-            number for number, _ in local_visits(config, visit_examples(config, train_examples))
+            number
+            for number, _ in local_visits(config, examples_of_a_visit(config, train_examples))
         ],
     }
 

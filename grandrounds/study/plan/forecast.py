@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from grandrounds.model.architectures import (
 )
 from grandrounds.model.memory import SiteMemory, precision_of, site_memory
 from grandrounds.wire.adapter import Shapes, at_rank, count_parameters
-from grandrounds.wire.schedule import cohorts_of
+from grandrounds.wire.schedule import cohorts_of, examples_of_a_visit
 from grandrounds.wire.traffic import Plan, plan_config
 
 LEADERBOARD_ROWS = 33_955
@@ -192,14 +191,10 @@ def reading(config: Config, rows: int) -> Reading:
     A site's cursor advances through its examples without repeats: after v visits of e examples, it
     has seen the share min(1, v e / n) of its n examples. Visits follow from the seed's cohorts.
     """
-    data, arguments = config.data, config.arguments
+    data = config.data
     sizes = [_kept(size, data.held_out_fraction) for size in site_sizes(config, rows)]
     visits = Counter(site for cohort in cohorts_of(config) for site in cohort)
-    by_steps = arguments.max_steps * config.examples_per_step
-    taken = [
-        by_steps if by_steps > 0 else max(1, math.ceil(arguments.num_train_epochs * size))
-        for size in sizes
-    ]
+    taken = [examples_of_a_visit(config, size) for size in sizes]
     seen = covered = 0
     for site, count in visits.items():
         seen += count * taken[site]

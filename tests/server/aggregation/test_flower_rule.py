@@ -12,7 +12,6 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAdam
 from flwr.serverapp.strategy.multikrum import compute_distances
 
-from grandrounds.config.strategies import needed_replies
 from grandrounds.errors import RoundError
 from grandrounds.server.aggregation import fedavgm
 from grandrounds.server.aggregation.flower_rule import message
@@ -202,7 +201,7 @@ def test_too_few_replies_are_an_error_that_says_how_many_are_needed(
     name: str, setting: dict[str, float], needed: int
 ) -> None:
     settings = named(name, **setting)
-    assert needed_replies(settings) == needed
+    assert settings.needed_replies == needed
     adapter, [replies] = rounds_of_replies(7, 1, sites=needed)
     play(make_rule(settings), adapter, replies)
     if needed > 1:
@@ -213,7 +212,7 @@ def test_too_few_replies_are_an_error_that_says_how_many_are_needed(
 def test_a_share_that_rounds_down_to_nobody_needs_one_reply_more() -> None:
     """int(1/49 * 49) is 0 in floating point."""
     assert int(1 / 49 * 49) == 0
-    assert needed_replies(named("fedtrimmedavg", trimmed_share=1 / 49)) == 50
+    assert named("fedtrimmedavg", trimmed_share=1 / 49).needed_replies == 50
 
 
 def test_flower_logs_nothing_and_its_logger_is_left_as_it_was(

@@ -17,12 +17,14 @@ from grandrounds.model.base import base_loads
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.roll_call import Roster
 from grandrounds.site import visit as visits
+from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import Visit
-from grandrounds.study.comparison.arms import cohort_of, numbered_without, site_of
+from grandrounds.study.comparison.arms import numbered_without
 from grandrounds.study.comparison.exams import exams_of
 from grandrounds.study.comparison.runner import compare
 from grandrounds.study.comparison.units import ARMS, Design
 from grandrounds.wire.ledger import Ledger
+from grandrounds.wire.schedule import cohort_of
 from tests.conftest import WORDS
 
 Settings = dict[str, Any]
