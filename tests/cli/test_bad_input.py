@@ -479,7 +479,8 @@ def test_on_a_disk_that_is_full_from_the_start_nothing_is_left(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise full()
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    for write in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, write, fail)
     line = complaint(command(settings), 1)
     monkeypatch.undo()
     assert "No space left on device" in line

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import grandrounds
 from grandrounds import cli
 from grandrounds.cli import app
-from grandrounds.server import lifecycle as federation
-from grandrounds.server import run as bookkeeping
+from grandrounds.server import lifecycle, rounds
+from grandrounds.server.run import Run
 
 Settings = dict[str, Any]
 
@@ -288,14 +288,14 @@ def test_ctrl_c_in_a_later_round_is_one_line_and_a_stopped_run(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same in this process, quickly."""
-    play_round = federation.play_round
+    play_round = rounds.play_round
 
-    def interrupt(run: bookkeeping.Run, grid: Any) -> None:
+    def interrupt(run: Run) -> None:
         if run.state.round == 2:
             raise KeyboardInterrupt
-        play_round(run, grid)
+        play_round(run)
 
-    monkeypatch.setattr(federation, "play_round", interrupt)
+    monkeypatch.setattr(rounds, "play_round", interrupt)
     result = CliRunner().invoke(app, ["run", *overrides(settings)])
     assert result.exit_code == 130
     assert result.stderr == KEPT.format(settings["run-directory"])
@@ -310,7 +310,7 @@ def test_ctrl_c_before_the_first_round_leaves_no_directory(
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(federation, "open_session", interrupt)
+    monkeypatch.setattr(lifecycle, "open_session", interrupt)
     result = CliRunner().invoke(app, ["run", *overrides(settings)])
     assert result.exit_code == 130
     assert len(result.stderr.splitlines()) == 1

@@ -175,7 +175,7 @@ def test_unknown_rows_are_asked_for_and_taken() -> None:
     ("arguments", "code", "said"),
     [
         (["--model", "Qwen/Qwen2.5-8B"], 1, "Did you mean 'Qwen/Qwen2.5-7B'?"),
-        (["--architecture", "gemma"], 1, "The shapes of 'gemma' are not known"),
+        (["--architecture", "gemma"], 1, "The shapes of 'gemma' are unknown"),
         (["--set", "seeed=1"], 2, "Did you mean 'seed'?"),
         (["--config", "no.toml"], 2, "no.toml cannot be read"),
         (["--config", JSL, "--compare", "no.toml"], 2, "no.toml cannot be read"),

@@ -36,7 +36,7 @@ WRONG = [
     ("polcy__max_rank = 3", r"unknown key 'polcy'.* Did you mean 'policy'"),
     ("policy__max_ranc = 3", r"unknown key policy.max_ranc.* Did you mean 'max-rank'"),
     ("policy__max-rank = 0", "policy.max-rank = 0 is not allowed: it must be at least 1"),
-    ('policy__max-rank = "8"', "policy.max-rank = '8' is of the wrong type"),
+    ('policy__max-rank = "8"', "policy.max-rank = '8' has the wrong type"),
     ('policy__prompt-templates = "alpaca,poem"', "prompt-templates = 'alpaca,poem' must be some"),
     ("data__held-out-fraction = 1.5", "held-out-fraction = 1.5 is not allowed"),
     ('data__source = ""', "data.source and data.database: give one"),
@@ -92,7 +92,7 @@ def test_a_missing_file_and_one_that_is_no_toml_are_told(tmp_path: Path) -> None
 def test_a_value_is_changed_and_the_comments_stay() -> None:
     text = TEMPLATE.read_text()
     changed = with_value(text, "policy", "max-rank", 4)
-    assert "max-rank = 4  # of an adapter" in changed
+    assert "max-rank = 4  # LoRA rank" in changed
     assert len(changed.splitlines()) == len(text.splitlines())
     assert tomllib.loads(changed)["policy"]["max-rank"] == 4
     with pytest.raises(ConfigError, match=r"has no line for policy\.colour"):
