@@ -88,6 +88,10 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
+def config_of(run: Path) -> Config:
+    return recipes.resolve(recipes.load_recipe(run / "config.toml"))
+
+
 def summary_of(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = read_json(run / "summary.json")
     return found

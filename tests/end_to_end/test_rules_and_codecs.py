@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import Context, Message
 from safetensors.numpy import load_file
 
-from grandrounds import client_app, server_app
-from grandrounds.config import recipes
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.wire.drawing import drawn_adapter
-
-Settings = dict[str, Any]
-Sites = Callable[[Message, Context], Message]
+from tests.end_to_end.sites import with_updates
+from tests.runs import (
+    GOOD_SITES,
+    Settings,
+    adapter_bytes,
+    interrupted_at,
+    metrics_of,
+    play,
+    read_json,
+    summary_of,
+)
 
 EXTRAS: dict[str, Settings] = {
     "fedavg": {"strategy.proximal-mu": 0.0},
@@ -52,21 +56,6 @@ def of_encoding(name: str) -> Settings:
     return {f"communication.{key}": value for key, value in ENCODINGS[name].items()}
 
 
-def play(settings: Settings, sites: Sites = client_app.app, **changes: Any) -> Path:
-    config = recipes.resolve({**settings, **changes})
-    grid = InProcessGrid(sites, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, lambda event, data: None)
-    return Path(config.federation.run_directory)
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def tensors_of(run: Path, name: str) -> dict[str, np.ndarray]:
     return load_file(run / name / "adapter_model.safetensors")
 
@@ -86,7 +75,7 @@ def test_a_rule_learns_sends_what_was_planned_and_leaves_an_adapter_for_peft(
     from transformers import AutoModelForCausalLM
 
     run = play(settings, **of_rule(name))
-    summary, lines = read_json(run / "summary.json"), metrics_of(run)
+    summary, lines = summary_of(run), metrics_of(run)
     assert summary["communication_mib"] == summary["planned_mib"]
     assert summary["failed_replies"] == 0
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
@@ -111,7 +100,7 @@ def test_an_encoding_learns_and_sends_what_was_planned(
     name: str, rule: str, settings: Settings
 ) -> None:
     run = play(settings, **of_rule(rule), **of_encoding(name))
-    summary, lines = read_json(run / "summary.json"), metrics_of(run)
+    summary, lines = summary_of(run), metrics_of(run)
     assert summary["communication_mib"] == summary["planned_mib"]
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
@@ -124,16 +113,15 @@ def test_float32_in_one_array_is_none_bit_for_bit_and_was_planned(
     codecs = {f"communication.{way}-codec": "float32" for way in ("uplink", "downlink")}
     other = {**settings, "run-directory": str(tmp_path / "packed"), **codecs}
     packed = play(other, **of_rule(rule))
-    names = ("peft_3", "adapter_model.safetensors")
-    assert packed.joinpath(*names).read_bytes() == plain.joinpath(*names).read_bytes()
-    summary = read_json(packed / "summary.json")
+    assert adapter_bytes(packed) == adapter_bytes(plain)
+    summary = summary_of(packed)
     assert summary["communication_mib"] == summary["planned_mib"]
-    assert summary["communication_mib"] < read_json(plain / "summary.json")["communication_mib"]
+    assert summary["communication_mib"] < summary_of(plain)["communication_mib"]
 
 
 def test_entropy_coding_sends_at_most_what_was_planned(settings: Settings) -> None:
     changes = {**of_encoding("int4"), "communication.entropy-coding": True}
-    summary = read_json(play(settings, **changes) / "summary.json")
+    summary = summary_of(play(settings, **changes))
     assert summary["communication_mib"] < summary["planned_mib"]
 
 
@@ -174,36 +162,10 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     if STRATEGIES[name].error_feedback:
         changes["communication.uplink-codec"] = "none"  # a memory would be lost with its process
     whole = play({**settings, **changes, "run-directory": str(tmp_path / "whole")})
-    config = recipes.resolve({**settings, **changes})
-
-    def stop_after_round_1(event: str, data: Mapping[str, Any]) -> None:
-        if event == "round" and data["round"] == 1:
-            raise KeyboardInterrupt
-
-    grid = InProcessGrid(client_app.app, config.flat(), 4)
     with pytest.raises(KeyboardInterrupt):
-        server_app.federate(grid, config, stop_after_round_1)
+        play({**settings, **changes}, listener=interrupted_at("round", 2))
     resumed = play({**settings, **changes, "resume-from": settings["run-directory"]})
-    one, other = (
-        (run / "peft_3/adapter_model.safetensors").read_bytes() for run in (whole, resumed)
-    )
-    assert one == other
-
-
-def with_updates(change: Callable[[np.ndarray], np.ndarray], hostile: set[int]) -> Sites:
-    """Return sites of which some send their update changed."""
-
-    def sites(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
-        site = int(context.node_config["partition-id"])
-        if site in hostile and message.metadata.message_type == "train":
-            record = reply.content.array_records["arrays"]
-            reply.content["arrays"] = ArrayRecord(
-                {name: Array(change(array.numpy())) for name, array in record.items()}
-            )
-        return reply
-
-    return sites
+    assert adapter_bytes(whole) == adapter_bytes(resumed)
 
 
 EVERYBODY = {
@@ -256,7 +218,7 @@ def test_a_site_that_turns_its_update_round_is_left_out_and_named(settings: Sett
         assert list(line["failed"]) == ["5"]
         assert "cosine of -" in line["failed"]["5"]
         assert "5" not in line["good"]
-    assert read_json(run / "summary.json")["failed_replies"] == 2
+    assert summary_of(run)["failed_replies"] == 2
 
 
 def test_numbers_that_are_not_finite_are_left_out_by_every_rule(settings: Settings) -> None:
@@ -276,14 +238,13 @@ def test_an_update_that_no_training_makes_is_left_out(name: str, settings: Setti
 
 def test_a_screened_site_is_told_once(settings: Settings) -> None:
     hostile = with_updates(lambda update: -update, {5})
-    config = recipes.resolve({**settings, **EVERYBODY, "defence.min-cosine": 0.0})
     heard: list[tuple[int, int, bool]] = []
 
     def listen(event: str, data: Mapping[str, Any]) -> None:
         if event == "reply":
             heard.append((data["round"], data["partition"], data["failure"] is not None))
 
-    server_app.federate(InProcessGrid(hostile, config.flat(), 8), config, listen)
+    play(settings, hostile, listen, **EVERYBODY, **{"defence.min-cosine": 0.0})
     assert heard == [(r, p, p == 5) for r in (1, 2) for p in range(8)]
 
 
@@ -303,7 +264,7 @@ def test_a_site_that_says_what_cannot_be_does_not_end_the_run(lie: str, settings
     kind, said = LIES[lie]
 
     def sites(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
+        reply = GOOD_SITES(message, context)
         site = context.node_config["partition-id"]
         if message.metadata.message_type == kind and site in (0, 1):
             reply.content.metric_records["metrics"].update(said)
@@ -327,7 +288,7 @@ def test_a_site_whose_reply_was_lost_comes_back_with_everything_it_needs(
     what the server thinks it has: a wrong start would be refused and counted as failed."""
 
     def sites(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
+        reply = GOOD_SITES(message, context)
         config = message.content.config_records["config"]
         if context.node_config["partition-id"] == 1 and config.get("round") == 1:
             raise RuntimeError("the line broke")

@@ -17,7 +17,7 @@ from grandrounds.server import directory as run_directory
 from grandrounds.site import local_data as site
 from grandrounds.site import training
 from tests.end_to_end.sites import answer_without_a_model
-from tests.runs import Settings, adapter_bytes, metrics_of, play, read_json, summary_of
+from tests.runs import Settings, adapter_bytes, config_of, metrics_of, play, read_json, summary_of
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_checkpoint_in_plain_peft_has_the_held_out_loss_that_the_run_reported(
 ) -> None:
     from peft import PeftModel
 
-    config = recipes.resolve(recipes.load_recipe(finished / "config.toml"))
+    config = config_of(finished)
     base = transformers.AutoModelForCausalLM.from_pretrained(config.model.name)
     tuned = PeftModel.from_pretrained(base, str(finished / name))
     line = metrics_of(finished)[int(name.removeprefix("peft_"))]
