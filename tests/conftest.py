@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# One thread for the linear algebra of NumPy, SciPy and PyTorch, in processes that a test starts as
-# well: there is a test process for each core, and threads that wait for each other spin.
-for _library in ("OMP", "OPENBLAS", "MKL"):
-    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+# Linear algebra on one thread, in the processes that tests start as well: there is a test process
+# for each core, and threads that wait for one another spin.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import json
 from pathlib import Path
