@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.server.run import Listener
+from tests.places import ROOT
 
 Settings = dict[str, Any]
 Sites = Callable[[Message, Context], Message]
@@ -79,6 +81,17 @@ def play(
 def options(settings: Settings) -> list[str]:
     """Return settings as `--set` options of the command line."""
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+# --- Runs of before -------------------------------------------------------------------------------
+
+RUNS = ROOT / "tests" / "fixtures" / "runs"
+"""Run directories written by an earlier version: of the embedded base, on four sites, 4 rounds."""
+
+
+def copy_of(name: str, folder: Path) -> Path:
+    """Copy a run directory of the fixtures into a folder."""
+    return shutil.copytree(RUNS / name, folder / name)
 
 
 # --- What a run leaves ----------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def tensors_of(run: Path, name: str) -> dict[str, np.ndarray]:
     return load_file(run / name / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def finished(
+    federation: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return the run of a rule, each round saved; it is played once, and no test changes it."""
+
+    @cache
+    def played(rule: str) -> Path:
+        where = {"run-directory": str(tmp_path_factory.mktemp(rule) / "run")}
+        return play({**federation, **of_rule(rule), **where, "train.save-every-round": 1})
+
+    return played
+
+
 QUICK = ("fedprox", "fedexp", "fedavgm", "krum", "ffa", "rolora", "product", "flora")
 """The rules that every test run tries in a whole run; the others too in CI."""
 
@@ -69,12 +84,12 @@ QUICK = ("fedprox", "fedexp", "fedavgm", "krum", "ffa", "rolora", "product", "fl
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES],
 )
 def test_a_rule_learns_sends_what_was_planned_and_leaves_an_adapter_for_peft(
-    name: str, settings: Settings, tiny_base: Path
+    name: str, finished: Callable[[str], Path], tiny_base: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    run = play(settings, **of_rule(name))
+    run = finished(name)
     summary, lines = summary_of(run), metrics_of(run)
     assert summary["communication_mib"] == summary["planned_mib"]
     assert summary["failed_replies"] == 0
@@ -107,12 +122,11 @@ def test_an_encoding_learns_and_sends_what_was_planned(
 
 @pytest.mark.parametrize("rule", ["fedprox", "rolora", "product", "flora"])
 def test_float32_in_one_array_is_none_bit_for_bit_and_was_planned(
-    rule: str, settings: Settings, tmp_path: Path
+    rule: str, settings: Settings, finished: Callable[[str], Path]
 ) -> None:
-    plain = play(settings, **of_rule(rule))
+    plain = finished(rule)
     codecs = {f"communication.{way}-codec": "float32" for way in ("uplink", "downlink")}
-    other = {**settings, "run-directory": str(tmp_path / "packed"), **codecs}
-    packed = play(other, **of_rule(rule))
+    packed = play(settings, **of_rule(rule), **codecs)
     assert adapter_bytes(packed) == adapter_bytes(plain)
     summary = summary_of(packed)
     assert summary["communication_mib"] == summary["planned_mib"]
@@ -125,16 +139,17 @@ def test_entropy_coding_sends_at_most_what_was_planned(settings: Settings) -> No
     assert summary["communication_mib"] < summary["planned_mib"]
 
 
-def test_ffa_trains_b_alone(settings: Settings) -> None:
-    adapter = tensors_of(play(settings, **of_rule("ffa")), "peft_3")
+def test_ffa_trains_b_alone(finished: Callable[[str], Path]) -> None:
+    adapter = tensors_of(finished("ffa"), "peft_3")
     start = drawn_adapter({name: tensor.shape for name, tensor in adapter.items()}, 42)
     for name, tensor in adapter.items():
         assert np.array_equal(tensor, start[name]) == ("lora_A" in name)
 
 
-def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(settings: Settings) -> None:
-    run = play(settings, **of_rule("rolora"), **{"train.save-every-round": 1})
-    first, second, third = (tensors_of(run, f"peft_{number}") for number in (1, 2, 3))
+def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(
+    finished: Callable[[str], Path],
+) -> None:
+    first, second, third = (tensors_of(finished("rolora"), f"peft_{k}") for k in (1, 2, 3))
     for name in first:
         assert np.array_equal(first[name], second[name]) == ("lora_B" in name)
         assert np.array_equal(second[name], third[name]) == ("lora_A" in name)

@@ -7,7 +7,6 @@ and three interrupted after round 2 of 4.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,20 +16,22 @@ from typer.testing import CliRunner
 from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.wire import messages
-from tests.places import ROOT
-from tests.runs import GOOD_SITES, adapter_bytes, metrics_of, play, read_json, summary_of
+from tests.runs import (
+    GOOD_SITES,
+    RUNS,
+    adapter_bytes,
+    copy_of,
+    metrics_of,
+    play,
+    read_json,
+    summary_of,
+)
 
-RUNS = ROOT / "tests" / "fixtures" / "runs"
 INTERRUPTED = ["plain", "ffa-ternary-incremental", "flora"]
 
 SCORES = {f"{kind}-{which}-{figure}": 0 if figure == "correct" else 1
           for kind in ("public", "private") for which in ("base", "tuned")
           for figure in ("correct", "n")}  # fmt: skip
-
-
-def run_of_before(name: str, tmp_path: Path) -> Path:
-    """Return a copy of a run directory."""
-    return shutil.copytree(RUNS / name, tmp_path / name)
 
 
 def command(*arguments: object) -> str:
@@ -107,7 +108,7 @@ new processes hold no adapter, so with an incremental downlink each site is sent
 
 @pytest.mark.parametrize("name", CAUGHT_UP)
 def test_an_interrupted_run_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
-    run = run_of_before(name, tmp_path)
+    run = copy_of(name, tmp_path)
     play(recipes.load_recipe(run / "config.toml"), without_exam, **{"resume-from": str(run)})
     check_resumed(run, RUNS / name, CAUGHT_UP[name])
 
@@ -116,7 +117,7 @@ def test_a_run_resumed_at_the_command_line_ends_as_the_one_that_was_not_interrup
     tmp_path: Path,
 ) -> None:
     """Both have the same configuration. Sums differ a little between machines."""
-    run = run_of_before("plain", tmp_path)
+    run = copy_of("plain", tmp_path)
     command("run", "--plain", "--resume", run)
     check_resumed(run, RUNS / "plain", {})
     for line, expected in zip(metrics_of(run), metrics_of(RUNS / "finished"), strict=True):
@@ -138,20 +139,8 @@ def test_a_finished_run_is_planned_to_the_byte_as_it_was(tmp_path: Path) -> None
     assert plan["totals"] == read_json(RUNS / "finished" / "ledger.json")["totals"]
 
 
-def test_the_last_checkpoint_of_a_finished_run_is_evaluated_and_exported(tmp_path: Path) -> None:
-    run = run_of_before("finished", tmp_path)
-    told = command("evaluate", run, "--limit", 4)
-    assert "peft_4: last checkpoint and lowest held-out loss" in told
-    command("export", run, "--to", tmp_path / "exported")
-    one, other = (
-        (folder / "adapter_model.safetensors").read_bytes()
-        for folder in (tmp_path / "exported", run / "peft_4")
-    )
-    assert one == other
-
-
 def test_finished_and_interrupted_runs_stand_side_by_side_in_a_report(tmp_path: Path) -> None:
-    runs = [run_of_before(name, tmp_path) for name in ("finished", *INTERRUPTED)]
+    runs = [copy_of(name, tmp_path) for name in ("finished", *INTERRUPTED)]
     command("report", *runs, "--out", tmp_path / "all.html")
     page = (tmp_path / "all.html").read_text()
     assert "4 runs side by side" in page
