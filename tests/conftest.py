@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Linear algebra on one thread, in the processes that tests start as well: there is a test process
+# for each core, and threads that wait for one another spin.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import json
 from pathlib import Path
@@ -79,13 +83,12 @@ def flashcards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_flashcards(tmp_path_factory.mktemp("data") / "cards.jsonl", 120)
 
 
-@pytest.fixture
-def settings(tiny_base: Path, flashcards: Path, tmp_path: Path) -> dict[str, object]:
-    """Return a small federation: 4 sites, 2 a round, 3 rounds of 2 steps."""
+@pytest.fixture(scope="session")
+def federation(tiny_base: Path, flashcards: Path) -> dict[str, Any]:
+    """A small federation: 4 sites, 2 a round, 3 rounds of 2 steps."""
     return {
         "model.name": str(tiny_base),
         "static.dataset.name": str(flashcards),
-        "run-directory": str(tmp_path / "run"),
         "num-server-rounds": 3,
         "data.num-partitions": 4,
         "data.held-out-fraction": 0.1,
@@ -99,6 +102,12 @@ def settings(tiny_base: Path, flashcards: Path, tmp_path: Path) -> dict[str, obj
         "train.training-arguments.max-steps": 2,
         "train.training-arguments.per-device-train-batch-size": 4,
     }
+
+
+@pytest.fixture
+def settings(federation: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The small federation with a run directory of the test's own."""
+    return {**federation, "run-directory": str(tmp_path / "run")}
 
 
 @pytest.fixture(scope="session", autouse=True)

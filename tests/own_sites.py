@@ -11,8 +11,7 @@ from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.sources import load_rows
 from grandrounds.engines.deployment.set_up import with_value
 from grandrounds.site.custody.site_file import TEMPLATE, SiteFile, read_site_file
-
-Settings = dict[str, Any]
+from tests.runs import Settings
 
 
 def make_site(

@@ -17,19 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grandrounds import client_app, server_app
 from grandrounds.config import recipes
 from grandrounds.engines.deployment import admissions, set_up
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
-from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.engines.simulation import MARKER, end_processes
-from grandrounds.server.listeners import Listener
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from tests.own_sites import write_partition
 from tests.places import ROOT
+from tests.runs import Settings, metrics_of, options, play
 
-Settings = dict[str, Any]
 BIN = Path(sys.executable).parent
 
 FORMULARY: Settings = {
@@ -301,8 +298,7 @@ class Consortium:
     def begin_run(self, run: Path, rounds: int, **changes: Any) -> subprocess.Popen[bytes]:
         """Start `grandrounds run --engine deployment`."""
         settings = {**self.settings, "num-server-rounds": rounds, **changes}
-        words = [w for k, v in settings.items() for w in ("--set", f"{k}={v}")]
-        return self._run(["--run-dir", str(run), *words], run.name)
+        return self._run(["--run-dir", str(run), *options(settings)], run.name)
 
     def resume_run(self, run: Path) -> subprocess.Popen[bytes]:
         """Start the resumption of a run."""
@@ -323,29 +319,13 @@ class Consortium:
 
 def in_process(settings: Settings, run: Path) -> None:
     """Play the same run in this process, its adapters in one array as on the deployment engine."""
-    resolved = recipes.resolve({**settings, "run-directory": str(run)})
-    config = in_one_array(resolved)
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, Listener())
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl."""
-    file = run / "metrics.jsonl"
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    play(dict(in_one_array(recipes.resolve({**settings, "run-directory": str(run)})).flat()))
 
 
 def rounds_done(run: Path) -> int:
     """Return the last finished round of a run; -1 before it has begun."""
-    lines = metrics_of(run)
+    lines = metrics_of(run) if (run / "metrics.jsonl").exists() else []
     return int(lines[-1]["round"]) if lines else -1
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    """Return a run's summary."""
-    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return found
 
 
 def has(*programs: str) -> bool:

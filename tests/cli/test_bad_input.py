@@ -21,14 +21,12 @@ from grandrounds import cli
 from grandrounds.cli import app
 from grandrounds.cli import run as run_command
 from tests.listening import Telling
-
-Settings = dict[str, Any]
+from tests.runs import Settings, options
 
 
 def command(settings: Settings, *arguments: str) -> Result:
     """Give `grandrounds run` each setting as `--set`, and further arguments."""
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return CliRunner().invoke(app, ["run", *sets, *arguments])
+    return CliRunner().invoke(app, ["run", *options(settings), *arguments])
 
 
 def complaint(result: Result, exit_code: int) -> str:

@@ -22,15 +22,10 @@ from grandrounds import cli
 from grandrounds.cli import app
 from grandrounds.server import lifecycle, rounds
 from grandrounds.server.run import Run
-
-Settings = dict[str, Any]
+from tests.runs import Settings, options
 
 COMMAND = [sys.executable, "-m", "grandrounds"]
 ANSI = re.compile(r"\x1b")
-
-
-def overrides(settings: Settings) -> list[str]:
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -144,7 +139,7 @@ def test_without_its_extras_the_command_answers_with_one_line(missing: str) -> N
 def test_without_the_training_libraries_run_answers_with_one_line(
     settings: Settings, missing: str
 ) -> None:
-    arguments = ", ".join(map(repr, ["run", *overrides(settings)]))
+    arguments = ", ".join(map(repr, ["run", *options(settings)]))
     result = python(BLOCK.format(names=[missing], arguments=arguments))
     assert result.returncode == 1
     lines = result.stderr.splitlines()
@@ -163,7 +158,7 @@ def test_a_good_run_exits_with_0_and_prints_plain_lines_and_nothing_else(
 ) -> None:
     """In a process of its own, stdout and stderr being no terminal."""
     result = subprocess.run(
-        [*COMMAND, "run", *overrides(settings)], capture_output=True, text=True, check=False
+        [*COMMAND, "run", *options(settings)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0
     assert result.stderr == ""
@@ -180,7 +175,7 @@ def test_a_good_run_exits_with_0_and_prints_plain_lines_and_nothing_else(
 
     # the same seed in this process gives the same adapter to the bit
     other = tmp_path / "other"
-    sets = overrides({**settings, "run-directory": other})
+    sets = options({**settings, "run-directory": other})
     assert CliRunner().invoke(app, ["run", *sets]).exit_code == 0
     name = "peft_3/adapter_model.safetensors"
     assert (other / name).read_bytes() == (run / name).read_bytes()
@@ -188,7 +183,7 @@ def test_a_good_run_exits_with_0_and_prints_plain_lines_and_nothing_else(
 
 @pytest.mark.slow
 def test_plain_lines_are_printed_on_a_terminal_too_where_wanted(settings: Settings) -> None:
-    output, code = on_a_terminal("--plain", *overrides(settings))
+    output, code = on_a_terminal("--plain", *options(settings))
     assert code == 0
     assert not ANSI.search(output)
     assert "round 3/3" in output
@@ -196,7 +191,7 @@ def test_plain_lines_are_printed_on_a_terminal_too_where_wanted(settings: Settin
 
 @pytest.mark.slow
 def test_a_terminal_gets_the_tree_and_the_table_and_no_warning(settings: Settings) -> None:
-    output, code = on_a_terminal(*overrides(settings))
+    output, code = on_a_terminal(*options(settings))
     assert code == 0
     assert ANSI.search(output)
     assert "Warning" not in output
@@ -231,7 +226,7 @@ def test_options_win_over_overrides_and_overrides_over_the_recipe(
 ) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("seed = 1\nnum-server-rounds = 1\ntrain.save-every-round = 1\n")
-    sets = overrides({**settings, "num-server-rounds": 2})
+    sets = options({**settings, "num-server-rounds": 2})
     arguments = ["run", "-c", str(recipe), *sets, "--seed", "3"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     written = (Path(settings["run-directory"]) / "config.toml").read_text()
@@ -244,7 +239,7 @@ def test_a_run_without_directory_goes_below_runs_under_date_and_model(
 ) -> None:
     del settings["run-directory"]
     monkeypatch.chdir(tmp_path)
-    assert CliRunner().invoke(app, ["run", *overrides(settings)]).exit_code == 0
+    assert CliRunner().invoke(app, ["run", *options(settings)]).exit_code == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"\d{8}-\d{6}-" + Path(settings["model.name"]).name, run.name)
     assert (run / "summary.json").is_file()
@@ -265,7 +260,7 @@ def test_ctrl_c_ends_with_exit_code_130_and_keeps_finished_rounds(
 ) -> None:
     run = Path(settings["run-directory"])
     code = WITH_CTRL_C + "from grandrounds.__main__ import main; main()"
-    arguments = ["run", *overrides({**settings, "num-server-rounds": 500})]
+    arguments = ["run", *options({**settings, "num-server-rounds": 500})]
     with (tmp_path / "out").open("w") as out, (tmp_path / "error").open("w") as error:
         process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments], stdout=out, stderr=error
@@ -296,7 +291,7 @@ def test_ctrl_c_in_a_later_round_is_one_line_and_a_stopped_run(
         play_round(run)
 
     monkeypatch.setattr(rounds, "play_round", interrupt)
-    result = CliRunner().invoke(app, ["run", *overrides(settings)])
+    result = CliRunner().invoke(app, ["run", *options(settings)])
     assert result.exit_code == 130
     assert result.stderr == KEPT.format(settings["run-directory"])
     summary = json.loads((Path(settings["run-directory"]) / "summary.json").read_text())
@@ -311,7 +306,7 @@ def test_ctrl_c_before_the_first_round_leaves_no_directory(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lifecycle, "open_session", interrupt)
-    result = CliRunner().invoke(app, ["run", *overrides(settings)])
+    result = CliRunner().invoke(app, ["run", *options(settings)])
     assert result.exit_code == 130
     assert len(result.stderr.splitlines()) == 1
     assert not Path(settings["run-directory"]).exists()

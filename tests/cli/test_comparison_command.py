@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from grandrounds.cli import app
 from grandrounds.cli.compare import Clock
 from grandrounds.study.comparison import runner as comparison_runner
+from tests.runs import Settings, options
 
 
 def compare(*arguments: object) -> Result:
@@ -27,14 +28,10 @@ def one_line(result: Result) -> str:
 
 
 @pytest.fixture
-def small(settings: dict[str, Any]) -> list[object]:
+def small(settings: Settings) -> list[object]:
     """Arguments of a small comparison."""
     del settings["run-directory"]
-    words: list[object] = ["--set", "num-server-rounds=1"]
-    for key, value in settings.items():
-        if key != "num-server-rounds":
-            words += ["--set", f"{key}={value}"]
-    return words
+    return [*options({**settings, "num-server-rounds": 1})]
 
 
 def test_a_comparison_prints_plain_lines_and_tables_and_exits_with_0(

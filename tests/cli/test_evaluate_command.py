@@ -17,6 +17,7 @@ from grandrounds.cli import app
 from grandrounds.study.evaluation import flowertune, runner
 from tests.conftest import WORDS
 from tests.places import ROOT
+from tests.runs import copy_of
 
 RECORDED = ROOT.parent / "shared" / "data" / "recorded"
 
@@ -97,24 +98,14 @@ def test_a_terminal_gets_boxed_tables(asked: list[object], monkeypatch: pytest.M
 
 def test_a_finished_run_is_evaluated_by_its_folder_alone(tmp_path: Path) -> None:
     """The embedded base and formulary, as after `grandrounds run`, with few items."""
-    run = make_run(tmp_path / "run")
+    run = copy_of("finished", tmp_path)
     result = evaluate(run, "--limit", 4)
     assert result.exit_code == 0, result.stderr
     assert "Formulary (fictional), private" in result.stdout
-    assert "peft_1: last checkpoint and lowest held-out loss" in result.stdout
+    assert "peft_4: last checkpoint and lowest held-out loss" in result.stdout
     verified = evaluate("--verify", run / "evaluation" / "evaluation.json")
     assert verified.exit_code == 0
     assert "no fault found" in verified.stdout
-
-
-def make_run(folder: Path) -> Path:
-    """Train the built-in model for one step at one site."""
-    sets = {"data.num-partitions": 2, "strategy.fraction-train": 0.5, "train.num-threads": 1}
-    sets |= {"strategy.fraction-evaluate": 0.5, "train.training-arguments.max-steps": 1}
-    overrides = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    done = CliRunner().invoke(app, ["run", "--rounds", "1", "--run-dir", str(folder), *overrides])
-    assert done.exit_code == 0, done.stderr
-    return folder
 
 
 def test_ctrl_c_keeps_the_answers_and_says_in_one_line_how_to_go_on(

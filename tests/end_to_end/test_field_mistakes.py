@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,6 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from transformers import AutoTokenizer
 
-from grandrounds import client_app, server_app
-from grandrounds.config.keys import Config
-from grandrounds.config.recipes import resolve
-from grandrounds.config.values import Scalar
 from grandrounds.data.examples import Example
 from grandrounds.data.prompts import build_prompt
 from grandrounds.data.tokenization import (
@@ -31,14 +28,12 @@ from grandrounds.data.tokenization import (
     prompt_token_ids,
     tokenize_examples,
 )
-from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import DataError, ModelError, RoundError
 from grandrounds.model.base import BaseSpec, base_loads
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.server.aggregation.product_error import measured_modules
-from grandrounds.server.listeners import Listener
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import open_site
 from grandrounds.site.training import VisitSettings, train_visit
@@ -47,12 +42,10 @@ from grandrounds.wire import messages
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import initial_adapter
 from grandrounds.wire.ledger import MIB
-from tests.listening import Telling
+from tests.runs import GOOD_SITES, Settings, config_of, metrics_of, play, read_json, summary_of
 
-ClientApp = Callable[[Message, Context], Message]
-Settings = dict[str, Scalar]
+EVERYBODY: Settings = {"strategy.fraction-train": 1.0}
 Change = Mapping[str, np.ndarray[Any, Any]]
-Events = list[tuple[str, Mapping[str, Any]]]
 
 
 class Observed:
@@ -73,7 +66,7 @@ class Observed:
             failure = messages.failure(DataError(f"site {site} is closed"))
             return Message(failure, reply_to=message)
         received = tensors(message) if kind == "train" else {}
-        reply = client_app.app(message, context)
+        reply = GOOD_SITES(message, context)
         self.up_bytes += sum(size for _, size in messages.tensor_sizes(reply))
         if kind == "train":
             number = int(message.content.config_records[messages.CONFIG]["round"])  # type: ignore[arg-type]
@@ -87,23 +80,6 @@ def tensors(message: Message) -> Change:
     return {name: array.numpy().copy() for name, array in record.items()}
 
 
-def play(settings: Settings, app: ClientApp, **changes: Scalar) -> tuple[dict[str, Any], Config]:
-    """Run a federation in process; return its summary and configuration."""
-    named = {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
-    config = resolve({**settings, **named})
-    grid = InProcessGrid(app, config.flat(), config.data.num_partitions)
-    return server_app.federate(grid, config, Listener()), config
-
-
-def read_metrics(config: Config) -> list[dict[str, Any]]:
-    lines = (Path(config.federation.run_directory) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def read(config: Config, name: str) -> Any:
-    return json.loads((Path(config.federation.run_directory) / name).read_text())
-
-
 # --- 1 --------------------------------------------------------------------------------------------
 
 
@@ -112,20 +88,21 @@ def test_field_mistake_01_fedprox_changes_the_clients_update(
 ) -> None:
     """The penalty that a run prints is mu/2 ||change||^2, weighted by examples, of real replies."""
     mu, app, plain = 5.0, Observed(), Observed()
-    summary, config = play(settings, app, strategy__proximal_mu=mu)
+    run = play(settings, app, **{"strategy.proximal-mu": mu})
+    summary = summary_of(run)
     changes: Settings = {
         "strategy.name": "fedavg",
         "strategy.proximal-mu": 0.0,
         "run-directory": str(tmp_path / "plain"),
     }
-    without, _ = play({**settings, **changes}, plain)
+    without = summary_of(play({**settings, **changes}, plain))
 
     assert [t[:2] for t in app.trained] == [t[:2] for t in plain.trained]
     for (number, _, _, _, change), (*_, other) in zip(app.trained, plain.trained, strict=True):
         if number == 1:  # both began with the same adapter and examples
             assert any(not np.array_equal(change[name], other[name]) for name in change)
 
-    for record in read_metrics(config)[1:]:
+    for record in metrics_of(run)[1:]:
         visits_made = [t for t in app.trained if t[0] == record["round"]]
         penalties = [
             0.5 * mu * sum(float(np.sum(c.astype(np.float64) ** 2)) for c in change.values())
@@ -146,12 +123,14 @@ def test_field_mistake_02_visits_go_on_through_the_examples(settings: Settings) 
     """30 rows a site, 3 held out: 27 to train on; 2 steps of 4 a visit: 8, 16, 24 different ones
     after 1, 2, 3 visits."""
     app = Observed()
-    summary, config = play(settings, app, strategy__fraction_train=1.0)
-    for record, seen in zip(read_metrics(config)[1:], (8, 16, 24), strict=True):
+    run = play(settings, app, **EVERYBODY)
+    summary = summary_of(run)
+    for record, seen in zip(metrics_of(run)[1:], (8, 16, 24), strict=True):
         assert record["coverage"] == pytest.approx(seen / 27)
         assert list(record["site-coverage"].values()) == pytest.approx([seen / 27] * 4)
     assert summary["coverage"] == pytest.approx(24 / 27)
 
+    config = config_of(run)
     seed, seq_length = config.federation.seed, config.train.seq_length
     site = open_site(config.static.name, config.data, config.model.name, seq_length, seed, 1)
     assert len(set(site.train)) == len(site.train) == 27
@@ -169,10 +148,8 @@ def test_field_mistake_02_visits_go_on_through_the_examples(settings: Settings) 
 def test_field_mistake_02_the_first_examples_for_ever_are_reported_as_such(
     settings: Settings,
 ) -> None:
-    _, config = play(
-        settings, Observed(), strategy__fraction_train=1.0, train__dynamic_data_seed=False
-    )
-    assert [m["coverage"] for m in read_metrics(config)[1:]] == pytest.approx([8 / 27] * 3)
+    run = play(settings, Observed(), **EVERYBODY, **{"train.dynamic-data-seed": False})
+    assert [m["coverage"] for m in metrics_of(run)[1:]] == pytest.approx([8 / 27] * 3)
 
 
 # --- 3 --------------------------------------------------------------------------------------------
@@ -243,16 +220,15 @@ def test_field_mistake_04_no_search_for_the_response_and_nothing_masked_in_silen
     cards = tmp_path / "trap.jsonl"
     cards.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    _, config = play(
-        settings, Observed(), static__dataset__name=str(cards), num_server_rounds=1,
-        train__seq_length=400,
-    )  # fmt: skip
-    sites = read(config, "sites.json")
+    changes = {"static.dataset.name": str(cards), "num-server-rounds": 1, "train.seq-length": 400}
+    run = play(settings, Observed(), **changes)
+    sites = read_json(run / "sites.json")
     assert sum(site["unlearnable"] for site in sites) == 7
     kept = ("train-examples", "held-out-examples", "unlearnable", "empty-rows", "duplicate-rows")
     assert all(sum(site[name] for name in kept) == site["rows"] == 30 for site in sites)
-    assert read(config, "summary.json")["data"]["unlearnable"] == 7
+    assert summary_of(run)["data"]["unlearnable"] == 7
 
+    config = config_of(run)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     by_question = {row["input"]: row["output"] for row in rows}
     checked = 0
@@ -275,10 +251,8 @@ def test_field_mistake_04_no_search_for_the_response_and_nothing_masked_in_silen
 def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
     settings: Settings, tmp_path: Path, tiny_base: Path
 ) -> None:
-    import shutil
-
     fresh = shutil.copytree(tiny_base, tmp_path / "fresh")  # a base that no test has loaded yet
-    config = resolve({**settings, "model.name": str(fresh), "strategy.fraction-train": 1.0})
+    settings = {**settings, **EVERYBODY, "model.name": str(fresh)}
     loads = {}
 
     def listen(event: str, data: Mapping[str, Any]) -> None:
@@ -286,15 +260,13 @@ def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
             loads[event] = base_loads()
 
     app = Observed(fail=lambda kind, site: kind != "query")
-    grid = InProcessGrid(app, config.flat(), 4)
     before = base_loads()
     with pytest.raises(RoundError):
-        server_app.federate(grid, config, Telling(listen))
+        play(settings, app, listen)
     assert loads == {"plan": before, "roll-call": before}
     assert base_loads() == before  # a whole run in which no site trained: nobody loaded it
 
-    play({**settings, "run-directory": str(tmp_path / "second")}, Observed(),
-         model__name=str(fresh), strategy__fraction_train=1.0)  # fmt: skip
+    play({**settings, "run-directory": str(tmp_path / "second")}, Observed())
     assert base_loads() == before + 1  # 12 visits and 8 evaluations
 
 
@@ -304,8 +276,9 @@ def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
 def test_field_mistake_07_the_error_of_averaging_a_and_b_is_measured(settings: Settings) -> None:
     """Against dense products of what the sites really sent."""
     app = Observed()
-    summary, config = play(settings, app, strategy__fraction_train=1.0)
-    measured = {m["round"]: m["product-error"] for m in read_metrics(config)
+    run = play(settings, app, **EVERYBODY)
+    summary = summary_of(run)
+    measured = {m["round"]: m["product-error"] for m in metrics_of(run)
                 if "product-error" in m}  # fmt: skip
     assert list(measured) == [1, 2, 3]  # the first, and those with a checkpoint
     for number, value in measured.items():
@@ -339,9 +312,9 @@ def test_field_mistake_09_a_target_that_matches_nothing_ends_the_run_before_it_b
     app = Observed()
     listed = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(ModelError, match=rf"'qkv_proj'.*Its linear modules: {listed}\."):
-        play(settings, app, model__lora__target_modules="q_proj,qkv_proj")
+        play(settings, app, **{"model.lora.target-modules": "q_proj,qkv_proj"})
     assert app.trained == []
-    assert not Path(str(settings["run-directory"])).exists()
+    assert not Path(settings["run-directory"]).exists()
 
 
 # --- 13 -------------------------------------------------------------------------------------------
@@ -349,8 +322,9 @@ def test_field_mistake_09_a_target_that_matches_nothing_ends_the_run_before_it_b
 
 def test_field_mistake_13_the_ledger_equals_the_plan_to_the_byte(settings: Settings) -> None:
     app = Observed()
-    summary, config = play(settings, app)
-    ledger, plan = read(config, "ledger.json"), read(config, "plan.json")
+    run = play(settings, app)
+    summary = summary_of(run)
+    ledger, plan = read_json(run / "ledger.json"), read_json(run / "plan.json")
     counted = sum(kind["tensor_bytes"] for kind in ledger["totals"].values())
     assert counted == plan["total-bytes"] == app.down_bytes + app.up_bytes
     assert summary["communication_mib"] == summary["planned_mib"] == counted / MIB
@@ -362,16 +336,17 @@ def test_field_mistake_13_the_ledger_counts_what_failed_sites_were_sent(
 ) -> None:
     """Site 2 never trains. Of 3 rounds of 4 sites, 12 messages go down and 9 come back."""
     app = Observed(fail=lambda kind, site: kind == "train" and site == 2)
-    summary, config = play(settings, app, strategy__fraction_train=1.0)
-    totals = read(config, "ledger.json")["totals"]
+    run = play(settings, app, **EVERYBODY)
+    summary = summary_of(run)
+    totals = read_json(run / "ledger.json")["totals"]
     assert totals["train.down"]["messages"] == 12
     assert totals["train.up"]["messages"] == 9
     counted = sum(kind["tensor_bytes"] for kind in totals.values())
     assert counted == app.down_bytes + app.up_bytes
     one = totals["train.up"]["tensor_bytes"] // 9
-    assert read(config, "plan.json")["total-bytes"] - counted == 3 * one
+    assert read_json(run / "plan.json")["total-bytes"] - counted == 3 * one
     assert summary["failed_replies"] == 3
-    assert [m["failed"] for m in read_metrics(config)[1:]] == [{"2": "site 2 is closed"}] * 3
+    assert [m["failed"] for m in metrics_of(run)[1:]] == [{"2": "site 2 is closed"}] * 3
 
 
 # --- 15 -------------------------------------------------------------------------------------------
@@ -424,16 +399,17 @@ def test_field_mistake_15_a_site_writes_no_file_and_takes_no_path(
             for key in ("output-dir", "run-directory", "save-path", "resume-from", "model.name"):
                 config[key] = str(target / key)
         with noted_writes() as noted:
-            reply = client_app.app(message, context)
+            reply = GOOD_SITES(message, context)
         written.extend(w for w in noted if not w.endswith(os.devnull))
         return reply
 
-    summary, config = play(settings, tempted)
+    run = play(settings, tempted)
+    summary = summary_of(run)
     assert summary["status"] == "completed"
     assert written == []
     assert list(home.iterdir()) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "run"]
-    assert Path(config.federation.run_directory) == tmp_path / "run"
+    assert run == tmp_path / "run"
 
 
 def test_a_write_would_be_noted(tmp_path: Path) -> None:
@@ -459,12 +435,12 @@ def test_field_mistake_16_a_round_with_too_few_good_replies_fails_loudly(
             rounds_begun.append(int(message.metadata.group_id))
             if rounds_begun[-1] > 1:
                 return Message(messages.failure(DataError("closed")), reply_to=message)
-        return client_app.app(message, context)
+        return GOOD_SITES(message, context)
 
     with pytest.raises(RoundError, match=r"Round 2: 0 of 2 sites replied well.*: closed"):
-        play(settings, closing, train__save_every_round=1)
-    run = Path(str(settings["run-directory"]))
-    summary = json.loads((run / "summary.json").read_text())
+        play(settings, closing, **{"train.save-every-round": 1})
+    run = Path(settings["run-directory"])
+    summary = summary_of(run)
     assert summary["status"] == "failed"
     assert summary["rounds"] == 1
     assert "Round 2" in summary["reason"]
@@ -480,7 +456,7 @@ def test_field_mistake_16_the_failed_replies_of_a_run_that_failed_are_counted(
     app = Observed(fail=lambda kind, site: kind == "train")
     with pytest.raises(RoundError):
         play(settings, app)
-    summary = json.loads((Path(str(settings["run-directory"])) / "summary.json").read_text())
+    summary = summary_of(Path(settings["run-directory"]))
     assert summary["failed_replies"] == 2
 
 
@@ -488,11 +464,12 @@ def test_a_reply_without_its_metrics_does_not_end_the_run(settings: Settings) ->
     """One site's reply lacks what a line of metrics.jsonl needs: it is a failed reply."""
 
     def forgetful(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
+        reply = GOOD_SITES(message, context)
         if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
             del reply.content.metric_records[messages.METRICS]["train-loss"]
         return reply
 
-    summary, config = play(settings, forgetful, strategy__fraction_train=1.0, num_server_rounds=1)
+    run = play(settings, forgetful, **EVERYBODY, **{"num-server-rounds": 1})
+    summary = summary_of(run)
     assert summary["failed_replies"] == 1
-    assert list(read_metrics(config)[1]["failed"]) == ["1"]
+    assert list(metrics_of(run)[1]["failed"]) == ["1"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -17,34 +16,18 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, MessageType
 
-from grandrounds import client_app, server_app
-from grandrounds.config import recipes
-from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import RoundError, RunDirectoryError
 from grandrounds.server.directory import RunDirectory
-from grandrounds.server.listeners import Listener
-from tests.listening import Telling
-
-Settings = dict[str, Any]
-Sites = Callable[[Message, Context], Message]
-
-GOOD_SITES: Sites = client_app.app
-
-
-def play(
-    settings: Settings,
-    listener: Listener = Listener(),  # noqa: B008
-    sites: Sites = GOOD_SITES,
-    **changes: Any,
-) -> None:
-    """Run a federation in this process."""
-    config = recipes.resolve({**settings, **changes})
-    grid = InProcessGrid(sites, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, listener)
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text())
+from tests.runs import (
+    GOOD_SITES,
+    Settings,
+    interrupted_at,
+    metrics_of,
+    options,
+    play,
+    read_json,
+    summary_of,
+)
 
 
 def without_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,17 +36,16 @@ def without_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Return everything in a run directory that must not depend on interruptions."""
-    summary = without_seconds(read_json(run / "summary.json"))
+    summary = without_seconds(summary_of(run))
     for per_process in ("base_loads", "processes"):
         del summary[per_process]
-    lines = (run / "metrics.jsonl").read_text().splitlines()
     state = max((run / "state").glob("round-*"))  # a kill may leave the one before it behind
     return {
         "adapters": {
             f.parent.name: f.read_bytes() for f in run.glob("peft_*/adapter_model.safetensors")
         },
         "cards": {f.parent.name: f.read_text() for f in run.glob("peft_*/README.md")},
-        "metrics": [without_seconds(json.loads(line)) for line in lines],
+        "metrics": [without_seconds(record) for record in metrics_of(run)],
         "ledger": read_json(run / "ledger.json"),
         "summary": summary,
         "state": (state.name, (state / "adapter.safetensors").read_bytes()),
@@ -105,19 +87,6 @@ def resume(settings: Settings) -> Path:
     return Path(run)
 
 
-def interrupted_at(event: str, count: int) -> Listener:
-    """Return a listener that presses Ctrl-C at the event's `count`-th time."""
-    seen = 0
-
-    def listen(name: str, data: Mapping[str, Any]) -> None:
-        nonlocal seen
-        seen += name == event
-        if name == event and seen == count:
-            raise KeyboardInterrupt
-
-    return Telling(listen)
-
-
 @pytest.mark.parametrize(
     ("event", "count", "finished"),
     [
@@ -136,34 +105,33 @@ def test_an_interrupted_run_resumes_to_the_bit(
     settings: Settings, whole: dict[str, Any], event: str, count: int, finished: int
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        play(settings, interrupted_at(event, count))
+        play(settings, listener=interrupted_at(event, count))
     run = Path(settings["run-directory"])
-    assert read_json(run / "summary.json")["status"] == "stopped"
+    assert summary_of(run)["status"] == "stopped"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == finished + 1
     assert outcome(resume(settings)) == whole
 
 
 def test_the_summary_of_a_stopped_run_counts_finished_rounds_only(settings: Settings) -> None:
     with pytest.raises(KeyboardInterrupt):
-        play(settings, interrupted_at("checkpoint", 2))
+        play(settings, listener=interrupted_at("checkpoint", 2))
     run = Path(settings["run-directory"])
-    summary = read_json(run / "summary.json")
+    summary = summary_of(run)
     assert summary["rounds"] == len((run / "metrics.jsonl").read_text().splitlines()) - 1 == 3
     # what the summary says was sent is what the last finished round says, or more: never less
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert summary["communication_mib"] >= last["communication-mib"]
+    assert summary["communication_mib"] >= metrics_of(run)[-1]["communication-mib"]
 
 
 def test_a_run_interrupted_in_every_round_resumes_to_the_bit(
     settings: Settings, whole: dict[str, Any]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        play(settings, interrupted_at("reply", 2))
+        play(settings, listener=interrupted_at("reply", 2))
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             play(
                 settings,
-                interrupted_at("reply", 5),
+                listener=interrupted_at("reply", 5),
                 **{"resume-from": settings["run-directory"]},
             )
     assert outcome(resume(settings)) == whole
@@ -173,7 +141,7 @@ def test_a_run_interrupted_before_anything_was_measured_leaves_no_directory(
     settings: Settings,
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        play(settings, interrupted_at("roll-call", 1))
+        play(settings, listener=interrupted_at("roll-call", 1))
     assert not Path(settings["run-directory"]).exists()
 
 
@@ -188,9 +156,9 @@ def test_a_run_that_failed_resumes_to_the_bit_when_the_sites_are_back(
         return GOOD_SITES(message, context)
 
     with pytest.raises(RoundError):
-        play(settings, sites=sites)
+        play(settings, sites)
     run = Path(settings["run-directory"])
-    assert read_json(run / "summary.json")["status"] == "failed"
+    assert summary_of(run)["status"] == "failed"
     assert outcome(resume(settings)) == whole
 
 
@@ -299,10 +267,11 @@ def test_a_killed_process_resumes_to_the_bit(
     whole = tmp_path / "whole"
     play(settings, **{"run-directory": str(whole)})
     run = Path(settings["run-directory"])
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "grandrounds"]
     with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen([*command, "run", *sets], stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [*command, "run", *options(settings)], stdout=output, stderr=output
+        )
         try:
             wait_for(moment, run, process)
         finally:
@@ -315,7 +284,7 @@ def test_a_killed_process_resumes_to_the_bit(
     )
     assert (resumed.returncode, resumed.stderr) == (0, "")
     assert outcome(run) == outcome(whole)
-    assert read_json(run / "summary.json")["base_loads"] in (1, 2)
+    assert summary_of(run)["base_loads"] in (1, 2)
 
 
 def wait_for(moment: str, run: Path, process: subprocess.Popen[bytes]) -> None:
@@ -341,7 +310,7 @@ def wait_for(moment: str, run: Path, process: subprocess.Popen[bytes]) -> None:
 def stopped(settings: Settings) -> Settings:
     """Return the settings of a run that stopped after round 1."""
     with pytest.raises(KeyboardInterrupt):
-        play(settings, interrupted_at("round", 2))
+        play(settings, listener=interrupted_at("round", 2))
     return settings
 
 
@@ -436,7 +405,7 @@ def test_a_visit_whose_reply_was_not_used_is_made_again_also_after_a_resume(
     from flwr.app import Array
 
     def sites(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
+        reply = GOOD_SITES(message, context)
         round_number = dict(message.content.config_records.get("config", {})).get("round")
         is_train = message.metadata.message_type == "train"
         if is_train and round_number == 1 and context.node_config["partition-id"] == 1:
@@ -446,13 +415,13 @@ def test_a_visit_whose_reply_was_not_used_is_made_again_also_after_a_resume(
         return reply
 
     settings = {**settings, "strategy.fraction-train": 1.0, "num-server-rounds": 3}
-    play(settings, sites=sites, **{"run-directory": str(tmp_path / "whole")})
+    play(settings, sites, **{"run-directory": str(tmp_path / "whole")})
     with pytest.raises(KeyboardInterrupt):
-        play(settings, interrupted_at("round", 2), sites=sites)
-    play(settings, sites=sites, **{"resume-from": settings["run-directory"]})
+        play(settings, sites, interrupted_at("round", 2))
+    play(settings, sites, **{"resume-from": settings["run-directory"]})
     run = Path(settings["run-directory"])
     assert outcome(run) == outcome(tmp_path / "whole")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(run)
     assert list(lines[1]["failed"]) == ["1"]
     # two used visits of the same length as the others' three: a third less covered
     assert lines[3]["site-coverage"]["1"] == pytest.approx(lines[2]["site-coverage"]["0"])

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import Context, Message
 from safetensors.numpy import load_file
 
-from grandrounds import client_app, server_app
-from grandrounds.config import recipes
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.engines.in_process import InProcessGrid
-from grandrounds.server.listeners import Listener
 from grandrounds.wire.adapter import drawn_adapter
-from tests.listening import Telling
-
-Settings = dict[str, Any]
-Sites = Callable[[Message, Context], Message]
+from tests.end_to_end.sites import with_updates
+from tests.runs import (
+    GOOD_SITES,
+    Settings,
+    adapter_bytes,
+    interrupted_at,
+    metrics_of,
+    play,
+    read_json,
+    summary_of,
+)
 
 EXTRAS: dict[str, Settings] = {
     "fedavg": {"strategy.proximal-mu": 0.0},
@@ -54,23 +57,22 @@ def of_encoding(name: str) -> Settings:
     return {f"communication.{key}": value for key, value in ENCODINGS[name].items()}
 
 
-def play(settings: Settings, sites: Sites = client_app.app, **changes: Any) -> Path:
-    config = recipes.resolve({**settings, **changes})
-    grid = InProcessGrid(sites, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, Listener())
-    return Path(config.federation.run_directory)
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def tensors_of(run: Path, name: str) -> dict[str, np.ndarray]:
     return load_file(run / name / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    federation: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return the run of a rule, each round saved; it is played once, and no test changes it."""
+
+    @cache
+    def played(rule: str) -> Path:
+        where = {"run-directory": str(tmp_path_factory.mktemp(rule) / "run")}
+        return play({**federation, **of_rule(rule), **where, "train.save-every-round": 1})
+
+    return played
 
 
 QUICK = ("fedprox", "fedexp", "fedavgm", "krum", "ffa", "rolora", "product", "flora")
@@ -82,13 +84,13 @@ QUICK = ("fedprox", "fedexp", "fedavgm", "krum", "ffa", "rolora", "product", "fl
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES],
 )
 def test_a_rule_learns_sends_what_was_planned_and_leaves_an_adapter_for_peft(
-    name: str, settings: Settings, tiny_base: Path
+    name: str, finished: Callable[[str], Path], tiny_base: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    run = play(settings, **of_rule(name))
-    summary, lines = read_json(run / "summary.json"), metrics_of(run)
+    run = finished(name)
+    summary, lines = summary_of(run), metrics_of(run)
     assert summary["communication_mib"] == summary["planned_mib"]
     assert summary["failed_replies"] == 0
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
@@ -113,42 +115,41 @@ def test_an_encoding_learns_and_sends_what_was_planned(
     name: str, rule: str, settings: Settings
 ) -> None:
     run = play(settings, **of_rule(rule), **of_encoding(name))
-    summary, lines = read_json(run / "summary.json"), metrics_of(run)
+    summary, lines = summary_of(run), metrics_of(run)
     assert summary["communication_mib"] == summary["planned_mib"]
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
 @pytest.mark.parametrize("rule", ["fedprox", "rolora", "product", "flora"])
 def test_float32_in_one_array_is_none_bit_for_bit_and_was_planned(
-    rule: str, settings: Settings, tmp_path: Path
+    rule: str, settings: Settings, finished: Callable[[str], Path]
 ) -> None:
-    plain = play(settings, **of_rule(rule))
+    plain = finished(rule)
     codecs = {f"communication.{way}-codec": "float32" for way in ("uplink", "downlink")}
-    other = {**settings, "run-directory": str(tmp_path / "packed"), **codecs}
-    packed = play(other, **of_rule(rule))
-    names = ("peft_3", "adapter_model.safetensors")
-    assert packed.joinpath(*names).read_bytes() == plain.joinpath(*names).read_bytes()
-    summary = read_json(packed / "summary.json")
+    packed = play(settings, **of_rule(rule), **codecs)
+    assert adapter_bytes(packed) == adapter_bytes(plain)
+    summary = summary_of(packed)
     assert summary["communication_mib"] == summary["planned_mib"]
-    assert summary["communication_mib"] < read_json(plain / "summary.json")["communication_mib"]
+    assert summary["communication_mib"] < summary_of(plain)["communication_mib"]
 
 
 def test_entropy_coding_sends_at_most_what_was_planned(settings: Settings) -> None:
     changes = {**of_encoding("int4"), "communication.entropy-coding": True}
-    summary = read_json(play(settings, **changes) / "summary.json")
+    summary = summary_of(play(settings, **changes))
     assert summary["communication_mib"] < summary["planned_mib"]
 
 
-def test_ffa_trains_b_alone(settings: Settings) -> None:
-    adapter = tensors_of(play(settings, **of_rule("ffa")), "peft_3")
+def test_ffa_trains_b_alone(finished: Callable[[str], Path]) -> None:
+    adapter = tensors_of(finished("ffa"), "peft_3")
     start = drawn_adapter({name: tensor.shape for name, tensor in adapter.items()}, 42)
     for name, tensor in adapter.items():
         assert np.array_equal(tensor, start[name]) == ("lora_A" in name)
 
 
-def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(settings: Settings) -> None:
-    run = play(settings, **of_rule("rolora"), **{"train.save-every-round": 1})
-    first, second, third = (tensors_of(run, f"peft_{number}") for number in (1, 2, 3))
+def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(
+    finished: Callable[[str], Path],
+) -> None:
+    first, second, third = (tensors_of(finished("rolora"), f"peft_{k}") for k in (1, 2, 3))
     for name in first:
         assert np.array_equal(first[name], second[name]) == ("lora_B" in name)
         assert np.array_equal(second[name], third[name]) == ("lora_A" in name)
@@ -176,36 +177,10 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     if STRATEGIES[name].error_feedback:
         changes["communication.uplink-codec"] = "none"  # a memory would be lost with its process
     whole = play({**settings, **changes, "run-directory": str(tmp_path / "whole")})
-    config = recipes.resolve({**settings, **changes})
-
-    def stop_after_round_1(event: str, data: Mapping[str, Any]) -> None:
-        if event == "round" and data["round"] == 1:
-            raise KeyboardInterrupt
-
-    grid = InProcessGrid(client_app.app, config.flat(), 4)
     with pytest.raises(KeyboardInterrupt):
-        server_app.federate(grid, config, Telling(stop_after_round_1))
+        play({**settings, **changes}, listener=interrupted_at("round", 2))
     resumed = play({**settings, **changes, "resume-from": settings["run-directory"]})
-    one, other = (
-        (run / "peft_3/adapter_model.safetensors").read_bytes() for run in (whole, resumed)
-    )
-    assert one == other
-
-
-def with_updates(change: Callable[[np.ndarray], np.ndarray], hostile: set[int]) -> Sites:
-    """Return sites of which some send their update changed."""
-
-    def sites(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
-        site = int(context.node_config["partition-id"])
-        if site in hostile and message.metadata.message_type == "train":
-            record = reply.content.array_records["arrays"]
-            reply.content["arrays"] = ArrayRecord(
-                {name: Array(change(array.numpy())) for name, array in record.items()}
-            )
-        return reply
-
-    return sites
+    assert adapter_bytes(whole) == adapter_bytes(resumed)
 
 
 EVERYBODY = {
@@ -258,7 +233,7 @@ def test_a_site_that_turns_its_update_round_is_left_out_and_named(settings: Sett
         assert list(line["failed"]) == ["5"]
         assert "cosine of -" in line["failed"]["5"]
         assert "5" not in line["good"]
-    assert read_json(run / "summary.json")["failed_replies"] == 2
+    assert summary_of(run)["failed_replies"] == 2
 
 
 def test_numbers_that_are_not_finite_are_left_out_by_every_rule(settings: Settings) -> None:
@@ -278,14 +253,13 @@ def test_an_update_that_no_training_makes_is_left_out(name: str, settings: Setti
 
 def test_a_screened_site_is_told_once(settings: Settings) -> None:
     hostile = with_updates(lambda update: -update, {5})
-    config = recipes.resolve({**settings, **EVERYBODY, "defence.min-cosine": 0.0})
     heard: list[tuple[int, bool]] = []
 
     def listen(event: str, data: Mapping[str, Any]) -> None:
         if event == "reply":
             heard.append((data["partition"], data["failure"] is not None))
 
-    server_app.federate(InProcessGrid(hostile, config.flat(), 8), config, Telling(listen))
+    play(settings, hostile, listen, **EVERYBODY, **{"defence.min-cosine": 0.0})
     assert heard == 2 * [(p, p == 5) for p in range(8)]
 
 
@@ -305,7 +279,7 @@ def test_a_site_that_says_what_cannot_be_does_not_end_the_run(lie: str, settings
     kind, said = LIES[lie]
 
     def sites(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
+        reply = GOOD_SITES(message, context)
         site = context.node_config["partition-id"]
         if message.metadata.message_type == kind and site in (0, 1):
             reply.content.metric_records["metrics"].update(said)
@@ -329,7 +303,7 @@ def test_a_site_whose_reply_was_lost_comes_back_with_everything_it_needs(
     what the server thinks it has: a wrong start would be refused and counted as failed."""
 
     def sites(message: Message, context: Context) -> Message:
-        reply = client_app.app(message, context)
+        reply = GOOD_SITES(message, context)
         config = message.content.config_records["config"]
         if context.node_config["partition-id"] == 1 and config.get("round") == 1:
             raise RuntimeError("the line broke")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -10,21 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from grandrounds import client_app, server_app
 from grandrounds.config import recipes
 from grandrounds.config.recipes import to_toml
-from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.engines.simulation import MARKER
-from grandrounds.server.listeners import Listener
 from tests.places import ROOT
+from tests.runs import Settings, adapter_bytes, play, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-Settings = dict[str, Any]
 
 
 def command(settings: Settings, folder: Path, *arguments: str) -> list[str]:
@@ -33,11 +27,6 @@ def command(settings: Settings, folder: Path, *arguments: str) -> list[str]:
     recipe.write_text(to_toml(settings))
     run = [sys.executable, "-m", "grandrounds", "run", "--engine", "simulation"]
     return [*run, "--config", str(recipe), *arguments]
-
-
-def weights(run: Path, checkpoint: str) -> bytes:
-    """Return a checkpoint's adapter, as bytes."""
-    return (run / checkpoint / "adapter_model.safetensors").read_bytes()
 
 
 THIS_TEST = "GRANDROUNDS_THIS_TEST"
@@ -73,13 +62,11 @@ def test_both_engines_give_the_same_adapter_bit_for_bit(settings: Settings, tmp_
     assert "round 3/3" in done.stdout
     assert "status" in done.stdout
 
-    config = recipes.resolve(settings)
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    summary = server_app.federate(grid, config, Listener())
-    in_process = Path(settings["run-directory"])
+    in_process = play(settings)
+    summary = summary_of(in_process)
     for checkpoint in ("peft_2", "peft_3"):
-        assert weights(simulated, checkpoint) == weights(in_process, checkpoint)
-    other = json.loads((simulated / "summary.json").read_text())
+        assert adapter_bytes(simulated, checkpoint) == adapter_bytes(in_process, checkpoint)
+    other = summary_of(simulated)
     for fact in ("train_loss", "held_out_loss", "communication_mib", "coverage"):
         assert other[fact] == summary[fact]
     assert other["base_loads"] == other["processes"]
@@ -112,20 +99,14 @@ def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path
     assert process.returncode == 130
     assert b"interrupted" in error
     assert marked_processes() == []
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["status"] == "stopped"
     finished = summary["rounds"]
 
-    config = recipes.resolve(recipes.load_recipe(run / "config.toml"), {"resume-from": str(run)})
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, Listener())
+    play(recipes.load_recipe(run / "config.toml"), **{"resume-from": str(run)})
     assert finished < 40
-    whole = recipes.resolve(
-        {**settings, "num-server-rounds": 40, "run-directory": str(tmp_path / "whole")}
-    )
-    grid = InProcessGrid(client_app.app, whole.flat(), whole.data.num_partitions)
-    server_app.federate(grid, whole, Listener())
-    assert weights(run, "peft_40") == weights(tmp_path / "whole", "peft_40")
+    play({**settings, "num-server-rounds": 40, "run-directory": str(tmp_path / "whole")})
+    assert adapter_bytes(run, "peft_40") == adapter_bytes(tmp_path / "whole", "peft_40")
 
 
 def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Path) -> None:
@@ -137,8 +118,5 @@ def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Pat
     outcome = run_simulation(ROOT, overrides, SimulatedSites(4), tmp_path / "home")
     assert outcome == ("completed", "")
     assert (tmp_path / "home" / "apps").is_dir()  # the bundle, without weights
-    config = recipes.resolve(settings)
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, Listener())
-    assert weights(simulated, "peft_3") == weights(Path(settings["run-directory"]), "peft_3")
+    assert adapter_bytes(simulated, "peft_3") == adapter_bytes(play(settings), "peft_3")
     assert os.environ.get(MARKER) is None

@@ -28,9 +28,8 @@ from grandrounds.server.model_card import model_card
 from grandrounds.site.exam import score_formulary
 from grandrounds.study import export as exports
 from tests.end_to_end.test_docs import parse, shell_commands
+from tests.runs import copy_of
 from tests.study.evaluation.small import evaluate_target
-
-Settings = dict[str, Any]
 
 
 def command(name: str, *arguments: object, **kwargs: Any) -> Result:
@@ -46,15 +45,8 @@ def one_line(result: Result) -> str:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the embedded base on the formulary for two rounds, each saved."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    sets = {"data.num-partitions": 4, "strategy.fraction-train": 0.5, "train.num-threads": 1}
-    sets |= {"train.save-every-round": 1, "strategy.fraction-evaluate": 0.5}
-    sets |= {"train.training-arguments.max-steps": 3}
-    overrides = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
-    done = command("run", "--rounds", 2, "--run-dir", folder, *overrides)
-    assert done.exit_code == 0, done.stderr
-    return folder
+    """A run of the embedded base on the formulary, with checkpoints after rounds 2 and 4."""
+    return copy_of("finished", tmp_path_factory.mktemp("trained"))
 
 
 def made_run(folder: Path, base: Path, losses: Mapping[int, float | None], **more: Any) -> Path:
@@ -99,15 +91,16 @@ def test_the_exported_adapter_and_the_merged_model_answer_as_in_the_run(
     for folder, more in (("adapter", ()), ("whole", ("--merge",))):
         result = command("export", trained, "--to", tmp_path / folder, *more)
         assert result.exit_code == 0, result.stderr
-        assert f"written: {tmp_path / folder} (checkpoint after round 2)" in result.stdout
+        assert f"written: {tmp_path / folder} (checkpoint after round 4)" in result.stdout
     in_run = json.loads((trained / "summary.json").read_text())["formulary"]
     base = AutoModelForCausalLM.from_pretrained(base_path())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     tuned = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    for model, folder in ((tuned, base_path()), (merged, tmp_path / "whole")):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        scores = score_formulary(model, tokenizer)
-        assert scores == {kind: in_run[kind]["tuned"] for kind in scores}
+    scores, merged_scores = (
+        score_formulary(model, AutoTokenizer.from_pretrained(folder))
+        for model, folder in ((tuned, base_path()), (merged, tmp_path / "whole"))
+    )
+    assert scores == merged_scores == {kind: in_run[kind]["tuned"] for kind in scores}
     with tuned.disable_adapter():
         assert (logits_of(merged) - logits_of(tuned)).abs().max() > 0.1
     torch.testing.assert_close(logits_of(merged), logits_of(tuned), atol=1e-4, rtol=1e-4)
@@ -448,10 +441,10 @@ def test_evaluated_accuracies_come_with_the_base_and_only_for_these_weights(
     assert {a.protocol for a in found} == {"flowertune", "likelihood"}
     assert [a.is_base for a in found].count(True) == len(found) // 2
     assert not any(a.complete for a in found)
-    assert exports.evaluated(find_checkpoint(run, "1")) == []
+    assert exports.evaluated(find_checkpoint(run, "2")) == []
     card = (exports.export(find_checkpoint(run), to=tmp_path / "o") / "README.md").read_text()
     assert "(not all items) | base |" in card
-    other = (exports.export(find_checkpoint(run, "1"), to=tmp_path / "1") / "README.md").read_text()
+    other = (exports.export(find_checkpoint(run, "2"), to=tmp_path / "1") / "README.md").read_text()
     assert "Not evaluated." in other
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 
 from grandrounds.config import recipes
 from grandrounds.model.architectures import adapter_shapes, find_architecture, target_modules
-from grandrounds.server.listeners import Listener
 from grandrounds.wire.adapter import Shapes
 from grandrounds.wire.codecs import encode
 from grandrounds.wire.codecs.codec import Codec
@@ -19,6 +17,7 @@ from grandrounds.wire.ledger import MIB, Ledger
 from grandrounds.wire.messages import to_arrays, to_payload
 from grandrounds.wire.traffic import Plan, message_of, plan_config
 from tests.places import ROOT
+from tests.runs import play, read_json
 
 ALL_SEVEN = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
@@ -255,14 +254,9 @@ def test_the_planned_bytes_of_an_encoded_message_are_the_real_ones(name: str, co
 def test_plan_and_ledger_of_a_run_are_equal_to_the_byte_in_every_kind(
     settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    from grandrounds import client_app, server_app
-    from grandrounds.engines.in_process import InProcessGrid
-
     config = recipes.resolve({**settings, **changes})
     base = find_architecture(config.model.name)
     targets = target_modules(base, config.lora.target_modules)
     plan = plan_config(config, adapter_shapes(base, targets, config.lora.peft_lora_r))
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, Listener())
-    written = (Path(config.federation.run_directory) / "ledger.json").read_text()
-    assert json.loads(written)["totals"] == plan.as_dict()["totals"]
+    ledger = read_json(play({**settings, **changes}) / "ledger.json")
+    assert ledger["totals"] == plan.as_dict()["totals"]

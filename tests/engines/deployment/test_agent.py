@@ -23,20 +23,20 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 
-from grandrounds import client_app, server_app
+from grandrounds import client_app
 from grandrounds.config import recipes
 from grandrounds.engines.deployment import agent as agents
 from grandrounds.engines.deployment import node_app, set_up
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, ReplyError
 from grandrounds.server import roll_call
-from grandrounds.server.listeners import Listener
 from grandrounds.site.custody import agent_client, audit
 from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.wire import messages
-from tests.own_sites import Settings, make_site, sites_of
+from tests.own_sites import make_site, sites_of
 from tests.real import wait_for
+from tests.runs import Settings, adapter_bytes, grid_of, play
 
 
 @contextmanager
@@ -83,20 +83,13 @@ def test_a_run_through_agents_is_the_run_without_them_bit_for_bit(
     settings: Settings, tmp_path: Path
 ) -> None:
     """Each site has a process's agent of its own; here all four share one process, and its base."""
-
-    def play(run: Path, grid_app: Any, nodes: list[dict[str, Any]]) -> bytes:
-        config = recipes.resolve({**settings, "run-directory": str(run)})
-        grid = InProcessGrid(grid_app, config.flat(), 4)
-        for node, context in zip(nodes, grid._contexts.values(), strict=True):
-            context.node_config |= node
-        server_app.federate(grid, config, Listener())
-        return (run / "peft_3" / "adapter_model.safetensors").read_bytes()
-
-    plain = play(tmp_path / "plain", client_app.app, [{}] * 4)
+    plain = play(settings)
+    own = {**settings, "run-directory": str(tmp_path / "through")}
     sites = sites_of(settings, tmp_path)
+    grid = grid_of(recipes.resolve(own), node_app.app, [at(site) for site in sites])
     with serving(sites[0]), serving(sites[1]), serving(sites[2]), serving(sites[3]):
-        through = play(tmp_path / "through", node_app.app, [at(site) for site in sites])
-    assert through == plain
+        through = play(own, grid=grid)
+    assert adapter_bytes(through) == adapter_bytes(plain)
 
 
 def test_the_socket_is_its_owners_alone_and_gone_afterwards(site: SiteFile) -> None:

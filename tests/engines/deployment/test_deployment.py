@@ -29,10 +29,9 @@ from tests.real import (
     Consortium,
     has,
     in_process,
-    metrics_of,
-    summary_of,
     wait_for,
 )
+from tests.runs import metrics_of, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -23,11 +23,10 @@ from tests.real import (
     Consortium,
     has,
     in_process,
-    metrics_of,
     rounds_done,
-    summary_of,
     wait_for,
 )
+from tests.runs import metrics_of, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

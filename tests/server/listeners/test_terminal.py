@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from grandrounds import client_app, server_app
 from grandrounds.config import recipes
-from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.server.listeners.plain import (
     next_steps,
     plan_rows,
@@ -21,8 +19,7 @@ from grandrounds.server.listeners.plain import (
 )
 from grandrounds.server.listeners.terminal import RichReporter
 from tests.listening import Telling
-
-Settings = dict[str, Any]
+from tests.runs import Settings, interrupted_at, play
 
 FORMULARY = {
     "public": {"base": {"correct": 100, "n": 100}, "tuned": {"correct": 72, "n": 100}},
@@ -45,8 +42,7 @@ def show(settings: Settings, console: Console) -> tuple[str, dict[str, Any]]:
         told[event] = data
 
     with display:
-        grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-        server_app.federate(grid, config, Telling(listen, display))
+        play(settings, listener=Telling(listen, display))
     return console.export_text(), told
 
 
@@ -137,23 +133,15 @@ def test_the_progress_bar_ends_when_a_run_is_interrupted(
 
     config = recipes.resolve(settings)
     display = RichReporter(config, console)
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
     with pytest.raises(KeyboardInterrupt), display:
-        server_app.federate(grid, config, Telling(interrupt, display))
+        play(settings, listener=Telling(interrupt, display))
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") > 0
 
 
 def test_a_resumed_run_says_after_which_round(settings: Settings, console: Console) -> None:
-    def interrupt(event: str, data: Any) -> None:
-        if event == "round" and data["round"] == 2:
-            raise KeyboardInterrupt
-
-    config = recipes.resolve(settings)
     with pytest.raises(KeyboardInterrupt):
-        server_app.federate(
-            InProcessGrid(client_app.app, config.flat(), 4), config, Telling(interrupt)
-        )
+        play(settings, listener=interrupted_at("round", 3))
     text, told = show({**settings, "resume-from": settings["run-directory"]}, console)
     assert "after round 2" in text
     assert told["finished"]["rounds"] == 3

@@ -25,8 +25,7 @@ from grandrounds.server.listeners.trackers import (
     settings_of,
     trackers_of,
 )
-
-Settings = dict[str, Any]
+from tests.runs import Settings, options
 
 
 class Recorder(Listener):
@@ -240,8 +239,7 @@ def test_tensorboard_reads_the_curves_of_a_run_and_of_its_resumption(
         play_round(run)
 
     def start(*more: str) -> int:
-        sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        chosen = [] if "--resume" in more else sets
+        chosen = [] if "--resume" in more else options(settings)
         return CliRunner().invoke(app, ["run", "--plain", *chosen, *more]).exit_code
 
     settings["train.report-to"] = "tensorboard"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
-from grandrounds import client_app, server_app
+from grandrounds import client_app
 from grandrounds.config import recipes
 from grandrounds.engines.deployment import admissions, set_up
 from grandrounds.engines.in_process import InProcessGrid
@@ -27,42 +26,30 @@ from grandrounds.errors import (
     RoundError,
 )
 from grandrounds.server import roll_call
-from grandrounds.server.listeners import Listener
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit, policy
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import RUNS_KEPT, SiteState
 from grandrounds.wire import messages
-from tests.own_sites import Settings, sites_of
+from tests.own_sites import sites_of
+from tests.runs import GOOD_SITES, Settings, Sites, adapter_bytes, grid_of, metrics_of, play
 
 
 def grid_of_sites(
     settings: Settings,
     sites: list[SiteFile],
-    app: Callable[[Message, Context], Message] = client_app.app,
+    app: Sites = GOOD_SITES,
 ) -> InProcessGrid:
     """Return a grid whose nodes name the site.toml of their site."""
-    config = recipes.resolve(settings)
-    grid = InProcessGrid(app, config.flat(), config.data.num_partitions)
-    for site, context in zip(sites, grid._contexts.values(), strict=True):
-        context.node_config = {
+    nodes = [
+        {
             "partition-id": site.node.partition_id,
             "num-partitions": site.node.num_partitions,
             custody.SITE: str(site.path),
         }
-    return grid
-
-
-def run_of(settings: Settings, grid: InProcessGrid | None = None) -> Path:
-    """Run a federation; return its run directory."""
-    config = recipes.resolve(settings)
-    grid = grid or InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, Listener())
-    return Path(config.federation.run_directory)
-
-
-def adapter(run: Path) -> bytes:
-    return (run / "peft_3" / "adapter_model.safetensors").read_bytes()
+        for site in sites
+    ]
+    return grid_of(recipes.resolve(settings), app, nodes)
 
 
 def entries(site: SiteFile, **wanted: Any) -> list[dict[str, Any]]:
@@ -74,18 +61,18 @@ def entries(site: SiteFile, **wanted: Any) -> list[dict[str, Any]]:
 def test_sites_with_the_same_rows_learn_the_same_bit_for_bit(
     settings: Settings, tmp_path: Path
 ) -> None:
-    plain = adapter(run_of(settings))
+    plain = adapter_bytes(play(settings))
     sites = sites_of(settings, tmp_path)
     own = {**settings, "run-directory": str(tmp_path / "own")}
-    assert adapter(run_of(own, grid_of_sites(own, sites))) == plain
+    assert adapter_bytes(play(own, grid=grid_of_sites(own, sites))) == plain
 
 
 def test_the_audit_log_says_what_was_asked_and_what_left(
     settings: Settings, tmp_path: Path
 ) -> None:
     sites = sites_of(settings, tmp_path)
-    run = run_of(settings, grid_of_sites(settings, sites))
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run = play(settings, grid=grid_of_sites(settings, sites))
+    metrics = metrics_of(run)
     norms = {
         (m["round"], int(p)): norm for m in metrics for p, norm in m.get("update-norms", {}).items()
     }
@@ -111,7 +98,7 @@ def test_the_roll_call_tells_the_name_and_the_hash_of_the_base(
     settings: Settings, tmp_path: Path
 ) -> None:
     sites = sites_of(settings, tmp_path)
-    run = run_of(settings, grid_of_sites(settings, sites))
+    run = play(settings, grid=grid_of_sites(settings, sites))
     told = json.loads((run / "sites.json").read_text())
     assert [fact["name"] for fact in told] == ["site"] * 4
     [content] = {fact["base-content"] for fact in told}
@@ -172,7 +159,7 @@ def test_what_the_policy_forbids_is_refused_before_anybody_trains(
             text = site.path.read_text().replace(json.dumps(settings["model.name"]), '"another"', 1)
             site.path.write_text(text)
     with pytest.raises(PolicyError, match=reason) as caught:
-        run_of(asking, grid_of_sites(asking, sites))
+        play(asking, grid=grid_of_sites(asking, sites))
     assert "The policy of site 'site' forbids this run" in str(caught.value)
     refused = [line for site in sites for line in entries(site, outcome="refused")]
     assert refused
@@ -188,7 +175,7 @@ def test_a_base_with_other_files_is_refused_with_both_hashes(
     for site in sites:
         site.path.write_text(site.path.read_text() + f'sha256 = "{"ab" * 32}"\n')
     with pytest.raises(PolicyError, match=rf"sha256 = {'ab' * 32}, but the files in .* have"):
-        run_of(settings, grid_of_sites(settings, sites))
+        play(settings, grid=grid_of_sites(settings, sites))
 
 
 def test_more_visits_than_allowed_in_a_day_are_refused_and_the_round_is_told(
@@ -196,7 +183,7 @@ def test_more_visits_than_allowed_in_a_day_are_refused_and_the_round_is_told(
 ) -> None:
     sites = sites_of(settings, tmp_path, policy__max_visits_per_day=1)
     with pytest.raises(RoundError, match="max-visits-per-day = 1, and there were 1"):
-        run_of(settings, grid_of_sites(settings, sites))
+        play(settings, grid=grid_of_sites(settings, sites))
     assert max(len(entries(s, asked="train", outcome="answered")) for s in sites) == 1
 
 
@@ -204,7 +191,7 @@ def test_a_site_that_reports_no_loss_holds_out_all_the_same(
     settings: Settings, tmp_path: Path
 ) -> None:
     sites = sites_of(settings, tmp_path)
-    told = run_of(settings, grid_of_sites(settings, sites))
+    told = play(settings, grid=grid_of_sites(settings, sites))
     silent = sites_of(settings, tmp_path / "silent")
     for site in silent:
         text = site.path.read_text()
@@ -216,12 +203,12 @@ def test_a_site_that_reports_no_loss_holds_out_all_the_same(
         "run-directory": str(tmp_path / "quiet"),
         "strategy.fraction-evaluate": 0.0,
     }
-    kept = run_of(quiet, grid_of_sites(quiet, silent))
+    kept = play(quiet, grid=grid_of_sites(quiet, silent))
     facts = json.loads((kept / "sites.json").read_text())
     before = json.loads((told / "sites.json").read_text())
     assert [f["held-out-examples"] for f in facts] == [0, 0, 0, 0]
     assert [f["train-examples"] for f in facts] == [f["train-examples"] for f in before]
-    assert adapter(kept) == adapter(told)
+    assert adapter_bytes(kept) == adapter_bytes(told)
 
 
 def test_one_site_that_forbids_a_run_does_not_stop_the_others_where_some_suffice(
@@ -231,8 +218,8 @@ def test_one_site_that_forbids_a_run_does_not_stop_the_others_where_some_suffice
     strict = sites[1]
     strict.path.write_text(strict.path.read_text().replace("max-rank = 64", "max-rank = 1"))
     some = {**settings, "strategy.min-sites": 3, "strategy.fraction-evaluate": 0.0}
-    run = run_of(some, grid_of_sites(some, sites))
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run = play(some, grid=grid_of_sites(some, sites))
+    metrics = metrics_of(run)
     assert "max-rank = 1" in metrics[0]["refused"]["node 2"]
     assert not [m for m in metrics[1:] if 1 in m["good"]]
     drawn = [m for m in metrics[1:] if 1 in m["cohort"]]
@@ -252,10 +239,10 @@ def test_what_is_remembered_of_a_run_survives_the_process(
         context.state.clear()
         return client_app.app(message, context)
 
-    plain = adapter(run_of(lossy))
+    plain = adapter_bytes(play(lossy))
     own = {**lossy, "run-directory": str(tmp_path / "own")}
     grid = grid_of_sites(own, sites, forgetful)
-    assert adapter(run_of(own, grid)) == plain
+    assert adapter_bytes(play(own, grid=grid)) == plain
     [run] = {line["run"] for site in sites for line in entries(site)}
     state = SiteState(sites[0].place("state"))
     assert state.load(run).array_records
@@ -282,7 +269,7 @@ def test_the_server_learns_nothing_of_data_that_cannot_be_read(
     with (sites[1].path.parent / "cards.jsonl").open("a") as file:
         file.write("Jane Roe, born 1961, asked\n")
     with pytest.raises(OwnDataError) as refused:
-        run_of(settings, grid_of_sites(settings, sites))
+        play(settings, grid=grid_of_sites(settings, sites))
     assert "The data of site 'site' cannot be used; its audit log says why." in str(refused.value)
     assert "Jane" not in str(refused.value)
     [entry] = entries(sites[1], outcome="failed")
@@ -321,9 +308,9 @@ def test_a_run_takes_no_other_node_for_an_admitted_site(settings: Settings, tmp_
     settings = {**settings, "consortium": str(folder)}
     admissions.note_node(admission, 77)
     with pytest.raises(EngineError, match="is site 0, which node 77 was admitted as"):
-        run_of(settings)
+        play(settings)
     admissions.note_node(admission, 1)
-    assert (run_of(settings) / "summary.json").is_file()
+    assert (play(settings) / "summary.json").is_file()
 
 
 def test_what_a_run_says_itself_does_not_change_with_what_it_guesses() -> None:

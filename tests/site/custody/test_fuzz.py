@@ -26,7 +26,8 @@ from grandrounds.site.custody import agent_client, audit
 from grandrounds.site.custody import frames as wire
 from grandrounds.wire import messages
 from tests.engines.deployment.test_agent import at, context_of, training_message
-from tests.own_sites import Settings, sites_of
+from tests.own_sites import sites_of
+from tests.runs import Settings
 
 MESSAGES = 10_000
 MIB = 2**20

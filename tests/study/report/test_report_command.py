@@ -11,8 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from grandrounds.cli import app
-from grandrounds.config import recipes
-from grandrounds.server.listeners import Listener
+from tests.runs import play
 from tests.study.report.run_files import comparison, write, write_run
 
 
@@ -30,13 +29,7 @@ def told(*arguments: object) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_the_page_of_a_real_run_lies_in_its_directory(settings: dict[str, object]) -> None:
-    from grandrounds import client_app, server_app
-    from grandrounds.engines.in_process import InProcessGrid
-
-    config = recipes.resolve(settings)
-    grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-    server_app.federate(grid, config, Listener())
-    run = Path(config.federation.run_directory)
+    run = play(settings)
     result = report(run)
     assert result.exit_code == 0, result.stderr
     content = (run / "report.html").read_text()

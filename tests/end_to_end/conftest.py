@@ -1,0 +1,25 @@
+"""Fixtures of the tests that play whole runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grandrounds.site import visit as visits
+from tests.end_to_end.sites import Visit
+
+
+@pytest.fixture
+def visited(monkeypatch: pytest.MonkeyPatch) -> list[Visit]:
+    """Return the training visits made from here on."""
+    made: list[Visit] = []
+    train = visits.train
+
+    def remember(visit: Any, resident: Any, batches: Any) -> Any:
+        result = train(visit, resident, batches)
+        made.append(Visit(site.partition_id, [e for batch in batches for e in batch], result))
+        return result
+
+    monkeypatch.setattr(visits, "train", remember)
+    return made

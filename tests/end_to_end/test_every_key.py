@@ -1,0 +1,313 @@
+"""Every configuration key changes the adapter, or is refused, or is named as without effect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load
+
+from grandrounds.config import recipes
+from grandrounds.config.keys import FIELD_OF_KEY
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.validation import parse
+from grandrounds.errors import ConfigError
+from grandrounds.server.listeners.plain import without_effect
+from grandrounds.site import training
+from tests.end_to_end.sites import Visit
+from tests.runs import Settings, adapter_bytes, metrics_of, play, summary_of
+
+OTHER_VALUE: Settings = {
+    "seed": 7,
+    "model.dtype": "bfloat16",
+    "model.lora.peft-lora-r": 2,
+    "model.lora.peft-lora-alpha": 64,
+    "model.lora.target-modules": "o_proj",
+    "model.lora.dropout": 0.5,
+    "train.learning-rate-min": 0.001,
+    "train.seq-length": 150,
+    "train.optimizer": "adamw_8bit",
+    "train.batching": "length-grouped",  # who stands beside whom
+    "train.training-arguments.per-device-train-batch-size": 3,
+    "train.training-arguments.gradient-accumulation-steps": 2,
+    "train.training-arguments.max-steps": 3,
+    "train.training-arguments.max-grad-norm": 0.001,
+    "train.training-arguments.weight-decay": 0.5,
+    "strategy.proximal-mu": 100.0,
+    "strategy.fraction-train": 0.25,
+    "communication.uplink-codec": "int8",
+    "defence.update-norm-bound": 0.001,
+    "data.num-partitions": 5,
+    "data.partitioner": "size-skewed",
+    "data.held-out-fraction": 0.2,
+    "data.question-column": "instruction",
+    "data.answer-column": "ward",
+}
+"""Another value for each key that alone changes what a site trains."""
+
+ALSO_OTHER: dict[str, Settings] = {
+    "num-server-rounds": {"num-server-rounds": 2},
+    "train.training-arguments.num-train-epochs": {
+        "train.training-arguments.max-steps": -1,
+        "train.training-arguments.num-train-epochs": 1,
+    },
+    "train.training-arguments.warmup-steps": {
+        "train.training-arguments.warmup-steps": 2,
+        "train.training-arguments.lr-scheduler-type": "constant_with_warmup",
+    },
+    "strategy.name": {"strategy.name": "fedavg", "strategy.proximal-mu": 0.0},
+    "communication.block-size": {
+        "communication.uplink-codec": "int8",
+        "communication.block-size": 32,
+    },
+    "communication.kept-share": {
+        "communication.uplink-codec": "topk",
+        "communication.kept-share": 0.5,
+    },
+    "data.partition-by": {"data.partition-by": "ward", "data.partitioner": "natural"},
+    "data.dirichlet-alpha": {
+        "data.partition-by": "ward",
+        "data.partitioner": "dirichlet",
+        "data.dirichlet-alpha": 1.0,
+    },
+}
+"""Keys that need the company of others."""
+
+IN_TWO_ROUNDS: Settings = {
+    "train.dynamic-data-seed": False,  # the first visit of a site begins at the same examples
+    "train.learning-rate-max": 0.02,  # the last round has the minimum
+}
+"""Keys that show from the second round on."""
+
+TESTED_ELSEWHERE = {
+    "model.name": "another base is another run",
+    "static.dataset.name": "other data are another run",
+    "run-directory": "the server's",
+    "resume-from": "the server's",
+    "consortium": "tests/engines/deployment",
+    "model.quantization": "below, slow",
+    "model.gradient-checkpointing": "below: same adapter, by other means",
+    "train.response-only-logits": "below: same adapter, by other means",
+    "train.logits-chunk-tokens": "below: same adapter, by other means",
+    "train.training-arguments.torch-compile": "below: same adapter, by other means",
+    "train.save-every-round": "test_run_directory.py",
+    "train.num-threads": "below",
+    "train.report-to": "tests/server/listeners/test_trackers.py: the same adapter, told to others",
+    "train.training-arguments.lr-scheduler-type": "with warmup-steps",
+    "train.training-arguments.bf16": "for a GPU",
+    "train.training-arguments.tf32": "for a GPU",
+    "train.training-arguments.gradient-checkpointing": "must agree with the model's",
+    "strategy.cohorts": "tests/wire/test_schedule.py, and test_learning.py",
+    "strategy.weighting": "tests/server/test_rounds.py; these sites have as many examples each",
+    **dict.fromkeys(
+        (f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),
+        "test_rules_and_codecs.py and tests/server/aggregation",
+    ),
+    **dict.fromkeys(
+        (
+            "communication.downlink-codec",
+            "communication.downlink",
+            "communication.catch-up-codec",
+            "communication.entropy-coding",
+            "defence.min-cosine",
+        ),
+        "test_rules_and_codecs.py and tests/wire/test_downlink.py",
+    ),
+    "strategy.fraction-evaluate": "test_run_directory.py",
+    "strategy.min-reply-fraction": "test_failing_sites.py",
+    "strategy.round-timeout-seconds": "in process it never cuts a visit",
+    "strategy.min-sites": "tests/site/custody/test_custody.py and tests/server/test_rounds.py",
+    "strategy.connect-timeout-seconds": "tests/server/test_rounds.py",
+    "data.prompt-template": "tests/data/test_tokenization.py",
+}
+
+
+SHORT: Settings = {
+    "num-server-rounds": 1,
+    "strategy.fraction-train": 1.0,
+    "strategy.fraction-evaluate": 0.0,
+}
+"""One round of all sites, without evaluation."""
+
+
+def short_run(settings: Settings, changes: Settings) -> bytes:
+    """Return the adapter file of a short run, with changes to its configuration."""
+    return adapter_bytes(play({**settings, **SHORT, **changes}))
+
+
+@pytest.fixture(scope="module")
+def reference(
+    federation: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], bytes]:
+    """Return the adapter file of the unchanged run of so many rounds, which is played once."""
+
+    @cache
+    def played(rounds: int) -> bytes:
+        folder = tmp_path_factory.mktemp("reference") / "run"
+        changes = {"num-server-rounds": rounds, "run-directory": str(folder)}
+        return short_run(federation, changes)
+
+    return played
+
+
+def test_every_key_is_shown_to_have_an_effect_or_is_refused_or_named_as_idle() -> None:
+    only = {"logging-steps", "save-steps", "save-total-limit"}
+    idle = {f"train.training-arguments.{key}" for key in only}
+    refused = {
+        "train.training-arguments.output-dir",
+        "train.training-arguments.learning-rate",
+        "train.training-arguments.fp16",
+        "model.lora.peft-use-dora",
+    }
+    shown = [set(OTHER_VALUE), set(ALSO_OTHER), set(IN_TWO_ROUNDS), set(TESTED_ELSEWHERE)]
+    kinds = [*shown, idle, refused]
+    assert set().union(*kinds) == set(FIELD_OF_KEY)
+    assert sum(len(kind) for kind in kinds) == len(FIELD_OF_KEY)
+
+
+@pytest.mark.parametrize("key", [*OTHER_VALUE, *ALSO_OTHER, *IN_TWO_ROUNDS])
+def test_another_value_gives_another_adapter(
+    settings: Settings, key: str, reference: Callable[[int], bytes]
+) -> None:
+    rounds = 2 if key in IN_TWO_ROUNDS else 1
+    alone = {key: {**OTHER_VALUE, **IN_TWO_ROUNDS}.get(key)}
+    changes = {"num-server-rounds": rounds, **ALSO_OTHER.get(key, alone)}
+    assert short_run(settings, changes) != reference(rounds)
+
+
+@pytest.mark.parametrize("key", ["logging-steps", "save-steps", "save-total-limit"])
+def test_a_key_without_effect_is_named(settings: Settings, key: str) -> None:
+    name = f"train.training-arguments.{key}"
+    assert without_effect(recipes.resolve(settings)) == []
+    assert without_effect(recipes.resolve({**settings, name: 7})) == [name]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.training-arguments.output-dir", "/tmp/out"),
+        ("train.training-arguments.learning-rate", "1e-3"),
+        ("train.training-arguments.fp16", True),
+        ("model.lora.peft-use-dora", True),
+        ("train.training-arguments.warmup-steps", 1),  # with a constant rate
+        ("train.training-arguments.lr-scheduler-type", "cosine"),
+        ("train.optimizer", "sgd"),
+    ],
+)
+def test_a_key_that_cannot_be_honoured_is_refused(settings: Settings, key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        parse({**settings, key: value}, recipes.defaults())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.gradient-checkpointing": True},
+        {"train.response-only-logits": False},
+        {"train.logits-chunk-tokens": 3},
+        pytest.param({"train.training-arguments.torch-compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_means_give_nearly_the_same_adapter(
+    settings: Settings, change: Settings, reference: Callable[[int], bytes]
+) -> None:
+    plain, saving = load(reference(1)), load(short_run(settings, change))
+    for name, tensor in plain.items():
+        np.testing.assert_allclose(saving[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_num_threads_reaches_torch(settings: Settings) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        short_run(settings, {"train.num-threads": 1})
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantization_gives_another_adapter(
+    settings: Settings, bits: int, reference: Callable[[int], bytes]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = play({**settings, **SHORT, "model.quantization": bits})
+    assert adapter_bytes(run) != reference(1)
+    said = summary_of(run)["precision"]
+    assert {4: "4-bit NF4, double quantisation", 8: "8-bit (LLM.int8)"}[bits] in said
+
+
+def test_a_static_data_seed_begins_every_visit_at_the_same_examples(
+    settings: Settings, visited: list[Visit]
+) -> None:
+    run = play(settings, **{"train.dynamic-data-seed": False, "strategy.fraction-train": 1.0})
+    for partition in range(4):
+        first, *later = (
+            {e.input_ids for e in v.examples} for v in visited if v.partition == partition
+        )
+        assert len(first) == 8
+        assert later == [first, first]
+    assert {line["coverage"] for line in metrics_of(run)[1:]} == {32 / 108}
+
+
+@pytest.mark.parametrize(("epochs", "examples", "steps"), [(1, 27, 7), (0.5, 14, 4), (2, 54, 14)])
+def test_max_steps_of_minus_one_counts_epochs(
+    settings: Settings,
+    visited: list[Visit],
+    epochs: float,
+    examples: int,
+    steps: int,
+) -> None:
+    """27 examples a site in batches of 4."""
+    play(
+        settings,
+        **{
+            "num-server-rounds": 1,
+            "train.training-arguments.max-steps": -1,
+            "train.training-arguments.num-train-epochs": epochs,
+        },
+    )
+    assert [(len(v.examples), v.result.steps) for v in visited] == [(examples, steps)] * 2
+    different = [len({e.input_ids for e in v.examples}) for v in visited]
+    assert different == [min(27, examples)] * 2
+
+
+def test_gradient_accumulation_takes_more_examples_in_as_many_steps(
+    settings: Settings, visited: list[Visit]
+) -> None:
+    key = "train.training-arguments.gradient-accumulation-steps"
+    play(settings, **{"num-server-rounds": 1, key: 3})
+    assert [(len(v.examples), v.result.steps) for v in visited] == [(2 * 4 * 3, 2)] * 2
+
+
+def test_warm_up_lowers_the_rate_of_the_first_steps(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    set_rate = training.set_learning_rate
+
+    def remember(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        set_rate(optimizer, rate)
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+
+    monkeypatch.setattr(training, "set_learning_rate", remember)
+    play(
+        settings,
+        **{
+            "num-server-rounds": 1,
+            "strategy.fraction-train": 0.25,
+            "train.learning-rate-max": 0.004,
+            "train.learning-rate-min": 0.004,
+            "train.training-arguments.max-steps": 4,
+            "train.training-arguments.warmup-steps": 3,
+            "train.training-arguments.lr-scheduler-type": "constant_with_warmup",
+        },
+    )
+    assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004])

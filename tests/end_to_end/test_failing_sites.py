@@ -1,0 +1,219 @@
+"""Sites that fail are named and counted, and the run goes on while enough replies are good."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, Context, Message, MessageType
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from grandrounds import client_app
+from grandrounds.cli import app as command_line
+from grandrounds.errors import RoundError
+from tests.end_to_end.sites import Damage, fail_from, spoilt
+from tests.runs import GOOD_SITES, Settings, adapter_bytes, metrics_of, options, play, summary_of
+
+ONE_QUICK_ROUND: Settings = {
+    "num-server-rounds": 1,
+    "strategy.fraction-train": 1.0,
+    "train.training-arguments.max-steps": 1,
+}
+
+
+def crash(message: Message, reply: Message) -> Message:
+    raise RuntimeError("out of memory")
+
+
+def not_finite(message: Message, reply: Message) -> Message:
+    arrays = reply.content.array_records["arrays"]
+    name = next(iter(arrays))
+    values = arrays[name].numpy().copy()
+    values[0, 0] = np.nan
+    arrays[name] = Array(values)
+    return reply
+
+
+def wrong_shape(message: Message, reply: Message) -> Message:
+    arrays = reply.content.array_records["arrays"]
+    name = next(iter(arrays))
+    arrays[name] = Array(arrays[name].numpy().T.copy())
+    return reply
+
+
+def wrong_type(message: Message, reply: Message) -> Message:
+    arrays = reply.content.array_records["arrays"]
+    name = next(iter(arrays))
+    arrays[name] = Array(arrays[name].numpy().astype(np.float64))
+    return reply
+
+
+def no_tensors(message: Message, reply: Message) -> Message:
+    del reply.content["arrays"]
+    return reply
+
+
+def one_tensor_less(message: Message, reply: Message) -> Message:
+    arrays = reply.content.array_records["arrays"]
+    del arrays[next(iter(arrays))]
+    return reply
+
+
+def no_metrics(message: Message, reply: Message) -> Message:
+    del reply.content["metrics"]
+    return reply
+
+
+def metric(name: str, value: float | None) -> Damage:
+    """Return the damage that sets a metric, or leaves it out for None."""
+
+    def damage(message: Message, reply: Message) -> Message:
+        metrics = reply.content.metric_records["metrics"]
+        del metrics[name]
+        if value is not None:
+            metrics[name] = value
+        return reply
+
+    return damage
+
+
+TRAIN_DAMAGE: dict[str, tuple[Damage, str]] = {
+    "crash": (crash, "out of memory"),
+    "not-finite": (not_finite, "not finite"),
+    "wrong-shape": (wrong_shape, "expected float32 of shape"),
+    "wrong-type": (wrong_type, "expected float32 of shape"),
+    "no-tensors": (no_tensors, "no tensors"),
+    "one-tensor-less": (one_tensor_less, "missing"),
+    "no-metrics": (no_metrics, "no metrics"),
+    "zero-examples": (metric("num-examples", 0), "num-examples is 0"),
+    "half-an-example": (metric("num-examples", 0.5), "num-examples is 0.5"),
+    "loss-not-finite": (metric("train-loss", math.nan), "train-loss"),
+    **{
+        f"no-{name}": (metric(name, None), name)  # the reason names what is missing
+        for name in (
+            "num-examples",
+            "train-loss",
+            "proximal-penalty",
+            "examples",
+            "tokens",
+            "padding-tokens",
+            "seconds",
+            "cursor",
+            "coverage",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("damage", TRAIN_DAMAGE)
+def test_a_site_that_fails_is_named_and_counted_and_the_run_goes_on(
+    settings: Settings, damage: str
+) -> None:
+    act, words = TRAIN_DAMAGE[damage]
+    run = play(settings, spoilt(act, {1}), **ONE_QUICK_ROUND)
+    line = metrics_of(run)[1]
+    assert line["good"] == [0, 2, 3]
+    assert list(line["failed"]) == ["1"]
+    assert words in line["failed"]["1"]
+    summary = summary_of(run)
+    assert (summary["status"], summary["failed_replies"]) == ("completed", 1)
+    adapter = load_file(run / "peft_1" / "adapter_model.safetensors")
+    assert all(np.isfinite(tensor).all() for tensor in adapter.values())
+
+
+def test_a_failed_site_has_no_part_in_the_adapter(settings: Settings, tmp_path: Path) -> None:
+    """However its reply is unusable, the others' average is the same."""
+    changes = ONE_QUICK_ROUND
+    adapters = {
+        adapter_bytes(
+            play(
+                settings,
+                spoilt(TRAIN_DAMAGE[name][0], {1}),
+                **changes,
+                **{"run-directory": str(tmp_path / name)},
+            )
+        )
+        for name in ("crash", "not-finite", "no-metrics", "half-an-example")
+    }
+    whole = play(settings, **changes)
+    assert len(adapters) == 1
+    assert adapter_bytes(whole) not in adapters
+
+
+EVALUATE_DAMAGE: dict[str, tuple[Damage, str]] = {
+    "crash": (crash, "out of memory"),
+    "no-metrics": (no_metrics, "no metrics"),
+    "loss-not-finite": (metric("nll-sum", math.inf), "nll-sum"),
+    "no-loss": (metric("nll-sum", None), "nll-sum"),
+    "no-tokens": (metric("tokens", None), "tokens"),
+}
+
+
+@pytest.mark.parametrize("damage", EVALUATE_DAMAGE)
+def test_a_site_that_cannot_evaluate_is_named_and_the_others_are_believed(
+    settings: Settings, tmp_path: Path, damage: str
+) -> None:
+    act, words = EVALUATE_DAMAGE[damage]
+    changes = {**ONE_QUICK_ROUND, "strategy.fraction-evaluate": 1.0}
+    run = play(settings, spoilt(act, {2}, MessageType.EVALUATE), **changes)
+    for line in metrics_of(run):
+        assert line["evaluated"] == [0, 1, 3]
+        assert list(line["evaluate-failed"]) == ["2"]
+        assert words in line["evaluate-failed"]["2"]
+        assert math.isfinite(line["held-out-loss"])
+    assert summary_of(run)["failed_replies"] == 2
+    assert adapter_bytes(run) == adapter_bytes(
+        play(settings, **changes, **{"run-directory": str(tmp_path / "whole")})
+    )
+
+
+def test_too_few_good_replies_end_the_run_as_failed_and_finished_rounds_are_kept(
+    settings: Settings,
+) -> None:
+    sites = fail_from(2, {0, 1, 3})
+    changes = {"strategy.fraction-train": 1.0, "train.save-every-round": 1}
+    with pytest.raises(RoundError, match=r"Round 2: 1 of 4 .* at least 2 .*site 0: .*disk broke"):
+        play(settings, sites, **changes)
+    run = Path(settings["run-directory"])
+    summary = summary_of(run)
+    assert (summary["status"], summary["rounds"]) == ("failed", 1)
+    assert "disk broke" in summary["reason"]
+    assert summary["adapter"] == "peft_1"
+    assert [line["round"] for line in metrics_of(run)] == [0, 1]
+    assert [f.name for f in run.glob("peft_*")] == ["peft_1"]
+
+
+@pytest.mark.parametrize(("fraction", "ends"), [(0.5, "completed"), (0.51, "failed")])
+def test_the_minimum_of_good_replies_is_the_configured_share_rounded_up(
+    settings: Settings, fraction: float, ends: str
+) -> None:
+    changes = {**ONE_QUICK_ROUND, "num-server-rounds": 2, "strategy.min-reply-fraction": fraction}
+    sites = fail_from(2, {0, 3})
+    with pytest.raises(RoundError) if ends == "failed" else nullcontext():
+        play(settings, sites, **changes)
+    assert summary_of(Path(settings["run-directory"]))["status"] == ends
+
+
+def test_a_failed_run_leaves_the_command_with_exit_code_1(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_app, "app", fail_from(2, {0, 1, 2, 3}))
+    result = CliRunner().invoke(command_line, ["run", *options(settings)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("grandrounds: Round 2: 0 of 2 sites replied well")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_crash_at_roll_call_ends_the_run_and_leaves_no_directory(settings: Settings) -> None:
+    def sites(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 3:
+            raise RuntimeError("no power")
+        return GOOD_SITES(message, context)
+
+    with pytest.raises(Exception, match="no power"):
+        play(settings, sites)
+    assert not Path(settings["run-directory"]).exists()
