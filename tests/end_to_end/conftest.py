@@ -18,7 +18,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[Visit]:
 
     def remember(visit: Any, resident: Any, batches: Any) -> Any:
         result = train(visit, resident, batches)
-        made.append(Visit(site.partition_id, [e for batch in batches for e in batch], result))
+        made.append(Visit(visit.site.partition_id, [e for batch in batches for e in batch], result))
         return result
 
     monkeypatch.setattr(visits, "train", remember)
