@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from flwr.app import Message
 
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import DataError, EngineError, ReplyError
@@ -120,7 +121,9 @@ def test_a_site_that_crashes_at_roll_call_is_told() -> None:
 
 
 def test_a_site_that_says_nothing_of_itself_is_an_error_of_ours() -> None:
-    sites = Sites({("query", 1): lambda m, _: messages.reply(m, config={"hello": 1})})
+    sites = Sites(
+        {("query", 1): lambda m, _: Message(messages.content(config={"hello": 1}), reply_to=m)}
+    )
     with pytest.raises((ReplyError, EngineError)):
         called(grid_of(sites, 2), [1, 2])
 

@@ -283,7 +283,7 @@ def test_the_visit_in_progress_is_answered_and_the_one_that_waits_is_not_begun(
     def slow(message: Message, context: Context) -> Message:
         begun.append(message.metadata.message_type)
         go_on.wait(20)
-        return messages.reply(message, config={"partition-id": 0})
+        return Message(messages.content(config={"partition-id": 0}), reply_to=message)
 
     replies: list[Message] = []
     agent = agents.Agent(site, lambda line: None, visits={"query": slow})
