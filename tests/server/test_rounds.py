@@ -247,7 +247,7 @@ def test_a_site_that_is_not_connected_counts_as_failed() -> None:
     _, tally, _ = play(Sites(), [0, 1, 5], listener=listener_to(heard))
     assert tally.failed == {5: "not connected"}
     assert (5, "not connected") in heard
-    with pytest.raises(RoundError, match="2 of 3 sites replied well, at least 3"):
+    with pytest.raises(RoundError, match="2 of 3 sites replied well, but at least 3"):
         play(Sites(), [0, 1, 5], **{"strategy.min-reply-fraction": 1.0})
 
 

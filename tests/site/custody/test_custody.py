@@ -320,7 +320,7 @@ def test_a_run_takes_no_other_node_for_an_admitted_site(settings: Settings, tmp_
     admission = admissions.admit(folder, asks / "request.json", 0, 4)
     settings = {**settings, "consortium": str(folder)}
     admissions.note_node(admission, 77)
-    with pytest.raises(EngineError, match="is site 0, which node 77 was admitted as"):
+    with pytest.raises(EngineError, match="be site 0, which was admitted as node 77"):
         run_of(settings)
     admissions.note_node(admission, 1)
     assert (run_of(settings) / "summary.json").is_file()
