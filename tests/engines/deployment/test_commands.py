@@ -115,7 +115,7 @@ def test_the_agent_tells_what_it_has_not_before_it_serves(tmp_path: Path) -> Non
     assert "none.jsonl" in complaint(run(*serve), 1)
     write_partition(tmp_path / "site" / "cards.jsonl", FORMULARY, 0)
     make_site(tmp_path / "site", {"formulary": "", "other": "nowhere"})
-    assert "nowhere holds no base model" in complaint(run(*serve), 1)
+    assert "nowhere is not a base model" in complaint(run(*serve), 1)
     make_site(tmp_path / "site", {"formulary": ""})
     with site.path.open("a") as file:
         file.write(f'sha256 = "{"0" * 64}"\n')
