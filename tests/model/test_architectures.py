@@ -197,7 +197,7 @@ def test_an_unknown_name_is_told_what_to_give() -> None:
     [
         ('{"model_type": "mamba"}', "model_type = 'mamba' is none whose shapes are known: llama,"),
         ('{"model_type": "llama"}', "hidden_size = None must be a whole number of at least 1"),
-        ("[]", "does not contain a JSON object"),
+        ("[]", "holds no JSON object"),
         ("{", "is not valid JSON"),
     ],
 )

@@ -95,9 +95,9 @@ def test_the_way_from_nothing_to_an_admitted_site(tmp_path: Path, flower_home: P
             ("consortium", "admit", "none.json", "--partition-id", 0, "--num-partitions", 1),
             "none.json cannot be read",
         ),
-        (("site", "serve", "--config", "none.toml"), "Make one with grandrounds site init"),
-        (("site", "check", "--config", "none.toml"), "Make one with grandrounds site init"),
-        (("site", "supernode", "--config", "none.toml"), "Make one with grandrounds site init"),
+        (("site", "serve", "--config", "none.toml"), "Create one with grandrounds site init"),
+        (("site", "check", "--config", "none.toml"), "Create one with grandrounds site init"),
+        (("site", "supernode", "--config", "none.toml"), "Create one with grandrounds site init"),
     ],
 )
 def test_bad_input_gets_one_line(

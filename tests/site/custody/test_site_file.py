@@ -73,7 +73,7 @@ def test_bases_are_tables_of_path_and_hash(tmp_path: Path) -> None:
     good = site.path.read_text()
     for line, reason in (
         ('sha256 = "123"', "not a SHA-256: 64 hex digits"),
-        ('sha256 = "' + "g" * 64 + '"', "no SHA-256"),
+        ('sha256 = "' + "g" * 64 + '"', "not a SHA-256"),
         ('size = "8B"', "must be a table of path and sha256"),
     ):
         site.path.write_text(f"{good}{line}\n")
