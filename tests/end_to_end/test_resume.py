@@ -327,7 +327,7 @@ def test_a_run_that_has_not_ended_is_not_resumed_beside_it(stopped: Settings) ->
     """The first process may live on where only its SuperLink or its terminal died."""
     first = RunDirectory(Path(stopped["run-directory"]))
     first.hold()
-    with pytest.raises(RunDirectoryError, match="written by a run that has not ended"):
+    with pytest.raises(RunDirectoryError, match="in use by a run that has not ended"):
         resume(stopped)
     first.release()
     resume(stopped)
