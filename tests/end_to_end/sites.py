@@ -12,7 +12,7 @@ from grandrounds.wire import messages
 from tests.runs import GOOD_SITES, Sites
 
 
-class Visit(NamedTuple):
+class RecordedVisit(NamedTuple):
     """A training visit, as the fixture `visited` records it."""
 
     partition: int

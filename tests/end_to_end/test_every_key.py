@@ -19,7 +19,7 @@ from grandrounds.config.validation import parse
 from grandrounds.errors import ConfigError
 from grandrounds.server.listeners.plain import without_effect
 from grandrounds.site import training
-from tests.end_to_end.sites import Visit
+from tests.end_to_end.sites import RecordedVisit
 from tests.runs import Settings, adapter_bytes, metrics_of, play, summary_of
 
 OTHER_VALUE: Settings = {
@@ -245,7 +245,7 @@ def test_quantization_gives_another_adapter(
 
 
 def test_a_static_data_seed_begins_every_visit_at_the_same_examples(
-    settings: Settings, visited: list[Visit]
+    settings: Settings, visited: list[RecordedVisit]
 ) -> None:
     run = play(settings, **{"train.dynamic-data-seed": False, "strategy.fraction-train": 1.0})
     for partition in range(4):
@@ -260,7 +260,7 @@ def test_a_static_data_seed_begins_every_visit_at_the_same_examples(
 @pytest.mark.parametrize(("epochs", "examples", "steps"), [(1, 27, 7), (0.5, 14, 4), (2, 54, 14)])
 def test_max_steps_of_minus_one_counts_epochs(
     settings: Settings,
-    visited: list[Visit],
+    visited: list[RecordedVisit],
     epochs: float,
     examples: int,
     steps: int,
@@ -280,7 +280,7 @@ def test_max_steps_of_minus_one_counts_epochs(
 
 
 def test_gradient_accumulation_takes_more_examples_in_as_many_steps(
-    settings: Settings, visited: list[Visit]
+    settings: Settings, visited: list[RecordedVisit]
 ) -> None:
     key = "train.training-arguments.gradient-accumulation-steps"
     play(settings, **{"num-server-rounds": 1, key: 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from grandrounds import client_app
 from grandrounds.cli import app as command_line
+from grandrounds.config import recipes
 from grandrounds.errors import RoundError
 from tests.end_to_end.sites import Damage, fail_from, spoilt
 from tests.runs import GOOD_SITES, Settings, adapter_bytes, metrics_of, options, play, summary_of
@@ -109,19 +111,57 @@ TRAIN_DAMAGE: dict[str, tuple[Damage, str]] = {
 }
 
 
+GOOD = 4
+"""Sites that do not fail, beside one for each kind of damage."""
+
+
+def play_with_damage(
+    federation: Settings, damages: Collection[Damage], kind: str, folder: Path
+) -> Path:
+    """Play a round of four good sites and one site for each damage; return the run directory."""
+    changes: Settings = {
+        **ONE_QUICK_ROUND,
+        "run-directory": str(folder / "run"),
+        "data.num-partitions": GOOD + len(damages),
+        "strategy.fraction-evaluate": 1.0,
+        "strategy.min-reply-fraction": 0.1,
+    }
+    damage_of = dict(enumerate(damages, GOOD))
+
+    def damaged(message: Message, context: Context) -> Message:
+        site = int(context.node_config["partition-id"])
+        if message.metadata.message_type != kind or site < GOOD:
+            return GOOD_SITES(message, context)
+        return damage_of[site](message, GOOD_SITES(message, context))
+
+    return play(federation, damaged, **changes)
+
+
+@pytest.fixture(scope="module")
+def badly_trained(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose training replies are damaged, each in another way."""
+    damages = [damage for damage, _ in TRAIN_DAMAGE.values()]
+    folder = tmp_path_factory.mktemp("badly-trained")
+    return play_with_damage(federation, damages, MessageType.TRAIN, folder)
+
+
 @pytest.mark.parametrize("damage", TRAIN_DAMAGE)
-def test_a_site_that_fails_is_named_and_counted_and_the_run_goes_on(
-    settings: Settings, damage: str
+def test_a_site_that_fails_is_named_and_the_reason_is_told(
+    badly_trained: Path, damage: str
 ) -> None:
-    act, words = TRAIN_DAMAGE[damage]
-    run = play(settings, spoilt(act, {1}), **ONE_QUICK_ROUND)
-    line = metrics_of(run)[1]
-    assert line["good"] == [0, 2, 3]
-    assert list(line["failed"]) == ["1"]
-    assert words in line["failed"]["1"]
-    summary = summary_of(run)
-    assert (summary["status"], summary["failed_replies"]) == ("completed", 1)
-    adapter = load_file(run / "peft_1" / "adapter_model.safetensors")
+    site = GOOD + list(TRAIN_DAMAGE).index(damage)
+    line = metrics_of(badly_trained)[1]
+    assert site in line["cohort"]
+    assert site not in line["good"]
+    assert TRAIN_DAMAGE[damage][1] in line["failed"][str(site)]
+
+
+def test_sites_that_fail_are_counted_and_the_run_goes_on(badly_trained: Path) -> None:
+    line, summary = metrics_of(badly_trained)[1], summary_of(badly_trained)
+    assert line["good"] == list(range(GOOD))
+    assert len(line["failed"]) == len(TRAIN_DAMAGE)
+    assert (summary["status"], summary["failed_replies"]) == ("completed", len(TRAIN_DAMAGE))
+    adapter = load_file(badly_trained / "peft_1" / "adapter_model.safetensors")
     assert all(np.isfinite(tensor).all() for tensor in adapter.values())
 
 
@@ -153,22 +193,34 @@ EVALUATE_DAMAGE: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def badly_evaluated(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose evaluation replies are damaged, each in another way."""
+    damages = [damage for damage, _ in EVALUATE_DAMAGE.values()]
+    folder = tmp_path_factory.mktemp("badly-evaluated")
+    return play_with_damage(federation, damages, MessageType.EVALUATE, folder)
+
+
 @pytest.mark.parametrize("damage", EVALUATE_DAMAGE)
-def test_a_site_that_cannot_evaluate_is_named_and_the_others_are_believed(
-    settings: Settings, tmp_path: Path, damage: str
+def test_a_site_that_cannot_evaluate_is_named_and_the_reason_is_told(
+    badly_evaluated: Path, damage: str
 ) -> None:
-    act, words = EVALUATE_DAMAGE[damage]
-    changes = {**ONE_QUICK_ROUND, "strategy.fraction-evaluate": 1.0}
-    run = play(settings, spoilt(act, {2}, MessageType.EVALUATE), **changes)
-    for line in metrics_of(run):
-        assert line["evaluated"] == [0, 1, 3]
-        assert list(line["evaluate-failed"]) == ["2"]
-        assert words in line["evaluate-failed"]["2"]
+    site = GOOD + list(EVALUATE_DAMAGE).index(damage)
+    for line in metrics_of(badly_evaluated):
+        assert EVALUATE_DAMAGE[damage][1] in line["evaluate-failed"][str(site)]
+
+
+def test_sites_that_cannot_evaluate_are_counted_and_the_others_are_believed(
+    badly_evaluated: Path, settings: Settings
+) -> None:
+    for line in metrics_of(badly_evaluated):
+        assert line["evaluated"] == list(range(GOOD))
+        assert len(line["evaluate-failed"]) == len(EVALUATE_DAMAGE)
         assert math.isfinite(line["held-out-loss"])
-    assert summary_of(run)["failed_replies"] == 2
-    assert adapter_bytes(run) == adapter_bytes(
-        play(settings, **changes, **{"run-directory": str(tmp_path / "whole")})
-    )
+    assert summary_of(badly_evaluated)["failed_replies"] == 2 * len(EVALUATE_DAMAGE)
+    config = recipes.load_recipe(badly_evaluated / "config.toml")
+    undamaged = play({**config, "run-directory": settings["run-directory"]})
+    assert adapter_bytes(badly_evaluated) == adapter_bytes(undamaged)
 
 
 def test_too_few_good_replies_end_the_run_as_failed_and_finished_rounds_are_kept(

@@ -11,7 +11,7 @@ import transformers
 from grandrounds.model import resident as model
 from grandrounds.model.base import base_loads
 from grandrounds.wire import schedule as sampling
-from tests.end_to_end.sites import Visit, answer_without_a_model
+from tests.end_to_end.sites import RecordedVisit, answer_without_a_model
 from tests.places import SHARED
 from tests.runs import Settings, adapter_bytes, metrics_of, play, summary_of
 
@@ -34,7 +34,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_site_sees_every_example_once_before_it_repeats_one(
-    settings: Settings, visited: list[Visit]
+    settings: Settings, visited: list[RecordedVisit]
 ) -> None:
     run = play(settings, **{"num-server-rounds": 5, "strategy.fraction-train": 1.0})
     for partition in range(4):
