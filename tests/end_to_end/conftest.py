@@ -1,4 +1,4 @@
-"""Fixtures of the tests that play whole runs."""
+"""Fixtures for tests that play whole runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.end_to_end.sites import RecordedVisit
 
 @pytest.fixture
 def visited(monkeypatch: pytest.MonkeyPatch) -> list[RecordedVisit]:
-    """Return the training visits made from here on."""
+    """Record the training visits made from here on."""
     made: list[RecordedVisit] = []
     train = visits.train
 

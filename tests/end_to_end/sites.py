@@ -1,4 +1,4 @@
-"""Sites that damage, withhold or make up their replies, and visits as the tests record them."""
+"""Misbehaving sites, and the record of a visit."""
 
 from __future__ import annotations
 

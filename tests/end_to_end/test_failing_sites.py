@@ -1,4 +1,4 @@
-"""Sites that fail are named and counted, and the run goes on while enough replies are good."""
+"""Failing sites are reported and counted; the run continues while enough updates are good."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def no_metrics(message: Message, reply: Message) -> Message:
 
 
 def metric(name: str, value: float | None) -> Damage:
-    """Return the damage that sets a metric, or leaves it out for None."""
+    """Return a function that overwrites a metric of a reply; None removes it."""
 
     def damage(message: Message, reply: Message) -> Message:
         metrics = reply.content.metric_records["metrics"]
@@ -95,7 +95,7 @@ TRAIN_DAMAGE: dict[str, tuple[Damage, str]] = {
     "half-an-example": (metric("num-examples", 0.5), "num-examples is 0.5"),
     "loss-not-finite": (metric("train-loss", math.nan), "train-loss"),
     **{
-        f"no-{name}": (metric(name, None), name)  # the reason names what is missing
+        f"no-{name}": (metric(name, None), name)  # the reported reason names the missing metric
         for name in (
             "num-examples",
             "train-loss",
@@ -112,13 +112,13 @@ TRAIN_DAMAGE: dict[str, tuple[Damage, str]] = {
 
 
 GOOD = 4
-"""Sites that do not fail, beside one for each kind of damage."""
+"""Number of healthy sites; one more site fails in each of the ways under test."""
 
 
 def play_with_damage(
     federation: Settings, damages: Collection[Damage], kind: str, folder: Path
 ) -> Path:
-    """Play a round of four good sites and one site for each damage; return the run directory."""
+    """Play one round with healthy sites and one failing site for each damage."""
     changes: Settings = {
         **ONE_QUICK_ROUND,
         "run-directory": str(folder / "run"),
@@ -139,14 +139,14 @@ def play_with_damage(
 
 @pytest.fixture(scope="module")
 def badly_trained(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose training replies are damaged, each in another way."""
+    """A run with one failing site for each kind of unusable training reply."""
     damages = [damage for damage, _ in TRAIN_DAMAGE.values()]
     folder = tmp_path_factory.mktemp("badly-trained")
     return play_with_damage(federation, damages, MessageType.TRAIN, folder)
 
 
 @pytest.mark.parametrize("damage", TRAIN_DAMAGE)
-def test_a_site_that_fails_is_named_and_the_reason_is_told(
+def test_an_unusable_training_reply_is_reported_with_its_reason(
     badly_trained: Path, damage: str
 ) -> None:
     site = GOOD + list(TRAIN_DAMAGE).index(damage)
@@ -156,7 +156,7 @@ def test_a_site_that_fails_is_named_and_the_reason_is_told(
     assert TRAIN_DAMAGE[damage][1] in line["failed"][str(site)]
 
 
-def test_sites_that_fail_are_counted_and_the_run_goes_on(badly_trained: Path) -> None:
+def test_failed_replies_are_counted_and_the_run_completes(badly_trained: Path) -> None:
     line, summary = metrics_of(badly_trained)[1], summary_of(badly_trained)
     assert line["good"] == list(range(GOOD))
     assert len(line["failed"]) == len(TRAIN_DAMAGE)
@@ -165,8 +165,10 @@ def test_sites_that_fail_are_counted_and_the_run_goes_on(badly_trained: Path) ->
     assert all(np.isfinite(tensor).all() for tensor in adapter.values())
 
 
-def test_a_failed_site_has_no_part_in_the_adapter(settings: Settings, tmp_path: Path) -> None:
-    """However its reply is unusable, the others' average is the same."""
+def test_a_failed_site_does_not_contribute_to_the_adapter(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Whatever makes a reply unusable, the average of the others is the same."""
     changes = ONE_QUICK_ROUND
     adapters = {
         adapter_bytes(
@@ -195,14 +197,14 @@ EVALUATE_DAMAGE: dict[str, tuple[Damage, str]] = {
 
 @pytest.fixture(scope="module")
 def badly_evaluated(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose evaluation replies are damaged, each in another way."""
+    """A run with one failing site for each kind of unusable evaluation reply."""
     damages = [damage for damage, _ in EVALUATE_DAMAGE.values()]
     folder = tmp_path_factory.mktemp("badly-evaluated")
     return play_with_damage(federation, damages, MessageType.EVALUATE, folder)
 
 
 @pytest.mark.parametrize("damage", EVALUATE_DAMAGE)
-def test_a_site_that_cannot_evaluate_is_named_and_the_reason_is_told(
+def test_an_unusable_evaluation_reply_is_reported_with_its_reason(
     badly_evaluated: Path, damage: str
 ) -> None:
     site = GOOD + list(EVALUATE_DAMAGE).index(damage)
@@ -210,7 +212,7 @@ def test_a_site_that_cannot_evaluate_is_named_and_the_reason_is_told(
         assert EVALUATE_DAMAGE[damage][1] in line["evaluate-failed"][str(site)]
 
 
-def test_sites_that_cannot_evaluate_are_counted_and_the_others_are_believed(
+def test_the_held_out_loss_is_that_of_the_sites_that_could_evaluate(
     badly_evaluated: Path, settings: Settings
 ) -> None:
     for line in metrics_of(badly_evaluated):
@@ -223,7 +225,7 @@ def test_sites_that_cannot_evaluate_are_counted_and_the_others_are_believed(
     assert adapter_bytes(badly_evaluated) == adapter_bytes(undamaged)
 
 
-def test_too_few_good_replies_end_the_run_as_failed_and_finished_rounds_are_kept(
+def test_too_few_good_replies_fail_the_run_and_keep_finished_rounds(
     settings: Settings,
 ) -> None:
     sites = fail_from(2, {0, 1, 3})
@@ -240,7 +242,7 @@ def test_too_few_good_replies_end_the_run_as_failed_and_finished_rounds_are_kept
 
 
 @pytest.mark.parametrize(("fraction", "ends"), [(0.5, "completed"), (0.51, "failed")])
-def test_the_minimum_of_good_replies_is_the_configured_share_rounded_up(
+def test_the_required_number_of_good_replies_is_rounded_up(
     settings: Settings, fraction: float, ends: str
 ) -> None:
     changes = {**ONE_QUICK_ROUND, "num-server-rounds": 2, "strategy.min-reply-fraction": fraction}
@@ -250,7 +252,7 @@ def test_the_minimum_of_good_replies_is_the_configured_share_rounded_up(
     assert summary_of(Path(settings["run-directory"]))["status"] == ends
 
 
-def test_a_failed_run_leaves_the_command_with_exit_code_1(
+def test_a_failed_run_exits_with_code_1(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_app, "app", fail_from(2, {0, 1, 2, 3}))
