@@ -1,12 +1,12 @@
-"""A tiny real base model and tiny data, so that nothing is mocked and nothing is downloaded."""
+"""A tiny real base model and tiny data: nothing is mocked, nothing is downloaded."""
 
 from __future__ import annotations
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Linear algebra on one thread, in the processes that tests start as well: there is a test process
-# for each core, and threads that wait for one another spin.
+# One thread for linear algebra, in subprocesses too: pytest-xdist already uses every core, and
+# idle OpenMP and OpenBLAS threads spin.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
@@ -20,7 +20,7 @@ WORDS = ["fever", "cough", "rash", "pain", "chill", "ache", "cramp", "itch", "sn
 
 
 def make_base(folder: Path, *, layers: int = 2, hidden: int = 32, vocabulary: int = 384) -> Path:
-    """Save a random Llama with a byte-level tokenizer; key and value layers are not square."""
+    """Save a random Llama with grouped-query attention and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -57,7 +57,7 @@ def make_base(folder: Path, *, layers: int = 2, hidden: int = 32, vocabulary: in
 
 
 def write_flashcards(path: Path, count: int) -> Path:
-    """Write `count` different flashcards as JSON lines, in the schema of the real ones."""
+    """Write `count` distinct flashcards as JSON lines, in the schema of Medical Meadow."""
     with path.open("w") as file:
         for i in range(count):
             word, other = WORDS[i % len(WORDS)], WORDS[(i // len(WORDS)) % len(WORDS)]
@@ -85,7 +85,7 @@ def flashcards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def federation(tiny_base: Path, flashcards: Path) -> dict[str, Any]:
-    """A small federation: 4 sites, 2 a round, 3 rounds of 2 steps."""
+    """Settings of a small federation: 4 sites, 2 per round, 3 rounds of 2 steps."""
     return {
         "model.name": str(tiny_base),
         "static.dataset.name": str(flashcards),
@@ -106,13 +106,13 @@ def federation(tiny_base: Path, flashcards: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def settings(federation: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The small federation with a run directory of the test's own."""
+    """The small federation's settings with the test's own run directory."""
     return {**federation, "run-directory": str(tmp_path / "run")}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
-    """Keep the tests to one core, and their sums in one order."""
+    """Use one thread, so that sums have one order and test processes do not compete."""
     import torch
 
     torch.set_num_threads(1)
@@ -120,7 +120,7 @@ def one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def base() -> tuple[Any, Any]:
-    """Model and tokenizer of the embedded base."""
+    """The embedded base: model and tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from grandrounds.data.formulary import base_path
@@ -133,7 +133,7 @@ def base() -> tuple[Any, Any]:
 
 @pytest.fixture(autouse=True)
 def a_task() -> None:
-    """Let messages be made: Flower's runtimes set these before an app starts."""
+    """Set what Flower's runtimes set before an app starts; `Message()` reads it."""
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0

@@ -1,4 +1,4 @@
-"""Sites of their own for tests: a folder with site.toml, data and base."""
+"""Sites with their own site.toml, data and base."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_site(
 
 
 def write_partition(file: Path, settings: Settings, partition_id: int) -> None:
-    """Write the rows that a run gives to one of its sites, in their order."""
+    """Write the rows that a run assigns to one of its sites, in the same order."""
     config = recipes.resolve(settings)
     data = config.data
     rows = load_rows(
@@ -55,7 +55,7 @@ def write_partition(file: Path, settings: Settings, partition_id: int) -> None:
 
 
 def sites_of(settings: Settings, folder: Path, **changes: Any) -> list[SiteFile]:
-    """Make a site of each partition of a run: the same rows, held out by the same seed."""
+    """Make a site of each partition of a run, with the same rows and held-out split."""
     config = recipes.resolve(settings)
     count = config.data.num_partitions
     name = config.model.name

@@ -1,4 +1,4 @@
-"""Where the checkout and the shared data lie."""
+"""Paths of the checkout and of the shared data."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
 
 SHARED = ROOT.parent / "shared" / "data"
-"""Real data and recorded outputs beside the checkout; tests that need them skip without."""
+"""Real data and recorded outputs beside the checkout; tests that need them are skipped without."""

@@ -1,4 +1,4 @@
-"""A consortium of real processes: SuperLink, agents, SuperNodes; all of it ended afterwards."""
+"""A consortium of real processes: SuperLink, agents and SuperNodes, all ended afterwards."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ FORMULARY: Settings = {
     "train.save-every-round": 100,
     "seed": 42,
 }
-"""The embedded world on three sites."""
+"""The embedded base and formulary on three sites."""
 
 
 def free_port(count: int = 1) -> int:
-    """Return a port that is free, with as many after it."""
+    """Return the first of `count` consecutive free ports."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -59,14 +59,14 @@ def free_port(count: int = 1) -> int:
 
 
 def is_open(host: str, port: int) -> bool:
-    """Whether somebody listens there."""
+    """Return whether something listens on a port."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((host, port)) == 0
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60, why: str = "") -> Any:
-    """Return what a question answers, once it is true."""
+    """Poll a function until its result is true; return the result."""
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, why or "nothing came"
@@ -75,7 +75,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 60, why: str = "") -> Any
 
 
 class Consortium:
-    """The processes of a consortium in one folder; `with` ends them all."""
+    """The processes of a consortium in one folder; the context manager ends them all."""
 
     def __init__(
         self,
@@ -87,16 +87,16 @@ class Consortium:
         gate: bool = False,
         **site_changes: Any,
     ) -> None:
-        """Set a consortium up; nothing is started yet.
+        """Set up a consortium without starting anything.
 
         Parameters
         ----------
         host : str
             Where the SuperLink listens.
         outside
-            For each site the words before the command of its SuperNode (a network namespace).
+            For each site, a prefix of its SuperNode's command (a network namespace).
         gate : bool
-            Whether sites come through nginx, which `start_gate` starts.
+            Whether sites connect through nginx, which `start_gate` starts.
         site_changes
             `section__key` of each site.toml.
         """
@@ -147,7 +147,7 @@ class Consortium:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What every process of it has."""
+        """Environment of every process of the consortium."""
         here = str(ROOT)
         return quiet() | {
             MARKER: self.marker,
@@ -167,7 +167,7 @@ class Consortium:
     ) -> None:
         """End every process."""
         end_processes(self.marker)
-        for name in [*self.running]:  # nginx writes over its environment, and so over the mark
+        for name in [*self.running]:  # nginx overwrites its environment, and with it the marker
             self.kill(name)
 
     # --- Processes --------------------------------------------------------------------------------
@@ -189,12 +189,12 @@ class Consortium:
         return process
 
     def log(self, name: str) -> str:
-        """Return what a process has said."""
+        """Return the log of a process."""
         file = self.folder / f"{name}.log"
         return file.read_text(errors="replace") if file.exists() else ""
 
     def start_superlink(self) -> None:
-        """Start the SuperLink as its unit does, and wait until it answers."""
+        """Start the SuperLink as its systemd unit does, and wait until it answers."""
         command = [
             word.replace("127.0.0.1", self.host) if word == "127.0.0.1" else word
             for word in set_up.superlink_command(self.home, self.port)
@@ -203,7 +203,7 @@ class Consortium:
         wait_for(lambda: is_open(self.host, self.port + 1), 60, "the SuperLink does not listen")
 
     def start_gate(self) -> None:
-        """Start nginx with the gate as `consortium init` wrote it."""
+        """Start nginx with the gate configuration written by `consortium init`."""
         conf = self.folder / "nginx.conf"
         conf.write_text(
             f"daemon off; pid {self.folder}/nginx.pid; error_log stderr; events {{}}\n"
@@ -213,14 +213,14 @@ class Consortium:
         wait_for(lambda: is_open(self.host, self.port), 20, self.log("gate"))
 
     def register(self, i: int) -> None:
-        """Let the SuperLink know a site's key."""
+        """Register a site's key with the SuperLink."""
         public = self.home / "admissions" / f"site-{i}.pub"
         done = self.flwr("supernode", "register", str(public), "trial", "--name", f"site-{i}")
         assert done.get("success"), done
         admissions.note_node(public, int(done["node-id"]))
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """Return the JSON answer of a command of Flower."""
+        """Return the JSON output of a `flwr` command."""
         done = subprocess.run(
             [str(BIN / "flwr"), *arguments, "--format", "json"],
             env=self.environment,
@@ -250,13 +250,13 @@ class Consortium:
         return [*(self.outside[i] if self.outside else ()), *command]
 
     def start_supernode(self, i: int, *, agent: bool = True, **options: Any) -> None:
-        """Start a site's SuperNode; it connects by itself."""
+        """Start a site's SuperNode, which connects by itself."""
         self.start(f"node{i}", self.supernode_command(i, agent=agent), **options)
 
     def restart_supernode(self, i: int) -> None:
-        """Start a SuperNode that was killed again and again, as its unit does, until it stays.
+        """Restart a killed SuperNode until it stays up, as its systemd unit does.
 
-        Flower takes it back only once it has missed it.
+        Flower accepts it only after noticing that the previous one is gone.
         """
         name = f"node{i}"
 
@@ -276,7 +276,7 @@ class Consortium:
         wait_for(stays, 120, self.log(name))
 
     def kill(self, name: str) -> None:
-        """End a process and all that it started, at once."""
+        """Kill a process and its children."""
         process = self.running.pop(name)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -301,7 +301,7 @@ class Consortium:
         return self._run(["--run-dir", str(run), *options(settings)], run.name)
 
     def resume_run(self, run: Path) -> subprocess.Popen[bytes]:
-        """Start the resumption of a run."""
+        """Start `grandrounds run --resume`."""
         return self._run(["--resume", str(run)], f"{run.name}-resumed")
 
     def _run(self, words: list[str], name: str) -> subprocess.Popen[bytes]:
@@ -309,7 +309,7 @@ class Consortium:
         return self.start(name, [*command, "--connection", "trial", "--plain", *words])
 
     def finished(self, process: subprocess.Popen[bytes], seconds: float = 240) -> int:
-        """Return the exit code of a run."""
+        """Wait for a run to end; return its exit code."""
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired as error:
@@ -318,16 +318,16 @@ class Consortium:
 
 
 def in_process(settings: Settings, run: Path) -> None:
-    """Play the same run in this process, its adapters in one array as on the deployment engine."""
+    """Play the same run in this process, with adapters in one array as in a deployment."""
     play(dict(in_one_array(recipes.resolve({**settings, "run-directory": str(run)})).flat()))
 
 
 def rounds_done(run: Path) -> int:
-    """Return the last finished round of a run; -1 before it has begun."""
+    """Return the last finished round of a run, or -1 before the base was evaluated."""
     lines = metrics_of(run) if (run / "metrics.jsonl").exists() else []
     return int(lines[-1]["round"]) if lines else -1
 
 
 def has(*programs: str) -> bool:
-    """Whether programs are there."""
+    """Return whether programs are installed."""
     return all(shutil.which(program) for program in programs)

@@ -25,7 +25,7 @@ GOOD_SITES: Sites = client_app.app
 
 
 def interrupted_at(event: str, count: int = 1) -> Telling:
-    """Return a listener that presses Ctrl-C at the `count`-th event of this name."""
+    """Return a listener that raises KeyboardInterrupt at the `count`-th event of a name."""
     seen = 0
 
     def listen(name: str, data: Mapping[str, Any]) -> None:
@@ -80,18 +80,18 @@ def play(
 
 
 def options(settings: Settings) -> list[str]:
-    """Return settings as `--set` options of the command line."""
+    """Return settings as command-line options, `--set key=value`."""
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
 # --- Runs of before -------------------------------------------------------------------------------
 
 RUNS = ROOT / "tests" / "fixtures" / "runs"
-"""Run directories written by an earlier version: of the embedded base, on four sites, 4 rounds."""
+"""Run directories written by an earlier version: the embedded base, four sites, four rounds."""
 
 
 def copy_of(name: str, folder: Path) -> Path:
-    """Copy a run directory of the fixtures into a folder."""
+    """Copy a run directory of the fixtures; return the copy."""
     return shutil.copytree(RUNS / name, folder / name)
 
 
@@ -112,12 +112,12 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, without a line that is still being written."""
+    """Return the records of metrics.jsonl; an incomplete last line is skipped."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def adapter_bytes(run: Path, checkpoint: str = "") -> bytes:
-    """Return the file of an adapter: a checkpoint's, or else the one named in the summary."""
+    """Return the adapter file of a checkpoint, by default the last one."""
     folder = checkpoint or summary_of(run)["adapter"]
     return (run / folder / "adapter_model.safetensors").read_bytes()

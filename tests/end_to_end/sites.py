@@ -1,4 +1,4 @@
-"""Sites that damage, withhold or make up their replies, and visits as the tests record them."""
+"""Misbehaving sites, and the record of a visit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grandrounds.wire import messages
 from tests.runs import GOOD_SITES, Sites
 
 
-class Visit(NamedTuple):
+class RecordedVisit(NamedTuple):
     """A training visit, as the fixture `visited` records it."""
 
     partition: int

@@ -1,4 +1,4 @@
-"""The benchmark scripts run, on small sizes; nothing here asserts a time."""
+"""The benchmark scripts run on small sizes; no test asserts a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_full_size_plays_whole_rounds_beside_bare_loops_and_the_templates_way(
     assert set(figures["seconds"]) == {
         *("ours", "ours_visits", "same", "neither", "grouped", "answers")
     }
-    assert figures["gain_same"][0] > 1  # the means of a visit gain something
+    assert figures["gain_same"][0] > 1  # the optimisations of a visit pay off
     assert figures["template_to_ours"] > 1
     assert 0 < figures["utilisation"] < 1
     assert 0.9 < figures["memory"]["planned_gib"] / figures["memory"]["measured_gib"] < 1.15
@@ -61,7 +61,8 @@ def test_full_size_says_what_would_fit_where_memory_runs_out(tmp_path: Path) -> 
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # what is let go goes back at once
+        env=os.environ
+        | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # freed memory returns to the system at once
     )
     assert done.returncode == 1
     assert "Memory ran out" in done.stderr, done.stderr
@@ -79,7 +80,7 @@ def test_deployment_tells_what_a_round_is_made_of(tmp_path: Path) -> None:
 
 
 def test_server_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
-    """64 replies of a 13 MiB adapter take at most 3 adapters more than 3 replies."""
+    """64 replies of a 13 MiB adapter need at most 3 adapters more memory than 3 replies."""
     figures = result(tmp_path, "server_memory.py")
     assert [row["replies"] for row in figures["rows"]] == [3, 64]
     assert figures["growth_in_adapters"] <= 3

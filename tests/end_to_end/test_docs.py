@@ -1,4 +1,4 @@
-"""The documentation says what the code does: pages are fresh, commands parse, examples run."""
+"""The documentation matches the code: generated pages are current, commands parse, examples run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.places import ROOT
 
 COMMANDS = Path(sys.executable).parent
 OFFLINE_ONE_CORE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-"""Environment of the commands: no hub, and no quarrel over cores with other tests."""
+"""Environment of the commands: no model hub, one thread."""
 
 
 def code_blocks(page: str, language: str) -> list[str]:
@@ -35,14 +35,14 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 
 def shell_commands(page: str, program: str) -> list[list[str]]:
-    """Return the words of every command of one program in the page's shell blocks."""
+    """Return the commands of one program in a page's shell blocks, split into words."""
     text = "\n".join(code_blocks(page, "bash")).replace("\\\n", " ").replace("&&", "\n")
     split = [shlex.split(line, comments=True) for line in text.splitlines()]
     return [words for words in split if words and words[0] == program]
 
 
 def parse(command: Any, words: list[str]) -> None:
-    """Parse a command line with click, and run nothing.
+    """Parse a command line with click without running it.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def interrupt_after_a_round(words: list[str], directory: Path, folder: Path) -> None:
-    """Start a run, press Ctrl-C when it has finished a round, and see that it says so."""
+    """Start a run, press Ctrl-C after its first round, and check its exit code."""
     # A shell that starts pytest in the background lets it, and its children, ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [str(COMMANDS / words[0]), *words[1:]]
@@ -178,7 +178,7 @@ def interrupt_after_a_round(words: list[str], directory: Path, folder: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_quickstart_runs_from_top_to_bottom_offline(tmp_path: Path) -> None:
-    """Every command on the embedded base, in order, then the Python block; Ctrl-C where it says."""
+    """Run every command on the embedded base in order, with Ctrl-C where the page asks for it."""
     write_flashcards(tmp_path / "flashcards.jsonl", 120)
     commands = [c for c in shell_commands("quickstart.md", "grandrounds") if "--config" not in c]
     resumed = [c[c.index("--resume") + 1] for c in commands if "--resume" in c]

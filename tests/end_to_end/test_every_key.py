@@ -1,4 +1,4 @@
-"""Every configuration key changes the adapter, or is refused, or is named as without effect."""
+"""Every configuration key changes the adapter, is rejected, or is reported as having no effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grandrounds.config.validation import parse
 from grandrounds.errors import ConfigError
 from grandrounds.server.listeners.plain import without_effect
 from grandrounds.site import training
-from tests.end_to_end.sites import Visit
+from tests.end_to_end.sites import RecordedVisit
 from tests.runs import Settings, adapter_bytes, metrics_of, play, summary_of
 
 OTHER_VALUE: Settings = {
@@ -32,7 +32,7 @@ OTHER_VALUE: Settings = {
     "train.learning-rate-min": 0.001,
     "train.seq-length": 150,
     "train.optimizer": "adamw_8bit",
-    "train.batching": "length-grouped",  # who stands beside whom
+    "train.batching": "length-grouped",  # which examples share a batch
     "train.training-arguments.per-device-train-batch-size": 3,
     "train.training-arguments.gradient-accumulation-steps": 2,
     "train.training-arguments.max-steps": 3,
@@ -48,7 +48,7 @@ OTHER_VALUE: Settings = {
     "data.question-column": "instruction",
     "data.answer-column": "ward",
 }
-"""Another value for each key that alone changes what a site trains."""
+"""Another value for each key that changes the adapter by itself."""
 
 ALSO_OTHER: dict[str, Settings] = {
     "num-server-rounds": {"num-server-rounds": 2},
@@ -76,28 +76,28 @@ ALSO_OTHER: dict[str, Settings] = {
         "data.dirichlet-alpha": 1.0,
     },
 }
-"""Keys that need the company of others."""
+"""Keys that only have an effect together with others."""
 
 IN_TWO_ROUNDS: Settings = {
     "train.dynamic-data-seed": False,  # the first visit of a site begins at the same examples
     "train.learning-rate-max": 0.02,  # the last round has the minimum
 }
-"""Keys that show from the second round on."""
+"""Keys whose effect first shows in the second round."""
 
 TESTED_ELSEWHERE = {
-    "model.name": "another base is another run",
-    "static.dataset.name": "other data are another run",
+    "model.name": "a different base is a different run",
+    "static.dataset.name": "different data are a different run",
     "run-directory": "the server's",
     "resume-from": "the server's",
     "consortium": "tests/engines/deployment",
     "model.quantization": "below, slow",
-    "model.gradient-checkpointing": "below: same adapter, by other means",
-    "train.response-only-logits": "below: same adapter, by other means",
-    "train.logits-chunk-tokens": "below: same adapter, by other means",
-    "train.training-arguments.torch-compile": "below: same adapter, by other means",
+    "model.gradient-checkpointing": "below: same adapter, computed differently",
+    "train.response-only-logits": "below: same adapter, computed differently",
+    "train.logits-chunk-tokens": "below: same adapter, computed differently",
+    "train.training-arguments.torch-compile": "below: same adapter, computed differently",
     "train.save-every-round": "test_run_directory.py",
     "train.num-threads": "below",
-    "train.report-to": "tests/server/listeners/test_trackers.py: the same adapter, told to others",
+    "train.report-to": "tests/server/listeners/test_trackers.py: the adapter is the same",
     "train.training-arguments.lr-scheduler-type": "with warmup-steps",
     "train.training-arguments.bf16": "for a GPU",
     "train.training-arguments.tf32": "for a GPU",
@@ -120,7 +120,7 @@ TESTED_ELSEWHERE = {
     ),
     "strategy.fraction-evaluate": "test_run_directory.py",
     "strategy.min-reply-fraction": "test_failing_sites.py",
-    "strategy.round-timeout-seconds": "in process it never cuts a visit",
+    "strategy.round-timeout-seconds": "never cuts off a visit in process",
     "strategy.min-sites": "tests/site/custody/test_custody.py and tests/server/test_rounds.py",
     "strategy.connect-timeout-seconds": "tests/server/test_rounds.py",
     "data.prompt-template": "tests/data/test_tokenization.py",
@@ -132,11 +132,11 @@ SHORT: Settings = {
     "strategy.fraction-train": 1.0,
     "strategy.fraction-evaluate": 0.0,
 }
-"""One round of all sites, without evaluation."""
+"""One round with every site, without evaluation."""
 
 
 def short_run(settings: Settings, changes: Settings) -> bytes:
-    """Return the adapter file of a short run, with changes to its configuration."""
+    """Return the adapter file of a short run with a changed configuration."""
     return adapter_bytes(play({**settings, **SHORT, **changes}))
 
 
@@ -144,7 +144,7 @@ def short_run(settings: Settings, changes: Settings) -> bytes:
 def reference(
     federation: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], bytes]:
-    """Return the adapter file of the unchanged run of so many rounds, which is played once."""
+    """Return a function from a number of rounds to the reference adapter, computed once each."""
 
     @cache
     def played(rounds: int) -> bytes:
@@ -155,7 +155,7 @@ def reference(
     return played
 
 
-def test_every_key_is_shown_to_have_an_effect_or_is_refused_or_named_as_idle() -> None:
+def test_every_key_is_covered_here_or_in_a_named_test() -> None:
     only = {"logging-steps", "save-steps", "save-total-limit"}
     idle = {f"train.training-arguments.{key}" for key in only}
     refused = {
@@ -181,7 +181,7 @@ def test_another_value_gives_another_adapter(
 
 
 @pytest.mark.parametrize("key", ["logging-steps", "save-steps", "save-total-limit"])
-def test_a_key_without_effect_is_named(settings: Settings, key: str) -> None:
+def test_a_key_without_effect_is_reported(settings: Settings, key: str) -> None:
     name = f"train.training-arguments.{key}"
     assert without_effect(recipes.resolve(settings)) == []
     assert without_effect(recipes.resolve({**settings, name: 7})) == [name]
@@ -199,7 +199,7 @@ def test_a_key_without_effect_is_named(settings: Settings, key: str) -> None:
         ("train.optimizer", "sgd"),
     ],
 )
-def test_a_key_that_cannot_be_honoured_is_refused(settings: Settings, key: str, value: Any) -> None:
+def test_an_unsupported_value_is_rejected(settings: Settings, key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=re.escape(key)):
         parse({**settings, key: value}, recipes.defaults())
 
@@ -214,7 +214,7 @@ def test_a_key_that_cannot_be_honoured_is_refused(settings: Settings, key: str, 
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_other_means_give_nearly_the_same_adapter(
+def test_memory_saving_options_give_nearly_the_same_adapter(
     settings: Settings, change: Settings, reference: Callable[[int], bytes]
 ) -> None:
     plain, saving = load(reference(1)), load(short_run(settings, change))
@@ -244,8 +244,8 @@ def test_quantization_gives_another_adapter(
     assert {4: "4-bit NF4, double quantisation", 8: "8-bit (LLM.int8)"}[bits] in said
 
 
-def test_a_static_data_seed_begins_every_visit_at_the_same_examples(
-    settings: Settings, visited: list[Visit]
+def test_a_static_data_seed_starts_every_visit_at_the_same_examples(
+    settings: Settings, visited: list[RecordedVisit]
 ) -> None:
     run = play(settings, **{"train.dynamic-data-seed": False, "strategy.fraction-train": 1.0})
     for partition in range(4):
@@ -260,12 +260,12 @@ def test_a_static_data_seed_begins_every_visit_at_the_same_examples(
 @pytest.mark.parametrize(("epochs", "examples", "steps"), [(1, 27, 7), (0.5, 14, 4), (2, 54, 14)])
 def test_max_steps_of_minus_one_counts_epochs(
     settings: Settings,
-    visited: list[Visit],
+    visited: list[RecordedVisit],
     epochs: float,
     examples: int,
     steps: int,
 ) -> None:
-    """27 examples a site in batches of 4."""
+    """Each site has 27 training examples; the batch size is 4."""
     play(
         settings,
         **{
@@ -279,15 +279,15 @@ def test_max_steps_of_minus_one_counts_epochs(
     assert different == [min(27, examples)] * 2
 
 
-def test_gradient_accumulation_takes_more_examples_in_as_many_steps(
-    settings: Settings, visited: list[Visit]
+def test_gradient_accumulation_uses_more_examples_in_the_same_number_of_steps(
+    settings: Settings, visited: list[RecordedVisit]
 ) -> None:
     key = "train.training-arguments.gradient-accumulation-steps"
     play(settings, **{"num-server-rounds": 1, key: 3})
     assert [(len(v.examples), v.result.steps) for v in visited] == [(2 * 4 * 3, 2)] * 2
 
 
-def test_warm_up_lowers_the_rate_of_the_first_steps(
+def test_warmup_lowers_the_learning_rate_of_the_first_steps(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []

@@ -1,8 +1,9 @@
-"""Sites that fail are named and counted, and the run goes on while enough replies are good."""
+"""Failing sites are reported and counted; the run continues while enough updates are good."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from grandrounds import client_app
 from grandrounds.cli import app as command_line
+from grandrounds.config import recipes
 from grandrounds.errors import RoundError
 from tests.end_to_end.sites import Damage, fail_from, spoilt
 from tests.runs import GOOD_SITES, Settings, adapter_bytes, metrics_of, options, play, summary_of
@@ -69,7 +71,7 @@ def no_metrics(message: Message, reply: Message) -> Message:
 
 
 def metric(name: str, value: float | None) -> Damage:
-    """Return the damage that sets a metric, or leaves it out for None."""
+    """Return a function that overwrites a metric of a reply; None removes it."""
 
     def damage(message: Message, reply: Message) -> Message:
         metrics = reply.content.metric_records["metrics"]
@@ -93,7 +95,7 @@ TRAIN_DAMAGE: dict[str, tuple[Damage, str]] = {
     "half-an-example": (metric("num-examples", 0.5), "num-examples is 0.5"),
     "loss-not-finite": (metric("train-loss", math.nan), "train-loss"),
     **{
-        f"no-{name}": (metric(name, None), name)  # the reason names what is missing
+        f"no-{name}": (metric(name, None), name)  # the reported reason names the missing metric
         for name in (
             "num-examples",
             "train-loss",
@@ -109,24 +111,64 @@ TRAIN_DAMAGE: dict[str, tuple[Damage, str]] = {
 }
 
 
+GOOD = 4
+"""Number of healthy sites; one more site fails in each of the ways under test."""
+
+
+def play_with_damage(
+    federation: Settings, damages: Collection[Damage], kind: str, folder: Path
+) -> Path:
+    """Play one round with healthy sites and one failing site for each damage."""
+    changes: Settings = {
+        **ONE_QUICK_ROUND,
+        "run-directory": str(folder / "run"),
+        "data.num-partitions": GOOD + len(damages),
+        "strategy.fraction-evaluate": 1.0,
+        "strategy.min-reply-fraction": 0.1,
+    }
+    damage_of = dict(enumerate(damages, GOOD))
+
+    def damaged(message: Message, context: Context) -> Message:
+        site = int(context.node_config["partition-id"])
+        if message.metadata.message_type != kind or site < GOOD:
+            return GOOD_SITES(message, context)
+        return damage_of[site](message, GOOD_SITES(message, context))
+
+    return play(federation, damaged, **changes)
+
+
+@pytest.fixture(scope="module")
+def badly_trained(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one failing site for each kind of unusable training reply."""
+    damages = [damage for damage, _ in TRAIN_DAMAGE.values()]
+    folder = tmp_path_factory.mktemp("badly-trained")
+    return play_with_damage(federation, damages, MessageType.TRAIN, folder)
+
+
 @pytest.mark.parametrize("damage", TRAIN_DAMAGE)
-def test_a_site_that_fails_is_named_and_counted_and_the_run_goes_on(
-    settings: Settings, damage: str
+def test_an_unusable_training_reply_is_reported_with_its_reason(
+    badly_trained: Path, damage: str
 ) -> None:
-    act, words = TRAIN_DAMAGE[damage]
-    run = play(settings, spoilt(act, {1}), **ONE_QUICK_ROUND)
-    line = metrics_of(run)[1]
-    assert line["good"] == [0, 2, 3]
-    assert list(line["failed"]) == ["1"]
-    assert words in line["failed"]["1"]
-    summary = summary_of(run)
-    assert (summary["status"], summary["failed_replies"]) == ("completed", 1)
-    adapter = load_file(run / "peft_1" / "adapter_model.safetensors")
+    site = GOOD + list(TRAIN_DAMAGE).index(damage)
+    line = metrics_of(badly_trained)[1]
+    assert site in line["cohort"]
+    assert site not in line["good"]
+    assert TRAIN_DAMAGE[damage][1] in line["failed"][str(site)]
+
+
+def test_failed_replies_are_counted_and_the_run_completes(badly_trained: Path) -> None:
+    line, summary = metrics_of(badly_trained)[1], summary_of(badly_trained)
+    assert line["good"] == list(range(GOOD))
+    assert len(line["failed"]) == len(TRAIN_DAMAGE)
+    assert (summary["status"], summary["failed_replies"]) == ("completed", len(TRAIN_DAMAGE))
+    adapter = load_file(badly_trained / "peft_1" / "adapter_model.safetensors")
     assert all(np.isfinite(tensor).all() for tensor in adapter.values())
 
 
-def test_a_failed_site_has_no_part_in_the_adapter(settings: Settings, tmp_path: Path) -> None:
-    """However its reply is unusable, the others' average is the same."""
+def test_a_failed_site_does_not_contribute_to_the_adapter(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Whatever makes a reply unusable, the average of the others is the same."""
     changes = ONE_QUICK_ROUND
     adapters = {
         adapter_bytes(
@@ -153,25 +195,37 @@ EVALUATE_DAMAGE: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def badly_evaluated(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one failing site for each kind of unusable evaluation reply."""
+    damages = [damage for damage, _ in EVALUATE_DAMAGE.values()]
+    folder = tmp_path_factory.mktemp("badly-evaluated")
+    return play_with_damage(federation, damages, MessageType.EVALUATE, folder)
+
+
 @pytest.mark.parametrize("damage", EVALUATE_DAMAGE)
-def test_a_site_that_cannot_evaluate_is_named_and_the_others_are_believed(
-    settings: Settings, tmp_path: Path, damage: str
+def test_an_unusable_evaluation_reply_is_reported_with_its_reason(
+    badly_evaluated: Path, damage: str
 ) -> None:
-    act, words = EVALUATE_DAMAGE[damage]
-    changes = {**ONE_QUICK_ROUND, "strategy.fraction-evaluate": 1.0}
-    run = play(settings, spoilt(act, {2}, MessageType.EVALUATE), **changes)
-    for line in metrics_of(run):
-        assert line["evaluated"] == [0, 1, 3]
-        assert list(line["evaluate-failed"]) == ["2"]
-        assert words in line["evaluate-failed"]["2"]
+    site = GOOD + list(EVALUATE_DAMAGE).index(damage)
+    for line in metrics_of(badly_evaluated):
+        assert EVALUATE_DAMAGE[damage][1] in line["evaluate-failed"][str(site)]
+
+
+def test_the_held_out_loss_is_that_of_the_sites_that_could_evaluate(
+    badly_evaluated: Path, settings: Settings
+) -> None:
+    for line in metrics_of(badly_evaluated):
+        assert line["evaluated"] == list(range(GOOD))
+        assert len(line["evaluate-failed"]) == len(EVALUATE_DAMAGE)
         assert math.isfinite(line["held-out-loss"])
-    assert summary_of(run)["failed_replies"] == 2
-    assert adapter_bytes(run) == adapter_bytes(
-        play(settings, **changes, **{"run-directory": str(tmp_path / "whole")})
-    )
+    assert summary_of(badly_evaluated)["failed_replies"] == 2 * len(EVALUATE_DAMAGE)
+    config = recipes.load_recipe(badly_evaluated / "config.toml")
+    undamaged = play({**config, "run-directory": settings["run-directory"]})
+    assert adapter_bytes(badly_evaluated) == adapter_bytes(undamaged)
 
 
-def test_too_few_good_replies_end_the_run_as_failed_and_finished_rounds_are_kept(
+def test_too_few_good_replies_fail_the_run_and_keep_finished_rounds(
     settings: Settings,
 ) -> None:
     sites = fail_from(2, {0, 1, 3})
@@ -188,7 +242,7 @@ def test_too_few_good_replies_end_the_run_as_failed_and_finished_rounds_are_kept
 
 
 @pytest.mark.parametrize(("fraction", "ends"), [(0.5, "completed"), (0.51, "failed")])
-def test_the_minimum_of_good_replies_is_the_configured_share_rounded_up(
+def test_the_required_number_of_good_replies_is_rounded_up(
     settings: Settings, fraction: float, ends: str
 ) -> None:
     changes = {**ONE_QUICK_ROUND, "num-server-rounds": 2, "strategy.min-reply-fraction": fraction}
@@ -198,7 +252,7 @@ def test_the_minimum_of_good_replies_is_the_configured_share_rounded_up(
     assert summary_of(Path(settings["run-directory"]))["status"] == ends
 
 
-def test_a_failed_run_leaves_the_command_with_exit_code_1(
+def test_a_failed_run_exits_with_code_1(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_app, "app", fail_from(2, {0, 1, 2, 3}))

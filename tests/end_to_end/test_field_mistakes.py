@@ -1,6 +1,6 @@
-"""Mistakes of published federated systems, and that they are not made here, each by its number.
+"""Known mistakes of published federated systems, by number, and proof that they are absent here.
 
-Most are shown in a real run: both apps, in process, on a tiny base.
+Most tests play a real run: both apps, in process, on a tiny base.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Change = Mapping[str, np.ndarray[Any, Any]]
 
 
 class Observed:
-    """The real ClientApp, and everything that went in and out of it."""
+    """The real ClientApp, recording every message in and out."""
 
     def __init__(self, fail: Callable[[str, int], bool] = lambda kind, site: False) -> None:
         self._fail = fail
@@ -86,7 +86,7 @@ def tensors(message: Message) -> Change:
 def test_field_mistake_01_fedprox_changes_the_clients_update(
     settings: Settings, tmp_path: Path
 ) -> None:
-    """The penalty that a run prints is mu/2 ||change||^2, weighted by examples, of real replies."""
+    """The reported penalty is mu/2 ||change||^2 of the real replies, weighted by examples."""
     mu, app, plain = 5.0, Observed(), Observed()
     run = play(settings, app, **{"strategy.proximal-mu": mu})
     summary = summary_of(run)
@@ -99,7 +99,7 @@ def test_field_mistake_01_fedprox_changes_the_clients_update(
 
     assert [t[:2] for t in app.trained] == [t[:2] for t in plain.trained]
     for (number, _, _, _, change), (*_, other) in zip(app.trained, plain.trained, strict=True):
-        if number == 1:  # both began with the same adapter and examples
+        if number == 1:  # both started from the same adapter and examples
             assert any(not np.array_equal(change[name], other[name]) for name in change)
 
     for record in metrics_of(run)[1:]:
@@ -119,9 +119,9 @@ def test_field_mistake_01_fedprox_changes_the_clients_update(
 # --- 2 --------------------------------------------------------------------------------------------
 
 
-def test_field_mistake_02_visits_go_on_through_the_examples(settings: Settings) -> None:
-    """30 rows a site, 3 held out: 27 to train on; 2 steps of 4 a visit: 8, 16, 24 different ones
-    after 1, 2, 3 visits."""
+def test_field_mistake_02_visits_continue_through_the_examples(settings: Settings) -> None:
+    """30 rows per site, 3 held out, so 27 to train on. Each visit makes 2 steps of 4 examples:
+    8, 16 and 24 distinct examples after 1, 2 and 3 visits."""
     app = Observed()
     run = play(settings, app, **EVERYBODY)
     summary = summary_of(run)
@@ -145,7 +145,7 @@ def test_field_mistake_02_visits_go_on_through_the_examples(settings: Settings) 
     assert reported == [8, 16, 24]
 
 
-def test_field_mistake_02_the_first_examples_for_ever_are_reported_as_such(
+def test_field_mistake_02_repeating_the_first_examples_shows_in_the_coverage(
     settings: Settings,
 ) -> None:
     run = play(settings, Observed(), **EVERYBODY, **{"train.dynamic-data-seed": False})
@@ -156,7 +156,7 @@ def test_field_mistake_02_the_first_examples_for_ever_are_reported_as_such(
 
 
 def test_field_mistake_03_generation_stops_by_itself_after_training(tiny_base: Path) -> None:
-    """A tiny model learns one answer by heart, with pad = eos, and then ends after it."""
+    """With pad = eos, a tiny model memorises its answers and stops after them."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.pad_token = tokenizer.eos_token
     examples = [Example("What helps?", "Rest."), Example("What helps against itch?", "Tea.")]
@@ -209,8 +209,8 @@ def test_field_mistake_03_generation_stops_by_itself_after_training(tiny_base: P
 def test_field_mistake_04_no_search_for_the_response_and_nothing_masked_in_silence(
     settings: Settings, flashcards: Path, tmp_path: Path
 ) -> None:
-    """A question that holds the marker of the response is masked like any other; one without room
-    for its answer is counted, and named in the roll call."""
+    """A question that contains the response marker is masked like any other. One that leaves no
+    room for its answer is counted and reported in the roll call."""
     trap = "### Response: [/INST] assistant\n### Response:"
     rows = [json.loads(line) for line in flashcards.read_text().splitlines()]
     for row in rows[:40]:
@@ -251,7 +251,7 @@ def test_field_mistake_04_no_search_for_the_response_and_nothing_masked_in_silen
 def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
     settings: Settings, tmp_path: Path, tiny_base: Path
 ) -> None:
-    fresh = shutil.copytree(tiny_base, tmp_path / "fresh")  # a base that no test has loaded yet
+    fresh = shutil.copytree(tiny_base, tmp_path / "fresh")  # not loaded by any other test
     settings = {**settings, **EVERYBODY, "model.name": str(fresh)}
     loads = {}
 
@@ -264,7 +264,7 @@ def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
     with pytest.raises(RoundError):
         play(settings, app, listen)
     assert loads == {"plan": before, "roll-call": before}
-    assert base_loads() == before  # a whole run in which no site trained: nobody loaded it
+    assert base_loads() == before  # no site trained, so nothing loaded the base
 
     play({**settings, "run-directory": str(tmp_path / "second")}, Observed())
     assert base_loads() == before + 1  # 12 visits and 8 evaluations
@@ -274,7 +274,7 @@ def test_field_mistake_06_the_base_is_loaded_once_and_never_by_the_server(
 
 
 def test_field_mistake_07_the_error_of_averaging_a_and_b_is_measured(settings: Settings) -> None:
-    """Against dense products of what the sites really sent."""
+    """Compared with dense products of the updates that the sites sent."""
     app = Observed()
     run = play(settings, app, **EVERYBODY)
     summary = summary_of(run)
@@ -306,7 +306,7 @@ def test_field_mistake_07_the_error_of_averaging_a_and_b_is_measured(settings: S
 # --- 9 --------------------------------------------------------------------------------------------
 
 
-def test_field_mistake_09_a_target_that_matches_nothing_ends_the_run_before_it_begins(
+def test_field_mistake_09_a_target_that_matches_nothing_stops_the_run_before_training(
     settings: Settings,
 ) -> None:
     app = Observed()
@@ -334,7 +334,7 @@ def test_field_mistake_13_the_ledger_equals_the_plan_to_the_byte(settings: Setti
 def test_field_mistake_13_the_ledger_counts_what_failed_sites_were_sent(
     settings: Settings,
 ) -> None:
-    """Site 2 never trains. Of 3 rounds of 4 sites, 12 messages go down and 9 come back."""
+    """Site 2 always fails: in 3 rounds of 4 sites, 12 messages go down and 9 come back."""
     app = Observed(fail=lambda kind, site: kind == "train" and site == 2)
     run = play(settings, app, **EVERYBODY)
     summary = summary_of(run)
@@ -352,7 +352,7 @@ def test_field_mistake_13_the_ledger_counts_what_failed_sites_were_sent(
 # --- 15 -------------------------------------------------------------------------------------------
 
 _written: list[str] | None = None
-"""Where a site's writes are noted while it works."""
+"""File writes recorded while a site works; None: not recording."""
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -393,7 +393,7 @@ def test_field_mistake_15_a_site_writes_no_file_and_takes_no_path(
     written: list[str] = []
 
     def tempted(message: Message, context: Context) -> Message:
-        """Add every kind of path to a message; then let the real site answer it."""
+        """Add paths of every kind to a message before the real site answers it."""
         config = message.content.config_records.get(messages.CONFIG)
         if config is not None:
             for key in ("output-dir", "run-directory", "save-path", "resume-from", "model.name"):
@@ -412,8 +412,8 @@ def test_field_mistake_15_a_site_writes_no_file_and_takes_no_path(
     assert run == tmp_path / "run"
 
 
-def test_a_write_would_be_noted(tmp_path: Path) -> None:
-    """The test above can fail."""
+def test_writes_are_recorded(tmp_path: Path) -> None:
+    """Control for the test above."""
     with noted_writes() as noted:
         (tmp_path / "file").write_text("x")
         (tmp_path / "folder").mkdir()
@@ -427,7 +427,7 @@ def test_a_write_would_be_noted(tmp_path: Path) -> None:
 def test_field_mistake_16_a_round_with_too_few_good_replies_fails_loudly(
     settings: Settings,
 ) -> None:
-    """All sites close after the first round: the run ends in the second, and says so."""
+    """All sites fail after round 1: the run ends in round 2 and reports why."""
     rounds_begun: list[int] = []
 
     def closing(message: Message, context: Context) -> Message:
@@ -452,7 +452,7 @@ def test_field_mistake_16_a_round_with_too_few_good_replies_fails_loudly(
 def test_field_mistake_16_the_failed_replies_of_a_run_that_failed_are_counted(
     settings: Settings,
 ) -> None:
-    """Both sites of the first round fail."""
+    """Both sites selected in the first round fail."""
     app = Observed(fail=lambda kind, site: kind == "train")
     with pytest.raises(RoundError):
         play(settings, app)
@@ -461,7 +461,7 @@ def test_field_mistake_16_the_failed_replies_of_a_run_that_failed_are_counted(
 
 
 def test_a_reply_without_its_metrics_does_not_end_the_run(settings: Settings) -> None:
-    """One site's reply lacks what a line of metrics.jsonl needs: it is a failed reply."""
+    """A reply that lacks a metric needed for metrics.jsonl counts as failed."""
 
     def forgetful(message: Message, context: Context) -> Message:
         reply = GOOD_SITES(message, context)

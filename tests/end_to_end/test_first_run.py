@@ -1,4 +1,4 @@
-"""What the README promises of the first run: no options, no network, the defaults as packaged."""
+"""What the README promises about the first run: no options, no network, packaged defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run directory of `grandrounds run`, called as a person would."""
+    """The run directory of `grandrounds run` with its defaults."""
     folder = tmp_path_factory.mktemp("first")
     done = subprocess.run(
         [sys.executable, "-m", "grandrounds", "run", "--run-dir", "run"],
@@ -44,7 +44,7 @@ def test_the_federation_teaches_what_the_base_could_not_know(summary: dict[str, 
     assert private["tuned"]["correct"] >= 0.80 * private["tuned"]["n"]
 
 
-def test_the_summary_tells_how_it_came_about(summary: dict[str, Any]) -> None:
+def test_the_summary_describes_a_clean_run(summary: dict[str, Any]) -> None:
     assert summary["status"] == "completed"
     assert summary["failed_replies"] == 0
     assert summary["base_loads"] == 1
@@ -67,7 +67,7 @@ def test_plain_peft_gives_the_same_answers(first_run: Path, summary: dict[str, A
 
 
 def test_a_tuned_model_answers_in_words_and_stops(first_run: Path, summary: dict[str, Any]) -> None:
-    """Greedy answers to private questions end by themselves, and most are the true ones."""
+    """Greedy answers to private questions stop by themselves, and most are correct."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,7 +98,7 @@ def test_a_tuned_model_answers_in_words_and_stops(first_run: Path, summary: dict
 def test_the_evaluation_of_the_run_has_the_counts_of_its_summary(
     first_run: Path, summary: dict[str, Any]
 ) -> None:
-    """Base and tuned, private and public: asked again, by the command that the run names."""
+    """The evaluation command that the run suggests gives the same counts."""
     command = [sys.executable, "-m", "grandrounds", "evaluate"]
     for arguments in ([str(first_run)], ["--verify", f"{first_run}/evaluation/evaluation.json"]):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)

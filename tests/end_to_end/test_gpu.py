@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none (`pytest -m gpu` to run)."""
+"""Tests that need a CUDA device; run them with `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_nf4_base_trains_a_float32_adapter(
 
 
 def test_paged_memory_does_not_grow_from_visit_to_visit(tiny_base: Path) -> None:
-    """Tensors of 1e5 numbers and more are paged; bitsandbytes never frees them."""
+    """Tensors of at least 1e5 elements are paged, and bitsandbytes never frees them."""
     from bitsandbytes.functional import GlobalPageManager
 
     lora = LoraSpec(1024, 1024.0, "q_proj,v_proj,gate_proj", 0.0)

@@ -1,4 +1,4 @@
-"""What a run learns: coverage of the data, losses, and the same adapter from the same seed."""
+"""What a run learns: data coverage, falling losses, and reproducibility from a seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from grandrounds.model import resident as model
 from grandrounds.model.base import base_loads
 from grandrounds.wire import schedule as sampling
-from tests.end_to_end.sites import Visit, answer_without_a_model
+from tests.end_to_end.sites import RecordedVisit, answer_without_a_model
 from tests.places import SHARED
 from tests.runs import Settings, adapter_bytes, metrics_of, play, summary_of
 
@@ -20,7 +20,7 @@ WIKIDOC = SHARED / "train/wikidoc_patient_information.jsonl.gz"
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the bases loaded from here on; none is resident."""
+    """Record the names of the bases loaded from here on, starting with no resident model."""
     loaded: list[str] = []
     load = transformers.AutoModelForCausalLM.from_pretrained
 
@@ -34,7 +34,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_site_sees_every_example_once_before_it_repeats_one(
-    settings: Settings, visited: list[Visit]
+    settings: Settings, visited: list[RecordedVisit]
 ) -> None:
     run = play(settings, **{"num-server-rounds": 5, "strategy.fraction-train": 1.0})
     for partition in range(4):
@@ -45,7 +45,7 @@ def test_a_site_sees_every_example_once_before_it_repeats_one(
         assert reported == pytest.approx([8 / 27, 16 / 27, 24 / 27, 1, 1])
 
 
-def test_coverage_of_the_federation_grows_with_every_visit_and_reaches_one(
+def test_federation_coverage_grows_with_every_visit_and_reaches_one(
     settings: Settings,
 ) -> None:
     run = play(settings, **{"num-server-rounds": 12, "strategy.fraction-evaluate": 0.0})
@@ -125,7 +125,7 @@ def test_a_resident_model_left_by_another_adapter_does_not_change_a_run(
     assert adapter_bytes(first) == adapter_bytes(again)
 
 
-def test_the_cohorts_of_a_run_are_those_drawn_by_seed(settings: Settings) -> None:
+def test_a_run_trains_the_cohorts_drawn_from_its_seed(settings: Settings) -> None:
     lines = metrics_of(play(settings, seed=11))[1:]
     drawn = [sampling.training_cohort(11, k, 4, 2, True) for k in (1, 2, 3)]
     assert [line["cohort"] for line in lines] == drawn
@@ -134,7 +134,7 @@ def test_the_cohorts_of_a_run_are_those_drawn_by_seed(settings: Settings) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(not WIKIDOC.is_file(), reason="the WikiDoc sample is not beside the project")
 def test_twenty_sites_learn_from_wikidoc(tiny_base: Path, tmp_path: Path) -> None:
-    """5,942 published patient questions, of which some repeat and many are long."""
+    """5,942 published patient questions, some of them duplicates, many of them long."""
     run = play(
         {
             "model.name": str(tiny_base),

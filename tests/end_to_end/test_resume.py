@@ -1,4 +1,4 @@
-"""A run that was interrupted, killed or starved of disk goes on as if nothing had happened."""
+"""A run that was interrupted, killed or failed resumes to the same bits as one that was not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def without_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Return everything in a run directory that must not depend on interruptions."""
+    """Return the contents of a run directory that must not depend on interruptions."""
     summary = without_seconds(summary_of(run))
     for per_process in ("base_loads", "processes"):
         del summary[per_process]
@@ -55,7 +55,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """Return a federation of which every site is visited before and after an interruption."""
+    """A federation in which every site is visited before and after an interruption."""
     return {
         **settings,
         "seed": 2026,
@@ -67,13 +67,13 @@ def settings(settings: Settings) -> Settings:
 
 @pytest.fixture(scope="module")
 def memory() -> dict[str, dict[str, Any]]:
-    """Return outcomes of whole runs, as they are made."""
+    """Outcomes of uninterrupted runs, cached for this module."""
     return {}
 
 
 @pytest.fixture
 def whole(settings: Settings, tmp_path: Path, memory: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the outcome of the run that nothing interrupts."""
+    """The outcome of the uninterrupted run."""
     if "whole" not in memory:
         play(settings, **{"run-directory": str(tmp_path / "whole")})
         memory["whole"] = outcome(tmp_path / "whole")
@@ -81,7 +81,7 @@ def whole(settings: Settings, tmp_path: Path, memory: dict[str, dict[str, Any]])
 
 
 def resume(settings: Settings) -> Path:
-    """Go on in this process with new sites, as after a new start, and return the directory."""
+    """Resume in this process with fresh site state, as after a restart; return the directory."""
     run = settings["run-directory"]
     play(settings, **{"resume-from": run})
     return Path(run)
@@ -166,11 +166,11 @@ def test_a_run_that_failed_resumes_to_the_bit_when_the_sites_are_back(
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the package runs for it."""
+    """Stands in for SIGKILL: no handler in the package catches it."""
 
 
 class Killer:
-    """Wraps functions so that the `fatal`-th call of all of them does not happen."""
+    """Wraps functions so that the `fatal`-th call across all of them raises instead."""
 
     def __init__(self, fatal: int = -1) -> None:
         self.calls = 0
@@ -200,7 +200,7 @@ SYSTEM_CALLS = ((os, "fsync"), (shutil, "rmtree"), (Path, "rename"), (Path, "rep
 def killed_and_resumed(
     settings: Settings, run: Path, places: tuple[tuple[Any, str], ...], fatal: int
 ) -> bool:
-    """Kill a run before the `fatal`-th call and resume it; False if it has fewer calls."""
+    """Kill a run before the `fatal`-th call and resume it; return False if it has fewer calls."""
     killer = Killer(fatal)
     with pytest.MonkeyPatch.context() as patch:
         killer.install(patch, *places)
@@ -262,7 +262,7 @@ def test_a_run_killed_before_any_system_call_of_a_write_resumes_to_the_bit(
 def test_a_killed_process_resumes_to_the_bit(
     settings: Settings, tmp_path: Path, moment: str
 ) -> None:
-    """SIGKILL to the real command, at a moment that differs with the load of the machine."""
+    """SIGKILL to the real command, at a moment that varies with the load of the machine."""
     settings = {**settings, "num-server-rounds": 30, "train.save-every-round": 4}
     whole = tmp_path / "whole"
     play(settings, **{"run-directory": str(whole)})
@@ -288,7 +288,7 @@ def test_a_killed_process_resumes_to_the_bit(
 
 
 def wait_for(moment: str, run: Path, process: subprocess.Popen[bytes]) -> None:
-    """Return at the moment, in a run that has begun."""
+    """Block until the run has started and reached the given moment."""
     metrics = run / "metrics.jsonl"
     ready: dict[str, Callable[[], bool]] = {
         "a finished round": lambda: metrics.read_text().count("\n") >= 6,
@@ -308,7 +308,7 @@ def wait_for(moment: str, run: Path, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture
 def stopped(settings: Settings) -> Settings:
-    """Return the settings of a run that stopped after round 1."""
+    """The settings of a run that was stopped after round 1."""
     with pytest.raises(KeyboardInterrupt):
         play(settings, listener=interrupted_at("round", 2))
     return settings
@@ -323,8 +323,8 @@ def test_a_completed_run_is_not_resumed(settings: Settings, whole: dict[str, Any
     assert outcome(run) == before == whole
 
 
-def test_a_run_that_has_not_ended_is_not_resumed_beside_it(stopped: Settings) -> None:
-    """The first process may live on where only its SuperLink or its terminal died."""
+def test_a_run_is_not_resumed_while_another_process_writes_it(stopped: Settings) -> None:
+    """The first process may still be alive when only its SuperLink or terminal died."""
     first = RunDirectory(Path(stopped["run-directory"]))
     first.hold()
     with pytest.raises(RunDirectoryError, match="in use by a run that has not ended"):
@@ -372,7 +372,7 @@ def test_a_half_written_line_of_metrics_is_dropped(
     assert outcome(resume(stopped)) == whole
 
 
-def test_what_was_written_after_the_last_state_is_dropped(
+def test_files_written_after_the_last_saved_state_are_dropped(
     stopped: Settings, whole: dict[str, Any]
 ) -> None:
     run = Path(stopped["run-directory"])
@@ -384,8 +384,8 @@ def test_what_was_written_after_the_last_state_is_dropped(
     assert outcome(resume(stopped)) == whole
 
 
-def test_other_data_at_the_resume_are_refused(stopped: Settings) -> None:
-    """The same name with another content would change the sites behind the run's back."""
+def test_resuming_with_different_data_is_refused(stopped: Settings) -> None:
+    """A data file with the same name and different content would silently change the sites."""
     source = Path(stopped["static.dataset.name"])
     kept = source.read_text()
     try:
@@ -396,11 +396,11 @@ def test_other_data_at_the_resume_are_refused(stopped: Settings) -> None:
         source.write_text(kept)
 
 
-def test_a_visit_whose_reply_was_not_used_is_made_again_also_after_a_resume(
+def test_a_visit_whose_reply_was_unusable_is_repeated_even_after_a_resume(
     settings: Settings, tmp_path: Path
 ) -> None:
-    """Site 1 answers NaN in round 1. Its examples come again at its next visit, and a run that was
-    stopped after round 1 ends as one that was not."""
+    """Site 1 replies with NaN in round 1. It repeats those examples at its next visit, and a run
+    stopped after round 1 ends like an uninterrupted one."""
     import numpy as np
     from flwr.app import Array
 

@@ -1,4 +1,4 @@
-"""Every aggregation rule and every codec in a whole run: what it learns, sends, survives."""
+"""Every aggregation rule and codec in a whole run: learning, traffic, robustness."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def tensors_of(run: Path, name: str) -> dict[str, np.ndarray]:
 def finished(
     federation: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """Return the run of a rule, each round saved; it is played once, and no test changes it."""
+    """Return a function from a rule to its finished run, with a checkpoint for every round.
+
+    Each run is played once; tests only read it.
+    """
 
     @cache
     def played(rule: str) -> Path:
@@ -76,7 +79,7 @@ def finished(
 
 
 QUICK = ("fedprox", "fedexp", "fedavgm", "krum", "ffa", "rolora", "product", "flora")
-"""The rules that every test run tries in a whole run; the others too in CI."""
+"""Rules that the default test run plays in full; CI plays the others too."""
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_an_encoding_learns_and_sends_what_was_planned(
 
 
 @pytest.mark.parametrize("rule", ["fedprox", "rolora", "product", "flora"])
-def test_float32_in_one_array_is_none_bit_for_bit_and_was_planned(
+def test_the_float32_codec_gives_the_same_bits_as_none_in_fewer_bytes(
     rule: str, settings: Settings, finished: Callable[[str], Path]
 ) -> None:
     plain = finished(rule)
@@ -155,8 +158,8 @@ def test_rolora_trains_b_in_odd_rounds_and_a_in_even_ones(
         assert np.array_equal(second[name], third[name]) == ("lora_A" in name)
 
 
-def test_floras_rank_grows_to_its_bound_and_is_told(settings: Settings) -> None:
-    """Rank 4, two sites a round: 8 after round 1, then 16, which is four times 4, and stays."""
+def test_the_rank_of_flora_grows_to_its_maximum_and_is_reported(settings: Settings) -> None:
+    """Rank 4, two sites a round: 8 after round 1, then 16, the maximum of four times 4."""
     run = play(settings, **{"strategy.name": "flora", "train.save-every-round": 1})
     lines = metrics_of(run)[1:]
     assert [line["rank"] for line in lines] == [8, 16, 16]
@@ -172,10 +175,10 @@ def test_floras_rank_grows_to_its_bound_and_is_told(settings: Settings) -> None:
 def test_an_interrupted_run_goes_on_to_the_bit(
     name: str, settings: Settings, tmp_path: Path
 ) -> None:
-    # the tensors of all modules are not in the order of their names
+    # with all-linear, tensors are not in alphabetical order
     changes = {**of_rule(name), **of_encoding("int4"), "model.lora.target-modules": "all-linear"}
     if STRATEGIES[name].error_feedback:
-        changes["communication.uplink-codec"] = "none"  # a memory would be lost with its process
+        changes["communication.uplink-codec"] = "none"  # error feedback is lost with the process
     whole = play({**settings, **changes, "run-directory": str(tmp_path / "whole")})
     with pytest.raises(KeyboardInterrupt):
         play({**settings, **changes}, listener=interrupted_at("round", 2))
@@ -209,7 +212,7 @@ def test_a_robust_rule_survives_a_site_that_sends_a_thousand_times_its_update(
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
-def test_the_mean_does_not_survive_it(settings: Settings) -> None:
+def test_plain_averaging_does_not_survive_it(settings: Settings) -> None:
     hostile = with_updates(lambda update: -1000 * update, {5})
     lines = metrics_of(play(settings, hostile, **EVERYBODY))
     assert lines[-1]["held-out-loss"] > lines[0]["held-out-loss"]
@@ -226,7 +229,7 @@ def test_the_norm_bound_holds_a_site_that_sends_a_thousand_times_its_update(
     assert all(line["updates-bounded"] >= 1 for line in lines[1:])
 
 
-def test_a_site_that_turns_its_update_round_is_left_out_and_named(settings: Settings) -> None:
+def test_a_site_with_an_inverted_update_is_excluded_and_reported(settings: Settings) -> None:
     hostile = with_updates(lambda update: -update, {5})
     run = play(settings, hostile, **EVERYBODY, **{"defence.min-cosine": 0.0})
     for line in metrics_of(run)[1:]:
@@ -236,14 +239,14 @@ def test_a_site_that_turns_its_update_round_is_left_out_and_named(settings: Sett
     assert summary_of(run)["failed_replies"] == 2
 
 
-def test_numbers_that_are_not_finite_are_left_out_by_every_rule(settings: Settings) -> None:
+def test_updates_that_are_not_finite_are_excluded(settings: Settings) -> None:
     hostile = with_updates(lambda update: update * np.float32("nan"), {5})
     run = play(settings, hostile, **EVERYBODY, **{"strategy.name": "fedmedian"})
     assert all("not finite" in line["failed"]["5"] for line in metrics_of(run)[1:])
 
 
 @pytest.mark.parametrize("name", ["fedprox", "fedadam", "product", "flora"])
-def test_an_update_that_no_training_makes_is_left_out(name: str, settings: Settings) -> None:
+def test_an_implausibly_large_update_is_excluded(name: str, settings: Settings) -> None:
     hostile = with_updates(lambda update: np.full_like(update, 3e38), {5})
     run = play(settings, hostile, **EVERYBODY, **{"strategy.name": name})
     lines = metrics_of(run)
@@ -251,7 +254,7 @@ def test_an_update_that_no_training_makes_is_left_out(name: str, settings: Setti
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
-def test_a_screened_site_is_told_once(settings: Settings) -> None:
+def test_a_screened_site_is_reported_once(settings: Settings) -> None:
     hostile = with_updates(lambda update: -update, {5})
     heard: list[tuple[int, bool]] = []
 
@@ -264,18 +267,18 @@ def test_a_screened_site_is_told_once(settings: Settings) -> None:
 
 
 LIES: dict[str, tuple[str, dict[str, float | int]]] = {
-    "a cursor from a judge": ("evaluate", {"cursor": 5}),
-    "half of a process": ("evaluate", {"process-id": 1}),
-    "fewer tokens than none": ("evaluate", {"tokens": -100_000}),
-    "a loss below zero": ("evaluate", {"nll-sum": -1.0}),
-    "a cursor beyond all": ("train", {"cursor": 1e30}),
-    "more coverage than all": ("train", {"coverage": 7.0}),
-    "a loss beyond all": ("train", {"train-loss": 1e300}),
+    "a cursor from an evaluation": ("evaluate", {"cursor": 5}),
+    "an incomplete process record": ("evaluate", {"process-id": 1}),
+    "a negative number of tokens": ("evaluate", {"tokens": -100_000}),
+    "a negative loss": ("evaluate", {"nll-sum": -1.0}),
+    "a huge cursor": ("train", {"cursor": 1e30}),
+    "a coverage above one": ("train", {"coverage": 7.0}),
+    "a huge loss": ("train", {"train-loss": 1e300}),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_site_that_says_what_cannot_be_does_not_end_the_run(lie: str, settings: Settings) -> None:
+def test_impossible_metrics_do_not_end_the_run(lie: str, settings: Settings) -> None:
     kind, said = LIES[lie]
 
     def sites(message: Message, context: Context) -> Message:
@@ -296,11 +299,11 @@ def test_a_site_that_says_what_cannot_be_does_not_end_the_run(lie: str, settings
     assert all(line["held-out-loss"] > 5 for line in metrics_of(run))
 
 
-def test_a_site_whose_reply_was_lost_comes_back_with_everything_it_needs(
+def test_a_site_whose_reply_was_lost_is_brought_up_to_date(
     settings: Settings,
 ) -> None:
-    """One bit both ways, and site 1's reply of round 1 never arrives. Later it trains again, from
-    what the server thinks it has: a wrong start would be refused and counted as failed."""
+    """One bit both ways; site 1's reply of round 1 is lost. When it trains again, a start that does
+    not match the server's record would be rejected and counted as a failed reply."""
 
     def sites(message: Message, context: Context) -> Message:
         reply = GOOD_SITES(message, context)

@@ -22,13 +22,13 @@ from tests.runs import Settings, adapter_bytes, config_of, metrics_of, play, rea
 
 @pytest.fixture(scope="module")
 def finished(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a finished run, which no test changes."""
+    """The directory of a finished run; tests only read it."""
     rates = {"train.learning-rate-max": 0.1, "train.learning-rate-min": 0.05}
     folder = tmp_path_factory.mktemp("finished") / "run"
     return play(federation, **{"run-directory": str(folder), **rates})
 
 
-def test_a_run_writes_exactly_the_files_that_the_run_directory_promises(finished: Path) -> None:
+def test_a_run_writes_exactly_the_documented_files(finished: Path) -> None:
     run = finished
     promised = {
         match.group(1)
@@ -48,7 +48,7 @@ def test_a_run_writes_exactly_the_files_that_the_run_directory_promises(finished
     assert [f.name for f in (run / "state").iterdir()] == ["round-000003"]
 
 
-def test_metrics_have_one_line_for_the_base_and_one_for_each_round(finished: Path) -> None:
+def test_metrics_have_a_line_for_the_base_and_for_each_round(finished: Path) -> None:
     lines = metrics_of(finished)
     assert [line["round"] for line in lines] == [0, 1, 2, 3]
     assert "train-loss" not in lines[0]
@@ -72,7 +72,9 @@ def test_the_ledger_equals_the_plan_to_the_byte(finished: Path) -> None:
     assert metrics_of(run)[-1]["communication-mib"] == summary["communication_mib"]
 
 
-def test_a_checkpoint_is_saved_every_so_many_rounds_and_at_the_end(settings: Settings) -> None:
+def test_checkpoints_are_saved_at_the_configured_interval_and_at_the_end(
+    settings: Settings,
+) -> None:
     run = play(settings, **{"num-server-rounds": 5, "train.save-every-round": 2})
     assert sorted(f.name for f in run.glob("peft_*")) == ["peft_2", "peft_4", "peft_5"]
     named = [line.get("checkpoint") for line in metrics_of(run)]
@@ -81,7 +83,7 @@ def test_a_checkpoint_is_saved_every_so_many_rounds_and_at_the_end(settings: Set
 
 
 @pytest.mark.parametrize("name", ["peft_2", "peft_3"])
-def test_a_checkpoint_in_plain_peft_has_the_held_out_loss_that_the_run_reported(
+def test_a_checkpoint_loaded_with_peft_has_the_reported_held_out_loss(
     finished: Path, name: str
 ) -> None:
     from peft import PeftModel
@@ -115,13 +117,13 @@ def test_a_checkpoint_in_plain_peft_has_the_held_out_loss_that_the_run_reported(
     assert abs(untouched - line["held-out-loss"]) > 1e-2
 
 
-def test_the_model_card_names_base_data_rounds_and_that_it_is_not_comparable(
+def test_the_model_card_states_base_data_rounds_and_comparability(
     finished: Path, federation: Settings
 ) -> None:
     card = (finished / "peft_2" / "README.md").read_text()
     assert f"base | {Path(federation['model.name']).name} (local)" in card
     assert "data | cards.jsonl (local), 4 sites" in card
-    assert federation["model.name"] not in card  # a card is read elsewhere
+    assert federation["model.name"] not in card  # a card is read on other machines
     assert "after round 2 of 3" in card
     assert "Not comparable with the FlowerTune leaderboard" in card
     assert "4 partitions, not 20" in card

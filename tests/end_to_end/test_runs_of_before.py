@@ -1,7 +1,7 @@
-"""Run directories written by an earlier version: they resume, and a report is made of them.
+"""Run directories written by an earlier version resume, are planned alike and can be reported.
 
-tests/fixtures/runs holds four, of the embedded base and the formulary on four sites: one finished
-and three interrupted after round 2 of 4.
+tests/fixtures/runs holds four runs of the embedded base and formulary on four sites: one finished,
+three interrupted after round 2 of 4.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SCORES = {f"{kind}-{which}-{figure}": 0 if figure == "correct" else 1
 
 
 def command(*arguments: object) -> str:
-    """Run a command that must succeed; return its output."""
+    """Run a command that must succeed; return its standard output."""
     done = CliRunner().invoke(app, [*map(str, arguments)])
     assert done.exit_code == 0, done.stderr
     return done.stdout
 
 
 def without_exam(message: Message, context: Context) -> Message:
-    """Answer the formulary's questions without asking the model, and all else as sites do."""
+    """Answer as a real site, but skip the formulary exam."""
     if message.metadata.message_type == f"{MessageType.EVALUATE}.formulary":
         counts = {"base-loads": 0, "process-id": 1, **SCORES}
         return Message(messages.content(metrics=counts), reply_to=message)
@@ -63,7 +63,7 @@ def test_the_fixtures_are_what_their_names_say() -> None:
 
 
 def check_resumed(run: Path, before: Path, caught_up: dict[str, dict[str, int]]) -> None:
-    """Check a resumed run against the directory that it was resumed from.
+    """Check a resumed run against the directory it was resumed from.
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ CAUGHT_UP = {
     },
     "flora": {},
 }
-"""What the version that wrote the runs counted when it resumed them, where the plan says otherwise:
-new processes hold no adapter, so with an incremental downlink each site is sent a complete one."""
+"""Ledger counts that differ from the plan, as counted by the version that wrote the runs: restarted
+sites hold no adapter, so an incremental downlink first sends each of them a complete one."""
 
 
 @pytest.mark.parametrize("name", CAUGHT_UP)
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(name: str, tmp_path: Path) 
 def test_a_run_resumed_at_the_command_line_ends_as_the_one_that_was_not_interrupted(
     tmp_path: Path,
 ) -> None:
-    """Both have the same configuration. Sums differ a little between machines."""
+    """Both runs have the same configuration; rounding differs between machines."""
     run = copy_of("plain", tmp_path)
     command("run", "--plain", "--resume", run)
     check_resumed(run, RUNS / "plain", {})

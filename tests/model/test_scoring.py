@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -173,22 +175,47 @@ def generated_alone(model: Any, prompt: list[int], limit: int, stop: list[int]) 
     return said[:-1] if said and said[-1] in stop else said
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-@pytest.mark.parametrize("shared_tokens", [0, 40])
-def test_greedy_answers_equal_one_by_one(lively: Any, shared_tokens: int, batch_size: int) -> None:
+Asked = tuple[list[list[int]], list[int], list[int]]
+"""Prompts, their limits, and the tokens that stop an answer."""
+
+
+def asked(shared_tokens: int) -> Asked:
     prompts = random_prompts(shared_tokens, 24)
     limits = [1 + row % 7 for row in range(len(prompts))]
-    stop = list(range(2, 60))  # so many that some prompts stop before their limit
+    return prompts, limits, list(range(2, 60))  # so many that some stop before their limit
+
+
+@pytest.fixture(scope="module")
+def answered_alone(lively: Any) -> Callable[[int], list[list[int]]]:
+    """Return the answers to the prompts one by one, generated once for all batch sizes."""
+
+    @cache
+    def answers(shared_tokens: int) -> list[list[int]]:
+        prompts, limits, stop = asked(shared_tokens)
+        lively.eval()
+        return [
+            generated_alone(lively, prompt, limit, stop)
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
+
+    return answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("shared_tokens", [0, 40])
+def test_greedy_answers_equal_one_by_one(
+    lively: Any,
+    answered_alone: Callable[[int], list[list[int]]],
+    shared_tokens: int,
+    batch_size: int,
+) -> None:
+    prompts, limits, stop = asked(shared_tokens)
     finished: list[int] = []
     texts = generate_greedily(
         lively, prompts, limits, stop, batch_size=batch_size, progress=finished.append
     )
     assert sum(finished) == len(prompts)
-    lively.eval()
-    assert texts == [
-        generated_alone(lively, prompt, limit, stop)
-        for prompt, limit in zip(prompts, limits, strict=True)
-    ]
+    assert texts == answered_alone(shared_tokens)
     assert len(set(map(tuple, texts))) >= 10
     lengths = {(len(text), limit) for text, limit in zip(texts, limits, strict=True)}
     assert any(length < limit for length, limit in lengths)
