@@ -32,7 +32,7 @@ NEEDED_TO_RUN = (
     "transformers",
     "zstandard",
 )
-"""Modules of the `train` extra."""
+"""Modules that a run needs, of the extras `train` and `site`."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, by shell convention."""

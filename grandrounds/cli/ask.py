@@ -33,7 +33,7 @@ def ask(
 ) -> None:
     """Ask a run's base model and tuned model a question and stream both answers.
 
-    Without a question, a prompt asks for one after the other; an empty line or Ctrl-D ends it.
+    Without a question, starts an interactive prompt; an empty line or Ctrl-D exits.
 
     Examples:
 

@@ -14,7 +14,9 @@ from grandrounds.errors import ConfigError, EngineError
 from grandrounds.server import admitted
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="The server of a consortium."
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Set up the server of a consortium and admit sites.",
 )
 
 Folder = Annotated[Path, typer.Option("--dir", help="Folder of the consortium.")]
@@ -23,13 +25,18 @@ Folder = Annotated[Path, typer.Option("--dir", help="Folder of the consortium.")
 @app.command()
 def init(
     name: Annotated[str, typer.Option(help="Name of the consortium.")],
-    host: Annotated[str, typer.Option(help="Host name or address of the server for the sites.")],
+    host: Annotated[
+        str, typer.Option(help="Host name or IP address at which sites reach the server.")
+    ],
     port: Annotated[
-        int, typer.Option(help="Port for the sites; the SuperLink uses the next one.", min=1)
+        int,
+        typer.Option(
+            help="Port that sites connect to; the SuperLink listens on the next one.", min=1
+        ),
     ] = 8000,
     directory: Folder = Path("consortium"),
 ) -> None:
-    """Create authorities, server certificate, systemd unit, gate and Flower connection."""
+    """Create authorities, server certificate, systemd unit, gate (nginx) and Flower connection."""
     from grandrounds.engines.deployment import keys, set_up
     from grandrounds.engines.deployment.superlink import flower_home
 
@@ -71,7 +78,9 @@ def admit(
     ] = None,
     fingerprint: Annotated[
         str | None,
-        typer.Option(help="Node key fingerprint as told by the site; prompted for if omitted."),
+        typer.Option(
+            help="Node key fingerprint, as confirmed by the site; prompted for if omitted."
+        ),
     ] = None,
     directory: Folder = Path("consortium"),
 ) -> None:

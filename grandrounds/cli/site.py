@@ -16,7 +16,7 @@ from grandrounds.quiet import quiet_libraries
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="One site of a consortium."
+    no_args_is_help=True, rich_markup_mode="markdown", help="Set up and run a site of a consortium."
 )
 
 SiteToml = Annotated[

@@ -1,7 +1,7 @@
-"""The codecs by name, and what a configuration must know of them. One line per codec.
+"""The codecs by name, with the properties that a configuration is checked against.
 
-How a codec writes a vector is in `grandrounds/wire/codecs/<file>.py`; here stands only what is
-checked without loading it.
+How a codec writes a vector is in `grandrounds/wire/codecs/<file>.py`; this table holds only
+what can be validated without loading the codec.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CodecKind:
-    """What a codec is like."""
+    """Properties of a codec."""
 
     file: str
     """The file in `grandrounds/wire/codecs/` that writes it."""
     exact: bool = False
-    """Whether it loses nothing."""
+    """Whether it is lossless."""
     coarse: bool = False
-    """Whether what it loses must be sent later: then only for changes, not for a whole adapter."""
+    """Whether it requires error feedback; such codecs encode changes only."""
     scaled: bool = False
     """Whether `communication.block-size` values share a scale."""
 
@@ -34,7 +34,7 @@ CODECS: dict[str, CodecKind] = {
     "sign": CodecKind("blocks", coarse=True, scaled=True),
     "topk": CodecKind("topk", coarse=True),
 }
-"""Name → what it is like."""
+"""Name → properties."""
 
 EXACT_CODECS = tuple(name for name, kind in CODECS.items() if kind.exact)
 COARSE_CODECS = tuple(name for name, kind in CODECS.items() if kind.coarse)

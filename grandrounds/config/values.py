@@ -53,7 +53,7 @@ class SomeOf(OneOf):
     """One or more of the listed values, comma-separated; `none` only alone."""
 
     def admits(self, value: Scalar) -> bool:
-        """Whether every word of `value` is listed, and none is repeated."""
+        """Whether all items are allowed and unique, with `none` only on its own."""
         words = words_of(value)
         alone = len(words) == 1 or (len(set(words)) == len(words) and "none" not in words)
         return bool(words) and alone and set(words) <= set(self.values)

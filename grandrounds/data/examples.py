@@ -28,7 +28,7 @@ class Example:
 class SiteReport:
     """Counts of a site's rows; `rows` is the sum of the other four.
 
-    Tokenisation counts truncated examples later.
+    Truncated examples are counted at tokenisation.
     """
 
     rows: int
@@ -137,7 +137,7 @@ def _clean(texts: Iterable[tuple[str | None, str | None]]) -> tuple[list[Example
 
 
 def _choose_held_out(examples: list[Example], fraction: float, partition: Partition) -> set[int]:
-    """Return the positions of the held-out examples, whole questions at a time."""
+    """Return the held-out positions, keeping rows with the same question together."""
     positions: dict[str, list[int]] = {}
     for position, example in enumerate(examples):
         positions.setdefault(example.question, []).append(position)

@@ -22,7 +22,7 @@ class RawRows:
     values: dict[str, list[Any]]
     """The requested columns that exist."""
     available: tuple[str, ...]
-    """Every column that exists."""
+    """All columns of the source."""
     places: Sequence[int]
     """Position of each row, from 1."""
     unit: str

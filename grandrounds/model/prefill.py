@@ -202,8 +202,8 @@ def cache_of(output: Any) -> Any:
     cache = output.get("cache", output.get("past_key_values"))
     if not any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ())):
         raise ModelError(
-            "this base has no key-value cache, as purely recurrent models do not; batched prompts "
-            "need a base with attention layers."
+            "this base model has no key-value cache (purely recurrent?); batched prompts require "
+            "attention layers."
         )
     return cache
 

@@ -1,4 +1,4 @@
-"""Messages to the sites and their replies, all counted in the ledger."""
+"""Messages to the sites and their replies; those that carry tensors are counted in the ledger."""
 
 from __future__ import annotations
 

@@ -201,9 +201,9 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
     needed = math.ceil(least * len(now.cohort) - 1e-9)
     if len(tally.good) < needed:
         raise RoundError(
-            f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites replied well, but "
-            f"at least {needed} are needed (strategy.min-reply-fraction = {least:g}). "
-            f"{tally.reasons}"
+            f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites returned a valid "
+            f"update, but at least {needed} are required (strategy.min-reply-fraction = "
+            f"{least:g}). {tally.reasons}"
         )
     adapter = run.rule.result()
     if not all(map(all_finite, (*adapter.values(), *run.rule.state().values()))):

@@ -92,7 +92,7 @@ def _open(
 def tokenized_site(
     split: SiteData, partition_id: int, model_name: str, template: str, seq_length: int
 ) -> Site:
-    """Return a site's examples as tokens.
+    """Return a site's tokenised examples.
 
     Raises
     ------

@@ -21,8 +21,7 @@ from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.prompts import prompt_hash
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import DataError
-from grandrounds.model import headroom as fitting
-from grandrounds.model import machine
+from grandrounds.model import headroom, machine
 from grandrounds.model.base import (
     base_fingerprint,
     base_loads,
@@ -236,7 +235,7 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     )
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = tokenizer_of(config.model.name).pad_token_id
-    return fitting.run_visit(
+    return headroom.run_visit(
         config,
         resident,
         lambda: training.train_visit(

@@ -258,7 +258,7 @@ def test_a_failed_run_exits_with_code_1(
     monkeypatch.setattr(client_app, "app", fail_from(2, {0, 1, 2, 3}))
     result = CliRunner().invoke(command_line, ["run", *options(settings)])
     assert result.exit_code == 1
-    assert result.stderr.startswith("grandrounds: Round 2: 0 of 2 sites replied well")
+    assert result.stderr.startswith("grandrounds: Round 2: 0 of 2 sites returned a valid update")
     assert len(result.stderr.splitlines()) == 1
 
 

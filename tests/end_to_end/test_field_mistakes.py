@@ -437,7 +437,7 @@ def test_field_mistake_16_a_round_with_too_few_good_replies_fails_loudly(
                 return Message(messages.failure(DataError("closed")), reply_to=message)
         return GOOD_SITES(message, context)
 
-    with pytest.raises(RoundError, match=r"Round 2: 0 of 2 sites replied well.*: closed"):
+    with pytest.raises(RoundError, match=r"Round 2: 0 of 2 sites returned a valid.*: closed"):
         play(settings, closing, **{"train.save-every-round": 1})
     run = Path(settings["run-directory"])
     summary = summary_of(run)

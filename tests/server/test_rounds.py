@@ -203,7 +203,7 @@ def test_a_round_needs_its_share_of_good_replies_rounded_up(
     if not ends:
         play(sites, range(cohort), **{"strategy.min-reply-fraction": fraction})
         return
-    words = rf"^Round 3: {cohort - failing} of {cohort} sites replied well.*site 0: site 0 has no"
+    words = rf"^Round 3: {cohort - failing} of {cohort} sites returned .*site 0: site 0 has no"
     with pytest.raises(RoundError, match=words):
         play(sites, range(cohort), **{"strategy.min-reply-fraction": fraction})
 
@@ -247,7 +247,7 @@ def test_a_site_that_is_not_connected_counts_as_failed() -> None:
     _, tally, _ = play(Sites(), [0, 1, 5], listener=listener_to(heard))
     assert tally.failed == {5: "not connected"}
     assert (5, "not connected") in heard
-    with pytest.raises(RoundError, match="2 of 3 sites replied well, but at least 3"):
+    with pytest.raises(RoundError, match="2 of 3 sites returned a valid update, but at least 3"):
         play(Sites(), [0, 1, 5], **{"strategy.min-reply-fraction": 1.0})
 
 

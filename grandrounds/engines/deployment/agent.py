@@ -171,7 +171,7 @@ def hang_up(connection: socket.socket) -> None:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the peer has hung up; over TLS that cannot be seen."""
+    """Whether the peer has closed the connection; not detectable over TLS."""
     poll = select.poll()
     poll.register(connection, 0)
     return any(event & select.POLLHUP for _, event in poll.poll(0))

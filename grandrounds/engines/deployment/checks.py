@@ -24,7 +24,7 @@ from grandrounds.config.keys import Config
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError
-from grandrounds.model import headroom as fitting
+from grandrounds.model import headroom
 from grandrounds.site.custody.answer import admit, base_location, base_sha256, localized
 from grandrounds.site.custody.own_data import own_split
 from grandrounds.site.custody.site_file import SiteFile
@@ -54,14 +54,14 @@ class Finding:
 
 
 def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator[Finding]:
-    """Yield the findings on a site for runs like a configuration.
+    """Check a site against a run configuration and yield the findings.
 
-    A check that depends on a failed one is left out.
+    Checks that depend on a failed one are skipped.
 
     Parameters
     ----------
     is_asked : bool
-        Whether to check that the policy admits a run with this very configuration.
+        Whether to check that the policy admits a run with exactly this configuration.
     """
     for subject, look in (
         ("state", _state),
@@ -179,17 +179,17 @@ def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
 def _memory(site: SiteFile, config: Config, name: str) -> Iterator[Finding]:
     """Estimated peak memory against what is free."""
     here = replace(config, model=replace(config.model, name=base_location(site, name)))
-    free, subject = fitting.free_bytes(), f"memory for {name}"
-    plain, checkpointed = (fitting.site_needs(here, checkpointing=c) for c in (False, True))
+    free, subject = headroom.free_bytes(), f"memory for {name}"
+    plain, checkpointed = (headroom.site_needs(here, checkpointing=c) for c in (False, True))
     if plain is None or checkpointed is None:
         yield Finding("warning", subject, "unknown architecture; memory cannot be estimated")
         return
     told = (
-        f"{fitting.size_text(plain.total)} estimated, "
-        f"{fitting.size_text(checkpointed.total)} with gradient checkpointing; "
-        f"{fitting.size_text(free)} available"
+        f"{headroom.size_text(plain.total)} estimated, "
+        f"{headroom.size_text(checkpointed.total)} with gradient checkpointing; "
+        f"{headroom.size_text(free)} available"
     )
-    fits = checkpointed.total <= fitting.HEADROOM * free
+    fits = checkpointed.total <= headroom.HEADROOM * free
     yield Finding("ok" if fits else "warning", subject, told)
 
 

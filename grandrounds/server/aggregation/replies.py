@@ -54,7 +54,7 @@ class ReplyRule(Rule):
     def replies(self) -> list[Reply]:
         """Return the replies in the order of partitions; raise `ValueError` if there is none."""
         if not self._kept:
-            raise ValueError("no reply was added")
+            raise ValueError("no client update was added")
         return [reply for _, reply in sorted(self._kept.items())]
 
     def report(self) -> dict[str, float]:

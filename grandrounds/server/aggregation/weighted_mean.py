@@ -99,7 +99,7 @@ class WeightedMean:
             If nothing was added.
         """
         if not self.count:
-            raise ValueError("no reply was added")
+            raise ValueError("no client update was added")
         out = {}
         high, start = self._store[self._start :], 0
         for name, shape in self._shapes.items():

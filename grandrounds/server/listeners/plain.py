@@ -28,14 +28,14 @@ def recipe_rows(config: Config) -> Rows:
     warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
     mu = f", mu {strategy.proximal_mu:g}" if strategy.proximal_mu else ""
     partition = f" by {data.partition_by}" if data.partition_by else ""
-    again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing where needed"}
+    again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing if needed"}
     checkpointing = again.get(model.gradient_checkpointing, "")
     rows = [
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
             "adapter",
             f"LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
-            f"dropout {lora.dropout:g}, on {lora.target_modules}",
+            f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
         ),
         (
             "data",

@@ -122,7 +122,7 @@ def _asked(url: str, query: str) -> tuple[list[str], list[Any]]:
             f"{where} is not an SQLAlchemy URL ({first_line(error)}): dialect+driver://user@host/name."
         ) from error
     except ModuleNotFoundError as error:
-        raise DataError(f"{where} needs the driver {error.name}: pip install it.") from error
+        raise DataError(f"{where} requires a driver: pip install {error.name}.") from error
     try:
         with engine.connect() as connection:
             result = connection.execute(sqlalchemy.text(query))

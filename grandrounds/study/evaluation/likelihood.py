@@ -232,7 +232,7 @@ class Answer:
     log_likelihoods: tuple[float, ...]
     """Natural log-likelihood of each option, summed over its tokens."""
     choice: int
-    """Index of the option of greatest log-likelihood, the first one on ties."""
+    """Index of the option with the highest log-likelihood; ties: the first."""
     correct: bool
     """Whether `choice` is correct: the harness's `acc`."""
     correct_normalised: bool

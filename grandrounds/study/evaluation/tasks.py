@@ -76,12 +76,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Method:
-    """How models are asked."""
+    """Evaluation settings."""
 
     protocol: str = "likelihood"
     """One of `PROTOCOLS`, or `all`."""
     permutations: int = 3
-    """Random orders of the options asked under `likelihood`, besides the published order."""
+    """Additional random option orders scored by `likelihood`."""
     batch_size: int = 16
     """Prompts per forward pass; affects answers by rounding only."""
 

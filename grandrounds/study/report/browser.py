@@ -44,7 +44,7 @@ def find_chromium() -> str | None:
 
 
 def standalone(svg: str, style: str) -> str:
-    """Return a figure as a file of its own: its style inside, on white."""
+    """Return a figure as a standalone SVG with embedded CSS and a white background."""
     head, tag, rest = svg.partition(">")
     ground = '<rect width="100%" height="100%" fill="#ffffff"/>'
     return f"{head}{tag}<style>{style}</style>{ground}{rest}"
@@ -70,9 +70,7 @@ def size_of(svg: str) -> tuple[int, int]:
     """Return width and height of a figure, from its viewBox."""
     found = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg)
     if found is None:
-        raise DataError(
-            "this SVG is not a figure of a report: it has no viewBox that begins at 0 0"
-        )
+        raise DataError("this SVG is not a report figure: its viewBox must start at 0 0")
     return int(found[1]), int(found[2])
 
 

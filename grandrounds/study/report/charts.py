@@ -1,4 +1,4 @@
-"""Line charts over rounds and column charts, as SVG; `row_charts` has the charts in rows.
+"""Line charts over rounds and column charts, as SVG; horizontal charts are in `row_charts`.
 
 Series differ in colour, mark and dashes, so that no distinction depends on colour alone. Colours
 are classes of templates/figures.css.

@@ -115,7 +115,7 @@ def update_figures(run: RunFiles) -> list[Figure]:
         outliers = sorted((u for u in cosines if u.value < 0), key=lambda u: u.value)
         note = _listed(outliers, lambda u: f"cosine {number(u.value, 2)}")
         note += " Ringed: below 0, opposed to the mean update of the cohort."
-        title = "Cosine of each client update to the mean"
+        title = "Cosine similarity of each client update to the mean"
         series = _scatter(cosines, "cosine", outliers)
         svg = line_chart(title, series, Axis("cosine to the mean", from_zero=True), run.last_shown)
         figures.append(Figure("update-cosines", title, svg, note, _by_site(cosines, "cosine")))
@@ -158,8 +158,8 @@ def aggregation_figure(run: RunFiles) -> Figure | None:
     notes = []
     if "product-error" in found:
         notes.append(
-            "Averaging the LoRA factors A and B separately differs from averaging their products: "
-            "that difference, measured at checkpoints on some modules."
+            "Error from averaging the LoRA factors A and B separately instead of their products, "
+            "measured at checkpoints on a sample of modules."
         )
     if "truncation-error" in found:
         notes.append(
@@ -192,7 +192,7 @@ def rule_figures(run: RunFiles) -> list[Figure]:
             )
             places = 0 if all(v.is_integer() for _, v in values) else 4
             rows = [(str(r), fixed(v, places)) for r, v in values]
-            note = f"Chosen by {run.config.strategy.name}."
+            note = f"Computed by {run.config.strategy.name}."
             figures.append(Figure(key, title, svg, note, Table(("round", what), rows)))
     return figures
 

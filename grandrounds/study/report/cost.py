@@ -78,8 +78,8 @@ def communication_figure(run: RunFiles) -> Figure | None:
         for r, v in total
     ]
     note = (
-        "MiB by FlowerTune's counting rule. The wide pale line is the plan, its total spread "
-        "evenly over the rounds; if the run went as planned, it surrounds the measured total."
+        "MiB by FlowerTune's counting rule. Wide pale line: the planned total, spread evenly over "
+        "the rounds; a run on plan stays inside it. A final exam after the last round is not shown."
     )
     if up and not run.values("communication-up-mib"):
         note += " Up and down: the ledger's totals, divided by the replies of each round."

@@ -52,9 +52,11 @@ def loss_figure(run: RunFiles) -> Figure | None:
     places = decimals_of((v for pair in by_round.values() for v in pair), 4, least=3)
     rows = [(str(r), fixed(h, places), fixed(t, places)) for r, (h, t) in sorted(by_round.items())]
     judges = max((len(m.get("evaluated") or ()) for m in run.metrics), default=0)
-    note = "Round 0 is the untrained base. Training loss: mean over the cohort while it trains."
+    note = (
+        "Round 0 is the untrained base. Training loss: mean over the cohort during local training."
+    )
     if judged:
-        note += f" Held-out loss: on examples that {judges} sites never train on."
+        note += f" Held-out loss: on the held-out examples of {judges} fixed sites."
     svg = line_chart(title, series, Axis("nats per answer token"), run.last_shown)
     return Figure(
         "loss", title, svg, note, Table(("round", "held-out loss", "training loss"), rows)

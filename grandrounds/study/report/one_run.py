@@ -19,7 +19,7 @@ def run_page(run: RunFiles) -> Page:
     parts = (learning, cost, participation, client_updates)
     return Page(
         title=run.name,
-        subtitle=f"{run.config.model.name} on {run.config.static.name}",
+        subtitle=f"model {run.config.model.name}, data {run.config.static.name}",
         mood=headline.mood(run),
         status=headline.status_text(run),
         story=headline.story(run),

@@ -55,7 +55,7 @@ def participation_figure(run: RunFiles) -> Figure | None:
         for s in sites
     ]
     columns = ("site", "training examples", "held-out examples", "rounds", "failed")
-    note = f"{used:,} visits were used, {unused:,} failed."
+    note = f"{used:,} client updates used, {unused:,} failed."
     return Figure("participation", title, svg, note, Table(columns, rows))
 
 

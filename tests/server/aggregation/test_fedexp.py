@@ -67,5 +67,5 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
 
 
 def test_nothing_added_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no reply"):
+    with pytest.raises(ValueError, match="no client update"):
         step([])

@@ -71,7 +71,7 @@ def test_a_result_has_all_names_in_float32_and_leaves_its_inputs_alone(name: str
 def test_a_round_without_replies_is_refused(name: str) -> None:
     rule = make_rule(named(name))
     rule.begin(1, random_adapter(np.random.default_rng(0)))
-    with pytest.raises(ValueError, match="no reply"):
+    with pytest.raises(ValueError, match="no client update"):
         rule.result()
 
 

@@ -77,7 +77,7 @@ def test_a_weight_out_of_range_is_refused(weight: int) -> None:
 
 
 def test_a_mean_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no reply"):
+    with pytest.raises(ValueError, match="no client update"):
         WeightedMean({"x": (1,)}).result({"x": np.ones(1, np.float32)})
 
 

@@ -123,7 +123,11 @@ WRONG = [
     ("sqlite:///{file}", "SELECT question, answer FROM cards WHERE id < 0", "has no rows"),
     ("clinic", QUERY, "is not an SQLAlchemy URL"),
     ("martian://x/y", QUERY, "is not an SQLAlchemy URL"),
-    ("mysql+pymysql://reader:topsecret@localhost/clinic", QUERY, "needs the driver pymysql"),
+    (
+        "mysql+pymysql://reader:topsecret@localhost/clinic",
+        QUERY,
+        "a driver: pip install pymysql",
+    ),
     (
         "postgresql+psycopg://reader:topsecret@127.0.0.1:1/clinic",
         QUERY,

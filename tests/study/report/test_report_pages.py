@@ -347,7 +347,7 @@ def test_the_plan_is_seen_below_what_was_sent(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run"))
     figure = next(f for f in page.figures if f.key == "communication")
     assert figure.svg.count('class="wide"') == 2  # in the legend, and the line
-    assert "wide pale line is the plan" in figure.note
+    assert "Wide pale line: the planned total" in figure.note
 
 
 def test_numbers_are_written_short() -> None:
