@@ -57,7 +57,9 @@ def one_round(replies: int) -> dict[str, float]:
     def client_app(message: Message, context: Context) -> Message:
         change = {n: generator.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
         metrics = {**dict.fromkeys(messages.TRAIN_METRICS, 1), "num-examples": 1700}
-        return messages.reply(message, arrays=messages.to_arrays(change), metrics=metrics)
+        return Message(
+            messages.content(arrays=messages.to_arrays(change), metrics=metrics), reply_to=message
+        )
 
     grid = InProcessGrid(client_app, {}, replies)
     cards = {p: SiteCard(p + 1, {"train-examples": 1700}) for p in range(replies)}

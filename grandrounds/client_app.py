@@ -1,7 +1,7 @@
-"""What happens at a site: it introduces itself, trains on what it receives, and answers.
+"""The ClientApp: a site introduces itself, trains the received adapter, and evaluates it.
 
-Read it from top to bottom: each function is one kind of message (see `grandrounds.wire.messages`).
-Where a site has an agent, it is the agent that calls them (`at_site`).
+Each function answers one kind of message (see `grandrounds.wire.messages`). If a site has an agent,
+the agent calls them (`at_site`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grandrounds.site.custody.dispatch import at_site
 from grandrounds.site.visit import Visit
 from grandrounds.wire.messages import answering, content
 
-quiet_libraries()  # here too: in Flower's simulation this module is imported by Ray's workers
+quiet_libraries()  # also here: in Flower's simulation, Ray's workers import this module
 app = ClientApp()
 
 
@@ -24,7 +24,7 @@ app = ClientApp()
 @answering
 @at_site
 def introduce(visit: Visit) -> RecordDict:
-    """Say who this site is, what it holds and what it would train on."""
+    """Introduce the site: its data, base, prompt, versions and device."""
     return content(config=visits.introduction(visit.site, visit.config))
 
 
@@ -32,7 +32,7 @@ def introduce(visit: Visit) -> RecordDict:
 @answering
 @at_site
 def train(visit: Visit) -> RecordDict:
-    """Train the received adapter on the site's next examples; answer with its change."""
+    """Train the received adapter on the site's next examples; reply with its change."""
     batches = visits.next_batches(visit)
     resident = machine.prepare_model(visit.config)
     received = visits.receive_adapter(visit, resident, trains=True)
@@ -49,7 +49,7 @@ def train(visit: Visit) -> RecordDict:
 @answering
 @at_site
 def evaluate(visit: Visit) -> RecordDict:
-    """Answer the received adapter's loss on the examples that the site holds out."""
+    """Evaluate the loss of the received adapter on the site's held-out examples."""
     resident = machine.prepare_model(visit.config)
     visits.receive_adapter(visit, resident, trains=False)
     return content(metrics=visits.evaluate(resident, visit.site, visit.config))
@@ -59,7 +59,7 @@ def evaluate(visit: Visit) -> RecordDict:
 @answering
 @at_site
 def examine(visit: Visit) -> RecordDict:
-    """Answer the formulary's questions with the received adapter and without it."""
+    """Hold the formulary's exam, with and without the received adapter."""
     resident = machine.prepare_model(visit.config)
     visits.receive_adapter(visit, resident, trains=False)
     return content(metrics=visits.examine(resident, visit.config))
@@ -71,4 +71,4 @@ VISITS = {
     "evaluate": evaluate,
     "evaluate.formulary": examine,
 }
-"""Kind of message → its function, for a site's agent."""
+"""Kind of message → function, for a site's agent."""

@@ -1,4 +1,4 @@
-"""What happens at the server: the story of a run.
+"""The ServerApp: a run from beginning to end.
 
 Started by `grandrounds run` in process, or by Flower as the app's ServerApp (`flwr run .`).
 """
@@ -24,7 +24,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that Flower's run config describes, telling it in plain lines."""
+    """Run the federation of Flower's run config, with plain progress lines."""
     quiet_libraries()
     config = resolve(context.run_config)
     with tracked(config, PlainReporter(config)) as listener:
@@ -37,7 +37,7 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
     Raises
     ------
     GrandRoundsError
-        If the run cannot start, or a round has too few good replies. What was finished is kept.
+        If the run cannot start, or a round has too few good replies. Finished rounds are kept.
     """
     run = lifecycle.begin(grid, config, listener)
     try:

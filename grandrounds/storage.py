@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, read with one clear error."""
+"""Files and folders, written atomically and read with clear errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_bytes(file: Path, content: bytes) -> None:
     Raises
     ------
     OSError
-        If the folder is missing, may not be written, or the disk is full.
+        If the folder is missing or not writable, or the disk is full.
     """
     partial = _partial(file)
     try:
@@ -32,18 +32,18 @@ def write_bytes(file: Path, content: bytes) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text as UTF-8, as `write_bytes` does."""
+    """Write a text as UTF-8, atomically like `write_bytes`."""
     write_bytes(file, text.encode())
 
 
 def write_json(file: Path, data: Any) -> None:
-    """Write JSON with an indentation of two, as `write_bytes` does."""
+    """Write JSON with an indent of two, atomically like `write_bytes`."""
     write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which replaces `target` once it is filled without an error."""
+    """Yield a folder to fill, which replaces `target` when it has been filled without an error."""
     partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -66,16 +66,16 @@ def writing(
     error_type: type[GrandRoundsError],
     failures: tuple[type[Exception], ...] = (OSError,),
 ) -> Iterator[None]:
-    """Turn a full disk or a folder without permission into one error that names the place.
+    """Report a full disk or missing permission as one error that names the place.
 
     Parameters
     ----------
     place : str
-        What cannot be written, at the beginning of a sentence.
+        What is being written, as the beginning of a sentence.
     advice : str
-        What to do about it, as whole sentences.
+        What to do about it, in full sentences.
     failures
-        Exceptions that mean so.
+        Exceptions that mean that writing failed.
     """
     try:
         yield
@@ -93,13 +93,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a JSON file; raise `ConfigError` if there is none."""
+    """Return the object in a JSON file; raise `ConfigError` if there is none."""
     try:
         found = json.loads(read_bytes(path))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no JSON object.")
+        raise ConfigError(f"{path} does not contain a JSON object.")
     return found
 
 

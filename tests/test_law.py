@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
@@ -78,6 +79,26 @@ def test_a_planted_library_is_seen(name: str, line: str) -> None:
     texts = sources()
     found = list(libraries_out_of_place({**texts, name: f"{texts[name]}\n{line}\n"}))
     assert [one.partition(":")[0] for one in found] == [name]
+
+
+LONG_SIGNATURES = {
+    "grandrounds.model.attention.attend": "transformers' AttentionInterface calls it so",
+}
+"""Functions of more than six parameters outside the command files → the reason; eight at most."""
+
+
+def test_a_function_takes_at_most_six_parameters() -> None:
+    found = set()
+    for name, text in sources().items():
+        if name.startswith("grandrounds.cli"):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([one for one in taken if one.arg not in ("self", "cls")]) > 6:
+                    found.add(f"{name}.{node.name}")
+    assert found == set(LONG_SIGNATURES)
+    assert len(found) <= 8
 
 
 LOADED = (

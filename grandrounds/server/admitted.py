@@ -1,4 +1,4 @@
-"""Which of Flower's nodes each admitted site is, read from a consortium's folder."""
+"""The Flower node of each admitted site, read from a consortium's folder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from grandrounds.storage import read_bytes, read_json
 
 
 def admitted_nodes(federation: FederationConfig) -> dict[int, int]:
-    """Return partition id → the node that the site was admitted as, where it is known."""
+    """Return partition id → node of the admitted sites, where the node is known."""
     return registered_nodes(Path(federation.consortium)) if federation.consortium else {}
 
 
 def registered_nodes(folder: Path) -> dict[int, int]:
-    """Return the numbers of the admitted sites and their nodes, where the key was registered here.
+    """Return partition id → node of the admitted sites whose key was registered here.
 
     Raises
     ------
     ConfigError
-        If the folder is no consortium's, or an admission or the note of a node is damaged.
+        If the folder is not a consortium's, or an admission or a node file is damaged.
     """
     read_json(folder / "consortium.json")
     numbers = ((read_json(file)["content"], node) for file, node in nodes(folder).items())
@@ -28,7 +28,7 @@ def registered_nodes(folder: Path) -> dict[int, int]:
 
 
 def nodes(folder: Path) -> dict[Path, int]:
-    """Return the admissions of a consortium whose node is written down, and the node."""
+    """Return admission file → node, for the admissions that have a node file."""
     found: dict[Path, int] = {}
     for admission in sorted((folder / "admissions").glob("*.json")):
         file = node_file(admission)
@@ -37,7 +37,7 @@ def nodes(folder: Path) -> dict[Path, int]:
         text = read_bytes(file).decode(errors="replace").strip()
         if not text.isdecimal():
             raise ConfigError(
-                f"{file} holds {text[:40]!r}, not the number of a node: write its node-id "
+                f"{file} holds {text[:40]!r}, which is not a node id: write the node's id "
                 "(flwr supernode list), or remove the file."
             )
         found[admission] = int(text)
@@ -45,5 +45,5 @@ def nodes(folder: Path) -> dict[Path, int]:
 
 
 def node_file(admission: Path) -> Path:
-    """Return the file beside an admission that says which node its key was registered as."""
+    """Return the file beside an admission that holds the node of its registered key."""
     return admission.with_suffix(".node")

@@ -1,17 +1,17 @@
-"""The run directory: complete after every round, whatever happens next.
+"""The run directory, complete and consistent after every round.
 
-    config.toml        the resolved configuration, a recipe by itself
-    plan.json          what the run will send
-    environment.json   versions and machine of the server
+    config.toml        the resolved configuration, itself a recipe
+    plan.json          the planned traffic
+    environment.json   versions and platform of the server
     sites.json         the roll call
     metrics.jsonl      one line a round; line 0 is before training
-    ledger.json        bytes so far
+    ledger.json        the traffic so far
     peft_<round>/      adapters that plain PEFT loads, each with a model card
     state/             the last finished round, from which a run resumes
     summary.json       how the run ended
 
-Folders are written under a temporary name and renamed. safetensors, TOML and JSON only. While a run
-writes, it holds a lock (.lock), so that a second one cannot begin where the first still is.
+Folders are written under a temporary name and renamed. safetensors, TOML and JSON only. A run holds
+a lock (.lock) while it writes, so that no second run can use the directory.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDirectory:
-        """Make a new run directory and write the configuration into it.
+        """Create a run directory and write the configuration into it.
 
         Raises
         ------
         RunDirectoryError
-            If there is something there already, or the place cannot be written.
+            If the path exists and is not an empty folder, or cannot be written.
         """
         path = path.expanduser().absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -68,7 +68,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             storage.write_text(path / "config.toml", to_toml(config.recipe()))
         except OSError as error:
-            for folder in missing:  # what was made here, innermost first
+            for folder in missing:  # created above, innermost first
                 shutil.rmtree(folder, ignore_errors=True)
             raise RunDirectoryError(
                 f"The run directory {path} cannot be written: {error.strerror or error}. "
@@ -83,7 +83,7 @@ class RunDirectory:
         Raises
         ------
         RunDirectoryError
-            If there is no run in it.
+            If the path holds no run.
         """
         path = path.expanduser().absolute()
         if not (path / "config.toml").is_file():
@@ -94,26 +94,26 @@ class RunDirectory:
         return cls(path)
 
     def hold(self) -> None:
-        """Keep every other run from writing here, until `release` or this process's end.
+        """Lock the directory against other runs until `release`, or until this process ends.
 
-        A file system without locks (some network shares) is written without.
+        File systems without locks (some network shares) are used unlocked.
 
         Raises
         ------
         RunDirectoryError
-            If another run writes here.
+            If another run holds the lock.
         """
         with _writing(self.path), suppress(NotImplementedError):
             try:
                 self._lock.acquire()
             except Timeout:
                 raise RunDirectoryError(
-                    f"{self.path} is being written by a run that has not ended. Wait for its end "
-                    "or stop it, then resume."
+                    f"{self.path} is in use by a run that has not ended. Wait for it to end, or "
+                    "stop it, then resume."
                 ) from None
 
     def release(self) -> None:
-        """Let other runs write here again."""
+        """Release the lock."""
         if self._lock.is_locked:
             (self.path / ".lock").unlink(missing_ok=True)
             self._lock.release()
@@ -129,7 +129,7 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, data: Any) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file atomically."""
         with _writing(self.path):
             storage.write_json(self.path / name, data)
 
@@ -144,7 +144,7 @@ class RunDirectory:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the finished lines of metrics.jsonl; one cut off by a kill is left out."""
+        """Return the complete lines of metrics.jsonl, without one cut short by a kill."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -169,7 +169,7 @@ class RunDirectory:
         state: Mapping[str, Any],
         rule_state: Mapping[str, NDArray[Any]],
     ) -> None:
-        """Write the state after a round, then drop the states before it."""
+        """Write the state after a round, then remove older states."""
         from safetensors.numpy import save_file
 
         target = self.path / "state" / f"round-{round_number:06d}"
@@ -192,14 +192,14 @@ class RunDirectory:
         return adapter, json.loads((states[-1] / "state.json").read_text())
 
     def load_rule_state(self) -> dict[str, NDArray[Any]]:
-        """Return what the aggregation rule kept after the last finished round."""
+        """Return the state of the aggregation rule after the last finished round."""
         from safetensors.numpy import load_file
 
         file = self._states()[-1] / "rule.safetensors"
         return load_file(file) if file.is_file() else {}
 
     def rewind(self, round_number: int, record: Mapping[str, Any]) -> None:
-        """Drop what was written after `round_number`, whose metrics are `record`."""
+        """Remove everything written after `round_number`, whose metrics are `record`."""
         lines = [m for m in self.read_metrics() if m["round"] < round_number] + [dict(record)]
         with _writing(self.path):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -217,18 +217,18 @@ class RunDirectory:
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
-    """Turn a full disk or a folder without permission into one clear error."""
+    """Report a full disk or missing permission as one clear error."""
     return writing(
         f"The run directory {path}",
         "Free some space; finished rounds are kept, and grandrounds run --resume "
-        f"{path} goes on from there.",
+        f"{path} continues from there.",
         RunDirectoryError,
         (OSError, SafetensorError),
     )
 
 
 def environment() -> dict[str, Any]:
-    """Return versions and machine, for the record."""
+    """Return versions and platform, for environment.json."""
     packages = ("flwr", "torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
     return {
         "grandrounds": grandrounds.__version__,
@@ -247,39 +247,39 @@ def installed_version(package: str) -> str | None:
 
 
 WORDS = ("last", "best")
-"""What may stand instead of a round."""
+"""Words accepted in place of a round's number."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An adapter that a run has saved."""
+    """A saved adapter of a run."""
 
     run: RunDirectory
-    """The run that it is of."""
+    """Its run."""
     config: Config
     """The run's configuration."""
     round: int
     """The round after which it was saved."""
     folder: Path
-    """The adapter, as PEFT loads it."""
+    """The adapter's folder, which PEFT loads."""
     record: Mapping[str, Any]
     """The round's line of metrics.jsonl."""
     is_last: bool
-    """Whether the run has saved none after it."""
+    """Whether it is the run's latest checkpoint."""
 
 
 def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
-    """Return a checkpoint of a run, which may still be going on or have failed.
+    """Return a checkpoint of a run, which may be still in progress or failed.
 
     Parameters
     ----------
     which : str
-        `last`; `best`, the one of lowest held-out loss; or a round's number.
+        `last`; `best`, the one with the lowest held-out loss; or a round's number.
 
     Raises
     ------
     RunDirectoryError
-        If there is no run, it has no checkpoint yet, or not the one asked for.
+        If there is no run, or it has no checkpoint yet, or not the requested one.
     ConfigError
         If `which` is none of these.
     """
@@ -297,15 +297,15 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
         first = min(config.train.save_every_round, config.federation.num_server_rounds)
         raise RunDirectoryError(
             f"{run.path} has no checkpoint yet: {done} rounds are finished, and the first is saved "
-            f"after round {first}. Wait for it, or go on with a run that ended: grandrounds run "
+            f"after round {first}. Wait for it, or resume a run that has ended: grandrounds run "
             f"--resume {run.path}."
         )
     number = _round(run, saved, which)
     folder = run.path / str(saved[number]["checkpoint"])
     if not folder.is_dir():
         raise RunDirectoryError(
-            f"{folder} is missing, though metrics.jsonl names it. Restore it, or choose another of "
-            f"the checkpoints after round {_listed(saved)} with --checkpoint."
+            f"{folder} is missing, though metrics.jsonl names it. Restore it, or choose another "
+            f"checkpoint with --checkpoint: rounds {_listed(saved)}."
         )
     return Checkpoint(run, config, number, folder, saved[number], number == max(saved))
 
@@ -325,7 +325,7 @@ def _round(run: RunDirectory, saved: Mapping[int, Mapping[str, Any]], which: str
         return min(losses, key=lambda r: losses[r])
     if int(which) not in saved:
         raise RunDirectoryError(
-            f"{run.path} saved no checkpoint after round {int(which)}; there are some after round "
+            f"{run.path} has no checkpoint of round {int(which)}; it has checkpoints of rounds "
             f"{_listed(saved)}."
         )
     return int(which)
@@ -336,6 +336,6 @@ def _listed(saved: Mapping[int, Any]) -> str:
 
 
 def default_run_directory(config: Config) -> Path:
-    """Return `runs/<date>-<time>-<model>` below the current folder."""
+    """Return `runs/<date>-<time>-<model>` in the current folder."""
     model = config.model.name.rstrip("/").rpartition("/")[2]
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{model}"

@@ -1,4 +1,4 @@
-"""Messages out, replies in, each counted in the ledger as it passes."""
+"""Messages to the sites and their replies, all counted in the ledger."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.ledger import Ledger
 
 LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.05, 1.0
-"""Between two looks for replies; Flower's engines move messages every 0.1 s."""
+"""Between two polls for replies; Flower's engines move messages every 0.1 s."""
 
 Use = Callable[[int, Message], messages.Metrics]
-"""Takes (partition id, reply) and returns its metrics; raises `GrandRoundsError` for a reply that
-cannot be used, which is then counted as failed."""
+"""Called with (partition id, reply); returns its metrics. Raises `GrandRoundsError` for an unusable
+reply, which then counts as failed."""
 
 OnReply = Callable[[int, str | None], None]
-"""Called with (partition id, None or the failure), once for every site that was selected."""
+"""Called with (partition id, None or the failure), once for every selected site."""
 
 
 def pause(waited_seconds: float) -> float:
-    """Return how long to wait before the next look: a twentieth of what was waited already.
+    """Return the pause before the next poll: a twentieth of the time waited so far.
 
-    A look is a request for each message that is out, and real sites take minutes.
+    A poll is one request per outstanding message, and real sites take minutes.
     """
     return min(max(LEAST_PAUSE_SECONDS, waited_seconds / 20), MOST_PAUSE_SECONDS)
 
 
 @dataclass
 class Tally:
-    """What came of one exchange with a cohort."""
+    """The outcome of one exchange with a cohort."""
 
     good: dict[int, messages.Metrics] = field(default_factory=dict)
-    """Partition id → metrics of a reply that was used."""
+    """Partition id → metrics of its reply, if the reply was used."""
     failed: dict[int, str] = field(default_factory=dict)
-    """Partition id → why its reply was not used."""
+    """Partition id → reason why its reply was not used."""
 
     @property
     def reasons(self) -> str:
-        """All failures in one line."""
+        """All failures, in one line."""
         return "; ".join(f"site {p}: {why}" for p, why in sorted(self.failed.items()))
 
 
@@ -53,15 +53,15 @@ class Exchange:
     """The server's end of all messages of a run."""
 
     grid: Grid
-    """Flower's way to the nodes."""
+    """Flower's connection to the nodes."""
     ledger: Ledger
-    """Where every message is counted."""
+    """The ledger that counts every message."""
     run: str
-    """The run's key, by which sites tell what they remember."""
+    """The run's key, under which sites keep their state."""
     timeout_seconds: float
-    """Longest wait for the replies of one cohort."""
+    """Maximum wait for the replies of a cohort."""
     late: set[str] = field(default_factory=set)
-    """Ids of messages whose replies had not come when their round ended."""
+    """Ids of messages without a reply at the end of their round."""
 
     def message(
         self,
@@ -71,9 +71,9 @@ class Exchange:
         parcel: Parcel,
         instruction: Mapping[str, float | int] | None = None,
     ) -> Message:
-        """Return a message to a site: the adapter, and what to do with it.
+        """Return a message to a site with the adapter and its instructions.
 
-        It outlives its round, so that a reply that comes late is told from none.
+        It outlives its round, so that late replies can be told from missing ones.
         """
         config = {"round": round_number, messages.RUN: self.run, **parcel.config}
         return Message(
@@ -91,21 +91,21 @@ class Exchange:
         use: Use,
         on_reply: OnReply = lambda *_: None,
     ) -> Tally:
-        """Send a cohort its messages; count, check and use each reply as it arrives.
+        """Send messages to a cohort; count, check and use each reply as it arrives.
 
         Parameters
         ----------
         kind : str
-            What the messages are in the ledger: `train`, `evaluate` or `formulary`.
+            Kind of message in the ledger: `train`, `evaluate` or `formulary`.
         outgoing
-            Partition id's message; its destination is the node of that site.
+            Partition id → message, addressed to the site's node.
         """
         partition_of = {m.metadata.dst_node_id: p for p, m in outgoing.items()}
         for message in outgoing.values():
             self.ledger.count(f"{kind}.down", messages.tensor_sizes(message))
         tally = Tally()
         by_node = {m.metadata.dst_node_id: m for m in outgoing.values()}
-        # Only a late answer to `train` is worth telling from none.
+        # Only late client updates are counted.
         late = self.late if kind == "train" else set[str]()
         for node, reply in self.replies(by_node, self.timeout_seconds, late):
             partition = partition_of[node]
@@ -127,22 +127,22 @@ class Exchange:
     ) -> Iterator[tuple[int, Message]]:
         """Send one message per node and yield (node id, reply) as replies arrive.
 
-        Replies are fetched one by one, so that one that waits its turn takes no memory here. Ends
-        when all have answered, or after `timeout_seconds` with those who have.
+        Replies are fetched one by one, so that waiting ones take no memory here. Ends when all have
+        replied, or after `timeout_seconds`.
 
         Parameters
         ----------
         late
-            Takes the ids of messages whose replies had not come in time.
+            Receives the ids of messages without a reply in time.
         """
         nodes = list(outgoing)
         message_ids = list(self.grid.push_messages(outgoing.values()))
         if len(message_ids) != len(nodes):
             raise EngineError(
-                f"Flower took {len(message_ids)} of {len(nodes)} messages: are they larger than "
-                "its server allows? Send less (communication.downlink-codec), or raise its limit."
+                f"Flower accepted {len(message_ids)} of {len(nodes)} messages: do they exceed its "
+                "message size limit? Send less (communication.downlink-codec), or raise the limit."
             )
-        # Flower gives no id to a message whose node is gone; nothing will come back from there.
+        # Flower gives no id to a message whose node has gone; no reply will come.
         pending = {i: node for i, node in zip(message_ids, nodes, strict=True) if i}
         started = time.monotonic()
         while pending:
@@ -158,7 +158,7 @@ class Exchange:
                 time.sleep(pause(waited))
 
     def count_late(self) -> int:
-        """Count the late replies that are there by now, and return how many answered well."""
+        """Count the late replies that have arrived by now; return how many report no error."""
         good = 0
         for message_id in sorted(self.late):
             for reply in self.grid.pull_messages([message_id]):

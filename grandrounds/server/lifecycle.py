@@ -1,4 +1,4 @@
-"""A run from beginning to end: begin or resume, open, finish or fail."""
+"""The life of a run: begin or resume, open the session, finish or fail."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from grandrounds.wire.traffic import plan_config
 
 
 def begin(grid: Grid, config: Config, listener: Listener) -> Run:
-    """Open the run directory, and draw or load the adapter; no base model is loaded.
+    """Open the run directory, and draw or load the adapter; loads no base model.
 
     Raises
     ------
     RunDirectoryError
-        If the place cannot be written, holds another run, or a resume asks for another config.
+        If the directory cannot be written, holds another run, or was started with another config.
     ModelError
-        If the base's configuration is not there, or a target module matches nothing.
+        If the base's configuration is missing, or a target module matches nothing.
     """
     federation, strategy, lora = config.federation, config.strategy, config.lora
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
@@ -62,7 +62,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         rule.restore(directory.load_rule_state())
         state.adapter = {name: state.adapter[name] for name in shapes}  # safetensors sorts
         directory.rewind(state.round, saved[1]["record"])
-        directory.remove("summary.json")  # of the part that ended
+        directory.remove("summary.json")  # of the interrupted part
     before = directory.read_json("sites.json") or []
     run = Run(
         config=config,
@@ -91,16 +91,16 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
 
 
 def open_session(run: Run) -> None:
-    """Wait for the sites and call the roll; write and tell who is there.
+    """Wait for the sites, call the roll, and record who is present.
 
     Raises
     ------
     EngineError
-        If too few sites are there, or two differ in what must be the same.
+        If too few sites are present, or two differ in what must be the same.
     RunDirectoryError
-        If a resumed run would go on with other data, base or prompt.
+        If a resumed run would continue with other data, another base or another prompt.
     DataError
-        If no site that is to answer held-out loss holds an example out.
+        If no site of the evaluation cohort has held-out examples.
     """
     roster, judges = run.roster, run.evaluation_cohort
     roster.open(run.exchange, run.config.strategy.connect_timeout_seconds)
@@ -108,16 +108,16 @@ def open_session(run: Run) -> None:
     there = [roster.cards[p].facts for p in judges if p in roster.cards]
     if there and not any(int(facts["held-out-examples"]) for facts in there):
         raise DataError(
-            f"None of the sites drawn for held-out loss ({', '.join(map(str, judges))}) holds an "
-            "example out: their data are too few. Raise data.held-out-fraction, give more data, or "
-            "set strategy.fraction-evaluate = 0."
+            f"None of the sites selected for held-out loss ({', '.join(map(str, judges))}) has "
+            "held-out examples: they have too little data. Raise data.held-out-fraction, use more "
+            "data, or set strategy.fraction-evaluate = 0."
         )
     run.write_sites()
     run.listener.on_roll_call([dict(card.facts) for card in roster.cards.values()])
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Ask the formulary's questions where they were trained, and write the summary."""
+    """Hold the formulary's exam if the run trained on it, and write the summary."""
     is_formulary = run.config.static.name == FORMULARY
     scores = examine_formulary(run) if is_formulary else None
     run.directory.write_json("ledger.json", run.state.ledger.as_dict())
@@ -130,20 +130,20 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def fail(run: Run, status: str, reason: str) -> str:
-    """Write the summary of a run that ended early, and return what is kept, in words.
+    """Write the summary of a run that ended early; return a note of what is kept.
 
-    Finished rounds and checkpoints stay. A new run that ended before anything was measured leaves
-    no directory behind.
+    Finished rounds and checkpoints are kept. A new run that ended before any measurement leaves no
+    directory behind.
     """
     if run.is_new and not run.directory.read_metrics():
         run.directory.discard()
-        return "nothing was finished yet, nothing is left behind"
+        return "no round was finished, and nothing is left behind"
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
-    return f"finished rounds are kept; grandrounds run --resume {run.directory.path}"
+    return f"finished rounds are kept; resume with grandrounds run --resume {run.directory.path}"
 
 
 def check_resumable(directory: RunDirectory, config: Config) -> None:
-    """Raise `RunDirectoryError` if the run is over, or was started with another configuration."""
+    """Raise `RunDirectoryError` if the run is completed, or its configuration differs."""
     summary = directory.read_json("summary.json")
     if summary and summary["status"] == "completed":
         raise RunDirectoryError(
@@ -159,13 +159,13 @@ def check_resumable(directory: RunDirectory, config: Config) -> None:
 
 
 def check_same_sites(roster: Roster) -> None:
-    """Raise `RunDirectoryError` if a resumed run would go on with other data, base or prompt."""
+    """Raise `RunDirectoryError` if a site's data, base or prompt have changed since the start."""
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
         for fact in SAME_IN_A_RUN:
             if before[fact] != card.facts[fact]:
                 raise RunDirectoryError(
-                    f"Site {site} is not what it was when the run started: its {fact} was "
-                    f"{before[fact]} and is {card.facts[fact]}. Restore it to resume, or start a "
-                    "new run."
+                    f"Site {site} has changed since the run started: its {fact} was "
+                    f"{before[fact]} and is now {card.facts[fact]}. Restore it to resume, or start "
+                    "a new run."
                 )

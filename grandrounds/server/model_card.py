@@ -11,11 +11,13 @@ from typing import Any
 
 import grandrounds
 from grandrounds.config import recipes
-from grandrounds.config.keys import PLACES, Config
+from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.server.listeners.plain import defence
+from grandrounds.server.listeners.trackers import settings_of
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
-"""The leaderboard whose table's columns `_submission` gives."""
+"""The leaderboard whose table columns `_submission` fills in."""
 
 FLOWERTUNE_BENCHMARKS = {
     "pubmedqa": "PubMedQA",
@@ -23,55 +25,55 @@ FLOWERTUNE_BENCHMARKS = {
     "medqa": "MedQA",
     "careqa": "CareQA",
 }
-"""Name in the code → column of that table, in its order."""
+"""Benchmark → column of that table, in its order."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One model's answers to one benchmark, or to a part of one."""
+    """One model's accuracy on one benchmark, or on a part of one."""
 
     protocol: str
-    """`flowertune`, `likelihood`, or `at the sites` for what the run itself asked."""
+    """`flowertune`, `likelihood`, or `at the sites` for the exam held by the run itself."""
     benchmark: str
-    """Its name in the code, such as `medqa`."""
+    """Its internal name, such as `medqa`."""
     title: str
-    """What readers call it."""
+    """Its display name."""
     is_base: bool
-    """Whether the untouched base answered."""
+    """Whether this is the untrained base."""
     correct: int
     n: int
     interval: tuple[float, float]
     """95 % interval of the accuracy, as fractions."""
     complete: bool = True
-    """Whether all items of the benchmark were asked."""
+    """Whether all items of the benchmark were used."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known of a checkpoint beyond its configuration, once the run can be read."""
+    """What is known about a checkpoint beyond its configuration."""
 
     base_held_out_loss: float | None = None
     """Nats per answer token before training."""
     data: Mapping[str, Any] | None = None
-    """`data` of summary.json: examples at the sites."""
+    """`data` of summary.json: the examples at the sites."""
     accuracies: Sequence[Accuracy] = ()
-    """With those of the base."""
+    """Including those of the base."""
     device: str | None = None
-    """What the sites computed on, and in which types."""
+    """Device and precision at the sites."""
     own_data: bool = False
-    """Whether each site reads data of its own, whatever the recipe names."""
+    """Whether each site uses its own data, whatever the recipe names."""
     failed_replies: int | None = None
-    """Replies of the run that were not used."""
+    """Number of replies in the run that were not used."""
     merged: str | None = None
-    """For a merged model: what was merged into what; None for an adapter."""
+    """For a merged model, what was merged into what; None for an adapter."""
     repository: str | None = None
-    """Where it is published, if that is known."""
+    """Where it is published, if known."""
 
 
 NOTHING = Findings()
-"""What is known while a run is going on."""
+"""What is known during the run."""
 
 
 def model_card(
@@ -87,13 +89,13 @@ def model_card(
     Parameters
     ----------
     target_modules
-        The names of the adapted modules, resolved.
+        The adapted modules, resolved.
     held_out_loss : float or None
-        Nats per answer token; None where it was not measured.
+        Nats per answer token; None if not measured.
     mib : float
         Traffic of the run up to this checkpoint.
     found : Findings
-        What else is known.
+        Further findings.
     """
     base = _shown(config.model.name)
     kind = "Model merged from a LoRA adapter and" if found.merged else "LoRA adapter for"
@@ -101,7 +103,7 @@ def model_card(
         f"---\n{_metadata(config, round_number, found)}---",
         f"# {kind} {base}, after round {round_number} of {config.federation.num_server_rounds}",
         "Trained by federated instruction tuning with Grand Rounds: the examples stayed at their "
-        "sites, only adapters travelled.",
+        "sites, and only adapters were exchanged.",
         _facts(config, target_modules, held_out_loss, mib, found),
     ]
     if found.merged:
@@ -118,13 +120,13 @@ def model_card(
 
 
 def have_own_data(sites: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether these introductions are of real sites, which alone tell their base's hash."""
+    """Whether these introductions are of real sites: only they include the base's hash."""
     facts = list(sites)
     return bool(facts) and all("base-content" in site for site in facts)
 
 
 def _shown(name: str) -> str:
-    """Return a name as others may read it: of a local file or folder the last part alone."""
+    """Return a name fit for publication: only the last part of a local path."""
     shown = f"{Path(name).name} (local)" if Path(name).is_absolute() else name
     return " ".join(shown.split()).replace("|", "\\|")
 
@@ -163,7 +165,7 @@ def _metadata(config: Config, round_number: int, found: Findings) -> str:
 
 
 def _yaml(text: str) -> str:
-    """Return a text as a YAML scalar; what is no plain word is quoted as JSON does."""
+    """Return a string as a YAML scalar, quoted as in JSON unless it is a plain word."""
     plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*", text)
     reserved = text.lower() in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
     return text if plain and not reserved else json.dumps(text)
@@ -224,14 +226,18 @@ def _facts(
     return _table(("", ""), rows)
 
 
+def _coverage(accuracy: Accuracy) -> str:
+    return "" if accuracy.complete else " (not all items)"
+
+
 def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
     title = "## Accuracy\n\n"
     if not accuracies:
-        return title + "Not evaluated. `grandrounds evaluate RUN_DIR`, then export again."
+        return title + "Not evaluated. Run `grandrounds evaluate RUN_DIR`, then export again."
     rows = [
         (
             a.protocol,
-            a.title + ("" if a.complete else " (not all items)"),
+            a.title + _coverage(a),
             "base" if a.is_base else "tuned",
             f"{a.correct:,}/{a.n:,}",
             f"{100 * a.correct / a.n:.1f}",
@@ -240,7 +246,7 @@ def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
         for a in accuracies
     ]
     columns = ("protocol", "benchmark", "model", "correct", "%", "95% interval")
-    return title + _table(columns, rows) + "\n\nIntervals: Wilson. The base is the untouched one."
+    return title + _table(columns, rows) + "\n\nWilson intervals. `base` is the untrained base."
 
 
 def _use(config: Config, merged: bool) -> str:
@@ -263,78 +269,60 @@ def _use(config: Config, merged: bool) -> str:
         )
     template = config.data.prompt_template
     return (
-        f"## Use\n\n```python\n{code}\n```\n\nPrompt template: `{template}`, the same as in "
-        "training; an answer ends with the end-of-sequence token."
+        f"## Use\n\n```python\n{code}\n```\n\nPrompt template: `{template}`, as in "
+        "training; answers end with the end-of-sequence token."
     )
 
 
 def _privacy(config: Config) -> str:
-    how = config.defence
-    screens = [
-        text
-        for is_on, text in (
-            (how.update_norm_bound > 0, f"updates scaled to a norm of {how.update_norm_bound:g}"),
-            (how.min_cosine > -1, f"updates below a cosine of {how.min_cosine:g} left out"),
-        )
-        if is_on
-    ]
-    screened = f" Single updates were screened ({', '.join(screens)})." if screens else ""
+    screens = defence(config)
+    screened = f" Individual updates were screened ({screens})." if screens else ""
     return (
         "## Privacy\n\nNo differential privacy and no secure aggregation: the server saw every "
-        "site's update, and the weights may reveal what single examples say."
-        f"{screened} Share them only with whom the sites agreed on."
+        "site's update, and the weights may reveal the content of individual examples."
+        f"{screened} Share them only as the sites have agreed."
     )
 
 
 def _limits(config: Config) -> str:
     invented = (
-        " The formulary's drugs do not exist; nothing learned from it is medical knowledge."
+        " The formulary's drugs are fictional; nothing learned from it is medical knowledge."
         if config.static.name == FORMULARY
         else ""
     )
     return (
         "## Limits of use\n\nResearch software, **not a medical device**: do not use its answers "
         "for decisions about patients. It may state falsehoods with confidence, and was not tested "
-        f"for safety, bias or other languages than its data's.{invented} The licences of base and "
-        "data hold."
+        f"for safety, bias or languages other than those of its data.{invented} The licences of "
+        "the base and the data apply."
     )
 
 
 def _recipe(config: Config) -> str:
-    """Return what differs from the defaults, as a recipe that `grandrounds run` takes."""
-    default = recipes.defaults()
-    changed = {
-        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for key, value in config.flat().items()
-        if key not in PLACES and value != default[key]
-    }
+    """Return the differences from the defaults, as a recipe for `grandrounds run`."""
+    default, values = recipes.defaults(), config.flat()
+    shown = settings_of(config)
+    changed = {key: shown[key] for key in shown if values[key] != default[key]}
     text = recipes.to_toml(changed) if changed else "# the defaults\n"
     return (
-        f"## Recipe\n\nWhat differs from the defaults of Grand Rounds {grandrounds.__version__} "
+        f"## Recipe\n\nDifferences from the defaults of Grand Rounds {grandrounds.__version__} "
         f"(`grandrounds run --config recipe.toml`):\n\n```toml\n{text}```"
     )
 
 
 def _submission(config: Config, mib: float, found: Findings) -> str:
-    """Return what FlowerTune's medical table asks of an entry."""
+    """Return the columns of FlowerTune's medical table for this entry."""
     reasons = recipes.leaderboard_differences(config)
     comparable = (
         f"Not comparable with the FlowerTune leaderboard: "
         f"{'; '.join(reasons).replace(config.static.name, _shown(config.static.name))}."
         if reasons
-        else "Data set and number of sites are those of the FlowerTune medical leaderboard."
+        else "Dataset and number of sites are those of the FlowerTune medical leaderboard."
     )
-    scores = {
-        a.benchmark: f"{100 * a.correct / a.n:.2f}" + ("" if a.complete else " (not all items)")
-        for a in found.accuracies
-        if a.protocol == "flowertune" and not a.is_base
-    }
-    shares = [
-        a.correct / a.n
-        for a in found.accuracies
-        if a.protocol == "flowertune" and not a.is_base and a.complete
-        if a.benchmark in FLOWERTUNE_BENCHMARKS
-    ]
+    tuned = [a for a in found.accuracies if a.protocol == "flowertune" and not a.is_base]
+    scores = {a.benchmark: f"{100 * a.correct / a.n:.2f}{_coverage(a)}" for a in tuned}
+    listed = [a for a in tuned if a.complete and a.benchmark in FLOWERTUNE_BENCHMARKS]
+    shares = [a.correct / a.n for a in listed]
     whole = len(shares) == len(FLOWERTUNE_BENCHMARKS)
     rows = [
         ("Code", f"Grand Rounds {grandrounds.__version__}, recipe above"),
@@ -347,10 +335,10 @@ def _submission(config: Config, mib: float, found: Findings) -> str:
         ("Computed on", found.device or "-"),
     ]
     ask = "grandrounds evaluate RUN_DIR --protocol flowertune"
-    missing = "" if whole else f" Missing figures: `{ask}`, then export again."
+    missing = "" if whole else f" For the missing figures, run `{ask}` and export again."
     return (
         f"## FlowerTune submission\n\n{comparable} Columns of [its table]({FLOWERTUNE}):\n\n"
-        f"{_table(('', ''), rows)}\n\nAccuracies by FlowerTune's own protocol only.{missing}"
+        f"{_table(('', ''), rows)}\n\nAccuracies are by FlowerTune's protocol only.{missing}"
     )
 
 

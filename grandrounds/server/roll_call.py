@@ -1,4 +1,4 @@
-"""The roll call: every site says what it holds; differences are named before anybody trains."""
+"""The roll call: every site introduces itself, and differences are reported before training."""
 
 from __future__ import annotations
 
@@ -15,27 +15,22 @@ from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
 
 REFRESH_SECONDS = 60.0
-"""Longest wait before a round for sites that came, or came back, to introduce themselves."""
+"""Maximum wait before a round for introductions of new or returning sites."""
 
 SAME_IN_A_RUN = (
     *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
     *("base", "prompt"),
 )
-"""What a site must still be when it comes back, and when the run is resumed."""
+"""Facts that must not change when a site returns or a run is resumed."""
 
 COUNTS = (
-    "rows",
-    "empty-rows",
-    "duplicate-rows",
-    "truncated",
-    "unlearnable",
-    "held-out-examples",
+    *("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable", "held-out-examples"),
     "threads",
 )
 """Facts that are integers of at least 0."""
 
 MOST_CHARACTERS = 1000
-"""Longest text in an introduction."""
+"""Maximum length of a string in an introduction."""
 
 
 @dataclass(frozen=True)
@@ -43,46 +38,46 @@ class SiteCard:
     """A site that may take part."""
 
     node_id: int
-    """Flower's id of the node, drawn at random by its engines."""
+    """Flower's id of the node, drawn at random."""
     facts: Mapping[str, Any]
     """The introduction: partition-id, counts of rows and examples, versions, hashes."""
 
     @property
     def num_examples(self) -> int:
-        """Examples that the site trains on."""
+        """Training examples of the site."""
         return int(self.facts["train-examples"])
 
 
 @dataclass
 class Roster:
-    """The sites of a run: who may take part, who ever did, and who may not."""
+    """The sites of a run: those that may take part, ever took part, or were refused."""
 
     num_sites: int
     """Sites of the run, `data.num-partitions`."""
     min_sites: int = 0
-    """Sites without which a run does not begin, `strategy.min-sites`; 0: all of them."""
+    """Minimum number of sites to start, `strategy.min-sites`; 0: all."""
     admitted: Callable[[], Mapping[int, int]] = dict
-    """Returns partition id → the node that the site was admitted as, where it is known."""
+    """Returns partition id → node of the admitted sites, where the node is known."""
     introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Partition id → introduction, of every site that ever took part."""
+    """Partition id → introduction of every site that ever took part."""
     cards: dict[int, SiteCard] = field(default_factory=dict)
-    """Partition id → the site, of those that may take part."""
+    """Partition id → site, for the sites that may take part."""
     suspected: set[int] = field(default_factory=set)
     """Sites whose last reply failed."""
     refused: dict[int, str] = field(default_factory=dict)
-    """Node → why it was left out at the roll call."""
+    """Node → reason why it was refused at the roll call."""
 
     def open(self, exchange: Exchange, connect_timeout_seconds: float) -> None:
         """Wait for the sites and call the roll."""
         self.call(exchange, self.wait(exchange.grid, connect_timeout_seconds))
 
     def wait(self, grid: Grid, seconds: float) -> list[int]:
-        """Return the ids of the connected nodes, once there are as many as sites.
+        """Return the ids of the connected nodes, once there is one for each site.
 
         Raises
         ------
         EngineError
-            If there are fewer than `min_sites` after `seconds`, or more than sites.
+            If there are fewer than `min_sites` after `seconds`, or more nodes than sites.
         """
         least = self.min_sites or self.num_sites
         started = time.monotonic()
@@ -97,11 +92,11 @@ class Roster:
             f"{len(nodes)} nodes are connected, but data.num-partitions = {self.num_sites}{fewer}"
         )
         advice = (
-            "start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or let a run "
-            "begin without some (strategy.min-sites)."
+            "start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or allow the "
+            "run to start without some (strategy.min-sites)."
         )
         if missing := [str(p) for p, node in self.admitted().items() if node not in nodes]:
-            raise EngineError(f"{found}. Not there: sites {', '.join(missing)}; {advice}")
+            raise EngineError(f"{found}. Missing: sites {', '.join(missing)}; {advice}")
         raise EngineError(
             f"{found}. With flwr run, add --federation-config 'num-supernodes={self.num_sites}', "
             f"or set data.num-partitions = {len(nodes)}. Real sites: {advice}"
@@ -113,8 +108,8 @@ class Roster:
         Raises
         ------
         GrandRoundsError
-            The first error, a site's own or of its introduction, if one too many cannot take part;
-            `EngineError` if two sites differ in what must be the same, or one does not answer.
+            The first error of a site or of its introduction, if too few sites are left;
+            `EngineError` if two sites differ in what must be the same, or a site does not reply.
         """
         least, admitted = self.min_sites, self.admitted()
         cards, refused = dict[int, SiteCard](), dict[int, str]()
@@ -128,7 +123,7 @@ class Roster:
                     raise EngineError(f"{objection[0].upper()}{objection[1:]}.")
                 if partition in cards:
                     raise EngineError(
-                        f"Two nodes say that they are site {partition}; each needs its own."
+                        f"Two nodes claim to be site {partition}; each needs its own partition-id."
                     )
             except GrandRoundsError as error:
                 refused[node] = str(error)
@@ -140,21 +135,21 @@ class Roster:
         if silent and not (least and len(cards) >= least):
             raise EngineError(
                 f"{len(silent)} of {len(nodes)} nodes did not answer the roll call within "
-                f"{seconds:g} s: {sorted(silent)[:5]}. Look at their logs, then start again."
+                f"{seconds:g} s: {sorted(silent)[:5]}. Check their logs, then start again."
             )
         refused |= dict.fromkeys(silent, f"no answer within {seconds:g} s")
         check_same(cards)
         self.cards, self.refused = dict(sorted(cards.items())), refused
 
     def refresh(self, exchange: Exchange) -> dict[int, str]:
-        """Let sites that came, or whose last reply failed, introduce themselves; renew `cards`.
+        """Ask new sites and those whose last reply failed for an introduction; update `cards`.
 
-        A site that is not what it was loses its card.
+        A site that has changed loses its card.
 
         Returns
         -------
         dict
-            Partition id, or -1 where it is not known, → why a site cannot take part.
+            Partition id, or -1 if unknown → reason why the site cannot take part.
         """
         cards, admitted = self.cards, self.admitted()
         known = {card.node_id: partition for partition, card in cards.items()}
@@ -166,7 +161,7 @@ class Roster:
             partition = known.get(node, -1)
             try:
                 messages.raise_failure(reply)
-            except GrandRoundsError as error:  # it may answer the next message
+            except GrandRoundsError as error:  # it may reply to the next message
                 refused[partition] = str(error)
                 continue
             try:
@@ -178,8 +173,8 @@ class Roster:
                 holder = cards[partition].node_id if partition in cards else node
                 if holder != node and holder in connected:
                     refused[-1] = (
-                        f"node {node} says that it is site {partition}, and so does node {holder}, "
-                        "which is connected; each needs its own"
+                        f"node {node} claims to be site {partition}, but so does node {holder}, "
+                        "which is connected; each needs its own partition-id"
                     )
                     continue
                 self._check_still_same(partition, facts)
@@ -201,13 +196,13 @@ class Roster:
         return is_new
 
     def _check_still_same(self, partition: int, facts: Mapping[str, Any]) -> None:
-        """Raise `EngineError` if a site that comes back has changed, or is not like the others."""
+        """Raise `EngineError` if a returning site has changed, or differs from the others."""
         before = self.introduced.get(partition, facts)
         for fact in ("version", *SAME_IN_A_RUN):
             if facts.get(fact) != before.get(fact):
                 raise EngineError(
-                    f"it came back with another {fact}: {facts.get(fact)}, and was "
-                    f"{before.get(fact)}. Restore it, or start a new run."
+                    f"it came back with another {fact}: {facts.get(fact)}, was {before.get(fact)}. "
+                    "Restore it, or start a new run."
                 )
         check_same({**self.cards, partition: SiteCard(-1, facts)})
 
@@ -222,30 +217,30 @@ def questions(nodes: Sequence[int], run: str) -> dict[int, Message]:
 
 
 def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
-    """Return why a node cannot be the site that it says it is; empty if it can."""
+    """Return why a node cannot be the site that it claims to be; empty if it can."""
     own = admitted.get(partition, node)
     if own != node:
-        return f"node {node} says that it is site {partition}, which node {own} was admitted as"
+        return f"node {node} claims to be site {partition}, which was admitted as node {own}"
     for other, its_node in admitted.items():
         if its_node == node and other != partition:
-            return f"node {node} says that it is site {partition}, and was admitted as site {other}"
+            return f"node {node} claims to be site {partition}, but was admitted as site {other}"
     return ""
 
 
 def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]:
-    """Return what a site says of itself; raise `EngineError` if something is missing or wrong."""
+    """Return a site's introduction; raise `EngineError` if it is incomplete or invalid."""
     record = dict(reply.content.config_records.get(messages.CONFIG) or {})
     if missing := [fact for fact in messages.INTRODUCTION if fact not in record]:
         raise EngineError(
-            f"Node {node} does not say its {', '.join(missing)} at roll call: is another version "
-            "of grandrounds installed there? Install the same one everywhere."
+            f"The introduction of node {node} lacks {', '.join(missing)}: is another version of "
+            "grandrounds installed there? Install the same one everywhere."
         )
     for name, value in record.items():
         is_short = not isinstance(value, str) or len(value) <= MOST_CHARACTERS
         if not isinstance(value, bool | int | float | str) or not is_short:
             raise EngineError(
-                f"Node {node} introduces itself wrongly: its {name[:40]!r} is no number, and no "
-                f"text of at most {MOST_CHARACTERS} characters."
+                f"The introduction of node {node} is invalid: {name[:40]!r} is neither a number "
+                f"nor a string of at most {MOST_CHARACTERS} characters."
             )
     facts = ConfigRecord(record)
     try:
@@ -254,19 +249,21 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
         for name in COUNTS:
             messages.whole_number(facts, name)
     except ReplyError as error:
-        raise EngineError(f"Node {node} introduces itself wrongly: {error}.") from error
+        raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
     return record
 
 
 def check_same(cards: Mapping[int, SiteCard]) -> None:
-    """Raise `EngineError` naming the sites that differ in version, base or prompt."""
+    """Raise `EngineError` if sites differ in version, base or prompt."""
     for fact, meaning in (
         ("version", "version of grandrounds"),
         ("base", "base model"),
         ("base-content", "base model, whose files differ"),
         ("prompt", "prompt"),
     ):
-        those = {p: card for p, card in cards.items() if fact in card.facts}  # agents say more
+        those = {
+            p: card for p, card in cards.items() if fact in card.facts
+        }  # base-content: agents only
         if not those:
             continue
         first = min(those)
@@ -276,5 +273,5 @@ def check_same(cards: Mapping[int, SiteCard]) -> None:
             raise EngineError(
                 f"The sites do not have the same {meaning}: site {first} has {expected}, "
                 f"site {other[0]} has {cards[other[0]].facts[fact]} "
-                f"({len(other)} of {len(cards)} sites differ). Give all of them the same one."
+                f"({len(other)} of {len(cards)} sites differ). Use the same one at all sites."
             )

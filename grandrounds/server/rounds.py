@@ -37,15 +37,15 @@ class Round:
     learning_rate: float
     """At the sites, after their warm-up."""
     cohort: list[int]
-    """The sites that are selected."""
+    """The selected sites."""
     refused: dict[int, str]
-    """Sites that came or came back and cannot take part, and why."""
+    """New or returning sites that cannot take part, and why."""
     saves: bool
-    """Whether a checkpoint is written after it."""
+    """Whether a checkpoint is saved after it."""
     started: float
     """`time.perf_counter()` at its start."""
     trained: float
-    """The same when the next adapter was there."""
+    """The same once the next adapter was ready."""
 
 
 def play_round(run: Run) -> None:
@@ -69,7 +69,7 @@ def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
     Returns
     -------
     tuple
-        The next adapter, what came of each site, and what was measured of the updates.
+        The next adapter, the outcome at each site, and measurements of the updates.
     """
     parcels = parcels_for(run, now.number, now.cohort, trains=True)
     updates, product_error = collector(run, now, parcels)
@@ -79,7 +79,7 @@ def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
 
 
 def record_start(run: Run) -> None:
-    """Evaluate the untrained adapter, which is the base, and write line 0."""
+    """Evaluate the untrained adapter, which equals the base, and write line 0."""
     refused = {f"node {node}": why for node, why in run.roster.refused.items()}
     record = {"round": 0, **({"refused": refused} if refused else {})}
     started = time.perf_counter()
@@ -91,7 +91,7 @@ def record_start(run: Run) -> None:
 
 
 def select_cohort(run: Run) -> Round:
-    """Let sites come and go, then draw the next round's cohort by seed."""
+    """Update the roster, then draw the next round's cohort by seed."""
     started = time.perf_counter()
     refused = run.roster.refresh(run.exchange)
     run.write_sites()
@@ -108,13 +108,13 @@ def select_cohort(run: Run) -> Round:
 
 
 def parcels_for(run: Run, number: int, cohort: Iterable[int], *, trains: bool) -> dict[int, Parcel]:
-    """Return what gives the adapter to each site of a cohort that is connected."""
+    """Return the parcels that give the adapter to the connected sites of a cohort."""
     there = [p for p in cohort if p in run.roster.cards]
     return {p: run.sender.parcel(number, p, run.state.adapter, trains=trains) for p in there}
 
 
 def addressed(run: Run, kind: str, number: int, parcels: dict[int, Parcel]) -> dict[int, Message]:
-    """Return the messages that carry parcels to sites which only evaluate."""
+    """Return the messages that carry parcels to sites that only evaluate."""
     cards = run.roster.cards
     return {
         p: run.exchange.message(cards[p].node_id, kind, number, parcel)
@@ -126,7 +126,7 @@ def addressed(run: Run, kind: str, number: int, parcels: dict[int, Parcel]) -> d
 
 
 def collector(run: Run, now: Round, parcels: dict[int, Parcel]) -> tuple[Updates, ProductError]:
-    """Return what takes in a round's updates, and what measures the error of averaged factors."""
+    """Return the collector of a round's updates, and the measure of the factor-averaging error."""
     config, how = run.config, run.config.communication
     updates = Updates(
         now.number,
@@ -145,7 +145,7 @@ def collector(run: Run, now: Round, parcels: dict[int, Parcel]) -> tuple[Updates
 
 
 def receive(run: Run, now: Round, updates: Updates, product_error: ProductError) -> Tally:
-    """Let the cohort train; check each client update and add it to the rule as it arrives."""
+    """Let the cohort train; check each client update and aggregate it as it arrives."""
     parcels, cards, state = updates.parcels, run.roster.cards, run.state
     outgoing = {
         p: run.exchange.message(
@@ -189,27 +189,27 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
 
 
 def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, Any]]:
-    """Return the next adapter, and what the rule reports of it.
+    """Return the next adapter, and what the rule reports about it.
 
     Raises
     ------
     RoundError
-        If fewer than `strategy.min-reply-fraction` of the cohort replied well, with each failure;
-        or if the rule made numbers that are not finite.
+        If fewer than `strategy.min-reply-fraction` of the cohort sent a usable update (all failures
+        are listed), or the aggregate is not finite.
     """
     least = run.config.strategy.min_reply_fraction
     needed = math.ceil(least * len(now.cohort) - 1e-9)
     if len(tally.good) < needed:
         raise RoundError(
-            f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites replied well, "
+            f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites replied well, but "
             f"at least {needed} are needed (strategy.min-reply-fraction = {least:g}). "
             f"{tally.reasons}"
         )
     adapter = run.rule.result()
     if not all(map(all_finite, (*adapter.values(), *run.rule.state().values()))):
         raise RoundError(
-            f"Round {now.number}: {run.config.strategy.name} made numbers that are not finite of "
-            "updates that are. Lower the learning rates, or set defence.update-norm-bound; the "
+            f"Round {now.number}: {run.config.strategy.name} aggregated finite updates to values "
+            "that are not finite. Lower the learning rates, or set defence.update-norm-bound; the "
             "round is dropped."
         )
     return adapter, run.rule.report()
@@ -219,9 +219,9 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
 
 
 def evaluate(run: Run) -> tuple[float | None, Tally]:
-    """Return the held-out loss in nats per answer token; None if nobody answered.
+    """Return the held-out loss in nats per answer token; None if no site replied.
 
-    The loss is that of the adapter as the sites receive it.
+    The sites evaluate the adapter as they receive it.
     """
     number, cohort = run.state.round, run.evaluation_cohort
     parcels = parcels_for(run, number, cohort, trains=False)
@@ -239,10 +239,10 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
 
 
 def examine_formulary(run: Run) -> dict[str, Any] | None:
-    """Return one site's answers to the formulary's questions, with the adapter and without it.
+    """Return one site's results in the formulary's exam, with and without the adapter.
 
-    The server has no base model; the first site that answers well is enough. The adapter travels as
-    float32: what is examined is what the checkpoint holds.
+    The server has no base model, so the first usable reply of a site counts. The adapter is sent in
+    float32, so that the exam is of exactly what the checkpoint holds.
     """
     parcel = run.sender.exact(run.state.adapter)
     for site in run.roster.cards:
@@ -301,7 +301,7 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
 
 
 def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
-    """Measure the held-out loss of the adapter as it is, then write the round to disk."""
+    """Measure the held-out loss of the current adapter, then write the round to disk."""
     state = run.state
     if run.evaluation_cohort:
         loss, tally = evaluate(run)
@@ -328,7 +328,7 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
 
 
 def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
-    """Write a PEFT checkpoint with its model card; return the name of its folder."""
+    """Save a PEFT checkpoint with its model card; return the name of its folder."""
     state = run.state
     found = Findings(own_data=have_own_data(card.facts for card in run.roster.cards.values()))
     card = model_card(

@@ -1,9 +1,9 @@
-"""A run in progress at the server: what it is made of, where it stands, and its summary."""
+"""A run in progress at the server: its parts, its state and its summary."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,43 +24,43 @@ from grandrounds.wire.traffic import Plan
 
 @dataclass
 class State:
-    """Where a run stands after a round; what a resume needs, and nothing else."""
+    """The state of a run after a round: exactly what a resume needs."""
 
     round: int
     """The last finished round; 0 before training."""
     adapter: Adapter
     """The global adapter after it."""
     run: str
-    """The run's key, which sites keep what they remember under; the same when it is resumed."""
+    """The run's key, under which sites keep their state; a resume keeps it."""
     ledger: Ledger = field(default_factory=Ledger)
-    """Bytes so far."""
+    """The traffic so far."""
     cursors: dict[int, int] = field(default_factory=dict)
-    """Partition id → examples it has been given, up to its last reply that was used. It is told at
-    each visit: what it trained on in vain, or before a resume, comes again."""
+    """Partition id → examples given to it, up to its last reply that was used. Sent with each
+    visit: examples of unused replies, and those after the resumed round, are repeated."""
     coverage: dict[int, float] = field(default_factory=dict)
-    """Partition id → share of its examples that it has trained on."""
+    """Partition id → share of its training examples seen at least once."""
     base_loads: dict[str, int] = field(default_factory=dict)
-    """Process → base models loaded in it."""
+    """Process → number of times it loaded a base model."""
     failed_replies: int = 0
     """Replies that were not used."""
     late_replies: int = 0
-    """Of these, replies that came after their round had ended."""
+    """Those of them that came after their round had ended."""
     seconds: float = 0.0
     """Wall-clock time of all finished rounds."""
 
     def count_failures(self, tally: Tally) -> None:
-        """Count the replies of an exchange that were not used, and the bases loaded for it."""
+        """Count the unused replies of an exchange, and the base models loaded for it."""
         self.failed_replies += len(tally.failed)
         self.note_loads(tally)
 
     def note_loads(self, tally: Tally) -> None:
-        """Note how often the processes behind the replies have loaded a base."""
+        """Record how often the replying processes have loaded a base model."""
         for metrics in tally.good.values():
             if {"process-id", "base-loads"} <= metrics.keys():
                 self.base_loads[str(metrics["process-id"])] = int(metrics["base-loads"])
 
     def to_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything but the adapter, and the round's metrics."""
+        """Return everything but the adapter, with the round's metrics."""
         return {
             "round": self.round,
             "run": self.run,
@@ -99,29 +99,29 @@ class Run:
     config: Config
     directory: RunDirectory
     is_new: bool
-    """Whether the directory was made by this process."""
+    """Whether this process created the directory."""
     plan: Plan
-    """Its traffic, if nothing fails."""
+    """The planned traffic."""
     lora: LoraSpec
-    """The adapter that a site trains, with the targets that were asked for."""
+    """The adapter that a site trains, with the configured target modules."""
     targets: list[str]
-    """The modules that it is on."""
+    """The adapted modules, resolved."""
     state: State
     rule: Rule
     """How client updates become the next adapter."""
     sender: Sender
-    """How the adapter comes to the sites."""
+    """How the adapter is sent to the sites."""
     exchange: Exchange
-    """How messages come and go."""
+    """How messages are exchanged with the sites."""
     roster: Roster
-    """Who takes part."""
+    """The sites that take part."""
     listener: Listener
     evaluation_cohort: list[int]
-    """Who answers held-out loss."""
+    """The sites that evaluate the held-out loss."""
 
     @property
     def adapter_spec(self) -> LoraSpec:
-        """The specification of the adapter as it is: one that is stacked has a rank of its own.
+        """The specification of the current adapter; a stacked one has its own rank.
 
         The factor alpha / r stays the same.
         """
@@ -130,7 +130,7 @@ class Run:
         return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
 
     def write_sites(self) -> None:
-        """Write sites.json if a site introduced itself anew."""
+        """Write sites.json if an introduction is new."""
         if self.roster.note_introductions():
             self.directory.write_json("sites.json", list(self.roster.introduced.values()))
 
@@ -145,8 +145,13 @@ class Run:
         self.roster.suspected = set(tally.failed)
 
 
+def ends(values: Sequence[float]) -> dict[str, float] | None:
+    """Return the first and the last value; None if there is none."""
+    return {"first": values[0], "last": values[-1]} if values else None
+
+
 def summary_of(run: Run, status: str) -> dict[str, Any]:
-    """Return summary.json without the formulary; of a run that ended before its roll call too."""
+    """Return summary.json without the formulary; also for a run that ended before its roll call."""
     config, state = run.config, run.state
     metrics = run.directory.read_metrics()
     sites = list(run.roster.introduced.values())
@@ -174,10 +179,8 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
             "round": best["round"],
             "held_out_loss": best["held-out-loss"],
         },
-        "train_loss": {"first": trained[0]["train-loss"], "last": trained[-1]["train-loss"]}
-        if trained
-        else None,
-        "held_out_loss": {"first": held_out[0], "last": held_out[-1]} if held_out else None,
+        "train_loss": ends([m["train-loss"] for m in trained]),
+        "held_out_loss": ends(held_out),
         "proximal_penalty": trained[-1]["proximal-penalty"] if trained else None,
         "product_error": errors[-1]["product-error"] if errors else None,
         "product_error_of_update": {
@@ -188,7 +191,7 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
         if errors
         else None,
         "aggregation": {
-            name.replace("-", "_"): {"first": values[0], "last": values[-1]}
+            name.replace("-", "_"): ends(values)
             for name in ("truncation-error", "rank", "server-learning-rate")
             if (values := [m[name] for m in trained if name in m])
         },

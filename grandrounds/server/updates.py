@@ -1,4 +1,4 @@
-"""The updates of one round as they come in: decoded, weighed, bounded, screened, measured."""
+"""The client updates of a round as they arrive: decoded, weighted, bounded, screened, measured."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from grandrounds.wire.downlink import Parcel, Sender
 from grandrounds.wire.uplink import decode_change
 
 SAMPLED = 16_384
-"""Numbers of an update from which its cosine to the mean is estimated, to about 0.01, for adapters
-that have more."""
+"""Number of values of an update from which its cosine to the mean is estimated, to about 0.01, for
+larger adapters."""
 
 LARGEST_NORM = 1e15
-"""An update that is longer is no update; above, sums of squares leave float32."""
+"""No real update is longer; above, sums of squares leave the range of float32."""
 
 Update = tuple[Adapter, int]
-"""A change, and its weight."""
+"""A change and its weight."""
 
 
 @dataclass
 class Updates:
-    """The updates of one round."""
+    """The client updates of one round."""
 
     round_number: int
     parcels: Mapping[int, Parcel]
-    """Partition → what it was sent to train on."""
+    """Partition → the parcel from which the site trains."""
     cards: Mapping[int, SiteCard]
     """The sites that may take part."""
     sender: Sender
-    """Knows what travels up, and from where each site began."""
+    """Knows which tensors are sent up, and where each site started."""
     config: StrategyConfig
-    """How replies are weighted."""
+    """How updates are weighted."""
     defence: DefenceConfig
     """Bounds on single updates."""
     codec: Codec
-    """Encoding of the way up."""
+    """Codec of the uplink."""
     _held: dict[int, Update] = field(default_factory=dict)
     _norms: dict[int, float] = field(default_factory=dict)
     _samples: dict[int, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
     _bounded: int = 0
 
     def start_of(self, partition: int) -> Adapter:
-        """Return the tensors that a site's change is relative to, at the rank that it trains."""
+        """Return the tensors that a site's change is relative to, at its training rank."""
         received, sender = self.parcels[partition].received, self.sender
         return sender.ranks.start_of(received, self._shapes, sender.seed, self.round_number)
 
@@ -66,12 +66,12 @@ class Updates:
         return dict(shapes_of(self.sender.start))
 
     def admit(self, partition: int, reply: Message, metrics: messages.Metrics) -> Update | None:
-        """Return a reply's change and weight; None while it waits for the others (`min-cosine`).
+        """Return a reply's change and weight; None if it must wait for the others (`min-cosine`).
 
         Raises
         ------
         ReplyError
-            If it cannot be used.
+            If the update cannot be used.
         """
         rank = rank_of(self.start_of(partition))
         expected = self.sender.ranks.shapes_up(self._shapes, self.round_number, rank)
@@ -86,20 +86,20 @@ class Updates:
         return None
 
     def waits(self, partition: int) -> bool:
-        """Whether a reply that came is not decided on yet."""
+        """Whether a site's update still waits for the screen."""
         return partition in self._held
 
     def _measured(self, partition: int, change: Adapter) -> Adapter:
         bound = self.defence.update_norm_bound or math.inf
         bounded, norm = bounds.norm_bound(change, bound)
         if norm > LARGEST_NORM:
-            raise ReplyError(f"its update has a norm of {norm:.3g}, which no training makes")
+            raise ReplyError(f"its update has a norm of {norm:.3g}, which no training can produce")
         self._norms[partition] = norm
         self._bounded += norm > bound
         return bounded
 
     def screened(self, failed: dict[int, str], on_reply: OnReply) -> Iterator[tuple[int, Update]]:
-        """Yield the updates that waited and go along with the others; name the rest in `failed`."""
+        """Yield the waiting updates that pass the screen; record the others in `failed`."""
         if not self._held:
             return
         changes = {p: change for p, (change, _) in self._held.items()}
@@ -109,7 +109,7 @@ class Updates:
             if partition in left_out:
                 failed[partition] = (
                     f"its update has a cosine of {left_out[partition]:.2f} to the mean of the "
-                    f"others, less than defence.min-cosine = {self.defence.min_cosine:g}"
+                    f"others, below defence.min-cosine = {self.defence.min_cosine:g}"
                 )
                 on_reply(partition, failed[partition])
                 continue
@@ -118,13 +118,13 @@ class Updates:
             yield partition, update
 
     def report(self) -> dict[str, Any]:
-        """Return L2 norm and cosine to the weighted mean by site, for metrics.jsonl."""
+        """Return each site's L2 norm and cosine to the weighted mean, for metrics.jsonl."""
         report: dict[str, Any] = {
             "update-norms": {str(p): norm for p, norm in sorted(self._norms.items())}
         }
         if self.defence.update_norm_bound:
             report["updates-bounded"] = self._bounded
-        if len({len(values) for values, _ in self._samples.values()}) == 1:  # all of one rank
+        if len({len(values) for values, _ in self._samples.values()}) == 1:  # all of the same rank
             report["update-cosines"] = self._cosines()
         return report
 
@@ -141,22 +141,22 @@ class Updates:
 
 
 def sample(change: Adapter) -> NDArray[np.float32]:
-    """Return every k-th number of a change, about `SAMPLED` of them, the same for all sites."""
-    step = count_parameters(shapes_of(change)) // SAMPLED | 1  # odd: no rank is left out
+    """Return every k-th value of a change, about `SAMPLED` of them, the same for all sites."""
+    step = count_parameters(shapes_of(change)) // SAMPLED | 1  # odd, so that no rank is skipped
     return np.concatenate([tensor.ravel()[::step] for tensor in change.values()])
 
 
 def claimed_examples(metrics: messages.Metrics, card: SiteCard) -> int:
-    """Return a reply's weight: its num-examples, at most what the site said at roll call.
+    """Return a reply's weight: its num-examples, capped by the site's introduction.
 
     Raises
     ------
     ReplyError
-        If it is not a whole number of at least 1, or too large to be exact.
+        If it is not an integer of at least 1, or too large to be exact.
     """
     claim = metrics.get("num-examples")
     if not isinstance(claim, int) or claim < 1:
-        raise ReplyError(f"num-examples is {claim!r}, not a whole number of at least 1")
+        raise ReplyError(f"num-examples is {claim!r}, not an integer of at least 1")
     weight = min(claim, card.num_examples)
     if weight > LARGEST_WEIGHT:
         raise ReplyError(f"num-examples is {weight}, more than the {LARGEST_WEIGHT} allowed")

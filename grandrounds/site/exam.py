@@ -1,4 +1,4 @@
-"""Examine a model on the fictional formulary: how many facts it knows, public and private."""
+"""The formulary's exam: how many public and private facts a model knows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def score_formulary(
     prompt_template: str = "alpaca",
     kinds: Sequence[Kind] = KINDS,
 ) -> dict[str, dict[str, int]]:
-    """Count the questions on which the model finds the true option the most likely.
+    """Count the questions where the model gives the true option the highest likelihood.
 
     Parameters
     ----------
     model : causal language model of transformers, or a PEFT model around one
-        The model under examination.
+        The model to examine.
     tokenizer : transformers tokenizer
         The model's own.
     prompt_template : str
         One of `grandrounds.data.prompts.TEMPLATES`.
     kinds : sequence of str
-        The exams to sit: `public`, `private`.
+        The exams to hold: `public`, `private`.
 
     Returns
     -------
     dict
-        For each kind `correct` and `n`, numbers of questions. Chance is `n / 4`. A tie counts for
-        the option that stands first.
+        For each kind `correct` and `n`, numbers of questions. Chance is `n / 4`. Ties go to the
+        first option.
     """
     results: dict[str, dict[str, int]] = {}
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""One site's examples, ready for the model: loaded, divided and tokenised once per process."""
+"""A site's examples, ready for the model: loaded, split and tokenised once per process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """What a site holds."""
+    """A site's examples."""
 
     partition_id: int
-    """Its number, from 0."""
+    """The site's number, from 0."""
     train: tuple[TokenizedExample, ...]
-    """Examples it trains on."""
+    """Training examples."""
     held_out: tuple[TokenizedExample, ...]
-    """Examples it never trains on."""
+    """Held-out examples, never trained on."""
     report: dict[str, int]
-    """Counts, under the names that travel: rows, empty-rows, duplicate-rows, truncated,
+    """Counts, under their names in messages: rows, empty-rows, duplicate-rows, truncated,
     unlearnable, train-examples, held-out-examples. Rows = empty + duplicate + unlearnable + train
     + held-out."""
 
@@ -56,7 +56,7 @@ def open_site(
     Raises
     ------
     DataError
-        If the source cannot be used, or the site has no example with an answer to learn.
+        If the source cannot be used, or the site has no training example with an answer.
     """
     keep = (data.partition_by,) if data.partition_by else ()
     rows = load_rows(
@@ -70,7 +70,7 @@ def open_site(
 
 @lru_cache(maxsize=1024)
 def _open(
-    rows: Dataset,  # by identity: load_rows gives the same object until the source changes
+    rows: Dataset,  # by identity: load_rows returns the same object for an unchanged source
     data: DataConfig,
     model_name: str,
     seq_length: int,
@@ -97,14 +97,14 @@ def tokenized_site(
     Raises
     ------
     DataError
-        If none is left to learn.
+        If no training example is left.
     """
     tokenizer = tokenizer_of(model_name)
     train = tokenize_examples(split.train, tokenizer, template, seq_length)
     held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length)
     if not train.examples:
         raise DataError(
-            f"Site {partition_id} has no example left to learn: the prompts of all its "
+            f"Site {partition_id} has no example left for training: the prompts of all its "
             f"{len(split.train)} examples fill train.seq-length = {seq_length} tokens. Raise it."
         )
     report = {name.replace("_", "-"): count for name, count in asdict(split.report).items()}

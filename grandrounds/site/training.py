@@ -1,6 +1,6 @@
-"""One visit to one site: local steps on the received adapter, with FedProx's term in the gradient.
+"""Local training in a visit: optimizer steps on the received adapter, with FedProx's term.
 
-And its counterpart without gradients: the loss on held-out examples.
+Also the held-out loss, computed without gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.wire.schedule import step_learning_rate
 
 _paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
-"""Paged optimizers that were made, for at most the two factors in turn."""
+"""Paged optimizers made so far: at most two, for strategies that alternate the factors."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,17 @@ class VisitSettings:
     """How a visit trains."""
 
     accumulation_steps: int
-    """Batches of one optimizer step."""
+    """Batches per optimizer step."""
     learning_rate: float
     """The round's learning rate."""
     warmup_steps: int
-    """Steps before the round's rate is reached."""
+    """Steps until the round's learning rate is reached."""
     optimizer: str
     """A value of `train.optimizer`."""
     weight_decay: float
     """Decoupled weight decay."""
     max_grad_norm: float
-    """L2 norm to which gradients are clipped; 0: not at all."""
+    """L2 norm to which gradients are clipped; 0: no clipping."""
     proximal_mu: float
     """FedProx's mu; 0: no proximal term."""
     forward: Forward
@@ -58,9 +58,9 @@ class VisitResult:
     examples: int
     """Examples seen, repeats counted."""
     tokens: int
-    """Tokens seen, padding left out."""
+    """Tokens seen, without padding."""
     padding_tokens: int
-    """Padding that the batches carried along."""
+    """Padding tokens in the batches."""
     seconds: float
     """Wall-clock time of the steps."""
 
@@ -73,13 +73,13 @@ def train_visit(
     pad_token_id: int,
     trained: Sequence[tuple[slice, ...]] | None = None,
 ) -> VisitResult:
-    """Train an adapter in place on the batches, in their order.
+    """Train an adapter in place on the batches, in order.
 
     Each optimizer step minimises, over the answer tokens t of its batches,
 
         F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
 
-    (FedProx: Li et al., 2020, equation 2) by AdamW; the gradient of the whole is clipped.
+    (FedProx: Li et al., 2020, equation 2) with AdamW; the gradient of the whole sum is clipped.
 
     Parameters
     ----------
@@ -88,9 +88,9 @@ def train_visit(
     parameters
         The adapter's parameters; their values on entry are w_round.
     batches
-        Tokenised examples; a last group smaller than `accumulation_steps` is a step of its own.
+        Tokenised examples; a last group smaller than `accumulation_steps` makes a step of its own.
     trained
-        The part of each parameter that moves; None: all of it.
+        The trained part of each parameter; None: all of it.
     """
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -138,7 +138,7 @@ def train_visit(
 
 
 def positions(batch: Sequence[TokenizedExample], padding_free: bool) -> int:
-    """Return how many tokens a batch carries through the model, padding included."""
+    """Return the number of tokens of a batch in the model, padding included."""
     lengths = [len(e.input_ids) for e in batch]
     return sum(lengths) if padding_free else len(batch) * max(lengths)
 
@@ -147,7 +147,7 @@ def positions(batch: Sequence[TokenizedExample], padding_free: bool) -> int:
 def keep_gradient(
     parameters: Sequence[torch.nn.Parameter], trained: Sequence[tuple[slice, ...]]
 ) -> None:
-    """Set the gradient of every parameter to zero outside of its trained part."""
+    """Zero the gradient of every parameter outside its trained part."""
     for parameter, part in zip(parameters, trained, strict=True):
         if parameter.grad is not None:
             kept = parameter.grad[part].clone()
@@ -162,7 +162,7 @@ def add_proximal_gradient(
     """Add the gradient of mu/2 ||w - w_round||^2, which is mu (w - w_round), to `.grad`."""
     if not mu:
         return
-    # A module that took no part (an expert that was not chosen) has no gradient and does not move.
+    # A module that took no part (an expert not routed to) has no gradient and does not move.
     moved = [(p, r) for p, r in zip(parameters, received, strict=True) if p.grad is not None]
     distance = torch._foreach_sub([p for p, _ in moved], [r for _, r in moved])
     torch._foreach_add_([p.grad for p, _ in moved if p.grad is not None], distance, alpha=mu)
@@ -182,12 +182,12 @@ def proximal_penalty(
 def make_optimizer(
     parameters: Sequence[torch.nn.Parameter], settings: VisitSettings
 ) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov and Hutter, 2019) as configured, with no history.
+    """Return a fresh AdamW (Loshchilov and Hutter, 2019) as configured.
 
     Raises
     ------
     ModelError
-        If an 8-bit optimizer is asked for and bitsandbytes does not load.
+        If an 8-bit optimizer is configured and bitsandbytes does not load.
     """
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw_torch":
@@ -206,10 +206,10 @@ def make_optimizer(
 def _paged_optimizer(
     parameters: Sequence[torch.nn.Parameter], rate: float, decay: float
 ) -> torch.optim.Optimizer:
-    """Return paged 8-bit AdamW with no history, made once for the same parameters.
+    """Return a fresh paged 8-bit AdamW, reusing the one made for the same parameters.
 
     bitsandbytes (0.50) never frees the managed memory of a paged optimizer, so one per visit would
-    leak; its state is set back to zero instead, which is how it starts.
+    leak. Instead, its state is reset to the initial zeros.
     """
     import bitsandbytes
 

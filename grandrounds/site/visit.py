@@ -1,4 +1,4 @@
-"""The steps of a visit, between Flower's records and the training code."""
+"""The steps of a visit, connecting Flower's records with the training code."""
 
 from __future__ import annotations
 
@@ -52,30 +52,30 @@ _CURSOR = "grandrounds-cursor"
 MOST_ROUNDS = 10**9
 
 PROCESS = int.from_bytes(os.urandom(6))
-"""Tells this process from all others, those of other machines too."""
+"""Identifies this process among all processes of all machines."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One message to a site, and what it takes to answer it."""
+    """One message to a site, and everything needed to answer it."""
 
     content: RecordDict
     """What the server sent."""
     state: RecordDict
-    """What the site keeps from message to message."""
+    """What the site keeps between messages."""
     config: Config
-    """The run's configuration, as far as the site lets it decide."""
+    """The run's configuration, as far as the site allows."""
     site: Site
     """The site's examples."""
 
     @classmethod
     def here(cls, content: RecordDict, context: Context) -> Visit:
-        """Return a visit to the site that this node is, on the data that the run names.
+        """Return a visit to this node's site, on the data that the run names.
 
         Raises
         ------
         DataError
-            If the node was given no partition, or one that the run does not have.
+            If the node has no partition id, or one that the run does not have.
         """
         config = _parsed(tuple(sorted(context.run_config.items())))
         number = partition_id(context.node_config, config)
@@ -83,12 +83,12 @@ class Visit:
 
     @property
     def instruction(self) -> ConfigRecord:
-        """What the server asks beside the tensors."""
+        """The server's instruction that comes with the tensors."""
         return self.content.config_records.get(messages.CONFIG) or ConfigRecord()
 
     @property
     def round(self) -> int:
-        """The round that the message belongs to, from 1; raises `ReplyError` if it names none."""
+        """The round of the message, from 1; raises `ReplyError` if it is missing."""
         return messages.whole_number(self.instruction, "round", 1, MOST_ROUNDS)
 
     @property
@@ -98,10 +98,10 @@ class Visit:
 
     @cached_property
     def cursor(self) -> int:
-        """Examples that the site has been given before this visit.
+        """Examples given to the site before this visit.
 
-        The site's own record, unless the server says otherwise: after a resume it sends the cursor
-        that belongs to the round from which the run goes on.
+        The server's value, if it sends one, which after a resume belongs to the resumed round;
+        otherwise the site's own record.
         """
         if "cursor" in self.instruction:
             return messages.whole_number(self.instruction, "cursor")
@@ -110,7 +110,7 @@ class Visit:
 
     @property
     def cursor_after(self) -> int:
-        """Examples that it has been given after this visit."""
+        """Examples given to the site, this visit included."""
         return self.cursor + sampling.examples_of_a_visit(self.config, len(self.site.train))
 
     @property
@@ -120,17 +120,17 @@ class Visit:
         return ranks.strategy.trained(self.round), ranks.trained(self.site.partition_id)
 
     def write_cursor(self) -> None:
-        """Keep the cursor for the next visit; it never leaves the site's state."""
+        """Save the cursor for the next visit in the site's state."""
         self.state.config_records[_CURSOR] = ConfigRecord({"examples": self.cursor_after})
 
 
 def partition_id(node: Mapping[str, Any], config: Config) -> int:
-    """Return which site a node's configuration says it is.
+    """Return the site's number from a node's configuration.
 
     Raises
     ------
     DataError
-        If it says nothing, or names a site that the run does not have.
+        If it has none, or one that the run does not have.
     """
     if "partition-id" not in node:
         raise DataError(
@@ -155,9 +155,9 @@ def _parsed(items: tuple[tuple[str, Any], ...]) -> Config:
 
 
 def introduction(site: Site, config: Config) -> dict[str, int | str]:
-    """Return what a site says of itself at the roll call; nothing heavy is loaded for it."""
+    """Return a site's introduction at the roll call; loads nothing heavy."""
     device, dtype = device_and_dtype(config.model.dtype)
-    # These fail here, before anybody trains.
+    # Fail here, before any training.
     quantization_config(config.model.quantization, dtype)
     training.check_optimizer(config.train.optimizer)
     name = config.model.name
@@ -182,7 +182,7 @@ def _fingerprint(name: str) -> str:
 
 
 def next_batches(visit: Visit) -> Batches:
-    """Return the batches of a visit: the site's next examples."""
+    """Return the batches of a visit, made of the site's next examples."""
     config, site = visit.config, visit.site
     seed, start = config.federation.seed, visit.cursor
     count = visit.cursor_after - start
@@ -198,12 +198,12 @@ def next_batches(visit: Visit) -> Batches:
 
 
 def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapter:
-    """Check the received adapter, copy it into the model, and return it as it lies there.
+    """Check the received adapter and copy it into the model; return the resident adapter.
 
     Parameters
     ----------
     trains : bool
-        Whether the site is to train; else it evaluates what it received.
+        Whether the site trains; otherwise it only evaluates.
     """
     config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
@@ -246,12 +246,12 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
 
 
 def change_of(visit: Visit, resident: Resident, received: Adapter) -> Adapter:
-    """Return what a visit changed, as far as it was trained."""
+    """Return the trained part of a visit's change."""
     return trained_part(adapter_change(resident, received), *visit.trained)
 
 
 def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
-    """Return a change as it travels; what the codec lost stays in the site's state."""
+    """Encode a change; what the codec lost stays in the site's state."""
     config, memory = visit.config, None
     if STRATEGIES[config.strategy.name].error_feedback:
         memory = uplink.ErrorMemory(visit.state, visit.cursor, visit.cursor_after)
@@ -263,7 +263,7 @@ def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
 def train_metrics(
     visit: Visit, result: training.VisitResult, change: Adapter
 ) -> dict[str, float | int]:
-    """Return what a site reports of a visit."""
+    """Return the metrics of a visit."""
     num_examples, cursor = len(visit.site.train), visit.cursor_after
     seen = cursor if visit.config.train.dynamic_data_seed else result.examples
     return {
@@ -283,12 +283,12 @@ def train_metrics(
 
 
 def process_facts() -> dict[str, int]:
-    """Return which process answers, and how often it has loaded a base."""
+    """Return this process's id, and how often it has loaded a base."""
     return {"base-loads": base_loads(), "process-id": PROCESS}
 
 
 def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float | int]:
-    """Return the summed loss of the site's held-out examples in nats, and over how many tokens."""
+    """Return the summed loss in nats of the site's held-out examples, and their answer tokens."""
     nll_sum, tokens = 0.0, 0
     if site.held_out:
         nll_sum, tokens = training.held_out_loss(
@@ -310,7 +310,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
 
 
 def examine(resident: Resident, config: Config) -> dict[str, int]:
-    """Return correct answers and questions of the formulary, with the adapter and without."""
+    """Return the results of the formulary's exam, with and without the adapter."""
     tokenizer = tokenizer_of(config.model.name)
     template = config.data.prompt_template
     tuned = score_formulary(resident.model, tokenizer, template)

@@ -1,4 +1,4 @@
-"""What an adapter is: float32 tensors under PEFT's names, and which travel at which rank."""
+"""LoRA adapters as float32 tensors under PEFT's names, and the ranks at which they travel."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ EVERYTHING = slice(None)
 
 
 def factor_of(name: str) -> str:
-    """Return the factor that a tensor is: `A` or `B`."""
+    """Return the LoRA factor to which a tensor belongs: `A` or `B`."""
     return "A" if ".lora_A." in name else "B"
 
 
 def of_factors(shapes: Shapes, factors: str) -> Shapes:
-    """Return the tensors that are one of the factors `A`, `B` or `AB`."""
+    """Return the tensors of the factors `A`, `B` or both (`AB`)."""
     return {name: shape for name, shape in shapes.items() if factor_of(name) in factors}
 
 
 def at_rank(shapes: Shapes, rank: int) -> Shapes:
-    """Return the shapes at another rank."""
+    """Return the shapes of the same tensors at another rank."""
     return {
         name: (rank, *shape[1:]) if factor_of(name) == "A" else (*shape[:-1], rank)
         for name, shape in shapes.items()
@@ -81,17 +81,17 @@ def unflatten(vector: NDArray[np.float32], shapes: Shapes) -> Adapter:
 
 
 def rank_index(name: str, ranks: slice) -> tuple[slice, ...]:
-    """Return the index of some ranks in a tensor: rows of A, columns of B."""
+    """Return the index that selects ranks of a tensor: rows of A, columns of B."""
     return (ranks,) if factor_of(name) == "A" else (EVERYTHING, ranks)
 
 
 def assemble(shapes: Shapes, *parts: tuple[Adapter, int]) -> Adapter:
-    """Return tensors of these shapes that hold each part from its first rank on, and zeros.
+    """Place each part at its first rank in tensors of these shapes; the rest is zero.
 
     Parameters
     ----------
     parts : (adapter, first rank)
-        A later part overwrites an earlier one. A part may lack names.
+        Later parts overwrite earlier ones. A part need not have every tensor.
     """
     if len(parts) == 1 and shapes_of(parts[0][0]) == dict(shapes):
         return parts[0][0]
@@ -104,7 +104,7 @@ def assemble(shapes: Shapes, *parts: tuple[Adapter, int]) -> Adapter:
 
 
 def trained_part(change: Adapter, factors: str, ranks: slice) -> Adapter:
-    """Return the part of a change that was trained, which is what travels up."""
+    """Return the trained part of a change, which is what a site sends."""
     return {
         name: np.ascontiguousarray(tensor[rank_index(name, ranks)])
         for name, tensor in change.items()
@@ -116,10 +116,10 @@ def trained_part(change: Adapter, factors: str, ranks: slice) -> Adapter:
 
 
 def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
-    """Return a fresh adapter: A uniform in ±1/sqrt(fan-in), B zero, so that it changes nothing.
+    """Return a fresh adapter: A uniform in ±1/sqrt(fan-in), B zero, so the base is unchanged.
 
-    PEFT's own initialisation (Kaiming uniform with a = sqrt(5); Hu et al., LoRA (2021), section
-    4.1, draw A from a Gaussian), from a generator that needs no base model.
+    PEFT's initialisation (Kaiming uniform with a = sqrt(5); Hu et al., LoRA (2021), section 4.1,
+    use a Gaussian for A), drawn without a base model.
     """
     adapter = {}
     for name, shape in shapes.items():
@@ -132,7 +132,7 @@ def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
 
 
 def drawn_adapter(shapes: Shapes, seed: int, *round_number: int) -> Adapter:
-    """Return the fresh adapter of a run, or of one of its rounds, which every site can draw."""
+    """Draw the initial adapter of a run, or a round's fresh one; every site draws the same."""
     return _drawn(tuple(shapes.items()), seed, *round_number)
 
 
@@ -149,26 +149,26 @@ def _drawn(shapes: tuple[tuple[str, tuple[int, ...]], ...], *numbers: int) -> Ad
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks at which adapters lie on the base, are trained and travel.
+    """The ranks of adapters on the base model, in training and in messages.
 
-    Most rules train the whole of the resident adapter. `ffa` and `rolora` train one factor. A site
-    of a lower rank uses the first ranks and leaves the others zero. A rule that stacks (`flora`)
-    keeps the received stack frozen in the first ranks and trains a fresh adapter in the last ones:
+    Most strategies train the whole resident adapter; `ffa` and `rolora` train one factor. A site
+    with a lower rank uses the first ranks and leaves the others at zero. A stacking strategy
+    (`flora`) freezes the received stack in the first ranks and trains a fresh adapter in the last:
 
         ranks        0 ... stack      ... max_rank      max_rank ... max_rank + rank
-        holds        received         zeros             fresh: A drawn by seed and round, B zero
+        holds        received         zeros             fresh: A from seed and round, B zero
 
-    Shapes given to its methods are those of the whole adapter at its configured rank.
+    All methods take the shapes of the whole adapter at its configured rank.
     """
 
     strategy: Strategy
-    """What the rule asks of the sites."""
+    """What the strategy requires of the sites."""
     rank: int
     """The configured rank, `model.lora.peft-lora-r`."""
     max_rank: int = 0
-    """Highest rank of the stack, for a rule that stacks."""
+    """Maximum rank of the stack, for a stacking strategy."""
     site_ranks: tuple[int, ...] = ()
-    """Ranks that sites 0, 1, 2, ... train, repeated; empty: all train the configured one."""
+    """Training ranks of sites 0, 1, 2, ..., cycled; empty: the configured rank at every site."""
 
     @classmethod
     def of(cls, config: Config) -> Ranks:
@@ -178,7 +178,7 @@ class Ranks:
 
     @property
     def resident(self) -> int:
-        """Rank of the adapter on the base."""
+        """Rank of the adapter on the base model."""
         return self.max_rank + self.rank if self.strategy.stacks else self.rank
 
     @property
@@ -194,29 +194,29 @@ class Ranks:
         return EVERYTHING if rank == self.rank else slice(0, rank)
 
     def carried(self, site: int, whole: int) -> int:
-        """Return the rank at which a site that trains receives an adapter of rank `whole`."""
+        """Return the rank at which a training site receives an adapter of rank `whole`."""
         return self.site_ranks[site % len(self.site_ranks)] if self.site_ranks else whole
 
     def begun_with(self, round_number: int, cohort: int) -> int:
-        """Return the rank of the adapter with which a round begins, if nothing failed before.
+        """Return the adapter's rank at the start of a round, if every earlier update arrived.
 
-        The untrained adapter has the rank that sites train. It changes nothing, so the first stack
-        holds the cohort's adapters alone; each round adds as many ranks, up to `max_rank`.
+        The untrained adapter has the training rank. Its B is zero, so the first stack consists of
+        the cohort's adapters alone; every round adds as many ranks, up to `max_rank`.
         """
         if not self.strategy.stacks or round_number <= 1:
             return self.rank
         return min(self.max_rank, (round_number - 1) * cohort * self.rank)
 
     def shapes_down(self, shapes: Shapes, rank: int) -> Shapes:
-        """Return the tensors that a site receives at some rank."""
+        """Return the shapes of the tensors that a site receives at this rank."""
         return at_rank(of_factors(shapes, self.strategy.sends), rank)
 
     def shapes_up(self, shapes: Shapes, round_number: int, rank: int) -> Shapes:
-        """Return the tensors that a site which trains at some rank sends back in a round."""
+        """Return the shapes of the tensors that a site training at this rank sends back."""
         return at_rank(of_factors(shapes, self.strategy.trained(round_number)), rank)
 
     def start_of(self, received: Adapter, shapes: Shapes, seed: int, round_number: int) -> Adapter:
-        """Return the tensors that a site's change is relative to, at the rank that it trains."""
+        """Return the tensors that a site's change is relative to, at its training rank."""
         if self.strategy.stacks:
             return drawn_adapter(shapes, seed, round_number)
         return received
@@ -224,12 +224,12 @@ class Ranks:
     def on_base(
         self, received: Adapter, shapes: Shapes, seed: int, trains_in: int | None
     ) -> Adapter:
-        """Return the resident adapter that a received one makes.
+        """Return the resident adapter for a received one.
 
         Parameters
         ----------
         trains_in : int or None
-            The round, if the site is to train; None if it evaluates what it received.
+            The round, if the site trains; None if it only evaluates.
         """
         parts = [(received, 0)]
         if self.strategy.stacks and trains_in is not None:

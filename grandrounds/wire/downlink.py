@@ -1,15 +1,15 @@
-"""The way down: what the server sends so that a site has the adapter, and how the site takes it.
+"""The downlink: how the server sends a site the adapter, and how the site decodes it.
 
 With `downlink-codec = none` a message holds the adapter's float32 tensors. Otherwise it holds an
-encoded difference, and both ends know from what:
+encoded difference to a reference that both ends know:
 
-    complete      the adapter of the start of the run, which every site draws from the seed; with
-                  `float32`, which loses nothing, from zeros
-    incremental   what this site has had before; the server keeps it for every site, so that what a
-                  codec lost is part of the next difference (the error memory of the way down)
+    complete      the initial adapter, which every site draws from the seed; for `float32`, which
+                  is lossless, zeros
+    incremental   what this site received last; the server keeps it for every site, so that the next
+                  difference includes what the codec lost (the error memory of the downlink)
 
-Rules that write the factors anew in every round (`product`, `flora`) send the adapter itself.
-While the adapter is what both ends draw from the seed, an encoded message holds no tensors.
+Strategies that recompute the factors in every round (`product`, `flora`) send the adapter itself.
+While the adapter equals what both ends draw from the seed, an encoded message holds no tensors.
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Parcel:
-    """One message to a site, before it has an address."""
+    """One message to a site, not yet addressed to a node."""
 
     arrays: ArrayRecord | None
-    """Tensors, or one array of bytes; None where the site needs nothing."""
+    """Tensors, or one array of bytes; None if the site needs nothing."""
     config: Mapping[str, int | str]
     """`codec`, `rank`, and for a difference `holds` and `version`."""
     received: Adapter
-    """The tensors that the site has after it, as the site decodes them."""
+    """The tensors that the site holds afterwards, as it decodes them."""
 
 
 @dataclass
 class Sender:
-    """The server's end."""
+    """The server's end of the downlink."""
 
     ranks: Ranks
-    """What the rule sends to which site, at which rank."""
+    """Which tensors each site receives, and at which rank."""
     how: CommunicationConfig
     start: Adapter
-    """The adapter at the start of the run, which the sites draw from the seed."""
+    """The initial adapter, which the sites draw from the seed."""
     seed: int
     """The run's seed."""
     _held: dict[int, tuple[int, Vector]] = field(default_factory=dict)
-    """Partition → version and numbers of what it has (`incremental`)."""
+    """Partition → version and values of what it holds (`incremental`)."""
     _shared: dict[tuple[int, int, int], Parcel] = field(default_factory=dict)
-    """Complete messages of the adapter as it is now, by round, purpose and rank."""
+    """Complete messages of the current adapter, by round, purpose and rank."""
     _adapter: Adapter | None = None
     """The adapter of those messages."""
     _version: int = 0
@@ -84,7 +84,7 @@ class Sender:
         Parameters
         ----------
         trains : bool
-            Whether the site is to train, at its own rank; else it judges the whole adapter.
+            Whether the site trains, at its own rank; otherwise it evaluates the whole adapter.
         """
         own = rank_of(adapter)
         rank = self.ranks.carried(partition, own) if trains else own
@@ -107,7 +107,7 @@ class Sender:
         return self._shared[key]
 
     def exact(self, adapter: Adapter) -> Parcel:
-        """Return the message that gives a site the adapter as it is, in float32."""
+        """Return the message that gives a site the exact adapter, in float32."""
         rank = rank_of(adapter)
         sent = self._sent(adapter, rank)
         if self.how.downlink_codec == "float32":
@@ -115,9 +115,9 @@ class Sender:
         return Parcel(messages.to_arrays(sent), {"codec": "none", "rank": rank}, sent)
 
     def settle(self, parcels: Mapping[int, Parcel], good: Collection[int]) -> None:
-        """Note which sites answered well, and so have what they were sent.
+        """Record which sites replied well, and so hold what they were sent.
 
-        The others are taken to have nothing: what became of their message is not known.
+        The others are assumed to hold nothing: their message may not have arrived.
         """
         for partition, parcel in parcels.items():
             if partition not in good:
@@ -130,11 +130,11 @@ class Sender:
         """Return the tensors that travel, at a site's rank."""
         if rank != rank_of(adapter):
             adapter = truncate(adapter, rank)
-        # in the order of the start, which is the sites' own
+        # in the order of the initial adapter, which the sites use too
         return {n: adapter[n] for n in of_factors(shapes_of(self.start), self.ranks.strategy.sends)}
 
     def _reference(self, sent: Adapter) -> Vector | None:
-        """Return what a complete difference is taken from; None: the adapter itself travels."""
+        """Return the reference of a complete difference; None if the adapter itself travels."""
         if not self.ranks.strategy.error_feedback or self.how.downlink_codec == "float32":
             return None
         return flatten({name: self.start[name] for name in sent})
@@ -147,7 +147,7 @@ class Sender:
         holds: int,
         numbers: tuple[int, int, int],
     ) -> Parcel:
-        """Return tensors as an encoded difference; `numbers` seed its stochastic rounding."""
+        """Encode tensors as a difference; `numbers` seed the stochastic rounding."""
         self._version += 1
         shapes = shapes_of(sent)
         config: dict[str, int | str] = {"codec": codec_name, "rank": rank_of(sent)}
@@ -167,22 +167,22 @@ class Sender:
 
 
 def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shapes) -> Adapter:
-    """Return the tensors that a site has after a message, checked and decoded.
+    """Check and decode a message; return the tensors that the site holds afterwards.
 
     Parameters
     ----------
     content
         What the server sent.
     state
-        What the site keeps from message to message.
+        What the site keeps between messages.
     shapes
         The whole adapter's tensors at the configured rank.
 
     Raises
     ------
     ReplyError
-        If the message is not what this run's configuration lets the server send, or builds on
-        something that the site does not have.
+        If the run's configuration does not allow the message, or it builds on something that the
+        site does not hold.
     """
     instruction = content.config_records.get(messages.CONFIG) or ConfigRecord()
     ranks, how = Ranks.of(config), config.communication
@@ -214,7 +214,7 @@ def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shap
         payload = messages.from_payload(record, name, codecs.encoded_bytes(codec, count))
         vector = vector + codecs.decode(codec, payload, count)
         if not all_finite(vector):
-            raise ReplyError("what the server sent is not finite together with what is there")
+            raise ReplyError("the difference sent by the server makes the adapter non-finite")
     if how.downlink == "incremental":
         state[_HELD] = ArrayRecord({"adapter": Array(vector)})
         state[f"{_HELD}-{_VERSION}"] = ConfigRecord({_VERSION: version})
@@ -222,7 +222,7 @@ def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shap
 
 
 def _held_by(state: RecordDict, holds: int, count: int) -> Vector:
-    """Return what this site has had before, if it is what the server builds on."""
+    """Return what this site received last, if the server builds on it."""
     record = state.config_records.get(f"{_HELD}-{_VERSION}")
     if record is None or record[_VERSION] != holds:
         has = "nothing" if record is None else f"its message {record[_VERSION]!r}"
@@ -232,5 +232,5 @@ def _held_by(state: RecordDict, holds: int, count: int) -> Vector:
         )
     vector = state.array_records[_HELD]["adapter"].numpy()
     if vector.shape != (count,):
-        raise ReplyError(f"this site has {vector.size} numbers, not the {count} of the adapter")
+        raise ReplyError(f"this site holds {vector.size} values, but the adapter has {count}")
     return np.asarray(vector, dtype=np.float32)

@@ -1,7 +1,7 @@
 """Every byte sent and received, by FlowerTune's counting rule.
 
-The rule: tensor buffers as they travel (each with its 128-byte npy header), every message counted,
-server to site and back, over 2**20. `with_key_names` adds the tensors' names, as later versions of
+The rule: tensor buffers as sent (each with its 128-byte npy header), in all messages and both
+directions, divided by 2**20. `with_key_names` adds the tensors' names, as later versions of
 FlowerTune's counter do.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-
-from grandrounds.wire.adapter import Shapes
 
 MIB = 2**20
 
@@ -45,15 +43,19 @@ class Ledger:
         kind : str
             For example `train.down`; down is server to site.
         tensors : iterable of (name, bytes)
-            The message's tensors as they travel. A message without tensors adds nothing.
+            The message's tensors as sent. A message without tensors adds nothing.
         """
         tensors = list(tensors)
-        if not tensors:
-            return
-        traffic = self.totals.setdefault(kind, Traffic())
-        traffic.messages += 1
-        traffic.tensor_bytes += sum(size for _, size in tensors)
-        traffic.key_bytes += sum(len(name.encode()) for name, _ in tensors)
+        keys = sum(len(name.encode()) for name, _ in tensors)
+        self.add(kind, sum(size for _, size in tensors), keys)
+
+    def add(self, kind: str, tensor_bytes: int, key_bytes: int) -> None:
+        """Add one message of known size; one without tensors adds nothing."""
+        if tensor_bytes:
+            traffic = self.totals.setdefault(kind, Traffic())
+            traffic.messages += 1
+            traffic.tensor_bytes += tensor_bytes
+            traffic.key_bytes += key_bytes
 
     @property
     def tensor_bytes(self) -> int:
@@ -79,14 +81,3 @@ class Ledger:
     def from_dict(cls, data: dict[str, dict[str, dict[str, int]]]) -> Ledger:
         """Return the ledger that `as_dict` wrote."""
         return cls({kind: Traffic(**t) for kind, t in data["totals"].items()})
-
-
-def message_bytes(shapes: Shapes) -> int:
-    """Return the bytes of one message with these float32 tensors, npy headers included."""
-    total = 0
-    for shape in shapes.values():
-        elements = 1
-        for length in shape:
-            elements *= length
-        total += 4 * elements + NPY_HEADER_BYTES
-    return total

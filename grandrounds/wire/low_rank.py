@@ -1,14 +1,14 @@
-"""The best approximation of low rank to a sum of products of factors, without the full matrix.
+"""The best low-rank approximation of a sum of factor products, without forming the full matrix.
 
-P = sum_j c_j B_j A_j is (out, in), of rank K at most, where K is the number of columns of all B_j
+P = sum_j c_j B_j A_j has shape (out, in) and at most rank K, the number of columns of all B_j
 together. With L = [c_1 B_1, c_2 B_2, ...] (out, K), R = [A_1; A_2; ...] (K, in) and the QR
 decompositions L = Q_L T_L and R^T = Q_R T_R, the singular values of P are those of the small core
-T_L T_R^T (K x K), and its right singular vectors are those of the core turned back by Q_R. What is
-left after the first r is the best approximation of rank r (Eckart & Young, 1936). The largest
-arrays are (out, K) and (in, K). Everything is float64.
+T_L T_R^T (K x K), and its right singular vectors are those of the core rotated back by Q_R. The
+first r give the best approximation of rank r (Eckart & Young, 1936). The largest arrays are
+(out, K) and (in, K). Everything is float64.
 
-The factors of P_r are free up to an invertible matrix: (B M^-1)(M A). AdamW's next steps start
-from the factors and depend on this choice, the gauge:
+The factors of P_r are determined only up to an invertible matrix: (B M^-1)(M A). AdamW's next steps
+start from the factors and depend on this choice, the gauge:
 
 `balanced`  B = U sqrt(S), A = sqrt(S) V^T: both factors have the same singular values.
 `nearest`   A = Z V^T V, where Z, the anchor, is usually the mean of the sites' A. Among the
@@ -16,8 +16,8 @@ from the factors and depend on this choice, the gauge:
             B = U S (Z V)^-1. Singular values of Z V below `FLOOR` of the largest are raised to
             that, so that B stays bounded; the product stays exact.
 
-Where P has a lower rank than asked for, the rows of A that are left over continue along the anchor
-and B is zero there: with zeros in both factors no gradient could ever reach them.
+Where P has a lower rank than requested, the remaining rows of A continue along the anchor and B is
+zero there: if both factors were zero, no gradient could ever reach them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FLOOR = 0.05
 """Smallest singular value of an A of the nearest gauge, relative to its largest."""
 
 NOISE = float(np.finfo(np.float32).eps)
-"""Singular values below this part of the largest are rounding of float32 factors."""
+"""Singular values below this fraction of the largest are rounding error of float32 factors."""
 
 Gauge = Literal["nearest", "balanced"]
 
@@ -47,10 +47,10 @@ Term = tuple[float, NDArray[np.floating], NDArray[np.floating]]
 
 @dataclass(frozen=True)
 class BestProduct:
-    """The best approximation of a rank to P: `left @ right`."""
+    """The best approximation of P at a given rank: `left @ right`."""
 
     left: Matrix
-    """U S: (out, found), where found is at most the rank asked for."""
+    """U S: (out, found), where found is at most the requested rank."""
     right: Matrix
     """V^T: (found, in), rows orthonormal."""
     singular_values: Matrix
@@ -96,9 +96,9 @@ def factors(
     rank : int
         Rows of A; at most those of the anchor for the gauge `nearest`.
     anchor : array of (rows, in)
-        What A shall be near to; with more rows than `rank` only up to a rotation.
+        What A should be close to; with more rows than `rank`, only up to a rotation.
     gauge : {"nearest", "balanced"}
-        See the module.
+        See the module's docstring.
     """
     found = len(best.right)
     anchor = anchor.astype(np.float64)
@@ -127,11 +127,11 @@ def factors(
 def truncate(adapter: Adapter, rank: int, gauge: Gauge = "nearest") -> Adapter:
     """Return the top `rank` singular directions of each module's product, as factors of that rank.
 
-    What a site of lower rank receives (FlexLoRA: Bai et al., 2024). Exact where the product has at
-    most this rank; where B is zero, A keeps its strongest directions. The model of an adapter is
-    scaled by alpha / r outside of B A: alpha / r must be the same at all ranks.
+    What a site of lower rank receives (FlexLoRA: Bai et al., 2024). Exact if the product has at
+    most this rank; where B is zero, A keeps its strongest directions. The update is scaled
+    by alpha / r outside B A, so alpha / r must be the same at all ranks.
 
-    An adapter of this rank or less is returned as it is.
+    An adapter of this rank or less is returned unchanged.
 
     Raises
     ------

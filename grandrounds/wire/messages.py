@@ -1,11 +1,11 @@
-"""What travels: record keys, and adapters as Flower's ArrayRecord and back, checked.
+"""The messages of a run: record keys, and adapters to and from Flower's ArrayRecord, checked.
 
 server → site
     `query`               config {}                               → config: who the site is
     `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
     `evaluate`            arrays: adapter                         → metrics: held-out loss
     `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
-A site that meets an expected error answers with config {error, error-type}.
+On an expected error a site replies with config {error, error-type}.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CLIENT_APP_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
 
 RUN = "run"
-"""Key of every message's config: the run, the same when it is resumed."""
+"""Config key of every message: the run's key, which a resume keeps."""
 
-# How Flower writes an exception, and a traceback's line that names it, which more may follow.
+# How Flower quotes an exception, and the line of a traceback that names it (not always the last).
 _OF_FLOWER = re.compile(r"^<class '(?:\w+\.)*(\w+)'>:<'")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Warning): ")
 
 UPDATE_NORM = "update-norm"
-"""Metric of an answer to `train`: the L2 norm of the change before it was encoded."""
+"""Metric of a reply to `train`: the L2 norm of the change before encoding."""
 
 TRAIN_METRICS = (
     "num-examples",
@@ -62,10 +62,10 @@ TRAIN_METRICS = (
     "base-loads",
     "process-id",
 )
-"""What the answer to `train` must report."""
+"""Metrics that a reply to `train` must have."""
 
 EVALUATE_METRICS = ("nll-sum", "tokens")
-"""What the answer to `evaluate` must report."""
+"""Metrics that a reply to `evaluate` must have."""
 
 FORMULARY_METRICS = tuple(
     f"{kind}-{which}-{count}"
@@ -73,10 +73,10 @@ FORMULARY_METRICS = tuple(
     for which in ("base", "tuned")
     for count in ("correct", "n")
 )
-"""What the answer to `evaluate.formulary` must report."""
+"""Metrics that a reply to `evaluate.formulary` must have."""
 
 MANY = 2**53
-"""More than any count here; float64 still tells its neighbours apart."""
+"""Upper bound of all counts; integers up to here are exact in float64."""
 
 WHOLE = (
     "examples",
@@ -87,7 +87,7 @@ WHOLE = (
     "process-id",
     *FORMULARY_METRICS,
 )
-"""Metrics that are whole numbers from 0 to `MANY`."""
+"""Metrics that are integers from 0 to `MANY`."""
 
 REAL = {
     "coverage": 1.0,
@@ -96,7 +96,7 @@ REAL = {
     "proximal-penalty": 1e30,
     "seconds": 1e9,
 }
-"""Metrics that are numbers from 0 to at most so much."""
+"""Metrics that are numbers from 0 to this maximum."""
 
 INTRODUCTION = (
     "partition-id",
@@ -114,7 +114,7 @@ INTRODUCTION = (
     "precision",
     "threads",
 )
-"""What the answer to `query` must say."""
+"""What an introduction, the reply to `query`, must have."""
 
 Metrics = dict[str, float | int]
 
@@ -125,15 +125,15 @@ def to_arrays(adapter: Adapter) -> ArrayRecord:
 
 
 def from_arrays(record: ArrayRecord, shapes: Shapes) -> Adapter:
-    """Return the tensors of a record that came from elsewhere.
+    """Return the tensors of an untrusted record.
 
-    Nothing is allocated from what the record claims: names, lengths and headers are compared with
-    the expected adapter first. The arrays are read-only views of the record's buffers.
+    Names, lengths and headers are compared with the expected adapter before anything is allocated.
+    The arrays are read-only views of the record's buffers.
 
     Raises
     ------
     ReplyError
-        If a name, shape, type or length differs, or a number is not finite.
+        If a name, shape, type or length differs, or a value is not finite.
     """
     if record.keys() != shapes.keys():
         missing = sorted(shapes.keys() - record.keys())
@@ -162,7 +162,7 @@ def to_payload(codec: str, payload: NDArray[np.uint8]) -> ArrayRecord:
 
 
 def from_payload(record: ArrayRecord, codec: str, most_bytes: int) -> NDArray[np.uint8]:
-    """Return the encoded tensors of a record that came from elsewhere, for `codecs.decode`.
+    """Return the encoded tensors of an untrusted record, for `codecs.decode`.
 
     Raises
     ------
@@ -193,7 +193,7 @@ def _npy_header(shape: tuple[int, ...], kind: str = "<f4") -> bytes:
 
 
 def tensor_sizes(message: Message) -> list[tuple[str, int]]:
-    """Return (name, bytes as they travel) of every tensor in a message."""
+    """Return (name, bytes as sent) of every tensor in a message."""
     if not message.has_content():
         return []
     return [
@@ -209,7 +209,7 @@ def content(
     config: Mapping[str, bool | int | float | str] | None = None,
     metrics: Mapping[str, float | int] | None = None,
 ) -> RecordDict:
-    """Return a message's content from its three records; what is None is left out."""
+    """Return a message's content from its three records, without those that are None."""
     records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
     if arrays is not None:
         records[ARRAYS] = arrays
@@ -221,12 +221,12 @@ def content(
 
 
 def failure(error: GrandRoundsError) -> RecordDict:
-    """Return an expected error as a reply's content."""
+    """Return the content of a reply that reports an expected error."""
     return content(config={"error": str(error), "error-type": type(error).__name__})
 
 
 def raise_failure(reply: Message) -> None:
-    """Raise what a reply reports as failed, as the type that it was at the site.
+    """Raise the error that a reply reports, with the type that it had at the site.
 
     Raises
     ------
@@ -252,7 +252,7 @@ def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
     Parameters
     ----------
     required
-        Names without which the reply is of no use.
+        Metrics that the reply must have.
 
     Raises
     ------
@@ -268,26 +268,15 @@ def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise ReplyError(f"the metric {name!r} is {value!r}, not a finite number")
         if name in WHOLE and not (isinstance(value, int) and 0 <= value <= MANY):
-            raise ReplyError(f"the metric {name!r} is {value!r}, not a whole number from 0 on")
+            raise ReplyError(f"the metric {name!r} is {value!r}, not an integer of at least 0")
         if name in REAL and not 0 <= value <= REAL[name]:
             raise ReplyError(f"the metric {name!r} is {value!r}, not from 0 to {REAL[name]:g}")
         out[name] = value
     return out
 
 
-def reply(
-    message: Message,
-    *,
-    arrays: ArrayRecord | None = None,
-    config: Mapping[str, bool | int | float | str] | None = None,
-    metrics: Mapping[str, float | int] | None = None,
-) -> Message:
-    """Return the answer to a message."""
-    return Message(content(arrays=arrays, config=config, metrics=metrics), reply_to=message)
-
-
 def whole_number(record: ConfigRecord, name: str, low: int = 0, high: int = MANY) -> int:
-    """Return a whole number that a message holds.
+    """Read an integer from a message's config.
 
     Raises
     ------
@@ -296,12 +285,12 @@ def whole_number(record: ConfigRecord, name: str, low: int = 0, high: int = MANY
     """
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ReplyError(f"{name} is {value!r}, not a whole number from {low} to {high}")
+        raise ReplyError(f"{name} is {value!r}, not an integer from {low} to {high}")
     return value
 
 
 def real_number(record: ConfigRecord, name: str, low: float, high: float) -> float:
-    """Return a number that a message holds; raise `ReplyError` as `whole_number` does."""
+    """Read a number from a message's config; raise `ReplyError` as `whole_number` does."""
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ReplyError(f"{name} is {value!r}, not a number from {low:g} to {high:g}")
@@ -311,7 +300,7 @@ def real_number(record: ConfigRecord, name: str, low: float, high: float) -> flo
 def answering(
     function: Callable[[Message, Context], Message],
 ) -> Callable[[Message, Context], Message]:
-    """Wrap a site's function so that an expected error travels back in words, as a reply."""
+    """Wrap a site's function so that an expected error is sent back as a reply."""
 
     @functools.wraps(function)
     def answer(message: Message, context: Context) -> Message:

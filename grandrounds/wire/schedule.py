@@ -1,7 +1,7 @@
 """Who trains in a round, which examples a visit sees, and where its random numbers come from.
 
-Everything is a function of the seed and of numbers that both engines know (round, partition,
-cursor); node ids, which Flower draws at random, play no part.
+Everything is a function of the seed and of round, partition and cursor, which all engines know.
+Node ids, which Flower draws at random, play no part.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from grandrounds.config.keys import Config, share_of
 
 BLUR = 0.1
-"""Relative blur of lengths in batches. On WikiDoc patient information (batch 16, at most 512
-tokens) the share of padding is 49 % ungrouped, 12 % sorted strictly, 15 % with this blur."""
+"""Relative blur of lengths in length-grouped batches. On WikiDoc patient information (batch 16, at
+most 512 tokens) the share of padding is 49 % ungrouped, 12 % sorted strictly, 15 % with it."""
 
 _COHORT, _VISIT, _ORDER, _EVALUATION, _ADAPTER, _UPLINK, _DOWNLINK = range(7)
 
@@ -29,13 +29,13 @@ def _generator(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
 def training_cohort(
     seed: int, round_number: int, num_partitions: int, size: int, balanced: bool
 ) -> list[int]:
-    """Return `size` different partition ids for a round, in ascending order.
+    """Return `size` distinct partition ids for a round, in ascending order.
 
     Parameters
     ----------
     balanced : bool
-        Whether all sites take part once, in seeded random order, before any does again; else each
-        cohort is drawn uniformly, whoever was drawn before.
+        Whether all sites take part once, in a seeded random order, before any does again;
+        otherwise each cohort is drawn uniformly and independently.
     """
     if balanced:
         rounds = balanced_cohorts(seed, num_partitions, size)
@@ -45,9 +45,9 @@ def training_cohort(
 
 
 def balanced_cohorts(seed: int, num_partitions: int, size: int) -> Iterator[list[int]]:
-    """Yield the cohorts of rounds 1, 2, ...: each site once in a turn, in a new order every turn.
+    """Yield the cohorts of rounds 1, 2, ...: every site once per pass, in a new order each pass.
 
-    A cohort that the end of a turn leaves short is filled from the next one, with other sites.
+    A cohort that spans two passes is filled from the next one, with sites not yet in it.
     """
     waiting: list[int] = []
     turns = itertools.count()
@@ -64,16 +64,16 @@ def balanced_cohorts(seed: int, num_partitions: int, size: int) -> Iterator[list
 
 
 def evaluation_cohort(seed: int, num_partitions: int, size: int) -> list[int]:
-    """Return the partition ids that answer held-out loss.
+    """Return the partition ids that evaluate the held-out loss.
 
-    One cohort serves all rounds, so that the losses of two rounds are of the same examples.
+    The cohort is the same in all rounds, so that their losses cover the same examples.
     """
     drawn = _generator(seed, _EVALUATION).choice(num_partitions, size, replace=False)
     return sorted(int(p) for p in drawn)
 
 
 def cohort_of(config: Config, round_number: int) -> list[int]:
-    """Return who trains in a round of a configured run."""
+    """Return the training cohort of a round."""
     return training_cohort(
         config.federation.seed,
         round_number,
@@ -85,7 +85,7 @@ def cohort_of(config: Config, round_number: int) -> list[int]:
 
 @lru_cache(maxsize=8)
 def cohorts_of(config: Config) -> tuple[tuple[int, ...], ...]:
-    """Return who trains in each round of a configured run."""
+    """Return the training cohorts of all rounds."""
     rounds = config.federation.num_server_rounds
     if config.strategy.cohorts != "balanced":
         return tuple(tuple(cohort_of(config, number)) for number in range(1, rounds + 1))
@@ -95,7 +95,7 @@ def cohorts_of(config: Config) -> tuple[tuple[int, ...], ...]:
 
 
 def evaluation_cohort_of(config: Config) -> list[int]:
-    """Return who answers held-out loss in a configured run."""
+    """Return the cohort that evaluates the held-out loss."""
     sites = config.data.num_partitions
     size = share_of(config.strategy.fraction_evaluate, sites)
     return evaluation_cohort(config.federation.seed, sites, size)
@@ -129,7 +129,7 @@ def downlink_generator(seed: int, *message: int) -> np.random.Generator:
 def examples_per_visit(
     max_steps: int, num_train_epochs: float, examples_per_step: int, num_examples: int
 ) -> int:
-    """Return how many examples one visit takes, repeats counted."""
+    """Return the number of examples in one visit, counting repeats."""
     if max_steps > 0:
         return max_steps * examples_per_step
     return max(1, math.ceil(num_train_epochs * num_examples))
@@ -146,13 +146,13 @@ def next_examples(
 ) -> list[int]:
     """Return the indices of a site's next `count` examples.
 
-    A site walks through a seeded permutation of its examples, a new one each epoch: no example
-    comes a second time before every other one has come once.
+    A site goes through a seeded permutation of its examples, a new one each epoch: no example is
+    repeated before all others have been seen.
 
     Parameters
     ----------
     cursor : int
-        How many examples the site has been given since the start of the run.
+        Number of examples given to the site since the start of the run.
     """
     indices: list[int] = []
     while len(indices) < count:
@@ -170,15 +170,15 @@ def length_grouped_batches(
     Parameters
     ----------
     lengths : list of int
-        Tokens of each example of the visit. What is sampled does not change, only who stands
-        beside whom. Lengths are blurred by `BLUR`, so that batches of examples that are all about
-        as long stay mixed: sorted strictly, questions of one kind end up in one batch.
+        Tokens of each example of the visit. Grouping changes which examples share a batch,
+        not which are sampled. Lengths are blurred by `BLUR` to keep batches mixed: sorted strictly,
+        questions of one kind would end up in one batch.
 
     Returns
     -------
     list of list of int
-        Positions into `lengths`; each occurs once. Only the last group may be smaller than
-        `batch_size`, and it too takes any place.
+        Indices into `lengths`, each once. Only the last group may be smaller than `batch_size`; it
+        is shuffled like the others.
     """
     blurred = np.array(lengths) * generator.uniform(1 - BLUR, 1 + BLUR, len(lengths))
     by_length = [int(i) for i in np.argsort(blurred, kind="stable")]
@@ -187,7 +187,7 @@ def length_grouped_batches(
 
 
 def round_learning_rate_of(config: Config, round_number: int) -> float:
-    """Return the learning rate of a round of a configured run."""
+    """Return the configured learning rate of a round."""
     train = config.train
     return round_learning_rate(
         round_number,
@@ -202,8 +202,8 @@ def round_learning_rate(
 ) -> float:
     """Return the learning rate of a round by cosine annealing.
 
-    lr(r) = min + (max - min)(1 + cos(pi r / R)) / 2 for r = 1 ... R, as FlowerTune counts: the
-    last round has exactly `minimum`, the first one nearly `maximum`. Loshchilov and Hutter, SGDR
+    lr(r) = min + (max - min)(1 + cos(pi r / R)) / 2 for r = 1 ... R, as in FlowerTune: the last
+    round has exactly `minimum`, the first nearly `maximum`. Loshchilov and Hutter, SGDR
     (2017), equation 5, without restarts.
     """
     cosine = math.cos(math.pi * round_number / num_rounds)
@@ -213,7 +213,7 @@ def round_learning_rate(
 def step_learning_rate(step: int, warmup_steps: int, peak: float) -> float:
     """Return the learning rate of optimizer step `step` = 0, 1, ... of a visit.
 
-    Rises by equal parts and stays at `peak` from step `warmup_steps` on. The first step has
-    `peak / (warmup_steps + 1)`, not 0 as in Hugging Face's schedule: of six steps none is idle.
+    Rises linearly and stays at `peak` from step `warmup_steps` on. The first step has
+    `peak / (warmup_steps + 1)`, not 0 as in Hugging Face's schedule, so that no step is wasted.
     """
     return peak * min(1.0, (step + 1) / (warmup_steps + 1))

@@ -1,7 +1,7 @@
-"""What a run will send, known before it starts: to the byte, if nothing fails.
+"""The planned traffic of a run, exact to the byte if nothing fails.
 
-What travels in a message is said by `adapter` and `codecs`; who takes part follows from the seed.
-So the plan is the ledger of a run that has not happened.
+`adapter` and `codecs` determine the size of each message, and the seed determines who takes part:
+the plan is the ledger that the run will have.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TRAIN_DOWN, TRAIN_UP = "train.down", "train.up"
 EVALUATE_DOWN, FORMULARY_DOWN = "evaluate.down", "formulary.down"
 
 MAGNITUDE = ".lora_magnitude_vector"
-"""How the names of DoRA's magnitudes end."""
+"""Suffix of the names of DoRA's magnitude vectors."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """The tensors of one message."""
+    """The size of one message."""
 
     tensor_bytes: int
     """Bytes of tensor buffers with their npy headers."""
@@ -36,7 +36,7 @@ class Message:
 
 
 EMPTY = Message(0, 0)
-"""Nothing travels: both ends can draw it from the seed."""
+"""No tensors: both ends can draw them from the seed."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Plan:
     """The traffic of a run in which nothing fails."""
 
     adapter_parameters: int
-    """Numbers in the adapter."""
+    """Parameters of the adapter."""
     rounds: int
-    """Rounds of training."""
+    """Training rounds."""
     ledger: Ledger
-    """What the run's ledger will hold at its end."""
+    """The run's ledger at its end."""
     down_bytes: tuple[int, ...]
-    """Largest message of each round to a site that trains."""
+    """Largest message to a training site, for each round."""
     up_bytes: tuple[int, ...]
-    """Largest message of each round from a site that trained."""
+    """Largest message from a training site, for each round."""
     is_upper_bound: bool = False
     """Whether entropy coding may make messages smaller than planned."""
 
@@ -73,11 +73,11 @@ class Plan:
 
     @property
     def mib_per_round(self) -> float:
-        """MiB of one training round with its evaluation, in the mean."""
+        """Mean traffic of a training round with its evaluation, in MiB."""
         return self.total_bytes / self.rounds / MIB
 
     def differences(self, counted: Ledger) -> dict[str, tuple[int, int]]:
-        """Return (planned, counted) bytes of every kind in which a run's ledger differs."""
+        """Return (planned, counted) bytes of the kinds of message in which a ledger differs."""
         kinds = sorted({*self.ledger.totals, *counted.totals})
         nothing = Traffic()
         pairs = {
@@ -108,8 +108,8 @@ class Plan:
 def plan_config(config: Config, shapes: Shapes) -> Plan:
     """Return the traffic of a configured run.
 
-    Held-out loss is asked once before the first round and after each. The formulary's questions are
-    asked of one site at the end, in float32.
+    The held-out loss is evaluated before the first round and after each. The formulary's exam is
+    held at one site at the end, in float32.
 
     Parameters
     ----------
@@ -125,7 +125,8 @@ def plan_config(config: Config, shapes: Shapes) -> Plan:
     def judge(next_round: int) -> None:
         rank = ranks.begun_with(next_round, cohort)
         for site in judges:
-            _count(ledger, EVALUATE_DOWN, down.message(site, next_round, rank))
+            message = down.message(site, next_round, rank)
+            ledger.add(EVALUATE_DOWN, message.tensor_bytes, message.key_bytes)
 
     judge(1)
     largest_down, largest_up = [], []
@@ -133,10 +134,9 @@ def plan_config(config: Config, shapes: Shapes) -> Plan:
         begun_with = ranks.begun_with(number, cohort)
         received = [down.message(site, number, ranks.carried(site, begun_with)) for site in chosen]
         sent = [measure.up(number, ranks.carried(site, ranks.rank)) for site in chosen]
-        for message in received:
-            _count(ledger, TRAIN_DOWN, message)
-        for message in sent:
-            _count(ledger, TRAIN_UP, message)
+        for kind, group in ((TRAIN_DOWN, received), (TRAIN_UP, sent)):
+            for message in group:
+                ledger.add(kind, message.tensor_bytes, message.key_bytes)
         largest_down.append(max(m.tensor_bytes for m in received))
         largest_up.append(max(m.tensor_bytes for m in sent))
         judge(number + 1)
@@ -144,7 +144,7 @@ def plan_config(config: Config, shapes: Shapes) -> Plan:
         rank = ranks.begun_with(len(largest_down) + 1, cohort)
         in_one = how.downlink_codec == "float32"
         message = measure.down(how.downlink_codec, rank, exact=not in_one)
-        _count(ledger, FORMULARY_DOWN, message)
+        ledger.add(FORMULARY_DOWN, message.tensor_bytes, message.key_bytes)
     return Plan(
         adapter_parameters=count_parameters(shapes),
         rounds=config.federation.num_server_rounds,
@@ -156,18 +156,8 @@ def plan_config(config: Config, shapes: Shapes) -> Plan:
     )
 
 
-def _count(ledger: Ledger, kind: str, message: Message) -> None:
-    """Add one message to a ledger; one without tensors adds nothing, as in a run."""
-    if not message.tensor_bytes:
-        return
-    traffic = ledger.totals.setdefault(kind, Traffic())
-    traffic.messages += 1
-    traffic.tensor_bytes += message.tensor_bytes
-    traffic.key_bytes += message.key_bytes
-
-
 class _Measure:
-    """The sizes of messages, each worked out once."""
+    """Message sizes, each computed once."""
 
     def __init__(self, ranks: Ranks, how: CommunicationConfig, shapes: Shapes) -> None:
         self._ranks, self._how = ranks, how
@@ -176,7 +166,7 @@ class _Measure:
         self._made: dict[tuple[object, ...], Message] = {}
 
     def down(self, codec: str, rank: int, *, exact: bool) -> Message:
-        """Return a message to a site: float32 tensors if `exact`, else encoded."""
+        """Return the size of a message to a site: float32 tensors if `exact`, else encoded."""
         return self._cached(
             ("down", codec, rank, exact),
             lambda: self._ranks.shapes_down(self._factors, rank),
@@ -184,7 +174,7 @@ class _Measure:
         )
 
     def up(self, round_number: int, rank: int) -> Message:
-        """Return a site's reply."""
+        """Return the size of a client update."""
         codec = self._how.uplink_codec
         return self._cached(
             ("up", self._ranks.strategy.trained(round_number), rank),
@@ -219,14 +209,14 @@ def message_of(tensors: Shapes, codec: Codec | None) -> Message:
 
 
 class _Down:
-    """What each site is sent, from what it holds already: the sizes of `downlink.Sender`."""
+    """Sizes of the messages of `downlink.Sender`, given what each site already holds."""
 
     def __init__(self, how: CommunicationConfig, sends_changes: bool, measure: _Measure) -> None:
         self._how, self._sends_changes, self._measure = how, sends_changes, measure
         self._holding: set[int] = set()
 
     def message(self, site: int, round_number: int, rank: int) -> Message:
-        """Return the message that gives a site the adapter with which a round begins."""
+        """Return the size of the message that gives a site the adapter at the start of a round."""
         incremental = self._how.downlink == "incremental"
         codec = self._how.downlink_codec
         if incremental and site not in self._holding:

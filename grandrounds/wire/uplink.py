@@ -1,10 +1,10 @@
-"""The way up: a site encodes its change and remembers what was lost; the server decodes.
+"""The uplink: a site encodes its change and remembers what the codec lost; the server decodes.
 
     u = d + e;   send Q(u);   e <- u - Q(u)
 
 d is the change of this visit and e the error memory of the site (error feedback: Seide et al.,
-2014; Karimireddy et al., 2019, algorithm 2). Rules that write the factors anew in every round keep
-none, because an old error has no place in new factors.
+2014; Karimireddy et al., 2019, algorithm 2). Strategies that recompute the factors in every
+round keep none, because an old error means nothing to new factors.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Vector = NDArray[np.float32]
 class ErrorMemory:
     """What a codec lost of a site's changes, in the state that Flower keeps for the node.
 
-    After a reply that was not used the site's cursor goes back, and the memory with it: the memory
-    of the visit before is kept too, and the cursors tell which belongs to a visit.
+    When a reply is not used, the site's cursor goes back, and the memory with it. Therefore the
+    memory of the previous visit is kept too, and the cursor identifies the one to use.
     """
 
     state: RecordDict
@@ -50,10 +50,10 @@ class ErrorMemory:
     cursor: int
     """Examples given to the site before this visit."""
     cursor_after: int
-    """Examples given to it after this visit."""
+    """Examples given to the site, this visit included."""
 
     def read(self, shapes: Shapes) -> dict[str, Vector]:
-        """Return the memory with which this visit begins; zeros where there is none."""
+        """Return the memory at the start of this visit; zeros if there is none."""
         zeros = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
         cursors = self.state.config_records.get(_CURSORS) or ConfigRecord()
         for place in (_MEMORY, _BEFORE):
@@ -79,14 +79,14 @@ def encode_change(
     memory: ErrorMemory | None,
     generator: np.random.Generator,
 ) -> ArrayRecord:
-    """Return a site's change as it travels, and keep what the codec lost.
+    """Encode a site's change, and keep what the codec lost.
 
     Parameters
     ----------
     memory : ErrorMemory or None
-        None: the rule sends no error feedback.
+        None if the strategy uses no error feedback.
     generator
-        Of the codec's stochastic rounding.
+        Source of stochastic rounding.
 
     Raises
     ------
@@ -115,12 +115,12 @@ def encode_change(
 
 
 def decode_change(record: ArrayRecord, codec: Codec, shapes: Shapes) -> Adapter:
-    """Return a site's change, checked.
+    """Decode and check a site's change.
 
     Raises
     ------
     ReplyError
-        If the record is not what the codec makes of tensors with these shapes.
+        If the record is not a valid encoding of tensors with these shapes.
     """
     if codec.name == "none":
         return messages.from_arrays(record, shapes)

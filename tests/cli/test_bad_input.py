@@ -493,5 +493,5 @@ def test_sites_too_small_to_hold_anything_out_are_told_before_training(
     cards = tmp_path / "few.jsonl"
     cards.write_text("".join(f'{{"input": "Why {i}?", "output": "So."}}\n' for i in range(4)))
     line = complaint(command({**settings, "static.dataset.name": str(cards)}), 1)
-    assert "holds an example out" in line
+    assert "has held-out examples" in line
     assert "strategy.fraction-evaluate = 0" in line

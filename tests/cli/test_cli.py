@@ -251,7 +251,9 @@ WITH_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_ha
 """A process started in the background of a shell ignores Ctrl-C, and so would its children."""
 
 
-KEPT = "grandrounds: interrupted; finished rounds are kept; grandrounds run --resume {}\n"
+KEPT = (
+    "grandrounds: interrupted; finished rounds are kept; resume with grandrounds run --resume {}\n"
+)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def answer_without_a_model(held_out_losses: Mapping[int, float]) -> Sites:
         if kind == MessageType.EVALUATE:
             loss = held_out_losses[round_number]
             judged = {"nll-sum": 10 * loss, "tokens": 10, "num-examples": 2}
-            return messages.reply(message, metrics={**judged, **no_base})
+            return Message(messages.content(metrics={**judged, **no_base}), reply_to=message)
         received = message.content.array_records["arrays"]
         change = ArrayRecord({n: Array(np.zeros_like(a.numpy())) for n, a in received.items()})
         metrics: dict[str, float | int] = {
@@ -88,6 +88,6 @@ def answer_without_a_model(held_out_losses: Mapping[int, float]) -> Sites:
             "coverage": 0.5,
             **no_base,
         }
-        return messages.reply(message, arrays=change, metrics=metrics)
+        return Message(messages.content(arrays=change, metrics=metrics), reply_to=message)
 
     return sites

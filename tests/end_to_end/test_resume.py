@@ -327,7 +327,7 @@ def test_a_run_is_not_resumed_while_another_process_writes_it(stopped: Settings)
     """The first process may still be alive when only its SuperLink or terminal died."""
     first = RunDirectory(Path(stopped["run-directory"]))
     first.hold()
-    with pytest.raises(RunDirectoryError, match="written by a run that has not ended"):
+    with pytest.raises(RunDirectoryError, match="in use by a run that has not ended"):
         resume(stopped)
     first.release()
     resume(stopped)

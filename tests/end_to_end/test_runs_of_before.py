@@ -45,7 +45,7 @@ def without_exam(message: Message, context: Context) -> Message:
     """Answer as a real site, but skip the formulary exam."""
     if message.metadata.message_type == f"{MessageType.EVALUATE}.formulary":
         counts = {"base-loads": 0, "process-id": 1, **SCORES}
-        return messages.reply(message, metrics=counts)
+        return Message(messages.content(metrics=counts), reply_to=message)
     return GOOD_SITES(message, context)
 
 

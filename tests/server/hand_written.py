@@ -48,7 +48,10 @@ class Sites:
             return introduce(message, site)
         if kind == "train":
             return changed(message, site)
-        return messages.reply(message, metrics={"nll-sum": 3.0 * (site + 1), "tokens": site + 1})
+        return Message(
+            messages.content(metrics={"nll-sum": 3.0 * (site + 1), "tokens": site + 1}),
+            reply_to=message,
+        )
 
 
 class Silent(InProcessGrid):
@@ -75,14 +78,16 @@ def introduce(message: Message, site: int, **facts: Any) -> Message:
         "base": "b",
         "prompt": "p",
     }
-    return messages.reply(message, config={**said, **facts})
+    return Message(messages.content(config={**said, **facts}), reply_to=message)
 
 
 def changed(message: Message, site: int, examples: int | None = None) -> Message:
     change = {name: np.full(shape, site + 1, np.float32) for name, shape in SHAPES.items()}
     count = 10 * (site + 1) if examples is None else examples
     metrics = {**OF_A_VISIT, "num-examples": count}
-    return messages.reply(message, arrays=messages.to_arrays(change), metrics=metrics)
+    return Message(
+        messages.content(arrays=messages.to_arrays(change), metrics=metrics), reply_to=message
+    )
 
 
 def crash(message: Message, site: int) -> Message:

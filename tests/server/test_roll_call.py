@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from flwr.app import Message
 
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import DataError, EngineError, ReplyError
@@ -53,7 +54,7 @@ def test_too_few_and_too_many_nodes_are_an_error_that_says_how_many() -> None:
     with pytest.raises(EngineError, match=r"^3 nodes are connected, but .* = 2"):
         Roster(2).wait(grid, 0)
     known = {0: 1, 1: 77, 2: 2, 3: 78}
-    with pytest.raises(EngineError, match=r"= 4\. Not there: sites 1, 3; start their SuperNodes"):
+    with pytest.raises(EngineError, match=r"= 4\. Missing: sites 1, 3; start their SuperNodes"):
         Roster(4, admitted=lambda: known).wait(grid, 0)
 
 
@@ -83,21 +84,21 @@ def test_a_site_that_differs_is_named_before_anybody_trains(fact: str, meaning: 
 @pytest.mark.parametrize("value", [b"x", "x" * 1001, [1]])
 def test_a_fact_that_could_not_be_written_down_is_the_sites_own_fault(value: Any) -> None:
     sites = Sites({("query", 1): lambda m, s: introduce(m, s, device=value)})
-    with pytest.raises(EngineError, match="Node 2 introduces itself wrongly: its 'device' is no"):
+    with pytest.raises(EngineError, match="introduction of node 2 is invalid: 'device' is neither"):
         called(grid_of(sites, 2), [1, 2])
 
 
 def test_two_nodes_of_one_site_are_an_error() -> None:
     sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
-    with pytest.raises(EngineError, match="Two nodes say that they are site 0"):
+    with pytest.raises(EngineError, match="Two nodes claim to be site 0"):
         called(grid_of(sites, 2), [1, 2])
 
 
 def test_a_node_is_no_other_site_than_it_was_admitted_as() -> None:
     sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
     for admitted, told in (
-        ({0: 1}, "^Node 2 says that it is site 0, which node 1 was admitted as"),
-        ({1: 2}, "^Node 2 says that it is site 0, and was admitted as site 1"),
+        ({0: 1}, "^Node 2 claims to be site 0, which was admitted as node 1"),
+        ({1: 2}, "^Node 2 claims to be site 0, but was admitted as site 1"),
     ):
         grid = grid_of(sites, 2)
         with pytest.raises(EngineError, match=told):
@@ -120,7 +121,9 @@ def test_a_site_that_crashes_at_roll_call_is_told() -> None:
 
 
 def test_a_site_that_says_nothing_of_itself_is_an_error_of_ours() -> None:
-    sites = Sites({("query", 1): lambda m, _: messages.reply(m, config={"hello": 1})})
+    sites = Sites(
+        {("query", 1): lambda m, _: Message(messages.content(config={"hello": 1}), reply_to=m)}
+    )
     with pytest.raises((ReplyError, EngineError)):
         called(grid_of(sites, 2), [1, 2])
 
@@ -182,7 +185,7 @@ def test_a_node_cannot_take_the_place_of_a_site_that_is_connected() -> None:
     sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
     grid, roster = introduced(sites, 3)
     refused = refreshed(roster, grid)
-    assert "node 3 says that it is site 1, and so does node 2, which is connected" in refused[-1]
+    assert "node 3 claims to be site 1, but so does node 2, which is connected" in refused[-1]
     assert nodes_of(roster) == {0: 1, 1: 2}
 
 
@@ -193,7 +196,7 @@ def test_a_node_cannot_take_the_place_of_a_site_that_is_away() -> None:
     grid._contexts.pop(2)
     roster.admitted = lambda: {1: 2}
     refused = refreshed(roster, grid)
-    assert refused == {-1: "node 3 says that it is site 1, which node 2 was admitted as"}
+    assert refused == {-1: "node 3 claims to be site 1, which was admitted as node 2"}
     assert nodes_of(roster) == {0: 1, 1: 2}
 
 

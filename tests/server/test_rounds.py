@@ -17,7 +17,7 @@ from grandrounds.server.run import Run
 from grandrounds.server.updates import claimed_examples
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter
-from grandrounds.wire.ledger import message_bytes
+from grandrounds.wire.traffic import message_of
 from tests.listening import Telling
 from tests.server.hand_written import (
     OF_A_VISIT,
@@ -34,7 +34,7 @@ from tests.server.hand_written import (
     run_over,
 )
 
-BYTES = message_bytes(SHAPES)
+BYTES = message_of(SHAPES, None).tensor_bytes
 NAME_BYTES = 2 * len("m.lora_A.weight")
 
 Heard = list[tuple[int, str | None]]
@@ -111,17 +111,20 @@ def test_replies_are_reported_as_they_arrive() -> None:
 def with_tensors(values: float, dtype: Any = np.float32) -> Behaviour:
     def answer(message: Message, site: int) -> Message:
         record = ArrayRecord({n: Array(np.full(s, values, dtype)) for n, s in SHAPES.items()})
-        return messages.reply(message, arrays=record, metrics={**OF_A_VISIT, "num-examples": 10})
+        return Message(
+            messages.content(arrays=record, metrics={**OF_A_VISIT, "num-examples": 10}),
+            reply_to=message,
+        )
 
     return answer
 
 
 def without_tensors(message: Message, site: int) -> Message:
-    return messages.reply(message, metrics={**OF_A_VISIT, "num-examples": 10})
+    return Message(messages.content(metrics={**OF_A_VISIT, "num-examples": 10}), reply_to=message)
 
 
 def without_metrics(message: Message, site: int) -> Message:
-    return messages.reply(message, arrays=messages.to_arrays(START))
+    return Message(messages.content(arrays=messages.to_arrays(START)), reply_to=message)
 
 
 def claiming(examples: Any) -> Behaviour:
@@ -224,10 +227,11 @@ def test_the_order_of_replies_changes_no_bit() -> None:
     def noisy(message: Message, site: int) -> Message:
         rng = np.random.default_rng(site)
         change = {n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
-        return messages.reply(
-            message,
-            arrays=messages.to_arrays(change),
-            metrics={**OF_A_VISIT, "num-examples": 7 + site},
+        return Message(
+            messages.content(
+                arrays=messages.to_arrays(change), metrics={**OF_A_VISIT, "num-examples": 7 + site}
+            ),
+            reply_to=message,
         )
 
     sites = Sites({("train", p): noisy for p in range(4)})
@@ -243,7 +247,7 @@ def test_a_site_that_is_not_connected_counts_as_failed() -> None:
     _, tally, _ = play(Sites(), [0, 1, 5], listener=listener_to(heard))
     assert tally.failed == {5: "not connected"}
     assert (5, "not connected") in heard
-    with pytest.raises(RoundError, match="2 of 3 sites replied well, at least 3"):
+    with pytest.raises(RoundError, match="2 of 3 sites replied well, but at least 3"):
         play(Sites(), [0, 1, 5], **{"strategy.min-reply-fraction": 1.0})
 
 
@@ -272,7 +276,11 @@ def evaluate(sites: Sites, cohort: list[int]) -> tuple[float | None, Tally, Run]
 def test_held_out_loss_is_the_mean_over_tokens() -> None:
     """Sites 0 and 2: 6 nats over 1 token and 9 over 3: 15 / 4 = 3.75."""
     sites = Sites(
-        {("evaluate", 0): lambda m, _: messages.reply(m, metrics={"nll-sum": 6.0, "tokens": 1})}
+        {
+            ("evaluate", 0): lambda m, _: Message(
+                messages.content(metrics={"nll-sum": 6.0, "tokens": 1}), reply_to=m
+            )
+        }
     )
     loss, tally, run = evaluate(sites, [0, 2])
     assert loss == 3.75
@@ -294,7 +302,9 @@ def test_held_out_loss_of_nobody_is_none() -> None:
 
 
 def test_an_evaluation_without_its_numbers_is_a_failed_reply() -> None:
-    sites = Sites({("evaluate", 0): lambda m, _: messages.reply(m, metrics={"other": 1})})
+    sites = Sites(
+        {("evaluate", 0): lambda m, _: Message(messages.content(metrics={"other": 1}), reply_to=m)}
+    )
     loss, tally, _ = evaluate(sites, [0, 2])
     assert loss == 3.0
     assert list(tally.failed) == [0]
@@ -312,7 +322,9 @@ def test_the_first_site_that_answers_the_formularys_questions_is_enough() -> Non
     sites = Sites(
         {
             ("evaluate.formulary", 0): crash,
-            ("evaluate.formulary", 1): lambda m, _: messages.reply(m, metrics=SCORES),
+            ("evaluate.formulary", 1): lambda m, _: Message(
+                messages.content(metrics=SCORES), reply_to=m
+            ),
         }
     )
     run = run_over(grid_of(sites, 4))

@@ -171,7 +171,7 @@ def test_at_the_prompt_too_long_a_question_is_told_and_the_next_one_asked(run: P
     [
         (["  "], 2, "The question is empty"),
         ([QUESTION, "--max-tokens", 0], 2, "Invalid value for '--max-tokens'"),
-        ([QUESTION, "--checkpoint", "7"], 1, "saved no checkpoint after round 7"),
+        ([QUESTION, "--checkpoint", "7"], 1, "has no checkpoint of round 7"),
     ],
 )
 def test_what_cannot_be_asked_is_told(

@@ -218,7 +218,7 @@ def test_without_a_folder_it_lies_in_the_run_and_no_partial_one_remains(made: Pa
 @pytest.mark.parametrize(
     ("which", "error", "said"),
     [
-        ("3", RunDirectoryError, "no checkpoint after round 3; there are some after round 2, 4, 6"),
+        ("3", RunDirectoryError, "no checkpoint of round 3; it has checkpoints of rounds 2, 4, 6"),
         ("bets", ConfigError, "Did you mean 'best'?"),
         ("-1", ConfigError, "give last, best or the number of a round"),
     ],

@@ -314,7 +314,7 @@ def test_a_frame_that_declares_another_length_is_refused_before_it_is_opened() -
         codecs.decode(how, b"\1" + silent, 4096)
     with pytest.raises(ReplyError, match="zstandard"):
         codecs.decode(how, payload + b"\0", 4096)
-    with pytest.raises(ReplyError, match="would do without"):
+    with pytest.raises(ReplyError, match="no smaller than the plain 4164"):
         codecs.decode(how, b"\1" + bytes(4164), 4096)
 
 
@@ -333,11 +333,11 @@ def test_hostile_scales_values_and_positions_are_refused() -> None:
     payload = codecs.encode(codec("topk"), normal(1000), np.random.default_rng(0))
     none_set, equal = payload.copy(), payload.copy()
     none_set[1:15] = 0
-    with pytest.raises(ReplyError, match="topk: 0 positions, where 50"):
+    with pytest.raises(ReplyError, match="topk: got 0 positions, expected 50"):
         codecs.decode(codec("topk"), none_set, 1000)
     equal[1:15] = [255] * 6 + [192] + [0] * 7  # all 50 high parts are 0, and so are the low parts
     equal[15:43] = 0
-    with pytest.raises(ReplyError, match="do not rise"):
+    with pytest.raises(ReplyError, match="must be ascending"):
         codecs.decode(codec("topk"), equal, 1000)
 
 

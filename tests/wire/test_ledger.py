@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, message_bytes
+from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger
+from grandrounds.wire.traffic import message_of
 
 
 def test_totals_are_kept_by_kind_and_direction() -> None:
@@ -62,9 +63,9 @@ def test_the_predicted_bytes_are_those_that_numpy_writes(shape: tuple[int, ...])
         header, {"descr": "<f4", "fortran_order": False, "shape": empty.shape}
     )
     assert len(header.getvalue()) == NPY_HEADER_BYTES
-    assert message_bytes({"x": shape}) == 4 * elements + len(header.getvalue())
+    assert message_of({"x": shape}, None).tensor_bytes == 4 * elements + len(header.getvalue())
 
 
 def test_the_bytes_of_a_message_are_the_sum_of_its_tensors() -> None:
     """4 * 6 + 128 and 4 * 20 + 128."""
-    assert message_bytes({"a": (2, 3), "b": (4, 5)}) == 152 + 208
+    assert message_of({"a": (2, 3), "b": (4, 5)}, None).tensor_bytes == 152 + 208

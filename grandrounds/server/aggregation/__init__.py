@@ -1,1 +1,1 @@
-"""Aggregation rules: one file per rule, each exact about what it computes."""
+"""Aggregation rules, one file each, with the formula that each computes."""

@@ -1,12 +1,12 @@
-"""Bulyan: a trimmed mean of what Krum selects. Arithmetic: Flower's `Bulyan`.
+"""Bulyan: a trimmed mean of the replies that Krum selects. Computed by Flower's `Bulyan`.
 
     1. select theta = k - 2 f of the k replies by Krum's scores
     2. w_next = w + mean of the theta - 2 f values nearest to the median, coordinate by coordinate
 
-El Mhamdi et al., The Hidden Vulnerability of Distributed Learning in Byzantium (ICML 2018),
-section 4. The paper selects one reply after the other and scores the rest anew each time; Flower
-takes the theta lowest scores at once. Numbers of examples play no part. Holds for k >= 4 f + 3
-replies with f hostile ones; a smaller k is an error (`RoundError`).
+El Mhamdi et al., The Hidden Vulnerability of Distributed Learning in Byzantium (ICML 2018), section
+4. The paper selects one reply at a time and rescores the rest; Flower takes the theta lowest scores
+at once. All replies weigh the same. Guaranteed for k >= 4 f + 3 replies with f hostile ones; a
+smaller k raises `RoundError`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FedAdagrad: Adagrad at the server (see `adaptive`). Arithmetic: Flower's `FedAdagrad`.
+"""FedAdagrad: Adagrad at the server (see `adaptive`). Computed by Flower's `FedAdagrad`.
 
     v_t = v_{t-1} + D_t^2
 

@@ -1,12 +1,12 @@
-"""FedAdam: Adam at the server (see `adaptive`). Arithmetic: Flower's `FedAdam`.
+"""FedAdam: Adam at the server (see `adaptive`). Computed by Flower's `FedAdam`.
 
     v_t = beta_2 v_{t-1} + (1 - beta_2) D_t^2
     w_next = w + eta c_t m_t / (sqrt(v_t) + tau),
     c_t = sqrt(1 - beta_2^(t+1)) / (1 - beta_1^(t+1))
 
 Reddi et al. (2021), algorithm 2, has no bias correction c_t; Kingma & Ba's Adam (2015, section 2)
-has one with t, where Flower counts rounds from 1 and takes t + 1: in round 1, with the usual betas,
-c is 0.74 instead of 1.
+has one with t, whereas Flower counts rounds from 1 and uses t + 1: in round 1, with the default
+betas, c is 0.74 instead of 1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""FedAvg: the weighted mean of the changes, of A and of B apart.
+"""FedAvg: the weighted mean of the changes, with LoRA factors averaged separately.
 
     w_next = w + sum_i p_i d_i
 
-McMahan et al. (2017), algorithm 1. Every site has a vote of its number of examples: one hostile
-site can move the mean anywhere. Memory is that of `WeightedMean`, whatever the cohort.
+McMahan et al. (2017), algorithm 1. Sites are weighted by their number of examples, and one
+hostile site can move the mean anywhere. Memory is that of `WeightedMean`, whatever the cohort.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def make(config: StrategyConfig) -> Rule:
 
 
 class Average(Rule):
-    """The weighted mean of the changes of those tensors that a round trains; others stay."""
+    """The weighted mean of the changes of the tensors trained in a round; the others stay."""
 
     def __init__(self, name: str) -> None:
         self._asks = STRATEGIES[name]
@@ -37,12 +37,12 @@ class Average(Rule):
         self._names = set(shapes)
 
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
-        """Add one site's change to the sum; nothing of the reply is kept."""
+        """Add one site's change to the sum, without keeping the reply."""
         if change.keys() != self._names:
             extra = sorted(change.keys() - self._names)
             missing = sorted(self._names - change.keys())
             raise ValueError(
-                f"partition {partition} does not change what this round trains: "
+                f"partition {partition} did not change the tensors trained in this round: "
                 f"missing {missing[:2]}, unexpected {extra[:2]}"
             )
         check_shapes(change, self._adapter)

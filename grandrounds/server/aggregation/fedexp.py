@@ -1,13 +1,14 @@
-"""FedExP: the mean of the changes, taken further the more the sites' changes differ.
+"""FedExP: the mean of the changes, extrapolated further the more they differ.
 
     w_next = w + eta D,   D = sum_i p_i d_i
     eta = max(1, sum_i p_i |d_i|^2 / (2 |D|^2))
 
 Jhunjhunwala et al., FedExP: Speeding Up Federated Averaging via Extrapolation (ICLR 2023), with
-the weights p_i where the paper has 1 / M, and without its small constant beside |D|^2. With an eta
-of 1, also where D is zero, it is FedAvg to the bit. Changes of sites with different data are nearly
-at right angles, and their mean is shorter than each: of k such changes of one length eta is k / 2.
-It is reported as `server-learning-rate`. Memory is that of `WeightedMean`, whatever the cohort.
+weights p_i in place of the paper's 1 / M, and without its small constant added to |D|^2. With eta =
+1, also where D is zero, it equals FedAvg to the bit. Changes of sites with different data are
+nearly orthogonal, and their mean is shorter than each: for k such changes of equal length, eta is k
+/ 2. eta is reported as `server-learning-rate`. Memory is that of `WeightedMean`, whatever the
+cohort.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ class Extrapolation(Average):
         self._weight = 0
 
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
-        """Add one site's change to the sum, and the square of its length."""
+        """Add one site's change to the sum, and its squared norm."""
         super().add(partition, received, change, weight)
         self._weighted_squares.append(weight * norm(change) ** 2)
         self._weight += weight
 
     def result(self) -> Adapter:
-        """Return the adapter with the mean of the changes added, eta times."""
+        """Return the adapter plus eta times the mean of the changes."""
         mean = self.mean()
-        # fsum is exact: whoever came first
+        # fsum is exact, whatever the order of arrival
         squares = math.fsum(self._weighted_squares) / self._weight
         length_squared = norm(mean) ** 2
         self._rate = max(1.0, squares / (2 * length_squared)) if length_squared else 1.0

@@ -1,10 +1,10 @@
-"""FedMedian: the median of every coordinate. Arithmetic: Flower's `FedMedian`.
+"""FedMedian: the coordinate-wise median. Computed by Flower's `FedMedian`.
 
     w_next = w + median_i d_i,   coordinate by coordinate
 
-Yin et al., Byzantine-Robust Distributed Learning (ICML 2018), definition 1. Numbers of examples
-play no part. Stays within the range of the honest replies, in every coordinate, while fewer than
-half of the replies are hostile; where sites differ much, the median is not their mean.
+Yin et al., Byzantine-Robust Distributed Learning (ICML 2018), definition 1. All replies
+weigh the same. Stays within the range of the honest replies in every coordinate as long as fewer
+than half of the replies are hostile. On heterogeneous sites the median differs from the mean.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FedProx: at the server the same as FedAvg; its proximal term is in the sites' training.
+"""FedProx: FedAvg at the server; the proximal term is in the sites' training.
 
 Li et al. (2020), algorithm 2.
 """

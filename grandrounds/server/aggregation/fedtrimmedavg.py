@@ -1,12 +1,12 @@
-"""FedTrimmedAvg: the mean of every coordinate without its extremes. Flower's `FedTrimmedAvg`.
+"""FedTrimmedAvg: the coordinate-wise trimmed mean. Computed by Flower's `FedTrimmedAvg`.
 
     w_next = w + mean of d_i without the floor(beta k) smallest and largest, of k replies,
     coordinate by coordinate
 
-Yin et al., Byzantine-Robust Distributed Learning (ICML 2018), definition 2. Numbers of examples
-play no part. Stays within the range of the honest replies, in every coordinate, while at most
-floor(beta k) are hostile. So few replies that none would be cut off are an error (`RoundError`):
-Flower would return the plain mean.
+Yin et al., Byzantine-Robust Distributed Learning (ICML 2018), definition 2. All replies weigh the
+same. Stays within the range of the honest replies in every coordinate as long as at most floor(beta
+k) are hostile. Too few replies to trim any raise `RoundError`, whereas Flower would return the
+plain mean.
 """
 
 from __future__ import annotations

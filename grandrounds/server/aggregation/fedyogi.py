@@ -1,4 +1,4 @@
-"""FedYogi: Yogi at the server (see `adaptive`). Arithmetic: Flower's `FedYogi`.
+"""FedYogi: Yogi at the server (see `adaptive`). Computed by Flower's `FedYogi`.
 
     v_t = v_{t-1} - (1 - beta_2) D_t^2 sign(v_{t-1} - D_t^2)
 

@@ -1,4 +1,4 @@
-"""FLoRA: the sites' adapters are stacked, not averaged, so that their mean is exact.
+"""FLoRA: the sites' adapters are stacked instead of averaged, so that their mean is exact.
 
     A_next = [A; A_1; ...; A_k],   B_next = [B, p_1 B_1, ..., p_k B_k]
     B_next A_next = B A + sum_i p_i B_i A_i
@@ -9,12 +9,12 @@ adapter, whose rank R grows by the ranks of the round's sites. Each site trains 
 (B = 0) beside the received one, which is frozen: `received` is that fresh adapter, `change` is
 relative to it, and a site may have any rank.
 
-When R would pass `max_rank`, the product is cut to the best one of that rank (QR and SVD, see
-`low_rank`); what is lost is reported as `truncation-error`, and R as `rank`. An adapter whose B
-is zero everywhere, as before round 1, is not stacked.
+If R would exceed `max_rank`, the product is truncated to that rank (QR and SVD, see `low_rank`).
+The loss is reported as `truncation-error`, and R as `rank`. An adapter whose B is all zero, as
+before round 1, is not stacked.
 
-Scaling: an adapter's model is alpha / r B A. The sum above holds where that factor is the same for
-the growing adapter and the fresh ones, so a checkpoint of rank R has alpha_R = R alpha / r.
+Scaling: an adapter adds alpha / r B A to the base. The sum above holds if that factor is the same
+for the growing adapter and the fresh ones, so a checkpoint of rank R has alpha_R = R alpha / r.
 
 Memory grows with the cohort: all replies are kept until the round ends.
 """
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from grandrounds.config.keys import StrategyConfig
 from grandrounds.server.aggregation.product import trained
-from grandrounds.server.aggregation.replies import Replies
+from grandrounds.server.aggregation.replies import ReplyRule
 from grandrounds.server.aggregation.rule import Rule
 from grandrounds.wire.adapter import A, Adapter, B
 from grandrounds.wire.low_rank import (
@@ -44,24 +44,14 @@ def make(config: StrategyConfig) -> Rule:
     return Flora(config.max_rank)
 
 
-class Flora(Rule):
-    """The stack of all adapters so far, cut at a largest rank."""
+class Flora(ReplyRule):
+    """The stack of all adapters so far, truncated to a maximum rank."""
 
     def __init__(self, max_rank: int) -> None:
         self._max_rank = max_rank
-        self._report: dict[str, float] = {}
-
-    def begin(self, round_number: int, adapter: Adapter) -> None:
-        """Start a round with the adapter stacked so far."""
-        self._adapter = adapter
-        self._replies = Replies()
-
-    def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
-        """Keep one reply; `received` is the fresh adapter that the site trained."""
-        self._replies.add(partition, received, change, weight)
 
     def result(self) -> Adapter:
-        """Return the stack, cut where it would pass the largest rank."""
+        """Return the stack, truncated where it would exceed the maximum rank."""
         out: dict[str, NDArray[np.float32]] = dict(self._adapter)
         cuts = list[BestProduct]()
         rank = 0
@@ -80,7 +70,7 @@ class Flora(Rule):
 
     def _stacks(self) -> dict[str, list[Term]]:
         """Return, for each module, the terms (c, B, A) to stack."""
-        replies = self._replies.ordered()
+        replies = self.replies()
         total = sum(reply.weight for reply in replies)
         names = modules(self._adapter)
         is_empty = not any(self._adapter[module + B].any() for module in names)
@@ -94,7 +84,3 @@ class Flora(Rule):
                 summed.insert(0, (1.0, self._adapter[module + B], self._adapter[module + A]))
             stacks[module] = summed
         return stacks
-
-    def report(self) -> dict[str, float]:
-        """Return the truncation error and the rank of the stack."""
-        return dict(self._report)

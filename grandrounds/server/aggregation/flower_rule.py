@@ -1,13 +1,13 @@
-"""Flower's own strategies as rules: their `aggregate_train`, unchanged, on the sites' changes.
+"""Flower's strategies as aggregation rules: their `aggregate_train` on the sites' changes.
 
-A strategy is given the changes d_i as if they were models trained from w = 0, and what it makes of
-them is added to w. All of the strategies used here commute with such a shift (f(w + d) = w +
-f(d)), and float32 keeps more of it: `multikrum.py` takes distances as |x|^2 + |y|^2 - 2 x y, which
-drowns changes that are small beside w. Of 100,000 weights within +-0.1 changed by 1e-4, distances
-are off by up to 25 %, and another reply is chosen (tests/aggregation/test_flower_rule.py).
+A strategy receives the changes d_i as if they were models trained from w = 0, and its result is
+added to w. All strategies used here commute with this shift (f(w + d) = w + f(d)), and it preserves
+precision in float32: `multikrum.py` computes distances as |x|^2 + |y|^2 - 2 x y, where changes that
+are small relative to w are lost. With 100,000 weights within +-0.1 changed by 1e-4, distances are
+off by up to 25 %, and another reply is selected (tests/server/aggregation/test_flower_rule.py).
 
-Read against flwr 1.41, serverapp/strategy/*.py. Memory grows with the cohort: every reply is kept
-until the round ends, and Flower holds it twice more while it computes.
+Checked against flwr 1.41, serverapp/strategy/*.py. Memory grows with the cohort: every reply is
+kept until the round ends, and Flower makes two more copies while it computes.
 """
 
 from __future__ import annotations
@@ -27,26 +27,25 @@ from numpy.typing import NDArray
 
 from grandrounds.config.keys import StrategyConfig
 from grandrounds.errors import ConfigError, RoundError
-from grandrounds.server.aggregation.replies import Replies, check_shapes
-from grandrounds.server.aggregation.rule import Rule
+from grandrounds.server.aggregation.replies import ReplyRule, check_shapes
 from grandrounds.wire.adapter import Adapter
 
 MOMENTS = ("m_t", "v_t")
-"""What FedOpt's strategies carry from round to round, by tensor name."""
+"""State that FedOpt strategies carry from round to round, by tensor name."""
 
 MOMENTUM = "momentum_vector"
-"""What FedAvgM carries from round to round, as a list in the order of the tensors."""
+"""State that FedAvgM carries from round to round, as a list in the order of the tensors."""
 
 
-class FlowerRule(Rule):
-    """A rule that asks a Flower strategy.
+class FlowerRule(ReplyRule):
+    """A rule computed by a Flower strategy.
 
     Parameters
     ----------
     strategy
-        One whose `aggregate_train` commutes with shifts.
+        A strategy whose `aggregate_train` commutes with shifts.
     config
-        The strategy's section: the rule's name and what decides how many replies it needs.
+        The strategy's section: the rule's name, and the keys that set the replies it needs.
     """
 
     def __init__(self, strategy: FedAvg, config: StrategyConfig) -> None:
@@ -55,26 +54,20 @@ class FlowerRule(Rule):
         self._needed_replies = config.needed_replies
         self._state: dict[str, NDArray[Any]] = {}
 
-    def begin(self, round_number: int, adapter: Adapter) -> None:
-        """Start a round."""
-        self._round = round_number
-        self._adapter = adapter
-        self._replies = Replies()
-
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
         """Keep one reply."""
         check_shapes(change, self._adapter)
-        self._replies.add(partition, received, change, weight)
+        super().add(partition, received, change, weight)
 
     def result(self) -> Adapter:
-        """Return the adapter with what the strategy makes of the changes added."""
-        replies = self._replies.ordered()
+        """Return the adapter plus the strategy's result."""
+        replies = self.replies()
         if len(replies) < self._needed_replies:
             raise RoundError(
                 f"Round {self._round}: strategy.name = {self._name!r} needs at least "
-                f"{self._needed_replies} good replies as it is set, and got {len(replies)}. Raise "
-                "strategy.fraction-train or data.num-partitions, or let the rule expect fewer "
-                "hostile replies."
+                f"{self._needed_replies} good replies with its settings, but got {len(replies)}. "
+                "Raise strategy.fraction-train or data.num-partitions, or let the rule expect "
+                "fewer hostile replies."
             )
         names = [name for name in self._adapter if name in replies[0].change]
         self._set_start(names)
@@ -91,7 +84,7 @@ class FlowerRule(Rule):
         if record is None:
             raise RoundError(f"Round {self._round}: Flower's {self._name} returned nothing.")
         self._keep_memory(names)
-        self._replies = Replies()
+        self._kept = {}
         steps = {name: record[name].numpy() for name in names}
         moved = {
             name: (self._adapter[name] + step).astype(np.float32) for name, step in steps.items()
@@ -103,11 +96,11 @@ class FlowerRule(Rule):
         return dict(self._state)
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the moments or the momentum of an earlier instance."""
+        """Restore the moments or the momentum of an earlier instance."""
         self._state = dict(state)
 
     def _set_start(self, names: Sequence[str]) -> None:
-        """Give the strategy its start, zero, and what it knew after the last round."""
+        """Set the strategy's start to zero, and restore its state of the last round."""
         strategy = self._strategy
         zeros = {name: np.zeros_like(self._adapter[name]) for name in names}
         memory = {key: array.copy() for key, array in self._state.items()}
@@ -121,7 +114,7 @@ class FlowerRule(Rule):
                 strategy.momentum_vector = [memory[f"{MOMENTUM}/{name}"] for name in names]
 
     def _keep_memory(self, names: Sequence[str]) -> None:
-        """Copy what the strategy must know in the next round."""
+        """Copy the state that the strategy needs in the next round."""
         strategy = self._strategy
         if isinstance(strategy, FedOpt):
             self._state = {
@@ -135,7 +128,7 @@ class FlowerRule(Rule):
 
 
 def message(change: Adapter, weight: int) -> Message:
-    """Return a reply as Flower's strategies read it; ids and times play no part there."""
+    """Return a reply as Flower's strategies read it; they use neither ids nor times."""
     arrays = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in change.items()})
     content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": weight})})
     metadata = Metadata(
@@ -154,7 +147,7 @@ def message(change: Adapter, weight: int) -> Message:
 
 @contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Keep Flower's log lines off the terminal; what they warn of is checked here."""
+    """Keep Flower's log lines off the terminal; the conditions they warn of are checked here."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -166,10 +159,11 @@ def quiet_flower() -> Iterator[None]:
 
 @contextmanager
 def cheap_collections() -> Iterator[None]:
-    """Hide what lives already from the garbage collector.
+    """Hide existing objects from the garbage collector.
 
     Flower's Bulyan calls `gc.collect()` for every tensor of every reply (`to_numpy_ndarrays` with
-    `keep_input=False`): with torch loaded, seconds for a handful of tensors, else milliseconds.
+    `keep_input=False`). With torch loaded, that takes seconds for a handful of tensors; this way,
+    milliseconds.
     """
     gc.freeze()
     try:
@@ -178,12 +172,7 @@ def cheap_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def usual(value: float, otherwise: float) -> float:
-    """Return a setting, or what is usual where it is 0."""
-    return value or otherwise
-
-
 def require(is_right: bool, key: str, value: float, allowed: str) -> None:
-    """Raise `ConfigError` naming a setting that is out of range."""
+    """Raise `ConfigError` for a setting that is out of range."""
     if not is_right:
         raise ConfigError(f"strategy.{key} = {value:g} is not allowed: {allowed}.")

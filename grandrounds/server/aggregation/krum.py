@@ -1,10 +1,10 @@
-"""Krum: one reply, the one nearest to its neighbours, is taken. Arithmetic: Flower's `Krum`.
+"""Krum: the single reply nearest to its neighbours. Computed by Flower's `Krum`.
 
     score_i = sum of |d_i - d_j|^2 over the k - f - 2 nearest d_j,   w_next = w + d_argmin(score)
 
-Blanchard et al., Machine Learning with Adversaries (NeurIPS 2017), section 4. Numbers of examples
-play no part, and all other replies are lost. Holds for k >= 2 f + 3 replies with f hostile ones; a
-smaller k is an error (`RoundError`), where Flower would go on.
+Blanchard et al., Machine Learning with Adversaries (NeurIPS 2017), section 4. All replies weigh
+the same, and all but one are discarded. Guaranteed for k >= 2 f + 3 replies with f hostile ones; a
+smaller k raises `RoundError`, whereas Flower would continue.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The aggregation rule that a configuration names."""
+"""Make the configured aggregation rule."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from grandrounds.server.aggregation.rule import Rule
 
 
 def make_rule(config: StrategyConfig) -> Rule:
-    """Return a new rule: what `make` in the file `<config.name>.py` of this folder makes.
+    """Return a new rule, built by `make` in the file `<config.name>.py` of this folder.
 
     Raises
     ------
     ConfigError
-        If there is no such rule, or a key that it reads is out of range.
+        If there is no such rule, or one of its keys is out of range.
     """
     name = config.name
     files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
     module = importlib.import_module(f"{__package__}.{name}") if name in files else None
     if not hasattr(module, "make"):
-        raise ConfigError(f"strategy.name = {name!r} is no aggregation rule.{nearest(name, files)}")
+        raise ConfigError(
+            f"strategy.name = {name!r} is not an aggregation rule.{nearest(name, files)}"
+        )
     return cast(Rule, module.make(config))  # type: ignore[union-attr]
 
 
 def filled_in(config: Config) -> StrategyConfig:
-    """Return the strategy's section with what its zeros stand for: the stack's highest rank, and
-    the replies that multikrum averages."""
+    """Return the strategy's section with defaults in place of zeros.
+
+    These are the maximum rank of the stack, and the number of replies that multikrum averages.
+    """
     strategy = config.strategy
     honest = max(1, config.cohort_size - strategy.num_malicious_nodes)
     return dataclasses.replace(

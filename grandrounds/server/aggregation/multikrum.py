@@ -1,11 +1,11 @@
-"""Multi-Krum: the m replies with Krum's lowest scores, averaged. Arithmetic: Flower's `MultiKrum`.
+"""Multi-Krum: the mean of the m replies with Krum's lowest scores, by Flower's `MultiKrum`.
 
     w_next = w + sum over the m selected of (n_i / their n) d_i,   scores as in `krum`
 
 Blanchard et al., Machine Learning with Adversaries (NeurIPS 2017), section 4; the paper averages
-with equal weights, Flower by numbers of examples, so that a hostile reply that is selected has the
-vote of its claim. Holds for k >= 2 f + 3 and k >= m + f replies with f hostile ones; a smaller k is
-an error (`RoundError`), where Flower would go on.
+with equal weights, Flower by number of examples, so a hostile reply that is selected has the weight
+that it claims. Guaranteed for k >= 2 f + 3 and k >= m + f replies with f hostile ones; a smaller k
+raises `RoundError`, whereas Flower would continue.
 """
 
 from __future__ import annotations

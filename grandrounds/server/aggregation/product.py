@@ -1,20 +1,20 @@
-"""The mean of the sites' models itself, cut back to the adapter's rank: exact up to that cut.
+"""The mean of the sites' models, truncated to the adapter's rank: exact up to the truncation.
 
     P = sum_i p_i B_i A_i,   (B_next, A_next) = best factors of rank r of P
 
 Redistribution by SVD is FlexLoRA's (Bai et al., Federated Fine-tuning of Large Language Models
 under Heterogeneous Tasks and Client Resources, 2024); here no (out, in) matrix is ever formed (see
-`low_rank`). Sites may be of lower rank, or have received the adapter through a lossy codec. With
-hats on what a site received, so that what never reached it is not lost,
+`low_rank`). Sites may have a lower rank, or may have received the adapter through a lossy codec.
+With hats for what a site received, the full mean is
 
     P = B A + sum_i p_i (B_i A_i - ^B_i ^A_i)
 
-which is sum_i p_i B_i A_i where every site received B and A themselves: those terms cancel by
-their whole-number weights, exactly, and are left out.
+which is sum_i p_i B_i A_i if every site received B and A exactly: these terms then cancel exactly
+in their integer weights, and are left out.
 
-What is cut, ||P - P_r||_F / ||P||_F over all modules, is reported as `truncation-error`. Memory
-grows with the cohort: all replies are kept until the round ends; for the computation come, module
-by module, a few float64 arrays of (out + in, ranks of all sites together).
+The truncation, ||P - P_r||_F / ||P||_F over all modules, is reported as `truncation-error`. Memory
+grows with the cohort: all replies are kept until the round ends. The computation needs, module by
+module, a few float64 arrays of (out + in, sum of all sites' ranks).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.config.keys import StrategyConfig
-from grandrounds.server.aggregation.replies import Replies, Reply
+from grandrounds.server.aggregation.replies import Reply, ReplyRule
 from grandrounds.server.aggregation.rule import Rule
 from grandrounds.wire.adapter import A, Adapter, B
 from grandrounds.wire.low_rank import (
@@ -44,31 +44,21 @@ def make(config: StrategyConfig) -> Rule:
     return Product()
 
 
-class Product(Rule):
-    """Best factors, of the server's rank, of the mean of the sites' models.
+class Product(ReplyRule):
+    """The best factors, at the server's rank, of the mean of the sites' models.
 
     Parameters
     ----------
     gauge : {"nearest", "balanced"}
-        Which of the equal factors; `nearest` takes the mean of the sites' A as the anchor.
+        Which of the equivalent factors; `nearest` uses the mean of the sites' A as the anchor.
     """
 
     def __init__(self, gauge: Gauge = "nearest") -> None:
         self._gauge = gauge
-        self._report: dict[str, float] = {}
-
-    def begin(self, round_number: int, adapter: Adapter) -> None:
-        """Start a round."""
-        self._adapter = adapter
-        self._replies = Replies()
-
-    def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
-        """Keep one reply."""
-        self._replies.add(partition, received, change, weight)
 
     def result(self) -> Adapter:
         """Return the best factors of the mean of the models."""
-        replies = self._replies.ordered()
+        replies = self.replies()
         starts = distinct_starts(self._adapter, replies)
         out, cuts = dict(self._adapter), list[BestProduct]()
         for module in modules(self._adapter):
@@ -81,16 +71,12 @@ class Product(Rule):
         self._report = {"truncation-error": relative_error(cuts)}
         return out
 
-    def report(self) -> dict[str, float]:
-        """Return the truncation error."""
-        return dict(self._report)
-
 
 def distinct_starts(adapter: Adapter, replies: Sequence[Reply]) -> list[tuple[int, Adapter]]:
-    """Return the different adapters that models start from, each with its weight in P.
+    """Return the distinct adapters that the sites started from, each with its weight in P.
 
-    The server's comes first with the total weight minus that of the sites that received just it;
-    the others with minus the weight of the sites that received them. Weight 0 is left out.
+    The server's adapter comes first, with the total weight minus that of the sites that received
+    it exactly; each other has minus the weight of its sites. Those of weight 0 are left out.
     """
     starts = [(sum(reply.weight for reply in replies), adapter)]
     for reply in replies:
@@ -104,7 +90,7 @@ def distinct_starts(adapter: Adapter, replies: Sequence[Reply]) -> list[tuple[in
 
 
 def is_same(one: Adapter, other: Adapter) -> bool:
-    """Whether two adapters are equal in every number."""
+    """Whether two adapters are equal in every value."""
     return one is other or all(np.array_equal(one[name], other[name]) for name in other)
 
 
@@ -123,7 +109,7 @@ def terms(
 
 
 def trained(reply: Reply, name: str) -> NDArray[np.float64]:
-    """Return a tensor as the site has it after training, in float64."""
+    """Return a tensor of the site after training, in float64."""
     return reply.received[name].astype(np.float64) + reply.change[name]
 
 

@@ -1,8 +1,8 @@
-"""How far averaging A and B apart is from averaging what they do: measured, not assumed.
+"""The error of averaging LoRA factors separately instead of averaging their products.
 
     e = || sum_i p_i B_i A_i - B_mean A_mean || / || sum_i p_i B_i A_i ||     (Frobenius)
 
-FedAvg on LoRA factors makes the model B_mean A_mean, while the mean of the sites' models is
+FedAvg on LoRA factors yields the model B_mean A_mean, whereas the mean of the sites' models is
 sum_i p_i B_i A_i (Sun et al., FFA-LoRA, ICLR 2024, equation 3).
 """
 
@@ -20,7 +20,7 @@ from grandrounds.wire.low_rank import modules
 def measured_modules(names: Sequence[str], cohort: int, most: int = 8) -> list[str]:
     """Return which modules to measure, spread over the depth of the model.
 
-    So few that the factors kept of a whole cohort take no more memory than about one adapter.
+    Few enough that the kept factors of a whole cohort take about the memory of one adapter.
     """
     found = modules(names)
     count = max(1, min(most, len(found) // max(1, cohort)))
@@ -29,7 +29,7 @@ def measured_modules(names: Sequence[str], cohort: int, most: int = 8) -> list[s
 
 
 class ProductError:
-    """Keeps the factors of a few modules as replies arrive; no full-size matrix is ever formed."""
+    """Keeps the factors of a few modules as replies arrive; never forms a full-size matrix."""
 
     def __init__(self, adapter: Adapter, modules: Sequence[str]) -> None:
         self._start = {m: (adapter[m + A], adapter[m + B]) for m in modules}
@@ -39,28 +39,28 @@ class ProductError:
         self._weights: list[int] = []
 
     def add(self, change: Adapter, weight: int) -> None:
-        """Add one site's change, as the aggregation rule gets it."""
+        """Add one site's change, as passed to the aggregation rule."""
         self._weights.append(weight)
         for module, changes in self._changes.items():
             # copies: a view would keep the whole decoded change
             changes.append((change[module + A].copy(), change[module + B].copy()))
 
     def report(self) -> dict[str, float]:
-        """Return both errors for the round's metrics; nothing where no module is measured."""
+        """Return both errors for the round's metrics; empty if no module is measured."""
         if not self._start:
             return {}
         return {"product-error": self.result(), "product-error-of-update": self.of_update()}
 
     def result(self) -> float:
-        """Return e over the measured modules together; 0 where there is no product."""
+        """Return e over all measured modules together; 0 if the product is zero."""
         error, product, _ = self._norms_squared()
         return float(np.sqrt(max(error, 0.0) / product)) if product > 0 else 0.0
 
     def of_update(self) -> float:
-        """Return the same error relative to what the round changed; 0 where nothing changed.
+        """Return the error relative to the round's update; 0 if nothing changed.
 
         The denominator is || sum_i p_i B_i A_i - B A || with the factors B, A that the sites
-        received: the product grows over the rounds, and a round's error would vanish in it.
+        received. Relative to the product, which grows over the rounds, the error would vanish.
         """
         error, _, update = self._norms_squared()
         return float(np.sqrt(max(error, 0.0) / update)) if update > 0 else 0.0
@@ -89,23 +89,23 @@ def factor_gram(
     shares: NDArray[np.float64],
     block: int = 256,
 ) -> NDArray[np.float64]:
-    """Return the inner products of all columns of the sites' factors, their mean and the start.
+    """Return all inner products of the columns of the sites' factors, their mean and the start.
 
     Parameters
     ----------
     start : array of (features, rank)
         The factor that every site received.
     changes : one array of (features, rank) per site
-        What each site changed.
+        Each site's change.
     shares : array of (sites,)
         The sites' weights, which sum to 1.
     block : int
-        Features taken at a time, so that little is held in float64.
+        Features processed at a time, to keep float64 copies small.
 
     Returns
     -------
     array of (sites + 2, rank, sites + 2, rank)
-        After the sites come the mean and the start.
+        The sites, then the mean and the start.
     """
     features, rank = start.shape
     width = (len(changes) + 2) * rank

@@ -1,34 +1,38 @@
-"""The replies of one round, kept until all are there, for rules that need them side by side."""
+"""Rules that need all replies of a round at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grandrounds.server.aggregation.weighted_mean import LARGEST_WEIGHT
+from grandrounds.server.aggregation.rule import Rule
+from grandrounds.server.aggregation.weighted_mean import check_weight
 from grandrounds.wire.adapter import Adapter
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One site's reply; the arrays are the caller's own, not copies."""
+    """One site's reply; the arrays are not copied."""
 
     received: Adapter
-    """What the site started from."""
+    """The tensors from which the site started."""
     change: Adapter
-    """Its trained tensors minus those received."""
+    """Its trained tensors minus the received ones."""
     weight: int
     """Its number of training examples."""
 
 
-class Replies:
-    """Replies by partition; read in the order of partitions, whoever came first.
+class ReplyRule(Rule):
+    """A rule that keeps a round's replies until all have arrived, whatever their order.
 
-    Memory grows with the cohort: one adapter a reply, and what a site received where that is not
-    shared.
+    Memory grows with the cohort: one adapter per reply, and the received adapters where sites do
+    not share one.
     """
 
-    def __init__(self) -> None:
-        self._replies: dict[int, Reply] = {}
+    def begin(self, round_number: int, adapter: Adapter) -> None:
+        """Start a round."""
+        self._round, self._adapter = round_number, adapter
+        self._kept: dict[int, Reply] = {}
+        self._report: dict[str, float] = {}
 
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
         """Keep one reply.
@@ -36,37 +40,35 @@ class Replies:
         Raises
         ------
         ValueError
-            If the partition has replied before, its weight is out of range, or its names are not
-            those of the replies before.
+            If the partition has replied before, its weight is out of range, or it changed other
+            tensors than the replies before it.
         """
         check_weight(weight)
-        if partition in self._replies:
+        if partition in self._kept:
             raise ValueError(f"partition {partition} was added twice in one round")
-        first = next(iter(self._replies.values()), None)
+        first = next(iter(self._kept.values()), None)
         if first is not None and first.change.keys() != change.keys():
             raise ValueError(f"partition {partition} changed other tensors than those before it")
-        self._replies[partition] = Reply(received, change, weight)
+        self._kept[partition] = Reply(received, change, weight)
 
-    def ordered(self) -> list[Reply]:
-        """Return the replies by partition; raise `ValueError` if there is none."""
-        if not self._replies:
+    def replies(self) -> list[Reply]:
+        """Return the replies in the order of partitions; raise `ValueError` if there is none."""
+        if not self._kept:
             raise ValueError("no reply was added")
-        return [reply for _, reply in sorted(self._replies.items())]
+        return [reply for _, reply in sorted(self._kept.items())]
 
-
-def check_weight(weight: int) -> None:
-    """Raise `ValueError` unless a weight is from 1 to `LARGEST_WEIGHT`."""
-    if not 1 <= weight <= LARGEST_WEIGHT:
-        raise ValueError(f"a weight must be from 1 to {LARGEST_WEIGHT}, not {weight}")
+    def report(self) -> dict[str, float]:
+        """Return the figures of the last result."""
+        return dict(self._report)
 
 
 def check_shapes(change: Adapter, adapter: Adapter) -> None:
-    """Raise `ValueError` where a tensor is not of the server's shape, so of another rank."""
+    """Raise `ValueError` if a tensor's shape, and so its rank, differs from the server's."""
     for name, tensor in change.items():
         if name not in adapter:
             raise ValueError(f"{name} is not in the server's adapter")
         if tensor.shape != adapter[name].shape:
             raise ValueError(
-                f"{name} has the shape {tensor.shape}, the server's adapter {adapter[name].shape}: "
-                "sites of another rank need the rule product or flora"
+                f"{name} has shape {tensor.shape}, but the server's adapter has "
+                f"{adapter[name].shape}: sites of another rank need the rule product or flora"
             )

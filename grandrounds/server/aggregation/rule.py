@@ -17,14 +17,14 @@ from grandrounds.wire.adapter import Adapter
 
 
 class Rule(ABC):
-    """How a round's client updates become the next adapter; one instance serves a whole run.
+    """Aggregates a round's client updates into the next adapter; one instance serves a run.
 
-    A result does not depend on the order in which updates were added.
+    Results do not depend on the order in which updates are added.
     """
 
     @abstractmethod
     def begin(self, round_number: int, adapter: Adapter) -> None:
-        """Start a round (from 1) with the server's adapter as it is before it."""
+        """Start a round (from 1) with the server's current adapter."""
 
     @abstractmethod
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
@@ -33,34 +33,34 @@ class Rule(ABC):
         Parameters
         ----------
         partition : int
-            The site; each adds once in a round.
+            The site, which adds one update per round.
         received : mapping of str to float32 array
-            What the site started from, which may be of lower rank than the server's adapter.
+            The tensors from which the site started, possibly of lower rank than the server's.
         change : mapping of str to float32 array
-            Its tensors after training minus those received; only the trained names.
+            Its trained tensors minus the received ones; only the trained names.
         weight : int
             Its number of training examples, at least 1.
         """
 
     @abstractmethod
     def result(self) -> Adapter:
-        """Return the next adapter: all names, float32; call it once a round.
+        """Return the next adapter, with all names, in float32; called once per round.
 
         Raises
         ------
         ValueError
-            If nothing was added.
+            If no update was added.
         RoundError
-            If fewer sites replied than the rule needs.
+            If the rule needs more replies.
         """
 
     def report(self) -> dict[str, float]:
-        """Return figures of the last result, for the round's metrics."""
+        """Return the figures of the last result, for the round's metrics."""
         return {}
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return what must survive a resume; `{}` if a round needs nothing of the one before."""
+        """Return the state that a resume restores; `{}` for a stateless rule."""
         return {}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
-        """Take over the `state()` of an earlier instance."""
+        """Restore the `state()` of an earlier instance."""

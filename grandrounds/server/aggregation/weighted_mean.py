@@ -3,8 +3,8 @@
     w_next = w + sum_i (n_i / n) d_i,   n = sum_i n_i,   d_i = w_i - w
 
 McMahan et al. (2017), algorithm 1; FedProx (Li et al., 2020, algorithm 2) differs only at the
-sites. Averaging A and B apart is not the average of their products: mean(B) mean(A) is not
-mean(B A). Of the changes themselves the mean is exact.
+sites. Averaging the LoRA factors separately is not averaging their products: mean(B) mean(A) is
+not mean(B A). The mean of the changes themselves is exact.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 from grandrounds.wire.adapter import Adapter, Shapes
 
 LARGEST_WEIGHT = 2**29 - 1
-"""Up to here a weight times a float32 number is exact in float64."""
+"""Up to here, a weight times a float32 value is exact in float64."""
 
 CHUNK = 32768
-"""Numbers added at a time, so that what is in between stays in the cache."""
+"""Values added at a time, so that intermediates stay in the cache."""
 
 
 class WeightedMean:
     """A running weighted sum whose result does not depend on the order of arrival.
 
-    n_i d_i of a float32 change and a whole number below 2**29 is exact in float64. The sum is kept
-    as two float64 numbers, high and low (Knuth's two-sum, TAOCP vol. 2, section 4.2.2, theorem B),
-    with about 106 bits: what is rounded at the end to float32 is the same whoever came first.
-    Memory is four adapters of float32, however many replies come.
+    The product n_i d_i of a float32 change and an integer below 2**29 is exact in float64. The sum
+    is kept as two float64 values, high and low (Knuth's two-sum, TAOCP vol. 2, section 4.2.2,
+    theorem B), with about 106 bits, so the float32 result does not depend on the order of arrival.
+    Memory is four float32 adapters, whatever the number of replies.
     """
 
     def __init__(self, shapes: Shapes) -> None:
@@ -36,8 +36,8 @@ class WeightedMean:
         self._chunks = _chunks(self._shapes)
         count = sum(math.prod(shape) for shape in self._shapes.values())
         self._chunk = min(CHUNK, count)
-        # two-sum needs the old high until its end: the new one is written a chunk further up, and
-        # by the next reply, from the other end, a chunk further down
+        # two-sum reads the old high until it ends, so the new one is written one chunk higher, and
+        # for the next reply, from the other end, one chunk lower
         self._store, self._start = np.zeros(count + self._chunk), 0
         self._low = np.zeros(count)
         self._term, self._partner = np.empty(self._chunk), np.empty(self._chunk)
@@ -52,17 +52,16 @@ class WeightedMean:
         Parameters
         ----------
         change : mapping of str to float32 array
-            The site's adapter after its visit minus the adapter it received.
+            The site's adapter after its visit minus the received one.
         weight : int
             Its number of training examples, at least 1.
 
         Raises
         ------
         ValueError
-            If the weight is out of range or a tensor's shape is another one; nothing is added.
+            If the weight is out of range or a tensor has the wrong shape; nothing is added.
         """
-        if not 1 <= weight <= LARGEST_WEIGHT:
-            raise ValueError(f"a weight must be from 1 to {LARGEST_WEIGHT}, not {weight}")
+        check_weight(weight)
         for name, shape in self._shapes.items():
             if change[name].shape != shape:
                 raise ValueError(f"{name}: expected shape {shape}, not {change[name].shape}")
@@ -81,7 +80,7 @@ class WeightedMean:
             term *= weight
             np.add(high, term, out=total)
             np.subtract(total, high, out=partner)
-            # what rounding left out of `total`: (high - (total - partner)) + (term - partner)
+            # rounding error of `total`: (high - (total - partner)) + (term - partner)
             term -= partner
             np.subtract(total, partner, out=partner)
             np.subtract(high, partner, out=partner)
@@ -113,8 +112,14 @@ class WeightedMean:
         return out
 
 
+def check_weight(weight: int) -> None:
+    """Raise `ValueError` unless a weight is from 1 to `LARGEST_WEIGHT`."""
+    if not 1 <= weight <= LARGEST_WEIGHT:
+        raise ValueError(f"a weight must be from 1 to {LARGEST_WEIGHT}, not {weight}")
+
+
 def _chunks(shapes: Shapes) -> list[tuple[int, list[tuple[str, slice]]]]:
-    """Return the tensors one after the other, cut: each chunk's first place and what is in it."""
+    """Cut the concatenated tensors into chunks: each chunk's offset, and its pieces of tensors."""
     chunks: list[tuple[int, list[tuple[str, slice]]]] = []
     count = 0
     for name, shape in shapes.items():

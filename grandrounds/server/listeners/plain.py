@@ -1,4 +1,4 @@
-"""What a run says: the words, shared by plain lines and by the Rich display."""
+"""Progress of a run in plain lines; the Rich display shares their wording."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = list[tuple[str, str]]
 
 
 def recipe_rows(config: Config) -> Rows:
-    """Return the resolved recipe in a few lines of (what, how)."""
+    """Return the resolved recipe as a few rows of (name, value)."""
     model, lora, train, arguments = config.model, config.lora, config.train, config.arguments
     strategy, data = config.strategy, config.data
     bits = {0: "not quantised", 8: "8 bits (LLM.int8)", 4: "4 bits (NF4, double quantisation)"}
@@ -51,7 +51,7 @@ def recipe_rows(config: Config) -> Rows:
             f"{length}{warmup}, effective batch {config.examples_per_step} "
             f"({arguments.per_device_train_batch_size} x "
             f"{arguments.gradient_accumulation_steps}), {train.optimizer}, "
-            f"{train.seq_length} tokens at most",
+            f"at most {train.seq_length} tokens",
         ),
         (
             "learning rate",
@@ -71,31 +71,31 @@ def recipe_rows(config: Config) -> Rows:
 
 
 def encoding(config: Config) -> str:
-    """Return how adapters travel, in words; empty for plain float32."""
+    """Return how adapters are encoded, in words; empty for plain float32."""
     how = config.communication
     if how.uplink_codec == how.downlink_codec == "none":
         return ""
     down = f"{how.downlink_codec} down"
     if how.downlink == "incremental":
-        down += f" ({how.catch_up_codec} for a site's first)"
-    block = f", a scale for {how.block_size} values"
+        down += f" ({how.catch_up_codec} for a site's first message)"
+    block = f", one scale per {how.block_size} values"
     entropy = ", Zstandard" if how.entropy_coding else ""
     return f"{how.uplink_codec} up, {down}{block}{entropy}"
 
 
 def defence(config: Config) -> str:
-    """Return what is done to single updates, in words; empty for nothing."""
+    """Return how individual updates are screened, in words; empty if they are not."""
     how = config.defence
     parts = []
     if how.update_norm_bound:
         parts.append(f"updates scaled down to a norm of {how.update_norm_bound:g}")
     if how.min_cosine > -1:
-        parts.append(f"left out below a cosine of {how.min_cosine:g} to the others")
+        parts.append(f"updates with a cosine below {how.min_cosine:g} to the others left out")
     return ", ".join(parts)
 
 
 def without_effect(config: Config) -> list[str]:
-    """Return the accepted keys that were set and change nothing, so that it is never silent."""
+    """Return the keys that were set but have no effect in this run."""
     default = recipes.defaults()
     keys = ("logging-steps", "save-steps", "save-total-limit")
     names = [f"train.training-arguments.{key}" for key in keys]
@@ -119,12 +119,12 @@ def without_effect(config: Config) -> list[str]:
 
 
 def plan_rows(plan: Mapping[str, Any]) -> Rows:
-    """Return what the run will send and where it is written."""
+    """Return the planned traffic and the run directory."""
     rows = [
         (
             "communication",
-            f"{plan['message-mib']:.2f} MiB a message, {plan['mib-per-round']:.2f} MiB a round, "
-            f"{plan['total-mib']:,.2f} MiB in all",
+            f"{plan['message-mib']:.2f} MiB per message, {plan['mib-per-round']:.2f} MiB per "
+            f"round, {plan['total-mib']:,.2f} MiB in total",
         ),
         (
             "adapter",
@@ -139,22 +139,19 @@ def plan_rows(plan: Mapping[str, Any]) -> Rows:
 
 
 def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return what the sites hold, and every row that is not used."""
+    """Return the data of the sites, with the rows that are not used."""
     examples = [int(s["train-examples"]) for s in sites]
     held_out = sum(int(s["held-out-examples"]) for s in sites)
     totals = {
         name: sum(int(s[name]) for s in sites)
         for name in ("rows", "empty-rows", "duplicate-rows", "unlearnable", "truncated")
     }
-    spread = (
-        f"{min(examples):,}"
-        if min(examples) == max(examples)
-        else (f"{min(examples):,} to {max(examples):,}")
-    )
+    least, most = min(examples), max(examples)
+    spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
     rows = [
         (
             "examples",
-            f"{sum(examples):,} to train on ({spread} a site), {held_out:,} held out, "
+            f"{sum(examples):,} for training ({spread} per site), {held_out:,} held out, "
             f"of {totals['rows']:,} rows",
         )
     ]
@@ -172,12 +169,12 @@ def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def round_line(record: Mapping[str, Any], total: int) -> str:
-    """Return one round in one line."""
+    """Return a round in one line."""
     held_out = record.get("held-out-loss")
     parts = [f"round {record['round']}/{total}"]
     if "train-loss" in record:
         good, cohort = len(record["good"]), len(record["cohort"])
-        parts += [f"loss {record['train-loss']:.4f}", f"{good}/{cohort} replies"]
+        parts += [f"loss {record['train-loss']:.4f}", f"{good}/{cohort} updates"]
     if held_out is not None:
         parts.append(f"held-out loss {held_out:.4f}")
     if "coverage" in record:
@@ -188,18 +185,18 @@ def round_line(record: Mapping[str, Any], total: int) -> str:
 
 
 def failure_lines(record: Mapping[str, Any]) -> list[str]:
-    """Return the failed replies of a round, and who may not take part, one line each."""
+    """Return the failed replies and refused sites of a round, one line each."""
     failed = {**record.get("failed", {}), **record.get("evaluate-failed", {})}
     lines = [f"  site {site} failed: {why}" for site, why in failed.items()]
     refused = record.get("refused", {})
-    lines += [f"  {who} takes no part: {why}" for who, why in refused.items()]
+    lines += [f"  {who} cannot take part: {why}" for who, why in refused.items()]
     if late := record.get("late-replies"):
-        lines.append(f"  {late} replies came after their round had ended, and were left out")
+        lines.append(f"  {late} late updates arrived after their round, and were not used")
     return lines
 
 
 def summary_rows(summary: Mapping[str, Any]) -> Rows:
-    """Return the outcome, formulary and next steps apart."""
+    """Return the outcome, without the formulary and next steps."""
     rows: Rows = [("status", f"{summary['status']} after {summary['rounds']} rounds")]
     for name, label in (("train_loss", "train loss"), ("held_out_loss", "held-out loss")):
         if summary.get(name):
@@ -213,8 +210,8 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
         rows.append(
             (
                 "aggregation error",
-                f"A and B averaged apart: {first:.2g} % of the update in round 1, "
-                f"{largest:.2g} % at most",
+                f"LoRA factors averaged separately: {first:.2g} % of the update in round 1, "
+                f"at most {largest:.2g} %",
             )
         )
     rows += aggregation_rows(summary.get("aggregation") or {})
@@ -231,14 +228,14 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
 
 
 def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:
-    """Return what a rule says of itself, in words."""
+    """Return the figures that the rule reports, in words."""
     rows = []
     if cut := measured.get("truncation_error"):
         rank = f", rank {measured['rank']['last']:.0f} at the end" if "rank" in measured else ""
         rows.append(
             (
                 "aggregation error",
-                f"cut back to the rank: {100 * cut['first']:.2g} % in round 1, "
+                f"truncation to the rank: {100 * cut['first']:.2g} % in round 1, "
                 f"{100 * cut['last']:.2g} % in the last{rank}",
             )
         )
@@ -261,7 +258,7 @@ def score_text(score: Mapping[str, int]) -> str:
 def formulary_rows(
     formulary: Mapping[str, Mapping[str, Mapping[str, int]]],
 ) -> list[tuple[str, ...]]:
-    """Return (facts, base, tuned) of the formulary."""
+    """Return (facts, base, tuned) for the formulary."""
     meaning = {
         "public": "public facts, known to the base",
         "private": "private facts of the sites",
@@ -273,7 +270,7 @@ def formulary_rows(
 
 
 def short_path(path: str) -> str:
-    """Return a path relative to the current folder, where it lies below it."""
+    """Return a path relative to the current folder, if it is inside it."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:
@@ -281,7 +278,7 @@ def short_path(path: str) -> str:
 
 
 def next_steps(summary: Mapping[str, Any]) -> list[str]:
-    """Return where the adapters lie, and what to type next."""
+    """Return the paths of the adapters, and the next commands."""
     directory = short_path(summary["directory"])
     lines = [f"adapter: {directory}/{summary['adapter']}"] if summary["adapter"] else []
     best = summary["best_adapter"]
@@ -300,9 +297,9 @@ def next_steps(summary: Mapping[str, Any]) -> list[str]:
 
 
 class PlainReporter(Listener):
-    """Prints a run in plain lines: no colours, nothing rewritten.
+    """Prints a run in plain lines, without colours or cursor movement.
 
-    Single replies and checkpoints are part of the round's line.
+    Individual updates and checkpoints have no line of their own.
     """
 
     def __init__(self, config: Config) -> None:
@@ -310,11 +307,11 @@ class PlainReporter(Listener):
         self._say_rows("recipe", recipe_rows(config))
 
     def on_plan(self, plan: Facts) -> None:
-        """Print what will be sent and where the run is written."""
+        """Print the planned traffic and the run directory."""
         self._say_rows("plan", plan_rows(plan))
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
-        """Print what the sites hold."""
+        """Print the data of the sites."""
         self._say_rows("sites", site_rows(sites))
 
     def on_round(self, record: Facts) -> None:
@@ -322,7 +319,7 @@ class PlainReporter(Listener):
         self._say(round_line(record, self._total), *failure_lines(record))
 
     def on_finished(self, summary: Facts) -> None:
-        """Print the outcome and what to type next."""
+        """Print the outcome and the next commands."""
         self._say_rows("result", summary_rows(summary))
         if summary.get("formulary"):
             for facts, base, tuned in formulary_rows(summary["formulary"]):

@@ -1,9 +1,8 @@
-"""The display on a terminal: a recipe tree, a progress bar, a table of the result."""
+"""The terminal display: trees of recipe and plan, a progress bar, a table of the result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,7 +24,7 @@ from grandrounds.server.listeners.plain import Rows
 
 
 class RichReporter(Listener):
-    """Tells a run on a terminal; a context manager, so that the progress bar always ends."""
+    """Shows a run on a terminal; a context manager, so that the progress bar always ends."""
 
     def __init__(self, config: Config, console: Console) -> None:
         self._console = console
@@ -45,35 +44,30 @@ class RichReporter(Listener):
         )
         self._task = self._progress.add_task("starting", total=self._total)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._progress.stop()
 
     def on_plan(self, plan: Facts) -> None:
-        """Show what will be sent; of a resumed run, how far it had come."""
+        """Show the planned traffic; for a resumed run, also its progress so far."""
         self._tree("plan", reporting.plan_rows(plan))
         if plan.get("resumed-after"):
             self._progress.update(self._task, completed=plan["resumed-after"])
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
-        """Show what the sites hold, and start the progress bar."""
+        """Show the data of the sites, and start the progress bar."""
         self._tree("sites", reporting.site_rows(sites))
         self._progress.start()
 
     def on_reply(self, site: int, failure: str | None) -> None:
-        """Count the replies of the round in progress."""
+        """Count the updates of the current round."""
         self._replies += failure is None
         self._failed += failure is not None
         self._progress.update(
-            self._task, description=f"{self._replies} good, {self._failed} failed replies"
+            self._task, description=f"{self._replies} good, {self._failed} failed updates"
         )
 
     def on_round(self, record: Facts) -> None:
-        """Move the bar on, and print the round's failures above it."""
+        """Advance the bar, and print the round's failures above it."""
         if "train-loss" in record:
             self._replies, self._failed = 0, 0
             held_out = record.get("held-out-loss")
@@ -91,7 +85,7 @@ class RichReporter(Listener):
             self._console.print(f"[red]{escape(line)}[/red]")
 
     def on_finished(self, summary: Facts) -> None:
-        """Show the outcome in a table, and what to type next."""
+        """Show the outcome in a table, and the next commands."""
         self._progress.stop()
         table = Table(title="result", show_header=False, title_justify="left")
         for name, value in reporting.summary_rows(summary):

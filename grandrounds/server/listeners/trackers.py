@@ -1,7 +1,7 @@
-"""Tells experiment trackers how a run goes: TensorBoard, Weights & Biases, MLflow, Trackio.
+"""Logs a run to experiment trackers: TensorBoard, Weights & Biases, MLflow, Trackio.
 
-A tracker is told the recipe, and after each round sums and means over the cohort; nothing of a
-single site. One that fails is told once and switched off: no run ends for its tracker.
+A tracker receives the recipe, and sums and means over the cohort after each round, but nothing
+about a single site. A tracker that fails is reported once and disabled; the run continues.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from grandrounds.config.keys import PLACES, Config
@@ -22,7 +21,7 @@ from grandrounds.errors import ConfigError, first_line
 from grandrounds.server.listeners import Facts, Listener
 
 PROJECT = "grandrounds"
-"""Project or experiment where the environment names none."""
+"""Project or experiment, if the environment names none."""
 
 FIGURES = (
     "train-loss",
@@ -40,27 +39,27 @@ FIGURES = (
     "train-seconds",
     "evaluate-seconds",
 )
-"""What is told of a round, by its names in metrics.jsonl."""
+"""The figures logged for a round, under their names in metrics.jsonl."""
 
 
 class Tracker(Protocol):
     """One tracker of one run."""
 
     def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Begin, and return where to look; `resumed_after` is 0 for a new run."""
+        """Start, and return where to find the run; `resumed_after` is 0 for a new run."""
 
     def log(self, round_number: int, figures: Mapping[str, float]) -> None:
-        """Take the figures of a round."""
+        """Log the figures of a round."""
 
     def finish(self, completed: bool) -> None:
-        """End, and send what is not sent yet."""
+        """Send what is left, and end."""
 
 
 class TensorBoard:
     """Event files in the run directory, under `tensorboard/`."""
 
     def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Begin; of a resumed run the rounds that come again are purged."""
+        """Start; for a resumed run, purge the rounds that are repeated."""
         from torch.utils.tensorboard import SummaryWriter
 
         folder = directory / "tensorboard"
@@ -71,7 +70,7 @@ class TensorBoard:
         return f"tensorboard --logdir {folder}"
 
     def log(self, round_number: int, figures: Mapping[str, float]) -> None:
-        """Write and flush: it is watched while the run goes on."""
+        """Write and flush, so that the run can be watched live."""
         for name, value in figures.items():
             self._writer.add_scalar(name, value, round_number)
         self._writer.flush()
@@ -82,10 +81,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Weights & Biases; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE hold."""
+    """Weights & Biases; respects WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
 
     def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Begin, or go on with the same run; neither terminal, code nor machine are sent."""
+        """Start or continue the run; sends neither terminal output, code nor machine details."""
         import wandb
 
         self._run: Any = wandb.init(
@@ -119,10 +118,10 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME hold. A resumed run is a new one."""
+    """MLflow; respects MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME. A resume is a new run."""
 
     def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Begin a run of the directory's name."""
+        """Start a run named after the directory."""
         import mlflow
 
         self._mlflow: Any = mlflow
@@ -142,10 +141,10 @@ class MLflow:
 
 
 class Trackio:
-    """Trackio, on this machine; TRACKIO_PROJECT, TRACKIO_SPACE_ID and its other variables hold."""
+    """Trackio, on this machine; respects TRACKIO_PROJECT, TRACKIO_SPACE_ID and others."""
 
     def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Begin, or go on with the run of the directory's name."""
+        """Start or continue the run named after the directory."""
         import trackio
 
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
@@ -176,11 +175,11 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
     "mlflow": MLflow,
     "trackio": Trackio,
 }
-"""Name in `train.report-to`, and of the package that must be installed → tracker."""
+"""Name in `train.report-to`, which is also the required package → tracker."""
 
 
 def trackers_of(report_to: str) -> dict[str, Tracker]:
-    """Return the trackers that `train.report-to` names; nothing is started.
+    """Return the trackers that `train.report-to` names, not yet started.
 
     Raises
     ------
@@ -199,7 +198,7 @@ def trackers_of(report_to: str) -> dict[str, Tracker]:
 
 
 def settings_of(config: Config) -> dict[str, Scalar]:
-    """Return what a tracker may know of the recipe: of local files the name alone."""
+    """Return the recipe's values that may be published: only the name of local files."""
     return {
         key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
         for key, value in config.flat().items()
@@ -208,7 +207,7 @@ def settings_of(config: Config) -> dict[str, Scalar]:
 
 
 def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a tracker is told of one line of metrics.jsonl."""
+    """Return the figures to log for one line of metrics.jsonl."""
     figures = {name: float(record[name]) for name in FIGURES if record.get(name) is not None}
     if "cohort" in record:
         figures["good-replies"] = float(len(record["good"]))
@@ -217,9 +216,9 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Tracked(Listener):
-    """A run's listener that reports to trackers too, after the one that it wraps.
+    """Wraps a listener, and logs the run to trackers too.
 
-    The trackers are ended with the run, however that ends.
+    The trackers end with the run, however it ends.
     """
 
     def __init__(self, config: Config, listener: Listener, trackers: Mapping[str, Tracker]) -> None:
@@ -232,28 +231,28 @@ class Tracked(Listener):
         self._listener.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._listener.__exit__(kind, error, trace)
+    def __exit__(self, *failure: object) -> None:
+        self._listener.__exit__(*failure)
         for name, tracker in list(self._active.items()):
             with self._kept_apart(name):
-                tracker.finish(kind is None)
+                tracker.finish(failure[0] is None)
 
     def on_plan(self, plan: Facts) -> None:
         """Start the trackers."""
         self._listener.on_plan(plan)
-        self._start(Path(plan["directory"]), plan.get("resumed-after") or 0)
+        directory, resumed_after = Path(plan["directory"]), plan.get("resumed-after") or 0
+        for name, tracker in self._waiting.items():
+            with self._kept_apart(name):
+                where = tracker.start(directory, self._settings, resumed_after)
+                self._active[name] = tracker
+                print(f"reports to {name}: {where}", file=sys.stderr)
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
-        """Pass it on; trackers learn nothing of single sites."""
+        """Pass it on; trackers learn nothing about single sites."""
         self._listener.on_roll_call(sites)
 
     def on_reply(self, site: int, failure: str | None) -> None:
-        """Pass it on; trackers learn nothing of single sites."""
+        """Pass it on; trackers learn nothing about single sites."""
         self._listener.on_reply(site, failure)
 
     def on_checkpoint(self, round_number: int, folder: str) -> None:
@@ -261,7 +260,7 @@ class Tracked(Listener):
         self._listener.on_checkpoint(round_number, folder)
 
     def on_finished(self, summary: Facts) -> None:
-        """Pass it on; trackers are ended by `__exit__`."""
+        """Pass it on; trackers end in `__exit__`."""
         self._listener.on_finished(summary)
 
     def on_round(self, record: Facts) -> None:
@@ -272,24 +271,17 @@ class Tracked(Listener):
             with self._kept_apart(name):
                 tracker.log(record["round"], figures)
 
-    def _start(self, directory: Path, resumed_after: int) -> None:
-        for name, tracker in self._waiting.items():
-            with self._kept_apart(name):
-                where = tracker.start(directory, self._settings, resumed_after)
-                self._active[name] = tracker
-                print(f"reports to {name}: {where}", file=sys.stderr)
-
     @contextmanager
     def _kept_apart(self, name: str) -> Iterator[None]:
-        """Keep a tracker's failure from the run, and its words from the run's own output."""
+        """Isolate the run from a tracker's failure, and the run's output from its messages."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except Exception as error:  # whatever a tracker's library raises, the run goes on
+        except Exception as error:  # whatever a tracker's library raises, the run continues
             self._active.pop(name, None)
             reason = first_line(error)
             print(
-                f"grandrounds: {name} failed and is switched off; the run goes on: {reason}",
+                f"grandrounds: {name} failed and is disabled; the run continues: {reason}",
                 file=sys.stderr,
             )
 

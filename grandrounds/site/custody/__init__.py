@@ -1,1 +1,1 @@
-"""Real sites: what a site keeps in its own hands, and what a consortium sets up."""
+"""Real sites: data, policy, state and audit log in the site's own custody."""

@@ -1,10 +1,10 @@
-"""The way from a ClientApp to the site's agent, which its node's configuration names.
+"""The connection from a ClientApp to the site's agent, set in the node's configuration.
 
 agent                "unix:/run/grandrounds/agent.sock", or "tls:127.0.0.1:9443" with
 agent-ca             the certificate authority of the agent's certificate
-agent-certificate    what this end shows
-agent-key            its key
-agent-wait-seconds   how long to wait for an agent that is being started again; 60
+agent-certificate    the client certificate
+agent-key            the key of the client certificate
+agent-wait-seconds   how long to wait for an agent that is restarting; default 60
 """
 
 from __future__ import annotations
@@ -22,28 +22,27 @@ from grandrounds.errors import EngineError
 from grandrounds.site.custody import frames as wire
 
 AGENT = "agent"
-"""Key of a node's configuration: where its agent listens."""
+"""Key of a node's configuration: the address of its agent."""
 
 WAIT_SECONDS = 60.0
 RETRY_SECONDS = 0.5
 MOST_TIMES = 3
-"""How often a request is sent whole: it may be what ends the agent."""
+"""Attempts to send a request in full: the request itself may crash the agent."""
 
 CONNECT_SECONDS = 10.0
 MOST_BYTES = 2**31 - 1
 
 
 def forward(message: Message, context: Context) -> Message:
-    """Let the site's agent answer a message.
+    """Forward a message to the site's agent, and return its answer.
 
-    An agent that is not there, or ends before it has answered, is waited for and asked again, a few
-    times: the server says from which example a visit starts, so that the second answer is what the
-    first would have been.
+    If the agent is not running, or ends before it has answered, the request is repeated a few
+    times. The server sets the example at which a visit starts, so a second answer equals the first.
 
     Raises
     ------
     EngineError
-        If it does not answer in time, or is not the one that the configuration trusts.
+        If the agent does not answer in time, or is not the one that the configuration trusts.
     """
     node = context.node_config
     address = str(node[AGENT])
@@ -64,12 +63,12 @@ def forward(message: Message, context: Context) -> Message:
             now = time.monotonic()
             lost_since = min(lost_since, now)
             if times == MOST_TIMES or now - lost_since > patience:
-                # A refusal within TLS may come as a mere end.
+                # A TLS refusal may look like a closed connection.
                 trust = "Do both trust each other (agent-ca, agent-certificate, agent-key)? "
-                seen = f"ended {times} times over this message" if times else "is not there"
+                seen = f"ended {times} times on this message" if times else "is not running"
                 raise _told(
-                    f"The site's agent {seen} ({error or 'it ended in mid-answer'}), and is waited "
-                    f"for {patience:g} s. {trust * address.startswith('tls:')}Is grandrounds site "
+                    f"The site's agent {seen} ({error or 'it closed the connection'}); waited "
+                    f"{patience:g} s. {trust * address.startswith('tls:')}Is grandrounds site "
                     "serve running?",
                     address,
                 ) from error
@@ -80,7 +79,7 @@ def forward(message: Message, context: Context) -> Message:
 
 
 def _raise_if_final(error: Exception, address: str) -> None:
-    """Raise `EngineError` for what no waiting mends."""
+    """Raise `EngineError` for errors that waiting cannot fix."""
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         raise _told(
             "The site's agent and its SuperNode do not trust each other "
@@ -89,14 +88,14 @@ def _raise_if_final(error: Exception, address: str) -> None:
         ) from error
     if isinstance(error, PermissionError):
         raise _told(
-            "The SuperNode's user may not connect to the site's agent: run it as the same user, or "
-            "put it into agent.socket-group of site.toml.",
+            "The SuperNode's user may not connect to the site's agent: run both as the same user, "
+            "or add the user to the group in agent.socket-group of site.toml.",
             address,
         ) from error
 
 
 def _told(reason: str, place: str) -> EngineError:
-    """Return an error for the server, and say here of which place of the site it speaks."""
+    """Return an error for the server, and print it here with the local address or path."""
     print(f"grandrounds: {place}: {reason}", file=sys.stderr, flush=True)
     return EngineError(reason)
 
@@ -107,9 +106,9 @@ def connected(address: str, node: Mapping[str, Any]) -> socket.socket:
     Raises
     ------
     EngineError
-        If the address is none.
+        If the address is invalid.
     OSError
-        If nobody listens there.
+        If nothing listens there.
     """
     kind, _, place = address.partition(":")
     if kind == "unix" and place:
@@ -120,12 +119,12 @@ def connected(address: str, node: Mapping[str, Any]) -> socket.socket:
         except OSError:
             connection.close()
             raise
-        connection.settimeout(None)  # a visit takes as long as it takes
+        connection.settimeout(None)  # a visit has no time limit
         return connection
     host, _, port = place.rpartition(":")
     if kind != "tls" or not host or not port.isdigit():
         raise _told(
-            "The agent of the SuperNode's --node-config is no address: write "
+            "The agent in the SuperNode's --node-config is not an address: write "
             '"unix:/path/agent.sock" or "tls:127.0.0.1:9443".',
             f"agent = {address!r}",
         )
@@ -142,7 +141,7 @@ def connected(address: str, node: Mapping[str, Any]) -> socket.socket:
 
 
 def client_context(node: Mapping[str, Any]) -> ssl.SSLContext:
-    """Return the TLS context in which both ends show who they are."""
+    """Return the TLS context for mutual authentication."""
     names = ("agent-ca", "agent-certificate", "agent-key")
     if missing := [name for name in names if not node.get(name)]:
         raise EngineError(

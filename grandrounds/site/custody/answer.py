@@ -1,7 +1,7 @@
-"""A site answers a message in its own custody: policy, visit, memory, audit, in this order.
+"""A site's answer in its own custody: policy, visit, state and audit log, in this order.
 
-The same whether the site's agent holds the base, or a ClientApp that a SuperNode started. Data,
-base, columns and held-out examples are the site's own, whatever the run's configuration says.
+Used both by the site's agent and by a ClientApp that a SuperNode started. Data, base, columns and
+held-out examples are the site's own, whatever the run's configuration says.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 
 SITE = "site"
-"""Key of a node's configuration: its site.toml."""
+"""Key of a node's configuration: the path of its site.toml."""
 
 BASE = "base-content"
-"""What a site says of its base at roll call: the SHA-256 of its files."""
+"""Key of an introduction: the SHA-256 of the base's files."""
 
 RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
 
@@ -55,10 +55,10 @@ RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
 def answer(
     path: Path, message: Message, context: Context, function: Callable[[Visit], RecordDict]
 ) -> Message:
-    """Let a visit answer a message under a site's policy; write down what was asked and what left.
+    """Answer a message under a site's policy, and log the request and what left the site.
 
-    Of a crash, whose text may quote the site's data, the server learns the kind only; in an error's
-    text the site's folders go by what is in them.
+    The text of a crash may quote the site's data, so the server learns only its type. In error
+    texts the site's paths are replaced by descriptions.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def answer(
     Raises
     ------
     GrandRoundsError
-        If the policy forbids it, or the visit cannot be made; the server is told so.
+        If the policy forbids the visit, or it fails; the error is sent to the server.
     """
     places = {str(path.parent): "the site's folder"}
     try:
@@ -82,9 +82,9 @@ def answer(
 
 
 def without_places(text: str, places: Mapping[str, str], words: Sequence[str]) -> str:
-    """Return a text in which places go by their names.
+    """Replace places in a text by their descriptions.
 
-    What the run itself said stays as it said it; else it could guess a place and see it change.
+    Words that the run itself supplied are kept; otherwise it could probe for paths.
     """
     own = {word for word in words if any(place in word for place in places)}
     longest_first = sorted({*own, *places}, key=len, reverse=True)
@@ -108,10 +108,10 @@ def _answer(
             is_visit = message.metadata.message_type != "query"
             if is_visit:
                 policy.check_visits(site, state.visits_today())
-                state.count_visit(run, entry["round"])  # also one that fails
+                state.count_visit(run, entry["round"])  # even if it fails
             else:
                 policy.check_questions(site, state.count_question())
-            partition_id(_numbers(site), own)
+            partition_id(site.numbers, own)
             examples = site_in_custody(site, own, run)
             visit = Visit(message.content, state.load(run), own, examples)
             started = time.perf_counter()
@@ -120,8 +120,8 @@ def _answer(
             if is_visit:
                 state.save(run, visit.state)
             else:
-                told = reply.content.config_records[messages.CONFIG]
-                told["name"], told[BASE] = site.name, base
+                facts = reply.content.config_records[messages.CONFIG]
+                facts["name"], facts[BASE] = site.name, base
         except GrandRoundsError as error:
             outcome = "refused" if isinstance(error, PolicyError) else "failed"
             cause = error.__cause__ if isinstance(error, OwnDataError) else error
@@ -131,16 +131,14 @@ def _answer(
             reason = f"{type(error).__name__}: {error}"
             audit.write(state.folder, {**entry, "outcome": "crashed", "reason": reason})
             logging.getLogger("grandrounds").exception("A visit crashed.")
-            told_of_it = (
-                f"the site's visit crashed ({type(error).__name__}); its audit log says why"
-            )
-            return Message(Error(CLIENT_APP_RAISED, told_of_it), reply_to=message)
+            told = f"the site's visit crashed ({type(error).__name__}); its audit log says why"
+            return Message(Error(CLIENT_APP_RAISED, told), reply_to=message)
         audit.write(state.folder, {**entry, "outcome": "answered", "left": _left(reply)})
         return reply
 
 
 def admit(site: SiteFile, config: Config, own: Config, run: str) -> policy.Asked:
-    """Return what a run asks; raise `PolicyError` if the site's policy has something against it."""
+    """Return what a run requests; raise `PolicyError` if the site's policy forbids it."""
     examples = len(site_in_custody(site, own, run).train)
     asked = policy.asked_of(config, _targets(*specs(own)), examples)
     policy.check_run(site, asked, examples)
@@ -153,7 +151,7 @@ def _targets(base: BaseSpec, lora: LoraSpec) -> tuple[str, ...]:
 
 
 def localized(site: SiteFile, config: Config) -> Config:
-    """Return a run's configuration with the site's own base and threads in it.
+    """Return a run's configuration with the site's own base and threads.
 
     Raises
     ------
@@ -173,12 +171,12 @@ def localized(site: SiteFile, config: Config) -> Config:
 
 
 def inventory(site: SiteFile) -> Iterator[str]:
-    """Yield in words what a site has for runs: its examples, and each base with its hash.
+    """Yield a description of the site's examples and of each base with its hash.
 
     Raises
     ------
     GrandRoundsError
-        If data or a base cannot be read, or a base is not the one that the site's file names.
+        If data or a base cannot be read, or a base differs from the hash in the site's file.
     """
     report = own_split(site).report
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
@@ -190,25 +188,25 @@ def inventory(site: SiteFile) -> Iterator[str]:
 
 
 def base_location(site: SiteFile, name: str) -> str:
-    """Return what loads the site's copy of a base."""
+    """Return the path or name that loads the site's copy of a base."""
     return str(base_folder(site, name)) if site.bases[name].path else FORMULARY
 
 
 def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
-    """Return the SHA-256 of the files of the site's copy of a base."""
+    """Return the SHA-256 of the files in the site's copy of a base."""
     return content_sha256(base_folder(site, name), state.hashes)
 
 
 _loaded: dict[str, str] = {}
-"""Where a base is → the SHA-256 of its files when this process used it first."""
+"""Location of a base → the SHA-256 of its files when this process first used it."""
 
 
 def check_unchanged(name: str, location: str, sha256: str) -> None:
-    """Raise `ModelError` if a base's files are not those that this process may have loaded."""
+    """Raise `ModelError` if a base's files have changed since this process first used it."""
     if (loaded := _loaded.setdefault(location, sha256)) != sha256:
         raise ModelError(
             f"The files of the base {name!r} have changed since the site's agent loaded them: "
-            f"their sha256 was {loaded} and is {sha256}. Start the agent again."
+            f"their sha256 was {loaded} and is now {sha256}. Restart the agent."
         )
 
 
@@ -219,13 +217,13 @@ def base_folder(site: SiteFile, name: str) -> Path:
 
 
 def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
-    """Return the site's examples, for a run with this configuration.
+    """Return the site's examples for a run with this configuration.
 
     Raises
     ------
     OwnDataError
-        If they cannot be read. What is wrong may quote a row or a query: it is the error's cause,
-        for the site alone.
+        If they cannot be read. The reason may quote a row or a query, so it is only in the
+        error's cause, which stays at the site.
     """
     try:
         found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
@@ -239,12 +237,12 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
 
 
 def run_key(message: Message) -> str:
-    """Return the key by which a site tells runs apart; it stays the same when a run is resumed.
+    """Return the key by which a site identifies a run; a resume keeps it.
 
     Raises
     ------
     ReplyError
-        If the server sent none, or something else.
+        If it is missing or malformed.
     """
     record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
     key = record.get(messages.RUN)
@@ -253,15 +251,8 @@ def run_key(message: Message) -> str:
     return key
 
 
-def _numbers(site: SiteFile) -> dict[str, int]:
-    return {
-        "partition-id": site.node.partition_id,
-        "num-partitions": site.node.num_partitions,
-    }
-
-
 def _question(message: Message, context: Context) -> dict[str, Any]:
-    """Return what the audit log says of a message before anything is done."""
+    """Return the audit log's entry for a message, before it is processed."""
     record = message.content.config_records.get(messages.CONFIG) or ConfigRecord()
     number = record.get("round")
     return {
@@ -275,12 +266,12 @@ def _question(message: Message, context: Context) -> dict[str, Any]:
 
 
 def _number(value: object) -> object:
-    """Return a number, or in words what came in its place."""
+    """Return a number; anything else as its repr, shortened."""
     return value if isinstance(value, int | float) else repr(value)[:40]
 
 
 def _left(reply: Message) -> Mapping[str, Any]:
-    """Return what the audit log says of a reply: names, never contents, and the update's length."""
+    """Return the audit log's entry for a reply: names, never contents, and the update's norm."""
     sizes = messages.tensor_sizes(reply)
     metrics: Mapping[str, Any] = reply.content.metric_records.get(messages.METRICS) or {}
     told: Mapping[str, Any] = reply.content.config_records.get(messages.CONFIG) or {}

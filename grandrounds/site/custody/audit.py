@@ -1,4 +1,4 @@
-"""The audit log: one JSON line for everything that a site was asked, and what left it."""
+"""The audit log: one JSON line for each request to the site, and what left the site."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 FILE = "audit.jsonl"
 MOST_CHARACTERS = 2000
-"""Of a text, which may be what a message brought."""
+"""Maximum length of a string, which may come from a message."""
 
 
 def write(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Append a line with the time in UTC; it is on disk when this returns.
+    """Append a line with the time in UTC, and flush it to disk.
 
-    The file belongs to the agent alone (mode 0600).
+    Only the agent's user can read the file (mode 0600).
     """
     short = {k: v[:MOST_CHARACTERS] if isinstance(v, str) else v for k, v in entry.items()}
     stamped = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **short}
-    line = (json.dumps(stamped) + "\n").encode()  # ASCII: no line break but the last
+    line = (json.dumps(stamped) + "\n").encode()  # ASCII, with no other line break
     handle = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(handle, line)

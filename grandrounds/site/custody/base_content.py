@@ -1,36 +1,44 @@
-"""What a base model's files hold: one SHA-256 over all of them."""
+"""One SHA-256 over all files of a base model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Protocol
 
 from grandrounds.errors import ModelError
 
-BLOCK_BYTES = 1 << 22
+FileVersion = tuple[str, int, int]
+"""Path, bytes and modification time in ns of a file."""
 
-Known = MutableMapping[tuple[str, int, int], str]
-"""(path, bytes, modification time in ns) of a file → its SHA-256, so that none is read twice."""
+
+class Known(Protocol):
+    """A cache of the SHA-256 of files."""
+
+    def get(self, key: FileVersion) -> str | None:
+        """Return the SHA-256 of a file; None if it is not known."""
+
+    def __setitem__(self, key: FileVersion, value: str) -> None:
+        """Add the SHA-256 of a file."""
 
 
 def content_sha256(folder: Path, known: Known) -> str:
-    """Return the SHA-256 of a base: of the sorted names and SHA-256 of all its files.
+    """Return the SHA-256 over the sorted names and hashes of a base's files.
 
-    Hidden files and Markdown are left out: they change nothing that a model computes.
+    Hidden files and Markdown are skipped: they do not affect what the model computes.
 
     Parameters
     ----------
     known
-        Hashes found before; new ones are added.
+        Cache of known hashes; new ones are added.
 
     Raises
     ------
     ModelError
-        If the folder is not there, holds no config.json, or a file cannot be read.
+        If the folder or its config.json is missing, or a file cannot be read.
     """
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no base model: there is no config.json in it.")
+        raise ModelError(f"{folder} is not a base model: it has no config.json.")
     whole = hashlib.sha256()
     try:
         files = sorted(f for f in folder.rglob("*") if f.is_file() and _counts(f, folder))
@@ -53,10 +61,8 @@ def _counts(file: Path, folder: Path) -> bool:
 def _file_sha256(file: Path, known: Known) -> str:
     status = file.stat()
     key = (str(file), status.st_size, status.st_mtime_ns)
-    if key not in known:
-        digest = hashlib.sha256()
-        with file.open("rb") as handle:
-            while block := handle.read(BLOCK_BYTES):
-                digest.update(block)
-        known[key] = digest.hexdigest()
-    return known[key]
+    if found := known.get(key):
+        return found
+    with file.open("rb") as handle:
+        known[key] = found = hashlib.file_digest(handle, "sha256").hexdigest()
+    return found

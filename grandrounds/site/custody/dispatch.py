@@ -1,4 +1,4 @@
-"""Where a ClientApp's function runs: with the site's agent, in the site's custody, or just here."""
+"""Where a ClientApp's function runs: at the site's agent, in the site's custody, or here."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LOADED = "grandrounds-loaded"
 def at_site(
     function: Callable[[Visit], RecordDict],
 ) -> Callable[[Message, Context], Message]:
-    """Make a function of a visit one of Flower's messages.
+    """Turn a function of a visit into a Flower message handler.
 
     - `agent` in the node's configuration: the site's agent answers.
     - `site`: the function runs in this process, under the policy and with the data of that
       site.toml.
-    - neither: it runs as it is, on the data that the run's configuration names.
+    - neither: it runs in this process, on the data that the run's configuration names.
     """
 
     @functools.wraps(function)
@@ -47,13 +47,13 @@ def at_site(
 
 
 def _warn_if_again(context: Context) -> None:
-    """Say where the base was loaded for a site that had loaded it before, in another process."""
+    """Warn if another process has loaded the base for this site before."""
     loaded = context.state.config_records.get(_LOADED)
     context.state.config_records[_LOADED] = ConfigRecord({"process": PROCESS})
     if loaded is not None and loaded["process"] != PROCESS:
         print(
-            "grandrounds: the base model was loaded again for this message, since Flower starts a "
-            "new process for each. A site's agent keeps it: see grandrounds site serve.",
+            "grandrounds: the base model was loaded again for this message, because Flower starts "
+            "a new process for each. A site's agent keeps it loaded: see grandrounds site serve.",
             file=sys.stderr,
             flush=True,
         )

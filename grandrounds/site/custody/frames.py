@@ -1,12 +1,12 @@
-"""A message on its way between a ClientApp and the site's agent: Flower's own protobuf, bounded.
+"""Messages between a ClientApp and the site's agent: Flower's protobuf, with size limits.
 
     request   b"GRQ1", two lengths of 4 bytes (big-endian), then Flower's Context and its Message
     answer    b"GRA1", one length of 4 bytes, then Flower's Message
-    refusal   b"GRR1", one length of 4 bytes, then in UTF-8 why the request was not read
+    refusal   b"GRR1", one length of 4 bytes, then the reason for the refusal in UTF-8
 
-Lengths are compared with the limit before anything more is read. Nothing is unpickled, and no
-array is made from what a message claims of itself: `messages.from_arrays` and `codecs` compare
-first. The context's state does not travel: what a site remembers is the agent's.
+Lengths are compared with the limits before the rest is read. Nothing is unpickled, and no array is
+allocated from a message's own claims: `messages.from_arrays` and `codecs` check them first. The
+context's state is not sent, because the agent keeps the site's state.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from grandrounds.errors import ReplyError
 
 REQUEST, ANSWER, REFUSAL = b"GRQ1", b"GRA1", b"GRR1"
 CONTEXT_BYTES = 1 << 20
-"""Most bytes of a context: a run's configuration has about 4 KiB."""
+"""Maximum size of a context; a run's configuration takes about 4 KiB."""
 
 MOST_REASON_BYTES = 4096
-"""Of a refusal."""
+"""Maximum size of a refusal's reason."""
 
 MOST_RECORDS = 16
-"""More records than any message of a run has."""
+"""Maximum number of records; no message of a run has as many."""
 
 
 class ClosedError(Exception):
@@ -45,7 +45,7 @@ class ClosedError(Exception):
 
 
 def pack_request(message: Message, context: Context) -> bytes:
-    """Return a message and the context that it came with, without its state."""
+    """Pack a message and its context, without the context's state."""
     bare = Context(
         run_id=context.run_id,
         node_id=context.node_id,
@@ -60,13 +60,13 @@ def pack_request(message: Message, context: Context) -> bytes:
 
 
 def pack_answer(reply: Message) -> bytes:
-    """Return an answer."""
+    """Pack an answer."""
     body: bytes = message_to_proto(reply).SerializeToString()
     return ANSWER + struct.pack(">I", len(body)) + body
 
 
 def refuse(connection: socket.socket, reason: str) -> None:
-    """Send why a request was not read, and take in what is still sent, so that it is heard."""
+    """Send the reason for a refusal; drain the connection so that the other end receives it."""
     body = reason.encode()[:MOST_REASON_BYTES]
     connection.sendall(REFUSAL + struct.pack(">I", len(body)) + body)
     socket.socket.shutdown(connection, socket.SHUT_WR)
@@ -80,22 +80,22 @@ def read_request(connection: socket.socket, most_bytes: int) -> tuple[Message, C
     Parameters
     ----------
     most_bytes : int
-        Most bytes of its message.
+        Maximum size of its message.
 
     Raises
     ------
     ReplyError
-        If it is no request, is longer than allowed, or cannot be what a run sends.
+        If it is not a request, is too large, or is not what a run can send.
     ClosedError
-        If the other end closed before it was whole.
+        If the other end closed the connection before the end.
     """
     header = _exactly(connection, 12)
     if header[:4] != REQUEST:
-        raise ReplyError("this is no request of grandrounds")
+        raise ReplyError("this is not a request of grandrounds")
     context_bytes, message_bytes = struct.unpack(">II", header[4:])
     if context_bytes > CONTEXT_BYTES or message_bytes > most_bytes:
         raise ReplyError(
-            f"a context of {context_bytes} and a message of {message_bytes} bytes, where at most "
+            f"the context has {context_bytes} bytes and the message {message_bytes}; at most "
             f"{CONTEXT_BYTES} and {most_bytes} are allowed (agent.max-message-mib)"
         )
     context_body = _exactly(connection, context_bytes)
@@ -117,11 +117,11 @@ def read_answer(connection: socket.socket, most_bytes: int) -> Message:
     (length,) = struct.unpack(">I", header[4:])
     if header[:4] == REFUSAL and length <= MOST_REASON_BYTES:
         reason = _exactly(connection, length).decode(errors="replace")
-        raise ReplyError(f"the site's agent did not read the request: {reason}")
+        raise ReplyError(f"the site's agent refused the request: {reason}")
     if header[:4] != ANSWER:
-        raise ReplyError("this is no answer of a site's agent")
+        raise ReplyError("this is not an answer of a site's agent")
     if length > most_bytes:
-        raise ReplyError(f"an answer of {length} bytes, where at most {most_bytes} are allowed")
+        raise ReplyError(f"the answer has {length} bytes; at most {most_bytes} are allowed")
     body = _exactly(connection, length)
     try:
         return _message(body)
@@ -130,33 +130,35 @@ def read_answer(connection: socket.socket, most_bytes: int) -> Message:
 
 
 def _message(body: bytes) -> Message:
-    """Return a message whose metadata and records are what a run can have sent."""
+    """Parse a message, and check that a run can have sent its metadata and records."""
     proto = ProtoMessage.FromString(body)
     if proto.HasField("content") == proto.HasField("error"):
-        raise ReplyError("a message has either content or an error")
+        raise ReplyError("a message must have either content or an error")
     if len(proto.content.items) > MOST_RECORDS:
-        raise ReplyError(f"the message has {len(proto.content.items)} records")
+        raise ReplyError(
+            f"the message has {len(proto.content.items)} records, more than {MOST_RECORDS}"
+        )
     for item in proto.content.items:
         kind = item.WhichOneof("value")
         if kind not in ("config_record", "metric_record", "array_record"):
-            raise ReplyError(f"the record {item.key[:40]!r} holds nothing")
+            raise ReplyError(f"the record {item.key[:40]!r} is empty")
         if kind == "array_record":
             continue
         for entry in getattr(item, kind).items:
             value = entry.value.WhichOneof("value")
             if value is None or value == "bytes" or value.endswith("list"):
-                raise ReplyError(f"{entry.key[:40]!r} is no single value")
+                raise ReplyError(f"{entry.key[:40]!r} is not a single value")
     return message_from_proto(proto)
 
 
 def _check_config(config: Mapping[str, Scalar]) -> None:
     for key, value in config.items():
         if not isinstance(value, bool | int | float | str):
-            raise ReplyError(f"{key[:40]!r} of the run's configuration is no single value")
+            raise ReplyError(f"{key[:40]!r} of the run's configuration is not a single value")
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
-    """Read so many bytes; memory grows with what has come, not with what was announced."""
+    """Read exactly `count` bytes; memory grows with the bytes received, not announced."""
     parts = bytearray()
     while len(parts) < count:
         block = connection.recv(min(1 << 16, count - len(parts)))

@@ -1,4 +1,4 @@
-"""A site's own questions and answers: a file, or a query over a database of the site."""
+"""A site's own questions and answers, from a file or a database query."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, run: str) -> Site:
     """Return the site's examples, ready for the model.
 
-    Held-out examples are drawn by the site's own seed, so that they are the same in every run.
+    Held-out examples are drawn with the site's own seed, so they are the same in every run.
 
     Parameters
     ----------
     run : str
-        The run's key: a process asks a database once for a run, so that its examples stay the same.
+        The run's key: a process queries the database once per run, so the examples stay the same.
 
     Raises
     ------
     DataError
-        If the source cannot be used, or has no example to learn.
+        If the source cannot be used, or has no training example.
     """
     return _tokenized(_rows(site, run), site.data, site.node, model_name, template, seq_length)
 
 
 def own_split(site: SiteFile, run: str = "") -> SiteData:
-    """Return the site's examples as text, and what became of its rows."""
+    """Return the site's examples as text, with counts of its rows."""
     return _split(_rows(site, run), site.data, site.node)
 
 
@@ -63,7 +63,7 @@ def _split(rows: Dataset, data: OwnData, node: Node) -> SiteData:
 
 @lru_cache(maxsize=8)
 def _tokenized(
-    rows: Dataset,  # by identity: a source gives the same object until it changes
+    rows: Dataset,  # by identity: an unchanged source returns the same object
     data: OwnData,
     node: Node,
     model_name: str,
@@ -78,23 +78,23 @@ def _tokenized(
 def database_rows(
     url: str, query: str, question_column: str, answer_column: str, run: str = ""
 ) -> Dataset:
-    """Return what a query over a database finds, sorted, so that its own order plays no part.
+    """Return the rows of a database query, sorted so that the database's order does not matter.
 
-    Nothing is written anywhere: the rows are in this process's memory alone. SQLAlchemy speaks to
-    the database; its drivers are the site's to install.
+    Nothing is written to disk: the rows stay in this process's memory. The database is accessed
+    through SQLAlchemy; the site installs its drivers.
 
     Parameters
     ----------
     url : str
         SQLAlchemy's URL.
     query : str
-        One statement that gives rows.
+        One statement that returns rows.
 
     Raises
     ------
     DataError
         If the driver is missing, the database cannot be reached, the query fails, or a column is
-        not there. A password never stands in the message.
+        missing. The message never contains a password.
     """
     del run  # a key of the cache
     columns = (question_column, answer_column)
@@ -107,7 +107,7 @@ def database_rows(
 
 
 def _asked(url: str, query: str) -> tuple[list[str], list[Any]]:
-    """Return the names of a query's columns, and its rows."""
+    """Return the column names and the rows of a query."""
     try:
         import sqlalchemy
     except ModuleNotFoundError as error:
@@ -119,7 +119,7 @@ def _asked(url: str, query: str) -> tuple[list[str], list[Any]]:
         engine = sqlalchemy.create_engine(url)
     except (sqlalchemy.exc.ArgumentError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise DataError(
-            f"{where} is no SQLAlchemy URL ({first_line(error)}): dialect+driver://user@host/name."
+            f"{where} is not an SQLAlchemy URL ({first_line(error)}): dialect+driver://user@host/name."
         ) from error
     except ModuleNotFoundError as error:
         raise DataError(f"{where} needs the driver {error.name}: pip install it.") from error
@@ -127,13 +127,13 @@ def _asked(url: str, query: str) -> tuple[list[str], list[Any]]:
         with engine.connect() as connection:
             result = connection.execute(sqlalchemy.text(query))
             if not result.returns_rows:
-                raise DataError(f"data.query = {query!r} gives no rows: it must be a SELECT.")
+                raise DataError(f"data.query = {query!r} returns no rows: it must be a SELECT.")
             names = list(result.keys())
             rows = list(result.fetchall())
     except sqlalchemy.exc.SQLAlchemyError as error:
         fault = first_line(getattr(error, "orig", None) or error)
         raise DataError(
-            f"{where}: the query failed ({fault}). Check the address, the rights of the user, and "
+            f"{where}: the query failed ({fault}). Check the address, the user's privileges, and "
             f"data.query = {query!r}."
         ) from error
     finally:

@@ -1,4 +1,4 @@
-"""What a site's policy says to what a run asks."""
+"""Checks of a run's requests against a site's policy."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from grandrounds.wire.schedule import examples_of_a_visit
 
 @dataclass(frozen=True)
 class Asked:
-    """What a run asks of a site, as far as a policy has a say in it."""
+    """What a run requests of a site, as far as a policy limits it."""
 
     base: str
     """`model.name` of the run."""
     prompt_template: str
     """`data.prompt-template` of the run."""
     target_modules: tuple[str, ...]
-    """The modules that the adapter is on."""
+    """The adapted modules."""
     rank: int
-    """The highest rank that the site holds."""
+    """The highest rank of the adapter at the site."""
     steps: int
     """Optimizer steps of one visit."""
     examples: int
-    """Examples of one visit, repeats counted."""
+    """Examples of one visit, counting repeats."""
     batch: int
-    """Examples that go through the model at a time."""
+    """Examples per batch."""
 
     def as_dict(self) -> dict[str, object]:
-        """Return it for the audit log."""
+        """Return the request for the audit log."""
         return {name.replace("_", "-"): value for name, value in asdict(self).items()}
 
 
 def asked_of(config: Config, targets: Sequence[str], num_examples: int) -> Asked:
-    """Return what a run asks of a site with so many examples to train on."""
+    """Return what a run requests of a site with this many training examples."""
     rank = Ranks.of(config).resident
     examples = examples_of_a_visit(config, num_examples)
     steps = math.ceil(examples / config.examples_per_step)
@@ -49,7 +49,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int) -> Asked
 
 
 def check_base(site: SiteFile, name: str, sha256: str) -> None:
-    """Raise `PolicyError` if the site's copy of a base is not what its file says."""
+    """Raise `PolicyError` if the site's copy of a base differs from the hash in its file."""
     expected = site.bases[name].sha256
     if expected and expected != sha256:
         raise PolicyError(
@@ -63,80 +63,63 @@ def check_known(site: SiteFile, name: str) -> None:
     """Raise `PolicyError` if the site has no base of this name."""
     if name not in site.bases:
         raise PolicyError(
-            f"{_forbids(site)}: it asks for the base {name!r}, and the site's bases are "
+            f"{_forbids(site)}: it requests the base {name!r}, but the site's bases are "
             f"{', '.join(map(repr, site.bases))}.{nearest(name, site.bases)}"
         )
 
 
 def check_run(site: SiteFile, asked: Asked, num_examples: int) -> None:
-    """Raise `PolicyError` if the site's policy forbids what a run asks; all reasons are told."""
+    """Raise `PolicyError`, with all reasons, if the site's policy forbids what a run requests."""
     policy = site.policy
     templates, targets = words_of(policy.prompt_templates), words_of(policy.target_modules)
     other = [name for name in asked.target_modules if name not in targets]
-    reasons = [
-        reason
-        for is_so, reason in (
-            (
-                asked.prompt_template not in templates,
-                f"prompt-templates = {policy.prompt_templates!r}, it asks for "
-                f"{asked.prompt_template!r}",
-            ),
-            (
-                bool(other),
-                f"target-modules = {policy.target_modules!r}, it asks for {', '.join(other)}",
-            ),
-            (
-                asked.rank > policy.max_rank,
-                f"max-rank = {policy.max_rank}, it asks for {asked.rank}",
-            ),
-            (
-                asked.steps > policy.max_steps_per_visit,
-                f"max-steps-per-visit = {policy.max_steps_per_visit}, it asks for {asked.steps}",
-            ),
-            (
-                asked.examples < policy.min_examples_per_visit,
-                f"min-examples-per-visit = {policy.min_examples_per_visit}, it asks for "
-                f"{asked.examples}",
-            ),
-            (
-                asked.batch > policy.max_batch,
-                f"max-batch = {policy.max_batch}, it asks for {asked.batch}",
-            ),
-            (
-                asked.examples > policy.max_examples_per_visit,
-                f"max-examples-per-visit = {policy.max_examples_per_visit}, it asks for "
-                f"{asked.examples}",
-            ),
-            (
-                num_examples < policy.min_examples,
-                f"min-examples = {policy.min_examples}, there are {num_examples} to train on",
-            ),
+    reasons = []
+    if asked.prompt_template not in templates:
+        reasons.append(
+            f"prompt-templates = {policy.prompt_templates!r}, requested {asked.prompt_template!r}"
         )
-        if is_so
+    if other:
+        reasons.append(f"target-modules = {policy.target_modules!r}, requested {', '.join(other)}")
+    reasons += [
+        f"{key} = {most}, requested {value}"
+        for key, most, value in (
+            ("max-rank", policy.max_rank, asked.rank),
+            ("max-steps-per-visit", policy.max_steps_per_visit, asked.steps),
+            ("max-batch", policy.max_batch, asked.batch),
+            ("max-examples-per-visit", policy.max_examples_per_visit, asked.examples),
+        )
+        if value > most
     ]
+    least = policy.min_examples_per_visit
+    if asked.examples < least:
+        reasons.append(f"min-examples-per-visit = {least}, requested {asked.examples}")
+    if num_examples < policy.min_examples:
+        reasons.append(
+            f"min-examples = {policy.min_examples}, the site has {num_examples} for training"
+        )
     if reasons:
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
 
 
 def check_visits(site: SiteFile, visits_today: int) -> None:
-    """Raise `PolicyError` if the site has been visited as often as it lets itself in 24 hours."""
+    """Raise `PolicyError` if the site has reached its limit of visits in 24 hours."""
     most = site.policy.max_visits_per_day
     if visits_today >= most:
         raise PolicyError(
-            f"{_forbids(site)}: max-visits-per-day = {most}, and there were {visits_today} in the "
+            f"{_forbids(site)}: max-visits-per-day = {most}, but there were {visits_today} in the "
             "last 24 hours."
         )
 
 
 MOST_QUESTIONS_PER_DAY = 2000
-"""Roll calls that a site answers in 24 hours: one begins a run, and one each return to it."""
+"""Roll calls that a site answers in 24 hours: one per run, and one each time it returns."""
 
 
 def check_questions(site: SiteFile, questions_today: int) -> None:
-    """Raise `PolicyError` if the site was asked who it is more often than runs ever do."""
+    """Raise `PolicyError` if the site has had more roll calls than runs can need."""
     if questions_today > MOST_QUESTIONS_PER_DAY:
         raise PolicyError(
-            f"{_forbids(site)}: it answers {MOST_QUESTIONS_PER_DAY} roll calls in 24 hours."
+            f"{_forbids(site)}: it answers at most {MOST_QUESTIONS_PER_DAY} roll calls in 24 hours."
         )
 
 

@@ -1,7 +1,7 @@
-"""site.toml: where a site's data, base models and state stand, and what the site lets happen.
+"""site.toml: the locations of a site's data, base models and state, and the site's policy.
 
-The defaults, each key with its meaning, stand in `templates/site.toml`: the file that
-`grandrounds site init` writes. Paths are relative to the folder of the site's own file.
+The defaults and the meaning of each key are in `templates/site.toml`, the file that
+`grandrounds site init` writes. Paths are relative to the folder of the site's file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from grandrounds.config.recipes import table_at
 from grandrounds.config.validation import check_value
-from grandrounds.config.values import Range
+from grandrounds.config.values import Range, words_of
 from grandrounds.errors import ConfigError, nearest
 
 TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
@@ -37,7 +37,7 @@ class Node:
 
 @dataclass(frozen=True)
 class OwnData:
-    """Where the site's questions and answers are read from."""
+    """The source of the site's questions and answers."""
 
     source: str
     database: str
@@ -50,7 +50,7 @@ class OwnData:
 
 @dataclass(frozen=True)
 class Policy:
-    """What the site lets a run do."""
+    """What the site allows a run to do."""
 
     prompt_templates: str
     target_modules: str
@@ -66,7 +66,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Agent:
-    """The long-lived process that holds data and base."""
+    """The long-running process that holds data and base."""
 
     state: str
     socket: str
@@ -82,7 +82,7 @@ class Agent:
 
 @dataclass(frozen=True)
 class OwnBase:
-    """A base model that the site has, and lets runs train on."""
+    """A base model of the site that runs may train on."""
 
     path: str
     sha256: str
@@ -93,19 +93,25 @@ class SiteFile:
     """A whole site.toml, checked."""
 
     path: Path
-    """Where it stands."""
+    """The path of the file."""
     name: str
-    """What the site is called, in logs and at roll call."""
+    """The site's name, in logs and at roll call."""
     node: Node
     data: OwnData
     policy: Policy
     agent: Agent
     bases: Mapping[str, OwnBase]
-    """Name of a base, as a run's `model.name` has it → the site's copy of it."""
+    """Name of a base, as in a run's `model.name` → the site's copy."""
 
     def place(self, name: str) -> Path:
-        """Return a path of the file in full."""
+        """Return a path from the file as an absolute path."""
         return (self.path.parent / Path(name).expanduser()).absolute()
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The site's number and the number of sites, under the keys of a node's configuration."""
+        node = self.node
+        return {"partition-id": node.partition_id, "num-partitions": node.num_partitions}
 
 
 SECTIONS: dict[str, Any] = {"node": Node, "data": OwnData, "policy": Policy, "agent": Agent}
@@ -117,8 +123,8 @@ def read_site_file(path: Path) -> SiteFile:
     Raises
     ------
     ConfigError
-        If it cannot be read, has an unknown key (the nearest is suggested), a value of the wrong
-        type or out of its range, or values that contradict each other.
+        If it cannot be read, has an unknown key (the nearest one is suggested), has a value of
+        the wrong type or out of range, or is inconsistent.
     """
     path = path.expanduser().absolute()
     table = _toml(path)
@@ -129,7 +135,7 @@ def read_site_file(path: Path) -> SiteFile:
             raise ConfigError(f"{path}: unknown key {key!r}.{nearest(key, known)}")
     name = table.get("name", template["name"])
     if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f"{path}: name = {name!r} must be a text that names the site.")
+        raise ConfigError(f"{path}: name = {name!r} must be a non-empty string.")
     sections = {
         section: _section(path, section, made, table_at(table, section), template[section])
         for section, made in SECTIONS.items()
@@ -144,7 +150,7 @@ def _toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"Cannot read the site's file {path}: {error.strerror}. Make one with "
+            f"Cannot read the site's file {path}: {error.strerror}. Create one with "
             "grandrounds site init."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -154,13 +160,13 @@ def _toml(path: Path) -> dict[str, Any]:
 def _section(
     path: Path, section: str, made: Any, given: Mapping[str, Any], template: Mapping[str, Any]
 ) -> Any:
-    """Return one table as its dataclass, with the template's values where it is silent."""
+    """Return one table as its dataclass, with missing values from the template."""
     names = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(made)}
     for key in given:
         if key not in names:
             raise ConfigError(
                 f"{path}: unknown key {section}.{key}.{nearest(key, names)} "
-                f"All of them: {', '.join(names)}."
+                f"Known keys: {', '.join(names)}."
             )
     hints = typing.get_type_hints(made, include_extras=True)
     values = {}
@@ -177,14 +183,12 @@ def _bases(path: Path, table: Mapping[str, Any]) -> dict[str, OwnBase]:
     bases = {}
     for name, entry in table_at(table, "bases").items():
         if not isinstance(entry, Mapping) or not set(entry) <= {"path", "sha256"}:
-            raise ConfigError(
-                f'{path}: bases."{name}" must be a table of path and sha256, and no more.'
-            )
+            raise ConfigError(f'{path}: bases."{name}" must be a table of path and sha256 only.')
         texts = [str(entry.get(key, "")) for key in ("path", "sha256")]
         digest = texts[1].lower()
         if digest and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
             raise ConfigError(
-                f'{path}: bases."{name}".sha256 = {texts[1]!r} is no SHA-256: 64 hex digits, '
+                f'{path}: bases."{name}".sha256 = {texts[1]!r} is not a SHA-256: 64 hex digits, '
                 "as grandrounds site check prints them, or empty."
             )
         bases[name] = OwnBase(texts[0], digest)
@@ -192,27 +196,27 @@ def _bases(path: Path, table: Mapping[str, Any]) -> dict[str, OwnBase]:
 
 
 def _check_together(site: SiteFile) -> None:
-    """Raise `ConfigError` where values contradict each other."""
+    """Raise `ConfigError` if values contradict each other."""
     data, agent, policy, node = site.data, site.agent, site.policy, site.node
-    templates = {word.strip() for word in policy.prompt_templates.split(",")} - {""}
+    templates = set(words_of(policy.prompt_templates))
     by_tls = (agent.certificate, agent.key, agent.client_ca)
     problems = [
         (
             bool(data.source) == bool(data.database),
-            "data.source and data.database: give one of them, a file or a database.",
+            "set exactly one of data.source (a file) and data.database.",
         ),
         (
             bool(data.database) != bool(data.query),
-            "data.database and data.query belong together: give both, or neither.",
+            "data.database and data.query belong together: set both or neither.",
         ),
         (
             data.question_column == data.answer_column or not data.question_column.strip(),
-            "data.question-column and data.answer-column must name two columns.",
+            "data.question-column and data.answer-column must name two different columns.",
         ),
         (
             not templates <= set(PROMPTS),
-            f"policy.prompt-templates = {policy.prompt_templates!r} must be some of "
-            f"{', '.join(PROMPTS)}, with commas.",
+            f"policy.prompt-templates = {policy.prompt_templates!r} must be a comma-separated list "
+            f"of {', '.join(PROMPTS)}.",
         ),
         (
             node.partition_id >= node.num_partitions,
@@ -221,17 +225,16 @@ def _check_together(site: SiteFile) -> None:
         ),
         (
             bool(agent.socket) == bool(agent.address),
-            "agent.socket and agent.address: give one of them, a Unix socket or a loopback "
-            "address.",
+            "set exactly one of agent.socket (a Unix socket) and agent.address (on loopback).",
         ),
         (
             bool(agent.address) and not all(by_tls),
             "agent.address needs agent.certificate, agent.key and agent.client-ca: on a network "
-            "socket both ends must show who they are.",
+            "socket both ends must authenticate.",
         ),
         (
             not site.bases,
-            'no [bases."NAME"] is given: name each base that runs may train on, with its path.',
+            'there is no [bases."NAME"]: list each base that runs may train on, with its path.',
         ),
     ]
     for is_wrong, message in problems:

@@ -1,10 +1,9 @@
-"""What a site remembers between messages, runs and restarts: a SQLite file of the agent alone."""
+"""The state of a site between messages, runs and restarts: a SQLite file of the agent."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -12,11 +11,12 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from grandrounds.errors import ConfigError
+from grandrounds.site.custody.base_content import FileVersion, Known
 
 FILE = "site.sqlite"
 DAY_SECONDS = 24 * 3600
 RUNS_KEPT = 32
-"""Runs whose cursors and error memories are kept; older ones are forgotten."""
+"""Number of runs whose cursors and error memories are kept; older ones are deleted."""
 
 TABLES = """
 pragma journal_mode = wal;
@@ -32,31 +32,31 @@ create table if not exists hashes (
 
 
 class SiteState:
-    """Opened for each message: nothing is held in memory that a crash could lose."""
+    """Opened for each message, so that a crash loses nothing held in memory."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the state in a folder, which is made for this user alone if it is not there.
+        """Open the state in a folder, which is created with access for this user only.
 
         Raises
         ------
         ConfigError
-            If the folder cannot be written, or others may look into it.
+            If the folder cannot be written, or other users have access to it.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder.stat().st_mode & 0o077:
                 raise ConfigError(
-                    f"agent.state = {folder} can be looked into by other users; it holds what a "
-                    f"site remembers of its data. chmod 700 {folder}"
+                    f"agent.state = {folder} is accessible to other users; it holds state derived "
+                    f"from the site's data. Run chmod 700 {folder}"
                 )
             self._connection = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
             (folder / FILE).chmod(0o600)
             self._connection.executescript(TABLES)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
-                f"agent.state = {folder} cannot be used ({error}). Give a folder that the agent's "
-                "user may write, or remove a damaged site.sqlite: cursors are told by the server, "
-                "only error memories of codecs are lost."
+                f"agent.state = {folder} cannot be used ({error}). Set a folder that the agent's "
+                "user can write, or remove a damaged site.sqlite: the server sends the cursors, "
+                "and only the error memories of codecs are lost."
             ) from error
         self.folder = folder
 
@@ -65,14 +65,14 @@ class SiteState:
         self._connection.close()
 
     def load(self, run: str) -> RecordDict:
-        """Return what was remembered of a run; empty if nothing was."""
+        """Return the state of a run; empty if there is none."""
         row = self._connection.execute("select state from runs where run = ?", (run,)).fetchone()
         if row is None:
             return RecordDict()
         return recorddict_from_proto(ProtoRecordDict.FromString(row[0]))
 
     def save(self, run: str, state: RecordDict) -> None:
-        """Remember the state of a run, whole or not at all."""
+        """Save the state of a run atomically."""
         blob = recorddict_to_proto(state).SerializeToString()
         with self._connection:
             self._connection.execute(
@@ -85,7 +85,7 @@ class SiteState:
             )
 
     def count_visit(self, run: str, round_number: int) -> None:
-        """Remember that the site was asked to train or to evaluate."""
+        """Record a request to train or to evaluate."""
         with self._connection:
             self._connection.execute(
                 "insert into visits values (?, ?, ?)", (time.time(), run, round_number)
@@ -95,7 +95,7 @@ class SiteState:
             )
 
     def count_question(self) -> int:
-        """Remember that the site was asked who it is; return how often in the last 24 hours."""
+        """Record a roll call; return their number in the last 24 hours."""
         now = time.time()
         with self._connection:
             self._connection.execute("insert into questions values (?)", (now,))
@@ -103,41 +103,29 @@ class SiteState:
             return int(self._connection.execute("select count(*) from questions").fetchone()[0])
 
     def visits_today(self) -> int:
-        """Return how often the site was visited in the last 24 hours."""
+        """Return the number of visits in the last 24 hours."""
         since = time.time() - DAY_SECONDS
         query = "select count(*) from visits where time > ?"
         return int(self._connection.execute(query, (since,)).fetchone()[0])
 
     @property
-    def hashes(self) -> MutableMapping[tuple[str, int, int], str]:
+    def hashes(self) -> Known:
         """Hashes of files that were read before."""
         return _Hashes(self._connection)
 
 
-class _Hashes(MutableMapping[tuple[str, int, int], str]):
-    """The table of hashes, as a mapping."""
+class _Hashes:
+    """The table of hashes, as a cache by file."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def __getitem__(self, key: tuple[str, int, int]) -> str:
+    def get(self, key: FileVersion) -> str | None:
         query = "select sha256 from hashes where path = ? and size = ? and modified = ?"
         row = self._connection.execute(query, key).fetchone()
-        if row is None:
-            raise KeyError(key)
-        return str(row[0])
+        return None if row is None else str(row[0])
 
-    def __setitem__(self, key: tuple[str, int, int], value: str) -> None:
+    def __setitem__(self, key: FileVersion, value: str) -> None:
         with self._connection:
             self._connection.execute("delete from hashes where path = ?", (key[0],))
             self._connection.execute("insert into hashes values (?, ?, ?, ?)", (*key, value))
-
-    def __delitem__(self, key: tuple[str, int, int]) -> None:
-        with self._connection:
-            self._connection.execute("delete from hashes where path = ?", (key[0],))
-
-    def __iter__(self) -> Iterator[tuple[str, int, int]]:
-        yield from self._connection.execute("select path, size, modified from hashes")
-
-    def __len__(self) -> int:
-        return int(self._connection.execute("select count(*) from hashes").fetchone()[0])

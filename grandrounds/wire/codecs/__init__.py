@@ -1,8 +1,8 @@
-"""Codecs: a flat float32 vector as bytes, smaller, and back.
+"""Codecs: compress a flat float32 vector into bytes, and decode it.
 
-    payload = one byte: 0, or 1 where the body went through zstandard | body
+    payload = one byte (0: plain, 1: zstandard-compressed body) | body
 
-The length of a body follows from the codec and the number of values. What arrives is checked
+The codec and the number of values determine the length of the body. A received payload is checked
 against it before anything is allocated.
 """
 
@@ -25,18 +25,18 @@ RAW, ZSTANDARD = 0, 1
 """The first byte of a payload."""
 
 ZSTANDARD_LEVEL = 1
-"""The codes are close to random: what is won is won by the Huffman coding that every level has."""
+"""Codes are close to random, so the gain comes from Huffman coding, which every level includes."""
 
 
 @lru_cache(maxsize=64)
 def coding_of(codec: Codec) -> Coding:
-    """Return what writes a codec: what `make` in its file makes."""
+    """Return a codec's implementation, built by `make` in its file."""
     module = importlib.import_module(f"{__name__}.{CODECS[codec.name].file}")
     return cast(Coding, module.make(codec))
 
 
 def encoded_bytes(codec: Codec, count: int) -> int:
-    """Return the length of a payload of this many values; with entropy coding the largest one."""
+    """Return the payload length for this many values; the maximum with entropy coding."""
     _check_count(count)
     return 1 + coding_of(codec).body_bytes(count)
 
@@ -44,19 +44,19 @@ def encoded_bytes(codec: Codec, count: int) -> int:
 def encode(
     codec: Codec, values: NDArray[np.float32], generator: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Return a vector as bytes.
+    """Encode a vector as a payload.
 
     Parameters
     ----------
     values : (count,) float32 array
         Finite; at least one.
     generator : numpy.random.Generator
-        Where random rounding draws from; the same state gives the same bytes.
+        Source of stochastic rounding; the same state gives the same bytes.
 
     Raises
     ------
     ValueError
-        If the values are not float32, not one-dimensional, none, or not all finite.
+        If the vector is empty, not float32, not one-dimensional or not finite.
     """
     if values.dtype != np.float32 or values.ndim != 1:
         raise ValueError(f"expected a float32 vector, not {values.dtype} of shape {values.shape}")
@@ -78,14 +78,14 @@ def encode(
 def decode(
     codec: Codec, payload: NDArray[np.uint8] | memoryview | bytes, count: int
 ) -> NDArray[np.float32]:
-    """Return the vector of `count` values that a payload from elsewhere holds.
+    """Decode an untrusted payload into a vector of `count` values.
 
-    All values are finite. No more is allocated than `count` values need.
+    All values are finite. Allocates no more than `count` values need.
 
     Raises
     ------
     ReplyError
-        If these bytes are not such a payload.
+        If the bytes are not a valid payload of this codec.
     """
     _check_count(count)
     coding = coding_of(codec)
@@ -111,10 +111,10 @@ def decode(
 
 
 def _decompressed(frame: NDArray[np.uint8], length: int, name: str) -> NDArray[np.uint8]:
-    """Return the body in a zstandard frame that declares exactly its length."""
+    """Decompress a zstandard frame, which must declare exactly this length."""
     if len(frame) >= length:
         raise ReplyError(
-            f"{name}: {len(frame)} bytes of zstandard, where {length} would do without"
+            f"{name}: a zstandard frame of {len(frame)} bytes is no smaller than the plain {length}"
         )
     try:
         declared = zstandard.get_frame_parameters(frame.data).content_size

@@ -1,16 +1,16 @@
-"""A few bits a value and one scale a block: int8, int4, int2 and sign.
+"""Quantisation to a few bits per value with one scale per block: int8, int4, int2 and sign.
 
     body = largest scale (float32) | one byte of scale per block | the codes, packed
 
 A code c of b bits stands for (c - h) / h times the scale of its block, h = (2**b - 1) / 2: evenly
-spaced from minus the scale to plus the scale. With b = 1 that is the sign. Every code means
-something, so that any bytes decode to finite values. There is no code for zero between h - 1/2 and
-h + 1/2: a zero is one of the two at random, and exact in a block of zeros only.
+spaced from minus the scale to plus the scale. With b = 1 that is the sign. Every code is
+valid, so any bytes decode to finite values. Zero has no code of its own: it is rounded at random to
+h - 1/2 or h + 1/2, and is exact only in a block of zeros.
 
-int8, int4 and int2 take the block's largest magnitude as its scale and round at random to one of
-the two neighbours, so that the mean is the value (QSGD: Alistarh et al., 2017, section 3.1, with
-the largest magnitude in place of the 2-norm). Sign takes the mean magnitude, which of all scales
-leaves the least squared error (EF-signSGD: Karimireddy et al., 2019, algorithm 1, by block).
+int8, int4 and int2 use the block's largest magnitude as its scale and round stochastically to one
+of the two neighbouring levels, which is unbiased (QSGD: Alistarh et al., 2017, section 3.1, with
+the largest magnitude in place of the 2-norm). Sign uses the mean magnitude, the scale with the
+least squared error (EF-signSGD: Karimireddy et al., 2019, algorithm 1, per block).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 BITS = {"int8": 8, "int4": 4, "int2": 2, "sign": 1}
-"""Bits of a code. Values are packed by chunks: byte i of a chunk of int4 holds value i in its low
+"""Bits per code. Values are packed in chunks: byte i of a chunk of int4 holds value i in its low
 bits and value i + CHUNK / 2 in its high bits; int2 and sign likewise by quarters and eighths."""
 
 SCALES_PER_OCTAVE = 12
 """Neighbouring scales differ by 2**(1/12): 5.9 %."""
 
 DITHER_BITS = 16
-"""Resolution of random rounding: the mean is the value up to 2**-16 of a step."""
+"""Resolution of stochastic rounding: the bias is at most 2**-16 of a step."""
 
 
 def scale_table(largest: np.float32) -> Floats:
-    """Return the 256 scales of a message, rising: 0 for code 0, `largest` for code 255.
+    """Return the 256 scales of a message, ascending: 0 for code 0, `largest` for code 255.
 
     Code c from 1 stands for largest * 2**((c - 255) / 12); the smallest is 2**-21.2 of the largest.
     Above that, a scale rounded up is at most 2**(1/12) - 1 = 5.9 % too large, and the nearest one
@@ -52,7 +52,7 @@ def scale_table(largest: np.float32) -> Floats:
 
 
 def largest_scale(body: Bytes) -> np.float32:
-    """Return the scale with which a body begins.
+    """Read the largest scale, with which a body begins.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def largest_scale(body: Bytes) -> np.float32:
 
 
 def make(codec: Codec) -> Blocks:
-    """Return the codes of a codec's bits."""
+    """Return the codec with its number of bits per code."""
     return Blocks(BITS[codec.name], codec.block)
 
 
@@ -81,7 +81,7 @@ class Blocks:
 
     @property
     def unbiased(self) -> bool:
-        """Whether the mean over the generator is the value: all but sign."""
+        """Whether the rounding is unbiased: all codecs but sign."""
         return self.bits > 1
 
     @property
@@ -101,7 +101,7 @@ class Blocks:
         scales = np.searchsorted(edges, sizes).astype(np.uint8)
         body[:4] = np.frombuffer(largest.astype("<f4").tobytes(), np.uint8)
         body[4 : 4 + len(scales)] = scales
-        table[0] = 1.0  # what a block of zeros is divided by
+        table[0] = 1.0  # avoids 0 / 0 in a block of zeros
         divisors = table[scales][:, None]
         scratch, codes = np.empty(CHUNK, np.float32), np.zeros(CHUNK, np.uint8)
         for part, blocks, packed in self._chunks(body, len(values)):
@@ -110,7 +110,7 @@ class Blocks:
                 ratios = scratch[: rows.size]
                 np.divide(rows, divisors[blocks], out=ratios.reshape(rows.shape))
                 self._round(ratios, generator, codes)
-                codes[: rows.size].reshape(rows.shape)[scales[blocks] == 0] = 0  # no noise to send
+                codes[: rows.size].reshape(rows.shape)[scales[blocks] == 0] = 0  # exact zeros
             else:
                 np.greater_equal(rows.reshape(-1), 0, out=codes[: rows.size].view(np.bool_))
             self._pack(codes, packed)
@@ -134,14 +134,14 @@ class Blocks:
             rows = self._rows(out[part], scratch)
             rows[:] = codes[: rows.size].reshape(rows.shape)
             rows -= self._half
-            rows += rows  # odd whole numbers from -widest to widest
+            rows += rows  # odd integers from -widest to widest
             rows *= steps[blocks]
             if rows.size > len(out[part]):
                 out[part] = scratch[: len(out[part])]
         return out
 
     def _sizes(self, values: Floats) -> Floats:
-        """Return each block's largest magnitude, for sign its mean magnitude."""
+        """Return each block's largest magnitude; for sign, its mean magnitude."""
         sizes = np.empty(_ceil(len(values), self.block), np.float32)
         scratch = np.empty(CHUNK, np.float32)
         for start in range(0, len(values), CHUNK):
@@ -159,7 +159,7 @@ class Blocks:
         return sizes
 
     def _rows(self, values: Floats, scratch: Floats) -> Floats:
-        """Return a chunk as (blocks, block); a last short block is filled up, in `scratch`."""
+        """Return a chunk as (blocks, block); a short last block is zero-padded in `scratch`."""
         if len(values) % self.block == 0:
             return values.reshape(-1, self.block)
         padded = scratch[: _ceil(len(values), self.block) * self.block]
@@ -168,7 +168,7 @@ class Blocks:
         return padded.reshape(-1, self.block)
 
     def _chunks(self, body: Bytes, count: int) -> Iterator[tuple[slice, slice, Bytes]]:
-        """Yield per chunk: its values, its blocks, its packed bytes."""
+        """Yield the values, the blocks and the packed bytes of each chunk."""
         packed = body[4 + _ceil(count, self.block) :]
         for start in range(0, count, CHUNK):
             stop = min(start + CHUNK, count)
@@ -177,14 +177,14 @@ class Blocks:
             yield slice(start, stop), blocks, packed[first:stop_byte]
 
     def _round(self, ratios: Floats, generator: np.random.Generator, codes: Bytes) -> None:
-        """Round ratios from -1 to 1 at random to codes, in fixed point of 16 bits.
+        """Round ratios from -1 to 1 stochastically to codes, in 16-bit fixed point.
 
-        code = floor((ratio + 1) * h + u), u uniform in [0, 1), both in whole numbers of 2**-16. At
+        code = floor((ratio + 1) * h + u), u uniform in [0, 1), both in multiples of 2**-16. At
         the largest ratio, 1, that is 2h + u before the floor: never above the largest code.
         """
         fixed = self._half * np.float32(1 << DITHER_BITS)
         ratios *= fixed
-        ratios += fixed + np.float32(0.5)  # cut off by the cast: to nearest
+        ratios += fixed + np.float32(0.5)  # the cast truncates: rounds to nearest
         levels = ratios.astype(np.int32)
         draws = generator.integers(0, 2**64 - 1, _ceil(len(levels), 4), np.uint64, endpoint=True)
         levels += draws.view(np.uint16)[: len(levels)]
@@ -209,6 +209,6 @@ def _ceil(count: int, parts: int) -> int:
 
 
 def _rounded_down(values: NDArray[np.float64]) -> Floats:
-    """Return float32 numbers, none above its float64: the widest level never passes the scale."""
+    """Cast to float32 rounding down, so that the widest level never exceeds the scale."""
     nearest = values.astype(np.float32)
     return np.where(nearest > values, np.nextafter(nearest, np.float32(0)), nearest)

@@ -1,4 +1,4 @@
-"""What a codec is told, and what the file that writes it provides."""
+"""A codec's settings, and the interface that its file implements."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from grandrounds.config.keys import CommunicationConfig
 from grandrounds.errors import nearest
 
 CHUNK = 65536
-"""Values handled at a time, so that what is in between stays in the cache; a multiple of every
-block."""
+"""Values processed at a time, so that intermediates stay in the cache; a multiple of every block
+size."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How a vector is written."""
+    """How a vector is encoded."""
 
     name: str
     """One of `CODECS`."""
     block: int
-    """Values that share one scale (int8, int4, int2, ternary, sign; of topk those kept): a power of
-    two from 8 to 65,536."""
+    """Values per scale (int8, int4, int2, ternary, sign; kept values in topk): a power of two from
+    8 to 65,536."""
     kept_share: float
     """Share of the values that topk keeps, by magnitude: above 0, at most 1."""
     entropy_coding: bool
-    """Whether the result goes through zstandard where that makes it smaller."""
+    """Whether to compress with zstandard where that makes the payload smaller."""
 
     def __post_init__(self) -> None:
-        """Refuse what no codec can do."""
+        """Reject settings that no codec supports."""
         if self.name not in CODECS:
             hint = nearest(self.name, CODECS)
             raise ValueError(f"codec {self.name!r} is not one of {', '.join(CODECS)}.{hint}")

@@ -1,4 +1,4 @@
-"""Whether every number of an array is finite, in one fast pass."""
+"""A fast check that every value of an array is finite."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 
 def all_finite(values: NDArray[np.float32]) -> bool:
-    """Return whether no number is infinite or NaN.
+    """Return whether no value is infinite or NaN.
 
-    A sum of squares is finite only where all its terms are: squares cannot cancel. It takes one
-    read of the values. Where it is not finite (large numbers overflow too) each number is asked.
+    A sum of squares is finite only if all its terms are, since squares cannot cancel, and takes a
+    single read. If it is not finite (large values overflow too), every value is checked.
     """
     flat = values.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):

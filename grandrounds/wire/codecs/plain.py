@@ -1,4 +1,4 @@
-"""Every value by itself, without a scale: float32 as it is, and bfloat16."""
+"""Codecs without a scale: unchanged float32, and bfloat16."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST_BF16 = np.float32(3.3895313892515355e38)
 
 
 def make(codec: Codec) -> Raw | BFloat16:
-    """Return bfloat16, or float32 as it is for `none` and `float32`."""
+    """Return bfloat16, or unchanged float32 for `none` and `float32`."""
     return BFloat16() if codec.name == "bf16" else Raw()
 
 
@@ -49,8 +49,8 @@ class Raw:
 class BFloat16:
     """The upper half of float32, rounded to nearest, ties to even: 2 bytes a value.
 
-    Eight bits of precision. Not random: the error of one value is the same whatever the seed, but
-    at most 2**-9 of the value (2**-8 beyond the largest bfloat16, which stands for what is larger).
+    Eight bits of precision. Deterministic: the error of a value does not depend on the seed, and is
+    at most 2**-9 of the value (2**-8 beyond the largest bfloat16, where values are clipped).
     """
 
     def body_bytes(self, count: int) -> int:

@@ -1,12 +1,12 @@
-"""Minus, zero or plus, and one scale a block: log2(3) = 1.6 bits a value.
+"""Ternary codes (-1, 0, 1) with one scale per block: log2(3) = 1.6 bits per value.
 
     body = largest scale (float32) | one byte of scale per block | the codes, five to a byte
 
-A value below `DEAD_ZONE` times the block's mean magnitude is 0; of the others only the sign is
-kept, and the scale is their mean magnitude, which of all scales leaves the least squared error
-(Ternary Weight Networks: Li & Liu, 2016, equations 5 and 6, with a wider zone). Deterministic: it
-needs what it loses to be sent later. Most codes are 0, so that Zstandard makes it smaller still:
-of Gaussian values two thirds are 0, and the entropy is 1.2 bits.
+Values below `DEAD_ZONE` times the block's mean magnitude become 0; of the others only the sign is
+kept. The scale is their mean magnitude, which minimises the squared error (Ternary Weight Networks:
+Li & Liu, 2016, equations 5 and 6, with a wider zone). Deterministic, so it relies on error
+feedback. Most codes are 0, and Zstandard compresses them further: two thirds of Gaussian values
+become 0, at an entropy of 1.2 bits.
 """
 
 from __future__ import annotations
@@ -16,16 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.wire.codecs.blocks import (
-    Bytes,
-    Floats,
-    largest_scale,
-    scale_table,
-)
+from grandrounds.wire.codecs.blocks import Bytes, Floats, largest_scale, scale_table
 from grandrounds.wire.codecs.codec import Codec
 
 DEAD_ZONE = 1.25
-"""In mean magnitudes; of Gaussian values one standard deviation."""
+"""In units of the mean magnitude; one standard deviation for Gaussian values."""
 
 PER_BYTE = 5
 """3**5 = 243 of 256."""
@@ -34,7 +29,7 @@ _PLACES = 3 ** np.arange(PER_BYTE, dtype=np.uint8)
 
 _UNPACKED = (np.arange(256)[:, None] // _PLACES % 3).astype(np.int8) - 1
 _UNPACKED[3**PER_BYTE :] = 0
-"""Byte → five codes; a byte that no encoder writes means zeros."""
+"""Byte → five codes; bytes that no encoder writes decode to zeros."""
 
 
 def make(codec: Codec) -> Ternary:
@@ -47,7 +42,7 @@ class Ternary:
     """Codes of -1, 0, 1; `block` consecutive values share a scale."""
 
     block: int
-    """A power of two from 8 on."""
+    """A power of two, at least 8."""
 
     def body_bytes(self, count: int) -> int:
         """Return the exact length for this many values."""
@@ -84,7 +79,7 @@ class Ternary:
         return out.reshape(-1)[:count]
 
     def _kept(self, rows: Floats, count: int) -> tuple[NDArray[np.bool_], Floats]:
-        """Return which values are not in the dead zone, and each block's mean of those."""
+        """Return which values lie outside the dead zone, and their mean magnitude by block."""
         magnitudes = np.abs(rows).astype(np.float64)
         lengths = np.full(len(rows), self.block)
         lengths[-1] = count - (len(rows) - 1) * self.block
@@ -94,7 +89,7 @@ class Ternary:
         return kept, (sums / np.maximum(kept.sum(axis=1), 1)).astype(np.float32)
 
     def _rows(self, values: Floats) -> Floats:
-        """Return the values as (blocks, block), a copy, the last block filled up with zeros."""
+        """Return the values as (blocks, block), a copy with the last block zero-padded."""
         rows = np.zeros((-(-len(values) // self.block), self.block), np.float32)
         rows.reshape(-1)[: len(values)] = values
         return rows

@@ -1,10 +1,10 @@
-"""The largest values of a vector, and where they are.
+"""Top-k sparsification: the largest values of a vector, and their positions.
 
     body = high parts of the positions | low parts | the values as int4 with scales
 
-The k positions p_0 < p_1 < ... of n are written by Elias (1974) and Fano (1971): the lowest
-l = floor(log2(n / k)) bits of each as they are, and the rest in unary, bit (p_i >> l) + i of a
-bitmap. At 5 % that is 6.3 bits a position, where the entropy is 5.7; its length depends on n and k
+The k positions p_0 < p_1 < ... of n are Elias-Fano coded (Elias, 1974; Fano, 1971): the lowest
+l = floor(log2(n / k)) bits of each verbatim, the rest in unary as bit (p_i >> l) + i of a bitmap.
+At 5 % that is 6.3 bits per position, where the entropy is 5.7; the length depends on n and k
 only.
 """
 
@@ -24,7 +24,7 @@ Positions = NDArray[np.int64]
 
 
 def make(codec: Codec) -> TopK:
-    """Return the codec, whose kept values are written as int4."""
+    """Return the codec; kept values are encoded as int4."""
     return TopK(codec.kept_share, Blocks(4, codec.block))
 
 
@@ -35,10 +35,10 @@ class TopK:
     kept_share: float
     """Above 0, at most 1."""
     values: Blocks
-    """How the kept values are written."""
+    """How the kept values are encoded."""
 
     def kept(self, count: int) -> int:
-        """Return k, of this many values."""
+        """Return k for this many values."""
         return max(1, math.ceil(self.kept_share * count))
 
     def body_bytes(self, count: int) -> int:
@@ -59,7 +59,7 @@ class TopK:
         Raises
         ------
         ReplyError
-            If the positions are not k different ones in range, or the values cannot be used.
+            If the positions are not k distinct ones in range, or the values cannot be decoded.
         """
         kept = self.kept(count)
         length = position_bytes(count, kept)
@@ -69,7 +69,7 @@ class TopK:
         return out
 
     def _largest(self, values: Floats) -> Positions:
-        """Return the positions of the largest magnitudes, rising; of equals the first."""
+        """Return the positions of the largest magnitudes, ascending; the first of equal ones."""
         kept = self.kept(len(values))
         magnitudes = np.abs(values)
         threshold = np.partition(magnitudes, len(values) - kept)[len(values) - kept]
@@ -86,7 +86,7 @@ def position_bytes(count: int, kept: int) -> int:
 
 
 def write_positions(positions: Positions, count: int, body: Bytes) -> None:
-    """Write rising positions: the bitmap of the high parts, then the low parts bit by bit."""
+    """Write ascending positions: the bitmap of the high parts, then the low parts bit by bit."""
     low_bits, bitmap_bits = _layout(count, len(positions))
     bitmap = np.zeros(bitmap_bits, np.bool_)
     bitmap[(positions >> low_bits) + np.arange(len(positions))] = True
@@ -103,22 +103,22 @@ def read_positions(body: Bytes, count: int, kept: int) -> Positions:
     Raises
     ------
     ReplyError
-        If they are not `kept` positions, rising, below `count`.
+        If they are not `kept` ascending positions below `count`.
     """
     low_bits, bitmap_bits = _layout(count, kept)
     high_bytes = -(-bitmap_bits // 8)
     ones = np.flatnonzero(np.unpackbits(body[:high_bytes], count=bitmap_bits))
     if len(ones) != kept:
-        raise ReplyError(f"{len(ones)} positions, where {kept} of {count} values are kept")
+        raise ReplyError(f"got {len(ones)} positions, expected {kept} of {count}")
     positions: Positions = (ones - np.arange(kept)) << low_bits
     for place, plane in enumerate(body[high_bytes:].reshape(low_bits, -(-kept // 8))):
         positions |= np.unpackbits(plane, count=kept).astype(np.int64) << place
     if positions[-1] >= count or (positions[1:] <= positions[:-1]).any():
-        raise ReplyError(f"positions that do not rise, or reach {count} and more")
+        raise ReplyError(f"positions must be ascending and below {count}")
     return positions
 
 
 def _layout(count: int, kept: int) -> tuple[int, int]:
-    """Return the low bits of each position, and the bits of the bitmap."""
+    """Return the number of low bits per position, and of bits in the bitmap."""
     low_bits = (count // kept).bit_length() - 1
     return low_bits, kept + ((count - 1) >> low_bits)

@@ -192,9 +192,7 @@ def training_message(settings: Settings, site: SiteFile) -> Message:
 def test_an_agent_that_is_not_there_is_waited_for_and_then_told(
     settings: Settings, site: SiteFile
 ) -> None:
-    with pytest.raises(
-        EngineError, match=r"is not there .* waited for 0\.2 s.* site serve running"
-    ):
+    with pytest.raises(EngineError, match=r"is not running .* waited 0\.2 s.* site serve running"):
         asked(site, settings)
 
 
@@ -246,7 +244,7 @@ def test_what_a_policy_forbids_comes_back_in_words(settings: Settings, tmp_path:
     [site, *_] = sites_of(settings, tmp_path, policy__max_rank=2)
     with serving(site) as said:
         reply = asked(site, settings)
-    with pytest.raises(GrandRoundsError, match="max-rank = 2, it asks for 4"):
+    with pytest.raises(GrandRoundsError, match="max-rank = 2, requested 4"):
         messages.raise_failure(reply)
     assert any("max-rank = 2" in line for line in said)
 
@@ -277,7 +275,7 @@ def test_the_visit_in_progress_is_answered_and_the_one_that_waits_is_not_begun(
     def slow(message: Message, context: Context) -> Message:
         begun.append(message.metadata.message_type)
         go_on.wait(20)
-        return messages.reply(message, config={"partition-id": 0})
+        return Message(messages.content(config={"partition-id": 0}), reply_to=message)
 
     replies: list[Message] = []
     agent = agents.Agent(site, lambda line: None, visits={"query": slow})
@@ -357,7 +355,7 @@ def test_a_message_that_is_too_large_is_told_as_that_at_once(
     with serving(site):
         started = time.monotonic()
         reply = node_app.hand_on(Message(large, 1, MessageType.QUERY), patient)
-        with pytest.raises(ReplyError, match=r"did not read the request.*agent\.max-message-mib"):
+        with pytest.raises(ReplyError, match=r"refused the request.*agent\.max-message-mib"):
             messages.raise_failure(reply)
         assert time.monotonic() - started < 10
     refused = [e for e in audit.read(site.place("state")) if e["outcome"] == "refused"]
@@ -417,7 +415,7 @@ def test_every_message_leaves_a_line_whatever_stands_in_it(
         messages.raise_failure(
             asked(site, settings, Message(messages.content(config=odd), 1, "query"))
         )
-        with pytest.raises(ReplyError, match="'learning-rate' is no single value"):
+        with pytest.raises(ReplyError, match="'learning-rate' is not a single value"):
             asked(site, settings, Message(messages.content(config=raw_bytes), 1, "evaluate"))
     assert not [line for line in said if "crashed" in line]
     answered, refused = audit.read(site.place("state"))
@@ -431,7 +429,7 @@ def test_the_server_learns_of_no_place_of_the_agent(
     """The site's own log says it."""
     place = str(site.place(site.agent.socket))
     reply = node_app.hand_on(question(), context_of(settings, at(site)))
-    with pytest.raises(EngineError, match="The site's agent is not there") as told:
+    with pytest.raises(EngineError, match="The site's agent is not running") as told:
         messages.raise_failure(reply)
     assert place not in str(told.value)
     assert place in capsys.readouterr().err
@@ -452,7 +450,7 @@ def test_the_run_cannot_name_files_of_the_site(settings: Settings, site: SiteFil
     elsewhere = {**settings, "static.dataset.name": "/etc/passwd", "data.question-column": "x"}
     with serving(site):
         reply = asked(site, elsewhere)
-        with pytest.raises(GrandRoundsError, match="asks for the base '/etc'"):
+        with pytest.raises(GrandRoundsError, match="requests the base '/etc'"):
             messages.raise_failure(asked(site, {**settings, "model.name": "/etc"}))
     facts = reply.content.config_records[messages.CONFIG]
     assert facts["rows"] == 30
@@ -557,8 +555,8 @@ def test_certificates_that_cannot_be_read_are_told(tls_site: SiteFile) -> None:
 @pytest.mark.parametrize(
     ("node", "reason"),
     [
-        ({"agent": "http://127.0.0.1"}, "is no address: write"),
-        ({"agent": "unix:"}, "is no address: write"),
+        ({"agent": "http://127.0.0.1"}, "is not an address: write"),
+        ({"agent": "unix:"}, "is not an address: write"),
         ({"agent": "tls:127.0.0.1:9443"}, "needs agent-ca, agent-certificate, agent-key"),
     ],
 )
@@ -575,7 +573,7 @@ def test_an_agents_address_that_cannot_be_is_told(
 def test_a_state_folder_that_others_can_look_into_is_refused(site: SiteFile) -> None:
     site.place("state").mkdir(mode=0o755, parents=True, exist_ok=True)
     site.place("state").chmod(0o755)
-    with pytest.raises(ConfigError, match=r"can be looked into by other users.* chmod 700"):
+    with pytest.raises(ConfigError, match=r"is accessible to other users.* chmod 700"):
         agents.Agent(site, print)
 
 

@@ -155,12 +155,12 @@ def test_a_site_that_lacks_nothing_but_a_server(site: SiteFile) -> None:
 def test_a_recipe_that_the_site_would_refuse_is_told(site: SiteFile) -> None:
     """Its base, and each limit of the policy."""
     recipe = {"model.name": "another/base"}
-    assert "it asks for the base 'another/base'" in problem(site, "recipe", **recipe)
+    assert "it requests the base 'another/base'" in problem(site, "recipe", **recipe)
     strict = changed(site, policy__max_rank=8, policy__max_steps_per_visit=3)
     asked = {"model.lora.peft-lora-r": 16, "train.training-arguments.max-steps": 6}
     told = problem(strict, "recipe", **asked)
-    assert "max-rank = 8, it asks for 16" in told
-    assert "max-steps-per-visit = 3, it asks for 6" in told
+    assert "max-rank = 8, requested 16" in told
+    assert "max-steps-per-visit = 3, requested 6" in told
     lenient = changed(site, policy__max_rank=64, policy__max_steps_per_visit=8)
     allowed = findings(lenient, **{"model.lora.peft-lora-r": 16})
     assert "within the policy: base formulary, rank 16" in allowed["recipe"].text

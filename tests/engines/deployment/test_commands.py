@@ -95,9 +95,9 @@ def test_the_way_from_nothing_to_an_admitted_site(tmp_path: Path, flower_home: P
             ("consortium", "admit", "none.json", "--partition-id", 0, "--num-partitions", 1),
             "none.json cannot be read",
         ),
-        (("site", "serve", "--config", "none.toml"), "Make one with grandrounds site init"),
-        (("site", "check", "--config", "none.toml"), "Make one with grandrounds site init"),
-        (("site", "supernode", "--config", "none.toml"), "Make one with grandrounds site init"),
+        (("site", "serve", "--config", "none.toml"), "Create one with grandrounds site init"),
+        (("site", "check", "--config", "none.toml"), "Create one with grandrounds site init"),
+        (("site", "supernode", "--config", "none.toml"), "Create one with grandrounds site init"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -115,7 +115,7 @@ def test_the_agent_tells_what_it_has_not_before_it_serves(tmp_path: Path) -> Non
     assert "none.jsonl" in complaint(run(*serve), 1)
     write_partition(tmp_path / "site" / "cards.jsonl", FORMULARY, 0)
     make_site(tmp_path / "site", {"formulary": "", "other": "nowhere"})
-    assert "nowhere holds no base model" in complaint(run(*serve), 1)
+    assert "nowhere is not a base model" in complaint(run(*serve), 1)
     make_site(tmp_path / "site", {"formulary": ""})
     with site.path.open("a") as file:
         file.write(f'sha256 = "{"0" * 64}"\n')

@@ -113,7 +113,7 @@ def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Pa
         process = consortium.begin_run(forbidden, 2, **{"model.lora.peft-lora-r": 128})
         assert consortium.finished(process) == 1
         said = consortium.log("forbidden")
-        assert "max-rank = 64, it asks for 128" in said
+        assert "max-rank = 64, requested 128" in said
         assert "Traceback" not in said
         assert "--resume" not in said
         assert not forbidden.exists()

@@ -152,7 +152,7 @@ def test_a_site_is_the_node_that_its_key_was_registered_as(
     admissions.admit(consortium, again / "request.json", 1, 2)
     assert admitted.registered_nodes(consortium) == {}
     admission.with_suffix(".node").write_text("seven")
-    with pytest.raises(ConfigError, match="holds 'seven', not the number of a node"):
+    with pytest.raises(ConfigError, match="holds 'seven', which is not a node id"):
         admitted.registered_nodes(consortium)
 
 

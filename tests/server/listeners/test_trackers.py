@@ -154,8 +154,7 @@ def test_a_tracker_that_fails_is_told_once_and_switched_off_while_others_go_on(
     err = capsys.readouterr().err
     assert err.count("mlflow failed") == 1
     assert (
-        "grandrounds: mlflow failed and is switched off; the run goes on: the server is away\n"
-        in err
+        "grandrounds: mlflow failed and is disabled; the run continues: the server is away\n" in err
     )
 
 

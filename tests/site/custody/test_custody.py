@@ -106,42 +106,42 @@ def test_the_roll_call_tells_the_name_and_the_hash_of_the_base(
 
 
 FORBIDDEN: dict[str, tuple[Settings, dict[str, Any], str]] = {
-    "base": ({}, {"bases": {"another": ""}}, "its bases? .*another|asks for the base"),
+    "base": ({}, {"bases": {"another": ""}}, "its bases? .*another|requests the base"),
     "prompt": ({}, {"policy__prompt_templates": "chat"}, "prompt-templates = 'chat'.*'alpaca'"),
     "targets": (
         {"model.lora.target-modules": "q_proj,o_proj"},
         {"policy__target_modules": "q_proj,v_proj"},
-        "target-modules = .*asks for o_proj",
+        "target-modules = .*requested o_proj",
     ),
-    "rank": ({"model.lora.peft-lora-r": 8}, {"policy__max_rank": 4}, "max-rank = 4, it asks for 8"),
+    "rank": ({"model.lora.peft-lora-r": 8}, {"policy__max_rank": 4}, "max-rank = 4, requested 8"),
     "steps": (
         {"train.training-arguments.max-steps": 9},
         {"policy__max_steps_per_visit": 8},
-        "max-steps-per-visit = 8, it asks for 9",
+        "max-steps-per-visit = 8, requested 9",
     ),
     "epochs": (
         {"train.training-arguments.max-steps": -1},
         {"policy__max_steps_per_visit": 8},
-        "max-steps-per-visit = 8, it asks for",
+        "max-steps-per-visit = 8, requested",
     ),
-    "examples": ({}, {"policy__min_examples": 1000}, "min-examples = 1000, there are"),
+    "examples": ({}, {"policy__min_examples": 1000}, "min-examples = 1000, the site has"),
     "one example": (
         {
             "train.training-arguments.max-steps": 1,
             "train.training-arguments.per-device-train-batch-size": 1,
         },
         {"policy__min_examples_per_visit": 32},
-        "min-examples-per-visit = 32, it asks for 1",
+        "min-examples-per-visit = 32, requested 1",
     ),
     "batch": (
         {"train.training-arguments.per-device-train-batch-size": 2**40},
         {"policy__max_batch": 64, "policy__max_examples_per_visit": 2**50},
-        f"max-batch = 64, it asks for {2**40}",
+        f"max-batch = 64, requested {2**40}",
     ),
     "flora's stack": (
         {"strategy.name": "flora", "strategy.proximal-mu": 0.0},
         {"policy__max_rank": 16},
-        "max-rank = 16, it asks for 20",
+        "max-rank = 16, requested 20",
     ),
 }
 
@@ -182,7 +182,7 @@ def test_more_visits_than_allowed_in_a_day_are_refused_and_the_round_is_told(
     settings: Settings, tmp_path: Path
 ) -> None:
     sites = sites_of(settings, tmp_path, policy__max_visits_per_day=1)
-    with pytest.raises(RoundError, match="max-visits-per-day = 1, and there were 1"):
+    with pytest.raises(RoundError, match="max-visits-per-day = 1, but there were 1"):
         play(settings, grid=grid_of_sites(settings, sites))
     assert max(len(entries(s, asked="train", outcome="answered")) for s in sites) == 1
 
@@ -285,7 +285,7 @@ def test_the_server_learns_of_no_folder_of_the_site(settings: Settings, tmp_path
     gone = json.dumps(str(tmp_path / "gone"))
     text = site.path.read_text().replace(f"path = {json.dumps(name)}", f"path = {gone}")
     for content, told in (
-        (text, f"the base {name!r} holds no base model"),
+        (text, f"the base {name!r} is not a base model"),
         ("[", "the site's folder/site.toml is not valid TOML"),
     ):
         site.path.write_text(content)
@@ -307,7 +307,7 @@ def test_a_run_takes_no_other_node_for_an_admitted_site(settings: Settings, tmp_
     admission = admissions.admit(folder, asks / "request.json", 0, 4)
     settings = {**settings, "consortium": str(folder)}
     admissions.note_node(admission, 77)
-    with pytest.raises(EngineError, match="is site 0, which node 77 was admitted as"):
+    with pytest.raises(EngineError, match="be site 0, which was admitted as node 77"):
         play(settings)
     admissions.note_node(admission, 1)
     assert (play(settings) / "summary.json").is_file()
@@ -336,7 +336,7 @@ def test_a_base_whose_files_change_under_the_agent_is_refused(
     with (copy / "generation_config.json").open("a") as file:
         file.write("\n")
     [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
-    with pytest.raises(ModelError, match=r"have changed since .* Start the agent again"):
+    with pytest.raises(ModelError, match=r"have changed since .* Restart the agent"):
         messages.raise_failure(reply)
 
 

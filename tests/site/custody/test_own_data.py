@@ -119,10 +119,10 @@ WRONG = [
     ("sqlite:///{folder}/none/clinic.db", QUERY, "the query failed"),
     ("sqlite:///{file}", "SELECT question FROM carts", "no such table: carts"),
     ("sqlite:///{file}", "SELECT question FROM cards", "no column 'answer'"),
-    ("sqlite:///{file}", "DELETE FROM cards WHERE id < 0", "gives no rows: it must be a SELECT"),
+    ("sqlite:///{file}", "DELETE FROM cards WHERE id < 0", "returns no rows: it must be a SELECT"),
     ("sqlite:///{file}", "SELECT question, answer FROM cards WHERE id < 0", "has no rows"),
-    ("clinic", QUERY, "is no SQLAlchemy URL"),
-    ("martian://x/y", QUERY, "is no SQLAlchemy URL"),
+    ("clinic", QUERY, "is not an SQLAlchemy URL"),
+    ("martian://x/y", QUERY, "is not an SQLAlchemy URL"),
     ("mysql+pymysql://reader:topsecret@localhost/clinic", QUERY, "needs the driver pymysql"),
     (
         "postgresql+psycopg://reader:topsecret@127.0.0.1:1/clinic",

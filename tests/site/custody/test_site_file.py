@@ -37,14 +37,17 @@ WRONG = [
     ("policy__max_ranc = 3", r"unknown key policy.max_ranc.* Did you mean 'max-rank'"),
     ("policy__max-rank = 0", "policy.max-rank = 0 is not allowed: it must be at least 1"),
     ('policy__max-rank = "8"', "policy.max-rank = '8' has the wrong type"),
-    ('policy__prompt-templates = "alpaca,poem"', "prompt-templates = 'alpaca,poem' must be some"),
+    (
+        'policy__prompt-templates = "alpaca,poem"',
+        "prompt-templates = 'alpaca,poem' must be a comma",
+    ),
     ("data__held-out-fraction = 1.5", "held-out-fraction = 1.5 is not allowed"),
-    ('data__source = ""', "data.source and data.database: give one"),
-    ('data__database = "sqlite:///a.db"', "data.source and data.database: give one"),
+    ('data__source = ""', "set exactly one of data.source"),
+    ('data__database = "sqlite:///a.db"', "set exactly one of data.source"),
     ('data__query = "SELECT 1"', "data.database and data.query belong together"),
-    ('data__answer-column = "input"', "must name two columns"),
+    ('data__answer-column = "input"', "must name two different columns"),
     ("node__partition-id = 5", "partition-id = 5 must be below node.num-partitions = 1"),
-    ('agent__address = "127.0.0.1:9443"', "agent.socket and agent.address: give one"),
+    ('agent__address = "127.0.0.1:9443"', "set exactly one of agent.socket"),
 ]
 
 
@@ -69,8 +72,8 @@ def test_bases_are_tables_of_path_and_hash(tmp_path: Path) -> None:
     site = make_site(tmp_path, {"formulary": ""})
     good = site.path.read_text()
     for line, reason in (
-        ('sha256 = "123"', "no SHA-256: 64 hex digits"),
-        ('sha256 = "' + "g" * 64 + '"', "no SHA-256"),
+        ('sha256 = "123"', "not a SHA-256: 64 hex digits"),
+        ('sha256 = "' + "g" * 64 + '"', "not a SHA-256"),
         ('size = "8B"', "must be a table of path and sha256"),
     ):
         site.path.write_text(f"{good}{line}\n")
