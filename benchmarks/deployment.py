@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_base import SMALL, write_base, write_cards
 
 from grandrounds.site.custody import audit
-from tests.real import Consortium, Settings, metrics_of, summary_of
+from tests.real import Consortium
+from tests.runs import Settings, metrics_of, summary_of
 
 FOLLOW_SECONDS = 0.01
 PARTS = ("polling", "transfer", "start")

@@ -131,6 +131,14 @@ def base() -> tuple[Any, Any]:
     )
 
 
+@pytest.fixture(scope="session")
+def base_scores(base: tuple[Any, Any]) -> dict[str, dict[str, int]]:
+    """The embedded base's scores in the formulary exam."""
+    from grandrounds.site.exam import score_formulary
+
+    return score_formulary(*base)
+
+
 @pytest.fixture(autouse=True)
 def a_task() -> None:
     """Set what Flower's runtimes set before an app starts; `Message()` reads it."""

@@ -153,6 +153,7 @@ def test_without_the_training_libraries_run_answers_with_one_line(
 # --- A good run -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_good_run_exits_with_0_and_prints_plain_lines_and_nothing_else(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -82,7 +82,7 @@ def test_training_and_held_out_loss_fall(settings: Settings) -> None:
     run = play(
         settings,
         **{
-            "num-server-rounds": 6,
+            "num-server-rounds": 4,
             "strategy.fraction-train": 1.0,
             "model.lora.target-modules": "all-linear",
             "model.lora.peft-lora-alpha": 32,

@@ -76,10 +76,10 @@ def measured_and_planned(
     ]
     settings = VisitSettings(1, 1e-3, 0, "adamw_torch", 0.0, 1.0, 0.01, how, 1)
 
-    def visit() -> None:
-        train_visit(model, parameters, [batch] * 2, settings, 0)
+    def visit(steps: int = 2) -> None:
+        train_visit(model, parameters, [batch] * steps, settings, 0)
 
-    visit()  # what is made once, such as tables of the rotation, is there afterwards
+    visit(1)  # allocates what stays afterwards, such as the tables of rotary embeddings
     settings_of_plan = {
         "strategy.name": "fedprox",
         "strategy.proximal-mu": 0.01,
