@@ -42,8 +42,11 @@ def write_json(file: Path, data: Any) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which replaces `target` when it has been filled without an error."""
+def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `target` when it has been filled without an error.
+
+    A `target` with content is replaced if `replace`, else it is an `OSError` and left as it is.
+    """
     partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -52,7 +55,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             if file.is_file():
                 _flush(file)
-        if target.exists():
+        if replace and target.exists():
             shutil.rmtree(target)
         partial.rename(target)
     finally:

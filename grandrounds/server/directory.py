@@ -136,17 +136,17 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """Read a JSON file of this directory; None if it is not there."""
         file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with _writing(self.path), (self.path / "metrics.jsonl").open("a") as file:
+        with _writing(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the complete lines of metrics.jsonl, without one cut short by a kill."""
         file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def save_checkpoint(
@@ -156,7 +156,7 @@ class RunDirectory:
         from safetensors.numpy import save_file
 
         target = self.path / f"peft_{round_number}"
-        with _writing(self.path), whole_folder(target) as folder:
+        with _writing(self.path), whole_folder(target, replace=True) as folder:
             save_file(dict(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
             peft_config.save_pretrained(str(folder))
             (folder / "README.md").write_text(card)
@@ -173,7 +173,7 @@ class RunDirectory:
         from safetensors.numpy import save_file
 
         target = self.path / "state" / f"round-{round_number:06d}"
-        with _writing(self.path), whole_folder(target) as folder:
+        with _writing(self.path), whole_folder(target, replace=True) as folder:
             save_file(dict(adapter), folder / "adapter.safetensors")
             if rule_state:
                 save_file(dict(rule_state), folder / "rule.safetensors")

@@ -69,6 +69,7 @@ class Roster:
 
     def open(self, exchange: Exchange, connect_timeout_seconds: float) -> None:
         """Wait for the sites and call the roll."""
+        self.admitted()  # a damaged admission is an error before the wait
         self.call(exchange, self.wait(exchange.grid, connect_timeout_seconds))
 
     def wait(self, grid: Grid, seconds: float) -> list[int]:

@@ -118,10 +118,11 @@ def join(site: SiteFile, admission: Path, authority: Path) -> tuple[str, SiteFil
     text = site.path.read_text(encoding="utf-8")
     for key in ("partition-id", "num-partitions", "superlink"):
         text = with_value(text, "node", key, content[key])
+    consortium, certificate = content["consortium"], content["ca"]  # all read before any is written
     authority_file = site.place(site.node.root_certificates)
-    authority_file.write_text(content["ca"])
+    authority_file.write_text(certificate)
     authority_file.chmod(0o644)  # readable by the SuperNode's user, whatever the umask
     site.path.write_text(text, encoding="utf-8")
     joined = read_site_file(site.path)
     write_units(joined)
-    return content["consortium"], joined
+    return consortium, joined
