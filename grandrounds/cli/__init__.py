@@ -32,6 +32,7 @@ NEEDED_TO_RUN = (
     "cryptography",
     "datasets",
     "datasketch",
+    "filelock",
     "flwr",
     "flwr_datasets",
     "numpy",

@@ -19,6 +19,7 @@ from grandrounds.config.bases import (
     check_name,
     find_base,
     folder_of,
+    known_base,
 )
 from grandrounds.quiet import quiet_libraries
 
@@ -44,6 +45,11 @@ def fetch(
 
     - `grandrounds base fetch smollm2-135m-instruct`
     """
+    known_base(name)
+    if folder := folder_of(name):
+        say(f"{name} is already here")
+        _ready(name, folder)
+        return
     quiet_libraries()
     from grandrounds.model.base_cache import fetch_base
 

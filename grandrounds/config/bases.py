@@ -87,6 +87,23 @@ def check_name(name: str) -> str:
     return name
 
 
+def known_base(name: str) -> KnownBase:
+    """Return a known base by its name.
+
+    Raises
+    ------
+    ModelError
+        If there is none of that name.
+    """
+    if name not in KNOWN_BASES:
+        raise ModelError(
+            f"{name!r} is not a known base.{nearest(name, KNOWN_BASES)} Known: "
+            f"{', '.join(KNOWN_BASES)}. Any other: grandrounds base import FILE.gguf NAME, or a "
+            "name on the model hub as --model."
+        )
+    return KNOWN_BASES[name]
+
+
 def folder_of(name: str) -> Path | None:
     """Return the folder of a base by its short name; None if there is none of that name."""
     if not is_name(name):

@@ -25,8 +25,9 @@ from grandrounds.config.bases import (
     bases_folder,
     check_name,
     folder_of,
+    known_base,
 )
-from grandrounds.errors import ModelError, first_line, nearest
+from grandrounds.errors import ModelError, first_line
 from grandrounds.model.base_download import download
 from grandrounds.model.gguf_conversion import check_gguf, convert
 from grandrounds.model.headroom import size_text
@@ -70,13 +71,7 @@ def fetch_base(name: str, tell: Tell, *, loud: bool = False) -> Path:
     ModelError
         If the name is unknown, the download fails, its SHA-256 is another, or the disk is full.
     """
-    if name not in KNOWN_BASES:
-        raise ModelError(
-            f"{name!r} is not a known base.{nearest(name, KNOWN_BASES)} Known: "
-            f"{', '.join(KNOWN_BASES)}. Any other: grandrounds base import FILE.gguf NAME, or a "
-            "name on the model hub as --model."
-        )
-    known = KNOWN_BASES[name]
+    known = known_base(name)
     with _alone_with(name, tell) as work:
         if folder := folder_of(name):
             tell(f"{name} is already in {folder}")
