@@ -231,7 +231,7 @@ def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{file} cannot be read ({error}). Remove it, or evaluate again."
+            f"{file} cannot be read ({first_line(error)}). Remove it, or evaluate again."
         ) from error
     if faults := faults_in(content):
         raise DataError(
