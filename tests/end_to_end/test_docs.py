@@ -124,6 +124,7 @@ PAGES = [
     "evaluation.md",
     "planning.md",
     "communication.md",
+    "aggregation.md",
     "report.md",
     "compare.md",
     "export.md",
