@@ -68,8 +68,8 @@ def load_rows(
     columns = (question_column, answer_column, *keep_columns)
     if source == FORMULARY:
         return _load_formulary(columns)
-    if _looks_like_path(source):
-        path, version = _existing_file(source)
+    if looks_like_path(source):
+        path, version = existing_file(source)
         return _load_file(source, path, version, columns)
     return _load_hub(source, columns)
 
@@ -81,6 +81,22 @@ def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
     """Check that rows and columns exist, and convert their values to text."""
     from datasets import Dataset, Features, Value
 
+    values = checked_values(raw, source, columns)
+    types = {
+        name: Value("int64" if any(isinstance(value, int) for value in column) else "string")
+        for name, column in values.items()
+    }
+    return Dataset.from_dict(values, features=Features(types))
+
+
+def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Return the columns as `load_rows` describes them: two of text, then labels.
+
+    Raises
+    ------
+    DataError
+        If there are no rows, a column is missing, or a value is not text.
+    """
     if not raw.places:
         raise DataError(
             f"{source}: the data source has no rows; at least one question with its answer is "
@@ -90,15 +106,10 @@ def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
     keys = ("data.question-column", "data.answer-column", *("data.partition-by" for _ in kept))
     for name, key in zip(columns, keys, strict=True):
         _check_column(raw, source, name, key)
-    values: dict[str, list[Any]] = {
+    return {
         name: _texts(raw, source, name) if name in texts else _labels(raw.values[name])
         for name in columns
     }
-    types = {
-        name: Value("int64" if any(isinstance(value, int) for value in column) else "string")
-        for name, column in values.items()
-    }
-    return Dataset.from_dict(values, features=Features(types))
 
 
 def _check_column(raw: RawRows, source: str, name: str, key: str) -> None:
@@ -207,7 +218,8 @@ def silent_downloads() -> Iterator[None]:
 # --- Local files ----------------------------------------------------------------------------------
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
+    """Whether a source is a local file, there or not, rather than a name on the hub."""
     return (
         source.startswith((".", "/", "~"))
         or source.lower().endswith(FILE_ENDINGS)
@@ -215,8 +227,14 @@ def _looks_like_path(source: str) -> bool:
     )
 
 
-def _existing_file(source: str) -> tuple[Path, tuple[int, int]]:
-    """Return the path and the version (modification time, length) of a supported file."""
+def existing_file(source: str) -> tuple[Path, tuple[int, int]]:
+    """Return the path and the version (modification time, length) of a supported file.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it is not one that can be read.
+    """
     allowed = ", ".join(FILE_ENDINGS)
     try:
         path = Path(source).expanduser().resolve()
@@ -231,7 +249,7 @@ def _existing_file(source: str) -> tuple[Path, tuple[int, int]]:
             )
         status = path.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
     if not path.name.lower().endswith(FILE_ENDINGS):
         raise DataError(
             f"{source}: files ending in {path.suffix!r} cannot be read; allowed: {allowed}. "
@@ -246,7 +264,8 @@ def _nearest_file(path: Path) -> str:
     return nearest(path.name, sorted(file.name for file in path.parent.iterdir()))
 
 
-def _unreadable(source: str, error: Exception) -> DataError:
+def unreadable(source: str, error: Exception) -> DataError:
+    """Return the error for a file that is damaged or closed to this user."""
     return DataError(
         f"{source}: the file is damaged or cannot be read ({first_line(error)}). "
         "Copy or download it again, and check its name and permissions."
@@ -262,5 +281,5 @@ def _load_file(
     try:
         raw = read_file(path, source, columns)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
     return rows_of(raw, source, columns)
