@@ -27,7 +27,7 @@ from grandrounds.cli import (
 )
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY
 from grandrounds.config.recipes import OPTIONS
-from grandrounds.config.synonyms import NO_KEY, PER_ROUND, key_meant, last_part
+from grandrounds.config.synonyms import MAX_STEPS, NO_KEY, PER_ROUND, key_meant, last_part
 from grandrounds.errors import ConfigError, GrandRoundsError
 
 NEEDED_TO_RUN = (
@@ -94,7 +94,8 @@ def meant_option(error: click.NoSuchOption) -> str:
     own = {key: name for name, key in OPTIONS.items()}.get(meant, "")
     if any(param.name == own for param in params):
         return f"{told} Write --{own.replace('_', '-')} VALUE."
-    return f"{told} Write --set {meant}=VALUE."
+    also = f" --set {MAX_STEPS}=-1" if meant.endswith("num-train-epochs") else ""
+    return f"{told} Write --set {meant}=VALUE{also}."
 
 
 class Commands(TyperGroup):

@@ -121,11 +121,12 @@ def compare(
     left_out = comparison.check_sites(sites, resolved.data.num_partitions)
     names = list(words_of(benchmarks or ""))
     design = comparison.Design(asked, numbers, left_out, names, benchmark_data, limit)
-    quiet_libraries()
-    tell(recipes.notes(settings))
     from grandrounds.study import preflight
 
-    tell(preflight.check(resolved), "warning")
+    warnings = preflight.check(resolved)
+    tell(recipes.notes(settings))
+    tell(warnings, "warning")
+    quiet_libraries()
     from grandrounds.study.comparison import runner as comparison_runner
     from grandrounds.study.comparison.folder import RESULT
     from grandrounds.study.comparison.tables import notes, tables

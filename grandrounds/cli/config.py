@@ -67,7 +67,7 @@ def show(
     if as_json:
         say(json.dumps({"keys": found, "notes": notes}, indent=2, ensure_ascii=False))
         return
-    tell(notes)
+    tell(notes, aside=True)
     for key, about in found.items():
         line = to_toml({key: about["value"]}).rstrip("\n")
         if about["value"] != about["default"]:

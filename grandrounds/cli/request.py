@@ -48,7 +48,13 @@ def _nearest(file: Path) -> str:
     return " A recipe is a .toml file, such as those in configs/."
 
 
-def tell(notes: Iterable[str], kind: str = "note") -> None:
-    """Print notes on standard error, one line each."""
-    for line in notes:
-        print(f"grandrounds: {kind}: {line}", file=sys.stderr)
+def tell(lines: Iterable[str], kind: str = "note", *, aside: bool = False) -> None:
+    """Print notes or warnings, one line each.
+
+    Parameters
+    ----------
+    aside : bool
+        Whether to print on standard error, since standard output is read by a program.
+    """
+    for line in lines:
+        print(f"{kind}: {line}", file=sys.stderr if aside else sys.stdout, flush=True)

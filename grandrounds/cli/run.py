@@ -113,12 +113,13 @@ def run(
             "--engine deployment and --connection NAME belong together: give both or neither."
         )
     trackers_of(resolved.train.report_to)  # fails now if one is not installed
-    if resume is None:
-        tell(recipes.notes(settings))
+    warnings: list[str] = []
     if engine is not Engine.deployment:  # whose data, base and run directory are elsewhere
         from grandrounds.study import preflight
 
-        tell(preflight.check(resolved), "warning")
+        warnings = preflight.check(resolved)
+    tell([] if resume else recipes.notes(settings))
+    tell(warnings, "warning")
     if engine is Engine.simulation:
         from grandrounds.engines.simulation import default_gpus, simulate
 

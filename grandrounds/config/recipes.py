@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ FOREIGN_KEYS: dict[str, tuple[Scalar, str]] = {
 
 def defaults() -> dict[str, Scalar]:
     """Return the packaged defaults, flat: `[tool.flwr.app.config]` of our pyproject.toml."""
+    return dict(_defaults())
+
+
+@cache
+def _defaults() -> dict[str, Scalar]:
     here = Path(__file__).resolve().parent.parent  # the package's own folder
     for path in (here / "pyproject.toml", here.parent / "pyproject.toml"):
         if path.is_file():

@@ -194,7 +194,8 @@ def check_counts(division: Division, count: int, num_rows: int, labels: int) -> 
     elif num_rows < count:
         raise DataError(
             f"{num_rows} rows cannot fill {count} sites. "
-            f"Set data.num-partitions to at most {num_rows}, or provide more data."
+            f"Set data.num-partitions to at most {num_rows} (--sites {num_rows}), or provide more "
+            "data."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -104,23 +104,51 @@ def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[
         )
     texts, kept = columns[:2], columns[2:]
     keys = ("data.question-column", "data.answer-column", *("data.partition-by" for _ in kept))
-    for name, key in zip(columns, keys, strict=True):
-        _check_column(raw, source, name, key)
+    _check_columns(raw.available, source, dict(zip(columns, keys, strict=True)))
     return {
         name: _texts(raw, source, name) if name in texts else _labels(raw.values[name])
         for name in columns
     }
 
 
-def _check_column(raw: RawRows, source: str, name: str, key: str) -> None:
-    """Raise `DataError` for a column that is missing or occurs more than once."""
-    found = raw.available.count(name)
-    if found != 1:
-        fault = f"there are {found} columns named" if found else "there is no column"
+COLUMN_NAMES = {
+    "data.question-column": ("question", "prompt", "instruction", "input", "query", "front", "q"),
+    "data.answer-column": ("answer", "response", "completion", "output", "target", "back", "a"),
+    "data.partition-by": ("site", "hospital", "ward", "client", "center", "centre", "department"),
+}
+"""Key of a column → what files usually call it, the likeliest first."""
+
+
+def _check_columns(available: Sequence[str], source: str, wanted: Mapping[str, str]) -> None:
+    """Raise one `DataError` for all columns that are missing or occur more than once.
+
+    Parameters
+    ----------
+    wanted
+        Column → key that names it.
+    """
+    faults, advice = [], []
+    for name, key in wanted.items():
+        count = available.count(name)
+        if count == 1:
+            continue
+        fault = f"there are {count} columns named" if count else "there is no column"
+        faults.append(f"{fault} {name!r}")
+        advice.append(_column_advice(key, name, [one for one in available if one not in wanted]))
+    if faults:
         raise DataError(
-            f"{source}: {fault} {name!r}; the columns are: {', '.join(raw.available)}."
-            f"{nearest(name, raw.available)} Set {key} to a column that occurs once."
+            f"{source}: {' and '.join(faults)}; the columns are: {', '.join(available)}."
+            f"{''.join(advice)}"
         )
+
+
+def _column_advice(key: str, name: str, available: Sequence[str]) -> str:
+    """Return which column a key should name: the one of its meaning, else of nearly its name."""
+    lower = {one.strip().lower(): one for one in reversed(available)}
+    usual = next((lower[one] for one in COLUMN_NAMES[key] if one in lower), None)
+    if not usual or nearest(name, available):
+        return f"{nearest(name, available)} Set {key} to a column that occurs once."
+    return f" Did you mean {usual!r}? Write {key}={usual}."
 
 
 def _texts(raw: RawRows, source: str, name: str) -> list[str]:
