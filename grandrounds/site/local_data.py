@@ -58,14 +58,17 @@ def open_site(
     DataError
         If the source cannot be used, or the site has no training example with an answer.
     """
-    keep = (data.partition_by,) if data.partition_by else ()
-    rows = load_rows(
+    return _open(rows_of_run(source, data), data, model_name, seq_length, seed, partition_id)
+
+
+def rows_of_run(source: str, data: DataConfig) -> Dataset:
+    """Return all rows of a source, with the columns that a run reads."""
+    return load_rows(
         source,
         question_column=data.question_column,
         answer_column=data.answer_column,
-        keep_columns=keep,
+        keep_columns=(data.partition_by,) if data.partition_by else (),
     )
-    return _open(rows, data, model_name, seq_length, seed, partition_id)
 
 
 @lru_cache(maxsize=1024)
@@ -77,16 +80,27 @@ def _open(
     seed: int,
     partition_id: int,
 ) -> Site:
+    split = split_site(rows, data, seed, partition_id)
+    return tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
+
+
+def split_site(rows: Dataset, data: DataConfig, seed: int, partition_id: int) -> SiteData:
+    """Return a site's examples among all rows of a source, as text.
+
+    Raises
+    ------
+    DataError
+        If the rows cannot be divided, or no training example is left.
+    """
     partition = Partition(seed, partition_id, data.num_partitions)
     division = Division(data.partitioner, data.partition_by, data.dirichlet_alpha)
-    split = split_rows(
+    return split_rows(
         partition_rows(rows, division, partition),
         partition,
         question_column=data.question_column,
         answer_column=data.answer_column,
         held_out_fraction=data.held_out_fraction,
     )
-    return tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
 
 
 def tokenized_site(

@@ -19,8 +19,7 @@ from grandrounds.model.prefill import cache_of, with_cache
 from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.server.directory import Checkpoint
 from grandrounds.study.evaluation.likelihood import context_length
-from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
-from grandrounds.study.evaluation.runner import stop_tokens
+from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter, stop_tokens
 
 
 @dataclass
