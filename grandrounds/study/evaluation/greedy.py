@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grandrounds.data.examples import Example
 from grandrounds.data.tokenization import TokenizedExample, answer_token_ids, tokenize_examples
 from grandrounds.study.evaluation.benchmarks import Item, Task
 
@@ -95,6 +94,8 @@ def tokenized(
     items: Sequence[Item], tokenizer: Any, prompt_template: str, seq_length: int
 ) -> list[TokenizedExample | None]:
     """Return each item as training tokenises it; None where the prompt fills the sequence."""
+    from grandrounds.data.examples import Example
+
     each = (
         tokenize_examples(
             [Example(item.question, item.options[0])], tokenizer, prompt_template, seq_length
@@ -136,9 +137,12 @@ def answer_items(
     limit : int
         Maximum number of tokens of an answer.
     """
-    from grandrounds.model.scoring import generate_greedily, option_log_likelihoods
+    from grandrounds.model.scoring import (
+        generate_greedily,
+        option_log_likelihoods,
+        stop_tokens,
+    )
     from grandrounds.study.evaluation.likelihood import context_length
-    from grandrounds.study.evaluation.models import stop_tokens
 
     prompts = [example.input_ids[: example.prompt_tokens] for example in examples]
     references = [example.input_ids[example.prompt_tokens :] for example in examples]

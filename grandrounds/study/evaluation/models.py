@@ -142,11 +142,3 @@ def _weights(folder: Path) -> Iterator[Any]:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelError(f"{folder / WEIGHTS} is damaged ({error}). Copy it again.") from error
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the IDs of the tokens that end an answer, as in transformers' `generate`."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    if given is None:
-        given = tokenizer.eos_token_id
-    return list(given) if isinstance(given, list | tuple) else [given]

@@ -20,7 +20,7 @@ from typing import Any
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
-from grandrounds.model.scoring import generate_greedily
+from grandrounds.model.scoring import generate_greedily, stop_tokens
 from grandrounds.study.evaluation import flowertune, greedy, likelihood
 from grandrounds.study.evaluation.answers import (
     RESULT,
@@ -32,7 +32,7 @@ from grandrounds.study.evaluation.answers import (
 )
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task
 from grandrounds.study.evaluation.greedy import GREEDY
-from grandrounds.study.evaluation.models import Models, stop_tokens
+from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.results import Answers, evaluation_of, write_flowertune_files
 from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject
 
@@ -223,8 +223,10 @@ class _Examiner:
             listener("asking", {**self._about(first), "done": len(first.file.records)})
             with self._models.asked(first.subject) as model:
                 before, started = sum(work.left() for work in group), time.perf_counter()
-                self._answer(first, model, *next(iter(first.portions())))
+                order, items = next(iter(first.portions()))
+                self._answer(first, model, order, items)
                 spent, after = time.perf_counter() - started, sum(work.left() for work in group)
+            listener("answered", {"count": len(items)})
             seconds += spent * after / (before - after)
         return {"seconds": seconds}
 
