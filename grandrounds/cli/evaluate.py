@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from grandrounds.cli.options import BenchmarkData, Limit, Plain
 from grandrounds.cli.screen import Screen, say
+from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
@@ -185,6 +186,7 @@ def evaluate(
         wanted = Wanted(names or [], own_exams or [], style_of(own_style), data, limit)
         name = _only(given, "give an adapter's folder, a run directory or none")
         target = find_target(name, base, quantization)
+        find_base(target.base)  # fails now if it is not fetched
         quiet_libraries()
         questions = questions_for(target, wanted)
         _evaluate(EvaluationTasks(target, questions, method, out), resume, screen)

@@ -59,7 +59,7 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     trained: list[set[str]] = []
     found: list[dict[str, int]] = []
     for site in range(config.data.num_partitions):
-        split = split_site(rows, config.data, config.federation.seed, site)
+        _, split = split_site(rows, config.data, config.federation.seed, site)
         items = [_item(0, example.question, example.answer) for example in split.held_out]
         fitting = tokenized(items, tokenizer, template, config.train.seq_length)
         kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]

@@ -16,9 +16,9 @@ from typing import Any
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, nearest
+from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, first_line, nearest
+from grandrounds.server.described import are_real, is_of_the_formulary
 from grandrounds.server.directory import RunDirectory
-from grandrounds.server.model_card import have_own_data
 from grandrounds.study.evaluation.benchmarks import HELD_OUT, MEDICAL, Questions, Task
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE
@@ -248,7 +248,7 @@ def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tu
     The formulary if it learned from it; its own held-out rows if it learned from a local file, as
     long as this machine has them; else those of its base.
     """
-    if config.static.name == FORMULARY:
+    if is_of_the_formulary(config, directory.read_json("sites.json") or []):
         return (FORMULARY,)
     is_local = Path(config.static.name).is_absolute() and bool(config.data.held_out_fraction)
     return (
@@ -260,9 +260,7 @@ def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tu
 
 def rows_are_elsewhere(directory: RunDirectory, config: Config) -> bool:
     """Return whether a run is of a deployment, whose rows are at the sites."""
-    return bool(config.federation.consortium) or have_own_data(
-        directory.read_json("sites.json") or []
-    )
+    return bool(config.federation.consortium) or are_real(directory.read_json("sites.json") or [])
 
 
 def _default_benchmarks(base: str) -> tuple[str, ...]:
@@ -318,7 +316,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({error})") from error
+        raise ModelError(f"{file} cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} must contain one JSON object")
     return config

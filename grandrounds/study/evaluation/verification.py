@@ -278,7 +278,7 @@ def _greedy_faults(row: Row) -> Iterable[str]:
             yield f"{name!r} is {row.get(name)!r}, and must be a count of at most {most}"
 
 
-def _holds(interval: Any, value: float) -> bool:
+def _holds(interval: Any, value: Any) -> bool:
     """Return whether an interval of a share contains a value; null stands for no interval."""
     if interval is None:
         return True
