@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 import grandrounds
 from grandrounds.cli import (
     ask,
+    base,
     compare,
     config,
     consortium,
@@ -36,6 +37,7 @@ NEEDED_TO_RUN = (
     "cryptography",
     "datasets",
     "datasketch",
+    "filelock",
     "flwr",
     "flwr_datasets",
     "numpy",
@@ -142,10 +144,11 @@ def root(
     adapters leave a site.
 
     **Start here:** `grandrounds run` trains the built-in model on the built-in data, without
-    downloads, in about a minute.
+    downloads.
     """
 
 
+app.add_typer(base.app, name="base")
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")

@@ -22,6 +22,7 @@ from grandrounds.cli.options import (
 )
 from grandrounds.cli.request import chosen_recipe, tell
 from grandrounds.config import recipes
+from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
@@ -108,6 +109,7 @@ def run(
         raise ConfigError("--resume continues with the sites per round that the run started with.")
     settings = recipes.merged(layers)
     resolved = resolve_run(settings, resume)
+    find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(
             "--engine deployment and --connection NAME belong together: give both or neither."

@@ -113,11 +113,12 @@ TELL = """
 import json, sys, time
 from pathlib import Path
 started = time.perf_counter()
-from typer.testing import CliRunner
+from click.testing import CliRunner
+from typer.main import get_command
 from grandrounds.cli import app
-told = []
+told, command = [], get_command(app)
 for arguments in json.loads(sys.argv[1]):
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(command, arguments)
     heavy = [name for name in json.loads(sys.argv[2]) if name in sys.modules]
     seconds, started = time.perf_counter() - started, time.perf_counter()
     told.append([result.exit_code, result.stdout, result.stderr, heavy, seconds])
