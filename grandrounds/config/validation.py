@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from grandrounds.config import automatic
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
 from grandrounds.config.keys import (
     ALIASES,
@@ -16,7 +17,7 @@ from grandrounds.config.keys import (
     Config,
 )
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.values import OneOf, Scalar, words_of
+from grandrounds.config.values import AUTO, OneOf, Range, Scalar, words_of
 from grandrounds.errors import ConfigError, nearest
 
 
@@ -42,7 +43,7 @@ def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Confi
                 f"Unknown configuration key {key!r}.{nearest(key, [*FIELD_OF_KEY, *ALIASES])} "
                 "docs/configuration.md lists all keys."
             )
-    merged = resolve_aliases({**defaults, **values}, defaults)
+    merged = automatic.settle(resolve_aliases({**defaults, **values}, defaults))
     sections = {}
     for name, section in SECTIONS.items():
         hints = typing.get_type_hints(section, include_extras=True)
@@ -84,6 +85,8 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     if type(value) not in kinds:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         allowed = names[base] if len(kinds) == 1 else str(rules[0])
+        if any(isinstance(rule, Range) and rule.auto for rule in rules):
+            allowed += f", or '{AUTO}'"
         raise ConfigError(f"{key} = {value!r} has the wrong type: it must be {allowed}.")
     for rule in rules:
         if not rule.admits(value):
