@@ -17,7 +17,7 @@ FORMULARY_SITES = 20
 _PARTITIONER, _COLUMN = "data.partitioner", "data.partition-by"
 _STEPS = "train.training-arguments.max-steps"
 
-_BY_SITE: dict[str, Scalar] = {_PARTITIONER: "natural", _COLUMN: "site", _STEPS: 8}
+_BY_SITE: dict[str, Scalar] = {_PARTITIONER: "natural", _COLUMN: "site", _STEPS: 6}
 _ELSEWHERE: dict[str, Scalar] = {_PARTITIONER: "iid", _STEPS: 5}
 
 

@@ -144,7 +144,7 @@ class TrainingArguments:
     num_train_epochs: Annotated[float, Range(0, 1_000_000, above=True)]
     """Epochs per visit; used only if `max-steps` is -1."""
     max_steps: Annotated[int, Range(-1, auto=True)]
-    """Optimizer steps per visit; -1: train for `num-train-epochs` instead. `auto`: 8 if
+    """Optimizer steps per visit; -1: train for `num-train-epochs` instead. `auto`: 6 if
     `data.partitioner` divides the formulary by its sites, itself being `auto`; else 5."""
     warmup_steps: Annotated[int, Range(0)]
     """Linear warm-up steps at the start of each visit; requires `lr-scheduler-type =
