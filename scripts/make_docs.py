@@ -163,7 +163,7 @@ def parameter_cells(parameter: click.Parameter, context: click.Context) -> tuple
     meaning = str(getattr(parameter, "help", None) or "")
     names = ", ".join(f"`{name}`" for name in reversed(parameter.opts))
     if isinstance(parameter, click.Argument):
-        return f"`{parameter.make_metavar(context)}`", cell(meaning)
+        return cell(f"`{parameter.make_metavar(context)}`"), cell(meaning)
     default = parameter.default
     if getattr(parameter, "is_flag", False):
         return names, cell(meaning)

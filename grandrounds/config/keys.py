@@ -206,7 +206,8 @@ class StrategyConfig:
     """Minimum number of connected sites for starting a run after `connect-timeout-seconds`; later
     sites join the rounds that follow. 0: all sites."""
     connect_timeout_seconds: Annotated[float, Range(0, above=True)]
-    """Time in seconds to wait for all sites before the roll call."""
+    """Time in seconds to wait for all sites to connect, and at least as long for their first
+    answer, the introduction at the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
     """`examples`: weight updates by the number of training examples, capped at the number given at
     roll call. `equal`: weight all updates equally."""

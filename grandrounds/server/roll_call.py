@@ -68,9 +68,14 @@ class Roster:
     """Node → reason why it was refused at the roll call."""
 
     def open(self, exchange: Exchange, connect_timeout_seconds: float) -> None:
-        """Wait for the sites and call the roll."""
+        """Wait for the sites and call the roll.
+
+        The first answer may take a site longer than a visit: its processes start, and its data are
+        read. It gets `connect_timeout_seconds` where that is longer than a round's.
+        """
         self.admitted()  # a damaged admission is an error before the wait
-        self.call(exchange, self.wait(exchange.grid, connect_timeout_seconds))
+        nodes = self.wait(exchange.grid, connect_timeout_seconds)
+        self.call(exchange, nodes, max(connect_timeout_seconds, exchange.timeout_seconds))
 
     def wait(self, grid: Grid, seconds: float) -> list[int]:
         """Return the ids of the connected nodes, once there is one for each site.
@@ -103,8 +108,8 @@ class Roster:
             f"or set data.num-partitions = {len(nodes)}. Real sites: {advice}"
         )
 
-    def call(self, exchange: Exchange, nodes: Sequence[int]) -> None:
-        """Ask every node to introduce itself; fill `cards` and `refused`.
+    def call(self, exchange: Exchange, nodes: Sequence[int], seconds: float) -> None:
+        """Ask every node to introduce itself within `seconds`; fill `cards` and `refused`.
 
         Raises
         ------
@@ -114,7 +119,6 @@ class Roster:
         """
         least, admitted = self.min_sites, self.admitted()
         cards, refused = dict[int, SiteCard](), dict[int, str]()
-        seconds = exchange.timeout_seconds
         for node, reply in exchange.replies(questions(nodes, exchange.run), seconds, set()):
             try:
                 messages.raise_failure(reply)

@@ -33,7 +33,7 @@ def called(
 ) -> Roster:
     """Call the roll of some nodes of a grid."""
     roster = Roster(len(nodes), min_sites, admitted=lambda: admitted or {})
-    roster.call(exchange_of(grid, seconds), nodes)
+    roster.call(exchange_of(grid), nodes, seconds)
     roster.note_introductions()
     return roster
 
@@ -131,6 +131,12 @@ def test_a_site_that_says_nothing_of_itself_is_an_error_of_ours() -> None:
 def test_a_node_that_does_not_answer_the_roll_call_is_named() -> None:
     with pytest.raises(EngineError, match=r"1 of 3 nodes did not answer .*\[2\]"):
         called(Silent(Sites(), 3, {2}), [1, 2, 3], 0.2)
+
+
+def test_the_first_answer_may_take_longer_than_a_round() -> None:
+    for round_seconds, connect_seconds in ((0.1, 0.3), (0.3, 0.1)):
+        with pytest.raises(EngineError, match=r"1 of 3 nodes did not answer .* within 0.3 s"):
+            Roster(3).open(exchange_of(Silent(Sites(), 3, {2}), round_seconds), connect_seconds)
 
 
 def test_a_run_may_begin_without_some_sites() -> None:

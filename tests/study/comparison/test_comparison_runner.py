@@ -330,7 +330,7 @@ def test_a_site_that_cannot_answer_the_roll_call_says_why(settings: Settings) ->
     config = resolved(settings, **{"static.dataset.name": "/nowhere.jsonl"})
     grid = InProcessGrid(numbered_without(0, 4), config.flat(), 3)
     with pytest.raises(GrandRoundsError, match="nowhere"):
-        Roster(3).call(Exchange(grid, Ledger(), "0", 10), list(grid.get_node_ids()))
+        Roster(3).call(Exchange(grid, Ledger(), "0", 10), list(grid.get_node_ids()), 10)
 
 
 # --- The formulary --------------------------------------------------------------------------------
