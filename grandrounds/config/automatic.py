@@ -36,11 +36,9 @@ def settle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
 
 def unsettle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return a settled configuration with `auto` wherever it stands for the value that is there."""
-    known = dict(flat)
-    no_column = {**known, _COLUMN: ""}
-    for base in (no_column, known):
-        for keys in ((_PARTITIONER, _STEPS), (_PARTITIONER,), (_STEPS,)):
-            tried = {**base, **dict.fromkeys(keys, AUTO)}
-            if settle(tried) == known:
-                return tried
-    return known
+    partitions: dict[str, Scalar] = {_PARTITIONER: AUTO, _COLUMN: ""}
+    steps: dict[str, Scalar] = {_STEPS: AUTO}
+    for tried in ({**partitions, **steps}, partitions, steps):
+        if settle({**flat, **tried}) == flat:
+            return {**flat, **tried}
+    return dict(flat)

@@ -88,8 +88,12 @@ def test_a_run_directory_records_what_auto_stood_for(tmp_path: Path) -> None:
             {STEPS: 5},
         ),
         (
-            {"static.dataset.name": "cards.jsonl", "data.partition-by": "ward"},
-            {"data.partition-by": "ward"},
+            {
+                "static.dataset.name": "cards.jsonl",
+                "data.partition-by": "ward",
+                "data.partitioner": "iid",
+            },
+            {"data.partition-by": "ward", "data.partitioner": "iid"},
         ),
     ],
 )
