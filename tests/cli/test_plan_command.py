@@ -44,6 +44,8 @@ def test_the_packaged_run_is_planned_without_arguments() -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     assert "formulary, 755,072 parameters" in result.stdout
+    assert row(result.stdout, "data") == "formulary, 20 sites, natural by site"
+    assert "coverage assumes" not in result.stdout
     assert row(result.stdout, "formulary.down").startswith("1 ")
 
 
