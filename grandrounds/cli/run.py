@@ -11,6 +11,7 @@ from rich.console import Console
 
 from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Plain, Rounds
 from grandrounds.config import recipes
+from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
@@ -89,6 +90,7 @@ def run(
     if engine is Engine.deployment and resume is None:  # real sites are none of the formulary's
         settings = {"data.partitioner": "iid", **settings}
     resolved = resolve_run(settings, resume)
+    find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(
             "--engine deployment and --connection NAME belong together: give both or neither."
