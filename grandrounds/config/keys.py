@@ -14,9 +14,10 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from grandrounds.config.automatic import FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.values import OneOf, Range, Scalar, SomeOf, words_of
+from grandrounds.config.values import AUTO, OneOf, Range, Scalar, SomeOf, words_of
 
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run lives rather than what it computes; recipes leave them out."""
@@ -142,8 +143,9 @@ class TrainingArguments:
     """Passes per optimizer step; the loss is averaged over all their answer tokens."""
     num_train_epochs: Annotated[float, Range(0, 1_000_000, above=True)]
     """Epochs per visit; used only if `max-steps` is -1."""
-    max_steps: Annotated[int, Range(-1)]
-    """Optimizer steps per visit; -1: train for `num-train-epochs` instead."""
+    max_steps: Annotated[int, Range(-1, auto=True)]
+    """Optimizer steps per visit; -1: train for `num-train-epochs` instead. `auto`: 6 if
+    `data.partitioner` divides the formulary by its sites, itself being `auto`; else 5."""
     warmup_steps: Annotated[int, Range(0)]
     """Linear warm-up steps at the start of each visit; requires `lr-scheduler-type =
     "constant_with_warmup"`."""
@@ -310,10 +312,11 @@ class DataConfig:
 
     num_partitions: Annotated[int, Range(1)]
     """Number of sites."""
-    partitioner: Annotated[str, OneOf(("iid", "dirichlet", "size-skewed", "natural"))]
+    partitioner: Annotated[str, OneOf((AUTO, "iid", "dirichlet", "size-skewed", "natural"))]
     """How rows are split into sites: `iid`; `dirichlet` over the labels in `partition-by`;
     `size-skewed` (the share of site i is proportional to i + 1); `natural` (one site per value of
-    `partition-by`)."""
+    `partition-by`). `auto`: `natural` by `site` for the formulary at its twenty sites, each of
+    which knows drugs that no other knows; `iid` for all other data. A run records which it was."""
     partition_by: str
     """Column used by `dirichlet` and `natural`."""
     dirichlet_alpha: Annotated[float, Range(0, above=True)]
@@ -365,6 +368,13 @@ class Config:
     def recipe(self) -> dict[str, Scalar]:
         """Return every key with its value, with `PLACES` left empty."""
         return {**self.flat(), **dict.fromkeys(PLACES, "")}
+
+    @property
+    def is_formulary_by_site(self) -> bool:
+        """Whether the sites are the formulary's own, each with the facts that only it knows."""
+        data = self.data
+        how = (self.static.name, data.partitioner, data.partition_by, data.num_partitions)
+        return how == ("formulary", "natural", "site", FORMULARY_SITES)
 
     @property
     def cohort_size(self) -> int:
