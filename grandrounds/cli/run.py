@@ -103,6 +103,8 @@ def run(
         seed=seed,
         run_dir=str(run_dir) if run_dir else None,
     )
+    if engine is Engine.deployment and resume is None:  # real sites are none of the formulary's
+        layers = [("the engine", {"data.partitioner": "iid"}), *layers]
     if resume is None:
         layers = with_sites(layers, sites_per_round, may_load=engine is not Engine.deployment)
     elif sites_per_round is not None:
