@@ -40,6 +40,8 @@ def test_every_source_of_a_key_is_named(tmp_path: Path) -> None:
         "data.num-partitions": "--sites",
         "strategy.fraction-train": "--sites-per-round",
         "strategy.proximal-mu": "reset",
+        "data.partitioner": "auto",
+        "train.training-arguments.max-steps": "auto",
     }
     assert shown["num-server-rounds"] == {"value": 3, "default": 24, "from": "--rounds"}
     [note] = json.loads(result.stdout)["notes"]
