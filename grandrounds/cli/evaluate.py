@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from grandrounds.cli.options import BenchmarkData, Limit, Plain
 from grandrounds.cli.screen import Screen, say
+from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
@@ -157,6 +158,7 @@ def evaluate(
         method = Method(protocol, permutations, batch_size)
         name = _only(given, "give an adapter's folder, a run directory or none")
         target = find_target(name, base, quantization)
+        find_base(target.base)  # fails now if it is not fetched
         questions = load_questions(names or target.benchmarks, data, limit)
         _evaluate(EvaluationTasks(target, questions, method, out), resume, screen)
 

@@ -124,10 +124,12 @@ PAGES = [
     "evaluation.md",
     "planning.md",
     "communication.md",
+    "aggregation.md",
     "report.md",
     "compare.md",
     "export.md",
     "deployment.md",
+    "bases.md",
 ]
 
 
