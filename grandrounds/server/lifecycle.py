@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
+from grandrounds.config.words import counted
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
 from grandrounds.model.lora import LoraSpec, adapter_layout
@@ -148,8 +149,8 @@ def check_resumable(directory: RunDirectory, config: Config) -> None:
     summary = directory.read_json("summary.json")
     if summary and summary["status"] == "completed":
         raise RunDirectoryError(
-            f"{directory.path} is a completed run of {summary['rounds']} rounds; there is nothing "
-            "to resume. Start a new run for more rounds."
+            f"{directory.path} is a completed run of {counted(summary['rounds'], 'round')}; there "
+            "is nothing to resume. Start a new run for more rounds."
         )
     started_with = recipes.resolve(recipes.load_recipe(directory.path / "config.toml"))
     if changes := recipes.differences(started_with, config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from grandrounds.config.words import counted
 from grandrounds.study.evaluation.verification import BASE
 from grandrounds.study.tables import NONE, Table, in_percent, interval, p_text, percent, points
 
@@ -33,7 +34,8 @@ def _accuracy_table(evaluation: Evaluation) -> Table:
             difference = NONE if model == BASE else points(gain)
             cells = (in_percent(given["accuracy"]), interval(given["interval"]), difference)
             rows.append(("average", model, NONE, *cells, NONE, NONE))
-    columns = ("benchmark", "model", "correct", "%", "95% interval", "vs base", "95% interval", "p")
+    figures = ("correct", "%", "95 % interval", "vs base", "95 % interval", "p")
+    columns = ("benchmark", "model", *figures)
     return Table(columns, rows, f"accuracy, protocol {evaluation['protocol']}")
 
 
@@ -166,8 +168,8 @@ def _protocol_notes(evaluation: Evaluation) -> Iterator[str]:
     if asked:
         count = len(asked[0]["correct"])
         yield (
-            f"Shuffled: {count} random order(s) of the options, besides the published one; mean "
-            "(worst to best), and items correct in every order. Position shares: how often each "
+            f"Shuffled: {counted(count, 'random order')} of the options, besides the published "
+            "one; mean (worst to best), and items correct in every order. Position shares: how often each "
             "position was chosen when shuffled; p: chi-square test of equal shares. A small p "
             "means position bias, since the correct answer is equally likely everywhere."
         )

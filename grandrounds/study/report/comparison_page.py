@@ -29,6 +29,7 @@ from grandrounds.study.report.comparison_file import (
     measures,
 )
 from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
+from grandrounds.study.report.places import published
 from grandrounds.study.report.provenance import version_rows
 from grandrounds.study.report.row_charts import Dot, Row, interval_chart
 from grandrounds.study.report.svg import Axis
@@ -65,12 +66,12 @@ def comparison_page(comparison: Json, file: Path) -> Page:
 def _page(comparison: Json, file: Path) -> Page:
     folder = file.absolute().parent
     comparison = without_verdicts(comparison)
-    # The page may be published: it names the folder, and not where it lies.
-    comparison["command"] = comparison["command"].replace(str(folder), folder.name)
     config, units = comparison["config"], comparison["units"]
     complete = comparison["status"] == "complete"
     finished = f"{units['done']} of {units['planned']} units finished"
-    return Page(
+    places = [str(config[key]) for key in ("model.name", "static.dataset.name")]
+    named = {place: Path(place).name for place in places if Path(place).is_absolute()}
+    page = Page(
         title=f"Comparison: {folder.name}",
         subtitle=f"Base {place_name(config['model.name'])}; "
         f"data {data_text(recipes.resolve(config))}; "
@@ -82,6 +83,7 @@ def _page(comparison: Json, file: Path) -> Page:
         tiles=_tiles(comparison),
         sections=_sections(comparison),
     )
+    return published(page, {**named, str(folder): folder.name})
 
 
 def _outcome(comparison: Json) -> str:
@@ -97,10 +99,11 @@ def _outcome(comparison: Json) -> str:
         return ""
     decimals = 3 if measure.key == LOSS else 1
     unit = " nats per answer token" if measure.key == LOSS else " %"
-    told = {name: measure.value(estimate, decimals) + unit for name, estimate in found.items()}
+    told = {name: f"{measure.value(e, decimals)}{unit} ({name})" for name, e in found.items()}
     ours = told.pop(FEDERATED)
-    others = ", ".join(f"{value} {name}" for name, value in told.items())
-    said = f"{measure.title}: {ours} {FEDERATED}" + (f", against {others}." if others else ".")
+    title = measure.title.removeprefix("Accuracy: ")
+    against = f", against {', '.join(told.values())}" if told else ""
+    said = f"{title[0].upper()}{title[1:]}: {ours}{against}."
     for exam in (m for m in asked if m.exam.get("measures") == "kept"):
         before, after = (exam.estimate(arms.get(name, {})) for name in (BASE, FEDERATED))
         if before and after and (lost := exam.mean(before) - exam.mean(after)) > 0.05:
@@ -377,7 +380,7 @@ def _provenance(comparison: Json) -> list[Table]:
         trained, held = site["train-examples"], site["held-out-examples"]
         cells = [f"{trained[s]:,}, {held[s]:,}" if s in trained else NONE for s in seeds]
         sites.append((names.cell(site["site"]), *cells))
-    keys = [(key, place_name(str(value))) for key, value in comparison["config"].items()]
+    keys = [(key, str(value)) for key, value in comparison["config"].items()]
     return [
         Table(("package", "version"), versions, "Versions"),
         Table(("site", *(f"seed {s}" for s in seeds)), sites, "Training and held-out examples"),
