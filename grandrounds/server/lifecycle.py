@@ -141,7 +141,8 @@ def fail(run: Run, status: str, reason: str) -> str:
         run.directory.discard()
         return "no round was finished, and nothing is left behind"
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
-    return f"finished rounds are kept; resume with grandrounds run --resume {run.directory.path}"
+    kept = "finished rounds are kept" if run.state.round else "no round was finished"
+    return f"{kept}; resume with grandrounds run --resume {run.directory.path}"
 
 
 def check_resumable(directory: RunDirectory, config: Config) -> None:

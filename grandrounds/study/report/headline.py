@@ -8,7 +8,7 @@ from grandrounds.config.words import counted
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import cautions, engine_options, with_own_data
 from grandrounds.study.report.figures import Tile
-from grandrounds.study.report.learning import Score, scores_by_questions
+from grandrounds.study.report.learning import MEANING, Score, scores_by_questions
 from grandrounds.study.report.read import QUIET_SECONDS, RunFiles
 from grandrounds.study.tables import duration, in_percent, interval, mib, percent
 from grandrounds.wire.names import one_line
@@ -142,7 +142,7 @@ def accuracy_tiles(run: RunFiles) -> list[Tile]:
     """Return base and last checkpoint on every benchmark, at most four tiles."""
     found = []
     for base, tuned, name in _pairs(run):
-        note = f"{tuned.correct:,}/{tuned.n:,}, 95 % interval {interval(tuned.interval)}"
+        note = f"{tuned.counts}, 95 % interval {interval(tuned.interval)}"
         value = percent(tuned.accuracy)
         lost = 0.0
         if base is not None:
@@ -163,5 +163,7 @@ def _pairs(run: RunFiles) -> list[tuple[Score | None, Score, str]]:
         rounds = [s for s in asked if s.round is not None]
         if rounds:
             tuned = max(rounds, key=lambda s: s.round or 0)
-            found.append((base, tuned, f"{group} facts" if group else benchmark))
+            is_facts = group in MEANING
+            name = f"{group} facts" if is_facts else ", ".join(filter(None, (benchmark, group)))
+            found.append((base, tuned, name))
     return found

@@ -12,8 +12,9 @@ from typing import Any
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
-from grandrounds.errors import GrandRoundsError, RunDirectoryError
+from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
 from grandrounds.server.directory import RunDirectory
+from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.tables import is_number
 from grandrounds.wire.names import SiteNames, names_of
 
@@ -154,7 +155,7 @@ def _read(file: Path, kind: type) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{file} cannot be read as JSON ({error}).") from error
+        raise RunDirectoryError(f"{file} cannot be read as JSON ({first_line(error)}).") from error
     if not isinstance(content, kind):
         raise RunDirectoryError(
             f"{file} holds a {type(content).__name__}, not the {kind.__name__} that a run writes."
@@ -194,6 +195,10 @@ def _check_evaluation(file: Path, evaluation: Any) -> None:
                 if not all(map(is_number, numbers)):
                     raise TypeError(f"{numbers} are not all numbers")
             _ = row["model"], row["title"], evaluation["protocol"]
+            if evaluation["protocol"] == GREEDY:
+                figures = (row["f1"]["mean"], row["loss"]["nats_per_token"])
+                if not all(map(is_number, (*figures, *(row["f1"]["interval"] or ())))):
+                    raise TypeError(f"{figures} are not all numbers")
     except (KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(
             f"{file} is not what grandrounds evaluate writes ({error}). Evaluate again, or remove "
