@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grandrounds.config import recipes
 from grandrounds.config.words import counted, place_name
 from grandrounds.errors import DataError
-from grandrounds.server.described import data_text
+from grandrounds.server.described import named_data
 from grandrounds.study.comparison.reservations import (
     reservations,
     site_names,
@@ -71,10 +70,11 @@ def _page(comparison: Json, file: Path) -> Page:
     finished = f"{units['done']} of {units['planned']} units finished"
     places = [str(config[key]) for key in ("model.name", "static.dataset.name")]
     named = {place: Path(place).name for place in places if Path(place).is_absolute()}
+    count, column = int(config["data.num-partitions"]), str(config.get("data.partition-by") or "")
+    data = named_data(places[1], count, str(config["data.partitioner"]), column)
     page = Page(
         title=f"Comparison: {folder.name}",
-        subtitle=f"Base {place_name(config['model.name'])}; "
-        f"data {data_text(recipes.resolve(config))}; "
+        subtitle=f"Base {place_name(places[0])}; data {data}; "
         f"seeds {', '.join(map(str, comparison['seeds']))}",
         outcome=_outcome(comparison),
         mood="good" if complete else "going",
