@@ -263,8 +263,8 @@ def check_resumable(directory: RunDirectory, config: Config) -> None:
     summary = directory.read_json("summary.json")
     if summary and summary["status"] == "completed":
         raise RunDirectoryError(
-            f"{directory.path} is a completed run of {counted(summary['rounds'], 'round')}; there is "
-            "nothing to resume. Start a new run for more rounds."
+            f"{directory.path} is a completed run of {counted(summary['rounds'], 'round')}; there "
+            "is nothing to resume. Start a new run for more rounds."
         )
     started_with = resolve(load_recipe(directory.path / "config.toml"))
     if changes := differences(started_with, config):
