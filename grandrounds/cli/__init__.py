@@ -126,4 +126,4 @@ for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
 ):
-    app.command()(command)
+    app.command(cls=plan.PlanCommand if command is plan.plan else None)(command)

@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Plain, Rounds
+from grandrounds.cli.options import (
+    AsJson,
+    Assignments,
+    ConfigFile,
+    Data,
+    Model,
+    Plain,
+    Quiet,
+    Rounds,
+    Verbose,
+)
+from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
@@ -63,6 +73,9 @@ def run(
         typer.Option(help="Connection in Flower's config.toml to the SuperLink of a deployment."),
     ] = None,
     plain: Plain = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train one adapter across all sites.
 
@@ -78,6 +91,8 @@ def run(
 
     - `grandrounds run --resume runs/20260101-120000-formulary`
     """
+    screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
+    screen.working("reading the configuration")
     settings = recipes.from_options(
         config,
         assignments,
@@ -94,20 +109,26 @@ def run(
             "--engine deployment and --connection NAME belong together: give both or neither."
         )
     trackers_of(resolved.train.report_to)  # fails now if one is not installed
-    if engine is Engine.simulation:
-        from grandrounds.engines.simulation import default_gpus, simulate
-
-        gpus = default_gpus() if client_gpus is None else client_gpus
-        simulate(resolved, reporter(resolved, plain), client_cpus, gpus)
-    elif engine is Engine.deployment:
-        from grandrounds.engines.deployment.superlink import deploy, in_one_array
+    if engine is Engine.deployment:
+        from grandrounds.engines.deployment.superlink import in_one_array
 
         resolved = in_one_array(resolved)
-        deploy(resolved, reporter(resolved, plain), str(connection))
-    else:
-        from grandrounds.engines.in_process import run_in_process
+    shown = reporter(resolved, screen)
+    with shown:  # from here on, so that a terminal moves while libraries are imported
+        if engine is Engine.simulation:
+            from grandrounds.engines.simulation import default_gpus, simulate
 
-        run_in_process(resolved, tracked(resolved, reporter(resolved, plain)))
+            gpus = default_gpus() if client_gpus is None else client_gpus
+            simulate(resolved, shown, client_cpus, gpus)
+        elif engine is Engine.deployment:
+            from grandrounds.engines.deployment.superlink import deploy
+
+            deploy(resolved, shown, str(connection))
+        else:
+            from grandrounds.engines.in_process import run_in_process
+
+            run_in_process(resolved, tracked(resolved, shown))
+    screen.emit(dict(shown.summary))
 
 
 def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
@@ -124,13 +145,13 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
     return recipes.with_absolute_paths(resumed)
 
 
-def reporter(config: Config, plain: bool) -> Listener:
+def reporter(config: Config, screen: Screen) -> Listener:
     """Return the listener that shows a run: Rich on a terminal, plain lines elsewhere."""
-    console = Console()
-    if plain or not console.is_terminal:
+    screen.still()
+    if screen.quiet or not screen.is_rich:
         from grandrounds.server.listeners.plain import PlainReporter
 
-        return PlainReporter(config)
+        return PlainReporter(config, verbose=screen.verbose, quiet=screen.quiet)
     from grandrounds.server.listeners.terminal import RichReporter
 
-    return RichReporter(config, console)
+    return RichReporter(config, screen.console, screen.verbose)

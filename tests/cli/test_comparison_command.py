@@ -57,6 +57,11 @@ def test_a_comparison_prints_plain_lines_and_tables_and_exits_with_0(
     again = compare("--config", out / "config.toml", "--arms", "local,federated", "--out", out)
     assert again.stdout.splitlines()[0] == f"comparison in {out}: 6 parts, 6 finished before"
     assert again.stdout.splitlines()[1:] == lines[7:]
+    told = compare(
+        "--config", out / "config.toml", "--arms", "local,federated", "--out", out, "--json"
+    )
+    assert json.loads(told.stdout) == content
+    assert told.stderr == again.stdout
 
 
 @pytest.mark.parametrize(
