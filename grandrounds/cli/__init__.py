@@ -115,7 +115,7 @@ def root(
     adapters leave a site.
 
     **Start here:** `grandrounds run` trains the built-in model on the built-in data, without
-    downloads, in about a minute.
+    downloads.
     """
 
 

@@ -102,6 +102,8 @@ def run(
         seed=seed,
         run_directory=str(run_dir) if run_dir else None,
     )
+    if engine is Engine.deployment and resume is None:  # real sites are none of the formulary's
+        settings = {"data.partitioner": "iid", **settings}
     resolved = resolve_run(settings, resume)
     find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):

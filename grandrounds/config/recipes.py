@@ -32,6 +32,7 @@ FLOWERTUNE_TEMPLATE: dict[str, Scalar] = {
     "strategy.fraction-evaluate": 0.0,
     "model.lora.dropout": 0.075,
     "data.held-out-fraction": 0.0,
+    "data.partitioner": "iid",
 }
 """What the FlowerTune template hard-codes, for keys that its pyproject.toml does not have."""
 

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from grandrounds.config import automatic
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
 from grandrounds.config.keys import (
     ALIASES,
@@ -26,7 +27,7 @@ from grandrounds.config.synonyms import (
     only_letters,
     value_meant,
 )
-from grandrounds.config.values import OneOf, Scalar, words_of
+from grandrounds.config.values import AUTO, OneOf, Range, Scalar, words_of
 from grandrounds.errors import ConfigError, nearest
 
 
@@ -93,7 +94,7 @@ def settled(given: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> dict
     """Return every key with its value: what was set, else its default where that applies."""
     changed = {reset.key: reset.value for reset in resets(given, defaults)}
     known = {key: value for key, value in defaults.items() if key not in ALIASES}
-    return {**known, **given, **changed}
+    return automatic.settle({**known, **given, **changed})
 
 
 def unknown_key(key: str, value: Scalar) -> str:
@@ -153,6 +154,8 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     if type(value) not in kinds:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         allowed = names[kinds[0]] if len(kinds) == 1 else str(rules[0])
+        if any(isinstance(rule, Range) and rule.auto for rule in rules):
+            allowed += f", or '{AUTO}'"
         raise ConfigError(
             f"{key} = {value!r} has the wrong type: it must be {allowed}.{_advice(key, value)}"
         )

@@ -209,12 +209,15 @@ def reading(config: Config, rows: int) -> Reading:
         examples_per_visit=round(sum(taken) / len(taken)),
         examples_seen=seen,
         share_covered=covered / total if total else 0.0,
-        sizes_known=data.partitioner in ("iid", "size-skewed"),
+        sizes_known=data.partitioner in ("iid", "size-skewed") or config.is_formulary_by_site,
     )
 
 
 def site_sizes(config: Config, rows: int) -> list[int]:
-    """Return the rows of each site: equal up to one row, or proportional to site + 1."""
+    """Return the rows of each site: equal up to one row, or proportional to site + 1.
+
+    The formulary's own sites have as many flashcards each.
+    """
     sites = config.data.num_partitions
     if config.data.partitioner == "size-skewed":
         units = sites * (sites + 1) // 2
