@@ -24,6 +24,7 @@ from grandrounds.cli import (
     run,
     site,
 )
+from grandrounds.cli.screen import lifetime
 from grandrounds.errors import GrandRoundsError
 
 NEEDED_TO_RUN = (
@@ -81,7 +82,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
-        with reported_in_one_line():
+        with reported_in_one_line(), lifetime():
             return super().invoke(ctx)
 
 

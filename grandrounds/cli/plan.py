@@ -45,7 +45,7 @@ class PlanCommand(TyperCommand):
 
 def with_json_value(args: Sequence[str]) -> Iterator[str]:
     """Yield arguments, with `--json=-` in place of a `--json` that no file follows."""
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in zip(args, [*args[1:], ""], strict=False):
         is_file = following == "-" or not following.startswith("-")
         is_recipe = following.endswith(".toml")
         if word == "--json" and (not following or not is_file or is_recipe):

@@ -10,10 +10,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from typing import Any, Literal
 
-import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn
@@ -24,6 +23,20 @@ from grandrounds.errors import ConfigError
 
 REFRESHES_PER_SECOND = 8
 """Redraws of a spinner or bar: enough to be seen moving, too few to be felt beside training."""
+
+
+_lifetimes: list[ExitStack] = []
+
+
+@contextmanager
+def lifetime() -> Iterator[None]:
+    """Undo meanwhile what screens change: the spinner, and where standard output goes."""
+    with ExitStack() as stack:
+        _lifetimes.append(stack)
+        try:
+            yield
+        finally:
+            _lifetimes.remove(stack)
 
 
 def say(*lines: str) -> None:
@@ -56,7 +69,7 @@ class Screen:
     def __init__(
         self, plain: bool, *, verbose: bool = False, quiet: bool = False, as_json: bool = False
     ) -> None:
-        """Set up the output of a command, until its context of click ends.
+        """Set up the output of a command, until its `lifetime` ends.
 
         Raises
         ------
@@ -67,14 +80,13 @@ class Screen:
             raise ConfigError("--verbose and --quiet exclude each other: give one of them")
         self.verbose, self.quiet, self.as_json = verbose, quiet, as_json
         self._document = sys.stdout
-        context = click.get_current_context(silent=True)
-        if as_json and context is not None:
-            context.with_resource(redirect_stdout(sys.stderr))
+        if as_json and _lifetimes:
+            _lifetimes[-1].enter_context(redirect_stdout(sys.stderr))
         self.console = Console()  # which looks up sys.stdout at each use
         self.is_rich = draws(self.console) and not plain
         self._status: Status | None = None
-        if context is not None:
-            context.call_on_close(self.still)
+        if _lifetimes:
+            _lifetimes[-1].callback(self.still)
 
     def working(self, what: str) -> None:
         """Show a spinner until the next output of this screen, or the end of the command."""

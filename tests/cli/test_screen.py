@@ -6,10 +6,9 @@ import io
 import json
 
 import pytest
-from click.testing import CliRunner
 from rich.console import Console
 
-from grandrounds.cli.screen import Screen, draws
+from grandrounds.cli.screen import Screen, draws, lifetime
 from grandrounds.errors import ConfigError
 
 
@@ -48,23 +47,43 @@ def test_no_color_leaves_no_colour() -> None:
     assert "\x1b[31m" not in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_json_is_all_of_standard_output_and_the_rest_goes_to_standard_error() -> None:
-    import click
-
-    @click.command()
-    def command() -> None:
+def test_json_is_all_of_standard_output_and_the_rest_goes_to_standard_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with lifetime():
         screen = Screen(plain=False, as_json=True)
         screen.working("reading")
         screen.table("accuracy", ("model", "%"), [("base", "25.0")])
         screen.notes(["a note"])
         screen.tell("written: somewhere")
         screen.emit({"accuracy": 0.25, "name": "Krankenhaus Süd"})
-
-    result = CliRunner().invoke(command)
-    assert json.loads(result.stdout) == {"accuracy": 0.25, "name": "Krankenhaus Süd"}
-    assert result.stderr.splitlines() == [
+    print("afterwards", end="")
+    out, err = capsys.readouterr()
+    assert json.loads(out.removesuffix("afterwards")) == {
+        "accuracy": 0.25,
+        "name": "Krankenhaus Süd",
+    }
+    assert out.endswith("afterwards")  # standard output is given back
+    assert err.splitlines() == [
         *("accuracy", "  model     %", "  base   25.0", "- a note", "written: somewhere")
     ]
+
+
+def test_the_spinner_ends_with_the_command_however_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = console()
+    monkeypatch.setattr("grandrounds.cli.screen.Console", lambda: shown)
+    monkeypatch.setattr("grandrounds.cli.screen.draws", lambda _: True)
+
+    def command() -> None:
+        with lifetime():
+            Screen(plain=False).working("reading the configuration")
+            raise ConfigError("a slip")
+
+    with pytest.raises(ConfigError):
+        command()
+    written = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "reading the configuration" in written
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1
 
 
 def test_quiet_prints_the_result_only_and_verbose_prints_details(

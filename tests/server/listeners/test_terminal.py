@@ -160,8 +160,8 @@ def test_the_moving_line_tells_round_site_step_and_time_left(
 
     display.on_step("held-out loss", 3, 0, 0)
     look()
-    for done in (0, 1, 2):
-        display.on_step("training", 1, done, 2)
+    for done, total in ((0, 0), (1, 2), (2, 2)):
+        display.on_step("training", 1, done, total)
         look()
     display.on_reply(1, None)
     look()
