@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 from grandrounds.cli.options import AsJson, BenchmarkData, Limit, Plain, Quiet, Verbose
 from grandrounds.cli.screen import Screen, say
@@ -249,9 +249,11 @@ def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
 @contextmanager
 def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
     """Yield a listener for `runner.evaluate`: a forecast, a line per benchmark, and a bar."""
-    from grandrounds.study.tables import duration
+    from grandrounds.server.listeners.clock import Clock, time_text
+    from grandrounds.server.listeners.terminal import TimeLeft
 
-    with screen.bar("loading the base", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
+    clock = Clock(1)  # of the whole evaluation
+    with screen.bar("loading the base", MofNCompleteColumn(), TimeLeft(clock)) as (bar, task):
 
         def listen(event: str, facts: Mapping[str, Any]) -> None:
             if event == "asking":
@@ -262,7 +264,8 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
                 screen.detail(f"  {facts['count']:,} answered")
             elif event == "forecast":
                 if facts["seconds"]:
-                    about = duration(facts["seconds"])
+                    clock.expect(facts["seconds"])
+                    about = time_text(facts["seconds"])
                     screen.tell(f"about {about} to go, from the first batch of each benchmark")
             elif event == "asked":
                 cut = f", {facts['truncated']:,} prompts truncated" if facts["truncated"] else ""

@@ -56,6 +56,10 @@ class Clock:
         else:  # what follows is no round
             self._end = None
 
+    def expect(self, seconds: float) -> None:
+        """Take note of how long the rest takes, where that is known otherwise."""
+        self._end = self._now() + seconds
+
     def _estimate(self, round_seconds: float) -> None:
         self._end = self._now() + round_seconds * (self._total - self.done)
 
