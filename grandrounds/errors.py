@@ -17,6 +17,7 @@ A message states what is wrong, the value received, what is allowed and what to 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -64,6 +65,10 @@ class EngineError(GrandRoundsError):
     """Flower's runtime did not start, or ended without a result."""
 
 
+_ERRNO = re.compile(r"\[Errno -?\d+\] | ?\(os error \d+\)")
+"""The number of an operating system's error, as Python and Rust write it."""
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return `" Did you mean 'X'?"` for the allowed word nearest to `word`, else `""`."""
     matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
@@ -73,10 +78,14 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 def first_line(error: BaseException, most: int | None = 200) -> str:
     """Return the first line of an error's message without its full stop.
 
+    A failure of the operating system is told in words, without its number.
+
     Parameters
     ----------
     most : int, optional
         Maximum length in characters; None keeps the whole line.
     """
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:most].rstrip(".")
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = said.strip().splitlines()
+    line = lines[0] if lines else type(error).__name__
+    return _ERRNO.sub("", line)[:most].rstrip(".")

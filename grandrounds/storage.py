@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grandrounds.errors import ConfigError, GrandRoundsError
+from grandrounds.errors import ConfigError, GrandRoundsError, first_line
 
 
 def write_bytes(file: Path, content: bytes) -> None:
@@ -46,14 +46,18 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `target` when it has been filled without an error.
 
     A `target` with content is replaced if `replace`, else it is an `OSError` and left as it is.
+    Its files are as readable as the umask allows, whatever modes libraries wrote them with: nothing
+    secret belongs in it.
     """
     partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
+        readable = partial.stat().st_mode & 0o666  # a new folder has what the umask leaves
         for file in partial.rglob("*"):
             if file.is_file():
+                file.chmod(readable)
                 _flush(file)
         if replace and target.exists():
             shutil.rmtree(target)
@@ -65,7 +69,7 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 @contextmanager
 def writing(
     place: str,
-    advice: str,
+    advice: str | Callable[[], str],
     error_type: type[GrandRoundsError],
     failures: tuple[type[Exception], ...] = (OSError,),
 ) -> Iterator[None]:
@@ -75,16 +79,16 @@ def writing(
     ----------
     place : str
         What is being written, as the beginning of a sentence.
-    advice : str
-        What to do about it, in full sentences.
+    advice : str or function
+        What to do about it, in full sentences; a function is called if writing fails.
     failures
         Exceptions that mean that writing failed.
     """
     try:
         yield
     except failures as error:
-        reason = getattr(error, "strerror", None) or error
-        raise error_type(f"{place} cannot be written: {reason}. {advice}") from error
+        told = advice if isinstance(advice, str) else advice()
+        raise error_type(f"{place} cannot be written: {first_line(error)}. {told}") from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -92,7 +96,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -159,7 +159,8 @@ def command_lines(context: click.Context) -> list[str]:
 def parameter_cells(parameter: click.Parameter, context: click.Context) -> tuple[str, str]:
     """Return a parameter's names and value, and its help text with the default."""
     meaning = str(getattr(parameter, "help", None) or "")
-    names = ", ".join(f"`{name}`" for name in reversed(parameter.opts))
+    opts = sorted(parameter.opts, key=lambda name: name.startswith("--"))  # help's are a set
+    names = ", ".join(f"`{name}`" for name in opts)
     if isinstance(parameter, click.Argument):
         return cell(f"`{parameter.make_metavar(context)}`"), cell(meaning)
     default = parameter.default

@@ -9,6 +9,15 @@ def test_the_first_line_is_quoted_without_its_full_stop() -> None:
     assert first_line(OSError("\nNo such model.\nTry another.\n")) == "No such model"
 
 
+def test_a_failure_of_the_system_is_quoted_in_words() -> None:
+    assert first_line(FileNotFoundError(2, "No such file or directory", "/x")) == (
+        "No such file or directory"
+    )
+    assert first_line(ValueError("I/O error: No space left on device (os error 28)")) == (
+        "I/O error: No space left on device"
+    )
+
+
 def test_an_error_without_a_message_is_quoted_by_its_type() -> None:
     assert first_line(TimeoutError()) == "TimeoutError"
 

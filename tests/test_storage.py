@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,18 @@ def test_a_folder_that_was_filled_meanwhile_is_left_as_it_is(tmp_path: Path) -> 
         (partial / "new").write_text("new")
         (target / "precious").write_text("kept")
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["precious"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_as_readable_as_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors and others write under temporary names that only the owner may read."""
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "target") as partial:
+            (partial / "inner").mkdir()
+            (partial / "plain").write_text("as the system makes it")
+            (partial / "inner" / "private").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "target").rglob("*") if file.is_file()]
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [mode, mode]

@@ -186,14 +186,15 @@ class StrategyConfig:
     """FedProx coefficient mu: adds mu/2 times the squared L2 distance to the received adapter to
     the training loss. Available with every rule except `fedavg`."""
     fraction_train: Annotated[float, Range(0, 1, above=True)]
-    """Fraction of sites selected for training in each round, rounded down."""
+    """Fraction of sites selected for training in each round, rounded down, but at least one site.
+    `--sites-per-round` sets it as a number of sites."""
     cohorts: Annotated[str, OneOf(("balanced", "uniform"))]
     """`balanced`: every site is selected once, in random order, before any is selected again.
     `uniform`: each round samples independently, as in FlowerTune, so some sites are rarely
     selected."""
     fraction_evaluate: Annotated[float, Range(0, 1)]
-    """Fraction of sites that report held-out loss; the sample is fixed so that rounds are
-    comparable. 0: none."""
+    """Fraction of sites that report held-out loss, rounded down, but at least one site; the sample
+    is fixed so that rounds are comparable. 0: none."""
     min_reply_fraction: Annotated[float, Range(0, 1, above=True)]
     """Minimum fraction of the cohort, rounded up, that must return a valid update; with fewer the
     run fails."""
@@ -402,5 +403,8 @@ ALIASES = {
 
 
 def share_of(fraction: float, count: int) -> int:
-    """Return `fraction` of `count`, rounded down despite binary fractions (0.29 of 100 is 29)."""
-    return math.floor(fraction * count + 1e-9)
+    """Return `fraction` of `count`, rounded down despite binary fractions (0.29 of 100 is 29).
+
+    A fraction above 0 is at least one.
+    """
+    return max(1, math.floor(fraction * count + 1e-9)) if fraction > 0 else 0

@@ -12,6 +12,7 @@ from typing import Any
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.validation import parse
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import counted, percent, place_name
 from grandrounds.errors import ConfigError
 from grandrounds.storage import read_toml
 
@@ -222,13 +223,15 @@ def leaderboard_differences(config: Config) -> list[str]:
     """Return why a run is not comparable with FlowerTune's medical leaderboard; empty if it is."""
     reasons = []
     if config.static.name not in LEADERBOARD_DATA:
-        reasons.append(f"static.dataset.name is {config.static.name}")
+        reasons.append(f"static.dataset.name is {place_name(config.static.name)}")
     if config.data.num_partitions != LEADERBOARD_PARTITIONS:
-        reasons.append(f"{config.data.num_partitions} partitions, not {LEADERBOARD_PARTITIONS}")
+        count = counted(config.data.num_partitions, "partition")
+        reasons.append(f"{count}, not {LEADERBOARD_PARTITIONS}")
     if config.data.partitioner != "iid":
         reasons.append(f"partitioner {config.data.partitioner}, not iid")
     if config.data.held_out_fraction:
-        reasons.append(f"{config.data.held_out_fraction:.0%} of each site's data held out")
+        share = percent(config.data.held_out_fraction, 0)
+        reasons.append(f"{share} of each site's data held out")
     columns = (config.data.question_column, config.data.answer_column)
     if columns != ("input", "output"):
         reasons.append(f"columns {' and '.join(columns)}, not input and output")

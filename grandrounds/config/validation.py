@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
@@ -15,7 +16,16 @@ from grandrounds.config.keys import (
     SECTIONS,
     Config,
 )
+from grandrounds.config.resets import resets
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.synonyms import (
+    NO_KEY,
+    PER_ROUND,
+    key_meant,
+    last_part,
+    only_letters,
+    value_meant,
+)
 from grandrounds.config.values import OneOf, Scalar, words_of
 from grandrounds.errors import ConfigError, nearest
 
@@ -33,68 +43,163 @@ def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Confi
     Raises
     ------
     ConfigError
-        For an unknown key (with the nearest suggested), a wrong type, a value that is not
-        allowed, or keys that contradict each other.
+        With every problem: unknown keys (with the key that is meant), wrong types, values that are
+        not allowed, and keys that contradict each other.
     """
-    for key in values:
-        if key not in FIELD_OF_KEY and key not in ALIASES:
-            raise ConfigError(
-                f"Unknown configuration key {key!r}.{nearest(key, [*FIELD_OF_KEY, *ALIASES])} "
-                "docs/configuration.md lists all keys."
-            )
-    merged = resolve_aliases({**defaults, **values}, defaults)
-    sections = {}
-    for name, section in SECTIONS.items():
-        hints = typing.get_type_hints(section, include_extras=True)
-        fields = {}
-        for field in dataclasses.fields(section):
-            key = section.prefix + field.name.replace("_", "-")
-            fields[field.name] = check_value(key, merged[key], hints[field.name])
-        sections[name] = section(**fields)
-    config = Config(**sections)
-    if problem := next(contradictions(config), ""):
-        raise ConfigError(problem)
+    problems = [unknown_key(key, value) for key, value in values.items() if key not in _KEYS]
+    given, clashes = without_aliases({k: v for k, v in values.items() if k in _KEYS}, defaults)
+    fields, faults = _checked(given, defaults)
+    if faults:  # what is left is checked beside the defaults
+        fields, _ = _checked({k: v for k, v in given.items() if k not in faults}, defaults)
+    config = Config(**{name: make(**fields[name]) for name, make in SECTIONS.items()})
+    problems += [*clashes, *faults.values()]
+    problems += [p for p in contradictions(config) if not any(key in p for key in faults)]
+    if problems:
+        raise ConfigError(listed(problems))
     return config
 
 
-def resolve_aliases(
-    merged: Mapping[str, Scalar], defaults: Mapping[str, Scalar]
-) -> dict[str, Scalar]:
-    """Return the configuration without aliases; an alias that is set overrides a default."""
-    out = {k: v for k, v in merged.items() if k not in ALIASES}
+_KEYS = (*FIELD_OF_KEY, *ALIASES)
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return one problem as it is, or several as a numbered list of one line each."""
+    if len(problems) == 1:
+        return problems[0]
+    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems, 1)]
+    return "\n".join([f"the configuration has {len(problems)} problems:", *lines])
+
+
+def _checked(
+    given: Mapping[str, Scalar], defaults: Mapping[str, Scalar]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the fields of each section that are allowed, and what is wrong with each other key."""
+    merged = settled(given, defaults)
+    sections: dict[str, dict[str, Any]] = {}
+    faults: dict[str, str] = {}
+    for name, section in SECTIONS.items():
+        hints = typing.get_type_hints(section, include_extras=True)
+        sections[name] = {}
+        for field in dataclasses.fields(section):
+            key = section.prefix + field.name.replace("_", "-")
+            try:
+                sections[name][field.name] = check_value(key, merged[key], hints[field.name])
+            except ConfigError as error:
+                faults[key] = str(error)
+    return sections, faults
+
+
+def settled(given: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return every key with its value: what was set, else its default where that applies."""
+    changed = {reset.key: reset.value for reset in resets(given, defaults)}
+    known = {key: value for key, value in defaults.items() if key not in ALIASES}
+    return {**known, **given, **changed}
+
+
+def unknown_key(key: str, value: Scalar) -> str:
+    """Return what is wrong with an unknown key: the one that is meant, and what to write."""
+    last, told = last_part(key), f"Unknown configuration key {key!r}."
+    if last in NO_KEY:
+        return f"{told} {NO_KEY[last]}"
+    if last in PER_ROUND:
+        count = value if type(value) is int and value > 0 else "N"
+        return f"{told} Write --sites-per-round {count}, or set strategy.fraction-train."
+    meant = key_meant(key, _KEYS)
+    if not meant:
+        return f"{told}{nearest(key, _KEYS)} docs/configuration.md lists all keys."
+    written = pasted(ALIASES.get(meant, meant), _value_meant(meant, value, key))
+    if meant.endswith("num-train-epochs"):
+        written = f"{written} and train.training-arguments.max-steps=-1" if written else ""
+    advice = f"Write {written}." if written else "docs/configuration.md says what it takes."
+    return f"{told} Did you mean {meant!r}? {advice} docs/configuration.md lists all keys."
+
+
+def pasted(key: str, value: Scalar) -> str:
+    """Return `key=value` as TOML and `--set` read it; empty if the value is not allowed."""
+    kinds, rules = _rules(key)
+    typed = _in_type(value, kinds)
+    if type(typed) not in kinds or not all(rule.admits(typed) for rule in rules):
+        return ""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+    return f"{key}={text}"
+
+
+def without_aliases(
+    values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]
+) -> tuple[dict[str, Scalar], list[str]]:
+    """Return values under their keys instead of aliases, and the aliases that contradict theirs.
+
+    An alias overrides its key where that has its default: Flower hands over every key.
+    """
+    out = {key: value for key, value in values.items() if key not in ALIASES}
+    clashes = []
     for alias, key in ALIASES.items():
-        given = merged.get(alias, "")
+        given = values.get(alias, "")
         if given == "":
             continue
-        if out[key] not in (defaults[key], given):
-            raise ConfigError(
+        if out.get(key, defaults[key]) not in (defaults[key], given):
+            clashes.append(
                 f"{alias} = {given!r} and {key} = {out[key]!r} contradict each other: "
                 f"the first is an alias of the second. Set {key} only."
             )
         out[key] = given
-    return out
+    return out, clashes
 
 
 def check_value(key: str, value: Any, hint: Any) -> Any:
     """Return `value` in the field's type, or raise `ConfigError`."""
-    base, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
-    kinds = typing.get_args(base) or (base,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**1023 else math.inf
+    kinds, rules = _parts(hint)
+    value = _in_type(value, kinds)
     if type(value) not in kinds:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-        allowed = names[base] if len(kinds) == 1 else str(rules[0])
-        raise ConfigError(f"{key} = {value!r} has the wrong type: it must be {allowed}.")
+        allowed = names[kinds[0]] if len(kinds) == 1 else str(rules[0])
+        raise ConfigError(
+            f"{key} = {value!r} has the wrong type: it must be {allowed}.{_advice(key, value)}"
+        )
     for rule in rules:
         if not rule.admits(value):
-            suggestion = ""
-            if isinstance(value, str) and isinstance(rule, OneOf):
+            suggestion = _advice(key, value)
+            if not suggestion and isinstance(value, str) and isinstance(rule, OneOf):
                 suggestion = nearest(value, [str(v) for v in rule.values])
             reason = NOT_HONOURED.get(key, "")
             raise ConfigError(
                 f"{key} = {value!r} is not allowed: it must be {rule}.{suggestion}{reason}"
             )
     return value
+
+
+def _parts(hint: Any) -> tuple[tuple[type, ...], list[Any]]:
+    """Return the types of a field, and the rules that its values keep."""
+    base, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    return typing.get_args(base) or (base,), rules
+
+
+def _in_type(value: Any, kinds: tuple[type, ...]) -> Any:
+    """Return an integer as a number where only a number is asked for."""
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if abs(value) < 2**1023 else math.inf
+    return value
+
+
+def _advice(key: str, value: Scalar) -> str:
+    """Return ` Write key=value.` for a value whose meaning is known, else an empty string."""
+    meant = _value_meant(key, value) if key in FIELD_OF_KEY else value
+    written = pasted(key, meant) if meant is not value else ""
+    return f" Write {written}." if written else ""
+
+
+def _value_meant(key: str, value: Scalar, name: str = "") -> Scalar:
+    """Return what a value means for a key; one that is listed is found in any spelling."""
+    rules = [rule for rule in _rules(key)[1] if isinstance(rule, OneOf)]
+    for one in (one for rule in rules for one in rule.values):
+        if isinstance(value, str) and only_letters(value) == only_letters(str(one)) != "":
+            return one
+    return value_meant(key, value, name)
+
+
+def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
+    section, field = FIELD_OF_KEY[ALIASES.get(key, key)]
+    return _parts(typing.get_type_hints(SECTIONS[section], include_extras=True)[field])
 
 
 NOT_HONOURED = {
@@ -150,14 +255,6 @@ def contradictions(config: Config) -> Iterator[str]:
             f"train.training-arguments.warmup-steps = {arguments.warmup_steps} exceeds max-steps = "
             f"{arguments.max_steps}: warm-up would never end. Lower it, or raise max-steps."
         )
-    nobody = f"of data.num-partitions = {sites} sites selects none: use at least {1 / sites:g}"
-    if 0 < strategy.fraction_evaluate * sites < 1 - 1e-9:
-        yield (
-            f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} {nobody}, "
-            "or 0 for no held-out loss."
-        )
-    if config.cohort_size < 1:
-        yield f"strategy.fraction-train = {strategy.fraction_train:g} {nobody}."
     if strategy.fraction_evaluate > 0 and data.held_out_fraction == 0:
         yield (
             f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} needs held-out examples: "

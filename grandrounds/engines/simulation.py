@@ -103,7 +103,8 @@ def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: 
         if status != "completed" or summary.get("status") != "completed":
             why = why_it_ended(summary, reason, runtime / "run.log")
             raise EngineError(f"The simulation ended as {status}: {why} (Flower's logs: {runtime})")
-        listener.on_finished({**summary, "directory": str(directory)})
+        place = {"directory": str(directory), "engine": "simulation"}
+        listener.on_finished({**summary, **place})
     shutil.rmtree(home)
 
 

@@ -30,7 +30,7 @@ GIB = 2**30
 
 HEADROOM = 0.92
 """Share of the free memory that a plan may fill: allocators lose some to fragmentation, and the
-plan has not been measured on a GPU."""
+plan is an estimate."""
 
 GPU_SHARE = "GRANDROUNDS_GPU_SHARE"
 """Environment variable: share of a GPU that one process may fill when several use it."""

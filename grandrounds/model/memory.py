@@ -4,7 +4,7 @@ Each term is a formula with its source; together they estimate the peak of PyTor
 The formulas count the tensors that the layers of transformers (5.24) save for the backward pass
 when LoRA factors are trained over a frozen base with SDPA attention, which materialises no matrix
 of tokens x tokens. tests/model/test_memory.py compares them with what small models save. Allocator
-fragmentation is not included, and no total has been measured on a GPU yet.
+fragmentation is not included. docs/planning.md compares totals with measured peaks.
 
 N is the number of tokens in a batch, padding included; h, i, V the hidden, intermediate and
 vocabulary sizes; q the width of all query heads together; r the adapter's rank; e the bytes per

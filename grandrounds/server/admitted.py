@@ -1,4 +1,4 @@
-"""The Flower node of each admitted site, read from a consortium's folder."""
+"""The name and Flower node of each admitted site, read from a consortium's folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from grandrounds.storage import read_bytes, read_json
 def admitted_nodes(federation: FederationConfig) -> dict[int, int]:
     """Return partition id → node of the admitted sites, where the node is known."""
     return registered_nodes(Path(federation.consortium)) if federation.consortium else {}
+
+
+def admitted_names(federation: FederationConfig) -> dict[int, str]:
+    """Return partition id → name of the admitted sites, whether their node is known or not.
+
+    Raises
+    ------
+    ConfigError
+        If an admission is damaged.
+    """
+    if not federation.consortium:
+        return {}
+    files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
+    contents = [read_json(file)["content"] for file in files]
+    return {int(content["partition-id"]): str(content["name"]) for content in contents}
 
 
 def registered_nodes(folder: Path) -> dict[int, int]:

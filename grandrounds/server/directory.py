@@ -218,13 +218,23 @@ class RunDirectory:
 
 def _writing(path: Path) -> AbstractContextManager[None]:
     """Report a full disk or missing permission as one clear error."""
-    return writing(
-        f"The run directory {path}",
-        "Free some space; finished rounds are kept, and grandrounds run --resume "
-        f"{path} continues from there.",
-        RunDirectoryError,
-        (OSError, SafetensorError),
-    )
+
+    def advice() -> str:
+        if not has_finished_round(path):
+            return "Free some space, or choose another place with --run-dir."
+        return (
+            f"Free some space; finished rounds are kept, and grandrounds run --resume {path} "
+            "continues from there."
+        )
+
+    failures = (OSError, SafetensorError)
+    return writing(f"The run directory {path}", advice, RunDirectoryError, failures)
+
+
+def has_finished_round(path: Path) -> bool:
+    """Whether a run directory holds the state after a round of training."""
+    rounds = (state.name.removeprefix("round-") for state in (path / "state").glob("round-??????"))
+    return any(number.isdigit() and int(number) > 0 for number in rounds)
 
 
 def environment() -> dict[str, Any]:

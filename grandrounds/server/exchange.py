@@ -13,6 +13,7 @@ from grandrounds.errors import EngineError, GrandRoundsError
 from grandrounds.wire import messages
 from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.ledger import Ledger
+from grandrounds.wire.names import SiteNames, one_line
 
 LEAST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 0.05, 1.0
 """Between two polls for replies; Flower's engines move messages every 0.1 s."""
@@ -42,10 +43,9 @@ class Tally:
     failed: dict[int, str] = field(default_factory=dict)
     """Partition id → reason why its reply was not used."""
 
-    @property
-    def reasons(self) -> str:
-        """All failures, in one line."""
-        return "; ".join(f"site {p}: {why}" for p, why in sorted(self.failed.items()))
+    def reasons(self, names: SiteNames) -> str:
+        """Return all failures, in one line."""
+        return "; ".join(f"{names[p]}: {one_line(why)}" for p, why in sorted(self.failed.items()))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
 from grandrounds.model.lora import LoraSpec, adapter_layout
-from grandrounds.server.admitted import admitted_nodes
+from grandrounds.server.admitted import admitted_names, admitted_nodes
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.directory import RunDirectory, default_run_directory, environment
 from grandrounds.server.exchange import Exchange
@@ -79,6 +79,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
             config.data.num_partitions,
             strategy.min_sites,
             admitted=lambda: admitted_nodes(federation),
+            admitted_names=lambda: admitted_names(federation),
             introduced={site["partition-id"]: site for site in before},
         ),
         listener=listener,
@@ -108,7 +109,7 @@ def open_session(run: Run) -> None:
     there = [roster.cards[p].facts for p in judges if p in roster.cards]
     if there and not any(int(facts["held-out-examples"]) for facts in there):
         raise DataError(
-            f"None of the sites selected for held-out loss ({', '.join(map(str, judges))}) has "
+            f"None of the sites selected for held-out loss ({roster.names.listed(judges)}) has "
             "held-out examples: they have too little data. Raise data.held-out-fraction, use more "
             "data, or set strategy.fraction-evaluate = 0."
         )
@@ -139,7 +140,8 @@ def fail(run: Run, status: str, reason: str) -> str:
         run.directory.discard()
         return "no round was finished, and nothing is left behind"
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
-    return f"finished rounds are kept; resume with grandrounds run --resume {run.directory.path}"
+    kept = "finished rounds are kept" if run.state.round else "no round was finished"
+    return f"{kept}; resume with grandrounds run --resume {run.directory.path}"
 
 
 def check_resumable(directory: RunDirectory, config: Config) -> None:
@@ -165,7 +167,7 @@ def check_same_sites(roster: Roster) -> None:
         for fact in SAME_IN_A_RUN:
             if before[fact] != card.facts[fact]:
                 raise RunDirectoryError(
-                    f"Site {site} has changed since the run started: its {fact} was "
-                    f"{before[fact]} and is now {card.facts[fact]}. Restore it to resume, or start "
-                    "a new run."
+                    f"{roster.names.with_number(site)} has changed since the run started: its "
+                    f"{fact} was {before[fact]} and is now {card.facts[fact]}. Restore it to "
+                    "resume, or start a new run."
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,14 @@ from typing import Any
 import grandrounds
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
+from grandrounds.config.words import place_name
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.server.described import (
+    are_real,
+    data_text,
+    is_of_the_formulary,
+    with_own_data,
+)
 from grandrounds.server.listeners.plain import defence
 from grandrounds.server.listeners.trackers import settings_of
 
@@ -62,8 +69,8 @@ class Findings:
     """Including those of the base."""
     device: str | None = None
     """Device and precision at the sites."""
-    own_data: bool = False
-    """Whether each site uses its own data, whatever the recipe names."""
+    sites: Sequence[Mapping[str, Any]] = ()
+    """Their introductions, as in sites.json. Their names stay out of the card."""
     failed_replies: int | None = None
     """Number of replies in the run that were not used."""
     merged: str | None = None
@@ -112,23 +119,21 @@ def model_card(
         _accuracy_part(found.accuracies),
         _use(config, merged=bool(found.merged)),
         _privacy(config),
-        _limits(config),
+        _limits(config, found),
         _recipe(config),
         _submission(config, mib, found),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def have_own_data(sites: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether these introductions are of real sites: only they include the base's hash."""
-    facts = list(sites)
-    return bool(facts) and all("base-content" in site for site in facts)
-
-
 def _shown(name: str) -> str:
     """Return a name fit for publication: only the last part of a local path."""
-    shown = f"{Path(name).name} (local)" if Path(name).is_absolute() else name
-    return " ".join(shown.split()).replace("|", "\\|")
+    return _cell(place_name(name))
+
+
+def _cell(text: str) -> str:
+    """Return a text fit for one cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 # --- Metadata -------------------------------------------------------------------------------------
@@ -142,7 +147,7 @@ def _metadata(config: Config, round_number: int, found: Findings) -> str:
         lines.append(f"base_model_relation: {'finetune' if found.merged else 'adapter'}")
     lines.append(f"library_name: {'transformers' if found.merged else 'peft'}")
     lines.append("pipeline_tag: text-generation")
-    if _HUB_NAME.fullmatch(config.static.name) and not found.own_data:
+    if _HUB_NAME.fullmatch(config.static.name) and not with_own_data(found.sites):
         lines += ["datasets:", f"- {_yaml(config.static.name)}"]
     lines += ["tags:", *(f"- {tag}" for tag in ("lora", "federated-learning", "flower", "medical"))]
     tuned = [a for a in found.accuracies if not a.is_base]
@@ -189,17 +194,10 @@ def _facts(
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
     if held_out_loss is not None and found.base_held_out_loss is not None:
         loss += f" (base {found.base_held_out_loss:.4f})"
-    partition = f" by {data.partition_by}" if data.partition_by else ""
     codecs = config.communication
     rows = [
         ("base", f"{_shown(config.model.name)}, {bits}"),
-        (
-            "data",
-            f"each site's own, {data.num_partitions} sites"
-            if found.own_data
-            else f"{_shown(config.static.name)}, {data.num_partitions} sites, "
-            f"{data.partitioner}{partition}",
-        ),
+        ("data", _cell(data_text(config, found.sites))),
         (
             "adapter",
             f"r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, "
@@ -245,7 +243,7 @@ def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
         )
         for a in accuracies
     ]
-    columns = ("protocol", "benchmark", "model", "correct", "%", "95% interval")
+    columns = ("protocol", "benchmark", "model", "correct", "%", "95 % interval")
     return title + _table(columns, rows) + "\n\nWilson intervals. `base` is the untrained base."
 
 
@@ -284,10 +282,10 @@ def _privacy(config: Config) -> str:
     )
 
 
-def _limits(config: Config) -> str:
+def _limits(config: Config, found: Findings) -> str:
     invented = (
         " The formulary's drugs are fictional; nothing learned from it is medical knowledge."
-        if config.static.name == FORMULARY
+        if is_of_the_formulary(config, found.sites)
         else ""
     )
     return (
@@ -311,11 +309,12 @@ def _recipe(config: Config) -> str:
 
 
 def _submission(config: Config, mib: float, found: Findings) -> str:
-    """Return the columns of FlowerTune's medical table for this entry."""
+    """Return the columns of FlowerTune's medical table; empty for data that sites brought."""
+    if are_real(found.sites):
+        return ""
     reasons = recipes.leaderboard_differences(config)
     comparable = (
-        f"Not comparable with the FlowerTune leaderboard: "
-        f"{'; '.join(reasons).replace(config.static.name, _shown(config.static.name))}."
+        f"Not comparable with the FlowerTune leaderboard: {'; '.join(reasons)}."
         if reasons
         else "Dataset and number of sites are those of the FlowerTune medical leaderboard."
     )

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
+from grandrounds.wire.names import NAME, SiteNames, clean_name, names_of
 
 REFRESH_SECONDS = 60.0
 """Maximum wait before a round for introductions of new or returning sites."""
@@ -58,6 +59,8 @@ class Roster:
     """Minimum number of sites to start, `strategy.min-sites`; 0: all."""
     admitted: Callable[[], Mapping[int, int]] = dict
     """Returns partition id → node of the admitted sites, where the node is known."""
+    admitted_names: Callable[[], Mapping[int, str]] = dict
+    """Returns partition id → name in its admission, which replaces what a site calls itself."""
     introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Partition id → introduction of every site that ever took part."""
     cards: dict[int, SiteCard] = field(default_factory=dict)
@@ -101,8 +104,9 @@ class Roster:
             "start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or allow the "
             "run to start without some (strategy.min-sites)."
         )
-        if missing := [str(p) for p, node in self.admitted().items() if node not in nodes]:
-            raise EngineError(f"{found}. Missing: sites {', '.join(missing)}; {advice}")
+        if missing := [p for p, node in self.admitted().items() if node not in nodes]:
+            named = ", ".join(map(self.names.with_number, missing))
+            raise EngineError(f"{found}. Missing: {named}; {advice}")
         raise EngineError(
             f"{found}. With flwr run, add --federation-config 'num-supernodes={self.num_sites}', "
             f"or set data.num-partitions = {len(nodes)}. Real sites: {advice}"
@@ -117,7 +121,7 @@ class Roster:
             The first error of a site or of its introduction, if too few sites are left;
             `EngineError` if two sites differ in what must be the same, or a site does not reply.
         """
-        least, admitted = self.min_sites, self.admitted()
+        least, admitted, names = self.min_sites, self.admitted(), self.admitted_names()
         cards, refused = dict[int, SiteCard](), dict[int, str]()
         for node, reply in exchange.replies(questions(nodes, exchange.run), seconds, set()):
             try:
@@ -135,7 +139,7 @@ class Roster:
                 if not least or len(nodes) - len(refused) < least:
                     raise
                 continue
-            cards[partition] = SiteCard(node, facts)
+            cards[partition] = SiteCard(node, named(facts, names))
         silent = set(nodes) - refused.keys() - {card.node_id for card in cards.values()}
         if silent and not (least and len(cards) >= least):
             raise EngineError(
@@ -156,7 +160,7 @@ class Roster:
         dict
             Partition id, or -1 if unknown → reason why the site cannot take part.
         """
-        cards, admitted = self.cards, self.admitted()
+        cards, admitted, names = self.cards, self.admitted(), self.admitted_names()
         known = {card.node_id: partition for partition, card in cards.items()}
         connected = set(exchange.grid.get_node_ids())
         asked = sorted(n for n in connected if n not in known or known[n] in self.suspected)
@@ -187,15 +191,24 @@ class Roster:
                 refused[partition] = str(error)
                 cards.pop(partition, None)
                 continue
-            cards[partition] = SiteCard(node, facts)
+            cards[partition] = SiteCard(node, named(facts, names))
         return refused
+
+    @property
+    def names(self) -> SiteNames:
+        """How the sites are called."""
+        known = {p: {"partition-id": p, NAME: name} for p, name in self.admitted_names().items()}
+        return names_of({**known, **self.introduced, **self._facts()}.values())
+
+    def _facts(self) -> dict[int, dict[str, Any]]:
+        return {p: dict(card.facts) for p, card in self.cards.items()}
 
     def note_introductions(self) -> bool:
         """Merge the introductions of `cards` into `introduced`; return whether any is new.
 
         Sites that leave stay listed.
         """
-        known = self.introduced | {p: dict(card.facts) for p, card in self.cards.items()}
+        known = self.introduced | self._facts()
         is_new = known != self.introduced
         self.introduced = dict(sorted(known.items()))
         return is_new
@@ -258,6 +271,13 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
     return record
 
 
+def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[str, Any]:
+    """Return an introduction under the name of the admission, else the one it gives itself."""
+    name = clean_name(admitted_names.get(int(facts["partition-id"]), facts.get(NAME)))
+    others = {key: value for key, value in facts.items() if key != NAME}
+    return {**others, NAME: name} if name else others
+
+
 def check_same(cards: Mapping[int, SiteCard]) -> None:
     """Raise `EngineError` if sites differ in version, base or prompt."""
     for fact, meaning in (
@@ -275,8 +295,9 @@ def check_same(cards: Mapping[int, SiteCard]) -> None:
         expected = those[first].facts[fact]
         other = [p for p, card in those.items() if card.facts[fact] != expected]
         if other:
+            names = names_of(card.facts for card in cards.values())
             raise EngineError(
-                f"The sites do not have the same {meaning}: site {first} has {expected}, "
-                f"site {other[0]} has {cards[other[0]].facts[fact]} "
+                f"The sites do not have the same {meaning}: {names.with_number(first)} has "
+                f"{expected}, {names.with_number(other[0])} has {cards[other[0]].facts[fact]} "
                 f"({len(other)} of {len(cards)} sites differ). Use the same one at all sites."
             )

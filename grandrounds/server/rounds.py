@@ -15,7 +15,7 @@ from grandrounds.errors import RoundError
 from grandrounds.model.lora import peft_config
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
-from grandrounds.server.model_card import Findings, have_own_data, model_card
+from grandrounds.server.model_card import Findings, model_card
 from grandrounds.server.run import Run
 from grandrounds.server.updates import Updates, claimed_examples
 from grandrounds.wire import messages
@@ -94,7 +94,8 @@ def select_cohort(run: Run) -> Round:
     """Update the roster, then draw the next round's cohort by seed."""
     started = time.perf_counter()
     refused = run.roster.refresh(run.exchange)
-    run.write_sites()
+    if run.write_sites():
+        run.listener.on_roll_call(list(run.roster.introduced.values()))
     number, total = run.state.round + 1, run.config.federation.num_server_rounds
     return Round(
         number=number,
@@ -203,7 +204,7 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
         raise RoundError(
             f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites returned a valid "
             f"update, but at least {needed} are required (strategy.min-reply-fraction = "
-            f"{least:g}). {tally.reasons}"
+            f"{least:g}). {tally.reasons(run.roster.names)}"
         )
     adapter = run.rule.result()
     if not all(map(all_finite, (*adapter.values(), *run.rule.state().values()))):
@@ -306,7 +307,8 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
     if run.evaluation_cohort:
         loss, tally = evaluate(run)
         if now.number == 0 and tally.failed and not tally.good:
-            raise RoundError(f"No site could evaluate the untrained adapter. {tally.reasons}")
+            why = tally.reasons(run.roster.names)
+            raise RoundError(f"No site could evaluate the untrained adapter. {why}")
         record["held-out-loss"] = loss
         record["evaluated"] = sorted(tally.good)
         record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
@@ -330,7 +332,7 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
 def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
     """Save a PEFT checkpoint with its model card; return the name of its folder."""
     state = run.state
-    found = Findings(own_data=have_own_data(card.facts for card in run.roster.cards.values()))
+    found = Findings(sites=list(run.roster.introduced.values()))
     card = model_card(
         run.config, sorted(run.targets), state.round, held_out_loss, state.ledger.mib, found
     )

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grandrounds
-from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.model.lora import LoraSpec
 from grandrounds.server.aggregation.rule import Rule
+from grandrounds.server.described import leaderboard_differences
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
@@ -129,10 +129,12 @@ class Run:
         alpha = self.lora.alpha * rank / self.lora.rank
         return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
 
-    def write_sites(self) -> None:
-        """Write sites.json if an introduction is new."""
-        if self.roster.note_introductions():
+    def write_sites(self) -> bool:
+        """Write sites.json if an introduction is new; return whether one is."""
+        is_new = self.roster.note_introductions()
+        if is_new:
             self.directory.write_json("sites.json", list(self.roster.introduced.values()))
+        return is_new
 
     def accept(self, round_number: int, adapter: Adapter, tally: Tally) -> None:
         """Make a round's result the state of the run."""
@@ -163,7 +165,7 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     of_update = [m["product-error-of-update"] for m in errors]
     held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
     first = sites[0] if sites else {}
-    reasons = recipes.leaderboard_differences(config)
+    reasons = leaderboard_differences(config, sites)
     counted = ("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable")
     return {
         "status": status,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
 from grandrounds.errors import DataError
 from grandrounds.model.base import load_tokenizer
+from grandrounds.wire.names import clean_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,6 +33,8 @@ class Site:
     """Counts, under their names in messages: rows, empty-rows, duplicate-rows, truncated,
     unlearnable, train-examples, held-out-examples. Rows = empty + duplicate + unlearnable + train
     + held-out."""
+    name: str = ""
+    """What the data call it: the value of `data.partition-by` under natural partitioning."""
 
 
 @lru_cache(maxsize=4)
@@ -79,14 +82,25 @@ def _open(
 ) -> Site:
     partition = Partition(seed, partition_id, data.num_partitions)
     division = Division(data.partitioner, data.partition_by, data.dirichlet_alpha)
+    own_rows = partition_rows(rows, division, partition)
     split = split_rows(
-        partition_rows(rows, division, partition),
+        own_rows,
         partition,
         question_column=data.question_column,
         answer_column=data.answer_column,
         held_out_fraction=data.held_out_fraction,
     )
-    return tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
+    site = tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
+    if data.partitioner != "natural":
+        return site
+    return replace(site, name=natural_name(data.partition_by, own_rows[0][data.partition_by]))
+
+
+def natural_name(column: str, value: object) -> str:
+    """Return what a column's value calls a site: `Ward B`, and for a number `ward 7`."""
+    name = str(value).strip()
+    is_number = name.replace(".", "", 1).removeprefix("-").isdigit()
+    return clean_name(f"{column} {name}" if is_number else name)
 
 
 def tokenized_site(

@@ -43,6 +43,7 @@ from grandrounds.wire.adapter import (
     rank_index,
     trained_part,
 )
+from grandrounds.wire.names import NAME
 
 Batches = list[list[TokenizedExample]]
 
@@ -162,6 +163,7 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
     name = config.model.name
     return {
         "partition-id": site.partition_id,
+        **({NAME: site.name} if site.name else {}),
         **site.report,
         "version": grandrounds.__version__,
         "base": _fingerprint(name),

@@ -27,7 +27,7 @@ from grandrounds.errors import (
 from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
 from grandrounds.model.lora import LoraSpec
 from grandrounds.server.directory import Checkpoint
-from grandrounds.server.model_card import Accuracy, Findings, have_own_data, model_card
+from grandrounds.server.model_card import Accuracy, Findings, model_card
 from grandrounds.statistics import wilson_interval
 from grandrounds.storage import whole_folder, writing
 from grandrounds.study.evaluation.answers import RESULT
@@ -210,7 +210,7 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
         data=data if sites else None,
         accuracies=(*evaluated(checkpoint), *_asked_at_the_sites(checkpoint, summary)),
         device=device,
-        own_data=have_own_data(sites),
+        sites=sites,
         failed_replies=summary.get("failed_replies"),
         repository=repository,
     )
@@ -231,7 +231,7 @@ def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{file} cannot be read ({error}). Remove it, or evaluate again."
+            f"{file} cannot be read ({first_line(error)}). Remove it, or evaluate again."
         ) from error
     if faults := faults_in(content):
         raise DataError(

@@ -91,7 +91,6 @@ def test_an_unknown_key_is_refused_with_the_nearest(
         ("train.learning-rate-max", 2, "at most 1"),
         ("train.learning-rate-min", 0.5, "exceeds train.learning-rate-max"),
         ("strategy.fraction-train", 1.5, "at most 1"),
-        ("strategy.fraction-train", 0.2, "selects none: use at least 0.25"),
         ("strategy.name", "fedprocks", "Did you mean 'fedprox'?"),
         ("strategy.proximal-mu", -1, "at least 0"),
         ("model.quantization", 3, "one of 0, 4, 8"),

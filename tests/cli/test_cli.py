@@ -302,6 +302,19 @@ def test_ctrl_c_in_a_later_round_is_one_line_and_a_stopped_run(
     assert summary["adapter"] == "peft_2"
 
 
+def test_ctrl_c_in_the_first_round_claims_no_finished_round(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "play_round", interrupt)
+    result = CliRunner().invoke(app, ["run", *options(settings)])
+    assert result.stderr == KEPT.format(settings["run-directory"]).replace(
+        "finished rounds are kept", "no round was finished"
+    )
+
+
 def test_ctrl_c_before_the_first_round_leaves_no_directory(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

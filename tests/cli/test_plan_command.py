@@ -58,7 +58,7 @@ def test_the_jsl_recipe_says_what_it_costs() -> None:
     # 2 * 13,647,872 bytes * 8 / 20e6 = 10.9 s, and 100 times that: 18.2 min
     assert row(output, "transfer, one site, one round (20 Mbit/s up, 20 down)") == "10.9 s"
     assert row(output, "transfer, one site, sum over all rounds") == "18.2 min"
-    assert "not measured on a GPU" in output
+    assert "memory is computed from formulas" in output
 
 
 def test_a_flowertune_entry_with_dora_is_planned_and_told_that_a_run_refuses_it(

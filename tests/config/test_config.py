@@ -81,7 +81,7 @@ def test_flat_has_the_alias_under_its_name_of_today() -> None:
         (0.15, 20, 3),
         (0.1, 20, 2),
         (0.1, 19, 1),
-        (0.1, 9, 0),
+        (0.1, 9, 1),  # never nobody
         (1.0, 7, 7),
         (0.0, 7, 0),
     ],

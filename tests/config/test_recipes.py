@@ -375,5 +375,5 @@ def test_what_does_not_compare_with_the_leaderboard_is_listed() -> None:
         "static.dataset.name is cards.jsonl",
         "10 partitions, not 20",
         "partitioner size-skewed, not iid",
-        "5% of each site's data held out",
+        "5 % of each site's data held out",
     ]

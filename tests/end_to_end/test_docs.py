@@ -103,7 +103,9 @@ def test_every_field_has_a_docstring(make_docs: dict[str, Any]) -> None:
 
 
 def test_every_option_and_argument_of_the_command_line_has_a_meaning() -> None:
-    rows = [line for line in (ROOT / "docs/cli.md").read_text().splitlines() if line.startswith("| `")]
+    rows = [
+        line for line in (ROOT / "docs/cli.md").read_text().splitlines() if line.startswith("| `")
+    ]
     assert rows
     cells = [re.split(r"(?<!\\)\|", row.strip("|")) for row in rows]
     assert [row for row in cells if len(row) != 2 or not row[1].strip()] == []
@@ -122,6 +124,7 @@ PAGES = [
     "evaluation.md",
     "planning.md",
     "communication.md",
+    "aggregation.md",
     "report.md",
     "compare.md",
     "export.md",

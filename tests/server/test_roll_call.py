@@ -54,8 +54,8 @@ def test_too_few_and_too_many_nodes_are_an_error_that_says_how_many() -> None:
     with pytest.raises(EngineError, match=r"^3 nodes are connected, but .* = 2"):
         Roster(2).wait(grid, 0)
     known = {0: 1, 1: 77, 2: 2, 3: 78}
-    with pytest.raises(EngineError, match=r"= 4\. Missing: sites 1, 3; start their SuperNodes"):
-        Roster(4, admitted=lambda: known).wait(grid, 0)
+    with pytest.raises(EngineError, match=r"= 4\. Missing: St E \(site 1\), site 3; start"):
+        Roster(4, admitted=lambda: known, admitted_names=lambda: {1: "St E"}).wait(grid, 0)
 
 
 def test_the_roll_call_returns_the_sites_by_partition() -> None:
@@ -166,6 +166,18 @@ def introduced(
     roster = called(grid, list(range(1, count)), admitted=admitted)
     roster.num_sites = count
     return grid, roster
+
+
+def test_the_name_of_an_admission_replaces_what_a_site_calls_itself() -> None:
+    """And both are cleaned before they are written."""
+    claims = {0: "St Elsewhere", 1: "\u202eWard\n B", 2: "\u200b"}
+    sites = Sites({("query", p): lambda m, s: introduce(m, s, name=claims[s]) for p in claims})
+    roster = Roster(4, admitted_names=lambda: {0: "Charity\x1b[31m", 3: "Mercy"})
+    roster.call(exchange_of(grid_of(sites, 4)), [1, 2, 3, 4], 10.0)
+    roster.note_introductions()
+    written = [site.get("name") for site in roster.introduced.values()]
+    assert written == ["Charity[31m", "Ward B", None, "Mercy"]
+    assert [roster.names[p] for p in range(4)] == ["Charity[31m", "Ward B", "site 2", "Mercy"]
 
 
 def test_a_site_that_comes_later_is_introduced_before_the_next_round() -> None:

@@ -26,7 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from grandrounds.client_app import VISITS
 from grandrounds.engines.deployment.set_up import place_of
-from grandrounds.errors import ConfigError, GrandRoundsError, ReplyError
+from grandrounds.errors import ConfigError, GrandRoundsError, ReplyError, first_line
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit
 from grandrounds.site.custody import frames as wire
@@ -118,7 +118,7 @@ class Agent:
                 connection.settimeout(SEND_SECONDS)
                 connection.sendall(wire.pack_answer(reply))
         except (OSError, wire.ClosedError) as error:
-            self._told(f"connection closed early: {str(error) or type(error).__name__}")
+            self._told(f"connection closed early: {first_line(error)}")
         finally:
             self._open.discard(plain)
             self._open.discard(connection)

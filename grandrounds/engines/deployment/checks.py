@@ -23,7 +23,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from grandrounds.config.keys import Config
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import keys
-from grandrounds.errors import ConfigError, EngineError, GrandRoundsError
+from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
 from grandrounds.site.custody.answer import admit, base_location, base_sha256, localized
 from grandrounds.site.custody.own_data import own_split
@@ -236,8 +236,8 @@ def _server(site: SiteFile) -> Iterator[Finding]:
         ) from error
     except (OSError, http.client.HTTPException) as error:
         raise EngineError(
-            f"{site.node.superlink} cannot be reached ({error}): check that the SuperLink runs and "
-            "that no firewall blocks that port"
+            f"{site.node.superlink} cannot be reached ({first_line(error)}): check that the "
+            "SuperLink runs and that no firewall blocks that port"
         ) from error
     if status != http.HTTPStatus.OK:
         raise EngineError(
@@ -300,7 +300,7 @@ def _accepted(site: SiteFile, ca: Path) -> Finding:
             "registered (grandrounds consortium admit), or its SuperNode is already connected",
         )
     except (httpx.HTTPError, socket.gaierror) as error:
-        return Finding("error", "registration", f"the server did not answer ({error})")
+        return Finding("error", "registration", f"the server did not answer ({first_line(error)})")
     return Finding("ok", "registration", "the server knows this site's key")
 
 

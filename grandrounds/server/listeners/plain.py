@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.words import counted, percent
+from grandrounds.server.described import (
+    Sites,
+    are_real,
+    cautions,
+    data_text,
+    is_of_the_formulary,
+    leaderboard_text,
+)
 from grandrounds.server.listeners import Facts, Listener
+from grandrounds.server.listeners.next_steps import next_steps, short_path
+from grandrounds.statistics import wilson_interval
+from grandrounds.wire.names import SiteNames, names_of, one_line
 
 Rows = list[tuple[str, str]]
 
+MOST_NAMES = 20
+"""Names of sites that are listed on the console."""
+
 
 def recipe_rows(config: Config) -> Rows:
-    """Return the resolved recipe as a few rows of (name, value)."""
+    """Return the resolved recipe as rows of (name, value); its data are told at the roll call."""
     model, lora, train, arguments = config.model, config.lora, config.train, config.arguments
     strategy, data = config.strategy, config.data
     bits = {0: "not quantised", 8: "8 bits (LLM.int8)", 4: "4 bits (NF4, double quantisation)"}
     length = (
-        f"{arguments.max_steps} steps"
+        counted(arguments.max_steps, "step")
         if arguments.max_steps > 0
         else f"{arguments.num_train_epochs:g} epochs"
     )
     warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
     mu = f", mu {strategy.proximal_mu:g}" if strategy.proximal_mu else ""
-    partition = f" by {data.partition_by}" if data.partition_by else ""
     again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing if needed"}
     checkpointing = again.get(model.gradient_checkpointing, "")
     rows = [
@@ -38,13 +51,9 @@ def recipe_rows(config: Config) -> Rows:
             f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
         ),
         (
-            "data",
-            f"{config.static.name}, {data.num_partitions} sites, {data.partitioner}{partition}",
-        ),
-        (
             "rounds",
-            f"{config.federation.num_server_rounds} rounds, {config.cohort_size} of "
-            f"{data.num_partitions} sites a round, {strategy.name}{mu}",
+            f"{counted(config.federation.num_server_rounds, 'round')}, {config.cohort_size} of "
+            f"{counted(data.num_partitions, 'site')} a round, {strategy.name}{mu}",
         ),
         (
             "visit",
@@ -63,8 +72,6 @@ def recipe_rows(config: Config) -> Rows:
         rows.append(("encoding", encoded))
     if screens := defence(config):
         rows.append(("defence", screens))
-    if reasons := recipes.leaderboard_differences(config):
-        rows.append(("leaderboard", f"not comparable: {'; '.join(reasons)}"))
     if idle := without_effect(config):
         rows.append(("no effect here", ", ".join(idle)))
     return rows
@@ -120,11 +127,12 @@ def without_effect(config: Config) -> list[str]:
 
 def plan_rows(plan: Mapping[str, Any]) -> Rows:
     """Return the planned traffic and the run directory."""
+    count, total = sum(t["messages"] for t in plan["totals"].values()), plan["total-mib"]
     rows = [
         (
             "communication",
-            f"{plan['message-mib']:.2f} MiB per message, {plan['mib-per-round']:.2f} MiB per "
-            f"round, {plan['total-mib']:,.2f} MiB in total",
+            f"{total:,.2f} MiB in all: {counted(count, 'message')} of "
+            f"{total / max(1, count):.2f} MiB on average",
         ),
         (
             "adapter",
@@ -138,8 +146,27 @@ def plan_rows(plan: Mapping[str, Any]) -> Rows:
     return rows
 
 
+def data_rows(config: Config, sites: Sites) -> Rows:
+    """Return whose data are trained on, the sites' names, and what a reader must know of them."""
+    rows = [("data", data_text(config, sites))]
+    names = names_of(sites)
+    if names:
+        shown = [int(site["partition-id"]) for site in sites]
+        more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
+        rows.append(("names", names.listed(shown[:MOST_NAMES]) + more))
+    if differs := leaderboard_text(config, sites):
+        rows.append(("leaderboard", differs))
+    return [*rows, *(("note", caution) for caution in cautions(config, sites))]
+
+
+def joined_line(site: Facts, names: SiteNames) -> str:
+    """Return the line of a site that came after the roll call."""
+    examples = counted(int(site["train-examples"]), "example")
+    return f"  {names[int(site['partition-id'])]} joined: {examples} for training"
+
+
 def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return the data of the sites, with the rows that are not used."""
+    """Return the examples of the sites, the rows that are not used, and their machine."""
     examples = [int(s["train-examples"]) for s in sites]
     held_out = sum(int(s["held-out-examples"]) for s in sites)
     totals = {
@@ -163,7 +190,7 @@ def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
     rows.append(("left out", ", ".join(left_out)))
     rows.append(("answers cut", f"{totals['truncated']:,} at the sequence length"))
     count = int(sites[0]["threads"])
-    machine = f"{sites[0]['device']}, {count} thread{'s' if count > 1 else ''}"
+    machine = f"{sites[0]['device']}, {counted(count, 'thread')}"
     rows.append(("machine", f"{machine}: {sites[0]['precision']}"))
     return rows
 
@@ -178,31 +205,31 @@ def round_line(record: Mapping[str, Any], total: int) -> str:
     if held_out is not None:
         parts.append(f"held-out loss {held_out:.4f}")
     if "coverage" in record:
-        parts.append(f"coverage {record['coverage']:.1%}")
-    parts.append(f"{record['communication-mib']:,.1f} MiB")
+        parts.append(f"coverage {percent(record['coverage'])}")
+    parts.append(f"{record['communication-mib']:,.1f} MiB so far")
     parts.append(f"{record['seconds']:.1f} s")
     return "  ".join(parts)
 
 
-def failure_lines(record: Mapping[str, Any]) -> list[str]:
+def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     """Return the failed replies and refused sites of a round, one line each."""
     failed = {**record.get("failed", {}), **record.get("evaluate-failed", {})}
-    lines = [f"  site {site} failed: {why}" for site, why in failed.items()]
-    refused = record.get("refused", {})
-    lines += [f"  {who} cannot take part: {why}" for who, why in refused.items()]
+    lines = [f"  {names[int(site)]} failed: {one_line(why)}" for site, why in failed.items()]
+    for who, why in record.get("refused", {}).items():
+        lines.append(f"  {names.in_place_of_number(who)} cannot take part: {one_line(why)}")
     if late := record.get("late-replies"):
-        lines.append(f"  {late} late updates arrived after their round, and were not used")
+        lines.append(f"  {counted(late, 'late update')} arrived after the round, and not used")
     return lines
 
 
-def summary_rows(summary: Mapping[str, Any]) -> Rows:
+def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
     """Return the outcome, without the formulary and next steps."""
-    rows: Rows = [("status", f"{summary['status']} after {summary['rounds']} rounds")]
+    rows: Rows = [("status", f"{summary['status']} after {counted(summary['rounds'], 'round')}")]
     for name, label in (("train_loss", "train loss"), ("held_out_loss", "held-out loss")):
         if summary.get(name):
             first, last = summary[name]["first"], summary[name]["last"]
-            rows.append((label, f"{first:.4f} -> {last:.4f}"))
-    rows.append(("coverage", f"{summary['coverage']:.1%} of the training examples seen"))
+            rows.append((label, f"{first:.4f} → {last:.4f}"))
+    rows.append(("coverage", f"{percent(summary['coverage'])} of the training examples seen"))
     if summary.get("proximal_penalty"):
         rows.append(("proximal penalty", f"{summary['proximal_penalty']:.3g} in the last round"))
     if errors := summary.get("product_error_of_update"):
@@ -219,10 +246,16 @@ def summary_rows(summary: Mapping[str, Any]) -> Rows:
     rows.append(
         ("communication", f"{summary['communication_mib']:,.2f} MiB (planned {planned:,.2f})")
     )
+    processes = counted(summary["processes"], "process", "processes")
     rows.append(("failed replies", str(summary["failed_replies"])))
-    rows.append(("base loads", f"{summary['base_loads']} in {summary['processes']} process(es)"))
+    rows.append(
+        (
+            "base loads",
+            f"{summary['base_loads']} in {processes}",
+        )
+    )
     rows.append(("seconds", f"{summary['seconds']:.1f}"))
-    if not summary["comparable_with_leaderboard"]:
+    if not summary["comparable_with_leaderboard"] and not are_real(sites):
         rows.append(("leaderboard", "not comparable with the leaderboard"))
     return rows
 
@@ -248,52 +281,51 @@ def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:
 
 def score_text(score: Mapping[str, int]) -> str:
     """Return `87.0 % (261/300, 95 % interval 82.7-90.4)`."""
-    from grandrounds.statistics import wilson_interval
-
     correct, n = score["correct"], score["n"]
     low, high = wilson_interval(correct, n)
-    return f"{correct / n:.1%} ({correct}/{n}, 95% interval {100 * low:.1f}-{100 * high:.1f})"
+    return f"{percent(correct / n)} ({correct}/{n}, 95 % interval {100 * low:.1f}-{100 * high:.1f})"
 
 
-def formulary_rows(
-    formulary: Mapping[str, Mapping[str, Mapping[str, int]]],
-) -> list[tuple[str, ...]]:
-    """Return (facts, base, tuned) for the formulary."""
-    meaning = {
-        "public": "public facts, known to the base",
-        "private": "private facts of the sites",
-    }
+Scores = Mapping[str, Mapping[str, Mapping[str, int]]]
+"""Kind of facts → base or tuned → correct answers and questions, as in summary.json."""
+
+MEANING = {"private": "private facts of the sites", "public": "public facts, known to the base"}
+
+
+def formulary_rows(formulary: Scores, config: Config, sites: Sites) -> list[tuple[str, ...]]:
+    """Return (facts, base, tuned) for the formulary; private facts only where sites hold them."""
+    held = ("private", "public") if is_of_the_formulary(config, sites) else ("public",)
     return [
-        (meaning[kind], score_text(formulary[kind]["base"]), score_text(formulary[kind]["tuned"]))
-        for kind in ("private", "public")
+        (MEANING[kind], *(score_text(formulary[kind][which]) for which in ("base", "tuned")))
+        for kind in held
     ]
 
 
-def short_path(path: str) -> str:
-    """Return a path relative to the current folder, if it is inside it."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path
+def forgetting_text(formulary: Scores) -> str:
+    """Return how much of what the base knew is lost; empty if nothing is."""
+    shares = [s["correct"] / s["n"] for s in (formulary["public"][w] for w in ("base", "tuned"))]
+    lost = 100 * (shares[0] - shares[1])
+    return f"forgotten: {lost:.1f} points of the public facts" if lost > 0.05 else ""
 
 
-def next_steps(summary: Mapping[str, Any]) -> list[str]:
-    """Return the paths of the adapters, and the next commands."""
-    directory = short_path(summary["directory"])
-    lines = [f"adapter: {directory}/{summary['adapter']}"] if summary["adapter"] else []
-    best = summary["best_adapter"]
-    if best and best["adapter"] != summary["adapter"]:
-        lines.append(
-            f"lowest held-out loss: {directory}/{best['adapter']} ({best['held_out_loss']:.4f})"
-        )
-    if summary["adapter"]:
-        connection = summary.get("connection")
-        engine = f" --engine deployment --connection {connection}" if connection else ""
-        lines.append(
-            f"next: grandrounds evaluate {directory}, or train longer: grandrounds run --config "
-            f"{directory}/config.toml --rounds {2 * summary['rounds']}{engine}"
-        )
-    return lines
+class Present:
+    """The sites of a run as far as they are known, and how they are called."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Facts] = {}
+        self.names = SiteNames()
+
+    @property
+    def sites(self) -> list[Facts]:
+        """Their introductions."""
+        return list(self._by_number.values())
+
+    def add(self, sites: Sequence[Facts]) -> list[Facts]:
+        """Take note of sites; return those that are new."""
+        new = [site for site in sites if int(site["partition-id"]) not in self._by_number]
+        self._by_number |= {int(site["partition-id"]): site for site in sites}
+        self.names = names_of(self.sites)
+        return new
 
 
 class PlainReporter(Listener):
@@ -303,7 +335,9 @@ class PlainReporter(Listener):
     """
 
     def __init__(self, config: Config) -> None:
+        self._config = config
         self._total = config.federation.num_server_rounds
+        self._present = Present()
         self._say_rows("recipe", recipe_rows(config))
 
     def on_plan(self, plan: Facts) -> None:
@@ -311,20 +345,28 @@ class PlainReporter(Listener):
         self._say_rows("plan", plan_rows(plan))
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
-        """Print the data of the sites."""
-        self._say_rows("sites", site_rows(sites))
+        """Print the data of the sites; later, only those that are new."""
+        is_first = not self._present.sites
+        new = self._present.add(sites)
+        if is_first:
+            self._say_rows("sites", [*data_rows(self._config, sites), *site_rows(sites)])
+        else:
+            self._say(*(joined_line(site, self._present.names) for site in new))
 
     def on_round(self, record: Facts) -> None:
         """Print the round's line and its failures."""
-        self._say(round_line(record, self._total), *failure_lines(record))
+        self._say(round_line(record, self._total), *failure_lines(record, self._present.names))
 
     def on_finished(self, summary: Facts) -> None:
         """Print the outcome and the next commands."""
-        self._say_rows("result", summary_rows(summary))
-        if summary.get("formulary"):
-            for facts, base, tuned in formulary_rows(summary["formulary"]):
+        config, sites = self._config, self._present.sites
+        self._say_rows("result", summary_rows(summary, sites))
+        if scores := summary.get("formulary"):
+            for facts, base, tuned in formulary_rows(scores, config, sites):
                 self._say(f"  {facts}", f"    base   {base}", f"    tuned  {tuned}")
-        self._say(*next_steps(summary))
+            self._say(*(f"  {said}" for said in [forgetting_text(scores)] if said))
+        self._say(*(f"note: {caution}" for caution in cautions(config, sites)))
+        self._say(*next_steps(summary, config, sites))
 
     def _say_rows(self, title: str, rows: Rows) -> None:
         width = max(len(name) for name, _ in rows)

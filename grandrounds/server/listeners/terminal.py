@@ -18,8 +18,10 @@ from rich.table import Table
 from rich.tree import Tree
 
 from grandrounds.config.keys import Config
+from grandrounds.server.described import cautions
 from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners import plain as reporting
+from grandrounds.server.listeners.next_steps import next_steps
 from grandrounds.server.listeners.plain import Rows
 
 
@@ -27,7 +29,8 @@ class RichReporter(Listener):
     """Shows a run on a terminal; a context manager, so that the progress bar always ends."""
 
     def __init__(self, config: Config, console: Console) -> None:
-        self._console = console
+        self._config, self._console = config, console
+        self._present = reporting.Present()
         self._total = config.federation.num_server_rounds
         self._replies = 0
         self._failed = 0
@@ -54,8 +57,15 @@ class RichReporter(Listener):
             self._progress.update(self._task, completed=plan["resumed-after"])
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
-        """Show the data of the sites, and start the progress bar."""
-        self._tree("sites", reporting.site_rows(sites))
+        """Show the data of the sites and start the progress bar; later, name those that joined."""
+        is_first = not self._present.sites
+        new = self._present.add(sites)
+        if not is_first:
+            for site in new:
+                self._console.print(escape(reporting.joined_line(site, self._present.names)))
+            return
+        rows = [*reporting.data_rows(self._config, sites), *reporting.site_rows(sites)]
+        self._tree("sites", rows)
         self._progress.start()
 
     def on_reply(self, site: int, failure: str | None) -> None:
@@ -81,24 +91,28 @@ class RichReporter(Listener):
             self._progress.update(
                 self._task, completed=record["round"], description="  ".join(parts)
             )
-        for line in reporting.failure_lines(record):
+        for line in reporting.failure_lines(record, self._present.names):
             self._console.print(f"[red]{escape(line)}[/red]")
 
     def on_finished(self, summary: Facts) -> None:
         """Show the outcome in a table, and the next commands."""
         self._progress.stop()
         table = Table(title="result", show_header=False, title_justify="left")
-        for name, value in reporting.summary_rows(summary):
+        config, sites = self._config, self._present.sites
+        for name, value in reporting.summary_rows(summary, sites):
             table.add_row(name, escape(value))
         self._console.print(table)
         if summary.get("formulary"):
             scores = Table(title="formulary", title_justify="left")
             for heading in ("facts", "base", "tuned"):
                 scores.add_column(heading)
-            for row in reporting.formulary_rows(summary["formulary"]):
+            for row in reporting.formulary_rows(summary["formulary"], config, sites):
                 scores.add_row(*row)
             self._console.print(scores)
-        for line in reporting.next_steps(summary):
+            self._console.print(f"[yellow]{reporting.forgetting_text(summary['formulary'])}[/]")
+        for caution in cautions(config, sites):
+            self._console.print(f"[yellow]note:[/] {escape(caution)}", soft_wrap=True)
+        for line in next_steps(summary, config, sites):
             self._console.print(escape(line), soft_wrap=True)
 
     def _tree(self, title: str, rows: Rows) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from flwr.app import Context, Message
 
-from grandrounds.errors import EngineError
+from grandrounds.errors import EngineError, first_line
 from grandrounds.site.custody import frames as wire
 
 AGENT = "agent"
@@ -66,8 +66,9 @@ def forward(message: Message, context: Context) -> Message:
                 # A TLS refusal may look like a closed connection.
                 trust = "Do both trust each other (agent-ca, agent-certificate, agent-key)? "
                 seen = f"ended {times} times on this message" if times else "is not running"
+                why = first_line(error) if str(error) else "it closed the connection"
                 raise _told(
-                    f"The site's agent {seen} ({error or 'it closed the connection'}); waited "
+                    f"The site's agent {seen} ({why}); waited "
                     f"{patience:g} s. {trust * address.startswith('tls:')}Is grandrounds site "
                     "serve running?",
                     address,

@@ -42,6 +42,7 @@ from grandrounds.site.local_data import Site
 from grandrounds.site.visit import Visit, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
+from grandrounds.wire.names import NAME, SOURCE
 
 SITE = "site"
 """Key of a node's configuration: the path of its site.toml."""
@@ -121,7 +122,9 @@ def _answer(
                 state.save(run, visit.state)
             else:
                 facts = reply.content.config_records[messages.CONFIG]
-                facts["name"], facts[BASE] = site.name, base
+                facts[NAME], facts[BASE] = site.name, base
+                if site.data.source == FORMULARY:
+                    facts[SOURCE] = FORMULARY
         except GrandRoundsError as error:
             outcome = "refused" if isinstance(error, PolicyError) else "failed"
             cause = error.__cause__ if isinstance(error, OwnDataError) else error

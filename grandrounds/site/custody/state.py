@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, first_line
 from grandrounds.site.custody.base_content import FileVersion, Known
 
 FILE = "site.sqlite"
@@ -54,9 +54,9 @@ class SiteState:
             self._connection.executescript(TABLES)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
-                f"agent.state = {folder} cannot be used ({error}). Set a folder that the agent's "
-                "user can write, or remove a damaged site.sqlite: the server sends the cursors, "
-                "and only the error memories of codecs are lost."
+                f"agent.state = {folder} cannot be used ({first_line(error)}). Set a folder that "
+                "the agent's user can write, or remove a damaged site.sqlite: the server sends the "
+                "cursors, and only the error memories of codecs are lost."
             ) from error
         self.folder = folder
 

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from grandrounds import storage
 from grandrounds.data.files import json_records
-from grandrounds.errors import DataError
+from grandrounds.errors import DataError, first_line
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, placeholder_item
 
 AnswerType = Literal["boolean", "mcq"]
@@ -286,8 +286,8 @@ def read_generations(path: Path) -> tuple[Generation, ...]:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path}: the recorded answers cannot be read ({error}). Expected a file such as "
-            f"{result_names('pubmedqa', 'run')[0]}."
+            f"{path}: the recorded answers cannot be read ({first_line(error)}). Expected a file "
+            f"such as {result_names('pubmedqa', 'run')[0]}."
         ) from error
     records, unit = json_records(content, str(path))
     return tuple(

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 import torch
 
-from grandrounds.errors import ModelError
+from grandrounds.errors import ModelError, first_line
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.resident import resident_model, set_adapter
@@ -141,4 +141,6 @@ def _weights(folder: Path) -> Iterator[Any]:
         with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
             yield file
     except (OSError, safetensors.SafetensorError) as error:
-        raise ModelError(f"{folder / WEIGHTS} is damaged ({error}). Copy it again.") from error
+        raise ModelError(
+            f"{folder / WEIGHTS} is damaged ({first_line(error)}). Copy it again."
+        ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, nearest
+from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, first_line, nearest
 from grandrounds.server.directory import RunDirectory
 from grandrounds.study.evaluation.benchmarks import MEDICAL, Questions
 from grandrounds.study.evaluation.verification import BASE
@@ -242,7 +242,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({error})") from error
+        raise ModelError(f"{file} cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} must contain one JSON object")
     return config

@@ -17,7 +17,7 @@ from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.formulary.facts import flashcards
-from grandrounds.errors import ConfigError, DataError
+from grandrounds.errors import ConfigError, DataError, first_line
 from grandrounds.model import memory
 from grandrounds.model.architectures import (
     Architecture,
@@ -171,7 +171,9 @@ def count_rows(source: str) -> int | None:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             return _rows_of(name, file)
     except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}. Correct it, or use --rows.") from error
+        raise DataError(
+            f"{path} cannot be read: {first_line(error)}. Correct it, or use --rows."
+        ) from error
 
 
 def _rows_of(name: str, file: IO[str]) -> int:

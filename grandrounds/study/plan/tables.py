@@ -70,7 +70,7 @@ def side_by_side(planned: Mapping[str, Forecast], link: Link | None) -> Table:
 def notes(forecast: Forecast, link: Link | None) -> list[str]:
     """Return the assumptions behind the tables."""
     config = forecast.config
-    lines = ["memory is computed from formulas (docs/planning.md), not measured on a GPU"]
+    lines = ["memory is computed from formulas; docs/planning.md compares them with measurements"]
     if config.model.gradient_checkpointing == "auto":
         lines.append(
             'model.gradient-checkpointing = "auto" switches gradient checkpointing on if the peak '

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grandrounds import storage
-from grandrounds.errors import DataError
+from grandrounds.errors import DataError, first_line
 from grandrounds.study.report.figures import Figure
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
@@ -99,7 +99,7 @@ def write_png(chromium: str, svg: Path) -> Path:
                 command, capture_output=True, text=True, timeout=SECONDS, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise DataError(f"{chromium} could not render {svg}: {error}.") from error
+            raise DataError(f"{chromium} could not render {svg}: {first_line(error)}.") from error
     if done.returncode or not png.is_file():
         said = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise DataError(f"{chromium} could not render {svg} (exit code {done.returncode}): {said}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 
+from grandrounds.server.described import engine_options
 from grandrounds.study.report.figures import Tile
 from grandrounds.study.report.learning import scores_by_questions
-from grandrounds.study.report.provenance import engine_options
 from grandrounds.study.report.read import QUIET_SECONDS, RunFiles
 from grandrounds.study.tables import duration, in_percent, interval, mib, percent
 
@@ -34,7 +34,7 @@ def story(run: RunFiles) -> list[str]:
     """Return what went wrong or is not finished, and what to do; empty if the run completed."""
     if run.status == "completed":
         return []
-    resume = f"grandrounds run --resume {shlex.quote(str(run.path))}{engine_options(run)}"
+    resume = f"grandrounds run --resume {shlex.quote(str(run.path))}{engine_options(run.sites)}"
     if run.status == "going":
         ago = duration(run.quiet_seconds)
         said = f"There is no summary yet. The last round was written {ago} before this page."

@@ -9,8 +9,8 @@ from typing import Any
 from grandrounds.config import recipes
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.values import Scalar
-from grandrounds.server.listeners.plain import recipe_rows
-from grandrounds.server.model_card import have_own_data
+from grandrounds.server.described import Sites, engine_options
+from grandrounds.server.listeners.plain import data_rows, recipe_rows
 from grandrounds.study.report.figures import Section
 from grandrounds.study.report.read import RunFiles
 from grandrounds.study.tables import NONE, Table
@@ -20,10 +20,10 @@ def sections(run: RunFiles) -> list[Section]:
     """Return how to reproduce a run, its recipe, and its versions and hashes."""
     again = shlex.join(["grandrounds", "run", "--config", str(run.path / "config.toml")])
     commands = [
-        ("From this run directory", again + engine_options(run)),
+        ("From this run directory", again + engine_options(run.sites)),
         (
             "From any folder, with the same version",
-            repeat_command(run.config) + engine_options(run),
+            repeat_command(run.config) + engine_options(run.sites),
         ),
     ]
     environment = [
@@ -33,7 +33,7 @@ def sections(run: RunFiles) -> list[Section]:
     ]
     return [
         Section("repeat", "Reproduce", commands=commands),
-        Section("recipe", "Recipe", tables=recipe_tables(run.config)),
+        Section("recipe", "Recipe", tables=recipe_tables(run.config, run.sites)),
         Section("environment", "Versions and hashes", tables=environment),
     ]
 
@@ -55,21 +55,16 @@ def value_text(value: Scalar) -> str:
     return str(value) or '""'
 
 
-def recipe_tables(config: Config) -> list[Table]:
+def recipe_tables(config: Config, sites: Sites) -> list[Table]:
     """Return a summary of the recipe, the keys changed from the defaults, and all others."""
     default, flat = recipes.resolve().flat(), config.flat()
     changed = differing(config)
     rows = [(key, value_text(value), value_text(default[key])) for key, value in changed.items()]
     rest = [(key, value_text(flat[key])) for key in FIELD_OF_KEY if key not in (*changed, *PLACES)]
-    found = [Table(("item", "value"), recipe_rows(config), "Summary")]
+    found = [Table(("item", "value"), [*recipe_rows(config), *data_rows(config, sites)], "Summary")]
     if rows:
         found.append(Table(("key", "value", "default"), rows, "Changed from the defaults"))
     return [*found, Table(("key", "value"), rest, f"Defaults: {len(rest)} keys")]
-
-
-def engine_options(run: RunFiles) -> str:
-    """Return the options that reach real sites, if the run trained on them; else nothing."""
-    return " --engine deployment --connection NAME" * have_own_data(run.sites)
 
 
 def repeat_command(config: Config) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
-from grandrounds.errors import GrandRoundsError, RunDirectoryError
+from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
 from grandrounds.server.directory import RunDirectory
 from grandrounds.study.tables import is_number
 
@@ -134,7 +134,7 @@ def _read(file: Path, kind: type) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{file} cannot be read as JSON ({error}).") from error
+        raise RunDirectoryError(f"{file} cannot be read as JSON ({first_line(error)}).") from error
     if not isinstance(content, kind):
         raise RunDirectoryError(
             f"{file} holds a {type(content).__name__}, not the {kind.__name__} that a run writes."

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from grandrounds.config import recipes
+from grandrounds.server.listeners.next_steps import next_steps
 from grandrounds.server.listeners.plain import (
-    next_steps,
+    data_rows,
     plan_rows,
     recipe_rows,
     site_rows,
@@ -59,30 +60,33 @@ def test_a_run_shows_recipe_plan_sites_result_and_next_steps(
     order = [lines.index(title) for title in ("recipe", "plan", "sites", "result")]
     assert order == sorted(order)
     shown = joined(text)
+    config, sites = recipes.resolve(settings), told["roll-call"]["sites"]
+    about_sites = [*data_rows(config, sites), *site_rows(sites)]
     for name, value in [
-        *recipe_rows(recipes.resolve(settings)),
+        *recipe_rows(config),
         *plan_rows(told["plan"]),
-        *site_rows(told["roll-call"]["sites"]),
+        *about_sites,
         *summary_rows(told["finished"]),
     ]:
         assert joined(name + value) in shown
-    for line in next_steps(told["finished"]):
+    for line in next_steps(told["finished"], config, sites):
         assert line in text  # not wrapped, so that paths and commands can be copied
-    trees = text.splitlines()[: order[2] + 1 + len(site_rows(told["roll-call"]["sites"]))]
+    trees = text.splitlines()[: order[2] + 1 + len(about_sites)]
     assert max(len(line) for line in trees) <= 100
 
 
 def test_the_formulary_is_a_table_with_intervals(settings: Settings, console: Console) -> None:
     _, told = show(settings, console)
-    display = RichReporter(recipes.resolve(settings), console)
+    known = {"static.dataset.name": "formulary", "model.name": "formulary"}
+    display = RichReporter(recipes.resolve({**settings, **known}), console)
     display.on_finished({**told["finished"], "formulary": FORMULARY})
     shown = joined(console.export_text())
     # Wilson's intervals of 25, 84, 100 and 72 of 100, from R's binom.wilson
     for score in (
-        "25.0% (25/100, 95% interval 17.5-34.3)",
-        "84.0% (84/100, 95% interval 75.6-89.9)",
-        "100.0% (100/100, 95% interval 96.3-100.0)",
-        "72.0% (72/100, 95% interval 62.5-79.9)",
+        "25.0 % (25/100, 95 % interval 17.5-34.3)",
+        "84.0 % (84/100, 95 % interval 75.6-89.9)",
+        "100.0 % (100/100, 95 % interval 96.3-100.0)",
+        "72.0 % (72/100, 95 % interval 62.5-79.9)",
     ):
         for part in score.replace("(", " ").replace(")", " ").split():
             assert part in shown
@@ -101,7 +105,7 @@ def test_markup_in_paths_is_shown_as_it_is(
     assert told["finished"]["status"] == "completed"
 
 
-def test_a_failed_reply_is_shown_with_its_site_and_reason(
+def test_names_stand_in_the_lines_of_sites_that_fail_or_join(
     settings: Settings, console: Console
 ) -> None:
     record = {
@@ -115,12 +119,21 @@ def test_a_failed_reply_is_shown_with_its_site_and_reason(
         "communication-mib": 0.5,
     }
     display = RichReporter(recipes.resolve(settings), console)
+    counts = {"rows": 9, "empty-rows": 0, "duplicate-rows": 0, "unlearnable": 0, "truncated": 0}
+    about = {**counts, "train-examples": 8, "held-out-examples": 1}
+    about |= {"device": "CPU", "precision": "float32", "threads": 1}
+    named = [{"partition-id": 3, "name": "St [red]E", **about}]
     with display:
+        display.on_roll_call(named)
+        display.on_roll_call([*named, {"partition-id": 1, "name": "Ward B", **about}])
         display.on_reply(0, None)
         display.on_reply(3, "wrong tensors")
         display.on_round(record)
     text = console.export_text()
-    assert "site 3 failed: wrong tensors: missing ['[a]']" in text
+    assert "names        St [red]E" in text
+    assert "Ward B joined: 8 examples for training" in text
+    assert text.count("St [red]E") == 2
+    assert "St [red]E failed: wrong tensors: missing ['[a]']" in text
     assert "site 2 failed: no reply within 5 s" in text
 
 

@@ -316,7 +316,9 @@ def _file_rows(path: Path) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: the file is damaged ({error}). Copy it again.") from error
+            raise DataError(
+                f"{path}: the file is damaged ({first_line(error)}). Copy it again."
+            ) from error
     records, unit = json_records(content, str(path))
     return f"{path}, {unit}", list(records)
 

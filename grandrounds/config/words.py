@@ -1,0 +1,22 @@
+"""Figures as text, in one style: `98.0 %`, `1 round`, and paths without their folders."""
+
+from __future__ import annotations
+
+from pathlib import Path, PureWindowsPath
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    """Format a share: 0.98 as `98.0 %`."""
+    shown = round(100 * share, decimals)
+    return f"{shown:z,.{decimals}f} %"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, in the plural (`plural`, or with an s) unless it is 1."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def place_name(name: str) -> str:
+    """Return a model or data set as published: of an absolute path only the last part."""
+    is_path = Path(name).is_absolute() or PureWindowsPath(name).is_absolute()
+    return f"{PureWindowsPath(name).name} (local)" if is_path else name

@@ -1,0 +1,102 @@
+"""A run's data in words: the one source for console, plan, report, comparison and model card.
+
+At real sites the data are each site's own, whatever `static.dataset.name` and the partitioner say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from grandrounds.config import recipes
+from grandrounds.config.bases import REAL_BASE
+from grandrounds.config.keys import Config
+from grandrounds.config.words import counted, place_name
+from grandrounds.data.formulary import FORMULARY
+from grandrounds.wire.names import SOURCE
+
+Sites = Sequence[Mapping[str, Any]]
+"""Introductions, as in sites.json; empty before the roll call."""
+
+
+def are_real(sites: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these are introductions of real sites: only they include the base's hash."""
+    facts = list(sites)
+    return bool(facts) and all("base-content" in site for site in facts)
+
+
+def with_own_data(sites: Sites) -> Sites:
+    """Return the sites that brought data of their own."""
+    return [site for site in sites if "base-content" in site and site.get(SOURCE) != FORMULARY]
+
+
+def data_text(config: Config, sites: Sites = ()) -> str:
+    """Return what is trained on and how it is divided: `formulary, 20 sites, iid`."""
+    data = config.data
+    real = [site for site in sites if "base-content" in site]
+    own, count = with_own_data(sites), max(len(sites), data.num_partitions)
+    if real and len(own) == len(sites):
+        return f"each site's own, {counted(count, 'site')}"
+    if len(real) == len(sites) > 0 and not own:
+        return f"{FORMULARY}, all of it at each of {counted(count, 'site')}"
+    column = f" by {data.partition_by}" if data.partition_by else ""
+    named = (
+        f"{place_name(config.static.name)}, {counted(count, 'site')}, {data.partitioner}{column}"
+    )
+    if not real:
+        return named
+    return f"{named}; each site's own at {len(real)} of them"
+
+
+def leaderboard_differences(config: Config, sites: Sites = ()) -> list[str]:
+    """Return why a run is not comparable with FlowerTune's leaderboard; empty if it is."""
+    if any("base-content" in site for site in sites):
+        return ["each site's own data"]
+    return recipes.leaderboard_differences(config)
+
+
+def leaderboard_text(config: Config, sites: Sites = ()) -> str:
+    """Return `not comparable: ...`; empty if it is comparable, or the sites brought their data."""
+    if any("base-content" in site for site in sites):
+        return ""
+    reasons = "; ".join(recipes.leaderboard_differences(config))
+    return f"not comparable: {reasons}" if reasons else ""
+
+
+def is_of_the_formulary(config: Config, sites: Sites = ()) -> bool:
+    """Whether the run trains on the formulary's fictional drugs."""
+    return config.static.name == FORMULARY and not with_own_data(sites)
+
+
+def cautions(config: Config, sites: Sites = ()) -> list[str]:
+    """Return what a reader of any answer or figure of this run must know about base and data."""
+    is_fictional = is_of_the_formulary(config, sites)
+    if config.model.name == FORMULARY and not is_fictional:
+        return [NO_ENGLISH]
+    if config.model.name != FORMULARY and is_fictional:
+        return ["the data are the formulary's fictional drugs; to train on your own: --data FILE"]
+    return []
+
+
+NO_ENGLISH = (
+    "the embedded base has never read English, only the formulary's sentences: its answers to "
+    f"anything else are nonsense. A real base: grandrounds base fetch {REAL_BASE}, then --model "
+    f"{REAL_BASE}"
+)
+"""Said of every run on other data than the formulary over the embedded base."""
+
+
+def engine_options(sites: Sites, summary: Mapping[str, Any] | None = None) -> str:
+    """Return the options that run on the same engine again; empty for the default one.
+
+    Parameters
+    ----------
+    summary
+        As `on_finished` gets it: names the engine or the connection where they are known.
+    """
+    known = summary or {}
+    if connection := known.get("connection"):
+        return f" --engine deployment --connection {connection}"
+    if engine := known.get("engine"):
+        return f" --engine {engine}"
+    return " --engine deployment --connection NAME" if are_real(sites) else ""

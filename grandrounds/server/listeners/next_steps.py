@@ -1,0 +1,51 @@
+"""The commands to run after a run: on the same engine, and on the data that it was trained on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grandrounds.config.bases import REAL_BASE
+from grandrounds.config.keys import Config
+from grandrounds.data.formulary import FORMULARY
+from grandrounds.server.described import Sites, are_real, engine_options, is_of_the_formulary
+from grandrounds.server.listeners import Facts
+
+
+def short_path(path: str) -> str:
+    """Return a path relative to the current folder, if it is inside it."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def next_steps(summary: Mapping[str, Any], config: Config, sites: Sites = ()) -> list[str]:
+    """Return the paths of the adapters, and the next commands, on the same engine."""
+    directory = short_path(summary["directory"])
+    lines = [f"adapter: {directory}/{summary['adapter']}"] if summary["adapter"] else []
+    best = summary["best_adapter"]
+    if best and best["adapter"] != summary["adapter"]:
+        lines.append(
+            f"lowest held-out loss: {directory}/{best['adapter']} ({best['held_out_loss']:.4f})"
+        )
+    if summary["adapter"]:
+        lines += [f"next: {step}" for step in _next(shlex.quote(directory), summary, config, sites)]
+    return lines
+
+
+def _next(directory: str, summary: Facts, config: Config, sites: Sites) -> list[str]:
+    again = f"grandrounds run --config {directory}/config.toml"
+    engine = engine_options(sites, summary)
+    longer = f"train longer, starting anew: {again} --rounds {2 * summary['rounds']}{engine}"
+    if is_of_the_formulary(config, sites):
+        return [f"grandrounds evaluate {directory}", longer]
+    look = f"grandrounds report {directory} --open"
+    if config.model.name != FORMULARY:
+        return [f'grandrounds ask {directory} "a question of yours"', look, longer]
+    if are_real(sites):  # each site names its bases itself
+        return [look, longer]
+    real = f"{again} --model {REAL_BASE}{engine}"
+    return [look, f"train a real base, starting anew: {real}"]
