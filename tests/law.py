@@ -90,7 +90,7 @@ HEAVY = ("torch", "transformers", "flwr", "peft", "datasets", "numpy")
 NUMBERS = {"numpy", "safetensors", "scipy", "zstandard", "filelock"}
 MODELS = {
     *("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "datasets", "datasketch"),
-    *("flwr_datasets", "huggingface_hub", "pyarrow", "psutil"),
+    *("flwr_datasets", "huggingface_hub", "pyarrow", "psutil", "gguf"),
 }
 FLOWER = {"flwr", "google", "httpx"}
 SCREEN = {"typer", "rich", "jinja2"}

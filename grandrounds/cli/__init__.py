@@ -12,7 +12,18 @@ import typer
 from typer.core import TyperGroup
 
 import grandrounds
-from grandrounds.cli import ask, compare, consortium, evaluate, export, plan, report, run, site
+from grandrounds.cli import (
+    ask,
+    base,
+    compare,
+    consortium,
+    evaluate,
+    export,
+    plan,
+    report,
+    run,
+    site,
+)
 from grandrounds.errors import GrandRoundsError
 
 NEEDED_TO_RUN = (
@@ -21,6 +32,7 @@ NEEDED_TO_RUN = (
     "cryptography",
     "datasets",
     "datasketch",
+    "filelock",
     "flwr",
     "flwr_datasets",
     "numpy",
@@ -103,10 +115,11 @@ def root(
     adapters leave a site.
 
     **Start here:** `grandrounds run` trains the built-in model on the built-in data, without
-    downloads, in about a minute.
+    downloads.
     """
 
 
+app.add_typer(base.app, name="base")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")
 for command in (

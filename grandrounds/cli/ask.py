@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grandrounds.cli.options import Checkpoint, Plain, RunDirectory
+from grandrounds.config.bases import find_base
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
 
@@ -44,6 +45,7 @@ def ask(
     from grandrounds.server.directory import find_checkpoint
 
     chosen = find_checkpoint(run_dir, checkpoint)
+    find_base(chosen.config.model.name)  # fails now if it is not fetched
     if question is not None and not question.strip():
         raise ConfigError("The question is empty: give one, or omit it for a prompt.")
     quiet_libraries()

@@ -26,6 +26,7 @@ from grandrounds.cli.options import (
 )
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
+from grandrounds.config.bases import find_base
 from grandrounds.config.keys import PLACES
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError
@@ -96,6 +97,7 @@ def compare(
         if settings.pop(key, ""):
             raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
     resolved = recipes.with_absolute_paths(recipes.resolve(settings))
+    find_base(resolved.model.name)  # fails now if it is not fetched
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})
     left_out = comparison.check_sites(sites, resolved.data.num_partitions)

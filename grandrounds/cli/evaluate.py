@@ -17,6 +17,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from grandrounds.cli.options import BenchmarkData, Limit, Plain
 from grandrounds.cli.screen import Screen, say
+from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
@@ -50,11 +51,29 @@ def evaluate(
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, formulary; "
-            "default: formulary for a run on it, else the first four.",
+            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, formulary, "
+            "held-out (the rows that a run's sites held out); default: formulary for a run on it, "
+            "held-out for a run on a local file, else the first four.",
             metavar="NAMES",
         ),
     ] = None,
+    own_exams: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--benchmark",
+            help="Exam of your own, a file with the columns question, options (or A, B, ...) and "
+            "answer (letter, index from 0, or text); repeatable.",
+            metavar="FILE",
+        ),
+    ] = None,
+    own_style: Annotated[
+        str,
+        typer.Option(
+            "--benchmark-style",
+            help="How your own exams are asked. `texts`: whole options, in the run's prompt. "
+            "`letters`: lettered options, as MedMCQA is.",
+        ),
+    ] = "texts",
     protocol: Annotated[
         str,
         typer.Option(
@@ -74,6 +93,9 @@ def evaluate(
     permutations: Annotated[
         int, typer.Option(help="Additional random orders of lettered options in `likelihood`.")
     ] = 3,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Maximum length of an answer to `held-out`, in tokens.")
+    ] = 128,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -125,6 +147,8 @@ def evaluate(
 
     - `grandrounds evaluate none --base HuggingFaceTB/SmolLM2-135M-Instruct --protocol all`
 
+    - `grandrounds evaluate runs/mine --benchmarks held-out --benchmark exam.csv`
+
     - `grandrounds evaluate --rescore generation_pubmedqa_run.jsonl`
 
     - `grandrounds evaluate --verify runs/first/evaluation/evaluation.json`
@@ -146,18 +170,25 @@ def evaluate(
         training = _only(given, "--check-overlap needs the training data")
         columns = {"question_column": question_column, "answer_column": answer_column}
         quiet_libraries()
-        from grandrounds.study.evaluation.benchmarks import MEDICAL, load_questions
+        from grandrounds.study.evaluation.benchmarks import MEDICAL, Questions, load_questions
+        from grandrounds.study.evaluation.own_exam import load_own_exams
 
-        questions = load_questions(names or MEDICAL, data, limit)
+        own = load_own_exams(own_exams or [], "texts", limit)
+        published = load_questions(names or ([] if own else MEDICAL), data, limit)
+        questions = Questions((*own, *published.tasks), limit)
         _check_overlap(training, questions, out, columns, screen)
     else:
-        from grandrounds.study.evaluation.benchmarks import load_questions
+        from grandrounds.study.evaluation.own_exam import style_of
+        from grandrounds.study.evaluation.questions import Wanted, questions_for
         from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, find_target
 
-        method = Method(protocol, permutations, batch_size)
+        method = Method(protocol, permutations, batch_size, answer_tokens)
+        wanted = Wanted(names or [], own_exams or [], style_of(own_style), data, limit)
         name = _only(given, "give an adapter's folder, a run directory or none")
         target = find_target(name, base, quantization)
-        questions = load_questions(names or target.benchmarks, data, limit)
+        find_base(target.base)  # fails now if it is not fetched
+        quiet_libraries()
+        questions = questions_for(target, wanted)
         _evaluate(EvaluationTasks(target, questions, method, out), resume, screen)
 
 
@@ -165,12 +196,12 @@ def _names(benchmarks: str | None) -> list[str] | None:
     """Return the benchmarks of a comma-separated list, each of them known."""
     if benchmarks is None:
         return None
-    from grandrounds.study.evaluation.benchmarks import get_benchmark
+    from grandrounds.study.evaluation.benchmarks import check_names
 
     names = list(words_of(benchmarks))
     if not names:
         raise ConfigError("--benchmarks is empty; omit it for the default")
-    return [get_benchmark(name).name for name in names]
+    return check_names(names)
 
 
 def _only(given: Sequence[str], needed: str) -> str:
@@ -211,7 +242,9 @@ def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
 
 @contextmanager
 def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
-    """Yield a listener for `runner.evaluate`: a line per benchmark, and a bar."""
+    """Yield a listener for `runner.evaluate`: a forecast, a line per benchmark, and a bar."""
+    from grandrounds.study.tables import duration
+
     with screen.bar("loading", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
 
         def listen(event: str, facts: Mapping[str, Any]) -> None:
@@ -220,6 +253,10 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
                 bar.reset(task, total=facts["total"], completed=facts["done"], description=what)
             elif event == "answered":
                 bar.advance(task, facts["count"])
+            elif event == "forecast":
+                if facts["seconds"]:
+                    about = duration(facts["seconds"])
+                    say(f"about {about} to go, from the first batch of each benchmark")
             elif event == "asked":
                 cut = f", {facts['truncated']:,} prompts truncated" if facts["truncated"] else ""
                 kept = f", {facts['done']:,} kept from before" if facts["done"] else ""

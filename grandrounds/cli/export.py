@@ -9,6 +9,7 @@ import typer
 
 from grandrounds.cli.options import Checkpoint, RunDirectory
 from grandrounds.cli.screen import say
+from grandrounds.config.bases import find_base
 from grandrounds.quiet import quiet_libraries
 
 
@@ -46,6 +47,7 @@ def export(
     from grandrounds.server.directory import find_checkpoint
 
     chosen = find_checkpoint(run_dir, checkpoint)
+    find_base(chosen.config.model.name)  # fails now if it is not fetched
     quiet_libraries()
     from grandrounds.study import export as exports
 

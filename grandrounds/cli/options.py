@@ -23,7 +23,8 @@ Assignments = Annotated[
 ]
 
 Model = Annotated[
-    str | None, typer.Option(help="Base model: Hub name, local folder, or formulary.")
+    str | None,
+    typer.Option(help="Base model: Hub name, local folder, name in `base list`, or formulary."),
 ]
 
 Data = Annotated[

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Plain, Rounds
 from grandrounds.config import recipes
+from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
@@ -87,6 +88,7 @@ def run(
         run_directory=str(run_dir) if run_dir else None,
     )
     resolved = resolve_run(settings, resume)
+    find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(
             "--engine deployment and --connection NAME belong together: give both or neither."

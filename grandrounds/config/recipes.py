@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grandrounds.config.bases import names_a_base
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.validation import parse
 from grandrounds.config.values import Scalar
@@ -201,9 +202,10 @@ def with_absolute_paths(config: Config) -> Config:
         path = Path(name).expanduser()
         return str(path.absolute()) if name != "formulary" and path.exists() else name
 
+    base = config.model.name
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, name=full(config.model.name)),
+        model=dataclasses.replace(config.model, name=base if names_a_base(base) else full(base)),
         static=dataclasses.replace(config.static, name=full(config.static.name)),
     )
 

@@ -45,8 +45,14 @@ def from_records(
     return RawRows(present, tuple(available), places, unit)
 
 
-def read_file(path: Path, source: str, columns: Sequence[str]) -> RawRows:
+def read_file(path: Path, source: str, columns: Sequence[str], texts: int = 2) -> RawRows:
     """Return the requested columns of a file, whose format follows from its name.
+
+    Parameters
+    ----------
+    texts : int
+        Number of columns, from the first, whose cells in a CSV file are read as text whatever they
+        look like.
 
     Raises
     ------
@@ -60,7 +66,7 @@ def read_file(path: Path, source: str, columns: Sequence[str]) -> RawRows:
         if name.endswith(".parquet"):
             return _read_parquet(cast(IO[bytes], file), source, columns)
         if name.removesuffix(".gz").endswith(".csv"):
-            return _read_csv(cast(IO[bytes], file), source, columns)
+            return _read_csv(cast(IO[bytes], file), source, columns, texts)
         if name.removesuffix(".gz").endswith(".json"):
             records, unit = json_records(file.read(), source)
             return from_records(records, columns, unit)
@@ -120,7 +126,7 @@ def _check_object(record: Any, where: str) -> None:
         )
 
 
-def _read_csv(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
+def _read_csv(file: IO[bytes], source: str, columns: Sequence[str], texts: int) -> RawRows:
     """Read comma-separated values with a header line; quoted values may contain line breaks."""
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import csv
@@ -132,7 +138,7 @@ def _read_csv(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
             # With threads pyarrow's messages have no row number.
             read_options=csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
             parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns[:2], text)),
+            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns[:texts], text)),
         )
     except pyarrow.ArrowException as error:
         raise DataError(

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.config.bases import folder_of
 from grandrounds.config.values import words_of
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, nearest
@@ -115,7 +116,7 @@ class Architecture:
     """The shapes of a base model."""
 
     name: str
-    """The name it was looked up by: a hub name, a folder or `formulary`."""
+    """The name it was looked up by: of the hub, of a base on this machine, or a folder."""
     known_as: str
     """The entry of architectures.json, or the config.json, that the shapes come from."""
     model_type: str
@@ -170,7 +171,7 @@ def known_names() -> list[str]:
 
 
 def find_architecture(name: str) -> Architecture:
-    """Return the shapes of a base by hub name, local folder, config.json or `formulary`.
+    """Return the shapes of a base by its name, a local folder, config.json or `formulary`.
 
     Hub names are looked up in architectures.json, ignoring case; nothing is downloaded.
 
@@ -181,6 +182,8 @@ def find_architecture(name: str) -> Architecture:
     """
     if name == FORMULARY:
         return _from_file(name, base_path() / "config.json")
+    if folder := folder_of(name):
+        return _from_file(name, folder / "config.json")
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_file(name, path / "config.json")

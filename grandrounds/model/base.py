@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from grandrounds.config.bases import find_base
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, first_line
 
@@ -22,7 +23,7 @@ class BaseSpec:
     """Everything that determines a loaded base."""
 
     name: str
-    """Hub name, local folder or `formulary`."""
+    """Hub name, local folder, name of a base on this machine or `formulary`."""
     quantization: int
     """Bits: 4, 8, or 0 for none."""
     dtype: str
@@ -37,7 +38,8 @@ def base_loads() -> int:
     return _loads
 
 
-def _no_progress_bars() -> None:
+def no_progress_bars() -> None:
+    """Keep the bars and warnings of transformers off the terminal."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -61,8 +63,14 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 def model_location(name: str) -> str:
-    """Return the argument of `from_pretrained`: the embedded base's folder, or `name` itself."""
-    return str(base_path()) if name == FORMULARY else name
+    """Return the argument of `from_pretrained`: a base's folder, or a hub name as it is.
+
+    Raises
+    ------
+    ModelError
+        If `name` is a known base that has not been fetched.
+    """
+    return str(base_path() if name == FORMULARY else find_base(name) or name)
 
 
 @contextmanager
@@ -107,7 +115,7 @@ def base_config(name: str) -> Any:
     """Return the base's configuration, without its weights."""
     from transformers import AutoConfig
 
-    _no_progress_bars()
+    no_progress_bars()
     with _model_errors(name, "configuration"):
         return AutoConfig.from_pretrained(model_location(name))
 
@@ -169,7 +177,7 @@ def load_base(spec: BaseSpec) -> Any:
     global _loads
     from transformers import AutoModelForCausalLM
 
-    _no_progress_bars()
+    no_progress_bars()
     device, dtype = device_and_dtype(spec.dtype)
     quantized = quantization_config(spec.quantization, dtype)
     with _model_errors(spec.name, "base model"):

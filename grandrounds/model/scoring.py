@@ -172,3 +172,11 @@ def _generate_batch(
             return
         column = tokens.unsqueeze(1)
         logits = extend(model, batch, column, torch.ones_like(column))[:, -1]
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the IDs of the tokens that end an answer, as in transformers' `generate`."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    if given is None:
+        given = tokenizer.eos_token_id
+    return list(given) if isinstance(given, list | tuple) else [given]

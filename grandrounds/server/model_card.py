@@ -11,6 +11,7 @@ from typing import Any
 
 import grandrounds
 from grandrounds.config import recipes
+from grandrounds.config.bases import KNOWN_BASES, names_a_base
 from grandrounds.config.keys import Config
 from grandrounds.config.words import place_name
 from grandrounds.data.formulary import FORMULARY
@@ -142,8 +143,10 @@ def _cell(text: str) -> str:
 def _metadata(config: Config, round_number: int, found: Findings) -> str:
     """Return the YAML that the hub reads: github.com/huggingface/hub-docs, modelcard.md."""
     lines = []
-    if _HUB_NAME.fullmatch(config.model.name):
-        lines.append(f"base_model: {_yaml(config.model.name)}")
+    known = KNOWN_BASES.get(config.model.name)
+    hub_name = known.hub_name if known else config.model.name
+    if _HUB_NAME.fullmatch(hub_name):
+        lines.append(f"base_model: {_yaml(hub_name)}")
         lines.append(f"base_model_relation: {'finetune' if found.merged else 'adapter'}")
     lines.append(f"library_name: {'transformers' if found.merged else 'peft'}")
     lines.append("pipeline_tag: text-generation")
@@ -258,6 +261,11 @@ def _use(config: Config, merged: bool) -> str:
         load = f"base = {json.dumps(config.model.name)}"
         if config.model.name == FORMULARY:
             load = "from grandrounds.data.formulary import base_path\n\nbase = base_path()"
+        elif names_a_base(config.model.name):
+            load = (
+                "from grandrounds.model.base import model_location\n\n"
+                f"base = model_location({json.dumps(config.model.name)})"
+            )
         elif Path(config.model.name).is_absolute():
             load = 'base = "path/to/the/base"'
         code = (

@@ -257,7 +257,9 @@ class Roster:
 
 
 def questions(
-    nodes: Sequence[int], run: str, arithmetic: Callable[[int], Mapping[str, int | str]]
+    nodes: Sequence[int],
+    run: str,
+    arithmetic: Callable[[int], Mapping[str, int | str]] = lambda _: {},
 ) -> dict[int, Message]:
     """Return the message that asks each node to introduce itself.
 

@@ -61,14 +61,17 @@ def open_site(
     DataError
         If the source cannot be used, or the site has no training example with an answer.
     """
-    keep = (data.partition_by,) if data.partition_by else ()
-    rows = load_rows(
+    return _open(rows_of_run(source, data), data, model_name, seq_length, seed, partition_id)
+
+
+def rows_of_run(source: str, data: DataConfig) -> Dataset:
+    """Return all rows of a source, with the columns that a run reads."""
+    return load_rows(
         source,
         question_column=data.question_column,
         answer_column=data.answer_column,
-        keep_columns=keep,
+        keep_columns=(data.partition_by,) if data.partition_by else (),
     )
-    return _open(rows, data, model_name, seq_length, seed, partition_id)
 
 
 @lru_cache(maxsize=1024)
@@ -80,6 +83,23 @@ def _open(
     seed: int,
     partition_id: int,
 ) -> Site:
+    own_rows, split = split_site(rows, data, seed, partition_id)
+    site = tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
+    if data.partitioner != "natural":
+        return site
+    return replace(site, name=natural_name(data.partition_by, own_rows[0][data.partition_by]))
+
+
+def split_site(
+    rows: Dataset, data: DataConfig, seed: int, partition_id: int
+) -> tuple[Dataset, SiteData]:
+    """Return a site's rows among all rows of a source, and its examples as text.
+
+    Raises
+    ------
+    DataError
+        If the rows cannot be divided, or no training example is left.
+    """
     partition = Partition(seed, partition_id, data.num_partitions)
     division = Division(data.partitioner, data.partition_by, data.dirichlet_alpha)
     own_rows = partition_rows(rows, division, partition)
@@ -90,10 +110,7 @@ def _open(
         answer_column=data.answer_column,
         held_out_fraction=data.held_out_fraction,
     )
-    site = tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
-    if data.partitioner != "natural":
-        return site
-    return replace(site, name=natural_name(data.partition_by, own_rows[0][data.partition_by]))
+    return own_rows, split
 
 
 def natural_name(column: str, value: object) -> str:

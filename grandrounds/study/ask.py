@@ -17,10 +17,10 @@ from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec, load_tokenizer
 from grandrounds.model.prefill import cache_of, with_cache
 from grandrounds.model.resident import resident_model, set_adapter
+from grandrounds.model.scoring import stop_tokens
 from grandrounds.server.directory import Checkpoint
 from grandrounds.study.evaluation.likelihood import context_length
 from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
-from grandrounds.study.evaluation.runner import stop_tokens
 
 
 @dataclass

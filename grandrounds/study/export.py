@@ -31,6 +31,7 @@ from grandrounds.server.model_card import Accuracy, Findings, model_card
 from grandrounds.statistics import wilson_interval
 from grandrounds.storage import whole_folder, writing
 from grandrounds.study.evaluation.answers import RESULT
+from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
 from grandrounds.study.evaluation.tasks import WEIGHTS
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
@@ -252,7 +253,7 @@ def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
 
 def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
     for part in row["groups"] or [row]:
-        group = part.get("group")
+        group = "exact match" if protocol == GREEDY else part.get("group")
         yield Accuracy(
             protocol=protocol,
             benchmark=row["benchmark"],

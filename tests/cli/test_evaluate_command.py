@@ -68,12 +68,13 @@ def test_a_good_evaluation_prints_plain_tables_and_notes_and_exits_with_0(
     assert (result.exit_code, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout
     lines = result.stdout.splitlines()
-    assert lines[:2] == [
+    assert re.fullmatch(r"about .* to go, from the first batch of each benchmark", lines[0])
+    assert lines[1:3] == [
         f"flowertune  base  MedMCQA: {ITEMS} asked",
         f"likelihood  base  MedMCQA: {2 * ITEMS} asked",
     ]
     titles = [line for line in lines if re.match(r"[a-z]", line)]
-    assert titles[2:] == [
+    assert titles[3:] == [
         "accuracy, protocol flowertune",
         "format of the answers",
         "accuracy, protocol likelihood",
@@ -99,13 +100,23 @@ def test_a_terminal_gets_boxed_tables(asked: list[object], monkeypatch: pytest.M
 def test_a_finished_run_is_evaluated_by_its_folder_alone(tmp_path: Path) -> None:
     """The embedded base and formulary, as after `grandrounds run`, with few items."""
     run = copy_of("finished", tmp_path)
-    result = evaluate(run, "--limit", 4)
+    exam = tmp_path / "exam.csv"
+    exam.write_text("question,A,B,answer\nWhat is tea?,a drink,a drug,A\n")
+    benchmarks = ("--benchmarks", "formulary,held-out", "--benchmark", exam)
+    result = evaluate(run, "--limit", 4, "--answer-tokens", 4, *benchmarks)
     assert result.exit_code == 0, result.stderr
     assert "Formulary (fictional), private" in result.stdout
+    assert re.search(r"exam\.csv +base +[01]/1", result.stdout)
+    assert re.search(r"Held-out rows +peft_4 +\d/4", result.stdout)
     assert "peft_4: last checkpoint and lowest held-out loss" in result.stdout
     verified = evaluate("--verify", run / "evaluation" / "evaluation.json")
     assert verified.exit_code == 0
     assert "no fault found" in verified.stdout
+    page = CliRunner().invoke(app, ["report", str(run)])
+    assert page.exit_code == 0, page.stderr
+    written = (run / "report.html").read_text()
+    for said in ("Accuracy by checkpoint: exam.csv", "Held-out rows, token F1", "exact match"):
+        assert said in written
 
 
 def test_ctrl_c_keeps_the_answers_and_says_in_one_line_how_to_go_on(

@@ -129,6 +129,7 @@ PAGES = [
     "compare.md",
     "export.md",
     "deployment.md",
+    "bases.md",
 ]
 
 

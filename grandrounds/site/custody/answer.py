@@ -19,6 +19,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
+from grandrounds.config.bases import bases_folder, find_base, names_a_base
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
 from grandrounds.data.formulary import FORMULARY, base_path
@@ -194,11 +195,21 @@ def inventory(site: SiteFile) -> Iterator[str]:
 
 def base_location(site: SiteFile, name: str) -> str:
     """Return the path or name that loads the site's copy of a base."""
-    return str(base_folder(site, name)) if site.bases[name].path else FORMULARY
+    if site.bases[name].path:
+        return str(base_folder(site, name))
+    return name if names_a_base(name) else FORMULARY
 
 
 def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
-    """Return the SHA-256 of the files in the site's copy of a base."""
+    """Return the SHA-256 of the files in the site's copy of a base.
+
+    Raises
+    ------
+    ModelError
+        If the files cannot be read, or the base has not been fetched.
+    """
+    if not site.bases[name].path:
+        find_base(name)
     return content_sha256(base_folder(site, name), state.hashes)
 
 
@@ -216,9 +227,10 @@ def check_unchanged(name: str, location: str, sha256: str) -> None:
 
 
 def base_folder(site: SiteFile, name: str) -> Path:
-    """Return the folder of the site's copy of a base."""
-    path = site.bases[name].path
-    return site.place(path) if path else base_path()
+    """Return the folder of the site's copy of a base; without a path, the one of that name here."""
+    if path := site.bases[name].path:
+        return site.place(path)
+    return bases_folder() / name if names_a_base(name) else base_path()
 
 
 def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:

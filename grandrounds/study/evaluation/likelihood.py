@@ -16,9 +16,9 @@ Follows lm-evaluation-harness 0.4.13 (https://pypi.org/project/lm-eval/0.4.13/):
 - `lm_eval/models/huggingface.py`: the tokenizer's default special tokens (`add_bos_token` unset),
   zero-shot, no chat template, truncation from the left where prompt and answer exceed the context.
 
-Other benchmarks with lettered options use MedMCQA's prompt. The formulary uses this project's own
-prompt, and its answers are the options' texts followed by the end-of-sequence token, as in
-`grandrounds.site.exam`.
+Other benchmarks with lettered options use MedMCQA's prompt. The formulary, and the user's own exams
+unless they are asked by letter, use this project's own prompt, and their answers are the options'
+texts followed by the end-of-sequence token, as in `grandrounds.site.exam`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DELIMITER = " "
 
 def asks_in_own_prompt(benchmark: Benchmark) -> bool:
     """Return whether a benchmark uses this project's prompt, with options' texts as answers."""
-    return benchmark.built_in is not None
+    return benchmark.whole_options
 
 
 def shows_letters(benchmark: Benchmark) -> bool:

@@ -4,10 +4,12 @@ The layout is that of `grandrounds.study.evaluation.verification`, plus these ke
 
     models       model → adapter, adapter_sha256, role
     base_fingerprint, quantization, limit, permutations, prompt_template
+    answer_tokens    greatest length of a generated answer; protocol `greedy` only
     rows, each:
         title            name of the benchmark in tables
         truncated        items whose prompt was left-truncated
-        expected         number of items as published
+        expected         number of items as published, or of the user's source
+        own              how an own exam was asked: `texts` or `letters`; absent for the others
         groups           subsets of the benchmark: group, n, correct, accuracy, interval, vs_base
         vs_base          only_base, only_model, difference, interval, p_value; null for the base
       and with protocol `flowertune`:
@@ -16,7 +18,15 @@ The layout is that of `grandrounds.study.evaluation.verification`, plus these ke
         normalised       correct, accuracy, interval by log-likelihood per character
         shuffled         n, correct, mean, minimum, maximum, always_correct, always_correct_share;
                          null if the options have no order
-        position_bias    counts, shares, p_value over the shuffled orders; or null likewise
+        position_bias    counts, shares, p_value over the shuffled orders; null likewise, or if
+                         items differ in their number of options
+      or with protocol `greedy`, where `correct` counts exact matches:
+        f1               mean, Student's interval, vs_base (difference, interval, p_value of the
+                         paired t-test; null for the base); interval and p_value are null if one
+                         item, or equal differences, give none
+        loss             nats_per_token of the reference answers, and their tokens
+        cut              answers that reached the limit
+        differing_numbers  exact matches that are written with other numbers than the reference
 """
 
 from __future__ import annotations
@@ -30,6 +40,8 @@ import grandrounds
 from grandrounds.statistics import (
     average_accuracy,
     compare_paired,
+    estimate,
+    paired_test,
     position_bias,
     shuffled_accuracy,
     wilson_interval,
@@ -37,6 +49,7 @@ from grandrounds.statistics import (
 from grandrounds.study.evaluation import flowertune
 from grandrounds.study.evaluation.answers import AnswerFile, writing
 from grandrounds.study.evaluation.benchmarks import Item, Task
+from grandrounds.study.evaluation.greedy import GREEDY, differs_in_numbers
 from grandrounds.study.evaluation.tasks import ALL, EvaluationTasks
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "numpy", "scipy")
@@ -50,7 +63,7 @@ def evaluation_of(
     tasks: EvaluationTasks, settings: Mapping[str, Any], answers: Answers
 ) -> dict[str, Any]:
     """Return the content of `evaluation.json` from a complete set of answers."""
-    each = [_of_protocol(tasks, settings, answers, p) for p in tasks.method.protocols]
+    each = [_of_protocol(tasks, settings, answers, p) for p in tasks.protocols]
     return each[0] if len(each) == 1 else {"protocol": ALL, "evaluations": each}
 
 
@@ -60,16 +73,17 @@ def _of_protocol(
     target = tasks.target
     tuned = target.adapters
     rows = []
-    for task in tasks.questions.tasks:
+    for task in tasks.asked_by(protocol):
         base_right: list[bool] | None = None
+        base_file: AnswerFile | None = None
         for subject in target.subjects:
             file = answers[subject.name, task.benchmark.name, protocol]
-            row, right = _ROWS[protocol](task, file)
+            row, right = _ROWS[protocol](task, file, base_file)
             row = {"model": subject.name, **_common(task, right, base_right), **row}
             row["prompt_hash"] = settings["prompt hash"][task.benchmark.name][protocol]
             row["truncated"] = sum(record["truncated"] for record in file.ordered())
             rows.append(row)
-            base_right = base_right or right
+            base_right, base_file = base_right or right, base_file or file
     return {
         "protocol": protocol,
         "base": target.base,
@@ -85,6 +99,7 @@ def _of_protocol(
         "prompt_template": target.prompt_template,
         "limit": tasks.questions.limit,
         "permutations": tasks.method.permutations,
+        **({"answer_tokens": tasks.method.answer_tokens} if protocol == GREEDY else {}),
         "versions": versions(),
         "rows": rows,
         "average": {
@@ -127,6 +142,7 @@ def _common(task: Task, right: Sequence[bool], base_right: Sequence[bool] | None
         "expected": benchmark.expected_items,
         "limited": len(task.items) < benchmark.expected_items,
         "source": task.source,
+        **({"own": "texts" if benchmark.whole_options else "letters"} if benchmark.own else {}),
         "groups": _groups(task.items, right, base_right),
     }
 
@@ -165,7 +181,14 @@ def _groups(
     return groups
 
 
-def _flowertune_row(task: Task, file: AnswerFile) -> tuple[dict[str, Any], list[bool]]:
+RowMaker = Callable[[Task, AnswerFile, AnswerFile | None], tuple[dict[str, Any], list[bool]]]
+"""Returns a protocol's keys, and whether each item is correct, from a model's answers and those of
+the base (None for the base itself)."""
+
+
+def _flowertune_row(
+    task: Task, file: AnswerFile, _: AnswerFile | None
+) -> tuple[dict[str, Any], list[bool]]:
     """Return the keys of protocol `flowertune`, and whether each item is correct."""
     score = flowertune.rescore(generations(task, file), task.benchmark.labels)
     row = {
@@ -177,7 +200,9 @@ def _flowertune_row(task: Task, file: AnswerFile) -> tuple[dict[str, Any], list[
     return row, list(score.right)
 
 
-def _likelihood_row(task: Task, file: AnswerFile) -> tuple[dict[str, Any], list[bool]]:
+def _likelihood_row(
+    task: Task, file: AnswerFile, _: AnswerFile | None
+) -> tuple[dict[str, Any], list[bool]]:
     """Return the keys of protocol `likelihood`, and whether each item is correct."""
     published = file.ordered()
     n, normalised = len(published), sum(r["correct_normalised"] for r in published)
@@ -188,7 +213,9 @@ def _likelihood_row(task: Task, file: AnswerFile) -> tuple[dict[str, Any], list[
         summary = shuffled_accuracy([[r["correct"] for r in records] for records in answers])
         choices = [record["choice"] for records in answers for record in records]
         shuffled = _plain(asdict(summary))
-        bias = _plain(asdict(position_bias(choices, len(task.benchmark.labels))))
+        sizes = {len(item.options) for item in task.items}
+        if len(sizes) == 1:  # else the positions are not equally likely
+            bias = _plain(asdict(position_bias(choices, sizes.pop())))
     row = {
         "normalised": {
             "correct": normalised,
@@ -201,9 +228,49 @@ def _likelihood_row(task: Task, file: AnswerFile) -> tuple[dict[str, Any], list[
     return row, [record["correct"] for record in published]
 
 
-_ROWS: dict[str, Callable[[Task, AnswerFile], tuple[dict[str, Any], list[bool]]]] = {
+def _greedy_row(
+    task: Task, file: AnswerFile, base: AnswerFile | None
+) -> tuple[dict[str, Any], list[bool]]:
+    """Return the keys of protocol `greedy`, and whether each answer matches exactly."""
+    records = file.ordered()
+    f1 = [record["f1"] for record in records]
+    measured = estimate(f1)
+    compared = None
+    if base is not None:
+        before = [record["f1"] for record in base.ordered()]
+        paired = paired_test([now - then for now, then in zip(f1, before, strict=True)])
+        compared = {
+            "difference": paired["mean"],
+            "interval": None if paired["p"] is None else paired["interval"],
+            "p_value": paired["p"],
+        }
+    tokens = sum(record["reference_tokens"] for record in records)
+    outputs = [record["output"] for record in records]
+    row = {
+        "f1": {
+            "mean": measured["mean"],
+            "interval": _within_shares(measured["interval"]) if len(set(f1)) > 1 else None,
+            "vs_base": compared,
+        },
+        "loss": {"nats_per_token": sum(r["nll"] for r in records) / tokens, "tokens": tokens},
+        "cut": sum(not record["stopped"] for record in records),
+        "differing_numbers": sum(
+            differs_in_numbers(item.options[0], output)
+            for item, output in zip(task.items, outputs, strict=True)
+        ),
+    }
+    return row, [record["exact"] for record in records]
+
+
+def _within_shares(interval: Sequence[float] | None) -> list[float] | None:
+    """Return an interval of a share, cut to what a share can be."""
+    return None if interval is None else [max(0.0, interval[0]), min(1.0, interval[1])]
+
+
+_ROWS: dict[str, RowMaker] = {
     "flowertune": _flowertune_row,
     "likelihood": _likelihood_row,
+    GREEDY: _greedy_row,
 }
 
 

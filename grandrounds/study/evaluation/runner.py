@@ -12,13 +12,16 @@ Answers are written every few batches; a stopped evaluation can be resumed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
-from grandrounds.model.scoring import generate_greedily
-from grandrounds.study.evaluation import flowertune, likelihood
+from grandrounds.model.scoring import generate_greedily, stop_tokens
+from grandrounds.study.evaluation import flowertune, greedy, likelihood
 from grandrounds.study.evaluation.answers import (
     RESULT,
     AnswerFile,
@@ -28,6 +31,7 @@ from grandrounds.study.evaluation.answers import (
     write_json,
 )
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task
+from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.results import Answers, evaluation_of, write_flowertune_files
 from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject
@@ -41,7 +45,8 @@ one batch per write, an evaluation takes up to a third longer."""
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Receives `asking` (model, benchmark, protocol, total, done), `answered` (count) after every write
-of answers, and `asked` (asked, truncated) at the end of a benchmark."""
+of answers, `asked` (asked, done, truncated) at the end of a benchmark, and once, after a first
+portion of each benchmark, `forecast` (seconds that the rest will take)."""
 
 
 def evaluate(
@@ -92,16 +97,18 @@ def settings_of(tasks: EvaluationTasks, tokenizer: Any) -> dict[str, Any]:
         "base": target.base,
         "base fingerprint": base_fingerprint(target.base),
         "adapters": {adapter.name: adapter.sha256 for adapter in target.adapters},
-        "protocols": list(method.protocols),
+        "protocols": list(tasks.protocols),
         "precision": _precision(target.quantization, target.dtype),
         "quantization": target.quantization,
         "limit": questions.limit,
         "permutations": method.permutations,
+        **({"answer tokens": method.answer_tokens} if GREEDY in tasks.protocols else {}),
         "source": {task.benchmark.name: task.source for task in questions.tasks},
         "prompt hash": {
             task.benchmark.name: {
                 protocol: _prompt_hash(protocol, task.benchmark, target.prompt_template, tokenizer)
-                for protocol in method.protocols
+                for protocol in tasks.protocols
+                if task in tasks.asked_by(protocol)
             }
             for task in questions.tasks
         },
@@ -124,22 +131,29 @@ def _precision(quantization: int, dtype: str) -> str:
 
 
 def ask_all(tasks: EvaluationTasks, models: Models, tokenizer: Any, listener: Listener) -> Answers:
-    """Ask each model, one after the other, everything it has not answered yet."""
-    answers: dict[tuple[str, str, str], AnswerFile] = {}
+    """Ask each model, one after the other, everything it has not answered yet.
+
+    A first portion of each benchmark is asked before all else, and tells how long the rest takes.
+    """
+    examiner = _Examiner(tasks, models, tokenizer)
+    works = [
+        _Work(tasks, subject, task, protocol, AnswerFile(tasks.folder / answers_name(*names)))
+        for subject in tasks.target.subjects
+        for protocol in tasks.protocols
+        for task in tasks.asked_by(protocol)
+        for names in [(subject.name, task.benchmark.name, protocol)]
+    ]
+    before = [len(work.file.records) for work in works]
     try:
-        for subject in tasks.target.subjects:
-            for protocol in tasks.method.protocols:
-                for task in tasks.questions.tasks:
-                    key = (subject.name, task.benchmark.name, protocol)
-                    answers[key] = AnswerFile(tasks.folder / answers_name(*key))
-                    work = _Work(tasks, subject, task, protocol, answers[key])
-                    work.ask(models, tokenizer, listener)
+        listener("forecast", examiner.forecast(works, listener))
+        for work, done in zip(works, before, strict=True):
+            examiner.ask(work, done, listener)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"answers so far are kept in {tasks.folder}; continue with the same command and "
             "--resume"
         ) from None
-    return answers
+    return {(w.subject.name, w.task.benchmark.name, w.protocol): w.file for w in works}
 
 
 @dataclass(frozen=True)
@@ -152,67 +166,144 @@ class _Work:
     protocol: str
     file: AnswerFile
 
+    @property
     def orders(self) -> int:
-        """Return the number of orders of the options in which each item is asked."""
+        """Number of orders of the options in which each item is asked."""
         shuffles = self.protocol == "likelihood" and likelihood.shows_letters(self.task.benchmark)
         return 1 + self.tasks.method.permutations * shuffles
 
-    def ask(self, models: Models, tokenizer: Any, listener: Listener) -> None:
-        """Ask everything that is not answered yet, and report progress."""
-        total = self.orders() * len(self.task.items)
-        done = len(self.file.records)
-        about: dict[str, Any] = {"model": self.subject.name, "benchmark": self.task.benchmark.title}
-        about |= {"protocol": self.protocol, "total": total, "done": done}
-        listener("asking", about)
-        if done < total:
-            limits = answer_limits(self.task, tokenizer) if self.protocol == "flowertune" else {}
-            with models.asked(self.subject) as model:
-                for order, items in self.portions():
-                    if self.protocol == "flowertune":
-                        answered = self.generate(model, tokenizer, items, limits)
-                    else:
-                        answered = self.compare(model, tokenizer, order, items)
-                    self.file.append({"order": order, **record} for record in answered)
-                    listener("answered", {"count": len(items)})
-        truncated = sum(record["truncated"] for record in self.file.ordered())
-        listener("asked", {**about, "asked": total - done, "truncated": truncated})
+    @property
+    def total(self) -> int:
+        """Number of answers."""
+        return self.orders * len(self.task.items)
 
     def portions(self) -> Iterator[tuple[int, list[Item]]]:
         """Yield unanswered items with their order, in portions of similar length, longest first."""
         most = self.tasks.method.batch_size * BATCHES_AT_ONCE
         by_length = sorted(self.task.items, key=_characters, reverse=True)
-        for order in range(self.orders()):
+        for order in range(self.orders):
             for first in range(0, len(by_length), most):
                 portion = by_length[first : first + most]
                 if left := [i for i in portion if (order, i.row) not in self.file.records]:
                     yield order, left
 
-    def compare(self, model: Any, tokenizer: Any, order: int, items: list[Item]) -> list[Record]:
-        """Return the likelihoods of the options of some items, in one of their orders."""
-        benchmark = self.task.benchmark
-        found = likelihood.answer_items(
+    def left(self) -> float:
+        """Return how much there is left to answer, in a measure of time within one protocol."""
+        generated = 0 if self.protocol == "likelihood" else self.tasks.method.answer_tokens
+        items = (item for _, portion in self.portions() for item in portion)
+        return float(sum(_characters(item) + generated for item in items))
+
+
+class _Examiner:
+    """Asks the models."""
+
+    def __init__(self, tasks: EvaluationTasks, models: Models, tokenizer: Any) -> None:
+        self._tasks, self._models, self._tokenizer = tasks, models, tokenizer
+        self._limits: dict[str, dict[int, int]] = {}
+        self._examples: dict[int, TokenizedExample] = {}
+        for task in tasks.asked_by("flowertune"):
+            if "flowertune" in tasks.protocols:
+                self._limits[task.benchmark.name] = answer_limits(task, tokenizer)
+        for task in tasks.asked_by(GREEDY):
+            self._examples = dict(held_out_examples(tasks, task, tokenizer))
+
+    def forecast(self, works: Sequence[_Work], listener: Listener) -> dict[str, Any]:
+        """Answer a first portion of each benchmark and protocol; return the seconds for the rest.
+
+        The base is loaded before the clock starts.
+        """
+        seconds = 0.0
+        groups: dict[tuple[str, str], list[_Work]] = {}
+        for work in works:
+            groups.setdefault((work.task.benchmark.name, work.protocol), []).append(work)
+        for group in groups.values():
+            first = next((work for work in group if len(work.file.records) < work.total), None)
+            if first is None:
+                continue
+            listener("asking", {**self._about(first), "done": len(first.file.records)})
+            with self._models.asked(first.subject) as model:
+                before, started = sum(work.left() for work in group), time.perf_counter()
+                order, items = next(iter(first.portions()))
+                self._answer(first, model, order, items)
+                spent, after = time.perf_counter() - started, sum(work.left() for work in group)
+            listener("answered", {"count": len(items)})
+            seconds += spent * after / (before - after)
+        return {"seconds": seconds}
+
+    def ask(self, work: _Work, before: int, listener: Listener) -> None:
+        """Ask everything that is not answered yet, and report progress.
+
+        Parameters
+        ----------
+        before : int
+            Number of answers that an earlier evaluation left.
+        """
+        about = self._about(work)
+        listener("asking", {**about, "done": len(work.file.records)})
+        if len(work.file.records) < work.total:
+            with self._models.asked(work.subject) as model:
+                for order, items in work.portions():
+                    self._answer(work, model, order, items)
+                    listener("answered", {"count": len(items)})
+        truncated = sum(record["truncated"] for record in work.file.ordered())
+        asked = work.total - before
+        listener("asked", {**about, "done": before, "asked": asked, "truncated": truncated})
+
+    def _about(self, work: _Work) -> dict[str, Any]:
+        title = work.task.benchmark.title
+        about = {"model": work.subject.name, "benchmark": title, "protocol": work.protocol}
+        return {**about, "total": work.total}
+
+    def _answer(self, work: _Work, model: Any, order: int, items: list[Item]) -> None:
+        """Ask one portion, and write the answers down."""
+        if work.protocol == GREEDY:
+            answered = self.write(model, work.task, items)
+        elif work.protocol == "flowertune":
+            answered = self.generate(model, work.task.benchmark, items)
+        else:
+            answered = self.compare(model, work.task.benchmark, order, items)
+        work.file.append({"order": order, **record} for record in answered)
+
+    def write(self, model: Any, task: Task, items: list[Item]) -> list[Record]:
+        """Return a model's own words for some items, and the loss of their reference answers."""
+        method = self._tasks.method
+        found = greedy.answer_items(
             model,
-            tokenizer,
-            benchmark,
-            likelihood.shuffled(benchmark, items, order) if order else items,
-            batch_size=self.tasks.method.batch_size,
-            prompt_template=self.tasks.target.prompt_template,
+            self._tokenizer,
+            items,
+            [self._examples[item.row] for item in items],
+            greedy.answer_limit(
+                task, self._tokenizer, self._tasks.target.prompt_template, method.answer_tokens
+            ),
+            method.batch_size,
         )
         return [
             {"row": item.row, **asdict(answer)} for item, answer in zip(items, found, strict=True)
         ]
 
-    def generate(
-        self, model: Any, tokenizer: Any, items: list[Item], limits: Mapping[int, int]
+    def compare(
+        self, model: Any, benchmark: Benchmark, order: int, items: list[Item]
     ) -> list[Record]:
-        """Return a model's outputs by FlowerTune's protocol, given each row's token limit.
+        """Return the likelihoods of the options of some items, in one of their orders."""
+        found = likelihood.answer_items(
+            model,
+            self._tokenizer,
+            benchmark,
+            likelihood.shuffled(benchmark, items, order) if order else items,
+            batch_size=self._tasks.method.batch_size,
+            prompt_template=self._tasks.target.prompt_template,
+        )
+        return [
+            {"row": item.row, **asdict(answer)} for item, answer in zip(items, found, strict=True)
+        ]
+
+    def generate(self, model: Any, benchmark: Benchmark, items: list[Item]) -> list[Record]:
+        """Return a model's outputs by FlowerTune's protocol.
 
         A prompt that leaves no room for its answer in the context is left-truncated.
         """
-        texts = [
-            flowertune.model_input(flowertune.build_prompt(self.task.benchmark, item))
-            for item in items
-        ]
+        tokenizer, limits = self._tokenizer, self._limits[benchmark.name]
+        texts = [flowertune.model_input(flowertune.build_prompt(benchmark, item)) for item in items]
         prompts = tokenizer(texts)["input_ids"]
         context = likelihood.context_length(model.config)
         rooms = [max(context - limits[item.row], 1) for item in items]
@@ -221,7 +312,7 @@ class _Work:
             [ids[-room:] for ids, room in zip(prompts, rooms, strict=True)],
             [limits[item.row] for item in items],
             stop_tokens(model, tokenizer),
-            batch_size=self.tasks.method.batch_size,
+            batch_size=self._tasks.method.batch_size,
         )
         return [
             {
@@ -238,6 +329,22 @@ def _characters(item: Item) -> int:
     return sum(map(len, texts))
 
 
+def held_out_examples(
+    tasks: EvaluationTasks, task: Task, tokenizer: Any
+) -> Iterator[tuple[int, TokenizedExample]]:
+    """Yield row and tokens of each held-out row, as the run tokenised it."""
+    target = tasks.target
+    seq_length = target.run.config.train.seq_length if target.run else 0
+    found = greedy.tokenized(task.items, tokenizer, target.prompt_template, seq_length)
+    for item, example in zip(task.items, found, strict=True):
+        if example is None:
+            raise DataError(
+                f"held-out row {item.row} does not fit the run's train.seq-length of {seq_length} "
+                "with the tokenizer of this base. Use the run's own base."
+            )
+        yield item.row, example
+
+
 def answer_limits(task: Task, tokenizer: Any) -> dict[int, int]:
     """Return row → token limit: FlowerTune's rule over its own batches, in the source's order."""
     limits: dict[int, int] = {}
@@ -247,11 +354,3 @@ def answer_limits(task: Task, tokenizer: Any) -> dict[int, int]:
         most = flowertune.max_new_tokens(golds, tokenizer)
         limits |= {item.row: most for item in batch}
     return limits
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the IDs of the tokens that end an answer, as in transformers' `generate`."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    if given is None:
-        given = tokenizer.eos_token_id
-    return list(given) if isinstance(given, list | tuple) else [given]

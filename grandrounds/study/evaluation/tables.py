@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from grandrounds.study.evaluation.benchmarks import HELD_OUT
+from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE
 from grandrounds.study.tables import NONE, Table, in_percent, interval, p_text, percent, points
 
@@ -14,7 +16,7 @@ Row = Mapping[str, Any]
 
 def tables(evaluation: Evaluation) -> list[Table]:
     """Return the accuracies, then the table of the protocol."""
-    special = {"flowertune": _format_table, "likelihood": _order_table}
+    special = {"flowertune": _format_table, "likelihood": _order_table, GREEDY: _words_table}
     return [_accuracy_table(evaluation), special[evaluation["protocol"]](evaluation)]
 
 
@@ -34,7 +36,8 @@ def _accuracy_table(evaluation: Evaluation) -> Table:
             cells = (in_percent(given["accuracy"]), interval(given["interval"]), difference)
             rows.append(("average", model, NONE, *cells, NONE, NONE))
     columns = ("benchmark", "model", "correct", "%", "95% interval", "vs base", "95% interval", "p")
-    return Table(columns, rows, f"accuracy, protocol {evaluation['protocol']}")
+    measure = "exact match" if evaluation["protocol"] == GREEDY else "accuracy"
+    return Table(columns, rows, f"{measure}, protocol {evaluation['protocol']}")
 
 
 def _accuracy_rows(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -90,18 +93,43 @@ def _order_table(evaluation: Evaluation) -> Table:
         cells = (NONE, NONE, NONE, NONE)
         if shuffled is not None:
             low, high = in_percent(shuffled["minimum"]), in_percent(shuffled["maximum"])
-            shares = " ".join(f"{100 * share:.0f}" for share in bias["shares"])
             cells = (
                 f"{in_percent(shuffled['mean'])} ({low} to {high})",
                 f"{shuffled['always_correct']:,} ({percent(shuffled['always_correct_share'])})",
-                shares,
-                p_text(bias["p_value"]),
+                " ".join(f"{100 * share:.0f}" for share in bias["shares"]) if bias else NONE,
+                p_text(bias["p_value"]) if bias else NONE,
             )
         normalised = row["normalised"]
         named = f"{in_percent(normalised['accuracy'])} ({interval(normalised['interval'])})"
         rows.append((row["title"], row["model"], named, *cells))
     columns = ("% per character", "% shuffled", "right in every order", "position shares, %", "p")
     return Table(("benchmark", "model", *columns), rows, "length and order of the options")
+
+
+def _words_table(evaluation: Evaluation) -> Table:
+    rows = []
+    for row in evaluation["rows"]:
+        f1, loss, against = row["f1"], row["loss"], row["f1"]["vs_base"]
+        compared = (NONE, NONE, NONE)
+        if against is not None:
+            compared = (
+                points(against["difference"]),
+                " to ".join(map(points, against["interval"])) if against["interval"] else NONE,
+                p_text(against["p_value"]),
+            )
+        rows.append(
+            (
+                row["title"],
+                row["model"],
+                in_percent(f1["mean"]),
+                interval(f1["interval"]) if f1["interval"] else NONE,
+                *compared,
+                f"{loss['nats_per_token']:.4f}",
+                f"{row['cut']:,}/{row['n']:,}",
+            )
+        )
+    columns = ("benchmark", "model", "F1, %", "95% interval", "vs base", "95% interval", "p")
+    return Table((*columns, "held-out loss", "cut"), rows, "token F1 and held-out loss")
 
 
 # --- Notes ----------------------------------------------------------------------------------------
@@ -152,6 +180,9 @@ def _method_notes(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _protocol_notes(evaluation: Evaluation) -> Iterator[str]:
+    if evaluation["protocol"] == GREEDY:
+        yield from _greedy_notes(evaluation)
+        return
     if evaluation["protocol"] == "flowertune":
         yield (
             "No clean answer: the output is not exactly one of the allowed answers. FlowerTune's "
@@ -170,6 +201,37 @@ def _protocol_notes(evaluation: Evaluation) -> Iterator[str]:
             "(worst to best), and items correct in every order. Position shares: how often each "
             "position was chosen when shuffled; p: chi-square test of equal shares. A small p "
             "means position bias, since the correct answer is equally likely everywhere."
+        )
+
+
+def _greedy_notes(evaluation: Evaluation) -> Iterator[str]:
+    yield (
+        "Answers: greedy, in the prompt of the run, at most "
+        f"{evaluation['answer_tokens']:,} tokens (fewer if no reference answer is so long); cut: "
+        "answers that reached the limit."
+    )
+    yield (
+        "Exact match and token F1 by SQuAD's rule: case, ASCII punctuation and the articles a, an "
+        "and the do not count. F1: mean over the rows, Student's interval; p: paired t-test "
+        "against the base. Held-out loss: nats per token of the reference answers."
+    )
+    for row in evaluation["rows"]:
+        if count := row["differing_numbers"]:
+            yield (
+                f"{row['model']}: {count:,} of {row['correct']:,} exact matches have other numbers "
+                "than the reference, such as 1.5 for 15: SQuAD's rule removes decimal points."
+            )
+    for row in _first_of_each(evaluation["rows"]):
+        source = row["source"]
+        elsewhere = int(source["trained-elsewhere"])
+        shared = (
+            f" {elsewhere:,} of these questions are among the training rows of another site."
+            if elsewhere
+            else ""
+        )
+        yield (
+            f"Held-out rows: those of {source['held-out']} that its {source['sites']} sites did "
+            f"not train on.{shared}"
         )
 
 
@@ -199,6 +261,7 @@ def _item_notes(rows: Sequence[Row]) -> Iterator[str]:
 
 def _overlap_notes(rows: Sequence[Row], overlap: Mapping[str, Any] | None) -> Iterator[str]:
     names = [row["benchmark"] for row in _first_of_each(rows)]
+    never = ("formulary", HELD_OUT)  # apart from the training rows by construction
     report = overlap or {}
     checked = report.get("benchmarks", {})
     for name in names:
@@ -206,7 +269,7 @@ def _overlap_notes(rows: Sequence[Row], overlap: Mapping[str, Any] | None) -> It
             count, n = checked[name]["items"], checked[name]["n"]
             where = f"{report['training']} (overlap.json)"
             yield f"Overlap: {count:,} of {n:,} {name} questions occur in {where}."
-    missing = [name for name in names if name not in checked and name != "formulary"]
+    missing = [name for name in names if name not in checked and name not in never]
     if missing:
         yield (
             f"Overlap of {', '.join(missing)} with the training data was not checked; run "

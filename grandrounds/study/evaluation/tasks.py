@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from grandrounds.config.keys import Config
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, first_line, nearest
+from grandrounds.server.described import are_real, is_of_the_formulary
 from grandrounds.server.directory import RunDirectory
-from grandrounds.study.evaluation.benchmarks import MEDICAL, Questions
+from grandrounds.study.evaluation.benchmarks import HELD_OUT, MEDICAL, Questions, Task
+from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE
 
 PROTOCOLS = ("flowertune", "likelihood")
@@ -51,6 +54,14 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class OfRun:
+    """The run that a target belongs to."""
+
+    directory: RunDirectory
+    config: Config
+
+
+@dataclass(frozen=True)
 class Target:
     """The adapters to evaluate and the base they belong to."""
 
@@ -66,7 +77,9 @@ class Target:
     dtype: str = "auto"
     """`auto`, `float32` or `bfloat16`."""
     prompt_template: str = "alpaca"
-    """Prompt template for the formulary: the one the run trained with."""
+    """Prompt template for the formulary and own questions: the one the run trained with."""
+    run: OfRun | None = None
+    """The run, if the target is its directory or one of its checkpoints."""
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
@@ -84,6 +97,8 @@ class Method:
     """Additional random option orders scored by `likelihood`."""
     batch_size: int = 16
     """Prompts per forward pass; affects answers by rounding only."""
+    answer_tokens: int = 128
+    """Maximum number of tokens that `greedy` generates for an answer."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` if a value is out of range."""
@@ -97,16 +112,24 @@ class Method:
             raise ConfigError(f"permutations must be at least 0, got {self.permutations}")
         if self.batch_size < 1:
             raise ConfigError(f"batch-size must be at least 1, got {self.batch_size}")
+        if self.answer_tokens < 1:
+            raise ConfigError(f"answer-tokens must be at least 1, got {self.answer_tokens}")
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """The protocols to evaluate by, in order."""
+        """The protocols to evaluate multiple-choice questions by, in order."""
         return PROTOCOLS if self.protocol == ALL else (self.protocol,)
 
 
 @dataclass(frozen=True)
 class EvaluationTasks:
-    """An evaluation: which models are asked which questions, how, and where the result goes."""
+    """An evaluation: which models are asked which questions, how, and where the result goes.
+
+    Raises
+    ------
+    ConfigError
+        If own exams are to be asked by FlowerTune's protocol, which is that of four benchmarks.
+    """
 
     target: Target
     questions: Questions
@@ -114,10 +137,30 @@ class EvaluationTasks:
     out: Path | None = None
     """Output folder; None for the target's default."""
 
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` if a benchmark cannot be asked by the protocol."""
+        own = [task.benchmark.title for task in self.asked_by("likelihood") if task.benchmark.own]
+        if own and "flowertune" in self.method.protocols:
+            raise ConfigError(
+                f"protocol {self.method.protocol!r} cannot ask {', '.join(own)}: FlowerTune's is "
+                "for published benchmarks. Use --protocol likelihood for exams of your own."
+            )
+
     @property
     def folder(self) -> Path:
         """Absolute path of the output folder."""
         return (self.out or self.target.out).expanduser().absolute()
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The protocols that have questions, in order."""
+        every = (*self.method.protocols, GREEDY)
+        return tuple(protocol for protocol in every if self.asked_by(protocol))
+
+    def asked_by(self, protocol: str) -> tuple[Task, ...]:
+        """Return the benchmarks that a protocol asks."""
+        is_open = protocol == GREEDY
+        return tuple(task for task in self.questions.tasks if task.benchmark.is_open == is_open)
 
 
 # --- Targets --------------------------------------------------------------------------------------
@@ -164,8 +207,9 @@ def _find(target: str, base: str | None) -> Target:
         chosen = base or read_adapter_config(folder).get("base_model_name_or_path")
         if not chosen:
             raise ConfigError(f"{folder} does not record its base model: use --base MODEL")
-        adapters = (_adapter_subject(folder),)
-        return Target(adapters, chosen, folder / "evaluation", _default_benchmarks(chosen))
+        adapters, out = (_adapter_subject(folder),), folder / "evaluation"
+        alone = Target(adapters, chosen, out, _default_benchmarks(chosen))
+        return _as_trained(alone, folder.resolve().parent)
     what = "is no such folder" if not folder.is_dir() else "is neither"
     raise ModelError(
         f"{target!r} {what}: expected a run directory (with config.toml), the folder of an adapter "
@@ -177,16 +221,46 @@ def _run_target(folder: Path, base: str | None) -> Target:
     """Return the last and the best checkpoint of a run, on the base it trained on."""
     config = resolve(load_recipe(folder / "config.toml"))
     chosen = base or config.model.name
-    on_formulary = config.static.name == FORMULARY
+    directory = RunDirectory.open(folder)
     return Target(
-        adapters=_checkpoints(RunDirectory.open(folder)),
+        adapters=_checkpoints(directory),
         base=chosen,
         out=folder / "evaluation",
-        benchmarks=(FORMULARY,) if on_formulary else _default_benchmarks(chosen),
+        benchmarks=_benchmarks_of_run(directory, config, chosen),
         quantization=config.model.quantization,
         dtype=config.model.dtype,
         prompt_template=config.data.prompt_template,
+        run=OfRun(directory, config),
     )
+
+
+def _as_trained(target: Target, folder: Path) -> Target:
+    """Return the target of one adapter with its run, if its parent folder is one."""
+    if not (folder / "config.toml").is_file():
+        return target
+    run = OfRun(RunDirectory.open(folder), resolve(load_recipe(folder / "config.toml")))
+    return replace(target, run=run, prompt_template=run.config.data.prompt_template)
+
+
+def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tuple[str, ...]:
+    """Return the default benchmarks of a run.
+
+    The formulary if it learned from it; its own held-out rows if it learned from a local file, as
+    long as this machine has them; else those of its base.
+    """
+    if is_of_the_formulary(config, directory.read_json("sites.json") or []):
+        return (FORMULARY,)
+    is_local = Path(config.static.name).is_absolute() and bool(config.data.held_out_fraction)
+    return (
+        (HELD_OUT,)
+        if is_local and not rows_are_elsewhere(directory, config)
+        else _default_benchmarks(base)
+    )
+
+
+def rows_are_elsewhere(directory: RunDirectory, config: Config) -> bool:
+    """Return whether a run is of a deployment, whose rows are at the sites."""
+    return bool(config.federation.consortium) or are_real(directory.read_json("sites.json") or [])
 
 
 def _default_benchmarks(base: str) -> tuple[str, ...]:

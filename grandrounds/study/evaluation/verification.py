@@ -2,7 +2,7 @@
 
 The file is one object:
 
-    protocol         "flowertune" or "likelihood"
+    protocol         "flowertune", "likelihood" or "greedy"
     base             name of the base model
     adapter          path of the adapter; null if only the base was evaluated
     adapter_sha256   hash of the adapter's weights; null without one
@@ -10,7 +10,7 @@ The file is one object:
     versions         library → version
     rows             one object for each model and benchmark:
         model        "base", or the name of the tuned model
-        benchmark    a name of `grandrounds.study.evaluation.benchmarks`
+        benchmark    a name of `grandrounds.study.evaluation.benchmarks`, or of an own exam
         n, correct   counts of items
         accuracy     correct / n, from 0 to 1
         interval     [low, high], Wilson's 95 % interval of the accuracy
@@ -20,6 +20,9 @@ The file is one object:
         spread       answer → count, summing to n; optional
         format_failures  a count of items; optional
         groups       subsets of the benchmark with n, correct, accuracy, interval; optional
+        own          `texts` or `letters`: an exam of the user's own, or its held-out rows, of
+                     which `expected` is the number of items; optional
+        f1, loss     with protocol `greedy`, as in `grandrounds.study.evaluation.results`
     average          model → {"accuracy": mean of its rows' accuracies, "benchmarks": [names]}
 
 Further keys are ignored. An evaluation by several protocols is an object with one such object each
@@ -38,11 +41,19 @@ from typing import Any
 from grandrounds.errors import nearest
 from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation import flowertune, likelihood
-from grandrounds.study.evaluation.benchmarks import Benchmark, benchmarks
+from grandrounds.study.evaluation.benchmarks import (
+    HELD_OUT,
+    Benchmark,
+    benchmarks,
+    held_out_benchmark,
+)
+from grandrounds.study.evaluation.greedy import GREEDY
+from grandrounds.study.evaluation.own_exam import PREFIX, STYLES, own_benchmark
 
 PROMPT_HASHES: dict[str, Callable[[Benchmark], str]] = {
     "flowertune": flowertune.prompt_hash,
     "likelihood": likelihood.prompt_hash,
+    GREEDY: likelihood.prompt_hash,
 }
 """Protocol → hash of a benchmark's prompts. Other protocols' hashes are not checked."""
 
@@ -53,6 +64,8 @@ SMALLEST_COMPARED = 100
 """Benchmarks with fewer items are ignored in the search for copied figures: ties are likely."""
 
 _INTERVAL_TOLERANCE = 1e-3
+
+_ROUNDING = 1e-9
 
 Row = dict[str, Any]
 
@@ -122,6 +135,8 @@ def _faults_in(evaluation: Any) -> list[str]:
         rows.append(row)
         name = f"row {number} ({row['model']}, {row['benchmark']})"
         faults = [*_count_faults(row), *_benchmark_faults(row, evaluation)]
+        if evaluation.get("protocol") == GREEDY:
+            faults += _greedy_faults(row)
         found += [f"{name}: {fault}" for fault in faults]
     found += [*_table_faults(rows), *_average_faults(evaluation.get("average"), rows)]
     return found or _group_faults(rows)
@@ -204,10 +219,11 @@ def _benchmark_faults(row: Row, evaluation: Row) -> Iterable[str]:
     """Yield contradictions to the published benchmark and to the protocol's prompts."""
     known = benchmarks()
     name = row["benchmark"]
-    if name not in known:
+    benchmark = _own_benchmark(row) if name not in known else known[name]
+    if benchmark is None:
         yield f"no such benchmark; known: {', '.join(known)}.{nearest(name, known)}"
         return
-    published = known[name].expected_items
+    published = benchmark.expected_items
     if row["n"] > published:
         yield f"{row['n']} items, but the benchmark has {published}"
     elif row["n"] < published and not row.get("limited"):
@@ -215,15 +231,58 @@ def _benchmark_faults(row: Row, evaluation: Row) -> Iterable[str]:
     protocol = evaluation.get("protocol")
     if protocol not in PROMPT_HASHES:
         return
-    own = protocol == "likelihood" and likelihood.asks_in_own_prompt(known[name])
+    own = protocol != "flowertune" and likelihood.asks_in_own_prompt(benchmark)
     if own and evaluation.get("prompt_template") not in (None, "alpaca"):
         return  # the hash of a chat template cannot be recomputed without the tokenizer
-    right = PROMPT_HASHES[protocol](known[name])
+    right = PROMPT_HASHES[protocol](benchmark)
     if row.get("prompt_hash") != right:
         yield (
             f"prompt hash {row.get('prompt_hash')!r}, but protocol {protocol!r} has {right!r}: "
             "other prompts were sent"
         )
+
+
+def _own_benchmark(row: Row) -> Benchmark | None:
+    """Return the benchmark of a row that is the user's own; None if it is not, or not readable."""
+    name, style, count = row["benchmark"], row.get("own"), row.get("expected")
+    if not isinstance(count, int) or style not in STYLES:
+        return None
+    if name == HELD_OUT:
+        return held_out_benchmark(count)
+    return own_benchmark(name, name, style, count) if name.startswith(PREFIX) else None
+
+
+def _greedy_faults(row: Row) -> Iterable[str]:
+    """Yield impossible figures of a model's own words.
+
+    An exact match has an F1 of 1, so that the mean F1 is no less than the share of exact matches;
+    a loss is never below 0.
+    """
+    f1, loss = row.get("f1"), row.get("loss")
+    f1 = f1 if isinstance(f1, dict) else {}
+    mean = f1.get("mean")
+    nats = loss.get("nats_per_token") if isinstance(loss, dict) else None
+    if not _is_fraction(mean):
+        yield f"'f1' has the mean {mean!r}, and must have a number from 0 to 1"
+    elif mean < row["correct"] / row["n"] - _ROUNDING:
+        yield f"mean F1 {mean}, but {row['correct']} of {row['n']} exact matches have an F1 of 1"
+    elif not _holds(f1.get("interval"), mean):
+        yield f"mean F1 {mean} outside its interval {f1.get('interval')}"
+    if not isinstance(nats, int | float) or not 0 <= nats < math.inf:
+        yield f"'loss' has {nats!r} nats per token, and must have a number of at least 0"
+    if not isinstance(loss, dict) or not _is_count(loss.get("tokens")) or loss["tokens"] < row["n"]:
+        yield "'loss' must be over at least one token of each item"
+    for name in ("cut", "differing_numbers"):
+        most = row["n"] if name == "cut" else row["correct"]
+        if not _is_count(row.get(name)) or row[name] > most:
+            yield f"{name!r} is {row.get(name)!r}, and must be a count of at most {most}"
+
+
+def _holds(interval: Any, value: Any) -> bool:
+    """Return whether an interval of a share contains a value; null stands for no interval."""
+    if interval is None:
+        return True
+    return _is_interval(interval) and interval[0] - _ROUNDING <= value <= interval[1] + _ROUNDING
 
 
 def _group_faults(rows: list[Row]) -> list[str]:

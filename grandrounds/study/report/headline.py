@@ -6,7 +6,7 @@ import shlex
 
 from grandrounds.server.described import engine_options
 from grandrounds.study.report.figures import Tile
-from grandrounds.study.report.learning import scores_by_questions
+from grandrounds.study.report.learning import MEANING, scores_by_questions
 from grandrounds.study.report.read import QUIET_SECONDS, RunFiles
 from grandrounds.study.tables import duration, in_percent, interval, mib, percent
 
@@ -98,7 +98,7 @@ def accuracy_tiles(run: RunFiles) -> list[Tile]:
         if tuned is None:
             continue
         before = f"{in_percent(base.accuracy)} → " if base else ""
-        note = f"{tuned.correct:,}/{tuned.n:,}, 95 % interval {interval(tuned.interval)}"
-        name = f"{group} facts" if group else benchmark
+        note = f"{tuned.counts}, 95 % interval {interval(tuned.interval)}"
+        name = f"{group} facts" if group in MEANING else ", ".join(filter(None, (benchmark, group)))
         found.append(Tile(name, f"{before}{percent(tuned.accuracy)}", note))
     return found[:4]

@@ -9,6 +9,7 @@ from typing import Any
 
 from grandrounds.config import recipes
 from grandrounds.statistics import wilson_interval
+from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.report.charts import Interval, Point, Reference, Series, line_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.read import RunFiles, checkpoints
@@ -19,6 +20,9 @@ MEANING = {
     "private": "private facts, held by single sites",
     "public": "public facts, known to the base",
 }
+
+
+EXACT_MATCH, TOKEN_F1 = "exact match", "token F1"
 
 
 def section(run: RunFiles) -> Section:
@@ -68,14 +72,15 @@ def loss_figure(run: RunFiles) -> Figure | None:
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy of one model on one benchmark, or on a group of its questions."""
+    """Accuracy of one model on one benchmark, or on a group of its questions; or its token F1."""
 
     protocol: str
     benchmark: str
     group: str
-    """Empty if the benchmark has no groups."""
+    """Empty if the benchmark has no groups; of held-out rows the measure."""
     model: str
-    correct: int
+    correct: int | None
+    """None for token F1, a mean over answers."""
     n: int
     accuracy: float
     interval: Interval
@@ -87,10 +92,14 @@ class Score:
         return int(number_of_round) if number_of_round.isdigit() else None
 
     @property
+    def counts(self) -> str:
+        """Correct answers and questions; of token F1 the number of answers."""
+        return f"{self.n:,} answers" if self.correct is None else f"{self.correct:,}/{self.n:,}"
+
+    @property
     def words(self) -> str:
         """Share, counts and interval."""
-        counts = f"{self.correct:,}/{self.n:,}"
-        return f"{percent(self.accuracy)} ({counts}; {interval(self.interval)} %)"
+        return f"{percent(self.accuracy)} ({self.counts}; {interval(self.interval)} %)"
 
     @property
     def interval_percent(self) -> Interval:
@@ -104,21 +113,31 @@ def scores(run: RunFiles) -> list[Score]:
     found: dict[tuple[str, ...], Score] = {}
     for evaluation in run.evaluations:
         for row in evaluation["rows"]:
-            for part in row.get("groups") or [row]:
-                low, high = part["interval"]
-                score = Score(
-                    str(evaluation["protocol"]),
-                    str(row["title"]),
-                    str(part.get("group", "")),
-                    str(row["model"]),
-                    int(part["correct"]),
-                    int(part["n"]),
-                    float(part["accuracy"]),
-                    (float(low), float(high)),
-                )
+            for score in _scores_of_row(str(evaluation["protocol"]), row):
                 key = (score.protocol, score.benchmark, score.group, score.model)
                 found.setdefault(key, score)
-    return list(found.values()) or list(_formulary_scores(run))
+    asked = {score.benchmark for score in found.values()}
+    at_the_end = [s for s in _formulary_scores(run) if s.benchmark not in asked]
+    return [*found.values(), *at_the_end]
+
+
+def _scores_of_row(protocol: str, row: Mapping[str, Any]) -> Iterable[Score]:
+    """Yield the scores of a row of evaluation.json: by group, or exact match and token F1."""
+    title, model = str(row["title"]), str(row["model"])
+    is_greedy = protocol == GREEDY
+    for part in row.get("groups") or [row]:
+        low, high = part["interval"]
+        group = EXACT_MATCH if is_greedy else str(part.get("group", ""))
+        bounds = (float(low), float(high))
+        correct, n = int(part["correct"]), int(part["n"])
+        yield Score(protocol, title, group, model, correct, n, float(part["accuracy"]), bounds)
+    if is_greedy:
+        f1 = row["f1"]
+        low, high = f1["interval"] or (f1["mean"], f1["mean"])
+        bounds = (float(low), float(high))
+        yield Score(
+            protocol, title, TOKEN_F1, model, None, int(row["n"]), float(f1["mean"]), bounds
+        )
 
 
 def _formulary_scores(run: RunFiles) -> Iterable[Score]:
@@ -169,13 +188,17 @@ def _accuracy_figure(run: RunFiles, key: str, chosen: Sequence[Score]) -> Figure
         (
             MEANING.get(s.group, s.group or "all"),
             s.model,
-            f"{s.correct:,}/{s.n:,}",
+            s.counts,
             percent(s.accuracy),
             f"{interval(s.interval)} %",
         )
         for s in chosen
     ]
-    note = f"Protocol: {chosen[0].protocol}. Whiskers and bands: 95 % Wilson intervals."
+    note = f"Protocol: {chosen[0].protocol}. Whiskers and bands: 95 % intervals, Wilson's"
+    if chosen[0].protocol == GREEDY:
+        note += f" for exact match and Student's for token F1, both by SQuAD's rule.{_losses(run)}"
+    else:
+        note += "."
     note += " Horizontal lines: the base."
     if any(s.group == "private" for s in chosen):
         note += " Chance: 25 %."
@@ -183,6 +206,17 @@ def _accuracy_figure(run: RunFiles, key: str, chosen: Sequence[Score]) -> Figure
     svg = line_chart(title, series, Axis("accuracy, %", from_zero=True), run.last_shown, references)
     columns = ("questions", "model", "correct", "accuracy", "95 % interval")
     return Figure(key, title, svg, note, Table(columns, rows))
+
+
+def _losses(run: RunFiles) -> str:
+    """Return the held-out loss of each model that answered the held-out rows."""
+    found: dict[str, float] = {}
+    for evaluation in run.evaluations:
+        if evaluation["protocol"] == GREEDY:
+            for row in evaluation["rows"]:
+                found.setdefault(str(row["model"]), float(row["loss"]["nats_per_token"]))
+    each = ", ".join(f"{model} {number(nats)}" for model, nats in found.items())
+    return f" Held-out loss of these rows, nats per token: {each}."
 
 
 def _single_checkpoint(run: RunFiles, chosen: Sequence[Score]) -> str:

@@ -14,6 +14,7 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
 from grandrounds.server.directory import RunDirectory
+from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.tables import is_number
 
 EVALUATION = "evaluation/evaluation.json"
@@ -174,6 +175,10 @@ def _check_evaluation(file: Path, evaluation: Any) -> None:
                 if not all(map(is_number, numbers)):
                     raise TypeError(f"{numbers} are not all numbers")
             _ = row["model"], row["title"], evaluation["protocol"]
+            if evaluation["protocol"] == GREEDY:
+                figures = (row["f1"]["mean"], row["loss"]["nats_per_token"])
+                if not all(map(is_number, (*figures, *(row["f1"]["interval"] or ())))):
+                    raise TypeError(f"{figures} are not all numbers")
     except (KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(
             f"{file} is not what grandrounds evaluate writes ({error}). Evaluate again, or remove "

@@ -54,7 +54,7 @@ def test_changes_that_cancel_move_nothing() -> None:
 
 
 def test_an_update_that_nearly_cancels_the_others_makes_a_step_longer_than_any_update() -> None:
-    """Norms 1 and 3/4: sum p |d|^2 = 25/32, D = 1/8, eta = (25/32) / (2/64) = 25, a step of 25/8."""
+    """Norms 1 and 3/4: sum p |d|^2 = 25/32, D = 1/8, eta = (25/32) / (2/64) = 25, step 25/8."""
     result, rate = step([(adapter_of(1, 0, 0, 0), 1), (adapter_of(-0.75, 0, 0, 0), 1)])
     assert rate == 25
     assert result[NAME].tolist() == [[4.125, 1, 1, 1]]

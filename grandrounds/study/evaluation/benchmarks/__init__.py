@@ -31,6 +31,9 @@ MEDICAL = ("pubmedqa", "medqa", "medmcqa", "careqa")
 LETTERS = ("A", "B", "C", "D")
 """Labels of four options."""
 
+HELD_OUT = "held-out"
+"""Name of a run's own held-out rows among the benchmarks, and in result files."""
+
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 """Endings of a benchmark's file in a data folder. Columns are those of the hub's data set."""
 
@@ -128,13 +131,13 @@ class Benchmark:
     title: str
     """Name in tables."""
     expected_items: int
-    """Number of items as published."""
+    """Number of items as published, or of the user's source."""
     labels: tuple[str, ...] = LETTERS
     """Labels of every item's options."""
     instruction: str
     """Instruction that precedes each question under protocol `flowertune`."""
-    read: Callable[[Row], Item]
-    """Turns a row with the hub's columns into an item."""
+    read: Callable[[Row], Item] | None = None
+    """Turns a row with the hub's columns into an item; None if the items are the user's own."""
     hub_name: str | None = None
     """Data set on the hub; None if the rows are built in."""
     hub_config: str | None = None
@@ -145,6 +148,12 @@ class Benchmark:
     """`refs/convert/parquet` for data sets that are otherwise published as a loading script."""
     built_in: Callable[[], list[dict[str, Any]]] | None = None
     """Generates the rows of a benchmark that needs neither file nor hub."""
+    whole_options: bool = False
+    """Whether the question stands in the run's own prompt, and whole options are its answers."""
+    own: bool = False
+    """Whether the items are the user's, so that nothing is published about them."""
+    is_open: bool = False
+    """Whether the model writes its answer; an item's only option is the reference answer."""
 
 
 @lru_cache(maxsize=1)
@@ -164,6 +173,25 @@ def get_benchmark(name: str) -> Benchmark:
             f"unknown benchmark {name!r}; allowed: {', '.join(known)}.{nearest(name, known)}"
         )
     return known[name]
+
+
+def check_names(names: Iterable[str]) -> list[str]:
+    """Return names of benchmarks or `held-out`; raise `ConfigError` for one that is unknown."""
+    return [name if name == HELD_OUT else get_benchmark(name).name for name in names]
+
+
+def held_out_benchmark(count: int) -> Benchmark:
+    """Return the held-out rows of a run as a benchmark of `count` items."""
+    return Benchmark(
+        name=HELD_OUT,
+        title="Held-out rows",
+        expected_items=count,
+        labels=("answer",),
+        instruction="",
+        whole_options=True,
+        own=True,
+        is_open=True,
+    )
 
 
 def placeholder_item(benchmark: Benchmark, question: str = "\x00question\x00") -> Item:
@@ -244,8 +272,11 @@ def load_items(
         rows = list(enumerate(_hub_rows(benchmark, data).to_list(), 1))
     if not rows:
         raise DataError(f"{file or benchmark.hub_name}: there are no rows. Use another source.")
+    read = benchmark.read
+    if read is None:
+        raise ConfigError(f"{benchmark.name} is an exam of your own: give its file as --benchmark.")
     return tuple(
-        benchmark.read(Row(number, f"{places} {place}", values))
+        read(Row(number, f"{places} {place}", values))
         for number, (place, values) in enumerate(rows[:limit], 1)
     )
 

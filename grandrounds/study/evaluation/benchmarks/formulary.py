@@ -39,4 +39,5 @@ BENCHMARK = Benchmark(
     instruction=INSTRUCTION,
     read=_read,
     built_in=_rows,
+    whole_options=True,
 )

@@ -1,0 +1,111 @@
+"""A run's own held-out rows as questions to answer: those that its sites never trained on.
+
+They are read again from the source that the run names, and divided with the run's seed as the sites
+did it; so this machine must have the source. In process and in Flower's simulation it has. In a
+deployment the rows are at the sites: nothing is asked then, and a file of one's own can be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from grandrounds.config.keys import Config
+from grandrounds.errors import ConfigError, DataError
+from grandrounds.server.directory import RunDirectory
+from grandrounds.site.local_data import rows_of_run, split_site, tokenizer_of
+from grandrounds.study.evaluation.benchmarks import Item, Task, held_out_benchmark
+from grandrounds.study.evaluation.greedy import tokenized
+from grandrounds.study.evaluation.tasks import rows_are_elsewhere
+
+
+def check_rows_are_here(run: RunDirectory, config: Config) -> None:
+    """Raise `ConfigError` unless the held-out rows of a run can be read on this machine."""
+    if rows_are_elsewhere(run, config):
+        raise ConfigError(
+            f"{run.path} is a run of a deployment: its held-out rows are at the sites, and this "
+            "machine has none. Its held-out loss is in metrics.jsonl; to ask questions of your "
+            "own, give --benchmark FILE."
+        )
+    if not config.data.held_out_fraction:
+        raise ConfigError(
+            f"{run.path} held nothing out (data.held-out-fraction = 0), so there are no rows to "
+            "ask. Give --benchmark FILE, or train again with a share held out."
+        )
+
+
+def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -> Task:
+    """Return the held-out rows of a run, site by site in turns.
+
+    Parameters
+    ----------
+    limit : int, optional
+        Maximum number of rows; since sites take turns, all of them are represented.
+
+    Raises
+    ------
+    ConfigError
+        If the rows are not on this machine, or none was held out.
+    DataError
+        If the source cannot be read, or has changed since the run.
+    """
+    check_rows_are_here(run, config)
+    rows = rows_of_run(config.static.name, config.data)
+    tokenizer, template = tokenizer_of(config.model.name), config.data.prompt_template
+    by_site: list[list[Item]] = []
+    trained: list[set[str]] = []
+    found: list[dict[str, int]] = []
+    for site in range(config.data.num_partitions):
+        _, split = split_site(rows, config.data, config.federation.seed, site)
+        items = [_item(0, example.question, example.answer) for example in split.held_out]
+        fitting = tokenized(items, tokenizer, template, config.train.seq_length)
+        kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]
+        by_site.append(kept)
+        trained.append({example.question for example in split.train})
+        found.append({"rows": split.report.rows, "held-out-examples": len(kept)})
+    _check_unchanged(run, config, found)
+    order = [
+        (site, item)
+        for turn in zip_longest(*by_site)
+        for site, item in enumerate(turn)
+        if item is not None
+    ]
+    if not order:
+        raise DataError(
+            f"The sites of {run.path} have no held-out rows: their data are too small. Give "
+            "--benchmark FILE, or train again with a larger data.held-out-fraction."
+        )
+    elsewhere = sum(
+        any(item.question in questions for other, questions in enumerate(trained) if other != site)
+        for site, item in order[:limit]
+    )
+    items = [_item(i, item.question, item.options[0]) for i, (_, item) in enumerate(order, 1)]
+    texts = "".join(f"{item.question}\x00{item.options[0]}\x00" for item in items)
+    source = {
+        "held-out": Path(config.static.name).name,
+        "sites": str(config.data.num_partitions),
+        "trained-elsewhere": str(elsewhere),
+        "rows-sha256": hashlib.sha256(texts.encode()).hexdigest(),
+    }
+    return Task(held_out_benchmark(len(items)), tuple(items[:limit]), source)
+
+
+def _item(row: int, question: str, answer: str) -> Item:
+    return Item(row=row, question=question, options=(answer,), labels=("answer",), gold_index=0)
+
+
+def _check_unchanged(run: RunDirectory, config: Config, found: Sequence[Mapping[str, int]]) -> None:
+    """Raise `DataError` unless every site has as many rows as it introduced itself with."""
+    recorded: list[Mapping[str, Any]] = run.read_json("sites.json") or []
+    for site in recorded:
+        number = int(site["partition-id"])
+        for name, count in found[number].items() if number < len(found) else ():
+            if int(site[name]) != count:
+                raise DataError(
+                    f"{config.static.name} has changed since the run: site {number} had "
+                    f"{site[name]} {name} and has {count} now, so that rows it trained on could be "
+                    "asked as held out. Restore the file, or give --benchmark FILE."
+                )
