@@ -14,9 +14,10 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from grandrounds.config.automatic import FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.values import OneOf, Range, Scalar, SomeOf, words_of
+from grandrounds.config.values import AUTO, OneOf, Range, Scalar, SomeOf, words_of
 
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run lives rather than what it computes; recipes leave them out."""
@@ -148,8 +149,9 @@ class TrainingArguments:
     """Passes per optimizer step; the loss is averaged over all their answer tokens."""
     num_train_epochs: Annotated[float, Range(0, 1_000_000, above=True)]
     """Epochs per visit; used only if `max-steps` is -1."""
-    max_steps: Annotated[int, Range(-1)]
-    """Optimizer steps per visit; -1: train for `num-train-epochs` instead."""
+    max_steps: Annotated[int, Range(-1, auto=True)]
+    """Optimizer steps per visit; -1: train for `num-train-epochs` instead. `auto`: 6 if
+    `data.partitioner` divides the formulary by its sites, itself being `auto`; else 5."""
     warmup_steps: Annotated[int, Range(0)]
     """Linear warm-up steps at the start of each visit; requires `lr-scheduler-type =
     "constant_with_warmup"`."""
@@ -169,8 +171,8 @@ class TrainingArguments:
     gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto", ""))]
     """Empty, or equal to `model.gradient-checkpointing`."""
     torch_compile: bool
-    """Compile the MLP blocks of the base model; costs about a minute at the first visit and reduces
-    memory traffic afterwards."""
+    """Compile the MLP blocks of the base model: the first visit waits for the compiler (20 s for 90
+    million parameters on a CPU); later steps move less memory."""
     logging_steps: Annotated[int, Range(1)]
     """No effect: every visit reports its loss."""
     save_steps: Annotated[int, Range(1)]
@@ -215,7 +217,8 @@ class StrategyConfig:
     answer, the introduction at the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
     """`examples`: weight updates by the number of training examples, capped at the number given at
-    roll call. `equal`: weight all updates equally."""
+    roll call. `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and
+    `bulyan` always do."""
     max_rank: Annotated[int, Range(0, 4096)]
     """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
     times the rank."""
@@ -235,11 +238,13 @@ class StrategyConfig:
     """`fedadam`, `fedyogi`, `fedadagrad`: adaptivity constant added to the root of the second
     moment."""
     num_malicious_nodes: Annotated[int, Range(0)]
-    """`krum`, `multikrum`, `bulyan`: number of malicious updates to tolerate in a round."""
+    """`krum`, `multikrum`, `bulyan`: number of malicious updates to tolerate in a round; 0 defends
+    against none."""
     num_nodes_to_select: Annotated[int, Range(0)]
     """`multikrum`: number of updates to average; 0: all but `num-malicious-nodes`."""
     trimmed_share: Annotated[float, Range(0, 0.49)]
-    """`fedtrimmedavg`: fraction of values trimmed at each end, per coordinate."""
+    """`fedtrimmedavg`: fraction of values trimmed at each end, per coordinate; rounded down to
+    whole updates."""
 
     @property
     def needed_replies(self) -> int:
@@ -297,7 +302,8 @@ class DefenceConfig:
     prefix: ClassVar[str] = "defence."
 
     update_norm_bound: Annotated[float, Range(0)]
-    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound."""
+    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. It does not
+    bound the server's step under `fedexp`; see docs/aggregation.md."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold
@@ -312,10 +318,11 @@ class DataConfig:
 
     num_partitions: Annotated[int, Range(1)]
     """Number of sites."""
-    partitioner: Annotated[str, OneOf(("iid", "dirichlet", "size-skewed", "natural"))]
+    partitioner: Annotated[str, OneOf((AUTO, "iid", "dirichlet", "size-skewed", "natural"))]
     """How rows are split into sites: `iid`; `dirichlet` over the labels in `partition-by`;
     `size-skewed` (the share of site i is proportional to i + 1); `natural` (one site per value of
-    `partition-by`)."""
+    `partition-by`). `auto`: `natural` by `site` for the formulary at its twenty sites, each of
+    which knows drugs that no other knows; `iid` for all other data. A run records which it was."""
     partition_by: str
     """Column used by `dirichlet` and `natural`."""
     dirichlet_alpha: Annotated[float, Range(0, above=True)]
@@ -367,6 +374,13 @@ class Config:
     def recipe(self) -> dict[str, Scalar]:
         """Return every key with its value, with `PLACES` left empty."""
         return {**self.flat(), **dict.fromkeys(PLACES, "")}
+
+    @property
+    def is_formulary_by_site(self) -> bool:
+        """Whether the sites are the formulary's own, each with the facts that only it knows."""
+        data = self.data
+        how = (self.static.name, data.partitioner, data.partition_by, data.num_partitions)
+        return how == ("formulary", "natural", "site", FORMULARY_SITES)
 
     @property
     def cohort_size(self) -> int:

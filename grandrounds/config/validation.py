@@ -7,8 +7,10 @@ import json
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+from grandrounds.config import automatic
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
 from grandrounds.config.keys import (
     ALIASES,
@@ -19,6 +21,7 @@ from grandrounds.config.keys import (
 from grandrounds.config.resets import resets
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.synonyms import (
+    MAX_STEPS,
     NO_KEY,
     PER_ROUND,
     key_meant,
@@ -26,7 +29,7 @@ from grandrounds.config.synonyms import (
     only_letters,
     value_meant,
 )
-from grandrounds.config.values import OneOf, Scalar, words_of
+from grandrounds.config.values import AUTO, OneOf, Range, Scalar, words_of
 from grandrounds.errors import ConfigError, nearest
 
 
@@ -78,7 +81,7 @@ def _checked(
     sections: dict[str, dict[str, Any]] = {}
     faults: dict[str, str] = {}
     for name, section in SECTIONS.items():
-        hints = typing.get_type_hints(section, include_extras=True)
+        hints = _hints(section)
         sections[name] = {}
         for field in dataclasses.fields(section):
             key = section.prefix + field.name.replace("_", "-")
@@ -93,7 +96,7 @@ def settled(given: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> dict
     """Return every key with its value: what was set, else its default where that applies."""
     changed = {reset.key: reset.value for reset in resets(given, defaults)}
     known = {key: value for key, value in defaults.items() if key not in ALIASES}
-    return {**known, **given, **changed}
+    return automatic.settle({**known, **given, **changed})
 
 
 def unknown_key(key: str, value: Scalar) -> str:
@@ -109,7 +112,7 @@ def unknown_key(key: str, value: Scalar) -> str:
         return f"{told}{nearest(key, _KEYS)} docs/configuration.md lists all keys."
     written = pasted(ALIASES.get(meant, meant), _value_meant(meant, value, key))
     if meant.endswith("num-train-epochs"):
-        written = f"{written} and train.training-arguments.max-steps=-1" if written else ""
+        written = f"{written} and {MAX_STEPS}=-1" if written else ""
     advice = f"Write {written}." if written else "docs/configuration.md says what it takes."
     return f"{told} Did you mean {meant!r}? {advice} docs/configuration.md lists all keys."
 
@@ -153,6 +156,8 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     if type(value) not in kinds:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         allowed = names[kinds[0]] if len(kinds) == 1 else str(rules[0])
+        if any(isinstance(rule, Range) and rule.auto for rule in rules):
+            allowed += f", or '{AUTO}'"
         raise ConfigError(
             f"{key} = {value!r} has the wrong type: it must be {allowed}.{_advice(key, value)}"
         )
@@ -166,6 +171,11 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
                 f"{key} = {value!r} is not allowed: it must be {rule}.{suggestion}{reason}"
             )
     return value
+
+
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section, include_extras=True)
 
 
 def _parts(hint: Any) -> tuple[tuple[type, ...], list[Any]]:
@@ -199,7 +209,7 @@ def _value_meant(key: str, value: Scalar, name: str = "") -> Scalar:
 
 def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
     section, field = FIELD_OF_KEY[ALIASES.get(key, key)]
-    return _parts(typing.get_type_hints(SECTIONS[section], include_extras=True)[field])
+    return _parts(_hints(SECTIONS[section])[field])
 
 
 NOT_HONOURED = {

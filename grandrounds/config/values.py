@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 Scalar = bool | int | float | str
 
+AUTO = "auto"
+"""The value of a key that is settled by other keys or by the machine."""
+
 ENDLESS = sys.float_info.max
 """Upper end of a range that has none."""
 
@@ -18,6 +21,8 @@ class Range:
     low: float
     high: float = ENDLESS
     above: bool = False
+    auto: bool = False
+    """Whether a recipe may also say `auto`, which is replaced before a value is checked."""
 
     def admits(self, value: float) -> bool:
         """Whether `value` is a number within the range."""
@@ -29,7 +34,8 @@ class Range:
             str(int(v)) if float(v).is_integer() else f"{v:g}" for v in (self.low, self.high)
         )
         left = f"more than {low}" if self.above else f"at least {low}"
-        return left if self.high == ENDLESS else f"{left}, at most {high}"
+        text = left if self.high == ENDLESS else f"{left}, at most {high}"
+        return f"{text}, or '{AUTO}'" if self.auto else text
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ def test_the_packaged_run_is_planned_without_arguments() -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     assert "formulary, 755,072 parameters" in result.stdout
+    assert row(result.stdout, "data") == "formulary, 20 sites, natural by site"
+    assert "coverage assumes" not in result.stdout
     assert row(result.stdout, "formulary.down").startswith("1 ")
 
 
@@ -179,7 +181,7 @@ def test_unknown_rows_are_asked_for_and_taken() -> None:
         (["--set", "seeed=1"], 2, "Did you mean 'seed'?"),
         (["--config", "no.toml"], 2, "no.toml cannot be read"),
         (["--config", JSL, "--compare", "no.toml"], 2, "no.toml cannot be read"),
-        ([JSL], 2, f"needs an option: give a recipe as --config {JSL}"),
+        (["--config", JSL, JSL], 2, f"{JSL} and --config {JSL} are two recipes; give one"),
         (["--downlink-mbps", "5"], 2, "--downlink-mbps needs --uplink-mbps"),
         (["--uplink-mbps", "0"], 2, "--uplink-mbps = 0 must be a number above 0"),
         (["--uplink-mbps", "5", "--downlink-mbps", "nan"], 2, "--downlink-mbps = nan must be"),
@@ -215,7 +217,9 @@ def test_every_recipe_can_be_planned() -> None:
         results[file.stem] = json.loads(plan("--config", str(file), "--json", "-").stdout)
     totals = {name: r["communication"]["total-mib"] for name, r in results.items()}
     assert int(totals["qwen2.5-7b-instruct"]) == 46_228
-    assert all(r["reading"]["rows"] == 33_955 for r in results.values())
+    rows = {name: r["reading"]["rows"] for name, r in results.items()}
+    assert rows.pop("smollm2-135m-instruct") == 1_500
+    assert set(rows.values()) == {33_955}
 
 
 def test_the_commands_of_the_page_parse() -> None:

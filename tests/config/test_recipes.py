@@ -240,6 +240,7 @@ def test_the_overlay_is_the_flowertune_template() -> None:
         "strategy.fraction-evaluate": 0.0,
         "model.lora.dropout": 0.075,
         "data.held-out-fraction": 0.0,
+        "data.partitioner": "iid",
     }
 
 

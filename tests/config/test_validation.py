@@ -93,7 +93,7 @@ def test_a_whole_number_is_taken_where_a_number_is_asked() -> None:
         ("train.learning-rate-max", 0.0, "more than 0"),
         ("train.seq-length", 4, "at least 8"),
         (ARGUMENTS + "per-device-train-batch-size", 0, "at least 1"),
-        (ARGUMENTS + "max-steps", -2, "at least -1"),
+        (ARGUMENTS + "max-steps", -2, "at least -1, or 'auto'"),
         (ARGUMENTS + "max-grad-norm", -1.0, "at least 0"),
         ("strategy.proximal-mu", -0.1, "at least 0"),
         ("strategy.proximal-mu", float("inf"), "at least 0"),
@@ -266,9 +266,9 @@ def test_what_flowertune_takes_and_we_cannot_honour_is_an_error_that_says_so(
 
 
 def test_every_key_can_be_given_its_default() -> None:
-    flat = resolve().flat()
+    flat, default = resolve().flat(), defaults()
     for key in FIELD_OF_KEY:
-        assert resolve({key: flat[key]}).flat() == flat
+        assert resolve({key: default[key]}).flat() == flat
 
 
 @pytest.mark.parametrize("ranks", ["4 2", "4;2", "1.5", "-4", "0", "17"])

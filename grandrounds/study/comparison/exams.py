@@ -10,7 +10,7 @@ from typing import Any
 
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.data.formulary.facts import SITES, Question, questions
+from grandrounds.data.formulary.facts import Question, questions
 from grandrounds.study.comparison.results import RIGHT, WRONG
 from grandrounds.study.comparison.units import Design
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, get_benchmark, load_items
@@ -64,10 +64,8 @@ def exams_of(config: Config, design: Design) -> list[Exam]:
     """
     exams = []
     if config.static.name == FORMULARY:
-        how = config.data
-        own_sites = (how.partitioner, how.partition_by, how.num_partitions)
-        by_site = own_sites == ("natural", "site", SITES)
         private = questions("private")
+        by_site = config.is_formulary_by_site
         site_of = tuple(question.site for question in private) if by_site else None
         exams.append(_formulary("private facts of the sites", LEARNED, private, site_of))
     if config.model.name == FORMULARY:

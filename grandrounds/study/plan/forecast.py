@@ -194,7 +194,7 @@ def reading(config: Config, rows: int) -> Reading:
     has seen the share min(1, v e / n) of its n examples. Visits follow from the seed's cohorts.
     """
     data = config.data
-    sizes = [_kept(size, data.held_out_fraction) for size in site_sizes(config, rows)]
+    sizes = [kept_rows(size, data.held_out_fraction) for size in site_sizes(config, rows)]
     visits = Counter(site for cohort in cohorts_of(config) for site in cohort)
     taken = [examples_of_a_visit(config, size) for size in sizes]
     seen = covered = 0
@@ -209,12 +209,15 @@ def reading(config: Config, rows: int) -> Reading:
         examples_per_visit=round(sum(taken) / len(taken)),
         examples_seen=seen,
         share_covered=covered / total if total else 0.0,
-        sizes_known=data.partitioner in ("iid", "size-skewed"),
+        sizes_known=data.partitioner in ("iid", "size-skewed") or config.is_formulary_by_site,
     )
 
 
 def site_sizes(config: Config, rows: int) -> list[int]:
-    """Return the rows of each site: equal up to one row, or proportional to site + 1."""
+    """Return the rows of each site: equal up to one row, or proportional to site + 1.
+
+    The formulary's own sites have as many flashcards each.
+    """
     sites = config.data.num_partitions
     if config.data.partitioner == "size-skewed":
         units = sites * (sites + 1) // 2
@@ -222,7 +225,7 @@ def site_sizes(config: Config, rows: int) -> list[int]:
     return [rows // sites + (site < rows % sites) for site in range(sites)]
 
 
-def _kept(rows: int, held_out_fraction: float) -> int:
+def kept_rows(rows: int, held_out_fraction: float) -> int:
     """Return the number of a site's rows that are not held out."""
     if not held_out_fraction or rows < 2:
         return rows

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from grandrounds.config.codecs import CODECS
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
+from grandrounds.server.described import data_text
 from grandrounds.study.plan.forecast import Forecast, by_codec, link_seconds
 from grandrounds.study.tables import NONE, Table, in_gib, in_mib
 
@@ -115,6 +116,7 @@ def run_rows(forecast: Forecast) -> Rows:
             f"{f'{bits}-bit' if bits else config.model.dtype}{checkpointing.get(again, '')}",
         ),
         ("adapted", ", ".join(forecast.targets)),
+        ("data", data_text(config)),
         (
             "federation",
             f"{config.cohort_size} of {config.data.num_partitions} sites a round, "

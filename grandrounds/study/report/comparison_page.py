@@ -56,10 +56,12 @@ def _page(comparison: Json, file: Path) -> Page:
     config, units = comparison["config"], comparison["units"]
     complete = comparison["status"] == "complete"
     finished = f"{units['done']} of {units['planned']} units finished"
+    column = config.get("data.partition-by")
     return Page(
         title=f"Comparison: {file.absolute().parent.name}",
         subtitle=f"{config['model.name']} on {config['static.dataset.name']}, "
-        f"{config['data.num-partitions']} sites, {config['data.partitioner']}; "
+        f"{config['data.num-partitions']} sites, {config['data.partitioner']}"
+        f"{f' by {column}' if column else ''}; "
         f"seeds {', '.join(map(str, comparison['seeds']))}",
         mood="good" if complete else "going",
         status="Complete" if complete else finished,

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grandrounds.config import recipes
+from grandrounds.config import automatic, recipes
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.values import Scalar
 from grandrounds.server.described import Sites, engine_options
@@ -39,8 +39,11 @@ def sections(run: RunFiles) -> list[Section]:
 
 
 def differing(config: Config) -> dict[str, Scalar]:
-    """Return the keys that differ from the packaged defaults; places are left out."""
-    default, flat = recipes.resolve().flat(), config.flat()
+    """Return the keys that differ from the packaged defaults; places are left out.
+
+    A value that `auto` stands for in this configuration is a default.
+    """
+    default, flat = recipes.defaults(), automatic.unsettle(config.flat())
     return {
         key: flat[key] for key in FIELD_OF_KEY if key not in PLACES and flat[key] != default[key]
     }
@@ -57,7 +60,7 @@ def value_text(value: Scalar) -> str:
 
 def recipe_tables(config: Config, sites: Sites) -> list[Table]:
     """Return a summary of the recipe, the keys changed from the defaults, and all others."""
-    default, flat = recipes.resolve().flat(), config.flat()
+    default, flat = recipes.defaults(), config.flat()
     changed = differing(config)
     rows = [(key, value_text(value), value_text(default[key])) for key, value in changed.items()]
     rest = [(key, value_text(flat[key])) for key in FIELD_OF_KEY if key not in (*changed, *PLACES)]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from grandrounds.config import recipes
+from grandrounds.config.keys import Config
 from grandrounds.engines.deployment import keys, set_up
 from grandrounds.engines.deployment import superlink as deployment
 from grandrounds.errors import ConfigError, EngineError
@@ -163,6 +164,19 @@ def test_a_superlink_elsewhere_needs_a_place_for_the_run(flower_home: Path) -> N
 )
 def test_whose_machine_an_address_is(address: str, here: bool) -> None:
     assert deployment.is_local(address) == here
+
+
+def test_real_sites_are_none_of_the_formularys(
+    flower_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty of them take the steps that any other data take, and the report names no division."""
+    taken: list[Config] = []
+    monkeypatch.setattr(deployment, "deploy", lambda config, *_: taken.append(config))
+    result = run("run", "--engine", "deployment", "--connection", "trial")
+    assert result.exit_code == 0, result.output
+    (config,) = taken
+    assert (config.data.partitioner, config.data.num_partitions) == ("iid", 20)
+    assert config.arguments.max_steps == 5
 
 
 def test_a_superlink_that_does_not_answer_is_told(flower_home: Path, tmp_path: Path) -> None:

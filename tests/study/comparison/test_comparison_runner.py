@@ -337,8 +337,7 @@ def test_a_site_that_cannot_answer_the_roll_call_says_why(settings: Settings) ->
 
 
 def test_private_facts_belong_to_sites_only_where_partitions_are_the_formularys() -> None:
-    natural = {"data.partitioner": "natural", "data.partition-by": "site"}
-    private, public = exams_of(recipes.resolve(natural), DESIGN)
+    private, public = exams_of(recipes.resolve(), DESIGN)
     assert private.entry() == {
         "title": "private facts of the sites",
         "n": 300,
@@ -349,7 +348,7 @@ def test_private_facts_belong_to_sites_only_where_partitions_are_the_formularys(
     assert private.site_of is not None
     assert all(private.site_of.count(site) == 15 for site in range(20))
     assert (public.entry()["n"], public.entry()["by-site"]) == (360, False)
-    by_chance, _ = exams_of(recipes.resolve({}), DESIGN)
+    by_chance, _ = exams_of(recipes.resolve({"data.partitioner": "iid"}), DESIGN)
     assert by_chance.site_of is None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grandrounds.config import recipes
+from grandrounds.data.formulary.facts import flashcards
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.study.plan.forecast import (
     LEADERBOARD_ROWS,
@@ -120,6 +122,13 @@ def test_sites_have_the_sizes_that_the_partitioner_gives(partitioner: str) -> No
     assert max(abs(a - b) for a, b in zip(sizes, predicted, strict=True)) <= (
         0 if partitioner == "iid" else 5
     )
+
+
+def test_the_formularys_sites_hold_as_many_flashcards_each() -> None:
+    config = recipes.resolve()
+    held = Counter(card["site"] for card in flashcards())
+    assert site_sizes(config, 1_500) == [held[site] for site in range(20)]
+    assert reading(config, 1_500).sizes_known
 
 
 # --- Encodings and links --------------------------------------------------------------------------

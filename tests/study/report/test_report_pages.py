@@ -25,6 +25,7 @@ from grandrounds.study.report.provenance import differing, repeat_command, value
 from grandrounds.study.report.read import read_run
 from grandrounds.study.report.several_runs import names, several_page
 from grandrounds.study.tables import Table, decimals_of, duration, fixed, mib, number, percent
+from tests.runs import Settings
 from tests.study.report.run_files import comparison, estimate, evaluation, write, write_run
 
 
@@ -272,6 +273,19 @@ def test_the_command_to_repeat_means_the_same_configuration(tmp_path: Path) -> N
     assert first == ["grandrounds", "run", "--config", str(run / "config.toml")]
 
 
+@pytest.mark.parametrize(
+    ("changes", "more"),
+    [
+        ({}, []),
+        ({"data.partitioner": "iid"}, ["--set", "data.partitioner=iid"]),
+        ({"static.dataset.name": "cards.csv"}, ["--set", "static.dataset.name=cards.csv"]),
+    ],
+)
+def test_what_auto_stands_for_is_no_change_of_a_default(changes: Settings, more: list[str]) -> None:
+    config = recipes.resolve(changes)
+    assert shlex.split(repeat_command(config)) == ["grandrounds", "run", *more]
+
+
 def test_a_run_of_real_sites_is_repeated_with_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     sites = json.loads((run / "sites.json").read_text())
@@ -512,6 +526,7 @@ def test_a_comparison_shows_arms_sites_and_what_joining_gains(tmp_path: Path) ->
     assert table_of(page, "joining-local-own-private").rows[0] == joined
     assert tile(page, "federated over local, own part: private") == "+25.0 points"
     assert next(t.note for t in page.tiles if "private" in t.name) == "better at 2 of 3 sites"
+    assert "20 sites, natural by site; seeds 42, 43" in page.subtitle
     losses, shares, asked = section(page, "tests").tables
     assert not losses.rows
     assert shares.rows[1][5] == "2 / 1 / 0"

@@ -1,0 +1,44 @@
+"""What `auto` stands for in the keys whose default follows from the data.
+
+The formulary's private facts belong to twenty sites. Divided by them, each site knows drugs that no
+other site knows, and the federation needs more steps to learn them all. Other data, and the
+formulary with another number of sites, are divided IID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from grandrounds.config.values import AUTO, Scalar
+
+FORMULARY_SITES = 20
+"""Sites that own the formulary's private facts; `data.formulary.facts.SITES`."""
+
+_PARTITIONER, _COLUMN = "data.partitioner", "data.partition-by"
+_STEPS = "train.training-arguments.max-steps"
+
+_BY_SITE: dict[str, Scalar] = {_PARTITIONER: "natural", _COLUMN: "site", _STEPS: 6}
+_ELSEWHERE: dict[str, Scalar] = {_PARTITIONER: "iid", _STEPS: 5}
+
+
+def settle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return a complete flat configuration with every `auto` of this module replaced."""
+    by_site = (
+        flat[_PARTITIONER] == AUTO
+        and flat[_COLUMN] in ("", "site")
+        and flat["static.dataset.name"] == "formulary"
+        and flat["data.num-partitions"] == FORMULARY_SITES
+    )
+    stands_for = _BY_SITE if by_site else _ELSEWHERE
+    out = {k: stands_for[k] if v == AUTO and k in _ELSEWHERE else v for k, v in flat.items()}
+    return {**out, _COLUMN: "site"} if by_site else out
+
+
+def unsettle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return a settled configuration with `auto` wherever it stands for the value that is there."""
+    partitions: dict[str, Scalar] = {_PARTITIONER: AUTO, _COLUMN: ""}
+    steps: dict[str, Scalar] = {_STEPS: AUTO}
+    for tried in ({**partitions, **steps}, partitions, steps):
+        if settle({**flat, **tried}) == flat:
+            return {**flat, **tried}
+    return dict(flat)
