@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -43,6 +41,8 @@ class Rows:
 
     def shuffle(self, seed: int) -> Rows:
         """Return the rows in the order that `Dataset.shuffle` gives them for this seed."""
+        import numpy as np  # only here: a configuration is checked before NumPy is loaded
+
         order: list[int] = np.random.default_rng(seed).permutation(len(self)).tolist()
         return self.select(order)
 
