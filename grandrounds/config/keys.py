@@ -165,8 +165,8 @@ class TrainingArguments:
     gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto", ""))]
     """Empty, or equal to `model.gradient-checkpointing`."""
     torch_compile: bool
-    """Compile the MLP blocks of the base model; costs about a minute at the first visit and reduces
-    memory traffic afterwards."""
+    """Compile the MLP blocks of the base model: the first visit waits for the compiler (20 s for 90
+    million parameters on a CPU); later steps move less memory."""
     logging_steps: Annotated[int, Range(1)]
     """No effect: every visit reports its loss."""
     save_steps: Annotated[int, Range(1)]
@@ -211,7 +211,8 @@ class StrategyConfig:
     answer, the introduction at the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
     """`examples`: weight updates by the number of training examples, capped at the number given at
-    roll call. `equal`: weight all updates equally."""
+    roll call. `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and
+    `bulyan` always do."""
     max_rank: Annotated[int, Range(0, 4096)]
     """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
     times the rank."""
@@ -231,11 +232,13 @@ class StrategyConfig:
     """`fedadam`, `fedyogi`, `fedadagrad`: adaptivity constant added to the root of the second
     moment."""
     num_malicious_nodes: Annotated[int, Range(0)]
-    """`krum`, `multikrum`, `bulyan`: number of malicious updates to tolerate in a round."""
+    """`krum`, `multikrum`, `bulyan`: number of malicious updates to tolerate in a round; 0 defends
+    against none."""
     num_nodes_to_select: Annotated[int, Range(0)]
     """`multikrum`: number of updates to average; 0: all but `num-malicious-nodes`."""
     trimmed_share: Annotated[float, Range(0, 0.49)]
-    """`fedtrimmedavg`: fraction of values trimmed at each end, per coordinate."""
+    """`fedtrimmedavg`: fraction of values trimmed at each end, per coordinate; rounded down to
+    whole updates."""
 
     @property
     def needed_replies(self) -> int:
@@ -293,7 +296,8 @@ class DefenceConfig:
     prefix: ClassVar[str] = "defence."
 
     update_norm_bound: Annotated[float, Range(0)]
-    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound."""
+    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. It does not
+    bound the server's step under `fedexp`; see docs/aggregation.md."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold

@@ -167,10 +167,31 @@ def test_flower_commands_of_the_page_parse(page: str) -> None:
         assert federation["num-supernodes"] == sites
 
 
+HAND_WRITTEN = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in (ROOT / "docs").glob("*.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in HAND_WRITTEN:
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_files_that_a_page_names_exist() -> None:
+    named = re.compile(
+        r"(?<![\w/.-])(?:benchmarks|configs|docs|grandrounds|scripts|tests)/[\w./-]*\w/?"
+    )
+    for page in HAND_WRITTEN:
+        for path in named.findall(re.sub(r"\S*(?:<|NAME)\S*", "", page.read_text())):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
 def interrupt_after_a_round(words: list[str], directory: Path, folder: Path) -> None:
