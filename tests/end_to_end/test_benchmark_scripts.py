@@ -98,7 +98,7 @@ def test_codec_speed_measures_every_codec_and_the_sum_of_replies(tmp_path: Path)
 
 def test_communication_counts_both_ways_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "curve.png"
-    quick = ("--rounds", "1", "--jobs", "2", "--seeds", "1")
+    quick = ("--rounds", "1", "--jobs", "1", "--seeds", "1")
     figures = result(
         tmp_path, "communication.py", *quick, "--arms", "float32", "int4", "--png", str(picture)
     )
@@ -110,7 +110,7 @@ def test_communication_counts_both_ways_and_draws(tmp_path: Path) -> None:
 
 
 def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:
-    quick = ("--rounds", "1", "--jobs", "2", "--seeds", "1", "--arms", "centralised", "fedavg")
+    quick = ("--rounds", "1", "--jobs", "1", "--seeds", "1", "--arms", "centralised", "fedavg")
     pooled, federated = result(tmp_path, "aggregation.py", *quick)["rows"]
     assert pooled["gap"] == 0
     assert federated["gap"] == pooled["private"] - federated["private"]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, MessageType
 
+from grandrounds.config import recipes
 from grandrounds.errors import RoundError, RunDirectoryError
 from grandrounds.server.directory import RunDirectory
 from tests.runs import (
@@ -260,12 +261,15 @@ def test_a_run_killed_before_any_system_call_of_a_write_resumes_to_the_bit(
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["a finished round", "a checkpoint", "a while", "a long while"])
 def test_a_killed_process_resumes_to_the_bit(
-    settings: Settings, tmp_path: Path, moment: str
+    settings: Settings, tmp_path: Path, memory: dict[str, dict[str, Any]], moment: str
 ) -> None:
-    """SIGKILL to the real command, at a moment that varies with the load of the machine."""
+    """SIGKILL to the real command, at a moment that varies with the load of the machine. Once the
+    command resumes it too, else this process does."""
     settings = {**settings, "num-server-rounds": 30, "train.save-every-round": 4}
-    whole = tmp_path / "whole"
-    play(settings, **{"run-directory": str(whole)})
+    if "thirty rounds" not in memory:
+        whole = tmp_path / "whole"
+        play(settings, **{"run-directory": str(whole)})
+        memory["thirty rounds"] = outcome(whole)
     run = Path(settings["run-directory"])
     command = [sys.executable, "-m", "grandrounds"]
     with (tmp_path / "output").open("w") as output:
@@ -279,12 +283,15 @@ def test_a_killed_process_resumes_to_the_bit(
             process.wait()
     assert process.returncode == -signal.SIGKILL, (tmp_path / "output").read_text()
     assert not (run / "summary.json").exists()
-    resumed = subprocess.run(
-        [*command, "run", "--resume", str(run)], capture_output=True, text=True, check=False
-    )
-    assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert outcome(run) == outcome(whole)
-    assert summary_of(run)["base_loads"] in (1, 2)
+    if moment == "a checkpoint":
+        resumed = subprocess.run(
+            [*command, "run", "--resume", str(run)], capture_output=True, text=True, check=False
+        )
+        assert (resumed.returncode, resumed.stderr) == (0, "")
+        assert summary_of(run)["base_loads"] in (1, 2)
+    else:
+        play(recipes.load_recipe(run / "config.toml"), **{"resume-from": str(run)})
+    assert outcome(run) == memory["thirty rounds"]
 
 
 def wait_for(moment: str, run: Path, process: subprocess.Popen[bytes]) -> None:

@@ -113,10 +113,16 @@ def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Pat
     """The repository itself as a Flower app, on a SuperLink of the test's own."""
     from grandrounds.engines.simulation import SimulatedSites, run_simulation
 
-    simulated = tmp_path / "flwr"
+    simulated, home = tmp_path / "flwr", tmp_path / "home"
     overrides = {**settings, "run-directory": str(simulated)}
-    outcome = run_simulation(ROOT, overrides, SimulatedSites(4), tmp_path / "home")
+    polls: list[float] = []
+    outcome = run_simulation(
+        ROOT, overrides, SimulatedSites(4), home, lambda: polls.append(time.monotonic())
+    )
     assert outcome == ("completed", "")
-    assert (tmp_path / "home" / "apps").is_dir()  # the bundle, without weights
+    assert len(polls) > 5
+    assert (home / "run.log").stat().st_size > 0
+    assert (home / "apps").is_dir()  # the bundle, without weights
+    assert marked_processes() == []
     assert adapter_bytes(simulated, "peft_3") == adapter_bytes(play(settings), "peft_3")
     assert os.environ.get(MARKER) is None

@@ -8,13 +8,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
 from flwr.common.serde import context_to_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
@@ -188,12 +189,12 @@ def mutated(request: tuple[bytes, bytes], draw: random.Random) -> bytes:
     return whole[: draw.randrange(len(whole))] if kind == 7 else whole
 
 
-def structured(settings: Settings, site: Any, draw: random.Random) -> tuple[bytes, bytes]:
-    """Return a whole request in which some values are others."""
-    flat: dict[str, Any] = dict(recipes.resolve(settings).flat())
+def structured(flat: Mapping[str, Any], visit: bytes, draw: random.Random) -> tuple[bytes, bytes]:
+    """Return a whole request for a visit, as serialised, in which some values are others."""
+    flat = dict(flat)
     for key in draw.sample(sorted(flat), draw.randrange(3)):
         flat[key] = draw.choice([-1, 0, 2**62, 1e308, "", "../../etc/passwd", "x" * 5000, True])
-    proto = message_to_proto(training_message(settings, site))
+    proto = ProtoMessage.FromString(visit)
     proto.metadata.message_type = draw.choice(["train", "train", "evaluate", "query", "x" * 50])
     for item in proto.content.items:
         if item.WhichOneof("value") == "config_record":
@@ -229,16 +230,16 @@ def structured(settings: Settings, site: Any, draw: random.Random) -> tuple[byte
 def requests(settings: Settings, site: Any) -> Iterator[bytes]:
     """Yield what is sent: two thirds damaged bytes, one third whole with wrong values."""
     draw = random.Random(7)
-    context = context_bytes(settings)
-    good = [
+    context, flat = context_bytes(settings), recipes.resolve(settings).flat()
+    question, visit = (
         message_to_proto(m).SerializeToString()
         for m in (roll_call.questions([1], "ab")[1], training_message(settings, site))
-    ]
+    )
     for i in range(MESSAGES):
         if i % 3:
-            yield mutated((context, draw.choice(good)), draw)
+            yield mutated((context, draw.choice((question, visit))), draw)
         else:
-            yield framed(*structured(settings, site, draw))
+            yield framed(*structured(flat, visit, draw))
 
 
 @pytest.mark.slow
