@@ -93,7 +93,7 @@ MODELS = {
     *("flwr_datasets", "huggingface_hub", "pyarrow", "psutil", "gguf"),
 }
 FLOWER = {"flwr", "google", "httpx"}
-SCREEN = {"typer", "rich", "jinja2"}
+SCREEN = {"typer", "click", "rich", "jinja2"}
 TRACKERS = {"tensorboard", "wandb", "mlflow", "trackio"}
 KEYS = {"cryptography", "sqlalchemy"}
 

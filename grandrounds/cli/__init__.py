@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import click
 import typer
 from typer.core import TyperGroup
 
@@ -16,6 +17,7 @@ from grandrounds.cli import (
     ask,
     base,
     compare,
+    config,
     consortium,
     evaluate,
     export,
@@ -24,7 +26,10 @@ from grandrounds.cli import (
     run,
     site,
 )
-from grandrounds.errors import GrandRoundsError
+from grandrounds.config.keys import ALIASES, FIELD_OF_KEY
+from grandrounds.config.recipes import OPTIONS
+from grandrounds.config.synonyms import MAX_STEPS, NO_KEY, PER_ROUND, key_meant, last_part
+from grandrounds.errors import ConfigError, GrandRoundsError
 
 NEEDED_TO_RUN = (
     "accelerate",
@@ -76,13 +81,37 @@ def reported_in_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def meant_option(error: click.NoSuchOption) -> str:
+    """Return what to write instead of an option that is a key; empty if it is not known as one."""
+    params = error.ctx.command.params if error.ctx else []
+    if not any(param.name == "assignments" for param in params):
+        return ""
+    last = last_part(error.option_name)
+    told = f"There is no option {error.option_name}."
+    if last in PER_ROUND:
+        return f"{told} Write --sites-per-round N."
+    meant = key_meant(error.option_name, (*FIELD_OF_KEY, *ALIASES))
+    if not meant:
+        return f"{told} {NO_KEY[last]}" if last in NO_KEY else ""
+    own = {key: name for name, key in OPTIONS.items()}.get(meant, "")
+    if any(param.name == own for param in params):
+        return f"{told} Write --{own.replace('_', '-')} VALUE."
+    also = f" --set {MAX_STEPS}=-1" if meant.endswith("num-train-epochs") else ""
+    return f"{told} Write --set {meant}=VALUE{also}."
+
+
 class Commands(TyperGroup):
     """All commands, their expected failures reported in one line."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         with reported_in_one_line():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.NoSuchOption as error:
+                if told := meant_option(error):
+                    raise ConfigError(told) from error
+                raise
 
 
 app = typer.Typer(
@@ -120,6 +149,7 @@ def root(
 
 
 app.add_typer(base.app, name="base")
+app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")
 for command in (

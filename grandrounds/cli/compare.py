@@ -22,8 +22,11 @@ from grandrounds.cli.options import (
     Limit,
     Model,
     Plain,
+    Recipe,
     Rounds,
+    SitesPerRound,
 )
+from grandrounds.cli.request import chosen_recipe, tell
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
@@ -32,16 +35,26 @@ from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.study.comparison import units as comparison
+from grandrounds.study.sites import with_sites
 
 DEFAULT_ARMS = "federated,centralised,local"
 
 
 def compare(
+    recipe: Recipe = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     model: Model = None,
     data: Data = None,
     rounds: Rounds = None,
+    num_sites: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of sites. With `data.partitioner=natural`, by default one for each value "
+            "of `data.partition-by`."
+        ),
+    ] = None,
+    sites_per_round: SitesPerRound = None,
     arms: Annotated[
         str,
         typer.Option(
@@ -92,7 +105,14 @@ def compare(
     - `grandrounds compare --arms federated,leave-one-out --sites 0,3 --out comparisons/joining`
     """
     asked = comparison.check_arms(list(words_of(arms)))
-    settings = recipes.from_options(config, assignments, model=model, data=data, rounds=rounds)
+    layers = recipes.layers_of(
+        *(chosen_recipe(recipe, config), assignments),
+        model=model,
+        data=data,
+        rounds=rounds,
+        sites=num_sites,
+    )
+    settings = recipes.merged(with_sites(layers, sites_per_round, may_load=True))
     for key in PLACES:
         if settings.pop(key, ""):
             raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
@@ -103,6 +123,11 @@ def compare(
     left_out = comparison.check_sites(sites, resolved.data.num_partitions)
     names = list(words_of(benchmarks or ""))
     design = comparison.Design(asked, numbers, left_out, names, benchmark_data, limit)
+    from grandrounds.study import preflight
+
+    warnings = preflight.check(resolved)
+    tell(recipes.notes(settings))
+    tell(warnings, "warning")
     quiet_libraries()
     from grandrounds.study.comparison import runner as comparison_runner
     from grandrounds.study.comparison.folder import RESULT

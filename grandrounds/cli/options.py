@@ -17,6 +17,15 @@ ConfigFile = Annotated[
     ),
 ]
 
+Recipe = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Recipe; the same as `--config`.",
+        metavar="[RECIPE]",
+        show_default=False,
+    ),
+]
+
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Override one key; repeatable.", metavar="KEY=VALUE"),
@@ -33,6 +42,20 @@ Data = Annotated[
 ]
 
 Rounds = Annotated[int | None, typer.Option(help="Number of training rounds.")]
+
+Sites = Annotated[
+    int | None,
+    typer.Option(
+        "--sites",
+        "--num-sites",
+        help="Number of sites. With `data.partitioner=natural`, by default one for each value of "
+        "`data.partition-by`.",
+    ),
+]
+
+SitesPerRound = Annotated[
+    int | None, typer.Option(help="Number of sites that train in each round.", metavar="N")
+]
 
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN_DIR")]
 

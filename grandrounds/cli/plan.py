@@ -9,13 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Plain, Rounds
+from grandrounds.cli.options import (
+    Assignments,
+    ConfigFile,
+    Data,
+    Model,
+    Plain,
+    Rounds,
+    Sites,
+    SitesPerRound,
+)
+from grandrounds.cli.request import chosen_recipe
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.storage import writing
+from grandrounds.study.sites import with_sites
 
 if TYPE_CHECKING:
     from grandrounds.study.plan.forecast import Forecast
@@ -28,7 +39,10 @@ MIB = 2**20
 def plan(
     more: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE]...", help="More recipes for `--compare`."),
+        typer.Argument(
+            metavar="[RECIPE]...",
+            help="Recipe, the same as `--config`; several are shown side by side.",
+        ),
     ] = None,
     config: ConfigFile = None,
     compare: Annotated[
@@ -46,6 +60,11 @@ def plan(
         int | None, typer.Option(help="Number of rows, if they cannot be counted.", min=1)
     ] = None,
     rounds: Rounds = None,
+    sites: Sites = None,
+    sites_per_round: SitesPerRound = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Run directory to check for a run that is to write there.")
+    ] = None,
     uplink_mbps: Annotated[
         float | None,
         typer.Option(help="A site's uplink in Mbit/s; adds transfer times to the plan."),
@@ -70,21 +89,34 @@ def plan(
 
     - `grandrounds plan` (the default run)
 
-    - `grandrounds plan -c configs/jsl-medllama-3-8b-100-rounds.toml --uplink-mbps 20`
+    - `grandrounds plan configs/jsl-medllama-3-8b-100-rounds.toml --uplink-mbps 20`
 
-    - `grandrounds plan -c configs/qwen2.5-7b-instruct.toml --set communication.uplink-codec=int4`
+    - `grandrounds plan configs/qwen2.5-7b-instruct.toml --set communication.uplink-codec=int4`
 
     - `grandrounds plan --compare configs/smollm2-135m-laptop.toml configs/jsl-medllama-3-8b.toml`
     """
     files = [*(compare or []), *(more or [])]
-    if more and not compare:
-        raise ConfigError(f"{more[0]} needs an option: give a recipe as --config {more[0]}.")
+    if not compare:
+        config = chosen_recipe(files.pop(0) if files else None, config)
     link = _link(uplink_mbps, downlink_mbps)
-    settings = recipes.from_options(None, assignments, model=model, data=data, rounds=rounds)
+    own = recipes.layers_of(
+        *(None, assignments),
+        model=model,
+        data=data,
+        rounds=rounds,
+        sites=sites,
+        run_dir=str(run_dir) if run_dir else None,
+    )
     planned: dict[str, Forecast] = {}
+    told: dict[str, list[str]] = {}
     for file in [config, *files]:
-        planned[_label(file, planned)] = _forecast(file, settings, architecture, rows)
-    described = {name: _described(f, link) for name, f in planned.items()}
+        read = recipes.layers_of(chosen_recipe(file, None), None)
+        layers = with_sites([*read, *own], sites_per_round)
+        name = _label(file, planned)
+        planned[name], told[name] = _forecast(recipes.merged(layers), architecture, rows)
+    described = {
+        name: {**_described(f, link), "warnings": told[name]} for name, f in planned.items()
+    }
     content: Any = described if files else next(iter(described.values()))
     if json_file == "-":
         print(json.dumps(content, indent=2))
@@ -93,6 +125,7 @@ def plan(
         _write(Path(json_file), content)
     screen = Screen(plain)
     _show(planned, link, screen)
+    screen.notes([line for lines in told.values() for line in lines])
     if json_file is not None:
         say(f"written: {json_file}")
 
@@ -118,17 +151,21 @@ def _label(file: Path | None, taken: Mapping[str, Any]) -> str:
 
 
 def _forecast(
-    file: Path | None, settings: dict[str, Scalar], architecture: str | None, rows: int | None
-) -> Forecast:
-    """Read a recipe and plan it; DoRA, which a run rejects, is passed on separately."""
-    recipe = {**(recipes.load_recipe(file) if file else {}), **settings}
-    dora = [key for key in DORA_KEYS if recipe.get(key) is True]
+    settings: dict[str, Scalar], architecture: str | None, rows: int | None
+) -> tuple[Forecast, list[str]]:
+    """Plan a recipe; return what its reader should know too.
+
+    DoRA, which a run rejects, is passed on separately.
+    """
+    dora = [key for key in DORA_KEYS if settings.get(key) is True]
     for key in dora:
-        del recipe[key]
-    config = recipes.with_absolute_paths(recipes.resolve(recipe))
+        del settings[key]
+    config = recipes.with_absolute_paths(recipes.resolve(settings))
+    from grandrounds.study import preflight
     from grandrounds.study.plan.forecast import forecast
 
-    return forecast(config, architecture=architecture, dora=bool(dora), rows=rows)
+    told = [*recipes.notes(settings), *preflight.check(config)]
+    return forecast(config, architecture=architecture, dora=bool(dora), rows=rows), told
 
 
 def _write(file: Path, content: Any) -> None:

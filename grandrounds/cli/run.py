@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from grandrounds.cli.options import Assignments, ConfigFile, Data, Model, Plain, Rounds
+from grandrounds.cli.options import (
+    Assignments,
+    ConfigFile,
+    Data,
+    Model,
+    Plain,
+    Recipe,
+    Rounds,
+    Sites,
+    SitesPerRound,
+)
+from grandrounds.cli.request import chosen_recipe, tell
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
@@ -17,6 +28,7 @@ from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
+from grandrounds.study.sites import with_sites
 
 
 class Engine(StrEnum):
@@ -28,11 +40,14 @@ class Engine(StrEnum):
 
 
 def run(
+    recipe: Recipe = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     model: Model = None,
     data: Data = None,
     rounds: Rounds = None,
+    sites: Sites = None,
+    sites_per_round: SitesPerRound = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     run_dir: Annotated[
         Path | None,
@@ -70,25 +85,31 @@ def run(
 
     - `grandrounds run` (built-in model and data, offline)
 
-    - `grandrounds run --config configs/smollm2-135m-laptop.toml`
+    - `grandrounds run configs/smollm2-135m-laptop.toml`
 
-    - `grandrounds run --data flashcards.jsonl --rounds 10`
+    - `grandrounds run --data flashcards.jsonl --sites 4 --sites-per-round 2 --rounds 10`
 
     - `grandrounds run --set strategy.proximal-mu=0.1 --set train.learning-rate-max=1e-3`
 
     - `grandrounds run --resume runs/20260101-120000-formulary`
     """
-    settings = recipes.from_options(
-        config,
+    layers = recipes.layers_of(
+        chosen_recipe(recipe, config),
         assignments,
         model=model,
         data=data,
         rounds=rounds,
+        sites=sites,
         seed=seed,
-        run_directory=str(run_dir) if run_dir else None,
+        run_dir=str(run_dir) if run_dir else None,
     )
     if engine is Engine.deployment and resume is None:  # real sites are none of the formulary's
-        settings = {"data.partitioner": "iid", **settings}
+        layers = [("the engine", {"data.partitioner": "iid"}), *layers]
+    if resume is None:
+        layers = with_sites(layers, sites_per_round, may_load=engine is not Engine.deployment)
+    elif sites_per_round is not None:
+        raise ConfigError("--resume continues with the sites per round that the run started with.")
+    settings = recipes.merged(layers)
     resolved = resolve_run(settings, resume)
     find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):
@@ -96,6 +117,13 @@ def run(
             "--engine deployment and --connection NAME belong together: give both or neither."
         )
     trackers_of(resolved.train.report_to)  # fails now if one is not installed
+    warnings: list[str] = []
+    if engine is not Engine.deployment:  # whose data, base and run directory are elsewhere
+        from grandrounds.study import preflight
+
+        warnings = preflight.check(resolved)
+    tell([] if resume else recipes.notes(settings))
+    tell(warnings, "warning")
     if engine is Engine.simulation:
         from grandrounds.engines.simulation import default_gpus, simulate
 

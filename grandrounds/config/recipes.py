@@ -6,12 +6,14 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from grandrounds.config.bases import names_a_base
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
-from grandrounds.config.validation import parse
+from grandrounds.config.resets import resets
+from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
 from grandrounds.config.words import counted, percent, place_name
 from grandrounds.errors import ConfigError
@@ -44,6 +46,11 @@ FOREIGN_KEYS: dict[str, tuple[Scalar, str]] = {
 
 def defaults() -> dict[str, Scalar]:
     """Return the packaged defaults, flat: `[tool.flwr.app.config]` of our pyproject.toml."""
+    return dict(_defaults())
+
+
+@cache
+def _defaults() -> dict[str, Scalar]:
     here = Path(__file__).resolve().parent.parent  # the package's own folder
     for path in (here / "pyproject.toml", here.parent / "pyproject.toml"):
         if path.is_file():
@@ -164,30 +171,62 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
     return out
 
 
-def from_options(
+Layer = tuple[str, Mapping[str, Scalar]]
+"""Where values come from, and the values."""
+
+
+def layers_of(
     file: Path | None, assignments: Iterable[str] | None, **options: Scalar | None
-) -> dict[str, Scalar]:
-    """Return a command's settings: options override assignments, which override the recipe.
+) -> list[Layer]:
+    """Return a command's settings by their source; a later one overrides those before it.
 
     Parameters
     ----------
     options
         Values for the names in `OPTIONS`; None if not given.
     """
-    settings = load_recipe(file) if file else {}
-    settings |= parse_overrides(assignments or [])
-    given = {OPTIONS[name]: value for name, value in options.items() if value is not None}
-    return settings | given
+    layers: list[Layer] = [(f"recipe {file}", load_recipe(file))] if file else []
+    if assignments:
+        layers.append(("--set", parse_overrides(assignments)))
+    for name, value in options.items():
+        if value is not None:
+            layers.append((f"--{name.replace('_', '-')}", {OPTIONS[name]: value}))
+    return layers
+
+
+def merged(layers: Iterable[Layer]) -> dict[str, Scalar]:
+    """Return the settings of all layers as one mapping."""
+    return {key: value for _, values in layers for key, value in values.items()}
+
+
+def from_options(
+    file: Path | None, assignments: Iterable[str] | None, **options: Scalar | None
+) -> dict[str, Scalar]:
+    """Return a command's settings: options override assignments, which override the recipe."""
+    return merged(layers_of(file, assignments, **options))
 
 
 OPTIONS = {
     "model": "model.name",
     "data": "static.dataset.name",
     "rounds": "num-server-rounds",
+    "sites": "data.num-partitions",
     "seed": "seed",
-    "run_directory": "run-directory",
+    "run_dir": "run-directory",
 }
 """Option of a command → key."""
+
+
+def complete(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return every key with its value, unchecked: what was set, else its default if it applies."""
+    default = defaults()
+    return settled(without_aliases(values, default)[0], default)
+
+
+def notes(values: Mapping[str, Scalar]) -> list[str]:
+    """Return which defaults do not apply beside the values that were set, one sentence each."""
+    default = defaults()
+    return [str(reset) for reset in resets(without_aliases(values, default)[0], default)]
 
 
 def resolve(*layers: Mapping[str, Scalar]) -> Config:

@@ -11,6 +11,9 @@ from grandrounds.config.values import Scalar
 
 _ARGUMENTS = "train.training-arguments."
 
+MAX_STEPS = f"{_ARGUMENTS}max-steps"
+"""The key that is -1 where epochs are counted."""
+
 _NAMES: dict[str, str] = {
     "num-server-rounds": "rounds num-rounds n-rounds server-rounds global-rounds total-rounds "
     "communication-rounds fl-rounds global-epochs",
@@ -41,7 +44,7 @@ _NAMES: dict[str, str] = {
     "gradient-accumulation grad-accumulation grad-accum accumulation-steps",
     f"{_ARGUMENTS}num-train-epochs": "epochs num-epochs local-epochs n-epochs num-train-epochs "
     "client-epochs epochs-per-round",
-    f"{_ARGUMENTS}max-steps": "max-steps steps num-steps local-steps train-steps steps-per-round "
+    MAX_STEPS: "max-steps steps num-steps local-steps train-steps steps-per-round "
     "client-steps iterations",
     f"{_ARGUMENTS}warmup-steps": "warmup warmup-steps warmup-ratio",
     f"{_ARGUMENTS}max-grad-norm": "max-grad-norm grad-clip clip-grad gradient-clipping clip-norm",

@@ -7,6 +7,7 @@ import json
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from grandrounds.config import automatic
@@ -20,6 +21,7 @@ from grandrounds.config.keys import (
 from grandrounds.config.resets import resets
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.synonyms import (
+    MAX_STEPS,
     NO_KEY,
     PER_ROUND,
     key_meant,
@@ -79,7 +81,7 @@ def _checked(
     sections: dict[str, dict[str, Any]] = {}
     faults: dict[str, str] = {}
     for name, section in SECTIONS.items():
-        hints = typing.get_type_hints(section, include_extras=True)
+        hints = _hints(section)
         sections[name] = {}
         for field in dataclasses.fields(section):
             key = section.prefix + field.name.replace("_", "-")
@@ -110,7 +112,7 @@ def unknown_key(key: str, value: Scalar) -> str:
         return f"{told}{nearest(key, _KEYS)} docs/configuration.md lists all keys."
     written = pasted(ALIASES.get(meant, meant), _value_meant(meant, value, key))
     if meant.endswith("num-train-epochs"):
-        written = f"{written} and train.training-arguments.max-steps=-1" if written else ""
+        written = f"{written} and {MAX_STEPS}=-1" if written else ""
     advice = f"Write {written}." if written else "docs/configuration.md says what it takes."
     return f"{told} Did you mean {meant!r}? {advice} docs/configuration.md lists all keys."
 
@@ -171,6 +173,11 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section, include_extras=True)
+
+
 def _parts(hint: Any) -> tuple[tuple[type, ...], list[Any]]:
     """Return the types of a field, and the rules that its values keep."""
     base, *rules = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
@@ -202,7 +209,7 @@ def _value_meant(key: str, value: Scalar, name: str = "") -> Scalar:
 
 def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
     section, field = FIELD_OF_KEY[ALIASES.get(key, key)]
-    return _parts(typing.get_type_hints(SECTIONS[section], include_extras=True)[field])
+    return _parts(_hints(SECTIONS[section])[field])
 
 
 NOT_HONOURED = {

@@ -109,19 +109,11 @@ def _partitions(
 ) -> tuple[Dataset, ...]:
     """Divide the rows among all sites."""
     name, column = division.partitioner, division.column
+    labels = 0
     if name in ("dirichlet", "natural"):
         _check_partition_column(rows, name, column)
-    if name == "natural":
-        if (sites := len(rows.unique(column))) != count:
-            raise DataError(
-                f"data.partition-by = {column!r} has {sites} distinct values, one per site, but "
-                f"data.num-partitions = {count}. Set data.num-partitions = {sites}."
-            )
-    elif len(rows) < count:
-        raise DataError(
-            f"{len(rows)} rows cannot fill {count} sites. "
-            f"Set data.num-partitions to at most {len(rows)}, or provide more data."
-        )
+        labels = len(rows.unique(column)) if name == "natural" else 0
+    check_counts(division, count, len(rows), labels)
     partitioner = _partitioner(division, seed, count, len(rows))
     # The natural partitioner always shows a progress bar, the Dirichlet one warns at every retry.
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
@@ -172,10 +164,38 @@ def _check_partition_column(rows: Dataset, partitioner: str, column: str) -> Non
         )
     check_column(rows, "data.partition-by", column)
     gaps = sum(label is None or str(label).strip() == "" for label in rows[column][:])
+    check_gaps(column, gaps, len(rows))
+
+
+def check_gaps(column: str, gaps: int, num_rows: int) -> None:
+    """Raise `DataError` if rows have no value in the partition column."""
     if gaps:
         raise DataError(
-            f"data.partition-by = {column!r}: {gaps} of {len(rows)} rows have no value in this "
+            f"data.partition-by = {column!r}: {gaps} of {num_rows} rows have no value in this "
             "column. Fill it, remove these rows, or choose another column."
+        )
+
+
+def check_counts(division: Division, count: int, num_rows: int, labels: int) -> None:
+    """Raise `DataError` if rows cannot be divided among `count` sites.
+
+    Parameters
+    ----------
+    labels : int
+        Distinct values of the column of `natural`.
+    """
+    if division.partitioner == "natural":
+        if labels != count:
+            raise DataError(
+                f"data.partition-by = {division.column!r} has {labels} distinct values, one per "
+                f"site, but data.num-partitions = {count}. Set data.num-partitions = {labels}, or "
+                "leave it out."
+            )
+    elif num_rows < count:
+        raise DataError(
+            f"{num_rows} rows cannot fill {count} sites. "
+            f"Set data.num-partitions to at most {num_rows} (--sites {num_rows}), or provide more "
+            "data."
         )
 
 

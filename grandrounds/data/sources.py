@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -68,8 +68,8 @@ def load_rows(
     columns = (question_column, answer_column, *keep_columns)
     if source == FORMULARY:
         return _load_formulary(columns)
-    if _looks_like_path(source):
-        path, version = _existing_file(source)
+    if looks_like_path(source):
+        path, version = existing_file(source)
         return _load_file(source, path, version, columns)
     return _load_hub(source, columns)
 
@@ -81,19 +81,7 @@ def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
     """Check that rows and columns exist, and convert their values to text."""
     from datasets import Dataset, Features, Value
 
-    if not raw.places:
-        raise DataError(
-            f"{source}: the data source has no rows; at least one question with its answer is "
-            f"needed. Choose another {_SOURCE_KEY}."
-        )
-    texts, kept = columns[:2], columns[2:]
-    keys = ("data.question-column", "data.answer-column", *("data.partition-by" for _ in kept))
-    for name, key in zip(columns, keys, strict=True):
-        _check_column(raw, source, name, key)
-    values: dict[str, list[Any]] = {
-        name: _texts(raw, source, name) if name in texts else _labels(raw.values[name])
-        for name in columns
-    }
+    values = checked_values(raw, source, columns)
     types = {
         name: Value("int64" if any(isinstance(value, int) for value in column) else "string")
         for name, column in values.items()
@@ -101,15 +89,66 @@ def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
     return Dataset.from_dict(values, features=Features(types))
 
 
-def _check_column(raw: RawRows, source: str, name: str, key: str) -> None:
-    """Raise `DataError` for a column that is missing or occurs more than once."""
-    found = raw.available.count(name)
-    if found != 1:
-        fault = f"there are {found} columns named" if found else "there is no column"
+def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Return the columns as `load_rows` describes them: two of text, then labels.
+
+    Raises
+    ------
+    DataError
+        If there are no rows, a column is missing, or a value is not text.
+    """
+    if not raw.places:
         raise DataError(
-            f"{source}: {fault} {name!r}; the columns are: {', '.join(raw.available)}."
-            f"{nearest(name, raw.available)} Set {key} to a column that occurs once."
+            f"{source}: the data source has no rows; at least one question with its answer is "
+            f"needed. Choose another {_SOURCE_KEY}."
         )
+    texts, kept = columns[:2], columns[2:]
+    keys = ("data.question-column", "data.answer-column", *("data.partition-by" for _ in kept))
+    _check_columns(raw.available, source, dict(zip(columns, keys, strict=True)))
+    return {
+        name: _texts(raw, source, name) if name in texts else _labels(raw.values[name])
+        for name in columns
+    }
+
+
+COLUMN_NAMES = {
+    "data.question-column": ("question", "prompt", "instruction", "input", "query", "front", "q"),
+    "data.answer-column": ("answer", "response", "completion", "output", "target", "back", "a"),
+    "data.partition-by": ("site", "hospital", "ward", "client", "center", "centre", "department"),
+}
+"""Key of a column → what files usually call it, the likeliest first."""
+
+
+def _check_columns(available: Sequence[str], source: str, wanted: Mapping[str, str]) -> None:
+    """Raise one `DataError` for all columns that are missing or occur more than once.
+
+    Parameters
+    ----------
+    wanted
+        Column → key that names it.
+    """
+    faults, advice = [], []
+    for name, key in wanted.items():
+        count = available.count(name)
+        if count == 1:
+            continue
+        fault = f"there are {count} columns named" if count else "there is no column"
+        faults.append(f"{fault} {name!r}")
+        advice.append(_column_advice(key, name, [one for one in available if one not in wanted]))
+    if faults:
+        raise DataError(
+            f"{source}: {' and '.join(faults)}; the columns are: {', '.join(available)}."
+            f"{''.join(advice)}"
+        )
+
+
+def _column_advice(key: str, name: str, available: Sequence[str]) -> str:
+    """Return which column a key should name: the one of its meaning, else of nearly its name."""
+    lower = {one.strip().lower(): one for one in reversed(available)}
+    usual = next((lower[one] for one in COLUMN_NAMES[key] if one in lower), None)
+    if not usual or nearest(name, available):
+        return f"{nearest(name, available)} Set {key} to a column that occurs once."
+    return f" Did you mean {usual!r}? Write {key}={usual}."
 
 
 def _texts(raw: RawRows, source: str, name: str) -> list[str]:
@@ -207,7 +246,8 @@ def silent_downloads() -> Iterator[None]:
 # --- Local files ----------------------------------------------------------------------------------
 
 
-def _looks_like_path(source: str) -> bool:
+def looks_like_path(source: str) -> bool:
+    """Whether a source is a local file, there or not, rather than a name on the hub."""
     return (
         source.startswith((".", "/", "~"))
         or source.lower().endswith(FILE_ENDINGS)
@@ -215,8 +255,14 @@ def _looks_like_path(source: str) -> bool:
     )
 
 
-def _existing_file(source: str) -> tuple[Path, tuple[int, int]]:
-    """Return the path and the version (modification time, length) of a supported file."""
+def existing_file(source: str) -> tuple[Path, tuple[int, int]]:
+    """Return the path and the version (modification time, length) of a supported file.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it is not one that can be read.
+    """
     allowed = ", ".join(FILE_ENDINGS)
     try:
         path = Path(source).expanduser().resolve()
@@ -231,7 +277,7 @@ def _existing_file(source: str) -> tuple[Path, tuple[int, int]]:
             )
         status = path.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
     if not path.name.lower().endswith(FILE_ENDINGS):
         raise DataError(
             f"{source}: files ending in {path.suffix!r} cannot be read; allowed: {allowed}. "
@@ -246,7 +292,8 @@ def _nearest_file(path: Path) -> str:
     return nearest(path.name, sorted(file.name for file in path.parent.iterdir()))
 
 
-def _unreadable(source: str, error: Exception) -> DataError:
+def unreadable(source: str, error: Exception) -> DataError:
+    """Return the error for a file that is damaged or closed to this user."""
     return DataError(
         f"{source}: the file is damaged or cannot be read ({first_line(error)}). "
         "Copy or download it again, and check its name and permissions."
@@ -262,5 +309,5 @@ def _load_file(
     try:
         raw = read_file(path, source, columns)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
     return rows_of(raw, source, columns)

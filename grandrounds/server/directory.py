@@ -16,8 +16,10 @@ a lock (.lock) while it writes, so that no second run can use the directory.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import time
@@ -35,8 +37,9 @@ from safetensors import SafetensorError
 import grandrounds
 from grandrounds import storage
 from grandrounds.config.keys import Config
-from grandrounds.config.recipes import load_recipe, resolve, to_toml
-from grandrounds.errors import ConfigError, RunDirectoryError, nearest
+from grandrounds.config.recipes import differences, load_recipe, resolve, to_toml
+from grandrounds.config.words import counted
+from grandrounds.errors import ConfigError, RunDirectoryError, first_line, nearest
 from grandrounds.storage import whole_folder, writing
 from grandrounds.wire.adapter import Adapter
 
@@ -58,11 +61,7 @@ class RunDirectory:
             If the path exists and is not an empty folder, or cannot be written.
         """
         path = path.expanduser().absolute()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunDirectoryError(
-                f"{path} exists and is not an empty folder. Choose another run-directory, or "
-                f"continue that run with grandrounds run --resume {path}."
-            )
+        check_vacant(path)
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -70,10 +69,7 @@ class RunDirectory:
         except OSError as error:
             for folder in missing:  # created above, innermost first
                 shutil.rmtree(folder, ignore_errors=True)
-            raise RunDirectoryError(
-                f"The run directory {path} cannot be written: {error.strerror or error}. "
-                "Free some space, or choose another place with --run-dir."
-            ) from error
+            raise _no_place(path, first_line(error)) from error
         return cls(path)
 
     @classmethod
@@ -237,6 +233,47 @@ def has_finished_round(path: Path) -> bool:
     return any(number.isdigit() and int(number) > 0 for number in rounds)
 
 
+def _no_place(path: Path, reason: str) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"The run directory {path} cannot be written: {reason}. "
+        "Free some space, or choose another place with --run-dir."
+    )
+
+
+def check_vacant(path: Path) -> None:
+    """Raise `RunDirectoryError` if a new run directory cannot be made at a path.
+
+    Nothing is written.
+    """
+    path = path.expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirectoryError(
+            f"{path} exists and is not an empty folder. Choose another run-directory, or "
+            f"continue that run with grandrounds run --resume {path}."
+        )
+    parent = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not parent.is_dir():
+        raise _no_place(path, f"{parent} is a file: {os.strerror(errno.ENOTDIR)}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise _no_place(path, f"{parent}: {os.strerror(errno.EACCES)}")
+
+
+def check_resumable(directory: RunDirectory, config: Config) -> None:
+    """Raise `RunDirectoryError` if the run is completed, or its configuration differs."""
+    summary = directory.read_json("summary.json")
+    if summary and summary["status"] == "completed":
+        raise RunDirectoryError(
+            f"{directory.path} is a completed run of {counted(summary['rounds'], 'round')}; there "
+            "is nothing to resume. Start a new run for more rounds."
+        )
+    started_with = resolve(load_recipe(directory.path / "config.toml"))
+    if changes := differences(started_with, config):
+        raise RunDirectoryError(
+            f"{directory.path} was started with another configuration: {'; '.join(changes)}. "
+            "Resume without these changes, or start a new run with them."
+        )
+
+
 def environment() -> dict[str, Any]:
     """Return versions and platform, for environment.json."""
     packages = ("flwr", "torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
@@ -306,9 +343,9 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
         done = metrics[-1]["round"] if metrics else 0
         first = min(config.train.save_every_round, config.federation.num_server_rounds)
         raise RunDirectoryError(
-            f"{run.path} has no checkpoint yet: {done} rounds are finished, and the first is saved "
-            f"after round {first}. Wait for it, or resume a run that has ended: grandrounds run "
-            f"--resume {run.path}."
+            f"{run.path} has no checkpoint yet: {counted(done, 'round')} finished, and the first "
+            f"is saved after round {first}. Wait for it, or resume a run that has ended: "
+            f"grandrounds run --resume {run.path}."
         )
     number = _round(run, saved, which)
     folder = run.path / str(saved[number]["checkpoint"])

@@ -8,14 +8,18 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.admitted import admitted_names, admitted_nodes
 from grandrounds.server.aggregation.make import filled_in, make_rule
-from grandrounds.server.directory import RunDirectory, default_run_directory, environment
+from grandrounds.server.directory import (
+    RunDirectory,
+    check_resumable,
+    default_run_directory,
+    environment,
+)
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster
@@ -142,22 +146,6 @@ def fail(run: Run, status: str, reason: str) -> str:
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
     kept = "finished rounds are kept" if run.state.round else "no round was finished"
     return f"{kept}; resume with grandrounds run --resume {run.directory.path}"
-
-
-def check_resumable(directory: RunDirectory, config: Config) -> None:
-    """Raise `RunDirectoryError` if the run is completed, or its configuration differs."""
-    summary = directory.read_json("summary.json")
-    if summary and summary["status"] == "completed":
-        raise RunDirectoryError(
-            f"{directory.path} is a completed run of {summary['rounds']} rounds; there is nothing "
-            "to resume. Start a new run for more rounds."
-        )
-    started_with = recipes.resolve(recipes.load_recipe(directory.path / "config.toml"))
-    if changes := recipes.differences(started_with, config):
-        raise RunDirectoryError(
-            f"{directory.path} was started with another configuration: {'; '.join(changes)}. "
-            "Resume without these changes, or start a new run with them."
-        )
 
 
 def check_same_sites(roster: Roster) -> None:

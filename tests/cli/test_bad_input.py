@@ -201,7 +201,8 @@ def test_a_site_whose_rows_have_no_answers_is_named(settings: Settings, tmp_path
         "".join(json.dumps({"input": f"question {i}", "output": " "}) + "\n" for i in range(40))
     )
     line = complaint(command(settings, "--data", str(empty)), 1)
-    assert "site 0 has no example to train on" in line
+    assert "none of its 40 rows has a question ('input') and an answer ('output')" in line
+    assert "column 'output' is empty" in line
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -181,7 +181,7 @@ def test_unknown_rows_are_asked_for_and_taken() -> None:
         (["--set", "seeed=1"], 2, "Did you mean 'seed'?"),
         (["--config", "no.toml"], 2, "no.toml cannot be read"),
         (["--config", JSL, "--compare", "no.toml"], 2, "no.toml cannot be read"),
-        ([JSL], 2, f"needs an option: give a recipe as --config {JSL}"),
+        (["--config", JSL, JSL], 2, f"{JSL} and --config {JSL} are two recipes; give one"),
         (["--downlink-mbps", "5"], 2, "--downlink-mbps needs --uplink-mbps"),
         (["--uplink-mbps", "0"], 2, "--uplink-mbps = 0 must be a number above 0"),
         (["--uplink-mbps", "5", "--downlink-mbps", "nan"], 2, "--downlink-mbps = nan must be"),

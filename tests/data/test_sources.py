@@ -193,8 +193,8 @@ class TestMalformedFiles:
         message = failure(path, question_column="inptu")
         assert "no column 'inptu'; the columns are: instruction, input, output, site." in message
         assert "Did you mean 'input'? Set data.question-column" in message
-        assert "Set data.answer-column" in failure(path, answer_column="answer")
-        assert "Set data.partition-by" in failure(path, keep_columns=["hospital"])
+        assert "Write data.answer-column=output." in failure(path, answer_column="answer")
+        assert "Write data.partition-by=site." in failure(path, keep_columns=["hospital"])
 
     @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
     def test_wrong_column_of_a_table(self, tmp_path: Path, name: str) -> None:

@@ -194,7 +194,7 @@ def reading(config: Config, rows: int) -> Reading:
     has seen the share min(1, v e / n) of its n examples. Visits follow from the seed's cohorts.
     """
     data = config.data
-    sizes = [_kept(size, data.held_out_fraction) for size in site_sizes(config, rows)]
+    sizes = [kept_rows(size, data.held_out_fraction) for size in site_sizes(config, rows)]
     visits = Counter(site for cohort in cohorts_of(config) for site in cohort)
     taken = [examples_of_a_visit(config, size) for size in sizes]
     seen = covered = 0
@@ -225,7 +225,7 @@ def site_sizes(config: Config, rows: int) -> list[int]:
     return [rows // sites + (site < rows % sites) for site in range(sites)]
 
 
-def _kept(rows: int, held_out_fraction: float) -> int:
+def kept_rows(rows: int, held_out_fraction: float) -> int:
     """Return the number of a site's rows that are not held out."""
     if not held_out_fraction or rows < 2:
         return rows

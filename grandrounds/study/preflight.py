@@ -1,0 +1,192 @@
+"""What a run needs, checked within a second: run directory, base, data, and sound amounts.
+
+Loads neither torch nor transformers nor Flower. A hub's models and data are not looked up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grandrounds.config.keys import Config
+from grandrounds.config.values import words_of
+from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.partitioning import Division, check_counts, check_gaps
+from grandrounds.data.survey import Survey, survey
+from grandrounds.errors import ModelError
+from grandrounds.model.architectures import find_architecture, target_modules
+from grandrounds.model.location import check_location
+from grandrounds.server.directory import RunDirectory, check_resumable, check_vacant
+from grandrounds.study.plan.forecast import kept_rows, site_sizes
+from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of, examples_of_a_visit
+
+MOST_PASSES_A_VISIT = 5.0
+"""Passes of one visit over a site's examples, beyond which a visit is warned of."""
+
+MOST_PASSES_A_RUN = 20.0
+"""Passes of a whole run over a site's examples, beyond which a run is warned of."""
+
+MOST_HELD_OUT = 0.25
+"""Share of the examples held out, beyond which it is warned of."""
+
+LEAST_HELD_OUT = 10
+"""Held-out examples of the evaluating sites, below which their loss is warned of."""
+
+MOST_EMPTY = 0.1
+"""Share of rows without question or answer, beyond which it is warned of."""
+
+HIGHEST_LEARNING_RATE = 1e-3
+"""Learning rate beyond which LoRA on a pretrained base is warned of."""
+
+
+def check(config: Config) -> list[str]:
+    """Check what a run in this place needs; return warnings of unsound amounts.
+
+    Raises
+    ------
+    RunDirectoryError
+        If the run directory is not empty or cannot be made, or a run cannot be resumed.
+    ModelError
+        If the base is a folder without a model, or a target is not one of its linear modules.
+    DataError
+        If the data are a file that is missing, damaged, without a column or without content, or
+        cannot be divided among the sites.
+    """
+    check_place(config)
+    check_base(config)
+    return warnings(config, check_data(config))
+
+
+def check_place(config: Config) -> None:
+    """Check the run directory of a new run, or the run that is resumed."""
+    federation = config.federation
+    if federation.resume_from:
+        check_resumable(RunDirectory.open(Path(federation.resume_from)), config)
+    elif federation.run_directory:
+        check_vacant(Path(federation.run_directory))
+
+
+def check_base(config: Config) -> None:
+    """Check the base's folder, and the target modules where its architecture is known."""
+    name, targets = config.model.name, config.lora.target_modules
+    check_location(name)
+    if set(words_of(targets)) <= {"auto", "all-linear"}:
+        return
+    try:
+        architecture = find_architecture(name)
+    except ModelError:
+        return  # unknown without its weights; a run finds out
+    target_modules(architecture, targets)
+
+
+def check_data(config: Config) -> Survey | None:
+    """Check the data and their division among the sites; None if they are not surveyed."""
+    data = config.data
+    by = data.partition_by if data.partitioner in ("natural", "dirichlet") else ""
+    found = survey(config.static.name, data.question_column, data.answer_column, by)
+    if found is not None:
+        check_gaps(by, found.unlabelled, found.rows)
+        division = Division(data.partitioner, by, data.dirichlet_alpha)
+        check_counts(division, data.num_partitions, found.rows, len(found.usable_by_label))
+    return found
+
+
+# --- Amounts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a run will do with the examples of one site."""
+
+    train: int
+    """Training examples."""
+    held_out: int
+    """Held-out examples."""
+    visit: int
+    """Examples in one visit, repeats included."""
+    visits: int
+    """Visits in the whole run."""
+
+
+def sites_of(config: Config, found: Survey) -> list[Site]:
+    """Return the sites with their examples; under `dirichlet` as if they were of equal size."""
+    data = config.data
+    if data.partitioner == "natural":
+        sizes = [found.usable_by_label[label] for label in sorted(found.usable_by_label)]
+    else:
+        sizes = site_sizes(config, found.usable)
+    visits: Mapping[int, int] = Counter(site for cohort in cohorts_of(config) for site in cohort)
+    sites = []
+    for number, size in enumerate(sizes):
+        train = kept_rows(size, data.held_out_fraction)
+        taken = examples_of_a_visit(config, train) if train else 0
+        sites.append(Site(train, size - train, taken, visits.get(number, 0)))
+    return sites
+
+
+def warnings(config: Config, found: Survey | None) -> list[str]:
+    """Return what is unsound about the amounts of a run, one sentence each."""
+    lines = list(_learning_rate(config))
+    if found is None:
+        return lines
+    if found.usable < (1 - MOST_EMPTY) * found.rows:
+        lines.append(
+            f"{found.rows - found.usable} of {found.rows} rows have no question or no answer and "
+            "are left out: are data.question-column and data.answer-column the right ones?"
+        )
+    sites = sites_of(config, found)
+    return [*lines, *_passes(sites), *_held_out(config, sites)]
+
+
+def _learning_rate(config: Config) -> Iterator[str]:
+    highest = config.train.learning_rate_max
+    if config.model.name != FORMULARY and highest > HIGHEST_LEARNING_RATE:
+        yield (
+            f"train.learning-rate-max = {highest:g} is high for LoRA on a pretrained base: 1e-4 "
+            f"to {HIGHEST_LEARNING_RATE:g} is usual. The packaged default suits the embedded base."
+        )
+
+
+def _passes(sites: list[Site]) -> Iterator[str]:
+    """Warn of too many passes: of one visit, else of all visits of a site."""
+    visited = [site for site in sites if site.train and site.visits]
+    if not visited:
+        return
+    one = max(visited, key=lambda site: site.visit / site.train)
+    advice = "use more data, fewer sites, or lower train.training-arguments.max-steps"
+    if one.visit > MOST_PASSES_A_VISIT * one.train:
+        yield (
+            f"a visit passes {one.visit / one.train:.0f} times over the {one.train} training "
+            f"examples of a site, which it will learn by heart (warned of above "
+            f"{MOST_PASSES_A_VISIT:g}): {advice}"
+        )
+        return
+    most = max(visited, key=lambda site: site.visits * site.visit / site.train)
+    passes = most.visits * most.visit / most.train
+    if passes > MOST_PASSES_A_RUN:
+        yield (
+            f"the run passes {passes:.0f} times over the {most.train} training examples of a site "
+            f"(warned of above {MOST_PASSES_A_RUN:g}): {advice} or num-server-rounds"
+        )
+
+
+def _held_out(config: Config, sites: list[Site]) -> Iterator[str]:
+    """Warn of too many held-out examples, and of too few to judge by."""
+    held_out = sum(site.held_out for site in sites)
+    share = held_out / max(1, held_out + sum(site.train for site in sites))
+    if share > MOST_HELD_OUT:
+        yield (
+            f"{share:.0%} of the examples are held out (warned of above {MOST_HELD_OUT:.0%}): "
+            "every site holds out at least one; use more data or fewer sites, or lower "
+            "data.held-out-fraction"
+        )
+    judges = evaluation_cohort_of(config)
+    judged = sum(sites[number].held_out for number in judges)
+    if judges and judged < LEAST_HELD_OUT:
+        yield (
+            f"the held-out loss rests on {judged} examples of {len(judges)} of {len(sites)} sites "
+            f"(warned of below {LEAST_HELD_OUT}): raise strategy.fraction-evaluate or "
+            "data.held-out-fraction"
+        )

@@ -1,0 +1,89 @@
+"""The number of sites, and of those that train in a round, where the data or an option say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grandrounds.config import recipes
+from grandrounds.config.recipes import Layer
+from grandrounds.config.values import Scalar
+from grandrounds.errors import ConfigError, DataError
+
+_COUNT, _FRACTION = "data.num-partitions", "strategy.fraction-train"
+
+
+def with_sites(
+    layers: Sequence[Layer], sites_per_round: int | None = None, *, may_load: bool = False
+) -> list[Layer]:
+    """Return the layers of a configuration, completed by the number of sites.
+
+    `natural` partitions without a number of sites have one for each value of the column.
+
+    Parameters
+    ----------
+    sites_per_round : int, optional
+        Sites that train in a round; becomes `strategy.fraction-train`.
+    may_load : bool
+        Whether data that cannot be surveyed in a second are loaded, as a run will do anyway.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer sites than are to train in a round, or the number cannot be known.
+    """
+    layers = list(layers)
+    values = recipes.complete(recipes.merged(layers))
+    if values["data.partitioner"] == "natural" and not any(_COUNT in made for _, made in layers):
+        named = (values[key] for key in _COLUMNS)
+        source, question, answer, column = (str(name) for name in named)
+        count = number_of_sites(source, (question, answer, column), may_load) if column else None
+        if count:
+            layers.append((f"the values of column {column!r}", {_COUNT: count}))
+            values[_COUNT] = count
+    if sites_per_round is None:
+        return layers
+    sites = values[_COUNT]
+    if not isinstance(sites, int) or isinstance(sites, bool) or sites < 1:
+        return layers  # refused with all other problems
+    if not 1 <= sites_per_round <= sites:
+        raise ConfigError(
+            f"--sites-per-round {sites_per_round} is not allowed: there are {sites} sites "
+            f"({_COUNT}), so use 1 to {sites}, or raise --sites."
+        )
+    fraction: dict[str, Scalar] = {_FRACTION: sites_per_round / sites, "strategy.fraction-fit": ""}
+    return [*layers, ("--sites-per-round", fraction)]
+
+
+_COLUMNS = (
+    "static.dataset.name",
+    "data.question-column",
+    "data.answer-column",
+    "data.partition-by",
+)
+
+
+def number_of_sites(source: str, columns: tuple[str, str, str], may_load: bool) -> int | None:
+    """Return the number of values of the last column; None if the data cannot be used."""
+    from grandrounds.data.survey import survey
+
+    try:
+        found = survey(source, *columns)
+        if found is not None:
+            return len(found.usable_by_label)
+        if may_load:
+            from grandrounds.data.sources import load_rows
+
+            question, answer, column = columns
+            rows = load_rows(
+                source,
+                question_column=question,
+                answer_column=answer,
+                keep_columns=(column,),
+            )
+            return len(rows.unique(column))
+    except DataError:
+        return None  # told with its reason when the data are checked
+    raise ConfigError(
+        f"The number of sites in {source} is unknown before it is read: {columns[2]!r} has one "
+        "site for each of its values. Give it as --sites."
+    )
