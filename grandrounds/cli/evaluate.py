@@ -19,6 +19,7 @@ from grandrounds.cli.options import BenchmarkData, Limit, Plain
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
+from grandrounds.config.words import counted
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
 
@@ -296,7 +297,7 @@ def _rescore(files: Sequence[Path], screen: Screen) -> None:
                 "  ".join(f"{answer} {count:,}" for answer, count in score.spread.items()),
             )
         )
-    columns = ("file", "correct", "%", "95% interval", "recorded", "same")
+    columns = ("file", "correct", "%", "95 % interval", "recorded", "same")
     answers = ("no clean answer", "answers given")
     screen.table("rescored by FlowerTune's rule", (*columns, *answers), rows)
     say(*differing)
@@ -317,7 +318,7 @@ def _verify(files: Sequence[Path]) -> None:
     for file in files:
         faults = faults_in(_read_json(file))
         found = found or bool(faults)
-        say(f"{file}: {f'{len(faults)} fault(s)' if faults else 'no fault found'}")
+        say(f"{file}: {counted(len(faults), 'fault') if faults else 'no fault found'}")
         say(*(f"  {fault}" for fault in faults))
     if found:
         raise typer.Exit(1)

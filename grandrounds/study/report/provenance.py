@@ -22,7 +22,7 @@ def sections(run: RunFiles) -> list[Section]:
     commands = [
         ("From this run directory", again + engine_options(run.sites)),
         (
-            "From any folder, with the same version",
+            "From any folder that has its base and data, with the same version",
             repeat_command(run.config) + engine_options(run.sites),
         ),
     ]
