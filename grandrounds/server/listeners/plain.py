@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -189,9 +190,31 @@ def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
     ]
     rows.append(("left out", ", ".join(left_out)))
     rows.append(("answers cut", f"{totals['truncated']:,} at the sequence length"))
-    count = int(sites[0]["threads"])
-    machine = f"{sites[0]['device']}, {counted(count, 'thread')}"
-    rows.append(("machine", f"{machine}: {sites[0]['precision']}"))
+    return [*rows, *machine_rows(sites)]
+
+
+def machine_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return the machines of the sites, and which computed differently before a resume.
+
+    Updates computed with other threads, or by another library, differ in their last bits.
+    """
+    machines = Counter(
+        f"{s['device']}, {counted(int(s['threads']), 'thread')}: {s['precision']}" for s in sites
+    )
+    alike = len(machines) == 1
+    rows = [
+        ("machine", text if alike else f"{text} ({counted(number, 'site')})")
+        for text, number in machines.items()
+    ]
+    changed = Counter(s["computed-before"] for s in sites if s.get("computed-before"))
+    for before, number in changed.items():
+        rows.append(
+            (
+                "note",
+                f"{counted(number, 'site')} computed with {before} before the interruption; "
+                "the rest differs in its last bits from a run without one",
+            )
+        )
     return rows
 
 
