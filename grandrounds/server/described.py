@@ -39,7 +39,8 @@ def data_text(config: Config, sites: Sites = ()) -> str:
         return f"each site's own, {counted(count, 'site')}"
     if len(real) == len(sites) > 0 and not own:
         return f"{FORMULARY}, all of it at each of {counted(count, 'site')}"
-    column = f" by {data.partition_by}" if data.partition_by else ""
+    by_column = data.partitioner in ("natural", "dirichlet")
+    column = f" by {data.partition_by}" if by_column else ""
     named = (
         f"{place_name(config.static.name)}, {counted(count, 'site')}, {data.partitioner}{column}"
     )
