@@ -92,7 +92,9 @@ def template_visit(base: Path, batches: Sequence[Any], quantization: int, optimi
     model.config.use_cache = False
     if quantized is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.23 renamed it.
+    checkpoint = getattr(model, "activation_checkpointing_enable", None)
+    (checkpoint or model.gradient_checkpointing_enable)({"use_reentrant": False})
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     parameters = [p for p in model.parameters() if p.requires_grad]

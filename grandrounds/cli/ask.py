@@ -20,6 +20,7 @@ from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from grandrounds.server.directory import Checkpoint as SavedAdapter
     from grandrounds.study.ask import Answer, Interview
 
 
@@ -51,6 +52,8 @@ def ask(
     quiet_libraries()
     from grandrounds.study.ask import Interview
 
+    for caution in cautions_of(chosen):
+        print(f"grandrounds: {caution}", file=sys.stderr)
     interview = Interview(chosen)
     console = Console()
     for asked in [question] if question is not None else questions():
@@ -63,6 +66,14 @@ def ask(
             if question is not None:
                 raise
             print(f"grandrounds: {error}", file=sys.stderr)
+
+
+def cautions_of(checkpoint: SavedAdapter) -> list[str]:
+    """Return what a reader of the answers must know about the base of a run."""
+    from grandrounds.server.described import NO_ENGLISH, cautions
+
+    sites = checkpoint.run.read_json("sites.json") or []
+    return [said for said in cautions(checkpoint.config, sites) if said == NO_ENGLISH]
 
 
 def questions() -> Iterator[str]:

@@ -191,7 +191,7 @@ def _added(name: str, origin: _Origin, tell: Tell) -> Path:
         )
     header = check_gguf(origin.file)
     _check_disk(3 * header.parameters)
-    tell(f"converting {header.parameters:,} parameters to bfloat16 (takes a minute)")
+    tell(f"converting {header.parameters:,} parameters to bfloat16")
     target = bases_folder() / name
     with _told(target), whole_folder(target) as folder:
         convert(origin.file, folder)

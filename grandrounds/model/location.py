@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from grandrounds.config.bases import names_a_base
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ModelError, nearest
 
@@ -23,7 +24,11 @@ def check_location(name: str) -> None:
     A name on the hub is not looked up.
     """
     path = Path(name).expanduser()
-    if name == FORMULARY or (not path.exists() and not _looks_like_path(name)):
+    if (
+        names_a_base(name)
+        or name == FORMULARY
+        or (not path.exists() and not _looks_like_path(name))
+    ):
         return
     if not path.exists():
         raise ModelError(f"{name}: there is no such folder.{_nearest_folder(path)} {_ADVICE}")

@@ -30,6 +30,13 @@ def with_own_data(sites: Sites) -> Sites:
     return [site for site in sites if "base-content" in site and site.get(SOURCE) != FORMULARY]
 
 
+def named_data(source: str, count: int, partitioner: str, column: str) -> str:
+    """Return data that a recipe names, with the number of sites and how they divide it."""
+    is_used = column and partitioner in ("natural", "dirichlet")
+    how = f"{partitioner} by {column}" if is_used else partitioner
+    return f"{place_name(source)}, {counted(count, 'site')}, {how}"
+
+
 def data_text(config: Config, sites: Sites = ()) -> str:
     """Return what is trained on and how it is divided: `formulary, 20 sites, iid`."""
     data = config.data
@@ -39,11 +46,7 @@ def data_text(config: Config, sites: Sites = ()) -> str:
         return f"each site's own, {counted(count, 'site')}"
     if len(real) == len(sites) > 0 and not own:
         return f"{FORMULARY}, all of it at each of {counted(count, 'site')}"
-    by_column = data.partitioner in ("natural", "dirichlet")
-    column = f" by {data.partition_by}" if by_column else ""
-    named = (
-        f"{place_name(config.static.name)}, {counted(count, 'site')}, {data.partitioner}{column}"
-    )
+    named = named_data(config.static.name, count, data.partitioner, data.partition_by)
     if not real:
         return named
     return f"{named}; each site's own at {len(real)} of them"

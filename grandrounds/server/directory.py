@@ -35,9 +35,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 import grandrounds
-from grandrounds import storage
+from grandrounds import storage, waiting
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import differences, load_recipe, resolve, to_toml
+from grandrounds.config.words import counted
 from grandrounds.errors import ConfigError, RunDirectoryError, first_line, nearest
 from grandrounds.storage import whole_folder, writing
 from grandrounds.wire.adapter import Adapter
@@ -262,8 +263,8 @@ def check_resumable(directory: RunDirectory, config: Config) -> None:
     summary = directory.read_json("summary.json")
     if summary and summary["status"] == "completed":
         raise RunDirectoryError(
-            f"{directory.path} is a completed run of {summary['rounds']} rounds; there is nothing "
-            "to resume. Start a new run for more rounds."
+            f"{directory.path} is a completed run of {counted(summary['rounds'], 'round')}; there "
+            "is nothing to resume. Start a new run for more rounds."
         )
     started_with = resolve(load_recipe(directory.path / "config.toml"))
     if changes := differences(started_with, config):
@@ -280,8 +281,20 @@ def environment() -> dict[str, Any]:
         "grandrounds": grandrounds.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "omp-wait-policy": os.environ.get(waiting.POLICY),
         "packages": {p: installed_version(p) for p in packages},
     }
+
+
+def cpu_name() -> str:
+    """Return the processor's model name; where the system does not say, its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    named = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return next(iter(named), "") or platform.processor() or platform.machine()
 
 
 def installed_version(package: str) -> str | None:
@@ -342,9 +355,9 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
         done = metrics[-1]["round"] if metrics else 0
         first = min(config.train.save_every_round, config.federation.num_server_rounds)
         raise RunDirectoryError(
-            f"{run.path} has no checkpoint yet: {done} rounds are finished, and the first is saved "
-            f"after round {first}. Wait for it, or resume a run that has ended: grandrounds run "
-            f"--resume {run.path}."
+            f"{run.path} has no checkpoint yet: {counted(done, 'round')} finished, and the first "
+            f"is saved after round {first}. Wait for it, or resume a run that has ended: "
+            f"grandrounds run --resume {run.path}."
         )
     number = _round(run, saved, which)
     folder = run.path / str(saved[number]["checkpoint"])

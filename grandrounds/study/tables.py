@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
+from grandrounds.config import words
+
 NONE = "-"
 """An empty cell, or a value that is not known."""
 
@@ -66,7 +68,7 @@ def in_percent(share: float) -> str:
 
 def percent(share: object, decimals: int = 1) -> str:
     """Format a share as a percentage."""
-    return f"{fixed(100 * share, decimals)} %" if is_number(share) else NONE
+    return words.percent(share, decimals) if is_number(share) else NONE
 
 
 def points(difference: float) -> str:

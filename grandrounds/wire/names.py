@@ -66,6 +66,10 @@ class SiteNames:
         """Whether any site is called by a name."""
         return bool(self.labels)
 
+    def cell(self, site: int) -> str:
+        """Return a site as a cell of a column headed `site`: its name, else its number."""
+        return self.labels.get(site, str(site))
+
     def with_number(self, site: int) -> str:
         """Return a site's name with its number, for messages that ask to act on the number."""
         number = f"site {site}"

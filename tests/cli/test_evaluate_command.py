@@ -91,7 +91,7 @@ def test_a_terminal_gets_boxed_tables(asked: list[object], monkeypatch: pytest.M
     result = evaluate(*asked, "--permutations", 0)
     assert result.exit_code == 0
     assert "┏" in result.stdout
-    assert "95% interval" in result.stdout
+    assert "95 % interval" in result.stdout
     plain = evaluate(*asked, "--permutations", 0, "--resume", "--plain")
     assert "┏" not in plain.stdout
     assert f"0 asked, {ITEMS} kept from before" in plain.stdout
@@ -190,7 +190,7 @@ def test_verify_names_what_cannot_be_and_exits_with_1(asked: list[object], tmp_p
     file.write_text(json.dumps(evaluation))
     result = evaluate("--verify", file)
     assert result.exit_code == 1
-    assert re.search(r"\d fault\(s\)\n  row 1 \(base, medmcqa\): accuracy", result.stdout)
+    assert re.search(r"\d faults\n  row 1 \(base, medmcqa\): accuracy", result.stdout)
 
 
 def test_verify_finds_nothing_to_verify_in_an_empty_file(tmp_path: Path) -> None:
@@ -267,6 +267,15 @@ def test_a_folder_with_another_evaluation_is_refused(asked: list[object], tmp_pa
     result = evaluate(*asked)
     assert result.exit_code == 1
     assert "already contains an evaluation: continue it with --resume" in one_line(result)
+    quiet = evaluate(*asked, "--limit", 1, "--permutations", 0, "--resume", "--quiet")
+    assert [line for line in quiet.stdout.splitlines() if not line.startswith(" ")] == [
+        "accuracy, protocol likelihood",
+        "length and order of the options",
+    ]
+    told = evaluate(*asked, "--limit", 1, "--permutations", 0, "--resume", "--json")
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert json.loads(told.stdout) == content
+    assert "accuracy, protocol likelihood" in told.stderr
     result = evaluate(*asked, "--permutations", 0, "--resume")
     assert result.exit_code == 1
     assert "was started with other settings: limit: 1 → None" in one_line(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from grandrounds.config.keys import CODECS
+from tests.conftest import write_flashcards
 from tests.places import ROOT
 
 pytestmark = pytest.mark.slow
@@ -107,6 +109,28 @@ def test_communication_counts_both_ways_and_draws(tmp_path: Path) -> None:
     assert plain["times_less"] == 1
     assert encoded["times_less"] > 7
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_real_model_compares_with_the_base(tiny_base: Path, tmp_path: Path) -> None:
+    """The smallest form: a random base, two sites and two rounds on a few rows."""
+    data, cards = tmp_path / "data", write_flashcards(tmp_path / "cards.jsonl", 60)
+    for folder in ("train", "eval"):
+        (data / folder).mkdir(parents=True)
+    with gzip.open(data / "train" / "wikidoc_patient_information.jsonl.gz", "wb") as file:
+        file.write(cards.read_bytes())
+    options = {f"op{letter}": f"option {letter}" for letter in "abcd"}
+    medmcqa = {"question": "Which helps?", **options, "cop": 1}
+    pubmedqa = {"QUESTION": "Does it help?", "CONTEXTS": ["It does."], "final_decision": "yes"}
+    for name, row in (("medmcqa", medmcqa), ("pubmedqa", pubmedqa)):
+        (data / "eval" / f"{name}.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    quick = (
+        *("--data", str(data), "--folder", str(tmp_path / "work"), "--model", str(tiny_base)),
+        *("--template", "alpaca", "--sites", "2", "--rounds", "2", "--seeds", "1"),
+        *("--arms", "federated", "--parts", "wikidoc", "benchmarks"),
+    )
+    figures = result(tmp_path, "real_model.py", *quick)
+    assert set(figures["wikidoc"]["arms"]) == {"base", "federated"}
+    assert {row["n"] for row in figures["benchmarks"]["rows"]} == {2}
 
 
 def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:

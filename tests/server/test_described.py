@@ -97,6 +97,8 @@ def test_next_steps_keep_the_engine_say_when_they_start_anew_and_fit_the_data() 
     assert steps(own, SIMULATED, engine="simulation")[-1].endswith("--rounds 8 --engine simulation")
     for run, sites in ((own, SIMULATED), (CARDS, SIMULATED), (config(), OWN)):
         assert not any("evaluate" in line for line in steps(run, sites))
+    here = config(static__dataset__name="/home/me/cards.jsonl", model__name="org/real")
+    assert steps(here, SIMULATED)[1] == "next: grandrounds evaluate /elsewhere/run"  # held-out rows
     assert steps(CARDS, SIMULATED)[-1].endswith(f"--model {REAL_BASE}")
     assert steps(own, OWN, connection="trial")[-1].endswith("--connection trial")
     assert engine_options(OWN) == " --engine deployment --connection NAME"

@@ -50,6 +50,22 @@ def ask(*arguments: object, **kwargs: Any) -> Result:
     return CliRunner().invoke(app, ["ask", *map(str, arguments)], **kwargs)
 
 
+def test_a_run_on_other_data_over_the_embedded_base_is_said_to_read_no_english(
+    tmp_path: Path,
+) -> None:
+    run = made_run(tmp_path / "run", base_path(), {1: None})
+    config = run / "config.toml"
+    named = config.read_text().replace(str(base_path()), "formulary")
+    config.write_text(named)
+    assert ask_command.cautions_of(find_checkpoint(run)) == []
+    config.write_text(named.replace('"static.dataset.name" = "formulary"', OTHER_DATA))
+    (said,) = ask_command.cautions_of(find_checkpoint(run))
+    assert "never read English" in said
+
+
+OTHER_DATA = '"static.dataset.name" = "cards.jsonl"'
+
+
 # --- What is said ---------------------------------------------------------------------------------
 
 

@@ -245,7 +245,7 @@ def test_no_run_and_no_checkpoint_yet_are_one_line_each(
     assert "is not a run directory: it has no config.toml" in one_line(result)
     made_run(tmp_path / "run", tiny_base, {})
     result = command(name, tmp_path / "run")
-    assert "has no checkpoint yet: 0 rounds are finished, and the first is saved after round 8" in (
+    assert "has no checkpoint yet: 0 rounds finished, and the first is saved after round 8" in (
         one_line(result)
     )
 

@@ -42,6 +42,7 @@ def names(*told: object) -> SiteNames:
 def test_a_site_without_a_name_is_called_by_its_number() -> None:
     some = names("Ward A", None, "\u200b")
     assert [some[p] for p in range(4)] == ["Ward A", "site 1", "site 2", "site 3"]
+    assert [some.cell(p) for p in range(2)] == ["Ward A", "1"]
     assert some.with_number(0) == "Ward A (site 0)"
     assert some.with_number(1) == "site 1"
     assert some.listed([2, 0]) == "site 2, Ward A"

@@ -44,7 +44,9 @@ def _next(directory: str, summary: Facts, config: Config, sites: Sites) -> list[
         return [f"grandrounds evaluate {directory}", longer]
     look = f"grandrounds report {directory} --open"
     if config.model.name != FORMULARY:
-        return [f'grandrounds ask {directory} "a question of yours"', look, longer]
+        has_rows = Path(config.static.name).is_absolute() and config.data.held_out_fraction
+        asked = [f"grandrounds evaluate {directory}"] if has_rows and not are_real(sites) else []
+        return [*asked, f'grandrounds ask {directory} "a question of yours"', look, longer]
     if are_real(sites):  # each site names its bases itself
         return [look, longer]
     real = f"{again} --model {REAL_BASE}{engine}"

@@ -28,6 +28,7 @@ from grandrounds.server.listeners import Facts, Listener
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site, site_of, tokenizer_of
 from grandrounds.site.visit import Visit
+from grandrounds.study.comparison.budget import local_examples, local_visits, pooled_visits
 from grandrounds.study.comparison.exams import Exam, sit
 from grandrounds.study.comparison.units import (
     BASE,
@@ -37,11 +38,10 @@ from grandrounds.study.comparison.units import (
     LEAVE_ONE_OUT,
     LOCAL,
     Unit,
-    local_visits,
 )
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import assemble, drawn_adapter
-from grandrounds.wire.schedule import cohort_of, examples_of_a_visit, round_learning_rate_of
+from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 
 Found = dict[str, Any]
 OnVisits = Callable[[int], None]
@@ -125,20 +125,23 @@ def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Fo
     examples = tuple(example for site in sites for example in site.train)
     # A partition id of its own, so that it is not shuffled like any site.
     pool = Site(len(sites), examples, (), {})
-    each = [examples_of_a_visit(config, len(site.train)) for site in sites]
-    plan = [
-        (number, sum(each[k] for k in cohort_of(config, number)))
-        for number in range(1, config.federation.num_server_rounds + 1)
-    ]
+    plan = pooled_visits(config, examples_of_visits(config))
     ordinary = recipes.resolve(config.flat(), ORDINARY, {"train.dynamic-data-seed": True})
     return _visit_in_turn(pool, ordinary, plan, on_visits)
 
 
 def _alone(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
     """Train on the examples of one site only."""
-    site = site_of(config, unit.site or 0)
-    plan = local_visits(config, examples_of_a_visit(config, len(site.train)))
+    k = unit.site or 0
+    site, each = site_of(config, k), examples_of_visits(config)
+    plan = local_visits(config, local_examples(config, each)[k], each[k])
     return _visit_in_turn(site, recipes.resolve(config.flat(), ORDINARY), plan, on_visits)
+
+
+def examples_of_visits(config: Config) -> list[int]:
+    """Return the examples of one visit to each site."""
+    sites = (site_of(config, k) for k in range(config.data.num_partitions))
+    return [examples_of_a_visit(config, len(site.train)) for site in sites]
 
 
 def _start(config: Config) -> Resident:

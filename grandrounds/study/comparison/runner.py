@@ -15,12 +15,14 @@ from typing import Any
 import grandrounds
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
+from grandrounds.config.words import counted
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import environment
 from grandrounds.server.roll_call import SAME_IN_A_RUN
 from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import introduction
-from grandrounds.study.comparison.arms import run_unit
+from grandrounds.study.comparison import budget
+from grandrounds.study.comparison.arms import examples_of_visits, run_unit
 from grandrounds.study.comparison.exams import Exam, exams_of
 from grandrounds.study.comparison.folder import RESULT, ComparisonFolder
 from grandrounds.study.comparison.results import FORMAT, figures, results
@@ -31,10 +33,8 @@ from grandrounds.study.comparison.units import (
     Design,
     Unit,
     check_leave_one_out,
-    local_visits,
-    visits_of_a_site,
 )
-from grandrounds.wire.schedule import cohort_of, examples_of_a_visit
+from grandrounds.wire.names import NAME, names_of
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with an event (planned, visited, finished) and its data."""
@@ -84,7 +84,7 @@ def compare(
         content = comparison.write()
         own = (unit.site,) if unit.arm == LOCAL and unit.site is not None else ()
         judged = {**figures(made, comparison.entries, *own), "seconds": made["seconds"]}
-        listener("finished", {"unit": unit.title, "work": work[unit], **judged})
+        listener("finished", {"unit": unit.title(comparison.names), "work": work[unit], **judged})
     return content
 
 
@@ -104,8 +104,18 @@ class Comparison:
         self.exams = exams_of(config, design)
         self.entries = {e.name: {**e.entry(), "site-of": e.site_of} for e in self.exams}
         self.sites = {str(seed): introductions(config, seed) for seed in design.seeds}
+        self.called = [
+            {NAME: name} if (name := site_of(config, k).name) else {}
+            for k in range(config.data.num_partitions)
+        ]
+        self.names = names_of({"partition-id": k, **c} for k, c in enumerate(self.called))
         self.planned = list(design.units(config.data.num_partitions))
-        self.found = self.folder.finished(self.planned)
+        self.found = {
+            unit: made
+            for unit, made in self.folder.finished(self.planned).items()
+            # An earlier version rounded the visits of a site alone to whole steps.
+            if unit.arm != LOCAL or made["example-visits"] == planned_visits(unit, config)
+        }
         asked = {exam.name: exam.fingerprint() for exam in self.exams}
         self.folder.begin(config)
         self.folder.check_same("sites.json", self.sites, "seed")
@@ -127,10 +137,11 @@ class Comparison:
             "seeds": list(self.design.seeds),
             "config": self.config.recipe(),
             "environment": self.environment,
-            "budget": budget(self.config, int(first[0]["train-examples"])),
+            "budget": budget.entry(self.config, examples_of_visits(self.config)),
             "sites": [
                 {
                     "site": k,
+                    **self.called[k],
                     **{
                         name: {seed: int(cards[k][name]) for seed, cards in self.sites.items()}
                         for name in ("train-examples", "held-out-examples")
@@ -164,15 +175,17 @@ def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
     small = [card for card in cards if not int(card["held-out-examples"])]
     if small:
         first = small[0]
-        named = ", ".join(str(card["partition-id"]) for card in small[:10])
+        names = names_of(cards)
+        named = names.listed(int(card["partition-id"]) for card in small[:10])
+        usable = counted(int(first["train-examples"]), "usable example")
         more = f" and {len(small) - 10} more" if len(small) > 10 else ""
         raise DataError(
             f"With seed {seed}, {len(small)} of {len(cards)} sites have too few examples for a "
-            f"held-out part (site {named}{more}): a site needs at least 2 different questions, one "
+            f"held-out part ({named}{more}): a site needs at least 2 different questions, one "
             "for training and one for evaluation, after duplicates and empty rows are removed. "
-            f"Site {first['partition-id']} has {first['train-examples']} usable example(s) of "
-            f"{first['rows']} rows. Lower data.num-partitions, choose another data.partitioner, "
-            "raise data.dirichlet-alpha or train.seq-length, or leave such sites out of the data."
+            f"{names[int(first['partition-id'])]}: {usable} of {first['rows']} rows. Lower "
+            "data.num-partitions, choose another data.partitioner, raise data.dirichlet-alpha or "
+            "train.seq-length, or leave such sites out of the data."
         )
     return [
         {"site": k, **{name: card[name] for name in SAME_IN_A_RUN}} for k, card in enumerate(cards)
@@ -186,31 +199,17 @@ def planned_work(unit: Unit, config: Config, exams: Sequence[Exam]) -> float:
     """
     seeded = recipes.resolve(config.flat(), {"seed": unit.seed})
     sites = [site_of(seeded, k) for k in range(config.data.num_partitions)]
-    each = [examples_of_a_visit(seeded, len(site.train)) for site in sites]
     judged = sum(len(exam.items) for exam in exams) + sum(len(site.held_out) for site in sites)
-    made = 0
+    return planned_visits(unit, config) + judged / 2
+
+
+def planned_visits(unit: Unit, config: Config) -> int:
+    """Return the example visits of a unit if no reply fails."""
+    seeded = recipes.resolve(config.flat(), {"seed": unit.seed})
+    each = examples_of_visits(seeded)
     if unit.arm == LOCAL:
-        made = sum(count for _, count in local_visits(seeded, each[unit.site or 0]))
-    elif unit.arm != BASE:
-        rounds = range(1, config.federation.num_server_rounds + 1)
-        made = sum(each[k] for number in rounds for k in cohort_of(seeded, number))
-    return made + judged / 2
-
-
-def budget(config: Config, train_examples: int) -> dict[str, Any]:
-    """Return the number of visits, and the rounds whose learning rates a site alone uses."""
-    rounds, cohort = config.federation.num_server_rounds, config.cohort_size
-    return {
-        "rounds": rounds,
-        "cohort": cohort,
-        "sites": config.data.num_partitions,
-        "site-visits": rounds * cohort,
-        "local-visits": visits_of_a_site(config),
-        "local-rounds": [
-            number
-            for number, _ in local_visits(config, examples_of_a_visit(config, train_examples))
-        ],
-    }
+        return budget.local_examples(seeded, each)[unit.site or 0]
+    return 0 if unit.arm == BASE else sum(n for _, n in budget.pooled_visits(seeded, each))
 
 
 def default_folder(config: Config) -> Path:

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from grandrounds.config.words import counted
+from grandrounds.study.comparison.reservations import (
+    reservations,
+    site_names,
+    visits_text,
+    without_verdicts,
+)
 from grandrounds.study.comparison.results import EVERYWHERE, LOSS, OWN, measured
 from grandrounds.study.comparison.units import BASE, CENTRALISED, FEDERATED, LEAVE_ONE_OUT, LOCAL
 from grandrounds.study.tables import NONE, Table, fixed, in_percent, p_text, percent, points
@@ -14,6 +21,7 @@ Json = Mapping[str, Any]
 
 def tables(content: Json) -> list[Table]:
     """Return the arms, the gain of the federation over each, and the gain of each site."""
+    content = without_verdicts(content)
     made = [_arms(content), _gains(content), _joining(content), _left_out(content)]
     return [table for table in made if table.rows]
 
@@ -24,16 +32,16 @@ def _arms(content: Json) -> Table:
     arms = dict(content["arms"])
     if LOCAL in arms and content["budget"]["sites"] > 1:
         arms["local, everywhere"] = {**arms[LOCAL], **arms[LOCAL][EVERYWHERE]}
-    arms |= {f"without site {k}": a for k, a in content["without"].items()}
+    names = site_names(content)
+    arms |= {f"without {names[int(k)]}": a for k, a in content["without"].items()}
     for name, arm in arms.items():
         runs = list(arm["seeds"].values())
         totals = [sum(run[key] for run in runs) for key in ("example-visits", "seconds")]
         cells = [_estimate(arm, measure, _level) for measure in (LOSS, *exams)]
         rows.append((name, *cells, *(f"{total / len(runs):,.0f}" for total in totals)))
-    seeds = content["seeds"]
+    seeds = counted(len(content["seeds"]), "seed")
     columns = ("arm", "held-out loss", *(f"{exam} %" for exam in exams))
-    title = f"arms, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-    return Table((*columns, "example visits", "seconds per seed"), rows, title)
+    return Table((*columns, "example visits", "seconds per seed"), rows, f"arms, {seeds}")
 
 
 def _gains(content: Json) -> Table:
@@ -46,7 +54,7 @@ def _gains(content: Json) -> Table:
                 gain["measure"] + (", everywhere" if gain["where"] == EVERYWHERE else ""),
                 _with_interval(gain["over-seeds"], gain["measure"], _difference),
                 p_text(gain["over-seeds"]["p"]),
-                f"{sites['better']} of {sites['n']}" if sites else NONE,
+                f"{sites['better']} of {sites['n']}" if sites and "better" in sites else NONE,
                 p_text(sites["p"]) if sites else NONE,
             )
         )
@@ -56,7 +64,7 @@ def _gains(content: Json) -> Table:
 
 def _joining(content: Json) -> Table:
     """Return each site's results alone and joined, on its own part and everywhere."""
-    measures = [LOSS, *_by_site(content)]
+    measures, names_of_sites = [LOSS, *_by_site(content)], site_names(content)
     alone, joined = (content["arms"].get(arm) for arm in (LOCAL, FEDERATED))
     rows = []
     for found in content["joining"]:
@@ -64,7 +72,10 @@ def _joining(content: Json) -> Table:
             continue
         site = str(found["site"])
         examples = content["sites"][found["site"]]["train-examples"]
-        cells = [site, f"{sum(examples.values()) / len(examples):,.0f}"]
+        cells = [
+            names_of_sites.cell(found["site"]),
+            f"{sum(examples.values()) / len(examples):,.0f}",
+        ]
         for where in (OWN, EVERYWHERE):
             pair = [arm["sites"][site] for arm in (alone, joined)]
             if where == EVERYWHERE:
@@ -81,10 +92,10 @@ def _joining(content: Json) -> Table:
 
 def _left_out(content: Json) -> Table:
     """Return what a site gains by joining the others, and what they gain by its joining."""
-    measures = [LOSS, *_by_site(content)]
+    measures, names_of_sites = [LOSS, *_by_site(content)], site_names(content)
     rows = [
         (
-            str(found["site"]),
+            names_of_sites.cell(found["site"]),
             *(
                 _estimate(found[whose], m, _difference)
                 for whose in (OWN, "others")
@@ -111,12 +122,14 @@ def notes(content: Json) -> list[str]:
     """Return what a reader must know to interpret the tables."""
     budget = content["budget"]
     out = [
-        "every arm uses the same base, recipe and number of example visits: "
-        f"{budget['rounds']} rounds x {budget['cohort']} of {budget['sites']} sites; a site alone "
-        f"makes {budget['local-visits']:.3g} visits",
+        f"every arm uses the same base and recipe; {visits_text(content)}: "
+        f"{counted(budget['rounds'], 'round')} x {budget['cohort']} of "
+        f"{counted(budget['sites'], 'site')}; a site alone makes {budget['local-visits']:.3g} "
+        "visits on average",
+        *reservations(content),
     ]
     if len(content["seeds"]) > 1:
-        out.append("means and 95% intervals (Student's t) over seeds; losses in nats per token")
+        out.append("means and 95 % intervals (Student's t) over seeds; losses in nats per token")
     else:
         out.append("a single seed gives no interval: use --seeds 3; losses in nats per token")
     kept = [name for name, exam in content["exams"].items() if exam["measures"] == "kept"]
@@ -127,7 +140,8 @@ def notes(content: Json) -> list[str]:
         out.append(f"forgetting: accuracy on public facts {before} before training, {after} after")
     failed = sum(run.get("failed-replies", 0) for run in _runs(content))
     if failed:
-        out.append(f"{failed} client replies failed: the federation made fewer visits than planned")
+        replies = counted(failed, "client reply", "client replies")
+        out.append(f"{replies} failed: the federation made fewer visits than planned")
     if CENTRALISED in content["arms"]:
         out.append("centralised takes the cohort's steps in sequence, not in parallel")
     return out

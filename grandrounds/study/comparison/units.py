@@ -6,7 +6,6 @@ has finished or repeats: one federation, one centralised run or one site alone, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from grandrounds.config.keys import Config
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, nearest
+from grandrounds.wire.names import SiteNames
 
 BASE, FEDERATED, CENTRALISED, LOCAL, LEAVE_ONE_OUT = (
     "base",
@@ -46,10 +46,9 @@ class Unit:
         parts = [self.arm, f"seed-{self.seed}"]
         return "/".join(parts if self.site is None else [*parts, f"site-{self.site}"])
 
-    @property
-    def title(self) -> str:
-        """Its name in messages: `local, seed 42, site 3`."""
-        site = "" if self.site is None else f", site {self.site}"
+    def title(self, names: SiteNames) -> str:
+        """Return its name in messages: `local, seed 42, Ward B`."""
+        site = "" if self.site is None else f", {names[self.site]}"
         return f"{self.arm}, seed {self.seed}{site}"
 
 
@@ -144,37 +143,3 @@ def check_leave_one_out(config: Config) -> None:
             "arm 'leave-one-out' needs at least 2 sites, but data.num-partitions = "
             f"{config.data.num_partitions}."
         )
-
-
-# --- Visits ---------------------------------------------------------------------------------------
-
-
-def visits_of_a_site(config: Config) -> float:
-    """Return the mean number of visits to a site in the federation."""
-    rounds = config.federation.num_server_rounds
-    return rounds * config.cohort_size / config.data.num_partitions
-
-
-def local_visits(config: Config, visit_examples: int) -> list[tuple[int, int]]:
-    """Return (round that sets the learning rate, examples) of each visit to a site alone.
-
-    Together the visits are as long as a site's visits in the federation on average, rounded to
-    whole optimizer steps (to whole examples if visits are counted in epochs), and at least one
-    step. Visit v of V uses the learning rate of round ceil((v - 1/2) R / V) of R.
-
-    Parameters
-    ----------
-    visit_examples : int
-        Examples of one visit to this site, repeats included.
-    """
-    step = config.examples_per_step if config.arguments.max_steps > 0 else 1
-    total = step * max(1, round(visits_of_a_site(config) * visit_examples / step))
-    count = math.ceil(total / visit_examples)
-    rounds = config.federation.num_server_rounds
-    return [
-        (
-            min(rounds, math.ceil((visit + 0.5) * rounds / count)),
-            min(visit_examples, total - visit * visit_examples),
-        )
-        for visit in range(count)
-    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from grandrounds.config.words import counted
 from grandrounds.study.evaluation.benchmarks import HELD_OUT
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE
@@ -35,8 +36,9 @@ def _accuracy_table(evaluation: Evaluation) -> Table:
             difference = NONE if model == BASE else points(gain)
             cells = (in_percent(given["accuracy"]), interval(given["interval"]), difference)
             rows.append(("average", model, NONE, *cells, NONE, NONE))
-    columns = ("benchmark", "model", "correct", "%", "95% interval", "vs base", "95% interval", "p")
     measure = "exact match" if evaluation["protocol"] == GREEDY else "accuracy"
+    figures = ("correct", "%", "95 % interval", "vs base", "95 % interval", "p")
+    columns = ("benchmark", "model", *figures)
     return Table(columns, rows, f"{measure}, protocol {evaluation['protocol']}")
 
 
@@ -128,7 +130,8 @@ def _words_table(evaluation: Evaluation) -> Table:
                 f"{row['cut']:,}/{row['n']:,}",
             )
         )
-    columns = ("benchmark", "model", "F1, %", "95% interval", "vs base", "95% interval", "p")
+    figures = ("F1, %", "95 % interval", "vs base", "95 % interval", "p")
+    columns = ("benchmark", "model", *figures)
     return Table((*columns, "held-out loss", "cut"), rows, "token F1 and held-out loss")
 
 
@@ -197,10 +200,10 @@ def _protocol_notes(evaluation: Evaluation) -> Iterator[str]:
     if asked:
         count = len(asked[0]["correct"])
         yield (
-            f"Shuffled: {count} random order(s) of the options, besides the published one; mean "
-            "(worst to best), and items correct in every order. Position shares: how often each "
-            "position was chosen when shuffled; p: chi-square test of equal shares. A small p "
-            "means position bias, since the correct answer is equally likely everywhere."
+            f"Shuffled: {counted(count, 'random order')} of the options, besides the published "
+            "one; mean (worst to best), and items correct in every order. Position shares: how "
+            "often each position was chosen when shuffled; p: chi-square test of equal shares. A "
+            "small p means position bias, since the correct answer is equally likely everywhere."
         )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from grandrounds.config.codecs import CODECS
+from grandrounds.config.words import counted
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
-from grandrounds.server.described import data_text
+from grandrounds.server.described import cautions, data_text
 from grandrounds.study.plan.forecast import Forecast, by_codec, link_seconds
-from grandrounds.study.tables import NONE, Table, in_gib, in_mib
+from grandrounds.study.tables import NONE, Table, in_gib, in_mib, percent
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -72,6 +73,7 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
     """Return the assumptions behind the tables."""
     config = forecast.config
     lines = ["memory is computed from formulas; docs/planning.md compares them with measurements"]
+    lines += cautions(config)
     if config.model.gradient_checkpointing == "auto":
         lines.append(
             'model.gradient-checkpointing = "auto" switches gradient checkpointing on if the peak '
@@ -119,8 +121,8 @@ def run_rows(forecast: Forecast) -> Rows:
         ("data", data_text(config)),
         (
             "federation",
-            f"{config.cohort_size} of {config.data.num_partitions} sites a round, "
-            f"{config.federation.num_server_rounds} rounds, {config.strategy.name}",
+            f"{config.cohort_size} of {counted(config.data.num_partitions, 'site')} a round, "
+            f"{counted(config.federation.num_server_rounds, 'round')}, {config.strategy.name}",
         ),
         ("encoding", f"{how.uplink_codec} up, {how.downlink_codec} down ({how.downlink})"),
         ("peak GPU memory of a site", peak_text(forecast)),
@@ -250,7 +252,7 @@ def other_rows(forecast: Forecast, link: Link | None) -> Rows:
             ("examples seen", f"{read.examples_seen:,}, repeats included"),
             (
                 "coverage (examples seen at least once)",
-                f"{read.share_covered:.1%} of {read.train_examples:,} training examples",
+                f"{percent(read.share_covered)} of {read.train_examples:,} training examples",
             ),
         ]
     if link:
@@ -279,7 +281,7 @@ def totals(forecast: Forecast, link: Link | None) -> dict[str, str]:
         f"peak GPU memory, GiB, {WITH}": peaks.get(WITH, NONE),
         "peak adapter tensors on the server, MiB": in_mib(forecast.server_bytes),
         "examples seen": f"{read.examples_seen:,}" if read else NONE,
-        "coverage": f"{read.share_covered:.1%}" if read else NONE,
+        "coverage": percent(read.share_covered) if read else NONE,
     }
     if link:
         seconds = link_seconds(plan, *link)

@@ -10,8 +10,9 @@ from grandrounds.study.report.charts import Point, Series, line_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.learning import curve
 from grandrounds.study.report.read import RunFiles
-from grandrounds.study.report.svg import Axis
+from grandrounds.study.report.svg import Axis, shortened
 from grandrounds.study.tables import Table, decimals_of, fixed, is_number, number, percent
+from grandrounds.wire.names import SiteNames
 
 FAR = 2.0
 """An outlier's norm is above `FAR` times the round's median, or below 1 / `FAR` of it."""
@@ -70,15 +71,17 @@ def measured(run: RunFiles, key: str) -> list[Update]:
     return found
 
 
-def _scatter(updates: Sequence[Update], what: str, outliers: Sequence[Update]) -> list[Series]:
+def _scatter(
+    updates: Sequence[Update], what: str, outliers: Sequence[Update], names: SiteNames
+) -> list[Series]:
     """Return the medians by round and all updates, the outliers with a ring."""
     flagged, ringed = set(outliers[:MOST_FLAGS]), set(outliers)
     points = [
         Point(
             u.round,
             u.value,
-            f"site {u.site}, round {u.round}: {what} {number(u.value, 3)}",
-            flag=f"site {u.site}" if u in flagged else " " if u in ringed else "",
+            f"{names[u.site]}, round {u.round}: {what} {number(u.value, 3)}",
+            flag=shortened(names[u.site], 20) if u in flagged else " " if u in ringed else "",
         )
         for u in updates
     ]
@@ -89,40 +92,44 @@ def _scatter(updates: Sequence[Update], what: str, outliers: Sequence[Update]) -
     ]
 
 
-def _listed(outliers: Sequence[Update], describe: Callable[[Update], str]) -> str:
+def _listed(outliers: Sequence[Update], describe: Callable[[Update], str], names: SiteNames) -> str:
     if not outliers:
         return "No outliers."
-    listed = "; ".join(f"site {u.site} in round {u.round} ({describe(u)})" for u in outliers[:5])
+    listed = "; ".join(f"{names[u.site]} in round {u.round} ({describe(u)})" for u in outliers[:5])
     more = f"; and {len(outliers) - 5:,} more" if len(outliers) > 5 else ""
     return f"Outliers: {listed}{more}."
 
 
 def update_figures(run: RunFiles) -> list[Figure]:
     """Return the norms of all updates and their cosines to the mean, if measured."""
-    figures = []
+    figures, names = [], run.names
     if norms := measured(run, "update-norms"):
         outliers = [u for u in norms if u.norm_ratio > FAR]
         outliers.sort(key=lambda u: u.norm_ratio, reverse=True)
-        note = _listed(outliers, lambda u: f"{number(u.value / u.median, 2)} times the median")
+        note = _listed(
+            outliers, lambda u: f"{number(u.value / u.median, 2)} times the median", names
+        )
         note += f" Ringed: more than {FAR:g} times the round's median, or less than half of it."
         if bound := run.config.defence.update_norm_bound:
             note += f" Norms above {bound:g} were clipped to it."
         title = "Norm of each client update"
-        series = _scatter(norms, "norm", outliers)
+        series = _scatter(norms, "norm", outliers, names)
         svg = line_chart(title, series, Axis("L2 norm", log=True), run.last_shown)
-        figures.append(Figure("update-norms", title, svg, note, _by_site(norms, "norm")))
+        figures.append(Figure("update-norms", title, svg, note, _by_site(norms, "norm", names)))
     if cosines := measured(run, "update-cosines"):
         outliers = sorted((u for u in cosines if u.value < 0), key=lambda u: u.value)
-        note = _listed(outliers, lambda u: f"cosine {number(u.value, 2)}")
+        note = _listed(outliers, lambda u: f"cosine {number(u.value, 2)}", names)
         note += " Ringed: below 0, opposed to the mean update of the cohort."
         title = "Cosine similarity of each client update to the mean"
-        series = _scatter(cosines, "cosine", outliers)
+        series = _scatter(cosines, "cosine", outliers, names)
         svg = line_chart(title, series, Axis("cosine to the mean", from_zero=True), run.last_shown)
-        figures.append(Figure("update-cosines", title, svg, note, _by_site(cosines, "cosine")))
+        figures.append(
+            Figure("update-cosines", title, svg, note, _by_site(cosines, "cosine", names))
+        )
     return figures
 
 
-def _by_site(updates: Sequence[Update], what: str) -> Table:
+def _by_site(updates: Sequence[Update], what: str, names: SiteNames) -> Table:
     values = [u.value for u in updates if u.value]
     decimals = decimals_of([min(values, key=abs)], 2, least=2) if values else 0
     rows = []
@@ -131,7 +138,7 @@ def _by_site(updates: Sequence[Update], what: str) -> Table:
         values = [u.value for u in of_site]
         shown = [fixed(v, decimals) for v in (statistics.median(values), min(values), max(values))]
         rounds = ", ".join(str(u.round) for u in of_site[:30])
-        rows.append((str(site), *shown, rounds + (" …" if len(of_site) > 30 else "")))
+        rows.append((names.cell(site), *shown, rounds + (" …" if len(of_site) > 30 else "")))
     return Table(("site", f"median {what}", "minimum", "maximum", "rounds"), rows)
 
 

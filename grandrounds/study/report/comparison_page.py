@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from grandrounds.config.words import counted, place_name
 from grandrounds.errors import DataError
+from grandrounds.server.described import named_data
+from grandrounds.study.comparison.reservations import (
+    reservations,
+    site_names,
+    too_few,
+    visits_text,
+    without_verdicts,
+)
 from grandrounds.study.comparison.results import EVERYWHERE, LOSS, OWN
-from grandrounds.study.comparison.units import BASE, LEAVE_ONE_OUT, LOCAL
+from grandrounds.study.comparison.units import BASE, FEDERATED, LEAVE_ONE_OUT, LOCAL
 from grandrounds.study.report.comparison_file import (
     LOCAL_EVERYWHERE,
     LOCAL_OWN,
@@ -19,6 +28,7 @@ from grandrounds.study.report.comparison_file import (
     measures,
 )
 from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
+from grandrounds.study.report.places import published
 from grandrounds.study.report.provenance import version_rows
 from grandrounds.study.report.row_charts import Dot, Row, interval_chart
 from grandrounds.study.report.svg import Axis
@@ -53,32 +63,62 @@ def comparison_page(comparison: Json, file: Path) -> Page:
 
 
 def _page(comparison: Json, file: Path) -> Page:
+    folder = file.absolute().parent
+    comparison = without_verdicts(comparison)
     config, units = comparison["config"], comparison["units"]
     complete = comparison["status"] == "complete"
     finished = f"{units['done']} of {units['planned']} units finished"
-    column = config.get("data.partition-by")
-    return Page(
-        title=f"Comparison: {file.absolute().parent.name}",
-        subtitle=f"{config['model.name']} on {config['static.dataset.name']}, "
-        f"{config['data.num-partitions']} sites, {config['data.partitioner']}"
-        f"{f' by {column}' if column else ''}; "
+    places = [str(config[key]) for key in ("model.name", "static.dataset.name")]
+    named = {place: Path(place).name for place in places if Path(place).is_absolute()}
+    count, column = int(config["data.num-partitions"]), str(config.get("data.partition-by") or "")
+    data = named_data(places[1], count, str(config["data.partitioner"]), column)
+    page = Page(
+        title=f"Comparison: {folder.name}",
+        subtitle=f"Base {place_name(places[0])}; data {data}; "
         f"seeds {', '.join(map(str, comparison['seeds']))}",
+        outcome=_outcome(comparison),
         mood="good" if complete else "going",
         status="Complete" if complete else finished,
         story=[] if complete else [f"{finished}. To continue: {comparison['command']}"],
         tiles=_tiles(comparison),
         sections=_sections(comparison),
     )
+    return published(page, {**named, str(folder): folder.name})
+
+
+def _outcome(comparison: Json) -> str:
+    """Return what came out, in one sentence or two; empty while there is no federated arm."""
+    arms = arms_of(comparison)
+    if FEDERATED not in arms:
+        return ""
+    asked = measures(comparison).values()
+    learned = [m for m in asked if m.key != LOSS and m.exam.get("measures") != "kept"]
+    measure = [*learned, measures(comparison)[LOSS]][0]
+    found = {name: e for name, arm in arms.items() if (e := measure.estimate(arm))}
+    if FEDERATED not in found:
+        return ""
+    decimals = 3 if measure.key == LOSS else 1
+    unit = " nats per answer token" if measure.key == LOSS else " %"
+    told = {name: f"{measure.value(e, decimals)}{unit} ({name})" for name, e in found.items()}
+    ours = told.pop(FEDERATED)
+    title = measure.title.removeprefix("Accuracy: ")
+    against = f", against {', '.join(told.values())}" if told else ""
+    said = f"{title[0].upper()}{title[1:]}: {ours}{against}."
+    for exam in (m for m in asked if m.exam.get("measures") == "kept"):
+        before, after = (exam.estimate(arms.get(name, {})) for name in (BASE, FEDERATED))
+        if before and after and (lost := exam.mean(before) - exam.mean(after)) > 0.05:
+            said += f" It forgot {lost:.1f} points of what the base knew ({exam.exam['title']})."
+    return said
 
 
 def _tiles(comparison: Json) -> list[Tile]:
-    found = []
+    found, few = [], too_few(comparison)
     for gain in comparison["gains"]:
         test = gain["over-seeds"]
         if not test or not is_number(test.get("mean")):
             continue
         measure = measures(comparison)[gain["measure"]]
-        if gain["over"] == BASE or measure.exam.get("measures") == "kept":
+        if gain["over"] == BASE or measure.key in few or measure.exam.get("measures") == "kept":
             continue
         what, unit, least = (
             ("loss", "nats", 0) if measure.key == LOSS else (measure.key, "points", 1)
@@ -88,7 +128,8 @@ def _tiles(comparison: Json) -> list[Tile]:
         value = f"{fixed(gained, places, sign=True)} {unit}"
         found.append(Tile(f"federated over {_rival(gain)}: {what}", value, _sites_won(gain)))
     budget = comparison["budget"]
-    note = f"{budget['rounds']} rounds of {budget['cohort']} of {budget['sites']} sites"
+    rounds, sites = counted(budget["rounds"], "round"), counted(budget["sites"], "site")
+    note = f"{rounds} of {budget['cohort']} of {sites}"
     found.append(Tile("wall-clock time", duration(comparison["seconds"]), note))
     return found[:8]
 
@@ -102,7 +143,7 @@ def _rival(gain: Json) -> str:
 
 def _sites_won(gain: Json) -> str:
     over_sites = gain.get("over-sites")
-    if not over_sites:
+    if not over_sites or "better" not in over_sites:
         return "positive: the federation is better"
     better, equal = over_sites["better"], over_sites["equal"]
     told = f"better at {better} of {better + over_sites['worse'] + equal} sites"
@@ -112,9 +153,10 @@ def _sites_won(gain: Json) -> str:
 def _sections(comparison: Json) -> list[Section]:
     asked = measures(comparison).values()
     notes = [
-        "Every arm uses the same base, recipe and number of example visits; only the examples "
-        "that it trains on differ."
+        "Every arm uses the same base and recipe; only the examples that it trains on differ. "
+        f"Visits: {visits_text(comparison)}."
     ]
+    notes += [f"{said[0].upper()}{said[1:]}." for said in reservations(comparison)]
     if len(comparison["seeds"]) < 2:
         notes.append("One seed: there is no interval, and other seeds may give other results.")
     else:
@@ -209,16 +251,21 @@ def _joining(comparison: Json, rival: str, whose: str, measure: Measure) -> Figu
     if not found:
         return None
     decimals = measure.decimals(found.values())
-    rows = [_row(measure, f"site {s}", e, decimals, STYLE[rival]) for s, e in found.items()]
+    names = site_names(comparison)
+    rows = [_row(measure, names[s], e, decimals, STYLE[rival]) for s, e in found.items()]
     what = measure.title.removeprefix("Accuracy: ").capitalize()
     title = f"{what}: {JOINING[whose].format(rival=rival)}"
     unit = f"gain, {measure.unit if measure.key == LOSS else 'percentage points'}"
     means = [measure.mean(estimate) for estimate in found.values()]
-    note = f"Better off: {sum(mean > 0 for mean in means)} of {len(found)} sites."
+    note = f"Better off: {sum(mean > 0 for mean in means)} of {counted(len(found), 'site')}."
     if equal := means.count(0):
         note += f" Unchanged: {equal}."
+    if measure.key in too_few(comparison):
+        note = f"No verdict: {too_few(comparison)[measure.key]} in all."
     svg = interval_chart(title, rows, Axis(unit), zero_line=True)
-    table = [(str(s), measure.words(e, decimals), p_text(e.get("p"))) for s, e in found.items()]
+    table = [
+        (names.cell(s), measure.words(e, decimals), p_text(e.get("p"))) for s, e in found.items()
+    ]
     columns = ("site", "gain (95 % interval)", "p")
     key = f"joining-{rival}-{whose}-{measure.key}"
     return Figure(key, title, svg, note, Table(columns, table))
@@ -240,25 +287,25 @@ def _sites(comparison: Json, measure: Measure) -> Figure | None:
         return None
     everything = [estimate for found in by_arm.values() for estimate in found.values()]
     decimals, places = measure.decimals(everything), decimals_of(map(measure.mean, everything))
-    rows = []
+    rows, names = [], site_names(comparison)
     for site in sites:
         found = {name: of_arm[site] for name, of_arm in by_arm.items() if site in of_arm}
         dots = [
             Dot(
                 measure.mean(estimate),
-                f"site {site}, {name}: {measure.words(estimate, decimals)}",
+                f"{names[site]}, {name}: {measure.words(estimate, decimals)}",
                 style=STYLE.get(name, 5),
             )
             for name, estimate in found.items()
         ]
         value = fixed(dots[0].value, places) if len(dots) == 1 else ""
-        rows.append(Row(f"site {site}", dots, value=value))
+        rows.append(Row(names[site], dots, value=value))
     title = f"{measure.title}, by site"
-    names = [(name, STYLE.get(name, 5)) for name in by_arm]
-    svg = interval_chart(title, rows, Axis(measure.unit), names=names)
+    styles = [(name, STYLE.get(name, 5)) for name in by_arm]
+    svg = interval_chart(title, rows, Axis(measure.unit), names=styles)
     note = "Means over seeds; the table has their intervals."
     table = [
-        (str(site), *(measure.words(found.get(site), decimals) for found in by_arm.values()))
+        (names.cell(site), *(measure.words(found.get(site), decimals) for found in by_arm.values()))
         for site in sites
     ]
     return Figure(f"sites-{measure.key}", title, svg, note, Table(("site", *by_arm), table))
@@ -328,11 +375,11 @@ def _provenance(comparison: Json) -> list[Table]:
     """Return versions, examples by site and seed, and the configuration."""
     versions = version_rows(comparison.get("environment") or {})
     seeds = [str(seed) for seed in comparison["seeds"]]
-    sites = []
+    sites, names = [], site_names(comparison)
     for site in comparison["sites"]:
         trained, held = site["train-examples"], site["held-out-examples"]
         cells = [f"{trained[s]:,}, {held[s]:,}" if s in trained else NONE for s in seeds]
-        sites.append((str(site["site"]), *cells))
+        sites.append((names.cell(site["site"]), *cells))
     keys = [(key, str(value)) for key, value in comparison["config"].items()]
     return [
         Table(("package", "version"), versions, "Versions"),

@@ -34,6 +34,8 @@ class Tile:
     name: str
     value: str
     note: str = ""
+    mood: str = ""
+    """`bad` for a loss, such as forgetting; empty otherwise."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Page:
     """What went wrong or is not finished, and what to do."""
     tiles: Sequence[Tile]
     sections: Sequence[Section]
+    outcome: str = ""
+    """What came out, in one sentence."""
     failures: Sequence[str] = ()
     """Single failures, one line each."""
 

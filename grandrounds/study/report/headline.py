@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import shlex
 
-from grandrounds.server.described import engine_options
+from grandrounds.config.words import counted
+from grandrounds.data.formulary import FORMULARY
+from grandrounds.server.described import cautions, engine_options, with_own_data
 from grandrounds.study.report.figures import Tile
-from grandrounds.study.report.learning import MEANING, scores_by_questions
+from grandrounds.study.report.learning import MEANING, Score, scores_by_questions
 from grandrounds.study.report.read import QUIET_SECONDS, RunFiles
 from grandrounds.study.tables import duration, in_percent, interval, mib, percent
+from grandrounds.wire.names import one_line
 
 MOODS = {"completed": "good", "going": "going"}
 
 MOST_FAILURES = 50
+
+KNOWN = "public facts"
+"""Questions that the base was trained to answer: to lose them is to forget."""
+
+LEAST_LOSS = 0.05
+"""Loss of accuracy, in percentage points, that is marked."""
 
 
 def mood(run: RunFiles) -> str:
@@ -30,23 +39,64 @@ def status_text(run: RunFiles) -> str:
     return f"{run.status.capitalize()} after {rounds}"
 
 
+def title(run: RunFiles) -> str:
+    """Return what was trained on what: `SmolLM2-135M-Instruct tuned on cards.jsonl at 4 sites`."""
+    base, data = run.config.model.name, run.config.static.name
+    short = "Embedded base" if base == FORMULARY else _last_part(base)
+    sites = counted(len(run.sites) or run.config.data.num_partitions, "site")
+    if with_own_data(run.sites):
+        return f"{short} tuned on the data of {sites}"
+    source = "the formulary" if data == FORMULARY else _last_part(data)
+    return f"{short} tuned on {source} at {sites}"
+
+
+def _last_part(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def outcome(run: RunFiles) -> str:
+    """Return what came out, in one sentence, and what was forgotten; empty before round 1."""
+    said = []
+    losses = run.values("held-out-loss")
+    if len(losses) > 1:
+        first, last = losses[0][1], losses[-1][1]
+        way = "fell" if last < first else "rose"
+        ends = f"{_loss_text(first)} to {_loss_text(last)}"
+        said.append(f"the held-out loss {way} from {ends} nats per answer token")
+    lost = ""
+    for base, tuned, name in _pairs(run):
+        if base is None:
+            continue
+        if name == KNOWN:
+            points = 100 * (base.accuracy - tuned.accuracy)
+            lost = f" It forgot {points:.1f} points of the facts that the base knew." * (points > 0)
+        else:
+            ends = f"{in_percent(base.accuracy)} to {percent(tuned.accuracy)}"
+            said.append(f"accuracy on {name} went from {ends}")
+    if not said:
+        return lost.strip()
+    rounds = counted(run.rounds, "round")
+    return f"After {rounds}, {' and '.join(said[:2])}.{lost}"
+
+
 def story(run: RunFiles) -> list[str]:
-    """Return what went wrong or is not finished, and what to do; empty if the run completed."""
+    """Return what went wrong or is not finished, what to do, and cautions; usually empty."""
+    warned = [f"{said[0].upper()}{said[1:]}." for said in cautions(run.config, run.sites)]
     if run.status == "completed":
-        return []
+        return warned
     resume = f"grandrounds run --resume {shlex.quote(str(run.path))}{engine_options(run.sites)}"
     if run.status == "going":
         ago = duration(run.quiet_seconds)
         said = f"There is no summary yet. The last round was written {ago} before this page."
         if run.quiet_seconds > QUIET_SECONDS:
             said += f" If the run is no longer active, it was killed. To continue it: {resume}"
-        return [said, "This page covers the rounds finished so far."]
+        return [said, "This page covers the rounds finished so far.", *warned]
     reason = str(run.summary.get("reason") or "no reason was recorded")
     where = f"Round {run.rounds + 1}" if run.rounds < run.planned_rounds else "After the last round"
     if not reason.startswith(where):
         reason = f"{where}: {reason}"
     kept = "Finished rounds are kept" if run.rounds else "No round was finished"
-    return [reason, f"{kept}. To continue from there: {resume}"]
+    return [reason, f"{kept}. To continue from there: {resume}", *warned]
 
 
 def failures(run: RunFiles) -> list[str]:
@@ -55,7 +105,8 @@ def failures(run: RunFiles) -> list[str]:
     for record in run.metrics:
         for key, phase in (("failed", "training"), ("evaluate-failed", "evaluation")):
             for site, why in (record.get(key) or {}).items():
-                lines.append(f"round {record['round']}, site {site}, {phase}: {why}")
+                who = run.names[int(site)]
+                lines.append(f"round {record['round']}, {who}, {phase}: {one_line(why)}")
     if len(lines) > MOST_FAILURES:
         lines[MOST_FAILURES:] = [f"and {len(lines) - MOST_FAILURES:,} more in metrics.jsonl"]
     return lines
@@ -91,15 +142,29 @@ def _loss_text(loss: float) -> str:
 def accuracy_tiles(run: RunFiles) -> list[Tile]:
     """Return base and last checkpoint on every benchmark, at most four tiles."""
     found = []
+    for base, tuned, name in _pairs(run):
+        note = f"{tuned.counts}, 95 % interval {interval(tuned.interval)}"
+        value = percent(tuned.accuracy)
+        lost = 0.0
+        if base is not None:
+            value = f"{in_percent(base.accuracy)} → {value}"
+            lost = 100 * (base.accuracy - tuned.accuracy)
+        if lost > LEAST_LOSS:
+            verb = "forgotten" if name == KNOWN else "below the base"
+            note = f"{lost:.1f} points {verb}; {note}"
+        found.append(Tile(name, value, note, "bad" if lost > LEAST_LOSS else ""))
+    return found[:4]
+
+
+def _pairs(run: RunFiles) -> list[tuple[Score | None, Score, str]]:
+    """Return base, last checkpoint and name of every set of questions that both answered."""
+    found = []
     for (_, benchmark, group), asked in scores_by_questions(run).items():
         base = next((s for s in asked if s.model == "base"), None)
-        tuned = max(
-            (s for s in asked if s.round is not None), key=lambda s: s.round or 0, default=None
-        )
-        if tuned is None:
-            continue
-        before = f"{in_percent(base.accuracy)} → " if base else ""
-        note = f"{tuned.counts}, 95 % interval {interval(tuned.interval)}"
-        name = f"{group} facts" if group in MEANING else ", ".join(filter(None, (benchmark, group)))
-        found.append(Tile(name, f"{before}{percent(tuned.accuracy)}", note))
-    return found[:4]
+        rounds = [s for s in asked if s.round is not None]
+        if rounds:
+            tuned = max(rounds, key=lambda s: s.round or 0)
+            is_facts = group in MEANING
+            name = f"{group} facts" if is_facts else ", ".join(filter(None, (benchmark, group)))
+            found.append((base, tuned, name))
+    return found

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grandrounds.config import recipes
+from grandrounds.config.words import counted
+from grandrounds.server.described import is_of_the_formulary, leaderboard_text
 from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.report.charts import Interval, Point, Reference, Series, line_chart
@@ -27,8 +28,8 @@ EXACT_MATCH, TOKEN_F1 = "exact match", "token F1"
 
 def section(run: RunFiles) -> Section:
     """Return losses and accuracies, and why they are not comparable with the leaderboard."""
-    reasons = "; ".join(recipes.leaderboard_differences(run.config))
-    notes = [f"Not comparable with the FlowerTune leaderboard: {reasons}."] if reasons else []
+    differs = leaderboard_text(run.config, run.sites)
+    notes = [f"FlowerTune leaderboard: {differs}."] if differs else []
     figures = [*some(loss_figure(run)), *accuracy_figures(run)]
     return Section("learning", "Training results", notes, figures)
 
@@ -60,7 +61,7 @@ def loss_figure(run: RunFiles) -> Figure | None:
         "Round 0 is the untrained base. Training loss: mean over the cohort during local training."
     )
     if judged:
-        note += f" Held-out loss: on the held-out examples of {judges} fixed sites."
+        note += f" Held-out loss: on the held-out examples of {counted(judges, 'fixed site')}."
     svg = line_chart(title, series, Axis("nats per answer token"), run.last_shown)
     return Figure(
         "loss", title, svg, note, Table(("round", "held-out loss", "training loss"), rows)
@@ -143,7 +144,10 @@ def _scores_of_row(protocol: str, row: Mapping[str, Any]) -> Iterable[Score]:
 def _formulary_scores(run: RunFiles) -> Iterable[Score]:
     """Yield the accuracies on the formulary that the run itself measured at its end."""
     asked: Mapping[str, Any] = run.summary.get("formulary") or {}
+    holds_facts = is_of_the_formulary(run.config, run.sites)
     for group, models in asked.items():
+        if group == "private" and not holds_facts:
+            continue
         for model, counts in models.items():
             name = "base" if model == "base" else f"peft_{run.rounds}"
             correct, n = int(counts["correct"]), int(counts["n"])

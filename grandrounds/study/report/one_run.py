@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from grandrounds.config.words import place_name
+from grandrounds.server.described import data_text
 from grandrounds.study.report import (
     client_updates,
     cost,
@@ -11,15 +13,18 @@ from grandrounds.study.report import (
     provenance,
 )
 from grandrounds.study.report.figures import Page
-from grandrounds.study.report.read import RunFiles
+from grandrounds.study.report.places import published
+from grandrounds.study.report.read import RunFiles, folders
 
 
 def run_page(run: RunFiles) -> Page:
     """Return everything that a run directory records."""
     parts = (learning, cost, participation, client_updates)
-    return Page(
-        title=run.name,
-        subtitle=f"model {run.config.model.name}, data {run.config.static.name}",
+    base, data = place_name(run.config.model.name), data_text(run.config, run.sites)
+    page = Page(
+        title=headline.title(run),
+        subtitle=f"Run {run.name}. Base: {base}. Data: {data}.",
+        outcome=headline.outcome(run),
         mood=headline.mood(run),
         status=headline.status_text(run),
         story=headline.story(run),
@@ -27,3 +32,4 @@ def run_page(run: RunFiles) -> Page:
         sections=[*(part.section(run) for part in parts), *provenance.sections(run)],
         failures=headline.failures(run),
     )
+    return published(page, folders(run))

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from grandrounds.config.words import counted
 from grandrounds.study.report.charts import column_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.read import RunFiles
-from grandrounds.study.report.row_charts import Cell, grid_chart
+from grandrounds.study.report.row_charts import Cell, Dot, Row, grid_chart, interval_chart
+from grandrounds.study.report.svg import Axis
 from grandrounds.study.tables import NONE, Table, is_number, number, percent
+from grandrounds.wire.names import one_line
+
+MOST_ROWS = 40
+"""With more sites than this, coverage has a column for each, by number."""
 
 
 def section(run: RunFiles) -> Section:
@@ -26,7 +32,7 @@ def site_numbers(run: RunFiles) -> list[int]:
 
 def participation_figure(run: RunFiles) -> Figure | None:
     """Return which sites trained in which round, and which failed."""
-    sites, rounds = site_numbers(run), run.last_shown
+    sites, rounds, names = site_numbers(run), run.last_shown, run.names
     if not run.trained or not rounds:
         return None
     cells = []
@@ -35,18 +41,18 @@ def participation_figure(run: RunFiles) -> Figure | None:
         for site in line.get("cohort") or ():
             if site in sites:
                 why = failed.get(str(site))
-                outcome = "took part" if why is None else f"failed: {why[:200]}"
-                label = f"site {site}, round {line['round']}: {outcome}"
+                outcome = "took part" if why is None else f"failed: {one_line(why, 200)}"
+                label = f"{names[site]}, round {line['round']}: {outcome}"
                 kind = "took" if why is None else "failed"
                 cells.append(Cell(site, line["round"], kind, label))
     title = "Participation by site and round"
-    svg = grid_chart(title, sites, rounds, cells, run.rounds)
+    svg = grid_chart(title, {s: names.cell(s) for s in sites}, rounds, cells, run.rounds)
     counts = Counter((cell.site, cell.kind) for cell in cells)
     used, unused = (sum(cell.kind == kind for cell in cells) for kind in ("took", "failed"))
     held = {int(s["partition-id"]): s for s in run.sites if is_number(s.get("partition-id"))}
     rows = [
         (
-            str(s),
+            names.cell(s),
             number(held.get(s, {}).get("train-examples")),
             number(held.get(s, {}).get("held-out-examples")),
             str(counts[s, "took"]),
@@ -55,7 +61,7 @@ def participation_figure(run: RunFiles) -> Figure | None:
         for s in sites
     ]
     columns = ("site", "training examples", "held-out examples", "rounds", "failed")
-    note = f"{used:,} client updates used, {unused:,} failed."
+    note = f"{counted(used, 'client update')} used, {unused:,} failed."
     return Figure("participation", title, svg, note, Table(columns, rows))
 
 
@@ -68,21 +74,30 @@ def coverage_figure(run: RunFiles) -> Figure | None:
     if not run.trained:
         return None
     title = "Coverage by site"
-    columns = [(s, f"site {s}: {percent(share)} of its examples") for s, share in last.items()]
-    svg = column_chart(
-        title,
-        columns,
-        [("", [100 * share for share in last.values()])],
-        x_label="site",
-        y_label="% of training examples seen",
-        top_value=100,
-    )
+    names = run.names
+    said = {s: f"{names[s]}: {percent(share)} of its examples" for s, share in last.items()}
+    if names and len(last) <= MOST_ROWS:
+        rows_of_sites = [
+            Row(names[s], [Dot(100 * share, said[s])], value=percent(share))
+            for s, share in last.items()
+        ]
+        axis = Axis("% of training examples seen", from_zero=True)
+        svg = interval_chart(title, rows_of_sites, axis)
+    else:
+        svg = column_chart(
+            title,
+            list(said.items()),
+            [("", [100 * share for share in last.values()])],
+            x_label="site",
+            y_label="% of training examples seen",
+            top_value=100,
+        )
     note = "Share of the training examples seen at least once."
     if overall := run.values("coverage"):
         note += f" Overall: {percent(overall[-1][1])}."
     never = [s for s, share in last.items() if not share]
     if never:
-        named = ", ".join(map(str, never[:20])) + (" and more" if len(never) > 20 else "")
+        named = ", ".join(map(names.cell, never[:20])) + (" and more" if len(never) > 20 else "")
         note += f" Not visited yet: {named}."
-    rows = [(str(s), percent(share) if share else NONE) for s, share in last.items()]
+    rows = [(names.cell(s), percent(share) if share else NONE) for s, share in last.items()]
     return Figure("coverage", title, svg, note, Table(("site", "coverage"), rows))

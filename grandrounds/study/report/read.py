@@ -16,6 +16,7 @@ from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
 from grandrounds.server.directory import RunDirectory
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.tables import is_number
+from grandrounds.wire.names import SiteNames, names_of
 
 EVALUATION = "evaluation/evaluation.json"
 
@@ -51,6 +52,11 @@ class RunFiles:
         return str(self.summary.get("status", "going"))
 
     @property
+    def names(self) -> SiteNames:
+        """How its sites are called."""
+        return names_of(self.sites)
+
+    @property
     def rounds(self) -> int:
         """The last finished round."""
         return int(self.metrics[-1]["round"]) if self.metrics else 0
@@ -78,6 +84,13 @@ class RunFiles:
     def values(self, key: str) -> list[tuple[int, float]]:
         """Return (round, value) of every line of the metrics that has a number under a key."""
         return [(m["round"], float(m[key])) for m in self.metrics if is_number(m.get(key))]
+
+
+def folders(run: RunFiles) -> dict[str, str]:
+    """Return the absolute paths of a run → what a page shows in their place."""
+    places = (run.config.model.name, run.config.static.name)
+    named = {name: Path(name).name for name in places if Path(name).is_absolute()}
+    return {**named, str(run.path): run.name}
 
 
 def read_run(path: Path) -> RunFiles:
@@ -108,7 +121,7 @@ def read_run(path: Path) -> RunFiles:
         summary=_read(path / "summary.json", dict) or {},
         ledger=_read(path / "ledger.json", dict) or {},
         plan=_read(path / "plan.json", dict) or {},
-        sites=_read(path / "sites.json", list) or [],
+        sites=_sites(path / "sites.json"),
         environment=_read(path / "environment.json", dict) or {},
         evaluations=_evaluations(path),
         hashes=_hashes(path),
@@ -126,6 +139,13 @@ def _read_metrics(directory: RunDirectory) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or not isinstance(line.get("round"), int):
             raise RunDirectoryError(f"{file} is not what a run writes: line {i} has no round.")
     return lines
+
+
+def _sites(file: Path) -> list[dict[str, Any]]:
+    sites = _read(file, list) or []
+    if not all(isinstance(site, dict) for site in sites):
+        raise RunDirectoryError(f"{file} is not what a run writes: a site is not an object.")
+    return list(sites)
 
 
 def _read(file: Path, kind: type) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grandrounds.study.report.charts import LEFT, RIGHT, Interval, legend, tick_texts
@@ -24,6 +24,9 @@ from grandrounds.study.report.svg import (
     shortened,
 )
 from grandrounds.study.tables import NONE
+
+MOST_CHARACTERS = 22
+"""Of a site's name beside its row of a grid."""
 
 KINDS = {"took": "took part", "failed": "failed", "ground": "not selected"}
 """Class of a grid's cell → its name in the legend; `failed` gets a cross besides its colour."""
@@ -66,29 +69,33 @@ class Row:
 
 
 def grid_chart(
-    title: str, sites: Sequence[int], rounds: int, cells: Sequence[Cell], done: int
+    title: str, sites: Mapping[int, str], rounds: int, cells: Sequence[Cell], done: int
 ) -> str:
     """Return a grid of sites by rounds 1 to `rounds`.
 
     Parameters
     ----------
+    sites
+        Site → its name at the row, in order.
     done
         Rounds that are finished; later ones have no background yet.
     """
     named, top = legend([(name, f"fill {kind}") for kind, name in KINDS.items()])
     top += LINE + 8
     high = max(2.0, min(14.0, 340 / max(1, len(sites))))
-    wide = (WIDTH - LEFT - RIGHT) / max(1, rounds)
+    rows = [shortened(name, MOST_CHARACTERS) for name in sites.values()]
+    left = max(float(LEFT), 12 + CHARACTER * max(map(len, rows), default=0))
+    wide = (WIDTH - left - RIGHT) / max(1, rounds)
     gap = min(2.0, 0.15 * min(high, wide))
     bottom = top + high * len(sites)
     parts = [
         label("site", 0, top - 11, class_="name"),
-        element("path", d=box(LEFT, top, wide * done, bottom - top), class_="ground"),
+        element("path", d=box(left, top, wide * done, bottom - top), class_="ground"),
     ]
     for i in range(0, len(sites), max(1, math.ceil(11 / high))):
-        parts.append(label(str(sites[i]), LEFT - 6, top + high * (i + 0.5) + 4, "end"))
+        parts.append(label(rows[i], left - 6, top + high * (i + 0.5) + 4, "end"))
     for j in range(0, rounds, max(1, math.ceil(rounds / 12))):
-        parts.append(label(str(j + 1), LEFT + wide * (j + 0.5), bottom + 15, "middle"))
+        parts.append(label(str(j + 1), left + wide * (j + 0.5), bottom + 15, "middle"))
     parts.append(label("round", WIDTH - RIGHT, bottom + 31, "end", class_="name"))
     marks = Marks(len(cells) <= MOST_MARKS)
     w, h = wide - gap, high - gap
@@ -96,7 +103,7 @@ def grid_chart(
     body = []
     for kind in KINDS:
         places = [
-            (LEFT + wide * (c.round - 1) + gap / 2, top + high * row_of[c.site] + gap / 2, c.label)
+            (left + wide * (c.round - 1) + gap / 2, top + high * row_of[c.site] + gap / 2, c.label)
             for c in cells
             if c.kind == kind
         ]

@@ -10,7 +10,8 @@ from grandrounds.study.report import cost, headline, provenance
 from grandrounds.study.report.charts import line_chart
 from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
 from grandrounds.study.report.learning import Score, curve, scores_by_questions
-from grandrounds.study.report.read import RunFiles
+from grandrounds.study.report.places import published
+from grandrounds.study.report.read import RunFiles, folders
 from grandrounds.study.report.row_charts import Dot, Row, interval_chart
 from grandrounds.study.report.svg import STYLES, Axis
 from grandrounds.study.tables import (
@@ -54,7 +55,7 @@ def several_page(runs: Sequence[RunFiles]) -> Page:
     unfinished = [name for name, run in named.items() if run.status != "completed"]
     story = [f"{name}: {line}" for name in unfinished for line in headline.story(named[name])[:1]]
     moods = {headline.mood(run) for run in runs}
-    return Page(
+    page = Page(
         title=" | ".join(named) if len(runs) <= 4 else f"{len(runs)} runs",
         subtitle=f"{len(runs)} runs side by side",
         mood=next(mood for mood in ("bad", "going", "good") if mood in moods),
@@ -63,6 +64,8 @@ def several_page(runs: Sequence[RunFiles]) -> Page:
         tiles=[_tile(name, run) for name, run in named.items()],
         sections=_sections(named),
     )
+    places = {path: name for run in runs for path, name in folders(run).items()}
+    return published(page, places | {str(run.path): name for name, run in named.items()})
 
 
 def names(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:

@@ -11,6 +11,7 @@ import pytest
 from grandrounds.config import recipes
 from grandrounds.errors import ConfigError
 from grandrounds.statistics import counted, estimate, paired_test
+from grandrounds.study.comparison.budget import local_examples, local_visits, pooled_visits
 from grandrounds.study.comparison.results import results, share
 from grandrounds.study.comparison.tables import notes, tables
 from grandrounds.study.comparison.units import (
@@ -21,8 +22,8 @@ from grandrounds.study.comparison.units import (
     check_leave_one_out,
     check_seeds,
     check_sites,
-    local_visits,
 )
+from grandrounds.wire.schedule import cohort_of
 
 # --- What is asked for ----------------------------------------------------------------------------
 
@@ -78,6 +79,10 @@ def test_units_are_seed_by_seed_and_only_some_arms_have_sites() -> None:
     assert len(names) == 12
 
 
+IID = {"data.partitioner": "iid", "data.partition-by": "", "data.num-partitions": 20}
+
+BATCH = ("per-device-train-batch-size", "gradient-accumulation-steps")
+
 # --- Visits ---------------------------------------------------------------------------------------
 
 
@@ -86,24 +91,63 @@ def test_a_site_alone_makes_the_visits_that_it_has_in_the_mean() -> None:
 
     They stand at rounds ceil((v - 1/2) 24 / 5) = ceil(2.4, 7.2, 12, 16.8, 21.6).
     """
-    visits = local_visits(recipes.resolve({}), 80)
+    config = recipes.resolve(IID)
+    total, *_ = local_examples(config, [80] * 20)
+    visits = local_visits(config, total, 80)
     assert visits == [(3, 80), (8, 80), (12, 80), (17, 80), (22, 64)]
 
 
 def test_a_site_that_is_always_there_visits_in_every_round() -> None:
     config = recipes.resolve({"strategy.fraction-train": 1, "num-server-rounds": 3})
-    assert local_visits(config, 80) == [(1, 80), (2, 80), (3, 80)]
+    assert local_examples(config, [80] * 20) == [240] * 20
+    assert local_visits(config, 240, 80) == [(1, 80), (2, 80), (3, 80)]
 
 
-def test_a_site_alone_makes_at_least_one_step() -> None:
-    config = recipes.resolve({"strategy.fraction-train": 0.05, "num-server-rounds": 1})
-    assert local_visits(config, 80) == [(1, 16)]
+@pytest.mark.parametrize(
+    ("rounds", "shares"),
+    [
+        # 1 round x 4 sites x 80 examples = 320 = 20 x 16: whole steps
+        (1, [16] * 20),
+        # 3 rounds: 960 = 20 x 48
+        (3, [48] * 20),
+    ],
+)
+def test_sites_alone_visit_together_what_the_federation_visits(
+    rounds: int, shares: list[int]
+) -> None:
+    config = recipes.resolve({**IID, "num-server-rounds": rounds})
+    assert local_examples(config, [80] * 20) == shares
 
 
-def test_visits_counted_in_epochs_are_cut_at_whole_examples() -> None:
-    """2 rounds x 4 of 20 sites x 57 examples = 22.8 examples."""
+def test_the_last_step_of_a_site_alone_is_shorter_and_never_a_whole_step_more() -> None:
+    """5 rounds x 3 of 7 sites x 2 steps of 16 = 480 = 7 x 68 + 4 examples; steps gave 7 x 64."""
+    keys = {"data.num-partitions": 7, "strategy.fraction-train": 3 / 7, "num-server-rounds": 5}
+    keys |= {"train.training-arguments.max-steps": 2, "strategy.fraction-evaluate": 1.0}
+    config = recipes.resolve({**IID, **keys})
+    shares = local_examples(config, [32] * 7)
+    assert sorted(shares) == [68] * 3 + [69] * 4
+    assert sum(count for _, count in pooled_visits(config, [32] * 7)) == sum(shares) == 480
+    assert [count for _, count in local_visits(config, 69, 32)] == [32, 32, 5]
+
+
+def test_visits_counted_in_epochs_are_shared_by_the_sizes_of_the_sites() -> None:
+    """As many as the drawn cohorts see, to the example, whoever was drawn."""
     arguments = {"train.training-arguments.max-steps": -1, "num-server-rounds": 2}
-    assert local_visits(recipes.resolve(arguments), 57) == [(1, 23)]
+    config = recipes.resolve({**IID, **arguments})
+    each = list(range(40, 60))
+    shares = local_examples(config, each)
+    drawn = sum(each[k] for number in (1, 2) for k in cohort_of(config, number))
+    assert sum(shares) == drawn
+    expected = [drawn * one / sum(each) for one in each]
+    assert all(abs(got - one) < 1 for got, one in zip(shares, expected, strict=True))
+
+
+def test_a_site_alone_visits_at_least_one_example() -> None:
+    keys = {"strategy.fraction-train": 0.05, "num-server-rounds": 1}
+    one = {"train.training-arguments.max-steps": 1}
+    one |= {f"train.training-arguments.{k}": 1 for k in BATCH}
+    config = recipes.resolve({**IID, **keys, **one})
+    assert local_examples(config, [1] * 20) == [1] * 20
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -270,7 +314,13 @@ def test_tables_show_every_arm_and_site_with_as_many_cells_as_columns(
         **results(found, EXAMS),
         "exams": EXAMS,
         "seeds": [1, 2],
-        "sites": [{"site": k, "train-examples": {"1": 9, "2": 9}} for k in range(2)],
+        "sites": [
+            {
+                **{"site": k, "name": f"Ward {k}"},
+                **{name: {"1": 9, "2": 11} for name in ("train-examples", "held-out-examples")},
+            }
+            for k in range(2)
+        ],
         "budget": {"rounds": 2, "cohort": 1, "sites": 2, "local-visits": 1.0},
     }
     made = tables(content)
@@ -284,6 +334,8 @@ def test_tables_show_every_arm_and_site_with_as_many_cells_as_columns(
         ((table, row) for row in table.rows) for table in made
     ):
         assert len(row) == len(table.columns)
+    assert [row[0] for row in made[2].rows] == ["Ward 0", "Ward 1"]
+    assert made[0].rows[-1][0] == "without Ward 1"
     assert made[0].rows[0][:3] == ("base", "3.000 ± 0.000", "25.0 ± 0.0")
     assert "forgetting: accuracy on public facts 100.0 % before training, 50.0 % after" in notes(
         content

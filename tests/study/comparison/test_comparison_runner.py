@@ -314,7 +314,7 @@ def test_sites_too_small_to_be_judged_are_named_before_anything_is_written(
     lines = flashcards.read_text().splitlines(keepends=True)
     cards.write_text("".join(lines[:7]))  # wards 0 to 3, the last with one card
     config = resolved(settings, **{"static.dataset.name": str(cards)})
-    with pytest.raises(DataError, match=r"\(site 3\): a site needs at least 2 different questions"):
+    with pytest.raises(DataError, match=r"\(ward 3\): a site needs at least 2 different questions"):
         played(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -137,7 +137,7 @@ def test_every_text_and_every_attribute_is_escaped() -> None:
     svgs = [
         line_chart(evil, [Series(evil, [point])], Axis(evil), 1, [reference]),
         column_chart(evil, columns, stacks, x_label=evil, y_label=evil),
-        grid_chart(evil, [0], 1, [Cell(0, 1, "took", evil)], 1),
+        grid_chart(evil, {0: evil}, 1, [Cell(0, 1, "took", evil)], 1),
         interval_chart(evil, [Row(evil, [dot], evil, evil)], Axis(evil), names=[(evil, 0)]),
     ]
     for svg in svgs:
@@ -173,7 +173,7 @@ def test_a_stack_is_as_high_as_its_parts_together() -> None:
 
 def test_a_failed_cell_has_a_cross_besides_its_colour() -> None:
     cells = [Cell(4, 1, "took", "took part"), Cell(7, 2, "failed", "failed: no reply")]
-    svg = grid_chart("t", [4, 7], 2, cells, 2)
+    svg = grid_chart("t", {4: "4", 7: "7"}, 2, cells, 2)
     assert svg.count('class="cross"') == 1
     assert [m.findtext(f"{SVG}title") for m in marks(svg)] == ["took part", "failed: no reply"]
 

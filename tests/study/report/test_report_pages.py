@@ -75,6 +75,10 @@ def test_a_completed_run_has_every_figure(tmp_path: Path) -> None:
         "proximal-penalty",
     ]
     assert (page.mood, page.status, page.story) == ("good", "Completed: 4 rounds", [])
+    assert page.title == "Embedded base tuned on the formulary at 6 sites"
+    assert page.outcome == (
+        "After 4 rounds, the held-out loss fell from 2.000 to 0.400 nats per answer token."
+    )
     assert tile(page, "held-out loss") == "2.000 → 0.400"
     # 3 sites a round: 4 x 3 messages down, as many up, 2 x 5 judged; half a MiB each
     assert tile(page, "communication") == "17.00 MiB"
@@ -87,7 +91,7 @@ def test_a_failed_run_says_what_failed_and_where(tmp_path: Path) -> None:
     page = page_of(run)
     assert (page.mood, page.status) == ("bad", "Failed after 4 of 8 rounds")
     assert page.story[0] == reason
-    assert f"grandrounds run --resume {run}" in page.story[1]
+    assert page.story[1].endswith("grandrounds run --resume run")  # and not where it lies
     assert page.failures == ["round 2, site 1, training: no reply within 5 s"]
 
 
@@ -114,7 +118,8 @@ def test_a_run_before_its_first_round_has_a_page(tmp_path: Path) -> None:
     page = page_of(run)
     assert page.status == "In progress: 0 of 4 rounds"
     assert not page.figures
-    assert "<h1>run</h1>" in html(page)
+    assert "<h1>Embedded base tuned on the formulary at 6 sites</h1>" in html(page)
+    assert page.outcome == ""
 
 
 def test_only_round_0_is_drawn_where_nothing_was_trained(tmp_path: Path) -> None:
@@ -233,7 +238,7 @@ def test_the_only_checkpoint_that_was_asked_is_named(tmp_path: Path) -> None:
     assert note.endswith(f"{said}; the run directory holds no other.")
     (run / "peft_2").mkdir()
     note = next(f.note for f in page_of(run).figures if f.key == "accuracy-1")
-    assert note.endswith(f"{said}. To evaluate another: grandrounds evaluate {run}/peft_2")
+    assert note.endswith(f"{said}. To evaluate another: grandrounds evaluate run/peft_2")
 
 
 def test_both_protocols_have_a_figure_each(tmp_path: Path) -> None:
@@ -270,7 +275,7 @@ def test_the_command_to_repeat_means_the_same_configuration(tmp_path: Path) -> N
     again = recipes.resolve(recipes.parse_overrides(words[3::2]))
     assert again.flat() == config.flat()
     first = shlex.split(commands(run)[0][1])
-    assert first == ["grandrounds", "run", "--config", str(run / "config.toml")]
+    assert first == ["grandrounds", "run", "--config", "run/config.toml"]
 
 
 @pytest.mark.parametrize(
@@ -378,6 +383,77 @@ def test_numbers_are_written_short() -> None:
     assert numeric_columns(Table(("a", "b"), [("site", "1"), ("x", "-")])) == {1}
 
 
+# --- Names and places -----------------------------------------------------------------------------
+
+
+def test_sites_stand_under_their_names_in_figures_tables_and_failures(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    sites = json.loads((run / "sites.json").read_text())
+    named = [{**site, "name": f"Ward {'ABCDEF'[site['partition-id']]}"} for site in sites]
+    named[5]["name"] = named[4]["name"] = "\u202eTwin\n"
+    write(run / "sites.json", named)
+    page = page_of(run)
+    labels = ["Ward A", "Ward B", "Ward C", "Ward D", "Twin (site 4)", "Twin (site 5)"]
+    assert [row[0] for row in table_of(page, "participation").rows] == labels
+    assert [row[0] for row in table_of(page, "coverage").rows] == labels
+    assert [row[0] for row in table_of(page, "update-norms").rows] == labels
+    assert page.failures == ["round 2, Ward B, training: no reply within 5 s"]
+    for key in ("participation", "coverage"):
+        svg = next(f.svg for f in page.figures if f.key == key)
+        assert all(label in svg for label in labels)
+    assert "site 1" not in html(page)
+
+
+def test_data_that_sites_brought_are_theirs_on_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    sites = json.loads((run / "sites.json").read_text())
+    write(run / "sites.json", [{**site, "base-content": "0f"} for site in sites])
+    page = page_of(run)
+    assert page.title == "Embedded base tuned on the data of 6 sites"
+    assert "Data: each site's own, 6 sites" in page.subtitle
+    assert "never read English" in page.story[0]
+    assert "eaderboard" not in html(page)
+
+
+def test_forgetting_is_told_in_words_and_marked(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    kinds = {"private": (69, 294), "public": (300, 245)}
+    asked = {
+        kind: {"base": {"correct": a, "n": 300}, "tuned": {"correct": b, "n": 300}}
+        for kind, (a, b) in kinds.items()
+    }
+    write(run / "summary.json", {"status": "completed", "formulary": asked})
+    page = page_of(run)
+    private, public = page.tiles[:2]
+    assert (private.mood, public.mood) == ("", "bad")
+    assert public.note.startswith("18.3 points forgotten; 245/300")
+    assert page.outcome.endswith(
+        "and accuracy on private facts went from 23.0 to 98.0 %. "
+        "It forgot 18.3 points of the facts that the base knew."
+    )
+    assert 'class="tile lost"' in html(page)
+
+
+def test_no_page_names_an_absolute_path(tmp_path: Path) -> None:
+    places = {"model__name": "/srv/a base/tiny", "static__dataset__name": "/home/me/c/cards.jsonl"}
+    reason = "Round 5: no file /home/ward/secret/x.csv nor C:\\Users\\me\\y.csv"
+    run = write_run(tmp_path / "a", planned=8, status="failed", reason=reason, **places)
+    other = write_run(tmp_path / "b" / "run", **places)
+    pages = [page_of(run), several_page([read_run(run), read_run(other)])]
+    content = {**comparison(), "command": f"grandrounds compare --out {tmp_path}/wards"}
+    content["config"] = read_run(run).config.flat()
+    file = tmp_path / "wards" / "comparison.json"
+    write(file, content)
+    pages.append(comparison_page(read_comparison(file), file))
+    for page in pages:
+        text = html(page)
+        for folder in (str(tmp_path), "/srv", "/home", "secret", "Users"):
+            assert folder not in text
+    assert pages[0].title == "tiny tuned on cards.jsonl at 6 sites"
+    assert pages[0].story[0] == "Round 5: no file x.csv nor y.csv"
+    assert pages[2].sections[4].commands[0][1] == "grandrounds compare --out wards"
+
+
 # --- Untrusted text -------------------------------------------------------------------------------
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -393,6 +469,8 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     )
     file = run / "metrics.jsonl"
     file.write_text(file.read_text().replace("no reply within 5 s", EVIL))
+    sites = json.loads((run / "sites.json").read_text())
+    write(run / "sites.json", [{**site, "name": f"<b>{EVIL}"} for site in sites])
     write(run / "evaluation/evaluation.json", evaluation())
     asked = (run / "evaluation/evaluation.json").read_text()
     (run / "evaluation/evaluation.json").write_text(asked.replace("Formulary (fictional)", EVIL))
@@ -519,6 +597,11 @@ def test_a_comparison_shows_arms_sites_and_what_joining_gains(tmp_path: Path) ->
         "sites-private",
     ]
     assert table_of(page, "arms-private").rows[1] == ("federated", "80.0 % (70.0 to 90.0)", "2")
+    assert page.outcome == (
+        "Private facts: 80.0 % (federated), against 25.0 % (base), 55.0 % (local, own part), "
+        "30.0 % (local, everywhere)."
+    )
+    assert "only 9 held-out examples in all" in " ".join(page.sections[0].notes)
     arms = [row[0] for row in table_of(page, "arms-private").rows]
     assert arms == ["base", "federated", "local, own part", "local, everywhere"]
     assert table_of(page, "sites-private").columns == ("site", *arms)
