@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread for linear algebra, in subprocesses too: pytest-xdist already uses every core, and
 # idle OpenMP and OpenBLAS threads spin.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import json

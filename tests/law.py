@@ -13,7 +13,7 @@ from tests.places import ROOT
 
 PACKAGE = ROOT / "grandrounds"
 
-GROUND = ("errors", "quiet", "statistics", "storage")
+GROUND = ("errors", "quiet", "statistics", "storage", "waiting")
 ROOMS = (
     *("config", "data", "wire", "model", "site", "server"),
     *("client_app", "server_app", "engines", "study", "api", "cli", "__main__"),

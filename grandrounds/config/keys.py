@@ -119,8 +119,14 @@ class TrainConfig:
     visit."""
     num_threads: Annotated[int, Range(0, 1024)]
     """PyTorch CPU threads per site process. 0: one for bases under 5 million parameters, else
-    PyTorch's default. Adapters are bit-for-bit reproducible across engines for equal seed and
-    thread count."""
+    PyTorch's default, at most the CPUs of the process; a resumed run keeps the number of its roll
+    call. Adapters are bit-for-bit reproducible across engines for equal seed, thread count and
+    `cpu-matmul`."""
+    cpu_matmul: Annotated[str, OneOf(("auto", "default", "onednn"))]
+    """Library for float32 matrix products on a CPU: PyTorch's `default` (usually MKL on x86), or
+    `onednn`, which is refused where it computes in reduced precision. `auto`: oneDNN if a probe of
+    0.2 s at the roll call finds it as exact and at least a fifth faster, for bases of 5 million
+    parameters or more; a resumed run keeps the choice. See docs/performance.md."""
     report_to: Annotated[str, SomeOf(("none", "tensorboard", "wandb", "mlflow", "trackio"))]
     """Experiment trackers to log each round to, comma-separated; each must be installed. They
     receive the recipe and cohort means, never per-site values. See docs/export.md."""

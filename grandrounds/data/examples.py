@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from grandrounds.data.partitioning import Partition, check_column
+from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class SiteData:
 
 
 def split_rows(
-    rows: Dataset,
+    rows: Rows,
     partition: Partition,
     *,
     question_column: str,
@@ -77,7 +74,7 @@ def split_rows(
 
     Parameters
     ----------
-    rows : datasets.Dataset
+    rows : Rows
         All rows of the site.
     partition
         The site; its seed and number determine which questions are held out.
@@ -97,7 +94,7 @@ def split_rows(
         )
     check_column(rows, "data.question-column", question_column)
     check_column(rows, "data.answer-column", answer_column)
-    texts = zip(rows[question_column][:], rows[answer_column][:], strict=True)
+    texts = zip(rows[question_column], rows[answer_column], strict=True)
     examples, empty_rows, duplicate_rows = _clean(texts)
     held_out = _choose_held_out(examples, held_out_fraction, partition)
     report = SiteReport(

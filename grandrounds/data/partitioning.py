@@ -1,19 +1,15 @@
-"""Divides rows among sites with `flwr-datasets`."""
+"""Divides rows among sites as `flwr-datasets` does."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError, nearest
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 PARTITIONERS = ("iid", "dirichlet", "size-skewed", "natural")
 """How rows are divided among sites.
@@ -52,11 +48,12 @@ class Division:
     """Concentration of `dirichlet`, above 0."""
 
 
-def partition_rows(rows: Dataset, division: Division, partition: Partition) -> Dataset:
+def partition_rows(rows: Rows, division: Division, partition: Partition) -> Rows:
     """Return the rows of one site.
 
     Every row belongs to exactly one site, and the same arguments always give the same rows. Rows
-    are shuffled by the seed, then divided by a partitioner of flwr-datasets. Without the shuffle
+    are shuffled by the seed, then divided by a partitioner of flwr-datasets, or as `IidPartitioner`
+    and `NaturalIdPartitioner` would, without loading that library. Without the shuffle
     `iid` would not be random: `IidPartitioner.load_partition` returns contiguous shards
     (`shard(contiguous=True)`), and the randomness comes from `FederatedDataset`, which shuffles
     first (`shuffle=True, seed=42`). So with seed 42 a site holds exactly the rows that FlowerTune
@@ -69,7 +66,7 @@ def partition_rows(rows: Dataset, division: Division, partition: Partition) -> D
 
     Parameters
     ----------
-    rows : datasets.Dataset
+    rows : Rows
         All rows, as from `grandrounds.data.sources.load_rows`.
 
     Raises
@@ -102,11 +99,11 @@ def partition_rows(rows: Dataset, division: Division, partition: Partition) -> D
 
 @lru_cache(maxsize=_CACHED_DIVISIONS)
 def _partitions(
-    rows: Dataset,  # hashed by identity; load_rows returns the same object for the same source
+    rows: Rows,  # hashed by identity; load_rows returns the same object for the same source
     division: Division,
     seed: int,
     count: int,
-) -> tuple[Dataset, ...]:
+) -> tuple[Rows, ...]:
     """Divide the rows among all sites."""
     name, column = division.partitioner, division.column
     labels = 0
@@ -114,27 +111,30 @@ def _partitions(
         _check_partition_column(rows, name, column)
         labels = len(rows.unique(column)) if name == "natural" else 0
     check_counts(division, count, len(rows), labels)
+    shuffled = rows.shuffle(seed)
+    if name == "iid":
+        return tuple(shuffled.shard(count, number) for number in range(count))
+    if name == "natural":
+        found: dict[Any, list[int]] = {value: [] for value in sorted(rows.unique(column))}
+        for index, value in enumerate(shuffled[column]):
+            found[value].append(index)
+        return tuple(shuffled.select(indices) for indices in found.values())
     partitioner = _partitioner(division, seed, count, len(rows))
-    # The natural partitioner always shows a progress bar, the Dirichlet one warns at every retry.
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    with warnings.catch_warnings():  # the Dirichlet partitioner warns at every retry
         warnings.simplefilter("ignore")
-        partitioner.dataset = rows.shuffle(seed=seed, keep_in_memory=True)
+        partitioner.dataset = shuffled.as_dataset()
         try:
-            return tuple(partitioner.load_partition(number) for number in range(count))
+            return tuple(Rows(partitioner.load_partition(n).to_dict()) for n in range(count))
         except ValueError as error:
             raise _unfilled(division, count, len(rows)) from error
 
 
 def _partitioner(division: Division, seed: int, count: int, num_rows: int) -> Any:
-    """Return the partitioner of flwr-datasets for a division."""
-    from flwr_datasets import partitioner as flower
+    """Return the partitioner of flwr-datasets for a division at random."""
+    from flwr_datasets import partitioner as flower  # only here: it loads plotting libraries
 
-    if division.partitioner == "iid":
-        return flower.IidPartitioner(count)
     if division.partitioner == "size-skewed":
         return flower.LinearPartitioner(count)
-    if division.partitioner == "natural":
-        return flower.NaturalIdPartitioner(division.column)
     return flower.DirichletPartitioner(
         num_partitions=count,
         partition_by=division.column,
@@ -145,7 +145,7 @@ def _partitioner(division: Division, seed: int, count: int, num_rows: int) -> An
     )
 
 
-def check_column(rows: Dataset, key: str, column: str) -> None:
+def check_column(rows: Rows, key: str, column: str) -> None:
     """Raise `DataError` if the column that a key names does not exist."""
     if column not in rows.column_names:
         raise DataError(
@@ -154,7 +154,7 @@ def check_column(rows: Dataset, key: str, column: str) -> None:
         )
 
 
-def _check_partition_column(rows: Dataset, partitioner: str, column: str) -> None:
+def _check_partition_column(rows: Rows, partitioner: str, column: str) -> None:
     """Raise `DataError` for a column that is not named, does not exist or has gaps."""
     if not column:
         raise DataError(
@@ -163,7 +163,7 @@ def _check_partition_column(rows: Dataset, partitioner: str, column: str) -> Non
             f"{', '.join(rows.column_names)}."
         )
     check_column(rows, "data.partition-by", column)
-    gaps = sum(label is None or str(label).strip() == "" for label in rows[column][:])
+    gaps = sum(label is None or str(label).strip() == "" for label in rows[column])
     check_gaps(column, gaps, len(rows))
 
 

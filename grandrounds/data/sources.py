@@ -1,7 +1,7 @@
 """Reads the rows of a data source: the formulary, a local file or a hub data set.
 
-The result is always a `datasets.Dataset` in memory, in the source's order, with the question and
-the answer as text and the columns needed for partitioning.
+The result is always `Rows` in memory, in the source's order, with the question and the answer as
+text and the columns needed for partitioning.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grandrounds.data.files import RawRows, from_records, from_table, read_file
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError, first_line, nearest
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 """Supported file names. A `.json` file is an array of objects, or has one object per line."""
@@ -35,7 +33,7 @@ def load_rows(
     question_column: str,
     answer_column: str,
     keep_columns: Sequence[str] = (),
-) -> Dataset:
+) -> Rows:
     """Return the rows of a data source, with questions and answers as text.
 
     A source is read once per process: the same arguments return the same object until the file
@@ -56,7 +54,7 @@ def load_rows(
 
     Returns
     -------
-    datasets.Dataset
+    Rows
         Exactly the requested columns, under their own names.
 
     Raises
@@ -77,16 +75,9 @@ def load_rows(
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Dataset:
+def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Rows:
     """Check that rows and columns exist, and convert their values to text."""
-    from datasets import Dataset, Features, Value
-
-    values = checked_values(raw, source, columns)
-    types = {
-        name: Value("int64" if any(isinstance(value, int) for value in column) else "string")
-        for name, column in values.items()
-    }
-    return Dataset.from_dict(values, features=Features(types))
+    return Rows(checked_values(raw, source, columns))
 
 
 def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[str, list[Any]]:
@@ -198,7 +189,7 @@ def _labels(values: list[Any]) -> list[Any]:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_formulary(columns: tuple[str, ...]) -> Dataset:
+def _load_formulary(columns: tuple[str, ...]) -> Rows:
     from grandrounds.data.formulary.facts import flashcards
 
     raw = from_records(enumerate(flashcards(), 1), columns, "row")
@@ -206,7 +197,7 @@ def _load_formulary(columns: tuple[str, ...]) -> Dataset:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_hub(name: str, columns: tuple[str, ...]) -> Dataset:
+def _load_hub(name: str, columns: tuple[str, ...]) -> Rows:
     import datasets
 
     try:
@@ -301,9 +292,7 @@ def unreadable(source: str, error: Exception) -> DataError:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_file(
-    source: str, path: Path, version: tuple[int, int], columns: tuple[str, ...]
-) -> Dataset:
+def _load_file(source: str, path: Path, version: tuple[int, int], columns: tuple[str, ...]) -> Rows:
     """Read one file; `version` is part of the cache key, so that a changed file is read again."""
     del version
     try:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from grandrounds.model.products import DEFAULT, by_default_backwards, computed_by
+
 NAME = "grandrounds_by_sequence"
 """Name of `attend` in transformers' table of attention functions."""
 
@@ -55,21 +57,24 @@ def attend(
         key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
     parts = [torch.split(t, sequence_lengths, dim=2) for t in (query, key, value)]
     outputs = []
-    for q, k, v in zip(*parts, strict=True):
-        tokens = q.shape[2]
-        windowed = sliding_window is not None and tokens > sliding_window
-        output = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_window(tokens, sliding_window, q.device) if windowed else None,  # type: ignore[arg-type]
-            dropout_p=dropout,
-            is_causal=not windowed,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    with computed_by(DEFAULT):  # oneDNN is slower for products as small as these
+        for q, k, v in zip(*parts, strict=True):
+            tokens = q.shape[2]
+            windowed = sliding_window is not None and tokens > sliding_window
+            output = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=_window(tokens, sliding_window, q.device) if windowed else None,  # type: ignore[arg-type]
+                dropout_p=dropout,
+                is_causal=not windowed,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+            outputs.append(output.transpose(1, 2))
+    joined = torch.cat(outputs, dim=1)
+    by_default_backwards((query, key, value), joined)
+    return joined, None
 
 
 def takes_groups(query: torch.Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,14 +32,16 @@ class LoraSpec:
 
 def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
     """Return the base with a fresh adapter, in float32 regardless of the base's type."""
-    from peft import get_peft_model
+    with without_bitsandbytes(needed=bool(getattr(base, "is_quantized", False))):
+        from peft import get_peft_model
 
-    return get_peft_model(base, peft_config(spec, linear_targets(base, spec, name)))
+        return get_peft_model(base, peft_config(spec, linear_targets(base, spec, name)))
 
 
 def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None) -> Any:
     """Return PEFT's configuration of the adapter; `name` is the base recorded in a saved one."""
-    from peft import LoraConfig, TaskType
+    with without_bitsandbytes():
+        from peft import LoraConfig, TaskType
 
     return LoraConfig(
         r=spec.rank,
@@ -49,6 +53,28 @@ def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None)
     )
 
 
+@contextmanager
+def without_bitsandbytes(needed: bool = False) -> Iterator[None]:
+    """Hide bitsandbytes from PEFT within the context, unless it is needed or already loaded.
+
+    PEFT (0.18 to 0.21) loads it wherever it is installed, and with it PyTorch's compiler: together
+    a fifth of the start of a run. Only a quantised base needs it.
+    """
+    name = "bitsandbytes"
+    if needed or name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # as for a package that is not installed
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        from peft import import_utils
+
+        for found in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
+            found.cache_clear()
+
+
 def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
     """Return the names of the modules to adapt.
 
@@ -57,7 +83,10 @@ def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
     ModelError
         If a name matches no linear module, or PEFT has no default for the architecture.
     """
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE
+    with without_bitsandbytes():
+        from peft.utils.constants import (
+            TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE,
+        )
 
     head = base.get_output_embeddings()
     linear = sorted(

@@ -9,7 +9,7 @@ are kept (after Hsu et al., Liger Kernel, 2024, section 3.2, without a gradient 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from grandrounds.data.tokenization import IGNORED_LABEL, TokenizedExample, collate, flatten
 from grandrounds.model.attention import by_sequence
 from grandrounds.model.base import has_bfloat16
+from grandrounds.model.products import DEFAULT, computed_by
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Forward:
     """Whether the head sees only the states that predict answer tokens; otherwise every token."""
     chunk_tokens: int
     """Maximum number of answer tokens per chunk of logits; 0: one chunk."""
+    matmul: str = DEFAULT
+    """Library for float32 products on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,17 @@ class Head:
     """c, the soft cap of the logits (Gemma 2)."""
 
 
-def attending(model: Any, how: Forward) -> contextlib.AbstractContextManager[None]:
-    """Return the context for forward and backward passes.
+@contextlib.contextmanager
+def attending(model: Any, how: Forward) -> Iterator[None]:
+    """Provide the context for forward and backward passes: attention, and the products' library.
 
     Without it padding-free batches have the same loss, computed with a mask of all tokens x all
     tokens. Gradient checkpointing recomputes attention in the backward pass, so that pass needs the
     context too.
     """
-    return by_sequence(_base_of(model)) if how.padding_free else contextlib.nullcontext()
+    attention = by_sequence(_base_of(model)) if how.padding_free else contextlib.nullcontext()
+    with computed_by(how.matmul), attention:
+        yield
 
 
 def _base_of(model: Any) -> Any:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import warnings
+from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from grandrounds import waiting
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError
-from grandrounds.model import headroom
+from grandrounds.model import headroom, products
 from grandrounds.model.architectures import FAMILIES
 from grandrounds.model.base import BaseSpec, base_config, device_and_dtype
 from grandrounds.model.lora import LoraSpec, base_parameters
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import Resident, compile_mlps, resident_model
 from grandrounds.wire.adapter import Ranks
+from grandrounds.wire.messages import CPU_MATMUL, THREADS
 
 SMALL_BASE_PARAMETERS = 5_000_000
 """A smaller base trains with one CPU thread unless configured otherwise."""
@@ -40,6 +48,8 @@ def precision(config: Config) -> str:
     stored = {0: name, 8: "8-bit (LLM.int8)", 4: "4-bit NF4, double quantisation"}
     computed = "multiplied in int8" if config.model.quantization == 8 else f"computed in {name}"
     text = f"base {stored[config.model.quantization]}, {computed}, adapter float32"
+    if matmul(config) == products.ONEDNN:
+        text += ", products by oneDNN"
     autocast = headroom.device_precision(config).autocast
     return f"{text}, bfloat16 autocast" if autocast else text
 
@@ -70,6 +80,7 @@ def forward(config: Config) -> Forward:
         padding_free=supported and train.batching in ("auto", "padding-free"),
         answers_only=train.response_only_logits and family is not None,
         chunk_tokens=train.logits_chunk_tokens,
+        matmul=matmul(config),
     )
 
 
@@ -94,15 +105,91 @@ def threads(config: Config) -> int:
     """
     if config.train.num_threads:
         return config.train.num_threads
-    if torch.cuda.is_available() or base_parameters(config.model.name) >= SMALL_BASE_PARAMETERS:
-        return _PROCESS_THREADS
+    if torch.cuda.is_available() or not _is_small(config.model.name):
+        return min(_PROCESS_THREADS, usable_cpus())
     return 1
+
+
+def _is_small(name: str) -> bool:
+    return base_parameters(name) < SMALL_BASE_PARAMETERS
+
+
+def usable_cpus(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of CPUs that this process may keep busy: its affinity, and the CPU quota of
+    its container (cgroup v2)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else min(count, max(1, int(quota) // int(period)))
+
+
+@lru_cache(maxsize=8)
+def matmul(config: Config) -> str:
+    """Return the library for float32 products on this machine's CPU: `default` or `onednn`.
+
+    Raises
+    ------
+    ModelError
+        If oneDNN is configured, but computes in reduced precision on this CPU.
+    """
+    device, dtype = device_and_dtype(config.model.dtype)
+    asked = config.train.cpu_matmul
+    applies = device.type == "cpu" and dtype == torch.float32 and not config.model.quantization
+    base = headroom.architecture_of(config.model.name)
+    if asked == products.DEFAULT or not applies:
+        return products.DEFAULT
+    if asked == products.AUTO and (base is None or _is_small(config.model.name)):
+        return products.DEFAULT  # synchronising oneDNN's calls would outweigh small products
+    sizes = (base.hidden_size, base.intermediate_size) if base else (1024, 1024)
+    probe = products.probed(*sizes, threads(config))
+    if asked == products.ONEDNN:
+        products.require_exact(probe)
+        return asked
+    return probe.choice
+
+
+def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
+    """Return a configuration with this machine's threads and library of products filled in.
+
+    The bits of an adapter follow both, so they are chosen once, at the roll call.
+
+    Parameters
+    ----------
+    recorded
+        `threads` and `cpu-matmul` of the site's introduction, as the server returns them with each
+        message; empty at the first roll call. They are kept unless the configuration names others,
+        or this machine has fewer CPUs.
+    """
+    train, count = config.train, recorded.get(THREADS)
+    if not train.num_threads and isinstance(count, int) and 1 <= count <= usable_cpus():
+        train = dataclasses.replace(train, num_threads=count)
+    if train.cpu_matmul == products.AUTO and recorded.get(CPU_MATMUL) in products.LIBRARIES:
+        train = dataclasses.replace(train, cpu_matmul=str(recorded[CPU_MATMUL]))
+    config = dataclasses.replace(config, train=train)
+    train = dataclasses.replace(train, num_threads=threads(config), cpu_matmul=matmul(config))
+    return dataclasses.replace(config, train=train)
+
+
+@lru_cache(maxsize=1)
+def _warn_of_spinning() -> None:
+    warnings.warn(
+        "PyTorch was loaded before grandrounds, so its idle threads spin, which is slow beside "
+        "other busy processes. Import grandrounds first, or set OMP_WAIT_POLICY=PASSIVE.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def prepare_model(config: Config) -> Resident:
     """Return this process's model, ready for a visit. The first call loads the base."""
-    if torch.get_num_threads() != threads(config):
-        torch.set_num_threads(threads(config))
+    count = threads(config)
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+    if count > 1 and waiting.is_too_late() and not torch.cuda.is_available():
+        _warn_of_spinning()
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = config.arguments.tf32
         torch.backends.cudnn.allow_tf32 = config.arguments.tf32

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 import grandrounds
-from grandrounds import storage
+from grandrounds import storage, waiting
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import differences, load_recipe, resolve, to_toml
 from grandrounds.config.words import counted
@@ -281,8 +281,20 @@ def environment() -> dict[str, Any]:
         "grandrounds": grandrounds.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "omp-wait-policy": os.environ.get(waiting.POLICY),
         "packages": {p: installed_version(p) for p in packages},
     }
+
+
+def cpu_name() -> str:
+    """Return the processor's model name; where the system does not say, its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    named = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
+    return next(iter(named), "") or platform.processor() or platform.machine()
 
 
 def installed_version(package: str) -> str | None:

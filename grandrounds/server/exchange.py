@@ -69,7 +69,7 @@ class Exchange:
         kind: str,
         round_number: int,
         parcel: Parcel,
-        instruction: Mapping[str, float | int] | None = None,
+        instruction: Mapping[str, float | int | str] | None = None,
     ) -> Message:
         """Return a message to a site with the adapter and its instructions.
 

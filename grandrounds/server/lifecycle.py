@@ -110,6 +110,7 @@ def open_session(run: Run) -> None:
     roster, judges = run.roster, run.evaluation_cohort
     roster.open(run.exchange, run.config.strategy.connect_timeout_seconds)
     check_same_sites(roster)
+    roster.note_arithmetic()
     there = [roster.cards[p].facts for p in judges if p in roster.cards]
     if there and not any(int(facts["held-out-examples"]) for facts in there):
         raise DataError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
+from grandrounds.config.words import counted
 from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
@@ -30,6 +31,9 @@ COUNTS = (
 )
 """Facts that are integers of at least 0."""
 
+COMPUTED_BEFORE = "computed-before"
+"""Fact added here: how a site computed before a resume, if differently."""
+
 MOST_CHARACTERS = 1000
 """Maximum length of a string in an introduction."""
 
@@ -47,6 +51,11 @@ class SiteCard:
     def num_examples(self) -> int:
         """Training examples of the site."""
         return int(self.facts["train-examples"])
+
+    @property
+    def arithmetic(self) -> dict[str, int | str]:
+        """What the bits of the site's updates depend on; it is told to keep to it."""
+        return arithmetic_of(self.facts)
 
 
 @dataclass
@@ -123,7 +132,7 @@ class Roster:
         """
         least, admitted, names = self.min_sites, self.admitted(), self.admitted_names()
         cards, refused = dict[int, SiteCard](), dict[int, str]()
-        for node, reply in exchange.replies(questions(nodes, exchange.run), seconds, set()):
+        for node, reply in exchange.replies(self._questions(nodes, exchange), seconds, set()):
             try:
                 messages.raise_failure(reply)
                 facts = introduction_of(node, reply, self.num_sites)
@@ -166,7 +175,7 @@ class Roster:
         asked = sorted(n for n in connected if n not in known or known[n] in self.suspected)
         refused: dict[int, str] = {}
         seconds = min(exchange.timeout_seconds, REFRESH_SECONDS)
-        for node, reply in exchange.replies(questions(asked, exchange.run), seconds, set()):
+        for node, reply in exchange.replies(self._questions(asked, exchange), seconds, set()):
             partition = known.get(node, -1)
             try:
                 messages.raise_failure(reply)
@@ -200,6 +209,28 @@ class Roster:
         known = {p: {"partition-id": p, NAME: name} for p, name in self.admitted_names().items()}
         return names_of({**known, **self.introduced, **self._facts()}.values())
 
+    def _questions(self, nodes: Sequence[int], exchange: Exchange) -> dict[int, Message]:
+        """Return the question to each node, with the arithmetic of its last introduction.
+
+        Where it is not known which site a node is, it gets the arithmetic that all sites share.
+        """
+        partition_of = {node: p for p, node in self.admitted().items()}
+        partition_of |= {card.node_id: p for p, card in self.cards.items()}
+        recorded = {p: arithmetic_of(facts) for p, facts in self.introduced.items()}
+        distinct = [dict(pairs) for pairs in {tuple(a.items()) for a in recorded.values()}]
+        shared = distinct[0] if len(distinct) == 1 else {}
+        return questions(
+            nodes, exchange.run, lambda node: recorded.get(partition_of.get(node, -1), shared)
+        )
+
+    def note_arithmetic(self) -> None:
+        """Note at each site that computes differently than before the resume; see sites.json."""
+        for partition, card in self.cards.items():
+            before = self.introduced.get(partition, card.facts)
+            if (was := arithmetic_of(before)) != card.arithmetic:
+                noted = {**card.facts, COMPUTED_BEFORE: arithmetic_text(was)}
+                self.cards[partition] = replace(card, facts=noted)
+
     def _facts(self) -> dict[int, dict[str, Any]]:
         return {p: dict(card.facts) for p, card in self.cards.items()}
 
@@ -225,13 +256,37 @@ class Roster:
         check_same({**self.cards, partition: SiteCard(-1, facts)})
 
 
-def questions(nodes: Sequence[int], run: str) -> dict[int, Message]:
-    """Return the message that asks each node to introduce itself."""
+def questions(
+    nodes: Sequence[int],
+    run: str,
+    arithmetic: Callable[[int], Mapping[str, int | str]] = lambda _: {},
+) -> dict[int, Message]:
+    """Return the message that asks each node to introduce itself.
+
+    Parameters
+    ----------
+    arithmetic
+        Node → the arithmetic that it should keep to; empty where it may choose.
+    """
     config: dict[str, int | str] = {"round": 0, messages.RUN: run}
     return {
-        node: Message(messages.content(config={**config}), node, MessageType.QUERY, group_id="0")
+        node: Message(
+            messages.content(config={**config, **arithmetic(node)}),
+            node,
+            MessageType.QUERY,
+            group_id="0",
+        )
         for node in nodes
     }
+
+
+def arithmetic_of(facts: Mapping[str, Any]) -> dict[str, int | str]:
+    """Return what the bits of a site's updates depend on, from its introduction.
+
+    Introductions of version 0.1.0 and before lack the library of products: it was the default one.
+    """
+    library = facts.get(messages.CPU_MATMUL, "default")
+    return {messages.THREADS: int(facts[messages.THREADS]), messages.CPU_MATMUL: str(library)}
 
 
 def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
@@ -276,6 +331,13 @@ def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[s
     name = clean_name(admitted_names.get(int(facts["partition-id"]), facts.get(NAME)))
     others = {key: value for key, value in facts.items() if key != NAME}
     return {**others, NAME: name} if name else others
+
+
+def arithmetic_text(arithmetic: Mapping[str, int | str]) -> str:
+    """Return an arithmetic in words: `2 threads, products by onednn`."""
+    library = str(arithmetic[messages.CPU_MATMUL])
+    by = "" if library == "default" else f", products by {library}"
+    return counted(int(arithmetic[messages.THREADS]), "thread") + by
 
 
 def check_same(cards: Mapping[int, SiteCard]) -> None:

@@ -118,7 +118,7 @@ def addressed(run: Run, kind: str, number: int, parcels: dict[int, Parcel]) -> d
     """Return the messages that carry parcels to sites that only evaluate."""
     cards = run.roster.cards
     return {
-        p: run.exchange.message(cards[p].node_id, kind, number, parcel)
+        p: run.exchange.message(cards[p].node_id, kind, number, parcel, cards[p].arithmetic)
         for p, parcel in parcels.items()
     }
 
@@ -154,7 +154,11 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
             MessageType.TRAIN,
             now.number,
             parcel,
-            {"learning-rate": now.learning_rate, "cursor": state.cursors.get(p, 0)},
+            {
+                "learning-rate": now.learning_rate,
+                "cursor": state.cursors.get(p, 0),
+                **cards[p].arithmetic,
+            },
         )
         for p, parcel in parcels.items()
     }

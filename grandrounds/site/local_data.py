@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grandrounds.config.keys import Config, DataConfig
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.partitioning import Division, Partition, partition_rows
+from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
 from grandrounds.errors import DataError
 from grandrounds.model.base import load_tokenizer
 from grandrounds.wire.names import clean_name
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def open_site(
     return _open(rows_of_run(source, data), data, model_name, seq_length, seed, partition_id)
 
 
-def rows_of_run(source: str, data: DataConfig) -> Dataset:
+def rows_of_run(source: str, data: DataConfig) -> Rows:
     """Return all rows of a source, with the columns that a run reads."""
     return load_rows(
         source,
@@ -76,7 +74,7 @@ def rows_of_run(source: str, data: DataConfig) -> Dataset:
 
 @lru_cache(maxsize=1024)
 def _open(
-    rows: Dataset,  # by identity: load_rows returns the same object for an unchanged source
+    rows: Rows,  # by identity: load_rows returns the same object for an unchanged source
     data: DataConfig,
     model_name: str,
     seq_length: int,
@@ -87,12 +85,10 @@ def _open(
     site = tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
     if data.partitioner != "natural":
         return site
-    return replace(site, name=natural_name(data.partition_by, own_rows[0][data.partition_by]))
+    return replace(site, name=natural_name(data.partition_by, own_rows[data.partition_by][0]))
 
 
-def split_site(
-    rows: Dataset, data: DataConfig, seed: int, partition_id: int
-) -> tuple[Dataset, SiteData]:
+def split_site(rows: Rows, data: DataConfig, seed: int, partition_id: int) -> tuple[Rows, SiteData]:
     """Return a site's rows among all rows of a source, and its examples as text.
 
     Raises

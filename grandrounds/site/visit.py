@@ -79,12 +79,14 @@ class Visit:
         """
         config = _parsed(tuple(sorted(context.run_config.items())))
         number = partition_id(context.node_config, config)
-        return cls(content, context.state, config, site_of(config, number))
+        examples = site_of(config, number)
+        settled = machine.settled(config, messages.instruction_of(content))
+        return cls(content, context.state, settled, examples)
 
     @property
     def instruction(self) -> ConfigRecord:
         """The server's instruction that comes with the tensors."""
-        return self.content.config_records.get(messages.CONFIG) or ConfigRecord()
+        return messages.instruction_of(self.content)
 
     @property
     def round(self) -> int:
@@ -173,7 +175,8 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
         "means": machine.means(config),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "threads": machine.threads(config),
+        messages.THREADS: machine.threads(config),
+        messages.CPU_MATMUL: machine.matmul(config),
     }
 
 

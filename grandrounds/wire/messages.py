@@ -46,6 +46,10 @@ RUN = "run"
 _OF_FLOWER = re.compile(r"^<class '(?:\w+\.)*(\w+)'>:<'")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Warning): ")
 
+THREADS, CPU_MATMUL = "threads", "cpu-matmul"
+"""Facts of an introduction that the bits of an adapter depend on. The server returns them with each
+message, so that a site started anew computes as before."""
+
 UPDATE_NORM = "update-norm"
 """Metric of a reply to `train`: the L2 norm of the change before encoding."""
 
@@ -218,6 +222,11 @@ def content(
     if metrics is not None:
         records[METRICS] = MetricRecord(dict(metrics))
     return RecordDict(records)
+
+
+def instruction_of(received: RecordDict) -> ConfigRecord:
+    """Return what a message says besides its tensors; empty if nothing."""
+    return received.config_records.get(CONFIG) or ConfigRecord()
 
 
 def failure(error: GrandRoundsError) -> RecordDict:

@@ -31,6 +31,7 @@ LEFT_OUT = {
     "resume-from",
     "consortium",
     "train.num-threads",
+    "train.cpu-matmul",
     "train.report-to",
     "strategy.round-timeout-seconds",
     "strategy.min-sites",

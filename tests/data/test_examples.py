@@ -14,6 +14,7 @@ from flwr_datasets import FederatedDataset, federated_dataset, partitioner
 
 from grandrounds.data.examples import Example, SiteData, split_rows
 from grandrounds.data.partitioning import PARTITIONERS, Division, Partition, partition_rows
+from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
 from grandrounds.errors import DataError
 from tests.places import SHARED
@@ -51,7 +52,11 @@ def partition(
 ) -> datasets.Dataset:
     """Return the rows of one site."""
     division = Division(partitioner, column, alpha)
-    return partition_rows(rows, division, Partition(seed, number, sites))
+    return partition_rows(table(rows), division, Partition(seed, number, sites)).as_dataset()
+
+
+def table(rows: datasets.Dataset | Rows) -> Rows:
+    return rows if isinstance(rows, Rows) else Rows(rows.to_dict())
 
 
 def site(
@@ -67,7 +72,7 @@ def site(
 ) -> SiteData:
     """Return the examples of one site of one, unless told otherwise."""
     return split_rows(
-        partition(rows, number, sites=sites, seed=seed, **division),
+        table(partition(rows, number, sites=sites, seed=seed, **division)),
         Partition(seed, number, sites),
         question_column=question_column,
         answer_column=answer_column,
@@ -121,6 +126,14 @@ class TestPartitions:
         )
         for i in range(SITES):
             assert partition(rows, i).to_list() == federated.load_partition(i).to_list()
+
+    def test_natural_gives_a_site_the_rows_that_flower_gives_it(self) -> None:
+        rows = make_rows(count=103)
+        flower = partitioner.NaturalIdPartitioner("label")
+        flower.dataset = rows.shuffle(seed=42)
+        for i in range(SITES):
+            own = partition(rows, i, partitioner="natural", column="label")
+            assert own.to_list() == flower.load_partition(i).to_list()
 
     def test_size_skewed_site_i_is_proportional_to_i_plus_1(self) -> None:
         sizes = [len(partition(make_rows(), i, partitioner="size-skewed")) for i in range(SITES)]

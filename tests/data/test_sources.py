@@ -17,6 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from grandrounds.data import sources
+from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
 from grandrounds.errors import DataError
 from tests.places import ROOT, SHARED
@@ -45,6 +46,10 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(source: str | Path, **changes: Any) -> datasets.Dataset:
     """Load with the default columns."""
+    return rows_of(source, **changes).as_dataset()
+
+
+def rows_of(source: str | Path, **changes: Any) -> Rows:
     arguments: dict[str, Any] = {"question_column": "input", "answer_column": "output"} | changes
     return load_rows(str(source), **arguments)
 
@@ -284,8 +289,8 @@ class TestCache:
         self, tmp_path: Path
     ) -> None:
         path = write(tmp_path / "a.jsonl", json_lines(ROWS))
-        first = read(path)
-        assert read(path) is first
+        first = rows_of(path)
+        assert rows_of(path) is first
         assert read(path, keep_columns=["site"]) is not first
         write(path, json_lines(ROWS[:1]))
         assert len(read(path)) == 1

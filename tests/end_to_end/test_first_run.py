@@ -28,6 +28,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "private facts of the sites" in done.stdout
+    assert "formulary, 20 sites, natural by site" in done.stdout
     return folder / "run"
 
 
@@ -41,7 +42,7 @@ def test_the_federation_teaches_what_the_base_could_not_know(summary: dict[str, 
     private = summary["formulary"]["private"]
     assert private["base"]["n"] == private["tuned"]["n"] >= 300
     assert private["base"]["correct"] <= 0.35 * private["base"]["n"]  # chance is 25 %
-    assert private["tuned"]["correct"] >= 0.80 * private["tuned"]["n"]
+    assert private["tuned"]["correct"] >= 0.90 * private["tuned"]["n"]
 
 
 def test_the_summary_describes_a_clean_run(summary: dict[str, Any]) -> None:

@@ -103,7 +103,9 @@ def grid_of(sites: Callable[[Message, Context], Message], count: int) -> InProce
 
 
 def cards_of(count: int) -> dict[int, SiteCard]:
-    return {p: SiteCard(p + 1, {"train-examples": 10 * (p + 1)}) for p in range(count)}
+    return {
+        p: SiteCard(p + 1, {"train-examples": 10 * (p + 1), "threads": 1}) for p in range(count)
+    }
 
 
 def exchange_of(grid: InProcessGrid, seconds: float = 10.0, run: str = "0") -> Exchange:

@@ -249,9 +249,44 @@ def test_a_site_that_comes_back_changed_takes_no_part_and_is_named(fact: str) ->
 
 def test_a_suspected_site_that_is_gone_keeps_its_card_and_is_not_waited_for() -> None:
     grid, roster = introduced(Sites(), 3)
-    gone = SiteCard(77, {"train-examples": 5})
+    gone = SiteCard(77, {"train-examples": 5, "threads": 1})
     roster.cards[2] = gone
     roster.suspected = {2}
     grid._contexts.pop(3)
     assert refreshed(roster, grid) == {}
     assert roster.cards[2] is gone
+
+
+def asked_of(sites: Sites) -> list[tuple[object, object]]:
+    """Return the arithmetic named in each question, in order of the sites."""
+    asked = sorted((site, config) for kind, site, config in sites.seen if kind == "query")
+    return [(config.get("threads"), config.get("cpu-matmul")) for _, config in asked]
+
+
+def resumed(before: Mapping[int, Mapping[str, Any]], sites: Sites) -> Roster:
+    """Call the roll of a resumed run with these facts of two sites in its sites.json."""
+    facts = {p: {"partition-id": p, **facts} for p, facts in before.items()}
+    roster = Roster(2, introduced=facts)
+    grid = grid_of(sites, 2)
+    roster.call(exchange_of(grid), [1, 2], 10.0)
+    roster.note_arithmetic()
+    return roster
+
+
+def test_a_resumed_run_asks_its_sites_to_compute_as_before() -> None:
+    """Introductions of earlier versions lack the library of products: it was the default one."""
+    new, old = Sites(), Sites()
+    called(grid_of(new, 2), [1, 2])
+    assert asked_of(new) == [(None, None), (None, None)]
+    roster = resumed({0: {"threads": 1}, 1: {"threads": 1, "cpu-matmul": "default"}}, old)
+    assert asked_of(old) == [(1, "default"), (1, "default")]
+    assert all("computed-before" not in card.facts for card in roster.cards.values())
+
+
+def test_a_site_that_cannot_compute_as_before_is_noted() -> None:
+    before = {0: {"threads": 8, "cpu-matmul": "onednn"}, 1: {"threads": 1}}
+    sites = Sites()
+    cards = resumed(before, sites).cards
+    assert asked_of(sites) == [(None, None), (None, None)]  # not known which node is which site
+    assert cards[0].facts["computed-before"] == "8 threads, products by onednn"
+    assert "computed-before" not in cards[1].facts

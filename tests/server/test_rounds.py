@@ -96,6 +96,7 @@ def test_each_site_receives_its_own_instruction_and_the_round() -> None:
             {
                 **{"round": 3, "run": "0", "codec": "none", "rank": 2},
                 **{"learning-rate": 0.5, "cursor": 10 * site},
+                **{"threads": 1, "cpu-matmul": "default"},
             },
         )
         for site in (1, 2)

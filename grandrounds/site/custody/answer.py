@@ -31,6 +31,7 @@ from grandrounds.errors import (
     PolicyError,
     ReplyError,
 )
+from grandrounds.model import machine
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.machine import specs
@@ -115,7 +116,8 @@ def _answer(
                 policy.check_questions(site, state.count_question())
             partition_id(site.numbers, own)
             examples = site_in_custody(site, own, run)
-            visit = Visit(message.content, state.load(run), own, examples)
+            settled = machine.settled(own, messages.instruction_of(message.content))
+            visit = Visit(message.content, state.load(run), settled, examples)
             started = time.perf_counter()
             reply = Message(function(visit), reply_to=message)
             entry["seconds"] = round(time.perf_counter() - started, 3)

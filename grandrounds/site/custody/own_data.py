@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Partition
+from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows, rows_of
 from grandrounds.errors import DataError, first_line
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, run: str) -> Site:
@@ -41,7 +39,7 @@ def own_split(site: SiteFile, run: str = "") -> SiteData:
     return _split(_rows(site, run), site.data, site.node)
 
 
-def _rows(site: SiteFile, run: str) -> Dataset:
+def _rows(site: SiteFile, run: str) -> Rows:
     data = site.data
     if data.database:
         return database_rows(
@@ -51,7 +49,7 @@ def _rows(site: SiteFile, run: str) -> Dataset:
     return load_rows(source, question_column=data.question_column, answer_column=data.answer_column)
 
 
-def _split(rows: Dataset, data: OwnData, node: Node) -> SiteData:
+def _split(rows: Rows, data: OwnData, node: Node) -> SiteData:
     return split_rows(
         rows,
         Partition(data.held_out_seed, node.partition_id, node.num_partitions),
@@ -63,7 +61,7 @@ def _split(rows: Dataset, data: OwnData, node: Node) -> SiteData:
 
 @lru_cache(maxsize=8)
 def _tokenized(
-    rows: Dataset,  # by identity: an unchanged source returns the same object
+    rows: Rows,  # by identity: an unchanged source returns the same object
     data: OwnData,
     node: Node,
     model_name: str,
@@ -77,7 +75,7 @@ def _tokenized(
 @lru_cache(maxsize=4)
 def database_rows(
     url: str, query: str, question_column: str, answer_column: str, run: str = ""
-) -> Dataset:
+) -> Rows:
     """Return the rows of a database query, sorted so that the database's order does not matter.
 
     Nothing is written to disk: the rows stay in this process's memory. The database is accessed

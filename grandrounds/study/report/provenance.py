@@ -83,7 +83,7 @@ def repeat_command(config: Config) -> str:
 
 def version_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the versions in an environment.json."""
-    own = ("grandrounds", "python", "platform")
+    own = ("grandrounds", "python", "platform", "cpu")
     packages: Mapping[str, Any] = environment.get("packages") or {}
     return [
         *((name, str(environment[name])) for name in own if environment.get(name)),
@@ -102,6 +102,7 @@ def site_rows(sites: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         "torch": "torch",
         "python": "python",
         "threads": "threads",
+        "cpu-matmul": "CPU matrix products",
     }
     rows = []
     for key, name in names.items():
