@@ -122,6 +122,10 @@ def without_effect(config: Config) -> list[str]:
         names.append("communication.block-size")
     if codecs == {"none"}:
         names.append("communication.entropy-coding")
+    if config.data.partitioner not in ("natural", "dirichlet"):
+        names.append("data.partition-by")
+    if config.data.partitioner != "dirichlet":
+        names.append("data.dirichlet-alpha")
     flat = config.flat()
     return [name for name in names if flat[name] != default[name]]
 
