@@ -10,7 +10,13 @@ from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import cautions, data_text, engine_options, leaderboard_text
 from grandrounds.server.listeners.next_steps import next_steps
-from grandrounds.server.listeners.plain import data_rows, formulary_rows, summary_rows
+from grandrounds.server.listeners.plain import (
+    HELD_BY_NOBODY,
+    data_rows,
+    forgetting_text,
+    formulary_rows,
+    summary_rows,
+)
 from grandrounds.server.model_card import Findings, model_card
 
 IN_CUSTODY = {"base-content": "0f", "train-examples": 30, "held-out-examples": 2}
@@ -111,3 +117,14 @@ def test_private_facts_are_told_only_where_sites_hold_them() -> None:
     held = [facts for facts, *_ in formulary_rows(scores, config(), SIMULATED)]
     assert held == ["private facts of the sites", "public facts, known to the base"]
     assert [facts for facts, *_ in formulary_rows(scores, config(), OWN)] == held[1:]
+
+
+def test_public_facts_are_only_the_embedded_bases_knowledge() -> None:
+    scores = {
+        kind: {"base": {"correct": 9, "n": 10}, "tuned": {"correct": 5, "n": 10}}
+        for kind in ("private", "public")
+    }
+    real = config(model__name="org/real")
+    assert [facts for facts, *_ in formulary_rows(scores, real, SIMULATED)][1] == HELD_BY_NOBODY
+    assert forgetting_text(scores, real) == ""
+    assert forgetting_text(scores, config()) == "forgotten: 40.0 points of the public facts"

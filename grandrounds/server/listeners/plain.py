@@ -11,6 +11,7 @@ from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.words import counted, percent
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import (
     Sites,
     are_real,
@@ -329,18 +330,25 @@ Scores = Mapping[str, Mapping[str, Mapping[str, int]]]
 
 MEANING = {"private": "private facts of the sites", "public": "public facts, known to the base"}
 
+HELD_BY_NOBODY = "public facts, held by no site"
+"""What public facts are to any base but the embedded one."""
+
 
 def formulary_rows(formulary: Scores, config: Config, sites: Sites) -> list[tuple[str, ...]]:
     """Return (facts, base, tuned) for the formulary; private facts only where sites hold them."""
     held = ("private", "public") if is_of_the_formulary(config, sites) else ("public",)
+    of_another = config.model.name != FORMULARY
+    meaning = MEANING | ({"public": HELD_BY_NOBODY} if of_another else {})
     return [
-        (MEANING[kind], *(score_text(formulary[kind][which]) for which in ("base", "tuned")))
+        (meaning[kind], *(score_text(formulary[kind][which]) for which in ("base", "tuned")))
         for kind in held
     ]
 
 
-def forgetting_text(formulary: Scores) -> str:
-    """Return how much of what the base knew is lost; empty if nothing is."""
+def forgetting_text(formulary: Scores, config: Config) -> str:
+    """Return how much of what the embedded base knew is lost; empty if nothing is."""
+    if config.model.name != FORMULARY:
+        return ""
     shares = [s["correct"] / s["n"] for s in (formulary["public"][w] for w in ("base", "tuned"))]
     lost = 100 * (shares[0] - shares[1])
     return f"forgotten: {lost:.1f} points of the public facts" if lost > 0.05 else ""
@@ -420,7 +428,7 @@ class PlainReporter(Listener):
         if scores := summary.get("formulary"):
             for facts, base, tuned in formulary_rows(scores, config, sites):
                 self._say(f"  {facts}", f"    base   {base}", f"    tuned  {tuned}")
-            self._say(*(f"  {said}" for said in [forgetting_text(scores)] if said))
+            self._say(*(f"  {said}" for said in [forgetting_text(scores, config)] if said))
         self._say(*(f"note: {caution}" for caution in cautions(config, sites)))
         self._say(*next_steps(summary, config, sites))
 

@@ -162,7 +162,8 @@ class RichReporter(Listener):
             for row in reporting.formulary_rows(summary["formulary"], config, sites):
                 scores.add_row(*row)
             self._console.print(scores)
-            self._console.print(f"[yellow]{reporting.forgetting_text(summary['formulary'])}[/]")
+            if forgotten := reporting.forgetting_text(summary["formulary"], config):
+                self._console.print(f"[yellow]{forgotten}[/]")
         for caution in cautions(config, sites):
             self._console.print(f"[yellow]note:[/] {escape(caution)}", soft_wrap=True)
         for line in next_steps(summary, config, sites):
