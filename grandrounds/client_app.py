@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from grandrounds.model import machine
 from grandrounds.quiet import quiet_libraries
+from grandrounds.site import steps
 from grandrounds.site import visit as visits
 from grandrounds.site.custody.dispatch import at_site
 from grandrounds.site.visit import Visit
@@ -36,7 +37,8 @@ def train(visit: Visit) -> RecordDict:
     batches = visits.next_batches(visit)
     resident = machine.prepare_model(visit.config)
     received = visits.receive_adapter(visit, resident, trains=True)
-    result = visits.train(visit, resident, batches)
+    with steps.visiting("training", visit.site.partition_id):
+        result = visits.train(visit, resident, batches)
 
     change = visits.change_of(visit, resident, received)
     arrays = visits.encoded(visit, change)
@@ -52,7 +54,8 @@ def evaluate(visit: Visit) -> RecordDict:
     """Evaluate the loss of the received adapter on the site's held-out examples."""
     resident = machine.prepare_model(visit.config)
     visits.receive_adapter(visit, resident, trains=False)
-    return content(metrics=visits.evaluate(resident, visit.site, visit.config))
+    with steps.visiting("held-out loss", visit.site.partition_id):
+        return content(metrics=visits.evaluate(resident, visit.site, visit.config))
 
 
 @app.evaluate("formulary")
@@ -62,7 +65,8 @@ def examine(visit: Visit) -> RecordDict:
     """Hold the formulary's exam, with and without the received adapter."""
     resident = machine.prepare_model(visit.config)
     visits.receive_adapter(visit, resident, trains=False)
-    return content(metrics=visits.examine(resident, visit.config))
+    with steps.visiting("formulary exam", visit.site.partition_id):
+        return content(metrics=visits.examine(resident, visit.config))
 
 
 VISITS = {

@@ -1,7 +1,7 @@
 """Every expected error, as one tree.
 
 GrandRoundsError            exit code 1, printed as one line, never as a traceback
-├── ConfigError             a configuration key or value is invalid                 (exit code 2)
+├── ConfigError             configuration keys or values are invalid, one a line    (exit code 2)
 ├── DataError               a data source is missing, malformed or too small
 │   └── OwnDataError        the same for a site's own data, none of which is quoted
 ├── ModelError              a base model, tokenizer or target module cannot be used

@@ -26,6 +26,7 @@ from grandrounds.cli import (
     run,
     site,
 )
+from grandrounds.cli.screen import lifetime
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY
 from grandrounds.config.recipes import OPTIONS
 from grandrounds.config.synonyms import MAX_STEPS, NO_KEY, PER_ROUND, key_meant, last_part
@@ -105,7 +106,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
-        with reported_in_one_line():
+        with reported_in_one_line(), lifetime():
             try:
                 return super().invoke(ctx)
             except click.NoSuchOption as error:
@@ -156,4 +157,4 @@ for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
 ):
-    app.command()(command)
+    app.command(cls=plan.PlanCommand if command is plan.plan else None)(command)

@@ -15,6 +15,7 @@ import typer
 from rich.progress import TaskProgressColumn, TextColumn
 
 from grandrounds.cli.options import (
+    AsJson,
     Assignments,
     BenchmarkData,
     ConfigFile,
@@ -22,12 +23,14 @@ from grandrounds.cli.options import (
     Limit,
     Model,
     Plain,
+    Quiet,
     Recipe,
     Rounds,
     SitesPerRound,
+    Verbose,
 )
 from grandrounds.cli.request import chosen_recipe, tell
-from grandrounds.cli.screen import Screen, say
+from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
 from grandrounds.config.keys import PLACES
@@ -89,6 +92,9 @@ def compare(
         ),
     ] = None,
     plain: Plain = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what federation gains, and for which sites.
 
@@ -104,6 +110,8 @@ def compare(
 
     - `grandrounds compare --arms federated,leave-one-out --sites 0,3 --out comparisons/joining`
     """
+    screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
+    screen.working("reading the configuration")
     asked = comparison.check_arms(list(words_of(arms)))
     layers = recipes.layers_of(
         *(chosen_recipe(recipe, config), assignments),
@@ -126,15 +134,15 @@ def compare(
     from grandrounds.study import preflight
 
     warnings = preflight.check(resolved)
-    tell(recipes.notes(settings))
+    tell([] if quiet else recipes.notes(settings))
     tell(warnings, "warning")
     quiet_libraries()
+    screen.working("importing the libraries")
     from grandrounds.study.comparison import runner as comparison_runner
     from grandrounds.study.comparison.folder import RESULT
     from grandrounds.study.comparison.tables import notes, tables
 
     folder = out or comparison_runner.default_folder(resolved)
-    screen = Screen(plain)
     with progress(screen) as listener:
         try:
             content = comparison_runner.compare(resolved, design, folder, listener)
@@ -144,7 +152,8 @@ def compare(
     for table in tables(content):
         screen.table(table.title, table.columns, table.rows)
     screen.notes(notes(content))
-    say(f"written: {folder}/{RESULT}")
+    screen.tell(f"written: {folder}/{RESULT}")
+    screen.emit(content)
 
 
 @contextmanager
@@ -152,14 +161,16 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
     """Yield a listener for `comparison_runner.compare`: a line per part, and a bar."""
     clock = Clock()
     time_left = TextColumn("{task.fields[left]}")
-    with screen.bar("reading", TaskProgressColumn(), time_left, left="") as (bar, task):
+    with screen.bar("reading the data", TaskProgressColumn(), time_left, left="") as (bar, task):
 
         def listen(event: str, facts: Mapping[str, Any]) -> None:
             clock(event, facts)
             bar.update(task, total=max(1, clock.planned), completed=clock.work, left=clock.left())
             bar.update(task, description=f"{clock.done}/{clock.units} parts")
             if line := _line(event, facts, clock):
-                say(line)
+                screen.tell(line)
+            if event == "visited" and facts["count"]:
+                screen.detail(f"  visited: {facts['count']:,} examples")
 
         yield listen
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
-from grandrounds.cli.options import BenchmarkData, Limit, Plain
+from grandrounds.cli.options import AsJson, BenchmarkData, Limit, Plain, Quiet, Verbose
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
@@ -133,6 +133,9 @@ def evaluate(
         str, typer.Option(help="Answer column of the training data, for `--check-overlap`.")
     ] = "output",
     plain: Plain = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate adapters on medical benchmarks, always against their untuned base model.
 
@@ -157,8 +160,9 @@ def evaluate(
     - `grandrounds evaluate --check-overlap flashcards.jsonl --benchmarks pubmedqa`
     """
     given = targets or []
+    screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
+    screen.working("reading the questions")
     names = _names(benchmarks)
-    screen = Screen(plain)
     modes = {"--rescore": rescore, "--verify": verify, "--check-overlap": check_overlap}
     chosen = [mode for mode, wanted in modes.items() if wanted]
     if len(chosen) > 1:
@@ -166,7 +170,7 @@ def evaluate(
     if rescore:
         _rescore(_files(given, "--rescore"), screen)
     elif verify:
-        _verify(_files(given, "--verify"))
+        _verify(_files(given, "--verify"), screen)
     elif check_overlap:
         training = _only(given, "--check-overlap needs the training data")
         columns = {"question_column": question_column, "answer_column": answer_column}
@@ -223,6 +227,7 @@ def _files(given: Sequence[str], option: str) -> list[Path]:
 def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
     """Evaluate, then show tables, notes and the output file."""
     quiet_libraries()
+    screen.working("importing the libraries")
     from grandrounds.study.evaluation import runner
     from grandrounds.study.evaluation.tables import notes, tables
     from grandrounds.study.evaluation.verification import evaluations_in
@@ -238,15 +243,18 @@ def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
         new = [note for note in notes(evaluation, overlap) if note not in told]
         screen.notes(new)
         told.update(new)
-    say(f"written: {tasks.folder}/evaluation.json")
+    screen.tell(f"written: {tasks.folder}/evaluation.json")
+    screen.emit(content)
 
 
 @contextmanager
 def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
     """Yield a listener for `runner.evaluate`: a forecast, a line per benchmark, and a bar."""
-    from grandrounds.study.tables import duration
+    from grandrounds.server.listeners.clock import Clock, time_text
+    from grandrounds.server.listeners.terminal import TimeLeft
 
-    with screen.bar("loading", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
+    clock = Clock(1)  # of the whole evaluation
+    with screen.bar("loading the base", MofNCompleteColumn(), TimeLeft(clock)) as (bar, task):
 
         def listen(event: str, facts: Mapping[str, Any]) -> None:
             if event == "asking":
@@ -254,14 +262,16 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
                 bar.reset(task, total=facts["total"], completed=facts["done"], description=what)
             elif event == "answered":
                 bar.advance(task, facts["count"])
+                screen.detail(f"  {facts['count']:,} answered")
             elif event == "forecast":
                 if facts["seconds"]:
-                    about = duration(facts["seconds"])
-                    say(f"about {about} to go, from the first batch of each benchmark")
+                    clock.expect(facts["seconds"])
+                    about = time_text(facts["seconds"])
+                    screen.tell(f"about {about} to go, from the first batch of each benchmark")
             elif event == "asked":
                 cut = f", {facts['truncated']:,} prompts truncated" if facts["truncated"] else ""
                 kept = f", {facts['done']:,} kept from before" if facts["done"] else ""
-                say(
+                screen.tell(
                     f"{facts['protocol']}  {facts['model']}  {facts['benchmark']}: "
                     f"{facts['asked']:,} asked{kept}{cut}"
                 )
@@ -301,6 +311,7 @@ def _rescore(files: Sequence[Path], screen: Screen) -> None:
     answers = ("no clean answer", "answers given")
     screen.table("rescored by FlowerTune's rule", (*columns, *answers), rows)
     say(*differing)
+    screen.emit([dict(zip((*columns, *answers), row, strict=True)) for row in rows])
 
 
 def _recorded_accuracy(file: Path) -> str | None:
@@ -310,17 +321,19 @@ def _recorded_accuracy(file: Path) -> str | None:
     return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
 
 
-def _verify(files: Sequence[Path]) -> None:
+def _verify(files: Sequence[Path], screen: Screen) -> None:
     """Print the faults of result files; exit with code 1 if there are any."""
     from grandrounds.study.evaluation.verification import faults_in
 
-    found = False
+    found: dict[str, list[str]] = {}
     for file in files:
         faults = faults_in(_read_json(file))
-        found = found or bool(faults)
+        found[str(file)] = faults
+        screen.still()
         say(f"{file}: {counted(len(faults), 'fault') if faults else 'no fault found'}")
         say(*(f"  {fault}" for fault in faults))
-    if found:
+    screen.emit(found)
+    if any(found.values()):
         raise typer.Exit(1)
 
 
@@ -359,6 +372,7 @@ def _check_overlap(
         if len(found["found"]) > SHOWN:
             say(f"  {name}: {len(found['found']) - SHOWN:,} more in {OVERLAP}")
     say(f"written: {folder / OVERLAP}")
+    screen.emit(report)
 
 
 SHOWN = 10

@@ -76,3 +76,20 @@ Limit = Annotated[int | None, typer.Option(help="Only the first N items of each 
 Plain = Annotated[
     bool, typer.Option("--plain", help="Plain text output, without boxes or progress bars.")
 ]
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="More output: single steps and their details.")
+]
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only the result and errors; no progress, no notes.")
+]
+
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as one JSON document on standard output, and all else on standard "
+        "error.",
+    ),
+]

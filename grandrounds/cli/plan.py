@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from grandrounds.cli.options import (
     Assignments,
@@ -15,12 +16,14 @@ from grandrounds.cli.options import (
     Data,
     Model,
     Plain,
+    Quiet,
     Rounds,
     Sites,
     SitesPerRound,
+    Verbose,
 )
 from grandrounds.cli.request import chosen_recipe
-from grandrounds.cli.screen import Screen, say
+from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.values import Scalar
@@ -34,6 +37,25 @@ if TYPE_CHECKING:
 DORA_KEYS = ("model.lora.peft-use-dora", "model.lora.use-dora")
 
 MIB = 2**20
+
+
+class PlanCommand(TyperCommand):
+    """The command, whose `--json` may stand without a file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give `--json` the value `-` where none follows: an option, a recipe, or nothing."""
+        return super().parse_args(ctx, list(with_json_value(args)))
+
+
+def with_json_value(args: Sequence[str]) -> Iterator[str]:
+    """Yield arguments, with `--json=-` in place of a `--json` that no file follows."""
+    for word, following in zip(args, [*args[1:], ""], strict=False):
+        is_file = following == "-" or not following.startswith("-")
+        is_recipe = following.endswith(".toml")
+        if word == "--json" and (not following or not is_file or is_recipe):
+            yield "--json=-"
+        else:
+            yield word
 
 
 def plan(
@@ -76,10 +98,14 @@ def plan(
     json_file: Annotated[
         str | None,
         typer.Option(
-            "--json", help="Write the plan as JSON; `-`: print only that.", metavar="FILE"
+            "--json",
+            help="Write the plan as JSON to a file; without one, or with `-`, print only that.",
+            metavar="[FILE]",
         ),
     ] = None,
     plain: Plain = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> None:
     """Plan the communication, memory and data of a run before it starts.
 
@@ -95,6 +121,8 @@ def plan(
 
     - `grandrounds plan --compare configs/smollm2-135m-laptop.toml configs/jsl-medllama-3-8b.toml`
     """
+    screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=json_file == "-")
+    screen.working("planning")
     files = [*(compare or []), *(more or [])]
     if not compare:
         config = chosen_recipe(files.pop(0) if files else None, config)
@@ -119,15 +147,18 @@ def plan(
     }
     content: Any = described if files else next(iter(described.values()))
     if json_file == "-":
-        print(json.dumps(content, indent=2))
+        screen.emit(content)
         return
     if json_file is not None:
         _write(Path(json_file), content)
-    screen = Screen(plain)
     _show(planned, link, screen)
+    if verbose:
+        for name, forecast in planned.items():
+            rows_of_keys = [(key, str(value)) for key, value in forecast.config.flat().items()]
+            screen.table(f"configuration of {name}", ("key", "value"), rows_of_keys)
     screen.notes([line for lines in told.values() for line in lines])
     if json_file is not None:
-        say(f"written: {json_file}")
+        screen.tell(f"written: {json_file}")
 
 
 def _link(uplink_mbps: float | None, downlink_mbps: float | None) -> tuple[float, float] | None:
@@ -169,6 +200,8 @@ def _forecast(
 
 
 def _write(file: Path, content: Any) -> None:
+    if file.suffix == ".toml":
+        raise ConfigError(f"--json {file} would replace a recipe: give a file that ends in .json.")
     with writing(str(file), "Choose another file with --json.", DataError):
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from grandrounds.cli.options import (
+    AsJson,
     Assignments,
     ConfigFile,
     Data,
     Model,
     Plain,
+    Quiet,
     Recipe,
     Rounds,
     Sites,
     SitesPerRound,
+    Verbose,
 )
 from grandrounds.cli.request import chosen_recipe, tell
+from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
@@ -78,6 +81,9 @@ def run(
         typer.Option(help="Connection in Flower's config.toml to the SuperLink of a deployment."),
     ] = None,
     plain: Plain = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train one adapter across all sites.
 
@@ -93,6 +99,8 @@ def run(
 
     - `grandrounds run --resume runs/20260101-120000-formulary`
     """
+    screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
+    screen.working("reading the configuration")
     layers = recipes.layers_of(
         chosen_recipe(recipe, config),
         assignments,
@@ -122,22 +130,28 @@ def run(
         from grandrounds.study import preflight
 
         warnings = preflight.check(resolved)
-    tell([] if resume else recipes.notes(settings))
+    tell([] if resume or quiet else recipes.notes(settings))
     tell(warnings, "warning")
-    if engine is Engine.simulation:
-        from grandrounds.engines.simulation import default_gpus, simulate
-
-        gpus = default_gpus() if client_gpus is None else client_gpus
-        simulate(resolved, reporter(resolved, plain), client_cpus, gpus)
-    elif engine is Engine.deployment:
-        from grandrounds.engines.deployment.superlink import deploy, in_one_array
+    if engine is Engine.deployment:
+        from grandrounds.engines.deployment.superlink import in_one_array
 
         resolved = in_one_array(resolved)
-        deploy(resolved, reporter(resolved, plain), str(connection))
-    else:
-        from grandrounds.engines.in_process import run_in_process
+    shown = reporter(resolved, screen)
+    with shown:  # from here on, so that a terminal moves while libraries are imported
+        if engine is Engine.simulation:
+            from grandrounds.engines.simulation import default_gpus, simulate
 
-        run_in_process(resolved, tracked(resolved, reporter(resolved, plain)))
+            gpus = default_gpus() if client_gpus is None else client_gpus
+            simulate(resolved, shown, client_cpus, gpus)
+        elif engine is Engine.deployment:
+            from grandrounds.engines.deployment.superlink import deploy
+
+            deploy(resolved, shown, str(connection))
+        else:
+            from grandrounds.engines.in_process import run_in_process
+
+            run_in_process(resolved, tracked(resolved, shown))
+    screen.emit(dict(shown.summary))
 
 
 def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
@@ -154,13 +168,13 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
     return recipes.with_absolute_paths(resumed)
 
 
-def reporter(config: Config, plain: bool) -> Listener:
+def reporter(config: Config, screen: Screen) -> Listener:
     """Return the listener that shows a run: Rich on a terminal, plain lines elsewhere."""
-    console = Console()
-    if plain or not console.is_terminal:
+    screen.still()
+    if screen.quiet or not screen.is_rich:
         from grandrounds.server.listeners.plain import PlainReporter
 
-        return PlainReporter(config)
+        return PlainReporter(config, verbose=screen.verbose, quiet=screen.quiet)
     from grandrounds.server.listeners.terminal import RichReporter
 
-    return RichReporter(config, console)
+    return RichReporter(config, screen.console, screen.verbose)

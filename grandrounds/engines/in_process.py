@@ -121,7 +121,8 @@ def run_in_process(config: Config, listener: Listener) -> None:
     """Run server and sites in this process."""
     quiet_libraries()
     from grandrounds import client_app, server_app
+    from grandrounds.site import steps
 
-    with listener:
+    with listener, steps.watched(listener.on_step):
         grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
         server_app.federate(grid, config, listener)

@@ -102,7 +102,13 @@ def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: 
         summary = watcher.summary()
         if status != "completed" or summary.get("status") != "completed":
             why = why_it_ended(summary, reason, runtime / "run.log")
-            raise EngineError(f"The simulation ended as {status}: {why} (Flower's logs: {runtime})")
+            kept = (
+                f"Finished rounds are kept: grandrounds run --resume {directory} "
+                "--engine simulation. "
+            ) * directory.exists()
+            raise EngineError(
+                f"The simulation ended as {status}: {why} {kept}(Flower's logs: {runtime})"
+            )
         place = {"directory": str(directory), "engine": "simulation"}
         listener.on_finished({**summary, **place})
     shutil.rmtree(home)

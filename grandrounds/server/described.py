@@ -32,7 +32,8 @@ def with_own_data(sites: Sites) -> Sites:
 
 def named_data(source: str, count: int, partitioner: str, column: str) -> str:
     """Return data that a recipe names, with the number of sites and how they divide it."""
-    how = f"{partitioner} by {column}" if column else partitioner
+    is_used = column and partitioner in ("natural", "dirichlet")
+    how = f"{partitioner} by {column}" if is_used else partitioner
     return f"{place_name(source)}, {counted(count, 'site')}, {how}"
 
 

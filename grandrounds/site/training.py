@@ -15,6 +15,7 @@ import torch
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import ModelError
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.site import steps
 from grandrounds.wire.schedule import step_learning_rate
 
 _paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
@@ -121,6 +122,7 @@ def train_visit(
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         answer_tokens += step_tokens
+        steps.step(step + 1, len(groups))
     optimizer.zero_grad(set_to_none=True)
     seen = [e for batch in batches for e in batch]
     tokens = sum(len(e.input_ids) for e in seen)

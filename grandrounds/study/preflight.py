@@ -83,11 +83,11 @@ def check_base(config: Config) -> None:
 
 def check_data(config: Config) -> Survey | None:
     """Check the data and their division among the sites; None if they are not surveyed."""
-    data = config.data
-    by = data.partition_by if data.partitioner in ("natural", "dirichlet") else ""
+    data, by = config.data, config.data.partition_by
     found = survey(config.static.name, data.question_column, data.answer_column, by)
     if found is not None:
-        check_gaps(by, found.unlabelled, found.rows)
+        if data.partitioner in ("natural", "dirichlet"):
+            check_gaps(by, found.unlabelled, found.rows)
         division = Division(data.partitioner, by, data.dirichlet_alpha)
         check_counts(division, data.num_partitions, found.rows, len(found.usable_by_label))
     return found

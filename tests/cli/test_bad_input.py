@@ -382,8 +382,8 @@ def wrapped_reporter(before: Callable[[str, Mapping[str, Any]], None]) -> Any:
     """Return a `run.reporter` whose display calls `before` at each event."""
     make = run_command.reporter
 
-    def wrapped(config: Any, plain: bool) -> Any:
-        return Telling(before, make(config, plain))
+    def wrapped(config: Any, screen: Any) -> Any:
+        return Telling(before, make(config, screen))
 
     return wrapped
 

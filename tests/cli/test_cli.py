@@ -21,11 +21,13 @@ import grandrounds
 from grandrounds import cli
 from grandrounds.cli import app
 from grandrounds.server import lifecycle, rounds
+from grandrounds.server.listeners.plain import round_line
 from grandrounds.server.run import Run
-from tests.runs import Settings, options
+from tests.runs import Settings, metrics_of, options
 
 COMMAND = [sys.executable, "-m", "grandrounds"]
 ANSI = re.compile(r"\x1b")
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -177,7 +179,12 @@ def test_a_good_run_exits_with_0_and_prints_plain_lines_and_nothing_else(
     # the same seed in this process gives the same adapter to the bit
     other = tmp_path / "other"
     sets = options({**settings, "run-directory": other})
-    assert CliRunner().invoke(app, ["run", *sets]).exit_code == 0
+    told = CliRunner().invoke(app, ["run", "--json", *sets])
+    assert told.exit_code == 0
+    document = json.loads(told.stdout)
+    assert document["directory"] == str(other)
+    assert document["held_out_loss"] == summary["held_out_loss"]
+    assert re.findall(r"^round (\d)/3 ", told.stderr, re.MULTILINE) == rounds
     name = "peft_3/adapter_model.safetensors"
     assert (other / name).read_bytes() == (run / name).read_bytes()
 
@@ -196,6 +203,15 @@ def test_a_terminal_gets_the_tree_and_the_table_and_no_warning(settings: Setting
     assert code == 0
     assert ANSI.search(output)
     assert "Warning" not in output
+    lines = [CONTROL.sub("", line).strip() for line in output.replace("\r", "\n").split("\n")]
+    records = metrics_of(Path(settings["run-directory"]))
+    assert [r["round"] for r in records] == [0, 1, 2, 3]
+    for record in records:  # what a pipe shows is in the scroll-back
+        assert round_line(record, 3) in lines
+    moving = [line for line in lines if "━" in line]
+    assert any("importing the libraries" in line for line in moving)
+    assert re.search(r"round 1/3  training at site \d \(1 of 2\), step [12] of 2", output)
+    assert re.search(r"about \d+ s left +round 3/3", output)
     assert "├── " in output
     assert "┏" in output or "┌" in output
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h")  # the cursor is given back
@@ -204,7 +220,7 @@ def test_a_terminal_gets_the_tree_and_the_table_and_no_warning(settings: Setting
 def on_a_terminal(*arguments: str) -> tuple[str, int]:
     """Run the command on a pseudo-terminal; return all output and the exit code."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "CI": ""}
     process = subprocess.Popen(
         [*COMMAND, "run", *arguments], stdout=theirs, stderr=theirs, env=environment
     )

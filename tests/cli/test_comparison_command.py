@@ -62,6 +62,10 @@ def test_a_comparison_prints_plain_lines_and_tables_and_exits_with_0(
     again = compare("--config", out / "config.toml", "--arms", "local,federated", "--out", out)
     assert told(again)[0] == f"comparison in {out}: 6 parts, 6 finished before"
     assert told(again)[1:] == lines[7:]
+    arms = ("--arms", "local,federated", "--out", out)
+    document = compare("--config", out / "config.toml", *arms, "--json")
+    assert json.loads(document.stdout) == content
+    assert document.stderr == again.stdout
 
 
 @pytest.mark.parametrize(

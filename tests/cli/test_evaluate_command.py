@@ -267,6 +267,15 @@ def test_a_folder_with_another_evaluation_is_refused(asked: list[object], tmp_pa
     result = evaluate(*asked)
     assert result.exit_code == 1
     assert "already contains an evaluation: continue it with --resume" in one_line(result)
+    quiet = evaluate(*asked, "--limit", 1, "--permutations", 0, "--resume", "--quiet")
+    assert [line for line in quiet.stdout.splitlines() if not line.startswith(" ")] == [
+        "accuracy, protocol likelihood",
+        "length and order of the options",
+    ]
+    told = evaluate(*asked, "--limit", 1, "--permutations", 0, "--resume", "--json")
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert json.loads(told.stdout) == content
+    assert "accuracy, protocol likelihood" in told.stderr
     result = evaluate(*asked, "--permutations", 0, "--resume")
     assert result.exit_code == 1
     assert "was started with other settings: limit: 1 → None" in one_line(result)

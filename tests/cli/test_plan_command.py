@@ -147,6 +147,13 @@ def test_overrides_hold_for_every_recipe() -> None:
 
 def test_json_goes_to_a_file_or_stands_alone(tmp_path: Path) -> None:
     alone = json.loads(plan("--config", JSL, "--json", "-").stdout)
+    for bare in (["--config", JSL, "--json"], ["--json", "--config", JSL]):
+        assert json.loads(plan(*bare).stdout) == alone
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("")
+    refused = plan("--config", JSL, f"--json={recipe}")
+    assert "would replace a recipe" in refused.stderr
+    assert recipe.read_text() == ""
     file = tmp_path / "plan.json"
     output = plan("--config", JSL, "--json", str(file)).stdout
     assert json.loads(file.read_text()) == alone

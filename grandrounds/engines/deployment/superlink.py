@@ -68,8 +68,8 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
     if untied := untied_sites(folder, config.data.num_partitions):
         sys.stdout.write(f"{untied}\n")
     resume = (
-        "Finished rounds are kept; once the SuperLink runs again: grandrounds run --resume "
-        f"{directory} --engine deployment --connection {connection}"
+        "Finished rounds, if any, are kept; once the SuperLink runs again: grandrounds run "
+        f"--resume {directory} --engine deployment --connection {connection}"
     ) + (f" --set consortium={folder}" if folder != default else "")
     home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
     (home / "cwd").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 Facts = Mapping[str, Any]
@@ -10,6 +11,9 @@ Facts = Mapping[str, Any]
 
 class Listener:
     """Receives the events of a run; a context manager that lasts as long as the run."""
+
+    summary: Facts = MappingProxyType({})
+    """What `on_finished` received, of a listener that keeps it."""
 
     def __init_subclass__(cls) -> None:
         """Reject methods for unknown events."""
@@ -29,6 +33,12 @@ class Listener:
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
         """Handle the introductions of the participating sites, as in sites.json."""
+
+    def on_step(self, what: str, site: int, done: int, total: int) -> None:
+        """Handle a step of a site in this process; `total` is 0 for work without steps.
+
+        `what` is `training`, `held-out loss` or `formulary exam`.
+        """
 
     def on_reply(self, site: int, failure: str | None) -> None:
         """Handle a client update of the current round; `failure` says why it was not used."""

@@ -122,6 +122,10 @@ def without_effect(config: Config) -> list[str]:
         names.append("communication.block-size")
     if codecs == {"none"}:
         names.append("communication.entropy-coding")
+    if config.data.partitioner not in ("natural", "dirichlet"):
+        names.append("data.partition-by")
+    if config.data.partitioner != "dirichlet":
+        names.append("data.dirichlet-alpha")
     flat = config.flat()
     return [name for name in names if flat[name] != default[name]]
 
@@ -232,6 +236,17 @@ def round_line(record: Mapping[str, Any], total: int) -> str:
     parts.append(f"{record['communication-mib']:,.1f} MiB so far")
     parts.append(f"{record['seconds']:.1f} s")
     return "  ".join(parts)
+
+
+def reply_line(site: int, failure: str | None, names: SiteNames) -> str:
+    """Return a client update in one line."""
+    said = "update received" if failure is None else f"update not used: {one_line(failure)}"
+    return f"  {names[site]}: {said}"
+
+
+def checkpoint_line(folder: str) -> str:
+    """Return a new checkpoint in one line."""
+    return f"  checkpoint: {short_path(folder)}"
 
 
 def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
@@ -354,23 +369,28 @@ class Present:
 class PlainReporter(Listener):
     """Prints a run in plain lines, without colours or cursor movement.
 
-    Individual updates and checkpoints have no line of their own.
+    Only a verbose output has lines for single updates and checkpoints; a quiet one has failures and
+    the result.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, *, verbose: bool = False, quiet: bool = False) -> None:
+        self._config, self._verbose, self._quiet = config, verbose, quiet
         self._total = config.federation.num_server_rounds
         self._present = Present()
-        self._say_rows("recipe", recipe_rows(config))
+        if not quiet:
+            self._say_rows("recipe", recipe_rows(config))
 
     def on_plan(self, plan: Facts) -> None:
         """Print the planned traffic and the run directory."""
-        self._say_rows("plan", plan_rows(plan))
+        if not self._quiet:
+            self._say_rows("plan", plan_rows(plan))
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
         """Print the data of the sites; later, only those that are new."""
         is_first = not self._present.sites
         new = self._present.add(sites)
+        if self._quiet:
+            return
         if is_first:
             self._say_rows("sites", [*data_rows(self._config, sites), *site_rows(sites)])
         else:
@@ -378,10 +398,23 @@ class PlainReporter(Listener):
 
     def on_round(self, record: Facts) -> None:
         """Print the round's line and its failures."""
-        self._say(round_line(record, self._total), *failure_lines(record, self._present.names))
+        if not self._quiet:
+            self._say(round_line(record, self._total))
+        self._say(*failure_lines(record, self._present.names))
+
+    def on_reply(self, site: int, failure: str | None) -> None:
+        """Print an update, if more output is wanted."""
+        if self._verbose:
+            self._say(reply_line(site, failure, self._present.names))
+
+    def on_checkpoint(self, round_number: int, folder: str) -> None:
+        """Print the folder of a checkpoint, if more output is wanted."""
+        if self._verbose:
+            self._say(checkpoint_line(folder))
 
     def on_finished(self, summary: Facts) -> None:
         """Print the outcome and the next commands."""
+        self.summary = summary
         config, sites = self._config, self._present.sites
         self._say_rows("result", summary_rows(summary, sites))
         if scores := summary.get("formulary"):

@@ -251,6 +251,10 @@ class Tracked(Listener):
         """Pass it on; trackers learn nothing about single sites."""
         self._listener.on_roll_call(sites)
 
+    def on_step(self, what: str, site: int, done: int, total: int) -> None:
+        """Pass it on; trackers learn nothing about single sites."""
+        self._listener.on_step(what, site, done, total)
+
     def on_reply(self, site: int, failure: str | None) -> None:
         """Pass it on; trackers learn nothing about single sites."""
         self._listener.on_reply(site, failure)

@@ -95,7 +95,8 @@ def story(run: RunFiles) -> list[str]:
     where = f"Round {run.rounds + 1}" if run.rounds < run.planned_rounds else "After the last round"
     if not reason.startswith(where):
         reason = f"{where}: {reason}"
-    return [reason, f"Finished rounds are kept. To continue from there: {resume}", *warned]
+    kept = "Finished rounds are kept" if run.rounds else "No round was finished"
+    return [reason, f"{kept}. To continue from there: {resume}", *warned]
 
 
 def failures(run: RunFiles) -> list[str]:

@@ -50,6 +50,12 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
         said = consortium.log("run")
     assert "status             completed after 6 rounds" in said
     assert "unverified" not in said
+    assert "each site's own, 3 sites" in said
+    assert "site-0, site-1, site-2" in said  # as admitted
+    assert "leaderboard" not in said
+    assert "evaluate" not in said  # its questions would be about the formulary's drugs
+    assert "--rounds 12 --engine deployment --connection trial" in said
+    assert "each site's own, 3 sites" in (run / "peft_6" / "README.md").read_text()
     summary, plain = summary_of(run), summary_of(tmp_path / "plain")
     assert summary["base_loads"] == summary["processes"] == 3
     assert summary["failed_replies"] == 0

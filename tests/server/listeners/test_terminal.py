@@ -15,12 +15,13 @@ from grandrounds.server.listeners.plain import (
     data_rows,
     plan_rows,
     recipe_rows,
+    round_line,
     site_rows,
     summary_rows,
 )
 from grandrounds.server.listeners.terminal import RichReporter
 from tests.listening import Telling
-from tests.runs import Settings, interrupted_at, play
+from tests.runs import Settings, interrupted_at, metrics_of, play
 
 FORMULARY = {
     "public": {"base": {"correct": 100, "n": 100}, "tuned": {"correct": 72, "n": 100}},
@@ -34,7 +35,10 @@ def console() -> Console:
 
 
 def show(settings: Settings, console: Console) -> tuple[str, dict[str, Any]]:
-    """Run a federation on a recorded terminal; return what it showed and the events' data."""
+    """Run a federation on a recorded terminal; return its lines and the events' data.
+
+    The display is not entered, so that the moving line is not recorded among the others.
+    """
     config = recipes.resolve(settings)
     display = RichReporter(config, console)
     told: dict[str, Any] = {}
@@ -42,8 +46,7 @@ def show(settings: Settings, console: Console) -> tuple[str, dict[str, Any]]:
     def listen(event: str, data: Any) -> None:
         told[event] = data
 
-    with display:
-        play(settings, listener=Telling(listen, display))
+    play(settings, listener=Telling(listen, display))
     return console.export_text(), told
 
 
@@ -71,6 +74,10 @@ def test_a_run_shows_recipe_plan_sites_result_and_next_steps(
         assert joined(name + value) in shown
     for line in next_steps(told["finished"], config, sites):
         assert line in text  # not wrapped, so that paths and commands can be copied
+    rounds = [line for line in lines if line.startswith("round ")]
+    assert rounds == [
+        round_line(record, 3) for record in metrics_of(Path(settings["run-directory"]))
+    ]
     trees = text.splitlines()[: order[2] + 1 + len(about_sites)]
     assert max(len(line) for line in trees) <= 100
 
@@ -117,6 +124,7 @@ def test_names_stand_in_the_lines_of_sites_that_fail_or_join(
         "failed": {"3": "wrong tensors: missing ['[a]']"},
         "evaluate-failed": {"2": "no reply within 5 s"},
         "communication-mib": 0.5,
+        "seconds": 2.0,
     }
     display = RichReporter(recipes.resolve(settings), console)
     counts = {"rows": 9, "empty-rows": 0, "duplicate-rows": 0, "unlearnable": 0, "truncated": 0}
@@ -135,6 +143,54 @@ def test_names_stand_in_the_lines_of_sites_that_fail_or_join(
     assert text.count("St [red]E") == 2
     assert "St [red]E failed: wrong tensors: missing ['[a]']" in text
     assert "site 2 failed: no reply within 5 s" in text
+
+
+def test_the_moving_line_tells_round_site_step_and_time_left(
+    settings: Settings, console: Console
+) -> None:
+    display = RichReporter(recipes.resolve(settings), console)
+    seen: list[str] = []
+
+    def look() -> None:
+        task = display._progress.tasks[0]
+        left = display._clock.left
+        seen.append(
+            f"{task.completed:.2f} {task.description} {'' if left is None else 'ETA'}".strip()
+        )
+
+    display.on_step("held-out loss", 3, 0, 0)
+    look()
+    for done, total in ((0, 0), (1, 2), (2, 2)):
+        display.on_step("training", 1, done, total)
+        look()
+    display.on_reply(1, None)
+    look()
+    display.on_step("training", 2, 1, 2)
+    look()
+    assert seen == [
+        "0.00 held-out loss at site 3",
+        "0.00 round 1/3  training at site 1 (1 of 2)",
+        "0.25 round 1/3  training at site 1 (1 of 2), step 1 of 2 ETA",
+        "0.50 round 1/3  training at site 1 (1 of 2), step 2 of 2 ETA",
+        "0.50 round 1/3  1 good, 0 failed updates ETA",
+        "0.75 round 1/3  training at site 2 (2 of 2), step 1 of 2 ETA",
+    ]
+
+
+def test_steps_of_a_visit_reach_the_listener_of_a_run_in_process(settings: Settings) -> None:
+    from grandrounds.engines.in_process import run_in_process
+    from grandrounds.server.listeners import Listener
+
+    told: list[tuple[str, int, int, int]] = []
+
+    class Steps(Listener):
+        def on_step(self, what: str, site: int, done: int, total: int) -> None:
+            told.append((what, site, done, total))
+
+    run_in_process(recipes.resolve({**settings, "num-server-rounds": 1}), Steps())
+    trained = [(done, total) for what, _, done, total in told if what == "training"]
+    assert trained == [(0, 0), (1, 2), (2, 2)] * 2
+    assert [what for what, *_ in told if what != "training"] == ["held-out loss"] * 4
 
 
 def test_the_progress_bar_ends_when_a_run_is_interrupted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 from contextlib import closing
@@ -26,6 +27,7 @@ from grandrounds.errors import (
     RoundError,
 )
 from grandrounds.server import roll_call
+from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit, policy
 from grandrounds.site.custody.site_file import SiteFile
@@ -95,14 +97,33 @@ def test_the_audit_log_says_what_was_asked_and_what_left(
 
 
 def test_the_roll_call_tells_the_name_and_the_hash_of_the_base(
-    settings: Settings, tmp_path: Path
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """All four call themselves `site`; where there is an admission, its name counts. What the run
+    prints and writes on its card is of the sites' own data."""
     sites = sites_of(settings, tmp_path)
-    run = play(settings, grid=grid_of_sites(settings, sites))
+    consortium = tmp_path / "consortium"
+    (consortium / "admissions").mkdir(parents=True)
+    (consortium / "consortium.json").write_text("{}")
+    admission = {"content": {"partition-id": 2, "name": "st-elsewhere"}}
+    (consortium / "admissions" / "st-elsewhere.json").write_text(json.dumps(admission))
+    reporter = PlainReporter(recipes.resolve(settings))
+    grid = grid_of_sites(settings, sites)
+    run = play(settings, grid=grid, listener=reporter, consortium=str(consortium))
     told = json.loads((run / "sites.json").read_text())
-    assert [fact["name"] for fact in told] == ["site"] * 4
+    assert [fact["name"] for fact in told] == ["site", "site", "st-elsewhere", "site"]
     [content] = {fact["base-content"] for fact in told}
     assert len(content) == 64
+    said = capsys.readouterr().out
+    assert re.search(r"data +each site's own, 4 sites\n", said)
+    assert "site (site 0), site (site 1), st-elsewhere, site (site 3)" in said
+    assert "leaderboard" not in said
+    assert "iid" not in said
+    assert "--rounds 6 --engine deployment --connection NAME" in said
+    card = (run / "peft_3" / "README.md").read_text()
+    assert "| data | each site's own, 4 sites |" in card
+    assert "st-elsewhere" not in card  # a card may be published
+    assert "eaderboard" not in card
 
 
 FORBIDDEN: dict[str, tuple[Settings, dict[str, Any], str]] = {
