@@ -155,7 +155,8 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     value = _in_type(value, kinds)
     if type(value) not in kinds:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-        allowed = names[kinds[0]] if len(kinds) == 1 else str(rules[0])
+        is_listed = any(isinstance(rule, OneOf) for rule in rules)
+        allowed = str(rules[0]) if is_listed else names[kinds[0]]
         if any(isinstance(rule, Range) and rule.auto for rule in rules):
             allowed += f", or '{AUTO}'"
         raise ConfigError(

@@ -43,7 +43,7 @@ class Family:
     modules: tuple[str, ...] = SEPARATE
     """Paths of a layer's linear modules, in the model's order."""
     auto: tuple[str, ...] | None = QUERY_AND_VALUE
-    """Default target modules of PEFT (0.18 to 0.21); None: it has none."""
+    """Default target modules of PEFT (0.19 to 0.21); None: it has none."""
     norms: int = 2
     """Norms per layer, over the hidden size."""
     head_norms: bool = False

@@ -191,7 +191,7 @@ def load_base(spec: BaseSpec) -> Any:
     model.requires_grad_(False)
     model.config.use_cache = False
     if spec.quantization == 4 and device.type == "cpu":
-        # On CPUs with AVX512-BF16, bitsandbytes (0.49 to 0.50) repacks 4-bit weights in evaluation
+        # On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks 4-bit weights in evaluation
         # mode and computes in bfloat16: held-out loss would differ from training, and layers
         # narrower than a quantisation block fail.
         for module in model.modules():

@@ -125,11 +125,26 @@ def _load(file: Path, header: GgufHeader) -> tuple[Any, Any]:
             f"Its architecture is {header.architecture!r}; transformers must read it as a causal "
             "language model."
         ) from error
+    _check_whole(file, model, found)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{file}: its tokenizer has no end-of-sequence token to train on.")
+    return model, tokenizer
+
+
+def _check_whole(file: Path, model: Any, found: Any) -> None:
+    """Raise `ModelError` if a tensor was missing or of another shape than the model's."""
+    from transformers import AutoModelForCausalLM
+
     if missing := sorted(found["missing_keys"]):
         raise ModelError(
             f"{file} is not a whole model: {len(missing)} tensors are missing, the first being "
             f"{missing[0]}."
         )
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{file}: its tokenizer has no end-of-sequence token to train on.")
-    return model, tokenizer
+    with torch.device("meta"):
+        described = AutoModelForCausalLM.from_config(model.config)
+    for name, tensor in described.state_dict().items():
+        if tensor.shape != model.state_dict()[name].shape:
+            raise ModelError(
+                f"{file} is damaged: {name} has the shape {list(model.state_dict()[name].shape)}, "
+                f"and its configuration says {list(tensor.shape)}."
+            )

@@ -87,7 +87,7 @@ class RichReporter(Listener):
         rows = [*reporting.data_rows(self._config, sites), *reporting.site_rows(sites)]
         self._tree("sites", rows)
         self._clock.begins(self._round)
-        self._show("loading the base")
+        self._show("the sites load the base")
 
     def on_step(self, what: str, site: int, done: int, total: int) -> None:
         """Show the site that is visited and its step."""
