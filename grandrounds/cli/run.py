@@ -67,7 +67,12 @@ def run(
             "simulation on Ray. `deployment`: real sites, through a SuperLink."
         ),
     ] = Engine.in_process,
-    client_cpus: Annotated[int, typer.Option(help="CPUs per site in the simulation.", min=1)] = 1,
+    client_cpus: Annotated[
+        int | None,
+        typer.Option(
+            help="CPUs per site in the simulation. Default: one for each of its threads.", min=1
+        ),
+    ] = None,
     client_gpus: Annotated[
         float | None,
         typer.Option(
@@ -139,10 +144,11 @@ def run(
     shown = reporter(resolved, screen)
     with shown:  # from here on, so that a terminal moves while libraries are imported
         if engine is Engine.simulation:
-            from grandrounds.engines.simulation import default_gpus, simulate
+            from grandrounds.engines.simulation import default_cpus, default_gpus, simulate
 
+            cpus = client_cpus or default_cpus(resolved.train.num_threads)
             gpus = default_gpus() if client_gpus is None else client_gpus
-            simulate(resolved, shown, client_cpus, gpus)
+            simulate(resolved, shown, cpus, gpus)
         elif engine is Engine.deployment:
             from grandrounds.engines.deployment.superlink import deploy
 

@@ -114,6 +114,12 @@ def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: 
     shutil.rmtree(home)
 
 
+def default_cpus(num_threads: int) -> int:
+    """Return the default CPUs per site: one for each of its threads, so that sites which run at
+    once do not share CPUs; at most those of this machine."""
+    return min(max(1, num_threads), os.cpu_count() or 1)
+
+
 def default_gpus() -> float:
     """Return the default GPUs per site: 1 if there is a GPU, since Ray hides all of them from a
     site with 0."""

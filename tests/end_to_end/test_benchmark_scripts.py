@@ -41,6 +41,13 @@ def test_overhead_compares_the_same_steps(tmp_path: Path) -> None:
     )
 
 
+def test_neighbour_runs_every_arm_alone_and_beside_busy_processes(tmp_path: Path) -> None:
+    quick = ("--size", "tiny", "--rounds", "1", "--times", "1", "--threads", "1")
+    figures = result(tmp_path, "neighbour.py", *quick, "--neighbours", "1", "--waiting", "asleep")
+    assert set(figures["medians"]) == {"asleep alone", "asleep beside"}
+    assert all(seconds > 0 for seconds in figures["medians"].values())
+
+
 def test_full_size_plays_whole_rounds_beside_bare_loops_and_the_templates_way(
     tmp_path: Path,
 ) -> None:

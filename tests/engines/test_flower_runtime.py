@@ -18,6 +18,7 @@ from grandrounds.engines.flower import tail
 from grandrounds.engines.simulation import (
     MARKER,
     SimulatedSites,
+    default_cpus,
     end_processes,
     marked_processes,
     run_simulation,
@@ -129,6 +130,11 @@ def test_impossible_resources_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         SimulatedSites(20, 1, 2).check()
     with pytest.raises(EngineError, match="at least one site"):
         SimulatedSites(0, 1, 0).check()
+
+
+def test_a_site_reserves_a_cpu_for_each_of_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert [default_cpus(threads) for threads in (0, 1, 3, 4, 64)] == [1, 1, 3, 4, 4]
 
 
 def test_marked_processes_are_ended_even_if_they_ignore_sigterm(
