@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from grandrounds.engines.deployment.set_up import with_value
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, ModelError
 from grandrounds.site.custody.site_file import SECTIONS, TEMPLATE, read_site_file
 from tests.own_sites import make_site
 
@@ -100,3 +101,24 @@ def test_a_value_is_changed_and_the_comments_stay() -> None:
     assert tomllib.loads(changed)["policy"]["max-rank"] == 4
     with pytest.raises(ConfigError, match=r"has no line for policy\.colour"):
         with_value(text, "policy", "colour", 4)
+
+
+def test_a_base_of_this_machine_needs_no_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grandrounds.config.bases import FOLDER_VARIABLE, REAL_BASE
+    from grandrounds.site.custody.answer import base_folder, base_location, base_sha256
+    from grandrounds.site.custody.state import SiteState
+
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "bases"))
+    (tmp_path / "bases" / "mine").mkdir(parents=True)
+    (tmp_path / "bases" / "mine" / "config.json").write_text("{}")
+    file = tmp_path / "site.toml"
+    file.write_text(f'[data]\nsource = "a.csv"\n[bases.mine]\n[bases."{REAL_BASE}"]\n')
+    site = read_site_file(file)
+    assert base_location(site, "mine") == "mine"
+    assert base_folder(site, "mine") == tmp_path / "bases" / "mine"
+    with closing(SiteState(tmp_path / "state")) as state:
+        assert len(base_sha256(site, "mine", state)) == 64
+        with pytest.raises(ModelError, match=f"grandrounds base fetch {REAL_BASE}"):
+            base_sha256(site, REAL_BASE, state)
