@@ -12,6 +12,7 @@ import pytest
 
 from grandrounds.config import recipes
 from grandrounds.data.formulary.facts import flashcards
+from grandrounds.data.rows import Rows
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.study.plan.forecast import (
     LEADERBOARD_ROWS,
@@ -109,11 +110,9 @@ def test_coverage_is_that_of_the_cursors_of_a_run() -> None:
 
 @pytest.mark.parametrize("partitioner", ["iid", "size-skewed"])
 def test_sites_have_the_sizes_that_the_partitioner_gives(partitioner: str) -> None:
-    from datasets import Dataset
-
     from grandrounds.data.partitioning import Division, Partition, partition_rows
 
-    rows = Dataset.from_dict({"x": list(range(107))})
+    rows = Rows({"x": list(range(107))})
     division = Division(partitioner, "", 0.5)
     sizes = [len(partition_rows(rows, division, Partition(1, site, 5))) for site in range(5)]
     changes = {"data.partitioner": partitioner, "data.num-partitions": 5}
