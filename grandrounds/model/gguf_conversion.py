@@ -7,8 +7,10 @@ paths) are cleaned, so that the same file gives the same folder, and the same ha
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,8 @@ def _load(file: Path, header: GgufHeader) -> tuple[Any, Any]:
     no_progress_bars()
     where = {"gguf_file": file.name, "local_files_only": True}
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # bars that no setting turns off
+        # transformers shows bars that no setting turns off
+        with _read_once(), contextlib.redirect_stderr(io.StringIO()):
             model, found = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 **where,
@@ -129,6 +132,23 @@ def _load(file: Path, header: GgufHeader) -> tuple[Any, Any]:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{file}: its tokenizer has no end-of-sequence token to train on.")
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Remember what the package `gguf` has read, while transformers loads one file.
+
+    transformers reads the file anew for the configuration, the weights and the tokenizer, and
+    builds the table of tensor names once for each module: two thirds of a conversion's time.
+    """
+    import gguf
+
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = (functools.cache(each) for each in originals)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
 def _check_whole(file: Path, model: Any, found: Any) -> None:
