@@ -53,7 +53,7 @@ class Probe:
     """What both libraries did with the same products."""
 
     seconds: dict[str, float]
-    """Library → least time of a product and its gradient, which other processes disturb least; empty
+    """Library → least time of a product and its gradient, the least disturbed; empty
     if time ran out."""
     errors: dict[str, float]
     """Library → relative error (Frobenius norm) of the product against float64."""
