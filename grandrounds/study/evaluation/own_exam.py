@@ -300,7 +300,7 @@ def _options(layout: _Layout, row: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(given, str):  # a CSV cell
         try:
             given = json.loads(given)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _RowError(
                 'the options are text that is no JSON list or mapping, such as ["yes", "no"]'
             ) from None

@@ -229,3 +229,19 @@ def test_a_file_name_that_is_no_text_is_shown_and_written_without_it(tmp_path: P
         pytest.skip("the file system knows no such name")
     (task,) = load_own_exams([file])
     assert (task.benchmark.title, task.source["file"]) == ("ward.csv", "ward.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.json", "[" * 100_000),
+        ("deep.jsonl", '{"question": ' + "[" * 100_000),
+        ("deep.csv", "question,options,answer\nWhich?," + "[" * 100_000 + ",A\n"),
+    ],
+)
+def test_nesting_beyond_the_readers_depth_is_one_clear_error(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"nested too deeply|no JSON list or mapping"):
+        load_own_exams([tmp_path / name])
