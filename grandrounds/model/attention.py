@@ -1,4 +1,4 @@
-"""Attention over concatenated sequences, without padding or mask, and its rotary embedding.
+"""Attention over concatenated sequences, without padding or mask.
 
 A batch of lengths 3 and 2 is one row of 5 tokens with positions 0 1 2 0 1. All layers but attention
 process tokens independently; causal attention is computed per sequence by kernels that need no mask
@@ -7,7 +7,6 @@ process tokens independently; causal attention is computed per sequence by kerne
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,56 +95,6 @@ def _window(tokens: int, sliding_window: int, device: torch.device) -> torch.Ten
     return everything.tril().triu(1 - sliding_window)
 
 
-class _HalfTurn(torch.autograd.Function):
-    """(x1, x2) -> (-x2, x1) over the halves of the last dimension, as RoPE needs it.
-
-    The same values as transformers' `rotate_half`, and the same gradient: its own, of two slices,
-    fills, copies and adds four tensors of zeros and halves where one concatenation does.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((-second, first), dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
-        first, second = upstream[0].chunk(2, dim=-1)
-        return torch.cat((second, -first), dim=-1)
-
-
-def half_turn(x: torch.Tensor) -> torch.Tensor:
-    """Return (-x2, x1) for the halves (x1, x2) of the last dimension, which is even."""
-    return _HalfTurn.apply(x)  # type: ignore[no-any-return,no-untyped-call]
-
-
-@contextmanager
-def turning_at_once(model: Any) -> Iterator[None]:
-    """Compute a model's rotary embedding with `half_turn` within the context.
-
-    Only for a model whose module uses the function of that name that all of transformers' families
-    share; others stay as they are.
-    """
-    from transformers.models.llama.modeling_llama import rotate_half
-
-    module = sys.modules[type(model).__module__]
-    own = getattr(module, "rotate_half", None)
-    if own is None or _text_of(own) != _text_of(rotate_half):
-        yield
-        return
-    module.rotate_half = half_turn  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.rotate_half = own  # type: ignore[attr-defined]
-
-
-def _text_of(function: Any) -> tuple[Any, ...]:
-    """Return what makes two functions compute the same."""
-    code = function.__code__
-    return code.co_code, code.co_consts, code.co_names
-
-
 @contextmanager
 def by_sequence(model: Any) -> Iterator[None]:
     """Compute a model's attention per sequence within the context.
@@ -162,7 +111,6 @@ def by_sequence(model: Any) -> Iterator[None]:
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME
     try:
-        with turning_at_once(model):
-            yield
+        yield
     finally:
         model.config._attn_implementation = before

@@ -158,7 +158,10 @@ def accuracy_tiles(run: RunFiles) -> list[Tile]:
 
 
 def _pairs(run: RunFiles) -> list[tuple[Score | None, Score, str]]:
-    """Return base, last checkpoint and name of every set of questions that both answered."""
+    """Return base, last checkpoint and name of every set of questions that both answered.
+
+    What may be forgotten comes after what was to be learned.
+    """
     found = []
     for (_, benchmark, group), asked in scores_by_questions(run).items():
         base = next((s for s in asked if s.model == "base"), None)
@@ -168,4 +171,4 @@ def _pairs(run: RunFiles) -> list[tuple[Score | None, Score, str]]:
             is_facts = group in MEANING
             name = f"{group} facts" if is_facts else ", ".join(filter(None, (benchmark, group)))
             found.append((base, tuned, name))
-    return found
+    return sorted(found, key=lambda pair: pair[2] == KNOWN)
