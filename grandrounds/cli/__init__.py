@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,8 @@ def reported_in_one_line() -> Iterator[None]:
     """Print an expected failure as one line and exit with its code; a traceback means a bug."""
     # SIGTERM is handled like Ctrl-C: child processes are ended and the summary is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and arrows are no reason to fail
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except GrandRoundsError as error:

@@ -65,7 +65,7 @@ def show(
     layers = with_sites(layers, sites_per_round)
     found, notes = described(layers)
     if as_json:
-        say(json.dumps({"keys": found, "notes": notes}, indent=2, ensure_ascii=False))
+        say(json.dumps({"keys": found, "notes": notes}, indent=2))
         return
     tell(notes, aside=True)
     for key, about in found.items():

@@ -110,9 +110,7 @@ class Screen:
         """Print the command's result as the one JSON document, if that is wanted."""
         self.still()
         if self.as_json:
-            print(
-                json.dumps(content, indent=2, ensure_ascii=False), file=self._document, flush=True
-            )
+            print(json.dumps(content, indent=2), file=self._document, flush=True)
 
     def tell(self, *lines: str) -> None:
         """Print lines about the progress, unless the output is quiet."""

@@ -87,6 +87,8 @@ def json_records(
         raise _no_json(source, error.lineno, error.msg, line) from error
     except UnicodeDecodeError as error:
         raise _no_json(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
+    except RecursionError as error:
+        raise _no_json(source, 1, "nested too deeply") from error
     for number, item in enumerate(items, 1):
         _check_object(item, f"{source}, row {number}")
     return enumerate(items, 1), "row"
@@ -103,6 +105,8 @@ def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[
             raise _no_json(source, number, error.msg, line.decode()) from error
         except UnicodeDecodeError as error:
             raise _no_json(source, number, "not UTF-8") from error
+        except RecursionError as error:
+            raise _no_json(source, number, "nested too deeply") from error
         _check_object(record, f"{source}, line {number}")
         yield number, record
 

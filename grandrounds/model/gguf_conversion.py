@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,18 +111,18 @@ def _load(file: Path, header: GgufHeader) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     no_progress_bars()
-    where = {"gguf_file": file.name, "local_files_only": True}
+    where = {"gguf_file": "model.gguf", "local_files_only": True}
     try:
         # transformers shows bars that no setting turns off
-        with _read_once(), contextlib.redirect_stderr(io.StringIO()):
+        with _alone(file) as folder, _read_once(), contextlib.redirect_stderr(io.StringIO()):
             model, found = AutoModelForCausalLM.from_pretrained(
-                file.parent,
+                folder,
                 **where,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **where)
     except Exception as error:  # the readers of a file from anywhere raise anything
         raise ModelError(
             f"{file} cannot be converted: {first_line(error)} ({type(error).__name__}). "
@@ -132,6 +133,17 @@ def _load(file: Path, header: GgufHeader) -> tuple[Any, Any]:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{file}: its tokenizer has no end-of-sequence token to train on.")
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[str]:
+    """Yield a folder with the file alone, as model.gguf.
+
+    transformers also reads what lies beside it, and follows an adapter_config.json to its base.
+    """
+    with tempfile.TemporaryDirectory(prefix="grandrounds-gguf-") as folder:
+        (Path(folder) / "model.gguf").symlink_to(file.absolute())
+        yield folder
 
 
 @contextlib.contextmanager

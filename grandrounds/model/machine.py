@@ -161,16 +161,29 @@ def settled(config: Config, recorded: Mapping[str, Any]) -> Config:
     recorded
         `threads` and `cpu-matmul` of the site's introduction, as the server returns them with each
         message; empty at the first roll call. They are kept unless the configuration names others,
-        or this machine has fewer CPUs.
+        or this machine has fewer CPUs, or no oneDNN that computes in float32.
     """
     train, count = config.train, recorded.get(THREADS)
     if not train.num_threads and isinstance(count, int) and 1 <= count <= usable_cpus():
         train = dataclasses.replace(train, num_threads=count)
-    if train.cpu_matmul == products.AUTO and recorded.get(CPU_MATMUL) in products.LIBRARIES:
-        train = dataclasses.replace(train, cpu_matmul=str(recorded[CPU_MATMUL]))
     config = dataclasses.replace(config, train=train)
-    train = dataclasses.replace(train, num_threads=threads(config), cpu_matmul=matmul(config))
+    train = dataclasses.replace(
+        train,
+        num_threads=threads(config),
+        cpu_matmul=_kept(config, recorded.get(CPU_MATMUL)) or matmul(config),
+    )
     return dataclasses.replace(config, train=train)
+
+
+def _kept(config: Config, library: object) -> str:
+    """Return a recorded library, or an empty string if it is not to be kept on this machine."""
+    if config.train.cpu_matmul != products.AUTO or library not in products.LIBRARIES:
+        return ""
+    train = dataclasses.replace(config.train, cpu_matmul=str(library))
+    try:
+        return matmul(dataclasses.replace(config, train=train))
+    except ModelError:  # another processor, whose oneDNN computes in reduced precision
+        return ""
 
 
 @lru_cache(maxsize=1)

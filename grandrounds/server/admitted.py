@@ -25,8 +25,14 @@ def admitted_names(federation: FederationConfig) -> dict[int, str]:
     if not federation.consortium:
         return {}
     files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
-    contents = [read_json(file)["content"] for file in files]
-    return {int(content["partition-id"]): str(content["name"]) for content in contents}
+    try:
+        contents = [read_json(file)["content"] for file in files]
+        return {int(content["partition-id"]): str(content["name"]) for content in contents}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{federation.consortium}: an admission is damaged, without content, partition-id or "
+            "name. Copy it again, or repeat grandrounds consortium admit."
+        ) from error
 
 
 def registered_nodes(folder: Path) -> dict[int, int]:

@@ -74,7 +74,7 @@ class SiteNames:
         """Return a site's name with its number, for messages that ask to act on the number."""
         number = f"site {site}"
         name = self[site]
-        return name if number in name else f"{name} ({number})"
+        return name if name == number or name.endswith(f"({number})") else f"{name} ({number})"
 
     def listed(self, sites: Iterable[int]) -> str:
         """Return several sites, comma-separated."""

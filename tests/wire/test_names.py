@@ -45,6 +45,8 @@ def test_a_site_without_a_name_is_called_by_its_number() -> None:
     assert [some.cell(p) for p in range(2)] == ["Ward A", "1"]
     assert some.with_number(0) == "Ward A (site 0)"
     assert some.with_number(1) == "site 1"
+    many = names("Ward A", "Clinic of site 11")
+    assert many.with_number(1) == "Clinic of site 11 (site 1)"
     assert some.listed([2, 0]) == "site 2, Ward A"
     assert some.in_place_of_number("site 0") == "Ward A"
     assert some.in_place_of_number("node 17") == "node 17"

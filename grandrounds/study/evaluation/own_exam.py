@@ -22,6 +22,7 @@ from grandrounds.data.files import RawRows, read_file
 from grandrounds.data.sources import FILE_ENDINGS
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task
+from grandrounds.wire.names import one_line
 
 Style = Literal["texts", "letters"]
 """How an exam is asked: whole options in the run's own prompt, or lettered options."""
@@ -99,8 +100,9 @@ def load_own_exams(
             faults.append(str(error))
             continue
         digest = hashlib.sha256(file.expanduser().read_bytes()).hexdigest()
-        benchmark = own_benchmark(name, file.name, style, len(items))
-        tasks.append(Task(benchmark, items[:limit], {"file": file.name, "sha256": digest}))
+        title = one_line(file.name)  # a name may hold what no text may, such as half a character
+        benchmark = own_benchmark(name, title, style, len(items))
+        tasks.append(Task(benchmark, items[:limit], {"file": title, "sha256": digest}))
     if faults:
         raise DataError(" ".join(faults))
     return tuple(tasks)
@@ -298,7 +300,7 @@ def _options(layout: _Layout, row: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(given, str):  # a CSV cell
         try:
             given = json.loads(given)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _RowError(
                 'the options are text that is no JSON list or mapping, such as ["yes", "no"]'
             ) from None

@@ -18,7 +18,7 @@ MOODS = {"completed": "good", "going": "going"}
 MOST_FAILURES = 50
 
 KNOWN = "public facts"
-"""Questions that the base was trained to answer: to lose them is to forget."""
+"""Questions that the embedded base was trained to answer: to lose them is to forget."""
 
 LEAST_LOSS = 0.05
 """Loss of accuracy, in percentage points, that is marked."""
@@ -67,7 +67,7 @@ def outcome(run: RunFiles) -> str:
     for base, tuned, name in _pairs(run):
         if base is None:
             continue
-        if name == KNOWN:
+        if name == KNOWN and run.config.model.name == FORMULARY:
             points = 100 * (base.accuracy - tuned.accuracy)
             lost = f" It forgot {points:.1f} points of the facts that the base knew." * (points > 0)
         else:
@@ -150,7 +150,8 @@ def accuracy_tiles(run: RunFiles) -> list[Tile]:
             value = f"{in_percent(base.accuracy)} → {value}"
             lost = 100 * (base.accuracy - tuned.accuracy)
         if lost > LEAST_LOSS:
-            verb = "forgotten" if name == KNOWN else "below the base"
+            was_known = name == KNOWN and run.config.model.name == FORMULARY
+            verb = "forgotten" if was_known else "below the base"
             note = f"{lost:.1f} points {verb}; {note}"
         found.append(Tile(name, value, note, "bad" if lost > LEAST_LOSS else ""))
     return found[:4]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from grandrounds.config.words import counted
+from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import is_of_the_formulary, leaderboard_text
+from grandrounds.server.listeners.plain import HELD_BY_NOBODY
 from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.report.charts import Interval, Point, Reference, Series, line_chart
@@ -188,9 +190,11 @@ def _accuracy_figure(run: RunFiles, key: str, chosen: Sequence[Score]) -> Figure
             if s.model == "base"
         ]
     title = f"Accuracy by checkpoint: {chosen[0].benchmark}"
+    of_another = run.config.model.name != FORMULARY
+    meaning = MEANING | ({"public": HELD_BY_NOBODY} if of_another else {})
     rows = [
         (
-            MEANING.get(s.group, s.group or "all"),
+            meaning.get(s.group, s.group or "all"),
             s.model,
             s.counts,
             percent(s.accuracy),

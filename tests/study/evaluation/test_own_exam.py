@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,29 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     files = [lines(tmp_path, row("A")), lines(tmp_path / "b", row("A"))]
     with pytest.raises(ConfigError, match=r"need different names: .*exam.jsonl, .*exam.jsonl"):
         load_own_exams(files)
+
+
+def test_a_file_name_that_is_no_text_is_shown_and_written_without_it(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"ward\xff\x1b.csv")
+    try:
+        file.write_text("question,A,B,answer\nWhich?,one,two,A\n")
+    except OSError:
+        pytest.skip("the file system knows no such name")
+    (task,) = load_own_exams([file])
+    assert (task.benchmark.title, task.source["file"]) == ("ward.csv", "ward.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.json", "[" * 100_000),
+        ("deep.jsonl", '{"question": ' + "[" * 100_000),
+        ("deep.csv", "question,options,answer\nWhich?," + "[" * 100_000 + ",A\n"),
+    ],
+)
+def test_nesting_beyond_the_readers_depth_is_one_clear_error(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"nested too deeply|no JSON list or mapping"):
+        load_own_exams([tmp_path / name])

@@ -433,6 +433,13 @@ def test_forgetting_is_told_in_words_and_marked(tmp_path: Path) -> None:
     )
     assert 'class="tile lost"' in html(page)
 
+    other = write_run(tmp_path / "other", model__name="HuggingFaceTB/SmolLM2-135M")
+    write(other / "summary.json", {"status": "completed", "formulary": asked})
+    page = page_of(other)  # whose base never knew the fictional facts
+    assert page.tiles[1].note.startswith("18.3 points below the base; 245/300")
+    assert "forg" not in page.outcome.lower()
+    assert "known to the base" not in html(page)
+
 
 def test_no_page_names_an_absolute_path(tmp_path: Path) -> None:
     places = {"model__name": "/srv/a base/tiny", "static__dataset__name": "/home/me/c/cards.jsonl"}
