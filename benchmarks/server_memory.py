@@ -62,7 +62,8 @@ def one_round(replies: int) -> dict[str, float]:
         )
 
     grid = InProcessGrid(client_app, {}, replies)
-    cards = {p: SiteCard(p + 1, {"train-examples": 1700}) for p in range(replies)}
+    facts = {"train-examples": 1700, messages.THREADS: 1}
+    cards = {p: SiteCard(p + 1, facts) for p in range(replies)}
     adapter = {n: np.zeros(s, dtype=np.float32) for n, s in shapes.items()}
     before = peak_mib()
     state = State(0, adapter, "0")

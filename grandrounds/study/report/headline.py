@@ -60,9 +60,10 @@ def outcome(run: RunFiles) -> str:
     losses = run.values("held-out-loss")
     if len(losses) > 1:
         first, last = losses[0][1], losses[-1][1]
+        start, end = _loss_text(first), _loss_text(last)
         way = "fell" if last < first else "rose"
-        ends = f"{_loss_text(first)} to {_loss_text(last)}"
-        said.append(f"the held-out loss {way} from {ends} nats per answer token")
+        went = f"{way} from {start} to {end}" if start != end else f"stayed at {end}"
+        said.append(f"the held-out loss {went} nats per answer token")
     lost = ""
     for base, tuned, name in _pairs(run):
         if base is None:
