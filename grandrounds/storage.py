@@ -91,6 +91,18 @@ def writing(
         raise error_type(f"{place} cannot be written: {first_line(error)}. {told}") from error
 
 
+def found(name: str) -> Path | None:
+    """Return the path that a user's word names, `~` expanded; None if nothing is there.
+
+    A word that cannot be a path (too long, the home of an unknown user) names nothing.
+    """
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def read_bytes(path: Path) -> bytes:
     """Return a file's content; raise `ConfigError` if it cannot be read."""
     try:

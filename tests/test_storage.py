@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds.storage import whole_folder
+from grandrounds.storage import found, whole_folder
 
 
 def test_a_folder_with_folders_in_it_replaces_the_old_one(tmp_path: Path) -> None:
@@ -53,3 +53,9 @@ def test_files_are_as_readable_as_the_umask_allows(tmp_path: Path, umask: int, m
         os.umask(before)
     files = [file for file in (tmp_path / "target").rglob("*") if file.is_file()]
     assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [mode, mode]
+
+
+def test_a_word_that_can_be_no_path_names_nothing(tmp_path: Path) -> None:
+    assert found(str(tmp_path)) == tmp_path
+    for word in ("a" * 300, "~no-such-user/x", str(tmp_path / "missing"), "a\0b"):
+        assert found(word) is None

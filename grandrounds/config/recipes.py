@@ -17,7 +17,7 @@ from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
 from grandrounds.config.words import counted, percent, place_name
 from grandrounds.errors import ConfigError
-from grandrounds.storage import read_toml
+from grandrounds.storage import found, read_toml
 
 LEADERBOARD_DATA = (
     "medalpaca/medical_meadow_medical_flashcards",
@@ -239,8 +239,8 @@ def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with absolute local paths, valid from any working directory."""
 
     def full(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.absolute()) if name != "formulary" and path.exists() else name
+        path = found(name) if name != "formulary" else None
+        return str(path.absolute()) if path else name
 
     base = config.model.name
     return dataclasses.replace(

@@ -18,6 +18,7 @@ from grandrounds.data.files import RawRows, from_records, from_table, read_file
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError, first_line, nearest
+from grandrounds.storage import found
 
 FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 """Supported file names. A `.json` file is an array of objects, or has one object per line."""
@@ -242,7 +243,7 @@ def looks_like_path(source: str) -> bool:
     return (
         source.startswith((".", "/", "~"))
         or source.lower().endswith(FILE_ENDINGS)
-        or Path(source).exists()
+        or found(source) is not None
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from grandrounds.config.bases import names_a_base
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ModelError, nearest
+from grandrounds.storage import found
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 """Files of weights that transformers reads."""
@@ -23,15 +24,11 @@ def check_location(name: str) -> None:
 
     A name on the hub is not looked up.
     """
-    path = Path(name).expanduser()
-    if (
-        names_a_base(name)
-        or name == FORMULARY
-        or (not path.exists() and not _looks_like_path(name))
-    ):
+    path = found(name)
+    if names_a_base(name) or name == FORMULARY or (path is None and not _looks_like_path(name)):
         return
-    if not path.exists():
-        raise ModelError(f"{name}: there is no such folder.{_nearest_folder(path)} {_ADVICE}")
+    if path is None:
+        raise ModelError(f"{name}: there is no such folder.{_nearest_folder(Path(name))} {_ADVICE}")
     if path.is_file():
         raise ModelError(f"{name} is a file, not the folder of a base model. {_ADVICE}")
     if not (path / "config.json").is_file():
@@ -45,9 +42,10 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _nearest_folder(path: Path) -> str:
-    if not path.parent.is_dir():
+    parent = found(str(path.parent))
+    if parent is None or not parent.is_dir():
         return f" There is no folder {str(path.parent)!r} either."
-    return nearest(path.name, sorted(one.name for one in path.parent.iterdir() if one.is_dir()))
+    return nearest(path.name, sorted(one.name for one in parent.iterdir() if one.is_dir()))
 
 
 def _instead(path: Path) -> str:

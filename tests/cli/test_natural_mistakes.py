@@ -47,6 +47,8 @@ BOTH: list[Mistake] = [
     ("few rows", ["--data", "few.csv"], 1, ["3 rows cannot fill 20 sites.", "(--sites 3)"]),
     ("no model", ["--model", "empty"], 1, ["empty is no base model: it has no config.json."]),
     ("missing model", ["--model", "./emtpy"], 1, ["there is no such folder.", "'empty'?"]),
+    ("a model without end", ["--model", f"./{'a' * 300}"], 1, ["there is no such folder."]),
+    ("a home of nobody", ["--model", "~no-such-user/m"], 1, ["There is no folder '~no-such-user'"]),
     ("adapter as model", ["--model", "adapter"], 1, ["it is a LoRA adapter on org/base."]),
     (
         "foreign keys",
