@@ -204,14 +204,15 @@ def machine_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
     Updates computed with other threads, or by another library, differ in their last bits.
     """
     machines = Counter(
-        f"{s['device']}, {counted(int(s['threads']), 'thread')}: {s['precision']}" for s in sites
+        one_line(f"{s['device']}, {counted(int(s['threads']), 'thread')}: {s['precision']}")
+        for s in sites
     )
     alike = len(machines) == 1
     rows = [
         ("machine", text if alike else f"{text} ({counted(number, 'site')})")
         for text, number in machines.items()
     ]
-    changed = Counter(s["computed-before"] for s in sites if s.get("computed-before"))
+    changed = Counter(one_line(s["computed-before"]) for s in sites if s.get("computed-before"))
     for before, number in changed.items():
         rows.append(
             (

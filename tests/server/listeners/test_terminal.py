@@ -13,6 +13,7 @@ from grandrounds.config import recipes
 from grandrounds.server.listeners.next_steps import next_steps
 from grandrounds.server.listeners.plain import (
     data_rows,
+    machine_rows,
     plan_rows,
     recipe_rows,
     round_line,
@@ -214,3 +215,11 @@ def test_a_resumed_run_says_after_which_round(settings: Settings, console: Conso
     text, told = show({**settings, "resume-from": settings["run-directory"]}, console)
     assert "after round 2" in text
     assert told["finished"]["rounds"] == 3
+
+
+def test_what_a_site_says_of_its_machine_is_one_line_without_control_characters() -> None:
+    said = {"device": "CPU\x1b[2J\nround 9/9", "threads": 2, "precision": "float\u202e32"}
+    before = {"computed-before": "8 threads,\nproducts by \x07onednn"}
+    [(_, machine), (_, note)] = machine_rows([{**said, **before}])
+    assert machine == "CPU[2J round 9/9, 2 threads: float32"
+    assert note.startswith("1 site computed with 8 threads, products by onednn before")
