@@ -22,7 +22,7 @@ from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError
 from grandrounds.model import machine
 from grandrounds.site.custody import audit, policy
 from grandrounds.site.custody.own_base import base_folder, checked_base
-from grandrounds.site.custody.own_run import admit, localized, site_in_custody
+from grandrounds.site.custody.own_run import admit, in_whole_steps, localized, site_in_custody
 from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
@@ -103,11 +103,14 @@ def _answered(request: Request, function: Function) -> Message:
     run = request.run
 
     # 2. The run's configuration, and what it becomes at this site.
+    policy.check_keys(site, request.context.run_config)
     config = resolve(request.context.run_config)
     own = localized(site, config)
     partition_id(site.numbers, own)
 
     # 3. Approval, and the policy's verdicts that need no data.
+    policy.check_instruction(site, config, request.kind, request.instruction)
+    request.entry |= admit(site, config, own, None).as_dict()
 
     # 4. The base: known to the site, with the expected files.
     base = checked_base(site, config.model.name, state)
@@ -118,6 +121,7 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
+    own = in_whole_steps(own, len(examples.train))
     request.entry |= admit(site, config, own, len(examples.train)).as_dict()
     count(request)
 

@@ -19,6 +19,7 @@ from grandrounds.site.custody.own_data import own_site, own_split
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
+from grandrounds.wire.schedule import examples_of_a_visit
 
 
 def localized(site: SiteFile, config: Config) -> Config:
@@ -61,17 +62,36 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
 
 
-def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> policy.Asked:
-    """Return what a run requests of a site with this many training examples.
+def admit(site: SiteFile, config: Config, own: Config, num_examples: int | None) -> policy.Asked:
+    """Return what a run requests of a site.
+
+    Parameters
+    ----------
+    num_examples : int or None
+        Training examples of the site; None while they are not known, which leaves out what depends
+        on them.
 
     Raises
     ------
     PolicyError
         If the site's policy forbids it.
     """
-    asked = policy.asked_of(config, _targets(*specs(own)), num_examples)
+    here = dataclasses.replace(config, arguments=own.arguments)
+    asked = policy.asked_of(here, _targets(*specs(own)), num_examples)
     policy.check_run(site, asked, num_examples)
     return asked
+
+
+def in_whole_steps(own: Config, num_examples: int) -> Config:
+    """Return a site's configuration without the last step of a visit if it is a shorter one.
+
+    A visit of whole epochs ends with as many examples as are left, down to a single one, whose
+    gradient would be a step of its own.
+    """
+    steps, rest = divmod(examples_of_a_visit(own, num_examples), own.examples_per_step)
+    if own.arguments.max_steps > 0 or not rest or not steps:
+        return own
+    return dataclasses.replace(own, arguments=dataclasses.replace(own.arguments, max_steps=steps))
 
 
 @lru_cache(maxsize=8)
