@@ -9,6 +9,7 @@ GrandRoundsError            exit code 1, printed as one line, never as a traceba
 ├── RoundError              a round ended with fewer valid updates than required
 ├── ReplyError              one reply is invalid; the round continues without it
 ├── PolicyError             a site's own policy forbids what a run requests
+│   └── ApprovalError       the same until the site's operator has approved the recipe
 └── EngineError             Flower's runtime did not start, or ended without a result
 
 A message states what is wrong, the value received, what is allowed and what to do next.
@@ -59,6 +60,10 @@ class ReplyError(GrandRoundsError):
 
 class PolicyError(GrandRoundsError):
     """A site's own policy forbids what a run requests."""
+
+
+class ApprovalError(PolicyError):
+    """A site's operator has not approved the recipe of a run yet."""
 
 
 class EngineError(GrandRoundsError):

@@ -19,10 +19,18 @@ from flwr.app import Context, Error, Message, RecordDict
 from grandrounds.config.recipes import resolve
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError
-from grandrounds.model import machine
+from grandrounds.model import headroom, machine
 from grandrounds.site.custody import audit, policy
+from grandrounds.site.custody.approvals import check_approved
 from grandrounds.site.custody.own_base import base_folder, checked_base
-from grandrounds.site.custody.own_run import admit, in_whole_steps, localized, site_in_custody
+from grandrounds.site.custody.own_run import (
+    admit,
+    in_whole_steps,
+    localized,
+    shapes_at_rank,
+    site_in_custody,
+)
+from grandrounds.site.custody.received import check_received
 from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
@@ -111,6 +119,7 @@ def _answered(request: Request, function: Function) -> Message:
     # 3. Approval, and the policy's verdicts that need no data.
     policy.check_instruction(site, config, request.kind, request.instruction)
     request.entry |= admit(site, config, own, None).as_dict()
+    request.entry |= check_approved(site, state.folder, config, run)
 
     # 4. The base: known to the site, with the expected files.
     base = checked_base(site, config.model.name, state)
@@ -118,6 +127,7 @@ def _answered(request: Request, function: Function) -> Message:
     # 5. The same request again: its cached reply.
 
     # 6. Does the visit fit in memory?
+    headroom.check_fits(own)
 
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
@@ -126,10 +136,12 @@ def _answered(request: Request, function: Function) -> Message:
     count(request)
 
     # 8. The received adapter: plausible?
+    kept = state.load(run)
+    check_received(request, own, shapes_at_rank(own), kept)
 
     # 9. The visit.
     settled = machine.settled(own, request.instruction)
-    visit = Visit(request.message.content, state.load(run), settled, examples)
+    visit = Visit(request.message.content, kept, settled, examples)
     reply = visited(request, visit, function)
 
     # 10. What may be told of it.

@@ -19,6 +19,7 @@ from grandrounds.site.custody.own_data import own_site, own_split
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
+from grandrounds.wire.adapter import Shapes, at_rank
 from grandrounds.wire.schedule import examples_of_a_visit
 
 
@@ -77,7 +78,7 @@ def admit(site: SiteFile, config: Config, own: Config, num_examples: int | None)
         If the site's policy forbids it.
     """
     here = dataclasses.replace(config, arguments=own.arguments)
-    asked = policy.asked_of(here, _targets(*specs(own)), num_examples)
+    asked = policy.asked_of(here, _layout(*specs(own))[1], num_examples)
     policy.check_run(site, asked, num_examples)
     return asked
 
@@ -94,9 +95,16 @@ def in_whole_steps(own: Config, num_examples: int) -> Config:
     return dataclasses.replace(own, arguments=dataclasses.replace(own.arguments, max_steps=steps))
 
 
+def shapes_at_rank(own: Config) -> Shapes:
+    """Return the shapes of the whole adapter at the run's configured rank."""
+    return at_rank(_layout(*specs(own))[0], own.lora.peft_lora_r)
+
+
 @lru_cache(maxsize=8)
-def _targets(base: BaseSpec, lora: LoraSpec) -> tuple[str, ...]:
-    return tuple(adapter_layout(base.name, lora)[1])
+def _layout(base: BaseSpec, lora: LoraSpec) -> tuple[Shapes, tuple[str, ...]]:
+    """Return the shapes of the adapter on the base, and its target modules."""
+    shapes, targets = adapter_layout(base.name, lora)
+    return shapes, tuple(targets)
 
 
 def inventory(site: SiteFile) -> Iterator[str]:

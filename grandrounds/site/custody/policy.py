@@ -275,12 +275,14 @@ def check_instruction(site: SiteFile, config: Config, kind: str, said: ConfigRec
     ReplyError
         If either is missing in a message that trains.
     """
-    if kind != "train":
+    if kind == "query":
         return
-    number = messages.whole_number(said, "round", 1)
-    rate = messages.real_number(said, "learning-rate", 0.0, 1.0)
+    number = messages.whole_number(said, "round", int(kind == "train"))
     if number > (rounds := config.federation.num_server_rounds):
         raise PolicyError(f"{_forbids(site)}: round {number} of a run of {rounds} rounds.")
+    if kind != "train":
+        return
+    rate = messages.real_number(said, "learning-rate", 0.0, 1.0)
     planned = round_learning_rate_of(config, number)
     if not math.isclose(rate, planned, rel_tol=RATE_TOLERANCE):
         raise PolicyError(

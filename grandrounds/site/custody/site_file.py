@@ -104,6 +104,7 @@ class Agent:
     key: str
     client_ca: str
     max_message_mib: Annotated[int, Range(1, 2047)]
+    max_memory_mib: Annotated[int, Range(0)]
     num_threads: Annotated[int, Range(0, 1024)]
     torch_compile: bool
 

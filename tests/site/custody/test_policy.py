@@ -229,7 +229,9 @@ def test_a_message_may_instruct_only_the_learning_rate_of_the_schedule(site: Sit
 
     for number in range(1, 11):
         check(number, round_learning_rate_of(config, number))
-    check(99, 0.0, "evaluate")
+    check(10, 0.0, "evaluate")
+    with pytest.raises(PolicyError, match="round 11 of a run of 10 rounds"):
+        check(11, 0.0, "evaluate")
     with pytest.raises(PolicyError, match=r"learning rate of round 3 is 0\.002\d+ .* requested 0"):
         check(3, 0.0)
     with pytest.raises(PolicyError, match="round 11 of a run of 10 rounds"):
