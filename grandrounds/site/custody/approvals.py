@@ -125,7 +125,8 @@ class Approvals:
         return True
 
     def _write(self, recipe: Recipe) -> None:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self._folder.parent, self._folder):  # the agent's state is its user's alone
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         storage.write_json(self._folder / f"{recipe.sha256}.json", dataclasses.asdict(recipe))
 
 

@@ -167,8 +167,13 @@ class ReceivedAdapter:
             repeated since, by a resume.
         """
         first, last = sorted((before, self.after_round))
-        for factor in "AB":
-            bound = self.reach.value(factor, last) - self.reach.value(factor, max(0, first - 1))
+        bounds = {
+            factor: self.reach.value(factor, last) - self.reach.value(factor, max(0, first - 1))
+            for factor in "AB"
+        }
+        if not CODECS[self.config.communication.downlink_codec].exact:
+            bounds = dict.fromkeys(bounds, max(bounds.values()))  # a block may hold both factors
+        for factor, bound in bounds.items():
             for name in (name for name in self.adapter if factor_of(name) == factor):
                 moved = np.abs(self.adapter[name] - other[name])
                 allowed = bound + RELATIVE * np.abs(other[name]) + 1e-7
@@ -182,13 +187,17 @@ class ReceivedAdapter:
                     )
 
     def _check_products(self) -> None:
-        """Check the norm of each module's product, and of its A."""
+        """Check the norm of each module's product."""
+        rounding = ROUNDING.get(self.config.communication.downlink_codec, 0.0)
         for module in modules(self.adapter):
             a = self.adapter[module + A].astype(np.float64)  # (rank, in-features)
             b = self.adapter[module + B].astype(np.float64)  # (out-features, rank)
             norm = math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
             shape = self.shapes[module + A]
             most = self.reach.product(self.after_round, (shape[0], shape[1]), len(b))
+            noise = rounding * max(float(np.abs(a).max()), float(np.abs(b).max()))
+            most += noise * math.sqrt(b.size) * float(np.linalg.norm(a))
+            most += noise * math.sqrt(a.size) * float(np.linalg.norm(b))
             if norm > most:
                 raise PolicyError(
                     self._told(

@@ -68,8 +68,8 @@ class Honest:
     seed: int
     """Draws the sites' changes."""
     mood: str
-    """`aligned`: every value moves its whole reach in one direction; `random`: each visit in its
-    own; `sparse`: most values hardly move; `steady`: part common to all sites, part their own."""
+    """`aligned`: every value moves nearly its whole reach in one direction; `random`: each visit in
+    its own; `sparse`: most values hardly move; `steady`: in part common to all sites."""
 
     def __post_init__(self) -> None:
         self.shapes = layout(self.config.lora.peft_lora_r)
@@ -130,7 +130,7 @@ class Honest:
             )
             own = self.draw.uniform(-1, 1, tensor.shape)
             moves = {
-                "aligned": lambda common=common: common,
+                "aligned": lambda common=common, own=own: common * (1 - 0.01 * np.abs(own)),
                 "random": lambda own=own: own,
                 "steady": lambda common=common, own=own: 0.7 * common + 0.3 * own,
                 "sparse": lambda own=own: np.sign(own) * np.abs(own) ** 12,
