@@ -118,7 +118,7 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 3. Approval, and the policy's verdicts that need no data.
     policy.check_instruction(site, config, request.kind, request.instruction)
-    request.entry |= admit(site, config, own, None).as_dict()
+    request.entry |= policy.check_recipe(site, config).as_dict()
     request.entry |= check_approved(site, state.folder, config, run)
 
     # 4. The base: known to the site, with the expected files.

@@ -63,14 +63,8 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
 
 
-def admit(site: SiteFile, config: Config, own: Config, num_examples: int | None) -> policy.Asked:
-    """Return what a run requests of a site.
-
-    Parameters
-    ----------
-    num_examples : int or None
-        Training examples of the site; None while they are not known, which leaves out what depends
-        on them.
+def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> policy.Asked:
+    """Return what a run requests of a site with this many training examples.
 
     Raises
     ------

@@ -123,6 +123,9 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
     )
 
 
+CHOSEN_BY_BASE = (("auto",), ("all-linear",))
+"""Target modules that only the base's architecture names."""
+
 Measure = Callable[[Asked], float | None]
 
 AT_LEAST: dict[str, Measure] = {
@@ -188,6 +191,21 @@ def check_known(site: SiteFile, name: str) -> None:
             f"{_forbids(site)}: it requests the base {name!r}, but the site's bases are "
             f"{', '.join(map(repr, site.bases))}.{nearest(name, site.bases)}"
         )
+
+
+def check_recipe(site: SiteFile, config: Config) -> Asked:
+    """Return what a run requests, checked as far as that needs neither base nor data.
+
+    Raises
+    ------
+    PolicyError
+        With all reasons, if the site's policy forbids it.
+    """
+    check_known(site, config.model.name)
+    targets = words_of(config.lora.target_modules)
+    asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
+    check_run(site, asked, None)
+    return asked
 
 
 def check_run(site: SiteFile, asked: Asked, num_examples: int | None) -> None:

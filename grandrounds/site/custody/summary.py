@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
-from grandrounds.errors import GrandRoundsError
+from grandrounds.errors import PolicyError
+from grandrounds.site.custody import policy
 from grandrounds.site.custody.approvals import SHORT, Recipe
 from grandrounds.site.custody.site_file import SiteFile
 
@@ -51,13 +52,10 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
 def objection(site: SiteFile, recipe: Recipe) -> str:
     """Return why the site's policy refuses a recipe all the same; empty if it does not.
 
-    What depends on the number of the site's examples is left out.
+    What depends on the base or on the number of the site's examples is left out.
     """
-    from grandrounds.site.custody.own_run import admit, localized
-
-    config = recipes.resolve(recipe.values)
     try:
-        admit(site, config, localized(site, config), None)
-    except GrandRoundsError as error:
+        policy.check_recipe(site, recipes.resolve(recipe.values))
+    except PolicyError as error:
         return str(error)
     return ""
