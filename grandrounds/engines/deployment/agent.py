@@ -19,6 +19,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
@@ -28,8 +29,8 @@ from grandrounds.client_app import VISITS
 from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import ConfigError, GrandRoundsError, ReplyError, first_line
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit
 from grandrounds.site.custody import frames as wire
+from grandrounds.site.custody import refusals
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.wire import messages
@@ -63,7 +64,8 @@ class Agent:
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._open: set[socket.socket] = set()
         self._stopping = threading.Event()
-        SiteState(self._folder).close()  # fails now if the folder is unusable
+        with closing(SiteState(self._folder)) as state:  # fails now if the folder is unusable
+            state.tidy()
 
     @property
     def _folder(self) -> Path:
@@ -156,12 +158,15 @@ class Agent:
             self._told(f"{kind}, round {number}: crashed: {type(error).__name__}: {error}")
             reason = f"the site's agent crashed ({type(error).__name__}); see its log"
             return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
-        self._told(f"{kind}, round {number}: {outcome_of(reply)}")
+        if (outcome := outcome_of(reply)) != refusals.TOLD:  # else its log could be flooded
+            self._told(f"{kind}, round {number}: {outcome}")
         return reply
 
     def _refuse(self, reason: str) -> None:
-        self._told(f"refused: {reason}")
-        audit.write(self._folder, {"asked": "", "outcome": "refused", "reason": reason})
+        line = {"run": "", "asked": "", "outcome": "refused", "reason": reason}
+        with closing(SiteState(self._folder)) as state:
+            if refusals.recorded(state, "", line):
+                self._told(f"refused: {reason}")
 
 
 def hang_up(connection: socket.socket) -> None:

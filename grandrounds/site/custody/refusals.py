@@ -61,5 +61,15 @@ def record(state: SiteState, run: str, line: Mapping[str, Any]) -> None:
     )
 
 
+def recorded(state: SiteState, run: str, line: Mapping[str, Any]) -> bool:
+    """Record a refusal unless the window is full; return whether its line was written."""
+    try:
+        check(state, run)
+    except ThrottledError:
+        return False
+    record(state, run, line)
+    return True
+
+
 def _bucket(state: SiteState, run: str) -> str:
     return run if run and in_progress(state, run) else ""
