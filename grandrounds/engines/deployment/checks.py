@@ -134,36 +134,35 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
     split = None
     with suppress(GrandRoundsError):  # already reported under data
         split = own_split(site)
-    with closing(SiteState(site.place(site.agent.state))) as state:
-        for name, base in site.bases.items():
-            try:
-                found = base_sha256(site, name, state)
-                tokenizer = tokenizer_of(base_location(site, name))
-            except GrandRoundsError as error:
-                yield Finding("error", f"base {name}", str(error))
-                continue
-            if base.sha256 and base.sha256 != found:
-                yield Finding(
-                    "error",
-                    f"base {name}",
-                    f"sha256 = {base.sha256} in {site.path.name}, but that of its files is {found}",
-                )
-            else:
-                known = "as in site.toml" if base.sha256 else "not compared: none in site.toml"
-                yield Finding("ok", f"base {name}", f"sha256 {found}, {known}")
-            if split is None:
-                continue
-            length = config.train.seq_length
-            done = tokenize_examples(split.train, tokenizer, config.data.prompt_template, length)
-            tokens = [len(e.input_ids) for e in done.examples] or [0]
+    for name, base in site.bases.items():
+        try:
+            found = base_sha256(site, name)
+            tokenizer = tokenizer_of(base_location(site, name))
+        except GrandRoundsError as error:
+            yield Finding("error", f"base {name}", str(error))
+            continue
+        if base.sha256 and base.sha256 != found:
             yield Finding(
-                "ok" if done.examples else "error",
-                f"tokens under {name}",
-                f"median {statistics.median(tokens):.0f} per example, maximum {max(tokens)}; "
-                f"{done.truncated:,} answers truncated at {length}, {done.unlearnable:,} questions "
-                "leave no room for an answer",
+                "error",
+                f"base {name}",
+                f"sha256 = {base.sha256} in {site.path.name}, but that of its files is {found}",
             )
-            yield from _memory(site, config, name)
+        else:
+            known = "as in site.toml" if base.sha256 else "not compared: none in site.toml"
+            yield Finding("ok", f"base {name}", f"sha256 {found}, {known}")
+        if split is None:
+            continue
+        length = config.train.seq_length
+        done = tokenize_examples(split.train, tokenizer, config.data.prompt_template, length)
+        tokens = [len(e.input_ids) for e in done.examples] or [0]
+        yield Finding(
+            "ok" if done.examples else "error",
+            f"tokens under {name}",
+            f"median {statistics.median(tokens):.0f} per example, maximum {max(tokens)}; "
+            f"{done.truncated:,} answers truncated at {length}, {done.unlearnable:,} questions "
+            "leave no room for an answer",
+        )
+        yield from _memory(site, config, name)
 
 
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
