@@ -181,7 +181,7 @@ def test_a_node_whose_key_was_revoked_is_not_called_and_loses_its_place() -> Non
     asked = len(sites.seen)
     assert refreshed(roster, grid) == {}
     assert len(sites.seen) == asked
-    with pytest.raises(EngineError, match="^2 nodes .*, beside 1 whose key was revoked"):
+    with pytest.raises(EngineError, match=r"^2 nodes .*, beside 1 whose key was revoked"):
         roster.wait(grid, 0)
 
 

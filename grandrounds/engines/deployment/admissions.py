@@ -9,10 +9,10 @@ Everything that the authority signs has a serial, which only grows.
 from __future__ import annotations
 
 import datetime
+import fcntl
+import os
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock
 
 from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
@@ -200,7 +200,9 @@ def timestamp(later: datetime.timedelta = datetime.timedelta()) -> str:
 def _next_serial(folder: Path) -> int:
     """Return the next serial of a consortium, and record it."""
     file = folder / SERIAL
-    with FileLock(folder / ".serial.lock"):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         text = file.read_text().strip() if file.is_file() else "0"
         if not text.isdecimal():
             raise ConfigError(
@@ -208,4 +210,6 @@ def _next_serial(folder: Path) -> int:
                 "files in admissions."
             )
         storage.write_text(file, f"{int(text) + 1}\n")
+    finally:
+        os.close(handle)  # and with it the lock
     return int(text) + 1
