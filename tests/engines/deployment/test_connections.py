@@ -24,8 +24,11 @@ from tests.engines.deployment.test_agent import at, context_of, question, servin
 from tests.own_sites import make_site
 from tests.runs import Settings
 
-ANSWER_BYTES = 16 * 2**20
+ANSWER_BYTES = 2**20
 """More than a socket's buffers hold."""
+
+PROMPT_SECONDS = 5.0
+"""What an honest request may take on a loaded machine; it takes 0.05 s on an idle one."""
 
 
 def large_answer(message: Message, context: Context) -> Message:
@@ -70,7 +73,7 @@ def test_a_client_that_never_reads_delays_nobody(settings: Settings, site: SiteF
         for _ in range(3):
             connected(site, stack, request)
         time.sleep(0.3)  # their answers are ready, and nobody reads them
-        assert seconds_of_an_honest_request(site, settings) < 2
+        assert seconds_of_an_honest_request(site, settings) < PROMPT_SECONDS
 
 
 def test_answers_that_nobody_reads_take_no_more_than_their_share_of_memory(
@@ -81,7 +84,7 @@ def test_answers_that_nobody_reads_take_no_more_than_their_share_of_memory(
     with answering(site), ExitStack() as stack:
         deaf = [connected(site, stack, request)]
         for _ in range(3):
-            assert seconds_of_an_honest_request(site, settings) < 2
+            assert seconds_of_an_honest_request(site, settings) < PROMPT_SECONDS
             deaf.append(connected(site, stack, request))
         time.sleep(0.5)
         received = b""
@@ -97,7 +100,7 @@ def test_idle_connections_delay_nobody(settings: Settings, site: SiteFile, count
         for _ in range(count):
             with contextlib.suppress(ConnectionError):
                 connected(site, stack)
-        assert seconds_of_an_honest_request(site, settings) < 2
+        assert seconds_of_an_honest_request(site, settings) < PROMPT_SECONDS
 
 
 @pytest.mark.parametrize("count", [4, 50])
@@ -120,7 +123,7 @@ def test_slow_senders_delay_nobody_and_are_dropped(
         thread = threading.Thread(target=drip)
         thread.start()
         try:
-            assert seconds_of_an_honest_request(site, settings) < 2
+            assert seconds_of_an_honest_request(site, settings) < PROMPT_SECONDS
             assert [c.recv(1) for c in slow] == [b""] * count  # closed by the agent
         finally:
             stop.set()
@@ -141,7 +144,7 @@ def test_half_sent_requests_give_their_memory_to_one_that_needs_it(
             connected(site, stack, half_sent)
         started = time.monotonic()
         reply = agent_client.forward(Message(messages.content(config=large), 1, "query"), context)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < PROMPT_SECONDS
     messages.raise_failure(reply)
 
 
