@@ -50,5 +50,5 @@ def take_over(table: sqlite3.Connection, folder: Path, states: str, now: float) 
         for moment, run, number in table.execute("select time, run, round from visits").fetchall():
             table.execute("insert into visit_log values (?, ?, ?)", (at(moment), run, number))
         table.execute("drop table visits")
-    if "questions" in names:
-        table.execute("drop table questions")
+    table.execute("drop table if exists questions")
+    table.execute("drop table if exists hashes")

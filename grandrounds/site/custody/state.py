@@ -14,7 +14,6 @@ from pathlib import Path
 
 from grandrounds.errors import ConfigError, first_line
 from grandrounds.site.custody import earlier_state
-from grandrounds.site.custody.base_content import FileVersion, Known
 from grandrounds.site.custody.clock import Reading, first_reading, next_reading
 
 FILE = "site.sqlite"
@@ -50,10 +49,6 @@ create table if not exists grants (at real not null, run text not null);
 create table if not exists refusals (
     bucket text primary key, since real not null, refused integer not null,
     unlogged integer not null
-);
-create table if not exists hashes (
-    path text not null, size integer not null, modified integer not null, sha256 text not null,
-    primary key (path, size, modified)
 );
 """
 
@@ -144,11 +139,6 @@ class SiteState:
                 if old and f"{file.parent.name}/{file.name}" not in named:
                     file.unlink()
 
-    @property
-    def hashes(self) -> Known:
-        """Hashes of files that were read before."""
-        return _Hashes(self.table)
-
     def _make_tables(self) -> None:
         if self.count("pragma user_version") >= VERSION:
             return
@@ -157,19 +147,3 @@ class SiteState:
         with self.lasting() as table:
             earlier_state.take_over(table, self.folder, STATES, self.now())
             table.execute(f"pragma user_version = {VERSION}")
-
-
-class _Hashes:
-    """The table of hashes, as a cache by file."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def get(self, key: FileVersion) -> str | None:
-        query = "select sha256 from hashes where path = ? and size = ? and modified = ?"
-        row = self._connection.execute(query, key).fetchone()
-        return None if row is None else str(row[0])
-
-    def __setitem__(self, key: FileVersion, value: str) -> None:
-        self._connection.execute("delete from hashes where path = ?", (key[0],))
-        self._connection.execute("insert into hashes values (?, ?, ?, ?)", (*key, value))
