@@ -9,7 +9,8 @@ GrandRoundsError            exit code 1, printed as one line, never as a traceba
 ├── RoundError              a round ended with fewer valid updates than required
 ├── ReplyError              one reply is invalid; the round continues without it
 ├── PolicyError             a site's own policy forbids what a run requests
-│   └── ApprovalError       the same until the site's operator has approved the recipe
+│   ├── ApprovalError       a site's operator has not approved the run's recipe yet
+│   └── ThrottledError      a site has refused so much that it reads no more for a while
 └── EngineError             Flower's runtime did not start, or ended without a result
 
 A message states what is wrong, the value received, what is allowed and what to do next.
@@ -64,6 +65,10 @@ class PolicyError(GrandRoundsError):
 
 class ApprovalError(PolicyError):
     """A site's operator has not approved the recipe of a run yet."""
+
+
+class ThrottledError(PolicyError):
+    """A site has refused so many messages that it reads no more of them for a while."""
 
 
 class EngineError(GrandRoundsError):

@@ -19,8 +19,9 @@ from grandrounds.wire.names import NAME, SiteNames, clean_name, names_of
 
 _log = logging.getLogger("grandrounds")
 
-APPROVAL_SECONDS = 15.0
-"""Wait before a site that waits for its operator's approval is asked again."""
+APPROVAL_SECONDS, LONGEST_APPROVAL_SECONDS = 15.0, 120.0
+"""First wait before a site that waits for its operator's approval is asked again, and the longest;
+each is twice the one before it, since a site reads few messages of a run that it refuses."""
 
 REFRESH_SECONDS = 60.0
 """Maximum wait before a round for introductions of new or returning sites."""
@@ -76,6 +77,8 @@ class Roster:
     """Returns partition id → node of the admitted sites, where the node is known."""
     admitted_names: Callable[[], Mapping[int, str]] = dict
     """Returns partition id → name in its admission, which replaces what a site calls itself."""
+    revoked: Callable[[], Mapping[int, str]] = dict
+    """Returns node → reason, for the nodes whose key was revoked: they are not called."""
     introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Partition id → introduction of every site that ever took part."""
     cards: dict[int, SiteCard] = field(default_factory=dict)
@@ -106,7 +109,7 @@ class Roster:
         """
         least = self.min_sites or self.num_sites
         started = time.monotonic()
-        while len(nodes := sorted(grid.get_node_ids())) < self.num_sites:
+        while len(nodes := sorted(self._connected(grid))) < self.num_sites:
             if (waited := time.monotonic() - started) > seconds:
                 break
             time.sleep(pause(waited))
@@ -120,6 +123,8 @@ class Roster:
             "start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or allow the "
             "run to start without some (strategy.min-sites)."
         )
+        if turned_away := set(self.revoked()) & set(grid.get_node_ids()):
+            found += f", beside {len(turned_away)} whose key was revoked"
         if missing := [p for p, node in self.admitted().items() if node not in nodes]:
             named = ", ".join(map(self.names.with_number, missing))
             raise EngineError(f"{found}. Missing: {named}; {advice}")
@@ -127,6 +132,10 @@ class Roster:
             f"{found}. With flwr run, add --federation-config 'num-supernodes={self.num_sites}', "
             f"or set data.num-partitions = {len(nodes)}. Real sites: {advice}"
         )
+
+    def _connected(self, grid: Grid) -> set[int]:
+        """Return the connected nodes, without those whose key was revoked."""
+        return set(grid.get_node_ids()) - set(self.revoked())
 
     def call(
         self,
@@ -181,7 +190,7 @@ class Roster:
         self, exchange: Exchange, nodes: Sequence[int], seconds: float, approval_seconds: float
     ) -> Iterator[tuple[int, Message]]:
         """Yield (node, reply); a site that waits for its operator's approval is asked again."""
-        started, asked = time.monotonic(), list(nodes)
+        started, asked, pause_seconds = time.monotonic(), list(nodes), APPROVAL_SECONDS
         while asked:
             waiting = []
             for node, reply in exchange.replies(self._questions(asked, exchange), seconds, set()):
@@ -191,13 +200,14 @@ class Roster:
                 else:
                     yield node, reply
             if waiting:
-                if len(asked) == len(nodes):
+                if pause_seconds == APPROVAL_SECONDS:
                     _log.warning(
                         "%s waiting for approval by the site's operator, for %.0f s at most",
                         counted(len(waiting), "site"),
                         approval_seconds,
                     )
-                time.sleep(min(APPROVAL_SECONDS, left))
+                time.sleep(max(0.0, min(pause_seconds, left)))
+                pause_seconds = min(2 * pause_seconds, LONGEST_APPROVAL_SECONDS)
             asked = waiting
 
     def refresh(self, exchange: Exchange) -> dict[int, str]:
@@ -212,9 +222,12 @@ class Roster:
         """
         cards, admitted, names = self.cards, self.admitted(), self.admitted_names()
         known = {card.node_id: partition for partition, card in cards.items()}
-        connected = set(exchange.grid.get_node_ids())
+        connected = self._connected(exchange.grid)
+        revoked = self.revoked()
+        refused = {p: revoked[node] for node, p in known.items() if node in revoked}
+        for partition in refused:
+            del cards[partition]
         asked = sorted(n for n in connected if n not in known or known[n] in self.suspected)
-        refused: dict[int, str] = {}
         seconds = min(exchange.timeout_seconds, REFRESH_SECONDS)
         for node, reply in exchange.replies(self._questions(asked, exchange), seconds, set()):
             partition = known.get(node, -1)
