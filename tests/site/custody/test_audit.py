@@ -1,4 +1,4 @@
-"""The audit log is a chain over all its files: a changed line is found, a power cut breaks nothing."""
+"""The audit log is a chain over all its files: changes are found, a power cut breaks nothing."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def test_each_line_carries_the_hash_of_the_line_before(tmp_path: Path) -> None:
     ids=["changed", "removed", "swapped", "beginning removed", "inserted", "blank inserted"],
 )
 def test_a_line_that_is_changed_afterwards_is_found(
-    tmp_path: Path, harm: object, told: str
+    tmp_path: Path, harm: Callable[[list[str]], list[str]], told: str
 ) -> None:
     file = filled(tmp_path, 4)
-    harmed = harm(file.read_text().splitlines())  # type: ignore[operator]
+    harmed = harm(file.read_text().splitlines())
     file.write_text("".join(f"{line}\n" for line in harmed))
     assert told in " ".join(audit.verified(tmp_path).broken)
 
