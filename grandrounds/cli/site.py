@@ -112,7 +112,7 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
     site = read_site_file(config)
     quiet_libraries()
     from grandrounds.engines.deployment.agent import Agent
-    from grandrounds.site.custody.answer import inventory
+    from grandrounds.site.custody.own_run import inventory
 
     def tell(line: str) -> None:
         say(f"grandrounds: {line}")

@@ -25,8 +25,9 @@ from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
-from grandrounds.site.custody.answer import admit, base_location, base_sha256, localized
+from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_split
+from grandrounds.site.custody.own_run import admit, localized, site_in_custody
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import tokenizer_of
@@ -167,7 +168,8 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
 
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Whether the policy admits such a run."""
-    asked = admit(site, config, localized(site, config), "")
+    own = localized(site, config)
+    asked = admit(site, config, own, len(site_in_custody(site, own, "").train))
     yield Finding(
         "ok",
         "recipe",

@@ -107,7 +107,7 @@ def test_a_base_of_this_machine_needs_no_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from grandrounds.config.bases import FOLDER_VARIABLE, REAL_BASE
-    from grandrounds.site.custody.answer import base_folder, base_location, base_sha256
+    from grandrounds.site.custody.own_base import base_folder, base_location, base_sha256
     from grandrounds.site.custody.state import SiteState
 
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "bases"))

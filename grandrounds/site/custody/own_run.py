@@ -1,0 +1,96 @@
+"""A run as its site sees it: the run's configuration with the site's own base, threads and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from functools import lru_cache
+
+from grandrounds.config.keys import Config
+from grandrounds.errors import DataError, OwnDataError
+from grandrounds.model.base import BaseSpec
+from grandrounds.model.lora import LoraSpec, adapter_layout
+from grandrounds.model.machine import specs
+from grandrounds.site.custody import policy
+from grandrounds.site.custody.own_base import base_location, base_sha256
+from grandrounds.site.custody.own_data import own_site, own_split
+from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.site.custody.state import SiteState
+from grandrounds.site.local_data import Site
+
+
+def localized(site: SiteFile, config: Config) -> Config:
+    """Return a run's configuration with the site's own base and threads.
+
+    Raises
+    ------
+    PolicyError
+        If the site has no base of that name.
+    """
+    policy.check_known(site, config.model.name)
+    threads = site.agent.num_threads or min(config.train.num_threads, os.cpu_count() or 1)
+    compiles = config.arguments.torch_compile and site.agent.torch_compile
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, name=base_location(site, config.model.name)),
+        train=dataclasses.replace(config.train, num_threads=threads),
+        arguments=dataclasses.replace(config.arguments, torch_compile=compiles),
+        static=dataclasses.replace(config.static, name=f"the data of {site.name}"),
+    )
+
+
+def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
+    """Return the site's examples for a run with this configuration.
+
+    Raises
+    ------
+    OwnDataError
+        If they cannot be read. The reason may quote a row or a query, so it is only in the
+        error's cause, which stays at the site.
+    """
+    try:
+        found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
+    except DataError as error:
+        raise OwnDataError(
+            f"The data of site {site.name!r} cannot be used; its audit log says why."
+        ) from error
+    if site.policy.report_held_out_loss:
+        return found
+    return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
+
+
+def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> policy.Asked:
+    """Return what a run requests of a site with this many training examples.
+
+    Raises
+    ------
+    PolicyError
+        If the site's policy forbids it.
+    """
+    asked = policy.asked_of(config, _targets(*specs(own)), num_examples)
+    policy.check_run(site, asked, num_examples)
+    return asked
+
+
+@lru_cache(maxsize=8)
+def _targets(base: BaseSpec, lora: LoraSpec) -> tuple[str, ...]:
+    return tuple(adapter_layout(base.name, lora)[1])
+
+
+def inventory(site: SiteFile) -> Iterator[str]:
+    """Yield a description of the site's examples and of each base with its hash.
+
+    Raises
+    ------
+    GrandRoundsError
+        If data or a base cannot be read, or a base differs from the hash in the site's file.
+    """
+    report = own_split(site).report
+    yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
+    with closing(SiteState(site.place(site.agent.state))) as state:
+        for name in site.bases:
+            digest = base_sha256(site, name, state)
+            policy.check_base(site, name, digest)
+            yield f"base {name}: sha256 {digest}"

@@ -1,0 +1,90 @@
+"""A message to a site's custody, as far as it can be read without work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message
+
+from grandrounds.errors import ReplyError
+from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.site.custody.state import SiteState
+from grandrounds.wire import messages
+
+RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
+
+
+@dataclass
+class Request:
+    """One message, the site that it is for, and the line of the audit log that it leaves."""
+
+    site: SiteFile
+    """The site's file, read for this message."""
+    state: SiteState
+    """The site's state, open."""
+    message: Message
+    """What the server sent."""
+    context: Context
+    """Flower's context; its `run_config` is the run's configuration, not yet resolved."""
+    entry: dict[str, Any] = field(default_factory=dict)
+    """The audit log's line; each step adds what it learns."""
+
+    def __post_init__(self) -> None:
+        self.entry |= _question(self.message, self.context)
+
+    @property
+    def kind(self) -> str:
+        """The message's type: a key of `client_app.VISITS`."""
+        return self.message.metadata.message_type
+
+    @property
+    def is_visit(self) -> bool:
+        """Whether it trains or evaluates; otherwise it is a roll call."""
+        return self.kind != "query"
+
+    @property
+    def instruction(self) -> ConfigRecord:
+        """The server's instruction that comes with the tensors."""
+        return messages.instruction_of(self.message.content)
+
+    @property
+    def round(self) -> int:
+        """The round, for the audit log and counters; 0 if it is missing or not an integer."""
+        return int(self.entry["round"])
+
+    @cached_property
+    def run(self) -> str:
+        """The key by which a site identifies a run; a resume keeps it.
+
+        Raises
+        ------
+        ReplyError
+            If it is missing or malformed.
+        """
+        key = self.instruction.get(messages.RUN)
+        if not isinstance(key, str) or not RUN_KEY.fullmatch(key):
+            raise ReplyError(f"run is {str(key)[:40]!r}, not a key of up to 32 hex digits")
+        return key
+
+
+def _question(message: Message, context: Context) -> dict[str, Any]:
+    """Return the audit log's entry for a message, before it is processed."""
+    record: Mapping[str, Any] = messages.instruction_of(message.content)
+    number = record.get("round")
+    return {
+        "run": str(record.get(messages.RUN, ""))[:40],
+        "flower-run": str(context.run_id),
+        "round": number if isinstance(number, int) else 0,
+        "asked": message.metadata.message_type,
+        **{name: _number(record[name]) for name in ("cursor", "learning-rate") if name in record},
+        "bytes-in": sum(size for _, size in messages.tensor_sizes(message)),
+    }
+
+
+def _number(value: object) -> object:
+    """Return a number; anything else as its repr, shortened."""
+    return value if isinstance(value, int | float) else repr(value)[:40]
