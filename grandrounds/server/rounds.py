@@ -156,7 +156,7 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
             parcel,
             {
                 "learning-rate": now.learning_rate,
-                "cursor": state.cursors.get(p, 0),
+                **_cursor(run, p),
                 **cards[p].arithmetic,
             },
         )
@@ -194,6 +194,16 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
         tally.good.pop(site, None)
     run.sender.settle(parcels, tally.good)
     return tally
+
+
+def _cursor(run: Run, site: int) -> dict[str, int]:
+    """Return the example at which a site continues; empty for one that keeps its own cursor."""
+    known = run.state.cursors
+    return (
+        {}
+        if run.roster.cards[site].in_custody and site not in known
+        else {"cursor": known.get(site, 0)}
+    )
 
 
 def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, Any]]:

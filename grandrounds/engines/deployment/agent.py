@@ -27,9 +27,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from grandrounds.client_app import VISITS
 from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import ConfigError, GrandRoundsError, ReplyError, first_line
-from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit
+from grandrounds.site.custody import audit, faults
 from grandrounds.site.custody import frames as wire
+from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.wire import messages
@@ -148,14 +148,15 @@ class Agent:
             reason = f"{kind[:40]!r} is not a message type of a site: {', '.join(self._visits)}"
             self._refuse(reason)
             return Message(messages.failure(ReplyError(reason)), reply_to=message)
-        context.node_config = {custody.SITE: str(self._site.path)}
+        context.node_config = {SITE: str(self._site.path)}
         number = re.sub(r"[^\w.-]", "", message.metadata.group_id)[:20]
         try:
             reply = self._visits[kind](message, context)
-        except Exception as error:  # details stay at the site; the server learns the type only
-            self._told(f"{kind}, round {number}: crashed: {type(error).__name__}: {error}")
-            reason = f"the site's agent crashed ({type(error).__name__}); see its log"
-            return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
+        except Exception as error:  # its text may quote data: neither the journal nor the server
+            why = faults.written(error, with_text=self._site.agent.log_errors_with_text)
+            self._told(f"{kind}, round {number}: crashed: {why['error']} at {why['where']}")
+            audit.write(self._folder, {"asked": kind, "outcome": "crashed", **why})
+            return Message(Error(CLIENT_APP_RAISED, faults.told(error)), reply_to=message)
         self._told(f"{kind}, round {number}: {outcome_of(reply)}")
         return reply
 

@@ -264,4 +264,5 @@ def table() -> list[tuple[str, str, str, str]]:
     ]
     scores = f"`{exam[0].name}` and {len(exam) - 1} more"
     rows.append((EXAM, scores, _HOW[AS_IT_IS], exam[0].meaning))
-    return [*rows, *(("any", f"`{name}`", _HOW[AS_IT_IS], told) for name, told in FAILURE.items())]
+    rows += [("any", f"`{name}`", _HOW[AS_IT_IS], meaning) for name, meaning in FAILURE.items()]
+    return [*rows, ("any", "Flower's `Error`", _HOW[AS_IT_IS], "kind of an unexpected error")]
