@@ -90,8 +90,10 @@ def inventory(site: SiteFile) -> Iterator[str]:
     try:
         report = own_split(site).report
     except DataError as error:
-        raise OwnDataError(
-            f"The data of site {site.name!r} cannot be used: grandrounds site check says why."
+        place = site.data.source or "the database"
+        raise OwnDataError(  # printed into the journal: the reason may quote a row
+            f"The data of site {site.name!r} ({place}) cannot be used: grandrounds site check says "
+            "why."
         ) from error
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
     with closing(SiteState(site.place(site.agent.state))) as state:
