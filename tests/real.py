@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from grandrounds.config import recipes
-from grandrounds.engines.deployment import admissions, set_up
+from grandrounds.engines.deployment import admissions, joining, set_up
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
 from grandrounds.engines.simulation import MARKER, end_processes
@@ -137,9 +137,7 @@ class Consortium:
         (folder / "site.toml").write_text(text)
         count = int(settings["data.num-partitions"])
         admission = admissions.admit(self.home, folder / "request.json", i, count)
-        admissions.join(
-            read_site_file(folder / "site.toml"), admission, self.home / "authority.pub"
-        )
+        joining.join(read_site_file(folder / "site.toml"), admission, self.home / "authority.pub")
         if not self.gate:
             text = (folder / "site.toml").read_text()
             address = f"{self.host}:{self.port + 1}"

@@ -61,9 +61,9 @@ def join(
     config: SiteToml = Path("site.toml"),
 ) -> None:
     """Apply an admission: server address, certificate authority and partition id."""
-    from grandrounds.engines.deployment import admissions, keys
+    from grandrounds.engines.deployment import joining, keys
 
-    consortium, site = admissions.join(read_site_file(config), admission, authority)
+    consortium, site = joining.join(read_site_file(config), admission, authority)
     trusted = keys.read_public_text(authority.read_text())
     say(
         f"admitted to {consortium!r} as site {site.node.partition_id} of "
@@ -73,6 +73,23 @@ def join(
         "agent:     " + f"grandrounds site serve --config {config}",
         "SuperNode: " + start_command(site),
         f"units: {config.absolute().parent / 'agent.service'}, supernode.service",
+    )
+
+
+@app.command()
+def rotate_key(config: SiteToml = Path("site.toml")) -> None:
+    """Write a new node key and a request for it, signed by both keys; join puts it in place."""
+    from grandrounds.engines.deployment import joining, keys
+
+    site = read_site_file(config)
+    request = joining.rotate_key(site)
+    key = keys.read_private_key(request.with_name(joining.NEXT_KEY)).public_key()
+    say(
+        f"new node key: {keys.fingerprint(key)}; the present one stays in use until site join",
+        f"1. send {request} to the consortium, and tell it the fingerprint over another channel",
+        "2. with the admission: grandrounds site join ADMISSION --authority authority.pub "
+        f"--config {config}",
+        "3. restart the SuperNode",
     )
 
 

@@ -115,7 +115,7 @@ def _answered(request: Request, function: Function) -> Message:
     # 3. Approval, and the policy's verdicts that need no data.
 
     # 4. The base: known to the site, with the expected files.
-    base = checked_base(site, config.model.name, state)
+    base = checked_base(site, config.model.name)
 
     # 5. The same request again: its cached reply.
 

@@ -11,7 +11,6 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from grandrounds.errors import ConfigError, first_line
-from grandrounds.site.custody.base_content import FileVersion, Known
 
 FILE = "site.sqlite"
 DAY_SECONDS = 24 * 3600
@@ -24,10 +23,6 @@ pragma synchronous = full;
 create table if not exists runs (run text primary key, state blob not null, time real not null);
 create table if not exists visits (time real not null, run text not null, round integer not null);
 create table if not exists questions (time real not null);
-create table if not exists hashes (
-    path text not null, size integer not null, modified integer not null, sha256 text not null,
-    primary key (path, size, modified)
-);
 """
 
 
@@ -107,25 +102,3 @@ class SiteState:
         since = time.time() - DAY_SECONDS
         query = "select count(*) from visits where time > ?"
         return int(self._connection.execute(query, (since,)).fetchone()[0])
-
-    @property
-    def hashes(self) -> Known:
-        """Hashes of files that were read before."""
-        return _Hashes(self._connection)
-
-
-class _Hashes:
-    """The table of hashes, as a cache by file."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def get(self, key: FileVersion) -> str | None:
-        query = "select sha256 from hashes where path = ? and size = ? and modified = ?"
-        row = self._connection.execute(query, key).fetchone()
-        return None if row is None else str(row[0])
-
-    def __setitem__(self, key: FileVersion, value: str) -> None:
-        with self._connection:
-            self._connection.execute("delete from hashes where path = ?", (key[0],))
-            self._connection.execute("insert into hashes values (?, ?, ?, ?)", (*key, value))

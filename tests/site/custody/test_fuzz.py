@@ -44,23 +44,15 @@ def framed(context: bytes, message: bytes) -> bytes:
     return wire.REQUEST + struct.pack(">II", len(context), len(message)) + context + message
 
 
-class Pipe:
-    """A connection that holds these bytes and no more."""
-
-    def __init__(self, content: bytes) -> None:
-        self._content = content
-
-    def recv(self, count: int) -> bytes:
-        """Return the next bytes."""
-        block, self._content = self._content[:count], self._content[count:]
-        return block
-
-
 def read(content: bytes, most: int = MIB) -> Any:
     """Return a request, or None where it is refused in one of the two ways that there are."""
     try:
-        return wire.read_request(Pipe(content), most)  # type: ignore[arg-type]
-    except (ReplyError, wire.ClosedError):
+        lengths = wire.lengths_of(content[: wire.HEADER_BYTES], most)
+        body = content[wire.HEADER_BYTES :]
+        if len(body) < sum(lengths):
+            return None
+        return wire.unpack_request(body[: lengths[0]], body[lengths[0] : sum(lengths)])
+    except ReplyError:
         return None
 
 
