@@ -16,6 +16,7 @@ import ssl
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
@@ -26,7 +27,7 @@ from grandrounds.engines.deployment.connections import Connections, Link, Told
 from grandrounds.engines.deployment.listening import listening
 from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import GrandRoundsError, ReplyError
-from grandrounds.site.custody import audit, faults
+from grandrounds.site.custody import faults, refusals
 from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
@@ -49,7 +50,8 @@ class Agent:
         self._site, self._told, self._visits = site, told, visits
         self._stopping = threading.Event()
         self._wake: Callable[[], object] = lambda: None
-        SiteState(self._folder).close()  # fails now if the folder is unusable
+        with closing(SiteState(self._folder)) as state:  # fails now if the folder is unusable
+            state.tidy()
 
     @property
     def _folder(self) -> Path:
@@ -123,14 +125,21 @@ class Agent:
         except Exception as error:  # its text may quote data: neither the journal nor the server
             why = faults.written(error, with_text=self._site.agent.log_errors_with_text)
             self._told(f"{kind}, round {number}: crashed: {why['error']} at {why['where']}")
-            audit.write(self._folder, {"asked": kind, "outcome": "crashed", **why})
+            self._record({"asked": kind, "outcome": "crashed", "run": "", **why})
             return Message(Error(CLIENT_APP_RAISED, faults.told(error)), reply_to=message)
-        self._told(f"{kind}, round {number}: {outcome_of(reply)}")
+        if (outcome := outcome_of(reply)) != refusals.TOLD:  # else its log could be flooded
+            self._told(f"{kind}, round {number}: {outcome}")
         return reply
 
     def _refuse(self, reason: str) -> None:
-        self._told(f"refused: {reason}")
-        audit.write(self._folder, {"asked": "", "outcome": "refused", "reason": reason})
+        line = {"run": "", "asked": "", "outcome": "refused", "reason": reason}
+        if self._record(line):
+            self._told(f"refused: {reason}")
+
+    def _record(self, line: Mapping[str, object]) -> bool:
+        """Count a refusal or a crash; return whether its line was written to the audit log."""
+        with closing(SiteState(self._folder)) as state:
+            return refusals.recorded(state, "", line)
 
 
 def outcome_of(reply: Message) -> str:

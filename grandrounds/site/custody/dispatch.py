@@ -9,7 +9,6 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from grandrounds.config.recipes import resolve
 from grandrounds.errors import DataError, OwnDataError
 from grandrounds.model.base import base_loads
 from grandrounds.site.custody import answer as custody
@@ -22,7 +21,7 @@ from grandrounds.site.custody.faults import (
     telling_kinds_only,
 )
 from grandrounds.site.custody.node import AGENT, SITE, check_choice, is_one_machine
-from grandrounds.site.visit import PROCESS, Visit, partition_id
+from grandrounds.site.visit import PROCESS, Visit, parsed, partition_id
 
 FLOWERS_PROCESS = "flwr.supernode.runtime.run_clientapp"
 """Module of a process that a SuperNode starts for a message."""
@@ -79,7 +78,7 @@ def _visit(message: Message, context: Context) -> Visit:
     if is_one_machine(context.node_config):
         return Visit.here(message.content, context)
     check_choice(context.node_config)
-    partition_id(context.node_config, resolve(context.run_config))
+    partition_id(context.node_config, parsed(context.run_config))
     try:
         return Visit.here(message.content, context)
     except DataError as error:

@@ -62,6 +62,7 @@ class Policy:
     max_examples_per_visit: Annotated[int, Range(1)]
     max_batch: Annotated[int, Range(1)]
     max_visits_per_day: Annotated[int, Range(1)]
+    max_runs_per_day: Annotated[int, Range(1)]
     min_examples: Annotated[int, Range(1)]
     report_held_out_loss: bool
 

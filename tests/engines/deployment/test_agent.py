@@ -79,6 +79,7 @@ def site(settings: Settings, tmp_path: Path) -> SiteFile:
     return sites_of(settings, tmp_path)[0]
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_a_run_through_agents_is_the_run_without_them_bit_for_bit(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -193,8 +193,7 @@ def test_the_held_out_loss_of_one_row_is_not_told(settings: Settings, tmp_path: 
         run_of(settings, site)
 
     def one_row(visit: Visit) -> RecordDict:
-        assert len(visit.site.held_out) == 1
-        return messages.content(metrics={"nll-sum": 3.51, "tokens": 7, "num-examples": 1})
+        raise AssertionError("the loss is not even computed")
 
     reply = asked(settings, site, "evaluate", one_row)
     assert fields_of(reply) == set()
