@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 from grandrounds.config import recipes
 from grandrounds.site.custody import answer as custody
+from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
@@ -72,7 +73,7 @@ class Asking:
     ) -> Message:
         """Return the site's reply to a message."""
         flat = _flat(tuple(sorted(settings.items())))
-        context = Context(1, 1, {custody.SITE: str(self.site.path)}, RecordDict(), flat)
+        context = Context(1, 1, {SITE: str(self.site.path)}, RecordDict(), flat)
         return custody.answer(self.site.path, message, context, function)
 
     def chosen(self) -> list[tuple[int, ...]]:
