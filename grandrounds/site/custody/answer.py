@@ -14,13 +14,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
-from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError, ThrottledError
 from grandrounds.model import machine
-from grandrounds.site.custody import audit, faults, kept_runs, order, quota, refusals, replay
+from grandrounds.site.custody import audit, faults, kept_runs, quota, refusals, replay
+from grandrounds.site.custody.counting import begin, check_quota
 from grandrounds.site.custody.disclosure import EVALUATE, disclosed, tells_loss
 from grandrounds.site.custody.own_base import base_folder, checked_base
 from grandrounds.site.custody.own_run import admit, localized, site_in_custody
@@ -28,11 +28,10 @@ from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
-from grandrounds.site.visit import Chosen, Visit, parsed, partition_id
+from grandrounds.site.visit import Visit, parsed, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 from grandrounds.wire.names import NAME, SOURCE
-from grandrounds.wire.schedule import examples_of_a_visit
 from grandrounds.wire.told import BASE, HELD_OUT_LOSS
 
 Function = Callable[[Visit], RecordDict]
@@ -161,51 +160,6 @@ def _answered(request: Request, function: Function) -> Message:
         replay.keep(request, replay.Answered(digest, visit.state, reply))
     request.entry["outcome"] = "answered"
     return reply
-
-
-def check_quota(request: Request) -> None:
-    """Raise `PolicyError` if the site has reached a limit of 24 hours; count a roll call.
-
-    A visit is counted when it begins. One whose reply may be cached needs no new one.
-    """
-    site, state, run = request.site, request.state, request.run
-    quota.check_run(site, state, run)
-    if not request.is_visit:
-        quota.count_question(site, state, run)
-    elif not replay.may_have(request):
-        quota.check_visits(site, state)
-
-
-def begin(
-    request: Request, config: Config, digest: str, kept: RecordDict, num_examples: int
-) -> Chosen | None:
-    """Count a visit, also if it fails afterwards, and return the examples that it trains on.
-
-    Parameters
-    ----------
-    kept
-        What the site keeps of the run.
-    num_examples : int
-        Training examples of the site.
-
-    Raises
-    ------
-    PolicyError
-        If a limit was reached meanwhile, or the state folder is full.
-    """
-    site, state, run = request.site, request.state, request.run
-    if not request.is_visit:
-        return None
-    kept_runs.check_room(state)
-    trains = request.kind == MessageType.TRAIN
-    size = examples_of_a_visit(config, num_examples)
-    with state.lasting():
-        quota.check_run(site, state, run)
-        quota.check_visits(site, state)
-        quota.count_visit(state, run, request.round)
-        kept_runs.note_visit(state, run, config)
-        start = replay.reserve(request, digest, num_examples, size) if trains else None
-    return order.choose(state, start, kept, (num_examples, size)) if start else None
 
 
 def visited(request: Request, visit: Visit, function: Function) -> Message:
