@@ -14,23 +14,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
-from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError, ThrottledError
 from grandrounds.model import headroom, machine
-from grandrounds.site.custody import (
-    audit,
-    faults,
-    kept_runs,
-    order,
-    policy,
-    quota,
-    refusals,
-    replay,
-)
+from grandrounds.site.custody import audit, faults, kept_runs, policy, quota, refusals, replay
 from grandrounds.site.custody.approvals import check_approved
+from grandrounds.site.custody.counting import begin, check_quota
 from grandrounds.site.custody.disclosure import EVALUATE, disclosed, tells_loss
 from grandrounds.site.custody.own_base import base_folder, checked_base
 from grandrounds.site.custody.own_run import (
@@ -45,11 +36,10 @@ from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
-from grandrounds.site.visit import Chosen, Visit, parsed, partition_id
+from grandrounds.site.visit import Visit, parsed, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 from grandrounds.wire.names import NAME, SOURCE
-from grandrounds.wire.schedule import examples_of_a_visit
 from grandrounds.wire.told import BASE, HELD_OUT_LOSS
 
 Function = Callable[[Visit], RecordDict]
@@ -161,16 +151,16 @@ def _answered(request: Request, function: Function) -> Message:
     own = in_whole_steps(own, len(examples.train))
     request.entry |= admit(site, config, own, len(examples.train)).as_dict()
 
-    # 8. The received adapter: plausible?
+    # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
+    if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
+        quota.count_question(site, state, run)
+        request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
+        return Message(messages.content(metrics={}), reply_to=request.message)
     kept = kept_runs.load(state, run)
     check_received(request, own, shapes_at_rank(own), kept)
 
-    # 9. The visit; none for a loss that may not be told.
-    if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
-        request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
-        return Message(messages.content(metrics={}), reply_to=request.message)
-    size = examples_of_a_visit(own, len(examples.train))
-    chosen = begin(request, config, digest, kept, (len(examples.train), size))
+    # 9. The visit.
+    chosen = begin(request, config, digest, kept, len(examples.train))
     settled = machine.settled(own, request.instruction)
     visit = Visit(request.message.content, kept, settled, examples, chosen)
     reply = visited(request, visit, function)
@@ -185,50 +175,6 @@ def _answered(request: Request, function: Function) -> Message:
         replay.keep(request, replay.Answered(digest, visit.state, reply))
     request.entry["outcome"] = "answered"
     return reply
-
-
-def check_quota(request: Request) -> None:
-    """Raise `PolicyError` if the site has reached a limit of 24 hours; count a roll call.
-
-    A visit is counted when it begins. One whose reply may be cached needs no new one.
-    """
-    site, state, run = request.site, request.state, request.run
-    quota.check_run(site, state, run)
-    if not request.is_visit:
-        quota.count_question(site, state, run)
-    elif not replay.may_have(request):
-        quota.check_visits(site, state)
-
-
-def begin(
-    request: Request, config: Config, digest: str, kept: RecordDict, sizes: tuple[int, int]
-) -> Chosen | None:
-    """Count a visit, also if it fails afterwards, and return the examples that it trains on.
-
-    Parameters
-    ----------
-    kept
-        What the site keeps of the run.
-    sizes : (int, int)
-        Training examples of the site, and those of this visit.
-
-    Raises
-    ------
-    PolicyError
-        If a limit was reached meanwhile, or the state folder is full.
-    """
-    site, state, run = request.site, request.state, request.run
-    if not request.is_visit:
-        return None
-    kept_runs.check_room(state)
-    trains = request.kind == MessageType.TRAIN
-    with state.lasting():
-        quota.check_run(site, state, run)
-        quota.check_visits(site, state)
-        quota.count_visit(state, run, request.round)
-        kept_runs.note_visit(state, run, config)
-        start = replay.reserve(request, digest, *sizes) if trains else None
-    return order.choose(state, start, kept, sizes) if start else None
 
 
 def visited(request: Request, visit: Visit, function: Function) -> Message:
