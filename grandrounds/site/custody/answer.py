@@ -7,6 +7,7 @@ held-out examples are the site's own, whatever the run's configuration says.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +24,10 @@ from grandrounds.model import machine
 from grandrounds.site.custody import audit, faults, kept_runs, order, quota, refusals, replay
 from grandrounds.site.custody.disclosure import EVALUATE, disclosed, tells_loss
 from grandrounds.site.custody.own_base import base_folder, checked_base
-from grandrounds.site.custody.own_run import admit, localized, site_in_custody
+from grandrounds.site.custody.own_data import own_identifiers
+from grandrounds.site.custody.own_run import admit, localized, site_in_custody, unusable
 from grandrounds.site.custody.request import Request
-from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.site.custody.site_file import read_site_file
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
 from grandrounds.site.visit import Chosen, Visit, parsed, partition_id
@@ -33,7 +35,7 @@ from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.schedule import examples_of_a_visit
-from grandrounds.wire.told import BASE, HELD_OUT_LOSS
+from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS
 
 Function = Callable[[Visit], RecordDict]
 """The ClientApp's function for a kind of message."""
@@ -137,6 +139,7 @@ def _answered(request: Request, function: Function) -> Message:
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
     request.entry |= admit(site, config, own, len(examples.train)).as_dict()
+    data_version = search(request)
 
     # 8. The received adapter: plausible?
 
@@ -152,7 +155,7 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 10. What may be told of it.
     if not request.is_visit:
-        introduce(site, reply, base)
+        introduce(request, reply, base, data_version)
     reply = told(request, reply, examples)
 
     # 11. State and cached reply, both or neither.
@@ -225,10 +228,39 @@ def told(request: Request, reply: Message, examples: Site) -> Message:
     return Message(found.content, reply_to=request.message)
 
 
-def introduce(site: SiteFile, reply: Message, base: str) -> None:
-    """Add the site's name, the base's hash and a public source to an introduction."""
-    facts = reply.content.config_records[messages.CONFIG]
+def search(request: Request) -> str:
+    """Note what looks like identifiers in the site's data, once per version; return the version.
+
+    Raises
+    ------
+    OwnDataError
+        If there are some that the site refuses. The server learns only that its data cannot be
+        used.
+    """
+    site, state = request.site, request.state
+    found = own_identifiers(site, request.run)
+    how = site.data.identifiers
+    if how != "off" and not state.count(
+        "select count(*) from searched where version = ?", found.version
+    ):
+        request.entry |= {"searched": found.examples, "identifiers": dict(found.counts)}
+        state.table.execute("insert into searched values (?, ?)", (found.version, state.now()))
+    if how == "refuse" and found.certain:
+        request.entry |= {"searched": found.examples, "identifiers": dict(found.counts)}
+        raise unusable(site)
+    return found.version
+
+
+def introduce(request: Request, reply: Message, base: str, data_version: str) -> None:
+    """Add the site's name, the base's hash, a public source and the data's tag to an introduction.
+
+    The tag is the same as long as the data are, in one run, and says nothing else.
+    """
+    site, facts = request.site, reply.content.config_records[messages.CONFIG]
     facts[NAME], facts[BASE] = site.name, base
+    secret = order.secret_of(request.state.folder)
+    of_run = f"data {request.run} {data_version}".encode()
+    facts[DATA_TAG] = hmac.digest(secret, of_run, "sha256").hex()[:16]
     if site.data.source == FORMULARY:
         facts[SOURCE] = FORMULARY
 
