@@ -145,6 +145,7 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 9. The visit; none for a loss that may not be told.
     if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
+        quota.count_question(site, state, run)
         request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
         return Message(messages.content(metrics={}), reply_to=request.message)
     kept = kept_runs.load(state, run)
