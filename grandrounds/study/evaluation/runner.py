@@ -34,6 +34,7 @@ from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.results import Answers, evaluation_of, write_flowertune_files
+from grandrounds.study.evaluation.sample import METHOD
 from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject
 
 FLOWERTUNE_BATCH = 16
@@ -101,6 +102,7 @@ def settings_of(tasks: EvaluationTasks, tokenizer: Any) -> dict[str, Any]:
         "precision": _precision(target.quantization, target.dtype),
         "quantization": target.quantization,
         "limit": questions.limit,
+        **({"sample": METHOD} if questions.limit else {}),
         "permutations": method.permutations,
         **({"answer tokens": method.answer_tokens} if GREEDY in tasks.protocols else {}),
         "source": {task.benchmark.name: task.source for task in questions.tasks},
