@@ -4,9 +4,9 @@
 
 Both arms are processes of their own, alternated: `grandrounds run` in process, and a loop that
 loads the same base with PEFT, reads the same batches ready tokenised from a file (so it spends
-nothing on data) and takes the same AdamW steps in the same precision with the same optimisations: no padding, logits of
-answers only, products by the library that the run chose. Time is wall-clock time of the whole process; what is not the rounds or the
-loop is start-up, shown apart.
+nothing on data) and takes the same AdamW steps in the same precision with the same optimisations:
+no padding, logits of answers only, products by the library that the run chose. Time is wall-clock
+time of the whole process; what is not the rounds or the loop is start-up, shown apart.
 """
 
 from __future__ import annotations
