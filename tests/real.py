@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from grandrounds.config import recipes
-from grandrounds.engines.deployment import admissions, set_up
+from grandrounds.engines.deployment import admissions, joining, set_up
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
 from grandrounds.engines.simulation import MARKER, end_processes
@@ -136,9 +136,7 @@ class Consortium:
         (folder / "site.toml").write_text(text)
         count = int(settings["data.num-partitions"])
         admission = admissions.admit(self.home, folder / "request.json", i, count)
-        admissions.join(
-            read_site_file(folder / "site.toml"), admission, self.home / "authority.pub"
-        )
+        joining.join(read_site_file(folder / "site.toml"), admission, self.home / "authority.pub")
         if not self.gate:
             text = (folder / "site.toml").read_text()
             address = f"{self.host}:{self.port + 1}"
@@ -232,11 +230,18 @@ class Consortium:
         answer: dict[str, Any] = json.loads(done.stdout[start:]) if start >= 0 else {}
         return answer or {"output": done.stdout + done.stderr}
 
-    def start_agent(self, i: int, **options: Any) -> None:
-        """Start a site's agent, and wait until it serves."""
+    def start_agent(self, i: int, *, seeded: bool = True, **options: Any) -> None:
+        """Start a site's agent, and wait until it serves.
+
+        Parameters
+        ----------
+        seeded : bool
+            Whether its examples come in the order of the run, as in process.
+        """
         name = f"agent{i}"
         said = self.log(name).count("listens on")
-        command = [sys.executable, "-m", "grandrounds", "site", "serve"]
+        own = ["grandrounds", "site", "serve"]
+        command = [sys.executable, "-m", *(["tests.seeded_agent"] if seeded else own)]
         self.start(name, [*command, "--config", str(self.sites[i].path)], **options)
         wait_for(lambda: self.log(name).count("listens on") > said, 60, self.log(name))
 

@@ -82,6 +82,9 @@ def admit(
             help="Node key fingerprint, as confirmed by the site; prompted for if omitted."
         ),
     ] = None,
+    valid_days: Annotated[
+        int, typer.Option(help="Days within which the site can join with it.", min=1)
+    ] = 30,
     directory: Folder = Path("consortium"),
 ) -> None:
     """Check a site's request, sign its admission and register its key."""
@@ -89,10 +92,10 @@ def admit(
 
     directory = directory.expanduser().absolute()
     check_fingerprint(request, fingerprint)
-    file = admissions.admit(directory, request, partition_id, num_partitions)
+    file = admissions.admit(directory, request, partition_id, num_partitions, valid_days)
     say(
         f"site {file.stem!r} is site {partition_id} of {num_partitions}",
-        f"admission for the site: {file}",
+        f"admission for the site, valid for {valid_days} days: {file}",
     )
     if connection:
         register_admitted(file, connection)
@@ -100,6 +103,40 @@ def admit(
         say(f"registered as node {nodes[file]}; no other node can be site {partition_id}")
     else:
         say("its key is not registered yet: repeat the command with --connection NAME")
+    if left := admissions.replaced_nodes(file):
+        say(f"still registered under a replaced key: node {', '.join(map(str, left))}")
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="Name of the site.")],
+    connection: Annotated[
+        str | None,
+        typer.Option(help="Also unregister its key from the SuperLink of this connection."),
+    ] = None,
+    directory: Folder = Path("consortium"),
+) -> None:
+    """Revoke a site's key: runs refuse it from now on, also one in progress."""
+    from grandrounds.engines.deployment import admissions
+    from grandrounds.engines.deployment.superlink import entry_of, unregister
+
+    directory = directory.expanduser().absolute()
+    if connection:
+        entry_of(connection)  # fails now if there is no such connection
+    moved = admissions.revoke(directory, name)
+    say(
+        f"{name!r} is revoked: {directory / admitted.REVOKED}; send the list to the sites",
+        f"its admission is now {moved}",
+    )
+    file = admitted.node_file(moved)
+    if not file.is_file():
+        return
+    node = file.read_text().strip()
+    if connection:
+        unregister(int(node), connection)
+        say(f"node {node} is unregistered")
+    else:
+        say(f"node {node} is still registered: flwr supernode unregister {node} CONNECTION")
 
 
 def check_fingerprint(request: Path, fingerprint: str | None) -> None:
@@ -112,9 +149,10 @@ def check_fingerprint(request: Path, fingerprint: str | None) -> None:
     """
     from grandrounds.engines.deployment import admissions, keys
 
-    name, key = admissions.read_request(request)
-    found = keys.fingerprint(key)
-    told = f"{request} of {name!r} has node key {found}"
+    asked = admissions.read_request(request)
+    name, found = asked.name, keys.fingerprint(asked.key)
+    replaces = f", in the place of {asked.replaced}" if asked.replaced else ""
+    told = f"{request} of {name!r} has node key {found}{replaces}"
     if fingerprint is None:
         if not sys.stdin.isatty():
             raise ConfigError(f"{told}: compare it with what the site tells you (--fingerprint).")
@@ -137,8 +175,18 @@ def register_admitted(admission: Path, connection: str) -> None:
         If the SuperLink rejects the key, or already knows it under a node id that is not recorded.
     """
     from grandrounds.engines.deployment import admissions
-    from grandrounds.engines.deployment.superlink import register
+    from grandrounds.engines.deployment.superlink import register, unregister
 
+    file = admissions.replaced_node_file(admission)
+    for replaced in admissions.replaced_nodes(admission):
+        try:
+            unregister(replaced, connection)
+        except EngineError as error:
+            raise EngineError(
+                f"Node {replaced}, which {admission.stem!r} was before, is not unregistered: "
+                f"{error} If it is gone already, remove {file}."
+            ) from error
+    file.unlink(missing_ok=True)
     try:
         node = register(admission.with_suffix(".pub"), admission.stem, connection)
     except EngineError as error:

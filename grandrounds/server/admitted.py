@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from grandrounds.config.keys import FederationConfig
 from grandrounds.errors import ConfigError
@@ -63,6 +64,40 @@ def nodes(folder: Path) -> dict[Path, int]:
             )
         found[admission] = int(text)
     return found
+
+
+REVOKED = "revoked.json"
+"""File of a consortium: the keys that it has revoked, signed by its authority."""
+
+
+def revocations(folder: Path) -> list[dict[str, Any]]:
+    """Return the revoked keys of a consortium: name, node (fingerprint), date, node-id if known.
+
+    Raises
+    ------
+    ConfigError
+        If the list is damaged.
+    """
+    file = folder / REVOKED
+    if not file.is_file():
+        return []
+    content = read_json(file).get("content")
+    entries = content.get("revoked") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict)
+        and {"name", "node", "revoked"} <= entry.keys()
+        and str(entry.get("node-id", "0")).isdecimal()
+        for entry in entries
+    ):
+        raise ConfigError(f"{file} is damaged: copy it again from where it was signed.")
+    return entries
+
+
+def revoked_nodes(federation: FederationConfig) -> dict[int, str]:
+    """Return node → reason why it is refused, for the nodes whose key was revoked."""
+    found = revocations(Path(federation.consortium)) if federation.consortium else []
+    reason = "the key of {name!r} was revoked at {revoked}"
+    return {int(e["node-id"]): reason.format(**e) for e in found if "node-id" in e}
 
 
 def node_file(admission: Path) -> Path:

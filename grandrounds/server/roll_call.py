@@ -70,6 +70,8 @@ class Roster:
     """Returns partition id → node of the admitted sites, where the node is known."""
     admitted_names: Callable[[], Mapping[int, str]] = dict
     """Returns partition id → name in its admission, which replaces what a site calls itself."""
+    revoked: Callable[[], Mapping[int, str]] = dict
+    """Returns node → reason, for the nodes whose key was revoked: they are not called."""
     introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Partition id → introduction of every site that ever took part."""
     cards: dict[int, SiteCard] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Roster:
         """
         least = self.min_sites or self.num_sites
         started = time.monotonic()
-        while len(nodes := sorted(grid.get_node_ids())) < self.num_sites:
+        while len(nodes := sorted(self._connected(grid))) < self.num_sites:
             if (waited := time.monotonic() - started) > seconds:
                 break
             time.sleep(pause(waited))
@@ -113,6 +115,8 @@ class Roster:
             "start their SuperNodes, wait longer (strategy.connect-timeout-seconds), or allow the "
             "run to start without some (strategy.min-sites)."
         )
+        if turned_away := set(self.revoked()) & set(grid.get_node_ids()):
+            found += f", beside {len(turned_away)} whose key was revoked"
         if missing := [p for p, node in self.admitted().items() if node not in nodes]:
             named = ", ".join(map(self.names.with_number, missing))
             raise EngineError(f"{found}. Missing: {named}; {advice}")
@@ -120,6 +124,10 @@ class Roster:
             f"{found}. With flwr run, add --federation-config 'num-supernodes={self.num_sites}', "
             f"or set data.num-partitions = {len(nodes)}. Real sites: {advice}"
         )
+
+    def _connected(self, grid: Grid) -> set[int]:
+        """Return the connected nodes, without those whose key was revoked."""
+        return set(grid.get_node_ids()) - set(self.revoked())
 
     def call(self, exchange: Exchange, nodes: Sequence[int], seconds: float) -> None:
         """Ask every node to introduce itself within `seconds`; fill `cards` and `refused`.
@@ -171,9 +179,12 @@ class Roster:
         """
         cards, admitted, names = self.cards, self.admitted(), self.admitted_names()
         known = {card.node_id: partition for partition, card in cards.items()}
-        connected = set(exchange.grid.get_node_ids())
+        connected = self._connected(exchange.grid)
+        revoked = self.revoked()
+        refused = {p: revoked[node] for node, p in known.items() if node in revoked}
+        for partition in refused:
+            del cards[partition]
         asked = sorted(n for n in connected if n not in known or known[n] in self.suspected)
-        refused: dict[int, str] = {}
         seconds = min(exchange.timeout_seconds, REFRESH_SECONDS)
         for node, reply in exchange.replies(self._questions(asked, exchange), seconds, set()):
             partition = known.get(node, -1)

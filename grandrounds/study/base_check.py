@@ -22,7 +22,7 @@ from grandrounds.model.headroom import (
     size_text,
     smaller_settings,
 )
-from grandrounds.site.custody.base_content import content_sha256
+from grandrounds.site.custody.base_content import KnownHashes, content_sha256
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def facts_of(folder: Path, config: Config) -> Iterator[Fact]:
     yield Fact("chat template", f"yes, {len(template):,} characters" if template else without)
     files = [file for file in folder.rglob("*") if file.is_file()]
     yield Fact("size", size_text(sum(file.stat().st_size for file in files)))
-    yield Fact("sha256", content_sha256(folder, {}))
+    yield Fact("sha256", content_sha256(folder, KnownHashes()))
     yield from _memory(config)
 
 

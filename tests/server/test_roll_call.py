@@ -171,6 +171,20 @@ def introduced(
     return grid, roster
 
 
+def test_a_node_whose_key_was_revoked_is_not_called_and_loses_its_place() -> None:
+    """A node of a site whose admission was removed could take part as any site without one."""
+    sites = Sites()
+    grid, roster = introduced(sites, 3)
+    roster.revoked = lambda: {1: "the key of 'St E' was revoked"}
+    assert refreshed(roster, grid) == {0: "the key of 'St E' was revoked"}
+    assert nodes_of(roster) == {1: 2, 2: 3}
+    asked = len(sites.seen)
+    assert refreshed(roster, grid) == {}
+    assert len(sites.seen) == asked
+    with pytest.raises(EngineError, match=r"^2 nodes .*, beside 1 whose key was revoked"):
+        roster.wait(grid, 0)
+
+
 def test_the_name_of_an_admission_replaces_what_a_site_calls_itself() -> None:
     """And both are cleaned before they are written."""
     claims = {0: "St Elsewhere", 1: "\u202eWard\n B", 2: "\u200b"}

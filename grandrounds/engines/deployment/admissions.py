@@ -1,44 +1,78 @@
-"""Admission of a site: its signed request, its signed admission, and its node id.
+"""Admission of a site by its consortium, and its revocation.
 
-consortium admit  request, signed by the node key → admission, signed by the authority
-site join         admission → certificate authority, partition id in site.toml, systemd units
+consortium admit   request, signed by the node key → admission, signed by the authority
+consortium revoke  → a list of revoked keys, signed by the authority
+
+Everything that the authority signs has a serial, which only grows.
 """
 
 from __future__ import annotations
 
-import re
+import datetime
+import fcntl
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
-from grandrounds.engines.deployment.set_up import check_name, with_value, write_units
+from grandrounds.engines.deployment.set_up import check_name
 from grandrounds.errors import ConfigError
-from grandrounds.server.admitted import node_file
-from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.server.admitted import REVOKED, node_file, revocations
 
-SERVER = re.compile(r"[A-Za-z0-9.:\[\]-]{1,255}:[0-9]{1,5}")
+VALID_DAYS = 30
+"""How long an admission can be joined with, by default."""
+
+SERIAL = "serial"
+"""File of a consortium with the serial of what the authority signed last."""
 
 
-def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -> Path:
+@dataclass(frozen=True)
+class Request:
+    """A site's request to be admitted, with valid signatures."""
+
+    name: str
+    key: keys.PublicKey
+    replaced: str
+    """Fingerprint of the node key that the site replaces by this one; empty: none."""
+
+
+def admit(
+    folder: Path, request: Path, partition_id: int, num_partitions: int, days: int = VALID_DAYS
+) -> Path:
     """Check a site's request and write its admission; return the admission's file.
 
     The site's public key is written beside it, for Flower. A site may be admitted again with
-    another partition id, for example when the consortium has grown.
+    another partition id, for example when the consortium has grown, and with another key, if the
+    key that it had signed the request too.
+
+    Parameters
+    ----------
+    days : int
+        How long the site can join with it.
 
     Raises
     ------
     ConfigError
         If the request is damaged or not signed by the key in it, the partition id is out of range,
-        or another site has the same partition id or name.
+        another site has the same partition id or name, or the key was revoked.
     """
-    name, key = read_request(request)
+    asked = read_request(request)
+    name, node = asked.name, keys.fingerprint(asked.key)
     if not 0 <= partition_id < num_partitions:
         raise ConfigError(
             f"--partition-id {partition_id} must be from 0 to {num_partitions - 1}, below "
             f"--num-partitions {num_partitions}."
         )
     consortium = storage.read_json(folder / "consortium.json")
+    if any(entry["node"] == node for entry in revocations(folder)):
+        raise ConfigError(
+            f"The node key {node} of {name!r} was revoked: the site must make another one "
+            "(grandrounds site init in a new folder)."
+        )
     target = folder / "admissions" / f"{name}.json"
+    _check_free(folder, asked, partition_id)
+    authority = keys.read_private_key(folder / "authority.key")
     content = {
         "consortium": consortium["name"],
         "name": name,
@@ -46,42 +80,50 @@ def admit(folder: Path, request: Path, partition_id: int, num_partitions: int) -
         "num-partitions": num_partitions,
         "superlink": consortium["superlink"],
         "ca": (folder / "ca.crt").read_text(),
-        "node": keys.fingerprint(key),
+        "node": node,
+        "serial": _next_serial(folder),
+        "expires": timestamp(datetime.timedelta(days=days)),
     }
-    for file in sorted((folder / "admissions").glob("*.json")):
-        other = storage.read_json(file)["content"]
-        if (other["name"], other["node"]) == (name, content["node"]):
-            continue
-        if other["partition-id"] == partition_id or other["name"] == name:
-            raise ConfigError(
-                f"Site {other['name']!r} is already admitted with partition-id "
-                f"{other['partition-id']} ({file}). Use another --partition-id, or remove that "
-                "admission first."
-            )
-    authority = keys.read_private_key(folder / "authority.key")
     public = target.with_suffix(".pub")
-    line = f"{keys.public_text(key, name)}\n"
+    line = f"{keys.public_text(asked.key, name)}\n"
     if not public.is_file() or public.read_text() != line:
-        node_file(target).unlink(missing_ok=True)  # belongs to another key
-    public.write_text(line)
-    fresh = target.with_suffix(".new")
-    fresh.unlink(missing_ok=True)  # left by an interrupted admission
-    signed.write_signed(fresh, content, authority)
-    fresh.replace(target)  # a run may be reading it
+        _set_aside(target)
+    storage.write_text(public, line)
+    storage.write_text(target, signed.signed_text(content, authority))  # a run may be reading it
     return target
 
 
-def read_request(request: Path) -> tuple[str, keys.PublicKey]:
-    """Return name and node key of a site's request.
+def _check_free(folder: Path, asked: Request, partition_id: int) -> None:
+    """Raise `ConfigError` if another site has this partition id or name."""
+    for file in sorted((folder / "admissions").glob("*.json")):
+        other = storage.read_json(file)["content"]
+        own = (keys.fingerprint(asked.key), asked.replaced)
+        if other["name"] == asked.name and other["node"] in own:
+            continue
+        if other["partition-id"] == partition_id or other["name"] == asked.name:
+            raise ConfigError(
+                f"Site {other['name']!r} is already admitted with partition-id "
+                f"{other['partition-id']} ({file}). Use another --partition-id, or revoke that "
+                "site first (grandrounds consortium revoke)."
+            )
+
+
+def read_request(request: Path) -> Request:
+    """Return a site's request.
 
     Raises
     ------
     ConfigError
-        If it is damaged, or not signed by the key in it.
+        If it is damaged, not signed by the key in it, or not by the key that it replaces.
     """
     described = signed.read_signed(request, "request", None)
     key = keys.read_public_text(str(described.get("public-key", "")))
-    return check_name(str(described.get("name", ""))), key
+    replaced = ""
+    if "replaces" in described:
+        before = keys.read_public_text(str(described["replaces"]))
+        signed.check_second(request, before)
+        replaced = keys.fingerprint(before)
+    return Request(check_name(str(described.get("name", ""))), key, replaced)
 
 
 def note_node(admission: Path, node: int) -> None:
@@ -89,40 +131,85 @@ def note_node(admission: Path, node: int) -> None:
     storage.write_text(node_file(admission), f"{node}\n")  # a run may be reading it
 
 
-def join(site: SiteFile, admission: Path, authority: Path) -> tuple[str, SiteFile]:
-    """Apply an admission: certificate authority, server address and partition id.
+def _set_aside(admission: Path) -> None:
+    """Move the node id of a site's present key to those that the site has replaced."""
+    if (node := node_file(admission)).is_file():
+        before = replaced_nodes(admission)
+        lines = "".join(f"{number}\n" for number in [*before, node.read_text().strip()])
+        storage.write_text(replaced_node_file(admission), lines)
+        node.unlink()
 
-    Return the name of the consortium, and the site's new site.toml.
 
-    Parameters
-    ----------
-    authority : Path
-        The consortium's `authority.pub`, received over another channel than the admission, or with
-        its fingerprint compared.
+def replaced_nodes(admission: Path) -> list[int]:
+    """Return the node ids of keys that a site has replaced and that are still registered."""
+    file = replaced_node_file(admission)
+    return [int(line) for line in file.read_text().split()] if file.is_file() else []
+
+
+def replaced_node_file(admission: Path) -> Path:
+    """Return the file with the node ids of the keys that a site has replaced."""
+    return admission.with_suffix(".replaced-node")
+
+
+def revoke(folder: Path, name: str) -> Path:
+    """Revoke a site's key: list it, and take its admission away; return the moved admission.
 
     Raises
     ------
     ConfigError
-        If the admission is not signed by the authority, or is for another node key.
+        If no site of that name is admitted.
     """
-    trusted = keys.read_public_text(storage.read_bytes(authority).decode(errors="replace"))
-    content = signed.read_signed(admission, "admission", trusted)
-    own = keys.fingerprint(keys.read_private_key(site.place(site.node.private_key)).public_key())
-    if content.get("node") != own:
+    admission = folder / "admissions" / f"{check_name(name)}.json"
+    if not admission.is_file():
+        known = sorted(file.stem for file in admission.parent.glob("*.json"))
         raise ConfigError(
-            f"{admission} admits node key {content.get('node')}, but this site's is {own}. "
-            "Ask for an admission of this site's request.json."
+            f"No site {name!r} is admitted in {folder}. Admitted: {', '.join(known) or 'none'}."
         )
-    if not SERVER.fullmatch(str(content.get("superlink"))):
-        raise ConfigError(f"{admission} does not name the server as host:port.")
-    text = site.path.read_text(encoding="utf-8")
-    for key in ("partition-id", "num-partitions", "superlink"):
-        text = with_value(text, "node", key, content[key])
-    consortium, certificate = content["consortium"], content["ca"]  # all read before any is written
-    authority_file = site.place(site.node.root_certificates)
-    authority_file.write_text(certificate)
-    authority_file.chmod(0o644)  # readable by the SuperNode's user, whatever the umask
-    site.path.write_text(text, encoding="utf-8")
-    joined = read_site_file(site.path)
-    write_units(joined)
-    return consortium, joined
+    authority = keys.read_private_key(folder / "authority.key")
+    content, serial = storage.read_json(admission)["content"], _next_serial(folder)
+    entry = {"name": name, "node": content["node"], "revoked": timestamp()}
+    if (node := node_file(admission)).is_file():
+        entry["node-id"] = node.read_text().strip()
+    listed = {
+        "consortium": content["consortium"],
+        "serial": serial,
+        "revoked": [*revocations(folder), entry],
+    }
+    storage.write_text(folder / REVOKED, signed.signed_text(listed, authority))
+    past = admission.parent / "revoked"
+    past.mkdir(exist_ok=True)
+    moved = past / f"{name}-{serial}.json"
+    for file in admission.parent.glob(f"{name}.*"):
+        if file.stem == name:
+            file.replace(moved.with_suffix(file.suffix))
+    return moved
+
+
+def check_revocations(folder: Path) -> None:
+    """Raise `ConfigError` if a consortium's list of revoked keys is not signed by its authority."""
+    if (folder / REVOKED).is_file():
+        authority = keys.read_public_text((folder / "authority.pub").read_text())
+        signed.read_signed(folder / REVOKED, "list of revoked keys", authority)
+
+
+def timestamp(later: datetime.timedelta = datetime.timedelta()) -> str:
+    """Return the time now, or some time later, in UTC."""
+    return (datetime.datetime.now(datetime.UTC) + later).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _next_serial(folder: Path) -> int:
+    """Return the next serial of a consortium, and record it."""
+    file = folder / SERIAL
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        text = file.read_text().strip() if file.is_file() else "0"
+        if not text.isdecimal():
+            raise ConfigError(
+                f"{file} holds {text[:40]!r}, which is no serial: write the highest serial of the "
+                "files in admissions."
+            )
+        storage.write_text(file, f"{int(text) + 1}\n")
+    finally:
+        os.close(handle)  # and with it the lock
+    return int(text) + 1

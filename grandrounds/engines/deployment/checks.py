@@ -22,9 +22,10 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from grandrounds.config.keys import Config
 from grandrounds.data.tokenization import tokenize_examples
-from grandrounds.engines.deployment import keys
+from grandrounds.engines.deployment import joining, keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
+from grandrounds.site.custody import quota
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_split
 from grandrounds.site.custody.own_run import admit, localized, site_in_custody
@@ -81,7 +82,8 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
 
 def _state(site: SiteFile) -> Iterator[Finding]:
     with closing(SiteState(site.place(site.agent.state))) as state:
-        yield Finding("ok", "state", f"{state.folder}, {state.visits_today()} visits in 24 hours")
+        visits = quota.visits_today(state)
+        yield Finding("ok", "state", f"{state.folder}, {visits} visits in 24 hours")
     if is_hidden(site.path.parent.resolve()):
         yield Finding(
             "warning",
@@ -134,36 +136,35 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
     split = None
     with suppress(GrandRoundsError):  # already reported under data
         split = own_split(site)
-    with closing(SiteState(site.place(site.agent.state))) as state:
-        for name, base in site.bases.items():
-            try:
-                found = base_sha256(site, name, state)
-                tokenizer = tokenizer_of(base_location(site, name))
-            except GrandRoundsError as error:
-                yield Finding("error", f"base {name}", str(error))
-                continue
-            if base.sha256 and base.sha256 != found:
-                yield Finding(
-                    "error",
-                    f"base {name}",
-                    f"sha256 = {base.sha256} in {site.path.name}, but that of its files is {found}",
-                )
-            else:
-                known = "as in site.toml" if base.sha256 else "not compared: none in site.toml"
-                yield Finding("ok", f"base {name}", f"sha256 {found}, {known}")
-            if split is None:
-                continue
-            length = config.train.seq_length
-            done = tokenize_examples(split.train, tokenizer, config.data.prompt_template, length)
-            tokens = [len(e.input_ids) for e in done.examples] or [0]
+    for name, base in site.bases.items():
+        try:
+            found = base_sha256(site, name)
+            tokenizer = tokenizer_of(base_location(site, name))
+        except GrandRoundsError as error:
+            yield Finding("error", f"base {name}", str(error))
+            continue
+        if base.sha256 and base.sha256 != found:
             yield Finding(
-                "ok" if done.examples else "error",
-                f"tokens under {name}",
-                f"median {statistics.median(tokens):.0f} per example, maximum {max(tokens)}; "
-                f"{done.truncated:,} answers truncated at {length}, {done.unlearnable:,} questions "
-                "leave no room for an answer",
+                "error",
+                f"base {name}",
+                f"sha256 = {base.sha256} in {site.path.name}, but that of its files is {found}",
             )
-            yield from _memory(site, config, name)
+        else:
+            known = "as in site.toml" if base.sha256 else "not compared: none in site.toml"
+            yield Finding("ok", f"base {name}", f"sha256 {found}, {known}")
+        if split is None:
+            continue
+        length = config.train.seq_length
+        done = tokenize_examples(split.train, tokenizer, config.data.prompt_template, length)
+        tokens = [len(e.input_ids) for e in done.examples] or [0]
+        yield Finding(
+            "ok" if done.examples else "error",
+            f"tokens under {name}",
+            f"median {statistics.median(tokens):.0f} per example, maximum {max(tokens)}; "
+            f"{done.truncated:,} answers truncated at {length}, {done.unlearnable:,} questions "
+            "leave no room for an answer",
+        )
+        yield from _memory(site, config, name)
 
 
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
@@ -196,8 +197,24 @@ def _memory(site: SiteFile, config: Config, name: str) -> Iterator[Finding]:
 
 
 def _node_key(site: SiteFile) -> Iterator[Finding]:
+    """The key's fingerprint, whether it was revoked, and whether another waits for admission."""
     key = keys.read_private_key(site.place(site.node.private_key))
-    yield Finding("ok", "node key", keys.fingerprint(key.public_key()))
+    own = keys.fingerprint(key.public_key())
+    folder = site.path.parent
+    if (folder / joining.NEXT_KEY).exists():
+        yield Finding(
+            "warning",
+            "node key",
+            f"{folder / joining.NEXT_KEY} waits for its admission: send "
+            f"{folder / joining.NEXT_REQUEST} to the consortium, and join",
+        )
+    for entry in joining.revocations(folder):
+        if entry["node"] == own:
+            raise ConfigError(
+                f"{own} was revoked by the consortium at {entry['revoked']}: no run accepts this "
+                "site. To return, start with grandrounds site init in a new folder."
+            )
+    yield Finding("ok", "node key", own)
 
 
 def _authority(site: SiteFile) -> Iterator[Finding]:
@@ -299,7 +316,8 @@ def _accepted(site: SiteFile, ca: Path) -> Finding:
             "error",
             "registration",
             f"the server rejects this node ({error.response.status_code}): its key is not "
-            "registered (grandrounds consortium admit), or its SuperNode is already connected",
+            "registered (grandrounds consortium admit), was revoked or replaced, or its SuperNode "
+            "is already connected",
         )
     except (httpx.HTTPError, socket.gaierror) as error:
         return Finding("error", "registration", f"the server did not answer ({first_line(error)})")

@@ -90,7 +90,7 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
         "command": shlex.join(superlink_command(folder, port)),
     }
     for file in ("superlink.service", "gate.conf"):
-        keys.write_new(folder / file, _filled(file, values))
+        keys.write_new(folder / file, _filled(file, values).encode())
     return folder
 
 
@@ -193,8 +193,8 @@ def _write_agent_certificates(folder: Path) -> None:
         keys.write_new(folder / f"{stem}.crt", keys.certificate_text(made))
 
 
-def write_units(site: SiteFile) -> None:
-    """Write the systemd units of agent and SuperNode for the current site.toml."""
+def units(site: SiteFile) -> dict[str, str]:
+    """Return the systemd units of agent and SuperNode for a site.toml, by file name."""
     agent, folder = site.agent, site.path.parent
     written = [site.place(agent.state)]
     written += [site.place(agent.socket).parent] if agent.socket else []
@@ -211,8 +211,7 @@ def write_units(site: SiteFile) -> None:
         "bin": str(Path(sys.executable).parent),
         "command": shlex.join(supernode_command(site)),
     }
-    for file in ("agent.service", "supernode.service"):
-        (folder / file).write_bytes(_filled(file, values))
+    return {file: _filled(file, values) for file in ("agent.service", "supernode.service")}
 
 
 def supernode_command(site: SiteFile, port: int = 9094) -> list[str]:
@@ -274,5 +273,5 @@ def with_value(text: str, section: str, key: str, value: str | int) -> str:
     raise ConfigError(f"site.toml has no line for {section}.{key}: add [{section}] {key} = …")
 
 
-def _filled(file: str, values: Mapping[str, str]) -> bytes:
-    return Template((TEMPLATES / file).read_text(encoding="utf-8")).substitute(values).encode()
+def _filled(file: str, values: Mapping[str, str]) -> str:
+    return Template((TEMPLATES / file).read_text(encoding="utf-8")).substitute(values)

@@ -12,11 +12,34 @@ from grandrounds.errors import ConfigError
 from grandrounds.storage import read_json
 
 
-def write_signed(path: Path, content: Mapping[str, Any], key: keys.PrivateKey) -> None:
+def signed_text(
+    content: Mapping[str, Any], key: keys.PrivateKey, second: keys.PrivateKey | None = None
+) -> str:
+    """Return signed content as JSON; a second key confirms what the first one signed."""
+    whole = {"content": content, "signature": keys.sign(key, _canonical(content))}
+    if second is not None:
+        whole["second-signature"] = keys.sign(second, _canonical(content))
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def write_signed(
+    path: Path,
+    content: Mapping[str, Any],
+    key: keys.PrivateKey,
+    second: keys.PrivateKey | None = None,
+) -> None:
     """Write signed content to a new file; raise `ConfigError` if the file exists."""
-    signature = keys.sign(key, _canonical(content))
-    text = json.dumps({"content": content, "signature": signature}, indent=2)
-    keys.write_new(path, f"{text}\n".encode())
+    keys.write_new(path, signed_text(content, key, second).encode())
+
+
+def check_second(path: Path, signer: keys.PublicKey) -> None:
+    """Raise `ConfigError` unless the content of a signed file has a second signature of a key."""
+    whole = read_json(path)
+    signature = str(whole.get("second-signature", ""))
+    if not keys.is_signed(signer, _canonical(whole["content"]), signature):
+        raise ConfigError(
+            f"{path} is not signed by {keys.fingerprint(signer)}, the key that it replaces."
+        )
 
 
 def read_signed(path: Path, what: str, key: keys.PublicKey | None) -> dict[str, Any]:

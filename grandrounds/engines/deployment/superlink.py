@@ -19,6 +19,7 @@ from typing import Any
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
+from grandrounds.engines.deployment.admissions import check_revocations
 from grandrounds.engines.flower import Link, ask, follow, quiet
 from grandrounds.engines.watching import (
     Watcher,
@@ -65,6 +66,8 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
             f"The SuperLink of {connection!r} at {address} writes the run directory on its own "
             "machine: give its absolute path there with --run-dir."
         )
+    if folder and Path(folder).is_dir():
+        check_revocations(Path(folder))
     if untied := untied_sites(folder, config.data.num_partitions):
         sys.stdout.write(f"{untied}\n")
     resume = (
@@ -143,6 +146,21 @@ def register(public_key: Path, name: str, connection: str) -> int:
         link = Link(Path(folder), quiet(), connection)
         options = ("supernode", "register", str(public_key), connection, "--name", name)
         return int(ask(link, *options)["node-id"])
+
+
+def unregister(node: int, connection: str) -> None:
+    """Unregister a node from a SuperLink, which then answers none of its requests.
+
+    Raises
+    ------
+    EngineError
+        If the SuperLink does not answer, or does not know the node.
+    """
+    entry_of(connection)
+    with tempfile.TemporaryDirectory(prefix="grandrounds-flower-") as folder:
+        (Path(folder) / "cwd").mkdir()
+        link = Link(Path(folder), quiet(), connection)
+        ask(link, "supernode", "unregister", str(node), connection)
 
 
 def _relay(log: Path) -> Callable[[], None]:

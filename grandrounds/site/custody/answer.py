@@ -14,22 +14,23 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 
-from grandrounds.config.recipes import resolve
+from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError
+from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError, ThrottledError
 from grandrounds.model import machine
-from grandrounds.site.custody import audit, policy
+from grandrounds.site.custody import audit, kept_runs, order, quota, refusals, replay
 from grandrounds.site.custody.own_base import base_folder, checked_base
 from grandrounds.site.custody.own_run import admit, localized, site_in_custody
 from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
-from grandrounds.site.visit import Visit, partition_id
+from grandrounds.site.visit import Chosen, Visit, parsed, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 from grandrounds.wire.names import NAME, SOURCE
+from grandrounds.wire.schedule import examples_of_a_visit
 
 SITE = "site"
 """Key of a node's configuration: the path of its site.toml."""
@@ -77,21 +78,24 @@ def without_places(text: str, places: Mapping[str, str], words: Sequence[str]) -
 
 def _logged(request: Request, function: Function) -> Message:
     """Answer a request and write its line of the audit log, whatever comes of it."""
-    folder, entry = request.state.folder, request.entry
+    state, entry = request.state, request.entry
     try:
         reply = _answered(request, function)
+    except ThrottledError:
+        raise
     except GrandRoundsError as error:
         outcome = "refused" if isinstance(error, PolicyError) else "failed"
         cause = error.__cause__ if isinstance(error, OwnDataError) else error
-        audit.write(folder, {**entry, "outcome": outcome, "reason": str(cause)})
+        line = {**entry, "outcome": outcome, "reason": str(cause)}
+        refusals.record(state, entry["run"], line)
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        audit.write(folder, {**entry, "outcome": "crashed", "reason": reason})
+        refusals.record(state, entry["run"], {**entry, "outcome": "crashed", "reason": reason})
         logging.getLogger("grandrounds").exception("A visit crashed.")
         told = f"the site's visit crashed ({type(error).__name__}); its audit log says why"
         return Message(Error(CLIENT_APP_RAISED, told), reply_to=request.message)
-    audit.write(folder, {**entry, "outcome": "answered", "left": _left(reply)})
+    audit.write(state.folder, {**entry, "left": _left(reply)})
     return reply
 
 
@@ -100,32 +104,41 @@ def _answered(request: Request, function: Function) -> Message:
     site, state = request.site, request.state
 
     # 1. Cheap checks and counters.
+    refusals.check(state, request.entry["run"])
     run = request.run
+    check_quota(request)
 
-    # 2. The run's configuration, and what it becomes at this site.
-    config = resolve(request.context.run_config)
+    # 2. The run's configuration: that of its first visit, and what it becomes at this site.
+    config = parsed(request.context.run_config)
+    kept_runs.check_pinned(state, run, config)
     own = localized(site, config)
     partition_id(site.numbers, own)
 
     # 3. Approval, and the policy's verdicts that need no data.
 
     # 4. The base: known to the site, with the expected files.
-    base = checked_base(site, config.model.name, state)
+    base = checked_base(site, config.model.name)
 
     # 5. The same request again: its cached reply.
+    digest = replay.digest_of(request, config)
+    if request.is_visit and (known := replay.cached(request, digest)):
+        quota.count_question(site, state, run)
+        request.entry["outcome"] = "answered again"
+        return known
 
     # 6. Does the visit fit in memory?
 
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
     request.entry |= admit(site, config, own, len(examples.train)).as_dict()
-    count(request)
 
     # 8. The received adapter: plausible?
 
     # 9. The visit.
+    kept = kept_runs.load(state, run)
+    chosen = begin(request, config, digest, kept, len(examples.train))
     settled = machine.settled(own, request.instruction)
-    visit = Visit(request.message.content, state.load(run), settled, examples)
+    visit = Visit(request.message.content, kept, settled, examples, chosen)
     reply = visited(request, visit, function)
 
     # 10. What may be told of it.
@@ -134,24 +147,54 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 11. State and cached reply, both or neither.
     if request.is_visit:
-        state.save(run, visit.state)
+        replay.keep(request, replay.Answered(digest, visit.state, reply))
+    request.entry["outcome"] = "answered"
     return reply
 
 
-def count(request: Request) -> None:
-    """Count a visit or a roll call, also one that fails afterwards.
+def check_quota(request: Request) -> None:
+    """Raise `PolicyError` if the site has reached a limit of 24 hours; count a roll call.
+
+    A visit is counted when it begins. One whose reply may be cached needs no new one.
+    """
+    site, state, run = request.site, request.state, request.run
+    quota.check_run(site, state, run)
+    if not request.is_visit:
+        quota.count_question(site, state, run)
+    elif not replay.may_have(request):
+        quota.check_visits(site, state)
+
+
+def begin(
+    request: Request, config: Config, digest: str, kept: RecordDict, num_examples: int
+) -> Chosen | None:
+    """Count a visit, also if it fails afterwards, and return the examples that it trains on.
+
+    Parameters
+    ----------
+    kept
+        What the site keeps of the run.
+    num_examples : int
+        Training examples of the site.
 
     Raises
     ------
     PolicyError
-        If the site has reached its limit for 24 hours.
+        If a limit was reached meanwhile, or the state folder is full.
     """
-    site, state = request.site, request.state
-    if request.is_visit:
-        policy.check_visits(site, state.visits_today())
-        state.count_visit(request.run, request.round)
-    else:
-        policy.check_questions(site, state.count_question())
+    site, state, run = request.site, request.state, request.run
+    if not request.is_visit:
+        return None
+    kept_runs.check_room(state)
+    trains = request.kind == MessageType.TRAIN
+    size = examples_of_a_visit(config, num_examples)
+    with state.lasting():
+        quota.check_run(site, state, run)
+        quota.check_visits(site, state)
+        quota.count_visit(state, run, request.round)
+        kept_runs.note_visit(state, run, config)
+        start = replay.reserve(request, digest, num_examples, size) if trains else None
+    return order.choose(state, start, kept, (num_examples, size)) if start else None
 
 
 def visited(request: Request, visit: Visit, function: Function) -> Message:

@@ -36,6 +36,9 @@ CONTEXT_BYTES = 1 << 20
 MOST_REASON_BYTES = 4096
 """Maximum size of a refusal's reason."""
 
+HEADER_BYTES = 12
+"""Size of the header of a request."""
+
 MOST_RECORDS = 16
 """Maximum number of records; no message of a run has as many."""
 
@@ -65,32 +68,26 @@ def pack_answer(reply: Message) -> bytes:
     return ANSWER + struct.pack(">I", len(body)) + body
 
 
-def refuse(connection: socket.socket, reason: str) -> None:
-    """Send the reason for a refusal; drain the connection so that the other end receives it."""
+def refusal(reason: str) -> bytes:
+    """Pack the reason for a refusal."""
     body = reason.encode()[:MOST_REASON_BYTES]
-    connection.sendall(REFUSAL + struct.pack(">I", len(body)) + body)
-    socket.socket.shutdown(connection, socket.SHUT_WR)
-    while connection.recv(1 << 16):
-        pass
+    return REFUSAL + struct.pack(">I", len(body)) + body
 
 
-def read_request(connection: socket.socket, most_bytes: int) -> tuple[Message, Context]:
-    """Read a request.
+def lengths_of(header: bytes, most_bytes: int) -> tuple[int, int]:
+    """Return the lengths in bytes of a request's context and message, from its header.
 
     Parameters
     ----------
     most_bytes : int
-        Maximum size of its message.
+        Maximum size of the message.
 
     Raises
     ------
     ReplyError
-        If it is not a request, is too large, or is not what a run can send.
-    ClosedError
-        If the other end closed the connection before the end.
+        If it is not a request, or is too large.
     """
-    header = _exactly(connection, 12)
-    if header[:4] != REQUEST:
+    if len(header) != HEADER_BYTES or header[:4] != REQUEST:
         raise ReplyError("this is not a request of grandrounds")
     context_bytes, message_bytes = struct.unpack(">II", header[4:])
     if context_bytes > CONTEXT_BYTES or message_bytes > most_bytes:
@@ -98,8 +95,11 @@ def read_request(connection: socket.socket, most_bytes: int) -> tuple[Message, C
             f"the context has {context_bytes} bytes and the message {message_bytes}; at most "
             f"{CONTEXT_BYTES} and {most_bytes} are allowed (agent.max-message-mib)"
         )
-    context_body = _exactly(connection, context_bytes)
-    message_body = _exactly(connection, message_bytes)
+    return context_bytes, message_bytes
+
+
+def unpack_request(context_body: bytes, message_body: bytes) -> tuple[Message, Context]:
+    """Return message and context of a request; raise `ReplyError` if no run can have sent them."""
     try:
         context = context_from_proto(ProtoContext.FromString(context_body))
         message = _message(message_body)
@@ -112,7 +112,15 @@ def read_request(connection: socket.socket, most_bytes: int) -> tuple[Message, C
 
 
 def read_answer(connection: socket.socket, most_bytes: int) -> Message:
-    """Read an answer; raise as `read_request` does, and `ReplyError` with a refusal's reason."""
+    """Read an answer.
+
+    Raises
+    ------
+    ReplyError
+        With the reason of a refusal, or if it is not an answer, too large or damaged.
+    ClosedError
+        If the other end closed the connection before the end.
+    """
     header = _exactly(connection, 8)
     (length,) = struct.unpack(">I", header[4:])
     if header[:4] == REFUSAL and length <= MOST_REASON_BYTES:

@@ -8,12 +8,11 @@ from grandrounds.config.bases import bases_folder, find_base, names_a_base
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError
 from grandrounds.site.custody import policy
-from grandrounds.site.custody.base_content import content_sha256
+from grandrounds.site.custody.base_content import KnownHashes, content_sha256
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.site.custody.state import SiteState
 
 
-def checked_base(site: SiteFile, name: str, state: SiteState) -> str:
+def checked_base(site: SiteFile, name: str) -> str:
     """Return the SHA-256 of the site's copy of a base, compared with what the site expects.
 
     Raises
@@ -23,7 +22,7 @@ def checked_base(site: SiteFile, name: str, state: SiteState) -> str:
     ModelError
         If the files cannot be read, or have changed since this process first used them.
     """
-    sha256 = base_sha256(site, name, state)
+    sha256 = base_sha256(site, name)
     policy.check_base(site, name, sha256)
     check_unchanged(name, base_location(site, name), sha256)
     return sha256
@@ -43,8 +42,11 @@ def base_folder(site: SiteFile, name: str) -> Path:
     return bases_folder() / name if names_a_base(name) else base_path()
 
 
-def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
-    """Return the SHA-256 of the files in the site's copy of a base.
+_known = KnownHashes()
+
+
+def base_sha256(site: SiteFile, name: str) -> str:
+    """Return the SHA-256 of the files in the site's copy of a base, each read once a day.
 
     Raises
     ------
@@ -53,7 +55,7 @@ def base_sha256(site: SiteFile, name: str, state: SiteState) -> str:
     """
     if not site.bases[name].path:
         find_base(name)
-    return content_sha256(base_folder(site, name), state.hashes)
+    return content_sha256(base_folder(site, name), _known)
 
 
 _loaded: dict[str, str] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import closing
 from functools import lru_cache
 
 from grandrounds.config.keys import Config
@@ -17,7 +16,6 @@ from grandrounds.site.custody import policy
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_site, own_split
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import Site
 
 
@@ -89,8 +87,7 @@ def inventory(site: SiteFile) -> Iterator[str]:
     """
     report = own_split(site).report
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
-    with closing(SiteState(site.place(site.agent.state))) as state:
-        for name in site.bases:
-            digest = base_sha256(site, name, state)
-            policy.check_base(site, name, digest)
-            yield f"base {name}: sha256 {digest}"
+    for name in site.bases:
+        digest = base_sha256(site, name)
+        policy.check_base(site, name, digest)
+        yield f"base {name}: sha256 {digest}"

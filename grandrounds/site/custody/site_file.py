@@ -18,6 +18,7 @@ from grandrounds.config.recipes import table_at
 from grandrounds.config.validation import check_value
 from grandrounds.config.values import Range, words_of
 from grandrounds.errors import ConfigError, nearest
+from grandrounds.site.custody.together import finish
 
 TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
 
@@ -60,6 +61,7 @@ class Policy:
     max_examples_per_visit: Annotated[int, Range(1)]
     max_batch: Annotated[int, Range(1)]
     max_visits_per_day: Annotated[int, Range(1)]
+    max_runs_per_day: Annotated[int, Range(1)]
     min_examples: Annotated[int, Range(1)]
     report_held_out_loss: bool
 
@@ -127,8 +129,14 @@ def read_site_file(path: Path) -> SiteFile:
         the wrong type or out of range, or is inconsistent.
     """
     path = path.expanduser().absolute()
-    table = _toml(path)
-    template = _toml(TEMPLATE)
+    finish(path.parent)
+    return parse_site_file(path, _text(path))
+
+
+def parse_site_file(path: Path, text: str) -> SiteFile:
+    """Return the site.toml with this text, as if it were at that path; raise `ConfigError`."""
+    table = _toml(path, text)
+    template = _toml(TEMPLATE, _text(TEMPLATE))
     known = [*SECTIONS, "name", "bases"]
     for key in table:
         if key not in known:
@@ -145,15 +153,22 @@ def read_site_file(path: Path) -> SiteFile:
     return found
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"Cannot read the site's file {path}: {error.strerror}. Create one with "
             "grandrounds site init."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _toml(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
 

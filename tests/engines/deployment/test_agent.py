@@ -26,7 +26,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from grandrounds import client_app
 from grandrounds.config import recipes
 from grandrounds.engines.deployment import agent as agents
-from grandrounds.engines.deployment import node_app, set_up
+from grandrounds.engines.deployment import connections, listening, node_app, set_up
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, ReplyError
 from grandrounds.server import roll_call
@@ -79,6 +79,7 @@ def site(settings: Settings, tmp_path: Path) -> SiteFile:
     return sites_of(settings, tmp_path)[0]
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_a_run_through_agents_is_the_run_without_them_bit_for_bit(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -106,7 +107,7 @@ def test_a_second_agent_on_the_same_socket_is_told_and_one_left_behind_is_replac
 ) -> None:
     path = site.place(site.agent.socket)
     with serving(site), pytest.raises(ConfigError, match="another agent is listening there"):
-        agents._unix_socket(site, path)
+        listening.unix_socket(site, path)
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(path))
     left.close()
@@ -383,7 +384,7 @@ def test_what_is_no_request_is_not_answered_and_the_agent_goes_on(
 def test_a_request_has_one_deadline_however_often_a_byte_comes(
     settings: Settings, site: SiteFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agents, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
     with serving(site), socket.socket(socket.AF_UNIX) as slow:
         slow.connect(str(site.place(site.agent.socket)))
         slow.sendall(wire.REQUEST + struct.pack(">II", 1000, 1000))
@@ -438,7 +439,7 @@ def test_the_server_learns_of_no_place_of_the_agent(
 def test_a_silent_connection_is_closed(
     settings: Settings, site: SiteFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agents, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "FIRST_SECONDS", 0.2)
     with serving(site) as said:
         assert raw(site, b"GRQ1", close=False) == b""
         messages.raise_failure(asked(site, settings))
@@ -538,18 +539,18 @@ def test_only_loopback_addresses_are_served(settings: Settings, tmp_path: Path) 
             agent__client_ca="c",
         )
         with pytest.raises(ConfigError, match="must be a loopback address"):
-            agents.loopback_address(site)
+            listening.loopback_address(site)
 
 
 def test_a_port_in_use_is_told(tls_site: SiteFile) -> None:
     with serving(tls_site), pytest.raises(ConfigError, match="the process that listens there"):
-        agents._network_socket(tls_site)
+        listening.network_socket(tls_site)
 
 
 def test_certificates_that_cannot_be_read_are_told(tls_site: SiteFile) -> None:
     (tls_site.path.parent / "agent.crt").write_text("hello")
     with pytest.raises(ConfigError, match=r"agent\.certificate, agent\.key and agent\.client-ca"):
-        agents.server_context(tls_site)
+        listening.server_context(tls_site)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grandrounds.engines.deployment import admissions, keys, set_up
+from grandrounds.engines.deployment import admissions, joining, keys, set_up
 from grandrounds.errors import ConfigError
 from grandrounds.server import admitted
 from grandrounds.site.custody.site_file import read_site_file
@@ -72,7 +72,7 @@ def test_the_servers_certificate_is_renewed_for_the_same_key_and_names(consortiu
 
 def test_a_site_that_is_admitted_has_all_it_needs(consortium: Path, site: Path) -> None:
     admission = admissions.admit(consortium, site / "request.json", 2, 5)
-    name, joined = admissions.join(
+    name, joined = joining.join(
         read_site_file(site / "site.toml"), admission, consortium / "authority.pub"
     )
     after = read_site_file(site / "site.toml")
@@ -108,7 +108,7 @@ def test_an_admission_by_somebody_else_is_refused(
     forged = admissions.admit(forger, site / "request.json", 0, 1)
     before = (site / "site.toml").read_text()
     with pytest.raises(ConfigError, match="is not signed by"):
-        admissions.join(read_site_file(site / "site.toml"), forged, consortium / "authority.pub")
+        joining.join(read_site_file(site / "site.toml"), forged, consortium / "authority.pub")
     assert (site / "site.toml").read_text() == before
     assert not (site / "ca.crt").exists()
 
@@ -119,7 +119,7 @@ def test_an_admission_for_another_key_is_refused(
     other = set_up.init_site(tmp_path / "other", "other")
     admission = admissions.admit(consortium, other / "request.json", 0, 2)
     with pytest.raises(ConfigError, match=r"admits node key SHA256:.*this site's is SHA256:"):
-        admissions.join(read_site_file(site / "site.toml"), admission, consortium / "authority.pub")
+        joining.join(read_site_file(site / "site.toml"), admission, consortium / "authority.pub")
 
 
 def test_no_two_sites_have_one_number_or_name(consortium: Path, site: Path, tmp_path: Path) -> None:

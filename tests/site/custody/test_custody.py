@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType
 
 from grandrounds import client_app
 from grandrounds.config import recipes
@@ -29,9 +29,9 @@ from grandrounds.errors import (
 from grandrounds.server import roll_call
 from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit, policy
+from grandrounds.site.custody import audit, kept_runs, quota
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.site.custody.state import RUNS_KEPT, SiteState
+from grandrounds.site.custody.state import SiteState
 from grandrounds.wire import messages
 from tests.own_sites import sites_of
 from tests.runs import GOOD_SITES, Settings, Sites, adapter_bytes, grid_of, metrics_of, play
@@ -60,6 +60,7 @@ def entries(site: SiteFile, **wanted: Any) -> list[dict[str, Any]]:
     return [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_sites_with_the_same_rows_learn_the_same_bit_for_bit(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -208,6 +209,7 @@ def test_more_visits_than_allowed_in_a_day_are_refused_and_the_round_is_told(
     assert max(len(entries(s, asked="train", outcome="answered")) for s in sites) == 1
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_a_site_that_reports_no_loss_holds_out_all_the_same(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -247,6 +249,7 @@ def test_one_site_that_forbids_a_run_does_not_stop_the_others_where_some_suffice
     assert all(m["failed"]["1"] == "not connected" for m in drawn)
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_what_is_remembered_of_a_run_survives_the_process(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -265,10 +268,9 @@ def test_what_is_remembered_of_a_run_survives_the_process(
     grid = grid_of_sites(own, sites, forgetful)
     assert adapter_bytes(play(own, grid=grid)) == plain
     [run] = {line["run"] for site in sites for line in entries(site)}
-    state = SiteState(sites[0].place("state"))
-    assert state.load(run).array_records
-    assert not state.load("0123").array_records
-    state.close()
+    with closing(SiteState(sites[0].place("state"))) as state:
+        assert kept_runs.load(state, run).array_records
+        assert not kept_runs.load(state, "0123").array_records
 
 
 def test_a_message_without_a_runs_key_is_refused(settings: Settings, tmp_path: Path) -> None:
@@ -361,21 +363,22 @@ def test_a_base_whose_files_change_under_the_agent_is_refused(
         messages.raise_failure(reply)
 
 
-def test_roll_calls_take_nothing_from_other_runs_and_are_bounded(
+def test_roll_calls_of_runs_that_never_visit_are_bounded(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run in progress has a number of its own: the others cannot use it up."""
     sites = sites_of(settings, tmp_path)
     grid = grid_of_sites(settings, sites)
-    monkeypatch.setattr(policy, "MOST_QUESTIONS_PER_DAY", RUNS_KEPT + 2)
-    with closing(SiteState(sites[0].place("state"))) as state:
-        state.save("ab", RecordDict({"kept": ConfigRecord({"a": 1})}))
-        for i in range(RUNS_KEPT + 2):
-            [reply] = grid.send_and_receive([roll_call.questions([1], f"{i:x}f")[1]])
-            messages.raise_failure(reply)
-        assert state.load("ab").config_records["kept"]["a"] == 1
-    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
-    with pytest.raises(PolicyError, match="roll calls in 24 hours"):
+    monkeypatch.setattr(quota, "MOST_QUESTIONS_OF_OTHERS", 3)
+    replies = [grid.send_and_receive([roll_call.questions([1], f"{i:x}f")[1]])[0] for i in range(4)]
+    for reply in replies[:3]:
         messages.raise_failure(reply)
+    with pytest.raises(PolicyError, match="at most 3 roll calls in 24 hours of runs that have not"):
+        messages.raise_failure(replies[3])
+    with closing(SiteState(sites[0].place("state"))) as state:
+        quota.count_visit(state, "ab", 1)
+    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    messages.raise_failure(reply)
 
 
 def test_a_crash_is_written_down_and_the_server_learns_its_kind_only(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -108,7 +107,6 @@ def test_a_base_of_this_machine_needs_no_path(
 ) -> None:
     from grandrounds.config.bases import FOLDER_VARIABLE, REAL_BASE
     from grandrounds.site.custody.own_base import base_folder, base_location, base_sha256
-    from grandrounds.site.custody.state import SiteState
 
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "bases"))
     (tmp_path / "bases" / "mine").mkdir(parents=True)
@@ -118,7 +116,6 @@ def test_a_base_of_this_machine_needs_no_path(
     site = read_site_file(file)
     assert base_location(site, "mine") == "mine"
     assert base_folder(site, "mine") == tmp_path / "bases" / "mine"
-    with closing(SiteState(tmp_path / "state")) as state:
-        assert len(base_sha256(site, "mine", state)) == 64
-        with pytest.raises(ModelError, match=f"grandrounds base fetch {REAL_BASE}"):
-            base_sha256(site, REAL_BASE, state)
+    assert len(base_sha256(site, "mine")) == 64
+    with pytest.raises(ModelError, match=f"grandrounds base fetch {REAL_BASE}"):
+        base_sha256(site, REAL_BASE)
