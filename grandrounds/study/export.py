@@ -129,7 +129,7 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     spec = lora_spec(checkpoint.folder)
     check_fit(checkpoint.folder, spec, name)
     load_tokenizer(name)  # reports a missing base in one line
-    settings = AutoConfig.from_pretrained(model_location(name))
+    settings = AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
     own = settings.dtype or torch.float32
     say(f"loading {name}")
     model = _load(name, quantization, checkpoint.config.model.dtype, own)
@@ -138,7 +138,7 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     model.config.use_cache = settings.use_cache
     say("writing")
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_location(name))
+    tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
     for loading in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
         tokenizer.init_kwargs.pop(loading, None)
     tokenizer.save_pretrained(folder)
