@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,16 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 from grandrounds.config import recipes
 from grandrounds.site.custody import answer as custody
+from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
 from tests.runs import Settings
+
+
+@cache
+def _flat(settings: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return dict(recipes.resolve(dict(settings)).flat())
 
 
 @dataclass
@@ -65,8 +72,8 @@ class Asking:
         self, message: Message, settings: Settings, function: Callable[[Visit], RecordDict]
     ) -> Message:
         """Return the site's reply to a message."""
-        flat = recipes.resolve(settings).flat()
-        context = Context(1, 1, {custody.SITE: str(self.site.path)}, RecordDict(), flat)
+        flat = _flat(tuple(sorted(settings.items())))
+        context = Context(1, 1, {SITE: str(self.site.path)}, RecordDict(), flat)
         return custody.answer(self.site.path, message, context, function)
 
     def chosen(self) -> list[tuple[int, ...]]:

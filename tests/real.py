@@ -125,6 +125,7 @@ class Consortium:
             "policy__min_examples": 1,
             "policy__max_rank": 64,
             "policy__min_examples_per_visit": 1,
+            "tell__telemetry": True,
             **changes,
         }
         for name, value in values.items():

@@ -133,11 +133,13 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
     site = read_site_file(config)
     quiet_libraries()
     from grandrounds.engines.deployment.agent import Agent
+    from grandrounds.site.custody.faults import keep_texts_off_the_terminal
     from grandrounds.site.custody.own_run import inventory
 
     def tell(line: str) -> None:
         say(f"grandrounds: {line}")
 
+    keep_texts_off_the_terminal()
     agent = Agent(site, tell)
     for line in inventory(site):
         tell(line)

@@ -102,7 +102,8 @@ class TrainConfig:
     counted."""
     dynamic_data_seed: bool
     """`true`: each visit continues through the site's shuffled examples where the previous one
-    stopped. `false`: every visit starts from the same examples, as in the FlowerTune template."""
+    stopped. `false`: every visit starts from the same examples, as in the FlowerTune template. A
+    deployed site chooses its examples itself, see docs/deployment.md."""
     batching: Annotated[str, OneOf(("auto", "padding-free", "length-grouped", "padded"))]
     """How a batch is laid out; the loss is the same in every mode. `padding-free`: sequences
     concatenated, attention kept within each. `length-grouped`: padded batches of similar lengths.
@@ -120,8 +121,8 @@ class TrainConfig:
     num_threads: Annotated[int, Range(0, 1024)]
     """PyTorch CPU threads per site process. 0: one for bases under 5 million parameters, else
     PyTorch's default, at most the CPUs of the process; a resumed run keeps the number of its roll
-    call. Adapters are bit-for-bit reproducible across engines for equal seed, thread count and
-    `cpu-matmul`."""
+    call. Adapters are bit-for-bit reproducible in process and in simulation for equal seed, thread
+    count and `cpu-matmul`."""
     cpu_matmul: Annotated[str, OneOf(("auto", "default", "onednn"))]
     """Library for float32 matrix products on a CPU: PyTorch's `default` (usually MKL on x86), or
     `onednn`, which is refused where it computes in reduced precision. `auto`: oneDNN if a probe of
