@@ -334,7 +334,8 @@ class DataConfig:
     """Fraction of each site's rows held out for evaluation; 0: none, as in FlowerTune. A held-out
     question never occurs in the same site's training data, but may occur in another site's."""
     prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
-    """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template."""
+    """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
+    of turn."""
     question_column: str
     """Column holding the question."""
     answer_column: str
