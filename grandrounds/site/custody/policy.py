@@ -17,11 +17,7 @@ from grandrounds.errors import PolicyError, nearest
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Ranks
-from grandrounds.wire.schedule import (
-    examples_of_a_visit,
-    round_learning_rate_of,
-    step_learning_rate,
-)
+from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,8 @@ class Asked:
     """Optimizer steps of one visit; None if that depends on the number of the site's examples."""
     examples: int | None = None
     """Examples of one visit, counting repeats; None likewise."""
+    by_epochs: bool = False
+    """Whether these two follow from the number of the site's examples, which is not told."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the request for the audit log."""
@@ -107,7 +105,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         scale=lora.peft_lora_alpha / lora.peft_lora_r,
         rounds=config.federation.num_server_rounds,
         learning_rate=train.learning_rate_max,
-        least_learning_rate=step_learning_rate(0, arguments.warmup_steps, lowest),
+        least_learning_rate=lowest / (arguments.warmup_steps + 1),
         optimizer=train.optimizer,
         clipping_norm=arguments.max_grad_norm or math.inf,
         weight_decay=arguments.weight_decay,
@@ -120,6 +118,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         logits_chunk_tokens=train.logits_chunk_tokens or math.inf,
         steps=None if examples is None else math.ceil(examples / per_step),
         examples=examples,
+        by_epochs=arguments.max_steps < 1,
     )
 
 
@@ -154,6 +153,14 @@ AT_MOST: dict[str, Measure] = {
     "max-examples-per-visit": lambda asked: asked.examples,
 }
 """Key of the policy → what it is an upper bound of."""
+
+BY_EPOCHS = (
+    "min-examples-per-step",
+    "max-steps-per-visit",
+    "min-examples-per-visit",
+    "max-examples-per-visit",
+)
+"""Limits of quantities that may follow from the number of the site's examples."""
 
 ONE_OF: dict[str, Callable[[Asked], tuple[str, ...]]] = {
     "prompt-templates": lambda asked: (asked.prompt_template,),
@@ -224,7 +231,7 @@ def check_run(site: SiteFile, asked: Asked, num_examples: int | None) -> None:
     reasons = list(objections(site, asked))
     if num_examples is not None and num_examples < site.policy.min_examples:
         reasons.append(
-            f"min-examples = {site.policy.min_examples}, the site has {num_examples} for training"
+            f"min-examples = {site.policy.min_examples}, the site has fewer for training"
         )
     if reasons:
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
@@ -240,7 +247,9 @@ def objections(site: SiteFile, asked: Asked) -> Iterator[str]:
     for key, measure in {**AT_MOST, **AT_LEAST}.items():
         value, limit = measure(asked), float(_limit(site, key))
         if value is not None and (value > limit if key in AT_MOST else value < limit):
-            yield f"{key} = {_text(limit)}, requested {_text(value)}{_advice(key)}"
+            is_own = asked.by_epochs and key in BY_EPOCHS
+            told = ("more" if value > limit else "fewer") if is_own else _text(value)
+            yield f"{key} = {_text(limit)}, requested {told}{_advice(key)}"
     step = site.policy.sequence_length_step
     if asked.sequence_length % step:
         key = "sequence-length-step"

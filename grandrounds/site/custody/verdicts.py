@@ -92,7 +92,7 @@ VERDICTS: dict[str, Verdict] = {
     "train.training-arguments.max-grad-norm": _bounded("min-clipping-norm"),
     "train.training-arguments.weight-decay": _bounded("max-weight-decay"),
     "train.training-arguments.lr-scheduler-type": _harmless(
-        "decides whether there is a warm-up, whose first learning rate is bounded"
+        "the rate may rise before and fall after the round's; that and the first one are bounded"
     ),
     "train.training-arguments.bf16": _SAME,
     "train.training-arguments.fp16": _ONE_VALUE,

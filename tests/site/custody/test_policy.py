@@ -212,6 +212,17 @@ def test_a_refusal_names_all_reasons_at_once(site: SiteFile) -> None:
         assert key in str(refused.value)
 
 
+def test_a_refusal_does_not_tell_how_many_examples_the_site_has(site: SiteFile) -> None:
+    epochs = {STEPS: -1, "train.training-arguments.num-train-epochs": 1.0, BATCH: 3}
+    asked = policy.asked_of(recipes.resolve(epochs), TARGETS, 12345)
+    with pytest.raises(PolicyError) as refused:
+        policy.check_run(site, asked, 77)
+    assert "max-examples-per-visit = 10000, requested more" in str(refused.value)
+    assert "max-steps-per-visit = 100, requested more" in str(refused.value)
+    assert "min-examples = 100, the site has fewer" in str(refused.value)
+    assert not {"12345", "4115", "77"} & set(str(refused.value).replace(";", " ").split())
+
+
 def test_keys_that_the_site_does_not_know_are_refused_together(site: SiteFile) -> None:
     policy.check_keys(site, recipes.resolve({}).flat())
     with pytest.raises(
