@@ -18,6 +18,7 @@ from grandrounds.site.custody.policy import AT_LEAST, AT_MOST, ONE_OF
 from grandrounds.site.custody.site_file import Policy, SiteFile
 from grandrounds.site.custody.verdicts import VERDICTS
 from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
+from tests.config.test_configs import ENTRIES, TEMPLATE
 from tests.own_sites import make_site
 from tests.places import ROOT
 
@@ -71,11 +72,11 @@ def test_every_recipe_of_the_repository_passes_the_default_policy(
     assert refusals(site, recipes.load_recipe(path), 1000) == []
 
 
-def test_the_packaged_first_run_and_a_flowertune_entry_pass_the_default_policy(
+def test_the_packaged_first_run_and_published_entries_pass_the_default_policy(
     site: SiteFile,
 ) -> None:
-    assert refusals(site, {}, 1000) == []
-    assert refusals(site, recipes.from_flowertune({"model.name": "a/b"}, 20), 1000) == []
+    for settings in ({}, *(TEMPLATE | entry for entry in ENTRIES.values())):
+        assert refusals(site, settings, 1000) == []
 
 
 EXCEEDING: dict[str, tuple[dict[str, Any], str]] = {
