@@ -9,6 +9,7 @@ GrandRoundsError            exit code 1, printed as one line, never as a traceba
 ├── RoundError              a round ended with fewer valid updates than required
 ├── ReplyError              one reply is invalid; the round continues without it
 ├── PolicyError             a site's own policy forbids what a run requests
+│   └── ThrottledError      a site has refused so much that it reads no more for a while
 └── EngineError             Flower's runtime did not start, or ended without a result
 
 A message states what is wrong, the value received, what is allowed and what to do next.
@@ -59,6 +60,10 @@ class ReplyError(GrandRoundsError):
 
 class PolicyError(GrandRoundsError):
     """A site's own policy forbids what a run requests."""
+
+
+class ThrottledError(PolicyError):
+    """A site has refused so many messages that it reads no more of them for a while."""
 
 
 class EngineError(GrandRoundsError):

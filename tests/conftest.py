@@ -146,3 +146,14 @@ def a_task() -> None:
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+
+
+@pytest.fixture
+def by_the_runs_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sites with a site.toml take their examples in the order of the run, as others do.
+
+    Nothing that an agent can be given does this; `tests.seeded_agent` does it for a process.
+    """
+    from grandrounds.site.custody import order
+
+    monkeypatch.setattr(order, "choose", lambda *_: None)

@@ -30,6 +30,7 @@ def make_site(
     text = TEMPLATE.read_text()
     values = {"data__source": source, "policy__min_examples": 1, "policy__max_rank": 64, **changes}
     values.setdefault("policy__min_examples_per_visit", 1)
+    values.setdefault("tell__min_held_out_examples", 1)
     for name, value in values.items():
         section, _, key = name.partition("__")
         text = with_value(text, section, key.replace("_", "-"), value)

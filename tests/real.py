@@ -125,6 +125,7 @@ class Consortium:
             "policy__min_examples": 1,
             "policy__max_rank": 64,
             "policy__min_examples_per_visit": 1,
+            "tell__telemetry": True,
             **changes,
         }
         for name, value in values.items():
@@ -230,11 +231,18 @@ class Consortium:
         answer: dict[str, Any] = json.loads(done.stdout[start:]) if start >= 0 else {}
         return answer or {"output": done.stdout + done.stderr}
 
-    def start_agent(self, i: int, **options: Any) -> None:
-        """Start a site's agent, and wait until it serves."""
+    def start_agent(self, i: int, *, seeded: bool = True, **options: Any) -> None:
+        """Start a site's agent, and wait until it serves.
+
+        Parameters
+        ----------
+        seeded : bool
+            Whether its examples come in the order of the run, as in process.
+        """
         name = f"agent{i}"
         said = self.log(name).count("listens on")
-        command = [sys.executable, "-m", "grandrounds", "site", "serve"]
+        own = ["grandrounds", "site", "serve"]
+        command = [sys.executable, "-m", *(["tests.seeded_agent"] if seeded else own)]
         self.start(name, [*command, "--config", str(self.sites[i].path)], **options)
         wait_for(lambda: self.log(name).count("listens on") > said, 60, self.log(name))
 

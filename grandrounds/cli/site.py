@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import signal
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,9 @@ from grandrounds.cli.screen import say
 from grandrounds.config import recipes
 from grandrounds.quiet import quiet_libraries
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
+
+if TYPE_CHECKING:
+    from grandrounds.site.custody.state import SiteState
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Set up and run a site of a consortium."
@@ -129,17 +133,71 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
     site = read_site_file(config)
     quiet_libraries()
     from grandrounds.engines.deployment.agent import Agent
+    from grandrounds.site.custody.faults import keep_texts_off_the_terminal
     from grandrounds.site.custody.own_run import inventory
 
     def tell(line: str) -> None:
         say(f"grandrounds: {line}")
 
+    keep_texts_off_the_terminal()
     agent = Agent(site, tell)
     for line in inventory(site):
         tell(line)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     agent.serve()
+
+
+@app.command("allow-run")
+def allow_run(
+    run: Annotated[
+        str, typer.Argument(help="Key of the run, as its refusal names it; without it: any run.")
+    ] = "",
+    config: SiteToml = Path("site.toml"),
+) -> None:
+    """Allow one more run in the next 24 hours than `policy.max-runs-per-day`."""
+    site = read_site_file(config)
+    from grandrounds.site.custody import quota
+
+    with opened(site) as state:
+        quota.allow_run(state, run)
+    say(f"{f'run {run}' if run else 'one more run'} is allowed for 24 hours")
+
+
+@app.command()
+def runs(config: SiteToml = Path("site.toml")) -> None:
+    """List the runs that the site keeps something of: cursors, error memories, replies."""
+    from grandrounds.site.custody import kept_runs
+
+    with opened(read_site_file(config)) as state:
+        for one in kept_runs.listed(state):
+            say(
+                f"{one.run}  first visit {one.first_seconds / 3600:.1f} h ago, last "
+                f"{one.last_seconds / 3600:.1f} h ago, {one.bytes / 2**20:.1f} MiB"
+            )
+
+
+@app.command("forget-run")
+def forget_run(
+    run: Annotated[
+        str, typer.Argument(help="Key of the run, as `grandrounds site runs` lists it.")
+    ],
+    config: SiteToml = Path("site.toml"),
+) -> None:
+    """Delete what the site keeps of a run; it cannot be resumed to the same bits."""
+    from grandrounds.site.custody import kept_runs
+
+    with opened(read_site_file(config)) as state:
+        known = kept_runs.forget(state, run)
+    say(f"run {run} is forgotten" if known else f"nothing is kept of run {run}")
+
+
+def opened(site: SiteFile) -> AbstractContextManager[SiteState]:
+    """Return the site's state, closed at the end of the context."""
+    quiet_libraries()
+    from grandrounds.site.custody.state import SiteState
+
+    return closing(SiteState(site.place(site.agent.state)))
 
 
 @app.command()

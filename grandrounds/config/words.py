@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path, PureWindowsPath
 
+NOT_TOLD = "not told"
+"""A figure that real sites keep to themselves."""
+
 
 def percent(share: float, decimals: int = 1) -> str:
     """Format a share: 0.98 as `98.0 %`."""

@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from grandrounds.config.keys import Config
 from grandrounds.quiet import quiet_libraries
 from grandrounds.server.listeners import Listener
+from grandrounds.site.custody.node import IN_PROCESS
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 
 ClientAppCall = Callable[[Message, Context], Message]
@@ -43,7 +44,11 @@ class InProcessGrid(Grid):
             partition + 1: Context(
                 run_id=1,
                 node_id=partition + 1,
-                node_config={"partition-id": partition, "num-partitions": num_partitions},
+                node_config={
+                    "partition-id": partition,
+                    "num-partitions": num_partitions,
+                    IN_PROCESS: True,
+                },
                 state=RecordDict(),
                 run_config=dict(run_config),
             )

@@ -11,9 +11,10 @@ from typing import Any
 from grandrounds.config import recipes
 from grandrounds.config.bases import REAL_BASE
 from grandrounds.config.keys import Config
-from grandrounds.config.words import counted, place_name
+from grandrounds.config.words import NOT_TOLD, counted, place_name
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.wire.names import SOURCE
+from grandrounds.wire.told import in_custody
 
 Sites = Sequence[Mapping[str, Any]]
 """Introductions, as in sites.json; empty before the roll call."""
@@ -22,12 +23,18 @@ Sites = Sequence[Mapping[str, Any]]
 def are_real(sites: Iterable[Mapping[str, Any]]) -> bool:
     """Whether these are introductions of real sites: only they include the base's hash."""
     facts = list(sites)
-    return bool(facts) and all("base-content" in site for site in facts)
+    return bool(facts) and all(map(in_custody, facts))
+
+
+def examples_text(trained: int, held_out: int | None) -> str:
+    """Return `1,425 to train on, 75 held out`; what sites keep to themselves is not told."""
+    held = f"{held_out:,}" if held_out is not None else NOT_TOLD
+    return f"{trained:,} to train on, {held} held out"
 
 
 def with_own_data(sites: Sites) -> Sites:
     """Return the sites that brought data of their own."""
-    return [site for site in sites if "base-content" in site and site.get(SOURCE) != FORMULARY]
+    return [site for site in sites if in_custody(site) and site.get(SOURCE) != FORMULARY]
 
 
 def named_data(source: str, count: int, partitioner: str, column: str) -> str:
@@ -40,7 +47,7 @@ def named_data(source: str, count: int, partitioner: str, column: str) -> str:
 def data_text(config: Config, sites: Sites = ()) -> str:
     """Return what is trained on and how it is divided: `formulary, 20 sites, iid`."""
     data = config.data
-    real = [site for site in sites if "base-content" in site]
+    real = [site for site in sites if in_custody(site)]
     own, count = with_own_data(sites), max(len(sites), data.num_partitions)
     if real and len(own) == len(sites):
         return f"each site's own, {counted(count, 'site')}"
@@ -54,14 +61,14 @@ def data_text(config: Config, sites: Sites = ()) -> str:
 
 def leaderboard_differences(config: Config, sites: Sites = ()) -> list[str]:
     """Return why a run is not comparable with FlowerTune's leaderboard; empty if it is."""
-    if any("base-content" in site for site in sites):
+    if any(map(in_custody, sites)):
         return ["each site's own data"]
     return recipes.leaderboard_differences(config)
 
 
 def leaderboard_text(config: Config, sites: Sites = ()) -> str:
     """Return `not comparable: ...`; empty if it is comparable, or the sites brought their data."""
-    if any("base-content" in site for site in sites):
+    if any(map(in_custody, sites)):
         return ""
     reasons = "; ".join(recipes.leaderboard_differences(config))
     return f"not comparable: {reasons}" if reasons else ""

@@ -22,12 +22,13 @@ from grandrounds.server.directory import (
 )
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.listeners import Listener
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster
+from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, has_changed
 from grandrounds.server.rounds import examine_formulary
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Ranks, drawn_adapter
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.schedule import evaluation_cohort_of
+from grandrounds.wire.told import in_custody
 from grandrounds.wire.traffic import plan_config
 
 
@@ -113,11 +114,12 @@ def open_session(run: Run) -> None:
     check_same_sites(roster)
     roster.note_arithmetic()
     there = [roster.cards[p].facts for p in judges if p in roster.cards]
-    if there and not any(int(facts["held-out-examples"]) for facts in there):
+    if there and not any(int(facts.get("held-out-examples", 0)) for facts in there):
+        kept = " or keep their loss to themselves" if any(map(in_custody, there)) else ""
         raise DataError(
             f"None of the sites selected for held-out loss ({roster.names.listed(judges)}) has "
-            "held-out examples: they have too little data. Raise data.held-out-fraction, use more "
-            "data, or set strategy.fraction-evaluate = 0."
+            f"held-out examples: they have too little data{kept}. Raise data.held-out-fraction, "
+            "use more data, or set strategy.fraction-evaluate = 0."
         )
     run.write_sites()
     run.listener.on_roll_call([dict(card.facts) for card in roster.cards.values()])
@@ -155,9 +157,9 @@ def check_same_sites(roster: Roster) -> None:
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
         for fact in SAME_IN_A_RUN:
-            if before[fact] != card.facts[fact]:
+            if has_changed(fact, before, card.facts):
                 raise RunDirectoryError(
                     f"{roster.names.with_number(site)} has changed since the run started: its "
-                    f"{fact} was {before[fact]} and is now {card.facts[fact]}. Restore it to "
-                    "resume, or start a new run."
+                    f"{fact} was {before.get(fact)} and is now {card.facts.get(fact)}. Restore it "
+                    "to resume, or start a new run."
                 )

@@ -18,6 +18,7 @@ from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import (
     are_real,
     data_text,
+    examples_text,
     is_of_the_formulary,
     with_own_data,
 )
@@ -220,8 +221,9 @@ def _facts(
         ("seed", str(config.federation.seed)),
     ]
     if found.data:
-        count, held = found.data["train-examples"], found.data["held-out-examples"]
-        rows.insert(2, ("examples", f"{count:,} to train on, {held:,} held out"))
+        about = "about " if are_real(found.sites) else ""
+        told = examples_text(found.data["train-examples"], found.data["held-out-examples"])
+        rows.insert(2, ("examples", f"{about}{told}"))
     if found.failed_replies is not None:
         rows.append(("failed replies of the run", str(found.failed_replies)))
     return _table(("", ""), rows)

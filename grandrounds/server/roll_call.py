@@ -15,6 +15,7 @@ from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
 from grandrounds.wire.names import NAME, SiteNames, clean_name, names_of
+from grandrounds.wire.told import BASE, COUNTS, in_custody, rounded_count
 
 REFRESH_SECONDS = 60.0
 """Maximum wait before a round for introductions of new or returning sites."""
@@ -23,13 +24,7 @@ SAME_IN_A_RUN = (
     *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
     *("base", "prompt"),
 )
-"""Facts that must not change when a site returns or a run is resumed."""
-
-COUNTS = (
-    *("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable", "held-out-examples"),
-    "threads",
-)
-"""Facts that are integers of at least 0."""
+"""Facts that must not change when a site returns or a run is resumed, where it tells them."""
 
 COMPUTED_BEFORE = "computed-before"
 """Fact added here: how a site computed before a resume, if differently."""
@@ -49,8 +44,13 @@ class SiteCard:
 
     @property
     def num_examples(self) -> int:
-        """Training examples of the site."""
+        """Training examples of the site, as it tells them."""
         return int(self.facts["train-examples"])
+
+    @property
+    def in_custody(self) -> bool:
+        """Whether the site is in its own custody: it decides which figures it tells."""
+        return in_custody(self.facts)
 
     @property
     def arithmetic(self) -> dict[str, int | str]:
@@ -259,7 +259,7 @@ class Roster:
         """Raise `EngineError` if a returning site has changed, or differs from the others."""
         before = self.introduced.get(partition, facts)
         for fact in ("version", *SAME_IN_A_RUN):
-            if facts.get(fact) != before.get(fact):
+            if has_changed(fact, before, facts):
                 raise EngineError(
                     f"it came back with another {fact}: {facts.get(fact)}, was {before.get(fact)}. "
                     "Restore it, or start a new run."
@@ -314,7 +314,10 @@ def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
 def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]:
     """Return a site's introduction; raise `EngineError` if it is incomplete or invalid."""
     record = dict(reply.content.config_records.get(messages.CONFIG) or {})
-    if missing := [fact for fact in messages.INTRODUCTION if fact not in record]:
+    required = messages.INTRODUCTION
+    if in_custody(record):
+        required = messages.INTRODUCTION_IN_CUSTODY
+    if missing := [fact for fact in required if fact not in record]:
         raise EngineError(
             f"The introduction of node {node} lacks {', '.join(missing)}: is another version of "
             "grandrounds installed there? Install the same one everywhere."
@@ -330,8 +333,9 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
     try:
         messages.whole_number(facts, "partition-id", 0, num_sites - 1)
         messages.whole_number(facts, "train-examples", 1)
-        for name in COUNTS:
-            messages.whole_number(facts, name)
+        for name in (*COUNTS, messages.THREADS):
+            if name in record:
+                messages.whole_number(facts, name)
     except ReplyError as error:
         raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
     return record
@@ -342,6 +346,19 @@ def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[s
     name = clean_name(admitted_names.get(int(facts["partition-id"]), facts.get(NAME)))
     others = {key: value for key, value in facts.items() if key != NAME}
     return {**others, NAME: name} if name else others
+
+
+def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a fact differs between two introductions of a site.
+
+    What a real site tells in only one of them cannot be compared, and counts only rounded: in runs
+    of before they are exact.
+    """
+    if not in_custody(now) or fact not in COUNTS:
+        return bool(before.get(fact) != now.get(fact))
+    if fact not in before or fact not in now:
+        return False
+    return rounded_count(int(before[fact])) != rounded_count(int(now[fact]))
 
 
 def arithmetic_text(arithmetic: Mapping[str, int | str]) -> str:
@@ -356,7 +373,7 @@ def check_same(cards: Mapping[int, SiteCard]) -> None:
     for fact, meaning in (
         ("version", "version of grandrounds"),
         ("base", "base model"),
-        ("base-content", "base model, whose files differ"),
+        (BASE, "base model, whose files differ"),
         ("prompt", "prompt"),
     ):
         those = {

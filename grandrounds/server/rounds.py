@@ -18,7 +18,7 @@ from grandrounds.server.exchange import Tally
 from grandrounds.server.model_card import Findings, model_card
 from grandrounds.server.run import Run
 from grandrounds.server.updates import Updates, claimed_examples
-from grandrounds.wire import messages
+from grandrounds.wire import messages, told
 from grandrounds.wire.adapter import Adapter, shapes_of
 from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
@@ -156,7 +156,7 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
             parcel,
             {
                 "learning-rate": now.learning_rate,
-                "cursor": state.cursors.get(p, 0),
+                **_cursor(run, p),
                 **cards[p].arithmetic,
             },
         )
@@ -169,7 +169,10 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
         product_error.add(change, weight)
 
     def use(site: int, reply: Message) -> messages.Metrics:
-        metrics = messages.metrics_of(reply, messages.TRAIN_METRICS)
+        required = messages.TRAIN_METRICS
+        if cards[site].in_custody:
+            required = messages.TRAIN_METRICS_IN_CUSTODY
+        metrics = messages.metrics_of(reply, required)
         if (update := updates.admit(site, reply, metrics)) is not None:
             add(site, *update)
         return metrics
@@ -191,6 +194,16 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
         tally.good.pop(site, None)
     run.sender.settle(parcels, tally.good)
     return tally
+
+
+def _cursor(run: Run, site: int) -> dict[str, int]:
+    """Return the example at which a site continues; empty for one that keeps its own cursor."""
+    known = run.state.cursors
+    return (
+        {}
+        if run.roster.cards[site].in_custody and site not in known
+        else {"cursor": known.get(site, 0)}
+    )
 
 
 def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, Any]]:
@@ -224,7 +237,7 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
 
 
 def evaluate(run: Run) -> tuple[float | None, Tally]:
-    """Return the held-out loss in nats per answer token; None if no site replied.
+    """Return the held-out loss in nats per answer token; None if no site told one.
 
     The sites evaluate the adapter as they receive it.
     """
@@ -233,14 +246,14 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
     tally = run.exchange.ask(
         "evaluate",
         addressed(run, MessageType.EVALUATE, number, parcels),
-        lambda _, reply: messages.metrics_of(reply, messages.EVALUATE_METRICS),
+        lambda site, reply: messages.metrics_of(
+            reply, () if run.roster.cards[site].in_custody else messages.EVALUATE_METRICS
+        ),
     )
     run.sender.settle(parcels, tally.good)
     tally.failed |= dict.fromkeys(set(cohort) - parcels.keys(), NOT_THERE)
     run.state.count_failures(tally)
-    tokens = sum(int(m["tokens"]) for m in tally.good.values())
-    loss = sum(float(m["nll-sum"]) for m in tally.good.values()) / tokens if tokens else None
-    return loss, tally
+    return told.held_out_loss(tally.good.values()), tally
 
 
 def examine_formulary(run: Run) -> dict[str, Any] | None:
@@ -276,16 +289,17 @@ def examine_formulary(run: Run) -> dict[str, Any] | None:
 
 
 def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
-    """Return the training part of a line of metrics.jsonl."""
+    """Return the training part of a line of metrics.jsonl; what no site tells is null.
+
+    Means are over the sites that tell the figure, sums need all of them.
+    """
     good, cards, state = tally.good.values(), run.roster.cards, run.state
     weights = {p: claimed_examples(m, cards[p]) for p, m in tally.good.items()}
-
-    def mean(name: str) -> float:
-        weighted = sum(float(m[name]) * weights[p] for p, m in tally.good.items())
-        return weighted / sum(weights.values())
-
-    known = {p: int(facts["train-examples"]) for p, facts in run.roster.introduced.items()}
+    introduced = run.roster.introduced
+    known = {p: int(facts["train-examples"]) for p, facts in introduced.items()}
     covered = sum(share * known[p] for p, share in state.coverage.items() if p in known)
+    tells_coverage = not tally.good.keys() - state.coverage.keys()
+    seconds = [m.get("seconds") for m in good]
     return {
         "round": now.number,
         "flower-run": str(run.exchange.grid.run.run_id),
@@ -293,15 +307,14 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
         "cohort": now.cohort,
         "good": sorted(tally.good),
         "failed": {str(p): why for p, why in sorted(tally.failed.items())},
-        "train-loss": mean("train-loss"),
-        "proximal-penalty": mean("proximal-penalty"),
-        "coverage": covered / sum(known.values()),
-        "site-coverage": {str(p): state.coverage[p] for p in sorted(tally.good)},
-        **{
-            name: sum(int(m[name]) for m in good)
-            for name in ("examples", "tokens", "padding-tokens")
+        "train-loss": told.mean(tally.good, "train-loss", weights),
+        "proximal-penalty": told.mean(tally.good, "proximal-penalty", weights),
+        "coverage": covered / sum(known.values()) if tells_coverage else None,
+        "site-coverage": {
+            str(p): state.coverage[p] for p in sorted(tally.good) if p in state.coverage
         },
-        "visit-seconds": sum(float(m["seconds"]) for m in good),
+        **{name: told.total(good, name) for name in ("examples", "tokens", "padding-tokens")},
+        "visit-seconds": None if None in seconds else sum(float(s) for s in seconds if s),
     }
 
 

@@ -19,6 +19,7 @@ from grandrounds.server.roll_call import Roster
 from grandrounds.wire.adapter import Adapter, rank_of
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.ledger import Ledger
+from grandrounds.wire.told import in_custody, total_of_sites
 from grandrounds.wire.traffic import Plan
 
 
@@ -36,9 +37,10 @@ class State:
     """The traffic so far."""
     cursors: dict[int, int] = field(default_factory=dict)
     """Partition id → examples given to it, up to its last reply that was used. Sent with each
-    visit: examples of unused replies, and those after the resumed round, are repeated."""
+    visit: examples of unused replies, and those after the resumed round, are repeated. A real site
+    keeps its own."""
     coverage: dict[int, float] = field(default_factory=dict)
-    """Partition id → share of its training examples seen at least once."""
+    """Partition id → share of its training examples seen at least once, where it tells it."""
     base_loads: dict[str, int] = field(default_factory=dict)
     """Process → number of times it loaded a base model."""
     failed_replies: int = 0
@@ -141,10 +143,19 @@ class Run:
         state = self.state
         state.round, state.adapter = round_number, adapter
         for site, metrics in tally.good.items():
-            state.cursors[site] = int(metrics["cursor"])
-            state.coverage[site] = float(metrics["coverage"])
+            if "cursor" in metrics:
+                state.cursors[site] = int(metrics["cursor"])
+            if "coverage" in metrics:
+                state.coverage[site] = float(metrics["coverage"])
         state.note_loads(tally)
         self.roster.suspected = set(tally.failed)
+
+
+IN_SUMMARY = (
+    *("train-examples", "held-out-examples"),
+    *("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable"),
+)
+"""The counts in summary.json; null where a site does not tell one."""
 
 
 def ends(values: Sequence[float]) -> dict[str, float] | None:
@@ -166,7 +177,7 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
     first = sites[0] if sites else {}
     reasons = leaderboard_differences(config, sites)
-    counted = ("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable")
+    tells_loads = bool(state.base_loads) or not any(map(in_custody, sites))
     return {
         "status": status,
         "rounds": metrics[-1]["round"] if metrics else 0,
@@ -181,7 +192,7 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
             "round": best["round"],
             "held_out_loss": best["held-out-loss"],
         },
-        "train_loss": ends([m["train-loss"] for m in trained]),
+        "train_loss": ends([m["train-loss"] for m in trained if m["train-loss"] is not None]),
         "held_out_loss": ends(held_out),
         "proximal_penalty": trained[-1]["proximal-penalty"] if trained else None,
         "product_error": errors[-1]["product-error"] if errors else None,
@@ -200,15 +211,13 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
         "coverage": trained[-1]["coverage"] if trained else 0.0,
         "failed_replies": state.failed_replies,
         "late_replies": state.late_replies,
-        "base_loads": sum(state.base_loads.values()),
-        "processes": len(state.base_loads),
+        "base_loads": sum(state.base_loads.values()) if tells_loads else None,
+        "processes": len(state.base_loads) if tells_loads else None,
         "device": first.get("device"),
         "precision": first.get("precision"),
         "data": {
             "sites": len(sites),
-            "train-examples": sum(int(s["train-examples"]) for s in sites),
-            "held-out-examples": sum(int(s["held-out-examples"]) for s in sites),
-            **{name: sum(int(s[name]) for s in sites) for name in counted},
+            **{name: total_of_sites(sites, name) for name in IN_SUMMARY},
         },
         "comparable_with_leaderboard": not reasons,
         "not_comparable_because": reasons,

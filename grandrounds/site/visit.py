@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -56,6 +56,18 @@ PROCESS = int.from_bytes(os.urandom(6))
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """The examples of a visit where the site chooses them, not the run."""
+
+    indices: tuple[int, ...]
+    """Positions in `Site.train`, in the order in which they are trained on."""
+    given: int
+    """Examples given to the run before this visit."""
+    seen: int
+    """Different examples given to the run, this visit included."""
+
+
+@dataclass(frozen=True)
 class Visit:
     """One message to a site, and everything needed to answer it."""
 
@@ -67,6 +79,8 @@ class Visit:
     """The run's configuration, as far as the site allows."""
     site: Site
     """The site's examples."""
+    chosen: Chosen | None = None
+    """The examples to train on; None: those that the run's seed and cursor give."""
 
     @classmethod
     def here(cls, content: RecordDict, context: Context) -> Visit:
@@ -77,7 +91,7 @@ class Visit:
         DataError
             If the node has no partition id, or one that the run does not have.
         """
-        config = _parsed(tuple(sorted(context.run_config.items())))
+        config = parsed(context.run_config)
         number = partition_id(context.node_config, config)
         examples = site_of(config, number)
         settled = machine.settled(config, messages.instruction_of(content))
@@ -100,20 +114,36 @@ class Visit:
 
     @cached_property
     def cursor(self) -> int:
-        """Examples given to the site before this visit.
+        """Examples given to the site in this run before this visit.
 
-        The server's value, if it sends one, which after a resume belongs to the resumed round;
-        otherwise the site's own record.
+        The site's own record where it chooses its examples, or the server sends none.
+        """
+        return self.chosen.given if self.chosen else self.used
+
+    @property
+    def used(self) -> int:
+        """Examples given to the site in this run, up to its last reply that the server used.
+
+        The server's value, if it sends one: after a resume it belongs to the resumed round. It
+        tells which error memory to go on from.
         """
         if "cursor" in self.instruction:
             return messages.whole_number(self.instruction, "cursor")
-        record = self.state.config_records.get(_CURSOR)
-        return int(record["examples"]) if record else 0  # type: ignore[arg-type]
+        return given_to_run(self.state)
 
     @property
     def cursor_after(self) -> int:
         """Examples given to the site, this visit included."""
         return self.cursor + sampling.examples_of_a_visit(self.config, len(self.site.train))
+
+    @property
+    def seen(self) -> int:
+        """Different examples given to the site in this run, this visit included."""
+        if self.chosen:
+            return self.chosen.seen
+        config, num_examples = self.config, len(self.site.train)
+        per_visit = sampling.examples_of_a_visit(config, num_examples)
+        return self.cursor_after if config.train.dynamic_data_seed else per_visit
 
     @property
     def trained(self) -> tuple[str, slice]:
@@ -124,6 +154,12 @@ class Visit:
     def write_cursor(self) -> None:
         """Save the cursor for the next visit in the site's state."""
         self.state.config_records[_CURSOR] = ConfigRecord({"examples": self.cursor_after})
+
+
+def given_to_run(state: RecordDict) -> int:
+    """Return how many examples a site has given to a run, by what it keeps of it."""
+    record = state.config_records.get(_CURSOR)
+    return int(record["examples"]) if record else 0  # type: ignore[arg-type]
 
 
 def partition_id(node: Mapping[str, Any], config: Config) -> int:
@@ -149,6 +185,11 @@ def partition_id(node: Mapping[str, Any], config: Config) -> int:
             f"data.num-partitions = {connected}."
         )
     return number
+
+
+def parsed(run_config: Mapping[str, Any]) -> Config:
+    """Return the configuration of a run, resolved once per process."""
+    return _parsed(tuple(sorted(run_config.items())))
 
 
 @lru_cache(maxsize=8)
@@ -191,7 +232,11 @@ def next_batches(visit: Visit) -> Batches:
     seed, start = config.federation.seed, visit.cursor
     count = visit.cursor_after - start
     start = start if config.train.dynamic_data_seed else 0
-    indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
+    indices: Sequence[int]
+    if visit.chosen:
+        indices = visit.chosen.indices
+    else:
+        indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
     examples = [site.train[i] for i in indices]
     size = config.arguments.per_device_train_batch_size
     if machine.forward(config).padding_free or config.train.batching == "padded":
@@ -258,7 +303,7 @@ def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
     """Encode a change; what the codec lost stays in the site's state."""
     config, memory = visit.config, None
     if STRATEGIES[config.strategy.name].error_feedback:
-        memory = uplink.ErrorMemory(visit.state, visit.cursor, visit.cursor_after)
+        memory = uplink.ErrorMemory(visit.state, visit.used, visit.cursor_after)
     seed, site = config.federation.seed, visit.site.partition_id
     generator = sampling.uplink_generator(seed, visit.round, site)
     return uplink.encode_change(change, config.communication, memory, generator)
@@ -268,8 +313,7 @@ def train_metrics(
     visit: Visit, result: training.VisitResult, change: Adapter
 ) -> dict[str, float | int]:
     """Return the metrics of a visit."""
-    num_examples, cursor = len(visit.site.train), visit.cursor_after
-    seen = cursor if visit.config.train.dynamic_data_seed else result.examples
+    num_examples = len(visit.site.train)
     return {
         "num-examples": num_examples,
         "train-loss": result.train_loss,
@@ -280,8 +324,8 @@ def train_metrics(
         "padding-tokens": result.padding_tokens,
         "seconds": result.seconds,
         messages.UPDATE_NORM: math.sqrt(sum(float(np.vdot(t, t)) for t in change.values())),
-        "cursor": cursor,
-        "coverage": min(1.0, seen / num_examples),
+        "cursor": visit.cursor_after,
+        "coverage": min(1.0, visit.seen / num_examples),
         **process_facts(),
     }
 

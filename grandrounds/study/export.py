@@ -27,6 +27,7 @@ from grandrounds.errors import (
 from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
 from grandrounds.model.lora import LoraSpec
 from grandrounds.server.directory import Checkpoint
+from grandrounds.server.listeners.plain import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
 from grandrounds.statistics import wilson_interval
 from grandrounds.storage import whole_folder, writing
@@ -36,6 +37,7 @@ from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapt
 from grandrounds.study.evaluation.tasks import WEIGHTS
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
 from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.told import total_of_sites
 
 Say = Callable[[str], None]
 """Receives progress messages."""
@@ -200,12 +202,9 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
     summary = run.read_json("summary.json") or {}
     start = next((m for m in run.read_metrics() if m["round"] == 0), {})
     sites = run.read_json("sites.json") or []
-    data = {
-        key: sum(int(site[key]) for site in sites)
-        for key in ("train-examples", "held-out-examples")
-    }
+    data = {key: total_of_sites(sites, key) for key in ("train-examples", "held-out-examples")}
     first = sites[0] if sites else {}
-    device = f"{first['device']}: {first['precision']}" if first else None
+    device = f"{device_of(first)}: {first['precision']}" if first else None
     return Findings(
         base_held_out_loss=start.get("held-out-loss"),
         data=data if sites else None,

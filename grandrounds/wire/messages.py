@@ -32,6 +32,7 @@ from grandrounds.errors import GrandRoundsError, ReplyError
 from grandrounds.wire.adapter import Adapter, Shapes
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
+from grandrounds.wire.told import COUNTS, HELD_OUT_LOSS
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
@@ -53,7 +54,7 @@ message, so that a site started anew computes as before."""
 UPDATE_NORM = "update-norm"
 """Metric of a reply to `train`: the L2 norm of the change before encoding."""
 
-TRAIN_METRICS = (
+TRAIN_METRICS: tuple[str, ...] = (
     "num-examples",
     "train-loss",
     "proximal-penalty",
@@ -66,10 +67,14 @@ TRAIN_METRICS = (
     "base-loads",
     "process-id",
 )
-"""Metrics that a reply to `train` must have."""
+"""Metrics that a reply to `train` must have, unless the site is in its own custody."""
+
+TRAIN_METRICS_IN_CUSTODY: tuple[str, ...] = ("num-examples",)
+"""Metrics that a reply to `train` of such a site must have."""
 
 EVALUATE_METRICS = ("nll-sum", "tokens")
-"""Metrics that a reply to `evaluate` must have."""
+"""Metrics that a reply to `evaluate` must have, unless the site is in its own custody: then it may
+have none."""
 
 FORMULARY_METRICS = tuple(
     f"{kind}-{which}-{count}"
@@ -97,28 +102,19 @@ REAL = {
     "coverage": 1.0,
     "train-loss": 1e6,
     "nll-sum": 1e15,
+    HELD_OUT_LOSS: 1e6,
     "proximal-penalty": 1e30,
     "seconds": 1e9,
 }
 """Metrics that are numbers from 0 to this maximum."""
 
-INTRODUCTION = (
-    "partition-id",
-    "rows",
-    "empty-rows",
-    "duplicate-rows",
-    "truncated",
-    "unlearnable",
-    "train-examples",
-    "held-out-examples",
-    "version",
-    "base",
-    "prompt",
-    "device",
-    "precision",
-    "threads",
+INTRODUCTION_IN_CUSTODY: tuple[str, ...] = (
+    *("partition-id", "train-examples", "version", "base", "prompt", "precision", "threads"),
 )
-"""What an introduction, the reply to `query`, must have."""
+"""What an introduction, the reply to `query`, of a site in its own custody must have."""
+
+INTRODUCTION: tuple[str, ...] = (*dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUNTS, "device")),)
+"""What every other introduction must have."""
 
 Metrics = dict[str, float | int]
 

@@ -79,6 +79,8 @@ def test_check_names_the_stale_page_and_writes_nothing(
 ) -> None:
     main = make_docs["main"]
     main.__globals__["DOCS"] = tmp_path
+    head, mark, _ = (ROOT / "docs" / "deployment.md").read_text().partition(": begin -->")
+    (tmp_path / "deployment.md").write_text(f"{head}{mark}\nold\n<!-- end -->\nkept")
     try:
         assert main([]) == 0
         assert main(["--check"]) == 0
@@ -87,6 +89,9 @@ def test_check_names_the_stale_page_and_writes_nothing(
         assert "docs/cli.md" in (said := capsys.readouterr().err)
         assert "docs/configuration.md" not in said
         assert (tmp_path / "cli.md").read_text() == "old"
+        made = (tmp_path / "deployment.md").read_text()
+        assert made.startswith(head)
+        assert made.endswith("kind of an unexpected error |\n<!-- end -->\nkept")
     finally:
         main.__globals__["DOCS"] = ROOT / "docs"
 

@@ -16,6 +16,7 @@ import ssl
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
@@ -26,9 +27,9 @@ from grandrounds.engines.deployment.connections import Connections, Link, Told
 from grandrounds.engines.deployment.listening import listening
 from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import GrandRoundsError, ReplyError
-from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit
+from grandrounds.site.custody import faults, refusals
 from grandrounds.site.custody import frames as wire
+from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.wire import messages
@@ -49,7 +50,8 @@ class Agent:
         self._site, self._told, self._visits = site, told, visits
         self._stopping = threading.Event()
         self._wake: Callable[[], object] = lambda: None
-        SiteState(self._folder).close()  # fails now if the folder is unusable
+        with closing(SiteState(self._folder)) as state:  # fails now if the folder is unusable
+            state.tidy()
 
     @property
     def _folder(self) -> Path:
@@ -116,20 +118,28 @@ class Agent:
             reason = f"{kind[:40]!r} is not a message type of a site: {', '.join(self._visits)}"
             self._refuse(reason)
             return Message(messages.failure(ReplyError(reason)), reply_to=message)
-        context.node_config = {custody.SITE: str(self._site.path)}
+        context.node_config = {SITE: str(self._site.path)}
         number = re.sub(r"[^\w.-]", "", message.metadata.group_id)[:20]
         try:
             reply = self._visits[kind](message, context)
-        except Exception as error:  # details stay at the site; the server learns the type only
-            self._told(f"{kind}, round {number}: crashed: {type(error).__name__}: {error}")
-            reason = f"the site's agent crashed ({type(error).__name__}); see its log"
-            return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
-        self._told(f"{kind}, round {number}: {outcome_of(reply)}")
+        except Exception as error:  # its text may quote data: neither the journal nor the server
+            why = faults.written(error, with_text=self._site.agent.log_errors_with_text)
+            self._told(f"{kind}, round {number}: crashed: {why['error']} at {why['where']}")
+            self._record({"asked": kind, "outcome": "crashed", "run": "", **why})
+            return Message(Error(CLIENT_APP_RAISED, faults.told(error)), reply_to=message)
+        if (outcome := outcome_of(reply)) != refusals.TOLD:  # else its log could be flooded
+            self._told(f"{kind}, round {number}: {outcome}")
         return reply
 
     def _refuse(self, reason: str) -> None:
-        self._told(f"refused: {reason}")
-        audit.write(self._folder, {"asked": "", "outcome": "refused", "reason": reason})
+        line = {"run": "", "asked": "", "outcome": "refused", "reason": reason}
+        if self._record(line):
+            self._told(f"refused: {reason}")
+
+    def _record(self, line: Mapping[str, object]) -> bool:
+        """Count a refusal or a crash; return whether its line was written to the audit log."""
+        with closing(SiteState(self._folder)) as state:
+            return refusals.recorded(state, "", line)
 
 
 def outcome_of(reply: Message) -> str:

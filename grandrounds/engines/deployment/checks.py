@@ -25,6 +25,7 @@ from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import joining, keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
+from grandrounds.site.custody import quota
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_split
 from grandrounds.site.custody.own_run import admit, localized, site_in_custody
@@ -81,7 +82,8 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
 
 def _state(site: SiteFile) -> Iterator[Finding]:
     with closing(SiteState(site.place(site.agent.state))) as state:
-        yield Finding("ok", "state", f"{state.folder}, {state.visits_today()} visits in 24 hours")
+        visits = quota.visits_today(state)
+        yield Finding("ok", "state", f"{state.folder}, {visits} visits in 24 hours")
     if is_hidden(site.path.parent.resolve()):
         yield Finding(
             "warning",

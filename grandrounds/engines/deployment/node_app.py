@@ -9,7 +9,8 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from grandrounds.site.custody.agent_client import AGENT, forward
+from grandrounds.site.custody.agent_client import forward
+from grandrounds.site.custody.node import AGENT
 from grandrounds.wire.messages import answering
 
 app = ClientApp()

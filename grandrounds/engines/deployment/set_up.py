@@ -279,7 +279,7 @@ def place_of(site: SiteFile) -> str:
 # --- Texts ----------------------------------------------------------------------------------------
 
 
-def with_value(text: str, section: str, key: str, value: str | int) -> str:
+def with_value(text: str, section: str, key: str, value: str | int | bool) -> str:
     """Return a site.toml with one value replaced; comments and order are kept."""
     lines = text.splitlines(keepends=True)
     current = ""

@@ -10,7 +10,7 @@ from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.words import counted, percent
+from grandrounds.config.words import NOT_TOLD, counted, percent
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import (
     Sites,
@@ -24,6 +24,7 @@ from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners.next_steps import next_steps, short_path
 from grandrounds.statistics import wilson_interval
 from grandrounds.wire.names import SiteNames, names_of, one_line
+from grandrounds.wire.told import COUNTS, in_custody, total_of_sites
 
 Rows = list[tuple[str, str]]
 
@@ -167,34 +168,40 @@ def data_rows(config: Config, sites: Sites) -> Rows:
 
 def joined_line(site: Facts, names: SiteNames) -> str:
     """Return the line of a site that came after the roll call."""
+    about = "about " if in_custody(site) else ""
     examples = counted(int(site["train-examples"]), "example")
-    return f"  {names[int(site['partition-id'])]} joined: {examples} for training"
+    return f"  {names[int(site['partition-id'])]} joined: {about}{examples} for training"
 
 
 def site_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return the examples of the sites, the rows that are not used, and their machine."""
+    """Return the examples of the sites, the rows that are not used, and their machine.
+
+    What real sites keep to themselves is named as not told.
+    """
     examples = [int(s["train-examples"]) for s in sites]
-    held_out = sum(int(s["held-out-examples"]) for s in sites)
-    totals = {
-        name: sum(int(s[name]) for s in sites)
-        for name in ("rows", "empty-rows", "duplicate-rows", "unlearnable", "truncated")
-    }
+    totals = {name: total_of_sites(sites, name) for name in COUNTS}
+
+    def of_all(name: str, words: str) -> str:
+        count = totals[name]
+        return f"{NOT_TOLD if count is None else f'{count:,}'} {words}"
+
     least, most = min(examples), max(examples)
     spread = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    rows = [
-        (
-            "examples",
-            f"{sum(examples):,} for training ({spread} per site), {held_out:,} held out, "
-            f"of {totals['rows']:,} rows",
-        )
-    ]
-    left_out = [
-        f"{totals['duplicate-rows']:,} duplicate",
-        f"{totals['empty-rows']:,} empty",
-        f"{totals['unlearnable']:,} with no room for an answer",
-    ]
-    rows.append(("left out", ", ".join(left_out)))
-    rows.append(("answers cut", f"{totals['truncated']:,} at the sequence length"))
+    about = "about " if any(map(in_custody, sites)) else ""
+    held_out = of_all("held-out-examples", "held out")
+    trained = f"{about}{sum(examples):,} for training ({spread} per site), {held_out}"
+    if totals["rows"] is not None:
+        trained += f", of {totals['rows']:,} rows"
+    rows = [("examples", trained)]
+    left_out = {
+        "duplicate-rows": "duplicate",
+        "empty-rows": "empty",
+        "unlearnable": "with no room for an answer",
+    }
+    if all(totals[name] is None for name in (*left_out, "truncated")):
+        return [*rows, ("left out", f"{NOT_TOLD}: real sites keep it"), *machine_rows(sites)]
+    rows.append(("left out", ", ".join(of_all(name, words) for name, words in left_out.items())))
+    rows.append(("answers cut", of_all("truncated", "at the sequence length")))
     return [*rows, *machine_rows(sites)]
 
 
@@ -204,7 +211,7 @@ def machine_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
     Updates computed with other threads, or by another library, differ in their last bits.
     """
     machines = Counter(
-        one_line(f"{s['device']}, {counted(int(s['threads']), 'thread')}: {s['precision']}")
+        one_line(f"{device_of(s)}, {counted(int(s['threads']), 'thread')}: {s['precision']}")
         for s in sites
     )
     alike = len(machines) == 1
@@ -224,16 +231,23 @@ def machine_rows(sites: Sequence[Mapping[str, Any]]) -> Rows:
     return rows
 
 
+def device_of(site: Facts) -> str:
+    """Return a site's device, if it tells it."""
+    return str(site.get("device", f"device {NOT_TOLD}"))
+
+
 def round_line(record: Mapping[str, Any], total: int) -> str:
     """Return a round in one line."""
     held_out = record.get("held-out-loss")
     parts = [f"round {record['round']}/{total}"]
     if "train-loss" in record:
         good, cohort = len(record["good"]), len(record["cohort"])
-        parts += [f"loss {record['train-loss']:.4f}", f"{good}/{cohort} updates"]
+        loss = record["train-loss"]
+        parts.append(f"loss {NOT_TOLD if loss is None else f'{loss:.4f}'}")
+        parts.append(f"{good}/{cohort} updates")
     if held_out is not None:
         parts.append(f"held-out loss {held_out:.4f}")
-    if "coverage" in record:
+    if record.get("coverage") is not None:
         parts.append(f"coverage {percent(record['coverage'])}")
     parts.append(f"{record['communication-mib']:,.1f} MiB so far")
     parts.append(f"{record['seconds']:.1f} s")
@@ -269,7 +283,9 @@ def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
         if summary.get(name):
             first, last = summary[name]["first"], summary[name]["last"]
             rows.append((label, f"{first:.4f} → {last:.4f}"))
-    rows.append(("coverage", f"{percent(summary['coverage'])} of the training examples seen"))
+    covered = summary["coverage"]
+    seen = NOT_TOLD if covered is None else f"{percent(covered)} of the training examples seen"
+    rows.append(("coverage", seen))
     if summary.get("proximal_penalty"):
         rows.append(("proximal penalty", f"{summary['proximal_penalty']:.3g} in the last round"))
     if errors := summary.get("product_error_of_update"):
@@ -286,14 +302,12 @@ def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
     rows.append(
         ("communication", f"{summary['communication_mib']:,.2f} MiB (planned {planned:,.2f})")
     )
-    processes = counted(summary["processes"], "process", "processes")
     rows.append(("failed replies", str(summary["failed_replies"])))
-    rows.append(
-        (
-            "base loads",
-            f"{summary['base_loads']} in {processes}",
-        )
-    )
+    loads = NOT_TOLD
+    if summary["base_loads"] is not None:
+        loads = f"{summary['base_loads']} in "
+        loads += counted(summary["processes"], "process", "processes")
+    rows.append(("base loads", loads))
     rows.append(("seconds", f"{summary['seconds']:.1f}"))
     if not summary["comparable_with_leaderboard"] and not are_real(sites):
         rows.append(("leaderboard", "not comparable with the leaderboard"))

@@ -20,9 +20,7 @@ from flwr.app import Context, Message
 
 from grandrounds.errors import EngineError, first_line
 from grandrounds.site.custody import frames as wire
-
-AGENT = "agent"
-"""Key of a node's configuration: the address of its agent."""
+from grandrounds.site.custody.node import AGENT
 
 WAIT_SECONDS = 60.0
 RETRY_SECONDS = 0.5

@@ -9,10 +9,22 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from grandrounds.errors import DataError, OwnDataError
 from grandrounds.model.base import base_loads
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody.agent_client import AGENT, forward
-from grandrounds.site.visit import PROCESS, Visit
+from grandrounds.site.custody.agent_client import forward
+from grandrounds.site.custody.faults import (
+    keep_texts_off_the_terminal,
+    kinds,
+    places,
+    say,
+    telling_kinds_only,
+)
+from grandrounds.site.custody.node import AGENT, SITE, check_choice, is_one_machine
+from grandrounds.site.visit import PROCESS, Visit, parsed, partition_id
+
+FLOWERS_PROCESS = "flwr.supernode.runtime.run_clientapp"
+"""Module of a process that a SuperNode starts for a message."""
 
 _LOADED = "grandrounds-loaded"
 
@@ -25,25 +37,56 @@ def at_site(
     - `agent` in the node's configuration: the site's agent answers.
     - `site`: the function runs in this process, under the policy and with the data of that
       site.toml.
-    - neither: it runs in this process, on the data that the run's configuration names.
+    - neither: it runs in this process, on the data that the run's configuration names; at a
+      SuperNode only with `data-of-the-run=true`, and errors are told by their kind.
     """
 
     @functools.wraps(function)
     def answer(message: Message, context: Context) -> Message:
         if AGENT in context.node_config:
             return forward(message, context)
+        if is_one_machine(context.node_config):
+            return here(message, context)
+        if FLOWERS_PROCESS in sys.modules:
+            keep_texts_off_the_terminal()
+        return telling_kinds_only(here)(message, context)
+
+    def here(message: Message, context: Context) -> Message:
         before = base_loads()
-        if custody.SITE in context.node_config:
-            path = Path(str(context.node_config[custody.SITE]))
+        if SITE in context.node_config:
+            path = Path(str(context.node_config[SITE]))
             reply = custody.answer(path, message, context, function)
         else:
-            visit = Visit.here(message.content, context)
-            reply = Message(function(visit), reply_to=message)
+            reply = Message(function(_visit(message, context)), reply_to=message)
         if base_loads() > before:
             _warn_if_again(context)
         return reply
 
     return answer
+
+
+def _visit(message: Message, context: Context) -> Visit:
+    """Return a visit to this node on the data that the run names.
+
+    Raises
+    ------
+    PolicyError
+        If the node is a SuperNode that was not started for that.
+    OwnDataError
+        If a SuperNode cannot use the data. The reason may quote a row, and stays there.
+    """
+    if is_one_machine(context.node_config):
+        return Visit.here(message.content, context)
+    check_choice(context.node_config)
+    partition_id(context.node_config, parsed(context.run_config))
+    try:
+        return Visit.here(message.content, context)
+    except DataError as error:
+        say(f"the run's data cannot be used: {kinds(error)} at {', '.join(places(error))}")
+        raise OwnDataError(
+            "The data that the run names cannot be used at this site: read them there with "
+            "grandrounds plan, which says why."
+        ) from error
 
 
 def _warn_if_again(context: Context) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +26,7 @@ def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, ru
     Parameters
     ----------
     run : str
-        The run's key: a process queries the database once per run, so the examples stay the same.
+        The run's key; see `database_rows`.
 
     Raises
     ------
@@ -59,7 +61,7 @@ def _split(rows: Rows, data: OwnData, node: Node) -> SiteData:
     )
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _tokenized(
     rows: Rows,  # by identity: an unchanged source returns the same object
     data: OwnData,
@@ -72,14 +74,34 @@ def _tokenized(
     return tokenized_site(split, node.partition_id, model_name, template, seq_length)
 
 
-@lru_cache(maxsize=4)
+@dataclass
+class _Read:
+    """What the last query gave."""
+
+    outcome: Rows | str
+    """The rows, or why there are none."""
+    at: float
+    """`time.monotonic()`."""
+    run: str
+    """The run that was given it last."""
+
+
+_databases: dict[tuple[str, str, str, str], _Read] = {}
+
+FRESH_SECONDS = 24 * 3600.0
+"""Age at which rows are read again, by the first message of another run."""
+
+RETRY_SECONDS = 60.0
+"""Age at which a query that failed is tried again."""
+
+
 def database_rows(
     url: str, query: str, question_column: str, answer_column: str, run: str = ""
 ) -> Rows:
-    """Return the rows of a database query, sorted so that the database's order does not matter.
+    """Return the rows of a database, queried at most once a day by a process.
 
-    Nothing is written to disk: the rows stay in this process's memory. The database is accessed
-    through SQLAlchemy; the site installs its drivers.
+    A run keeps the rows that it began with. Nothing is written to disk: they stay in this process's
+    memory.
 
     Parameters
     ----------
@@ -87,6 +109,37 @@ def database_rows(
         SQLAlchemy's URL.
     query : str
         One statement that returns rows.
+    run : str
+        The run's key.
+
+    Raises
+    ------
+    DataError
+        As `queried`; the same error for a minute, without another query.
+    """
+    key = (url, query, question_column, answer_column)
+    known, now = _databases.get(key), time.monotonic()
+    if known is not None:
+        failed, age = isinstance(known.outcome, str), now - known.at
+        if age >= RETRY_SECONDS if failed else age >= FRESH_SECONDS and run != known.run:
+            known = None
+    if known is None:
+        _databases.clear()  # of an earlier site.toml
+        try:
+            known = _Read(queried(*key), now, run)
+        except DataError as error:
+            known = _Read(str(error), now, run)
+        _databases[key] = known
+    if isinstance(known.outcome, str):
+        raise DataError(known.outcome)
+    known.run = run
+    return known.outcome
+
+
+def queried(url: str, query: str, question_column: str, answer_column: str) -> Rows:
+    """Return the rows of a database query, sorted so that the database's order does not matter.
+
+    The database is accessed through SQLAlchemy; the site installs its drivers.
 
     Raises
     ------
@@ -94,7 +147,6 @@ def database_rows(
         If the driver is missing, the database cannot be reached, the query fails, or a column is
         missing. The message never contains a password.
     """
-    del run  # a key of the cache
     columns = (question_column, answer_column)
     names, rows = _asked(url, query)
     wanted = [names.index(name) for name in columns if name in names]

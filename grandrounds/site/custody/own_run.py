@@ -52,7 +52,7 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
         found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
     except DataError as error:
         raise OwnDataError(
-            f"The data of site {site.name!r} cannot be used; its audit log says why."
+            f"The data of site {site.name!r} cannot be used: grandrounds site check says why there."
         ) from error
     if site.policy.report_held_out_loss:
         return found
@@ -85,7 +85,14 @@ def inventory(site: SiteFile) -> Iterator[str]:
     GrandRoundsError
         If data or a base cannot be read, or a base differs from the hash in the site's file.
     """
-    report = own_split(site).report
+    try:
+        report = own_split(site).report
+    except DataError as error:
+        place = site.data.source or "the database"
+        raise OwnDataError(  # printed into the journal: the reason may quote a row
+            f"The data of site {site.name!r} ({place}) cannot be used: grandrounds site check says "
+            "why."
+        ) from error
     yield f"{report.train_examples:,} examples to train on, {report.held_out_examples:,} held out"
     for name in site.bases:
         digest = base_sha256(site, name)

@@ -101,27 +101,5 @@ def check_run(site: SiteFile, asked: Asked, num_examples: int) -> None:
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
 
 
-def check_visits(site: SiteFile, visits_today: int) -> None:
-    """Raise `PolicyError` if the site has reached its limit of visits in 24 hours."""
-    most = site.policy.max_visits_per_day
-    if visits_today >= most:
-        raise PolicyError(
-            f"{_forbids(site)}: max-visits-per-day = {most}, but there were {visits_today} in the "
-            "last 24 hours."
-        )
-
-
-MOST_QUESTIONS_PER_DAY = 2000
-"""Roll calls that a site answers in 24 hours: one per run, and one each time it returns."""
-
-
-def check_questions(site: SiteFile, questions_today: int) -> None:
-    """Raise `PolicyError` if the site has had more roll calls than runs can need."""
-    if questions_today > MOST_QUESTIONS_PER_DAY:
-        raise PolicyError(
-            f"{_forbids(site)}: it answers at most {MOST_QUESTIONS_PER_DAY} roll calls in 24 hours."
-        )
-
-
 def _forbids(site: SiteFile) -> str:
     return f"The policy of site {site.name!r} forbids this run"

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from grandrounds.config.recipes import table_at
 from grandrounds.config.validation import check_value
-from grandrounds.config.values import Range, words_of
+from grandrounds.config.values import OneOf, Range, words_of
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.site.custody.together import finish
 
@@ -47,6 +47,7 @@ class OwnData:
     answer_column: str
     held_out_fraction: Annotated[float, Range(0, 0.9)]
     held_out_seed: Annotated[int, Range(0, 2**31 - 1)]
+    identifiers: Annotated[str, OneOf(("off", "report", "refuse"))]
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,18 @@ class Policy:
     max_examples_per_visit: Annotated[int, Range(1)]
     max_batch: Annotated[int, Range(1)]
     max_visits_per_day: Annotated[int, Range(1)]
+    max_runs_per_day: Annotated[int, Range(1)]
     min_examples: Annotated[int, Range(1)]
     report_held_out_loss: bool
+
+
+@dataclass(frozen=True)
+class Tell:
+    """What the site tells the server besides the change of the adapter."""
+
+    figures: Annotated[str, OneOf(("rounded", "exact"))]
+    min_held_out_examples: Annotated[int, Range(1)]
+    telemetry: bool
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class Agent:
     max_message_mib: Annotated[int, Range(1, 2047)]
     num_threads: Annotated[int, Range(0, 1024)]
     torch_compile: bool
+    log_errors_with_text: bool
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class SiteFile:
     node: Node
     data: OwnData
     policy: Policy
+    tell: Tell
     agent: Agent
     bases: Mapping[str, OwnBase]
     """Name of a base, as in a run's `model.name` → the site's copy."""
@@ -115,7 +128,13 @@ class SiteFile:
         return {"partition-id": node.partition_id, "num-partitions": node.num_partitions}
 
 
-SECTIONS: dict[str, Any] = {"node": Node, "data": OwnData, "policy": Policy, "agent": Agent}
+SECTIONS: dict[str, Any] = {
+    "node": Node,
+    "data": OwnData,
+    "policy": Policy,
+    "tell": Tell,
+    "agent": Agent,
+}
 
 
 def read_site_file(path: Path) -> SiteFile:

@@ -1,28 +1,55 @@
-"""The state of a site between messages, runs and restarts: a SQLite file of the agent."""
+"""The state of a site between messages, runs and restarts: an index in SQLite, beside it files.
+
+The tables hold what is counted and which files are valid; adapters' states and cached replies are
+files of their own (`state_files`). A file becomes valid in the transaction that names it.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flwr.app import RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-
 from grandrounds.errors import ConfigError, first_line
+from grandrounds.site.custody import earlier_state
+from grandrounds.site.custody.clock import Reading, first_reading, next_reading
 
 FILE = "site.sqlite"
-DAY_SECONDS = 24 * 3600
-RUNS_KEPT = 32
-"""Number of runs whose cursors and error memories are kept; older ones are deleted."""
+STATES, REPLIES = "states", "replies"
+"""Folders of the two kinds of files."""
+
+_PARTIAL_SECONDS = 3600
+"""Age at which a file that no transaction names was left by a crash."""
+
+VERSION = 1
 
 TABLES = """
-pragma journal_mode = wal;
-pragma synchronous = full;
-create table if not exists runs (run text primary key, state blob not null, time real not null);
-create table if not exists visits (time real not null, run text not null, round integer not null);
-create table if not exists questions (time real not null);
+create table if not exists clock (
+    one integer primary key check (one = 1),
+    site real not null, wall real not null, boot real not null, boot_id text not null
+);
+create table if not exists kept_runs (
+    run text primary key, first real not null, last real not null,
+    pinned text not null default '', file text not null default '', bytes integer not null default 0
+);
+create table if not exists requests (
+    run text not null, digest text not null, round integer not null, kind text not null,
+    at real not null, epoch integer not null, place integer not null,
+    file text not null default '', bytes integer not null default 0,
+    primary key (run, digest)
+);
+create table if not exists position (
+    one integer primary key check (one = 1), epoch integer not null, place integer not null
+);
+create table if not exists visit_log (at real not null, run text not null, round integer not null);
+create table if not exists question_log (at real not null, run text not null);
+create table if not exists grants (at real not null, run text not null);
+create table if not exists refusals (
+    bucket text primary key, since real not null, refused integer not null,
+    unlogged integer not null
+);
 """
 
 
@@ -37,6 +64,7 @@ class SiteState:
         ConfigError
             If the folder cannot be written, or other users have access to it.
         """
+        self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder.stat().st_mode & 0o077:
@@ -44,61 +72,78 @@ class SiteState:
                     f"agent.state = {folder} is accessible to other users; it holds state derived "
                     f"from the site's data. Run chmod 700 {folder}"
                 )
-            self._connection = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
+            for name in (STATES, REPLIES):
+                (folder / name).mkdir(exist_ok=True, mode=0o700)
+            self.table = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
             (folder / FILE).chmod(0o600)
-            self._connection.executescript(TABLES)
+            self.table.execute("pragma synchronous = normal")
+            self._make_tables()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"agent.state = {folder} cannot be used ({first_line(error)}). Set a folder that "
-                "the agent's user can write, or remove a damaged site.sqlite: the server sends the "
-                "cursors, and only the error memories of codecs are lost."
+                "the agent's user can write, or remove a damaged site.sqlite: quotas start anew, "
+                "and cursors, error memories and cached replies of unfinished runs are lost."
             ) from error
-        self.folder = folder
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        self.table.close()
 
-    def load(self, run: str) -> RecordDict:
-        """Return the state of a run; empty if there is none."""
-        row = self._connection.execute("select state from runs where run = ?", (run,)).fetchone()
-        if row is None:
-            return RecordDict()
-        return recorddict_from_proto(ProtoRecordDict.FromString(row[0]))
+    def now(self) -> float:
+        """Return the site's own time in seconds (`clock`)."""
+        row = self.table.execute("select site, wall, boot, boot_id from clock").fetchone()
+        last = Reading(*row) if row else None
+        now = next_reading(last) if last else first_reading()
+        if last is None or now.site - last.site >= 1 or now.boot_id != last.boot_id:
+            values = (now.site, now.wall, now.boot, now.boot_id)
+            self.table.execute("insert or replace into clock values (1, ?, ?, ?, ?)", values)
+            return now.site
+        return now.site
 
-    def save(self, run: str, state: RecordDict) -> None:
-        """Save the state of a run atomically."""
-        blob = recorddict_to_proto(state).SerializeToString()
-        with self._connection:
-            self._connection.execute(
-                "insert or replace into runs values (?, ?, ?)", (run, blob, time.time())
-            )
-            self._connection.execute(
-                "delete from runs where run not in (select run from runs order by time desc "
-                "limit ?)",
-                (RUNS_KEPT,),
-            )
+    @contextmanager
+    def lasting(self) -> Iterator[sqlite3.Connection]:
+        """Group changes: all or none, on disk afterwards, and nobody else writes meanwhile."""
+        self.table.execute("pragma synchronous = full")
+        self.table.execute("begin immediate")
+        try:
+            yield self.table
+        except BaseException:
+            self.table.execute("rollback")
+            raise
+        else:
+            self.table.execute("commit")
+        finally:
+            self.table.execute("pragma synchronous = normal")
 
-    def count_visit(self, run: str, round_number: int) -> None:
-        """Record a request to train or to evaluate."""
-        with self._connection:
-            self._connection.execute(
-                "insert into visits values (?, ?, ?)", (time.time(), run, round_number)
-            )
-            self._connection.execute(
-                "delete from visits where time < ?", (time.time() - 2 * DAY_SECONDS,)
-            )
+    def count(self, query: str, *values: object) -> int:
+        """Return the number that a query gives."""
+        return int(self.table.execute(query, values).fetchone()[0] or 0)
 
-    def count_question(self) -> int:
-        """Record a roll call; return their number in the last 24 hours."""
-        now = time.time()
-        with self._connection:
-            self._connection.execute("insert into questions values (?)", (now,))
-            self._connection.execute("delete from questions where time < ?", (now - DAY_SECONDS,))
-            return int(self._connection.execute("select count(*) from questions").fetchone()[0])
+    def place(self, file: str) -> Path:
+        """Return the path of a file that a table names."""
+        return self.folder / file
 
-    def visits_today(self) -> int:
-        """Return the number of visits in the last 24 hours."""
-        since = time.time() - DAY_SECONDS
-        query = "select count(*) from visits where time > ?"
-        return int(self._connection.execute(query, (since,)).fetchone()[0])
+    def discard(self, files: list[str]) -> None:
+        """Delete files that no table names any more."""
+        for file in files:
+            if file:
+                self.place(file).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Delete what a crash left: files older than an hour that no table names."""
+        rows = self.table.execute("select file from kept_runs union select file from requests")
+        named = {row[0] for row in rows}
+        for file in [*self.place(STATES).iterdir(), *self.place(REPLIES).iterdir()]:
+            with suppress(FileNotFoundError):
+                old = time.time() - file.stat().st_mtime > _PARTIAL_SECONDS
+                if old and f"{file.parent.name}/{file.name}" not in named:
+                    file.unlink()
+
+    def _make_tables(self) -> None:
+        if self.count("pragma user_version") >= VERSION:
+            return
+        self.table.execute("pragma journal_mode = wal")
+        self.table.executescript(TABLES)
+        with self.lasting() as table:
+            earlier_state.take_over(table, self.folder, STATES, self.now())
+            table.execute(f"pragma user_version = {VERSION}")

@@ -227,6 +227,7 @@ def numbered_without(left_out: int, num_sites: int) -> ClientAppCall:
             run_id=context.run_id,
             node_id=context.node_id,
             node_config={
+                **context.node_config,
                 "partition-id": number + (number >= left_out),
                 "num-partitions": num_sites,
             },

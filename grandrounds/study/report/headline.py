@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from grandrounds.config.words import counted
+from grandrounds.config.words import NOT_TOLD, counted
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import cautions, engine_options, with_own_data
 from grandrounds.study.report.figures import Tile
@@ -128,6 +128,8 @@ def tiles(run: RunFiles) -> list[Tile]:
     if covered:
         note = "of the training examples seen at least once"
         found.append(Tile("coverage", percent(covered[-1][1]), note))
+    elif run.trained:
+        found.append(Tile("coverage", NOT_TOLD, "the sites keep it to themselves"))
     asked = sum(len(m.get("cohort") or ()) for m in run.trained)
     used = sum(len(m.get("good") or ()) for m in run.trained)
     found.append(Tile("visits used", f"{used:,} of {asked:,}", f"{asked - used:,} failed"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from grandrounds.config.words import counted
+from grandrounds.config.words import NOT_TOLD, counted
 from grandrounds.study.report.charts import column_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.read import RunFiles
@@ -13,6 +14,7 @@ from grandrounds.study.report.row_charts import Cell, Dot, Row, grid_chart, inte
 from grandrounds.study.report.svg import Axis
 from grandrounds.study.tables import NONE, Table, is_number, number, percent
 from grandrounds.wire.names import one_line
+from grandrounds.wire.told import in_custody
 
 MOST_ROWS = 40
 """With more sites than this, coverage has a column for each, by number."""
@@ -53,8 +55,8 @@ def participation_figure(run: RunFiles) -> Figure | None:
     rows = [
         (
             names.cell(s),
-            number(held.get(s, {}).get("train-examples")),
-            number(held.get(s, {}).get("held-out-examples")),
+            _count(held.get(s), "train-examples"),
+            _count(held.get(s), "held-out-examples"),
             str(counts[s, "took"]),
             str(counts[s, "failed"]),
         )
@@ -62,16 +64,28 @@ def participation_figure(run: RunFiles) -> Figure | None:
     ]
     columns = ("site", "training examples", "held-out examples", "rounds", "failed")
     note = f"{counted(used, 'client update')} used, {unused:,} failed."
+    if any(map(in_custody, run.sites)):
+        note += " Real sites round their examples."
     return Figure("participation", title, svg, note, Table(columns, rows))
 
 
+def _count(site: Mapping[str, Any] | None, name: str) -> str:
+    """Return a count of a site; a real one may keep it to itself."""
+    if site is not None and in_custody(site) and name not in site:
+        return NOT_TOLD
+    return number((site or {}).get(name))
+
+
 def coverage_figure(run: RunFiles) -> Figure | None:
-    """Return the share of each site's training examples seen at least once."""
-    last: dict[int, float] = dict.fromkeys(site_numbers(run), 0.0)
+    """Return the share of each site's training examples seen at least once, where sites tell it."""
+    told: dict[int, float] = {}
     for line in run.trained:
         found = line.get("site-coverage") or {}
-        last |= {int(s): float(share) for s, share in found.items() if is_number(share)}
-    if not run.trained:
+        told |= {int(s): float(share) for s, share in found.items() if is_number(share)}
+    real = {int(s["partition-id"]) for s in run.sites if in_custody(s)}
+    silent = real if not real & told.keys() else set()
+    last = {s: told.get(s, 0.0) for s in site_numbers(run) if s not in silent}
+    if not run.trained or not last:
         return None
     title = "Coverage by site"
     names = run.names

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES
+from grandrounds.config.words import NOT_TOLD
 from grandrounds.errors import ConfigError
 from grandrounds.study.report import cost, headline, provenance
 from grandrounds.study.report.charts import line_chart
@@ -184,7 +185,7 @@ def _results(named: dict[str, RunFiles]) -> Table:
         "planned": lambda r: mib(r.plan.get("total-mib")),
         "up": lambda r: mib(cost.traffic(r.ledger, "up") / MIB),
         "down": lambda r: mib(cost.traffic(r.ledger, "down") / MIB),
-        "coverage": lambda r: percent(r.values("coverage")[-1][1]) if r.trained else NONE,
+        "coverage": _coverage,
         "failed visits": lambda r: str(sum(len(m.get("failed") or ()) for m in r.metrics)),
         "wall-clock time": lambda r: duration(r.seconds),
     }
@@ -193,6 +194,12 @@ def _results(named: dict[str, RunFiles]) -> Table:
     for key in dict.fromkeys(key for found in tiles for key in found):
         rows.append((key, *(found.get(key, NONE) for found in tiles)))
     return Table(("", *named), rows)
+
+
+def _coverage(run: RunFiles) -> str:
+    if covered := run.values("coverage"):
+        return percent(covered[-1][1])
+    return NOT_TOLD if run.trained else NONE
 
 
 def _end(run: RunFiles, key: str, place: int) -> str:

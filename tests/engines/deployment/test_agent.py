@@ -79,6 +79,7 @@ def site(settings: Settings, tmp_path: Path) -> SiteFile:
     return sites_of(settings, tmp_path)[0]
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_a_run_through_agents_is_the_run_without_them_bit_for_bit(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -249,9 +250,11 @@ def test_what_a_policy_forbids_comes_back_in_words(settings: Settings, tmp_path:
     assert any("max-rank = 2" in line for line in said)
 
 
-def test_a_crash_ends_neither_the_agent_nor_tells_the_server_more_than_its_kind(
-    settings: Settings, site: SiteFile
+def test_a_crash_ends_neither_the_agent_nor_tells_server_or_journal_more_than_its_kind(
+    settings: Settings, site: SiteFile, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """97ce3f5 printed the text, and so wrote it into the journal."""
+
     def crash(message: Message, context: Context) -> Message:
         raise ValueError("the patient's name is in here")
 
@@ -261,7 +264,10 @@ def test_a_crash_ends_neither_the_agent_nor_tells_the_server_more_than_its_kind(
             assert reply.has_error()
             assert "ValueError" in str(reply.error.reason)
             assert "patient" not in str(reply.error.reason)
-    assert sum("the patient's name" in line for line in said) == 2
+    assert sum("crashed: ValueError at ['test_agent.py:" in line for line in said) == 2
+    crashed = audit.read(site.place("state"))
+    assert [line["error"] for line in crashed] == ["ValueError"] * 2
+    assert "patient" not in f"{said} {crashed} {capfd.readouterr()}"
 
 
 @pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "its client is gone"])
@@ -453,7 +459,7 @@ def test_the_run_cannot_name_files_of_the_site(settings: Settings, site: SiteFil
         with pytest.raises(GrandRoundsError, match="requests the base '/etc'"):
             messages.raise_failure(asked(site, {**settings, "model.name": "/etc"}))
     facts = reply.content.config_records[messages.CONFIG]
-    assert facts["rows"] == 30
+    assert facts["train-examples"] == 30  # 27, rounded
 
 
 # --- Loopback with TLS ----------------------------------------------------------------------------

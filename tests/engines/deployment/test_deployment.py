@@ -214,7 +214,7 @@ def test_a_site_as_it_is_deployed(public: Path) -> None:
         for name, can_read in (("ca.crt", True), ("cards.jsonl", False), ("site.toml", False)):
             reading = subprocess.run([*before, "cat", str(folder / name)], capture_output=True)
             assert (reading.returncode == 0) == can_read, reading.stderr
-        consortium.start_agent(0)
+        consortium.start_agent(0, seeded=False)
         look = subprocess.run([*before, "ls", str(folder / "state")], capture_output=True)
         assert look.returncode != 0
         assert b"Permission denied" in look.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType
 
 from grandrounds import client_app
 from grandrounds.config import recipes
@@ -29,9 +29,10 @@ from grandrounds.errors import (
 from grandrounds.server import roll_call
 from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit, policy
+from grandrounds.site.custody import audit, kept_runs, quota
+from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.site.custody.state import RUNS_KEPT, SiteState
+from grandrounds.site.custody.state import SiteState
 from grandrounds.wire import messages
 from tests.own_sites import sites_of
 from tests.runs import GOOD_SITES, Settings, Sites, adapter_bytes, grid_of, metrics_of, play
@@ -47,7 +48,7 @@ def grid_of_sites(
         {
             "partition-id": site.node.partition_id,
             "num-partitions": site.node.num_partitions,
-            custody.SITE: str(site.path),
+            SITE: str(site.path),
         }
         for site in sites
     ]
@@ -60,6 +61,7 @@ def entries(site: SiteFile, **wanted: Any) -> list[dict[str, Any]]:
     return [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_sites_with_the_same_rows_learn_the_same_bit_for_bit(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -208,6 +210,7 @@ def test_more_visits_than_allowed_in_a_day_are_refused_and_the_round_is_told(
     assert max(len(entries(s, asked="train", outcome="answered")) for s in sites) == 1
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_a_site_that_reports_no_loss_holds_out_all_the_same(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -227,7 +230,7 @@ def test_a_site_that_reports_no_loss_holds_out_all_the_same(
     kept = play(quiet, grid=grid_of_sites(quiet, silent))
     facts = json.loads((kept / "sites.json").read_text())
     before = json.loads((told / "sites.json").read_text())
-    assert [f["held-out-examples"] for f in facts] == [0, 0, 0, 0]
+    assert not any("held-out-examples" in f for f in facts)
     assert [f["train-examples"] for f in facts] == [f["train-examples"] for f in before]
     assert adapter_bytes(kept) == adapter_bytes(told)
 
@@ -247,6 +250,7 @@ def test_one_site_that_forbids_a_run_does_not_stop_the_others_where_some_suffice
     assert all(m["failed"]["1"] == "not connected" for m in drawn)
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
 def test_what_is_remembered_of_a_run_survives_the_process(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -265,10 +269,9 @@ def test_what_is_remembered_of_a_run_survives_the_process(
     grid = grid_of_sites(own, sites, forgetful)
     assert adapter_bytes(play(own, grid=grid)) == plain
     [run] = {line["run"] for site in sites for line in entries(site)}
-    state = SiteState(sites[0].place("state"))
-    assert state.load(run).array_records
-    assert not state.load("0123").array_records
-    state.close()
+    with closing(SiteState(sites[0].place("state"))) as state:
+        assert kept_runs.load(state, run).array_records
+        assert not kept_runs.load(state, "0123").array_records
 
 
 def test_a_message_without_a_runs_key_is_refused(settings: Settings, tmp_path: Path) -> None:
@@ -282,19 +285,20 @@ def test_a_message_without_a_runs_key_is_refused(settings: Settings, tmp_path: P
     assert roll_call.questions([1], "0")[1].content.config_records["config"]["run"] == "0"
 
 
-def test_the_server_learns_nothing_of_data_that_cannot_be_read(
-    settings: Settings, tmp_path: Path
+def test_neither_server_nor_journal_learns_anything_of_data_that_cannot_be_read(
+    settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What is wrong may quote a row: it stays in the audit log."""
+    """What is wrong may quote a row: 97ce3f5 wrote it into the audit log."""
     sites = sites_of(settings, tmp_path)
     with (sites[1].path.parent / "cards.jsonl").open("a") as file:
         file.write("Jane Roe, born 1961, asked\n")
     with pytest.raises(OwnDataError) as refused:
         play(settings, grid=grid_of_sites(settings, sites))
-    assert "The data of site 'site' cannot be used; its audit log says why." in str(refused.value)
-    assert "Jane" not in str(refused.value)
+    assert "of site 'site' cannot be used: grandrounds site check says why" in str(refused.value)
     [entry] = entries(sites[1], outcome="failed")
-    assert "Jane" in entry["reason"]
+    assert entry["error"] == "DataError from JSONDecodeError"
+    assert entry["where"][0].startswith("files.py:")
+    assert "Jane" not in f"{refused.value} {entry} {capfd.readouterr()}"
 
 
 def test_the_server_learns_of_no_folder_of_the_site(settings: Settings, tmp_path: Path) -> None:
@@ -361,36 +365,41 @@ def test_a_base_whose_files_change_under_the_agent_is_refused(
         messages.raise_failure(reply)
 
 
-def test_roll_calls_take_nothing_from_other_runs_and_are_bounded(
+def test_roll_calls_of_runs_that_never_visit_are_bounded(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A run in progress has a number of its own: the others cannot use it up."""
     sites = sites_of(settings, tmp_path)
     grid = grid_of_sites(settings, sites)
-    monkeypatch.setattr(policy, "MOST_QUESTIONS_PER_DAY", RUNS_KEPT + 2)
-    with closing(SiteState(sites[0].place("state"))) as state:
-        state.save("ab", RecordDict({"kept": ConfigRecord({"a": 1})}))
-        for i in range(RUNS_KEPT + 2):
-            [reply] = grid.send_and_receive([roll_call.questions([1], f"{i:x}f")[1]])
-            messages.raise_failure(reply)
-        assert state.load("ab").config_records["kept"]["a"] == 1
-    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
-    with pytest.raises(PolicyError, match="roll calls in 24 hours"):
+    monkeypatch.setattr(quota, "MOST_QUESTIONS_OF_OTHERS", 3)
+    replies = [grid.send_and_receive([roll_call.questions([1], f"{i:x}f")[1]])[0] for i in range(4)]
+    for reply in replies[:3]:
         messages.raise_failure(reply)
+    with pytest.raises(PolicyError, match="at most 3 roll calls in 24 hours of runs that have not"):
+        messages.raise_failure(replies[3])
+    with closing(SiteState(sites[0].place("state"))) as state:
+        quota.count_visit(state, "ab", 1)
+    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    messages.raise_failure(reply)
 
 
-def test_a_crash_is_written_down_and_the_server_learns_its_kind_only(
-    settings: Settings, tmp_path: Path
+@pytest.mark.parametrize("with_text", [False, True])
+def test_a_crash_is_written_down_and_server_and_journal_learn_its_kind_only(
+    settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str], with_text: bool
 ) -> None:
-    sites = sites_of(settings, tmp_path)
+    """97ce3f5 printed a traceback with the text to stderr, and so to the journal."""
+    sites = sites_of(settings, tmp_path, agent__log_errors_with_text=with_text)
     grid = grid_of_sites(settings, sites)
     message = roll_call.questions([1], "ab")[1]
 
     def crash(*_: Any) -> Message:
-        raise ZeroDivisionError("by zero")
+        raise ZeroDivisionError("Jane Roe by zero")
 
     context = grid._contexts[1]
     reply = custody.answer(sites[0].path, message, context, crash)
-    assert "crashed (ZeroDivisionError); its audit log says why" in str(reply.error.reason)
-    assert "by zero" not in str(reply.error.reason)
+    assert "crashed (ZeroDivisionError); its own log says where" in str(reply.error.reason)
     [line] = entries(sites[0])
-    assert (line["outcome"], line["reason"]) == ("crashed", "ZeroDivisionError: by zero")
+    assert (line["outcome"], line["error"]) == ("crashed", "ZeroDivisionError")
+    assert re.fullmatch(r"test_custody.py:\d+ crash", line["where"][0])
+    assert ("Jane" in str(line)) == with_text
+    assert "Jane" not in f"{reply.error.reason} {capfd.readouterr()}"

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 
 from grandrounds.errors import DataError
 from grandrounds.site.custody import own_data
-from grandrounds.site.custody.own_data import database_rows, own_split
+from grandrounds.site.custody.own_data import own_split
 from grandrounds.site.custody.site_file import SiteFile
 from tests.own_sites import make_site
 from tests.real import free_port, wait_for
@@ -28,7 +29,7 @@ QUERY = "SELECT question, answer FROM cards WHERE consent ORDER BY id"
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    database_rows.cache_clear()
+    own_data._databases.clear()
 
 
 @pytest.fixture
@@ -87,17 +88,44 @@ def test_held_out_examples_are_the_same_in_every_run_and_others_by_another_seed(
     assert own_split(other).held_out != own_split(site).held_out
 
 
-def test_a_database_is_asked_once_for_a_run(
+def test_a_database_is_queried_once_a_day_however_many_runs_ask(
     tmp_path: Path, sqlite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It was once a run, and so once a refused message under a new key. A run keeps its rows."""
     asked: list[str] = []
     really = own_data._asked
     monkeypatch.setattr(
         own_data, "_asked", lambda url, query: asked.append(query) or really(url, query)
     )
-    site = database_site(tmp_path, sqlite)
-    for run in ("ab", "ab", "cd", "ab"):
+    site, start, hour = database_site(tmp_path, sqlite), time.monotonic(), 3600.0
+
+    def asks(run: str, hours: float) -> int:
+        monkeypatch.setattr(time, "monotonic", lambda: start + hours * hour)
         own_split(site, run)
+        return len(asked)
+
+    assert [asks(run, 0) for run in ("ab", "cd", "ef", "ab")] == [1, 1, 1, 1]
+    assert [asks("ab", 23.9), asks("ab", 30), asks("cd", 30), asks("ab", 30)] == [1, 1, 2, 2]
+
+
+def test_a_query_that_fails_is_not_tried_again_for_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fail(url: str, query: str) -> Any:
+        asked.append(query)
+        raise DataError("no server")
+
+    monkeypatch.setattr(own_data, "_asked", fail)
+    site = database_site(tmp_path, "sqlite://")
+    for _ in range(3):
+        with pytest.raises(DataError, match="no server"):
+            own_split(site)
+    assert len(asked) == 1
+    monkeypatch.setattr(own_data, "RETRY_SECONDS", 0.0)
+    with pytest.raises(DataError, match="no server"):
+        own_split(site)
     assert len(asked) == 2
 
 

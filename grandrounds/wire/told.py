@@ -1,0 +1,97 @@
+"""What a site in its own custody tells, and what it rounds: both ends read its figures here.
+
+Sites in process and in simulation tell all figures exactly. A real site tells those of its policy
+(`grandrounds.site.custody.disclosure`), and the server goes without the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+BASE = "base-content"
+"""Key of an introduction: the SHA-256 of the base's files. Only sites in their own custody tell."""
+
+HELD_OUT_LOSS = "held-out-loss"
+"""Metric of a real site's reply to `evaluate`: its loss in nats per answer token, rounded. It takes
+the place of `nll-sum` and `tokens`."""
+
+COUNTS = (
+    *("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable"),
+    *("train-examples", "held-out-examples"),
+)
+"""Facts of an introduction that count rows and examples."""
+
+LOSS_DECIMALS = 2
+"""Decimals of a loss that a real site tells."""
+
+_GRID = (10, 15, 20, 30, 50, 70)
+
+
+def in_custody(introduction: Mapping[str, Any]) -> bool:
+    """Whether a site is one in its own custody."""
+    return BASE in introduction
+
+
+def rounded_count(count: int) -> int:
+    """Return a count rounded to 1, 1.5, 2, 3, 5 or 7 times a power of ten, by ratio.
+
+    The result is within 30 % of the count, and 0 only for 0. Rounding again changes nothing.
+    """
+    if count < 1:
+        return 0
+    power = int(10 ** (len(str(count)) - 1))
+    near = [step * power // 10 for step in (*_GRID, 100) if step * power % 10 == 0]
+    return min(near, key=lambda value: (abs(math.log(value / count)), value))
+
+
+def rounded_loss(loss: float) -> float:
+    """Return a loss as a real site tells it."""
+    return round(loss, LOSS_DECIMALS)
+
+
+Told = Mapping[str, float | int]
+"""The metrics of a reply."""
+
+
+def total(replies: Iterable[Told], name: str) -> int | None:
+    """Return the sum of a figure that every reply tells; None where one does not."""
+    told = [metrics.get(name) for metrics in replies]
+    return None if None in told else sum(int(value or 0) for value in told)
+
+
+def mean(replies: Mapping[int, Told], name: str, weights: Mapping[int, int]) -> float | None:
+    """Return the weighted mean of a figure over the sites that tell it; None if none does."""
+    telling = {p: metrics for p, metrics in replies.items() if name in metrics}
+    if not telling:
+        return None
+    weighted = sum(float(metrics[name]) * weights[p] for p, metrics in telling.items())
+    return weighted / sum(weights[p] for p in telling)
+
+
+def held_out_loss(replies: Iterable[Told]) -> float | None:
+    """Return the held-out loss in nats per answer token; None if no site tells one.
+
+    Every token counts the same where all sites tell their tokens; otherwise every site counts by
+    its (rounded) number of held-out examples.
+    """
+    all_replies = list(replies)
+    if (tokens := total(all_replies, "tokens")) is not None:
+        return sum(float(m["nll-sum"]) for m in all_replies) / tokens if tokens else None
+    losses = [(_loss(m), int(m.get("num-examples", 0))) for m in all_replies]
+    told = [(loss, count) for loss, count in losses if loss is not None and count]
+    examples = sum(count for _, count in told)
+    return sum(loss * count for loss, count in told) / examples if examples else None
+
+
+def _loss(metrics: Told) -> float | None:
+    if metrics.get("tokens"):
+        return float(metrics["nll-sum"]) / metrics["tokens"]
+    return float(metrics[HELD_OUT_LOSS]) if HELD_OUT_LOSS in metrics else None
+
+
+def total_of_sites(sites: Iterable[Mapping[str, Any]], name: str) -> int | None:
+    """Return the sum of a count over introductions; None where a site does not tell it."""
+    told = [site.get(name) for site in sites]
+    return None if None in told else sum(int(value) for value in told if value is not None)
