@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,11 @@ from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
 from tests.runs import Settings
+
+
+@cache
+def _flat(settings: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return dict(recipes.resolve(dict(settings)).flat())
 
 
 @dataclass
@@ -66,7 +72,7 @@ class Asking:
         self, message: Message, settings: Settings, function: Callable[[Visit], RecordDict]
     ) -> Message:
         """Return the site's reply to a message."""
-        flat = recipes.resolve(settings).flat()
+        flat = _flat(tuple(sorted(settings.items())))
         context = Context(1, 1, {SITE: str(self.site.path)}, RecordDict(), flat)
         return custody.answer(self.site.path, message, context, function)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grandrounds.cli import site_log
 from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
@@ -204,3 +205,6 @@ def opened(site: SiteFile) -> AbstractContextManager[SiteState]:
 def supernode(config: SiteToml = Path("site.toml")) -> None:
     """Print the command that starts the site's SuperNode."""
     say(start_command(read_site_file(config)))
+
+
+app.command()(site_log.log)

@@ -15,14 +15,14 @@ from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
 from grandrounds.wire.names import NAME, SiteNames, clean_name, names_of
-from grandrounds.wire.told import BASE, COUNTS, in_custody, rounded_count
+from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
 
 REFRESH_SECONDS = 60.0
 """Maximum wait before a round for introductions of new or returning sites."""
 
 SAME_IN_A_RUN = (
     *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
-    *("base", "prompt"),
+    *("base", "prompt", DATA_TAG),
 )
 """Facts that must not change when a site returns or a run is resumed, where it tells them."""
 
@@ -354,10 +354,12 @@ def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     What a real site tells in only one of them cannot be compared, and counts only rounded: in runs
     of before they are exact.
     """
-    if not in_custody(now) or fact not in COUNTS:
+    if not in_custody(now) or fact not in (*COUNTS, DATA_TAG):
         return bool(before.get(fact) != now.get(fact))
     if fact not in before or fact not in now:
         return False
+    if fact == DATA_TAG:
+        return bool(before[fact] != now[fact])
     return rounded_count(int(before[fact])) != rounded_count(int(now[fact]))
 
 

@@ -13,7 +13,7 @@ from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, DataError, EngineError, ReplyError
 from grandrounds.server.admitted import admitted_names
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, SiteCard
+from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, SiteCard, has_changed
 from grandrounds.wire import messages
 from tests.server.hand_written import (
     Silent,
@@ -316,3 +316,48 @@ def test_a_damaged_admission_is_one_clear_error(tmp_path: Path, text: str) -> No
     federation = resolve({"consortium": str(tmp_path)}).federation
     with pytest.raises(ConfigError, match="an admission is damaged"):
         admitted_names(federation)
+
+
+# --- Real sites -----------------------------------------------------------------------------------
+
+ROUNDED = {"train-examples": 1500, "data-tag": "ab"}
+
+
+def introduce_in_custody(message: Message, site: int, **facts: Any) -> Message:
+    """Return the introduction of a real site, without what it keeps."""
+    said = {**dict.fromkeys(messages.INTRODUCTION_IN_CUSTODY, 1), "base-content": "sha", **ROUNDED}
+    told = {"version": "1", "base": "b", "prompt": "p", "partition-id": site, **facts}
+    return Message(messages.content(config={**said, **told}), reply_to=message)
+
+
+def test_only_a_real_site_may_keep_its_counts() -> None:
+    alone = Sites({("query", 0): introduce_in_custody})
+    roster = called(grid_of(alone, 1), [1])
+    assert roster.cards[0].in_custody
+    assert roster.cards[0].num_examples == 1500
+    bare = dict.fromkeys(messages.INTRODUCTION_IN_CUSTODY, 1)
+
+    def lacking(message: Message, site: int) -> Message:
+        return Message(messages.content(config=bare), reply_to=message)
+
+    with pytest.raises(EngineError, match=r"lacks rows, empty-rows, .*device"):
+        called(grid_of(Sites({("query", 0): lacking}), 1), [1])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "changed"),
+    [
+        (ROUNDED, ROUNDED, ""),
+        ({"train-examples": 1425, "rows": 1500, "held-out-examples": 75}, ROUNDED, ""),
+        ({"train-examples": 900}, ROUNDED, "train-examples"),
+        (ROUNDED, {**ROUNDED, "data-tag": "cd"}, "data-tag"),
+        ({**ROUNDED, "held-out-examples": 70}, ROUNDED, ""),
+    ],
+    ids=["the same", "exact counts of a run of before", "fewer", "other data", "loss kept now"],
+)
+def test_a_real_site_is_compared_by_what_it_tells(
+    before: dict[str, Any], now: dict[str, Any], changed: str
+) -> None:
+    real = {"base-content": "sha"}
+    differing = [f for f in SAME_IN_A_RUN if has_changed(f, {**real, **before}, {**real, **now})]
+    assert differing == [changed] * bool(changed)

@@ -13,6 +13,7 @@ from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import RoundError
 from grandrounds.server import rounds
 from grandrounds.server.exchange import Tally
+from grandrounds.server.roll_call import SiteCard
 from grandrounds.server.run import Run
 from grandrounds.server.updates import claimed_examples
 from grandrounds.wire import messages
@@ -336,6 +337,30 @@ def test_the_first_site_that_answers_the_formularys_questions_is_enough() -> Non
     assert run.state.failed_replies == 1
     assert [site for _, site, _ in sites.seen] == [0, 1]
     assert run.state.ledger.totals["formulary.down"].messages == 2
+
+
+def test_a_real_site_needs_to_tell_nothing_but_its_weight() -> None:
+    """In process all figures are required; a real site's cursor stays its own."""
+
+    def silent(message: Message, site: int) -> Message:
+        reply = changed(message, site)
+        reply.content[messages.METRICS] = MetricRecord({"num-examples": 10})
+        return reply
+
+    def kept(message: Message, site: int) -> Message:
+        return Message(messages.content(metrics={}), reply_to=message)
+
+    sites = Sites({("train", 0): silent, ("evaluate", 0): kept, ("train", 1): silent})
+    run = run_over(grid_of(sites, 4))
+    run.roster.cards[0] = SiteCard(1, {**run.roster.cards[0].facts, "base-content": "sha"})
+    adapter, tally, _ = train(run, [0, 1])
+    assert tally.good == {0: {"num-examples": 10}}
+    assert "the reply lacks base-loads, coverage" in tally.failed[1]
+    assert np.array_equal(adapter["m.lora_A.weight"], START["m.lora_A.weight"] + 1)
+    assert [("cursor" in said) for kind, _, said in sites.seen if kind == "train"] == [False, True]
+    run.evaluation_cohort = [0, 1]
+    loss, tally = rounds.evaluate(run)
+    assert (loss, sorted(tally.good)) == (None, [0, 1])  # site 1 gives no weight here
 
 
 def test_the_formularys_questions_without_any_answer_are_none() -> None:

@@ -26,8 +26,9 @@ from grandrounds.engines.deployment import joining, keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
 from grandrounds.site.custody import quota
+from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
-from grandrounds.site.custody.own_data import own_split
+from grandrounds.site.custody.own_data import own_identifiers, own_split
 from grandrounds.site.custody.own_run import admit, localized, site_in_custody
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
@@ -115,6 +116,7 @@ def _data(site: SiteFile) -> Iterator[Finding]:
         f"{report.held_out_examples:,} held out, {report.duplicate_rows:,} duplicate, "
         f"{report.empty_rows:,} without question or answer",
     )
+    yield from _identifiers(site)
     file = site.place(site.data.source)
     if site.data.source and file.is_file() and file.stat().st_mode & 0o007:
         yield Finding(
@@ -129,6 +131,18 @@ def _data(site: SiteFile) -> Iterator[Finding]:
             f"policy.min-examples = {site.policy.min_examples}, but there are only "
             f"{report.train_examples} training examples: the site would take part in no run.",
         )
+
+
+def _identifiers(site: SiteFile) -> Iterator[Finding]:
+    """What looks like identifiers of persons in the site's examples, counted by kind."""
+    if site.data.identifiers == "off":
+        return
+    found = own_identifiers(site)
+    level, told = "warning" if found.counts else "ok", in_words(found.counts, found.examples)
+    if site.data.identifiers == "refuse" and found.certain:
+        level = "error"
+        told += '; with data.identifiers = "refuse" the site takes part in no run'
+    yield Finding(level, "identifiers", told)
 
 
 def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:

@@ -6,34 +6,29 @@ held-out examples are the site's own, whatever the run's configuration says.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
-from grandrounds.config.keys import Config
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError, ThrottledError
 from grandrounds.model import machine
-from grandrounds.site.custody import audit, faults, kept_runs, order, quota, refusals, replay
-from grandrounds.site.custody.disclosure import EVALUATE, disclosed, tells_loss
+from grandrounds.site.custody import audit, faults, kept_runs, quota, refusals, replay
+from grandrounds.site.custody.counting import begin, check_quota
+from grandrounds.site.custody.disclosure import EVALUATE, tells_loss
 from grandrounds.site.custody.own_base import base_folder, checked_base
 from grandrounds.site.custody.own_run import admit, localized, site_in_custody
 from grandrounds.site.custody.request import Request
-from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.site.custody.site_file import read_site_file
 from grandrounds.site.custody.state import SiteState
-from grandrounds.site.local_data import Site
-from grandrounds.site.visit import Chosen, Visit, parsed, partition_id
+from grandrounds.site.custody.telling import introduce, left, search, tensors_sha256, told
+from grandrounds.site.visit import Visit, parsed, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
-from grandrounds.wire.names import NAME, SOURCE
-from grandrounds.wire.schedule import examples_of_a_visit
-from grandrounds.wire.told import BASE, HELD_OUT_LOSS
+from grandrounds.wire.told import HELD_OUT_LOSS
 
 Function = Callable[[Visit], RecordDict]
 """The ClientApp's function for a kind of message."""
@@ -91,7 +86,7 @@ def _logged(request: Request, function: Function) -> Message:
         line |= faults.written(error, with_text=with_text)
         refusals.record(state, entry["run"], line)
         return Message(Error(CLIENT_APP_RAISED, faults.told(error)), reply_to=request.message)
-    audit.write(state.folder, {**entry, "left": _left(entry, reply)})
+    audit.write(state.folder, {**entry, "left": left(entry, reply)})
     return reply
 
 
@@ -137,14 +132,17 @@ def _answered(request: Request, function: Function) -> Message:
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
     request.entry |= admit(site, config, own, len(examples.train)).as_dict()
+    data_version = search(request)
 
     # 8. The received adapter: plausible?
 
     # 9. The visit; none for a loss that may not be told.
     if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
+        quota.count_question(site, state, run)
         request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
         return Message(messages.content(metrics={}), reply_to=request.message)
     kept = kept_runs.load(state, run)
+    before = dict(kept)
     chosen = begin(request, config, digest, kept, len(examples.train))
     settled = machine.settled(own, request.instruction)
     visit = Visit(request.message.content, kept, settled, examples, chosen)
@@ -152,59 +150,15 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 10. What may be told of it.
     if not request.is_visit:
-        introduce(site, reply, base)
+        introduce(request, reply, base, data_version)
     reply = told(request, reply, examples)
 
     # 11. State and cached reply, both or neither.
     if request.is_visit:
-        replay.keep(request, replay.Answered(digest, visit.state, reply))
+        changed = any(before.get(name) is not record for name, record in kept.items())
+        replay.keep(request, replay.Answered(digest, kept if changed else None, reply))
     request.entry["outcome"] = "answered"
     return reply
-
-
-def check_quota(request: Request) -> None:
-    """Raise `PolicyError` if the site has reached a limit of 24 hours; count a roll call.
-
-    A visit is counted when it begins. One whose reply may be cached needs no new one.
-    """
-    site, state, run = request.site, request.state, request.run
-    quota.check_run(site, state, run)
-    if not request.is_visit:
-        quota.count_question(site, state, run)
-    elif not replay.may_have(request):
-        quota.check_visits(site, state)
-
-
-def begin(
-    request: Request, config: Config, digest: str, kept: RecordDict, num_examples: int
-) -> Chosen | None:
-    """Count a visit, also if it fails afterwards, and return the examples that it trains on.
-
-    Parameters
-    ----------
-    kept
-        What the site keeps of the run.
-    num_examples : int
-        Training examples of the site.
-
-    Raises
-    ------
-    PolicyError
-        If a limit was reached meanwhile, or the state folder is full.
-    """
-    site, state, run = request.site, request.state, request.run
-    if not request.is_visit:
-        return None
-    kept_runs.check_room(state)
-    trains = request.kind == MessageType.TRAIN
-    size = examples_of_a_visit(config, num_examples)
-    with state.lasting():
-        quota.check_run(site, state, run)
-        quota.check_visits(site, state)
-        quota.count_visit(state, run, request.round)
-        kept_runs.note_visit(state, run, config)
-        start = replay.reserve(request, digest, num_examples, size) if trains else None
-    return order.choose(state, start, kept, (num_examples, size)) if start else None
 
 
 def visited(request: Request, visit: Visit, function: Function) -> Message:
@@ -215,43 +169,3 @@ def visited(request: Request, visit: Visit, function: Function) -> Message:
     reply = Message(function(visit), reply_to=request.message)
     request.entry["seconds"] = round(time.perf_counter() - started, 3)
     return reply
-
-
-def told(request: Request, reply: Message, examples: Site) -> Message:
-    """Return the part of a reply that may leave; all of its figures go to the audit log."""
-    figures = dict(reply.content.metric_records.get(messages.METRICS) or {})
-    found = disclosed(request.site, request.kind, reply.content, examples.report)
-    request.entry |= {"figures": figures, "kept": list(found.kept)}
-    return Message(found.content, reply_to=request.message)
-
-
-def introduce(site: SiteFile, reply: Message, base: str) -> None:
-    """Add the site's name, the base's hash and a public source to an introduction."""
-    facts = reply.content.config_records[messages.CONFIG]
-    facts[NAME], facts[BASE] = site.name, base
-    if site.data.source == FORMULARY:
-        facts[SOURCE] = FORMULARY
-
-
-def _left(entry: Mapping[str, Any], reply: Message) -> Mapping[str, Any]:
-    """Return the audit log's entry for a reply: names, sizes, the update's norm and its hash."""
-    sizes = messages.tensor_sizes(reply)
-    metrics: Mapping[str, Any] = reply.content.metric_records.get(messages.METRICS) or {}
-    told: Mapping[str, Any] = reply.content.config_records.get(messages.CONFIG) or {}
-    return {
-        "tensors": len(sizes),
-        "bytes": sum(size for _, size in sizes),
-        "norm": entry.get("figures", {}).get(messages.UPDATE_NORM),
-        "sha256": tensors_sha256(reply) if sizes else None,
-        "told": sorted([*metrics, *told]),
-    }
-
-
-def tensors_sha256(message: Message) -> str:
-    """Return the SHA-256 of the tensors in a message, with their names."""
-    digest = hashlib.sha256()
-    for record in message.content.array_records.values():
-        for name, array in record.items():
-            digest.update(f"{name}\0{len(array.data)}\0".encode())
-            digest.update(array.data)
-    return digest.hexdigest()

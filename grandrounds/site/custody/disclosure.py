@@ -20,7 +20,7 @@ from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import messages
 from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, METRICS
 from grandrounds.wire.names import NAME, SOURCE
-from grandrounds.wire.told import BASE, HELD_OUT_LOSS, rounded_count, rounded_loss
+from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
 
 QUERY, TRAIN, EVALUATE, EXAM = "query", "train", "evaluate", "evaluate.formulary"
 
@@ -65,6 +65,7 @@ FIELDS = (
             NAME: "the site's name",
             SOURCE: "`formulary`, if the site's data are the built-in ones",
             BASE: "SHA-256 of its copy of the base",
+            DATA_TAG: "a keyed hash: the same as long as its data are, within a run",
             "base": "fingerprint of the base's configuration and tokenizer",
             "prompt": "hash of the prompt template under the tokenizer",
             "version": "version of Grand Rounds",

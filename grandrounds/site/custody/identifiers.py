@@ -8,6 +8,7 @@ thereby anonymous.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -217,6 +218,16 @@ def count_identifiers(texts: Iterable[str]) -> dict[str, int]:
         for name in found_in(text):
             counts[name] = counts.get(name, 0) + 1
     return {kind.name: counts[kind.name] for kind in KINDS if kind.name in counts}
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of texts in their order."""
+    found = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        found.update(len(encoded).to_bytes(8))
+        found.update(encoded)
+    return found.hexdigest()
 
 
 def in_words(counts: Mapping[str, int], total: int) -> str:

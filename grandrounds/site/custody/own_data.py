@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from grandrounds.data.partitioning import Partition
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows, rows_of
 from grandrounds.errors import DataError, first_line
+from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
 
@@ -39,6 +41,39 @@ def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, ru
 def own_split(site: SiteFile, run: str = "") -> SiteData:
     """Return the site's examples as text, with counts of its rows."""
     return _split(_rows(site, run), site.data, site.node)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search for identifiers found in a site's examples."""
+
+    version: str
+    """SHA-256 of the examples."""
+    examples: int
+    """Number of examples, held-out ones included."""
+    counts: Mapping[str, int]
+    """Kind of identifier → number of examples in which it seems to occur."""
+
+    @property
+    def certain(self) -> dict[str, int]:
+        """The counts of kinds on which a site may refuse to train."""
+        return {kind: count for kind, count in self.counts.items() if kind in CERTAIN}
+
+
+def own_identifiers(site: SiteFile, run: str = "") -> Searched:
+    """Return what looks like identifiers of persons in a site's examples.
+
+    A process searches the same examples once; nothing is counted with `data.identifiers = "off"`.
+    """
+    return _searched(_rows(site, run), site.data, site.node)
+
+
+@lru_cache(maxsize=4)
+def _searched(rows: Rows, data: OwnData, node: Node) -> Searched:
+    split = _split(rows, data, node)
+    texts = [f"{e.question}\n{e.answer}" for e in (*split.train, *split.held_out)]
+    counts = {} if data.identifiers == "off" else count_identifiers(texts)
+    return Searched(fingerprint(texts), len(texts), counts)
 
 
 def _rows(site: SiteFile, run: str) -> Rows:

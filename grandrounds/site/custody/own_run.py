@@ -51,12 +51,17 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
     try:
         found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
     except DataError as error:
-        raise OwnDataError(
-            f"The data of site {site.name!r} cannot be used: grandrounds site check says why there."
-        ) from error
+        raise unusable(site) from error
     if site.policy.report_held_out_loss:
         return found
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
+
+
+def unusable(site: SiteFile) -> OwnDataError:
+    """Return what the server learns if a site's data cannot be used, whatever the reason."""
+    return OwnDataError(
+        f"The data of site {site.name!r} cannot be used: grandrounds site check says why there."
+    )
 
 
 def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> policy.Asked:

@@ -94,9 +94,7 @@ def check_run(site: SiteFile, asked: Asked, num_examples: int) -> None:
     if asked.examples < least:
         reasons.append(f"min-examples-per-visit = {least}, requested {asked.examples}")
     if num_examples < policy.min_examples:
-        reasons.append(
-            f"min-examples = {policy.min_examples}, the site has {num_examples} for training"
-        )
+        reasons.append(f"min-examples = {policy.min_examples}, the site has fewer for training")
     if reasons:
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
 

@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Context, Message
 from grandrounds.errors import ReplyError
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
+from grandrounds.site.visit import MOST_ROUNDS
 from grandrounds.wire import messages
 
 RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
@@ -53,8 +54,8 @@ class Request:
 
     @property
     def round(self) -> int:
-        """The round, for the audit log and counters; 0 if it is missing or not an integer."""
-        return int(self.entry["round"])
+        """The round, for counters; 0 if it is missing, no integer or negative."""
+        return min(max(int(self.entry["round"]), 0), MOST_ROUNDS)
 
     @cached_property
     def run(self) -> str:

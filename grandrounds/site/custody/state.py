@@ -46,6 +46,7 @@ create table if not exists position (
 create table if not exists visit_log (at real not null, run text not null, round integer not null);
 create table if not exists question_log (at real not null, run text not null);
 create table if not exists grants (at real not null, run text not null);
+create table if not exists searched (version text primary key, at real not null);
 create table if not exists refusals (
     bucket text primary key, since real not null, refused integer not null,
     unlogged integer not null

@@ -107,7 +107,7 @@ def test_who_is_not_admitted_is_kept_out_and_says_why(tmp_path: Path) -> None:
 def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Path) -> None:
     """And the exit code of a second run tells that the site's policy forbids it."""
     settings = {**FORMULARY, "data.num-partitions": 1}
-    with Consortium(tmp_path / "c", settings) as consortium:
+    with Consortium(tmp_path / "c", settings, policy__max_runs_per_day=2) as consortium:
         consortium.start_all(agents=False)
         run = tmp_path / "c" / "run"
         process = consortium.begin_run(run, 1)

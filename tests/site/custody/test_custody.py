@@ -385,9 +385,13 @@ def test_roll_calls_of_runs_that_never_visit_are_bounded(
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_a_crash_is_written_down_and_server_and_journal_learn_its_kind_only(
-    settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str], with_text: bool
+    settings: Settings,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    with_text: bool,
 ) -> None:
-    """97ce3f5 printed a traceback with the text to stderr, and so to the journal."""
+    """97ce3f5 logged a traceback with the text to stderr, and so to the journal."""
     sites = sites_of(settings, tmp_path, agent__log_errors_with_text=with_text)
     grid = grid_of_sites(settings, sites)
     message = roll_call.questions([1], "ab")[1]
@@ -402,4 +406,4 @@ def test_a_crash_is_written_down_and_server_and_journal_learn_its_kind_only(
     assert (line["outcome"], line["error"]) == ("crashed", "ZeroDivisionError")
     assert re.fullmatch(r"test_custody.py:\d+ crash", line["where"][0])
     assert ("Jane" in str(line)) == with_text
-    assert "Jane" not in f"{reply.error.reason} {capfd.readouterr()}"
+    assert "Jane" not in f"{reply.error.reason} {capfd.readouterr()} {caplog.text}"

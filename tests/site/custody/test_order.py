@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def test_visits_go_on_through_the_epochs_where_the_last_one_stopped() -> None:
 def test_every_example_is_given_to_within_a_few_epochs() -> None:
     seen = {i for epoch in range(12) for i in epoch_order(SECRET, epoch, 200).tolist()}
     assert len(seen) == 200
+
+
+@pytest.mark.parametrize("counts", [(32, 33), (99, 100), (200, 201)], ids=str)
+def test_no_two_visits_differ_by_few_examples(counts: tuple[int, int]) -> None:
+    """Of 100 examples: visits of all and of all but one, and of 200 and 201, differed by one."""
+    for seed in range(100):
+        secret, position, given = bytes([seed]) * 32, (seed, 0), list[Counter[int]]()
+        for count in counts:
+            indices, position = next_examples(secret, position, 100, count)
+            given.append(Counter(indices))
+        assert ((given[0] - given[1]) + (given[1] - given[0])).total() > 30
 
 
 def test_a_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""What a site tells of an answer, and what its audit log says that it told."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Message
+
+from grandrounds.data.formulary import FORMULARY
+from grandrounds.site.custody import order
+from grandrounds.site.custody.disclosure import disclosed
+from grandrounds.site.custody.own_data import own_identifiers
+from grandrounds.site.custody.own_run import unusable
+from grandrounds.site.custody.request import Request
+from grandrounds.site.local_data import Site
+from grandrounds.wire import messages
+from grandrounds.wire.names import NAME, SOURCE
+from grandrounds.wire.told import BASE, DATA_TAG
+
+
+def search(request: Request) -> str:
+    """Note what looks like identifiers in the site's data, once per version; return the version.
+
+    Raises
+    ------
+    OwnDataError
+        If there are some that the site refuses. The server learns only that its data cannot be
+        used.
+    """
+    site, state = request.site, request.state
+    found = own_identifiers(site, request.run)
+    how = site.data.identifiers
+    if how != "off" and not state.count(
+        "select count(*) from searched where version = ?", found.version
+    ):
+        request.entry |= {"searched": found.examples, "identifiers": dict(found.counts)}
+        state.table.execute("insert into searched values (?, ?)", (found.version, state.now()))
+    if how == "refuse" and found.certain:
+        request.entry |= {"searched": found.examples, "identifiers": dict(found.counts)}
+        raise unusable(site)
+    return found.version
+
+
+def introduce(request: Request, reply: Message, base: str, data_version: str) -> None:
+    """Add the site's name, the base's hash, a public source and the data's tag to an introduction.
+
+    The tag is the same as long as the data are, in one run, and says nothing else.
+    """
+    site, facts = request.site, reply.content.config_records[messages.CONFIG]
+    facts[NAME], facts[BASE] = site.name, base
+    secret = order.secret_of(request.state.folder)
+    of_run = f"data {request.run} {data_version}".encode()
+    facts[DATA_TAG] = hmac.digest(secret, of_run, "sha256").hex()[:16]
+    if site.data.source == FORMULARY:
+        facts[SOURCE] = FORMULARY
+
+
+def told(request: Request, reply: Message, examples: Site) -> Message:
+    """Return the part of a reply that may leave; all of its figures go to the audit log."""
+    figures = dict(reply.content.metric_records.get(messages.METRICS) or {})
+    found = disclosed(request.site, request.kind, reply.content, examples.report)
+    request.entry |= {"figures": figures, "kept": list(found.kept)}
+    return Message(found.content, reply_to=request.message)
+
+
+def left(entry: Mapping[str, Any], reply: Message) -> Mapping[str, Any]:
+    """Return the audit log's entry for a reply: names, sizes, the update's norm and its hash."""
+    sizes = messages.tensor_sizes(reply)
+    metrics: Mapping[str, Any] = reply.content.metric_records.get(messages.METRICS) or {}
+    told: Mapping[str, Any] = reply.content.config_records.get(messages.CONFIG) or {}
+    return {
+        "tensors": len(sizes),
+        "bytes": sum(size for _, size in sizes),
+        "norm": entry.get("figures", {}).get(messages.UPDATE_NORM),
+        "sha256": tensors_sha256(reply) if sizes else None,
+        "told": sorted([*metrics, *told]),
+    }
+
+
+def tensors_sha256(message: Message) -> str:
+    """Return the SHA-256 of the tensors in a message, with their names."""
+    digest = hashlib.sha256()
+    for record in message.content.array_records.values():
+        for name, array in record.items():
+            digest.update(f"{name}\0{len(array.data)}\0".encode())
+            digest.update(array.data)
+    return digest.hexdigest()
