@@ -218,6 +218,7 @@ def worst_case(bench: Bench) -> dict[str, Any]:
     from grandrounds.model import machine
     from grandrounds.model.resident import resident_bytes
     from grandrounds.site import training
+    from grandrounds.wire.schedule import VisitSchedule
 
     resident, config = bench.resident(), bench.config
     again = fitting.checkpoints_activations(config)
@@ -225,7 +226,14 @@ def worst_case(bench: Bench) -> dict[str, Any]:
     assert needs is not None
     batch = [TokenizedExample(tuple([5] * TOKENS), 1)] * BATCH
     how = training.VisitSettings(
-        1, RATE, 0, config.train.optimizer, 0.0, 1.0, 0.01, machine.forward(config), 1
+        1,
+        VisitSchedule(RATE, 0),
+        config.train.optimizer,
+        0.0,
+        1.0,
+        0.01,
+        machine.forward(config),
+        1,
     )
     parameters = list(resident.parameters.values())
 

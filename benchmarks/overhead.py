@@ -4,9 +4,9 @@
 
 Both arms are processes of their own, alternated: `grandrounds run` in process, and a loop that
 loads the same base with PEFT, reads the same batches ready tokenised from a file (so it spends
-nothing on data) and takes the same AdamW steps in the same precision by the same means: no padding,
-logits of answers alone. Time is wall-clock time of the whole process; what is not the rounds or the
-loop is start-up, shown apart.
+nothing on data) and takes the same AdamW steps in the same precision with the same optimisations:
+no padding, logits of answers only, products by the library that the run chose. Time is wall-clock
+time of the whole process; what is not the rounds or the loop is start-up, shown apart.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def write_batches(flat: dict[str, Any], file: Path) -> int:
     return sum(len(ids) for v in visit_batches for batch in v for ids, _ in batch)
 
 
-def bare_loop(base: Path, file: Path, threads: int) -> None:
+def bare_loop(base: Path, file: Path, threads: int, library: str) -> None:
     """Take the same steps with nothing around them; print seconds of the loop as JSON."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -119,6 +119,7 @@ def bare_loop(base: Path, file: Path, threads: int) -> None:
 
     from grandrounds.data.tokenization import TokenizedExample
     from grandrounds.model.loss import Forward, attending
+    from grandrounds.model.products import computed_by
 
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
@@ -129,7 +130,7 @@ def bare_loop(base: Path, file: Path, threads: int) -> None:
     visit_batches = json.loads(file.read_text())
     how, device = Forward(False, True, True, 1024), torch.device("cpu")
     started = time.perf_counter()
-    with attending(model, how):
+    with attending(model, how), computed_by(library):
         for visit in visit_batches:
             batches = [[TokenizedExample(tuple(ids), prompt) for ids, prompt in b] for b in visit]
             bare_visit(
@@ -177,9 +178,11 @@ def measure(size: str, rounds: int, times: int, threads: int) -> dict[str, Any]:
                 str(work / "base"),
                 str(work / "batches.json"),
             ]
-            bare, output = timed([*arm, "--threads", str(threads)])
+            library = json.loads((run_dir / "sites.json").read_text())[0]["cpu-matmul"]
+            bare, output = timed([*arm, "--threads", str(threads), "--products", library])
             rows.append(
                 {
+                    "products": library,
                     "ours_seconds": ours,
                     "ours_round_seconds": summary["seconds"],
                     "ours_visit_seconds": sum(m.get("visit-seconds", 0.0) for m in metrics),
@@ -187,7 +190,8 @@ def measure(size: str, rounds: int, times: int, threads: int) -> dict[str, Any]:
                     "bare_loop_seconds": json.loads(output.splitlines()[-1])["loop_seconds"],
                 }
             )
-    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    figures = [name for name in rows[0] if name != "products"]
+    medians = {name: statistics.median(row[name] for row in rows) for name in figures}
     ratios = [row["ours_seconds"] / row["bare_seconds"] for row in rows]
     return {
         "size": size,
@@ -215,15 +219,17 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--products", default="default", help=argparse.SUPPRESS)
     parser.add_argument("--bare", type=Path, nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.bare:
-        bare_loop(*arguments.bare, arguments.threads)
+        bare_loop(*arguments.bare, arguments.threads, arguments.products)
         return
     result = measure(arguments.size, arguments.rounds, arguments.times, arguments.threads)
     print(
         f"{result['parameters'] / 1e6:.1f} M parameters, {result['steps']} steps of {BATCH}, "
         f"{result['tokens']:,} tokens, {result['threads']} threads, "
+        f"products by {', '.join(sorted({row['products'] for row in result['single']}))}, "
         f"median of {arguments.times} alternated pairs"
     )
     print(f"{'seconds':<28}{'grandrounds run':>16}{'bare loop':>12}{'ratio':>8}")

@@ -113,8 +113,9 @@ def compare(
     screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
     screen.working("reading the configuration")
     asked = comparison.check_arms(list(words_of(arms)))
+    file = chosen_recipe(recipe, config)
     layers = recipes.layers_of(
-        *(chosen_recipe(recipe, config), assignments),
+        *(file, assignments),
         model=model,
         data=data,
         rounds=rounds,
@@ -134,7 +135,7 @@ def compare(
     from grandrounds.study import preflight
 
     warnings = preflight.check(resolved)
-    tell([] if quiet else recipes.notes(settings))
+    tell([] if quiet else recipes.notes(settings, file))
     tell(warnings, "warning")
     quiet_libraries()
     screen.working("importing the libraries")

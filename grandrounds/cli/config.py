@@ -63,7 +63,7 @@ def show(
         file, assignments, model=model, data=data, rounds=rounds, sites=sites
     )
     layers = with_sites(layers, sites_per_round)
-    found, notes = described(layers)
+    found, notes = described(layers, file)
     if as_json:
         say(json.dumps({"keys": found, "notes": notes}, indent=2))
         return
@@ -76,8 +76,10 @@ def show(
         say(line)
 
 
-def described(layers: Sequence[Layer]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return value, default and origin of every key, and the notes on defaults that were reset.
+def described(
+    layers: Sequence[Layer], file: Path | None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return value, default and origin of every key, and what to know of the settings.
 
     An origin is a recipe, an option, `reset` (a default that does not apply), `auto` (a default
     that others settle) or `default`.
@@ -95,7 +97,7 @@ def described(layers: Sequence[Layer]) -> tuple[dict[str, dict[str, Any]], list[
         unset = "default" if value == default[key] else _unset(default[key])
         found[key] = {"value": value, "default": default[key], "from": origin.get(key, unset)}
     return {key: about for key, about in found.items() if key not in PLACES or about["value"]}, (
-        recipes.notes(settings)
+        recipes.notes(settings, file)
     )
 
 

@@ -71,7 +71,10 @@ BenchmarkData = Annotated[
     typer.Option(help="Folder of benchmark files; default: download from the Hub.", metavar="DIR"),
 ]
 
-Limit = Annotated[int | None, typer.Option(help="Only the first N items of each benchmark.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(help="At most N items of each benchmark: a seeded sample, stratified by answer."),
+]
 
 Plain = Annotated[
     bool, typer.Option("--plain", help="Plain text output, without boxes or progress bars.")

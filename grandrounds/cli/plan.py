@@ -139,9 +139,11 @@ def plan(
     told: dict[str, list[str]] = {}
     for file in [config, *files]:
         read = recipes.layers_of(chosen_recipe(file, None), None)
-        layers = with_sites([*read, *own], sites_per_round)
+        settings = recipes.merged(with_sites([*read, *own], sites_per_round))
         name = _label(file, planned)
-        planned[name], told[name] = _forecast(recipes.merged(layers), architecture, rows)
+        notes_of = recipes.notes(settings, file)
+        planned[name], warnings = _forecast(settings, architecture, rows)
+        told[name] = [*notes_of, *warnings]
     described = {
         name: {**_described(f, link), "warnings": told[name]} for name, f in planned.items()
     }
@@ -184,7 +186,7 @@ def _label(file: Path | None, taken: Mapping[str, Any]) -> str:
 def _forecast(
     settings: dict[str, Scalar], architecture: str | None, rows: int | None
 ) -> tuple[Forecast, list[str]]:
-    """Plan a recipe; return what its reader should know too.
+    """Plan a recipe; return the warnings too.
 
     DoRA, which a run rejects, is passed on separately.
     """
@@ -195,8 +197,8 @@ def _forecast(
     from grandrounds.study import preflight
     from grandrounds.study.plan.forecast import forecast
 
-    told = [*recipes.notes(settings), *preflight.check(config)]
-    return forecast(config, architecture=architecture, dora=bool(dora), rows=rows), told
+    warnings = preflight.check(config)
+    return forecast(config, architecture=architecture, dora=bool(dora), rows=rows), warnings
 
 
 def _write(file: Path, content: Any) -> None:

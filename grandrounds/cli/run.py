@@ -106,8 +106,9 @@ def run(
     """
     screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
     screen.working("reading the configuration")
+    file = chosen_recipe(recipe, config)
     layers = recipes.layers_of(
-        chosen_recipe(recipe, config),
+        file,
         assignments,
         model=model,
         data=data,
@@ -135,7 +136,7 @@ def run(
         from grandrounds.study import preflight
 
         warnings = preflight.check(resolved)
-    tell([] if resume or quiet else recipes.notes(settings))
+    tell([] if resume or quiet else recipes.notes(settings, file))
     tell(warnings, "warning")
     if engine is Engine.deployment:
         from grandrounds.engines.deployment.superlink import in_one_array

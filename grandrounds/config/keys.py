@@ -154,14 +154,16 @@ class TrainingArguments:
     """Optimizer steps per visit; -1: train for `num-train-epochs` instead. `auto`: 6 if
     `data.partitioner` divides the formulary by its sites, itself being `auto`; else 5."""
     warmup_steps: Annotated[int, Range(0)]
-    """Linear warm-up steps at the start of each visit; requires `lr-scheduler-type =
-    "constant_with_warmup"`."""
+    """Linear warm-up steps at the start of each visit; requires an
+    `lr-scheduler-type` other than `"constant"`."""
     max_grad_norm: Annotated[float, Range(0)]
     """Gradient clipping threshold (L2 norm); 0: no clipping."""
     weight_decay: Annotated[float, Range(0, 1)]
     """Decoupled weight decay of AdamW."""
-    lr_scheduler_type: Annotated[str, OneOf(("constant", "constant_with_warmup"))]
-    """Learning-rate schedule within a visit."""
+    lr_scheduler_type: Annotated[
+        str, OneOf(("constant", "constant_with_warmup", "linear", "cosine"))
+    ]
+    """Learning-rate schedule within a visit: constant, or falling to 0 (linear, cosine)."""
     bf16: bool
     """Mixed precision in bfloat16 on a GPU that supports it; elsewhere float32, which the summary
     reports."""
@@ -332,7 +334,8 @@ class DataConfig:
     """Fraction of each site's rows held out for evaluation; 0: none, as in FlowerTune. A held-out
     question never occurs in the same site's training data, but may occur in another site's."""
     prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
-    """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template."""
+    """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
+    of turn."""
     question_column: str
     """Column holding the question."""
     answer_column: str

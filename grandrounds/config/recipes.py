@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config.bases import names_a_base
-from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
+from grandrounds.config.entries import Entry, read_entry
+from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.resets import resets
 from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
@@ -26,22 +27,6 @@ LEADERBOARD_DATA = (
 """Hub names of the medical leaderboard's training data."""
 
 LEADERBOARD_PARTITIONS = 20
-
-FLOWERTUNE_TEMPLATE: dict[str, Scalar] = {
-    "strategy.name": "fedavg",
-    "strategy.proximal-mu": 0.0,
-    "strategy.cohorts": "uniform",
-    "strategy.fraction-evaluate": 0.0,
-    "model.lora.dropout": 0.075,
-    "data.held-out-fraction": 0.0,
-    "data.partitioner": "iid",
-}
-"""What the FlowerTune template hard-codes, for keys that its pyproject.toml does not have."""
-
-FOREIGN_KEYS: dict[str, tuple[Scalar, str]] = {
-    "task.name": ("medical", "only the medical task is supported"),
-}
-"""Keys of individual published entries: the one value supported here, and why no other."""
 
 
 def defaults() -> dict[str, Scalar]:
@@ -66,24 +51,36 @@ def _defaults() -> dict[str, Scalar]:
 def load_recipe(path: Path) -> dict[str, Scalar]:
     """Read a recipe, or the pyproject.toml of a FlowerTune entry, as a flat mapping.
 
-    A FlowerTune entry is recognised by its `[tool.flwr.app.config]`. `FLOWERTUNE_TEMPLATE` supplies
-    what its template hard-codes, and its federation's `options.num-supernodes` the number of sites.
+    A FlowerTune entry is recognised by its `[tool.flwr.app.config]`; see `config.entries`.
 
     Raises
     ------
     ConfigError
-        If the file is missing or not TOML, or has an entry-specific key that cannot be honoured.
+        If the file is missing or not TOML, is the pyproject.toml of something else, or has an
+        entry-specific key that cannot be honoured.
     """
+    found = _read(path)
+    return found.values if isinstance(found, Entry) else found
+
+
+def _read(path: Path) -> Entry | dict[str, Scalar]:
     table = read_toml(path)
     app = table_at(table, "tool", "flwr", "app")
     if "config" not in app:
+        if "build-system" in table or "project" in table:
+            raise ConfigError(
+                f"{path} is a pyproject.toml without [tool.flwr.app.config], so no FlowerTune "
+                "entry. Give that of an entry, or a recipe such as those in configs/."
+            )
         return flatten(table)
-    entry = flatten(table_at(app, "config"))
     if table_at(table, "project").get("name") == "grandrounds":
-        return entry
+        return flatten(table_at(app, "config"))
     federations = table_at(table, "tool", "flwr", "federations")
     federation = table_at(federations, str(federations.get("default", "")))
-    return from_flowertune(entry, table_at(federation, "options").get("num-supernodes"))
+    sites = table_at(federation, "options").get("num-supernodes")
+    written = flatten(table_at(app, "config"), joins_lists=True)
+    known = (*FIELD_OF_KEY, *ALIASES)
+    return read_entry(written, sites, known, defaults()["data.held-out-fraction"])
 
 
 def table_at(table: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
@@ -98,36 +95,25 @@ def table_at(table: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     return table
 
 
-def from_flowertune(entry: dict[str, Scalar], num_supernodes: Any) -> dict[str, Scalar]:
-    """Return a FlowerTune entry's configuration under our keys.
+def flatten(
+    table: Mapping[str, Any], prefix: str = "", *, joins_lists: bool = False
+) -> dict[str, Scalar]:
+    """Return nested TOML tables as one mapping with dotted keys.
 
     Parameters
     ----------
-    num_supernodes
-        Number of sites in the entry's default federation; None if not given.
+    joins_lists : bool
+        Whether a list of strings becomes one string with commas; otherwise a list is an error.
     """
-    for key, (same_thing, why) in FOREIGN_KEYS.items():
-        if key in entry and entry.pop(key) != same_thing:
-            raise ConfigError(f"{key} cannot be honoured: {why}. Remove it or set {same_thing!r}.")
-    flexlora = {"strategy.name": "product"} if entry.pop("strategy.use-flexlora", False) else {}
-    out = {**FLOWERTUNE_TEMPLATE, **flexlora, **entry}
-    evaluated = out["strategy.fraction-evaluate"]
-    if evaluated not in (0, "") and "data.held-out-fraction" not in entry:
-        out["data.held-out-fraction"] = defaults()["data.held-out-fraction"]
-    if num_supernodes is not None:
-        out.setdefault("data.num-partitions", num_supernodes)
-    return out
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
-    """Return nested TOML tables as one mapping with dotted keys."""
     flat: dict[str, Scalar] = {}
     for name, value in table.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{key}.")
+            flat |= flatten(value, f"{key}.", joins_lists=joins_lists)
         elif isinstance(value, bool | int | float | str):
             flat[key] = value
+        elif joins_lists and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            flat[key] = ",".join(value)
         else:
             raise ConfigError(
                 f"{key} = {value!r} is a {type(value).__name__}; Flower's run config only takes "
@@ -195,8 +181,19 @@ def layers_of(
 
 
 def merged(layers: Iterable[Layer]) -> dict[str, Scalar]:
-    """Return the settings of all layers as one mapping."""
-    return {key: value for _, values in layers for key, value in values.items()}
+    """Return the settings of all layers as one mapping.
+
+    A key overrides its alias in an earlier layer, and an alias its key.
+    """
+    out: dict[str, Scalar] = {}
+    for _, values in layers:
+        for alias, key in ALIASES.items():
+            if key in values:
+                out.pop(alias, None)
+            elif values.get(alias, "") != "":
+                out.pop(key, None)
+        out |= values
+    return out
 
 
 def from_options(
@@ -223,10 +220,16 @@ def complete(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     return settled(without_aliases(values, default)[0], default)
 
 
-def notes(values: Mapping[str, Scalar]) -> list[str]:
-    """Return which defaults do not apply beside the values that were set, one sentence each."""
+def notes(values: Mapping[str, Scalar], file: Path | None = None) -> list[str]:
+    """Return what a reader should know of a command's settings, one sentence each.
+
+    Defaults that do not apply beside the values that were set, and what the FlowerTune entry in
+    `file` leaves to its template.
+    """
     default = defaults()
-    return [str(reset) for reset in resets(without_aliases(values, default)[0], default)]
+    entry = _read(file) if file else None
+    said = entry.notes(values) if isinstance(entry, Entry) else []
+    return [*said, *map(str, resets(without_aliases(values, default)[0], default))]
 
 
 def resolve(*layers: Mapping[str, Scalar]) -> Config:

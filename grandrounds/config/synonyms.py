@@ -146,8 +146,8 @@ _VALUES: dict[str, dict[str, Scalar]] = {
         **dict.fromkeys(("paged", "pagedadamw", "pagedadamw32bit"), "paged_adamw_8bit"),
     },
     f"{_ARGUMENTS}lr-scheduler-type": {
-        **dict.fromkeys(("warmup", "linear"), "constant_with_warmup"),
-        **dict.fromkeys(("none", "cosine"), "constant"),
+        "warmup": "constant_with_warmup",
+        "none": "constant",
     },
 }
 """Key → what people write for one of its values, in lower case, letters and digits only."""

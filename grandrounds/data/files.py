@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from grandrounds.errors import DataError, first_line
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 _CSV_BLOCK_BYTES = 1 << 26  # pyarrow refuses a CSV row longer than one block
 
@@ -51,8 +54,9 @@ def read_file(path: Path, source: str, columns: Sequence[str], texts: int = 2) -
     Parameters
     ----------
     texts : int
-        Number of columns, from the first, whose cells in a CSV file are read as text whatever they
-        look like.
+        Number of columns, from the first, that hold text. The others hold labels: in a CSV file
+        they are integers if every cell is one as Python writes it, else text, so that 1.1 and
+        1.10, or 01 and 001, stay different.
 
     Raises
     ------
@@ -142,14 +146,24 @@ def _read_csv(file: IO[bytes], source: str, columns: Sequence[str], texts: int) 
             # With threads pyarrow's messages have no row number.
             read_options=csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
             parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns[:texts], text)),
+            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns, text)),
         )
     except pyarrow.ArrowException as error:
         raise DataError(
             f"{source}: not valid CSV ({first_line(error)}). The first line must name the columns "
             "and every row must have as many values, in UTF-8. Correct the file."
         ) from error
-    return from_table(table, columns, tuple(table.column_names))
+    raw = from_table(table, columns, tuple(table.column_names))
+    labels = {name: _csv_labels(raw.values[name]) for name in columns[texts:] if name in raw.values}
+    return replace(raw, values={**raw.values, **labels})
+
+
+def _csv_labels(cells: list[str]) -> list[Any]:
+    """Return labels as integers if all are, else as text; an empty cell is a missing value."""
+    labels = [cell if cell.strip() else None for cell in cells]
+    if all(label is None or _INTEGER.fullmatch(label) for label in labels):
+        return [None if label is None else int(label) for label in labels]
+    return labels
 
 
 def _read_parquet(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from grandrounds.data.chat import chat_format, rendered
 from grandrounds.errors import ConfigError
 
 ALPACA = (
@@ -47,8 +48,7 @@ def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
                 'data.prompt-template = "chat" needs a tokenizer with a chat template, which this '
                 'base lacks: use data.prompt-template = "alpaca", or an instruction-tuned model.'
             )
-        turns = [{"role": "user", "content": question}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return rendered(tokenizer, [("user", question)], answering=True)
     raise ConfigError(
         f"data.prompt-template = {template!r} is unknown; allowed: {', '.join(TEMPLATES)}."
     )
@@ -62,4 +62,8 @@ def response_text(template: str, answer: str) -> str:
 def prompt_hash(template: str, tokenizer: Any = None) -> str:
     """Return 16 hex digits that identify the text around questions and answers."""
     probe = build_prompt(template, "\x00question\x00", tokenizer) + response_text(template, "\x00")
+    if template == "chat":
+        form = chat_format(tokenizer)
+        own = () if form.end == (tokenizer.eos_token_id,) else form.end
+        probe += form.lead + "".join(f"\x00{token}" for token in own)
     return hashlib.sha256(probe.encode()).hexdigest()[:16]

@@ -51,7 +51,8 @@ def load_rows(
         question and `output` as the answer, and drops `instruction`.
     keep_columns : sequence of str
         Further columns, such as the one that names the site. Integers stay integers, all else
-        becomes text, and missing values stay missing.
+        becomes text, and missing values stay missing. Cells of a CSV file are taken as they are
+        written: 001 and 01, or 1.1 and 1.10, are different labels, and NA is one.
 
     Returns
     -------

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grandrounds.data.chat import chat_format
 from grandrounds.data.prompts import build_prompt, response_text
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class TokenizedExample:
     """One example as input to the model."""
 
     input_ids: tuple[int, ...]
-    """Prompt, answer and end-of-sequence token."""
+    """Prompt, answer and the tokens that end it."""
     prompt_tokens: int
     """Number of prompt tokens at the start of `input_ids`; the loss ignores exactly these."""
 
@@ -34,7 +35,7 @@ class TokenizedExamples:
     examples: tuple[TokenizedExample, ...]
     """Examples with at least one answer token."""
     truncated: int
-    """Examples with a truncated answer, and so without an end-of-sequence token."""
+    """Examples with a truncated answer, and so without its end."""
     unlearnable: int
     """Examples dropped because the prompt fills the sequence."""
 
@@ -53,14 +54,21 @@ def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) ->
 
 
 def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> list[list[int]]:
-    """Return the answers' tokens as they follow a prompt, without end-of-sequence."""
+    """Return the answers' tokens as they follow a prompt, without their end."""
     if not answers:
         return []
+    if template == "chat":
+        return chat_format(tokenizer).answer_ids(tokenizer, answers)
     texts = [response_text(template, answer) for answer in answers]
     if tokenizer.tokenize("a")[0].startswith("▁"):
         # SentencePiece prepends a space itself; ours would be a second one.
         texts = [text.removeprefix(" ") for text in texts]
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def end_token_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
+    """Return the tokens that end an answer: the chat template's end of turn, or end-of-sequence."""
+    return chat_format(tokenizer).end if template == "chat" else (tokenizer.eos_token_id,)
 
 
 def tokenize_examples(
@@ -79,9 +87,10 @@ def tokenize_examples(
     """
     prompts = prompt_token_ids(tokenizer, template, [e.question for e in examples])
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
+    end = end_token_ids(tokenizer, template) if examples else ()
     kept, truncated, unlearnable = [], 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        ids = [*prompt, *answer, *end]
         if len(prompt) >= seq_length:
             unlearnable += 1
             continue

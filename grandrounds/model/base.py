@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from grandrounds.config.bases import find_base
 from grandrounds.data.formulary import FORMULARY, base_path
@@ -29,6 +31,16 @@ class BaseSpec:
     dtype: str
     """`auto`, `float32` or `bfloat16`."""
 
+
+_LOADING_FAILS = (
+    *(OSError, ValueError, KeyError, RuntimeError, ImportError, UnpicklingError),
+    *(SafetensorError, AttributeError, TypeError),
+)
+"""What the readers of a base raise: a missing file, a foreign layout, a package that is not
+installed, a pickle that holds more than tensors."""
+
+_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+"""Texts of out-of-memory errors other than `torch.OutOfMemoryError`."""
 
 _loads = 0
 
@@ -75,10 +87,12 @@ def model_location(name: str) -> str:
 
 @contextmanager
 def _model_errors(name: str, what: str) -> Iterator[None]:
-    """Raise any failure of the hub or a folder as a `ModelError`."""
+    """Raise any failure of the hub or a folder as a `ModelError`, but not a lack of memory."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_FAILS as error:
+        if is_out_of_memory(error):
+            raise
         reason = first_line(error, most=None)  # uncut: a site redacts whole paths only
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
         advice = (
@@ -92,21 +106,37 @@ def _model_errors(name: str, what: str) -> Iterator[None]:
         ) from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that GPU or main memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
 def load_tokenizer(name: str) -> Any:
-    """Return the base's tokenizer; without a pad token of its own it pads with end-of-sequence.
+    """Return the base's tokenizer.
+
+    Without a pad token, or with one that the model has no embedding for, it pads with
+    end-of-sequence. No code that comes with a base is run, here or elsewhere.
 
     Raises
     ------
     ModelError
-        If it cannot be loaded, or has no end-of-sequence token.
+        If it cannot be loaded, or has no end-of-sequence token that the model knows.
     """
     from transformers import AutoTokenizer
 
     with _model_errors(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_location(name))
+        tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer of {name!r} has no end-of-sequence token to train on.")
-    if tokenizer.pad_token_id is None:
+    pad, vocabulary = tokenizer.pad_token_id, base_config(name).get_text_config().vocab_size
+    if tokenizer.eos_token_id >= vocabulary:
+        raise ModelError(
+            f"The tokenizer of {name!r} does not belong to its model: its end-of-sequence token "
+            f"has id {tokenizer.eos_token_id}, and there are {vocabulary:,} embeddings."
+        )
+    if pad is None or pad >= vocabulary:  # masked, so that any token of the model will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -117,7 +147,7 @@ def base_config(name: str) -> Any:
 
     no_progress_bars()
     with _model_errors(name, "configuration"):
-        return AutoConfig.from_pretrained(model_location(name))
+        return AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
 
 
 def base_fingerprint(name: str) -> str:
@@ -186,6 +216,7 @@ def load_base(spec: BaseSpec) -> Any:
             dtype=dtype,
             quantization_config=quantized,
             device_map={"": device},
+            trust_remote_code=False,
         )
     _loads += 1
     model.requires_grad_(False)

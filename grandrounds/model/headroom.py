@@ -22,7 +22,7 @@ import torch
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.architectures import FAMILIES, Architecture, from_config, target_modules
-from grandrounds.model.base import base_config, device_and_dtype, has_bfloat16
+from grandrounds.model.base import base_config, device_and_dtype, has_bfloat16, is_out_of_memory
 from grandrounds.model.memory import MIB, Precision, SiteMemory, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations, resident_bytes
 
@@ -34,9 +34,6 @@ plan is an estimate."""
 
 GPU_SHARE = "GRANDROUNDS_GPU_SHARE"
 """Environment variable: share of a GPU that one process may fill when several use it."""
-
-_OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-"""Texts of out-of-memory errors other than `torch.OutOfMemoryError`."""
 
 Result = TypeVar("Result")
 
@@ -157,13 +154,6 @@ def _free_unused() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that GPU or main memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -174,9 +174,18 @@ def _generate_batch(
         logits = extend(model, batch, column, torch.ones_like(column))[:, -1]
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the IDs of the tokens that end an answer, as in transformers' `generate`."""
+def stop_tokens(model: Any, tokenizer: Any, learned: Sequence[int] = ()) -> list[int]:
+    """Return the IDs of the tokens that end an answer, as in transformers' `generate`.
+
+    Parameters
+    ----------
+    learned
+        The tokens that end a training answer. With them, the last one and the tokenizer's
+        end-of-sequence end an answer too.
+    """
     given = getattr(model.generation_config, "eos_token_id", None)
     if given is None:
         given = tokenizer.eos_token_id
-    return list(given) if isinstance(given, list | tuple) else [given]
+    stops = list(given) if isinstance(given, list | tuple) else [given]
+    more = [learned[-1], tokenizer.eos_token_id] if learned else []
+    return list(dict.fromkeys([*stops, *more]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grandrounds.data.formulary.facts import KINDS, OPTIONS, Kind, questions
-from grandrounds.data.tokenization import answer_token_ids, prompt_token_ids
+from grandrounds.data.tokenization import answer_token_ids, end_token_ids, prompt_token_ids
 from grandrounds.model.scoring import option_log_likelihoods
 
 
@@ -42,7 +42,8 @@ def score_formulary(
         answers = answer_token_ids(
             tokenizer, prompt_template, [option for item in exam for option in item.options]
         )
-        stopped = [[*answer, tokenizer.eos_token_id] for answer in answers]
+        end = end_token_ids(tokenizer, prompt_template)
+        stopped = [[*answer, *end] for answer in answers]
         scores = option_log_likelihoods(
             model,
             prompts,

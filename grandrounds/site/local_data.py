@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from grandrounds.config.keys import Config, DataConfig
+from grandrounds.data.chat import NOT_A_PREFIX, chat_format
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.rows import Rows
@@ -116,6 +118,14 @@ def natural_name(column: str, value: object) -> str:
     return clean_name(f"{column} {name}" if is_number else name)
 
 
+@lru_cache(maxsize=4)
+def _note_format(model_name: str) -> None:
+    """Say once in a process if a chat template renders a finished turn differently."""
+    tokenizer = tokenizer_of(model_name)
+    if tokenizer.chat_template and not chat_format(tokenizer).is_prefix:
+        print(f"grandrounds: chat template of {model_name!r}: {NOT_A_PREFIX}.", file=sys.stderr)
+
+
 def tokenized_site(
     split: SiteData, partition_id: int, model_name: str, template: str, seq_length: int
 ) -> Site:
@@ -127,6 +137,8 @@ def tokenized_site(
         If no training example is left.
     """
     tokenizer = tokenizer_of(model_name)
+    if template == "chat":
+        _note_format(model_name)
     train = tokenize_examples(split.train, tokenizer, template, seq_length)
     held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length)
     if not train.examples:

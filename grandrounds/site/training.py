@@ -16,7 +16,7 @@ from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import ModelError
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.site import steps
-from grandrounds.wire.schedule import step_learning_rate
+from grandrounds.wire.schedule import VisitSchedule
 
 _paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
 """Paged optimizers made so far: at most two, for strategies that alternate the factors."""
@@ -28,10 +28,8 @@ class VisitSettings:
 
     accumulation_steps: int
     """Batches per optimizer step."""
-    learning_rate: float
-    """The round's learning rate."""
-    warmup_steps: int
-    """Steps until the round's learning rate is reached."""
+    schedule: VisitSchedule
+    """The learning rate of each step."""
     optimizer: str
     """A value of `train.optimizer`."""
     weight_decay: float
@@ -105,9 +103,7 @@ def train_visit(
     ]
     model.train()
     for step, group in enumerate(groups):
-        set_learning_rate(
-            optimizer, step_learning_rate(step, settings.warmup_steps, settings.learning_rate)
-        )
+        set_learning_rate(optimizer, settings.schedule.rate(step, len(groups)))
         optimizer.zero_grad(set_to_none=True)
         step_tokens = sum(len(e.input_ids) - e.prompt_tokens for batch in group for e in batch)
         for batch in group:
@@ -191,7 +187,7 @@ def make_optimizer(
     ModelError
         If an 8-bit optimizer is configured and bitsandbytes does not load.
     """
-    rate, decay = settings.learning_rate, settings.weight_decay
+    rate, decay = settings.schedule.peak, settings.weight_decay
     if settings.optimizer == "adamw_torch":
         return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
     check_optimizer(settings.optimizer)

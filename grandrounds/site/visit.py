@@ -274,8 +274,9 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     seed = sampling.visit_seed(config.federation.seed, visit.round, visit.site.partition_id)
     settings = training.VisitSettings(
         accumulation_steps=arguments.gradient_accumulation_steps,
-        learning_rate=visit.rate,
-        warmup_steps=arguments.warmup_steps,
+        schedule=sampling.VisitSchedule(
+            visit.rate, arguments.warmup_steps, arguments.lr_scheduler_type
+        ),
         optimizer=config.train.optimizer,
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.max_grad_norm,

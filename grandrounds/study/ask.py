@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grandrounds.data.tokenization import prompt_token_ids
+from grandrounds.data.tokenization import end_token_ids, prompt_token_ids
 from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec, load_tokenizer
 from grandrounds.model.prefill import cache_of, with_cache
@@ -52,6 +52,7 @@ class Interview:
         adapter = read_adapter(checkpoint.folder)
         self._tokenizer = load_tokenizer(model.name)
         self._template = checkpoint.config.data.prompt_template
+        self._end = end_token_ids(self._tokenizer, self._template)
         base = BaseSpec(model.name, model.quantization, model.dtype)
         self._resident = resident_model(base, spec)
         self._resident.model.eval()
@@ -93,7 +94,7 @@ class Interview:
     def _tokens(self, prompt: Sequence[int], tuned: bool, most: int) -> Iterator[int]:
         """Yield greedily decoded tokens up to, and without, a stop token."""
         model = self._resident.model
-        stop = stop_tokens(model, self._tokenizer)
+        stop = stop_tokens(model, self._tokenizer, self._end)
         new, cache = list(prompt), None
         for _ in range(most):
             adapter = nullcontext() if tuned else model.disable_adapter()

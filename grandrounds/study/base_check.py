@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grandrounds.config.bases import KNOWN_BASES, bases_here, folder_of
 from grandrounds.config.keys import Config
+from grandrounds.data.chat import NOT_A_PREFIX, chat_format
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, nearest
 from grandrounds.model.architectures import FAMILIES, target_modules
@@ -84,13 +86,22 @@ def facts_of(folder: Path, config: Config) -> Iterator[Fact]:
         linears = ", ".join(module.name for module in base.linears)
         chosen = ", ".join(target_modules(base, config.lora.target_modules))
         yield Fact("LoRA targets", f"{chosen}; all linear modules: {linears}")
-    template = load_tokenizer(name).chat_template
-    without = "none: data.prompt-template = chat is not possible, alpaca is"
-    yield Fact("chat template", f"yes, {len(template):,} characters" if template else without)
+    yield Fact("chat template", _template_text(load_tokenizer(name)))
     files = [file for file in folder.rglob("*") if file.is_file()]
     yield Fact("size", size_text(sum(file.stat().st_size for file in files)))
     yield Fact("sha256", content_sha256(folder, KnownHashes()))
     yield from _memory(config)
+
+
+def _template_text(tokenizer: Any) -> str:
+    """Return what a tokenizer's chat template is, and how it ends an answer."""
+    if not tokenizer.chat_template:
+        return "none: data.prompt-template = chat is not possible, alpaca is"
+    form = chat_format(tokenizer)
+    ends = "".join(tokenizer.convert_ids_to_tokens(list(form.end)))
+    return f"yes, {len(tokenizer.chat_template):,} characters; an answer ends with {ends}" + (
+        "" if form.is_prefix else f"; {NOT_A_PREFIX}"
+    )
 
 
 def _memory(config: Config) -> Iterator[Fact]:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.tokenization import end_token_ids
 from grandrounds.errors import (
     ConfigError,
     DataError,
@@ -26,6 +27,7 @@ from grandrounds.errors import (
 )
 from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.scoring import stop_tokens
 from grandrounds.server.directory import Checkpoint
 from grandrounds.server.listeners.plain import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
@@ -130,17 +132,20 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     name, quantization = checkpoint.config.model.name, checkpoint.config.model.quantization
     spec = lora_spec(checkpoint.folder)
     check_fit(checkpoint.folder, spec, name)
-    load_tokenizer(name)  # reports a missing base in one line
-    settings = AutoConfig.from_pretrained(model_location(name))
+    tokens = load_tokenizer(name)  # reports a missing base in one line
+    settings = AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
     own = settings.dtype or torch.float32
     say(f"loading {name}")
     model = _load(name, quantization, checkpoint.config.model.dtype, own)
     say("merging")
     rounding = merge(model, adapter, spec, own)
     model.config.use_cache = settings.use_cache
+    learned = end_token_ids(tokens, checkpoint.config.data.prompt_template)
+    stops = stop_tokens(model, tokens, learned)
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_location(name))
+    tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
     for loading in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
         tokenizer.init_kwargs.pop(loading, None)
     tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -210,10 +211,30 @@ def round_learning_rate(
     return minimum + 0.5 * (maximum - minimum) * (1.0 + cosine)
 
 
-def step_learning_rate(step: int, warmup_steps: int, peak: float) -> float:
-    """Return the learning rate of optimizer step `step` = 0, 1, ... of a visit.
+@dataclass(frozen=True)
+class VisitSchedule:
+    """The learning rate within a visit: it rises to the round's and stays there, or falls."""
 
-    Rises linearly and stays at `peak` from step `warmup_steps` on. The first step has
-    `peak / (warmup_steps + 1)`, not 0 as in Hugging Face's schedule, so that no step is wasted.
-    """
-    return peak * min(1.0, (step + 1) / (warmup_steps + 1))
+    peak: float
+    """The round's learning rate."""
+    warmup_steps: int
+    """Steps until `peak` is reached."""
+    decay: str = "constant"
+    """A value of `lr-scheduler-type`."""
+
+    def rate(self, step: int, num_steps: int) -> float:
+        """Return the learning rate of optimizer step `step` = 0, 1, ... of `num_steps`.
+
+        It rises linearly to `peak` at step `warmup_steps`. The first step has
+        `peak / (warmup_steps + 1)`, not 0 as in Hugging Face's schedules, so that no step is
+        wasted. From there `linear` and `cosine` fall towards 0, which would be reached one step
+        after the last, as in Hugging Face's schedules of these names.
+        """
+        if step < self.warmup_steps:
+            return self.peak * ((step + 1) / (self.warmup_steps + 1))
+        passed = (step - self.warmup_steps) / (num_steps - self.warmup_steps)
+        if self.decay == "linear":
+            return self.peak * (1.0 - passed)
+        if self.decay == "cosine":
+            return self.peak * 0.5 * (1.0 + math.cos(math.pi * passed))
+        return self.peak

@@ -103,11 +103,11 @@ def test_a_finished_run_is_evaluated_by_its_folder_alone(tmp_path: Path) -> None
     exam = tmp_path / "exam.csv"
     exam.write_text("question,A,B,answer\nWhat is tea?,a drink,a drug,A\n")
     benchmarks = ("--benchmarks", "formulary,held-out", "--benchmark", exam)
-    result = evaluate(run, "--limit", 4, "--answer-tokens", 4, *benchmarks)
+    result = evaluate(run, "--limit", 8, "--answer-tokens", 4, *benchmarks)
     assert result.exit_code == 0, result.stderr
     assert "Formulary (fictional), private" in result.stdout
     assert re.search(r"exam\.csv +base +[01]/1", result.stdout)
-    assert re.search(r"Held-out rows +peft_4 +\d/4", result.stdout)
+    assert re.search(r"Held-out rows +peft_4 +\d/8", result.stdout)
     assert "peft_4: last checkpoint and lowest held-out loss" in result.stdout
     verified = evaluate("--verify", run / "evaluation" / "evaluation.json")
     assert verified.exit_code == 0

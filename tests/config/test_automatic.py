@@ -52,9 +52,12 @@ def test_explicit_steps_are_kept() -> None:
     assert settled(recipes.resolve({STEPS: 3})) == ("natural", "site", 3)
 
 
-def test_a_flowertune_entry_stays_iid_even_on_the_formulary() -> None:
-    entry = recipes.from_flowertune({"static.dataset.name": "formulary"}, num_supernodes=20)
-    assert settled(recipes.resolve(entry)) == ("iid", "", 5)
+def test_a_flowertune_entry_stays_iid_even_on_the_formulary(tmp_path: Path) -> None:
+    file = tmp_path / "pyproject.toml"
+    file.write_text(
+        '[tool.flwr.app.config]\nmodel.name = "formulary"\nstatic.dataset.name = "formulary"\n'
+    )
+    assert settled(recipes.resolve(recipes.load_recipe(file))) == ("iid", "", 10)
 
 
 @pytest.mark.parametrize("name", ["finished", "flora"])

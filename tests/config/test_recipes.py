@@ -8,7 +8,6 @@ import pytest
 
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import (
-    FLOWERTUNE_TEMPLATE,
     defaults,
     differences,
     flatten,
@@ -230,18 +229,6 @@ def test_a_wrong_type_in_an_entry_is_refused_in_words(tmp_path: Path) -> None:
     text = changed(TEMPLATE, strategy__fraction_evaluate='strategy.fraction-evaluate = "some"')
     with pytest.raises(ConfigError, match=r"fraction-evaluate = 'some'"):
         entry(tmp_path, text)
-
-
-def test_the_overlay_is_the_flowertune_template() -> None:
-    assert FLOWERTUNE_TEMPLATE == {
-        "strategy.name": "fedavg",
-        "strategy.proximal-mu": 0.0,
-        "strategy.cohorts": "uniform",
-        "strategy.fraction-evaluate": 0.0,
-        "model.lora.dropout": 0.075,
-        "data.held-out-fraction": 0.0,
-        "data.partitioner": "iid",
-    }
 
 
 def test_our_own_pyproject_is_read_without_the_overlay() -> None:

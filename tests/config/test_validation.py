@@ -252,7 +252,11 @@ def test_an_alias_wins_over_a_default_that_is_given_too() -> None:
         (ARGUMENTS + "fp16", True, "bf16 = true"),
         (ARGUMENTS + "output-dir", "/tmp/out", "never writes to a path that it was sent"),
         (ARGUMENTS + "learning-rate", "5e-5", "train.learning-rate-max"),
-        (ARGUMENTS + "lr-scheduler-type", "cosine", "'constant', 'constant_with_warmup'"),
+        (
+            ARGUMENTS + "lr-scheduler-type",
+            "polynomial",
+            "'constant', 'constant_with_warmup', 'linear', 'cosine'",
+        ),
         (ARGUMENTS + "optim", "adamw_apex_fused", "one of 'adamw_torch'"),
         ("model.quantization", 2, "one of 0, 4, 8"),
     ],

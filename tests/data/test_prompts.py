@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from grandrounds.data.prompts import TEMPLATES, build_prompt, prompt_hash, response_text
 from grandrounds.errors import ConfigError
@@ -56,11 +58,22 @@ def test_an_unknown_template_is_refused_with_those_there_are() -> None:
         build_prompt("vicuna", "x")
 
 
-def test_the_hash_tells_templates_apart(chatty: Any) -> None:
+def test_the_hash_tells_templates_apart(tiny_base: Path) -> None:
     assert TEMPLATES == ("alpaca", "chat")
     assert prompt_hash("alpaca") == prompt_hash("alpaca")
     assert len(prompt_hash("alpaca")) == 16
-    other = SimpleNamespace(
-        chat_template="...", apply_chat_template=lambda turns, **_: turns[0]["content"]
-    )
-    assert len({prompt_hash("alpaca"), prompt_hash("chat", chatty), prompt_hash("chat", other)}) > 2
+    hashes = {prompt_hash("alpaca")}
+    for between in ("\n", "\n\n"):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+        tokenizer.chat_template = (
+            f"{{% for m in messages %}}{{{{ m.content }}}}{between}{{% endfor %}}"
+        )
+        hashes.add(prompt_hash("chat", tokenizer))
+    assert len(hashes) == 3
+
+
+def test_a_template_that_leaves_answers_out_is_refused(tiny_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ConfigError, match="does not render the assistant's answer"):
+        prompt_hash("chat", tokenizer)

@@ -157,6 +157,25 @@ class TestValues:
         assert rows["m"][:] == ["1", "x"]
         assert rows["n"][:] == [None, None]
 
+    @pytest.mark.parametrize(
+        ("cells", "labels"),
+        [
+            (["1.1", "1.10"], ["1.1", "1.10"]),  # both were 1.1
+            (["001", "01", "1"], ["001", "01", "1"]),  # all were 1
+            (["NA", "null", "nan"], ["NA", "null", "nan"]),  # all were missing
+            (["1E10", "10E9"], ["1E10", "10E9"]),  # both were 10000000000.0
+            (["10", "9", "-3"], [10, 9, -3]),
+            (["10", ""], [10, None]),
+            (["12345678901234567890"], ["12345678901234567890"]),
+        ],
+    )
+    def test_csv_labels_are_as_they_are_written(
+        self, tmp_path: Path, cells: list[str], labels: list[object]
+    ) -> None:
+        content = "input,output,site\n" + "".join(f"q,a,{cell}\n" for cell in cells)
+        rows = read(write(tmp_path / "a.csv", content), keep_columns=["site"])
+        assert rows["site"] == labels
+
     def test_value_that_is_no_text_is_named_with_its_line(self, tmp_path: Path) -> None:
         content = json_lines(ROWS) + '\n{"input": ["q"], "output": "a"}\n'
         message = failure(write(tmp_path / "a.jsonl", content))

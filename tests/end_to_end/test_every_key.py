@@ -196,7 +196,7 @@ def test_a_key_without_effect_is_reported(settings: Settings, key: str) -> None:
         ("train.training-arguments.fp16", True),
         ("model.lora.peft-use-dora", True),
         ("train.training-arguments.warmup-steps", 10_000),  # more than there are
-        ("train.training-arguments.lr-scheduler-type", "cosine"),
+        ("train.training-arguments.lr-scheduler-type", "polynomial"),
         ("train.optimizer", "sgd"),
     ],
 )

@@ -42,6 +42,7 @@ from grandrounds.wire import messages
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import initial_adapter
 from grandrounds.wire.ledger import MIB
+from grandrounds.wire.schedule import VisitSchedule
 from tests.runs import GOOD_SITES, Settings, config_of, metrics_of, play, read_json, summary_of
 
 EVERYBODY: Settings = {"strategy.fraction-train": 1.0}
@@ -187,8 +188,7 @@ def test_field_mistake_03_generation_stops_by_itself_after_training(tiny_base: P
     assert stops() == [False, False]
     settings = VisitSettings(
         accumulation_steps=1,
-        learning_rate=1e-2,
-        warmup_steps=0,
+        schedule=VisitSchedule(1e-2, 0),
         optimizer="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,

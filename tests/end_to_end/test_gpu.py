@@ -13,6 +13,7 @@ from grandrounds.model.lora import LoraSpec
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import checkpoint_activations, resident_model
 from grandrounds.site.training import VisitResult, VisitSettings, train_visit
+from grandrounds.wire.schedule import VisitSchedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +32,7 @@ def visit(base: Path, *, checkpointing: bool, optimizer: str, lora: LoraSpec = L
     assert all(p.dtype == torch.float32 and p.device.type == "cuda" for p in parameters)
     before = [p.detach().clone() for p in parameters]
     settings = VisitSettings(
-        1, 1e-3, 2, optimizer, 0.0, 1.0, 0.01, Forward(True, True, True, 1024), 1
+        1, VisitSchedule(1e-3, 2), optimizer, 0.0, 1.0, 0.01, Forward(True, True, True, 1024), 1
     )
     result = train_visit(resident.model, parameters, [EXAMPLES] * 8, settings, 0)
     assert all(torch.isfinite(p).all() for p in parameters)

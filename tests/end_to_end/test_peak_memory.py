@@ -20,6 +20,7 @@ from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.model.memory import Batch, Precision, Workload, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations
 from grandrounds.site.training import VisitSettings, train_visit
+from grandrounds.wire.schedule import VisitSchedule
 from tests.places import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "peak_memory.py"
@@ -74,7 +75,7 @@ def measured_and_planned(
         TokenizedExample(tuple(int(i) for i in rng.integers(1, shape["vocab_size"], tokens)), 1)
         for _ in range(examples)
     ]
-    settings = VisitSettings(1, 1e-3, 0, "adamw_torch", 0.0, 1.0, 0.01, how, 1)
+    settings = VisitSettings(1, VisitSchedule(1e-3, 0), "adamw_torch", 0.0, 1.0, 0.01, how, 1)
 
     def visit(steps: int = 2) -> None:
         train_visit(model, parameters, [batch] * steps, settings, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grandrounds.config.recipes import resolve
 from grandrounds.errors import ModelError
 from grandrounds.model.base import (
     BaseSpec,
+    base_config,
     base_fingerprint,
     base_loads,
     device_and_dtype,
+    load_base,
     load_tokenizer,
     quantization_config,
 )
@@ -140,6 +144,45 @@ def test_a_model_that_is_not_there_is_told_in_one_line() -> None:
             action()
         assert "\n" not in str(caught.value)
         assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+def test_the_code_of_a_model_folder_is_never_run(tiny_base: Path, tmp_path: Path) -> None:
+    """It ran after a y on standard input."""
+    folder = shutil.copytree(tiny_base, tmp_path / "with code")
+    (folder / "modeling.py").write_text("raise SystemExit('the code ran')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "of-its-own"}))
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        base_config(str(folder))
+    assert "\n" not in str(caught.value)
+    (folder / "config.json").write_text(json.dumps(config))  # a type that transformers knows
+    assert load_base(BaseSpec(str(folder), 0, "float32")).config.model_type == "llama"
+
+
+def test_a_pad_token_without_an_embedding_is_replaced(tiny_base: Path, tmp_path: Path) -> None:
+    """The first padded batch ended with an IndexError."""
+    folder = shutil.copytree(tiny_base, tmp_path / "padded")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<beyond>"})
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "vocab_size": tokenizer.pad_token_id})
+    )
+    assert load_tokenizer(str(folder)).pad_token == "<eos>"
+
+
+def test_weights_that_are_damaged_are_told_in_one_line(tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "damaged")
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ModelError, match=r"The base model of .* cannot be loaded") as caught:
+        load_base(BaseSpec(str(folder), 0, "float32"))
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": Path("/")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"The base model of .* cannot be loaded") as caught:
+        load_base(BaseSpec(str(folder), 0, "float32"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_a_model_is_told_in_one_line(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from grandrounds.site.training import (
     train_visit,
 )
 from grandrounds.wire.adapter import initial_adapter
+from grandrounds.wire.schedule import VisitSchedule
 
 PAD = 0
 LEAN = Forward(bf16=True, padding_free=True, answers_only=True, chunk_tokens=5)
@@ -72,8 +73,7 @@ def make(
 def settings(**changes: Any) -> VisitSettings:
     options: dict[str, Any] = {
         "accumulation_steps": 1,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
+        "schedule": VisitSchedule(1e-2, 0),
         "optimizer": "adamw_torch",
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
@@ -276,7 +276,7 @@ def test_clipping_is_of_the_gradient_with_the_proximal_term(tiny_base: Path) -> 
 def test_the_rate_rises_over_the_warm_up_steps(tiny_base: Path) -> None:
     """Two of them: a third, two thirds, then all of 0.03."""
     with recorded_steps() as steps:
-        visit(make(tiny_base), FOUR_BATCHES, learning_rate=0.03, warmup_steps=2)
+        visit(make(tiny_base), FOUR_BATCHES, schedule=VisitSchedule(0.03, 2))
     assert [rate for _, rate in steps] == pytest.approx([0.01, 0.02, 0.03, 0.03])
 
 
@@ -327,7 +327,7 @@ def test_without_dropout_the_seed_changes_nothing(tiny_base: Path) -> None:
 
 def test_a_visit_begins_without_memory_of_the_one_before(tiny_base: Path) -> None:
     fresh, _ = visit(make(tiny_base), FOUR_BATCHES)
-    visit(make(tiny_base), FOUR_BATCHES * 2, learning_rate=0.1)
+    visit(make(tiny_base), FOUR_BATCHES * 2, schedule=VisitSchedule(0.1, 0))
     again, _ = visit(make(tiny_base), FOUR_BATCHES)
     assert all(torch.equal(a, b) for a, b in zip(fresh, again, strict=True))
 
@@ -366,9 +366,9 @@ def test_an_8_bit_optimizer_trains_on_the_cpu(tiny_base: Path, optimizer: str) -
     lora = LoraSpec(128, 128.0, "q_proj,v_proj", 0.0)
     resident = make(tiny_base, lora)
     assert max(p.numel() for p in resident.parameters.values()) >= 4096
-    _, first = visit(resident, [EXAMPLES], optimizer=optimizer, learning_rate=5e-3)
-    visit(resident, [EXAMPLES] * 15, optimizer=optimizer, learning_rate=5e-3)
-    _, last = visit(resident, [EXAMPLES], optimizer=optimizer, learning_rate=5e-3)
+    _, first = visit(resident, [EXAMPLES], optimizer=optimizer, schedule=VisitSchedule(5e-3, 0))
+    visit(resident, [EXAMPLES] * 15, optimizer=optimizer, schedule=VisitSchedule(5e-3, 0))
+    _, last = visit(resident, [EXAMPLES], optimizer=optimizer, schedule=VisitSchedule(5e-3, 0))
     assert last.train_loss < 0.95 * first.train_loss
 
 

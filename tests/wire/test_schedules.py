@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grandrounds.wire.schedule import round_learning_rate, step_learning_rate
+from grandrounds.wire.schedule import VisitSchedule, round_learning_rate
 
 
 @pytest.mark.parametrize(
@@ -33,15 +33,38 @@ def test_rates_fall_from_round_to_round() -> None:
     assert len(set(rates)) == 40
 
 
+def rates_of(warmup_steps: int, decay: str, num_steps: int, peak: float = 0.3) -> list[float]:
+    schedule = VisitSchedule(peak, warmup_steps, decay)
+    return [schedule.rate(step, num_steps) for step in range(num_steps)]
+
+
 def test_warm_up_rises_by_equal_parts_to_the_peak() -> None:
     """Two warm-up steps: 1/3, 2/3, then 1."""
-    rates = [step_learning_rate(step, 2, 0.3) for step in range(5)]
+    rates = rates_of(2, "constant_with_warmup", 5)
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3], rel=1e-15)
 
 
 def test_without_warm_up_every_step_has_the_peak() -> None:
-    assert [step_learning_rate(step, 0, 0.3) for step in range(3)] == [0.3, 0.3, 0.3]
+    assert rates_of(0, "constant", 3) == [0.3, 0.3, 0.3]
 
 
 def test_no_step_is_idle() -> None:
-    assert step_learning_rate(0, 5, 0.6) == pytest.approx(0.1)
+    assert rates_of(5, "constant_with_warmup", 6, 0.6)[0] == pytest.approx(0.1)
+    assert all(rate > 0 for decay in ("linear", "cosine") for rate in rates_of(2, decay, 6))
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_a_falling_schedule_is_hugging_faces(decay: str) -> None:
+    """After the warm-up, whose first step is 0 there."""
+    import torch
+    import transformers
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    theirs = transformers.get_scheduler(decay, optimizer, num_warmup_steps=2, num_training_steps=7)
+    expected = []
+    for _ in range(7):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert rates_of(2, decay, 7)[2:] == pytest.approx(expected[2:], rel=1e-12)

@@ -22,7 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grandrounds.data.tokenization import TokenizedExample, answer_token_ids, tokenize_examples
+from grandrounds.data.tokenization import (
+    TokenizedExample,
+    answer_token_ids,
+    end_token_ids,
+    tokenize_examples,
+)
 from grandrounds.study.evaluation.benchmarks import Item, Task
 
 GREEDY = "greedy"
@@ -108,10 +113,10 @@ def tokenized(
 def answer_limit(task: Task, tokenizer: Any, prompt_template: str, most: int) -> int:
     """Return the limit of a task's answers: the longest reference answer and one more token.
 
-    The one more is end-of-sequence. `most` bounds it.
+    The one more ends it. `most` bounds it.
     """
     lengths = reference_lengths(task, tokenizer, prompt_template)
-    return min(most, max(lengths) + 1)
+    return min(most, max(lengths) + len(end_token_ids(tokenizer, prompt_template)))
 
 
 def reference_lengths(task: Task, tokenizer: Any, prompt_template: str) -> list[int]:
@@ -123,8 +128,8 @@ def reference_lengths(task: Task, tokenizer: Any, prompt_template: str) -> list[
 def answer_items(
     model: Any,
     tokenizer: Any,
-    items: Sequence[Item],
-    examples: Sequence[TokenizedExample],
+    asked: Sequence[tuple[Item, TokenizedExample]],
+    end: Sequence[int],
     limit: int,
     batch_size: int,
 ) -> list[Answer]:
@@ -132,8 +137,10 @@ def answer_items(
 
     Parameters
     ----------
-    examples
-        The items as `tokenized`.
+    asked
+        Items, and each as `tokenized`.
+    end
+        The tokens that end a training answer.
     limit : int
         Maximum number of tokens of an answer.
     """
@@ -144,14 +151,15 @@ def answer_items(
     )
     from grandrounds.study.evaluation.likelihood import context_length
 
-    prompts = [example.input_ids[: example.prompt_tokens] for example in examples]
-    references = [example.input_ids[example.prompt_tokens :] for example in examples]
+    items = [item for item, _ in asked]
+    prompts = [example.input_ids[: example.prompt_tokens] for _, example in asked]
+    references = [example.input_ids[example.prompt_tokens :] for _, example in asked]
     scores = option_log_likelihoods(
         model, prompts, [[reference] for reference in references], batch_size=batch_size
     )
     context = context_length(model.config)
     limits = [max(1, min(limit, context - len(prompt))) for prompt in prompts]
-    stop = stop_tokens(model, tokenizer)
+    stop = stop_tokens(model, tokenizer, end)
     outputs = generate_greedily(model, prompts, limits, stop, batch_size=batch_size)
     answers = []
     for item, output, most, (score,), reference in zip(

@@ -31,7 +31,7 @@ from typing import Any
 
 from grandrounds.data.prompts import build_prompt as own_prompt
 from grandrounds.data.prompts import response_text
-from grandrounds.data.tokenization import answer_token_ids, prompt_token_ids
+from grandrounds.data.tokenization import answer_token_ids, end_token_ids, prompt_token_ids
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, placeholder_item
 
 DELIMITER = " "
@@ -213,12 +213,13 @@ def _encode_harness(
 def _encode_own(
     benchmark: Benchmark, items: Sequence[Item], tokenizer: Any, prompt_template: str
 ) -> Encoded:
-    """Tokenise prompt and answer separately, as in training, with an end-of-sequence token."""
+    """Tokenise prompt and answer as in training, with the tokens that end an answer."""
     prompts = prompt_token_ids(tokenizer, prompt_template, [item.question for item in items])
+    end = end_token_ids(tokenizer, prompt_template)
     encoded: Encoded = []
     for prompt, item in zip(prompts, items, strict=True):
         answers = answer_token_ids(tokenizer, prompt_template, answer_texts(benchmark, item))
-        encoded.append((prompt, [[*answer, tokenizer.eos_token_id] for answer in answers]))
+        encoded.append((prompt, [[*answer, *end] for answer in answers]))
     return encoded
 
 

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-
-from grandrounds.errors import ModelError, first_line
+from grandrounds.errors import ModelError
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.resident import resident_model, set_adapter
-from grandrounds.study.evaluation.tasks import WEIGHTS, Subject, read_adapter_config
+from grandrounds.study.evaluation.foreign import (
+    ADVICE,
+    is_plain,
+    load_by_peft,
+    needed_shapes,
+    read_weights,
+)
+from grandrounds.study.evaluation.tasks import Subject, read_adapter_config, weights_of
 from grandrounds.wire.adapter import Adapter, Shapes
-
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None,),
-}
-"""Settings of adapter_config.json that change what an adapter computes → supported values."""
 
 
 class Models:
@@ -45,16 +36,28 @@ class Models:
         self._base_spec = base_spec
         self._specs: dict[str, LoraSpec] = {}
         for subject in subjects:
-            if subject.adapter is not None:
-                spec = lora_spec(subject.adapter)
-                check_fit(subject.adapter, spec, base_spec.name)
-                self._specs[subject.name] = spec
+            if subject.adapter is None:
+                continue
+            folder, base = subject.adapter, base_spec.name
+            if is_plain(read_adapter_config(folder), folder):
+                spec = lora_spec(folder)
+                if has_every_target(base, spec):
+                    check_fit(folder, spec, base)
+                    self._specs[subject.name] = spec
+                    continue
+            check_shapes(folder, needed_shapes(folder, base), base)
         self._base: Any = None
 
     @contextmanager
     def asked(self, subject: Subject) -> Iterator[Any]:
-        """Yield the model of a subject; for the base, adapters are disabled, not removed."""
-        if not self._specs:
+        """Yield the model of a subject; for the base, adapters are disabled, not removed.
+
+        An adapter that PEFT must load gets a base of its own, which it may change.
+        """
+        if subject.adapter is not None and subject.name not in self._specs:
+            file = weights_of(subject.adapter)
+            yield load_by_peft(load_base(self._base_spec), subject.adapter, file)
+        elif not self._specs:
             if self._base is None:
                 self._base = load_base(self._base_spec)
             yield self._base
@@ -71,13 +74,8 @@ class Models:
 def lora_spec(folder: Path) -> LoraSpec:
     """Return rank, alpha and targets of a saved adapter; raise `ModelError` unless plain LoRA."""
     config = read_adapter_config(folder)
-    for key, understood in _MUST_BE.items():
-        if config.get(key, understood[0]) not in understood:
-            raise ModelError(
-                f"the adapter {folder} has {key} = {config[key]!r}; only {understood[0]!r} is "
-                "supported. Merge the adapter into its base, and evaluate the merged model as the "
-                "base of target none."
-            )
+    if not is_plain(config, folder):
+        raise ModelError(f"the adapter {folder} is no plain LoRA. {ADVICE}")
     targets = config.get("target_modules")
     if isinstance(targets, list):
         # PEFT saves a set, in arbitrary order
@@ -91,12 +89,26 @@ def lora_spec(folder: Path) -> LoraSpec:
     return LoraSpec(rank=rank, alpha=float(alpha), target_modules=str(targets), dropout=0.0)
 
 
+def has_every_target(base: str, spec: LoraSpec) -> bool:
+    """Return whether every target of an adapter is a module of the base; PEFT asks for one."""
+    try:
+        adapter_layout(base, spec)
+    except ModelError:
+        return False
+    return True
+
+
 def check_fit(folder: Path, spec: LoraSpec, base: str) -> None:
     """Raise `ModelError` unless an adapter's tensors fit the base; neither is loaded."""
     try:
         needed, _ = adapter_layout(base, spec)
     except ModelError as error:
         raise ModelError(f"the adapter {folder} does not fit the base {base!r}: {error}") from error
+    check_shapes(folder, needed, base)
+
+
+def check_shapes(folder: Path, needed: Shapes, base: str) -> None:
+    """Raise `ModelError` if an adapter's tensors are not those that the base needs."""
     if mismatch := first_mismatch(adapter_shapes(folder), needed):
         raise ModelError(
             f"the adapter {folder} does not fit the base {base!r}: {mismatch}. Use --base with "
@@ -120,27 +132,11 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a saved adapter's tensors by name, without reading them."""
-    with _weights(folder) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    """Return the shapes of a saved adapter's tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in read_weights(weights_of(folder)).items()}
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Return a saved adapter in float32."""
-    with _weights(folder) as file:
-        tensors: Mapping[str, torch.Tensor] = {
-            name: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-        }
-        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
-
-
-@contextmanager
-def _weights(folder: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
-            yield file
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ModelError(
-            f"{folder / WEIGHTS} is damaged ({first_line(error)}). Copy it again."
-        ) from error
+    tensors = read_weights(weights_of(folder))
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from grandrounds.data.files import RawRows, read_file
 from grandrounds.data.sources import FILE_ENDINGS
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
-from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task
+from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task, sampled
 from grandrounds.wire.names import one_line
 
 Style = Literal["texts", "letters"]
@@ -75,7 +75,7 @@ def load_own_exams(
     Parameters
     ----------
     limit : int, optional
-        Maximum number of items per file; the rows beyond are checked too.
+        Maximum number of items per file, as in `load_items`; the rows beyond are checked too.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def load_own_exams(
         digest = hashlib.sha256(file.expanduser().read_bytes()).hexdigest()
         title = one_line(file.name)  # a name may hold what no text may, such as half a character
         benchmark = own_benchmark(name, title, style, len(items))
-        tasks.append(Task(benchmark, items[:limit], {"file": title, "sha256": digest}))
+        tasks.append(Task(benchmark, sampled(items, limit), {"file": title, "sha256": digest}))
     if faults:
         raise DataError(" ".join(faults))
     return tuple(tasks)

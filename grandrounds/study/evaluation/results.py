@@ -4,11 +4,13 @@ The layout is that of `grandrounds.study.evaluation.verification`, plus these ke
 
     models       model → adapter, adapter_sha256, role
     base_fingerprint, quantization, limit, permutations, prompt_template
+    sample           how the items under a limit were chosen; null without a limit
     answer_tokens    greatest length of a generated answer; protocol `greedy` only
     rows, each:
         title            name of the benchmark in tables
         truncated        items whose prompt was left-truncated
         expected         number of items as published, or of the user's source
+        largest_answer   the commonest correct answer: its label, and n items that have it
         own              how an own exam was asked: `texts` or `letters`; absent for the others
         groups           subsets of the benchmark: group, n, correct, accuracy, interval, vs_base
         vs_base          only_base, only_model, difference, interval, p_value; null for the base
@@ -31,6 +33,7 @@ The layout is that of `grandrounds.study.evaluation.verification`, plus these ke
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -50,6 +53,7 @@ from grandrounds.study.evaluation import flowertune
 from grandrounds.study.evaluation.answers import AnswerFile, writing
 from grandrounds.study.evaluation.benchmarks import Item, Task
 from grandrounds.study.evaluation.greedy import GREEDY, differs_in_numbers
+from grandrounds.study.evaluation.sample import METHOD
 from grandrounds.study.evaluation.tasks import ALL, EvaluationTasks
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "numpy", "scipy")
@@ -98,6 +102,7 @@ def _of_protocol(
         "quantization": target.quantization,
         "prompt_template": target.prompt_template,
         "limit": tasks.questions.limit,
+        "sample": METHOD if tasks.questions.limit else None,
         "permutations": tasks.method.permutations,
         **({"answer_tokens": tasks.method.answer_tokens} if protocol == GREEDY else {}),
         "versions": versions(),
@@ -129,6 +134,12 @@ def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def largest_answer(items: Sequence[Item]) -> dict[str, Any]:
+    """Return the commonest correct answer: its label, and of how many items it is the answer."""
+    [(label, count)] = Counter(item.labels[item.gold_index] for item in items).most_common(1)
+    return {"label": label, "n": count}
+
+
 # --- One row --------------------------------------------------------------------------------------
 
 
@@ -141,6 +152,7 @@ def _common(task: Task, right: Sequence[bool], base_right: Sequence[bool] | None
         **_counts(right, base_right),
         "expected": benchmark.expected_items,
         "limited": len(task.items) < benchmark.expected_items,
+        "largest_answer": largest_answer(task.items),
         "source": task.source,
         **({"own": "texts" if benchmark.whole_options else "letters"} if benchmark.own else {}),
         "groups": _groups(task.items, right, base_right),

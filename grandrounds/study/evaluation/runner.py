@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.data.tokenization import TokenizedExample, end_token_ids
 from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
 from grandrounds.model.scoring import generate_greedily, stop_tokens
@@ -34,6 +34,7 @@ from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.results import Answers, evaluation_of, write_flowertune_files
+from grandrounds.study.evaluation.sample import METHOD
 from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject
 
 FLOWERTUNE_BATCH = 16
@@ -101,6 +102,7 @@ def settings_of(tasks: EvaluationTasks, tokenizer: Any) -> dict[str, Any]:
         "precision": _precision(target.quantization, target.dtype),
         "quantization": target.quantization,
         "limit": questions.limit,
+        **({"sample": METHOD} if questions.limit else {}),
         "permutations": method.permutations,
         **({"answer tokens": method.answer_tokens} if GREEDY in tasks.protocols else {}),
         "source": {task.benchmark.name: task.source for task in questions.tasks},
@@ -266,15 +268,13 @@ class _Examiner:
 
     def write(self, model: Any, task: Task, items: list[Item]) -> list[Record]:
         """Return a model's own words for some items, and the loss of their reference answers."""
-        method = self._tasks.method
+        method, template = self._tasks.method, self._tasks.target.prompt_template
         found = greedy.answer_items(
             model,
             self._tokenizer,
-            items,
-            [self._examples[item.row] for item in items],
-            greedy.answer_limit(
-                task, self._tokenizer, self._tasks.target.prompt_template, method.answer_tokens
-            ),
+            [(item, self._examples[item.row]) for item in items],
+            end_token_ids(self._tokenizer, template),
+            greedy.answer_limit(task, self._tokenizer, template, method.answer_tokens),
             method.batch_size,
         )
         return [

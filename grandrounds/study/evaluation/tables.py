@@ -147,7 +147,7 @@ def notes(evaluation: Evaluation, overlap: Mapping[str, Any] | None = None) -> l
         Report of `overlap.check_overlap`, if it was run.
     """
     found = [*_model_notes(evaluation), *_method_notes(evaluation), *_protocol_notes(evaluation)]
-    found += [*_item_notes(evaluation["rows"]), *_overlap_notes(evaluation["rows"], overlap)]
+    found += [*_item_notes(evaluation), *_overlap_notes(evaluation["rows"], overlap)]
     return found
 
 
@@ -238,16 +238,18 @@ def _greedy_notes(evaluation: Evaluation) -> Iterator[str]:
         )
 
 
-def _item_notes(rows: Sequence[Row]) -> Iterator[str]:
+def _item_notes(evaluation: Evaluation) -> Iterator[str]:
     """Yield notes on limited and truncated items, and on the formulary."""
+    rows = evaluation["rows"]
     first = _first_of_each(rows)
     for row in first:
         if row["limited"]:
             title, n, expected = row["title"], row["n"], row["expected"]
             yield (
-                f"{title}: the first {n:,} of {expected:,} items. Not comparable with results on "
-                "the full set."
+                f"{title}: {n:,} of {expected:,} items{_chosen(row, evaluation)}. Not comparable "
+                "with results on the full set."
             )
+        yield from _one_sided(row)
     for row in rows:
         if row["truncated"]:
             yield (
@@ -259,6 +261,35 @@ def _item_notes(rows: Sequence[Row]) -> Iterator[str]:
             "Formulary: fictional drugs. private: facts held by single sites only; public: facts "
             "the embedded base was pre-trained on. The wording of these questions is held out from "
             "all training. Chance is 25 %."
+        )
+
+
+def _chosen(row: Row, evaluation: Evaluation) -> str:
+    """Return how the items of a limited row were chosen."""
+    if evaluation["limit"] is None:
+        return ""
+    if row["benchmark"] == HELD_OUT:
+        return ", taken from the sites in turn"
+    if evaluation.get("sample") is None:  # files of version 0.2.0 and before
+        return ", the first"
+    return ", a sample with the answers in the proportions of the full set"
+
+
+MOST_OF_ONE_ANSWER = 0.9
+"""Share of one answer above which a comparison says little about knowledge."""
+
+
+def _one_sided(row: Row) -> Iterator[str]:
+    """Yield a note if nearly all items of a closed benchmark have the same answer."""
+    largest = row.get("largest_answer")  # absent in files of earlier versions
+    if largest is None or row["benchmark"] == HELD_OUT:
+        return
+    share = largest["n"] / row["n"]
+    if share > MOST_OF_ONE_ANSWER:
+        yield (
+            f"{row['title']}: the answer of {largest['n']:,} of {row['n']:,} items is "
+            f"{largest['label']!r}, so a model that always says it gets {in_percent(share)} %. "
+            "Accuracy, difference and p say little about knowledge here."
         )
 
 

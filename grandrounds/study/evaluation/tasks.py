@@ -35,6 +35,9 @@ NO_ADAPTER = "none"
 WEIGHTS = "adapter_model.safetensors"
 """File of an adapter's tensors."""
 
+PICKLE = "adapter_model.bin"
+"""The same as a pickle, from earlier versions of PEFT."""
+
 QUANTIZATIONS = (0, 4, 8)
 """Bits of the base's weights; 0 for an unquantised base."""
 
@@ -288,15 +291,21 @@ def _checkpoints(run: RunDirectory) -> tuple[Subject, ...]:
 
 
 def _adapter_subject(folder: Path, role: str = "") -> Subject:
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise ModelError(
-            f"{folder} has no adapter: {WEIGHTS} is missing. Save the adapter with "
-            "save_pretrained, as safetensors."
-        )
+    weights = weights_of(folder)
     name = _file_name(folder.resolve().name)
     name = f"adapter-{name}" if name in ("", BASE) else name
     return Subject(name, folder, hashlib.sha256(weights.read_bytes()).hexdigest(), role)
+
+
+def weights_of(folder: Path) -> Path:
+    """Return the file of an adapter's tensors; raise `ModelError` if there is none."""
+    for name in (WEIGHTS, PICKLE):
+        if (folder / name).is_file():
+            return folder / name
+    raise ModelError(
+        f"{folder} has no adapter: {WEIGHTS} is missing. Save the adapter with save_pretrained, as "
+        "safetensors."
+    )
 
 
 def _file_name(text: str) -> str:

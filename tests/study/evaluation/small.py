@@ -54,7 +54,7 @@ def medmcqa_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
+def save_adapter(base: Path, folder: Path, *, trained: bool = True, **config: Any) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -66,7 +66,7 @@ def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name and trained:
                 parameter.normal_(0.0, 0.5)
     model.save_pretrained(folder)
     return folder

@@ -215,9 +215,21 @@ def test_every_kind_of_file_gives_the_same_items(tmp_path: Path) -> None:
     assert all(items == found[0] for items in found)
 
 
-def test_a_limit_takes_the_first_rows_and_reads_no_other(tmp_path: Path) -> None:
+def test_a_limit_samples_every_answer_of_a_sorted_file(tmp_path: Path) -> None:
+    """The first 150 of PubMedQA's rows all have the answer yes: a model that says yes had 100 %."""
+    answers = ["yes"] * 276 + ["no"] * 169 + ["maybe"] * 55
+    write_lines(tmp_path, "pubmedqa", *({**ROWS["pubmedqa"], "final_decision": a} for a in answers))
+    items = load_items(get_benchmark("pubmedqa"), tmp_path, limit=100)
+    assert Counter(item.gold_index for item in items) == {0: 55, 1: 34, 2: 11}
+    assert [item.row for item in items] == sorted({item.row for item in items})
+    assert items == load_items(get_benchmark("pubmedqa"), tmp_path, limit=100)
+    assert len(load_items(get_benchmark("pubmedqa"), tmp_path, limit=1000)) == 500
+
+
+def test_the_rows_beyond_a_limit_are_checked(tmp_path: Path) -> None:
     write_lines(tmp_path, "medmcqa", ROWS["medmcqa"], {"question": "broken"})
-    assert len(load_items(get_benchmark("medmcqa"), tmp_path, limit=1)) == 1
+    with pytest.raises(DataError, match="line 2: there is no column"):
+        load_items(get_benchmark("medmcqa"), tmp_path, limit=1)
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         load_items(get_benchmark("medmcqa"), tmp_path, limit=0)
 

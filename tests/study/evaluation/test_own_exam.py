@@ -98,7 +98,7 @@ def test_the_same_exam_reads_alike_from_every_format(tmp_path: Path) -> None:
         assert [(i.question, i.options, i.gold_index) for i in found] == expected
 
 
-def test_a_limit_takes_the_first_items_and_the_benchmark_counts_all(tmp_path: Path) -> None:
+def test_a_limit_takes_so_many_items_and_the_benchmark_counts_all(tmp_path: Path) -> None:
     (task,) = load_own_exams([lines(tmp_path, *[row("A")] * 5)], limit=2)
     assert (len(task.items), task.benchmark.expected_items) == (2, 5)
     assert (task.benchmark.name, task.benchmark.title) == ("own-exam", "exam.jsonl")

@@ -128,7 +128,7 @@ def test_likelihoods_and_answers_are_the_harness_s(
     name: str, base: tuple[Any, Any], quiet: None
 ) -> None:
     rows = published_rows(name)
-    items = load_items(get_benchmark(name), DATA, limit=COUNT)
+    items = load_items(get_benchmark(name), DATA)[:COUNT]
     cut = compare(name, items, harness_samples(name, rows, base), base)
     assert len(items) == COUNT
     assert (cut > 0) == (name == "pubmedqa")

@@ -148,10 +148,14 @@ def test_what_a_batch_computes_together_changes_no_answer(
 def test_formulary_parts_add_up_and_are_rows_of_the_table(tmp_path: Path) -> None:
     evaluation = evaluate_target("none", base="formulary", limit=8, out=tmp_path / "out")
     (row,) = evaluation["rows"]
-    assert [group["group"] for group in row["groups"]] == ["private"]
-    assert row["groups"][0]["n"] == row["n"] == 8
+    assert [group["group"] for group in row["groups"]] == ["private", "public"]
+    assert [group["n"] for group in row["groups"]] == [4, 4]
+    assert row["n"] == 8
     cells = tables(evaluation)[0].rows
-    assert [line[0] for line in cells] == ["Formulary (fictional), private"]
+    assert [line[0] for line in cells] == [
+        "Formulary (fictional), private",
+        "Formulary (fictional), public",
+    ]
     row["groups"][0]["correct"] += 1
     assert any("groups" in fault for fault in faults_in(evaluation))
 
@@ -181,12 +185,30 @@ def test_tables_and_notes_say_what_a_reader_must_know(
         "test and interval may disagree",
         "Not adjusted for the 2 comparisons",
         "Average: unweighted mean of medmcqa, pubmedqa",
-        f"MedMCQA: the first {MEDMCQA} of 4,183 items",
+        f"MedMCQA: {MEDMCQA} of 4,183 items",
         "was not checked",
     ):
         assert words in text
     overlap = {"training": "cards.jsonl", "benchmarks": {"medmcqa": {"items": 3, "n": 14}}}
     assert "3 of 14 medmcqa questions occur in cards.jsonl" in " ".join(notes(evaluation, overlap))
+
+
+def test_a_comparison_over_items_of_one_answer_has_a_note(
+    ask: Callable[..., dict[str, Any]], adapter: Path, tmp_path: Path
+) -> None:
+    """Over PubMedQA's first 150 rows, all yes, a base had 100 % and a tuned model p = 0.003."""
+    row = {"CONTEXTS": ["Tea was drunk."], "final_decision": "yes"}
+    rows = [{"QUESTION": f"Is {i} tea?", **row} for i in range(20)]
+    write_lines(tmp_path / "pubmedqa.jsonl", rows)
+    evaluation = ask(
+        adapter, data=tmp_path, benchmarks=["pubmedqa"], limit=12, protocol="likelihood"
+    )
+    assert evaluation["rows"][0]["largest_answer"] == {"label": "yes", "n": 12}
+    text = " ".join(notes(evaluation))
+    assert "PubMedQA: 12 of 500 items, a sample with the answers in the proportions" in text
+    assert "12 of 12 items is 'yes', so a model that always says it gets 100.0 %" in text
+    del evaluation["sample"]
+    assert "PubMedQA: 12 of 500 items, the first." in " ".join(notes(evaluation))
 
 
 @pytest.mark.parametrize("protocol", ["flowertune", "likelihood"])

@@ -144,14 +144,21 @@ def test_the_first_mismatch_is_a_missing_tensor_a_shape_or_a_foreign_tensor() ->
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "use_dora = True"),
-        ({"use_rslora": True}, "use_rslora = True"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"use_dora": True}, "needs a tensor .*lora_magnitude_vector, and the adapter has none"),
+        ({"rank_pattern": {"q_proj": 2}}, "has shape 4 x 32, and the base needs 2 x 32"),
+        ({"peft_type": "IA3"}, "type IA3, not LORA"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights = 'loftq', which changed its base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights = 'corda'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights = 'lora_ga'"),
+        ({"alora_invocation_tokens": [1]}, "an activated LoRA"),
+        ({"layer_replication": [[0, 1]]}, "replicated layers"),
+        ({"use_qalora": True}, "a QALoRA adapter"),
+        ({"of_a_later_peft": True}, "an adapter with of_a_later_peft = True"),
         ({"target_modules": ["query"]}, "does not fit the base.*'query'"),
         ({"r": None}, "must have r, lora_alpha and target_modules"),
     ],
 )
-def test_an_adapter_that_is_not_plain_lora_is_refused(
+def test_an_adapter_that_cannot_be_loaded_is_refused_by_its_kind(
     ask: Callable[..., dict[str, Any]],
     adapter: Path,
     tmp_path: Path,

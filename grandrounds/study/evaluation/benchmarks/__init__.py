@@ -24,6 +24,7 @@ from typing import Any
 from grandrounds.data.files import json_records
 from grandrounds.data.sources import silent_downloads
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
+from grandrounds.study.evaluation.sample import stratified_sample
 
 MEDICAL = ("pubmedqa", "medqa", "medmcqa", "careqa")
 """The benchmarks of FlowerTune's medical leaderboard."""
@@ -250,7 +251,8 @@ def load_items(
         Folder with the benchmark's file. Without a folder, or if the folder has no such file, the
         rows are loaded from the hub.
     limit : int, optional
-        Maximum number of items, at least 1.
+        Maximum number of items, at least 1: a seeded sample, stratified by answer. The rows beyond
+        are checked too.
 
     Raises
     ------
@@ -275,10 +277,19 @@ def load_items(
     read = benchmark.read
     if read is None:
         raise ConfigError(f"{benchmark.name} is an exam of your own: give its file as --benchmark.")
-    return tuple(
+    items = tuple(
         read(Row(number, f"{places} {place}", values))
-        for number, (place, values) in enumerate(rows[:limit], 1)
+        for number, (place, values) in enumerate(rows, 1)
     )
+    return sampled(items, limit)
+
+
+def sampled(items: tuple[Item, ...], limit: int | None) -> tuple[Item, ...]:
+    """Return at most `limit` items in their order, each answer of each group represented."""
+    if limit is None:
+        return items
+    strata = [(item.group, item.gold_index) for item in items]
+    return tuple(items[i] for i in stratified_sample(strata, limit))
 
 
 def source_of(benchmark: Benchmark, data: Path | None = None) -> dict[str, str]:

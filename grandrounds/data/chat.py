@@ -1,0 +1,119 @@
+"""What a tokenizer's chat template renders around a question and its answer.
+
+The trained text is what the template renders for the finished conversation: the generation prompt,
+the answer as it stands in context, and the template's own end of turn, which need not be the
+tokenizer's end-of-sequence (Gemma's is `<end_of_turn>`). Where a template renders a finished turn
+without the generation prompt (one that leaves thinking out), prompt, answer and end of turn are put
+together, since that is what the model continues in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from grandrounds.errors import ConfigError
+
+QUESTION, ANSWER = "Which drug is it?", "Zyx seven"
+"""Stand in for a question and its answer; no template changes their characters."""
+
+
+NOT_A_PREFIX = (
+    "finished conversations do not begin with its generation prompt (a thinking template): trained "
+    "on are generation prompt, answer and end of turn"
+)
+"""What is said of a template that renders a finished turn differently."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The constant text of a chat template's answer, and its end of turn."""
+
+    prompt: str
+    """The rendered text before the answer to `QUESTION`."""
+    lead: str
+    """Text between the generation prompt and the answer, such as an empty thinking block."""
+    end: tuple[int, ...]
+    """Tokens that end the answer: those of the template up to its first special one, else
+    end-of-sequence."""
+    trims: bool
+    """Whether the template removes white space around an answer."""
+    is_prefix: bool
+    """Whether a finished conversation begins with the generation prompt."""
+
+    def answer_ids(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of answers in the context of the prompt, without the end of turn."""
+        texts = [self.lead + (answer.strip() if self.trims else answer) for answer in answers]
+        before: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
+        whole = tokenizer([self.prompt + text for text in texts], add_special_tokens=False)
+        found = []
+        for text, ids in zip(texts, whole["input_ids"], strict=True):
+            in_context = list(ids[: len(before)]) == before
+            found.append(list(ids[len(before) :]) if in_context else _alone(tokenizer, text))
+        return found
+
+
+def _alone(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text whose first token would otherwise join the prompt's last one."""
+    if tokenizer.tokenize("a")[0].startswith("▁"):  # SentencePiece prepends a space itself
+        text = text.removeprefix(" ")
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: bool) -> str:
+    """Return turns of (role, content) as the template renders them.
+
+    Parameters
+    ----------
+    answering : bool
+        Whether the prompt of the next answer follows.
+    """
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+    )
+
+
+@lru_cache(maxsize=4)
+def chat_format(tokenizer: Any) -> ChatFormat:
+    """Return the format of a tokenizer's chat template.
+
+    Raises
+    ------
+    ConfigError
+        If it does not render answers.
+    """
+    asked = [("user", QUESTION)]
+    prompt = rendered(tokenizer, asked, answering=True)
+    whole = rendered(tokenizer, [*asked, ("assistant", ANSWER)], answering=False)
+    if ANSWER not in whole:
+        raise ConfigError(
+            "The tokenizer's chat template does not render the assistant's answer, so there is "
+            'nothing to train on: use data.prompt-template = "alpaca".'
+        )
+    is_prefix = whole.startswith(prompt)
+    rest = whole.removeprefix(prompt) if is_prefix else whole[whole.rindex(ANSWER) :]
+    lead, _, tail = rest.partition(ANSWER)
+    spaced = rendered(tokenizer, [*asked, ("assistant", f" {ANSWER} ")], answering=False)
+    return ChatFormat(
+        prompt=prompt,
+        lead=lead,
+        end=_end_of_turn(tokenizer, tail),
+        trims=f" {ANSWER} " not in spaced,
+        is_prefix=is_prefix,
+    )
+
+
+def _end_of_turn(tokenizer: Any, tail: str) -> tuple[int, ...]:
+    """Return the tokens of the text after an answer, up to the first special one."""
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    before = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(ANSWER + tail, add_special_tokens=False)["input_ids"][len(before) :]
+    for count, token in enumerate(ids, 1):
+        if token in special:
+            return tuple(ids[:count])
+    return (tokenizer.eos_token_id,)

@@ -1,0 +1,210 @@
+"""The trained text is what the chat template renders, up to its own end of turn."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from grandrounds.data.chat import chat_format, rendered
+from grandrounds.data.examples import Example
+from grandrounds.data.prompts import prompt_hash
+from grandrounds.data.tokenization import end_token_ids, tokenize_examples
+
+LOOP = "{% for m in messages %}"
+END = "{% endfor %}"
+ASKED = "{% if add_generation_prompt %}"
+
+FAMILIES: dict[str, tuple[str, str, str]] = {
+    "chatml": (
+        LOOP
+        + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        + END
+        + ASKED
+        + "<|im_start|>assistant\n{% endif %}",
+        "<|im_start|> <|im_end|>",
+        "<|im_end|>",
+    ),
+    "llama 2": (
+        "<s>" + LOOP + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} "
+        "{{ m.content.strip() }} </s>{% endif %}" + END,
+        "<s> </s>",
+        " </s>",
+    ),
+    "llama 3": (
+        "<s>"
+        + LOOP
+        + "<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>"
+        + END
+        + ASKED
+        + "<|start|>assistant<|end|>\n\n{% endif %}",
+        "<s> <|start|> <|end|> <|eot|>",
+        "<|eot|>",
+    ),
+    "mistral": (
+        "<s>" + LOOP + "{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
+        "{{ m.content }}</s>{% endif %}" + END,
+        "<s> </s> [INST] [/INST]",
+        "</s>",
+    ),
+    "gemma": (
+        "<bos>" + LOOP + "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ m.content | trim }}<end_of_turn>\n" + END + ASKED + "<turn>model\n{% endif %}",
+        "<bos> <turn> <end_of_turn>",
+        "<end_of_turn>",
+    ),
+    "phi 3": (
+        LOOP
+        + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
+        + END
+        + ASKED
+        + "<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        "<|user|> <|assistant|> <|end|>",
+        "<|end|>",
+    ),
+    "zephyr": (
+        LOOP
+        + "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n"
+        + END
+        + ASKED
+        + "<|assistant|>\n{% endif %}",
+        "",
+        "<eos>",
+    ),
+    "vicuna": (
+        LOOP
+        + "{{ m.role | upper }}: {{ m.content }}{{ ' ' if m.role == 'user' else eos_token }}"
+        + END
+        + ASKED
+        + "ASSISTANT:{% endif %}",
+        "",
+        "<eos>",
+    ),
+    "no end of its own": (
+        LOOP
+        + "### {{ m.role }}:\n{{ m.content }}\n\n"
+        + END
+        + ASKED
+        + "### assistant:\n{% endif %}",
+        "",
+        "<eos>",
+    ),
+    "command": (
+        "<bos>"
+        + LOOP
+        + "<|T|><|{{ m.role }}|>{{ m.content }}<|/T|>"
+        + END
+        + ASKED
+        + "<|T|><|assistant|>{% endif %}",
+        "<bos> <|T|> <|/T|> <|user|> <|assistant|>",
+        "<|/T|>",
+    ),
+    "deepseek": (
+        "<s>" + LOOP + "{% if m.role == 'user' %}<U>{{ m.content }}{% else %}<A>{{ m.content }}"
+        "{{ eos_token }}{% endif %}" + END + ASKED + "<A>{% endif %}",
+        "<s> <U> <A>",
+        "<eos>",
+    ),
+    "thinking, empty in the past": (
+        LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content }}<|im_end|>\n"
+        + END
+        + ASKED
+        + "<|im_start|>assistant\n{% endif %}",
+        "<|im_start|> <|im_end|> <think> </think>",
+        "<|im_end|>",
+    ),
+    "thinking, left out of the past": (
+        LOOP
+        + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        + END
+        + ASKED
+        + "<|im_start|>assistant\n<think>\n{% endif %}",
+        "<|im_start|> <|im_end|> <think> </think>",
+        "<|im_end|>",
+    ),
+}
+"""Family → template after its kind, its special tokens, and the text that ends an answer."""
+
+
+@pytest.fixture(scope="module")
+def blank_first(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes blanks as ▁ and puts one before every text, as SentencePiece does."""
+    letters = [chr(i) for i in range(33, 127)]
+    vocabulary = {
+        token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", "▁", "\n", *letters])
+    }
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    inner.normalizer = normalizers.Replace(" ", "▁")
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def byte_level(tiny_base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def with_template(tokenizer: Any, family: str) -> Any:
+    template, special, _ = FAMILIES[family]
+    own = copy.deepcopy(tokenizer)
+    tokens = [AddedToken(t, special=True, normalized=False) for t in special.split()]
+    own.add_special_tokens({"additional_special_tokens": tokens})
+    own.chat_template = template
+    return own
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "blank_first"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trained_tokens_are_those_of_the_rendered_conversation(
+    request: pytest.FixtureRequest, kind: str, family: str
+) -> None:
+    tokenizer = with_template(request.getfixturevalue(kind), family)
+    question, answer = "What helps against fever?", "Rest and tea."
+    [example] = tokenize_examples([Example(question, answer)], tokenizer, "chat", 500).examples
+    turns = [("user", question)]
+    prompt = rendered(tokenizer, turns, answering=True)
+    whole = rendered(tokenizer, [*turns, ("assistant", answer)], answering=False)
+    end = FAMILIES[family][2]
+    if family == "thinking, left out of the past":
+        assert not chat_format(tokenizer).is_prefix
+        expected = f"{prompt}{answer}{end}"
+    elif family == "no end of its own":
+        expected = f"{prompt}{answer}{end}"
+    else:
+        assert whole.startswith(prompt)
+        expected = whole[: whole.rindex(answer) + len(answer)] + end
+    ids = tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert list(example.input_ids) == ids
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert list(example.input_ids[: example.prompt_tokens]) == prompt_ids
+    special = end.strip()
+    assert end_token_ids(tokenizer, "chat")[-1] == tokenizer.convert_tokens_to_ids(special)
+
+
+def test_a_template_that_trims_answers_trims_the_trained_ones(byte_level: Any) -> None:
+    for family, trims in (("gemma", True), ("chatml", False)):
+        tokenizer = with_template(byte_level, family)
+        assert chat_format(tokenizer).trims == trims
+        ids = [
+            tokenize_examples([Example("Why?", answer)], tokenizer, "chat", 500).examples[0]
+            for answer in ("Rest.", "Rest. ")
+        ]
+        assert (ids[0] == ids[1]) == trims
+
+
+def test_the_prompts_hash_knows_the_end_of_turn_only_where_it_is_another(byte_level: Any) -> None:
+    """A template that ends with end-of-sequence keeps the hash that it had."""
+    hashes = {}
+    for family in ("zephyr", "phi 3"):
+        hashes[family] = prompt_hash("chat", with_template(byte_level, family))
+    changed = with_template(byte_level, "phi 3")
+    changed.chat_template = changed.chat_template.replace("<|end|>\n", "<|assistant|>\n")
+    assert prompt_hash("chat", changed) != hashes["phi 3"]
