@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from grandrounds.site.visit import Visit, introduction
 from grandrounds.study.export import findings
 from grandrounds.study.report.one_run import run_page
 from grandrounds.study.report.read import read_run
+from grandrounds.study.report.several_runs import several_page
 from grandrounds.wire import messages
 from tests.own_sites import sites_of
 from tests.runs import Settings, grid_of, metrics_of, play, summary_of
@@ -112,6 +114,8 @@ def test_every_field_that_leaves_is_listed_and_the_run_goes_without_the_others(
     card = model_card(recipes.resolve(settings), ["q_proj"], 1, None, 0.1, found)
     assert "about 100 to train on, 10 held out" in card
     page = run_page(read_run(run))
+    several = several_page([read_run(run), read_run(shutil.copytree(run, tmp_path / "again"))])
+    assert "not told" in str(several.sections)
     assert [tile.value for tile in page.tiles if tile.name == "coverage"] == ["not told"]
     line = next(line for line in audit.read(site.place("state")) if line["asked"] == "train")
     assert line["figures"]["tokens"] > 0
