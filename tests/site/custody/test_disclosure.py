@@ -117,7 +117,9 @@ def test_every_field_that_leaves_is_listed_and_the_run_goes_without_the_others(
     several = several_page([read_run(run), read_run(shutil.copytree(run, tmp_path / "again"))])
     assert "not told" in str(several.sections)
     assert [tile.value for tile in page.tiles if tile.name == "coverage"] == ["not told"]
-    line = next(line for line in audit.read(site.place("state")) if line["asked"] == "train")
+    roll_call, line = audit.read(site.place("state"))[0], audit.read(site.place("state"))[2]
+    assert roll_call["data"]["rows"] == 120  # nothing is dropped in silence: it is counted here
+    assert line["asked"] == "train"
     assert line["figures"]["tokens"] > 0
     assert {"tokens", "coverage", "cursor", "seconds", "process-id"} <= set(line["kept"])
 
