@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,12 @@ def test_every_field_that_leaves_is_listed_and_the_run_goes_without_the_others(
     roll_call, line = audit.read(site.place("state"))[0], audit.read(site.place("state"))[2]
     assert roll_call["data"]["rows"] == 120  # nothing is dropped in silence: it is counted here
     assert line["asked"] == "train"
+    for name in ("recipe", "sha256-in"):
+        assert re.fullmatch(r"[0-9a-f]{64}", line[name])
+    bounds = ("rank", "scale", "steps", "examples", "batch", "sequence-length", "learning-rate")
+    assert all(line[name] > 0 for name in (*bounds, "highest-learning-rate", "norm-in"))
+    assert line["left"]["norm"] == pytest.approx(round_1["update-norms"]["0"], rel=1e-5)
+    assert re.fullmatch(r"[0-9a-f]{64}", line["left"]["sha256"])
     assert line["figures"]["tokens"] > 0
     assert {"tokens", "coverage", "cursor", "seconds", "process-id"} <= set(line["kept"])
 
