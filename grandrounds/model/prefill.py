@@ -27,6 +27,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grandrounds.errors import ModelError
+from grandrounds.model.base import base_config
 
 Ids = Sequence[int]
 
@@ -102,6 +103,20 @@ def longrope_border(config: Any) -> float:
         return math.inf
     own = getattr(text, "original_max_position_embeddings", None)
     return float(rope.get("original_max_position_embeddings") or own or math.inf)
+
+
+def check_length(name: str, seq_length: int) -> None:
+    """Raise `ModelError` if training sequences cross a base's LongRoPE border.
+
+    Sequences on both sides of it in one batch would be rotated by the longest.
+    """
+    border = longrope_border(base_config(name))
+    if seq_length > border:
+        raise ModelError(
+            f"train.seq-length = {seq_length} crosses the LongRoPE border of {name!r}, "
+            f"{border:.0f} tokens: batches would mix two rotations. Set train.seq-length to at most "
+            f"{border:.0f}."
+        )
 
 
 def _probed(model: Any) -> str:

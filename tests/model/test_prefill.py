@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from grandrounds.errors import ModelError
 from grandrounds.model.prefill import (
     MIN_SHARED_TOKENS,
     SHARED,
+    check_length,
     evaluating,
     extend,
     forked,
@@ -197,7 +199,7 @@ def test_positions_by_column_are_found_out_and_prompts_read_whole(
     assert capsys.readouterr().err.count("gives other results with a shared prefix") == 2
 
 
-def test_longrope_beyond_its_border_is_read_one_prompt_at_a_time() -> None:
+def test_longrope_beyond_its_border_is_read_one_prompt_at_a_time(tmp_path: Path) -> None:
     """Across the border, a shared prefix was off by 1.0 nats."""
     torch.manual_seed(4)
     factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
@@ -210,6 +212,10 @@ def test_longrope_beyond_its_border_is_read_one_prompt_at_a_time() -> None:
         pad_token_id=0,
     )
     assert longrope_border(config) == 64
+    config.save_pretrained(tmp_path)
+    check_length(str(tmp_path), 64)
+    with pytest.raises(ModelError, match=r"seq-length = 65 crosses the LongRoPE border"):
+        check_length(str(tmp_path), 65)
     model = Phi3ForCausalLM(config)
     prompts = [PREFIX + rest for rest in rests(8, 60)]
     with evaluating(model):
