@@ -114,8 +114,8 @@ def check_length(name: str, seq_length: int) -> None:
     if seq_length > border:
         raise ModelError(
             f"train.seq-length = {seq_length} crosses the LongRoPE border of {name!r}, "
-            f"{border:.0f} tokens: batches would mix two rotations. Set train.seq-length to at most "
-            f"{border:.0f}."
+            f"{border:.0f} tokens: batches would mix two rotations. Set train.seq-length to at "
+            f"most {border:.0f}."
         )
 
 
