@@ -68,6 +68,20 @@ def renew(directory: Folder = Path("consortium")) -> None:
 
 
 @app.command()
+def tidy(
+    connection: Annotated[str, typer.Option(help="Connection to the consortium's SuperLink.")],
+    directory: Folder = Path("consortium"),
+) -> None:
+    """Remove what finished runs have left in the SuperLink's database; run does so at its end."""
+    from grandrounds.engines.deployment import tidy as tidying
+    from grandrounds.engines.deployment.superlink import linked
+
+    with linked(connection) as link:
+        done = tidying.tidy(directory.expanduser().absolute(), link)
+    say(f"superlink.db: {done.before_bytes:,} → {done.after_bytes:,} bytes")
+
+
+@app.command()
 def admit(
     request: Annotated[Path, typer.Argument(help="A site's request.json.")],
     partition_id: Annotated[int, typer.Option(help="Partition id of the site, from 0.")],

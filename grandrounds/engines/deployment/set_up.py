@@ -25,6 +25,23 @@ from grandrounds.site.custody.site_file import TEMPLATE, SiteFile
 
 TEMPLATES = Path(__file__).with_name("templates")
 
+DATABASE = "superlink.db"
+"""File of a consortium: the SuperLink's database, through which all updates pass."""
+
+FLEET_CALLS = (
+    "activate-node",
+    "confirm-message-received",
+    "deactivate-node",
+    "get-fab",
+    "get-run",
+    "pull-messages",
+    "pull-object",
+    "push-messages",
+    "push-object",
+    "send-node-heartbeat",
+)
+"""What the gate passes of /v1/fleet/: the calls of a SuperNode whose key is registered."""
+
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -78,6 +95,7 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
     described = {"name": name, "superlink": f"{host}:{port}", "version": grandrounds.__version__}
     keys.write_new(folder / "consortium.json", f"{json.dumps(described, indent=2)}\n".encode())
     keys.write_new(folder / "flower-config.toml", connection_entry(folder, name, port).encode())
+    keys.write_new(folder / DATABASE, b"", mode=0o600)  # SQLite keeps the mode, also beside it
     (folder / "admissions").mkdir()
     values = {
         "name": name,
@@ -85,6 +103,8 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
         "port": str(port),
         "inner": str(port + 1),
         "folder": str(folder),
+        "zone": re.sub(r"\W", "_", name),
+        "calls": "|".join(FLEET_CALLS),
         "user": getpass.getuser(),
         "bin": str(Path(sys.executable).parent),
         "command": shlex.join(superlink_command(folder, port)),
@@ -128,7 +148,7 @@ def superlink_command(folder: Path, port: int) -> list[str]:
         *("--ssl-keyfile", str(folder / "server.key")),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
-        *("--database", str(folder / "superlink.db")),
+        *("--database", str(folder / DATABASE)),
         *("--host", "127.0.0.1"),
         *("--port", str(port + 1)),
     ]

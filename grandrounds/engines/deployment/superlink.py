@@ -6,13 +6,14 @@ the run is watched through its files, from elsewhere through its log.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ipaddress
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
 from grandrounds.engines.deployment.admissions import check_revocations
+from grandrounds.engines.deployment.set_up import DATABASE
+from grandrounds.engines.deployment.tidy import tidy
 from grandrounds.engines.flower import Link, ask, follow, quiet
 from grandrounds.engines.watching import (
     Watcher,
@@ -95,6 +98,7 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
             raise
         except EngineError as error:
             raise EngineError(f"The SuperLink at {address} is lost ({error}). {resume}") from error
+        _tidy(folder, link)
         if watcher and status == "completed" and not directory.exists():  # through a tunnel
             sys.stdout.write(f"completed; {directory} is on the SuperLink's machine\n")
             watcher = None
@@ -107,6 +111,19 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
             place = {"directory": str(directory), "connection": connection}
             listener.on_finished({**summary, **place})
     shutil.rmtree(home)
+
+
+def _tidy(folder: str, link: Link) -> None:
+    """Remove a finished run's updates from the SuperLink's database, if it is on this machine."""
+    if not folder or not (Path(folder) / DATABASE).is_file():
+        return
+    try:
+        tidy(Path(folder), link)
+    except EngineError as error:
+        sys.stderr.write(
+            f"grandrounds: the SuperLink's database may still contain updates: {error} Then: "
+            f"grandrounds consortium tidy --connection {link.connection} --dir {folder}\n"
+        )
 
 
 def in_one_array(config: Config) -> Config:
@@ -140,10 +157,7 @@ def register(public_key: Path, name: str, connection: str) -> int:
     EngineError
         If the SuperLink rejects the key, or already knows it.
     """
-    entry_of(connection)  # fails now if there is no such connection
-    with tempfile.TemporaryDirectory(prefix="grandrounds-flower-") as folder:
-        (Path(folder) / "cwd").mkdir()
-        link = Link(Path(folder), quiet(), connection)
+    with linked(connection) as link:
         options = ("supernode", "register", str(public_key), connection, "--name", name)
         return int(ask(link, *options)["node-id"])
 
@@ -156,11 +170,17 @@ def unregister(node: int, connection: str) -> None:
     EngineError
         If the SuperLink does not answer, or does not know the node.
     """
+    with linked(connection) as link:
+        ask(link, "supernode", "unregister", str(node), connection)
+
+
+@contextlib.contextmanager
+def linked(connection: str) -> Iterator[Link]:
+    """Yield a link to a SuperLink for a few commands; raise `ConfigError` if it is not known."""
     entry_of(connection)
     with tempfile.TemporaryDirectory(prefix="grandrounds-flower-") as folder:
         (Path(folder) / "cwd").mkdir()
-        link = Link(Path(folder), quiet(), connection)
-        ask(link, "supernode", "unregister", str(node), connection)
+        yield Link(Path(folder), quiet(), connection)
 
 
 def _relay(log: Path) -> Callable[[], None]:

@@ -142,6 +142,7 @@ def _answered(request: Request, function: Function) -> Message:
         request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
         return Message(messages.content(metrics={}), reply_to=request.message)
     kept = kept_runs.load(state, run)
+    before = dict(kept)
     chosen = begin(request, config, digest, kept, len(examples.train))
     settled = machine.settled(own, request.instruction)
     visit = Visit(request.message.content, kept, settled, examples, chosen)
@@ -154,7 +155,8 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 11. State and cached reply, both or neither.
     if request.is_visit:
-        replay.keep(request, replay.Answered(digest, visit.state, reply))
+        changed = any(before.get(name) is not record for name, record in kept.items())
+        replay.keep(request, replay.Answered(digest, kept if changed else None, reply))
     request.entry["outcome"] = "answered"
     return reply
 

@@ -101,8 +101,8 @@ class Answered:
 
     digest: str
     """Of its request."""
-    kept: RecordDict
-    """What the site keeps of the run from now on."""
+    kept: RecordDict | None
+    """What the site keeps of the run from now on; None: the same as before."""
     reply: Message
     """What the server gets."""
 
@@ -116,10 +116,10 @@ def keep(request: Request, answered: Answered) -> None:
         If the state folder cannot be written; the request can be made again.
     """
     state, run, now = request.state, request.run, request.state.now()
-    file, size = new_file(state, STATES, run, answered.kept)
+    kept = answered.kept and new_file(state, STATES, run, answered.kept)
     reply, reply_bytes = new_file(state, REPLIES, run, answered.reply.content)
     with state.lasting() as table:
-        gone = kept_runs.name_state(table, run, file, size)
+        gone = kept_runs.name_state(table, run, *kept) if kept else []
         table.execute(
             "insert into requests (run, digest, round, kind, at, epoch, place, file, bytes) "
             "values (?, ?, ?, ?, ?, 0, 0, ?, ?) on conflict (run, digest) "

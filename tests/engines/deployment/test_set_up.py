@@ -39,8 +39,9 @@ def test_a_consortium_has_its_secrets_for_its_owner_alone(consortium: Path) -> N
     assert command in (consortium / "superlink.service").read_text()
     gate = (consortium / "gate.conf").read_text()
     assert "listen 8000 ssl" in gate
-    assert "location /v1/fleet/" in gate
-    assert "/v1/control" not in gate.replace("# ", "").split("server {")[1]
+    assert "/v1/fleet/(activate-node|" in gate
+    assert "/v1/control" not in gate.split("server {")[1]
+    assert stat.S_IMODE((consortium / set_up.DATABASE).stat().st_mode) == 0o600
 
 
 def test_the_servers_certificate_is_for_its_name_and_for_this_machine(consortium: Path) -> None:

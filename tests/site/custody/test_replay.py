@@ -15,6 +15,7 @@ from grandrounds.errors import ReplyError
 from grandrounds.site.custody import audit, kept_runs, replay
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import REPLIES, STATES, SiteState
+from grandrounds.wire import messages
 from tests.asking import Asking
 from tests.own_sites import sites_of
 from tests.runs import Settings, adapter_bytes, interrupted_at, play
@@ -110,7 +111,7 @@ def test_a_visit_that_was_killed_begins_again_with_the_same_examples(
 
     with monkeypatch.context() as patched:
         if where == "state written":
-            real = replay.new_file
+            real = kept_runs.new_file
             patched.setattr(
                 replay,
                 "new_file",
@@ -211,6 +212,14 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(
         if line["outcome"] == "answered again"
     ]
     assert {line["asked"] for line in again} == {"train"}
+
+
+def test_a_visit_that_changes_nothing_writes_no_state(asks: Asking) -> None:
+    """An evaluation; error memories of a large adapter would be written again for each."""
+    asks()
+    [file] = (asks.site.place("state") / STATES).iterdir()
+    asks(kind="evaluate", function=lambda visit: messages.content(metrics={"tokens": 1}))
+    assert [file] == list((asks.site.place("state") / STATES).iterdir())
 
 
 def test_a_visit_that_fails_is_no_reply(asks: Asking) -> None:
