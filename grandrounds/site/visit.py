@@ -45,6 +45,7 @@ from grandrounds.wire.adapter import (
     trained_part,
 )
 from grandrounds.wire.names import NAME
+from grandrounds.wire.told import DATA_TAG
 
 Batches = list[list[TokenizedExample]]
 
@@ -210,6 +211,7 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
         "partition-id": site.partition_id,
         **({NAME: site.name} if site.name else {}),
         **site.report,
+        DATA_TAG: site.tag,
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
         "prompt": prompt_hash(config.data.prompt_template, tokenizer_of(name)),
