@@ -178,6 +178,7 @@ def training_message(settings: Settings, site: SiteFile) -> Message:
     from grandrounds.wire.adapter import Ranks, drawn_adapter
     from grandrounds.wire.downlink import Sender
     from grandrounds.wire.ledger import Ledger
+    from grandrounds.wire.schedule import round_learning_rate_of
 
     config = recipes.resolve(settings)
     _, lora = specs(config)
@@ -186,7 +187,7 @@ def training_message(settings: Settings, site: SiteFile) -> Message:
     sender = Sender(Ranks.of(config), config.communication, start, config.federation.seed)
     parcel = sender.parcel(1, 0, start, trains=True)
     exchange = Exchange(InProcessGrid(client_app.app, {}, 1), Ledger(), "ab", 60)
-    said = {"learning-rate": 1e-3, "cursor": 0}
+    said = {"learning-rate": round_learning_rate_of(config, 1), "cursor": 0}
     return exchange.message(1, MessageType.TRAIN, 1, parcel, said)
 
 
