@@ -9,6 +9,7 @@ GrandRoundsError            exit code 1, printed as one line, never as a traceba
 ├── RoundError              a round ended with fewer valid updates than required
 ├── ReplyError              one reply is invalid; the round continues without it
 ├── PolicyError             a site's own policy forbids what a run requests
+│   ├── ApprovalError       a site's operator has not approved the run's recipe yet
 │   └── ThrottledError      a site has refused so much that it reads no more for a while
 └── EngineError             Flower's runtime did not start, or ended without a result
 
@@ -60,6 +61,10 @@ class ReplyError(GrandRoundsError):
 
 class PolicyError(GrandRoundsError):
     """A site's own policy forbids what a run requests."""
+
+
+class ApprovalError(PolicyError):
+    """A site's operator has not approved the recipe of a run yet."""
 
 
 class ThrottledError(PolicyError):

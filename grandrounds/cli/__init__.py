@@ -47,6 +47,7 @@ NEEDED_TO_RUN = (
     "psutil",
     "safetensors",
     "scipy",
+    "stdnum",
     "torch",
     "transformers",
     "zstandard",

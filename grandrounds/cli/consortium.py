@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
+from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
+from grandrounds.config import recipes
+from grandrounds.config.digest import recipe_sha256
 from grandrounds.errors import ConfigError, EngineError
 from grandrounds.server import admitted
 
@@ -151,6 +154,27 @@ def revoke(
         say(f"node {node} is unregistered")
     else:
         say(f"node {node} is still registered: flwr supernode unregister {node} CONNECTION")
+
+
+@app.command()
+def sign_recipe(
+    recipe: Annotated[Path, typer.Argument(help="The recipe (.toml).")],
+    assignments: Assignments = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: `RECIPE.signed.json`.")
+    ] = None,
+    directory: Folder = Path("consortium"),
+) -> None:
+    """Sign a recipe with the authority's key, for `grandrounds site approve`."""
+    from grandrounds.engines.deployment import recipes as between
+
+    config = between.deployed(recipes.load_recipe(recipe), recipes.from_options(None, assignments))
+    target = out or recipe.with_suffix(between.ENDING)
+    signer = between.sign_recipe(directory.expanduser().absolute(), config, target)
+    say(
+        f"recipe {recipe_sha256(config)}, signed by {signer}: {target}",
+        f"sites: grandrounds site approve {target.name} --authority authority.pub",
+    )
 
 
 def check_fingerprint(request: Path, fingerprint: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +66,15 @@ Checkpoint = Annotated[
         help="`last`, `best` (lowest held-out loss), or a round number.", metavar="last|best|ROUND"
     ),
 ]
+
+
+class Engine(StrEnum):
+    """Where the sites of a run live."""
+
+    in_process = "in-process"
+    simulation = "simulation"
+    deployment = "deployment"
+
 
 BenchmarkData = Annotated[
     Path | None,

@@ -14,6 +14,7 @@ from grandrounds.cli.options import (
     Assignments,
     ConfigFile,
     Data,
+    Engine,
     Model,
     Plain,
     Quiet,
@@ -26,6 +27,7 @@ from grandrounds.cli.request import chosen_recipe
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
+from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.storage import writing
@@ -87,6 +89,10 @@ def plan(
     run_dir: Annotated[
         Path | None, typer.Option(help="Run directory to check for a run that is to write there.")
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="Where the sites will be; `deployment`: refuse what real sites refuse."),
+    ] = Engine.in_process,
     uplink_mbps: Annotated[
         float | None,
         typer.Option(help="A site's uplink in Mbit/s; adds transfer times to the plan."),
@@ -141,6 +147,8 @@ def plan(
         read = recipes.layers_of(chosen_recipe(file, None), None)
         settings = recipes.merged(with_sites([*read, *own], sites_per_round))
         name = _label(file, planned)
+        if engine is Engine.deployment:
+            refuse_idle(settings)
         notes_of = recipes.notes(settings, file)
         planned[name], warnings = _forecast(settings, architecture, rows)
         told[name] = [*notes_of, *warnings]
@@ -161,6 +169,12 @@ def plan(
     screen.notes([line for lines in told.values() for line in lines])
     if json_file is not None:
         screen.tell(f"written: {json_file}")
+
+
+def refuse_idle(settings: Mapping[str, Scalar]) -> None:
+    """Raise `ConfigError` if the last round of a recipe would train nothing."""
+    if idle := idle_last_round(recipes.resolve(settings)):
+        raise ConfigError(idle)
 
 
 def _link(uplink_mbps: float | None, downlink_mbps: float | None) -> tuple[float, float] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from grandrounds.cli.options import (
     Assignments,
     ConfigFile,
     Data,
+    Engine,
     Model,
     Plain,
     Quiet,
@@ -27,19 +27,12 @@ from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
+from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
 from grandrounds.study.sites import with_sites
-
-
-class Engine(StrEnum):
-    """Where the sites of a run live."""
-
-    in_process = "in-process"
-    simulation = "simulation"
-    deployment = "deployment"
 
 
 def run(
@@ -125,6 +118,8 @@ def run(
         raise ConfigError("--resume continues with the sites per round that the run started with.")
     settings = recipes.merged(layers)
     resolved = resolve_run(settings, resume)
+    if engine is Engine.deployment and (idle := idle_last_round(resolved)):
+        raise ConfigError(idle)
     find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(

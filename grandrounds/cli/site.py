@@ -129,6 +129,65 @@ def check(
 
 
 @app.command()
+def approve(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Recipe (.toml), signed recipe (.json), run directory, or what `site pending` "
+            "lists: the first digits of a hash, or a run's key.",
+            metavar="RUN|RECIPE",
+        ),
+    ],
+    config: SiteToml = Path("site.toml"),
+    assignments: Assignments = None,
+    authority: Annotated[
+        Path | None,
+        typer.Option(
+            help="The consortium's authority.pub, for a signed recipe; default: beside site.toml."
+        ),
+    ] = None,
+    withdraw: Annotated[bool, typer.Option(help="Withdraw the approval instead.")] = False,
+) -> None:
+    """Approve a recipe, so that runs of it may visit this site (`policy.require-approval`)."""
+    site = read_site_file(config)
+    values = recipes.from_options(None, assignments)
+    quiet_libraries()
+    from grandrounds.engines.deployment.recipes import chosen
+    from grandrounds.site.custody.approvals import Approvals
+    from grandrounds.site.custody.summary import lines_of, objection
+
+    trusted = authority or site.path.parent / "authority.pub"
+    found, signer = chosen(site, recipe, values, trusted)
+    approvals = Approvals(site.place(site.agent.state))
+    if withdraw:
+        approvals.withdraw(found)
+        say(f"recipe {found.sha256} is no longer approved")
+        return
+    kept = approvals.approve(found, signer)
+    say(f"approved: recipe {kept.sha256}", *lines_of(kept, approvals.all()))
+    if reason := objection(site, kept):
+        say(f"warning: {reason}")
+    if not site.policy.require_approval:
+        say("note: policy.require-approval = false, so that other recipes may visit too")
+
+
+@app.command()
+def pending(config: SiteToml = Path("site.toml")) -> None:
+    """List the recipes that wait for approval, with what each asks of the site."""
+    site = read_site_file(config)
+    from grandrounds.site.custody.approvals import Approvals
+    from grandrounds.site.custody.summary import lines_of
+
+    approvals = Approvals(site.place(site.agent.state))
+    every = approvals.all()
+    for recipe in approvals.pending():
+        say(f"recipe {recipe.sha256}", *lines_of(recipe, every))
+        say(f"    approve: grandrounds site approve {recipe.sha256[:12]} --config {config}")
+    if not approvals.pending():
+        say("no recipe waits for approval")
+
+
+@app.command()
 def serve(config: SiteToml = Path("site.toml")) -> None:
     """Run the site's agent, which holds data and base model and serves the SuperNode."""
     site = read_site_file(config)

@@ -269,6 +269,14 @@ class StrategyConfig:
             return next(n for n in itertools.count(near) if int(self.trimmed_share * n))
         return 1
 
+    @property
+    def server_step(self) -> float:
+        """Learning rate of an adaptive rule at the server, or of momentum; 0 for other rules."""
+        keys = STRATEGIES[self.name].keys
+        if "server-learning-rate" not in keys:
+            return 0.0
+        return self.server_learning_rate or (self.tau if "tau" in keys else 1.0)
+
 
 @dataclass(frozen=True)
 class CommunicationConfig:

@@ -291,6 +291,21 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _codec_contradictions(config)
 
 
+def idle_last_round(config: Config) -> str:
+    """Return why the last round trains nothing; empty if it does.
+
+    A warning in process and in simulation; real sites refuse it, since a visit at a rate of 0 would
+    only measure losses.
+    """
+    if config.train.learning_rate_min > 0:
+        return ""
+    return (
+        "train.learning-rate-min = 0 gives the last round a learning rate of 0, so that it trains "
+        "nothing: set train.learning-rate-min above 0 (a tenth of train.learning-rate-max is "
+        "usual)."
+    )
+
+
 def _rule_contradictions(config: Config) -> Iterator[str]:
     """Yield settings that the aggregation rule cannot work with."""
     strategy, rank, cohort = config.strategy, config.lora.peft_lora_r, config.cohort_size

@@ -95,12 +95,40 @@ def _process_bytes() -> int:
 
 
 def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes left in the container's control group (cgroup v2); no limit without one."""
+    """Return the bytes left in the control groups of this process (cgroup v2): the container's, and
+    that of its systemd unit; no limit without one."""
+    return min(_group_bytes(folder) for folder in _groups(group, Path("/proc/self/cgroup")))
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """Return the folders of the control groups that this process is in, the root's included.
+
+    Parameters
+    ----------
+    own : Path
+        The file that names the process's group, as `0::/system.slice/agent.service`.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    inside = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    parts = [part for part in inside.split("/") if part not in ("", "..")]
+    return [root.joinpath(*parts[:count]) for count in range(len(parts) + 1)]
+
+
+def _group_bytes(group: Path) -> int:
+    """Return the bytes left in a control group; cached files, which it gives back, are left."""
     try:
         limit, used = ((group / f"memory.{n}").read_text().strip() for n in ("max", "current"))
+        table = (group / "memory.stat").read_text() if (group / "memory.stat").exists() else ""
     except OSError:
         return sys.maxsize
-    return sys.maxsize if limit == "max" else max(0, int(limit) - int(used))
+    if limit == "max":
+        return sys.maxsize
+    counts = dict(line.split() for line in table.splitlines())
+    cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+    return max(0, int(limit) - max(0, int(used) - cached))
 
 
 def checkpoints_activations(config: Config) -> bool:
@@ -116,6 +144,30 @@ def checkpoints_activations(config: Config) -> bool:
         needs = site_needs(config, checkpointing=False)
         _fits_without[config] = needs is not None and needs.total <= HEADROOM * free_bytes()
     return not _fits_without[config]
+
+
+def check_fits(config: Config) -> None:
+    """Check that a visit fits into the free memory by its plan, before anything is loaded.
+
+    With `model.gradient-checkpointing = "auto"` the plan with checkpointing counts. Without a plan
+    for the base's family nothing is known, and nothing refused.
+
+    Raises
+    ------
+    ModelError
+        If it needs more than is free; the message gives both, and settings that would fit.
+    """
+    checkpointing = config.model.gradient_checkpointing is not False
+    needs, free = site_needs(config, checkpointing=checkpointing), free_bytes()
+    if needs is None or needs.total <= free:
+        return
+    how = "with" if checkpointing else "without"
+    raise ModelError(
+        f"A visit does not fit into memory: it needs {size_text(needs.total)} {how} gradient "
+        f"checkpointing, of which {size_text(needs.base)} for the base and "
+        f"{size_text(needs.activations)} for activations; {size_text(free)} available. "
+        f"{_what_fits(config, checkpointing, needs, free)}"
+    )
 
 
 def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -> Result:
@@ -188,12 +240,17 @@ def _shortage(config: Config, checkpointing: bool, free: int, reason: str) -> st
         f"Planned: {size_text(needs.total)}, of which {size_text(needs.base)} for the base and "
         f"{size_text(needs.activations)} for activations; {available}. "
     )
+    return text + _what_fits(config, checkpointing, needs, free)
+
+
+def _what_fits(config: Config, checkpointing: bool, needs: SiteMemory, free: int) -> str:
+    """Return which settings would fit, as a sentence."""
     settings = list(smaller_settings(config, checkpointing))
     fits = [f"{name} ({size_text(need)})" for name, need in settings if need <= HEADROOM * free]
     if fits:
-        return f"{text}What would fit: {'; or '.join(fits[:3])}."
+        return f"What would fit: {'; or '.join(fits[:3])}."
     least = min((need for _, need in settings), default=needs.total)
-    return f"{text}No setting fits; the smallest takes {size_text(least)}: use another machine."
+    return f"No setting fits; the smallest takes {size_text(least)}: use another machine."
 
 
 def size_text(count: int) -> str:

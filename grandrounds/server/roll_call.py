@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +12,17 @@ from flwr.app import ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from grandrounds.config.words import counted
-from grandrounds.errors import EngineError, GrandRoundsError, ReplyError
+from grandrounds.errors import ApprovalError, EngineError, GrandRoundsError, ReplyError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
 from grandrounds.wire.names import NAME, SiteNames, clean_name, names_of
 from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
+
+_log = logging.getLogger("grandrounds")
+
+APPROVAL_SECONDS, LONGEST_APPROVAL_SECONDS = 15.0, 120.0
+"""First wait before a site that waits for its operator's approval is asked again, and the longest;
+each is twice the one before it, since a site reads few messages of a run that it refuses."""
 
 REFRESH_SECONDS = 60.0
 """Maximum wait before a round for introductions of new or returning sites."""
@@ -89,7 +96,8 @@ class Roster:
         """
         self.admitted()  # a damaged admission is an error before the wait
         nodes = self.wait(exchange.grid, connect_timeout_seconds)
-        self.call(exchange, nodes, max(connect_timeout_seconds, exchange.timeout_seconds))
+        patience = max(connect_timeout_seconds, exchange.timeout_seconds)
+        self.call(exchange, nodes, patience, connect_timeout_seconds)
 
     def wait(self, grid: Grid, seconds: float) -> list[int]:
         """Return the ids of the connected nodes, once there is one for each site.
@@ -129,8 +137,19 @@ class Roster:
         """Return the connected nodes, without those whose key was revoked."""
         return set(grid.get_node_ids()) - set(self.revoked())
 
-    def call(self, exchange: Exchange, nodes: Sequence[int], seconds: float) -> None:
+    def call(
+        self,
+        exchange: Exchange,
+        nodes: Sequence[int],
+        seconds: float,
+        approval_seconds: float = 0.0,
+    ) -> None:
         """Ask every node to introduce itself within `seconds`; fill `cards` and `refused`.
+
+        Parameters
+        ----------
+        approval_seconds : float
+            How long sites are waited for whose operator has not approved the recipe yet.
 
         Raises
         ------
@@ -140,7 +159,7 @@ class Roster:
         """
         least, admitted, names = self.min_sites, self.admitted(), self.admitted_names()
         cards, refused = dict[int, SiteCard](), dict[int, str]()
-        for node, reply in exchange.replies(self._questions(nodes, exchange), seconds, set()):
+        for node, reply in self._answers(exchange, nodes, seconds, approval_seconds):
             try:
                 messages.raise_failure(reply)
                 facts = introduction_of(node, reply, self.num_sites)
@@ -166,6 +185,30 @@ class Roster:
         refused |= dict.fromkeys(silent, f"no answer within {seconds:g} s")
         check_same(cards)
         self.cards, self.refused = dict(sorted(cards.items())), refused
+
+    def _answers(
+        self, exchange: Exchange, nodes: Sequence[int], seconds: float, approval_seconds: float
+    ) -> Iterator[tuple[int, Message]]:
+        """Yield (node, reply); a site that waits for its operator's approval is asked again."""
+        started, asked, pause_seconds = time.monotonic(), list(nodes), APPROVAL_SECONDS
+        while asked:
+            waiting = []
+            for node, reply in exchange.replies(self._questions(asked, exchange), seconds, set()):
+                left = approval_seconds - (time.monotonic() - started)
+                if left > 0 and waits_for_approval(reply):
+                    waiting.append(node)
+                else:
+                    yield node, reply
+            if waiting:
+                if pause_seconds == APPROVAL_SECONDS:
+                    _log.warning(
+                        "%s waiting for approval by the site's operator, for %.0f s at most",
+                        counted(len(waiting), "site"),
+                        approval_seconds,
+                    )
+                time.sleep(max(0.0, min(pause_seconds, left)))
+                pause_seconds = min(2 * pause_seconds, LONGEST_APPROVAL_SECONDS)
+            asked = waiting
 
     def refresh(self, exchange: Exchange) -> dict[int, str]:
         """Ask new sites and those whose last reply failed for an introduction; update `cards`.
@@ -298,6 +341,12 @@ def arithmetic_of(facts: Mapping[str, Any]) -> dict[str, int | str]:
     """
     library = facts.get(messages.CPU_MATMUL, "default")
     return {messages.THREADS: int(facts[messages.THREADS]), messages.CPU_MATMUL: str(library)}
+
+
+def waits_for_approval(reply: Message) -> bool:
+    """Whether a site refuses only because its operator has not approved the recipe yet."""
+    said = {} if reply.has_error() else messages.instruction_of(reply.content)
+    return said.get("error-type") == ApprovalError.__name__
 
 
 def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grandrounds.config.keys import Config
+from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import words_of
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
@@ -141,6 +142,8 @@ def warnings(config: Config, found: Survey | None) -> list[str]:
 
 
 def _learning_rate(config: Config) -> Iterator[str]:
+    if idle := idle_last_round(config):
+        yield f"{idle} Real sites refuse such a run."
     highest = config.train.learning_rate_max
     if config.model.name != FORMULARY and highest > HIGHEST_LEARNING_RATE:
         yield (

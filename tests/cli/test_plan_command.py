@@ -194,6 +194,11 @@ def test_unknown_rows_are_asked_for_and_taken() -> None:
         (["--uplink-mbps", "5", "--downlink-mbps", "nan"], 2, "--downlink-mbps = nan must be"),
         (["--json", "/no/such/folder/x.json"], 1, "/no/such/folder/x.json cannot be written"),
         (["--set", "model.lora.target-modules=wq"], 1, "matches no linear module"),
+        (
+            ["--engine", "deployment", "--set", "train.learning-rate-min=0"],
+            2,
+            "gives the last round a learning rate of 0",
+        ),
     ],
 )
 def test_a_slip_is_told_in_one_line_before_any_output(

@@ -78,6 +78,39 @@ def test_a_container_leaves_what_its_group_allows(tmp_path: Path) -> None:
     assert headroom._container_bytes(tmp_path / "none") == sys.maxsize
 
 
+def test_a_unit_leaves_what_its_own_group_allows_cached_files_counted_as_free(
+    tmp_path: Path,
+) -> None:
+    """systemd's MemoryMax stands in the group of the unit, not in that of the machine."""
+    own, unit = tmp_path / "cgroup", tmp_path / "system.slice" / "agent.service"
+    own.write_text("4:memory:/old\n0::/system.slice/agent.service\n")
+    unit.mkdir(parents=True)
+    groups = headroom._groups(tmp_path, own)
+    assert groups == [tmp_path, tmp_path / "system.slice", unit]
+    for name, text in (
+        ("max", "1000\n"),
+        ("current", "700\n"),
+        ("stat", "anon 400\ninactive_file 200\nactive_file 100\n"),
+    ):
+        (unit / f"memory.{name}").write_text(text)
+    assert [headroom._group_bytes(group) for group in groups] == [sys.maxsize, sys.maxsize, 600]
+    assert headroom._groups(tmp_path, tmp_path / "none") == [tmp_path]
+
+
+def test_a_visit_that_is_known_not_to_fit_is_refused_with_what_would(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One planned at 22.5 GiB was started with 2.6 GiB free."""
+    headroom.check_fits(config)
+    needs = headroom.site_needs(config, checkpointing=True)
+    assert needs is not None
+    monkeypatch.setattr(headroom, "free_bytes", lambda: needs.total - 1)
+    with pytest.raises(ModelError, match=r"does not fit into memory: it needs \d+ MiB with grad"):
+        headroom.check_fits(config)
+    monkeypatch.setattr(headroom, "architecture_of", lambda name: None)
+    headroom.check_fits(config)
+
+
 # --- Running out ----------------------------------------------------------------------------------
 
 

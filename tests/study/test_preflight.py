@@ -130,3 +130,9 @@ def test_a_vacant_place_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunDirectoryError, match="is a file: Not a directory"):
         check_vacant(tmp_path / "file" / "run")
+
+
+def test_a_last_round_that_trains_nothing_is_warned_of() -> None:
+    [told] = preflight.warnings(resolve({"train.learning-rate-min": 0.0}), None)
+    assert "set train.learning-rate-min above 0" in told
+    assert "Real sites refuse" in told

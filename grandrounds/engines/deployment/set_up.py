@@ -223,6 +223,7 @@ def units(site: SiteFile) -> dict[str, str]:
     values = {
         "group": f"SupplementaryGroups={agent.socket_group}\n" if agent.socket_group else "",
         "writes": " ".join([str(folder), *outside]),
+        "memory": f"{agent.max_memory_mib}M" if agent.max_memory_mib else "90%",
         "network": "" if needs_network else "PrivateNetwork=yes\n",
         "name": site.name,
         "folder": str(folder),

@@ -15,12 +15,20 @@ from pathlib import Path
 from flwr.app import Context, Error, Message, RecordDict
 
 from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError, ThrottledError
-from grandrounds.model import machine
-from grandrounds.site.custody import audit, faults, kept_runs, quota, refusals, replay
+from grandrounds.model import headroom, machine
+from grandrounds.site.custody import audit, faults, kept_runs, policy, quota, refusals, replay
+from grandrounds.site.custody.approvals import check_approved
 from grandrounds.site.custody.counting import begin, check_quota
 from grandrounds.site.custody.disclosure import EVALUATE, tells_loss
 from grandrounds.site.custody.own_base import base_folder, checked_base
-from grandrounds.site.custody.own_run import admit, localized, site_in_custody
+from grandrounds.site.custody.own_run import (
+    admit,
+    in_whole_steps,
+    localized,
+    shapes_at_rank,
+    site_in_custody,
+)
+from grandrounds.site.custody.received import check_received
 from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.site_file import read_site_file
 from grandrounds.site.custody.state import SiteState
@@ -110,12 +118,16 @@ def _answered(request: Request, function: Function) -> Message:
     check_quota(request)
 
     # 2. The run's configuration: that of its first visit, and what it becomes at this site.
+    policy.check_keys(site, request.context.run_config)
     config = parsed(request.context.run_config)
     kept_runs.check_pinned(state, run, config)
     own = localized(site, config)
     partition_id(site.numbers, own)
 
     # 3. Approval, and the policy's verdicts that need no data.
+    policy.check_instruction(site, config, request.kind, request.instruction)
+    request.entry |= policy.check_recipe(site, config).as_dict()
+    request.entry |= check_approved(site, state.folder, config, run)
 
     # 4. The base: known to the site, with the expected files.
     base = checked_base(site, config.model.name)
@@ -128,21 +140,24 @@ def _answered(request: Request, function: Function) -> Message:
         return known
 
     # 6. Does the visit fit in memory?
+    headroom.check_fits(own)
 
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
+    own = in_whole_steps(own, len(examples.train))
     request.entry |= admit(site, config, own, len(examples.train)).as_dict()
     data_version = search(request)
 
-    # 8. The received adapter: plausible?
-
-    # 9. The visit; none for a loss that may not be told.
+    # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
     if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
         quota.count_question(site, state, run)
         request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
         return Message(messages.content(metrics={}), reply_to=request.message)
     kept = kept_runs.load(state, run)
     before = dict(kept)
+    check_received(request, own, shapes_at_rank(own), kept)
+
+    # 9. The visit.
     chosen = begin(request, config, digest, kept, len(examples.train))
     settled = machine.settled(own, request.instruction)
     visit = Visit(request.message.content, kept, settled, examples, chosen)

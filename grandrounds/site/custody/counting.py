@@ -6,6 +6,7 @@ from flwr.app import MessageType, RecordDict
 
 from grandrounds.config.keys import Config
 from grandrounds.site.custody import kept_runs, order, quota, replay
+from grandrounds.site.custody.own_run import in_whole_steps
 from grandrounds.site.custody.request import Request
 from grandrounds.site.visit import Chosen
 from grandrounds.wire.schedule import examples_of_a_visit
@@ -46,7 +47,7 @@ def begin(
         return None
     kept_runs.check_room(state)
     trains = request.kind == MessageType.TRAIN
-    size = examples_of_a_visit(config, num_examples)
+    size = examples_of_a_visit(in_whole_steps(config, num_examples), num_examples)
     with state.lasting():
         quota.check_run(site, state, run)
         quota.check_visits(site, state)

@@ -141,16 +141,12 @@ KINDS = (
         re.compile(r"(?<![\w.,+-])(?P<number>\d{6}-\d{4})(?![\w-])"),
         _standard("dk.cpr"),
     ),
+    _national("NHS number", "gb.nhs", r"\d{3}[ -]?\d{3}[ -]?\d{4}", "nhs"),
     Kind(
-        "NHS number",
+        "number like an NHS number",  # one in eleven of such numbers has the right check digit
         (NUMBER,),
-        re.compile(
-            r"(?<![\w.,+-])(?:nhs\D{0,12}(?P<number>\d{3}[ -]?\d{3}[ -]?\d{4})"
-            r"|(?P<other>\d{3}([ -])\d{3}\3\d{4}))(?![\w-]|[.,]\d)",
-            re.IGNORECASE,
-        ),
+        re.compile(r"(?<![\w.,+-])(?P<number>\d{3}([ -])\d{3}\2\d{4})(?![\w-]|[.,]\d)"),
         _standard("gb.nhs"),
-        is_certain=True,
     ),
     _national("Austrian insurance number", "at.vnr", r"\d{4} \d{6}"),
     _national("Belgian national number", "be.nn", r"\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2}"),
@@ -163,7 +159,7 @@ KINDS = (
         "French NIR", "fr.nir", r"[12] ?\d\d ?(?:0[1-9]|1[0-2]) ?(?:\d\d|2[AB]) ?\d{3} ?\d{3} ?\d\d"
     ),
     _national("German tax identification number", "de.idnr", r"\d{2} \d{3} \d{3} \d{3}"),
-    _national("Indian Aadhaar", "in_.aadhaar", r"\d{4} \d{4} \d{4}"),
+    _national("Indian Aadhaar", "in_.aadhaar", r"\d{4} ?\d{4} ?\d{4}", "aadhaar|aadhar|uid"),
     _national("Irish PPS number", "ie.pps", r"\d{7}[A-W][A-IW]?"),
     _national(
         "Italian codice fiscale",
@@ -208,7 +204,7 @@ def _may_be_in(kind: Kind, lower: str, has_number: bool) -> bool:
 
 def _number_of(match: re.Match[str]) -> str:
     groups = match.groupdict()
-    return groups.get("number") or groups.get("other") or match[0]
+    return groups.get("number") or match[0]
 
 
 def count_identifiers(texts: Iterable[str]) -> dict[str, int]:

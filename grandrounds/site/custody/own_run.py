@@ -17,6 +17,8 @@ from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_site, own_split
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.local_data import Site
+from grandrounds.wire.adapter import Shapes, at_rank
+from grandrounds.wire.schedule import examples_of_a_visit
 
 
 def localized(site: SiteFile, config: Config) -> Config:
@@ -72,14 +74,35 @@ def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> pol
     PolicyError
         If the site's policy forbids it.
     """
-    asked = policy.asked_of(config, _targets(*specs(own)), num_examples)
+    here = dataclasses.replace(config, arguments=own.arguments)
+    asked = policy.asked_of(here, _layout(*specs(own))[1], num_examples)
+    asked = dataclasses.replace(asked, by_epochs=config.arguments.max_steps < 1)
     policy.check_run(site, asked, num_examples)
     return asked
 
 
+def in_whole_steps(own: Config, num_examples: int) -> Config:
+    """Return a site's configuration without the last step of a visit if it is a shorter one.
+
+    A visit of whole epochs ends with as many examples as are left, down to a single one, whose
+    gradient would be a step of its own.
+    """
+    steps, rest = divmod(examples_of_a_visit(own, num_examples), own.examples_per_step)
+    if own.arguments.max_steps > 0 or not rest or not steps:
+        return own
+    return dataclasses.replace(own, arguments=dataclasses.replace(own.arguments, max_steps=steps))
+
+
+def shapes_at_rank(own: Config) -> Shapes:
+    """Return the shapes of the whole adapter at the run's configured rank."""
+    return at_rank(_layout(*specs(own))[0], own.lora.peft_lora_r)
+
+
 @lru_cache(maxsize=8)
-def _targets(base: BaseSpec, lora: LoraSpec) -> tuple[str, ...]:
-    return tuple(adapter_layout(base.name, lora)[1])
+def _layout(base: BaseSpec, lora: LoraSpec) -> tuple[Shapes, tuple[str, ...]]:
+    """Return the shapes of the adapter on the base, and its target modules."""
+    shapes, targets = adapter_layout(base.name, lora)
+    return shapes, tuple(targets)
 
 
 def inventory(site: SiteFile) -> Iterator[str]:

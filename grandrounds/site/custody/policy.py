@@ -1,17 +1,23 @@
-"""Checks of a run's requests against a site's policy."""
+"""Checks of a run's requests against a site's policy.
+
+`verdicts` says which key of a run's configuration each limit bounds.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from grandrounds.config.keys import Config
+from flwr.app import ConfigRecord
+
+from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
 from grandrounds.config.values import words_of
 from grandrounds.errors import PolicyError, nearest
 from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.wire import messages
 from grandrounds.wire.adapter import Ranks
-from grandrounds.wire.schedule import examples_of_a_visit
+from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 
 
 @dataclass(frozen=True)
@@ -20,32 +26,158 @@ class Asked:
 
     base: str
     """`model.name` of the run."""
+    quantization: str
+    """Bits per weight of the base; 0: not quantised."""
+    dtype: str
+    """`model.dtype` of the run."""
     prompt_template: str
     """`data.prompt-template` of the run."""
+    strategy: str
+    """`strategy.name` of the run."""
     target_modules: tuple[str, ...]
     """The adapted modules."""
     rank: int
     """The highest rank of the adapter at the site."""
-    steps: int
-    """Optimizer steps of one visit."""
-    examples: int
-    """Examples of one visit, counting repeats."""
+    scale: float
+    """alpha / rank, by which the product of the factors is multiplied."""
+    rounds: int
+    """Rounds of the run."""
+    learning_rate: float
+    """The highest learning rate of all rounds."""
+    least_learning_rate: float
+    """The lowest one of all rounds, at the first step of the warm-up."""
+    optimizer: str
+    """`train.optimizer` of the run."""
+    clipping_norm: float
+    """L2 norm to which gradients are clipped; infinite: not clipped."""
+    weight_decay: float
+    """Decoupled weight decay of AdamW."""
+    proximal_mu: float
+    """FedProx's mu."""
+    server_learning_rate: float
+    """Step of an adaptive rule at the server; 0 for other rules."""
+    sequence_length: int
+    """Maximum sequence length in tokens."""
     batch: int
     """Examples per batch."""
+    batch_tokens: int
+    """Most tokens in a batch."""
+    step_examples: int
+    """Examples of one optimizer step; the last one of a visit may have fewer."""
+    logits_chunk_tokens: float
+    """Answer tokens whose logits are held at once; infinite: no limit."""
+    steps: int | None = None
+    """Optimizer steps of one visit; None if that depends on the number of the site's examples."""
+    examples: int | None = None
+    """Examples of one visit, counting repeats; None likewise."""
+    by_epochs: bool = False
+    """Whether these two follow from the number of the site's examples, which is not told."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the request for the audit log."""
-        return {name.replace("_", "-"): value for name, value in asdict(self).items()}
+        described = {name.replace("_", "-"): value for name, value in asdict(self).items()}
+        return {name: None if value == math.inf else value for name, value in described.items()}
 
 
-def asked_of(config: Config, targets: Sequence[str], num_examples: int) -> Asked:
-    """Return what a run requests of a site with this many training examples."""
-    rank = Ranks.of(config).resident
-    examples = examples_of_a_visit(config, num_examples)
-    steps = math.ceil(examples / config.examples_per_step)
-    name, template = config.model.name, config.data.prompt_template
-    batch = config.arguments.per_device_train_batch_size
-    return Asked(name, template, tuple(targets), rank, steps, examples, batch)
+def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -> Asked:
+    """Return what a run requests of a site.
+
+    Parameters
+    ----------
+    num_examples : int or None
+        Training examples of the site; None while they are not known.
+    """
+    lora, arguments, strategy = config.lora, config.arguments, config.strategy
+    train, length = config.train, config.train.seq_length
+    batch, per_step = arguments.per_device_train_batch_size, config.examples_per_step
+    examples = None
+    if num_examples is not None or arguments.max_steps > 0:
+        examples = examples_of_a_visit(config, num_examples or 0)
+    lowest = round_learning_rate_of(config, config.federation.num_server_rounds)
+    return Asked(
+        base=config.model.name,
+        quantization=str(config.model.quantization),
+        dtype=config.model.dtype,
+        prompt_template=config.data.prompt_template,
+        strategy=strategy.name,
+        target_modules=tuple(targets),
+        rank=Ranks.of(config).resident,
+        scale=lora.peft_lora_alpha / lora.peft_lora_r,
+        rounds=config.federation.num_server_rounds,
+        learning_rate=train.learning_rate_max,
+        least_learning_rate=lowest / (arguments.warmup_steps + 1),
+        optimizer=train.optimizer,
+        clipping_norm=arguments.max_grad_norm or math.inf,
+        weight_decay=arguments.weight_decay,
+        proximal_mu=strategy.proximal_mu,
+        server_learning_rate=strategy.server_step,
+        sequence_length=length,
+        batch=batch,
+        batch_tokens=batch * length,
+        step_examples=per_step if examples is None else min(per_step, examples),
+        logits_chunk_tokens=train.logits_chunk_tokens or math.inf,
+        steps=None if examples is None else math.ceil(examples / per_step),
+        examples=examples,
+        by_epochs=arguments.max_steps < 1,
+    )
+
+
+CHOSEN_BY_BASE = (("auto",), ("all-linear",))
+"""Target modules that only the base's architecture names."""
+
+Measure = Callable[[Asked], float | None]
+
+AT_LEAST: dict[str, Measure] = {
+    "min-lora-scale": lambda asked: asked.scale,
+    "min-learning-rate": lambda asked: asked.least_learning_rate,
+    "min-clipping-norm": lambda asked: asked.clipping_norm,
+    "min-sequence-length": lambda asked: asked.sequence_length,
+    "min-examples-per-step": lambda asked: asked.step_examples,
+    "min-examples-per-visit": lambda asked: asked.examples,
+    "min-logits-chunk-tokens": lambda asked: asked.logits_chunk_tokens,
+}
+"""Key of the policy → what it is a lower bound of; None while that is not known."""
+
+AT_MOST: dict[str, Measure] = {
+    "max-rank": lambda asked: asked.rank,
+    "max-lora-scale": lambda asked: asked.scale,
+    "max-rounds": lambda asked: asked.rounds,
+    "max-learning-rate": lambda asked: asked.learning_rate,
+    "max-server-learning-rate": lambda asked: asked.server_learning_rate,
+    "max-weight-decay": lambda asked: asked.weight_decay,
+    "max-proximal-mu": lambda asked: asked.proximal_mu,
+    "max-sequence-length": lambda asked: asked.sequence_length,
+    "max-batch": lambda asked: asked.batch,
+    "max-tokens-per-batch": lambda asked: asked.batch_tokens,
+    "max-steps-per-visit": lambda asked: asked.steps,
+    "max-examples-per-visit": lambda asked: asked.examples,
+}
+"""Key of the policy → what it is an upper bound of."""
+
+BY_EPOCHS = (
+    "min-examples-per-step",
+    "max-steps-per-visit",
+    "min-examples-per-visit",
+    "max-examples-per-visit",
+)
+"""Limits of quantities that may follow from the number of the site's examples."""
+
+ONE_OF: dict[str, Callable[[Asked], tuple[str, ...]]] = {
+    "prompt-templates": lambda asked: (asked.prompt_template,),
+    "target-modules": lambda asked: asked.target_modules,
+    "strategies": lambda asked: (asked.strategy,),
+    "optimizers": lambda asked: (asked.optimizer,),
+    "dtypes": lambda asked: (asked.dtype,),
+    "quantizations": lambda asked: (asked.quantization,),
+}
+"""Key of the policy, a comma-separated list → what must be in it."""
+
+ADVICE = {
+    "min-learning-rate": "set train.learning-rate-min above 0, and a shorter warm-up",
+    "sequence-length-step": "round train.seq-length to a multiple of it",
+    "min-clipping-norm": "set train.training-arguments.max-grad-norm higher, or 0",
+}
+"""Key of the policy → what the run could set instead."""
 
 
 def check_base(site: SiteFile, name: str, sha256: str) -> None:
@@ -68,35 +200,122 @@ def check_known(site: SiteFile, name: str) -> None:
         )
 
 
-def check_run(site: SiteFile, asked: Asked, num_examples: int) -> None:
-    """Raise `PolicyError`, with all reasons, if the site's policy forbids what a run requests."""
-    policy = site.policy
-    templates, targets = words_of(policy.prompt_templates), words_of(policy.target_modules)
-    other = [name for name in asked.target_modules if name not in targets]
-    reasons = []
-    if asked.prompt_template not in templates:
+def check_recipe(site: SiteFile, config: Config) -> Asked:
+    """Return what a run requests, checked as far as that needs neither base nor data.
+
+    Raises
+    ------
+    PolicyError
+        With all reasons, if the site's policy forbids it.
+    """
+    check_known(site, config.model.name)
+    targets = words_of(config.lora.target_modules)
+    asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
+    check_run(site, asked, None)
+    return asked
+
+
+def check_run(site: SiteFile, asked: Asked, num_examples: int | None) -> None:
+    """Check what a run requests, as far as it is known.
+
+    Parameters
+    ----------
+    num_examples : int or None
+        Training examples of the site; None while they are not known.
+
+    Raises
+    ------
+    PolicyError
+        With all reasons, if the site's policy forbids it.
+    """
+    reasons = list(objections(site, asked))
+    if num_examples is not None and num_examples < site.policy.min_examples:
         reasons.append(
-            f"prompt-templates = {policy.prompt_templates!r}, requested {asked.prompt_template!r}"
+            f"min-examples = {site.policy.min_examples}, the site has fewer for training"
         )
-    if other:
-        reasons.append(f"target-modules = {policy.target_modules!r}, requested {', '.join(other)}")
-    reasons += [
-        f"{key} = {most}, requested {value}"
-        for key, most, value in (
-            ("max-rank", policy.max_rank, asked.rank),
-            ("max-steps-per-visit", policy.max_steps_per_visit, asked.steps),
-            ("max-batch", policy.max_batch, asked.batch),
-            ("max-examples-per-visit", policy.max_examples_per_visit, asked.examples),
-        )
-        if value > most
-    ]
-    least = policy.min_examples_per_visit
-    if asked.examples < least:
-        reasons.append(f"min-examples-per-visit = {least}, requested {asked.examples}")
-    if num_examples < policy.min_examples:
-        reasons.append(f"min-examples = {policy.min_examples}, the site has fewer for training")
     if reasons:
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
+
+
+def objections(site: SiteFile, asked: Asked) -> Iterator[str]:
+    """Yield the limits of the site's policy that a request exceeds, with both values."""
+    for key, values_of in ONE_OF.items():
+        words = str(_limit(site, key))
+        if others := [value for value in values_of(asked) if value not in words_of(words)]:
+            named = ", ".join(others) if key == "target-modules" else f"{others[0]!r}"
+            yield f"{key} = {words!r}, requested {named}"
+    for key, measure in {**AT_MOST, **AT_LEAST}.items():
+        value, limit = measure(asked), float(_limit(site, key))
+        if value is not None and (value > limit if key in AT_MOST else value < limit):
+            is_own = asked.by_epochs and key in BY_EPOCHS
+            told = ("more" if value > limit else "fewer") if is_own else _text(value)
+            yield f"{key} = {_text(limit)}, requested {told}{_advice(key)}"
+    step = site.policy.sequence_length_step
+    if asked.sequence_length % step:
+        key = "sequence-length-step"
+        yield f"{key} = {step}, requested {asked.sequence_length}{_advice(key)}"
+
+
+def _limit(site: SiteFile, key: str) -> str | float:
+    """Return the value of a key of the policy."""
+    limit: str | float = getattr(site.policy, key.replace("-", "_"))
+    return limit
+
+
+def _text(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
+
+
+def _advice(key: str) -> str:
+    return f" ({ADVICE[key]})" if key in ADVICE else ""
+
+
+def check_keys(site: SiteFile, keys: Iterable[str]) -> None:
+    """Raise `PolicyError` if the configuration of a run has a key that the site does not know."""
+    known = {*FIELD_OF_KEY, *ALIASES}
+    if strange := sorted(key for key in keys if key not in known):
+        named = ", ".join(repr(key[:60]) for key in strange[:10])
+        raise PolicyError(
+            f"{_forbids(site)}: the site does not know {named}.{nearest(strange[0], known)} "
+            "Install the same version of grandrounds everywhere."
+        )
+
+
+RATE_TOLERANCE = 1e-6
+"""Relative difference between a message's learning rate and the schedule's; both are float64."""
+
+
+def check_instruction(site: SiteFile, config: Config, kind: str, said: ConfigRecord) -> None:
+    """Check that a message instructs what the run's configuration says.
+
+    Parameters
+    ----------
+    kind : str
+        The message's type.
+    said
+        The instruction: round and learning rate.
+
+    Raises
+    ------
+    PolicyError
+        If the round is not one of the run's, or has another learning rate in its schedule.
+    ReplyError
+        If either is missing in a message that trains.
+    """
+    if kind == "query":
+        return
+    number = messages.whole_number(said, "round", int(kind == "train"))
+    if number > (rounds := config.federation.num_server_rounds):
+        raise PolicyError(f"{_forbids(site)}: round {number} of a run of {rounds} rounds.")
+    if kind != "train":
+        return
+    rate = messages.real_number(said, "learning-rate", 0.0, 1.0)
+    planned = round_learning_rate_of(config, number)
+    if not math.isclose(rate, planned, rel_tol=RATE_TOLERANCE):
+        raise PolicyError(
+            f"{_forbids(site)}: the learning rate of round {number} is {planned:g} in the run's "
+            f"schedule, requested {rate:g}."
+        )
 
 
 def _forbids(site: SiteFile) -> str:

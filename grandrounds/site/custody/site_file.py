@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from grandrounds.config.recipes import table_at
+from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.validation import check_value
 from grandrounds.config.values import OneOf, Range, words_of
 from grandrounds.errors import ConfigError, nearest
@@ -22,7 +23,14 @@ from grandrounds.site.custody.together import finish
 
 TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
 
-PROMPTS = ("alpaca", "chat")
+LISTS = {
+    "prompt-templates": ("alpaca", "chat"),
+    "strategies": tuple(STRATEGIES),
+    "optimizers": ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"),
+    "dtypes": ("auto", "float32", "bfloat16"),
+    "quantizations": ("0", "4", "8"),
+}
+"""Key of the policy that is a comma-separated list → its possible words."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,33 @@ class OwnData:
 class Policy:
     """What the site allows a run to do."""
 
+    require_approval: bool
     prompt_templates: str
     target_modules: str
+    strategies: str
+    optimizers: str
+    dtypes: str
+    quantizations: str
     max_rank: Annotated[int, Range(1)]
+    min_lora_scale: Annotated[float, Range(0, above=True)]
+    max_lora_scale: Annotated[float, Range(0, above=True)]
+    max_rounds: Annotated[int, Range(1)]
+    min_learning_rate: Annotated[float, Range(0, 1, above=True)]
+    max_learning_rate: Annotated[float, Range(0, 1, above=True)]
+    max_server_learning_rate: Annotated[float, Range(0)]
+    max_weight_decay: Annotated[float, Range(0, 1)]
+    max_proximal_mu: Annotated[float, Range(0)]
+    min_clipping_norm: Annotated[float, Range(0)]
+    min_sequence_length: Annotated[int, Range(1)]
+    max_sequence_length: Annotated[int, Range(8)]
+    sequence_length_step: Annotated[int, Range(1)]
+    min_logits_chunk_tokens: Annotated[int, Range(1)]
+    max_batch: Annotated[int, Range(1)]
+    max_tokens_per_batch: Annotated[int, Range(1)]
+    min_examples_per_step: Annotated[int, Range(1)]
     max_steps_per_visit: Annotated[int, Range(1)]
     min_examples_per_visit: Annotated[int, Range(1)]
     max_examples_per_visit: Annotated[int, Range(1)]
-    max_batch: Annotated[int, Range(1)]
     max_visits_per_day: Annotated[int, Range(1)]
     max_runs_per_day: Annotated[int, Range(1)]
     min_examples: Annotated[int, Range(1)]
@@ -88,6 +116,7 @@ class Agent:
     key: str
     client_ca: str
     max_message_mib: Annotated[int, Range(1, 2047)]
+    max_memory_mib: Annotated[int, Range(0)]
     num_threads: Annotated[int, Range(0, 1024)]
     torch_compile: bool
     log_errors_with_text: bool
@@ -231,7 +260,6 @@ def _bases(path: Path, table: Mapping[str, Any]) -> dict[str, OwnBase]:
 def _check_together(site: SiteFile) -> None:
     """Raise `ConfigError` if values contradict each other."""
     data, agent, policy, node = site.data, site.agent, site.policy, site.node
-    templates = set(words_of(policy.prompt_templates))
     by_tls = (agent.certificate, agent.key, agent.client_ca)
     problems = [
         (
@@ -246,10 +274,30 @@ def _check_together(site: SiteFile) -> None:
             data.question_column == data.answer_column or not data.question_column.strip(),
             "data.question-column and data.answer-column must name two different columns.",
         ),
-        (
-            not templates <= set(PROMPTS),
-            f"policy.prompt-templates = {policy.prompt_templates!r} must be a comma-separated list "
-            f"of {', '.join(PROMPTS)}.",
+        *(
+            (
+                not set(words_of(value)) <= set(words),
+                f"policy.{key} = {value!r} must be a comma-separated list of {', '.join(words)}.",
+            )
+            for key, words in LISTS.items()
+            for value in [getattr(policy, key.replace("-", "_"))]
+        ),
+        *(
+            (
+                low > high,
+                f"policy.min-{name} = {low:g} exceeds policy.max-{name} = {high:g}: no run could "
+                "satisfy both.",
+            )
+            for name, low, high in (
+                ("lora-scale", policy.min_lora_scale, policy.max_lora_scale),
+                ("learning-rate", policy.min_learning_rate, policy.max_learning_rate),
+                ("sequence-length", policy.min_sequence_length, policy.max_sequence_length),
+                (
+                    "examples-per-visit",
+                    policy.min_examples_per_visit,
+                    policy.max_examples_per_visit,
+                ),
+            )
         ),
         (
             node.partition_id >= node.num_partitions,

@@ -44,7 +44,8 @@ PLANTED = {
     "IBAN": ["pays from GR16 0110 1050 0000 1054 7023 795"],
     "US social security number": ["SSN 536-90-4399"],
     "Danish CPR number": ["CPR 211062-5629"],
-    "NHS number": ["NHS number 9434765870", "943-476-5870"],
+    "NHS number": ["NHS number 9434765870", "NHS no. 943 476 5870"],
+    "number like an NHS number": ["943-476-5870", "943 476 5870"],
     "Austrian insurance number": ["SV 1237 010180"],
     "Belgian national number": ["85.07.30-033.28"],
     "Brazilian CPF": ["390.533.447-05"],
@@ -54,7 +55,7 @@ PLANTED = {
     "Finnish identity code": ["131052-308T"],
     "French NIR": ["2 95 10 99 126 111 93"],
     "German tax identification number": ["36 574 261 809"],
-    "Indian Aadhaar": ["2341 2341 2346"],
+    "Indian Aadhaar": ["Aadhaar 2341 2341 2346", "UID: 234123412346"],
     "Irish PPS number": ["6433435F"],
     "Italian codice fiscale": ["RCCMNL83S18D969H"],
     "Korean registration number": ["971013-9019902"],
@@ -112,5 +113,5 @@ def test_counts_are_by_kind_and_quote_nothing() -> None:
 
 def test_a_refusal_needs_a_check_digit_or_the_word() -> None:
     unsure = {"e-mail address", "telephone number", "date of birth", "title and name"}
-    unsure |= {"US social security number", "Danish CPR number"}
+    unsure |= {"US social security number", "Danish CPR number", "number like an NHS number"}
     assert set(CERTAIN) == PLANTED.keys() - unsure

@@ -26,7 +26,7 @@ def test_what_a_file_leaves_out_is_the_templates(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text('[data]\nsource = "cards.csv"\n[bases.formulary]\npath = ""\n')
     site = read_site_file(path)
-    assert site.policy.max_rank == 16
+    assert site.policy.max_rank == 32
     assert site.data.question_column == "input"
     assert site.place("cards.csv") == tmp_path / "cards.csv"
     assert site.place("/srv/cards.csv") == Path("/srv/cards.csv")

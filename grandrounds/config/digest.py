@@ -1,0 +1,39 @@
+"""The hash of a recipe: the same from a recipe file, a run directory, and a message at a site.
+
+The canonical form is JSON with sorted keys, no spaces and no line break, of every key of the
+resolved configuration except `LEFT_OUT`. Numbers are written as Python writes them; the hash is
+SHA-256 of its UTF-8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from grandrounds.config.keys import PLACES, Config
+from grandrounds.config.values import Scalar
+
+LEFT_OUT = (
+    *PLACES,
+    "train.report-to",
+    "static.dataset.name",
+    "data.partitioner",
+    "data.partition-by",
+    "data.dirichlet-alpha",
+    "data.held-out-fraction",
+    "data.question-column",
+    "data.answer-column",
+)
+"""Keys that say where a run lives, who watches it, or which data it divides: at a site with its own
+data they mean nothing."""
+
+
+def canonical(config: Config) -> dict[str, Scalar]:
+    """Return the keys and values that the hash covers, sorted by key."""
+    return {key: value for key, value in sorted(config.flat().items()) if key not in LEFT_OUT}
+
+
+def recipe_sha256(config: Config) -> str:
+    """Return the hash of a recipe, 64 hex digits."""
+    text = json.dumps(canonical(config), separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,291 @@
+"""Whether an adapter that a site received can have come out of its run. **A heuristic.**
+
+A server that chooses the adapter chooses what a site's update tells: with A made of slices of the
+identity and B = 0, the update of B is a slice of the gradient itself. So a site accepts
+
+- before anything was trained: the run's start, which it draws itself from the seed;
+- afterwards: an adapter that the run can have reached from the start and from what the site
+  accepted last, given rank, steps, learning rates, rule and codecs (see `reach`), whose B is not
+  zero, and whose A has neither sparse nor nearly parallel rows.
+
+What it cannot see: an adapter that moves slowly towards one that the server chose, within those
+bounds. They are tight for the learning rates of real bases (1e-5 to 1e-4) and loose for 3e-3. With
+`product` the server recomputes both factors, and only norms and rows are checked; with `flora` a
+site trains fresh factors of its own, and only the size of the frozen stack is. A site that joins
+late compares with the start alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from grandrounds.config.codecs import CODECS
+from grandrounds.config.keys import Config
+from grandrounds.config.strategies import STRATEGIES
+from grandrounds.errors import PolicyError
+from grandrounds.site.custody.reach import Reach
+from grandrounds.site.custody.request import Request
+from grandrounds.site.visit import MOST_ROUNDS
+from grandrounds.wire import downlink, messages
+from grandrounds.wire.adapter import (
+    A,
+    Adapter,
+    B,
+    Shapes,
+    drawn_adapter,
+    factor_of,
+    flatten,
+    rank_of,
+    shapes_of,
+    unflatten,
+)
+from grandrounds.wire.low_rank import modules, truncate
+
+SPARSE = 0.05
+"""Smallest participation ratio of a row of A, (sum x^2)^2 / (n sum x^4): 1/n for a one-hot row,
+0.56 for uniform values, 0.33 for normal ones."""
+
+PARALLEL = 0.005
+"""Smallest singular value of A relative to its largest, where A is at most half as high as wide."""
+
+RELATIVE = 2e-3
+"""Relative tolerance of comparisons: float32, and the float16 copy of the last adapter."""
+
+ROUNDING = {"bf16": 0.01, "int8": 0.01, "int4": 0.15, "int2": 0.75}
+"""Largest rounding error of a codec relative to the largest value of a message."""
+
+_ACCEPTED = "grandrounds-accepted"
+
+
+class ReceivedAdapter:
+    """One received adapter, and what the run and the site's memory say about it."""
+
+    def __init__(
+        self, adapter: Adapter, config: Config, shapes: Shapes, after_round: int, steps: int
+    ) -> None:
+        """Collect what is compared.
+
+        Parameters
+        ----------
+        adapter
+            The tensors as the site decoded them.
+        shapes
+            The whole adapter's tensors at the configured rank.
+        after_round : int
+            Rounds that the adapter has been trained in; 0: untrained.
+        steps : int
+            Most optimizer steps of a visit at any site.
+        """
+        self.adapter, self.config, self.shapes = adapter, config, shapes
+        self.after_round = after_round
+        self.reach = Reach(config, steps)
+        self.strategy = STRATEGIES[config.strategy.name]
+
+    def check(self, state: RecordDict) -> None:
+        """Check the adapter against the run's start and the last accepted one.
+
+        Raises
+        ------
+        PolicyError
+            If it is no plausible adapter of the run.
+        """
+        if self.after_round == 0:
+            self._check_start()
+            return
+        if not any(self.adapter[name].any() for name in self.adapter if factor_of(name) == "B"):
+            raise PolicyError(self._told("its B is zero, as only the untrained one's is"))
+        if not self.strategy.stacks:
+            self._check_rows()
+        if self.strategy.error_feedback:
+            self._check_distance(self._start(), 0, "the run's start")
+            if (accepted := self._accepted(state)) is not None:
+                last, before = accepted
+                what = f"the adapter that this site accepted after round {before}"
+                self._check_distance(last, before, what)
+        else:
+            self._check_products()
+
+    def remember(self, state: RecordDict) -> None:
+        """Keep the adapter as the last accepted one, where the next is compared with it."""
+        if self._compares_with_last():
+            vector = np.clip(flatten(self.adapter), -6e4, 6e4).astype(np.float16)
+            state[_ACCEPTED] = ArrayRecord({"adapter": Array(vector)})
+            state[f"{_ACCEPTED}-round"] = ConfigRecord({"after-round": self.after_round})
+
+    # --- The checks -------------------------------------------------------------------------------
+
+    def _start(self) -> Adapter:
+        """Return the adapter with which the run starts.
+
+        Drawn from the seed by everybody. A recipe that named a warm start would be read here.
+        """
+        drawn = drawn_adapter(self.shapes, self.config.federation.seed)
+        return {name: drawn[name] for name in self.adapter}
+
+    def _check_start(self) -> None:
+        start, tolerance = self._start(), 0.0
+        if not self.strategy.error_feedback:  # the adapter itself is encoded, not a difference
+            tolerance = ROUNDING.get(self.config.communication.downlink_codec, 0.0)
+        if (rank := rank_of(self.adapter)) != rank_of(start):  # SVD: up to the signs of rows
+            start, tolerance = truncate(start, rank), tolerance + RELATIVE
+        largest = max(float(np.abs(tensor).max()) for tensor in start.values())
+        if not all(_is_near(self.adapter[n], start[n], tolerance * largest) for n in start):
+            raise PolicyError(
+                self._told(f"it is not the start that seed {self.config.federation.seed} gives")
+            )
+
+    def _check_rows(self) -> None:
+        """Check that the rows of each A are neither sparse nor nearly parallel."""
+        for name, tensor in self.adapter.items():
+            if factor_of(name) != "A":
+                continue
+            values = tensor.astype(np.float64)  # (rank, in-features)
+            squares = (values**2).sum(axis=1)
+            fourth = (values**4).sum(axis=1) * values.shape[1]
+            ratios = np.divide(squares**2, fourth, out=np.zeros_like(squares), where=fourth > 0)
+            if (lowest := float(ratios.min())) < SPARSE:
+                raise PolicyError(
+                    self._told(f"a row of {_short(name)} is sparse ({lowest:.2g} of its width)")
+                )
+            if 2 * values.shape[0] <= values.shape[1]:
+                sizes = np.linalg.svd(values @ values.T, compute_uv=False, hermitian=True)
+                if sizes[-1] < PARALLEL**2 * sizes[0]:
+                    raise PolicyError(self._told(f"the rows of {_short(name)} are nearly parallel"))
+
+    def _check_distance(self, other: Adapter, before: int, what: str) -> None:
+        """Check that the run can have moved every value from another adapter to this one.
+
+        Parameters
+        ----------
+        before : int
+            Rounds that the other adapter has been trained in. The last of them may have been
+            repeated since, by a resume.
+        """
+        first, last = sorted((before, self.after_round))
+        bounds = {
+            factor: self.reach.value(factor, last) - self.reach.value(factor, max(0, first - 1))
+            for factor in "AB"
+        }
+        if not CODECS[self.config.communication.downlink_codec].exact:
+            bounds = dict.fromkeys(bounds, max(bounds.values()))  # a block may hold both factors
+        for factor, bound in bounds.items():
+            for name in (name for name in self.adapter if factor_of(name) == factor):
+                moved = np.abs(self.adapter[name] - other[name])
+                allowed = bound + RELATIVE * np.abs(other[name]) + 1e-7
+                if (moved > allowed).any():
+                    worst = float((moved - allowed).max()) + bound
+                    raise PolicyError(
+                        self._told(
+                            f"a value of {_short(name)} differs by {worst:.2g} from {what}, and "
+                            f"the run can have moved it by {bound:.2g} at most"
+                        )
+                    )
+
+    def _check_products(self) -> None:
+        """Check the norm of each module's product."""
+        rounding = ROUNDING.get(self.config.communication.downlink_codec, 0.0)
+        for module in modules(self.adapter):
+            a = self.adapter[module + A].astype(np.float64)  # (rank, in-features)
+            b = self.adapter[module + B].astype(np.float64)  # (out-features, rank)
+            norm = math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
+            shape = self.shapes[module + A]
+            most = self.reach.product(self.after_round, (shape[0], shape[1]), len(b))
+            noise = rounding * max(float(np.abs(a).max()), float(np.abs(b).max()))
+            most += noise * math.sqrt(b.size) * float(np.linalg.norm(a))
+            most += noise * math.sqrt(a.size) * float(np.linalg.norm(b))
+            if norm > most:
+                raise PolicyError(
+                    self._told(
+                        f"the update of {_short(module)} has a norm of {norm:.2g}, and the run can "
+                        f"have reached {most:.2g} at most"
+                    )
+                )
+
+    # --- The last accepted adapter ----------------------------------------------------------------
+
+    def _compares_with_last(self) -> bool:
+        """Whether rule and codecs bound the movement from one adapter to the next.
+
+        Not where a codec may save up a change of many rounds, or the rule recomputes the factors.
+        """
+        how = self.config.communication
+        up = CODECS[how.uplink_codec]
+        saves_up = up.coarse or how.uplink_codec == "int2"
+        return self.strategy.error_feedback and CODECS[how.downlink_codec].exact and not saves_up
+
+    def _accepted(self, state: RecordDict) -> tuple[Adapter, int] | None:
+        """Return the adapter that the site accepted last, and its rounds; None if there is none."""
+        records: Mapping[str, ArrayRecord] = state.array_records
+        if not self._compares_with_last() or _ACCEPTED not in records:
+            return None
+        vector = records[_ACCEPTED]["adapter"].numpy().astype(np.float32)
+        shapes = shapes_of(self.adapter)
+        if vector.size != sum(int(np.prod(shape)) for shape in shapes.values()):
+            return None
+        number = state.config_records[f"{_ACCEPTED}-round"]["after-round"]
+        return unflatten(vector, shapes), int(number)  # type: ignore[arg-type]
+
+    def _told(self, why: str) -> str:
+        trained = f"after {self.after_round} rounds" if self.after_round else "before training"
+        return (
+            f"The adapter that the server sent is not one that this run can have {trained}: {why}. "
+            "If the run is honest, start it again from a finished round, with the same version of "
+            "grandrounds everywhere."
+        )
+
+
+CHECKED = ("train", "evaluate")
+"""Kinds of messages whose adapter is checked; the formulary's exam asks nothing about the data."""
+
+
+def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDict) -> None:
+    """Decode and check the adapter of a message, and keep it as the last accepted one.
+
+    Parameters
+    ----------
+    shapes
+        The whole adapter's tensors at the configured rank.
+    kept
+        What the site keeps of the run; the adapter is added to it.
+
+    Raises
+    ------
+    ReplyError
+        If the adapter cannot be decoded.
+    PolicyError
+        If it is no plausible adapter of the run.
+    """
+    if request.kind not in CHECKED:
+        return
+    number = messages.whole_number(request.instruction, "round", 0, MOST_ROUNDS)
+    adapter = downlink.receive(request.message.content, RecordDict(dict(kept)), own, shapes)
+    steps = own.arguments.max_steps
+    if steps < 1:  # whole epochs, of as many examples as each site has
+        steps = request.site.policy.max_steps_per_visit
+    received = ReceivedAdapter(adapter, own, shapes, after_round(request.kind, number), steps)
+    received.check(kept)
+    received.remember(kept)
+
+
+def after_round(kind: str, round_number: int) -> int:
+    """Return the rounds that the adapter of a message has been trained in."""
+    return round_number - 1 if kind == "train" else round_number
+
+
+def _is_near(one: NDArray[np.float32], other: NDArray[np.float32], tolerance: float) -> bool:
+    """Whether two tensors are equal up to a tolerance, and up to the signs of rows if there is
+    one."""
+    if tolerance == 0:
+        return np.array_equal(one, other)
+    near = np.minimum(np.abs(one - other).max(axis=1), np.abs(one + other).max(axis=1))
+    return bool((near <= tolerance).all())
+
+
+def _short(name: str) -> str:
+    """Return a tensor's name without PEFT's prefix."""
+    return name.removeprefix("base_model.model.").removesuffix(".weight")

@@ -1,0 +1,61 @@
+"""What a recipe asks of a site, in a few lines for the person who approves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from grandrounds.config import recipes
+from grandrounds.errors import PolicyError
+from grandrounds.site.custody import policy
+from grandrounds.site.custody.approvals import SHORT, Recipe
+from grandrounds.site.custody.site_file import SiteFile
+
+
+def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
+    """Yield the lines that describe a recipe.
+
+    Parameters
+    ----------
+    others
+        All recipes of the site; the differences to the one approved last are listed.
+    """
+    value = recipe.values
+    arguments = "train.training-arguments."
+    alpha, rank = value["model.lora.peft-lora-alpha"], value["model.lora.peft-lora-r"]
+    steps, batch = value[f"{arguments}max-steps"], value[f"{arguments}per-device-train-batch-size"]
+    visit = f"{steps} steps" if steps != -1 else f"{value[f'{arguments}num-train-epochs']} epochs"
+    accumulated = value[f"{arguments}gradient-accumulation-steps"]
+    whose = f"signed by {recipe.signed_by}" if recipe.signed_by else "not signed"
+    since = f", asked for by run {recipe.run} at {recipe.asked}" if recipe.run else ""
+    yield f"    {whose}{since}"
+    yield (
+        f"    base {value['model.name']}, prompt {value['data.prompt-template']}, LoRA of rank "
+        f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
+    )
+    yield (
+        f"    {value['num-server-rounds']} rounds of {value['strategy.name']} with "
+        f"{value['data.num-partitions']} sites, learning rate {value['train.learning-rate-max']} "
+        f"to {value['train.learning-rate-min']}, {value['train.optimizer']}"
+    )
+    yield (
+        f"    visits of {visit}, {accumulated} x {batch} examples a step, at most "
+        f"{value['train.seq-length']} tokens each"
+    )
+    approved = [o for o in others if o.approved and o.sha256 != recipe.sha256]
+    if approved:
+        last = max(approved, key=lambda other: other.approved)
+        keys = [key for key in value if value[key] != last.values.get(key)]
+        changes = ", ".join(f"{key}: {last.values.get(key)!r} → {value[key]!r}" for key in keys)
+        yield f"    from {last.sha256[:SHORT]}, approved {last.approved}: {changes}"
+
+
+def objection(site: SiteFile, recipe: Recipe) -> str:
+    """Return why the site's policy refuses a recipe all the same; empty if it does not.
+
+    What depends on the base or on the number of the site's examples is left out.
+    """
+    try:
+        policy.check_recipe(site, recipes.resolve(recipe.values))
+    except PolicyError as error:
+        return str(error)
+    return ""

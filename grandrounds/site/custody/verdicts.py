@@ -1,0 +1,144 @@
+"""The site's verdict on every key of a run's configuration.
+
+A key is bounded or listed by `[policy]` of site.toml, replaced by the site's own value, fixed by
+the software itself, or harmless to the site for a stated reason. A key without a verdict fails a
+test; a key that the software does not know is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the site does with a run's value of one key."""
+
+    kind: str
+    """`bounded`, `listed`, `own`, `fixed` or `harmless`."""
+    by: tuple[str, ...] = ()
+    """Keys of `[policy]` that bound or list it."""
+    why: str = ""
+    """Why the value needs no bound."""
+
+
+def _bounded(*by: str) -> Verdict:
+    return Verdict("bounded", by)
+
+
+def _listed(by: str) -> Verdict:
+    return Verdict("listed", (by,))
+
+
+def _own(why: str) -> Verdict:
+    return Verdict("own", why=why)
+
+
+def _harmless(why: str) -> Verdict:
+    return Verdict("harmless", why=why)
+
+
+_AT_SERVER = _harmless("used by the server only; the site checks each adapter that it receives")
+_LESS = _harmless("a lossy codec tells less than float32; the site checks the decoded adapter")
+_SAME = _harmless("the result is the same up to rounding, and memory is checked before a visit")
+_NO_EFFECT = _harmless("without effect at a site")
+_ONE_VALUE = Verdict("fixed", why="the software allows one value only")
+_OWN_DATA = _own("data, columns and held-out examples are those of site.toml")
+_RATES = ("min-learning-rate", "max-learning-rate")
+_SIZES = ("min-examples-per-visit", "max-examples-per-visit")
+_STEP = ("min-examples-per-step", "max-batch", "max-tokens-per-batch")
+
+VERDICTS: dict[str, Verdict] = {
+    "num-server-rounds": _bounded("max-rounds"),
+    "seed": _harmless("the site orders its examples by a secret of its own"),
+    "run-directory": _AT_SERVER,
+    "resume-from": _AT_SERVER,
+    "consortium": _AT_SERVER,
+    "model.name": Verdict("listed", ("bases",)),
+    "model.quantization": _listed("quantizations"),
+    "model.dtype": _listed("dtypes"),
+    "model.gradient-checkpointing": _SAME,
+    "model.lora.peft-lora-r": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
+    "model.lora.peft-lora-alpha": _bounded("min-lora-scale", "max-lora-scale"),
+    "model.lora.target-modules": _listed("target-modules"),
+    "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
+    "model.lora.peft-use-dora": _ONE_VALUE,
+    "train.save-every-round": _AT_SERVER,
+    "train.learning-rate-max": _bounded(*_RATES),
+    "train.learning-rate-min": _bounded(*_RATES),
+    "train.seq-length": _bounded(
+        "min-sequence-length",
+        "max-sequence-length",
+        "sequence-length-step",
+        "max-tokens-per-batch",
+    ),
+    "train.dynamic-data-seed": _own("the site's cursor moves forward, whatever the run asks"),
+    "train.batching": _SAME,
+    "train.response-only-logits": _SAME,
+    "train.logits-chunk-tokens": _bounded("min-logits-chunk-tokens"),
+    "train.optimizer": _listed("optimizers"),
+    "train.num-threads": _own("at most one thread per core, and agent.num-threads where set"),
+    "train.cpu-matmul": _SAME,
+    "train.report-to": _AT_SERVER,
+    "train.training-arguments.output-dir": _ONE_VALUE,
+    "train.training-arguments.learning-rate": _ONE_VALUE,
+    "train.training-arguments.per-device-train-batch-size": _bounded(*_STEP, *_SIZES),
+    "train.training-arguments.gradient-accumulation-steps": _bounded(
+        "min-examples-per-step", *_SIZES
+    ),
+    "train.training-arguments.num-train-epochs": _bounded("max-steps-per-visit", *_SIZES),
+    "train.training-arguments.max-steps": _bounded("max-steps-per-visit", *_SIZES),
+    "train.training-arguments.warmup-steps": _bounded("min-learning-rate"),
+    "train.training-arguments.max-grad-norm": _bounded("min-clipping-norm"),
+    "train.training-arguments.weight-decay": _bounded("max-weight-decay"),
+    "train.training-arguments.lr-scheduler-type": _harmless(
+        "the rate may rise before and fall after the round's; that and the first one are bounded"
+    ),
+    "train.training-arguments.bf16": _SAME,
+    "train.training-arguments.fp16": _ONE_VALUE,
+    "train.training-arguments.tf32": _SAME,
+    "train.training-arguments.gradient-checkpointing": _SAME,
+    "train.training-arguments.torch-compile": _own("agent.torch-compile must allow it too"),
+    "train.training-arguments.logging-steps": _NO_EFFECT,
+    "train.training-arguments.save-steps": _NO_EFFECT,
+    "train.training-arguments.save-total-limit": _NO_EFFECT,
+    "strategy.name": _listed("strategies"),
+    "strategy.proximal-mu": _bounded("max-proximal-mu"),
+    "strategy.fraction-train": _AT_SERVER,
+    "strategy.cohorts": _AT_SERVER,
+    "strategy.fraction-evaluate": _AT_SERVER,
+    "strategy.min-reply-fraction": _AT_SERVER,
+    "strategy.round-timeout-seconds": _AT_SERVER,
+    "strategy.min-sites": _AT_SERVER,
+    "strategy.connect-timeout-seconds": _AT_SERVER,
+    "strategy.weighting": _AT_SERVER,
+    "strategy.max-rank": _bounded("max-rank"),
+    "strategy.site-ranks": _bounded("max-rank"),
+    "strategy.server-learning-rate": _bounded("max-server-learning-rate"),
+    "strategy.server-momentum": _AT_SERVER,
+    "strategy.beta-1": _AT_SERVER,
+    "strategy.beta-2": _AT_SERVER,
+    "strategy.tau": _bounded("max-server-learning-rate"),
+    "strategy.num-malicious-nodes": _AT_SERVER,
+    "strategy.num-nodes-to-select": _AT_SERVER,
+    "strategy.trimmed-share": _AT_SERVER,
+    "communication.uplink-codec": _LESS,
+    "communication.downlink-codec": _LESS,
+    "communication.downlink": _LESS,
+    "communication.catch-up-codec": _LESS,
+    "communication.block-size": _LESS,
+    "communication.kept-share": _LESS,
+    "communication.entropy-coding": _LESS,
+    "defence.update-norm-bound": _AT_SERVER,
+    "defence.min-cosine": _AT_SERVER,
+    "data.num-partitions": _own("it must equal node.num-partitions"),
+    "data.partitioner": _OWN_DATA,
+    "data.partition-by": _OWN_DATA,
+    "data.dirichlet-alpha": _OWN_DATA,
+    "data.held-out-fraction": _OWN_DATA,
+    "data.prompt-template": _listed("prompt-templates"),
+    "data.question-column": _OWN_DATA,
+    "data.answer-column": _OWN_DATA,
+    "static.dataset.name": _OWN_DATA,
+}
+"""Key → verdict. The checks themselves are in `policy`."""
