@@ -25,6 +25,7 @@ from flwr.app import (
 from grandrounds import client_app
 from grandrounds.config import recipes
 from grandrounds.errors import DataError
+from grandrounds.model.base import base_loads
 from grandrounds.server.directory import find_checkpoint
 from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.server.model_card import model_card
@@ -135,13 +136,14 @@ def test_every_field_that_leaves_is_listed_and_the_run_goes_without_the_others(
 def test_a_site_may_tell_everything(settings: Settings, tmp_path: Path) -> None:
     settings = {**settings, **ONE_SITE}
     [site] = sites_of(settings, tmp_path, tell__figures="exact", tell__telemetry=True)
+    loads = base_loads()  # of other tests in this process
     run, replies = run_of(settings, site)
     for kind, reply in replies.items():
         told = listed(kind, exact=True, telemetry=True)
         assert fields_of(reply) == told - {("config", "data-source")}
     summary = summary_of(run)
     assert summary["data"]["rows"] == 120
-    assert summary["base_loads"] == summary["processes"] == 1
+    assert summary["base_loads"] - loads <= summary["processes"] == 1
     assert metrics_of(run)[-1]["coverage"] == pytest.approx(8 / 108)
 
 
