@@ -155,6 +155,8 @@ def _answered(request: Request, function: Function) -> Message:
         quota.count_question(state, run)
         request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
         return Message(messages.content(metrics={}), reply_to=request.message)
+    if request.is_visit:
+        request.entry["sha256-in"] = tensors_sha256(request.message)
     kept = kept_runs.load(state, run)
     before = dict(kept)
     check_received(request, own, shapes_at_rank(own), kept)
@@ -182,8 +184,6 @@ def _answered(request: Request, function: Function) -> Message:
 
 def visited(request: Request, visit: Visit, function: Function) -> Message:
     """Return the reply of a visit; its seconds go to the audit log."""
-    if request.is_visit:
-        request.entry["sha256-in"] = tensors_sha256(request.message)
     started = time.perf_counter()
     reply = Message(function(visit), reply_to=request.message)
     request.entry["seconds"] = round(time.perf_counter() - started, 3)

@@ -92,8 +92,8 @@ def test_a_site_that_is_admitted_has_all_it_needs(consortium: Path, site: Path) 
     assert "\nMemoryMax=90%\n" in agent
     text = (site / "site.toml").read_text()
     (site / "site.toml").write_text(set_up.with_value(text, "agent", "max-memory-mib", 24000))
-    set_up.write_units(read_site_file(site / "site.toml"))
-    assert "\nMemoryMax=24000M\n" in (site / "agent.service").read_text()
+    units = set_up.units(read_site_file(site / "site.toml"))
+    assert "\nMemoryMax=24000M\n" in units["agent.service"]
     assert "\nPrivateNetwork=yes\nProtectSystem=strict\n" in agent
     assert (site / "ca.crt").stat().st_mode & 0o777 == 0o644
 
