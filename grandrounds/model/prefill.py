@@ -21,11 +21,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grandrounds.errors import ModelError
+from grandrounds.model.base import base_config
 
 Ids = Sequence[int]
 
@@ -55,6 +57,93 @@ class Prefilled:
     """Keys and values of the whole layout, a transformers cache."""
     attention_mask: torch.Tensor
     """1 for tokens, 0 for padding: (batch, columns)."""
+
+
+SHARED, BATCHED, SINGLE = "shared", "batched", "single"
+"""Layouts: with a shared prefix, padded on the left, or one prompt at a time."""
+
+EXACT = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Type of the weights → largest difference between two layouts, in standard deviations of the
+logits, that is rounding."""
+
+EXACT_IN_LESS = 0.2
+"""The same for coarser types and quantised weights."""
+
+_proven: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def proven_layout(model: Any, longest_tokens: int) -> str:
+    """Return the fastest layout that gives a model the logits of one prompt at a time.
+
+    Each model is probed once with two short prompts: some count positions by columns, whatever
+    `position_ids` say (MPT's ALiBi, GPT-Neo's local attention). LongRoPE rotates all positions
+    otherwise where the longest prompt of a pass is beyond its border, so that prompts beyond it are
+    read alone.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if longest_tokens + WINDOW_MARGIN_TOKENS > longrope_border(base.config):
+        return SINGLE
+    if base not in _proven:
+        _proven[base] = layout = _probed(model)
+        if layout != SHARED:
+            print(
+                f"grandrounds: a base of type {base.config.model_type} gives other results with "
+                f"{'a shared prefix' if layout == BATCHED else 'padded prompts'}; prompts are read "
+                f"{'whole' if layout == BATCHED else 'one at a time'}.",
+                file=sys.stderr,
+            )
+    return _proven[base]
+
+
+def longrope_border(config: Any) -> float:
+    """Return the number of tokens beyond which LongRoPE changes its rotation; else infinity."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return math.inf
+    own = getattr(text, "original_max_position_embeddings", None)
+    return float(rope.get("original_max_position_embeddings") or own or math.inf)
+
+
+def check_length(name: str, seq_length: int) -> None:
+    """Raise `ModelError` if training sequences cross a base's LongRoPE border.
+
+    Sequences on both sides of it in one batch would be rotated by the longest.
+    """
+    border = longrope_border(base_config(name))
+    if seq_length > border:
+        raise ModelError(
+            f"train.seq-length = {seq_length} crosses the LongRoPE border of {name!r}, "
+            f"{border:.0f} tokens: batches would mix two rotations. Set train.seq-length to at "
+            f"most {border:.0f}."
+        )
+
+
+def _probed(model: Any) -> str:
+    """Return the fastest layout that agrees with single prompts on a probe."""
+    most = model.config.get_text_config().vocab_size
+    prefix = [3 + 7 * i % (most - 3) for i in range(2 * MIN_SHARED_TOKENS)]
+    prompts = [[*prefix, *(3 + 11 * i % (most - 3) for i in range(n))] for n in (9, 2)]
+    with evaluating(model):
+        device = next(model.parameters()).device
+        alone = torch.cat(
+            [
+                model(input_ids=torch.tensor([prompt], device=device), use_cache=True).logits[:, -1]
+                for prompt in prompts
+            ]
+        ).float()
+        is_quantized = bool(getattr(model, "is_quantized", False))
+        least = EXACT_IN_LESS if is_quantized else EXACT.get(model.dtype, EXACT_IN_LESS)
+        most_apart = least * float(alone.std())
+
+        def agrees(prefix_tokens: int, cache: Any) -> bool:
+            found = _read_batch(model, prompts, [0, 1], prefix_tokens, cache)
+            return float((found.logits.float() - alone).abs().max()) <= most_apart
+
+        if not agrees(0, None):
+            return SINGLE
+        cache = _read_prefix(model, prefix, len(prompts[0]))
+        return SHARED if cache is None or agrees(len(prefix), cache) else BATCHED
 
 
 @contextmanager
@@ -99,7 +188,11 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
             raise ValueError(f"prompt {row} has no tokens")
     on_cpu = next(model.parameters()).device.type == "cpu"
     most_tokens = CPU_PASS_TOKENS * torch.get_num_threads() if on_cpu else sys.maxsize
-    for rows, prefix in _groups(prompts):
+    whole = list(range(len(prompts)))
+    layout = proven_layout(model, max(map(len, prompts))) if len(prompts) > 1 else BATCHED
+    if layout == SINGLE:
+        batch_size = 1
+    for rows, prefix in _groups(prompts) if layout == SHARED else [(whole, [])]:
         rows.sort(key=lambda row: -len(prompts[row]))
         prefix_cache = _read_prefix(model, prefix, len(prompts[rows[0]])) if prefix else None
         shared_tokens = len(prefix) if prefix_cache is not None else 0

@@ -401,14 +401,15 @@ def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     """Whether a fact differs between two introductions of a site.
 
     What a real site tells in only one of them cannot be compared, and counts only rounded: in runs
-    of before they are exact.
+    of before they are exact, and have no tag of the data.
     """
-    if not in_custody(now) or fact not in (*COUNTS, DATA_TAG):
-        return bool(before.get(fact) != now.get(fact))
-    if fact not in before or fact not in now:
-        return False
+    is_told = fact in before and fact in now
     if fact == DATA_TAG:
-        return bool(before[fact] != now[fact])
+        return is_told and bool(before[fact] != now[fact])
+    if not in_custody(now) or fact not in COUNTS:
+        return bool(before.get(fact) != now.get(fact))
+    if not is_told:
+        return False
     return rounded_count(int(before[fact])) != rounded_count(int(now[fact]))
 
 

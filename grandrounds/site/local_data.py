@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from array import array
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from grandrounds.config.keys import Config, DataConfig
@@ -35,6 +37,19 @@ class Site:
     + held-out."""
     name: str = ""
     """What the data call it: the value of `data.partition-by` under natural partitioning."""
+
+    @cached_property
+    def tag(self) -> str:
+        """16 hex digits that change with any example, its order, or its side of the split."""
+        digest = hashlib.sha256()
+        for side in (self.train, self.held_out):
+            digest.update(f"{len(side)}\0".encode())
+            for example in side:
+                ids = array(
+                    "q", [len(example.input_ids), example.prompt_tokens, *example.input_ids]
+                )
+                digest.update(ids.tobytes())
+        return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)

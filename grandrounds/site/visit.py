@@ -28,6 +28,7 @@ from grandrounds.model.base import (
     device_and_dtype,
     quantization_config,
 )
+from grandrounds.model.prefill import check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
@@ -44,6 +45,7 @@ from grandrounds.wire.adapter import (
     trained_part,
 )
 from grandrounds.wire.names import NAME
+from grandrounds.wire.told import DATA_TAG
 
 Batches = list[list[TokenizedExample]]
 
@@ -203,11 +205,13 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
     # Fail here, before any training.
     quantization_config(config.model.quantization, dtype)
     training.check_optimizer(config.train.optimizer)
+    check_length(config.model.name, config.train.seq_length)
     name = config.model.name
     return {
         "partition-id": site.partition_id,
         **({NAME: site.name} if site.name else {}),
         **site.report,
+        DATA_TAG: site.tag,
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
         "prompt": prompt_hash(config.data.prompt_template, tokenizer_of(name)),

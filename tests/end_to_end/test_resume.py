@@ -391,13 +391,21 @@ def test_files_written_after_the_last_saved_state_are_dropped(
     assert outcome(resume(stopped)) == whole
 
 
-def test_resuming_with_different_data_is_refused(stopped: Settings) -> None:
-    """A data file with the same name and different content would silently change the sites."""
+CHANGES: dict[str, Callable[[list[str]], list[str]]] = {
+    "fewer rows": lambda lines: lines[:100],
+    "another answer": lambda lines: [*lines[:-1], lines[-1].replace("Rest", "Walk")],
+    "another order": lambda lines: [lines[1], lines[0], *lines[2:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_with_different_data_is_refused(stopped: Settings, change: str) -> None:
+    """Judged by counts, a replaced answer or another order was trained on in silence."""
     source = Path(stopped["static.dataset.name"])
     kept = source.read_text()
     try:
-        source.write_text("".join(line + "\n" for line in kept.splitlines()[:100]))
-        with pytest.raises(RunDirectoryError):
+        source.write_text("".join(line + "\n" for line in CHANGES[change](kept.splitlines())))
+        with pytest.raises(RunDirectoryError, match="has changed since the run started"):
             resume(stopped)
     finally:
         source.write_text(kept)

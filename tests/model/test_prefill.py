@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaConfig,
@@ -16,15 +19,23 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from grandrounds.errors import ModelError
 from grandrounds.model.prefill import (
     MIN_SHARED_TOKENS,
+    SHARED,
+    check_length,
     evaluating,
     extend,
     forked,
+    longrope_border,
     prefill,
+    proven_layout,
     shared_prefix,
 )
 
@@ -49,9 +60,11 @@ def rests(count: int = 20, longest: int = 90) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    """Return a random tiny Llama."""
+    """Return a random tiny Llama, already probed."""
     torch.manual_seed(3)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    assert proven_layout(model, 100) == SHARED
+    return model
 
 
 def last_logits(model: Any, ids: list[int]) -> torch.Tensor:
@@ -164,6 +177,51 @@ def test_a_recurrent_layer_beside_attention_is_continued_as_one_by_one() -> None
     layers = ["conv", "full_attention"]
     config = Lfm2Config(**SHAPE, layer_types=layers, block_multiple_of=16, pad_token_id=0)
     assert_batches_equal_one_by_one(Lfm2ForCausalLM(config))
+
+
+def test_positions_by_column_are_found_out_and_prompts_read_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Shared prefixes were off by 0.99 nats on MPT and by 0.46 on GPT-Neo."""
+    torch.manual_seed(4)
+    shape = {"vocab_size": 300, "hidden_size": 32, "initializer_range": 0.3}
+    mpt = MptForCausalLM(MptConfig(vocab_size=300, d_model=32, n_heads=4, n_layers=2))
+    neo = GPTNeoForCausalLM(
+        GPTNeoConfig(
+            **shape, num_layers=2, num_heads=4, attention_types=[[["local"], 2]], window_size=8
+        )
+    )
+    for model in (mpt, neo):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        assert_batches_equal_one_by_one(model)
+        assert proven_layout(model, 100) != SHARED
+    assert capsys.readouterr().err.count("gives other results with a shared prefix") == 2
+
+
+def test_longrope_beyond_its_border_is_read_one_prompt_at_a_time(tmp_path: Path) -> None:
+    """Across the border, a shared prefix was off by 1.0 nats."""
+    torch.manual_seed(4)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    config = Phi3Config(
+        **SHAPE,
+        rope_parameters={**rope, "original_max_position_embeddings": 64},
+        original_max_position_embeddings=64,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
+    assert longrope_border(config) == 64
+    config.save_pretrained(tmp_path)
+    check_length(str(tmp_path), 64)
+    with pytest.raises(ModelError, match=r"seq-length = 65 crosses the LongRoPE border"):
+        check_length(str(tmp_path), 65)
+    model = Phi3ForCausalLM(config)
+    prompts = [PREFIX + rest for rest in rests(8, 60)]
+    with evaluating(model):
+        for row, logits in by_row(model, prompts, 4).items():
+            alone = last_logits(model, prompts[row])
+            torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_without_a_cache_of_keys_and_values_is_refused() -> None:

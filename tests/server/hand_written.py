@@ -77,6 +77,7 @@ def introduce(message: Message, site: int, **facts: Any) -> Message:
         "version": "1",
         "base": "b",
         "prompt": "p",
+        "data-tag": "t",
     }
     return Message(messages.content(config={**said, **facts}), reply_to=message)
 

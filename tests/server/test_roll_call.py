@@ -257,7 +257,7 @@ def test_a_site_that_comes_back_changed_takes_no_part_and_is_named(fact: str) ->
     sites = Sites({("query", 1): lambda m, s: introduce(m, s, **said)})
     grid = grid_of(sites, 2)
     roster = called(grid, [1, 2])
-    said[fact] = 999 if fact not in ("version", "base", "prompt") else "other"
+    said[fact] = 999 if fact not in ("version", "base", "prompt", "data-tag") else "other"
     roster.suspected = {1}
     refused = refreshed(roster, grid)
     assert list(roster.cards) == [0]

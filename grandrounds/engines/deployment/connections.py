@@ -147,7 +147,8 @@ class Connections:
                 ssl=secured,
                 ssl_handshake_timeout=FIRST_SECONDS if secured else None,
             )
-            link.transport.set_write_buffer_limits(high=0)  # drained means sent
+            # Drained means sent; TLS would pause for ever with nothing to send if `high` were 0.
+            link.transport.set_write_buffer_limits(high=1, low=0)
             link.writer = asyncio.StreamWriter(link.transport, protocol, link.reader, loop)
             await handle(link)
             link.is_answered = True

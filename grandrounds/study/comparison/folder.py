@@ -73,7 +73,7 @@ class ComparisonFolder:
         """
         before = self.read_json(name) or {}
         for key, value in values.items():
-            if key in before and before[key] != value:
+            if key in before and before[key] != _known_before(before[key], value):
                 raise RunDirectoryError(
                     f"{self.path} was started with other data: {what} {key} in {name} "
                     f"{_first_difference(before[key], value)}. Restore the data to continue, or "
@@ -112,6 +112,17 @@ class ComparisonFolder:
     def _writing(self) -> AbstractContextManager[None]:
         advice = "Free some space, or choose another folder with --out; finished units are kept."
         return storage.writing(f"The comparison {self.path}", advice, RunDirectoryError)
+
+
+def _known_before(before: Any, now: Any) -> Any:
+    """Return a list of facts without those that an earlier version did not record."""
+    if not isinstance(before, list) or not isinstance(now, list) or len(before) != len(now):
+        return now
+    pairs = zip(before, now, strict=True)
+    return [
+        {k: v for k, v in new.items() if k in old} if isinstance(old, Mapping) else new
+        for old, new in pairs
+    ]
 
 
 def _first_difference(before: Any, now: Any) -> str:

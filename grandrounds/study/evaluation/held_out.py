@@ -16,10 +16,11 @@ from typing import Any
 from grandrounds.config.keys import Config
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import RunDirectory
-from grandrounds.site.local_data import rows_of_run, split_site, tokenizer_of
+from grandrounds.site.local_data import rows_of_run, site_of, split_site, tokenizer_of
 from grandrounds.study.evaluation.benchmarks import Item, Task, held_out_benchmark
 from grandrounds.study.evaluation.greedy import tokenized
 from grandrounds.study.evaluation.tasks import rows_are_elsewhere
+from grandrounds.wire.told import DATA_TAG
 
 
 def check_rows_are_here(run: RunDirectory, config: Config) -> None:
@@ -109,3 +110,10 @@ def _check_unchanged(run: RunDirectory, config: Config, found: Sequence[Mapping[
                     f"{site[name]} {name} and has {count} now, so that rows it trained on could be "
                     "asked as held out. Restore the file, or give --benchmark FILE."
                 )
+        tag = site.get(DATA_TAG)  # absent in runs of version 0.2.0 and before
+        if tag and number < len(found) and site_of(config, number).tag != tag:
+            raise DataError(
+                f"{config.static.name} has changed since the run: site {number} has other rows, "
+                "so that rows it trained on could be asked as held out. Restore the file, or give "
+                "--benchmark FILE."
+            )

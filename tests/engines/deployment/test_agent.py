@@ -506,6 +506,23 @@ def test_over_tls_both_ends_show_who_they_are(settings: Settings, tls_site: Site
     messages.raise_failure(reply)
 
 
+def test_an_answer_over_tls_may_be_larger_than_all_buffers(
+    settings: Settings, tls_site: SiteFile
+) -> None:
+    """And connections that never begin to speak TLS, more than the agent holds, do not delay it."""
+    text = "x" * 8 * 2**20
+
+    def large(message: Message, context: Context) -> Message:
+        return Message(messages.content(config={"text": text}), reply_to=message)
+
+    host, port = tls_site.agent.address.split(":")
+    with serving(tls_site, visits={"query": large}), contextlib.ExitStack() as stack:
+        for _ in range(connections.MOST_CONNECTIONS + 6):
+            stack.enter_context(socket.create_connection((host, int(port)), 10))
+        reply = agent_client.forward(question(), context_of(settings, tls_node(tls_site)))
+    assert reply.content.config_records[messages.CONFIG]["text"] == text
+
+
 def test_a_stranger_is_not_answered_over_tls(
     settings: Settings, tls_site: SiteFile, tmp_path: Path
 ) -> None:

@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import grandrounds
+from grandrounds.cli import app
 from grandrounds.data.formulary import base_path
-from grandrounds.engines.deployment import set_up
+from grandrounds.engines.deployment import admissions, joining, keys, set_up
+from grandrounds.server import admitted
 from grandrounds.site.custody import audit
 from tests.real import (
     FORMULARY,
@@ -74,8 +77,11 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
     assert len({line["flower-run"] for line in metrics_of(run)[1:]}) == 1
 
 
-def test_who_is_not_admitted_is_kept_out_and_says_why(tmp_path: Path) -> None:
-    """An unregistered key, and a server that the site's authority does not vouch for."""
+def test_who_is_not_admitted_is_kept_out_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unregistered key, a server that the site's authority does not vouch for, a key that was
+    replaced and one that was revoked."""
     settings = {**FORMULARY, "data.num-partitions": 2}
     with Consortium(tmp_path / "c", settings) as consortium:
         consortium.start_superlink()
@@ -102,6 +108,30 @@ def test_who_is_not_admitted_is_kept_out_and_says_why(tmp_path: Path) -> None:
             )
             assert done.returncode == 1
             assert told in done.stdout
+
+        monkeypatch.setenv("FLWR_HOME", consortium.environment["FLWR_HOME"])
+        consortium.kill("node0")
+
+        def known() -> set[int]:
+            listed = consortium.flwr("supernode", "list", "trial")["nodes"]
+            return {int(n["node-id"]) for n in listed if n["status"] != "unregistered"}
+
+        def run(*words: object) -> None:
+            done = CliRunner().invoke(app, [str(word) for word in ("consortium", *words)])
+            assert done.exit_code == 0, done.output
+
+        of = ("--connection", "trial", "--dir", consortium.home)
+        [before] = known()
+        request = joining.rotate_key(consortium.sites[0])
+        key = keys.fingerprint(admissions.read_request(request).key)
+        numbers = ("--partition-id", 0, "--num-partitions", 2, "--fingerprint", key)
+        run("admit", request, *numbers, *of)
+        [after] = known()
+        assert after != before
+        assert admitted.registered_nodes(consortium.home) == {0: after}
+        run("revoke", "site-0", *of)
+        assert known() == set()
+        assert [e["node-id"] for e in admitted.revocations(consortium.home)] == [str(after)]
 
 
 def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_data_that_changed_are_refused(
     config = resolved(settings, **{"static.dataset.name": str(cards)})
     played(config, tmp_path / "out", arms=["local"], seeds=[42])
     cards.write_text("".join(lines[:-1]))
-    with pytest.raises(RunDirectoryError, match=r"seed 42 in sites\.json site 3: rows: was 30"):
+    with pytest.raises(RunDirectoryError, match=r"seed 42 in sites\.json site 0: data-tag: was"):
         played(config, tmp_path / "out", arms=["local"], seeds=[42])
 
 
