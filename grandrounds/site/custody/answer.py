@@ -135,7 +135,8 @@ def _answered(request: Request, function: Function) -> Message:
     # 5. The same request again: its cached reply.
     digest = replay.digest_of(request, config)
     if request.is_visit and (known := replay.cached(request, digest)):
-        quota.count_question(site, state, run)
+        quota.check_questions(site, state, run)
+        quota.count_question(state, run)
         request.entry["outcome"] = "answered again"
         return known
 
@@ -150,9 +151,12 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
     if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
-        quota.count_question(site, state, run)
+        quota.check_questions(site, state, run)
+        quota.count_question(state, run)
         request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
         return Message(messages.content(metrics={}), reply_to=request.message)
+    if request.is_visit:
+        request.entry["sha256-in"] = tensors_sha256(request.message)
     kept = kept_runs.load(state, run)
     before = dict(kept)
     check_received(request, own, shapes_at_rank(own), kept)
@@ -172,14 +176,14 @@ def _answered(request: Request, function: Function) -> Message:
     if request.is_visit:
         changed = any(before.get(name) is not record for name, record in kept.items())
         replay.keep(request, replay.Answered(digest, kept if changed else None, reply))
+    else:
+        quota.count_question(state, run)
     request.entry["outcome"] = "answered"
     return reply
 
 
 def visited(request: Request, visit: Visit, function: Function) -> Message:
     """Return the reply of a visit; its seconds go to the audit log."""
-    if request.is_visit:
-        request.entry["sha256-in"] = tensors_sha256(request.message)
     started = time.perf_counter()
     reply = Message(function(visit), reply_to=request.message)
     request.entry["seconds"] = round(time.perf_counter() - started, 3)

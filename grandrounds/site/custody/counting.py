@@ -13,14 +13,15 @@ from grandrounds.wire.schedule import examples_of_a_visit
 
 
 def check_quota(request: Request) -> None:
-    """Raise `PolicyError` if the site has reached a limit of 24 hours; count a roll call.
+    """Raise `PolicyError` if the site has reached a limit of 24 hours.
 
-    A visit is counted when it begins. One whose reply may be cached needs no new one.
+    A visit is counted when it begins, a roll call when it was answered. A visit whose reply may be
+    cached needs no new one.
     """
     site, state, run = request.site, request.state, request.run
     quota.check_run(site, state, run)
     if not request.is_visit:
-        quota.count_question(site, state, run)
+        quota.check_questions(site, state, run)
     elif not replay.may_have(request):
         quota.check_visits(site, state)
 

@@ -75,7 +75,10 @@ class Asked:
 
     def as_dict(self) -> dict[str, object]:
         """Return the request for the audit log."""
-        described = {name.replace("_", "-"): value for name, value in asdict(self).items()}
+        names = {"learning_rate": "highest-learning-rate"}  # beside the visit's own rate
+        described = {
+            names.get(name, name.replace("_", "-")): value for name, value in asdict(self).items()
+        }
         return {name: None if value == math.inf else value for name, value in described.items()}
 
 

@@ -75,19 +75,24 @@ def check_visits(site: SiteFile, state: SiteState) -> None:
         )
 
 
-def count_question(site: SiteFile, state: SiteState, run: str) -> None:
-    """Count a roll call or a repeated request; raise `PolicyError` beyond the limit."""
-    now = state.now()
+def check_questions(site: SiteFile, state: SiteState, run: str) -> None:
+    """Raise `PolicyError` if so many questions were answered in 24 hours; `refusals` has others."""
     known = in_progress(state, run)
     most, bucket = (MOST_QUESTIONS, run) if known else (MOST_QUESTIONS_OF_OTHERS, "")
-    table = state.table
-    table.execute("delete from question_log where at < ?", (now - DAY_SECONDS,))
-    if state.count("select count(*) from question_log where run = ?", bucket) >= most:
+    query = "select count(*) from question_log where run = ? and at > ?"
+    if state.count(query, bucket, state.now() - DAY_SECONDS) >= most:
         raise PolicyError(
             f"The policy of site {site.name!r} forbids this run: it answers at most {most} roll "
             f"calls in 24 hours of {'one run' if known else 'runs that have not visited'}."
         )
-    table.execute("insert into question_log values (?, ?)", (now, bucket))
+
+
+def count_question(state: SiteState, run: str) -> None:
+    """Count a roll call, or another request without a visit, that was answered."""
+    now = state.now()
+    state.table.execute("delete from question_log where at < ?", (now - DAY_SECONDS,))
+    bucket = run if in_progress(state, run) else ""
+    state.table.execute("insert into question_log values (?, ?)", (now, bucket))
 
 
 def count_visit(state: SiteState, run: str, round_number: int) -> None:

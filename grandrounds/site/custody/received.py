@@ -246,6 +246,8 @@ CHECKED = ("train", "evaluate")
 def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDict) -> None:
     """Decode and check the adapter of a message, and keep it as the last accepted one.
 
+    Its norm goes to the audit log, also if it is refused.
+
     Parameters
     ----------
     shapes
@@ -264,6 +266,8 @@ def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDi
         return
     number = messages.whole_number(request.instruction, "round", 0, MOST_ROUNDS)
     adapter = downlink.receive(request.message.content, RecordDict(dict(kept)), own, shapes)
+    norm = math.sqrt(sum(float(np.vdot(tensor, tensor)) for tensor in adapter.values()))
+    request.entry["norm-in"] = norm
     steps = own.arguments.max_steps
     if steps < 1:  # whole epochs, of as many examples as each site has
         steps = request.site.policy.max_steps_per_visit

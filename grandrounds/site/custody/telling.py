@@ -63,6 +63,8 @@ def told(request: Request, reply: Message, examples: Site) -> Message:
     figures = dict(reply.content.metric_records.get(messages.METRICS) or {})
     found = disclosed(request.site, request.kind, reply.content, examples.report)
     request.entry |= {"figures": figures, "kept": list(found.kept)}
+    if not request.is_visit:
+        request.entry["data"] = dict(examples.report)
     return Message(found.content, reply_to=request.message)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from grandrounds.site.visit import Visit, introduction
 from grandrounds.study.export import findings
 from grandrounds.study.report.one_run import run_page
 from grandrounds.study.report.read import read_run
+from grandrounds.study.report.several_runs import several_page
 from grandrounds.wire import messages
 from tests.asking import made_up
 from tests.own_sites import sites_of
@@ -114,8 +117,18 @@ def test_every_field_that_leaves_is_listed_and_the_run_goes_without_the_others(
     card = model_card(recipes.resolve(settings), ["q_proj"], 1, None, 0.1, found)
     assert "about 100 to train on, 10 held out" in card
     page = run_page(read_run(run))
+    several = several_page([read_run(run), read_run(shutil.copytree(run, tmp_path / "again"))])
+    assert "not told" in str(several.sections)
     assert [tile.value for tile in page.tiles if tile.name == "coverage"] == ["not told"]
-    line = next(line for line in audit.read(site.place("state")) if line["asked"] == "train")
+    roll_call, line = audit.read(site.place("state"))[0], audit.read(site.place("state"))[2]
+    assert roll_call["data"]["rows"] == 120  # nothing is dropped in silence: it is counted here
+    assert line["asked"] == "train"
+    for name in ("recipe", "sha256-in"):
+        assert re.fullmatch(r"[0-9a-f]{64}", line[name])
+    bounds = ("rank", "scale", "steps", "examples", "batch", "sequence-length", "learning-rate")
+    assert all(line[name] > 0 for name in (*bounds, "highest-learning-rate", "norm-in"))
+    assert line["left"]["norm"] == pytest.approx(round_1["update-norms"]["0"], rel=1e-5)
+    assert re.fullmatch(r"[0-9a-f]{64}", line["left"]["sha256"])
     assert line["figures"]["tokens"] > 0
     assert {"tokens", "coverage", "cursor", "seconds", "process-id"} <= set(line["kept"])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+
 import pytest
 
 from grandrounds.site.custody.identifiers import (
@@ -11,6 +14,9 @@ from grandrounds.site.custody.identifiers import (
     found_in,
     in_words,
 )
+from tests.places import SHARED
+
+WIKIDOC = SHARED / "train" / "wikidoc_patient_information.jsonl.gz"
 
 PLANTED = {
     "e-mail address": ["write to jane.roe@clinic.example.org"],
@@ -109,6 +115,16 @@ def test_counts_are_by_kind_and_quote_nothing() -> None:
     told = in_words(counts, 4)
     assert told == "of 4 examples: e-mail address in 2, medical record number in 1"
     assert in_words({}, 4) == f"none of {len(KINDS)} kinds of identifiers found in 4 examples"
+
+
+@pytest.mark.skipif(not WIKIDOC.is_file(), reason="no shared data beside the checkout")
+def test_published_medical_text_gives_no_reason_to_refuse() -> None:
+    """Of 4,952 rows (85 words each), 4 name a doctor and 1 has an e-mail address, all of them real;
+    0.4 seconds of CPU."""
+    with gzip.open(WIKIDOC, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    counts = count_identifiers(f"{row['input']}\n{row['output']}" for row in rows)
+    assert counts == {"e-mail address": 1, "title and name": 4}
 
 
 def test_a_refusal_needs_a_check_digit_or_the_word() -> None:

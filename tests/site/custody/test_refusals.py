@@ -11,7 +11,7 @@ import pytest
 
 from grandrounds.errors import GrandRoundsError, PolicyError, ReplyError, ThrottledError
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit, clock, refusals
+from grandrounds.site.custody import audit, clock, quota, refusals
 from grandrounds.site.visit import parsed
 from tests.asking import Asking
 from tests.own_sites import sites_of
@@ -78,6 +78,13 @@ def test_strangers_refusals_do_not_close_the_site_to_a_run_in_progress(asks: Ask
     refused(asks, refusals.MOST, "ab")
     with pytest.raises(ThrottledError):
         asks("ab", 3)
+
+
+def test_refused_roll_calls_use_up_no_answer(asks: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run asks a site that waits for its operator's approval before each of its rounds."""
+    monkeypatch.setattr(quota, "MOST_QUESTIONS_OF_OTHERS", 3)
+    refused(asks, 5, kind="query")
+    asks(kind="query")
 
 
 def test_messages_that_fail_or_crash_count_as_refusals(asks: Asking) -> None:
