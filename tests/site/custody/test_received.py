@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from grandrounds.errors import PolicyError
 from grandrounds.site.custody.reach import Reach, adamw_reach
 from grandrounds.site.custody.received import ReceivedAdapter, after_round
 from grandrounds.wire.adapter import Adapter, drawn_adapter, factor_of
-from tests.runs import Settings
+from tests.own_sites import sites_of
+from tests.runs import Settings, metrics_of, play
 from tests.site.custody.honest_runs import RANK, WIDTH, Honest, configured, layout
+from tests.site.custody.test_custody import grid_of_sites
 
 MOODS = ("aligned", "random", "sparse", "steady")
 
@@ -70,7 +73,7 @@ def honest_runs(name: str) -> Iterator[Honest]:
             yield Honest(configured(chosen), number, MOODS[number % 4])
 
 
-EVERY = 4
+EVERY = 6
 """Of the runs of `honest_runs` one in so many is played here, each rule another part of them."""
 
 
@@ -84,7 +87,31 @@ def test_no_honest_successor_is_refused(name: str) -> None:
             received.check(run.states[site])
             received.remember(run.states[site])
             seen += 1
-    assert seen >= 125
+    assert seen >= 75
+
+
+CUSTODY: dict[str, Settings] = {
+    "fedexp int4": {"strategy.name": "fedexp", "communication.uplink-codec": "int4"},
+    "ffa ternary incremental": {
+        "strategy.name": "ffa",
+        "communication.downlink": "incremental",
+        "communication.downlink-codec": "ternary",
+        "communication.uplink-codec": "ternary",
+    },
+    "rolora int8": {"strategy.name": "rolora", "communication.downlink-codec": "int8"},
+    "flora": {"strategy.name": "flora", "strategy.max-rank": 8},
+    "product of site ranks": {"strategy.name": "product", "strategy.site-ranks": "4,2"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CUSTODY)
+def test_honest_runs_pass_in_custody(settings: Settings, tmp_path: Path, name: str) -> None:
+    chosen = {**settings, **CUSTODY[name], "num-server-rounds": 5, "strategy.proximal-mu": 0.0}
+    sites = sites_of(chosen, tmp_path)
+    metrics = metrics_of(play(chosen, grid=grid_of_sites(chosen, sites)))
+    assert [m["round"] for m in metrics] == list(range(6))
+    assert not any(m.get("failed") or m.get("evaluate-failed") for m in metrics)
 
 
 # --- Attacks --------------------------------------------------------------------------------------
