@@ -22,7 +22,7 @@ from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
 from grandrounds.engines.deployment.admissions import check_revocations
 from grandrounds.engines.deployment.set_up import DATABASE
-from grandrounds.engines.deployment.tidy import tidy
+from grandrounds.engines.deployment.tidy import rewritten
 from grandrounds.engines.flower import Link, ask, follow, quiet
 from grandrounds.engines.watching import (
     Watcher,
@@ -114,11 +114,14 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
 
 
 def _tidy(folder: str, link: Link) -> None:
-    """Remove a finished run's updates from the SuperLink's database, if it is on this machine."""
+    """Remove a finished run's updates from the SuperLink's database, if it is on this machine.
+
+    Flower has deleted them when it was asked how the run ended.
+    """
     if not folder or not (Path(folder) / DATABASE).is_file():
         return
     try:
-        tidy(Path(folder), link)
+        rewritten(Path(folder) / DATABASE)
     except EngineError as error:
         sys.stderr.write(
             f"grandrounds: the SuperLink's database may still contain updates: {error} Then: "

@@ -60,16 +60,21 @@ def tidy(folder: Path, link: Link) -> Tidied:
 def rewritten(database: Path) -> Tidied:
     """Write a database anew, without the bytes of what was deleted from it.
 
+    While that takes, nobody else can write to it.
+
     Raises
     ------
     EngineError
-        If it cannot be written, or another process reads from it all the time.
+        If it contains messages of a run, cannot be written, or another process reads from it all
+        the time.
     """
     before = _bytes_of(database)
     try:
         with closing(
             sqlite3.connect(database, timeout=PATIENCE_SECONDS, isolation_level=None)
         ) as connection:
+            if left := _messages(connection):
+                raise EngineError(f"{database} contains {left} objects of a run in progress.")
             connection.execute("vacuum")
             [(is_busy, *_)] = connection.execute("pragma wal_checkpoint(truncate)")
     except sqlite3.Error as error:
@@ -80,6 +85,12 @@ def rewritten(database: Path) -> Tidied:
     if is_busy:
         raise EngineError(f"{database} is in use; try again when no run is in progress.")
     return Tidied(before, _bytes_of(database))
+
+
+def _messages(connection: sqlite3.Connection) -> int:
+    """Return how many parts of messages Flower has not deleted."""
+    tables = connection.execute("select name from sqlite_master where name = 'objects'").fetchall()
+    return int(connection.execute("select count(*) from objects").fetchone()[0]) if tables else 0
 
 
 def _bytes_of(database: Path) -> int:

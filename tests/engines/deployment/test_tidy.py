@@ -36,6 +36,8 @@ def test_deleted_updates_leave_the_file_while_the_superlink_runs(
     with closing(sqlite3.connect(tmp_path / "superlink.db", isolation_level=None)) as superlink:
         superlink.executescript("pragma journal_mode = wal; create table objects (content blob);")
         superlink.execute("insert into objects values (?)", (UPDATE,))
+        with pytest.raises(EngineError, match="contains 1 objects of a run in progress"):
+            tidy.tidy(tmp_path, link)
         superlink.execute("delete from objects")
         assert b"NUMPY" in bytes_in(tmp_path)
         done = tidy.tidy(tmp_path, link)
