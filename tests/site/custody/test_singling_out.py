@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Message, MessageType
 
@@ -138,3 +139,19 @@ def test_what_makes_adamw_linear_is_refused(
     linear = {**alone, key: value}
     with pytest.raises(PolicyError, match=limit):
         asked(linear, site, request(linear))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(1, "not the start that seed 42 gives"), (2, "its B is zero")]
+)
+def test_an_adapter_that_reads_off_gradients_is_refused(
+    alone: Settings, site: SiteFile, number: int, reason: str
+) -> None:
+    """With B = 0 and A of slices of the identity, 31 of 31 tokens of a row were recovered from 16
+    pairs of visits, each with the next slice."""
+    slices = {
+        name: np.eye(*tensor.shape, dtype=np.float32) if ".lora_A." in name else 0 * tensor
+        for name, tensor in start_of(alone).items()
+    }
+    with pytest.raises(PolicyError, match=reason):
+        asked(alone, site, request(alone, slices, number))
