@@ -15,6 +15,9 @@ from pathlib import Path
 from grandrounds.errors import ConfigError
 from grandrounds.site.custody.site_file import SiteFile
 
+WAITING = 512
+"""Connections that wait to be accepted; a client that finds no place there tries again."""
+
 
 @contextlib.contextmanager
 def listening(site: SiteFile) -> Iterator[tuple[socket.socket, ssl.SSLContext | None]]:
@@ -68,7 +71,7 @@ def unix_socket(site: SiteFile, path: Path) -> socket.socket:
         ) from error
     finally:
         os.umask(before)
-    listener.listen()
+    listener.listen(WAITING)
     return listener
 
 
@@ -86,7 +89,7 @@ def network_socket(site: SiteFile) -> socket.socket:
             f"agent.address = {site.agent.address!r} cannot be used ({error.strerror}). "
             f"{'Stop the process that listens there, or use' if taken else 'Use'} another port."
         ) from error
-    listener.listen()
+    listener.listen(WAITING)
     return listener
 
 

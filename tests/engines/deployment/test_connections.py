@@ -56,9 +56,16 @@ def connected(site: SiteFile, stack: ExitStack, content: bytes = b"") -> socket.
     return connection
 
 
+def is_closed_by_the_agent(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:  # it had sent something that was not read
+        return True
+
+
 def seconds_of_an_honest_request(site: SiteFile, settings: Settings) -> float:
     """Return how long an honest client waits for its answer, and check the answer."""
-    context = context_of(settings, {**at(site), "agent-wait-seconds": 0})
+    context = context_of(settings, {**at(site), "agent-wait-seconds": PROMPT_SECONDS})
     started = time.monotonic()
     reply = agent_client.forward(question(), context)
     seconds = time.monotonic() - started
@@ -88,8 +95,9 @@ def test_answers_that_nobody_reads_take_no_more_than_their_share_of_memory(
             deaf.append(connected(site, stack, request))
         time.sleep(0.5)
         received = b""
-        while block := deaf[0].recv(1 << 20):
-            received += block
+        with contextlib.suppress(ConnectionResetError):
+            while block := deaf[0].recv(1 << 20):
+                received += block
     assert len(received) < ANSWER_BYTES
 
 
@@ -124,7 +132,7 @@ def test_slow_senders_delay_nobody_and_are_dropped(
         thread.start()
         try:
             assert seconds_of_an_honest_request(site, settings) < PROMPT_SECONDS
-            assert [c.recv(1) for c in slow] == [b""] * count  # closed by the agent
+            assert all(map(is_closed_by_the_agent, slow))
         finally:
             stop.set()
             thread.join()
