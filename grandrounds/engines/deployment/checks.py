@@ -29,7 +29,12 @@ from grandrounds.site.custody import quota
 from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_identifiers, own_split
-from grandrounds.site.custody.own_run import admit, localized, site_in_custody
+from grandrounds.site.custody.own_run import (
+    admit,
+    in_whole_steps,
+    localized,
+    site_in_custody,
+)
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.local_data import tokenizer_of
@@ -184,7 +189,9 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Whether the policy admits such a run."""
     own = localized(site, config)
-    asked = admit(site, config, own, len(site_in_custody(site, own, "").train))
+    examples = site_in_custody(site, own, "")
+    visiting = in_whole_steps(site, own, examples.report)
+    asked = admit(site, config, visiting, len(examples.train))
     yield Finding(
         "ok",
         "recipe",

@@ -145,8 +145,8 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
-    own = in_whole_steps(own, len(examples.train))
-    request.entry |= admit(site, config, own, len(examples.train)).as_dict()
+    visiting = in_whole_steps(site, own, examples.report)
+    request.entry |= admit(site, config, visiting, len(examples.train)).as_dict()
     data_version = search(request)
 
     # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
@@ -162,8 +162,9 @@ def _answered(request: Request, function: Function) -> Message:
     check_received(request, own, shapes_at_rank(own), kept)
 
     # 9. The visit.
-    chosen = begin(request, config, digest, kept, len(examples.train))
-    settled = machine.settled(own, request.instruction)
+    sizes = len(examples.train), visiting.arguments.max_steps * visiting.examples_per_step
+    chosen = begin(request, config, digest, kept, sizes)
+    settled = machine.settled(visiting, request.instruction)
     visit = Visit(request.message.content, kept, settled, examples, chosen)
     reply = visited(request, visit, function)
 
