@@ -36,7 +36,7 @@ from grandrounds.site.custody.own_run import (
     site_in_custody,
 )
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.site.custody.state import SiteState
+from grandrounds.site.custody.state import opened
 from grandrounds.site.local_data import tokenizer_of
 
 CLOCK_SECONDS = 5.0
@@ -87,7 +87,7 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
 
 
 def _state(site: SiteFile) -> Iterator[Finding]:
-    with closing(SiteState(site.place(site.agent.state))) as state:
+    with opened(site.place(site.agent.state)) as state:
         visits = quota.visits_today(state)
         yield Finding("ok", "state", f"{state.folder}, {visits} visits in 24 hours")
     if is_hidden(site.path.parent.resolve()):

@@ -119,6 +119,7 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 2. The run's configuration: that of its first visit, and what it becomes at this site.
     policy.check_keys(site, request.context.run_config)
+    policy.check_texts(site, request.context.run_config)
     config = parsed(request.context.run_config)
     kept_runs.check_pinned(state, run, config)
     own = localized(site, config)

@@ -281,3 +281,16 @@ def test_the_epochs_that_a_site_refuses_do_not_count_its_examples(site: SiteFile
         refused.append(answers)
     assert refused[0][:10] != refused[0][-10:]
     assert all(answers == refused[0] for answers in refused)
+
+
+@pytest.mark.parametrize("key", ["data.partition-by", "model.name", "run-directory"])
+@pytest.mark.parametrize("text", ["x" * 4097, "\x1b[2J", "a\nb", "\ud800"])
+def test_a_text_that_fills_the_log_or_writes_to_a_terminal_is_refused(
+    site: SiteFile, key: str, text: str
+) -> None:
+    """A roll call with 350,000 times q_proj as target modules was answered, with 0.5 MB in the
+    audit log."""
+    policy.check_texts(site, recipes.resolve({key: "Blutdruck bei Säuglingen"}).flat())
+    with pytest.raises(PolicyError, match=f"forbids this run: {key} ") as refused:
+        policy.check_texts(site, recipes.resolve({}).flat() | {key: text})
+    assert len(str(refused.value)) < 200
