@@ -103,6 +103,16 @@ def found(name: str) -> Path | None:
         return None
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` expanded; raise `ConfigError` if it is the home of an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path} begins with the home of a user who is not known here."
+        ) from error
+
+
 def read_bytes(path: Path) -> bytes:
     """Return a file's content; raise `ConfigError` if it cannot be read."""
     try:

@@ -309,3 +309,17 @@ def test_a_damaged_folder_of_a_consortium_is_told(
     result = CliRunner().invoke(app, words)
     assert result.exit_code == ConfigError.exit_code
     assert name.rpartition("/")[2] in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("site", "log", "--config"),
+        ("site", "init", "--name", "st-e", "--dir"),
+        ("consortium", "revoke", "st-e", "--dir"),
+    ],
+)
+def test_the_home_of_an_unknown_user_is_told(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*words, "~nobody-of-this-name/x"])
+    assert result.exit_code == ConfigError.exit_code
+    assert "~nobody-of-this-name/x begins with the home of a user" in result.stderr
