@@ -26,12 +26,17 @@ def admitted_names(federation: FederationConfig) -> dict[int, str]:
     if not federation.consortium:
         return {}
     files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
-    contents = map(admission_of, files)
+    contents = [admission_of(file, "name") for file in files]
     return {content["partition-id"]: content["name"] for content in contents}
 
 
-def admission_of(file: Path) -> dict[str, Any]:
+def admission_of(file: Path, *texts: str) -> dict[str, Any]:
     """Return the content of an admission of this consortium, its signature unverified.
+
+    Parameters
+    ----------
+    texts
+        Keys that are needed beside the partition id.
 
     Raises
     ------
@@ -40,12 +45,12 @@ def admission_of(file: Path) -> dict[str, Any]:
     """
     content = read_json(file).get("content")
     if not isinstance(content, dict) or not (
-        all(isinstance(content.get(key), str) for key in ("consortium", "name", "node"))
+        all(isinstance(content.get(key), str) for key in texts)
         and type(content.get("partition-id")) is int
     ):
         raise ConfigError(
-            f"{file}: the admission is damaged, without content, partition-id, name or node. Copy "
-            "it again, or remove it and repeat grandrounds consortium admit."
+            f"{file}: the admission is damaged, without {', '.join(['content', *texts])} or "
+            "partition-id. Copy it again, or remove it and repeat grandrounds consortium admit."
         )
     return content
 

@@ -102,7 +102,7 @@ def admit(
 def _check_free(folder: Path, asked: Request, partition_id: int) -> None:
     """Raise `ConfigError` if another site has this partition id or name."""
     for file in sorted((folder / "admissions").glob("*.json")):
-        other = admission_of(file)
+        other = admission_of(file, "name", "node")
         own = (keys.fingerprint(asked.key), asked.replaced)
         if other["name"] == asked.name and other["node"] in own:
             continue
@@ -178,7 +178,7 @@ def revoke(folder: Path, name: str) -> Path:
             f"No site {name!r} is admitted in {folder}. Admitted: {', '.join(known) or 'none'}."
         )
     authority = keys.read_private_key(folder / "authority.key")
-    content, serial = admission_of(admission), _next_serial(folder)
+    content, serial = admission_of(admission, "consortium", "node"), _next_serial(folder)
     entry = {"name": name, "node": content["node"], "revoked": timestamp()}
     if (node := node_file(admission)).is_file():
         entry["node-id"] = storage.read_text(node).strip()
