@@ -103,6 +103,16 @@ def found(name: str) -> Path | None:
         return None
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` expanded; raise `ConfigError` if it is the home of an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path} begins with the home of a user who is not known here."
+        ) from error
+
+
 def read_bytes(path: Path) -> bytes:
     """Return a file's content; raise `ConfigError` if it cannot be read."""
     try:
@@ -111,11 +121,19 @@ def read_bytes(path: Path) -> bytes:
         raise ConfigError(f"{path} cannot be read: {first_line(error)}.") from error
 
 
+def read_text(path: Path) -> str:
+    """Return a file's text; raise `ConfigError` if it cannot be read, or is not UTF-8."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text: {error}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise `ConfigError` if there is none."""
     try:
         found = json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} does not contain a JSON object.")
@@ -126,7 +144,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Return the table of a TOML file; raise `ConfigError` if it cannot be read."""
     try:
         return tomllib.loads(read_bytes(path).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
 

@@ -31,6 +31,7 @@ from grandrounds.cli.screen import lifetime
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY
 from grandrounds.config.recipes import OPTIONS
 from grandrounds.config.synonyms import MAX_STEPS, NO_KEY, PER_ROUND, key_meant, last_part
+from grandrounds.config.words import shown
 from grandrounds.errors import ConfigError, GrandRoundsError
 
 NEEDED_TO_RUN = (
@@ -68,7 +69,8 @@ def reported_in_one_line() -> Iterator[None]:
     try:
         yield
     except GrandRoundsError as error:
-        print(f"grandrounds: {error}", file=sys.stderr)
+        told = "\n".join(map(shown, str(error).split("\n")))
+        print(f"grandrounds: {told}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt as interrupt:
         what = f"; {interrupt}" if str(interrupt) else ""

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from grandrounds import storage
 from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
@@ -62,7 +63,7 @@ def renew(directory: Folder = Path("consortium")) -> None:
     """Renew the server's certificate with ca.key; sites are not affected."""
     from grandrounds.engines.deployment import set_up
 
-    directory = directory.expanduser().absolute()
+    directory = storage.expanded(directory).absolute()
     days = set_up.renew(directory)
     say(
         f"{directory / 'server.crt'} is valid for {days:.0f} days",
@@ -80,7 +81,7 @@ def tidy(
     from grandrounds.engines.deployment.superlink import linked
 
     with linked(connection) as link:
-        done = tidying.tidy(directory.expanduser().absolute(), link)
+        done = tidying.tidy(storage.expanded(directory).absolute(), link)
     say(f"superlink.db: {done.before_bytes:,} → {done.after_bytes:,} bytes")
 
 
@@ -107,7 +108,7 @@ def admit(
     """Check a site's request, sign its admission and register its key."""
     from grandrounds.engines.deployment import admissions
 
-    directory = directory.expanduser().absolute()
+    directory = storage.expanded(directory).absolute()
     check_fingerprint(request, fingerprint)
     file = admissions.admit(directory, request, partition_id, num_partitions, valid_days)
     say(
@@ -137,7 +138,7 @@ def revoke(
     from grandrounds.engines.deployment import admissions
     from grandrounds.engines.deployment.superlink import entry_of, unregister
 
-    directory = directory.expanduser().absolute()
+    directory = storage.expanded(directory).absolute()
     if connection:
         entry_of(connection)  # fails now if there is no such connection
     moved = admissions.revoke(directory, name)
@@ -170,7 +171,7 @@ def sign_recipe(
 
     config = between.deployed(recipes.load_recipe(recipe), recipes.from_options(None, assignments))
     target = out or recipe.with_suffix(between.ENDING)
-    signer = between.sign_recipe(directory.expanduser().absolute(), config, target)
+    signer = between.sign_recipe(storage.expanded(directory).absolute(), config, target)
     say(
         f"recipe {recipe_sha256(config)}, signed by {signer}: {target}",
         f"sites: grandrounds site approve {target.name} --authority authority.pub",

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.status import Status
 from rich.table import Table as RichTable
 
+from grandrounds.config.words import shown
 from grandrounds.errors import ConfigError
 
 REFRESHES_PER_SECOND = 8
@@ -40,9 +41,9 @@ def lifetime() -> Iterator[None]:
 
 
 def say(*lines: str) -> None:
-    """Print lines as they are."""
+    """Print lines, control characters escaped: part of a line may be somebody else's."""
     for line in lines:
-        print(line, flush=True)
+        print("\n".join(map(shown, line.split("\n"))), flush=True)
 
 
 def draws(console: Console, environment: Mapping[str, str] | None = None) -> bool:

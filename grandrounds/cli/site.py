@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import signal
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grandrounds import storage
 from grandrounds.cli import site_log
 from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
@@ -69,7 +70,7 @@ def join(
     from grandrounds.engines.deployment import joining, keys
 
     consortium, site = joining.join(read_site_file(config), admission, authority)
-    trusted = keys.read_public_text(authority.read_text())
+    trusted = keys.read_public_text(storage.read_text(authority))
     say(
         f"admitted to {consortium!r} as site {site.node.partition_id} of "
         f"{site.node.num_partitions}",
@@ -255,9 +256,9 @@ def forget_run(
 def opened(site: SiteFile) -> AbstractContextManager[SiteState]:
     """Return the site's state, closed at the end of the context."""
     quiet_libraries()
-    from grandrounds.site.custody.state import SiteState
+    from grandrounds.site.custody import state
 
-    return closing(SiteState(site.place(site.agent.state)))
+    return state.opened(site.place(site.agent.state))
 
 
 @app.command()

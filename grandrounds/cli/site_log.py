@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from grandrounds.cli.screen import say
-from grandrounds.config.words import counted
+from grandrounds.config.words import counted, shown
 from grandrounds.errors import ConfigError
 from grandrounds.site.custody import audit
 from grandrounds.site.custody.site_file import read_site_file
@@ -74,7 +74,7 @@ def _is_wanted(entry: Mapping[str, Any], wanted: Mapping[str, str], since: str) 
 
 
 def _table(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    rows = [COLUMNS, *map(_cells, entries)]
+    rows = [COLUMNS, *(tuple(map(shown, _cells(entry))) for entry in entries)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
     lines = []
     for row in rows:
@@ -100,10 +100,9 @@ def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
 def _requested(entry: Mapping[str, Any]) -> str:
     """Return what bounds the leakage of a visit: `4 steps, 64 examples, r 16, rate 0.0003`."""
     parts = []
-    if entry.get("steps") is not None:
-        parts.append(counted(int(entry["steps"]), "step"))
-    if entry.get("examples") is not None:
-        parts.append(counted(int(entry["examples"]), "example"))
+    for key in ("steps", "examples"):
+        if isinstance(count := entry.get(key), int):
+            parts.append(counted(count, key.removesuffix("s")))
     parts += [
         f"{word} {entry[key]:g}" if isinstance(entry[key], int | float) else f"{word} {entry[key]}"
         for key, word in (("rank", "r"), ("learning-rate", "rate"))
@@ -114,8 +113,7 @@ def _requested(entry: Mapping[str, Any]) -> str:
 
 def _tensors(entry: Mapping[str, Any]) -> str:
     """Return norms of what came and went."""
-    left = entry.get("left") or {}
-    norms = (entry.get("norm-in"), left.get("norm"))
+    norms = (entry.get("norm-in"), _part(entry, "left").get("norm"))
     came, went = (f"{norm:.3g}" if isinstance(norm, int | float) else "-" for norm in norms)
     return f"norm {came} in, {went} out" if (came, went) != ("-", "-") else "-"
 
@@ -123,16 +121,25 @@ def _tensors(entry: Mapping[str, Any]) -> str:
 def _what(entry: Mapping[str, Any]) -> str:
     """Return the reason of a refusal, the place of a crash, and what was found in the data."""
     parts = [str(entry[key]) for key in ("reason", "error") if entry.get(key)]
-    if where := entry.get("where"):
+    if isinstance(where := entry.get("where"), list) and where:
         parts.append(f"at {where[0]}")
     if messages := entry.get("messages"):
         parts.append(f"{messages} messages without a line of their own")
-    if "seconds" in entry:
-        parts.append(f"{entry['seconds']:g} s")
-    if identifiers := entry.get("identifiers"):
-        listed = ", ".join(f"{kind} in {count:,}" for kind, count in identifiers.items())
-        parts.append(f"of {entry['searched']:,} examples: {listed}")
+    if isinstance(seconds := entry.get("seconds"), int | float):
+        parts.append(f"{seconds:g} s")
+    if identifiers := _part(entry, "identifiers"):
+        listed = ", ".join(f"{kind} in {_figure(count)}" for kind, count in identifiers.items())
+        parts.append(f"of {_figure(entry.get('searched'))} examples: {listed}")
     return "; ".join(parts)
+
+
+def _part(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a part of a line; of a line that somebody changed, it may be anything."""
+    return part if isinstance(part := entry.get(key), dict) else {}
+
+
+def _figure(count: object) -> str:
+    return f"{count:,}" if isinstance(count, int) else str(count)
 
 
 def _is_whole(folder: Path, noted: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path, PureWindowsPath
 
 NOT_TOLD = "not told"
@@ -17,6 +18,16 @@ def percent(share: float, decimals: int = 1) -> str:
 def counted(count: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural (`plural`, or with an s) unless it is 1."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def has_controls(text: str) -> bool:
+    """Whether a text contains what is no character to be shown: controls, or half a character."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+def shown(text: str) -> str:
+    """Return a text with its control characters but tabs escaped: no terminal obeys them."""
+    return "".join(repr(c)[1:-1] if c != "\t" and has_controls(c) else c for c in text)
 
 
 def place_name(name: str) -> str:

@@ -26,14 +26,50 @@ def admitted_names(federation: FederationConfig) -> dict[int, str]:
     if not federation.consortium:
         return {}
     files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
-    try:
-        contents = [read_json(file)["content"] for file in files]
-        return {int(content["partition-id"]): str(content["name"]) for content in contents}
-    except (KeyError, TypeError, ValueError) as error:
+    contents = [admission_of(file, "name") for file in files]
+    return {content["partition-id"]: content["name"] for content in contents}
+
+
+def admission_of(file: Path, *texts: str) -> dict[str, Any]:
+    """Return the content of an admission of this consortium, its signature unverified.
+
+    Parameters
+    ----------
+    texts
+        Keys that are needed beside the partition id.
+
+    Raises
+    ------
+    ConfigError
+        If it is damaged.
+    """
+    content = read_json(file).get("content")
+    if not isinstance(content, dict) or not (
+        all(isinstance(content.get(key), str) for key in texts)
+        and type(content.get("partition-id")) is int
+    ):
         raise ConfigError(
-            f"{federation.consortium}: an admission is damaged, without content, partition-id or "
-            "name. Copy it again, or repeat grandrounds consortium admit."
-        ) from error
+            f"{file}: the admission is damaged, without {', '.join(['content', *texts])} or "
+            "partition-id. Copy it again, or remove it and repeat grandrounds consortium admit."
+        )
+    return content
+
+
+def consortium_of(folder: Path) -> dict[str, Any]:
+    """Return what a consortium's folder says of it: name and server.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is not a consortium's, or the file is damaged.
+    """
+    described = read_json(file := folder / "consortium.json")
+    if not all(isinstance(described.get(key), str) for key in ("name", "superlink")):
+        raise ConfigError(
+            f"{file} is damaged: it must hold the name of the consortium, and superlink, the "
+            "server as host:port."
+        )
+    return described
 
 
 def registered_nodes(folder: Path) -> dict[int, int]:
@@ -45,8 +81,7 @@ def registered_nodes(folder: Path) -> dict[int, int]:
         If the folder is not a consortium's, or an admission or a node file is damaged.
     """
     read_json(folder / "consortium.json")
-    numbers = ((read_json(file)["content"], node) for file, node in nodes(folder).items())
-    return {int(content["partition-id"]): node for content, node in numbers}
+    return {admission_of(file)["partition-id"]: node for file, node in nodes(folder).items()}
 
 
 def nodes(folder: Path) -> dict[Path, int]:

@@ -104,3 +104,31 @@ def test_a_whole_log_is_verified_and_a_changed_one_is_not(site: SiteFile) -> Non
     assert changed.exit_code == 1
     assert "audit.jsonl:2 does not continue the line before it" in changed.stdout
     assert log(site, "--noted", last).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"steps": "x", "examples": {}, "left": 5, "where": 5, "seconds": "x", "run": [1]}',
+        b'{"left": [1], "where": {}, "identifiers": [1], "messages": [], "learning-rate": []}',
+        b'{"identifiers": {"e-mail": "b"}}',
+        b'{"steps": Infinity, "examples": NaN}',
+        b"[" * 100_000,
+        b'{"run": "\\ud800"}',
+    ],
+)
+def test_a_line_that_somebody_changed_does_not_end_the_log(site: SiteFile, line: bytes) -> None:
+    file = site.place("state") / audit.FILE
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    for words in ((), ("--verify",), ("--json",)):
+        result = log(site, *words)
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_what_a_message_brought_does_not_reach_the_terminal(site: SiteFile) -> None:
+    """A run's key of escape sequences cleared the screen of whoever read the log."""
+    audit.write(site.place("state"), {"run": "\x1b[2J\nab", "reason": "a\x9b2J\x07"})
+    shown = log(site).stdout
+    assert r"\x1b[2J\nab" in shown
+    assert r"a\x9b2J\x07" in shown
+    assert not set(shown) & set("\x1b\x9b\x07")

@@ -314,7 +314,7 @@ def test_a_damaged_admission_is_one_clear_error(tmp_path: Path, text: str) -> No
     (tmp_path / "admissions").mkdir()
     (tmp_path / "admissions" / "st-e.json").write_text(text)
     federation = resolve({"consortium": str(tmp_path)}).federation
-    with pytest.raises(ConfigError, match="an admission is damaged"):
+    with pytest.raises(ConfigError, match=r"st-e\.json: the admission is damaged"):
         admitted_names(federation)
 
 

@@ -18,7 +18,13 @@ from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.engines.deployment.set_up import check_name
 from grandrounds.errors import ConfigError
-from grandrounds.server.admitted import REVOKED, node_file, revocations
+from grandrounds.server.admitted import (
+    REVOKED,
+    admission_of,
+    consortium_of,
+    node_file,
+    revocations,
+)
 
 VALID_DAYS = 30
 """How long an admission can be joined with, by default."""
@@ -64,7 +70,7 @@ def admit(
             f"--partition-id {partition_id} must be from 0 to {num_partitions - 1}, below "
             f"--num-partitions {num_partitions}."
         )
-    consortium = storage.read_json(folder / "consortium.json")
+    consortium = consortium_of(folder)
     if any(entry["node"] == node for entry in revocations(folder)):
         raise ConfigError(
             f"The node key {node} of {name!r} was revoked: the site must make another one "
@@ -79,14 +85,14 @@ def admit(
         "partition-id": partition_id,
         "num-partitions": num_partitions,
         "superlink": consortium["superlink"],
-        "ca": (folder / "ca.crt").read_text(),
+        "ca": storage.read_text(folder / "ca.crt"),
         "node": node,
         "serial": _next_serial(folder),
         "expires": timestamp(datetime.timedelta(days=days)),
     }
     public = target.with_suffix(".pub")
     line = f"{keys.public_text(asked.key, name)}\n"
-    if not public.is_file() or public.read_text() != line:
+    if not public.is_file() or storage.read_text(public) != line:
         _set_aside(target)
     storage.write_text(public, line)
     storage.write_text(target, signed.signed_text(content, authority))  # a run may be reading it
@@ -96,7 +102,7 @@ def admit(
 def _check_free(folder: Path, asked: Request, partition_id: int) -> None:
     """Raise `ConfigError` if another site has this partition id or name."""
     for file in sorted((folder / "admissions").glob("*.json")):
-        other = storage.read_json(file)["content"]
+        other = admission_of(file, "name", "node")
         own = (keys.fingerprint(asked.key), asked.replaced)
         if other["name"] == asked.name and other["node"] in own:
             continue
@@ -135,7 +141,7 @@ def _set_aside(admission: Path) -> None:
     """Move the node id of a site's present key to those that the site has replaced."""
     if (node := node_file(admission)).is_file():
         before = replaced_nodes(admission)
-        lines = "".join(f"{number}\n" for number in [*before, node.read_text().strip()])
+        lines = "".join(f"{number}\n" for number in [*before, storage.read_text(node).strip()])
         storage.write_text(replaced_node_file(admission), lines)
         node.unlink()
 
@@ -143,7 +149,13 @@ def _set_aside(admission: Path) -> None:
 def replaced_nodes(admission: Path) -> list[int]:
     """Return the node ids of keys that a site has replaced and that are still registered."""
     file = replaced_node_file(admission)
-    return [int(line) for line in file.read_text().split()] if file.is_file() else []
+    lines = storage.read_text(file).split() if file.is_file() else []
+    if strange := [line for line in lines if not line.isdecimal()]:
+        raise ConfigError(
+            f"{file} holds {strange[0][:40]!r}, which is not a node id: write the ids of the nodes "
+            "that the site was before (flwr supernode list), or remove the file."
+        )
+    return list(map(int, lines))
 
 
 def replaced_node_file(admission: Path) -> Path:
@@ -166,10 +178,10 @@ def revoke(folder: Path, name: str) -> Path:
             f"No site {name!r} is admitted in {folder}. Admitted: {', '.join(known) or 'none'}."
         )
     authority = keys.read_private_key(folder / "authority.key")
-    content, serial = storage.read_json(admission)["content"], _next_serial(folder)
+    content, serial = admission_of(admission, "consortium", "node"), _next_serial(folder)
     entry = {"name": name, "node": content["node"], "revoked": timestamp()}
     if (node := node_file(admission)).is_file():
-        entry["node-id"] = node.read_text().strip()
+        entry["node-id"] = storage.read_text(node).strip()
     listed = {
         "consortium": content["consortium"],
         "serial": serial,
@@ -188,7 +200,7 @@ def revoke(folder: Path, name: str) -> Path:
 def check_revocations(folder: Path) -> None:
     """Raise `ConfigError` if a consortium's list of revoked keys is not signed by its authority."""
     if (folder / REVOKED).is_file():
-        authority = keys.read_public_text((folder / "authority.pub").read_text())
+        authority = keys.read_public_text(storage.read_text(folder / "authority.pub"))
         signed.read_signed(folder / REVOKED, "list of revoked keys", authority)
 
 
@@ -203,7 +215,7 @@ def _next_serial(folder: Path) -> int:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        text = file.read_text().strip() if file.is_file() else "0"
+        text = storage.read_text(file).strip() if file.is_file() else "0"
         if not text.isdecimal():
             raise ConfigError(
                 f"{file} holds {text[:40]!r}, which is no serial: write the highest serial of the "

@@ -31,7 +31,7 @@ from grandrounds.site.custody import faults, refusals
 from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.site.custody.state import SiteState
+from grandrounds.site.custody.state import SiteState, opened
 from grandrounds.wire import messages
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 
@@ -50,7 +50,7 @@ class Agent:
         self._site, self._told, self._visits = site, told, visits
         self._stopping = threading.Event()
         self._wake: Callable[[], object] = lambda: None
-        with closing(SiteState(self._folder)) as state:  # fails now if the folder is unusable
+        with opened(self._folder) as state:  # fails now if the folder is unusable
             state.tidy()
 
     @property

@@ -29,9 +29,14 @@ from grandrounds.site.custody import quota
 from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_identifiers, own_split
-from grandrounds.site.custody.own_run import admit, localized, site_in_custody
+from grandrounds.site.custody.own_run import (
+    admit,
+    in_whole_steps,
+    localized,
+    site_in_custody,
+)
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.site.custody.state import SiteState
+from grandrounds.site.custody.state import opened
 from grandrounds.site.local_data import tokenizer_of
 
 CLOCK_SECONDS = 5.0
@@ -82,7 +87,7 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
 
 
 def _state(site: SiteFile) -> Iterator[Finding]:
-    with closing(SiteState(site.place(site.agent.state))) as state:
+    with opened(site.place(site.agent.state)) as state:
         visits = quota.visits_today(state)
         yield Finding("ok", "state", f"{state.folder}, {visits} visits in 24 hours")
     if is_hidden(site.path.parent.resolve()):
@@ -184,7 +189,9 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Whether the policy admits such a run."""
     own = localized(site, config)
-    asked = admit(site, config, own, len(site_in_custody(site, own, "").train))
+    examples = site_in_custody(site, own, "")
+    visiting = in_whole_steps(site, own, examples.report)
+    asked = admit(site, config, visiting, len(examples.train))
     yield Finding(
         "ok",
         "recipe",

@@ -166,7 +166,7 @@ def revocations(folder: Path) -> list[dict[str, Any]]:
         raise ConfigError(
             f"{folder / AUTHORITY} is missing, which verifies {admitted.REVOKED}: join again."
         )
-    authority = keys.read_public_text((folder / AUTHORITY).read_text())
+    authority = keys.read_public_text(storage.read_text(folder / AUTHORITY))
     signed.read_signed(folder / admitted.REVOKED, "list of revoked keys", authority)
     return admitted.revocations(folder)
 
@@ -206,9 +206,9 @@ def _next_key(site: SiteFile) -> dict[Path, str | None]:
     folder = site.path.parent
     key = keys.read_private_key(folder / NEXT_KEY)
     return {
-        site.place(site.node.private_key): (folder / NEXT_KEY).read_text(),
+        site.place(site.node.private_key): storage.read_text(folder / NEXT_KEY),
         folder / "node.pub": f"{keys.public_text(key.public_key(), site.name)}\n",
-        folder / "request.json": (folder / NEXT_REQUEST).read_text(),
+        folder / "request.json": storage.read_text(folder / NEXT_REQUEST),
         folder / NEXT_REQUEST: None,
         folder / NEXT_KEY: None,
     }

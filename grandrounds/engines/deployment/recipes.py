@@ -17,6 +17,7 @@ from grandrounds.config.values import Scalar
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.errors import ConfigError
+from grandrounds.server.admitted import consortium_of
 from grandrounds.site.custody.approvals import Approvals, Recipe, recipe_of
 from grandrounds.site.custody.site_file import SiteFile
 
@@ -41,7 +42,7 @@ def sign_recipe(folder: Path, config: Config, target: Path) -> str:
     ConfigError
         If the folder is not a consortium's, the authority's key cannot be read, or the file exists.
     """
-    consortium = storage.read_json(folder / "consortium.json")
+    consortium = consortium_of(folder)
     authority = keys.read_private_key(folder / "authority.key")
     content = {
         "consortium": consortium["name"],

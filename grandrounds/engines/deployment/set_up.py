@@ -47,7 +47,7 @@ SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 def new_folder(folder: Path, mode: int = 0o700) -> Path:
     """Create a folder; raise `ConfigError` if it exists and is not empty."""
-    folder = folder.expanduser().absolute()
+    folder = storage.expanded(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder. Choose another with --dir.")
     with storage.writing(str(folder), "Choose another with --dir.", ConfigError):

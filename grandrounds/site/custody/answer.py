@@ -119,6 +119,7 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 2. The run's configuration: that of its first visit, and what it becomes at this site.
     policy.check_keys(site, request.context.run_config)
+    policy.check_texts(site, request.context.run_config)
     config = parsed(request.context.run_config)
     kept_runs.check_pinned(state, run, config)
     own = localized(site, config)
@@ -145,8 +146,8 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
-    own = in_whole_steps(own, len(examples.train))
-    request.entry |= admit(site, config, own, len(examples.train)).as_dict()
+    visiting = in_whole_steps(site, own, examples.report)
+    request.entry |= admit(site, config, visiting, len(examples.train)).as_dict()
     data_version = search(request)
 
     # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
@@ -162,8 +163,9 @@ def _answered(request: Request, function: Function) -> Message:
     check_received(request, own, shapes_at_rank(own), kept)
 
     # 9. The visit.
-    chosen = begin(request, config, digest, kept, len(examples.train))
-    settled = machine.settled(own, request.instruction)
+    sizes = len(examples.train), visiting.arguments.max_steps * visiting.examples_per_step
+    chosen = begin(request, config, digest, kept, sizes)
+    settled = machine.settled(visiting, request.instruction)
     visit = Visit(request.message.content, kept, settled, examples, chosen)
     reply = visited(request, visit, function)
 

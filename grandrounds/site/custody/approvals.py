@@ -11,6 +11,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from grandrounds import storage
 from grandrounds.config.digest import canonical, recipe_sha256
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
-from grandrounds.errors import ApprovalError, ConfigError
+from grandrounds.errors import ApprovalError, ConfigError, first_line
 from grandrounds.site.custody.site_file import SiteFile
 
 FOLDER = "recipes"
@@ -70,16 +71,25 @@ class Approvals:
             If its file is damaged.
         """
         file = self._folder / f"{sha256}.json"
-        if not SHA256.fullmatch(sha256) or not file.is_file():
+        if not SHA256.fullmatch(sha256) or not self._is_known(file):
             return None
-        try:
-            return Recipe(**storage.read_json(file))
-        except TypeError as error:
-            raise ConfigError(f"{file} does not describe a recipe: remove it.") from error
+        described = storage.read_json(file)
+        values, texts = described.pop("values", None), described.values()
+        known = {field.name for field in dataclasses.fields(Recipe)}
+        if not (
+            described.get("sha256") == sha256
+            and described.keys() <= known
+            and all(isinstance(text, str) for text in texts)
+            and isinstance(values, dict)
+            and all(isinstance(value, Scalar) for value in values.values())
+        ):
+            raise ConfigError(f"{file} does not describe a recipe: remove it.")
+        return Recipe(values=values, **described)
 
     def all(self) -> list[Recipe]:
         """Return all recipes, the oldest first."""
-        files = sorted(self._folder.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+        known = filter(self._is_known, self._folder.glob("*.json"))
+        files = sorted(known, key=lambda file: file.stat().st_mtime_ns)
         return [recipe for file in files if (recipe := self.find(file.stem)) is not None]
 
     def pending(self) -> list[Recipe]:
@@ -115,7 +125,8 @@ class Approvals:
 
     def withdraw(self, recipe: Recipe) -> None:
         """Forget a recipe: approved, it is no longer; waiting, it is no longer listed."""
-        (self._folder / f"{recipe.sha256}.json").unlink(missing_ok=True)
+        with self._writing():
+            (self._folder / f"{recipe.sha256}.json").unlink(missing_ok=True)
 
     def note(self, recipe: Recipe, run: str) -> bool:
         """List a recipe as waiting; return whether there was room for it."""
@@ -125,9 +136,23 @@ class Approvals:
         return True
 
     def _write(self, recipe: Recipe) -> None:
-        for folder in (self._folder.parent, self._folder):  # the agent's state is its user's alone
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        storage.write_json(self._folder / f"{recipe.sha256}.json", dataclasses.asdict(recipe))
+        with self._writing():
+            for folder in (self._folder.parent, self._folder):  # the state is its user's alone
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            storage.write_json(self._folder / f"{recipe.sha256}.json", dataclasses.asdict(recipe))
+
+    def _is_known(self, file: Path) -> bool:
+        """Whether a recipe has a file; raise `ConfigError` if this user cannot see that."""
+        try:
+            return file.is_file()
+        except OSError as error:
+            raise ConfigError(
+                f"{file} cannot be read: {first_line(error)}. Run the command as the agent's user."
+            ) from error
+
+    def _writing(self) -> AbstractContextManager[None]:
+        advice = "Run the command as the agent's user, and free the disk if it is full."
+        return storage.writing(f"{self._folder}", advice, ConfigError)
 
 
 def check_approved(site: SiteFile, state: Path, config: Config, run: str) -> dict[str, Any]:

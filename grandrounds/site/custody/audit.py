@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, first_line
 from grandrounds.storage import writing
 
 FILE = "audit.jsonl"
@@ -157,23 +157,29 @@ class Line:
 
 def rotated(folder: Path) -> list[Path]:
     """Return the full files, oldest first."""
-    return sorted(p for p in folder.glob("audit-*.jsonl") if p.stem.rpartition("-")[2].isdigit())
+    return sorted(p for p in folder.glob("audit-*.jsonl") if p.stem.rpartition("-")[2].isdecimal())
 
 
 def lines(folder: Path) -> Iterator[Line]:
-    """Yield every line, oldest first."""
+    """Yield every line, oldest first; raise `ConfigError` if a file cannot be read."""
     current = folder / FILE
-    for file in [*rotated(folder), *([current] if current.exists() else [])]:
-        with file.open("rb") as handle:
-            for number, raw in enumerate(handle, 1):
-                text = raw.removesuffix(b"\n")
-                yield Line(file.name, number, hashlib.sha256(text).hexdigest(), _entry(text))
+    try:
+        for file in [*rotated(folder), *([current] if current.exists() else [])]:
+            with file.open("rb") as handle:
+                for number, raw in enumerate(handle, 1):
+                    text = raw.removesuffix(b"\n")
+                    yield Line(file.name, number, hashlib.sha256(text).hexdigest(), _entry(text))
+    except OSError as error:
+        raise ConfigError(
+            f"The audit log in {folder} cannot be read: {first_line(error)}. Only the agent's user "
+            "can read it."
+        ) from error
 
 
 def _entry(text: bytes) -> Mapping[str, Any] | None:
     try:
         found = json.loads(text)
-    except ValueError:  # also text that is not UTF-8
+    except (ValueError, RecursionError):  # also text that is not UTF-8
         return None
     return found if isinstance(found, dict) else None
 

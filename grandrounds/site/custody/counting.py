@@ -6,10 +6,8 @@ from flwr.app import MessageType, RecordDict
 
 from grandrounds.config.keys import Config
 from grandrounds.site.custody import kept_runs, order, quota, replay
-from grandrounds.site.custody.own_run import in_whole_steps
 from grandrounds.site.custody.request import Request
 from grandrounds.site.visit import Chosen
-from grandrounds.wire.schedule import examples_of_a_visit
 
 
 def check_quota(request: Request) -> None:
@@ -27,7 +25,7 @@ def check_quota(request: Request) -> None:
 
 
 def begin(
-    request: Request, config: Config, digest: str, kept: RecordDict, num_examples: int
+    request: Request, config: Config, digest: str, kept: RecordDict, sizes: tuple[int, int]
 ) -> Chosen | None:
     """Count a visit, also if it fails afterwards, and return the examples that it trains on.
 
@@ -35,8 +33,8 @@ def begin(
     ----------
     kept
         What the site keeps of the run.
-    num_examples : int
-        Training examples of the site.
+    sizes
+        Training examples of the site, and examples of the visit.
 
     Raises
     ------
@@ -48,11 +46,10 @@ def begin(
         return None
     kept_runs.check_room(state)
     trains = request.kind == MessageType.TRAIN
-    size = examples_of_a_visit(in_whole_steps(config, num_examples), num_examples)
     with state.lasting():
         quota.check_run(site, state, run)
         quota.check_visits(site, state)
         quota.count_visit(state, run, request.round)
         kept_runs.note_visit(state, run, config)
-        start = replay.reserve(request, digest, num_examples, size) if trains else None
-    return order.choose(state, start, kept, (num_examples, size)) if start else None
+        start = replay.reserve(request, digest, *sizes) if trains else None
+    return order.choose(state, start, kept, sizes) if start else None

@@ -239,10 +239,20 @@ def _as_told(site: SiteFile, field: Field, value: Any, report: Mapping[str, int]
         return value
     if isinstance(value, float):
         return rounded_loss(value)
+    training, held_out = _counts(site, report)
+    return held_out if field.name == "held-out-examples" or field.kind == EVALUATE else training
+
+
+def told_examples(site: SiteFile, report: Mapping[str, int]) -> int:
+    """Return the number of training examples that a site tells, and that its epochs count."""
+    return report["train-examples"] if site.tell.figures == EXACT else _counts(site, report)[0]
+
+
+def _counts(site: SiteFile, report: Mapping[str, int]) -> tuple[int, int]:
+    """Return the rounded numbers of training and held-out examples."""
     usable = report["rows"] - report["empty-rows"] - report["duplicate-rows"]
     held_out = site.data.held_out_fraction * usable
-    is_held_out = field.name == "held-out-examples" or field.kind == EVALUATE
-    return rounded_count(max(1, round(held_out if is_held_out else usable - held_out)))
+    return rounded_count(max(1, round(usable - held_out))), rounded_count(max(1, round(held_out)))
 
 
 # --- In words -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from grandrounds.config.keys import Config
@@ -13,6 +13,7 @@ from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.machine import specs
 from grandrounds.site.custody import policy
+from grandrounds.site.custody.disclosure import told_examples
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_site, own_split
 from grandrounds.site.custody.site_file import SiteFile
@@ -81,16 +82,23 @@ def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> pol
     return asked
 
 
-def in_whole_steps(own: Config, num_examples: int) -> Config:
-    """Return a site's configuration without the last step of a visit if it is a shorter one.
+def in_whole_steps(site: SiteFile, own: Config, report: Mapping[str, int]) -> Config:
+    """Return a site's configuration with the steps of a visit in the place of its epochs.
 
-    A visit of whole epochs ends with as many examples as are left, down to a single one, whose
-    gradient would be a step of its own.
+    An epoch has as many examples as the site tells: if it had those that there are, the epochs that
+    the policy refuses would tell how many these are, to the last one. Steps are whole, since a
+    shorter last one could be the gradient of a single example.
+
+    Parameters
+    ----------
+    report
+        Counts of the site's rows and examples, as in `Site.report`.
     """
-    steps, rest = divmod(examples_of_a_visit(own, num_examples), own.examples_per_step)
-    if own.arguments.max_steps > 0 or not rest or not steps:
+    if own.arguments.max_steps > 0:
         return own
-    return dataclasses.replace(own, arguments=dataclasses.replace(own.arguments, max_steps=steps))
+    steps = examples_of_a_visit(own, told_examples(site, report)) // own.examples_per_step
+    arguments = dataclasses.replace(own.arguments, max_steps=max(1, steps))
+    return dataclasses.replace(own, arguments=arguments)
 
 
 def shapes_at_rank(own: Config) -> Shapes:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from flwr.app import ConfigRecord
 
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
 from grandrounds.config.values import words_of
+from grandrounds.config.words import has_controls
 from grandrounds.errors import PolicyError, nearest
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import messages
@@ -282,6 +283,27 @@ def check_keys(site: SiteFile, keys: Iterable[str]) -> None:
             f"{_forbids(site)}: the site does not know {named}.{nearest(strange[0], known)} "
             "Install the same version of grandrounds everywhere."
         )
+
+
+MOST_CHARACTERS = 4096
+"""Length of a value of a run's configuration. It is kept with the run, and shown to operators."""
+
+
+def check_texts(site: SiteFile, values: Mapping[str, object]) -> None:
+    """Raise `PolicyError` if a text in the configuration of a run is too long or no plain text.
+
+    It would fill the audit log and the state folder, or write to an operator's terminal.
+    """
+    for key, value in values.items():
+        if not isinstance(value, str):
+            continue
+        if len(value) > MOST_CHARACTERS:
+            raise PolicyError(
+                f"{_forbids(site)}: {key} has {len(value)} characters, of at most "
+                f"{MOST_CHARACTERS}."
+            )
+        if has_controls(value):
+            raise PolicyError(f"{_forbids(site)}: {key} contains a control character.")
 
 
 RATE_TOLERANCE = 1e-6

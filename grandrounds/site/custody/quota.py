@@ -27,6 +27,16 @@ def in_progress(state: SiteState, run: str) -> bool:
     return state.count(query, run, state.now() - DAY_SECONDS) > 0
 
 
+def is_counted_alone(state: SiteState, run: str) -> bool:
+    """Whether a run has limits of its own, apart from those that strangers share.
+
+    One that is in progress, or that the operator has allowed by its key.
+    """
+    query = "select count(*) from grants where run = ? and run <> '' and at > ?"
+    granted = state.count(query, run, state.now() - DAY_SECONDS) > 0
+    return granted or in_progress(state, run)
+
+
 def visits_today(state: SiteState) -> int:
     """Return the number of visits in the last 24 hours."""
     since = state.now() - DAY_SECONDS
@@ -60,9 +70,12 @@ def check_run(site: SiteFile, state: SiteState, run: str) -> None:
     raise PolicyError(
         f"The policy of site {site.name!r} forbids this run: max-runs-per-day = "
         f"{site.policy.max_runs_per_day}, and another run has visited in the last 24 hours. This "
-        f"opens by itself at {moment}, or at once by the site's operator: grandrounds site "
-        f"allow-run {run} --config {site.path.name}"
+        f"opens by itself at {moment}, or at once by the site's operator: {_command(site, run)}"
     )
+
+
+def _command(site: SiteFile, run: str) -> str:
+    return f"grandrounds site allow-run {run} --config {site.path.name}"
 
 
 def check_visits(site: SiteFile, state: SiteState) -> None:
@@ -77,13 +90,14 @@ def check_visits(site: SiteFile, state: SiteState) -> None:
 
 def check_questions(site: SiteFile, state: SiteState, run: str) -> None:
     """Raise `PolicyError` if so many questions were answered in 24 hours; `refusals` has others."""
-    known = in_progress(state, run)
+    known = is_counted_alone(state, run)
     most, bucket = (MOST_QUESTIONS, run) if known else (MOST_QUESTIONS_OF_OTHERS, "")
     query = "select count(*) from question_log where run = ? and at > ?"
     if state.count(query, bucket, state.now() - DAY_SECONDS) >= most:
         raise PolicyError(
             f"The policy of site {site.name!r} forbids this run: it answers at most {most} roll "
             f"calls in 24 hours of {'one run' if known else 'runs that have not visited'}."
+            + ("" if known else f" The site's operator can allow it: {_command(site, run)}")
         )
 
 
@@ -91,7 +105,7 @@ def count_question(state: SiteState, run: str) -> None:
     """Count a roll call, or another request without a visit, that was answered."""
     now = state.now()
     state.table.execute("delete from question_log where at < ?", (now - DAY_SECONDS,))
-    bucket = run if in_progress(state, run) else ""
+    bucket = run if is_counted_alone(state, run) else ""
     state.table.execute("insert into question_log values (?, ?)", (now, bucket))
 
 

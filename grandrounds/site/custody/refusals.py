@@ -1,7 +1,8 @@
 """Refusals are counted, and beyond a number of them the site answers without work or log line.
 
-Otherwise refused messages would cost a site its time and disk. Runs in progress are counted each
-by itself, all others together: a stranger's refusals do not close the site to a run in progress.
+Otherwise refused messages would cost a site its time and disk. Runs in progress, and those that the
+operator allowed by their key, are counted each by itself, all others together, so that refusals of
+strangers do not close the site to them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from grandrounds.errors import ThrottledError
 from grandrounds.site.custody import audit
-from grandrounds.site.custody.quota import in_progress
+from grandrounds.site.custody.quota import is_counted_alone
 from grandrounds.site.custody.state import SiteState
 
 MOST = 20
@@ -72,4 +73,4 @@ def recorded(state: SiteState, run: str, line: Mapping[str, Any]) -> bool:
 
 
 def _bucket(state: SiteState, run: str) -> str:
-    return run if run and in_progress(state, run) else ""
+    return run if run and is_counted_alone(state, run) else ""

@@ -20,6 +20,7 @@ from grandrounds.config.validation import check_value
 from grandrounds.config.values import OneOf, Range, words_of
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.site.custody.together import finish
+from grandrounds.storage import expanded
 
 TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
 
@@ -148,7 +149,7 @@ class SiteFile:
 
     def place(self, name: str) -> Path:
         """Return a path from the file as an absolute path."""
-        return (self.path.parent / Path(name).expanduser()).absolute()
+        return (self.path.parent / expanded(name)).absolute()
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -175,7 +176,7 @@ def read_site_file(path: Path) -> SiteFile:
         If it cannot be read, has an unknown key (the nearest one is suggested), has a value of
         the wrong type or out of range, or is inconsistent.
     """
-    path = path.expanduser().absolute()
+    path = expanded(path).absolute()
     finish(path.parent)
     return parse_site_file(path, _text(path))
 
@@ -215,7 +216,7 @@ def _text(path: Path) -> str:
 def _toml(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
 

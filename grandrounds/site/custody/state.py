@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from grandrounds.errors import ConfigError, first_line
@@ -80,11 +80,7 @@ class SiteState:
             self.table.execute("pragma synchronous = normal")
             self._make_tables()
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"agent.state = {folder} cannot be used ({first_line(error)}). Set a folder that "
-                "the agent's user can write, or remove a damaged site.sqlite: quotas start anew, "
-                "and cursors, error memories and cached replies of unfinished runs are lost."
-            ) from error
+            raise _unusable(folder, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -148,3 +144,27 @@ class SiteState:
         with self.lasting() as table:
             earlier_state.take_over(table, self.folder, STATES, self.now())
             table.execute(f"pragma user_version = {VERSION}")
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[SiteState]:
+    """Open the state in a folder, for a command of the site's operator.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be opened, or is found damaged meanwhile.
+    """
+    try:
+        with closing(SiteState(folder)) as state:
+            yield state
+    except sqlite3.Error as error:
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"agent.state = {folder} cannot be used ({first_line(error)}). Set a folder that the "
+        "agent's user can write, or remove a damaged site.sqlite: quotas start anew, and cursors, "
+        "error memories and cached replies of unfinished runs are lost."
+    )

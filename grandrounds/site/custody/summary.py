@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
-from grandrounds.errors import PolicyError
+from grandrounds.config.words import NOT_TOLD
+from grandrounds.errors import GrandRoundsError
 from grandrounds.site.custody import policy
 from grandrounds.site.custody.approvals import SHORT, Recipe
 from grandrounds.site.custody.site_file import SiteFile
@@ -19,7 +21,7 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     others
         All recipes of the site; the differences to the one approved last are listed.
     """
-    value = recipe.values
+    value = defaultdict(lambda: NOT_TOLD, recipe.values)  # another version may have kept it
     arguments = "train.training-arguments."
     alpha, rank = value["model.lora.peft-lora-alpha"], value["model.lora.peft-lora-r"]
     steps, batch = value[f"{arguments}max-steps"], value[f"{arguments}per-device-train-batch-size"]
@@ -44,7 +46,7 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     approved = [o for o in others if o.approved and o.sha256 != recipe.sha256]
     if approved:
         last = max(approved, key=lambda other: other.approved)
-        keys = [key for key in value if value[key] != last.values.get(key)]
+        keys = [key for key in recipe.values if value[key] != last.values.get(key)]
         changes = ", ".join(f"{key}: {last.values.get(key)!r} → {value[key]!r}" for key in keys)
         yield f"    from {last.sha256[:SHORT]}, approved {last.approved}: {changes}"
 
@@ -56,6 +58,6 @@ def objection(site: SiteFile, recipe: Recipe) -> str:
     """
     try:
         policy.check_recipe(site, recipes.resolve(recipe.values))
-    except PolicyError as error:
+    except GrandRoundsError as error:
         return str(error)
     return ""

@@ -282,3 +282,44 @@ def test_serials_only_grow(consortium: Path, site: Path) -> None:
     (consortium / admissions.SERIAL).write_text("three")
     with pytest.raises(ConfigError, match="holds 'three', which is no serial"):
         admit(consortium, site)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("consortium.json", '{"name": 5}'),
+        ("consortium.json", "["),
+        ("consortium.json", '{"a":' * 100_000),
+        ("admissions/other.json", "{}"),
+        ("admissions/other.json", '{"content": []}'),
+        ("admissions/other.json", '{"content": {"name": "other", "partition-id": 0}}'),
+        ("admissions/st-elsewhere.replaced-node", "12x"),
+        ("ca.crt", "\udcff"),
+        ("serial", "\udcff"),
+    ],
+)
+def test_a_damaged_folder_of_a_consortium_is_told(
+    consortium: Path, site: Path, name: str, content: str
+) -> None:
+    """Each was a traceback."""
+    (consortium / name).write_text(content, errors="surrogateescape")
+    node = keys.fingerprint(keys.read_private_key(site / "node.key").public_key())
+    where = ["--dir", str(consortium), "--partition-id", "0", "--num-partitions", "5"]
+    words = ["consortium", "admit", str(site / "request.json"), *where, "--fingerprint", node]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == ConfigError.exit_code
+    assert name.rpartition("/")[2] in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("site", "log", "--config"),
+        ("site", "init", "--name", "st-e", "--dir"),
+        ("consortium", "revoke", "st-e", "--dir"),
+    ],
+)
+def test_the_home_of_an_unknown_user_is_told(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*words, "~nobody-of-this-name/x"])
+    assert result.exit_code == ConfigError.exit_code
+    assert "~nobody-of-this-name/x begins with the home of a user" in result.stderr

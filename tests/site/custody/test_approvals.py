@@ -248,3 +248,45 @@ def test_a_site_that_waits_does_not_stop_a_run_that_needs_fewer(
     run = play(some, grid=grid_of_sites(some, sites))
     assert time.monotonic() - started < 60
     assert "waiting for approval" in metrics_of(run)[0]["refused"]["node 2"]
+
+
+# --- Damaged files --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": 5},
+        {"values": {"seed": [1]}},
+        {"approved": 5},
+        {"run": ["ab"]},
+        {"sha256": "ab"},
+        {"more": ""},
+    ],
+)
+def test_a_file_that_describes_no_recipe_is_told(site: SiteFile, change: dict[str, Any]) -> None:
+    kept = approvals_of(site).approve(recipe_of(recipes.resolve({})), "")
+    file = site.place("state") / "recipes" / f"{kept.sha256}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match="does not describe a recipe: remove it"):
+        approvals_of(site).all()
+
+
+def test_a_recipe_of_a_version_with_other_keys_is_still_listed(site: SiteFile) -> None:
+    """One that lacked a key was a traceback for every recipe that waited."""
+    kept = approvals_of(site).approve(recipe_of(recipes.resolve({})), "")
+    old = {"approved": "", "values": {"seed": 42, "an-old-key": 1}}
+    file = site.place("state") / "recipes" / f"{kept.sha256}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **old}))
+    assert "base not told" in run_cli("site", "pending", "--config", site.path)
+    approved = run_cli("site", "approve", kept.sha256, "--config", site.path)
+    assert "warning: " in approved
+    assert "an-old-key" in approved
+
+
+def test_a_folder_that_cannot_be_written_is_told(site: SiteFile) -> None:
+    approvals = approvals_of(site)
+    site.place("state").mkdir(mode=0o700)
+    (site.place("state") / "recipes").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written: .* as the agent's user"):
+        approvals.approve(recipe_of(recipes.resolve({})), "")

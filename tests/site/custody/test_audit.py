@@ -118,3 +118,16 @@ def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / audit.FILE).mkdir()
     with pytest.raises(ConfigError, match="The audit log cannot be written"):
         audit.write(tmp_path, {"asked": "train"})
+
+
+def test_a_file_with_other_digits_in_its_name_is_none_of_the_logs(tmp_path: Path) -> None:
+    """A site with such a file in its state folder answered nothing any more."""
+    (tmp_path / "audit-²³.jsonl").write_text("{}\n")
+    filled(tmp_path, 2)
+    assert audit.verified(tmp_path).count == 2
+
+
+def test_a_log_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / audit.FILE).mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be read: .* Only the agent's user"):
+        audit.read(tmp_path)

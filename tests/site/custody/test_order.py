@@ -6,13 +6,18 @@ import stat
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from grandrounds.config import recipes
 from grandrounds.errors import ConfigError
+from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import order
 from grandrounds.site.custody.order import epoch_order, next_examples, secret_of
 from grandrounds.site.custody.state import SiteState
+from grandrounds.wire.schedule import round_learning_rate_of
+from tests import asking
 from tests.asking import Asking
 from tests.own_sites import sites_of
 from tests.runs import Settings
@@ -124,3 +129,16 @@ def test_where_the_tables_were_lost_the_orders_of_before_do_not_come_back(
         file.unlink()
     asks()
     assert asks.chosen()[0] != asks.chosen()[1]
+
+
+def test_where_a_run_counts_epochs_other_sites_may_have_taken_more_steps(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """An adapter was measured by the steps of this site alone, however many another had taken."""
+    [site, *_] = sites_of(settings, tmp_path)
+    epochs = {**settings, "train.training-arguments.max-steps": -1}
+    rate = round_learning_rate_of(recipes.resolve(epochs), 1)
+    with patch.object(custody, "check_received") as checked, patch.object(asking, "made_up"):
+        Asking(site, epochs)("ab", said={"learning-rate": rate})
+    [(_, own, *_)] = [call.args for call in checked.call_args_list]
+    assert own.arguments.max_steps == -1

@@ -255,10 +255,42 @@ def test_a_message_may_instruct_only_the_learning_rate_of_the_schedule(site: Sit
 def test_a_visit_of_epochs_takes_no_shorter_last_step(site: SiteFile) -> None:
     """129 examples in batches of 16 would end with a step of a single one."""
     epochs = recipes.resolve({STEPS: -1, "train.training-arguments.num-train-epochs": 1.0})
+    exact = dataclasses.replace(site, tell=dataclasses.replace(site.tell, figures="exact"))
     assert examples_of_a_visit(epochs, 129) == 129
-    assert examples_of_a_visit(in_whole_steps(epochs, 129), 129) == 128
-    assert in_whole_steps(epochs, 128) is epochs
-    few = in_whole_steps(epochs, 3)
-    assert policy.asked_of(few, TARGETS, 3).step_examples == 3
+    for count, taken in ((128, 128), (129, 128), (3, 16)):
+        visiting = in_whole_steps(exact, epochs, {"train-examples": count})
+        assert examples_of_a_visit(visiting, count) == taken
     steps = recipes.resolve({STEPS: 6})
-    assert in_whole_steps(steps, 129) is steps
+    assert in_whole_steps(site, steps, {}) is steps
+
+
+def test_the_epochs_that_a_site_refuses_do_not_count_its_examples(site: SiteFile) -> None:
+    """13 roll calls, each halving what was left, told the exact number of training examples, and
+    with another sequence length how many of them it cuts."""
+    refused = []
+    for rows, unlearnable in ((450, 0), (450, 40), (461, 3), (520, 0)):
+        report = {"rows": rows, "empty-rows": 0, "duplicate-rows": 0}
+        report["train-examples"] = rows - rows // 20 - unlearnable
+        answers = []
+        for epochs in range(50, 150):
+            epoch = {STEPS: -1, BATCH: 4, "train.training-arguments.num-train-epochs": epochs / 100}
+            config = recipes.resolve(epoch)
+            visiting = in_whole_steps(site, config, report)
+            asked = policy.asked_of(visiting, TARGETS, report["train-examples"])
+            answers.append(list(policy.objections(site, asked)))
+        refused.append(answers)
+    assert refused[0][:10] != refused[0][-10:]
+    assert all(answers == refused[0] for answers in refused)
+
+
+@pytest.mark.parametrize("key", ["data.partition-by", "model.name", "run-directory"])
+@pytest.mark.parametrize("text", ["x" * 4097, "\x1b[2J", "a\nb", "\ud800"])
+def test_a_text_that_fills_the_log_or_writes_to_a_terminal_is_refused(
+    site: SiteFile, key: str, text: str
+) -> None:
+    """A roll call with 350,000 times q_proj as target modules was answered, with 0.5 MB in the
+    audit log."""
+    policy.check_texts(site, recipes.resolve({key: "Blutdruck bei Säuglingen"}).flat())
+    with pytest.raises(PolicyError, match=f"forbids this run: {key} ") as refused:
+        policy.check_texts(site, recipes.resolve({}).flat() | {key: text})
+    assert len(str(refused.value)) < 200

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from grandrounds.cli import app
-from grandrounds.errors import PolicyError
-from grandrounds.site.custody import clock, kept_runs, quota
+from grandrounds.errors import PolicyError, ThrottledError
+from grandrounds.site.custody import clock, kept_runs, quota, refusals
 from grandrounds.site.custody.clock import DAY_SECONDS, Reading
 from grandrounds.site.custody.state import SiteState
 from tests.asking import Asking
@@ -239,3 +239,26 @@ def test_the_sites_time_goes_on_over_messages(tmp_path: Path) -> None:
             times += [state.now(), state.now()]
     assert times == sorted(times)
     assert times[-1] < 5
+
+
+def test_strangers_who_use_up_what_runs_share_do_not_keep_out_a_run_that_was_allowed(
+    asks: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 roll calls under new keys closed a site to every new run for a day, and 20 refusals for
+    ten minutes, and no command of the operator opened it."""
+    monkeypatch.setattr(quota, "MOST_QUESTIONS_OF_OTHERS", 3)
+    monkeypatch.setattr(refusals, "MOST", 4)
+    for key in ("a1", "a2", "a3"):
+        asks(key, 0, "query")
+    with pytest.raises(PolicyError, match=r"answers at most 3 .* site allow-run bb --config site"):
+        asks("bb", 0, "query")
+    allow(asks, "allow-run", "bb")
+    asks("bb", 0, "query")
+    for key in ("c1", "c2", "c3"):
+        with pytest.raises(PolicyError, match="answers at most 3"):
+            asks(key, 0, "query")
+    allow(asks, "allow-run")  # whichever comes next: none has limits of its own for that
+    with pytest.raises(ThrottledError):
+        asks("dd", 0, "query")
+    asks("bb", 0, "query")
+    asks("bb")

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
+from typer.testing import CliRunner
 
+from grandrounds.cli import app
 from grandrounds.errors import ConfigError
 from grandrounds.site.custody import kept_runs, quota
-from grandrounds.site.custody.state import STATES, SiteState
+from grandrounds.site.custody.state import FILE, STATES, SiteState
 from grandrounds.site.custody.state_files import read_records, write_records
 from grandrounds.site.visit import Visit
 from tests.asking import Asking
@@ -148,3 +150,20 @@ def test_everything_in_the_state_folder_is_its_owners_alone(
     found = {f: stat.S_IMODE(f.stat().st_mode) for f in site.place("state").rglob("*")}
     assert {mode for f, mode in found.items() if f.is_file()} == {0o600}
     assert {mode for f, mode in found.items() if f.is_dir()} == {0o700}
+
+
+@pytest.mark.parametrize("command", ["runs", "allow-run", "check"])
+def test_a_damaged_index_is_told_by_every_command(
+    settings: Settings, tmp_path: Path, command: str
+) -> None:
+    """It was noticed only where its first page was damaged."""
+    [site, *_] = sites_of(settings, tmp_path)
+    with closing(SiteState(site.place("state"))) as state:
+        state.now()
+        state.table.execute("pragma journal_mode = delete")
+    file = site.place("state") / FILE
+    content = file.read_bytes()
+    file.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    result = CliRunner().invoke(app, ["site", command, "--config", str(site.path)])
+    assert result.exit_code != 0
+    assert "remove a damaged site.sqlite" in result.output
