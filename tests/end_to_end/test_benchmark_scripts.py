@@ -64,15 +64,14 @@ def test_full_size_plays_whole_rounds_beside_bare_loops_and_the_templates_way(
 
 
 def test_full_size_says_what_would_fit_where_memory_runs_out(tmp_path: Path) -> None:
-    # A round of this size needs over 100 MiB; one of "tiny" may fit into what was freed before.
-    command = [sys.executable, str(SCRIPTS / "full_size.py"), "--architecture", "6m"]
+    command = [sys.executable, str(SCRIPTS / "full_size.py"), "--architecture", "tiny"]
     done = subprocess.run(
-        [*command, *["--rounds", "1", "--threads", "1", "--arms", "same", "--memory-gib", "0.01"]],
+        [*command, *["--rounds", "1", "--threads", "1", "--arms", "same", "--memory-gib", "0.001"]],
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ
-        | {"MALLOC_MMAP_THRESHOLD_": "1000000"},  # freed memory returns to the system at once
+        # Freed memory returns to the system at once: a round shall not fit into what was freed.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
     assert done.returncode == 1
     assert "Memory ran out" in done.stderr, done.stderr

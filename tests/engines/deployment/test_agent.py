@@ -148,7 +148,7 @@ def test_another_user_cannot_connect_unless_a_group_is_named(
 @pytest.mark.slow
 def test_the_base_is_loaded_once_for_all_messages(settings: Settings, tmp_path: Path) -> None:
     """A process of its own, asked again and again by new connections."""
-    [site, *_] = sites_of(settings, tmp_path)
+    [site, *_] = sites_of(settings, tmp_path, tell__telemetry=True)
     command = [sys.executable, "-m", "grandrounds", "site", "serve", "--config", str(site.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
