@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 
-from grandrounds.config.keys import PLACES, Config
+from grandrounds.config.keys import PLACES_AND_TRACKERS, Config
 from grandrounds.config.values import Scalar
 
 LEFT_OUT = (
-    *PLACES,
-    "train.report-to",
+    *PLACES_AND_TRACKERS,
     "static.dataset.name",
     "data.partitioner",
     "data.partition-by",

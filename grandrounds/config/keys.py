@@ -22,6 +22,9 @@ from grandrounds.config.values import AUTO, OneOf, Range, Scalar, SomeOf, words_
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run lives rather than what it computes; recipes leave them out."""
 
+PLACES_AND_TRACKERS = (*PLACES, "train.report-to")
+"""Keys that may differ between two runs that compute the same."""
+
 
 @dataclass(frozen=True)
 class FederationConfig:

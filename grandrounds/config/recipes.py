@@ -12,7 +12,7 @@ from typing import Any
 
 from grandrounds.config.bases import names_a_base
 from grandrounds.config.entries import Entry, read_entry
-from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, PLACES, Config
+from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, PLACES_AND_TRACKERS, Config
 from grandrounds.config.resets import resets
 from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
@@ -185,8 +185,13 @@ def merged(layers: Iterable[Layer]) -> dict[str, Scalar]:
 
     A key overrides its alias in an earlier layer, and an alias its key.
     """
+    return overlaid(values for _, values in layers)
+
+
+def overlaid(mappings: Iterable[Mapping[str, Scalar]]) -> dict[str, Scalar]:
+    """Return settings as one mapping, later ones overriding, also through an alias."""
     out: dict[str, Scalar] = {}
-    for _, values in layers:
+    for values in mappings:
         for alias, key in ALIASES.items():
             if key in values:
                 out.pop(alias, None)
@@ -234,8 +239,7 @@ def notes(values: Mapping[str, Scalar], file: Path | None = None) -> list[str]:
 
 def resolve(*layers: Mapping[str, Scalar]) -> Config:
     """Merge layers over the packaged defaults, later ones overriding, and validate the result."""
-    merged = {key: value for layer in layers for key, value in layer.items()}
-    return parse(merged, defaults())
+    return parse(overlaid(layers), defaults())
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -255,12 +259,11 @@ def with_absolute_paths(config: Config) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """Return `key: old → new` for each difference, except run directories and trackers."""
-    ignored = (*PLACES, "train.report-to")
     before, after = old.flat(), new.flat()
     return [
         f"{key}: {before[key]!r} → {after[key]!r}"
         for key in FIELD_OF_KEY
-        if key not in ignored and before[key] != after[key]
+        if key not in PLACES_AND_TRACKERS and before[key] != after[key]
     ]
 
 

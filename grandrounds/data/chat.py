@@ -19,7 +19,6 @@ from grandrounds.errors import ConfigError
 QUESTION, ANSWER = "Which drug is it?", "Zyx seven"
 """Stand in for a question and its answer; no template changes their characters."""
 
-
 NOT_A_PREFIX = (
     "finished conversations do not begin with its generation prompt (a thinking template): trained "
     "on are generation prompt, answer and end of turn"
@@ -51,16 +50,17 @@ class ChatFormat:
         found = []
         for text, ids in zip(texts, whole["input_ids"], strict=True):
             in_context = list(ids[: len(before)]) == before
-            found.append(list(ids[len(before) :]) if in_context else _alone(tokenizer, text))
+            # else its first token would join the prompt's last one
+            found.append(list(ids[len(before) :]) if in_context else apart(tokenizer, [text])[0])
         return found
 
 
-def _alone(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text whose first token would otherwise join the prompt's last one."""
-    if tokenizer.tokenize("a")[0].startswith("▁"):  # SentencePiece prepends a space itself
-        text = text.removeprefix(" ")
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def apart(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of texts that follow something else, each tokenised by itself."""
+    if tokenizer.tokenize("a")[0].startswith("▁"):
+        # SentencePiece prepends a space itself; ours would be a second one.
+        texts = [text.removeprefix(" ") for text in texts]
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
 def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: bool) -> str:

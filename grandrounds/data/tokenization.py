@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grandrounds.data.chat import chat_format
+from grandrounds.data.chat import apart, chat_format
 from grandrounds.data.prompts import build_prompt, response_text
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> l
         return []
     if template == "chat":
         return chat_format(tokenizer).answer_ids(tokenizer, answers)
-    texts = [response_text(template, answer) for answer in answers]
-    if tokenizer.tokenize("a")[0].startswith("▁"):
-        # SentencePiece prepends a space itself; ours would be a second one.
-        texts = [text.removeprefix(" ") for text in texts]
-    return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return apart(tokenizer, [response_text(template, answer) for answer in answers])
 
 
 def end_token_ids(tokenizer: Any, template: str) -> tuple[int, ...]:

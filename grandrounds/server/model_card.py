@@ -22,7 +22,7 @@ from grandrounds.server.described import (
     is_of_the_formulary,
     with_own_data,
 )
-from grandrounds.server.listeners.plain import defence
+from grandrounds.server.listeners.start_rows import defence
 from grandrounds.server.listeners.trackers import settings_of
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"

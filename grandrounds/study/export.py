@@ -29,7 +29,7 @@ from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_lo
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.server.directory import Checkpoint
-from grandrounds.server.listeners.plain import device_of
+from grandrounds.server.listeners.start_rows import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
 from grandrounds.statistics import wilson_interval
 from grandrounds.storage import whole_folder, writing

@@ -14,8 +14,8 @@ BASE = "base-content"
 """Key of an introduction: the SHA-256 of the base's files. Only sites in their own custody tell."""
 
 DATA_TAG = "data-tag"
-"""Key of a real site's introduction: a keyed hash of its data, the same as long as they are, within
-a run."""
+"""Key of an introduction: a hash of the site's examples, the same as long as they are. That of a
+real site is keyed by a secret of its own and differs from run to run."""
 
 HELD_OUT_LOSS = "held-out-loss"
 """Metric of a real site's reply to `evaluate`: its loss in nats per answer token, rounded. It takes

@@ -104,6 +104,8 @@ def test_the_command_line_wins_over_an_alias_in_the_file(file: Path) -> None:
     assert resolve(load_recipe(path)).strategy.fraction_train == 0.1
     given = resolve(from_options(path, ["strategy.fraction-train=0.3"]))
     assert given.strategy.fraction_train == 0.3
+    between = resolve(load_recipe(path), {"strategy.fraction-train": 0.3})  # as site approve does
+    assert between.strategy.fraction_train == 0.3
     path = written(file, f"{LEAST}strategy.fraction-train = 0.1")
     assert resolve(from_options(path, ["strategy.fraction-fit=0.3"])).strategy.fraction_train == 0.3
 

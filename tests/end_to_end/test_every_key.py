@@ -17,7 +17,7 @@ from grandrounds.config.keys import FIELD_OF_KEY
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.validation import parse
 from grandrounds.errors import ConfigError
-from grandrounds.server.listeners.plain import without_effect
+from grandrounds.server.listeners.start_rows import without_effect
 from grandrounds.site import training
 from tests.end_to_end.sites import RecordedVisit
 from tests.runs import Settings, adapter_bytes, metrics_of, play, summary_of

@@ -12,11 +12,11 @@ from grandrounds.server.described import cautions, data_text, engine_options, le
 from grandrounds.server.listeners.next_steps import next_steps
 from grandrounds.server.listeners.plain import (
     HELD_BY_NOBODY,
-    data_rows,
     forgetting_text,
     formulary_rows,
     summary_rows,
 )
+from grandrounds.server.listeners.start_rows import data_rows
 from grandrounds.server.model_card import Findings, model_card
 
 IN_CUSTODY = {"base-content": "0f", "train-examples": 30, "held-out-examples": 2}

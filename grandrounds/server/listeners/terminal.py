@@ -18,7 +18,13 @@ from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners import plain as reporting
 from grandrounds.server.listeners.clock import Clock, time_text
 from grandrounds.server.listeners.next_steps import next_steps
-from grandrounds.server.listeners.plain import Rows
+from grandrounds.server.listeners.start_rows import (
+    Rows,
+    data_rows,
+    plan_rows,
+    recipe_rows,
+    site_rows,
+)
 
 REFRESHES_PER_SECOND = 8
 """Redraws of the moving line: enough to be seen, too few to be felt beside training."""
@@ -51,7 +57,7 @@ class RichReporter(Listener):
         self._round, self._replies, self._failed = 0, 0, 0
         self._is_playing = False
         self._evaluate_share = 0.0
-        self._tree("recipe", reporting.recipe_rows(config))
+        self._tree("recipe", recipe_rows(config))
         self._progress = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=24),
@@ -72,7 +78,7 @@ class RichReporter(Listener):
 
     def on_plan(self, plan: Facts) -> None:
         """Show the planned traffic; for a resumed run, also its progress so far."""
-        self._tree("plan", reporting.plan_rows(plan))
+        self._tree("plan", plan_rows(plan))
         self._round = plan.get("resumed-after") or 0
         self._show("calling the roll of the sites")
 
@@ -84,7 +90,7 @@ class RichReporter(Listener):
             for site in new:
                 self._print(reporting.joined_line(site, self._present.names))
             return
-        rows = [*reporting.data_rows(self._config, sites), *reporting.site_rows(sites)]
+        rows = [*data_rows(self._config, sites), *site_rows(sites)]
         self._tree("sites", rows)
         self._clock.begins(self._round)
         self._show("the sites load the base")

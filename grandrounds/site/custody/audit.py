@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.errors import ConfigError, first_line
-from grandrounds.storage import writing
+from grandrounds.storage import flush_folder, writing
 
 FILE = "audit.jsonl"
 """The file that is written; full ones carry a number."""
@@ -70,7 +70,7 @@ def write(folder: Path, entry: Mapping[str, Any]) -> None:
         line = f"{json.dumps(stamped)}\n".encode()  # ASCII, with no other line break
         _append(file, b"\n" * is_torn + line)
         if is_new:
-            _flush(folder)
+            flush_folder(folder)
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def _rotate(folder: Path) -> None:
     full = rotated(folder)
     number = int(full[-1].stem.rpartition("-")[2]) + 1 if full else 1
     file.rename(folder / f"audit-{number:06}.jsonl")
-    _flush(folder)
+    flush_folder(folder)
 
 
 def _append(file: Path, content: bytes) -> None:
@@ -100,14 +100,6 @@ def _append(file: Path, content: bytes) -> None:
     try:
         while content:
             content = content[os.write(handle, content) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -14,7 +14,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from grandrounds.config.keys import PLACES, Config
+from grandrounds.config.keys import PLACES_AND_TRACKERS, Config
 from grandrounds.errors import ConfigError, PolicyError, first_line
 from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.state import SiteState
@@ -25,9 +25,6 @@ KEPT_DAYS = 90
 
 MOST_BYTES = 32 * 2**30
 """Maximum size of all states and cached replies; the oldest replies go first, states never."""
-
-NOT_PINNED = (*PLACES, "train.report-to")
-"""Keys that do not concern a site; a resume may change them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def check_pinned(state: SiteState, run: str, config: Config) -> None:
 
 def pinned_part(config: Config) -> dict[str, Any]:
     """Return the keys of a run's configuration that may not change from visit to visit."""
-    return {key: value for key, value in config.flat().items() if key not in NOT_PINNED}
+    return {key: value for key, value in config.flat().items() if key not in PLACES_AND_TRACKERS}
 
 
 def note_visit(state: SiteState, run: str, config: Config) -> None:

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 
 from grandrounds.errors import ConfigError
 from grandrounds.site.custody.state import SiteState
-from grandrounds.site.custody.state_files import PARTIAL, flush_folder
+from grandrounds.site.custody.state_files import PARTIAL
 from grandrounds.site.visit import Chosen, given_to_run
+from grandrounds.storage import flush_folder
 
 SECRET = "order.key"
 SECRET_BYTES = 32

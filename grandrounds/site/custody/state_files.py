@@ -11,6 +11,8 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from grandrounds.storage import flush_folder
+
 _LENGTH = struct.Struct(">Q")
 
 PARTIAL = ".partial"
@@ -71,15 +73,6 @@ def read_records(path: Path) -> RecordDict:
                     found.array_records[name].update(record)
                 else:
                     found[name] = record
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's names to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _parts(records: RecordDict) -> Iterator[RecordDict]:

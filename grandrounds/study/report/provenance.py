@@ -10,7 +10,7 @@ from grandrounds.config import automatic, recipes
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.values import Scalar
 from grandrounds.server.described import Sites, engine_options
-from grandrounds.server.listeners.plain import data_rows, recipe_rows
+from grandrounds.server.listeners.start_rows import data_rows, recipe_rows
 from grandrounds.study.report.figures import Section
 from grandrounds.study.report.read import RunFiles
 from grandrounds.study.tables import NONE, Table

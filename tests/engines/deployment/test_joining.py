@@ -24,20 +24,6 @@ from grandrounds.site.custody import together
 from grandrounds.site.custody.site_file import read_site_file
 
 
-@pytest.fixture
-def consortium(tmp_path: Path) -> Path:
-    return set_up.init_consortium(tmp_path / "consortium", "trial", "trial.example.org", 8000)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    folder = set_up.init_site(tmp_path / "site", "st-elsewhere")
-    text = (folder / "site.toml").read_text()
-    text = set_up.with_value(text, "data", "source", "cards.csv")
-    (folder / "site.toml").write_text(f'{text}\n[bases.formulary]\npath = ""\n')
-    return folder
-
-
 def admit(consortium: Path, site: Path, partition_id: int = 0, name: str = "request.json") -> Path:
     """Admit a site, and return a copy of the admission that stays as it is."""
     admission = admissions.admit(consortium, site / name, partition_id, 5)

@@ -14,20 +14,6 @@ from grandrounds.server import admitted
 from grandrounds.site.custody.site_file import read_site_file
 
 
-@pytest.fixture
-def consortium(tmp_path: Path) -> Path:
-    return set_up.init_consortium(tmp_path / "consortium", "trial", "trial.example.org", 8000)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    folder = set_up.init_site(tmp_path / "site", "st-elsewhere")
-    text = (folder / "site.toml").read_text()
-    text = set_up.with_value(text, "data", "source", "cards.csv")
-    (folder / "site.toml").write_text(f'{text}\n[bases.formulary]\npath = ""\n')
-    return folder
-
-
 def test_a_consortium_has_its_secrets_for_its_owner_alone(consortium: Path) -> None:
     assert stat.S_IMODE(consortium.stat().st_mode) == 0o700
     for name in ("ca.key", "server.key", "authority.key"):

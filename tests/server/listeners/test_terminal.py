@@ -11,14 +11,13 @@ from rich.console import Console
 
 from grandrounds.config import recipes
 from grandrounds.server.listeners.next_steps import next_steps
-from grandrounds.server.listeners.plain import (
+from grandrounds.server.listeners.plain import round_line, summary_rows
+from grandrounds.server.listeners.start_rows import (
     data_rows,
     machine_rows,
     plan_rows,
     recipe_rows,
-    round_line,
     site_rows,
-    summary_rows,
 )
 from grandrounds.server.listeners.terminal import RichReporter
 from tests.listening import Telling
