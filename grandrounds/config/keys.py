@@ -12,6 +12,7 @@ import itertools
 import math
 import typing
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import FORMULARY_SITES
@@ -435,6 +436,11 @@ ALIASES = {
     "model.lora.use-dora": "model.lora.peft-use-dora",
 }
 """Name used by other FlowerTune entries → key; empty if unused."""
+
+
+def rounded_up(share: float, count: int) -> int:
+    """Return `share` of `count`, rounded up, of the decimal as written: 0.07 of 100 is 7."""
+    return math.ceil(Fraction(repr(share)) * count)
 
 
 def share_of(fraction: float, count: int) -> int:
