@@ -388,7 +388,8 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
     Raises
     ------
     RunDirectoryError
-        If there is no run, or it has no checkpoint yet, or not the requested one.
+        If there is no run, or it has no checkpoint yet, or not the requested one, or its files are
+        not as the run wrote them.
     ConfigError
         If `which` is none of these.
     """
@@ -416,6 +417,7 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
             f"{folder} is missing, though metrics.jsonl names it. Restore it, or choose another "
             f"checkpoint with --checkpoint: rounds {_listed(saved)}."
         )
+    states.check_checkpoint(run.path, number)
     return Checkpoint(run, config, number, folder, saved[number], number == max(saved))
 
 

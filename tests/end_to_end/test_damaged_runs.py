@@ -7,6 +7,7 @@ goes on from what `check` and `prepare` read and leave, so that most damages nee
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,20 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from grandrounds.cli.run import resolve_run
-from grandrounds.errors import GrandRoundsError
+from grandrounds.config.recipes import load_recipe
+from grandrounds.errors import GrandRoundsError, RunDirectoryError
 from grandrounds.server import resumption, states
+from grandrounds.server.directory import find_checkpoint
 from grandrounds.server.resumption import WRITTEN
-from tests.runs import Settings, interrupted_at, play
+from tests.runs import (
+    Settings,
+    adapter_bytes,
+    copy_of,
+    interrupted_at,
+    metrics_of,
+    play,
+    summary_of,
+)
 
 # --- One run --------------------------------------------------------------------------------------
 
@@ -28,7 +39,12 @@ from tests.runs import Settings, interrupted_at, play
 def stopped(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run stopped after round 4 of 4, before its summary; it has checkpoints 2 and 4."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    settings = {**federation, "num-server-rounds": 4, "train.training-arguments.max-steps": 1}
+    settings = {
+        **federation,
+        "num-server-rounds": 4,
+        "strategy.name": "fedadam",  # whose moments are in the state
+        "train.training-arguments.max-steps": 1,
+    }
     with pytest.raises(KeyboardInterrupt):
         play(settings, listener=interrupted_at("round", 5), **{"run-directory": str(folder)})
     return folder
@@ -49,13 +65,13 @@ def resumed(run: Path, from_round: int | None = None) -> list[str]:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """Return file → content; of a link, where it leads."""
+    """Return file → content; of a link, where it leads. What was set aside is left out."""
     return {
         str(file.relative_to(run)): b"-> " + bytes(file.readlink())
         if file.is_symlink()
         else file.read_bytes()
         for file in sorted(run.rglob("*"))
-        if file.is_file()
+        if file.is_file() and "aside-1" not in file.parts
     }
 
 
@@ -71,7 +87,7 @@ def command(*arguments: object) -> tuple[int, str]:
 
 def test_the_last_two_states_and_those_of_checkpoints_are_kept(stopped: Path) -> None:
     kept = {f.name: {one.name for one in f.iterdir()} for f in states.folders(stopped)}
-    whole = {"SHA256SUMS", "adapter.safetensors", "state.json", *states.COPIES}
+    whole = {"SHA256SUMS", "adapter.safetensors", "rule.safetensors", "state.json", *states.COPIES}
     assert kept == {
         "round-000002": whole - {"adapter.safetensors"},  # which its checkpoint has
         "round-000003": whole,
@@ -155,7 +171,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 LAST, BEFORE, OLD = (f"state/round-00000{number}" for number in (4, 3, 2))
-OF_A_STATE = ("state.json", "adapter.safetensors", "SHA256SUMS", *states.COPIES)
+OF_A_STATE = ("state.json", "adapter.safetensors", "rule.safetensors", "SHA256SUMS", *states.COPIES)
 
 EXPECTED: dict[str, str] = {
     "config.toml": "refused",
@@ -165,13 +181,16 @@ EXPECTED: dict[str, str] = {
     "peft_2/adapter_config.json": "told",
     "peft_4/adapter_model.safetensors": "told",
     "peft_4/adapter_config.json": "told",
-    # not read by this resume, or written anew by each
-    **dict.fromkeys(("plan.json", "environment.json"), "unread"),
-    **dict.fromkeys(("peft_2/README.md", "peft_4/README.md"), "unread"),
-    **{f"{BEFORE}/{name}": "unread" for name in OF_A_STATE},
-    **{f"{OLD}/{name}": "unread" for name in OF_A_STATE if name != "adapter.safetensors"},
+    **dict.fromkeys(("plan.json", "environment.json"), "unread"),  # each resume writes them anew
 }
 """File → what a resume makes of any damage to it."""
+
+UNREAD = [
+    *("peft_2/README.md", "peft_4/README.md"),
+    *(f"{BEFORE}/{name}" for name in OF_A_STATE),
+    *(f"{OLD}/{name}" for name in OF_A_STATE if name not in ("adapter.safetensors", "SHA256SUMS")),
+]
+"""Files that this resume has no use for; they are damaged all at once."""
 
 BESIDES = {
     ("summary.json", "missing"): "unread",  # a killed run has none
@@ -199,7 +218,7 @@ def outcome(run: Path, name: str, whole: dict[str, bytes], back: dict[str, bytes
     except GrandRoundsError as error:
         in_one_line = name in str(error) and "\n" not in str(error)
         return "refused" if in_one_line and content(run) == before else f"refused: {error}"
-    after = {file: found for file, found in content(run).items() if not file.startswith("aside")}
+    after = content(run)
     if told and not (len(told) == 1 and Path(name).name in told[0] and "\n" not in told[0]):
         return f"told otherwise: {told}"
     if after == back:
@@ -214,7 +233,8 @@ def outcome(run: Path, name: str, whole: dict[str, bytes], back: dict[str, bytes
 
 
 def test_every_file_of_a_run_is_in_the_table(stopped: Path) -> None:
-    assert sorted(EXPECTED) == sorted(content(stopped))
+    files = {*EXPECTED, *UNREAD, f"{OLD}/SHA256SUMS"}  # without which nothing is told of peft_2
+    assert files == set(content(stopped))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -228,11 +248,102 @@ def test_a_damaged_run_goes_on_with_the_same_bits_or_is_refused_in_one_line(
     for number in (4, 3):
         run = shutil.copytree(stopped, tmp_path / str(number))
         resumed(run, number)
-        ready[number] = {f: c for f, c in content(run).items() if not f.startswith("aside")}
+        ready[number] = content(run)
     found = {}
     for name in EXPECTED:
-        run = shutil.copytree(stopped, tmp_path / "run")
+        run = shutil.copytree(stopped, tmp_path / name.replace("/", "-"))
         DAMAGES[damage](run / name)
         found[name] = outcome(run, name, ready[4], ready[3])
-        shutil.rmtree(run)
+    run = shutil.copytree(stopped, tmp_path / "unread")
+    for name in UNREAD:
+        DAMAGES[damage](run / name)
+    assert resumed(run) == []
+    assert content(run) | {name: ready[4][name] for name in UNREAD} == ready[4]
     assert found == {name: BESIDES.get((name, damage), EXPECTED[name]) for name in EXPECTED}
+
+
+def test_a_damaged_state_of_an_earlier_version_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a run has one state, without checksums: tensors of other values cannot be told."""
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path))
+    for name in ("state.json", "adapter.safetensors"):
+        for damage in DAMAGES.keys() - {"a flipped bit", "NUL tail" * (name != "state.json")}:
+            run = copy_of("plain", tmp_path / damage / name)
+            DAMAGES[damage](run / "state" / "round-000002" / name)
+            with pytest.raises(RunDirectoryError, match=r"round-000002 .*from a copy") as raised:
+                resumed(run)
+            assert "\n" not in str(raised.value)
+
+
+def without_state(run: Path) -> None:
+    shutil.rmtree(run / "state")
+
+
+def with_a_linked_state(run: Path) -> None:
+    (run / "state").rename(run.parent / "state")
+    (run / "state").symlink_to(run.parent / "state")
+
+
+def with_two_damaged_states(run: Path) -> None:
+    for folder in (LAST, BEFORE):
+        flipped(run / folder / "adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (without_state, "state is missing or empty, though the run has finished rounds"),
+        (with_a_linked_state, "state is a link, not the folder that a run writes"),
+        (with_two_damaged_states, "after rounds 2: grandrounds run --resume .* --from-round 2"),
+    ],
+)
+def test_a_run_without_a_usable_state_is_refused_and_not_begun_again(
+    run: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    """Without `state/`, training began again at round 1 and metrics read 0,1,2,3,4,1,2."""
+    damage(run)
+    before = content(run)
+    code, said = command("run", "--resume", run)
+    assert code == 1
+    assert re.search(words, said)
+    assert said.count("\n") == 1
+    assert content(run) == before
+
+
+# --- Trained again --------------------------------------------------------------------------------
+
+
+def test_a_run_whose_last_state_is_damaged_ends_with_the_same_bits(
+    stopped: Path, run: Path
+) -> None:
+    flipped(run / LAST / "adapter.safetensors")
+    play(load_recipe(run / "config.toml"), **{"resume-from": str(run)})
+    assert adapter_bytes(run, "peft_4") == adapter_bytes(stopped, "peft_4")
+    assert [m["round"] for m in metrics_of(run)] == [0, 1, 2, 3, 4]
+    assert [f.name for f in states.folders(run)] == ["round-000002", "round-000003", "round-000004"]
+    kept = {f.name for f in (run / "aside-1").iterdir()}
+    assert kept == {"round-000004", "peft_4", "metrics.jsonl", "summary.json"}
+
+
+def test_a_run_goes_back_to_a_checkpoint_and_ends_with_the_same_bits(
+    stopped: Path, run: Path
+) -> None:
+    """A completed one too. The state of round 2 has the rule's moments; its adapter is peft_2's."""
+    code, said = command("run", "--resume", run, "--from-round", 1)
+    assert (code, "after rounds 2, 3, 4: " in said) == (1, True)
+    play(load_recipe(run / "config.toml"), **{"resume-from": str(run)})
+    assert command("run", "--resume", run)[0] == 1  # completed
+    assert command("run", "--resume", run, "--from-round", 2) == (0, "")
+    assert summary_of(run)["status"] == "completed"
+    assert adapter_bytes(run, "peft_4") == adapter_bytes(stopped, "peft_4")
+    assert [m["round"] for m in metrics_of(run)] == [0, 1, 2, 3, 4]
+    assert (run / "aside-1" / "peft_4").is_dir()
+
+
+def test_a_damaged_checkpoint_is_not_used(run: Path) -> None:
+    play(load_recipe(run / "config.toml"), **{"resume-from": str(run)})
+    flipped(run / "peft_4" / "adapter_model.safetensors")
+    with pytest.raises(RunDirectoryError, match=r"peft_4/adapter_model\.safetensors is damaged"):
+        find_checkpoint(run)
+    assert find_checkpoint(run, "2").round == 2
