@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, first_line
 
 QUESTION, ANSWER = "Which drug is it?", "Zyx seven"
 """Stand in for a question and its answer; no template changes their characters."""
+
+_EXPRESSIONS_FAIL = (TypeError, KeyError, IndexError, AttributeError, ValueError)
+"""What a template's expressions raise on messages that they do not expect."""
 
 NOT_A_PREFIX = (
     "finished conversations do not begin with its generation prompt (a thinking template): trained "
@@ -70,11 +73,34 @@ def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: boo
     ----------
     answering : bool
         Whether the prompt of the next answer follows.
+
+    Raises
+    ------
+    ConfigError
+        If the template refuses or cannot render them.
     """
+    from jinja2 import TemplateError
+
     messages = [{"role": role, "content": content} for role, content in turns]
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
-    )
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+        )
+    except (TemplateError, *_EXPRESSIONS_FAIL) as error:
+        kinds = ", ".join(role for role, _ in turns)
+        raise ConfigError(
+            f"The tokenizer's chat template cannot render a conversation of {kinds}: "
+            f"{first_line(error)}. Use another template of the model (data.template-options sets "
+            'what it may need), or data.prompt-template = "alpaca".'
+        ) from error
+
+
+def says_system_prompt(tokenizer: Any, text: str) -> bool:
+    """Whether a chat template, in which a system prompt was set, renders it."""
+    try:
+        return text.strip() in rendered(tokenizer, [("user", QUESTION)], answering=True)
+    except ConfigError:  # as templates do that have no such role
+        return False
 
 
 @lru_cache(maxsize=4)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from grandrounds.config.bases import find_base
+from grandrounds.config.bases import find_base, hub_name
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, first_line
 
@@ -25,7 +25,8 @@ class BaseSpec:
     """Everything that determines a loaded base."""
 
     name: str
-    """Hub name, local folder, name of a base on this machine or `formulary`."""
+    """Hub name (`NAME@REVISION` for a revision), local folder, name of a base on this machine or
+    `formulary`."""
     quantization: int
     """Bits: 4, 8, or 0 for none."""
     dtype: str
@@ -85,6 +86,18 @@ def model_location(name: str) -> str:
     return str(base_path() if name == FORMULARY else find_base(name) or name)
 
 
+def located(source: str) -> dict[str, Any]:
+    """Return the arguments by which `from_pretrained` finds a base: no code of it is ever run."""
+    name, revision = hub_name(source)
+    where = {"pretrained_model_name_or_path": model_location(name), "trust_remote_code": False}
+    return {**where, "revision": revision} if revision else where
+
+
+def base_commit(name: str) -> str:
+    """Return the commit of a base from the hub, as the hub's cache tells it; else empty."""
+    return str(getattr(base_config(name), "_commit_hash", None) or "")
+
+
 @contextmanager
 def _model_errors(name: str, what: str) -> Iterator[None]:
     """Raise any failure of the hub or a folder as a `ModelError`, but not a lack of memory."""
@@ -127,7 +140,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with _model_errors(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**located(name))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer of {name!r} has no end-of-sequence token to train on.")
     pad, vocabulary = tokenizer.pad_token_id, base_config(name).get_text_config().vocab_size
@@ -147,7 +160,7 @@ def base_config(name: str) -> Any:
 
     no_progress_bars()
     with _model_errors(name, "configuration"):
-        return AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(**located(name))
 
 
 def base_fingerprint(name: str) -> str:
@@ -212,11 +225,10 @@ def load_base(spec: BaseSpec) -> Any:
     quantized = quantization_config(spec.quantization, dtype)
     with _model_errors(spec.name, "base model"):
         model = AutoModelForCausalLM.from_pretrained(
-            model_location(spec.name),
+            **located(spec.name),
             dtype=dtype,
             quantization_config=quantized,
             device_map={"": device},
-            trust_remote_code=False,
         )
     _loads += 1
     model.requires_grad_(False)

@@ -47,7 +47,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     if directory is not None:
         check_resumable(directory, config)
     spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
-    shapes, targets = adapter_layout(config.model.name, spec)
+    shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes)
     is_new = directory is None
     if directory is None:
