@@ -93,9 +93,16 @@ def located(source: str) -> dict[str, Any]:
     return {**where, "revision": revision} if revision else where
 
 
-def base_commit(name: str) -> str:
-    """Return the commit of a base from the hub, as the hub's cache tells it; else empty."""
-    return str(getattr(base_config(name), "_commit_hash", None) or "")
+def base_commit(source: str) -> str:
+    """Return the commit of a base that was read from the hub, as its cache tells it; else empty."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision = hub_name(source)
+    where = model_location(name)
+    if where != name or Path(where).exists():
+        return ""
+    file = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return Path(file).parent.name if isinstance(file, str) else ""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from grandrounds.server.directory import (
 )
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.listeners import Listener
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, has_changed
+from grandrounds.server.roll_call import SAME_IF_TOLD, SAME_IN_A_RUN, Roster, has_changed
 from grandrounds.server.rounds import examine_formulary
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Ranks, drawn_adapter
@@ -156,7 +156,7 @@ def check_same_sites(roster: Roster) -> None:
     """Raise `RunDirectoryError` if a site's data, base or prompt have changed since the start."""
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
-        for fact in SAME_IN_A_RUN:
+        for fact in (*SAME_IN_A_RUN, *SAME_IF_TOLD):
             if has_changed(fact, before, card.facts):
                 raise RunDirectoryError(
                     f"{roster.names.with_number(site)} has changed since the run started: its "

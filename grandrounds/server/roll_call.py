@@ -33,6 +33,9 @@ SAME_IN_A_RUN = (
 )
 """Facts that must not change when a site returns or a run is resumed, where it tells them."""
 
+SAME_IF_TOLD = (messages.BASE_COMMIT, messages.DATA_COMMIT)
+"""Facts that must not change either, unless an introduction of an earlier version lacks them."""
+
 COMPUTED_BEFORE = "computed-before"
 """Fact added here: how a site computed before a resume, if differently."""
 
@@ -301,7 +304,7 @@ class Roster:
     def _check_still_same(self, partition: int, facts: Mapping[str, Any]) -> None:
         """Raise `EngineError` if a returning site has changed, or differs from the others."""
         before = self.introduced.get(partition, facts)
-        for fact in ("version", *SAME_IN_A_RUN):
+        for fact in ("version", *SAME_IN_A_RUN, *SAME_IF_TOLD):
             if has_changed(fact, before, facts):
                 raise EngineError(
                     f"it came back with another {fact}: {facts.get(fact)}, was {before.get(fact)}. "
@@ -404,7 +407,7 @@ def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     of before they are exact, and have no tag of the data.
     """
     is_told = fact in before and fact in now
-    if fact == DATA_TAG:
+    if fact in (DATA_TAG, *SAME_IF_TOLD):
         return is_told and bool(before[fact] != now[fact])
     if not in_custody(now) or fact not in COUNTS:
         return bool(before.get(fact) != now.get(fact))

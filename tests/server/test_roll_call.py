@@ -13,7 +13,7 @@ from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, DataError, EngineError, ReplyError
 from grandrounds.server.admitted import admitted_names
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, SiteCard, has_changed
+from grandrounds.server.roll_call import SAME_IF_TOLD, SAME_IN_A_RUN, Roster, SiteCard, has_changed
 from grandrounds.wire import messages
 from tests.server.hand_written import (
     Silent,
@@ -359,5 +359,8 @@ def test_a_real_site_is_compared_by_what_it_tells(
     before: dict[str, Any], now: dict[str, Any], changed: str
 ) -> None:
     real = {"base-content": "sha"}
+    for fact in SAME_IF_TOLD:
+        assert not has_changed(fact, {}, {fact: "a" * 40})
+        assert has_changed(fact, {fact: "b" * 40}, {fact: "a" * 40})
     differing = [f for f in SAME_IN_A_RUN if has_changed(f, {**real, **before}, {**real, **now})]
     assert differing == [changed] * bool(changed)
