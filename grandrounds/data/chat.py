@@ -9,6 +9,7 @@ together, since that is what the model continues in use.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,21 +41,22 @@ class ChatFormat:
     end: tuple[int, ...]
     """Tokens that end the answer: those of the template up to its first special one, else
     end-of-sequence."""
-    trims: bool
-    """Whether the template removes white space around an answer."""
+    trims: tuple[str, str]
+    """White space that the template removes before and after an answer."""
     is_prefix: bool
     """Whether a finished conversation begins with the generation prompt."""
 
     def answer_ids(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
         """Return the tokens of answers in the context of the prompt, without the end of turn."""
-        texts = [self.lead + (answer.strip() if self.trims else answer) for answer in answers]
-        before: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
+        before, after = self.trims
+        texts = [self.lead + answer.lstrip(before).rstrip(after) for answer in answers]
+        prompt: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         whole = tokenizer([self.prompt + text for text in texts], add_special_tokens=False)
         found = []
         for text, ids in zip(texts, whole["input_ids"], strict=True):
-            in_context = list(ids[: len(before)]) == before
+            in_context = list(ids[: len(prompt)]) == prompt
             # else its first token would join the prompt's last one
-            found.append(list(ids[len(before) :]) if in_context else apart(tokenizer, [text])[0])
+            found.append(list(ids[len(prompt) :]) if in_context else apart(tokenizer, [text])[0])
         return found
 
 
@@ -123,12 +125,19 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     is_prefix = whole.startswith(prompt)
     rest = whole.removeprefix(prompt) if is_prefix else whole[whole.rindex(ANSWER) :]
     lead, _, tail = rest.partition(ANSWER)
-    spaced = rendered(tokenizer, [*asked, ("assistant", f" {ANSWER} ")], answering=False)
+
+    def trimmed(before: str, after: str) -> bool:
+        turns = [*asked, ("assistant", f"{before}{ANSWER}{after}")]
+        return rendered(tokenizer, turns, answering=False) == whole
+
     return ChatFormat(
         prompt=prompt,
         lead=lead,
         end=_end_of_turn(tokenizer, tail),
-        trims=f" {ANSWER} " not in spaced,
+        trims=(
+            "".join(blank for blank in string.whitespace if trimmed(blank, "")),
+            "".join(blank for blank in string.whitespace if trimmed("", blank)),
+        ),
         is_prefix=is_prefix,
     )
 
