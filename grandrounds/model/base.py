@@ -93,6 +93,12 @@ def located(source: str) -> dict[str, Any]:
     return {**where, "revision": revision} if revision else where
 
 
+def _in_safetensors(source: str) -> dict[str, bool]:
+    """Return the argument that reads a folder's safetensors where it has pickles too."""
+    folder = Path(model_location(source))
+    return {"use_safetensors": True} if any(folder.glob("*.safetensors")) else {}
+
+
 def base_commit(source: str) -> str:
     """Return the commit of a base that was read from the hub, as its cache tells it; else empty."""
     from huggingface_hub import try_to_load_from_cache
@@ -113,6 +119,11 @@ def _model_errors(name: str, what: str) -> Iterator[None]:
     except _LOADING_FAILS as error:
         if is_out_of_memory(error):
             raise
+        if isinstance(error, UnpicklingError):  # PyTorch's own text advises to run the code
+            raise ModelError(
+                f"The {what} of {name!r} cannot be loaded: its weights are a pickle that holds "
+                "more than tensors, and could run code. Use a copy in safetensors."
+            ) from error
         reason = first_line(error, most=None)  # uncut: a site redacts whole paths only
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
         advice = (
@@ -233,6 +244,7 @@ def load_base(spec: BaseSpec) -> Any:
     with _model_errors(spec.name, "base model"):
         model = AutoModelForCausalLM.from_pretrained(
             **located(spec.name),
+            **_in_safetensors(spec.name),
             dtype=dtype,
             quantization_config=quantized,
             device_map={"": device},
