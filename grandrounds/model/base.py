@@ -75,22 +75,22 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def model_location(name: str) -> str:
-    """Return the argument of `from_pretrained`: a base's folder, or a hub name as it is.
+def model_location(source: str) -> str:
+    """Return the argument of `from_pretrained`: a base's folder, or its name on the hub.
 
     Raises
     ------
     ModelError
-        If `name` is a known base that has not been fetched.
+        If `source` is a known base that has not been fetched.
     """
+    name, _ = hub_name(source)
     return str(base_path() if name == FORMULARY else find_base(name) or name)
 
 
-def located(source: str) -> dict[str, Any]:
-    """Return the arguments by which `from_pretrained` finds a base: no code of it is ever run."""
-    name, revision = hub_name(source)
-    where = {"pretrained_model_name_or_path": model_location(name), "trust_remote_code": False}
-    return {**where, "revision": revision} if revision else where
+def loading(source: str) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for a base: its revision, and never its own code."""
+    _, revision = hub_name(source)
+    return {"trust_remote_code": False, **({"revision": revision} if revision else {})}
 
 
 def _in_safetensors(source: str) -> dict[str, bool]:
@@ -104,7 +104,7 @@ def base_commit(source: str) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     name, revision = hub_name(source)
-    where = model_location(name)
+    where = model_location(source)
     if where != name or Path(where).exists():
         return ""
     file = try_to_load_from_cache(name, "config.json", revision=revision or None)
@@ -158,7 +158,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with _model_errors(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**located(name))
+        tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer of {name!r} has no end-of-sequence token to train on.")
     pad, vocabulary = tokenizer.pad_token_id, base_config(name).get_text_config().vocab_size
@@ -178,7 +178,7 @@ def base_config(name: str) -> Any:
 
     no_progress_bars()
     with _model_errors(name, "configuration"):
-        return AutoConfig.from_pretrained(**located(name))
+        return AutoConfig.from_pretrained(model_location(name), **loading(name))
 
 
 def base_fingerprint(name: str) -> str:
@@ -243,7 +243,8 @@ def load_base(spec: BaseSpec) -> Any:
     quantized = quantization_config(spec.quantization, dtype)
     with _model_errors(spec.name, "base model"):
         model = AutoModelForCausalLM.from_pretrained(
-            **located(spec.name),
+            model_location(spec.name),
+            **loading(spec.name),
             **_in_safetensors(spec.name),
             dtype=dtype,
             quantization_config=quantized,

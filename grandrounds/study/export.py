@@ -26,7 +26,7 @@ from grandrounds.errors import (
     RunDirectoryError,
     first_line,
 )
-from grandrounds.model.base import BaseSpec, load_base, located
+from grandrounds.model.base import BaseSpec, load_base, loading, model_location
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.tokenizers import set_in, tokenizer_of
@@ -136,7 +136,7 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     check_fit(checkpoint.folder, spec, name)
     said = ChatSettings(*checkpoint.config.data.chat)
     tokens = tokenizer_of(name, said)  # reports a missing base in one line
-    settings = AutoConfig.from_pretrained(**located(name))
+    settings = AutoConfig.from_pretrained(model_location(name), **loading(name))
     own = settings.dtype or torch.float32
     say(f"loading {name}")
     model = _load(name, quantization, checkpoint.config.model.dtype, own)
@@ -148,10 +148,10 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(**located(name))
+    tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     set_in(tokenizer, said, name)
-    for loading in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
-        tokenizer.init_kwargs.pop(loading, None)
+    for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
+        tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
     return merged_text(quantization, rounding)
 
