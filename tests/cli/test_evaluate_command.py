@@ -222,10 +222,10 @@ def test_altered_prompts_are_counted_with_an_example(
         for record in protocols(60)
     ]
     flowertune.write_generations(tmp_path / names[0], records)
-    told = json.loads(evaluate("--rescore", tmp_path / names[0], "--json").stdout)
+    result = evaluate("--rescore", tmp_path / names[0], "--json")
+    told, shown = json.loads(result.stdout), result.stderr
     assert [row["altered prompts"] for row in told] == [altered]
     assert example in told[0]["example of an altered prompt"]
-    shown = evaluate("--rescore", tmp_path / names[0], "--plain").stdout
     line = "60 of 60 prompts are not FlowerTune's for MedQA (USMLE, 4 options), so its score"
     assert (line in shown) == (altered != "0")
     assert "altered prompts" in shown
