@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
+from grandrounds.model.architectures import unmatched
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
 from grandrounds.server.aggregation.make import filled_in, make_rule
@@ -57,6 +58,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     directory.hold()
     directory.write_json("environment.json", environment())
     described = {**plan.as_dict(), "target-modules": targets}
+    if missing := unmatched(lora.target_modules, targets):
+        described["target-modules-without-match"] = missing
     directory.write_json("plan.json", described)
     start = drawn_adapter(shapes, federation.seed)
     rule = make_rule(filled_in(config))

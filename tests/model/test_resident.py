@@ -355,3 +355,7 @@ def test_a_checkpoint_loads_in_plain_peft_with_the_same_logits(
     loaded = PeftModel.from_pretrained(plain, str(folder)).eval()
     assert torch.equal(logits(loaded), logits(resident.model))
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json", ".md"}
+    described = json.loads((folder / "adapter_config.json").read_text())
+    assert described["inference_mode"] is True
+    assert described["target_modules"] == ["q_proj", "v_proj"]  # once in an order drawn by Python
+    assert config.inference_mode is False

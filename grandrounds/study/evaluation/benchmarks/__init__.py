@@ -94,6 +94,13 @@ class Row:
             raise self.refused(column, "a list of strings")
         return tuple(values)
 
+    def inner(self, column: str) -> Row:
+        """Return an object as a row of its own."""
+        values = self.value(column)
+        if not isinstance(values, dict):
+            raise self.refused(column, "an object")
+        return Row(self.number, f"{self.place}, column {column!r}", values)
+
     def position(self, column: str, allowed: Sequence[int | str]) -> int:
         """Return the index of the value among those allowed; numbers may be strings."""
         value = self.value(column)
