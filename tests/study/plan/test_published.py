@@ -70,6 +70,8 @@ def test_a_published_budget_is_reproduced_to_the_printed_digit(row: Published) -
     figure, comma, _ = row.figure.partition(", with names")
     assert (named if comma else plain).startswith(figure)
     assert row.planned in ((plain,), (named,), (named, plain))
+    halves = 2 * row.rounds  # of a round: down and up
+    assert halves * plan.bytes_before_last_updates == (halves - 1) * plan.total_bytes
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
