@@ -169,7 +169,7 @@ def evaluate(
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} exclude each other: give one of them")
     if rescore:
-        _rescore(_files(given, "--rescore"), screen)
+        _rescore(_files(given, "--rescore"), data, screen)
     elif verify:
         _verify(_files(given, "--verify"), screen)
     elif check_overlap:
@@ -282,7 +282,7 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
 # --- Rescore, verify, check overlap ---------------------------------------------------------------
 
 
-def _rescore(files: Sequence[Path], screen: Screen) -> None:
+def _rescore(files: Sequence[Path], data: Path | None, screen: Screen) -> None:
     """Show the score of recorded generations beside the accuracy recorded with them."""
     from grandrounds.statistics import wilson_interval
     from grandrounds.study.evaluation import flowertune
@@ -293,7 +293,7 @@ def _rescore(files: Sequence[Path], screen: Screen) -> None:
     for file in files:
         records = flowertune.read_generations(file)
         score = flowertune.rescore(records)
-        found = altered_prompts(records, file.name)
+        found = altered_prompts(records, file.name, data)
         altered = len(found.rows)
         examples.append(found.example)
         if altered:

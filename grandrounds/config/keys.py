@@ -326,8 +326,8 @@ class DefenceConfig:
     prefix: ClassVar[str] = "defence."
 
     update_norm_bound: Annotated[float, Range(0)]
-    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. It does not
-    bound the server's step under `fedexp`; see docs/aggregation.md."""
+    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. Under
+    `fedexp` the server's step is up to k / 2 times the mean of k updates (docs/aggregation.md)."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold

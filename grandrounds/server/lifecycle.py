@@ -22,8 +22,9 @@ from grandrounds.server.directory import (
     environment,
 )
 from grandrounds.server.exchange import Exchange
+from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
 from grandrounds.server.listeners import Listener
-from grandrounds.server.roll_call import SAME_IF_TOLD, SAME_IN_A_RUN, Roster, has_changed
+from grandrounds.server.roll_call import Roster
 from grandrounds.server.rounds import examine_formulary
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Ranks, drawn_adapter

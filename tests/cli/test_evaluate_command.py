@@ -15,8 +15,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from grandrounds.cli import app
-from grandrounds.study.evaluation import flowertune, runner
-from grandrounds.study.evaluation.benchmarks import get_benchmark, placeholder_item
+from grandrounds.study.evaluation import flowertune, recorded_prompts, runner
+from grandrounds.study.evaluation.benchmarks import get_benchmark, load_items, placeholder_item
 from tests.conftest import WORDS
 from tests.places import ROOT
 from tests.runs import copy_of
@@ -222,10 +222,10 @@ def test_altered_prompts_are_counted_with_an_example(
         for record in protocols(60)
     ]
     flowertune.write_generations(tmp_path / names[0], records)
-    told = json.loads(evaluate("--rescore", tmp_path / names[0], "--json").stdout)
+    result = evaluate("--rescore", tmp_path / names[0], "--json")
+    told, shown = json.loads(result.stdout), result.stderr
     assert [row["altered prompts"] for row in told] == [altered]
     assert example in told[0]["example of an altered prompt"]
-    shown = evaluate("--rescore", tmp_path / names[0], "--plain").stdout
     line = "60 of 60 prompts are not FlowerTune's for MedQA (USMLE, 4 options), so its score"
     assert (line in shown) == (altered != "0")
     assert "altered prompts" in shown
@@ -240,6 +240,26 @@ def test_some_altered_prompts_are_named_by_their_row(tmp_path: Path) -> None:
     shown = evaluate("--rescore", tmp_path / "mine.jsonl", "--plain").stdout
     said = "1 of 3 prompts are not FlowerTune's for PubMedQA, so its score compares with no other"
     assert f"{said}: row 2 has 'Hello. As an expert" in shown
+
+
+def test_with_all_questions_at_hand_prompts_are_compared_in_full(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = replace(get_benchmark("medmcqa"), expected_items=ITEMS)
+    monkeypatch.setattr(recorded_prompts, "benchmarks", lambda: {"medmcqa": benchmark})
+    prompts = [flowertune.build_prompt(benchmark, item) for item in load_items(benchmark, data)]
+    prompts[2] = prompts[2].replace("What helps", "Think! What helps")
+    records = [flowertune.Generation(prompt, "A", "A") for prompt in prompts]
+    file = tmp_path / flowertune.result_names("medmcqa", "mine")[0]
+    flowertune.write_generations(file, records)
+    (by_form,) = json.loads(evaluate("--rescore", file, "--json").stdout)
+    assert by_form["altered prompts"] == "0"
+    (told,) = json.loads(evaluate("--rescore", file, "--data", data, "--json").stdout)
+    assert told["altered prompts"] == "1 (16.7 %)"
+    assert "row 3 has '...idelines. Question: Think! What" in told["example of an altered prompt"]
+    flowertune.write_generations(file, [replace(records[0], prompt=prompts[0]) for _ in range(2)])
+    (same,) = json.loads(evaluate("--rescore", file, "--data", data, "--json").stdout)
+    assert same["altered prompts"] == "0"
 
 
 # --- Verify ---------------------------------------------------------------------------------------

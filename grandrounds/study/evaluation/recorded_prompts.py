@@ -1,8 +1,9 @@
 """Recorded prompts that are not FlowerTune's: counted, with an example of what differs.
 
-The questions themselves are not needed: a prompt of the protocol has the benchmark's instruction, a
-body of known form and a known end. Text that all prompts of a file share within the body, such as
-one more sentence after each question, is not the benchmark's either.
+Without the questions, the form is compared: a prompt of the protocol has the benchmark's
+instruction, a body of known form and a known end. Text that all prompts of a file share within the
+body, such as one more sentence after each question, is not the benchmark's either. With all
+questions at hand, every prompt is compared in full.
 """
 
 from __future__ import annotations
@@ -10,9 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from grandrounds.study.evaluation.benchmarks import Benchmark, benchmarks
-from grandrounds.study.evaluation.flowertune import Generation, answer_type
+from grandrounds.study.evaluation.benchmarks import (
+    Benchmark,
+    Item,
+    benchmarks,
+    load_items,
+    local_file,
+)
+from grandrounds.study.evaluation.flowertune import Generation, answer_type, build_prompt
 
 END = "\nThe answer is:\n"
 """The end of every prompt."""
@@ -39,19 +47,52 @@ class Altered:
     """What differs in the first of them; empty if there is none."""
 
 
-def altered_prompts(records: Sequence[Generation], file_name: str) -> Altered:
+def altered_prompts(
+    records: Sequence[Generation], file_name: str, data: Path | None = None
+) -> Altered:
     """Compare recorded prompts with FlowerTune's.
 
     Parameters
     ----------
     file_name : str
         Names the benchmark (`generation_medqa_run.jsonl`); else it is the one that fits best.
+    data : Path, optional
+        Folder with the benchmarks' files. Where it has all items of this one, prompts are compared
+        in full.
+
+    Raises
+    ------
+    DataError
+        If a file of the folder cannot be read.
     """
     known = benchmarks()
     stem = file_name.removeprefix("generation_")
     named = [known[name] for name in known if stem.startswith(f"{name}_")]
     compared = [_compared(records, benchmark) for benchmark in named or known.values()]
-    return min(compared, key=lambda found: len(found.rows))
+    found = min(compared, key=lambda altered: len(altered.rows))
+    if found.rows or data is None or local_file(found.benchmark, data) is None:
+        return found
+    items = load_items(found.benchmark, data)
+    whole = len(items) >= found.benchmark.expected_items
+    return _compared_in_full(records, found.benchmark, items) if whole else found
+
+
+def _compared_in_full(
+    records: Sequence[Generation], benchmark: Benchmark, items: Sequence[Item]
+) -> Altered:
+    """Compare prompts that have the benchmark's form with those of its items."""
+    right = {build_prompt(benchmark, item) for item in items}
+    rows = tuple(row for row, record in enumerate(records, 1) if record.prompt not in right)
+    if not rows:
+        return Altered(benchmark, (), "")
+    prompt = records[rows[0] - 1].prompt
+    nearest = max(sorted(right), key=lambda other: _shared_ends(prompt, other))
+    return Altered(benchmark, rows, f"row {rows[0]} {_first_difference(prompt, nearest)}")
+
+
+def _shared_ends(one: str, other: str) -> int:
+    """Return how many characters two texts share at their ends."""
+    return len(_common_start([one, other])) + len(_common_start([one[::-1], other[::-1]]))
 
 
 def _compared(records: Sequence[Generation], benchmark: Benchmark) -> Altered:
@@ -71,9 +112,7 @@ def _difference(prompt: str, benchmark: Benchmark) -> str:
     is_word = answer_type(benchmark.labels) == "boolean"
     start = f"{benchmark.instruction}\n{'' if is_word else 'Question: '}"
     if not prompt.startswith(start):
-        same = len(_common_start([prompt, start]))
-        given, right = (_quoted(text, same) for text in (prompt, start))
-        return f"has {given} where FlowerTune's has {right}"
+        return _first_difference(prompt, start)
     if not prompt.endswith(END):
         return f"ends in {_end(prompt)}, not in {END!r}"
     if is_word:
@@ -85,6 +124,11 @@ def _difference(prompt: str, benchmark: Benchmark) -> str:
     if not parts[0].endswith(("?", ".")):
         return f"has the question {_end(parts[0])}, to which FlowerTune adds a question mark"
     return ""
+
+
+def _first_difference(given: str, right: str) -> str:
+    same = len(_common_start([given, right]))
+    return f"has {_quoted(given, same)} where FlowerTune's has {_quoted(right, same)}"
 
 
 def _quoted(text: str, place: int) -> str:
