@@ -21,6 +21,7 @@ _NAMES: dict[str, str] = {
     "run-directory": "run-dir output-dir out-dir out save-dir save-path logging-dir",
     "model.name": "model base base-model model-name model-id model-path model-name-or-path "
     "pretrained-model-name-or-path checkpoint",
+    "model.revision": "revision model-revision base-revision commit",
     "model.quantization": "quantization quantisation quantize bits num-bits load-in-4bit "
     "load-in-8bit 4bit 8bit qlora",
     "model.dtype": "dtype torch-dtype precision compute-dtype",
@@ -37,7 +38,7 @@ _NAMES: dict[str, str] = {
     "max-seq-len max-tokens cutoff-len context-length block-size-tokens model-max-length",
     "train.optimizer": "optimizer optimiser optim",
     "train.num-threads": "threads num-threads n-threads cpus num-cpus",
-    "train.report-to": "report-to tracker trackers wandb tensorboard mlflow trackio",
+    "train.report-to": "report-to tracker trackers wandb tensorboard mlflow trackio use-wandb",
     f"{_ARGUMENTS}per-device-train-batch-size": "batch-size batchsize train-batch-size "
     "per-device-batch-size per-device-train-batch-size micro-batch-size local-batch-size bs",
     f"{_ARGUMENTS}gradient-accumulation-steps": "gradient-accumulation-steps "
@@ -69,10 +70,13 @@ _NAMES: dict[str, str] = {
     "data.held-out-fraction": "held-out held-out-fraction holdout hold-out test-size test-split "
     "validation-split val-split val-size eval-split test-fraction",
     "data.prompt-template": "template prompt-template chat-template prompt-format",
+    "data.template-options": "chat-template-kwargs template-kwargs enable-thinking",
+    "data.system-prompt": "system system-prompt system-message",
     "data.question-column": "question question-column prompt prompt-column input input-column "
     "instruction-column",
     "data.answer-column": "answer answer-column output response response-column completion target "
     "output-column target-column label-column",
+    "static.dataset.revision": "dataset-revision data-revision",
     "static.dataset.name": "data dataset dataset-name dataset-path data-path data-file train-file "
     "training-data",
 }
@@ -100,11 +104,21 @@ PER_ROUND = (
 )
 """Names for a number of sites a round, which is an option and not a key."""
 
-NO_KEY = dict.fromkeys(
-    ("device", "gpu", "gpus", "cuda", "use-gpu", "num-gpus", "device-map"),
-    "A GPU is used if there is one; CUDA_VISIBLE_DEVICES selects it, and an empty one trains on "
-    "the CPU.",
-)
+NO_KEY = {
+    **dict.fromkeys(
+        ("device", "gpu", "gpus", "cuda", "use-gpu", "num-gpus", "device-map"),
+        "A GPU is used if there is one; CUDA_VISIBLE_DEVICES selects it, and an empty one trains "
+        "on the CPU.",
+    ),
+    **dict.fromkeys(
+        ("attn", "attn-implementation", "use-flash-attention", "flash-attention"),
+        "Attention runs on PyTorch's own kernels, FlashAttention among them; train.batching "
+        "decides whether batches are padded.",
+    ),
+    **dict.fromkeys(
+        ("run-name", "wandb-run-name"), "A run is named by its directory: run-directory."
+    ),
+}
 """Names of what has no key, and what to do instead."""
 
 _VALUES: dict[str, dict[str, Scalar]] = {
@@ -214,8 +228,10 @@ def value_meant(key: str, value: Scalar, name: str = "") -> Scalar:
     last = last_part(name)
     if key == "model.quantization" and last in _BITS_OF_NAME:
         return _BITS_OF_NAME[last] if value is True or str(value).lower() == "true" else 0
-    if key == "train.report-to" and last in _TRACKERS:
-        return last if value is True or str(value).lower() == "true" else "none"
+    if key == "train.report-to" and last.removeprefix("use-") in _TRACKERS:
+        return (
+            last.removeprefix("use-") if value is True or str(value).lower() == "true" else "none"
+        )
     word = only_letters(str(value))
     if word in _VALUES.get(key, {}):
         return _VALUES[key][word]

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from grandrounds.config import automatic
+from grandrounds.config.bases import names_a_base
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
 from grandrounds.config.keys import (
     ALIASES,
@@ -31,6 +32,7 @@ from grandrounds.config.synonyms import (
 )
 from grandrounds.config.values import AUTO, OneOf, Range, Scalar, words_of
 from grandrounds.errors import ConfigError, nearest
+from grandrounds.storage import found
 
 
 def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Config:
@@ -214,8 +216,9 @@ def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
 
 
 NOT_HONOURED = {
-    "model.lora.peft-use-dora": " DoRA initialises its magnitudes from the base weights, which the"
-    " server never loads.",
+    "model.lora.peft-use-dora": " DoRA's magnitudes start as the norms of the base's weights, which"
+    " the server never loads, and would have to be sent and averaged beside the factors."
+    " grandrounds plan counts their bytes; false trains plain LoRA of the same rank.",
     "train.training-arguments.fp16": " Half precision would need loss scaling; set"
     " train.training-arguments.bf16 = true, or neither for float32.",
     "train.training-arguments.output-dir": " A site never writes to a path that it was sent; for"
@@ -273,6 +276,23 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if data.partitioner in ("dirichlet", "natural") and not data.partition_by:
         yield f'data.partitioner = "{data.partitioner}" needs data.partition-by, a column name.'
+    if data.prompt_template != "chat":
+        for key, text in (
+            ("data.template-date", data.template_date),
+            ("data.template-options", data.template_options),
+            ("data.system-prompt", data.system_prompt),
+        ):
+            if text:
+                yield f'{key} = {text!r} has no effect without data.prompt-template = "chat".'
+    for key, name, revision in (
+        ("model", config.model.name, config.model.revision),
+        ("static.dataset", config.static.name, config.static.revision),
+    ):
+        if revision and (name == "formulary" or names_a_base(name) or found(name)):
+            yield (
+                f"{key}.revision = {revision!r} is for the Hugging Face hub, and {key}.name = "
+                f"{name!r} is not there but here: leave the revision empty."
+            )
     for key, value, hint in (
         ("model.name", config.model.name, "a Hub name, a folder, or formulary"),
         ("static.dataset.name", config.static.name, "a Hub name, a file, or formulary"),

@@ -62,7 +62,7 @@ def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
 
     The CUDA context is left out: it is already allocated when free memory is measured.
     """
-    base = architecture_of(config.model.name)
+    base = architecture_of(config.model.source)
     if base is None:
         return None
     targets = target_modules(base, config.lora.target_modules)

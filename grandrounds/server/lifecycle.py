@@ -12,14 +12,16 @@ from flwr.serverapp import Grid
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
+from grandrounds.model.architectures import unmatched
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.directory import RunDirectory, default_run_directory, environment
 from grandrounds.server.exchange import Exchange
+from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
 from grandrounds.server.listeners import Listener
 from grandrounds.server.resumption import Resumption, examine, restore
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, has_changed
+from grandrounds.server.roll_call import Roster
 from grandrounds.server.rounds import examine_formulary
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Adapter, Ranks, drawn_adapter
@@ -43,7 +45,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
     resumed = held_for_resume(directory, config) if directory else None
     spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
-    shapes, targets = adapter_layout(config.model.name, spec)
+    shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes)
     is_new = directory is None
     if directory is None:
@@ -63,6 +65,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         restore(directory, resumed)
     directory.write_json("environment.json", environment())
     described = {**plan.as_dict(), "target-modules": targets}
+    if missing := unmatched(lora.target_modules, targets):
+        described["target-modules-without-match"] = missing
     directory.write_json("plan.json", described)
     run = Run(
         config=config,
@@ -174,7 +178,7 @@ def check_same_sites(roster: Roster) -> None:
     """Raise `RunDirectoryError` if a site's data, base or prompt have changed since the start."""
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
-        for fact in SAME_IN_A_RUN:
+        for fact in (*SAME_IN_A_RUN, *SAME_IF_TOLD):
             if has_changed(fact, before, card.facts):
                 raise RunDirectoryError(
                     f"{roster.names.with_number(site)} has changed since the run started: its "

@@ -344,7 +344,7 @@ def _agree(kept: Sequence[dict[str, Any]], there: Sequence[dict[str, Any]]) -> b
 
     A roll call after the state may add sites, and what they tell of their machines.
     """
-    from grandrounds.server.roll_call import SAME_IN_A_RUN
+    from grandrounds.server.introductions import SAME_IN_A_RUN
 
     now = {site["partition-id"]: site for site in there}
     return all(

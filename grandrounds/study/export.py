@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.tokenization import end_token_ids
 from grandrounds.errors import (
@@ -25,9 +26,10 @@ from grandrounds.errors import (
     RunDirectoryError,
     first_line,
 )
-from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
+from grandrounds.model.base import BaseSpec, load_base, loading, model_location
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.scoring import stop_tokens
+from grandrounds.model.tokenizers import set_in, tokenizer_of
 from grandrounds.server.directory import Checkpoint
 from grandrounds.server.listeners.start_rows import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
@@ -129,11 +131,12 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     """Write base and adapter as one model; return a description for the card."""
     from transformers import AutoConfig, AutoTokenizer
 
-    name, quantization = checkpoint.config.model.name, checkpoint.config.model.quantization
+    name, quantization = checkpoint.config.model.source, checkpoint.config.model.quantization
     spec = lora_spec(checkpoint.folder)
     check_fit(checkpoint.folder, spec, name)
-    tokens = load_tokenizer(name)  # reports a missing base in one line
-    settings = AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
+    said = ChatSettings(*checkpoint.config.data.chat)
+    tokens = tokenizer_of(name, said)  # reports a missing base in one line
+    settings = AutoConfig.from_pretrained(model_location(name), **loading(name))
     own = settings.dtype or torch.float32
     say(f"loading {name}")
     model = _load(name, quantization, checkpoint.config.model.dtype, own)
@@ -145,9 +148,10 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
-    for loading in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
-        tokenizer.init_kwargs.pop(loading, None)
+    tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
+    set_in(tokenizer, said, name)
+    for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
+        tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
     return merged_text(quantization, rounding)
 

@@ -8,25 +8,30 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from grandrounds.config.keys import DataConfig
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Partition
 from grandrounds.data.rows import Rows
-from grandrounds.data.sources import load_rows, rows_of
+from grandrounds.data.sources import columns_read, load_rows, rows_of
 from grandrounds.errors import DataError, first_line
 from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
 
 
-def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, run: str) -> Site:
+def own_site(
+    site: SiteFile, model_name: str, prompt: DataConfig, seq_length: int, run: str
+) -> Site:
     """Return the site's examples, ready for the model.
 
     Held-out examples are drawn with the site's own seed, so they are the same in every run.
 
     Parameters
     ----------
+    prompt : DataConfig
+        Of the run: only the prompt is read.
     run : str
         The run's key; see `database_rows`.
 
@@ -35,7 +40,7 @@ def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, ru
     DataError
         If the source cannot be used, or has no training example.
     """
-    return _tokenized(_rows(site, run), site.data, site.node, model_name, template, seq_length)
+    return _tokenized(_rows(site, run), site.data, site.node, model_name, prompt, seq_length)
 
 
 def own_split(site: SiteFile, run: str = "") -> SiteData:
@@ -102,11 +107,11 @@ def _tokenized(
     data: OwnData,
     node: Node,
     model_name: str,
-    template: str,
+    prompt: DataConfig,
     seq_length: int,
 ) -> Site:
     split = _split(rows, data, node)
-    return tokenized_site(split, node.partition_id, model_name, template, seq_length)
+    return tokenized_site(split, node.partition_id, model_name, prompt, seq_length)
 
 
 @dataclass
@@ -184,9 +189,11 @@ def queried(url: str, query: str, question_column: str, answer_column: str) -> R
     """
     columns = (question_column, answer_column)
     names, rows = _asked(url, query)
-    wanted = [names.index(name) for name in columns if name in names]
-    rows.sort(key=lambda row: [str(row[i]) for i in wanted])
-    values = {names[i]: [row[i] for row in rows] for i in wanted}
+    read, _ = columns_read(columns)
+    order = columns if question_column in names else read
+    by = [names.index(name) for name in order if name in names]
+    rows.sort(key=lambda row: [str(row[i]) for i in by])
+    values = {name: [row[names.index(name)] for row in rows] for name in read if name in names}
     raw = RawRows(values, tuple(names), range(1, len(rows) + 1), "row")
     return rows_of(raw, f"data.database = {_without_password(url)!r}", columns)
 

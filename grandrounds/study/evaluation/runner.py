@@ -19,8 +19,9 @@ from typing import Any
 
 from grandrounds.data.tokenization import TokenizedExample, end_token_ids
 from grandrounds.errors import DataError
-from grandrounds.model.base import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
+from grandrounds.model.base import BaseSpec, base_fingerprint, device_and_dtype
 from grandrounds.model.scoring import generate_greedily, stop_tokens
+from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.study.evaluation import flowertune, greedy, likelihood
 from grandrounds.study.evaluation.answers import (
     RESULT,
@@ -80,7 +81,7 @@ def evaluate(
     """
     target = tasks.target
     spec = BaseSpec(target.base, target.quantization, target.dtype)
-    tokenizer = load_tokenizer(target.base)
+    tokenizer = tokenizer_of(target.base, target.chat)
     settings = settings_of(tasks, tokenizer)
     models = Models(spec, target.subjects)
     open_folder(tasks.folder, settings, resume)

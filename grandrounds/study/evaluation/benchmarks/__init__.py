@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import pkgutil
-import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.data.files import json_records
-from grandrounds.data.sources import silent_downloads
+from grandrounds.data.sources import hub_commit, silent_downloads
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
 from grandrounds.study.evaluation.sample import stratified_sample
 
@@ -271,7 +270,7 @@ def load_items(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}; omit it to use every item")
-    file = _local_file(benchmark, data)
+    file = local_file(benchmark, data)
     if benchmark.built_in is not None:
         places, rows = f"{benchmark.name}, row", list(enumerate(benchmark.built_in(), 1))
     elif file is not None:
@@ -309,19 +308,17 @@ def source_of(benchmark: Benchmark, data: Path | None = None) -> dict[str, str]:
         if the hub's cache records it, else the branch) and `rows-sha256`; or `built-in` and
         `rows-sha256`.
     """
-    file = _local_file(benchmark, data)
+    file = local_file(benchmark, data)
     if benchmark.built_in is not None:
         return {"built-in": benchmark.name, "rows-sha256": _rows_hash(benchmark.built_in())}
     if file is not None:
         return {"file": file.name, "sha256": hashlib.sha256(_file_bytes(file)).hexdigest()}
     loaded = _hub_rows(benchmark, data)
-    urls = " ".join(loaded.info.download_checksums or {})
-    commit = re.search(r"@([0-9a-f]{40})/", urls)
     return {
         "hub": str(benchmark.hub_name),
         "config": benchmark.hub_config or "default",
         "split": benchmark.hub_split,
-        "revision": commit[1] if commit else benchmark.hub_revision or "main",
+        "revision": hub_commit(loaded) or benchmark.hub_revision or "main",
         "rows-sha256": _rows_hash(loaded.to_list()),
     }
 
@@ -333,7 +330,7 @@ def _rows_hash(rows: list[dict[str, Any]]) -> str:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _local_file(benchmark: Benchmark, data: Path | None) -> Path | None:
+def local_file(benchmark: Benchmark, data: Path | None) -> Path | None:
     """Return the benchmark's file in a data folder, if it exists."""
     if data is None or benchmark.built_in is not None:
         return None
