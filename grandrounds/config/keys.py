@@ -223,9 +223,13 @@ class StrategyConfig:
     """Time in seconds to wait for all sites to connect, and at least as long for their first
     answer, the introduction at the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
-    """`examples`: weight updates by the number of training examples, capped at the number given at
-    roll call. `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and
-    `bulyan` always do."""
+    """`examples`: weight updates by the number of training examples, capped at the number in the
+    site's admission, else at the one given at its first roll call, and by `largest-weight`.
+    `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and `bulyan` always
+    do."""
+    largest_weight: Annotated[float, Range(0)]
+    """Maximum weight of an update, as a multiple of its cohort's median weight; 0: no limit. At 2,
+    one site of seven has at most 25 % of the total, whatever it claims."""
     max_rank: Annotated[int, Range(0, 4096)]
     """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
     times the rank."""
@@ -319,6 +323,10 @@ class DefenceConfig:
     update_norm_bound: Annotated[float, Range(0)]
     """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. It does not
     bound the server's step under `fedexp`; see docs/aggregation.md."""
+    largest_norm: Annotated[float, Range(0)]
+    """Maximum L2 norm of an update, as a multiple of the median norm of the updates of the last
+    rounds, in the first round of its own; larger updates are scaled down to it. 0: no such bound.
+    The server holds the updates of the first round in memory."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold

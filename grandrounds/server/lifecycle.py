@@ -12,7 +12,12 @@ from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
 from grandrounds.model.lora import LoraSpec, adapter_layout
-from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
+from grandrounds.server.admitted import (
+    admitted_examples,
+    admitted_names,
+    admitted_nodes,
+    revoked_nodes,
+)
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.directory import (
     RunDirectory,
@@ -85,6 +90,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
             strategy.min_sites,
             admitted=lambda: admitted_nodes(federation),
             admitted_names=lambda: admitted_names(federation),
+            admitted_examples=lambda: admitted_examples(federation),
             revoked=lambda: revoked_nodes(federation),
             introduced={site["partition-id"]: site for site in before},
         ),

@@ -15,7 +15,7 @@ from grandrounds.config.words import counted
 from grandrounds.errors import ApprovalError, EngineError, GrandRoundsError, ReplyError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.wire import messages
-from grandrounds.wire.names import NAME, SiteNames, clean_name, names_of
+from grandrounds.wire.names import MOST_OF_A_TEXT, NAME, SiteNames, clean_name, names_of, one_line
 from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
 
 _log = logging.getLogger("grandrounds")
@@ -36,9 +36,6 @@ SAME_IN_A_RUN = (
 COMPUTED_BEFORE = "computed-before"
 """Fact added here: how a site computed before a resume, if differently."""
 
-MOST_CHARACTERS = 1000
-"""Maximum length of a string in an introduction."""
-
 
 @dataclass(frozen=True)
 class SiteCard:
@@ -48,11 +45,6 @@ class SiteCard:
     """Flower's id of the node, drawn at random."""
     facts: Mapping[str, Any]
     """The introduction: partition-id, counts of rows and examples, versions, hashes."""
-
-    @property
-    def num_examples(self) -> int:
-        """Training examples of the site, as it tells them."""
-        return int(self.facts["train-examples"])
 
     @property
     def in_custody(self) -> bool:
@@ -77,6 +69,8 @@ class Roster:
     """Returns partition id → node of the admitted sites, where the node is known."""
     admitted_names: Callable[[], Mapping[int, str]] = dict
     """Returns partition id → name in its admission, which replaces what a site calls itself."""
+    admitted_examples: Callable[[], Mapping[int, int]] = dict
+    """Returns partition id → number of training examples in its admission, where it has one."""
     revoked: Callable[[], Mapping[int, str]] = dict
     """Returns node → reason, for the nodes whose key was revoked: they are not called."""
     introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -171,7 +165,7 @@ class Roster:
                         f"Two nodes claim to be site {partition}; each needs its own partition-id."
                     )
             except GrandRoundsError as error:
-                refused[node] = str(error)
+                refused[node] = one_line(str(error))
                 if not least or len(nodes) - len(refused) < least:
                     raise
                 continue
@@ -234,7 +228,7 @@ class Roster:
             try:
                 messages.raise_failure(reply)
             except GrandRoundsError as error:  # it may reply to the next message
-                refused[partition] = str(error)
+                refused[partition] = one_line(str(error))
                 continue
             try:
                 facts = introduction_of(node, reply, self.num_sites)
@@ -251,11 +245,16 @@ class Roster:
                     continue
                 self._check_still_same(partition, facts)
             except GrandRoundsError as error:
-                refused[partition] = str(error)
+                refused[partition] = one_line(str(error))
                 cards.pop(partition, None)
                 continue
             cards[partition] = SiteCard(node, named(facts, names))
         return refused
+
+    def examples_of(self, partition: int) -> int:
+        """Return the training examples of a site: of its admission, else of its first roll call."""
+        facts = self.introduced.get(partition) or self.cards[partition].facts
+        return self.admitted_examples().get(partition, int(facts["train-examples"]))
 
     @property
     def names(self) -> SiteNames:
@@ -291,9 +290,13 @@ class Roster:
     def note_introductions(self) -> bool:
         """Merge the introductions of `cards` into `introduced`; return whether any is new.
 
-        Sites that leave stay listed.
+        Sites that leave stay listed. A site's training examples remain those of its first one.
         """
-        known = self.introduced | self._facts()
+        first = {p: facts["train-examples"] for p, facts in self.introduced.items()}
+        now = self._facts()
+        for partition in now.keys() & first.keys():
+            now[partition]["train-examples"] = first[partition]
+        known = self.introduced | now
         is_new = known != self.introduced
         self.introduced = dict(sorted(known.items()))
         return is_new
@@ -361,8 +364,15 @@ def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
 
 
 def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]:
-    """Return a site's introduction; raise `EngineError` if it is incomplete or invalid."""
-    record = dict(reply.content.config_records.get(messages.CONFIG) or {})
+    """Return the facts of a site's introduction that are read, cleaned.
+
+    Raises
+    ------
+    EngineError
+        If it is incomplete or invalid.
+    """
+    told = reply.content.config_records.get(messages.CONFIG) or ConfigRecord()
+    record = {name: value for name, value in told.items() if name in messages.FACTS}
     required = messages.INTRODUCTION
     if in_custody(record):
         required = messages.INTRODUCTION_IN_CUSTODY
@@ -372,11 +382,11 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
             "grandrounds installed there? Install the same one everywhere."
         )
     for name, value in record.items():
-        is_short = not isinstance(value, str) or len(value) <= MOST_CHARACTERS
+        is_short = not isinstance(value, str) or len(value) <= MOST_OF_A_TEXT
         if not isinstance(value, bool | int | float | str) or not is_short:
             raise EngineError(
-                f"The introduction of node {node} is invalid: {name[:40]!r} is neither a number "
-                f"nor a string of at most {MOST_CHARACTERS} characters."
+                f"The introduction of node {node} is invalid: {name!r} is neither a number "
+                f"nor a string of at most {MOST_OF_A_TEXT} characters."
             )
     facts = ConfigRecord(record)
     try:
@@ -387,7 +397,9 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
                 messages.whole_number(facts, name)
     except ReplyError as error:
         raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
-    return record
+    return {
+        name: one_line(value) if isinstance(value, str) else value for name, value in record.items()
+    }
 
 
 def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[str, Any]:

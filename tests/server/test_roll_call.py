@@ -70,7 +70,7 @@ def test_the_roll_call_returns_the_sites_by_partition() -> None:
     cards = called(grid_of(Sites(swapped), 3), [1, 2, 3]).cards
     assert list(cards) == [0, 1, 2]
     assert [card.node_id for card in cards.values()] == [3, 2, 1]
-    assert [card.num_examples for card in cards.values()] == [10, 20, 30]
+    assert [card.facts["train-examples"] for card in cards.values()] == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_only_a_real_site_may_keep_its_counts() -> None:
     alone = Sites({("query", 0): introduce_in_custody})
     roster = called(grid_of(alone, 1), [1])
     assert roster.cards[0].in_custody
-    assert roster.cards[0].num_examples == 1500
+    assert roster.examples_of(0) == 1500
     bare = dict.fromkeys(messages.INTRODUCTION_IN_CUSTODY, 1)
 
     def lacking(message: Message, site: int) -> Message:

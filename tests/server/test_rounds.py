@@ -15,7 +15,7 @@ from grandrounds.server import rounds
 from grandrounds.server.exchange import Tally
 from grandrounds.server.roll_call import SiteCard
 from grandrounds.server.run import Run
-from grandrounds.server.updates import claimed_examples
+from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.traffic import message_of
@@ -27,7 +27,6 @@ from tests.server.hand_written import (
     Behaviour,
     Silent,
     Sites,
-    cards_of,
     changed,
     crash,
     grid_of,
@@ -168,8 +167,8 @@ def test_a_site_cannot_claim_more_examples_than_at_roll_call() -> None:
     sites = Sites({("train", 1): lambda m, s: changed(m, s, examples=10**9)})
     adapter, _, _ = play(sites, [0, 1])
     assert np.array_equal(adapter["m.lora_B.weight"], np.full((5, 2), 8 / 3, np.float32))
-    assert claimed_examples({"num-examples": 10**9}, cards_of(2)[1]) == 20
-    assert claimed_examples({"num-examples": 7}, cards_of(2)[1]) == 7
+    assert claimed_examples({"num-examples": 10**9}, 20) == 20
+    assert claimed_examples({"num-examples": 7}, 20) == 7
 
 
 def test_every_message_is_counted_those_of_failed_sites_too() -> None:

@@ -93,6 +93,8 @@ def defence(config: Config) -> str:
     """Return how individual updates are screened, in words; empty if they are not."""
     how = config.defence
     parts = []
+    if how.largest_norm:
+        parts.append(f"updates scaled down to {how.largest_norm:g} times the median norm")
     if how.update_norm_bound:
         parts.append(f"updates scaled down to a norm of {how.update_norm_bound:g}")
     if how.min_cosine > -1:
