@@ -32,11 +32,11 @@ def limited(examples: Mapping[int, int], largest: float) -> dict[int, int]:
         return dict(examples)
     most = int(largest * statistics.median_low(examples.values()))
     weights = sorted(min(count, most) for count in examples.values())
-    share = largest / (largest + len(weights) - 1)
+    whole = largest + len(weights) - 1
     for top in range(1, len(weights)):  # the sites whose share the limit would cut
-        if share * top >= 1:
+        if largest * top >= whole:
             break
-        equal = share * sum(weights[:-top]) / (1 - share * top)
+        equal = largest * sum(weights[:-top]) / (whole - largest * top)
         if equal >= weights[-top - 1]:
             most = min(most, max(1, int(equal)))
             break

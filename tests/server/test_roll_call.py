@@ -91,6 +91,25 @@ def test_a_fact_that_could_not_be_written_down_is_the_sites_own_fault(value: Any
         called(grid_of(sites, 2), [1, 2])
 
 
+def test_facts_that_nobody_reads_are_dropped_and_the_others_cleaned() -> None:
+    """20,000 facts made sites.json 20 MB."""
+    more: dict[str, Any] = {f"fact-{i}": "x" * 900 for i in range(2000)}
+    more |= {"device": "\u202eUPG\x1b[2J\n  site 0 failed"}
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, **more)})
+    roster = called(grid_of(sites, 2), [1, 2])
+    assert set(roster.introduced[1]) == set(roster.introduced[0])
+    assert roster.introduced[1]["device"] == "UPG[2J site 0 failed"
+
+
+def test_reasons_of_refusals_are_cut_and_cleaned() -> None:
+    def say(message: Message, site: int) -> Message:
+        return Message(messages.failure(DataError("no\n\x1b[31m" + "x" * 10**6)), reply_to=message)
+
+    roster = called(grid_of(Sites({("query", 1): say}), 3), [1, 2, 3], min_sites=2)
+    assert roster.refused[2].startswith("no [31mxxx")
+    assert len(roster.refused[2]) == 1000
+
+
 def test_two_nodes_of_one_site_are_an_error() -> None:
     sites = Sites({("query", 1): lambda m, _: introduce(m, 0)})
     with pytest.raises(EngineError, match="Two nodes claim to be site 0"):
@@ -316,6 +335,23 @@ def test_a_damaged_admission_is_one_clear_error(tmp_path: Path, text: str) -> No
     federation = resolve({"consortium": str(tmp_path)}).federation
     with pytest.raises(ConfigError, match=r"st-e\.json: the admission is damaged"):
         admitted_names(federation)
+
+
+def test_a_sites_weight_is_of_its_admission_else_of_its_first_roll_call() -> None:
+    """A real site may come back with any number that rounds the same: 1,799 for 1,500."""
+    said: dict[str, Any] = {"train-examples": 1500}
+    sites = Sites({("query", 1): lambda m, s: introduce_in_custody(m, s, **said)})
+    grid = grid_of(sites, 2)
+    roster = called(grid, [1, 2])
+    said["train-examples"] = 1700
+    roster.suspected = {1}
+    assert refreshed(roster, grid) == {}
+    roster.note_introductions()
+    assert roster.cards[1].facts["train-examples"] == 1700
+    assert roster.introduced[1]["train-examples"] == 1500
+    assert [roster.examples_of(p) for p in (0, 1)] == [10, 1500]
+    roster.admitted_examples = lambda: {1: 700}
+    assert [roster.examples_of(p) for p in (0, 1)] == [10, 700]
 
 
 # --- Real sites -----------------------------------------------------------------------------------
