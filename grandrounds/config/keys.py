@@ -80,12 +80,13 @@ class LoraConfig:
     target_modules: str
     """Linear modules to adapt, comma-separated. `all-linear`: every linear layer except the output
     head. `auto`: PEFT's default for the architecture (`q_proj,v_proj` for Llama, Mistral and
-    Qwen2), or `all-linear` for the built-in model."""
+    Qwen2), or `all-linear` for the built-in model. A name that ends in `?` is passed over where the
+    base has no such module, as PEFT does with a list; entries' lists are read so."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
     peft_use_dora: Annotated[bool, OneOf((False,))]
-    """DoRA is not supported: its magnitudes are initialised from base weights, which the server
-    never loads."""
+    """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
+    never loads. `grandrounds plan` counts them."""
 
 
 @dataclass(frozen=True)
@@ -321,8 +322,8 @@ class DefenceConfig:
     prefix: ClassVar[str] = "defence."
 
     update_norm_bound: Annotated[float, Range(0)]
-    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. It does not
-    bound the server's step under `fedexp`; see docs/aggregation.md."""
+    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. Under
+    `fedexp` the server's step is up to k / 2 times the mean of k updates (docs/aggregation.md)."""
     largest_norm: Annotated[float, Range(0)]
     """Maximum L2 norm of an update, as a multiple of the median norm of the updates of the last
     rounds, in the first round of its own; larger updates are scaled down to it. 0: no such bound.
@@ -357,7 +358,8 @@ class DataConfig:
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
     of turn."""
     question_column: str
-    """Column holding the question."""
+    """Column holding the question. Several, comma-separated, are joined by a space:
+    `instruction,input` for Alpaca's format."""
     answer_column: str
     """Column holding the answer."""
 

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
+from grandrounds.model.architectures import unmatched
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.admitted import (
     admitted_examples,
@@ -26,8 +27,9 @@ from grandrounds.server.directory import (
     environment,
 )
 from grandrounds.server.exchange import Exchange
+from grandrounds.server.introductions import SAME_IN_A_RUN, has_changed
 from grandrounds.server.listeners import Listener
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, has_changed
+from grandrounds.server.roll_call import Roster
 from grandrounds.server.rounds import examine_formulary
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Ranks, drawn_adapter
@@ -61,6 +63,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     directory.hold()
     directory.write_json("environment.json", environment())
     described = {**plan.as_dict(), "target-modules": targets}
+    if missing := unmatched(lora.target_modules, targets):
+        described["target-modules-without-match"] = missing
     directory.write_json("plan.json", described)
     start = drawn_adapter(shapes, federation.seed)
     rule = make_rule(filled_in(config))
@@ -159,13 +163,24 @@ def fail(run: Run, status: str, reason: str) -> str:
 
 
 def check_same_sites(roster: Roster) -> None:
-    """Raise `RunDirectoryError` if a site's data, base or prompt have changed since the start."""
+    """Leave out the sites whose data, base or prompt have changed since the start of the run.
+
+    Raises
+    ------
+    RunDirectoryError
+        If the run needs them: fewer than `strategy.min-sites` are left.
+    """
+    changed: dict[int, str] = {}
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
         for fact in SAME_IN_A_RUN:
             if has_changed(fact, before, card.facts):
-                raise RunDirectoryError(
-                    f"{roster.names.with_number(site)} has changed since the run started: its "
-                    f"{fact} was {before.get(fact)} and is now {card.facts.get(fact)}. Restore it "
-                    "to resume, or start a new run."
+                changed[site] = (
+                    f"its {fact} was {before.get(fact)} and is now {card.facts.get(fact)}"
                 )
+    if changed and not roster.leave_out(changed):
+        site, how = next(iter(changed.items()))
+        raise RunDirectoryError(
+            f"{roster.names.with_number(site)} has changed since the run started: {how}. Restore "
+            "it to resume, or start a new run."
+        )

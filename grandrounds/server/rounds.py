@@ -82,7 +82,7 @@ def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
 
 def record_start(run: Run) -> None:
     """Evaluate the untrained adapter, which equals the base, and write line 0."""
-    refused = {f"node {node}": why for node, why in run.roster.refused.items()}
+    refused = run.roster.refusals()
     record = {"round": 0, **({"refused": refused} if refused else {})}
     started = time.perf_counter()
     now = Round(0, 0.0, [], {}, saves=False, started=started, trained=started)

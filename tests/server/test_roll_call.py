@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
-from grandrounds.errors import ConfigError, DataError, EngineError, ReplyError
+from grandrounds.errors import (
+    ConfigError,
+    DataError,
+    EngineError,
+    GrandRoundsError,
+    ReplyError,
+    RunDirectoryError,
+)
+from grandrounds.server import roll_call
 from grandrounds.server.admitted import admitted_names
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, SiteCard, has_changed
+from grandrounds.server.introductions import SAME_IN_A_RUN, SiteCard, has_changed
+from grandrounds.server.lifecycle import check_same_sites
+from grandrounds.server.roll_call import Roster
 from grandrounds.wire import messages
 from tests.server.hand_written import (
     Silent,
@@ -77,11 +88,33 @@ def test_the_roll_call_returns_the_sites_by_partition() -> None:
     ("fact", "meaning"),
     [("version", "version of grandrounds"), ("base", "base model"), ("prompt", "prompt")],
 )
-def test_a_site_that_differs_is_named_before_anybody_trains(fact: str, meaning: str) -> None:
-    sites = Sites({("query", 2): lambda m, s: introduce(m, s, **{fact: "other"})})
-    with pytest.raises(EngineError, match=rf"same {meaning}: .*site 2 has other \(1 of 3"):
+@pytest.mark.parametrize("odd", [0, 2])
+def test_a_site_that_differs_is_named_before_anybody_trains(
+    fact: str, meaning: str, odd: int
+) -> None:
+    """Also site 0, whose facts the others were once compared with: they were blamed."""
+    sites = Sites({("query", odd): lambda m, s: introduce(m, s, name="St E", **{fact: "other"})})
+    how = f"its {meaning} is other, that of 2 of 3 sites"
+    with pytest.raises(EngineError, match=rf"St E \(site {odd}\): {how} .*min-sites = 2"):
         called(grid_of(sites, 3), [1, 2, 3])
     assert {kind for kind, _, _ in sites.seen} == {"query"}
+    roster = called(grid_of(sites, 3), [1, 2, 3], min_sites=2)
+    assert list(roster.cards) == [p for p in range(3) if p != odd]
+    [(who, why)] = roster.refusals().items()
+    assert (who, roster.names[odd]) == (f"site {odd}", "St E")
+    assert why.startswith(how)
+
+
+def differing(facts: Mapping[int, Any], message: Message, site: int) -> Message:
+    return introduce(message, site, **facts[site])
+
+
+def test_where_no_majority_decides_all_groups_are_named() -> None:
+    for odd, told in (({2, 3}, r"p at site 0, site 1; q at"), ({1, 2, 3}, r"; q3 at site 3\. Use")):
+        own = {p: {"prompt": f"q{p if len(odd) > 2 else ''}"} for p in odd}
+        sites = Sites({("query", p): partial(differing, own) for p in odd})
+        with pytest.raises(EngineError, match=rf"same prompt, and no majority decides: .*{told}"):
+            called(grid_of(sites, 4), [1, 2, 3, 4], min_sites=1)
 
 
 @pytest.mark.parametrize("value", [b"x", "x" * 1001, [1]])
@@ -159,6 +192,42 @@ def test_the_first_answer_may_take_longer_than_a_round() -> None:
     for round_seconds, connect_seconds in ((0.1, 0.3), (0.3, 0.1)):
         with pytest.raises(EngineError, match=r"1 of 3 nodes did not answer .* within 0.3 s"):
             Roster(3).open(exchange_of(Silent(Sites(), 3, {2}), round_seconds), connect_seconds)
+
+
+def unreachable(message: Message, site: int) -> Message:
+    return Message(Error(5, "no heartbeat"), reply_to=message)
+
+
+@pytest.mark.parametrize("kind", ["no heartbeat", "no id"])
+def test_a_node_that_is_not_back_yet_is_asked_again(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart of the SuperLink a node counts as connected, and its messages fail until its
+    next heartbeat; one such reply ended a resumed run at its roll call."""
+    monkeypatch.setattr(roll_call, "RETURN_SECONDS", 0.01)
+    absences = [True, True]
+
+    class Returning(InProcessGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            outgoing = list(messages)
+            is_absent = kind == "no id" and any(absences) and absences.pop()
+            gone = 2 if is_absent else 0
+            ids = iter(super().push_messages(m for m in outgoing if m.metadata.dst_node_id != gone))
+            return ["" if m.metadata.dst_node_id == gone else next(ids) for m in outgoing]
+
+    def back(message: Message, site: int) -> Message:
+        is_absent = kind == "no heartbeat" and any(absences) and absences.pop()
+        return (unreachable if is_absent else introduce)(message, site)
+
+    sites = Sites({("query", 1): back})
+    roster = Roster(3)
+    roster.open(exchange_of(Returning(sites, {}, 3)), 5.0)
+    assert [*roster.cards] == [0, 1, 2]
+    assert [site for _, site, _ in sites.seen].count(0) == 1  # who has answered is left in peace
+    absences[:] = [True] * 1000
+    said = "no heartbeat" if kind == "no heartbeat" else r"1 of 3 nodes did not answer .*\[2\]"
+    with pytest.raises(GrandRoundsError, match=said):
+        Roster(3).open(exchange_of(Returning(sites, {}, 3), 0.01), 0.1)
 
 
 def test_a_run_may_begin_without_some_sites() -> None:
@@ -352,6 +421,29 @@ def test_a_sites_weight_is_of_its_admission_else_of_its_first_roll_call() -> Non
     assert [roster.examples_of(p) for p in (0, 1)] == [10, 1500]
     roster.admitted_examples = lambda: {1: 700}
     assert [roster.examples_of(p) for p in (0, 1)] == [10, 700]
+
+
+def test_a_newcomer_that_differs_is_refused_and_nobody_else() -> None:
+    sites = Sites({("query", 2): lambda m, s: introduce(m, s, prompt="q")})
+    grid, roster = introduced(sites, 3)
+    assert refreshed(roster, grid) == {
+        2: "its prompt is q, that of the others p: use the same one there"
+    }
+    assert list(roster.cards) == [0, 1]
+
+
+def test_a_resumed_run_goes_on_without_a_site_that_has_changed_where_it_may() -> None:
+    sites = Sites({("query", 0): lambda m, s: introduce(m, s, rows=7)})
+    for min_sites in (0, 3, 2):
+        roster = called(grid_of(Sites(), 3), [1, 2, 3], min_sites=min_sites)
+        roster.call(exchange_of(grid_of(sites, 3)), [1, 2, 3], 10.0)
+        if min_sites == 2:
+            check_same_sites(roster)
+            assert list(roster.cards) == [1, 2]
+            assert roster.refusals() == {"site 0": "its rows was 1 and is now 7"}
+        else:
+            with pytest.raises(RunDirectoryError, match="site 0 has changed since the run"):
+                check_same_sites(roster)
 
 
 # --- Real sites -----------------------------------------------------------------------------------

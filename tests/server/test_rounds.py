@@ -16,8 +16,8 @@ from grandrounds.errors import RoundError
 from grandrounds.server import rounds
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Tally
+from grandrounds.server.introductions import SiteCard
 from grandrounds.server.listeners.plain import limit_lines
-from grandrounds.server.roll_call import SiteCard
 from grandrounds.server.run import Run, State
 from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages
