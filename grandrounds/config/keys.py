@@ -279,6 +279,26 @@ class StrategyConfig:
         return 1
 
     @property
+    def fewest_replies(self) -> int:
+        """Smallest number of updates with which a round goes on; see `for_replies`."""
+        return min(3, self.needed_replies)
+
+    def for_replies(self, count: int) -> StrategyConfig:
+        """Return the settings of the rule in a round to which `count` updates came.
+
+        With fewer than the rule needs, it expects fewer hostile ones among them, as many as its
+        bound allows. Hostile sites that send no usable update gain nothing by it: if j of
+        n >= 2 f + 3 sites send none, n - j >= 2 (f - j) + 3, and for bulyan the same with 4.
+        """
+        if self.name == "fedtrimmedavg" and 3 <= count < self.needed_replies:
+            return dataclasses.replace(self, trimmed_share=(1 + 1e-9) / count)  # one at each end
+        if self.name not in ("krum", "multikrum", "bulyan") or count < 3:
+            return self
+        hostile = min(self.num_malicious_nodes, (count - 3) // (4 if self.name == "bulyan" else 2))
+        selected = min(self.num_nodes_to_select, count - hostile)
+        return dataclasses.replace(self, num_malicious_nodes=hostile, num_nodes_to_select=selected)
+
+    @property
     def server_step(self) -> float:
         """Learning rate of an adaptive rule at the server, or of momentum; 0 for other rules."""
         keys = STRATEGIES[self.name].keys

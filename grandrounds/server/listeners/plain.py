@@ -93,6 +93,9 @@ def limit_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     ]
     if longer:
         lines.append(f"  scaled down to a norm of {bound:.3g}: {', '.join(longer)}")
+    if record.get("failed") and "hostile-tolerated" in record:
+        hostile = counted(int(record["hostile-tolerated"]), "hostile update")
+        lines.append(f"  the rule tolerates {hostile} among these {len(record['good'])}")
     return lines
 
 
