@@ -22,7 +22,13 @@ import torch
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.architectures import FAMILIES, Architecture, from_config, target_modules
-from grandrounds.model.base import base_config, device_and_dtype, has_bfloat16, is_out_of_memory
+from grandrounds.model.base import (
+    base_config,
+    device_and_dtype,
+    has_bfloat16,
+    is_out_of_memory,
+    stored_bits,
+)
 from grandrounds.model.memory import MIB, Precision, SiteMemory, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations, resident_bytes
 
@@ -54,7 +60,8 @@ def device_precision(config: Config) -> Precision:
     """Return the precision of a visit on this machine."""
     _, dtype = device_and_dtype(config.model.dtype)
     autocast = config.arguments.bf16 and has_bfloat16()
-    return Precision(config.model.quantization, dtype.itemsize, autocast)
+    bits = stored_bits(config.model.name) or config.model.quantization
+    return Precision(bits, dtype.itemsize, autocast)
 
 
 def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
@@ -262,7 +269,8 @@ def smaller_settings(config: Config, checkpointing: bool) -> Iterator[tuple[str,
     """Yield the keys to set, and the planned bytes, of settings that need less memory: first those
     that train the same, then those with a 4-bit base."""
     arguments = config.arguments
-    for bits in dict.fromkeys((config.model.quantization, 4)):
+    own = config.model.quantization
+    for bits in (own,) if stored_bits(config.model.name) else dict.fromkeys((own, 4)):
         for division in (1, 2, 4, 8, 16, 32):
             size, rest = divmod(arguments.per_device_train_batch_size, division)
             if rest or not size:

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
+from grandrounds.model.base import stored_bits
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
 from grandrounds.server.aggregation.make import filled_in, make_rule
@@ -55,7 +56,11 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         directory = RunDirectory.create(path, config)
     directory.hold()
     directory.write_json("environment.json", environment())
-    described = {**plan.as_dict(), "target-modules": targets}
+    described = {**plan.as_dict(), "target-modules": list(targets.modules)}
+    if targets.frozen:
+        described["frozen-modules"] = list(targets.frozen)
+    if bits := stored_bits(config.model.name):
+        described["stored-bits"] = bits
     directory.write_json("plan.json", described)
     start = drawn_adapter(shapes, federation.seed)
     rule = make_rule(filled_in(config))

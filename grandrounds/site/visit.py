@@ -25,6 +25,7 @@ from grandrounds.model import headroom, machine
 from grandrounds.model.base import (
     base_fingerprint,
     base_loads,
+    bits_of,
     device_and_dtype,
     quantization_config,
 )
@@ -203,7 +204,7 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
     """Return a site's introduction at the roll call; loads nothing heavy."""
     device, dtype = device_and_dtype(config.model.dtype)
     # Fail here, before any training.
-    quantization_config(config.model.quantization, dtype)
+    quantization_config(bits_of(machine.specs(config)[0]), dtype)
     training.check_optimizer(config.train.optimizer)
     check_length(config.model.name, config.train.seq_length)
     name = config.model.name

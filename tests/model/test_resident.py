@@ -26,6 +26,7 @@ from grandrounds.model.base import (
     quantization_config,
 )
 from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
+from grandrounds.model.targets import Targets
 from grandrounds.model.resident import Resident, adapter_change, resident_model, set_adapter
 from grandrounds.server.directory import RunDirectory
 from grandrounds.wire.adapter import initial_adapter
@@ -252,7 +253,7 @@ def test_the_layout_has_the_names_that_peft_saves(tiny_base: Path) -> None:
     """Hidden 32; 4 heads of 8 for queries; 2 heads for values: 16, so v_proj is not square."""
     shapes, targets = adapter_layout(str(tiny_base), LORA)
     layer = "base_model.model.model.layers.1.self_attn"
-    assert targets == ["q_proj", "v_proj"]
+    assert targets.modules == ("q_proj", "v_proj")
     assert len(shapes) == 8
     assert shapes[f"{layer}.q_proj.lora_A.weight"] == (4, 32)
     assert shapes[f"{layer}.q_proj.lora_B.weight"] == (32, 4)
@@ -262,9 +263,9 @@ def test_the_layout_has_the_names_that_peft_saves(tiny_base: Path) -> None:
 
 def test_auto_is_pefts_choice_and_all_linear_leaves_out_the_head(tiny_base: Path) -> None:
     _, auto = adapter_layout(str(tiny_base), LoraSpec(4, 8.0, "auto", 0.0))
-    assert set(auto) == {"q_proj", "v_proj"}
+    assert set(auto.modules) == {"q_proj", "v_proj"}
     _, every = adapter_layout(str(tiny_base), LoraSpec(4, 8.0, "all-linear", 0.0))
-    assert every == sorted(
+    assert list(every.modules) == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
@@ -347,7 +348,7 @@ def test_a_checkpoint_loads_in_plain_peft_with_the_same_logits(
 ) -> None:
     adapter = random_adapter(resident, 3)
     set_adapter(resident, adapter)
-    config = peft_config(LORA, ["q_proj", "v_proj"], str(tiny_base))
+    config = peft_config(LORA, Targets(("q_proj", "v_proj")), str(tiny_base))
     directory = RunDirectory.create(tmp_path / "run", resolve())
     folder = directory.save_checkpoint(7, adapter, config, "a card")
     assert folder.name == "peft_7"
