@@ -56,6 +56,15 @@ def architecture_of(name: str) -> Architecture | None:
     return from_config(name, described.to_dict(), name)
 
 
+@lru_cache(maxsize=4)
+def can_checkpoint(name: str) -> bool:
+    """Whether transformers' model of a base supports gradient checkpointing."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config(name)), None)
+    return bool(getattr(model, "supports_gradient_checkpointing", True))
+
+
 def device_precision(config: Config) -> Precision:
     """Return the precision of a visit on this machine."""
     _, dtype = device_and_dtype(config.model.dtype)
@@ -142,11 +151,23 @@ def checkpoints_activations(config: Config) -> bool:
     """Return whether visits use gradient checkpointing.
 
     `auto` is decided once per configuration: yes if the plan without it exceeds the free memory, or
-    if there is no plan for the base's family.
+    if there is no plan for the base's family; no if the base does not support it.
+
+    Raises
+    ------
+    ModelError
+        If it is configured, and the base does not support it.
     """
-    wanted = config.model.gradient_checkpointing
+    wanted, name = config.model.gradient_checkpointing, config.model.name
+    if wanted is True and not can_checkpoint(name):
+        raise ModelError(
+            f"model.gradient-checkpointing = true: the architecture of {name!r} does not support it "
+            'in transformers. Set it to "auto" or false.'
+        )
     if isinstance(wanted, bool):
         return wanted
+    if not can_checkpoint(name):
+        return False
     if config not in _fits_without:
         needs = site_needs(config, checkpointing=False)
         _fits_without[config] = needs is not None and needs.total <= HEADROOM * free_bytes()
@@ -195,7 +216,7 @@ def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -
         try:
             return visit()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not can_checkpoint(config.model.name):
                 raise
         _fits_without[config], checkpointing = False, True
         with torch.no_grad():

@@ -20,6 +20,7 @@ from grandrounds.model.architectures import choose_targets
 
 UNREAD = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("x_proj", "dt_proj", "out_proj")),
+    "jamba": ("dt_proj",),
     **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj",)),
     **dict.fromkeys(("bamba", "granitemoehybrid", "zamba2"), ("out_proj",)),
 }
