@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ class Plain:
         from safetensors.torch import load_file
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        )
         self.model = model.double().eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.factors = {
@@ -153,7 +156,7 @@ def _log_likelihood(logits: Any, ids: Sequence[int], prompt_tokens: int) -> Any:
 # --- The product ----------------------------------------------------------------------------------
 
 
-def run_settings(base: Path, work: Path, targets: str) -> dict[str, Any]:
+def run_settings(base: Path, work: Path) -> dict[str, Any]:
     """Return the settings of a run of one round at two sites."""
     data = work / "cards.jsonl"
     rows = [
@@ -164,7 +167,7 @@ def run_settings(base: Path, work: Path, targets: str) -> dict[str, Any]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "model.name": str(base),
-        "model.lora.target-modules": targets,
+        "model.lora.target-modules": "all-linear",
         "model.lora.peft-lora-r": 4,
         "model.lora.peft-lora-alpha": 8,
         "static.dataset.name": str(data),
@@ -194,7 +197,7 @@ def play(settings: Mapping[str, Any]) -> Any:
     return config
 
 
-def compare_training(row: Row, config: Any, plain: Plain) -> None:
+def compare_training(row: Row, config: Any, plain: Plain, *, training: bool) -> None:
     """Compare loss and gradient of a site's examples, as a visit computes them."""
     from grandrounds.model import headroom, machine
     from grandrounds.model.loss import answer_nll_sum, attending
@@ -205,7 +208,7 @@ def compare_training(row: Row, config: Any, plain: Plain) -> None:
     set_adapter_of(resident, plain)
     checkpoint_activations(resident, headroom.checkpoints_activations(config))
     how, site = machine.forward(config), site_of(config, 0)
-    resident.model.train()
+    resident.model.train(training)
     for parameter in resident.parameters.values():
         parameter.requires_grad_(True)
         parameter.grad = None
@@ -268,7 +271,7 @@ def compare_evaluation(row: Row, config: Any, plain: Plain) -> None:
 
 
 def _furthest(found: list[list[float]], expected: list[list[float]]) -> float:
-    pairs = zip(sum(found, []), sum(expected, []), strict=True)
+    pairs = zip(chain(*found), chain(*expected), strict=True)
     return max(abs(one - other) for one, other in pairs)
 
 
@@ -310,13 +313,13 @@ def measure(name: str, tiny: Tiny, work: Path) -> Row:
     row, folder, started = Row(name), work / "base", time.perf_counter()
     try:
         make_base(tiny, folder)
-        config = play(run_settings(folder, work, tiny.targets))
+        config = play(run_settings(folder, work))
         plan = json.loads((work / "run" / "plan.json").read_text())
         row.adapted = ", ".join(plan["target-modules"])
         row.frozen = ", ".join(plan.get("frozen-modules", ()))
         checkpoint = work / "run" / "peft_1"
         plain = Plain(folder, checkpoint)
-        compare_training(row, config, plain)
+        compare_training(row, config, plain, training=not tiny.is_random)
         compare_merge(row, tiny, folder, work, plain)
         compare_evaluation(row, config, plain)
     except GrandRoundsError as error:

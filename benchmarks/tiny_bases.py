@@ -92,8 +92,10 @@ class Tiny:
     """What its configuration needs beside the sizes."""
     part: Mapping[str, Any] | None = None
     """For a composite: the configuration of its vision tower."""
-    targets: str = "all-linear"
-    """`model.lora.target-modules`."""
+    query_norm: float = 1.0
+    """Weights of the norm of queries; Gemma 4 learns them instead of scaling the scores."""
+    is_random: bool = False
+    """Whether the model itself draws in training mode: it is then compared in evaluation mode."""
 
 
 DENSE = (
@@ -126,6 +128,7 @@ BASES: dict[str, Tiny] = {name: Tiny(name) for name in DENSE} | {
             "global_head_dim": 8,
             "num_kv_shared_layers": 0,
         },
+        query_norm=8**-0.5,
     ),
     "qwen3_5_text": Tiny("qwen3_5_text", LINEAR_ATTENTION),
     "deepseek_v2": Tiny("deepseek_v2", {**EXPERTS, **LATENT, "topk_method": "greedy"}),
@@ -148,7 +151,7 @@ BASES: dict[str, Tiny] = {name: Tiny(name) for name in DENSE} | {
     "minimax": Tiny("minimax", EXPERTS),
     "mixtral": Tiny("mixtral", EXPERTS),
     "olmoe": Tiny("olmoe", EXPERTS),
-    "phimoe": Tiny("phimoe", EXPERTS),
+    "phimoe": Tiny("phimoe", EXPERTS, is_random=True),
     "qwen2_moe": Tiny("qwen2_moe", EXPERTS),
     "qwen3_moe": Tiny("qwen3_moe", EXPERTS),
     "qwen3_next": Tiny("qwen3_next", {**EXPERTS, **LINEAR_ATTENTION}),
@@ -189,6 +192,7 @@ BASES: dict[str, Tiny] = {name: Tiny(name) for name in DENSE} | {
             "audio_config": None,
         },
         part={**VISION, "num_key_value_heads": 4, "head_dim": 8, "global_head_dim": 8},
+        query_norm=8**-0.5,
     ),
     "qwen3_5": Tiny(
         "qwen3_5",
@@ -250,16 +254,16 @@ def make_base(tiny: Tiny, folder: Path) -> None:
     is_composite = tiny.part is not None
     kind = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
     model = kind.from_config(config_of(tiny))
-    randomise(model)
+    randomise(model, tiny.query_norm)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
-def randomise(model: Any) -> None:
+def randomise(model: Any, query_norm: float = 1.0) -> None:
     """Draw weights at which the logits depend on every module: unit variance through a product."""
     import torch
 
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             if name == "weight" and isinstance(module, torch.nn.Embedding):
                 torch.nn.init.normal_(tensor, std=0.5)
@@ -269,6 +273,8 @@ def randomise(model: Any) -> None:
                 torch.nn.init.normal_(tensor, std=max(tensor.shape[1:]) ** -0.5)
             elif name == "weight" and "Router" in type(module).__name__:
                 torch.nn.init.normal_(tensor, std=1.0)
+            elif path.endswith(".q_norm"):
+                torch.nn.init.constant_(tensor, query_norm)
 
 
 def byte_tokenizer() -> Any:

@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments have been validated.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,7 +169,7 @@ def evaluate(
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} exclude each other: give one of them")
     if rescore:
-        _rescore(_files(given, "--rescore"), screen)
+        _rescore(_files(given, "--rescore"), data, screen)
     elif verify:
         _verify(_files(given, "--verify"), screen)
     elif check_overlap:
@@ -281,15 +282,25 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
 # --- Rescore, verify, check overlap ---------------------------------------------------------------
 
 
-def _rescore(files: Sequence[Path], screen: Screen) -> None:
+def _rescore(files: Sequence[Path], data: Path | None, screen: Screen) -> None:
     """Show the score of recorded generations beside the accuracy recorded with them."""
     from grandrounds.statistics import wilson_interval
     from grandrounds.study.evaluation import flowertune
+    from grandrounds.study.evaluation.recorded_prompts import altered_prompts
     from grandrounds.study.tables import in_percent, interval, percent
 
-    rows, differing = [], []
+    rows, differing, examples = [], [], []
     for file in files:
-        score = flowertune.rescore(flowertune.read_generations(file))
+        records = flowertune.read_generations(file)
+        score = flowertune.rescore(records)
+        found = altered_prompts(records, file.name, data)
+        altered = len(found.rows)
+        examples.append(found.example)
+        if altered:
+            differing.append(
+                f"{file.name}: {altered:,} of {score.n:,} prompts are not FlowerTune's for "
+                f"{found.benchmark.title}, so its score compares with no other: {found.example}"
+            )
         recorded = _recorded_accuracy(file)
         line = flowertune.accuracy_line(score).strip()
         if recorded is not None and recorded != line:
@@ -302,15 +313,18 @@ def _rescore(files: Sequence[Path], screen: Screen) -> None:
                 interval(wilson_interval(score.correct, score.n)),
                 "-" if recorded is None else recorded.removeprefix("Accuracy: ").rstrip("."),
                 "-" if recorded is None else ("yes" if recorded == line else "NO"),
+                f"{altered:,} ({percent(altered / score.n)})" if altered else "0",
                 f"{score.format_failures:,} ({percent(score.format_failures / score.n)})",
                 "  ".join(f"{answer} {count:,}" for answer, count in score.spread.items()),
             )
         )
     columns = ("file", "correct", "%", "95 % interval", "recorded", "same")
-    answers = ("no clean answer", "answers given")
+    answers = ("altered prompts", "no clean answer", "answers given")
     screen.table("rescored by FlowerTune's rule", (*columns, *answers), rows)
     say(*differing)
-    screen.emit([dict(zip((*columns, *answers), row, strict=True)) for row in rows])
+    names = (*columns, *answers, "example of an altered prompt")
+    told = [dict(zip(names, (*row, e), strict=True)) for row, e in zip(rows, examples, strict=True)]
+    screen.emit(told)
 
 
 def _recorded_accuracy(file: Path) -> str | None:
@@ -326,6 +340,7 @@ def _verify(files: Sequence[Path], screen: Screen) -> None:
 
     found: dict[str, list[str]] = {}
     for file in files:
+        _refuse_recorded(file)
         faults = faults_in(_read_json(file))
         found[str(file)] = faults
         screen.still()
@@ -334,6 +349,24 @@ def _verify(files: Sequence[Path], screen: Screen) -> None:
     screen.emit(found)
     if any(found.values()):
         raise typer.Exit(1)
+
+
+def _refuse_recorded(file: Path) -> None:
+    """Raise `DataError` for recorded answers or their accuracy, which have no figures to verify."""
+    from grandrounds.study.evaluation import flowertune
+
+    recorded, name = file, file.name
+    if name.startswith("acc_") and name.endswith(".txt"):
+        recorded = file.with_name(f"generation_{name[4:-4]}.jsonl")
+    else:
+        try:
+            flowertune.read_generations(file)
+        except DataError:
+            return
+    raise DataError(
+        f"{file} holds recorded answers, not an evaluation to verify. Score them again: "
+        f"{shlex.join(['grandrounds', 'evaluate', '--rescore', str(recorded)])}"
+    )
 
 
 def _check_overlap(

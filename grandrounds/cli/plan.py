@@ -235,6 +235,7 @@ def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str
         }
         for name, plan in by_codec(forecast, tuple(CODECS)).items()
     }
+    content["total-mib-before-last-updates"] = forecast.plan.bytes_before_last_updates / MIB
     content["site-peak-bytes"] = {
         way.replace(" ", "-"): site.total for way, site in ways(forecast).items()
     }

@@ -7,11 +7,13 @@ template's value.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grandrounds.config.synonyms import spelled_here
+from grandrounds.config.keys import share_of
+from grandrounds.config.synonyms import last_part, spelled_here
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
 
@@ -49,22 +51,58 @@ IN_ITS_FILE: dict[str, Scalar] = {
 https://github.com/adap/flower/tree/11277f47a17c03ebee67083995f4feac5dc9a989 (framework/py/flwr/cli/
 new/templates/app/pyproject.flowertune.toml.tpl)."""
 
+ENTRY_SECTIONS = ("model.", "train.", "static.")
+"""Sections of which an entry has a key; another Flower app has none."""
+
 REQUIRED = ("model.name", "static.dataset.name")
 """Keys without which an entry does not say what it trains."""
 
 ONLY: dict[str, tuple[Scalar, str]] = {
-    "task.name": ("medical", "only the medical task is supported"),
+    "task.name": (
+        "medical",
+        "only the medical task is supported. To train on another task's data, remove the key and "
+        "name their columns, for example --set data.question-column=instruction,input",
+    ),
 }
 """Keys of individual published entries: the one value supported here, and why no other."""
 
 FLEXLORA = ("strategy.use-flexlora", "use-flexlora")
 
+_TARGETS = "model.lora.target-modules"
+
 OTHER_NAMES = {
-    "model.lora.peft-lora-target-modules": "model.lora.target-modules",
-    "model.lora.peft-target-modules": "model.lora.target-modules",
-    "model.lora.peft-lora-dropout": "model.lora.dropout",
+    **dict.fromkeys(
+        (
+            "model.lora.peft-lora-target-modules",
+            "model.lora.peft-target-modules",
+            "model.lora.lora-target-modules",
+            "model.lora.modules",
+        ),
+        _TARGETS,
+    ),
+    **dict.fromkeys(
+        ("model.lora.peft-lora-dropout", "model.lora.peft-dropout", "model.lora.lora-dropout"),
+        "model.lora.dropout",
+    ),
 }
 """Names that entries gave to keys of their own code."""
+
+_TRACKER = "a run logs to a tracker only if its user asks for it: --set train.report-to=wandb"
+_ATTENTION = "attention runs on PyTorch's own kernels, FlashAttention among them"
+
+NOT_USED = {
+    **dict.fromkeys(("report-to", "use-wandb", "wandb-project", "wandb-entity"), _TRACKER),
+    **dict.fromkeys(("run-name", "wandb-run-name"), "a run is named by its directory: --run-dir"),
+    **dict.fromkeys(
+        ("attn", "attn-implementation", "use-flash-attention", "flash-attention"), _ATTENTION
+    ),
+}
+"""Last part of an entry's key that changes nothing computed → what holds instead."""
+
+CHECKPOINTING = ("model.gradient-checkpointing", f"{_ARGUMENTS}gradient-checkpointing")
+
+LEAST_COHORT = 2
+"""Sites that Flower's FedAvg trains in a round at least (`min_train_nodes`)."""
 
 
 @dataclass
@@ -80,11 +118,12 @@ class Entry:
 
     def notes(self, settings: Mapping[str, Scalar]) -> list[str]:
         """Return what a reader should know of a run of this entry with these settings."""
+        said = [*self.said, *_small_cohort(settings)]
         kept = [f"{k} = {_toml(v)}" for k, v in self.filled.items() if settings.get(k) == v]
         if not kept:
-            return self.said
+            return said
         told = "the entry does not say, so the FlowerTune template's values are used"
-        return [f"{told}: {', '.join(kept)}.", *self.said]
+        return [f"{told}: {', '.join(kept)}.", *said]
 
 
 def read_entry(
@@ -110,19 +149,20 @@ def read_entry(
     """
     entry = _spelled(written, keys)
     for key, (same_thing, why) in ONLY.items():
-        if key in entry and entry.pop(key) != same_thing:
-            raise ConfigError(f"{key} cannot be honoured: {why}. Remove it or set {same_thing!r}.")
+        value = entry.pop(key, same_thing)
+        if value != same_thing:
+            raise ConfigError(f"{key} = {value!r} cannot be honoured: {why}.")
     asked = [_is_on(entry.pop(key)) for key in FLEXLORA if key in entry]
     flexlora: dict[str, Scalar] = {"strategy.name": "product"} if any(asked) else {}
-    targets = "model.lora.target-modules"
-    if entry.get(targets) == "all":
-        entry[targets] = "all-linear"
+    if _TARGETS in entry:
+        entry[_TARGETS] = _targets(str(entry[_TARGETS]))
+    said = [*_not_used(entry, keys), *_of_unsloth(entry)]
     found = Entry({**IN_CODE, **flexlora, **entry})
     if num_supernodes is not None:
         found.values.setdefault("data.num-partitions", num_supernodes)
     found.filled = _left_out(found.values)
     found.values |= dict.fromkeys(REQUIRED, "") | found.filled | found.values
-    found.said = [*_unsaid(found.values), *_without_effect(found.values)]
+    found.said = [*_unsaid(found.values), *_without_effect(found.values), *said]
     evaluated = found.values["strategy.fraction-evaluate"]
     if evaluated not in (0, "") and "data.held-out-fraction" not in entry:
         found.values["data.held-out-fraction"] = held_out
@@ -188,6 +228,47 @@ def _without_effect(values: dict[str, Scalar]) -> Iterator[str]:
             "Hugging Face's schedule: there is no warm-up."
         )
         values[warmup] = 0
+
+
+def _targets(written: str) -> Scalar:
+    """Return target modules as PEFT takes them: of several names, those that match are adapted."""
+    if written == "all":
+        return "all-linear"
+    names = re.findall(r"[\w.-]+", written)
+    return ",".join(f"{name}?" for name in names) if len(names) > 1 else written
+
+
+def _not_used(entry: dict[str, Scalar], keys: Collection[str]) -> Iterator[str]:
+    """Drop keys that change nothing computed; yield what holds instead of those that are on."""
+    for key in [key for key in entry if key not in keys and last_part(key) in NOT_USED]:
+        value = entry.pop(key)
+        if str(value).strip().lower() not in ("", "false", "off", "no", "none", "0"):
+            yield f"{key} = {_toml(value)} is not used: {NOT_USED[last_part(key)]}."
+
+
+def _of_unsloth(entry: dict[str, Scalar]) -> Iterator[str]:
+    """Replace Unsloth's checkpointing, which also moves activations to main memory."""
+    given = [key for key in CHECKPOINTING if entry.get(key) == "unsloth"]
+    entry.update(dict.fromkeys(given, True))
+    if given:
+        yield (
+            f"{given[0]} = 'unsloth' is read as true: activations are recomputed, and not moved to "
+            "main memory; the gradients are the same."
+        )
+
+
+def _small_cohort(settings: Mapping[str, Scalar]) -> Iterator[str]:
+    """Yield what happens where a fraction selects fewer sites than Flower's FedAvg does."""
+    sites = settings.get("data.num-partitions")
+    fraction = settings.get("strategy.fraction-train", settings.get("strategy.fraction-fit"))
+    if type(sites) is not int or not isinstance(fraction, int | float) or sites < LEAST_COHORT:
+        return
+    if 0 < fraction <= 1 and (cohort := share_of(fraction, sites)) < LEAST_COHORT:
+        yield (
+            f"a fraction of {fraction:g} of {sites} sites is {cohort} site a round; Flower's "
+            f"FedAvg would train {LEAST_COHORT}. For its cohort, give --sites-per-round "
+            f"{LEAST_COHORT}."
+        )
 
 
 def _toml(value: Scalar) -> str:

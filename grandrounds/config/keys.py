@@ -12,6 +12,7 @@ import itertools
 import math
 import typing
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import FORMULARY_SITES
@@ -79,12 +80,13 @@ class LoraConfig:
     target_modules: str
     """Linear modules to adapt, comma-separated. `all-linear`: every linear layer except the output
     head. `auto`: PEFT's default for the architecture (`q_proj,v_proj` for Llama, Mistral and
-    Qwen2), or `all-linear` for the built-in model."""
+    Qwen2), or `all-linear` for the built-in model. A name that ends in `?` is passed over where the
+    base has no such module, as PEFT does with a list; entries' lists are read so."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
     peft_use_dora: Annotated[bool, OneOf((False,))]
-    """DoRA is not supported: its magnitudes are initialised from base weights, which the server
-    never loads."""
+    """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
+    never loads. `grandrounds plan` counts them."""
 
 
 @dataclass(frozen=True)
@@ -316,8 +318,8 @@ class DefenceConfig:
     prefix: ClassVar[str] = "defence."
 
     update_norm_bound: Annotated[float, Range(0)]
-    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. It does not
-    bound the server's step under `fedexp`; see docs/aggregation.md."""
+    """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. Under
+    `fedexp` the server's step is up to k / 2 times the mean of k updates (docs/aggregation.md)."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold
@@ -348,7 +350,8 @@ class DataConfig:
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
     of turn."""
     question_column: str
-    """Column holding the question."""
+    """Column holding the question. Several, comma-separated, are joined by a space:
+    `instruction,input` for Alpaca's format."""
     answer_column: str
     """Column holding the answer."""
 
@@ -435,6 +438,11 @@ ALIASES = {
     "model.lora.use-dora": "model.lora.peft-use-dora",
 }
 """Name used by other FlowerTune entries → key; empty if unused."""
+
+
+def rounded_up(share: float, count: int) -> int:
+    """Return `share` of `count`, rounded up, of the decimal as written: 0.07 of 100 is 7."""
+    return math.ceil(Fraction(repr(share)) * count)
 
 
 def share_of(fraction: float, count: int) -> int:

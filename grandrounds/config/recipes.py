@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config.bases import names_a_base
-from grandrounds.config.entries import Entry, read_entry
+from grandrounds.config.entries import ENTRY_SECTIONS, Entry, read_entry
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, PLACES_AND_TRACKERS, Config
 from grandrounds.config.resets import resets
 from grandrounds.config.validation import parse, settled, without_aliases
@@ -75,10 +75,16 @@ def _read(path: Path) -> Entry | dict[str, Scalar]:
         return flatten(table)
     if table_at(table, "project").get("name") == "grandrounds":
         return flatten(table_at(app, "config"))
+    written = flatten(table_at(app, "config"), joins_lists=True)
+    if not any(key.startswith(ENTRY_SECTIONS) for key in written):
+        raise ConfigError(
+            f"{path} is the pyproject.toml of another Flower app and no FlowerTune entry: its "
+            f"[tool.flwr.app.config] has no key in {', '.join(f'{s}*' for s in ENTRY_SECTIONS)}. "
+            "Give that of an entry, or a recipe such as those in configs/."
+        )
     federations = table_at(table, "tool", "flwr", "federations")
     federation = table_at(federations, str(federations.get("default", "")))
     sites = table_at(federation, "options").get("num-supernodes")
-    written = flatten(table_at(app, "config"), joins_lists=True)
     known = (*FIELD_OF_KEY, *ALIASES)
     return read_entry(written, sites, known, defaults()["data.held-out-fraction"])
 

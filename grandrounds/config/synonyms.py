@@ -37,7 +37,7 @@ _NAMES: dict[str, str] = {
     "max-seq-len max-tokens cutoff-len context-length block-size-tokens model-max-length",
     "train.optimizer": "optimizer optimiser optim",
     "train.num-threads": "threads num-threads n-threads cpus num-cpus",
-    "train.report-to": "report-to tracker trackers wandb tensorboard mlflow trackio",
+    "train.report-to": "report-to tracker trackers wandb tensorboard mlflow trackio use-wandb",
     f"{_ARGUMENTS}per-device-train-batch-size": "batch-size batchsize train-batch-size "
     "per-device-batch-size per-device-train-batch-size micro-batch-size local-batch-size bs",
     f"{_ARGUMENTS}gradient-accumulation-steps": "gradient-accumulation-steps "
@@ -100,11 +100,21 @@ PER_ROUND = (
 )
 """Names for a number of sites a round, which is an option and not a key."""
 
-NO_KEY = dict.fromkeys(
-    ("device", "gpu", "gpus", "cuda", "use-gpu", "num-gpus", "device-map"),
-    "A GPU is used if there is one; CUDA_VISIBLE_DEVICES selects it, and an empty one trains on "
-    "the CPU.",
-)
+NO_KEY = {
+    **dict.fromkeys(
+        ("device", "gpu", "gpus", "cuda", "use-gpu", "num-gpus", "device-map"),
+        "A GPU is used if there is one; CUDA_VISIBLE_DEVICES selects it, and an empty one trains "
+        "on the CPU.",
+    ),
+    **dict.fromkeys(
+        ("attn", "attn-implementation", "use-flash-attention", "flash-attention"),
+        "Attention runs on PyTorch's own kernels, FlashAttention among them; train.batching "
+        "decides whether batches are padded.",
+    ),
+    **dict.fromkeys(
+        ("run-name", "wandb-run-name"), "A run is named by its directory: run-directory."
+    ),
+}
 """Names of what has no key, and what to do instead."""
 
 _VALUES: dict[str, dict[str, Scalar]] = {
@@ -214,8 +224,10 @@ def value_meant(key: str, value: Scalar, name: str = "") -> Scalar:
     last = last_part(name)
     if key == "model.quantization" and last in _BITS_OF_NAME:
         return _BITS_OF_NAME[last] if value is True or str(value).lower() == "true" else 0
-    if key == "train.report-to" and last in _TRACKERS:
-        return last if value is True or str(value).lower() == "true" else "none"
+    if key == "train.report-to" and last.removeprefix("use-") in _TRACKERS:
+        return (
+            last.removeprefix("use-") if value is True or str(value).lower() == "true" else "none"
+        )
     word = only_letters(str(value))
     if word in _VALUES.get(key, {}):
         return _VALUES[key][word]

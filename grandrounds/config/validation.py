@@ -214,8 +214,9 @@ def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
 
 
 NOT_HONOURED = {
-    "model.lora.peft-use-dora": " DoRA initialises its magnitudes from the base weights, which the"
-    " server never loads.",
+    "model.lora.peft-use-dora": " DoRA's magnitudes start as the norms of the base's weights, which"
+    " the server never loads, and would have to be sent and averaged beside the factors."
+    " grandrounds plan counts their bytes; false trains plain LoRA of the same rank.",
     "train.training-arguments.fp16": " Half precision would need loss scaling; set"
     " train.training-arguments.bf16 = true, or neither for float32.",
     "train.training-arguments.output-dir": " A site never writes to a path that it was sent; for"

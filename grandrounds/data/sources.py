@@ -48,7 +48,9 @@ def load_rows(
     question_column, answer_column : str
         Columns with the question and the answer. A missing value becomes an empty string and a
         number its text; any other type is an error. FlowerTune's medical app uses `input` as the
-        question and `output` as the answer, and drops `instruction`.
+        question and `output` as the answer, and drops `instruction`, which is the same in all rows;
+        one that differs is an error. `instruction,input` joins two columns by a space, as its
+        finance and code apps do, unless there is a column of that name.
     keep_columns : sequence of str
         Further columns, such as the one that names the site. Integers stay integers, all else
         becomes text, and missing values stay missing. Cells of a CSV file are taken as they are
@@ -95,13 +97,58 @@ def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[
             f"{source}: the data source has no rows; at least one question with its answer is "
             f"needed. Choose another {_SOURCE_KEY}."
         )
-    texts, kept = columns[:2], columns[2:]
-    keys = ("data.question-column", "data.answer-column", *("data.partition-by" for _ in kept))
-    _check_columns(raw.available, source, dict(zip(columns, keys, strict=True)))
-    return {
-        name: _texts(raw, source, name) if name in texts else _labels(raw.values[name])
-        for name in columns
+    (question, answer), kept = columns[:2], columns[2:]
+    parts = (question,) if question in raw.available else _named_in(question)
+    keys = dict.fromkeys(parts or (question,), "data.question-column")
+    keys |= {answer: "data.answer-column"} | dict.fromkeys(kept, "data.partition-by")
+    _check_columns(raw.available, source, keys)
+    _check_instructions(raw, source, columns)
+    values: dict[str, list[Any]] = {question: _joined(raw, source, parts)}
+    values[answer] = values[question] if answer == question else _texts(raw, source, answer)
+    return values | {
+        name: _labels(raw.values[name]) for name in kept if name not in (question, answer)
     }
+
+
+INSTRUCTION = "instruction"
+"""The column of Alpaca's format that FlowerTune's medical app drops."""
+
+
+def columns_read(columns: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
+    """Return the columns to read for those that are asked for, and how many of them hold text."""
+    question, answer, *kept = columns
+    instruction = (INSTRUCTION,) if question == "input" else ()
+    texts = dict.fromkeys((question, *_named_in(question), answer, *instruction))
+    return (*texts, *kept), len(texts)
+
+
+def _named_in(columns: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in columns.split(",") if name.strip())
+
+
+def _joined(raw: RawRows, source: str, parts: Sequence[str]) -> list[str]:
+    """Return the text of one column, or of several joined by a space."""
+    texts = [_texts(raw, source, part) for part in parts]
+    if len(texts) == 1:
+        return texts[0]
+    return [" ".join(text for text in row if text.strip()) for row in zip(*texts, strict=True)]
+
+
+def _check_instructions(raw: RawRows, source: str, columns: tuple[str, ...]) -> None:
+    """Raise `DataError` if instructions that differ from row to row would be left out."""
+    if columns[0] != "input" or INSTRUCTION in columns:
+        return
+    texts = raw.values.get(INSTRUCTION, [])
+    different = {text.strip() for text in texts if isinstance(text, str) and text.strip()}
+    if len(different) > 1:
+        empty = sum(not str(text or "").strip() for text in raw.values["input"])
+        raise DataError(
+            f"{source}: the column {INSTRUCTION!r} has {len(different):,} different instructions, "
+            f"which data.question-column = 'input' would leave out ({empty:,} of {len(texts):,} "
+            "rows have no input). These are data of another task: write "
+            f"data.question-column={INSTRUCTION},input for both columns, or "
+            f"data.question-column={INSTRUCTION}."
+        )
 
 
 COLUMN_NAMES = {
@@ -213,7 +260,8 @@ def _load_hub(name: str, columns: tuple[str, ...]) -> Rows:
             f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {FORMULARY!r}."
         ) from error
     table = rows.with_format("arrow")[:]
-    return rows_of(from_table(table, columns, tuple(rows.column_names)), name, columns)
+    read, _ = columns_read(columns)
+    return rows_of(from_table(table, read, tuple(rows.column_names)), name, columns)
 
 
 @contextmanager
@@ -298,7 +346,7 @@ def _load_file(source: str, path: Path, version: tuple[int, int], columns: tuple
     """Read one file; `version` is part of the cache key, so that a changed file is read again."""
     del version
     try:
-        raw = read_file(path, source, columns)
+        raw = read_file(path, source, *columns_read(columns))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise unreadable(source, error) from error
     return rows_of(raw, source, columns)

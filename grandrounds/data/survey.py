@@ -15,7 +15,13 @@ from typing import Any
 
 from grandrounds.data.files import RawRows, from_records, read_file
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.data.sources import FILE_ENDINGS, checked_values, existing_file, looks_like_path
+from grandrounds.data.sources import (
+    FILE_ENDINGS,
+    checked_values,
+    columns_read,
+    existing_file,
+    looks_like_path,
+)
 from grandrounds.data.sources import unreadable as damaged
 from grandrounds.errors import DataError
 
@@ -79,7 +85,7 @@ def _survey_file(
     """Survey one file; `version` is part of the cache key, so that a changed file is read again."""
     del version
     try:
-        raw = read_file(path, source, columns)
+        raw = read_file(path, source, *columns_read(columns))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise damaged(source, error) from error
     return _counted(raw, source, columns)

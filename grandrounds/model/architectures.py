@@ -35,6 +35,14 @@ FUSED = ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down
 
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 
+HEADS_AND_EMBEDDINGS = frozenset(
+    (
+        *("lm_head", "embed_out", "output", "embed_tokens", "embed_in", "wte", "wpe"),
+        *("word_embeddings", "tok_embeddings"),
+    )
+)
+"""Names of output heads and embeddings in transformers, which an adapter is not put on."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -309,6 +317,8 @@ def choose_targets(
 ) -> list[str]:
     """Return the modules that `auto`, `all-linear` or comma-separated names stand for.
 
+    A name that ends in `?` is passed over if it matches nothing, as in PEFT, unless all are.
+
     Parameters
     ----------
     linear
@@ -328,16 +338,34 @@ def choose_targets(
             f'model.lora.target-modules = "auto": PEFT has no default for {model_type!r}. '
             f"Name some of its linear modules: {', '.join(linear)}."
         )
-    targets = list(auto if wanted == "auto" and auto else words_of(wanted))
-    for target in targets:
-        if target not in linear:
+    targets = []
+    for word in auto if wanted == "auto" and auto else words_of(wanted):
+        target = word.removesuffix("?")
+        if target in linear:
+            targets.append(target)
+        elif target in HEADS_AND_EMBEDDINGS:
+            raise ModelError(
+                f"model.lora.target-modules names {target!r}, an output head or an embedding; "
+                f"these are not adapted here. Leave it out. Linear modules of {name!r}: "
+                f"{', '.join(linear)}."
+            )
+        elif target == word:
             raise ModelError(
                 f"model.lora.target-modules names {target!r}, which matches no linear module of "
                 f"{name!r}.{nearest(target, linear)} Its linear modules: {', '.join(linear)}."
             )
     if not targets:
-        raise ModelError(f"model.lora.target-modules = {wanted!r} names no module.")
+        raise ModelError(
+            f"model.lora.target-modules = {wanted!r} names no module of {name!r}. Its linear "
+            f"modules: {', '.join(linear)}."
+        )
     return targets
+
+
+def unmatched(wanted: str, targets: Sequence[str]) -> list[str]:
+    """Return the names with a `?` in `model.lora.target-modules` that are none of the targets."""
+    names = [word.removesuffix("?") for word in words_of(wanted) if word.endswith("?")]
+    return [name for name in names if name not in targets]
 
 
 def adapter_shapes(

@@ -170,8 +170,8 @@ def stored_bits(name: str) -> int:
         bits = 4 if how.get("load_in_4bit") or how.get("_load_in_4bit") else 8
         if method.removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
             raise ModelError(
-                f"The weights of {name!r} are stored quantised by {method}, on which no adapter was "
-                "ever trained here. Use a copy in float32, float16 or bfloat16, which "
+                f"The weights of {name!r} are stored quantised by {method}, on which no adapter "
+                "was ever trained here. Use a copy in float32, float16 or bfloat16, which "
                 "model.quantization = 4 or 8 quantises, or one that bitsandbytes quantised."
             )
         return bits
@@ -190,8 +190,8 @@ def bits_of(spec: BaseSpec) -> int:
     stored = stored_bits(spec.name)
     if stored and spec.quantization not in (0, stored):
         raise ModelError(
-            f"model.quantization = {spec.quantization}, and the weights of {spec.name!r} are stored "
-            f"in {stored} bits. Set it to {stored} or 0, and they are loaded as they are."
+            f"model.quantization = {spec.quantization}, and the weights of {spec.name!r} are "
+            f"stored in {stored} bits. Set it to {stored} or 0, and they are loaded as they are."
         )
     return stored or spec.quantization
 

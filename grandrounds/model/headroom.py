@@ -161,8 +161,8 @@ def checkpoints_activations(config: Config) -> bool:
     wanted, name = config.model.gradient_checkpointing, config.model.name
     if wanted is True and not can_checkpoint(name):
         raise ModelError(
-            f"model.gradient-checkpointing = true: the architecture of {name!r} does not support it "
-            'in transformers. Set it to "auto" or false.'
+            f"model.gradient-checkpointing = true: transformers does not support it for {name!r}. "
+            'Set it to "auto" or false.'
         )
     if isinstance(wanted, bool):
         return wanted

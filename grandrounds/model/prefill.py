@@ -24,7 +24,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from grandrounds.errors import ModelError
 from grandrounds.model.base import base_config
@@ -86,7 +86,7 @@ def proven_layout(model: Any, longest_tokens: int) -> str:
 
     Each model is probed once with two short prompts and a continuation: some count positions by
     columns, whatever `position_ids` say (MPT's ALiBi, GPT-Neo's local attention), and some forget
-    their recurrent state when several tokens follow (Jamba, MiniMax). LongRoPE rotates all positions
+    their recurrent state when several tokens follow (Jamba). LongRoPE rotates all positions
     otherwise where the longest prompt of a pass is beyond its border, so that prompts beyond it are
     read alone.
     """
@@ -152,7 +152,8 @@ def _probed(model: Any) -> str:
         def agrees(rows: list[int], prefix_tokens: int, cache: Any) -> bool:
             found = _read_batch(model, prompts, rows, prefix_tokens, cache)
             following = torch.tensor([after] * len(rows), device=device)
-            continued = extend(model, found, following, torch.ones_like(following))
+            for _ in range(2):  # as for two options
+                continued = extend(model, forked(found), following, torch.ones_like(following))
             logits = torch.cat([found.logits.unsqueeze(1), continued], dim=1).float()
             return float((logits - plain[rows]).abs().max()) <= most_apart
 
@@ -265,6 +266,8 @@ def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
     device = next(model.parameters()).device
     input_ids = torch.tensor([prefix], device=device)
     cache = cache_of(model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
+    if type(cache) is not DynamicCache:
+        return None
     for layer in cache.layers:
         if type(layer) not in _ATTENTION_LAYERS:
             return None
@@ -348,7 +351,12 @@ def forked(batch: Prefilled) -> Prefilled:
 
 
 def _copied(cache: Any) -> Any:
-    """Copy a cache; attention layers may share tensors, since they replace them to grow."""
+    """Copy a cache; attention layers may share tensors, since they replace them to grow.
+
+    A model's own kind of cache may hold more than layers (MiniMax's linear attention).
+    """
+    if type(cache) is not DynamicCache:
+        return copy.deepcopy(cache)
     copied = copy.copy(cache)
     copied.layers = [
         copy.copy(layer) if type(layer) in _ATTENTION_LAYERS else copy.deepcopy(layer)

@@ -123,7 +123,8 @@ def _is_linear(module: Module) -> bool:
 
     Some routers are subclasses of `Linear` that return the chosen experts too.
     """
-    return isinstance(module, Linear) and "Router" not in type(module).__name__ or is_conv1d(module)
+    is_product = isinstance(module, Linear) and "Router" not in type(module).__name__
+    return is_product or is_conv1d(module)
 
 
 def _unfit(

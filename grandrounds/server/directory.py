@@ -16,6 +16,7 @@ a lock (.lock) while it writes, so that no second run can use the directory.
 
 from __future__ import annotations
 
+import copy
 import errno
 import importlib.metadata
 import json
@@ -151,10 +152,15 @@ class RunDirectory:
         """Write `peft_<round>/`: weights, PEFT's configuration and a model card."""
         from safetensors.numpy import save_file
 
+        described = copy.copy(peft_config)
+        described.inference_mode = True  # as PEFT saves one
+        for key, value in vars(peft_config).items():
+            if isinstance(value, set):  # whose order differs from process to process
+                setattr(described, key, sorted(value))
         target = self.path / f"peft_{round_number}"
         with _writing(self.path), whole_folder(target, replace=True) as folder:
             save_file(dict(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
-            peft_config.save_pretrained(str(folder))
+            described.save_pretrained(str(folder))
             (folder / "README.md").write_text(card)
         return target
 

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, RunDirectoryError
+from grandrounds.model.architectures import unmatched
 from grandrounds.model.base import stored_bits
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
@@ -22,8 +23,9 @@ from grandrounds.server.directory import (
     environment,
 )
 from grandrounds.server.exchange import Exchange
+from grandrounds.server.introductions import SAME_IN_A_RUN, has_changed
 from grandrounds.server.listeners import Listener
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, has_changed
+from grandrounds.server.roll_call import Roster
 from grandrounds.server.rounds import examine_formulary
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Ranks, drawn_adapter
@@ -61,6 +63,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         described["frozen-modules"] = list(targets.frozen)
     if bits := stored_bits(config.model.name):
         described["stored-bits"] = bits
+    if missing := unmatched(lora.target_modules, targets.modules):
+        described["target-modules-without-match"] = missing
     directory.write_json("plan.json", described)
     start = drawn_adapter(shapes, federation.seed)
     rule = make_rule(filled_in(config))

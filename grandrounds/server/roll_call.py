@@ -8,15 +8,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MessageType
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from grandrounds.config.words import counted
-from grandrounds.errors import ApprovalError, EngineError, GrandRoundsError, ReplyError
+from grandrounds.errors import EngineError, GrandRoundsError
 from grandrounds.server.exchange import Exchange, pause
+from grandrounds.server.introductions import (
+    COMPUTED_BEFORE,
+    SAME_IN_A_RUN,
+    SiteCard,
+    arithmetic_of,
+    arithmetic_text,
+    check_same,
+    has_changed,
+    introduction_of,
+    is_unreachable,
+    mistaken,
+    named,
+    questions,
+    waits_for_approval,
+)
 from grandrounds.wire import messages
-from grandrounds.wire.names import NAME, SiteNames, clean_name, names_of
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
+from grandrounds.wire.names import NAME, SiteNames, names_of
 
 _log = logging.getLogger("grandrounds")
 
@@ -24,45 +38,12 @@ APPROVAL_SECONDS, LONGEST_APPROVAL_SECONDS = 15.0, 120.0
 """First wait before a site that waits for its operator's approval is asked again, and the longest;
 each is twice the one before it, since a site reads few messages of a run that it refuses."""
 
+RETURN_SECONDS = 2.0
+"""Wait before a node is asked again that Flower lists as connected but cannot reach: after the
+SuperLink has been restarted, until the node's next heartbeat."""
+
 REFRESH_SECONDS = 60.0
 """Maximum wait before a round for introductions of new or returning sites."""
-
-SAME_IN_A_RUN = (
-    *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
-    *("base", "prompt", DATA_TAG),
-)
-"""Facts that must not change when a site returns or a run is resumed, where it tells them."""
-
-COMPUTED_BEFORE = "computed-before"
-"""Fact added here: how a site computed before a resume, if differently."""
-
-MOST_CHARACTERS = 1000
-"""Maximum length of a string in an introduction."""
-
-
-@dataclass(frozen=True)
-class SiteCard:
-    """A site that may take part."""
-
-    node_id: int
-    """Flower's id of the node, drawn at random."""
-    facts: Mapping[str, Any]
-    """The introduction: partition-id, counts of rows and examples, versions, hashes."""
-
-    @property
-    def num_examples(self) -> int:
-        """Training examples of the site, as it tells them."""
-        return int(self.facts["train-examples"])
-
-    @property
-    def in_custody(self) -> bool:
-        """Whether the site is in its own custody: it decides which figures it tells."""
-        return in_custody(self.facts)
-
-    @property
-    def arithmetic(self) -> dict[str, int | str]:
-        """What the bits of the site's updates depend on; it is told to keep to it."""
-        return arithmetic_of(self.facts)
 
 
 @dataclass
@@ -142,14 +123,15 @@ class Roster:
         exchange: Exchange,
         nodes: Sequence[int],
         seconds: float,
-        approval_seconds: float = 0.0,
+        absence_seconds: float = 0.0,
     ) -> None:
         """Ask every node to introduce itself within `seconds`; fill `cards` and `refused`.
 
         Parameters
         ----------
-        approval_seconds : float
-            How long sites are waited for whose operator has not approved the recipe yet.
+        absence_seconds : float
+            How long sites are waited for that Flower cannot reach, or whose operator has not
+            approved the recipe yet.
 
         Raises
         ------
@@ -159,7 +141,7 @@ class Roster:
         """
         least, admitted, names = self.min_sites, self.admitted(), self.admitted_names()
         cards, refused = dict[int, SiteCard](), dict[int, str]()
-        for node, reply in self._answers(exchange, nodes, seconds, approval_seconds):
+        for node, reply in self._answers(exchange, nodes, seconds, absence_seconds):
             try:
                 messages.raise_failure(reply)
                 facts = introduction_of(node, reply, self.num_sites)
@@ -187,28 +169,37 @@ class Roster:
         self.cards, self.refused = dict(sorted(cards.items())), refused
 
     def _answers(
-        self, exchange: Exchange, nodes: Sequence[int], seconds: float, approval_seconds: float
+        self, exchange: Exchange, nodes: Sequence[int], seconds: float, absence_seconds: float
     ) -> Iterator[tuple[int, Message]]:
-        """Yield (node, reply); a site that waits for its operator's approval is asked again."""
-        started, asked, pause_seconds = time.monotonic(), list(nodes), APPROVAL_SECONDS
+        """Yield (node, reply); sites that are absent or wait for approval are asked again."""
+        started, asked, approval_pause = time.monotonic(), list(nodes), APPROVAL_SECONDS
+
+        def left() -> float:
+            return absence_seconds - (time.monotonic() - started)
+
         while asked:
-            waiting = []
+            silent, postponed = set(asked), dict[int, Message]()
             for node, reply in exchange.replies(self._questions(asked, exchange), seconds, set()):
-                left = approval_seconds - (time.monotonic() - started)
-                if left > 0 and waits_for_approval(reply):
-                    waiting.append(node)
+                silent.discard(node)
+                if waits_for_approval(reply) or is_unreachable(reply):
+                    postponed[node] = reply
                 else:
                     yield node, reply
-            if waiting:
-                if pause_seconds == APPROVAL_SECONDS:
+            if left() <= 0:
+                yield from postponed.items()
+                return
+            asked = sorted(silent | postponed.keys())
+            if waiting := sum(map(waits_for_approval, postponed.values())):
+                if approval_pause == APPROVAL_SECONDS:
                     _log.warning(
                         "%s waiting for approval by the site's operator, for %.0f s at most",
-                        counted(len(waiting), "site"),
-                        approval_seconds,
+                        counted(waiting, "site"),
+                        absence_seconds,
                     )
-                time.sleep(max(0.0, min(pause_seconds, left)))
-                pause_seconds = min(2 * pause_seconds, LONGEST_APPROVAL_SECONDS)
-            asked = waiting
+                time.sleep(min(approval_pause, max(0.0, left())))
+                approval_pause = min(2 * approval_pause, LONGEST_APPROVAL_SECONDS)
+            elif asked:
+                time.sleep(min(RETURN_SECONDS, max(0.0, left())))
 
     def refresh(self, exchange: Exchange) -> dict[int, str]:
         """Ask new sites and those whose last reply failed for an introduction; update `cards`.
@@ -308,138 +299,3 @@ class Roster:
                     "Restore it, or start a new run."
                 )
         check_same({**self.cards, partition: SiteCard(-1, facts)})
-
-
-def questions(
-    nodes: Sequence[int],
-    run: str,
-    arithmetic: Callable[[int], Mapping[str, int | str]] = lambda _: {},
-) -> dict[int, Message]:
-    """Return the message that asks each node to introduce itself.
-
-    Parameters
-    ----------
-    arithmetic
-        Node → the arithmetic that it should keep to; empty where it may choose.
-    """
-    config: dict[str, int | str] = {"round": 0, messages.RUN: run}
-    return {
-        node: Message(
-            messages.content(config={**config, **arithmetic(node)}),
-            node,
-            MessageType.QUERY,
-            group_id="0",
-        )
-        for node in nodes
-    }
-
-
-def arithmetic_of(facts: Mapping[str, Any]) -> dict[str, int | str]:
-    """Return what the bits of a site's updates depend on, from its introduction.
-
-    Introductions of version 0.1.0 and before lack the library of products: it was the default one.
-    """
-    library = facts.get(messages.CPU_MATMUL, "default")
-    return {messages.THREADS: int(facts[messages.THREADS]), messages.CPU_MATMUL: str(library)}
-
-
-def waits_for_approval(reply: Message) -> bool:
-    """Whether a site refuses only because its operator has not approved the recipe yet."""
-    said = {} if reply.has_error() else messages.instruction_of(reply.content)
-    return said.get("error-type") == ApprovalError.__name__
-
-
-def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
-    """Return why a node cannot be the site that it claims to be; empty if it can."""
-    own = admitted.get(partition, node)
-    if own != node:
-        return f"node {node} claims to be site {partition}, which was admitted as node {own}"
-    for other, its_node in admitted.items():
-        if its_node == node and other != partition:
-            return f"node {node} claims to be site {partition}, but was admitted as site {other}"
-    return ""
-
-
-def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]:
-    """Return a site's introduction; raise `EngineError` if it is incomplete or invalid."""
-    record = dict(reply.content.config_records.get(messages.CONFIG) or {})
-    required = messages.INTRODUCTION
-    if in_custody(record):
-        required = messages.INTRODUCTION_IN_CUSTODY
-    if missing := [fact for fact in required if fact not in record]:
-        raise EngineError(
-            f"The introduction of node {node} lacks {', '.join(missing)}: is another version of "
-            "grandrounds installed there? Install the same one everywhere."
-        )
-    for name, value in record.items():
-        is_short = not isinstance(value, str) or len(value) <= MOST_CHARACTERS
-        if not isinstance(value, bool | int | float | str) or not is_short:
-            raise EngineError(
-                f"The introduction of node {node} is invalid: {name[:40]!r} is neither a number "
-                f"nor a string of at most {MOST_CHARACTERS} characters."
-            )
-    facts = ConfigRecord(record)
-    try:
-        messages.whole_number(facts, "partition-id", 0, num_sites - 1)
-        messages.whole_number(facts, "train-examples", 1)
-        for name in (*COUNTS, messages.THREADS):
-            if name in record:
-                messages.whole_number(facts, name)
-    except ReplyError as error:
-        raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
-    return record
-
-
-def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[str, Any]:
-    """Return an introduction under the name of the admission, else the one it gives itself."""
-    name = clean_name(admitted_names.get(int(facts["partition-id"]), facts.get(NAME)))
-    others = {key: value for key, value in facts.items() if key != NAME}
-    return {**others, NAME: name} if name else others
-
-
-def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a fact differs between two introductions of a site.
-
-    What a real site tells in only one of them cannot be compared, and counts only rounded: in runs
-    of before they are exact, and have no tag of the data.
-    """
-    is_told = fact in before and fact in now
-    if fact == DATA_TAG:
-        return is_told and bool(before[fact] != now[fact])
-    if not in_custody(now) or fact not in COUNTS:
-        return bool(before.get(fact) != now.get(fact))
-    if not is_told:
-        return False
-    return rounded_count(int(before[fact])) != rounded_count(int(now[fact]))
-
-
-def arithmetic_text(arithmetic: Mapping[str, int | str]) -> str:
-    """Return an arithmetic in words: `2 threads, products by onednn`."""
-    library = str(arithmetic[messages.CPU_MATMUL])
-    by = "" if library == "default" else f", products by {library}"
-    return counted(int(arithmetic[messages.THREADS]), "thread") + by
-
-
-def check_same(cards: Mapping[int, SiteCard]) -> None:
-    """Raise `EngineError` if sites differ in version, base or prompt."""
-    for fact, meaning in (
-        ("version", "version of grandrounds"),
-        ("base", "base model"),
-        (BASE, "base model, whose files differ"),
-        ("prompt", "prompt"),
-    ):
-        those = {
-            p: card for p, card in cards.items() if fact in card.facts
-        }  # base-content: agents only
-        if not those:
-            continue
-        first = min(those)
-        expected = those[first].facts[fact]
-        other = [p for p, card in those.items() if card.facts[fact] != expected]
-        if other:
-            names = names_of(card.facts for card in cards.values())
-            raise EngineError(
-                f"The sites do not have the same {meaning}: {names.with_number(first)} has "
-                f"{expected}, {names.with_number(other[0])} has {cards[other[0]].facts[fact]} "
-                f"({len(other)} of {len(cards)} sites differ). Use the same one at all sites."
-            )

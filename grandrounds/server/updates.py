@@ -16,7 +16,7 @@ from grandrounds.errors import ReplyError
 from grandrounds.server.aggregation import defence as bounds
 from grandrounds.server.aggregation.weighted_mean import LARGEST_WEIGHT
 from grandrounds.server.exchange import OnReply
-from grandrounds.server.roll_call import SiteCard
+from grandrounds.server.introductions import SiteCard
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter, Shapes, count_parameters, rank_of, shapes_of
 from grandrounds.wire.codecs.codec import Codec

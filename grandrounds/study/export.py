@@ -238,9 +238,15 @@ def merged_text(quantization: int, rounding: Rounding) -> str:
         if quantization
         else "the base's published weights"
     )
+    activations = (
+        " In the run, LLM.int8 rounded activations to 8 bits too, which the merged model does not: "
+        "its answers may differ from the run's, and the evaluations above are of the run's."
+        if quantization == 8
+        else ""
+    )
     return (
         f"The adapter is merged into {into}, in {rounding.dtype}. The rounding error is "
-        f"{100 * rounding.relative_error:.2g} % of the adapter's change."
+        f"{100 * rounding.relative_error:.2g} % of the adapter's change.{activations}"
     )
 
 

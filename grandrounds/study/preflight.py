@@ -17,7 +17,11 @@ from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
 from grandrounds.data.survey import Survey, survey
 from grandrounds.errors import ModelError
-from grandrounds.model.architectures import find_architecture, target_modules
+from grandrounds.model.architectures import (
+    find_architecture,
+    target_modules,
+    unmatched,
+)
 from grandrounds.model.location import check_location
 from grandrounds.server.directory import RunDirectory, check_resumable, check_vacant
 from grandrounds.study.plan.forecast import kept_rows, site_sizes
@@ -56,8 +60,8 @@ def check(config: Config) -> list[str]:
         cannot be divided among the sites.
     """
     check_place(config)
-    check_base(config)
-    return warnings(config, check_data(config))
+    unmatched = check_base(config)
+    return [*unmatched, *warnings(config, check_data(config))]
 
 
 def check_place(config: Config) -> None:
@@ -69,17 +73,27 @@ def check_place(config: Config) -> None:
         check_vacant(Path(federation.run_directory))
 
 
-def check_base(config: Config) -> None:
-    """Check the base's folder, and the target modules where its architecture is known."""
+def check_base(config: Config) -> list[str]:
+    """Check the base's folder, and the target modules where its architecture is known.
+
+    Returns a warning of names that match nothing.
+    """
     name, targets = config.model.name, config.lora.target_modules
     check_location(name)
     if set(words_of(targets)) <= {"auto", "all-linear"}:
-        return
+        return []
     try:
         architecture = find_architecture(name)
     except ModelError:
-        return  # unknown without its weights; a run finds out
-    target_modules(architecture, targets)
+        return []  # unknown without its weights; a run finds out
+    found = target_modules(architecture, targets)
+    missing = unmatched(targets, found)
+    if not missing:
+        return []
+    return [
+        f"{', '.join(missing)} of model.lora.target-modules match nothing in {name}: "
+        f"{', '.join(found)} are adapted, as PEFT would"
+    ]
 
 
 def check_data(config: Config) -> Survey | None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from grandrounds.config.keys import Config, share_of
+from grandrounds.config.keys import Config, rounded_up, share_of
 
 BLUR = 0.1
 """Relative blur of lengths in length-grouped batches. On WikiDoc patient information (batch 16, at
@@ -133,7 +133,7 @@ def examples_per_visit(
     """Return the number of examples in one visit, counting repeats."""
     if max_steps > 0:
         return max_steps * examples_per_step
-    return max(1, math.ceil(num_train_epochs * num_examples))
+    return max(1, rounded_up(num_train_epochs, num_examples))
 
 
 def examples_of_a_visit(config: Config, num_examples: int) -> int:

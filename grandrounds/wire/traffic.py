@@ -53,6 +53,8 @@ class Plan:
     """Largest message to a training site, for each round."""
     up_bytes: tuple[int, ...]
     """Largest message from a training site, for each round."""
+    last_updates_bytes: int
+    """All messages from training sites in the last round."""
     is_upper_bound: bool = False
     """Whether entropy coding may make messages smaller than planned."""
 
@@ -65,6 +67,11 @@ class Plan:
     def total_bytes_with_key_names(self) -> int:
         """The same with the tensors' names."""
         return self.total_bytes + sum(t.key_bytes for t in self.ledger.totals.values())
+
+    @property
+    def bytes_before_last_updates(self) -> int:
+        """The total without the last round's client updates: a count that entries published too."""
+        return self.total_bytes - self.last_updates_bytes
 
     @property
     def message_bytes(self) -> int:
@@ -130,6 +137,7 @@ def plan_config(config: Config, shapes: Shapes) -> Plan:
 
     judge(1)
     largest_down, largest_up = [], []
+    sent: list[Message] = []
     for number, chosen in enumerate(cohorts_of(config), 1):
         begun_with = ranks.begun_with(number, cohort)
         received = [down.message(site, number, ranks.carried(site, begun_with)) for site in chosen]
@@ -151,6 +159,7 @@ def plan_config(config: Config, shapes: Shapes) -> Plan:
         ledger=ledger,
         down_bytes=tuple(largest_down),
         up_bytes=tuple(largest_up),
+        last_updates_bytes=sum(message.tensor_bytes for message in sent),
         is_upper_bound=how.entropy_coding
         and (how.uplink_codec, how.downlink_codec) != ("none", "none"),
     )

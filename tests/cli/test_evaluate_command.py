@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from grandrounds.cli import app
-from grandrounds.study.evaluation import flowertune, runner
+from grandrounds.study.evaluation import flowertune, recorded_prompts, runner
+from grandrounds.study.evaluation.benchmarks import get_benchmark, load_items, placeholder_item
 from tests.conftest import WORDS
 from tests.places import ROOT
 from tests.runs import copy_of
@@ -176,7 +178,88 @@ def test_six_recorded_files_are_rescored_to_their_recorded_accuracy() -> None:
     assert result.exit_code == 0
     lines = [line for line in result.stdout.splitlines() if "generation_" in line]
     assert len(lines) == len(files) == 6
-    assert all(re.search(r"0\.\d+ +yes ", line) for line in lines)
+    assert all(re.search(r"0\.\d+ +yes +0 ", line) for line in lines)  # and no altered prompt
+
+
+def protocols(count: int, name: str = "medqa") -> list[flowertune.Generation]:
+    """Return the prompts of some items, answered with A."""
+    benchmark = get_benchmark(name)
+    items = [placeholder_item(benchmark, f"Fact {i}, {i} as much") for i in range(count)]
+    varied = [
+        replace(item, options=tuple(f"option {i * k}" for k in range(4)))
+        for i, item in enumerate(items)
+    ]
+    return [
+        flowertune.Generation(flowertune.build_prompt(benchmark, item), "A", "A") for item in varied
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "altered", "example"),
+    [
+        ("", "", "0", ""),
+        ("You are a medical doctor", "You are a nurse", "60 (100.0 %)", "has 'You are a nurse"),
+        ("guidelines.", "guidelines. Think first.", "60 (100.0 %)", "Think first. Question: Fact"),
+        ("\nThe answer is:\n", "\nAnswer:\n", "60 (100.0 %)", "ends in "),
+        ("much?", "much", "60 (100.0 %)", "to which FlowerTune adds a question mark"),
+        ("\n\nOptions:", "\nOptions:", "60 (100.0 %)", "has no block of options 'A. ...'"),
+        (
+            "\nThe answer",
+            "\nGive one letter only.\nThe answer",
+            "60 (100.0 %)",
+            "all prompts have 'Give one letter only.' at the end of option D",
+        ),
+    ],
+)
+def test_altered_prompts_are_counted_with_an_example(
+    tmp_path: Path, old: str, new: str, altered: str, example: str
+) -> None:
+    """2 of 73 published files had another instruction or one more sentence, and were rescored "by
+    FlowerTune's rule" without a word."""
+    names = flowertune.result_names("medqa", "mine")
+    records = [
+        replace(record, prompt=record.prompt.replace(old, new) if old else record.prompt)
+        for record in protocols(60)
+    ]
+    flowertune.write_generations(tmp_path / names[0], records)
+    result = evaluate("--rescore", tmp_path / names[0], "--json")
+    told, shown = json.loads(result.stdout), result.stderr
+    assert [row["altered prompts"] for row in told] == [altered]
+    assert example in told[0]["example of an altered prompt"]
+    line = "60 of 60 prompts are not FlowerTune's for MedQA (USMLE, 4 options), so its score"
+    assert (line in shown) == (altered != "0")
+    assert "altered prompts" in shown
+
+
+def test_some_altered_prompts_are_named_by_their_row(tmp_path: Path) -> None:
+    """A file whose name tells no benchmark is compared with the one that fits best."""
+    records = protocols(3, "pubmedqa")
+    records = [replace(record, gold="yes", output="yes") for record in records]
+    records[1] = replace(records[1], prompt=f"Hello. {records[1].prompt}")
+    flowertune.write_generations(tmp_path / "mine.jsonl", records)
+    shown = evaluate("--rescore", tmp_path / "mine.jsonl", "--plain").stdout
+    said = "1 of 3 prompts are not FlowerTune's for PubMedQA, so its score compares with no other"
+    assert f"{said}: row 2 has 'Hello. As an expert" in shown
+
+
+def test_with_all_questions_at_hand_prompts_are_compared_in_full(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = replace(get_benchmark("medmcqa"), expected_items=ITEMS)
+    monkeypatch.setattr(recorded_prompts, "benchmarks", lambda: {"medmcqa": benchmark})
+    prompts = [flowertune.build_prompt(benchmark, item) for item in load_items(benchmark, data)]
+    prompts[2] = prompts[2].replace("What helps", "Think! What helps")
+    records = [flowertune.Generation(prompt, "A", "A") for prompt in prompts]
+    file = tmp_path / flowertune.result_names("medmcqa", "mine")[0]
+    flowertune.write_generations(file, records)
+    (by_form,) = json.loads(evaluate("--rescore", file, "--json").stdout)
+    assert by_form["altered prompts"] == "0"
+    (told,) = json.loads(evaluate("--rescore", file, "--data", data, "--json").stdout)
+    assert told["altered prompts"] == "1 (16.7 %)"
+    assert "row 3 has '...idelines. Question: Think! What" in told["example of an altered prompt"]
+    flowertune.write_generations(file, [replace(records[0], prompt=prompts[0]) for _ in range(2)])
+    (same,) = json.loads(evaluate("--rescore", file, "--data", data, "--json").stdout)
+    assert same["altered prompts"] == "0"
 
 
 # --- Verify ---------------------------------------------------------------------------------------
@@ -199,6 +282,18 @@ def test_verify_finds_nothing_to_verify_in_an_empty_file(tmp_path: Path) -> None
     result = evaluate("--verify", file)
     assert result.exit_code == 1
     assert "there are no rows" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["generation_medmcqa_mine.jsonl", "acc_medmcqa_mine.txt"])
+def test_verify_of_recorded_answers_leads_to_rescore(tmp_path: Path, name: str) -> None:
+    """Once they were "not valid JSON", or had "no rows to verify"."""
+    answers = recorded(tmp_path, "AB", "Accuracy: 0.5. ")
+    result = evaluate("--verify", tmp_path / name)
+    assert result.exit_code == 1
+    assert f"Score them again: grandrounds evaluate --rescore {answers}" in one_line(result)
+    zipped = tmp_path / f"{answers.name}.gz"
+    flowertune.write_generations(zipped, flowertune.read_generations(answers))
+    assert f"--rescore {zipped}" in one_line(evaluate("--verify", zipped))
 
 
 @pytest.mark.parametrize(("content", "said"), [("{", "not valid JSON"), (None, "cannot be read")])

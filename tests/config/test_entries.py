@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +15,9 @@ from grandrounds.cli import app
 from grandrounds.config.entries import IN_CODE
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import from_options, load_recipe, notes, resolve
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, DataError, ModelError
+from grandrounds.study import preflight
+from grandrounds.study.plan.forecast import forecast
 
 LEAST = """
 model.name = "org/base"
@@ -32,6 +38,164 @@ def written(file: Path, lines: str, rest: str = "") -> Path:
 
 def resolved(file: Path, lines: str) -> Config:
     return resolve(load_recipe(written(file, lines)))
+
+
+SITES = "[tool.flwr.federations]\ndefault = 'a'\n[tool.flwr.federations.a]\n"
+"""A federation; its number of sites follows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is seen in published entries, and what is made of it."""
+
+    lines: str
+    """Of `[tool.flwr.app.config]`, beside `LEAST`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys with the values that are right."""
+    said: str = ""
+    """Part of a note; empty if nothing need be said."""
+    refused: str = ""
+    """Part of the error; empty if the entry can be run."""
+    given: str = ""
+    """What `--set` gives."""
+
+
+ROWS = {
+    "underscores": Row(
+        "train.training_arguments.warmup_steps = 0\nstrategy.proximal_mu = 0\n"
+        'model.lora.peft_lora_target_modules = "q_proj"',
+        {"strategy.proximal-mu": 0, "model.lora.target-modules": "q_proj"},
+    ),
+    "FlexLoRA on": Row("use_flexlora = 1", {"strategy.name": "product"}),
+    "FlexLoRA off": Row('strategy.use-flexlora = "off"', {"strategy.name": "fedavg"}),
+    "all modules": Row(
+        'model.lora.peft_lora_target_modules = "all"', {"model.lora.target-modules": "all-linear"}
+    ),
+    "modules of which some match nothing": Row(
+        'model.lora.peft_lora_target_modules = ["q_proj", "W_pack"]',
+        {"model.lora.target-modules": "q_proj?,W_pack?"},
+    ),
+    "fraction-train given over fraction-fit": Row(
+        "strategy.fraction-fit = 0.1",
+        {"strategy.fraction-train": 0.3},
+        given="strategy.fraction-train=0.3",
+    ),
+    "DoRA": Row("model.lora.peft-use-dora = true", refused="false trains plain LoRA"),
+    "no DoRA": Row("model.lora.peft-use-dora = false", {"model.lora.peft-use-dora": False}),
+    "warm-up of a constant schedule": Row(
+        "train.training-arguments.warmup-steps = 2\n"
+        'train.training-arguments.lr-scheduler-type = "constant"',
+        {"train.training-arguments.warmup-steps": 0},
+        said="warmup-steps = 2 has no effect",
+    ),
+    "linear": Row(
+        'train.training-arguments.lr-scheduler-type = "linear"',
+        {"train.training-arguments.lr-scheduler-type": "linear"},
+    ),
+    "cosine": Row(
+        'train.training-arguments.lr-scheduler-type = "cosine"',
+        {"train.training-arguments.lr-scheduler-type": "cosine"},
+    ),
+    "Unsloth's checkpointing": Row(
+        'model.gradient-checkpointing = "unsloth"',
+        {"model.gradient-checkpointing": True},
+        said="= 'unsloth' is read as true: activations are recomputed",
+    ),
+    "Unsloth's checkpointing, twice": Row(
+        'model.gradient-checkpointing = "unsloth"\n'
+        'train.training-arguments.gradient-checkpointing = "unsloth"',
+        {"train.training-arguments.gradient-checkpointing": True},
+    ),
+    "Weights & Biases": Row(
+        "use-wandb = true",
+        {"train.report-to": "none"},
+        said="use-wandb = true is not used: a run logs to a tracker only if",
+    ),
+    "no Weights & Biases": Row("use_wandb = false", {"train.report-to": "none"}),
+    "a trainer's tracker": Row(
+        'train.training-arguments.report-to = "wandb"',
+        {"train.report-to": "none"},
+        said="report-to = wandb is not used",
+    ),
+    "a run's name": Row(
+        'train.training-arguments.run-name = "third"', said="is named by its directory: --run-dir"
+    ),
+    "an attention": Row('model.attn = "sdpa"', said="model.attn = sdpa is not used: attention"),
+    "modules": Row('model.lora.modules = "v_proj"', {"model.lora.target-modules": "v_proj"}),
+    "dropout": Row("model.lora.peft-lora-dropout = 0.1", {"model.lora.dropout": 0.1}),
+    "no federation": Row(
+        "", {"data.num-partitions": 20}, said="values are used: model.quantization = 4"
+    ),
+    "no federation, said": Row("", said="data.num-partitions = 20"),
+    "a fraction of one site": Row(
+        "strategy.fraction-fit = 0.05",
+        {"strategy.fraction-train": 0.05},
+        said="a fraction of 0.05 of 20 sites is 1 site a round; Flower's FedAvg would train 2",
+    ),
+    "another task": Row(
+        'task.name = "finance"', refused="task.name = 'finance' cannot be honoured"
+    ),
+    "formats left out": Row("", {"train.training-arguments.bf16": True}, said="bf16 and tf32"),
+    "one format left out": Row(
+        "train.training-arguments.bf16 = false",
+        {"train.training-arguments.bf16": False},
+        said="the entry does not set tf32: it is used",
+    ),
+}
+"""Situation → a small file for it."""
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_published_entries_write_is_read_said_or_refused(file: Path, name: str) -> None:
+    row = ROWS[name]
+    path = written(file, LEAST + row.lines)
+    given = [row.given] if row.given else None
+    if row.refused:
+        with pytest.raises(ConfigError, match=re.escape(row.refused)):
+            resolve(from_options(path, given))
+        return
+    settings = from_options(path, given)
+    flat = resolve(settings).flat()
+    assert {key: flat[key] for key in row.settings} == row.settings
+    assert any(row.said in note for note in notes(settings, path))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "ContactDoctor/Bio-Medical-Llama-3-8B",
+        "dmis-lab/meerkat-7b-v1.0",
+        "microsoft/Phi-4-mini-instruct",
+        "Qwen/Qwen3-4B",
+        "Qwen/Qwen3-8B",
+        "google/gemma-2-2b-it",
+        "google/gemma-2-9b-it",
+        "codellama/CodeLlama-7b-hf",
+        "codellama/CodeLlama-13b-Instruct-hf",
+        "deepseek-ai/deepseek-coder-1.3b-base",
+        "deepseek-ai/deepseek-coder-6.7b-instruct",
+        "deepseek-ai/deepseek-coder-7b-instruct-v1.5",
+    ],
+)
+def test_the_bases_of_entries_are_planned_offline(file: Path, base: str) -> None:
+    """Their shapes were unknown, so that 15 entries could not be planned."""
+    lines = LEAST.replace("org/base", base) + 'model.lora.target-modules = "all-linear"'
+    planned = forecast(resolved(file, lines), rows=1000)
+    assert planned.plan.total_bytes > 0
+
+
+def test_targets_that_match_nothing_are_named(file: Path) -> None:
+    lines = LEAST.replace("org/base", "Qwen/Qwen3-4B") + "model.lora.target-modules = {}"
+    config = resolved(file, lines.format('["v_proj", "W_pack", "q_proj"]'))
+    assert forecast(config, rows=1000).targets == ["v_proj", "q_proj"]
+    (told,) = (line for line in preflight.check(config) if "match nothing" in line)
+    assert told.startswith("W_pack of model.lora.target-modules match nothing in Qwen/Qwen3-4B: ")
+    for modules, why in (
+        ('["W_pack", "c_attn"]', "'W_pack?,c_attn?' names no module of 'Qwen/Qwen3-4B'"),
+        ('["q_proj", "lm_head"]', "'lm_head', an output head or an embedding"),
+    ):
+        with pytest.raises(ModelError, match=re.escape(why)):
+            preflight.check(resolved(file, lines.format(modules)))
 
 
 @pytest.mark.parametrize("key", ["model.name", "static.dataset.name"])
@@ -91,9 +255,17 @@ def test_flexlora_is_read_in_its_three_spellings(
 
 
 @pytest.mark.parametrize(
-    ("value", "targets"), [('"all"', "all-linear"), ('["q_proj", "v_proj"]', "q_proj,v_proj")]
+    ("value", "targets"),
+    [
+        ('"all"', "all-linear"),
+        ('["q_proj", "v_proj"]', "q_proj?,v_proj?"),
+        ('"[q_proj, v_proj]"', "q_proj?,v_proj?"),
+        ('"q_proj"', "q_proj"),
+    ],
 )
-def test_targets_may_be_all_or_a_list(file: Path, value: str, targets: str) -> None:
+def test_targets_may_be_all_or_a_list_of_which_some_match(
+    file: Path, value: str, targets: str
+) -> None:
     config = resolved(file, f"{LEAST}model.lora.peft_lora_target_modules = {value}")
     assert config.lora.target_modules == targets
 
@@ -118,8 +290,7 @@ def test_a_constant_schedule_has_no_warm_up(file: Path) -> None:
 
 
 def test_the_sites_of_the_default_federation_are_read(file: Path) -> None:
-    federation = '[tool.flwr.federations]\ndefault = "a"\n[tool.flwr.federations.a]\n'
-    path = written(file, LEAST, f"{federation}options.num-supernodes = 7\n")
+    path = written(file, LEAST, f"{SITES}options.num-supernodes = 7\n")
     assert resolve(load_recipe(path)).data.num_partitions == 7
     assert "num-partitions" not in notes(load_recipe(path), path)[0]
 
@@ -128,6 +299,22 @@ def test_another_projects_pyproject_is_told_as_one(file: Path) -> None:
     file.write_text('[project]\nname = "something"\nversion = "1"\n')
     with pytest.raises(ConfigError, match=r"without \[tool.flwr.app.config\], so no FlowerTune"):
         load_recipe(file)
+    with pytest.raises(ConfigError, match=r"of another Flower app and no FlowerTune entry: its"):
+        load_recipe(written(file, "num-server-rounds = 3\nlearning-rate = 0.1\n"))
+
+
+def test_data_of_another_task_stop_the_run_before_its_instructions_are_lost(file: Path) -> None:
+    """239 of 400 rows were "empty", and the run went on with the others."""
+    cards = file.with_name("cards.jsonl")
+    rows = [
+        {"instruction": f"Tell {i}.", "input": "it" * (i % 2), "output": "Yes."} for i in range(40)
+    ]
+    cards.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = LEAST.replace("org/cards", str(cards))
+    with pytest.raises(DataError, match=r"has 40 different instructions.*20 of 40 rows"):
+        preflight.check(resolved(file, lines))
+    both = resolved(file, f'{lines}data.question-column = "instruction,input"')
+    assert not any("left out" in told for told in preflight.check(both))
 
 
 def test_a_plan_of_an_entry_says_what_it_took_from_the_template(file: Path) -> None:

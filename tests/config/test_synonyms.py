@@ -60,6 +60,10 @@ def refused(key: str, value: Scalar) -> str:
         ("optim", "adamw", 'train.optimizer="adamw_torch"'),
         ("fp16", "True", "train.training-arguments.bf16=true"),
         ("wandb", True, 'train.report-to="wandb"'),
+        ("use-wandb", True, 'train.report-to="wandb"'),
+        ("use-wandb", False, 'train.report-to="none"'),
+        ("train.training-arguments.report-to", "wandb", 'train.report-to="wandb"'),
+        ("model.lora.peft-lora-dropout", 0.1, "model.lora.dropout=0.1"),
         ("output_dir", "runs/a", 'run-directory="runs/a"'),
         ("test_size", 0.1, "data.held-out-fraction=0.1"),
         ("clients_per_round", 2, "--sites-per-round 2"),
@@ -104,6 +108,8 @@ def test_a_value_without_a_meaning_is_not_written_for_anybody() -> None:
 
 def test_what_has_no_key_says_what_to_do_instead() -> None:
     assert "CUDA_VISIBLE_DEVICES" in refused("device", "cuda:0")
+    assert "Attention runs on PyTorch's own kernels" in refused("model.attn", "sdpa")
+    assert "A run is named by its directory" in refused("run-name", "third")
 
 
 def test_what_is_written_is_read_back_by_recipes_and_by_set() -> None:

@@ -19,6 +19,7 @@ from pyarrow import parquet
 from grandrounds.data import sources
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
+from grandrounds.data.survey import survey
 from grandrounds.errors import DataError
 from tests.places import ROOT, SHARED
 
@@ -114,6 +115,20 @@ class TestEveryFormatGivesTheSameRows:
         assert rows.column_names == ["output", "instruction"]
         assert rows["output"][:] == ["Warmth.", "Wasser, viel"]
 
+    @pytest.mark.parametrize("name", CONTENT)
+    def test_two_columns_may_be_the_question(self, tmp_path: Path, name: str) -> None:
+        both = "instruction,input"
+        path = write(tmp_path / name, CONTENT[name])
+        rows = read(path, question_column=both, keep_columns=["site"])
+        assert rows.to_list() == [
+            {both: f"i {row['input']}", "output": row["output"], "site": row["site"]}
+            for row in ROWS
+        ]
+        found = survey(str(path), both, "output", "site")
+        assert found is not None
+        assert found.usable_by_label == {3: 1, 1: 1}
+        assert "there is no column 'inst'" in failure(path, question_column="inst,input")
+
     def test_relative_path_and_home_are_understood(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -127,6 +142,36 @@ class TestEveryFormatGivesTheSameRows:
         long = "x" * (3 << 20)
         path = write(tmp_path / "a.csv", f"input,output\nq,{long}\nr,s\n")
         assert [len(text) for text in read(path)["output"]] == [3 << 20, 1]
+
+
+@pytest.mark.usefixtures("no_hub")
+class TestInstructions:
+    """FlowerTune's medical app drops the column, which is the same in all of its rows."""
+
+    @pytest.mark.parametrize("name", CONTENT)
+    def test_that_differ_are_not_left_out(self, tmp_path: Path, name: str) -> None:
+        """Alpaca's questions were ignored, and rows without an input were "empty"."""
+        content = CONTENT[name].replace('"i"', '"j"', 1).replace("\ni,W", "\nj,W", 1)
+        told = failure(write(tmp_path / name, content))
+        assert "the column 'instruction' has 2 different instructions" in told
+        assert "(0 of 2 rows have no input)" in told
+        assert "write data.question-column=instruction,input" in told
+
+    def test_without_input_stand_alone(self, tmp_path: Path) -> None:
+        rows = [{**ROWS[0], "input": empty} for empty in ("", None, " ")]
+        path = write(tmp_path / "a.jsonl", json_lines([*rows, ROWS[0]]))
+        found = rows_of(path, question_column="instruction,input")
+        assert found["instruction,input"] == ["i", "i", "i", "i What is fever?"]
+        assert read(path)["input"][:2] == ["", ""]
+
+    def test_beside_a_question_of_another_name_are_no_matter(self, tmp_path: Path) -> None:
+        rows = [{"instruction": i, "question": "q", "output": "a"} for i in "xy"]
+        path = write(tmp_path / "a.jsonl", json_lines(rows))
+        assert read(path, question_column="question")["question"][:] == ["q", "q"]
+
+    def test_a_column_with_a_comma_in_its_name_is_itself(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", json_lines([{"a,b": "q", "a": "x", "output": "y"}]))
+        assert read(path, question_column="a,b")["a,b"][:] == ["q"]
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -317,6 +317,15 @@ def test_field_mistake_09_a_target_that_matches_nothing_stops_the_run_before_tra
     assert not Path(settings["run-directory"]).exists()
 
 
+def test_of_an_entrys_list_the_targets_that_match_are_trained(settings: Settings) -> None:
+    changes = {"model.lora.target-modules": "q_proj?,W_pack?", "num-server-rounds": 1}
+    run = play(settings, **changes)
+    plan = read_json(run / "plan.json")
+    assert plan["target-modules"] == ["q_proj"]
+    assert plan["target-modules-without-match"] == ["W_pack"]
+    assert read_json(run / "peft_1" / "adapter_config.json")["target_modules"] == ["q_proj"]
+
+
 # --- 13 -------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,9 @@ PUBLISHED_PARAMETERS = {
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen2.5-14B": 14_770_033_664,
     "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
     "HuggingFaceTB/SmolLM2-360M": 361_821_120,
@@ -39,6 +42,13 @@ PUBLISHED_PARAMETERS = {
     "internlm/internlm3-8b-instruct": 8_804_241_408,
     "microsoft/phi-4": 14_659_507_200,
     "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-2b": 2_614_341_888,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "codellama/CodeLlama-7b-hf": 6_738_546_688,
+    "codellama/CodeLlama-13b-hf": 13_016_028_160,
+    "deepseek-ai/deepseek-coder-1.3b-base": 1_346_471_936,
+    "deepseek-ai/deepseek-coder-6.7b-base": 6_740_512_768,
+    "deepseek-ai/deepseek-coder-7b-base-v1.5": 6_910_365_696,
 }
 """Numbers in the safetensors files on the hub, a tied head counted once."""
 

@@ -26,8 +26,8 @@ from grandrounds.model.base import (
     quantization_config,
 )
 from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
-from grandrounds.model.targets import Targets
 from grandrounds.model.resident import Resident, adapter_change, resident_model, set_adapter
+from grandrounds.model.targets import Targets
 from grandrounds.server.directory import RunDirectory
 from grandrounds.wire.adapter import initial_adapter
 
@@ -356,3 +356,7 @@ def test_a_checkpoint_loads_in_plain_peft_with_the_same_logits(
     loaded = PeftModel.from_pretrained(plain, str(folder)).eval()
     assert torch.equal(logits(loaded), logits(resident.model))
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json", ".md"}
+    described = json.loads((folder / "adapter_config.json").read_text())
+    assert described["inference_mode"] is True
+    assert described["target_modules"] == ["q_proj", "v_proj"]  # once in an order drawn by Python
+    assert config.inference_mode is False

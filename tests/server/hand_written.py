@@ -15,8 +15,9 @@ from grandrounds.model.lora import LoraSpec
 from grandrounds.model.targets import Targets
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Exchange
+from grandrounds.server.introductions import SiteCard
 from grandrounds.server.listeners import Listener
-from grandrounds.server.roll_call import Roster, SiteCard
+from grandrounds.server.roll_call import Roster
 from grandrounds.server.run import Run, State
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Ranks

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
-from grandrounds.errors import ConfigError, DataError, EngineError, ReplyError
+from grandrounds.errors import ConfigError, DataError, EngineError, GrandRoundsError, ReplyError
+from grandrounds.server import roll_call
 from grandrounds.server.admitted import admitted_names
-from grandrounds.server.roll_call import SAME_IN_A_RUN, Roster, SiteCard, has_changed
+from grandrounds.server.introductions import SAME_IN_A_RUN, SiteCard, has_changed
+from grandrounds.server.roll_call import Roster
 from grandrounds.wire import messages
 from tests.server.hand_written import (
     Silent,
@@ -140,6 +142,42 @@ def test_the_first_answer_may_take_longer_than_a_round() -> None:
     for round_seconds, connect_seconds in ((0.1, 0.3), (0.3, 0.1)):
         with pytest.raises(EngineError, match=r"1 of 3 nodes did not answer .* within 0.3 s"):
             Roster(3).open(exchange_of(Silent(Sites(), 3, {2}), round_seconds), connect_seconds)
+
+
+def unreachable(message: Message, site: int) -> Message:
+    return Message(Error(5, "no heartbeat"), reply_to=message)
+
+
+@pytest.mark.parametrize("kind", ["no heartbeat", "no id"])
+def test_a_node_that_is_not_back_yet_is_asked_again(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart of the SuperLink a node counts as connected, and its messages fail until its
+    next heartbeat; one such reply ended a resumed run at its roll call."""
+    monkeypatch.setattr(roll_call, "RETURN_SECONDS", 0.01)
+    absences = [True, True]
+
+    class Returning(InProcessGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            outgoing = list(messages)
+            is_absent = kind == "no id" and any(absences) and absences.pop()
+            gone = 2 if is_absent else 0
+            ids = iter(super().push_messages(m for m in outgoing if m.metadata.dst_node_id != gone))
+            return ["" if m.metadata.dst_node_id == gone else next(ids) for m in outgoing]
+
+    def back(message: Message, site: int) -> Message:
+        is_absent = kind == "no heartbeat" and any(absences) and absences.pop()
+        return (unreachable if is_absent else introduce)(message, site)
+
+    sites = Sites({("query", 1): back})
+    roster = Roster(3)
+    roster.open(exchange_of(Returning(sites, {}, 3)), 5.0)
+    assert [*roster.cards] == [0, 1, 2]
+    assert [site for _, site, _ in sites.seen].count(0) == 1  # who has answered is left in peace
+    absences[:] = [True] * 1000
+    said = "no heartbeat" if kind == "no heartbeat" else r"1 of 3 nodes did not answer .*\[2\]"
+    with pytest.raises(GrandRoundsError, match=said):
+        Roster(3).open(exchange_of(Returning(sites, {}, 3), 0.01), 0.1)
 
 
 def test_a_run_may_begin_without_some_sites() -> None:

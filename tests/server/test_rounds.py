@@ -13,7 +13,7 @@ from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import RoundError
 from grandrounds.server import rounds
 from grandrounds.server.exchange import Tally
-from grandrounds.server.roll_call import SiteCard
+from grandrounds.server.introductions import SiteCard
 from grandrounds.server.run import Run
 from grandrounds.server.updates import claimed_examples
 from grandrounds.wire import messages

@@ -192,7 +192,9 @@ def test_a_quantised_base_is_dequantised_as_the_run_saw_it(
     away = PeftModel.from_pretrained(published, checkpoint.folder)
     difference = (logits_of(merged) - logits_of(tuned)).abs().max()
     assert difference < share * (logits_of(away) - logits_of(tuned)).abs().max()
-    assert f"{bits}-bit weights, dequantised" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert f"{bits}-bit weights, dequantised" in card
+    assert ("rounded activations to 8 bits too" in card) == (bits == 8)
 
 
 # --- Which checkpoint -----------------------------------------------------------------------------

@@ -43,10 +43,12 @@ def bound_of(coding: object, values: Floats) -> Bounds:
 
 def of_blocks(coding: Blocks, values: Floats) -> Bounds:
     """Random rounding: a step, 2 * scale / (2**bits - 1). Sign: |value| + scale. On top, 2**-20 of
-    the scale for float32's rounding and 2e-43 for its subnormal numbers."""
+    the scale for float32's rounding; and for its subnormal numbers a unit of 2**-149 in the step,
+    which the widest code has 2**bits - 1 times, and one in the scale. (The bound was once 2e-43,
+    143 units; int8 may be 255 off.)"""
     sizes = coding._sizes(values).astype(np.float64)
     smallest = sizes.max() * 2.0 ** (-254 / SCALES_PER_OCTAVE)
     scales = np.maximum(sizes * 2 ** (1 / SCALES_PER_OCTAVE), smallest) * (sizes > 0)
     scale = np.repeat(scales, coding.block)[: len(values)]
     error = scale / coding._half if coding.unbiased else np.abs(values.astype(np.float64)) + scale
-    return np.asarray(error + scale * 2.0**-20 + 2e-43)
+    return np.asarray(error + scale * 2.0**-20 + 2**coding.bits * 2.0**-149)

@@ -27,6 +27,8 @@ LARGEST = float(np.finfo(np.float32).max)
 
 FLOATS = st.floats(-LARGEST, LARGEST, width=32)  # subnormal numbers and both zeros among them
 VECTORS = hnp.arrays(np.float32, st.integers(1, 300), elements=FLOATS)
+SUBNORMAL = st.integers(-(2**12), 2**12).map(lambda units: float(np.float32(units * 2.0**-149)))
+TINY = hnp.arrays(np.float32, st.integers(1, 40), elements=SUBNORMAL)
 ANY_CODEC = st.builds(
     Codec,
     name=st.sampled_from(list(CODECS)),
@@ -50,7 +52,7 @@ def there_and_back(how: Codec, values: Array, seed: int = 0) -> Array:
 
 
 @settings(max_examples=200, deadline=None)
-@given(how=ANY_CODEC, values=VECTORS, seed=st.integers(0, 9))
+@given(how=ANY_CODEC, values=VECTORS | TINY, seed=st.integers(0, 9))
 def test_what_comes_back_is_within_the_stated_bound(how: Codec, values: Array, seed: int) -> None:
     before = values.tobytes()
     decoded = there_and_back(how, values, seed)

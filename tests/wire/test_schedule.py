@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from decimal import Decimal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.schedule import (
     adapter_generator,
     evaluation_cohort,
+    examples_per_visit,
     length_grouped_batches,
     next_examples,
     training_cohort,
@@ -104,6 +106,15 @@ def test_no_example_repeats_before_the_epoch_is_complete(num_examples: int, coun
 
 def test_a_visit_larger_than_the_site_gives_every_example_equally_often() -> None:
     assert Counter(next_examples(3, 0, 4, 0, 12)) == {0: 3, 1: 3, 2: 3, 3: 3}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.decimals("0.001", 5, places=3), st.integers(1, 100_000))
+def test_an_epochs_share_is_of_the_decimal_as_written(epochs: Decimal, num_examples: int) -> None:
+    """0.07 of 100 examples were 8, since 0.07 * 100 = 7.000000000000001 in binary."""
+    exact = -(-int(1000 * epochs) * num_examples // 1000)
+    assert examples_per_visit(-1, float(epochs), 16, num_examples) == exact
+    assert examples_per_visit(-1, 0.07, 16, 100) == 7
 
 
 def test_the_walk_does_not_depend_on_how_it_is_cut_into_visits() -> None:

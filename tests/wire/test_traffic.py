@@ -42,31 +42,14 @@ def plan_of(
     return plan_config(recipes.resolve({**plain, **settings}), shapes)
 
 
-def entry(
-    model: str, rank: int, modules: str, cohort: int, rounds: int, *, dora: bool = False
-) -> Plan:
+def entry(model: str, rank: int, modules: str, cohort: int, rounds: int) -> Plan:
     """Return the plan of a FlowerTune entry, which holds nothing out."""
     base = find_architecture(model)
-    shapes = adapter_shapes(base, target_modules(base, modules), rank, dora=dora)
+    shapes = adapter_shapes(base, target_modules(base, modules), rank)
     return plan_of(shapes, rounds, cohort)
 
 
 # --- Published budgets ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("plan", "published"),
-    [
-        (entry("HPAI-BSC/Llama3.1-Aloe-Beta-8B", 32, "q_proj,v_proj", 2, 10), "2,080.62"),
-        (entry("meta-llama/Meta-Llama-3-8B", 32, "q_proj,v_proj", 2, 100), "20,806.25"),
-        (entry("HuggingFaceTB/SmolLM2-135M", 8, "q_proj,v_proj", 2, 200), "1,417.97"),
-        (entry("HuggingFaceTB/SmolLM2-360M", 8, "q_proj,v_proj", 2, 200), "2,512.50"),
-        (entry("Qwen/Qwen3-0.6B", 8, ALL_SEVEN, 4, 50, dora=True), "8,253.71"),
-    ],
-    ids=["0-1-ai Aloe 8B", "Gachon Llama-3-8B", "TNI 135M", "TNI 360M", "ethicalabs DoRA"],
-)
-def test_published_budgets_are_reproduced_to_the_printed_digit(plan: Plan, published: str) -> None:
-    assert f"{plan.total_bytes / MIB:,.2f}" == published
 
 
 def test_the_budget_published_without_digits_is_reproduced() -> None:
@@ -76,21 +59,6 @@ def test_the_budget_published_without_digits_is_reproduced() -> None:
     assert plan.adapter_parameters == 20_185_088
     assert plan.message_bytes == 80_790_528
     assert plan.total_bytes // MIB == 46_228
-
-
-@pytest.mark.parametrize(
-    ("plan", "published"),
-    [
-        (entry("HPAI-BSC/Llama3.1-Aloe-Beta-8B", 32, "q_proj,v_proj", 2, 10), "2,080.93"),
-        (
-            entry("internlm/internlm3-8b-instruct", 16, "q_proj,k_proj,v_proj,o_proj", 2, 10),
-            "2,942.79",
-        ),
-    ],
-    ids=["0-1-ai Aloe 8B", "0-1-ai internlm3"],
-)
-def test_published_budgets_with_key_names_are_reproduced(plan: Plan, published: str) -> None:
-    assert f"{plan.total_bytes_with_key_names / MIB:,.2f}" == published
 
 
 def test_the_jsl_recipe_costs_what_it_costs() -> None:

@@ -2,8 +2,8 @@
 
 The norm bound withstands a site that scales up its update to outvote the rest: the site moves the
 mean by at most its share times the bound. It does not withstand an update of normal length in a
-harmful direction, many such sites, or one patient site over many rounds. Nor does it bound the step
-of `fedexp`, whose eta grows without limit as the updates cancel.
+harmful direction, many such sites, or one patient site over many rounds. Under `fedexp` the mean
+is then multiplied by up to half the number of updates.
 
 The screen withstands a minority of sites that push against the others, for example with flipped
 signs or noise. It does not withstand an update that agrees with the others in most coordinates and

@@ -1,14 +1,16 @@
 """FedExP: the mean of the changes, extrapolated further the more they differ.
 
     w_next = w + eta D,   D = sum_i p_i d_i
-    eta = max(1, sum_i p_i |d_i|^2 / (2 |D|^2))
+    eta = max(1, min(sum_i p_i |d_i|^2 / (2 |D|^2), 1 / (2 sum_i p_i^2)))
 
 Jhunjhunwala et al., FedExP: Speeding Up Federated Averaging via Extrapolation (ICLR 2023), with
 weights p_i in place of the paper's 1 / M, and without its small constant added to |D|^2. With eta =
 1, also where D is zero, it equals FedAvg to the bit. Changes of sites with different data are
-nearly orthogonal, and their mean is shorter than each: for k such changes of equal length, eta is k
-/ 2. eta is reported as `server-learning-rate`. Memory is that of `WeightedMean`, whatever the
-cohort.
+nearly orthogonal, and their mean is shorter than each: for k such changes of equal length and
+weight, the paper's eta is k / 2. Changes that oppose one another would make it larger without
+limit, up to 71 times a mean of what they had nearly cancelled; the second term of the minimum, k /
+2 for equal weights, bounds it. eta is reported as `server-learning-rate`. Memory is that of
+`WeightedMean`, whatever the cohort.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ class Extrapolation(Average):
         """Start a round."""
         super().begin(round_number, adapter)
         self._weighted_squares: list[float] = []
-        self._weight = 0
+        self._weight = self._squared_weights = 0
 
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
         """Add one site's change to the sum, and its squared norm."""
         super().add(partition, received, change, weight)
         self._weighted_squares.append(weight * norm(change) ** 2)
         self._weight += weight
+        self._squared_weights += weight**2
 
     def result(self) -> Adapter:
         """Return the adapter plus eta times the mean of the changes."""
@@ -50,7 +53,8 @@ class Extrapolation(Average):
         # fsum is exact, whatever the order of arrival
         squares = math.fsum(self._weighted_squares) / self._weight
         length_squared = norm(mean) ** 2
-        self._rate = max(1.0, squares / (2 * length_squared)) if length_squared else 1.0
+        most = self._weight**2 / (2 * self._squared_weights)
+        self._rate = max(1.0, min(squares / (2 * length_squared), most)) if length_squared else 1.0
         if self._rate == 1:
             return super().result()
         rate = np.float32(self._rate)

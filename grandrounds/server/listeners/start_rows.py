@@ -131,6 +131,8 @@ def without_effect(config: Config) -> list[str]:
 def plan_rows(plan: Mapping[str, Any]) -> Rows:
     """Return the planned traffic and the run directory."""
     count, total = sum(t["messages"] for t in plan["totals"].values()), plan["total-mib"]
+    missing = plan.get("target-modules-without-match")
+    passed_over = f"; no module matches {', '.join(missing)}" if missing else ""
     rows = [
         (
             "communication",
@@ -139,7 +141,8 @@ def plan_rows(plan: Mapping[str, Any]) -> Rows:
         ),
         (
             "adapter",
-            f"{plan['adapter-parameters']:,} parameters, on {', '.join(plan['target-modules'])}",
+            f"{plan['adapter-parameters']:,} parameters, on {', '.join(plan['target-modules'])}"
+            f"{passed_over}",
         ),
     ]
     if frozen := plan.get("frozen-modules"):

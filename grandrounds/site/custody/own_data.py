@@ -13,7 +13,7 @@ from grandrounds.data.files import RawRows
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Partition
 from grandrounds.data.rows import Rows
-from grandrounds.data.sources import load_rows, rows_of
+from grandrounds.data.sources import columns_read, load_rows, rows_of
 from grandrounds.errors import DataError, first_line
 from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
@@ -184,9 +184,11 @@ def queried(url: str, query: str, question_column: str, answer_column: str) -> R
     """
     columns = (question_column, answer_column)
     names, rows = _asked(url, query)
-    wanted = [names.index(name) for name in columns if name in names]
-    rows.sort(key=lambda row: [str(row[i]) for i in wanted])
-    values = {names[i]: [row[i] for row in rows] for i in wanted}
+    read, _ = columns_read(columns)
+    order = columns if question_column in names else read
+    by = [names.index(name) for name in order if name in names]
+    rows.sort(key=lambda row: [str(row[i]) for i in by])
+    values = {name: [row[names.index(name)] for row in rows] for name in read if name in names}
     raw = RawRows(values, tuple(names), range(1, len(rows) + 1), "row")
     return rows_of(raw, f"data.database = {_without_password(url)!r}", columns)
 

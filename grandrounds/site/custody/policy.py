@@ -213,7 +213,7 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
         With all reasons, if the site's policy forbids it.
     """
     check_known(site, config.model.name)
-    targets = words_of(config.lora.target_modules)
+    targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))
     asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
     check_run(site, asked, None)
     return asked

@@ -18,7 +18,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.words import counted
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import environment
-from grandrounds.server.roll_call import SAME_IN_A_RUN
+from grandrounds.server.introductions import SAME_IN_A_RUN
 from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import introduction
 from grandrounds.study.comparison import budget

@@ -41,7 +41,7 @@ from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.results import Answers, evaluation_of, write_flowertune_files
 from grandrounds.study.evaluation.sample import METHOD
-from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject
+from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject, Target
 
 FLOWERTUNE_BATCH = 16
 """Items per batch in FlowerTune's rule for the answer length, whatever our own batch size."""

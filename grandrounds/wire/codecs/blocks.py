@@ -9,8 +9,11 @@ h - 1/2 or h + 1/2, and is exact only in a block of zeros.
 
 int8, int4 and int2 use the block's largest magnitude as its scale and round stochastically to one
 of the two neighbouring levels, which is unbiased (QSGD: Alistarh et al., 2017, section 3.1, with
-the largest magnitude in place of the 2-norm). Sign uses the mean magnitude, the scale with the
-least squared error (EF-signSGD: Karimireddy et al., 2019, algorithm 1, per block).
+the largest magnitude in place of the 2-norm). A value is off by less than a step, 2 / (2**b - 1)
+of the scale; steps are multiples of 2**-149, float32's smallest number, which adds up to
+(2**b - 1) * 2**-149: as much as the values themselves where these are subnormal. Sign uses the mean
+magnitude, the scale with the least squared error (EF-signSGD: Karimireddy et al., 2019, algorithm
+1, per block).
 """
 
 from __future__ import annotations

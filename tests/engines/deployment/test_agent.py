@@ -29,7 +29,7 @@ from grandrounds.engines.deployment import agent as agents
 from grandrounds.engines.deployment import connections, listening, node_app, set_up
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, ReplyError
-from grandrounds.server import roll_call
+from grandrounds.server import introductions
 from grandrounds.site.custody import agent_client, audit
 from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
@@ -57,7 +57,7 @@ def serving(site: SiteFile, **options: Any) -> Iterator[list[str]]:
 
 
 def question(run: str = "ab") -> Message:
-    return roll_call.questions([1], run)[1]
+    return introductions.questions([1], run)[1]
 
 
 def context_of(settings: Settings, node: dict[str, Any]) -> Context:

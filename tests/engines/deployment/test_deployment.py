@@ -29,6 +29,7 @@ from tests.real import (
     Consortium,
     has,
     in_process,
+    rounds_done,
     wait_for,
 )
 from tests.runs import metrics_of, summary_of
@@ -37,44 +38,71 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path) -> None:
-    """TLS, node keys, one agent a site, six rounds: the same adapter as in process, bit for bit, so
-    the private facts are learned as well; the base is loaded once at each site; plain PEFT loads
-    the adapter."""
-    settings = {**FORMULARY, "num-server-rounds": 6}
+    """TLS, node keys, one agent a site, four rounds: the same adapter as in process, bit for bit;
+    the base is loaded once at each site; plain PEFT loads the adapter. Then the SuperLink is killed
+    in the middle of a run: the exit code and one line say so, and how to go on. The resumption is a
+    new run of Flower's, told in the metrics, and ends with that adapter too."""
+    settings = {**FORMULARY, "num-server-rounds": 4, "strategy.connect-timeout-seconds": 120}
     in_process(settings, tmp_path / "plain")
-    with Consortium(tmp_path / "c", settings) as consortium:
+    expected = adapter_of(tmp_path / "plain")
+    with Consortium(tmp_path / "c", settings, policy__max_runs_per_day=2) as consortium:
         consortium.start_all()
         run = tmp_path / "c" / "run"
-        process = consortium.begin_run(run, 6)
+        process = consortium.begin_run(run, 4)
         assert consortium.finished(process) == 0, consortium.log("run")
         said = consortium.log("run")
         files = list(consortium.home.glob("superlink.db*"))
         assert not any(b"NUMPY" in file.read_bytes() for file in files)  # no update is left
-    assert "status             completed after 6 rounds" in said
+
+        cut = tmp_path / "c" / "cut"
+        process = consortium.begin_run(cut, 4)
+        wait_for(lambda: rounds_done(cut) >= 1 or process.poll() is not None, 120)
+        consortium.kill("superlink")
+        assert consortium.finished(process) == 1
+        of_the_cut = consortium.log("cut")
+        before = rounds_done(cut)
+        consortium.start_superlink()
+        resumed = consortium.resume_run(cut)
+        assert consortium.finished(resumed) == 0, consortium.log("cut-resumed")
+    assert "status             completed after 4 rounds" in said
     assert "unverified" not in said
     assert "each site's own, 3 sites" in said
     assert "site-0, site-1, site-2" in said  # as admitted
     assert "leaderboard" not in said
     assert "evaluate" not in said  # its questions would be about the formulary's drugs
-    assert "--rounds 12 --engine deployment --connection trial" in said
-    assert "each site's own, 3 sites" in (run / "peft_6" / "README.md").read_text()
+    assert "--rounds 8 --engine deployment --connection trial" in said
+    assert "each site's own, 3 sites" in (run / "peft_4" / "README.md").read_text()
     summary, plain = summary_of(run), summary_of(tmp_path / "plain")
     assert summary["base_loads"] == summary["processes"] == 3
     assert summary["failed_replies"] == 0
     assert summary["communication_mib"] == summary["planned_mib"] == plain["communication_mib"]
-    learned, expected = (
+    learned, in_one_process = (
         s["formulary"]["private"]["tuned"]["correct"] / s["formulary"]["private"]["tuned"]["n"]
         for s in (summary, plain)
     )
-    assert abs(learned - expected) <= 0.03
-    adapters = [r / "peft_6" / "adapter_model.safetensors" for r in (run, tmp_path / "plain")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert abs(learned - in_one_process) <= 0.03
+    assert adapter_of(run) == expected
     base = AutoModelForCausalLM.from_pretrained(base_path())
-    PeftModel.from_pretrained(base, run / "peft_6")
+    PeftModel.from_pretrained(base, run / "peft_4")
     for site in consortium.sites:
         visits = [e for e in audit.read(site.place("state")) if e["asked"] == "train"]
-        assert [e["round"] for e in visits] == [1, 2, 3, 4, 5, 6]
+        assert [e["round"] for e in visits][:4] == [1, 2, 3, 4]
     assert len({line["flower-run"] for line in metrics_of(run)[1:]}) == 1
+
+    assert "is lost" in of_the_cut
+    assert f"run --resume {cut} --engine deployment --connection trial" in of_the_cut
+    assert "Traceback" not in of_the_cut
+    lines = metrics_of(cut)[1:]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    runs = [line["flower-run"] for line in lines]
+    assert len(set(runs[:before])) == 1
+    assert len(set(runs)) == 2
+    assert adapter_of(cut) == expected
+
+
+def adapter_of(run: Path) -> bytes:
+    """Return the adapter at the end of a run of four rounds."""
+    return (run / "peft_4" / "adapter_model.safetensors").read_bytes()
 
 
 def test_who_is_not_admitted_is_kept_out_and_says_why(

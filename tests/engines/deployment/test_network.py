@@ -22,7 +22,6 @@ from tests.real import (
     FORMULARY,
     Consortium,
     has,
-    in_process,
     rounds_done,
     wait_for,
 )
@@ -173,42 +172,6 @@ def test_links_and_processes_that_fail_in_mid_run_do_not_end_it(
         failed = {line["round"]: line["failed"] for line in lines if line["failed"]}
         late = summary["late_replies"]
         print(f"\n  visits made again: {again}; failed: {failed}; late replies: {late}")
-
-
-def test_a_run_goes_on_after_the_superlink_was_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Flower fails the run; the exit code and one line say so, and how to go on. The resumption is
-    a new run of Flower's, told in the metrics, and ends with the adapter of a run that nothing
-    happened to."""
-    settings = {**FORMULARY, **PATIENT, "data.num-partitions": 2}
-    with Consortium(tmp_path / "c", settings) as consortium:
-        undisturbed = tmp_path / "undisturbed"
-        in_process(settings | {"num-server-rounds": 3}, undisturbed)
-        consortium.start_all()
-        run = tmp_path / "c" / "run"
-        process = consortium.begin_run(run, 3)
-        wait_for(lambda: rounds_done(run) >= 1, 120, consortium.log("run"))
-        consortium.kill("superlink")
-        assert consortium.finished(process) == 1
-        said = consortium.log("run")
-        assert "is lost" in said
-        assert f"grandrounds run --resume {run} --engine deployment --connection trial" in said
-        assert "Traceback" not in said
-        before = rounds_done(run)
-        consortium.start_superlink()
-        resumed = consortium.resume_run(run)
-        assert consortium.finished(resumed) == 0, consortium.log("run-resumed")
-        again = repeated(consortium)
-    lines = metrics_of(run)[1:]
-    assert [line["round"] for line in lines] == [1, 2, 3]
-    runs = [line["flower-run"] for line in lines]
-    assert len(set(runs[:before])) == 1
-    assert len(set(runs)) == 2
-    names = ("peft_3", "adapter_model.safetensors")
-    assert run.joinpath(*names).read_bytes() == undisturbed.joinpath(*names).read_bytes()
-    with capsys.disabled():
-        print(f"\n  rounds finished before: {before}, visits made again: {again}")
 
 
 @needs_namespaces

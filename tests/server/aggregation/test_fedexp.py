@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grandrounds.server.aggregation.fedexp import Extrapolation
 from grandrounds.wire.adapter import Adapter
@@ -39,12 +41,23 @@ def test_changes_that_agree_are_averaged() -> None:
 
 
 def test_weights_are_those_of_the_mean() -> None:
-    """p = 3/4, 1/4: sum p |d|^2 = 3/4 * 16 + 1/4 * 16 = 16; D = (3, 1), |D|^2 = 10; eta = 0.8 < 1.
-    With -4 instead of the other axis D = 2, |D|^2 = 4: eta = 16 / 8 = 2, and the step is 4."""
-    assert step([(adapter_of(4, 0, 0, 0), 3), (adapter_of(0, 4, 0, 0), 1)])[1] == 1
-    result, rate = step([(adapter_of(4, 0, 0, 0), 3), (adapter_of(-4, 0, 0, 0), 1)])
-    assert rate == 2
-    assert result[NAME].tolist() == [[5, 1, 1, 1]]
+    """Six changes, the first with weight 3/8 and length 2, the others 1/8 and 4, at right angles:
+    sum p |d|^2 = 3/8 * 4 + 5/8 * 16 = 11.5, |D|^2 = 9/64 * 4 + 5/64 * 16 = 116/64."""
+    lengths = [2.0, *[4.0] * 5]
+    changes = [(wide(i, length), 3 if i == 0 else 1) for i, length in enumerate(lengths)]
+    rule = Extrapolation("fedexp")
+    rule.begin(1, wide(0, 0))
+    for partition, (change, weight) in enumerate(changes):
+        rule.add(partition, {}, change, weight)
+    result = rule.result()[NAME][0]
+    rate = 64**2 / (2 * 14 * 64)  # 1 / (2 sum p^2) = 2.29, below 11.5 / (2 * 116 / 64) = 3.17
+    assert rule.report()["server-learning-rate"] == pytest.approx(rate)
+    assert result == pytest.approx([rate * 0.75, *[rate * 0.5] * 5])
+
+
+def wide(axis: int, length: float) -> Adapter:
+    """Return six values, all zero but one."""
+    return {NAME: np.eye(6, dtype=np.float32)[[axis]] * np.float32(length)}
 
 
 def test_changes_that_cancel_move_nothing() -> None:
@@ -53,11 +66,31 @@ def test_changes_that_cancel_move_nothing() -> None:
     assert result[NAME].tolist() == [[1, 1, 1, 1]]
 
 
-def test_an_update_that_nearly_cancels_the_others_makes_a_step_longer_than_any_update() -> None:
-    """Norms 1 and 3/4: sum p |d|^2 = 25/32, D = 1/8, eta = (25/32) / (2/64) = 25, step 25/8."""
-    result, rate = step([(adapter_of(1, 0, 0, 0), 1), (adapter_of(-0.75, 0, 0, 0), 1)])
-    assert rate == 25
-    assert result[NAME].tolist() == [[4.125, 1, 1, 1]]
+@pytest.mark.parametrize("count", range(2, 9))
+def test_updates_that_nearly_cancel_make_no_longer_step_than_updates_at_right_angles(
+    count: int,
+) -> None:
+    """Two opposed updates had made a step of 71: norms 1 and 0.986, D = 0.007, eta = 10,000."""
+    sides = [1.0 if i % 2 else -0.986 for i in range(count)]
+    _, rate = step([(adapter_of(side, 0, 0, 0), 1) for side in sides])
+    assert rate == max(1, count / 2)
+
+
+@given(
+    changes=st.lists(
+        st.tuples(st.lists(st.floats(-9, 9, width=32), min_size=4, max_size=4), st.integers(1, 99)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_the_step_is_bounded_by_the_longest_update(
+    changes: list[tuple[list[float], int]],
+) -> None:
+    result, rate = step([(adapter_of(*values), weight) for values, weight in changes])
+    assert 1 <= rate <= max(1, len(changes) / 2)
+    moved = float(np.linalg.norm(result[NAME] - 1))
+    longest = max(float(np.linalg.norm(values)) for values, _ in changes)
+    assert moved <= rate * longest * (1 + 1e-5) + 1e-5
 
 
 def test_the_order_of_arrival_changes_no_bit() -> None:

@@ -55,6 +55,14 @@ def joined(text: str) -> str:
     return "".join(c for c in text if not c.isspace() and c not in "│└─├┏┓┃━┗┛┡┩┐┘┌")
 
 
+def test_target_modules_without_a_match_are_named() -> None:
+    plan = {"totals": {}, "total-mib": 0.0, "adapter-parameters": 9, "target-modules": ["q_proj"]}
+    assert ("adapter", "9 parameters, on q_proj") in plan_rows(plan)
+    plan["target-modules-without-match"] = ["W_pack", "c_attn"]
+    told = "9 parameters, on q_proj; no module matches W_pack, c_attn"
+    assert ("adapter", told) in plan_rows(plan)
+
+
 def test_a_run_shows_recipe_plan_sites_result_and_next_steps(
     settings: Settings, console: Console
 ) -> None:

@@ -26,7 +26,7 @@ from grandrounds.errors import (
     ReplyError,
     RoundError,
 )
-from grandrounds.server import roll_call
+from grandrounds.server import introductions
 from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit, kept_runs, quota
@@ -282,7 +282,7 @@ def test_a_message_without_a_runs_key_is_refused(settings: Settings, tmp_path: P
         [reply] = grid.send_and_receive([message])
         with pytest.raises(ReplyError, match="not a key of up to 32 hex digits"):
             messages.raise_failure(reply)
-    assert roll_call.questions([1], "0")[1].content.config_records["config"]["run"] == "0"
+    assert introductions.questions([1], "0")[1].content.config_records["config"]["run"] == "0"
 
 
 def test_neither_server_nor_journal_learns_anything_of_data_that_cannot_be_read(
@@ -315,7 +315,7 @@ def test_the_server_learns_of_no_folder_of_the_site(settings: Settings, tmp_path
     ):
         site.path.write_text(content)
         [reply] = grid_of_sites(settings, [site]).send_and_receive(
-            [roll_call.questions([1], "ab")[1]]
+            [introductions.questions([1], "ab")[1]]
         )
         with pytest.raises(GrandRoundsError) as refused:
             messages.raise_failure(reply)
@@ -356,11 +356,11 @@ def test_a_base_whose_files_change_under_the_agent_is_refused(
     shutil.copytree(str(settings["model.name"]), copy)
     [site] = sites_of({**settings, "model.name": str(copy)}, tmp_path)
     grid = grid_of_sites({**settings, "model.name": str(copy)}, [site])
-    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    [reply] = grid.send_and_receive([introductions.questions([1], "ab")[1]])
     messages.raise_failure(reply)
     with (copy / "generation_config.json").open("a") as file:
         file.write("\n")
-    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    [reply] = grid.send_and_receive([introductions.questions([1], "ab")[1]])
     with pytest.raises(ModelError, match=r"have changed since .* Restart the agent"):
         messages.raise_failure(reply)
 
@@ -372,14 +372,16 @@ def test_roll_calls_of_runs_that_never_visit_are_bounded(
     sites = sites_of(settings, tmp_path)
     grid = grid_of_sites(settings, sites)
     monkeypatch.setattr(quota, "MOST_QUESTIONS_OF_OTHERS", 3)
-    replies = [grid.send_and_receive([roll_call.questions([1], f"{i:x}f")[1]])[0] for i in range(4)]
+    replies = [
+        grid.send_and_receive([introductions.questions([1], f"{i:x}f")[1]])[0] for i in range(4)
+    ]
     for reply in replies[:3]:
         messages.raise_failure(reply)
     with pytest.raises(PolicyError, match="at most 3 roll calls in 24 hours of runs that have not"):
         messages.raise_failure(replies[3])
     with closing(SiteState(sites[0].place("state"))) as state:
         quota.count_visit(state, "ab", 1)
-    [reply] = grid.send_and_receive([roll_call.questions([1], "ab")[1]])
+    [reply] = grid.send_and_receive([introductions.questions([1], "ab")[1]])
     messages.raise_failure(reply)
 
 
@@ -394,7 +396,7 @@ def test_a_crash_is_written_down_and_server_and_journal_learn_its_kind_only(
     """97ce3f5 logged a traceback with the text to stderr, and so to the journal."""
     sites = sites_of(settings, tmp_path, agent__log_errors_with_text=with_text)
     grid = grid_of_sites(settings, sites)
-    message = roll_call.questions([1], "ab")[1]
+    message = introductions.questions([1], "ab")[1]
 
     def crash(*_: Any) -> Message:
         raise ZeroDivisionError("Jane Roe by zero")

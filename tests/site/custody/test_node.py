@@ -16,7 +16,7 @@ from grandrounds import client_app
 from grandrounds.config import recipes
 from grandrounds.engines.deployment import node_app
 from grandrounds.errors import OwnDataError, PolicyError
-from grandrounds.server import roll_call
+from grandrounds.server import introductions
 from grandrounds.site import visit as visits
 from grandrounds.wire import messages
 from tests.runs import Settings
@@ -29,7 +29,7 @@ def asked(settings: Settings, **node: Any) -> Message:
     flat = recipes.resolve(settings).flat()
     numbers = {"partition-id": 0, "num-partitions": 4, **node}
     return node_app.app(
-        roll_call.questions([1], "ab")[1], Context(1, 1, numbers, RecordDict(), flat)
+        introductions.questions([1], "ab")[1], Context(1, 1, numbers, RecordDict(), flat)
     )
 
 

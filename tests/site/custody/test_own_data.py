@@ -141,6 +141,17 @@ def test_columns_are_mapped(tmp_path: Path, sqlite: str) -> None:
         data__answer_column="a",
     )
     assert pairs(site) == set(CARDS)
+    query = "SELECT 'Say:' AS instruction, question AS input, answer FROM cards WHERE consent"
+    both = make_site(
+        tmp_path / "both",
+        {"formulary": ""},
+        source="",
+        data__database=sqlite,
+        data__query=query,
+        data__question_column="instruction,input",
+        data__answer_column="answer",
+    )
+    assert pairs(both) == {(f"Say: {question}", answer) for question, answer in CARDS}
 
 
 WRONG = [

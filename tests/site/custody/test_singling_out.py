@@ -15,7 +15,7 @@ from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import PolicyError
 from grandrounds.model.lora import adapter_layout
 from grandrounds.model.machine import specs
-from grandrounds.server import roll_call
+from grandrounds.server import introductions
 from grandrounds.server.exchange import Exchange
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import messages
@@ -92,7 +92,7 @@ def asked(settings: Settings, site: SiteFile, message: Message) -> Message:
 def test_an_honest_request_under_the_default_policy_is_answered(
     alone: Settings, site: SiteFile
 ) -> None:
-    asked(alone, site, roll_call.questions([1], "ab")[1])
+    asked(alone, site, introductions.questions([1], "ab")[1])
     assert messages.tensor_sizes(asked(alone, site, request(alone)))
 
 
@@ -121,7 +121,7 @@ def test_a_sequence_length_that_isolates_rows_is_refused(
     """The counts of rows at 40, 41, 42 and 43 tokens told single rows by their length."""
     short = {**alone, "train.seq-length": length}
     with pytest.raises(PolicyError, match=f"min-sequence-length = 128, requested {length}"):
-        asked(short, site, roll_call.questions([1], "ab")[1])
+        asked(short, site, introductions.questions([1], "ab")[1])
 
 
 @pytest.mark.parametrize(

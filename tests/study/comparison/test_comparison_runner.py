@@ -365,7 +365,7 @@ def test_on_the_embedded_world_the_pool_learns_what_no_site_alone_can(tmp_path: 
         {
             "data.partitioner": "natural",
             "data.partition-by": "site",
-            "num-server-rounds": 6,
+            "num-server-rounds": 3,
             "train.training-arguments.max-steps": 10,
             "train.num-threads": 1,
         }

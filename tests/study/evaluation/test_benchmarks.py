@@ -123,6 +123,23 @@ def test_pubmedqa_is_read_with_its_paragraphs(tmp_path: Path) -> None:
     assert item.gold_index == 1
 
 
+def test_pubmedqa_may_have_the_columns_of_the_authors_own_data_set(tmp_path: Path) -> None:
+    """`qiaojin/PubMedQA`, `pqa_labeled`; once there was "no column 'QUESTION'"."""
+    item = read_one("pubmedqa", tmp_path)
+    row = ROWS["pubmedqa"]
+    authors = {
+        "pubid": 1,
+        "question": row["QUESTION"],
+        "context": {"contexts": row["CONTEXTS"], "labels": ["BACKGROUND", "RESULTS"]},
+        "long_answer": "Tea did not help.",
+        "final_decision": row["final_decision"],
+    }
+    write_lines(tmp_path, "pubmedqa", authors)
+    assert load_items(get_benchmark("pubmedqa"), tmp_path) == (item,)
+    write_lines(tmp_path, "pubmedqa", {**authors, "context": "Tea was given."})
+    assert "column 'context': the value is 'Tea was given.'" in failure("pubmedqa", tmp_path)
+
+
 def test_medqa_options_may_be_an_object_or_a_list(tmp_path: Path) -> None:
     item = read_one("medqa", tmp_path)
     pairs = [{"key": key, "value": text} for key, text in ROWS["medqa"]["options"].items()]

@@ -148,7 +148,7 @@ def test_rules_that_write_factors_anew_are_offered_no_coarse_codec() -> None:
 
 def test_transfer_times_by_hand() -> None:
     """320 bytes each way: 2,560 bits at 1 Mbit/s down and 0.5 up: 2.56 + 5.12 ms a round."""
-    plan = Plan(16, 3, Ledger(), (320,) * 3, (320,) * 3)
+    plan = Plan(16, 3, Ledger(), (320,) * 3, (320,) * 3, 320)
     seconds = link_seconds(plan, uplink_mbps=0.5, downlink_mbps=1.0)
     assert seconds == pytest.approx({"round": 0.00768, "all-rounds": 3 * 0.00768})
 

@@ -94,6 +94,13 @@ class Row:
             raise self.refused(column, "a list of strings")
         return tuple(values)
 
+    def inner(self, column: str) -> Row:
+        """Return an object as a row of its own."""
+        values = self.value(column)
+        if not isinstance(values, dict):
+            raise self.refused(column, "an object")
+        return Row(self.number, f"{self.place}, column {column!r}", values)
+
     def position(self, column: str, allowed: Sequence[int | str]) -> int:
         """Return the index of the value among those allowed; numbers may be strings."""
         value = self.value(column)
@@ -264,7 +271,7 @@ def load_items(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}; omit it to use every item")
-    file = _local_file(benchmark, data)
+    file = local_file(benchmark, data)
     if benchmark.built_in is not None:
         places, rows = f"{benchmark.name}, row", list(enumerate(benchmark.built_in(), 1))
     elif file is not None:
@@ -302,7 +309,7 @@ def source_of(benchmark: Benchmark, data: Path | None = None) -> dict[str, str]:
         if the hub's cache records it, else the branch) and `rows-sha256`; or `built-in` and
         `rows-sha256`.
     """
-    file = _local_file(benchmark, data)
+    file = local_file(benchmark, data)
     if benchmark.built_in is not None:
         return {"built-in": benchmark.name, "rows-sha256": _rows_hash(benchmark.built_in())}
     if file is not None:
@@ -326,7 +333,7 @@ def _rows_hash(rows: list[dict[str, Any]]) -> str:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _local_file(benchmark: Benchmark, data: Path | None) -> Path | None:
+def local_file(benchmark: Benchmark, data: Path | None) -> Path | None:
     """Return the benchmark's file in a data folder, if it exists."""
     if data is None or benchmark.built_in is not None:
         return None

@@ -14,10 +14,12 @@ ANSWERS = ("yes", "no", "maybe")
 
 
 def _read(row: Row) -> Item:
+    """Read a row in the columns of FlowerTune's source, or of the authors' `qiaojin/PubMedQA`."""
+    is_authors = "QUESTION" not in row.values and "context" in row.values
     return Item(
         row=row.number,
-        question=row.text("QUESTION"),
-        context=row.texts("CONTEXTS"),
+        question=row.text("question" if is_authors else "QUESTION"),
+        context=row.inner("context").texts("contexts") if is_authors else row.texts("CONTEXTS"),
         options=ANSWERS,
         labels=ANSWERS,
         gold_index=row.position("final_decision", ANSWERS),

@@ -1,0 +1,195 @@
+"""What a site says of itself at the roll call, and how two introductions are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType
+
+from grandrounds.config.words import counted
+from grandrounds.errors import ApprovalError, EngineError, ReplyError
+from grandrounds.wire import messages
+from grandrounds.wire.names import NAME, clean_name, names_of
+from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
+
+NODE_UNAVAILABLE = 5
+"""Flower's error code where a node's heartbeat is missing."""
+
+SAME_IN_A_RUN = (
+    *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
+    *("base", "prompt", DATA_TAG),
+)
+"""Facts that must not change when a site returns or a run is resumed, where it tells them."""
+
+COMPUTED_BEFORE = "computed-before"
+"""Fact added here: how a site computed before a resume, if differently."""
+
+MOST_CHARACTERS = 1000
+"""Maximum length of a string in an introduction."""
+
+
+@dataclass(frozen=True)
+class SiteCard:
+    """A site that may take part."""
+
+    node_id: int
+    """Flower's id of the node, drawn at random."""
+    facts: Mapping[str, Any]
+    """The introduction: partition-id, counts of rows and examples, versions, hashes."""
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples of the site, as it tells them."""
+        return int(self.facts["train-examples"])
+
+    @property
+    def in_custody(self) -> bool:
+        """Whether the site is in its own custody: it decides which figures it tells."""
+        return in_custody(self.facts)
+
+    @property
+    def arithmetic(self) -> dict[str, int | str]:
+        """What the bits of the site's updates depend on; it is told to keep to it."""
+        return arithmetic_of(self.facts)
+
+
+def questions(
+    nodes: Sequence[int],
+    run: str,
+    arithmetic: Callable[[int], Mapping[str, int | str]] = lambda _: {},
+) -> dict[int, Message]:
+    """Return the message that asks each node to introduce itself.
+
+    Parameters
+    ----------
+    arithmetic
+        Node → the arithmetic that it should keep to; empty where it may choose.
+    """
+    config: dict[str, int | str] = {"round": 0, messages.RUN: run}
+    return {
+        node: Message(
+            messages.content(config={**config, **arithmetic(node)}),
+            node,
+            MessageType.QUERY,
+            group_id="0",
+        )
+        for node in nodes
+    }
+
+
+def arithmetic_of(facts: Mapping[str, Any]) -> dict[str, int | str]:
+    """Return what the bits of a site's updates depend on, from its introduction.
+
+    Introductions of version 0.1.0 and before lack the library of products: it was the default one.
+    """
+    library = facts.get(messages.CPU_MATMUL, "default")
+    return {messages.THREADS: int(facts[messages.THREADS]), messages.CPU_MATMUL: str(library)}
+
+
+def waits_for_approval(reply: Message) -> bool:
+    """Whether a site refuses only because its operator has not approved the recipe yet."""
+    said = {} if reply.has_error() else messages.instruction_of(reply.content)
+    return said.get("error-type") == ApprovalError.__name__
+
+
+def is_unreachable(reply: Message) -> bool:
+    """Whether Flower replies in place of a node that it has not heard of for too long."""
+    return reply.has_error() and reply.error.code == NODE_UNAVAILABLE
+
+
+def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
+    """Return why a node cannot be the site that it claims to be; empty if it can."""
+    own = admitted.get(partition, node)
+    if own != node:
+        return f"node {node} claims to be site {partition}, which was admitted as node {own}"
+    for other, its_node in admitted.items():
+        if its_node == node and other != partition:
+            return f"node {node} claims to be site {partition}, but was admitted as site {other}"
+    return ""
+
+
+def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]:
+    """Return a site's introduction; raise `EngineError` if it is incomplete or invalid."""
+    record = dict(reply.content.config_records.get(messages.CONFIG) or {})
+    required = messages.INTRODUCTION
+    if in_custody(record):
+        required = messages.INTRODUCTION_IN_CUSTODY
+    if missing := [fact for fact in required if fact not in record]:
+        raise EngineError(
+            f"The introduction of node {node} lacks {', '.join(missing)}: is another version of "
+            "grandrounds installed there? Install the same one everywhere."
+        )
+    for name, value in record.items():
+        is_short = not isinstance(value, str) or len(value) <= MOST_CHARACTERS
+        if not isinstance(value, bool | int | float | str) or not is_short:
+            raise EngineError(
+                f"The introduction of node {node} is invalid: {name[:40]!r} is neither a number "
+                f"nor a string of at most {MOST_CHARACTERS} characters."
+            )
+    facts = ConfigRecord(record)
+    try:
+        messages.whole_number(facts, "partition-id", 0, num_sites - 1)
+        messages.whole_number(facts, "train-examples", 1)
+        for name in (*COUNTS, messages.THREADS):
+            if name in record:
+                messages.whole_number(facts, name)
+    except ReplyError as error:
+        raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
+    return record
+
+
+def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[str, Any]:
+    """Return an introduction under the name of the admission, else the one it gives itself."""
+    name = clean_name(admitted_names.get(int(facts["partition-id"]), facts.get(NAME)))
+    others = {key: value for key, value in facts.items() if key != NAME}
+    return {**others, NAME: name} if name else others
+
+
+def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a fact differs between two introductions of a site.
+
+    What a real site tells in only one of them cannot be compared, and counts only rounded: in runs
+    of before they are exact, and have no tag of the data.
+    """
+    is_told = fact in before and fact in now
+    if fact == DATA_TAG:
+        return is_told and bool(before[fact] != now[fact])
+    if not in_custody(now) or fact not in COUNTS:
+        return bool(before.get(fact) != now.get(fact))
+    if not is_told:
+        return False
+    return rounded_count(int(before[fact])) != rounded_count(int(now[fact]))
+
+
+def arithmetic_text(arithmetic: Mapping[str, int | str]) -> str:
+    """Return an arithmetic in words: `2 threads, products by onednn`."""
+    library = str(arithmetic[messages.CPU_MATMUL])
+    by = "" if library == "default" else f", products by {library}"
+    return counted(int(arithmetic[messages.THREADS]), "thread") + by
+
+
+def check_same(cards: Mapping[int, SiteCard]) -> None:
+    """Raise `EngineError` if sites differ in version, base or prompt."""
+    for fact, meaning in (
+        ("version", "version of grandrounds"),
+        ("base", "base model"),
+        (BASE, "base model, whose files differ"),
+        ("prompt", "prompt"),
+    ):
+        those = {
+            p: card for p, card in cards.items() if fact in card.facts
+        }  # base-content: agents only
+        if not those:
+            continue
+        first = min(those)
+        expected = those[first].facts[fact]
+        other = [p for p, card in those.items() if card.facts[fact] != expected]
+        if other:
+            names = names_of(card.facts for card in cards.values())
+            raise EngineError(
+                f"The sites do not have the same {meaning}: {names.with_number(first)} has "
+                f"{expected}, {names.with_number(other[0])} has {cards[other[0]].facts[fact]} "
+                f"({len(other)} of {len(cards)} sites differ). Use the same one at all sites."
+            )
