@@ -202,7 +202,8 @@ def compare_training(row: Row, config: Any, plain: Plain, *, training: bool) -> 
     from grandrounds.model import headroom, machine
     from grandrounds.model.loss import answer_nll_sum, attending
     from grandrounds.model.resident import checkpoint_activations
-    from grandrounds.site.local_data import site_of, tokenizer_of
+    from grandrounds.model.tokenizers import tokenizer_of
+    from grandrounds.site.local_data import site_of
 
     resident = machine.prepare_model(config)
     set_adapter_of(resident, plain)
@@ -212,7 +213,7 @@ def compare_training(row: Row, config: Any, plain: Plain, *, training: bool) -> 
     for parameter in resident.parameters.values():
         parameter.requires_grad_(True)
         parameter.grad = None
-    pad = tokenizer_of(config.model.name).pad_token_id
+    pad = tokenizer_of(config.model.source).pad_token_id
     with attending(resident.model, how):
         loss = answer_nll_sum(resident.model, site.train, pad, resident.device, how)
         loss.backward()

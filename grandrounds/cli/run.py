@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,7 @@ from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, ModelError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
 from grandrounds.study.sites import with_sites
@@ -139,6 +140,8 @@ def run(
         resolved = in_one_array(resolved)
     shown = reporter(resolved, screen)
     with shown:  # from here on, so that a terminal moves while libraries are imported
+        if resume is None and resolved.data.prompt_template == "chat":
+            resolved = with_day(resolved, at_sites=engine is Engine.deployment)
         if engine is Engine.simulation:
             from grandrounds.engines.simulation import default_cpus, default_gpus, simulate
 
@@ -168,6 +171,21 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
     started_with = recipes.load_recipe(directory.path / "config.toml")
     resumed = recipes.resolve(started_with, settings, {"resume-from": str(directory.path)})
     return recipes.with_absolute_paths(resumed)
+
+
+def with_day(config: Config, *, at_sites: bool) -> Config:
+    """Return a new run's configuration with the day that its chat template prints.
+
+    Parameters
+    ----------
+    at_sites : bool
+        Whether the base is at the sites, perhaps only there; they refuse a run that lacks the day.
+    """
+    from grandrounds.model.tokenizers import dated
+
+    with suppress(*[ModelError] * at_sites):
+        return dated(config)
+    return config
 
 
 def reporter(config: Config, screen: Screen) -> Listener:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from grandrounds.config.bases import find_base
+from grandrounds.config.bases import find_base, hub_name
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, first_line
 
@@ -26,7 +26,8 @@ class BaseSpec:
     """Everything that determines a loaded base."""
 
     name: str
-    """Hub name, local folder, name of a base on this machine or `formulary`."""
+    """Hub name (`NAME@REVISION` for a revision), local folder, name of a base on this machine or
+    `formulary`."""
     quantization: int
     """Bits: 4, 8, or 0 for none."""
     dtype: str
@@ -75,15 +76,40 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def model_location(name: str) -> str:
-    """Return the argument of `from_pretrained`: a base's folder, or a hub name as it is.
+def model_location(source: str) -> str:
+    """Return the argument of `from_pretrained`: a base's folder, or its name on the hub.
 
     Raises
     ------
     ModelError
-        If `name` is a known base that has not been fetched.
+        If `source` is a known base that has not been fetched.
     """
+    name, _ = hub_name(source)
     return str(base_path() if name == FORMULARY else find_base(name) or name)
+
+
+def loading(source: str) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for a base: its revision, and never its own code."""
+    _, revision = hub_name(source)
+    return {"trust_remote_code": False, **({"revision": revision} if revision else {})}
+
+
+def _in_safetensors(source: str) -> dict[str, bool]:
+    """Return the argument that reads a folder's safetensors where it has pickles too."""
+    folder = Path(model_location(source))
+    return {"use_safetensors": True} if any(folder.glob("*.safetensors")) else {}
+
+
+def base_commit(source: str) -> str:
+    """Return the commit of a base that was read from the hub, as its cache tells it; else empty."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision = hub_name(source)
+    where = model_location(source)
+    if where != name or Path(where).exists():
+        return ""
+    file = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return Path(file).parent.name if isinstance(file, str) else ""
 
 
 @contextmanager
@@ -94,6 +120,11 @@ def _model_errors(name: str, what: str) -> Iterator[None]:
     except _LOADING_FAILS as error:
         if is_out_of_memory(error):
             raise
+        if isinstance(error, UnpicklingError):  # PyTorch's own text advises to run the code
+            raise ModelError(
+                f"The {what} of {name!r} cannot be loaded: its weights are a pickle that holds "
+                "more than tensors, and could run code. Use a copy in safetensors."
+            ) from error
         reason = first_line(error, most=None)  # uncut: a site redacts whole paths only
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
         advice = (
@@ -128,7 +159,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with _model_errors(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer of {name!r} has no end-of-sequence token to train on.")
     pad, vocabulary = tokenizer.pad_token_id, base_config(name).get_text_config().vocab_size
@@ -148,7 +179,7 @@ def base_config(name: str) -> Any:
 
     no_progress_bars()
     with _model_errors(name, "configuration"):
-        return AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(model_location(name), **loading(name))
 
 
 @lru_cache(maxsize=8)
@@ -278,10 +309,11 @@ def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
     with _model_errors(spec.name, "base model"):
         model = _model_class(spec.name, whole).from_pretrained(
             model_location(spec.name),
+            **loading(spec.name),
+            **_in_safetensors(spec.name),
             dtype=dtype,
             quantization_config=quantized,
             device_map={"": device},
-            trust_remote_code=False,
         )
     _loads += 1
     model.requires_grad_(False)

@@ -69,7 +69,7 @@ def device_precision(config: Config) -> Precision:
     """Return the precision of a visit on this machine."""
     _, dtype = device_and_dtype(config.model.dtype)
     autocast = config.arguments.bf16 and has_bfloat16()
-    bits = stored_bits(config.model.name) or config.model.quantization
+    bits = stored_bits(config.model.source) or config.model.quantization
     return Precision(bits, dtype.itemsize, autocast)
 
 
@@ -78,7 +78,7 @@ def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
 
     The CUDA context is left out: it is already allocated when free memory is measured.
     """
-    base = architecture_of(config.model.name)
+    base = architecture_of(config.model.source)
     if base is None:
         return None
     targets = target_modules(base, config.lora.target_modules)
@@ -158,7 +158,7 @@ def checkpoints_activations(config: Config) -> bool:
     ModelError
         If it is configured, and the base does not support it.
     """
-    wanted, name = config.model.gradient_checkpointing, config.model.name
+    wanted, name = config.model.gradient_checkpointing, config.model.source
     if wanted is True and not can_checkpoint(name):
         raise ModelError(
             f"model.gradient-checkpointing = true: transformers does not support it for {name!r}. "
@@ -216,7 +216,7 @@ def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -
         try:
             return visit()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not can_checkpoint(config.model.name):
+            if not is_out_of_memory(error) or not can_checkpoint(config.model.source):
                 raise
         _fits_without[config], checkpointing = False, True
         with torch.no_grad():
@@ -291,7 +291,7 @@ def smaller_settings(config: Config, checkpointing: bool) -> Iterator[tuple[str,
     that train the same, then those with a 4-bit base."""
     arguments = config.arguments
     own = config.model.quantization
-    for bits in (own,) if stored_bits(config.model.name) else dict.fromkeys((own, 4)):
+    for bits in (own,) if stored_bits(config.model.source) else dict.fromkeys((own, 4)):
         for division in (1, 2, 4, 8, 16, 32):
             size, rest = divmod(arguments.per_device_train_batch_size, division)
             if rest or not size:

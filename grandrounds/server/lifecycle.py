@@ -23,7 +23,7 @@ from grandrounds.server.directory import (
     environment,
 )
 from grandrounds.server.exchange import Exchange
-from grandrounds.server.introductions import SAME_IN_A_RUN, has_changed
+from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
 from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.rounds import examine_formulary
@@ -50,7 +50,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     if directory is not None:
         check_resumable(directory, config)
     spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
-    shapes, targets = adapter_layout(config.model.name, spec)
+    shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes)
     is_new = directory is None
     if directory is None:
@@ -61,7 +61,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     described = {**plan.as_dict(), "target-modules": list(targets.modules)}
     if targets.frozen:
         described["frozen-modules"] = list(targets.frozen)
-    if bits := stored_bits(config.model.name):
+    if bits := stored_bits(config.model.source):
         described["stored-bits"] = bits
     if missing := unmatched(lora.target_modules, targets.modules):
         described["target-modules-without-match"] = missing
@@ -165,7 +165,7 @@ def check_same_sites(roster: Roster) -> None:
     """Raise `RunDirectoryError` if a site's data, base or prompt have changed since the start."""
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
-        for fact in SAME_IN_A_RUN:
+        for fact in (*SAME_IN_A_RUN, *SAME_IF_TOLD):
             if has_changed(fact, before, card.facts):
                 raise RunDirectoryError(
                     f"{roster.names.with_number(site)} has changed since the run started: its "

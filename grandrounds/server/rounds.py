@@ -357,6 +357,7 @@ def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
         run.config, sorted(run.targets.modules), state.round, held_out_loss, state.ledger.mib, found
     )
     described = peft_config(run.adapter_spec, run.targets, run.config.model.name)
+    described.revision = run.config.model.revision or None
     folder = run.directory.save_checkpoint(state.round, state.adapter, described, card)
     run.listener.on_checkpoint(state.round, str(folder))
     return folder.name

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.tokenization import end_token_ids
 from grandrounds.errors import (
@@ -30,12 +31,13 @@ from grandrounds.model.base import (
     base_config,
     bits_of,
     load_base,
-    load_tokenizer,
+    loading,
     model_location,
 )
 from grandrounds.model.lora import LoraSpec, without_weights
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.targets import decoder_path, is_conv1d
+from grandrounds.model.tokenizers import set_in, tokenizer_of
 from grandrounds.server.directory import Checkpoint
 from grandrounds.server.listeners.start_rows import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
@@ -147,10 +149,11 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     from transformers import AutoTokenizer
 
     configured = checkpoint.config.model
-    name = configured.name
+    name = configured.source
     spec = lora_spec(checkpoint.folder)
     check_fit(checkpoint.folder, spec, name)
-    tokens = load_tokenizer(name)  # reports a missing base in one line
+    said = ChatSettings(*checkpoint.config.data.chat)
+    tokens = tokenizer_of(name, said)  # reports a missing base in one line
     settings = base_config(name)
     text = settings.get_text_config()
     own = settings.dtype or text.dtype or torch.float32
@@ -165,9 +168,10 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
-    for loading in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
-        tokenizer.init_kwargs.pop(loading, None)
+    tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
+    set_in(tokenizer, said, name)
+    for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
+        tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
     if text is not settings:
         _copy_processor(name, folder)
@@ -198,8 +202,11 @@ def _copy_processor(name: str, folder: Path) -> None:
     """Copy what reads a composite base's images and sounds, as far as there is any."""
     from transformers.utils import cached_file
 
+    given = {key: value for key, value in loading(name).items() if key == "revision"}
     for file in PROCESSOR_FILES:
-        found = cached_file(model_location(name), file, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(
+            model_location(name), file, **given, _raise_exceptions_for_missing_entries=False
+        )
         if found:
             shutil.copyfile(found, folder / file)
 

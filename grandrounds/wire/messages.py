@@ -51,6 +51,9 @@ THREADS, CPU_MATMUL = "threads", "cpu-matmul"
 """Facts of an introduction that the bits of an adapter depend on. The server returns them with each
 message, so that a site started anew computes as before."""
 
+BASE_COMMIT, DATA_COMMIT = "base-commit", "data-commit"
+"""Facts of an introduction: the commits of base and data on the hub that were really loaded."""
+
 UPDATE_NORM = "update-norm"
 """Metric of a reply to `train`: the L2 norm of the change before encoding."""
 

@@ -13,6 +13,7 @@ import transformers
 
 from grandrounds.config import recipes
 from grandrounds.model import machine
+from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.server import directory as run_directory
 from grandrounds.site import local_data as site
 from grandrounds.site import training
@@ -104,7 +105,7 @@ def test_a_checkpoint_loaded_with_peft_has_the_reported_held_out_loss(
                 config.federation.seed,
                 partition,
             ).held_out
-            pad = site.tokenizer_of(config.model.name).pad_token_id
+            pad = tokenizer_of(config.model.name).pad_token_id
             device, forward = torch.device("cpu"), machine.forward(config)
             more = training.held_out_loss(evaluated, held_out, 4, pad, device, forward)
             nll_sum, tokens = nll_sum + more[0], tokens + more[1]

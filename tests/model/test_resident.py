@@ -176,12 +176,13 @@ def test_a_pad_token_without_an_embedding_is_replaced(tiny_base: Path, tmp_path:
 
 def test_weights_that_are_damaged_are_told_in_one_line(tiny_base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_base, tmp_path / "damaged")
+    torch.save({"w": Path("/")}, folder / "pytorch_model.bin")
+    load_base(BaseSpec(str(folder), 0, "float32"))  # a pickle beside safetensors is not read
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match=r"The base model of .* cannot be loaded") as caught:
         load_base(BaseSpec(str(folder), 0, "float32"))
     (folder / "model.safetensors").unlink()
-    torch.save({"w": Path("/")}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"The base model of .* cannot be loaded") as caught:
+    with pytest.raises(ModelError, match=r"a pickle that holds more than tensors") as caught:
         load_base(BaseSpec(str(folder), 0, "float32"))
     assert "\n" not in str(caught.value)
 
@@ -279,7 +280,7 @@ def test_a_target_that_matches_nothing_lists_the_linear_modules(
     message = str(caught.value)
     assert repr(targets.rpartition(",")[2]) in message
     listed = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert f"Its linear modules: {listed}." in message
+    assert f": {listed}." in message
     if targets == "q_prj":
         assert "Did you mean 'q_proj'?" in message
 

@@ -24,9 +24,9 @@ from grandrounds.model.base import (
     base_fingerprint,
     bits_of,
     device_and_dtype,
-    load_tokenizer,
 )
 from grandrounds.model.scoring import generate_greedily, stop_tokens
+from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.study.evaluation import flowertune, greedy, likelihood
 from grandrounds.study.evaluation.answers import (
     RESULT,
@@ -86,7 +86,7 @@ def evaluate(
     """
     target = tasks.target
     spec = spec_of(target)
-    tokenizer = load_tokenizer(target.base)
+    tokenizer = tokenizer_of(target.base, target.chat)
     settings = settings_of(tasks, tokenizer)
     models = Models(spec, target.subjects)
     open_folder(tasks.folder, settings, resume)
