@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 from grandrounds.config.automatic import FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.values import AUTO, OneOf, Range, Scalar, SomeOf, words_of
+from grandrounds.config.values import AUTO, Day, OneOf, Range, Scalar, SomeOf, Table, words_of
 
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run lives rather than what it computes; recipes leave them out."""
@@ -57,6 +57,9 @@ class ModelConfig:
 
     name: str
     """Base model: Hugging Face Hub name, local folder, or `formulary` (small, built in)."""
+    revision: str
+    """Commit, branch or tag of a base on the Hub; empty: its main branch. What was loaded is
+    recorded as `base-commit` in sites.json. A deployed site has its own copy."""
     quantization: Annotated[int, OneOf((0, 4, 8))]
     """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8) or 0 (not quantised)."""
     dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))]
@@ -65,6 +68,11 @@ class ModelConfig:
     gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto"))]
     """Recompute activations in the backward pass, which saves memory for about a third more time.
     `auto`: only if a site's estimated peak memory exceeds what is free."""
+
+    @property
+    def source(self) -> str:
+        """What loads the base: its name, with `@` and the revision where one is set."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True)
@@ -377,11 +385,24 @@ class DataConfig:
     prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
     of turn."""
+    template_date: Annotated[str, Day()]
+    """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
+    starts, written into its recipe, so that it is resumed on the same text."""
+    template_options: Annotated[str, Table()]
+    """`chat`: values of the template's own options, such as `enable_thinking`; a table, set whole
+    or by key (`--set data.template-options.enable_thinking=false`)."""
+    system_prompt: str
+    """`chat`: system message before every question. Empty: what the template says without one."""
     question_column: str
     """Column holding the question. Several, comma-separated, are joined by a space:
     `instruction,input` for Alpaca's format."""
     answer_column: str
     """Column holding the answer."""
+
+    @property
+    def chat(self) -> tuple[str, str, str]:
+        """What is set in the chat template: date, options as JSON, and system prompt."""
+        return self.template_date, self.template_options, self.system_prompt
 
 
 @dataclass(frozen=True)
@@ -393,6 +414,14 @@ class StaticConfig:
     name: str
     """Training data: Hugging Face Hub name, local .json, .jsonl, .csv or .parquet file (.gz too),
     or `formulary`."""
+    revision: str
+    """Commit, branch or tag of a data set on the Hub; empty: its main branch. What was loaded is
+    recorded as `data-commit` in sites.json."""
+
+    @property
+    def source(self) -> str:
+        """What loads the data: their name, with `@` and the revision where one is set."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True)
@@ -466,6 +495,18 @@ ALIASES = {
     "model.lora.use-dora": "model.lora.peft-use-dora",
 }
 """Name used by other FlowerTune entries → key; empty if unused."""
+
+
+DAYS = ("data.template-date",)
+"""Keys that hold a date."""
+
+TABLES = ("data.template-options",)
+"""Keys that hold a table, as JSON: Flower's run config has no key that is not declared."""
+
+
+def table_of(key: str) -> str:
+    """Return the key of the table that a dotted key belongs to; any other key as it is."""
+    return next((table for table in TABLES if key.startswith(f"{table}.")), key)
 
 
 def rounded_up(share: float, count: int) -> int:

@@ -23,6 +23,9 @@ SAME_IN_A_RUN = (
 )
 """Facts that must not change when a site returns or a run is resumed, where it tells them."""
 
+SAME_IF_TOLD = (messages.BASE_COMMIT, messages.DATA_COMMIT)
+"""Facts that must not change either, unless an introduction of an earlier version lacks them."""
+
 MUST_AGREE = (
     ("version", "version of grandrounds"),
     ("base", "base model"),
@@ -163,7 +166,7 @@ def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     of before they are exact, and have no tag of the data.
     """
     is_told = fact in before and fact in now
-    if fact == DATA_TAG:
+    if fact in (DATA_TAG, *SAME_IF_TOLD):
         return is_told and bool(before[fact] != now[fact])
     if not in_custody(now) or fact not in COUNTS:
         return bool(before.get(fact) != now.get(fact))

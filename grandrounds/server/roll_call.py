@@ -16,6 +16,7 @@ from grandrounds.errors import EngineError, GrandRoundsError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.server.introductions import (
     COMPUTED_BEFORE,
+    SAME_IF_TOLD,
     SAME_IN_A_RUN,
     SiteCard,
     arithmetic_of,
@@ -328,7 +329,7 @@ class Roster:
     def _check_still_same(self, partition: int, facts: Mapping[str, Any]) -> None:
         """Raise `EngineError` if a returning site has changed, or differs from the others."""
         before = self.introduced.get(partition, facts)
-        for fact in ("version", *SAME_IN_A_RUN):
+        for fact in ("version", *SAME_IN_A_RUN, *SAME_IF_TOLD):
             if has_changed(fact, before, facts):
                 raise EngineError(
                     f"it came back with another {fact}: {facts.get(fact)}, was {before.get(fact)}. "

@@ -353,7 +353,8 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
         "train-seconds": now.trained - now.started,
         "evaluate-seconds": evaluated - now.trained,
     }
-    run.directory.save_state(state.round, state.adapter, state.to_json(record), run.rule.state())
+    sites = list(run.roster.introduced.values())
+    run.directory.save_state(state.adapter, state.to_json(record), run.rule.state(), sites)
     run.directory.append_metrics(record)
     run.directory.write_json("ledger.json", state.ledger.as_dict())
     run.listener.on_round(record)
@@ -362,11 +363,15 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
 def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
     """Save a PEFT checkpoint with its model card; return the name of its folder."""
     state = run.state
-    found = Findings(sites=list(run.roster.introduced.values()))
+    found = Findings(
+        sites=list(run.roster.introduced.values()),
+        plan=run.directory.read_json("plan.json") or {},
+    )
     card = model_card(
-        run.config, sorted(run.targets), state.round, held_out_loss, state.ledger.mib, found
+        run.config, sorted(run.targets.modules), state.round, held_out_loss, state.ledger.mib, found
     )
     described = peft_config(run.adapter_spec, run.targets, run.config.model.name)
+    described.revision = run.config.model.revision or None
     folder = run.directory.save_checkpoint(state.round, state.adapter, described, card)
     run.listener.on_checkpoint(state.round, str(folder))
     return folder.name

@@ -10,6 +10,7 @@ from typing import Any
 import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.targets import Targets
 from grandrounds.server.aggregation.rule import Rule
 from grandrounds.server.described import leaderboard_differences
 from grandrounds.server.directory import RunDirectory
@@ -95,20 +96,25 @@ class State:
 
     @classmethod
     def from_json(cls, adapter: Adapter, data: Mapping[str, Any]) -> State:
-        """Return the state that `to_json` wrote."""
-        cursors = {int(p): c for p, c in data["cursors"].items()}
+        """Return the state that `to_json` wrote.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, AttributeError
+            If it is not what `to_json` writes.
+        """
         return cls(
-            round=data["round"],
+            round=int(data["round"]),
             adapter=adapter,
-            run=data.get("run", "0"),
+            run=str(data.get("run", "0")),
             ledger=Ledger.from_dict(data["ledger"]),
-            cursors=cursors,
-            coverage={int(p): c for p, c in data["coverage"].items()},
-            base_loads=data["base-loads"],
-            failed_replies=data["failed-replies"],
-            late_replies=data.get("late-replies", 0),
-            norms=data.get("norms", []),
-            seconds=data["seconds"],
+            cursors={int(p): int(c) for p, c in data["cursors"].items()},
+            coverage={int(p): float(c) for p, c in data["coverage"].items()},
+            base_loads={str(p): int(c) for p, c in data["base-loads"].items()},
+            failed_replies=int(data["failed-replies"]),
+            late_replies=int(data.get("late-replies", 0)),
+            norms=[[float(n) for n in norms] for norms in data.get("norms", [])],
+            seconds=float(data["seconds"]),
         )
 
 
@@ -124,7 +130,7 @@ class Run:
     """The planned traffic."""
     lora: LoraSpec
     """The adapter that a site trains, with the configured target modules."""
-    targets: list[str]
+    targets: Targets
     """The adapted modules, resolved."""
     state: State
     rule: Rule

@@ -52,6 +52,9 @@ THREADS, CPU_MATMUL = "threads", "cpu-matmul"
 """Facts of an introduction that the bits of an adapter depend on. The server returns them with each
 message, so that a site started anew computes as before."""
 
+BASE_COMMIT, DATA_COMMIT = "base-commit", "data-commit"
+"""Facts of an introduction: the commits of base and data on the hub that were really loaded."""
+
 UPDATE_NORM = "update-norm"
 """Metric of a reply to `train`: the L2 norm of the change before encoding."""
 
@@ -118,7 +121,10 @@ INTRODUCTION: tuple[str, ...] = (*dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUN
 """What every other introduction must have."""
 
 FACTS = frozenset(
-    (*INTRODUCTION, NAME, SOURCE, BASE, DATA_TAG, "means", "torch", "python", CPU_MATMUL)
+    (
+        *(*INTRODUCTION, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
+        *("means", "torch", "python", CPU_MATMUL),
+    )
 )
 """What is read of an introduction; the server drops everything else."""
 

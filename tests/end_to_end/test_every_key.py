@@ -127,6 +127,11 @@ TESTED_ELSEWHERE = {
     "strategy.min-sites": "tests/site/custody/test_custody.py and tests/server/test_rounds.py",
     "strategy.connect-timeout-seconds": "tests/server/test_rounds.py",
     "data.prompt-template": "tests/data/test_tokenization.py",
+    "data.template-date": "tests/data/test_chat_settings.py",
+    "data.template-options": "tests/data/test_chat_settings.py",
+    "data.system-prompt": "tests/data/test_chat_settings.py",
+    "model.revision": "tests/model/test_tokenizers.py",
+    "static.dataset.revision": "tests/data/test_sources.py",
 }
 
 

@@ -22,7 +22,7 @@ from grandrounds.errors import (
 )
 from grandrounds.server import roll_call
 from grandrounds.server.admitted import admitted_names
-from grandrounds.server.introductions import SAME_IN_A_RUN, SiteCard, has_changed
+from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, SiteCard, has_changed
 from grandrounds.server.lifecycle import check_same_sites
 from grandrounds.server.roll_call import Roster
 from grandrounds.wire import messages
@@ -487,5 +487,8 @@ def test_a_real_site_is_compared_by_what_it_tells(
     before: dict[str, Any], now: dict[str, Any], changed: str
 ) -> None:
     real = {"base-content": "sha"}
+    for fact in SAME_IF_TOLD:
+        assert not has_changed(fact, {}, {fact: "a" * 40})
+        assert has_changed(fact, {fact: "b" * 40}, {fact: "a" * 40})
     differing = [f for f in SAME_IN_A_RUN if has_changed(f, {**real, **before}, {**real, **now})]
     assert differing == [changed] * bool(changed)

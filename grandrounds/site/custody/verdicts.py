@@ -55,6 +55,7 @@ VERDICTS: dict[str, Verdict] = {
     "resume-from": _AT_SERVER,
     "consortium": _AT_SERVER,
     "model.name": Verdict("listed", ("bases",)),
+    "model.revision": _own("the site has its own copy, with the hash in its file"),
     "model.quantization": _listed("quantizations"),
     "model.dtype": _listed("dtypes"),
     "model.gradient-checkpointing": _SAME,
@@ -139,8 +140,12 @@ VERDICTS: dict[str, Verdict] = {
     "data.dirichlet-alpha": _OWN_DATA,
     "data.held-out-fraction": _OWN_DATA,
     "data.prompt-template": _listed("prompt-templates"),
+    "data.template-date": _harmless("a date in the prompt, of ten characters"),
+    "data.template-options": _bounded("max-prompt-characters"),
+    "data.system-prompt": _bounded("max-prompt-characters"),
     "data.question-column": _OWN_DATA,
     "data.answer-column": _OWN_DATA,
     "static.dataset.name": _OWN_DATA,
+    "static.dataset.revision": _OWN_DATA,
 }
 """Key → verdict. The checks themselves are in `policy`."""
