@@ -54,6 +54,15 @@ def run(
         Path | None,
         typer.Option(help="Run directory to resume after its last finished round."),
     ] = None,
+    from_round: Annotated[
+        int | None,
+        typer.Option(
+            help="Resume after this earlier round; what was written later is moved to "
+            "`aside-<n>` in the run directory. The last two rounds and those of checkpoints are "
+            "kept; a wrong one lists them.",
+            min=0,
+        ),
+    ] = None,
     engine: Annotated[
         Engine,
         typer.Option(
@@ -97,9 +106,13 @@ def run(
     - `grandrounds run --set strategy.proximal-mu=0.1 --set train.learning-rate-max=1e-3`
 
     - `grandrounds run --resume runs/20260101-120000-formulary`
+
+    - `grandrounds run --resume runs/20260101-120000-formulary --from-round 8`
     """
     screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
     screen.working("reading the configuration")
+    if from_round is not None and resume is None:
+        raise ConfigError("--from-round belongs to --resume DIR, the run that goes back.")
     file = chosen_recipe(recipe, config)
     layers = recipes.layers_of(
         file,
@@ -131,13 +144,20 @@ def run(
     if engine is not Engine.deployment:  # whose data, base and run directory are elsewhere
         from grandrounds.study import preflight
 
-        warnings = preflight.check(resolved)
+        warnings = preflight.check(resolved, from_round)
     tell([] if resume or quiet else recipes.notes(settings, file))
     tell(warnings, "warning")
     if engine is Engine.deployment:
         from grandrounds.engines.deployment.superlink import in_one_array
 
         resolved = in_one_array(resolved)
+    if resume is not None:
+        from grandrounds.server import resumption
+
+        if engine is Engine.deployment:
+            tell(resumption.check(resolved, from_round), "warning")
+        if engine is not Engine.in_process or from_round is not None:
+            resumption.prepare(resolved, from_round)
     shown = reporter(resolved, screen)
     with shown:  # from here on, so that a terminal moves while libraries are imported
         if resume is None and resolved.data.prompt_template == "chat":
@@ -166,10 +186,11 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
     if "run-directory" in settings:
         raise ConfigError("--resume writes to the run that it resumes; leave --run-dir out.")
     from grandrounds.server.directory import RunDirectory
+    from grandrounds.server.resumption import started_with
 
     directory = RunDirectory.open(resume)
-    started_with = recipes.load_recipe(directory.path / "config.toml")
-    resumed = recipes.resolve(started_with, settings, {"resume-from": str(directory.path)})
+    recipe = started_with(directory.path)
+    resumed = recipes.resolve(recipe, settings, {"resume-from": str(directory.path)})
     return recipes.with_absolute_paths(resumed)
 
 

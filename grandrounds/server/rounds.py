@@ -340,7 +340,8 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
         "train-seconds": now.trained - now.started,
         "evaluate-seconds": evaluated - now.trained,
     }
-    run.directory.save_state(state.round, state.adapter, state.to_json(record), run.rule.state())
+    sites = list(run.roster.introduced.values())
+    run.directory.save_state(state.adapter, state.to_json(record), run.rule.state(), sites)
     run.directory.append_metrics(record)
     run.directory.write_json("ledger.json", state.ledger.as_dict())
     run.listener.on_round(record)

@@ -78,19 +78,24 @@ class State:
 
     @classmethod
     def from_json(cls, adapter: Adapter, data: Mapping[str, Any]) -> State:
-        """Return the state that `to_json` wrote."""
-        cursors = {int(p): c for p, c in data["cursors"].items()}
+        """Return the state that `to_json` wrote.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, AttributeError
+            If it is not what `to_json` writes.
+        """
         return cls(
-            round=data["round"],
+            round=int(data["round"]),
             adapter=adapter,
-            run=data.get("run", "0"),
+            run=str(data.get("run", "0")),
             ledger=Ledger.from_dict(data["ledger"]),
-            cursors=cursors,
-            coverage={int(p): c for p, c in data["coverage"].items()},
-            base_loads=data["base-loads"],
-            failed_replies=data["failed-replies"],
-            late_replies=data.get("late-replies", 0),
-            seconds=data["seconds"],
+            cursors={int(p): int(c) for p, c in data["cursors"].items()},
+            coverage={int(p): float(c) for p, c in data["coverage"].items()},
+            base_loads={str(p): int(c) for p, c in data["base-loads"].items()},
+            failed_replies=int(data["failed-replies"]),
+            late_replies=int(data.get("late-replies", 0)),
+            seconds=float(data["seconds"]),
         )
 
 

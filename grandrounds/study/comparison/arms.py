@@ -26,6 +26,7 @@ from grandrounds.model.resident import Resident, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Facts, Listener
+from grandrounds.server.resumption import newest
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.visit import Visit
@@ -268,8 +269,8 @@ def _run(
     """
 
     directory = RunDirectory(path)
-    saved = directory.load_state()
-    before = saved[1]["seconds"] if saved else 0.0
+    saved, _ = newest(path)
+    before = float(saved.data["seconds"]) if saved else 0.0
     summary = directory.read_json("summary.json")
     if not summary or summary["status"] != "completed":
         place = {"run-directory": str(path), "resume-from": ""}
