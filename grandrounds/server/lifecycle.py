@@ -13,6 +13,7 @@ from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
+from grandrounds.model.base import stored_bits
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
 from grandrounds.server.aggregation.make import filled_in, make_rule
@@ -64,8 +65,12 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         rule.restore(resumed.saved.rule)
         restore(directory, resumed)
     directory.write_json("environment.json", environment())
-    described = {**plan.as_dict(), "target-modules": targets}
-    if missing := unmatched(lora.target_modules, targets):
+    described = {**plan.as_dict(), "target-modules": list(targets.modules)}
+    if targets.frozen:
+        described["frozen-modules"] = list(targets.frozen)
+    if bits := stored_bits(config.model.source):
+        described["stored-bits"] = bits
+    if missing := unmatched(lora.target_modules, targets.modules):
         described["target-modules-without-match"] = missing
     directory.write_json("plan.json", described)
     run = Run(

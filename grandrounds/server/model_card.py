@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Findings:
     """Device and precision at the sites."""
     sites: Sequence[Mapping[str, Any]] = ()
     """Their introductions, as in sites.json. Their names stay out of the card."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """Content of plan.json: what is known of the base."""
     failed_replies: int | None = None
     """Number of replies in the run that were not used."""
     merged: str | None = None
@@ -197,6 +199,9 @@ def _facts(
     bits = {0: "not quantised", 4: "4 bits (NF4)", 8: "8 bits (LLM.int8)"}[
         config.model.quantization
     ]
+    if stored := found.plan.get("stored-bits"):
+        bits = f"{stored} bits as published (bitsandbytes)"
+    frozen = ", ".join(found.plan.get("frozen-modules", ()))
     mu = f" (mu {strategy.proximal_mu:g})" if strategy.name == "fedprox" else ""
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
     if held_out_loss is not None and found.base_held_out_loss is not None:
@@ -212,7 +217,7 @@ def _facts(
         (
             "adapter",
             f"r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, "
-            f"on {', '.join(target_modules)}",
+            f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (
             "aggregation",

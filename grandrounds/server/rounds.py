@@ -350,9 +350,12 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
 def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
     """Save a PEFT checkpoint with its model card; return the name of its folder."""
     state = run.state
-    found = Findings(sites=list(run.roster.introduced.values()))
+    found = Findings(
+        sites=list(run.roster.introduced.values()),
+        plan=run.directory.read_json("plan.json") or {},
+    )
     card = model_card(
-        run.config, sorted(run.targets), state.round, held_out_loss, state.ledger.mib, found
+        run.config, sorted(run.targets.modules), state.round, held_out_loss, state.ledger.mib, found
     )
     described = peft_config(run.adapter_spec, run.targets, run.config.model.name)
     described.revision = run.config.model.revision or None

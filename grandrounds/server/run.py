@@ -10,6 +10,7 @@ from typing import Any
 import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.targets import Targets
 from grandrounds.server.aggregation.rule import Rule
 from grandrounds.server.described import leaderboard_differences
 from grandrounds.server.directory import RunDirectory
@@ -111,7 +112,7 @@ class Run:
     """The planned traffic."""
     lora: LoraSpec
     """The adapter that a site trains, with the configured target modules."""
-    targets: list[str]
+    targets: Targets
     """The adapted modules, resolved."""
     state: State
     rule: Rule

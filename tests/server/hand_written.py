@@ -12,6 +12,7 @@ from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import DataError
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.targets import Targets
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.introductions import SiteCard
@@ -129,7 +130,7 @@ def run_over(
         is_new=True,
         plan=cast(Any, None),
         lora=LoraSpec(2, 4.0, "m", 0.0),
-        targets=["m"],
+        targets=Targets(("m",)),
         state=state,
         rule=make_rule(filled_in(config)),
         sender=Sender(Ranks.of(config), config.communication, START, 0),

@@ -71,7 +71,7 @@ def made_run(folder: Path, base: Path, losses: Mapping[int, float | None], **mor
             name: generator.normal(0, 0.1, shape).astype(np.float32)
             for name, shape in shapes.items()
         }
-        card = model_card(config, targets, number, loss, 1.0)
+        card = model_card(config, targets.modules, number, loss, 1.0)
         saved = run.save_checkpoint(number, adapter, peft_config(spec, targets, str(base)), card)
         record = {"round": number, "checkpoint": saved.name, "communication-mib": 1.0}
         run.append_metrics(record | {"held-out-loss": loss})

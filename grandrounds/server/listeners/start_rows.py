@@ -145,6 +145,10 @@ def plan_rows(plan: Mapping[str, Any]) -> Rows:
             f"{passed_over}",
         ),
     ]
+    if frozen := plan.get("frozen-modules"):
+        rows.append(("frozen", f"{', '.join(frozen)}: all-linear leaves them out"))
+    if bits := plan.get("stored-bits"):
+        rows.append(("base", f"loaded as it was published, in {bits} bits"))
     if "directory" in plan:
         rows.append(("run directory", short_path(plan["directory"])))
     if plan.get("resumed-after") is not None:
