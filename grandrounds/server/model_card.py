@@ -58,6 +58,8 @@ class Accuracy:
     """95 % interval of the accuracy, as fractions."""
     complete: bool = True
     """Whether all items of the benchmark were used."""
+    revision: str = ""
+    """Commit or branch of the hub's data set that the items are from; empty for other sources."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +244,9 @@ def _facts(
 
 def _at(revision: str, commit: str) -> str:
     """Return which state of the hub's files was read: revision as set, and commit if known."""
-    told = [_cell(revision)] if revision and revision != commit else []
+    told = [f"revision {_cell(revision)}"] if revision and revision != commit else []
     told += [f"commit {commit}"] if commit else []
-    return f", revision {' = '.join(told)}" if told else ""
+    return f", {' = '.join(told)}" if told else ""
 
 
 def _prompt_rows(config: Config) -> list[tuple[str, str]]:
@@ -275,7 +277,10 @@ def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
         for a in accuracies
     ]
     columns = ("protocol", "benchmark", "model", "correct", "%", "95 % interval")
-    return title + _table(columns, rows) + "\n\nWilson intervals. `base` is the untrained base."
+    read = {a.benchmark: f"{a.benchmark} at {_cell(a.revision)}" for a in accuracies if a.revision}
+    from_hub = f" Questions from the hub: {', '.join(read.values())}." if read else ""
+    table = _table(columns, rows)
+    return f"{title}{table}\n\nWilson intervals. `base` is the untrained base.{from_hub}"
 
 
 def _use(config: Config, merged: bool) -> str:

@@ -327,6 +327,7 @@ def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
             n=part["n"],
             interval=(part["interval"][0], part["interval"][1]),
             complete=not row["limited"],
+            revision=str((row.get("source") or {}).get("revision", "")),
         )
 
 
