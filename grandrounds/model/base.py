@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -181,6 +182,51 @@ def base_config(name: str) -> Any:
         return AutoConfig.from_pretrained(model_location(name), **loading(name))
 
 
+@lru_cache(maxsize=8)
+def stored_bits(name: str) -> int:
+    """Return the bits of a base that was published quantised by bitsandbytes; 0 for any other.
+
+    Raises
+    ------
+    ModelError
+        If it was quantised by another method.
+    """
+    config = base_config(name)
+    for part in (config, config.get_text_config()):
+        given = getattr(part, "quantization_config", None)
+        if not given:
+            continue
+        how = given if isinstance(given, dict) else given.to_dict()
+        method = str(how.get("quant_method", "an unnamed method"))
+        bits = 4 if how.get("load_in_4bit") or how.get("_load_in_4bit") else 8
+        if method.removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
+            raise ModelError(
+                f"The weights of {name!r} are stored quantised by {method}, on which no adapter "
+                "was ever trained here. Use a copy in float32, float16 or bfloat16, which "
+                "model.quantization = 4 or 8 quantises, or one that bitsandbytes quantised."
+            )
+        return bits
+    return 0
+
+
+def bits_of(spec: BaseSpec) -> int:
+    """Return the bits of a loaded base's weights: as stored, as configured, or 0.
+
+    Raises
+    ------
+    ModelError
+        If they are stored in other bits than `model.quantization` asks for, or by another method
+        than bitsandbytes.
+    """
+    stored = stored_bits(spec.name)
+    if stored and spec.quantization not in (0, stored):
+        raise ModelError(
+            f"model.quantization = {spec.quantization}, and the weights of {spec.name!r} are "
+            f"stored in {stored} bits. Set it to {stored} or 0, and they are loaded as they are."
+        )
+    return stored or spec.quantization
+
+
 def base_fingerprint(name: str) -> str:
     """Return 16 hex digits that identify a base without reading its weights.
 
@@ -233,16 +279,35 @@ def quantization_config(bits: int, compute_dtype: torch.dtype) -> Any:
     )
 
 
-def load_base(spec: BaseSpec) -> Any:
-    """Load a base model and freeze it. `resident_model` loads it only once per process."""
+def _model_class(name: str, whole: bool) -> Any:
+    import transformers
+
+    config = base_config(name)
+    is_composite = config.get_text_config() is not config
+    named = (getattr(config, "architectures", None) or [""])[0]
+    own = getattr(transformers, named, None) if whole and is_composite else None
+    return own or transformers.AutoModelForCausalLM
+
+
+def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
+    """Load a base model and freeze it. `resident_model` loads it only once per process.
+
+    Parameters
+    ----------
+    whole : bool
+        Whether to load every part of a composite checkpoint. transformers' causal language model of
+        some (Llama 4, Qwen 3.5) is the text model alone.
+    """
     global _loads
-    from transformers import AutoModelForCausalLM
 
     no_progress_bars()
     device, dtype = device_and_dtype(spec.dtype)
-    quantized = quantization_config(spec.quantization, dtype)
+    bits = bits_of(spec)
+    quantized = quantization_config(bits, dtype)
+    if stored_bits(spec.name):
+        quantized = None  # what is stored says how
     with _model_errors(spec.name, "base model"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _model_class(spec.name, whole).from_pretrained(
             model_location(spec.name),
             **loading(spec.name),
             **_in_safetensors(spec.name),
@@ -252,8 +317,8 @@ def load_base(spec: BaseSpec) -> Any:
         )
     _loads += 1
     model.requires_grad_(False)
-    model.config.use_cache = False
-    if spec.quantization == 4 and device.type == "cpu":
+    model.config.get_text_config().use_cache = False
+    if bits == 4 and device.type == "cpu":
         # On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks 4-bit weights in evaluation
         # mode and computes in bfloat16: held-out loss would differ from training, and layers
         # narrower than a quantisation block fail.

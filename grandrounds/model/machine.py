@@ -17,7 +17,13 @@ from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError
 from grandrounds.model import headroom, products
 from grandrounds.model.architectures import FAMILIES
-from grandrounds.model.base import BaseSpec, base_config, device_and_dtype
+from grandrounds.model.base import (
+    BaseSpec,
+    base_config,
+    bits_of,
+    device_and_dtype,
+    stored_bits,
+)
 from grandrounds.model.lora import LoraSpec, base_parameters
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import Resident, compile_mlps, resident_model
@@ -46,8 +52,10 @@ def precision(config: Config) -> str:
     _, dtype = device_and_dtype(config.model.dtype)
     name = str(dtype).removeprefix("torch.")
     stored = {0: name, 8: "8-bit (LLM.int8)", 4: "4-bit NF4, double quantisation"}
-    computed = "multiplied in int8" if config.model.quantization == 8 else f"computed in {name}"
-    text = f"base {stored[config.model.quantization]}, {computed}, adapter float32"
+    bits, published = bits_of(specs(config)[0]), stored_bits(config.model.source)
+    computed = "multiplied in int8" if bits == 8 else f"computed in {name}"
+    origin = f"{published}-bit as it was published" if published else stored[bits]
+    text = f"base {origin}, {computed}, adapter float32"
     if matmul(config) == products.ONEDNN:
         text += ", products by oneDNN"
     autocast = headroom.device_precision(config).autocast
@@ -137,7 +145,7 @@ def matmul(config: Config) -> str:
     """
     device, dtype = device_and_dtype(config.model.dtype)
     asked = config.train.cpu_matmul
-    applies = device.type == "cpu" and dtype == torch.float32 and not config.model.quantization
+    applies = device.type == "cpu" and dtype == torch.float32 and not bits_of(specs(config)[0])
     base = headroom.architecture_of(config.model.source)
     if asked == products.DEFAULT or not applies:
         return products.DEFAULT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Accuracy:
     """95 % interval of the accuracy, as fractions."""
     complete: bool = True
     """Whether all items of the benchmark were used."""
+    revision: str = ""
+    """Commit or branch of the hub's data set that the items are from; empty for other sources."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Findings:
     """Device and precision at the sites."""
     sites: Sequence[Mapping[str, Any]] = ()
     """Their introductions, as in sites.json. Their names stay out of the card."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """Content of plan.json: what is known of the base."""
     failed_replies: int | None = None
     """Number of replies in the run that were not used."""
     merged: str | None = None
@@ -195,6 +199,9 @@ def _facts(
     bits = {0: "not quantised", 4: "4 bits (NF4)", 8: "8 bits (LLM.int8)"}[
         config.model.quantization
     ]
+    if stored := found.plan.get("stored-bits"):
+        bits = f"{stored} bits as published (bitsandbytes)"
+    frozen = ", ".join(found.plan.get("frozen-modules", ()))
     mu = f" (mu {strategy.proximal_mu:g})" if strategy.name == "fedprox" else ""
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
     if held_out_loss is not None and found.base_held_out_loss is not None:
@@ -210,7 +217,7 @@ def _facts(
         (
             "adapter",
             f"r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, "
-            f"on {', '.join(target_modules)}",
+            f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (
             "aggregation",
@@ -237,9 +244,9 @@ def _facts(
 
 def _at(revision: str, commit: str) -> str:
     """Return which state of the hub's files was read: revision as set, and commit if known."""
-    told = [_cell(revision)] if revision and revision != commit else []
+    told = [f"revision {_cell(revision)}"] if revision and revision != commit else []
     told += [f"commit {commit}"] if commit else []
-    return f", revision {' = '.join(told)}" if told else ""
+    return f", {' = '.join(told)}" if told else ""
 
 
 def _prompt_rows(config: Config) -> list[tuple[str, str]]:
@@ -270,7 +277,10 @@ def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
         for a in accuracies
     ]
     columns = ("protocol", "benchmark", "model", "correct", "%", "95 % interval")
-    return title + _table(columns, rows) + "\n\nWilson intervals. `base` is the untrained base."
+    read = {a.benchmark: f"{a.benchmark} at {_cell(a.revision)}" for a in accuracies if a.revision}
+    from_hub = f" Questions from the hub: {', '.join(read.values())}." if read else ""
+    table = _table(columns, rows)
+    return f"{title}{table}\n\nWilson intervals. `base` is the untrained base.{from_hub}"
 
 
 def _use(config: Config, merged: bool) -> str:

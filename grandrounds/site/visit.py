@@ -26,6 +26,7 @@ from grandrounds.model.base import (
     base_commit,
     base_fingerprint,
     base_loads,
+    bits_of,
     device_and_dtype,
     quantization_config,
 )
@@ -205,7 +206,7 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
     """Return a site's introduction at the roll call; loads nothing heavy."""
     device, dtype = device_and_dtype(config.model.dtype)
     # Fail here, before any training.
-    quantization_config(config.model.quantization, dtype)
+    quantization_config(bits_of(machine.specs(config)[0]), dtype)
     training.check_optimizer(config.train.optimizer)
     check_length(config.model.source, config.train.seq_length)
     name = config.model.source

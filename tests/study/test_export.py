@@ -28,7 +28,7 @@ from grandrounds.errors import ConfigError, GrandRoundsError, ModelError, RunDir
 from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
 from grandrounds.model.tokenizers import run_tokenizer, tokenizer_of
 from grandrounds.server.directory import RunDirectory, find_checkpoint
-from grandrounds.server.model_card import model_card
+from grandrounds.server.model_card import Accuracy, Findings, model_card
 from grandrounds.site.exam import score_formulary
 from grandrounds.study import export as exports
 from grandrounds.study.ask import Interview
@@ -71,7 +71,7 @@ def made_run(folder: Path, base: Path, losses: Mapping[int, float | None], **mor
             name: generator.normal(0, 0.1, shape).astype(np.float32)
             for name, shape in shapes.items()
         }
-        card = model_card(config, targets, number, loss, 1.0)
+        card = model_card(config, targets.modules, number, loss, 1.0)
         saved = run.save_checkpoint(number, adapter, peft_config(spec, targets, str(base)), card)
         record = {"round": number, "checkpoint": saved.name, "communication-mib": 1.0}
         run.append_metrics(record | {"held-out-loss": loss})
@@ -498,6 +498,25 @@ def test_evaluated_accuracies_come_with_the_base_and_only_for_these_weights(
     assert "(not all items) | base |" in card
     other = (exports.export(find_checkpoint(run, "2"), to=tmp_path / "1") / "README.md").read_text()
     assert "Not evaluated." in other
+
+
+def test_the_card_names_the_commits_that_were_read() -> None:
+    config = recipes.resolve(
+        {
+            **{"model.name": "someone/model", "model.revision": "v1"},
+            **{"static.dataset.name": "someone/cards", "data.partitioner": "iid"},
+        }
+    )
+    asked = Accuracy("likelihood", "medmcqa", "MedMCQA", True, 1, 4, (0.1, 0.6), revision="c" * 40)
+    found = Findings(
+        sites=[{"partition-id": 0, "base-commit": "a" * 40, "data-commit": "b" * 40}],
+        accuracies=[asked],
+    )
+    card = model_card(config, ["q_proj"], 1, None, 1.0, found)
+    assert f"| base | someone/model, revision v1 = commit {'a' * 40}, not quantised |" in card
+    assert f", commit {'b' * 40} |" in card
+    assert f"Questions from the hub: medmcqa at {'c' * 40}." in card
+    assert 'AutoModelForCausalLM.from_pretrained(base, revision="v1")' in card
 
 
 def test_figures_that_cannot_be_right_are_not_published(trained: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def shapes_at_rank(own: Config) -> Shapes:
 def _layout(base: BaseSpec, lora: LoraSpec) -> tuple[Shapes, tuple[str, ...]]:
     """Return the shapes of the adapter on the base, and its target modules."""
     shapes, targets = adapter_layout(base.name, lora)
-    return shapes, tuple(targets)
+    return shapes, targets.modules
 
 
 def inventory(site: SiteFile) -> Iterator[str]:
