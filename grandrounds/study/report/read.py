@@ -163,7 +163,7 @@ def _metrics(path: Path, unread: list[str]) -> list[dict[str, Any]]:
 
 
 def _intact_lines(file: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return the records of a file up to one that cannot be read, and why not; not one cut short."""
+    """Return the complete records of a file up to one that cannot be read, and why not."""
     lines: list[dict[str, Any]] = []
     try:
         for line in file.read_bytes().split(b"\n")[:-1]:
