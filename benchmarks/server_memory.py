@@ -39,6 +39,7 @@ def one_round(replies: int) -> dict[str, float]:
     from grandrounds.config.recipes import resolve
     from grandrounds.engines.in_process import InProcessGrid
     from grandrounds.model.lora import LoraSpec
+    from grandrounds.model.targets import Targets
     from grandrounds.server import rounds
     from grandrounds.server.aggregation.make import filled_in, make_rule
     from grandrounds.server.exchange import Exchange
@@ -74,7 +75,7 @@ def one_round(replies: int) -> dict[str, float]:
         is_new=True,
         plan=nothing,
         lora=LoraSpec(8, 32.0, "q_proj,v_proj", 0.0),
-        targets=["q_proj", "v_proj"],
+        targets=Targets(("q_proj", "v_proj")),
         state=state,
         rule=make_rule(filled_in(config)),
         sender=Sender(Ranks.of(config), config.communication, adapter, 0),

@@ -14,7 +14,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
 from grandrounds.errors import GrandRoundsError
 from grandrounds.quiet import quiet_libraries
-from grandrounds.server import lifecycle, rounds
+from grandrounds.server import lifecycle, resumption, rounds
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.server.listeners.trackers import tracked
@@ -27,6 +27,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation of Flower's run config, with plain progress lines."""
     quiet_libraries()
     config = resolve(context.run_config)
+    for damage in resumption.check(config) if config.federation.resume_from else ():
+        print(f"warning: {damage}", flush=True)
     with tracked(config, PlainReporter(config)) as listener:
         federate(grid, config, listener)
 

@@ -1,7 +1,9 @@
-"""Files and folders, written atomically and read with clear errors."""
+"""Files and folders, written atomically and durably, and read with clear errors."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ from grandrounds.errors import ConfigError, GrandRoundsError, first_line
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it.
+    """Write a file under a temporary name, flush it to disk, rename it and flush its folder.
 
     Raises
     ------
@@ -27,6 +29,7 @@ def write_bytes(file: Path, content: bytes) -> None:
         partial.write_bytes(content)
         _flush(partial)
         partial.replace(file)
+        flush_folder(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -38,7 +41,31 @@ def write_text(file: Path, text: str) -> None:
 
 def write_json(file: Path, data: Any) -> None:
     """Write JSON with an indent of two, atomically like `write_bytes`."""
-    write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(file, json_bytes(data))
+
+
+def json_bytes(data: Any) -> bytes:
+    """Return JSON with an indent of two, as `write_json` writes it."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def append_text(file: Path, text: str) -> None:
+    """Append a text as UTF-8 and flush it to disk."""
+    is_new = not file.exists()
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    if is_new:
+        flush_folder(file.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to) or a folder with its content, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -56,12 +83,16 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         yield partial
         readable = partial.stat().st_mode & 0o666  # a new folder has what the umask leaves
         for file in partial.rglob("*"):
-            if file.is_file():
+            if file.is_dir():
+                flush_folder(file)
+            else:
                 file.chmod(readable)
                 _flush(file)
-        if replace and target.exists():
-            shutil.rmtree(target)
+        flush_folder(partial)
+        if replace and (target.exists() or target.is_symlink()):
+            remove(target)
         partial.rename(target)
+        flush_folder(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -158,9 +189,18 @@ def _flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush a folder's names to disk."""
+    """Flush a folder's names to disk, where its file system can (some network shares cannot)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal digits."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

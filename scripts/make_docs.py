@@ -103,11 +103,13 @@ def type_and_rule(hint: Any) -> tuple[str, str]:
     return " or ".join(kinds), cell("; ".join(rule_text(rule) for rule in rules))
 
 
-def rule_text(rule: config.Range | config.OneOf) -> str:
+def rule_text(rule: Any) -> str:
     """Return the values that a rule admits; listed values as TOML."""
     if isinstance(rule, config.OneOf):
         return ", ".join(f"`{toml_value(value)}`" for value in rule.values)
-    text = str(rule).replace(f"{rule.high:g}", str(rule.high))  # 2147483647, not 2.14748e+09
+    text = str(rule)
+    if isinstance(rule, config.Range):
+        text = text.replace(f"{rule.high:g}", str(rule.high))  # 2147483647, not 2.14748e+09
     return text.replace(f"'{AUTO}'", f"`{toml_value(AUTO)}`")
 
 

@@ -100,7 +100,7 @@ KEYS = {"cryptography", "sqlalchemy"}
 LIBRARIES: dict[str, set[str]] = {
     "": {"scipy"},
     "config": set(),
-    "data": NUMBERS | MODELS - {"peft", "bitsandbytes"},
+    "data": NUMBERS | MODELS - {"peft", "bitsandbytes"} | {"jinja2"},
     "wire": NUMBERS | FLOWER,
     "model": NUMBERS | MODELS,
     "site": NUMBERS | MODELS | FLOWER | KEYS,

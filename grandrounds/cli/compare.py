@@ -139,11 +139,13 @@ def compare(
     tell(warnings, "warning")
     quiet_libraries()
     screen.working("importing the libraries")
+    from grandrounds.model.tokenizers import dated
     from grandrounds.study.comparison import runner as comparison_runner
-    from grandrounds.study.comparison.folder import RESULT
+    from grandrounds.study.comparison.folder import RESULT, day_in
     from grandrounds.study.comparison.tables import notes, tables
 
     folder = out or comparison_runner.default_folder(resolved)
+    resolved = dated(resolved, day_in(folder))
     with progress(screen) as listener:
         try:
             content = comparison_runner.compare(resolved, design, folder, listener)

@@ -22,7 +22,7 @@ from grandrounds.cli.options import (
 from grandrounds.cli.request import chosen_recipe, tell
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
-from grandrounds.config.keys import ALIASES, PLACES
+from grandrounds.config.keys import ALIASES, PLACES, table_of
 from grandrounds.config.recipes import Layer, to_toml
 from grandrounds.study.sites import with_sites
 
@@ -87,7 +87,7 @@ def described(
     settings = recipes.merged(layers)
     flat, default = recipes.resolve(settings).flat(), recipes.defaults()
     origin = {
-        ALIASES.get(k, k): name
+        ALIASES.get(k, table_of(k)): name
         for name, values in layers
         for k, v in values.items()
         if v != "" or k not in ALIASES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,7 @@ from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, ModelError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
 from grandrounds.study.sites import with_sites
@@ -52,6 +53,15 @@ def run(
     resume: Annotated[
         Path | None,
         typer.Option(help="Run directory to resume after its last finished round."),
+    ] = None,
+    from_round: Annotated[
+        int | None,
+        typer.Option(
+            help="Resume after this earlier round; what was written later is moved to "
+            "`aside-<n>` in the run directory. The last two rounds and those of checkpoints are "
+            "kept; a wrong one lists them.",
+            min=0,
+        ),
     ] = None,
     engine: Annotated[
         Engine,
@@ -96,9 +106,13 @@ def run(
     - `grandrounds run --set strategy.proximal-mu=0.1 --set train.learning-rate-max=1e-3`
 
     - `grandrounds run --resume runs/20260101-120000-formulary`
+
+    - `grandrounds run --resume runs/20260101-120000-formulary --from-round 8`
     """
     screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
     screen.working("reading the configuration")
+    if from_round is not None and resume is None:
+        raise ConfigError("--from-round belongs to --resume DIR, the run that goes back.")
     file = chosen_recipe(recipe, config)
     layers = recipes.layers_of(
         file,
@@ -130,15 +144,24 @@ def run(
     if engine is not Engine.deployment:  # whose data, base and run directory are elsewhere
         from grandrounds.study import preflight
 
-        warnings = preflight.check(resolved)
+        warnings = preflight.check(resolved, from_round)
     tell([] if resume or quiet else recipes.notes(settings, file))
     tell(warnings, "warning")
     if engine is Engine.deployment:
         from grandrounds.engines.deployment.superlink import in_one_array
 
         resolved = in_one_array(resolved)
+    if resume is not None:
+        from grandrounds.server import resumption
+
+        if engine is Engine.deployment:
+            tell(resumption.check(resolved, from_round), "warning")
+        if engine is not Engine.in_process or from_round is not None:
+            resumption.prepare(resolved, from_round)
     shown = reporter(resolved, screen)
     with shown:  # from here on, so that a terminal moves while libraries are imported
+        if resume is None and resolved.data.prompt_template == "chat":
+            resolved = with_day(resolved, at_sites=engine is Engine.deployment)
         if engine is Engine.simulation:
             from grandrounds.engines.simulation import default_cpus, default_gpus, simulate
 
@@ -163,11 +186,27 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
     if "run-directory" in settings:
         raise ConfigError("--resume writes to the run that it resumes; leave --run-dir out.")
     from grandrounds.server.directory import RunDirectory
+    from grandrounds.server.resumption import started_with
 
     directory = RunDirectory.open(resume)
-    started_with = recipes.load_recipe(directory.path / "config.toml")
-    resumed = recipes.resolve(started_with, settings, {"resume-from": str(directory.path)})
+    recipe = started_with(directory.path)
+    resumed = recipes.resolve(recipe, settings, {"resume-from": str(directory.path)})
     return recipes.with_absolute_paths(resumed)
+
+
+def with_day(config: Config, *, at_sites: bool) -> Config:
+    """Return a new run's configuration with the day that its chat template prints.
+
+    Parameters
+    ----------
+    at_sites : bool
+        Whether the base is at the sites, perhaps only there; they refuse a run that lacks the day.
+    """
+    from grandrounds.model.tokenizers import dated
+
+    with suppress(*[ModelError] * at_sites):
+        return dated(config)
+    return config
 
 
 def reporter(config: Config, screen: Screen) -> Listener:

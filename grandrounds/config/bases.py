@@ -133,6 +133,15 @@ def find_base(name: str) -> Path | None:
     return None
 
 
+_AT_REVISION = re.compile(r"([A-Za-z0-9][\w.-]*(?:/[\w.-]+)?)@(.+)")
+
+
+def hub_name(source: str) -> tuple[str, str]:
+    """Return name and revision of `NAME@REVISION`; anything else as it is, without a revision."""
+    match = _AT_REVISION.fullmatch(source)
+    return (match[1], match[2]) if match and found(source) is None else (source, "")
+
+
 def names_a_base(name: str) -> bool:
     """Whether a `model.name` is the short name of a base, known or on this machine."""
     return name in KNOWN_BASES or folder_of(name) is not None

@@ -16,6 +16,8 @@ from grandrounds.config.values import Scalar
 LEFT_OUT = (
     *PLACES_AND_TRACKERS,
     "static.dataset.name",
+    "static.dataset.revision",
+    "data.template-date",
     "data.partitioner",
     "data.partition-by",
     "data.dirichlet-alpha",
@@ -24,12 +26,19 @@ LEFT_OUT = (
     "data.answer-column",
 )
 """Keys that say where a run lives, who watches it, or which data it divides: at a site with its own
-data they mean nothing."""
+data they mean nothing. The date of a chat template is the day on which a run starts."""
+
+LEFT_OUT_IF_EMPTY = ("model.revision", "data.template-options", "data.system-prompt")
+"""Keys added later, so that a recipe without them keeps its hash."""
 
 
 def canonical(config: Config) -> dict[str, Scalar]:
     """Return the keys and values that the hash covers, sorted by key."""
-    return {key: value for key, value in sorted(config.flat().items()) if key not in LEFT_OUT}
+    return {
+        key: value
+        for key, value in sorted(config.flat().items())
+        if key not in LEFT_OUT and (value != "" or key not in LEFT_OUT_IF_EMPTY)
+    }
 
 
 def recipe_sha256(config: Config) -> str:

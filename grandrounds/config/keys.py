@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 from grandrounds.config.automatic import FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.values import AUTO, OneOf, Range, Scalar, SomeOf, words_of
+from grandrounds.config.values import AUTO, Day, OneOf, Range, Scalar, SomeOf, Table, words_of
 
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run lives rather than what it computes; recipes leave them out."""
@@ -57,6 +57,9 @@ class ModelConfig:
 
     name: str
     """Base model: Hugging Face Hub name, local folder, or `formulary` (small, built in)."""
+    revision: str
+    """Commit, branch or tag of a base on the Hub; empty: its main branch. What was loaded is
+    recorded as `base-commit` in sites.json. A deployed site has its own copy."""
     quantization: Annotated[int, OneOf((0, 4, 8))]
     """Bits per base weight: 4 (NF4 with double quantisation), 8 (LLM.int8) or 0 (not quantised)."""
     dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16"))]
@@ -65,6 +68,11 @@ class ModelConfig:
     gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto"))]
     """Recompute activations in the backward pass, which saves memory for about a third more time.
     `auto`: only if a site's estimated peak memory exceeds what is free."""
+
+    @property
+    def source(self) -> str:
+        """What loads the base: its name, with `@` and the revision where one is set."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True)
@@ -224,9 +232,13 @@ class StrategyConfig:
     """Time in seconds to wait for all sites to connect, and at least as long for their first
     answer, the introduction at the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
-    """`examples`: weight updates by the number of training examples, capped at the number given at
-    roll call. `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and
-    `bulyan` always do."""
+    """`examples`: weight updates by the number of training examples, capped at the number in the
+    site's admission, else at the one given at its first roll call, and by `largest-weight`.
+    `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and `bulyan` always
+    do."""
+    largest_weight: Annotated[float, Range(0)]
+    """Maximum weight of an update, as a multiple of its cohort's median weight; 0: no limit. At 2,
+    one site of seven has at most 25 % of the total, whatever it claims."""
     max_rank: Annotated[int, Range(0, 4096)]
     """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
     times the rank."""
@@ -275,6 +287,26 @@ class StrategyConfig:
         return 1
 
     @property
+    def fewest_replies(self) -> int:
+        """Smallest number of updates with which a round goes on; see `for_replies`."""
+        return min(3, self.needed_replies)
+
+    def for_replies(self, count: int) -> StrategyConfig:
+        """Return the settings of the rule in a round to which `count` updates came.
+
+        With fewer than the rule needs, it expects fewer hostile ones among them, as many as its
+        bound allows. Hostile sites that send no usable update gain nothing by it: if j of
+        n >= 2 f + 3 sites send none, n - j >= 2 (f - j) + 3, and for bulyan the same with 4.
+        """
+        if self.name == "fedtrimmedavg" and 3 <= count < self.needed_replies:
+            return dataclasses.replace(self, trimmed_share=(1 + 1e-9) / count)  # one at each end
+        if self.name not in ("krum", "multikrum", "bulyan") or count < 3:
+            return self
+        hostile = min(self.num_malicious_nodes, (count - 3) // (4 if self.name == "bulyan" else 2))
+        selected = min(self.num_nodes_to_select, count - hostile)
+        return dataclasses.replace(self, num_malicious_nodes=hostile, num_nodes_to_select=selected)
+
+    @property
     def server_step(self) -> float:
         """Learning rate of an adaptive rule at the server, or of momentum; 0 for other rules."""
         keys = STRATEGIES[self.name].keys
@@ -320,6 +352,10 @@ class DefenceConfig:
     update_norm_bound: Annotated[float, Range(0)]
     """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. Under
     `fedexp` the server's step is up to k / 2 times the mean of k updates (docs/aggregation.md)."""
+    largest_norm: Annotated[float, Range(0)]
+    """Maximum L2 norm of an update, as a multiple of the median norm of the updates of the last
+    rounds, in the first round of its own; larger updates are scaled down to it. 0: no such bound.
+    The server holds the updates of the first round in memory."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold
@@ -349,11 +385,24 @@ class DataConfig:
     prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
     of turn."""
+    template_date: Annotated[str, Day()]
+    """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
+    starts, written into its recipe, so that it is resumed on the same text."""
+    template_options: Annotated[str, Table()]
+    """`chat`: values of the template's own options, such as `enable_thinking`; a table, set whole
+    or by key (`--set data.template-options.enable_thinking=false`)."""
+    system_prompt: str
+    """`chat`: system message before every question. Empty: what the template says without one."""
     question_column: str
     """Column holding the question. Several, comma-separated, are joined by a space:
     `instruction,input` for Alpaca's format."""
     answer_column: str
     """Column holding the answer."""
+
+    @property
+    def chat(self) -> tuple[str, str, str]:
+        """What is set in the chat template: date, options as JSON, and system prompt."""
+        return self.template_date, self.template_options, self.system_prompt
 
 
 @dataclass(frozen=True)
@@ -365,6 +414,14 @@ class StaticConfig:
     name: str
     """Training data: Hugging Face Hub name, local .json, .jsonl, .csv or .parquet file (.gz too),
     or `formulary`."""
+    revision: str
+    """Commit, branch or tag of a data set on the Hub; empty: its main branch. What was loaded is
+    recorded as `data-commit` in sites.json."""
+
+    @property
+    def source(self) -> str:
+        """What loads the data: their name, with `@` and the revision where one is set."""
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 @dataclass(frozen=True)
@@ -438,6 +495,18 @@ ALIASES = {
     "model.lora.use-dora": "model.lora.peft-use-dora",
 }
 """Name used by other FlowerTune entries → key; empty if unused."""
+
+
+DAYS = ("data.template-date",)
+"""Keys that hold a date."""
+
+TABLES = ("data.template-options",)
+"""Keys that hold a table, as JSON: Flower's run config has no key that is not declared."""
+
+
+def table_of(key: str) -> str:
+    """Return the key of the table that a dotted key belongs to; any other key as it is."""
+    return next((table for table in TABLES if key.startswith(f"{table}.")), key)
 
 
 def rounded_up(share: float, count: int) -> int:

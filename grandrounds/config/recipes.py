@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,15 @@ from typing import Any
 
 from grandrounds.config.bases import names_a_base
 from grandrounds.config.entries import ENTRY_SECTIONS, Entry, read_entry
-from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, PLACES_AND_TRACKERS, Config
+from grandrounds.config.keys import (
+    ALIASES,
+    DAYS,
+    FIELD_OF_KEY,
+    PLACES_AND_TRACKERS,
+    TABLES,
+    Config,
+    table_of,
+)
 from grandrounds.config.resets import resets
 from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
@@ -60,7 +69,19 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
         entry-specific key that cannot be honoured.
     """
     found = _read(path)
-    return found.values if isinstance(found, Entry) else found
+    return found.values if isinstance(found, Entry) else of_before(found)
+
+
+ADDED: dict[str, Scalar] = {"strategy.largest-weight": 0.0, "defence.largest-norm": 0.0}
+"""Keys that earlier runs did not have, with the values that do what those runs did."""
+
+
+def of_before(flat: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Return the configuration of a run of an earlier version as that version understood it.
+
+    Only a run writes `resume-from`, and with it every key that it knows.
+    """
+    return {**ADDED, **flat} if "resume-from" in flat else flat
 
 
 def _read(path: Path) -> Entry | dict[str, Scalar]:
@@ -118,6 +139,8 @@ def flatten(
             flat |= flatten(value, f"{key}.", joins_lists=joins_lists)
         elif isinstance(value, bool | int | float | str):
             flat[key] = value
+        elif key in DAYS and isinstance(value, datetime.date):  # as TOML writes it
+            flat[key] = value.isoformat()
         elif joins_lists and isinstance(value, list) and all(isinstance(v, str) for v in value):
             flat[key] = ",".join(value)
         else:
@@ -195,9 +218,13 @@ def merged(layers: Iterable[Layer]) -> dict[str, Scalar]:
 
 
 def overlaid(mappings: Iterable[Mapping[str, Scalar]]) -> dict[str, Scalar]:
-    """Return settings as one mapping, later ones overriding, also through an alias."""
+    """Return settings as one mapping, later ones overriding, also through an alias.
+
+    A table is overridden key by key, or whole by a value of its own.
+    """
     out: dict[str, Scalar] = {}
-    for values in mappings:
+    for written in mappings:
+        values = _with_tables(written, out)
         for alias, key in ALIASES.items():
             if key in values:
                 out.pop(alias, None)
@@ -205,6 +232,36 @@ def overlaid(mappings: Iterable[Mapping[str, Scalar]]) -> dict[str, Scalar]:
                 out.pop(key, None)
         out |= values
     return out
+
+
+def _with_tables(values: Mapping[str, Scalar], before: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return settings with the dotted keys of each table as its JSON, added to what it held."""
+    out = {key: value for key, value in values.items() if table_of(key) == key}
+    for table in TABLES:
+        prefix = f"{table}."
+        entries = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        if table in out:
+            out[table] = _canonical(out[table])
+        if entries:
+            held = out.get(table, before.get(table, ""))
+            out[table] = json.dumps({**_table(held), **entries}, sort_keys=True, ensure_ascii=False)
+    return out
+
+
+def _table(value: Scalar) -> dict[str, Any]:
+    """Return the table in a value; empty if there is none, which validation reports."""
+    try:
+        table = json.loads(value) if isinstance(value, str) and value else {}
+    except ValueError:
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _canonical(value: Scalar) -> Scalar:
+    """Return the JSON of a table in one spelling; what is none stays as it is."""
+    if table := _table(value):
+        return json.dumps(table, sort_keys=True, ensure_ascii=False)
+    return "" if isinstance(value, str) and value.split() in (["{}"], ["{", "}"]) else value
 
 
 def from_options(

@@ -21,6 +21,7 @@ _NAMES: dict[str, str] = {
     "run-directory": "run-dir output-dir out-dir out save-dir save-path logging-dir",
     "model.name": "model base base-model model-name model-id model-path model-name-or-path "
     "pretrained-model-name-or-path checkpoint",
+    "model.revision": "revision model-revision base-revision commit",
     "model.quantization": "quantization quantisation quantize bits num-bits load-in-4bit "
     "load-in-8bit 4bit 8bit qlora",
     "model.dtype": "dtype torch-dtype precision compute-dtype",
@@ -69,10 +70,13 @@ _NAMES: dict[str, str] = {
     "data.held-out-fraction": "held-out held-out-fraction holdout hold-out test-size test-split "
     "validation-split val-split val-size eval-split test-fraction",
     "data.prompt-template": "template prompt-template chat-template prompt-format",
+    "data.template-options": "chat-template-kwargs template-kwargs enable-thinking",
+    "data.system-prompt": "system system-prompt system-message",
     "data.question-column": "question question-column prompt prompt-column input input-column "
     "instruction-column",
     "data.answer-column": "answer answer-column output response response-column completion target "
     "output-column target-column label-column",
+    "static.dataset.revision": "dataset-revision data-revision",
     "static.dataset.name": "data dataset dataset-name dataset-path data-path data-file train-file "
     "training-data",
 }

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from grandrounds.config import automatic
+from grandrounds.config.bases import names_a_base
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
 from grandrounds.config.keys import (
     ALIASES,
@@ -31,6 +32,7 @@ from grandrounds.config.synonyms import (
 )
 from grandrounds.config.values import AUTO, OneOf, Range, Scalar, words_of
 from grandrounds.errors import ConfigError, nearest
+from grandrounds.storage import found
 
 
 def parse(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Config:
@@ -274,6 +276,23 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     if data.partitioner in ("dirichlet", "natural") and not data.partition_by:
         yield f'data.partitioner = "{data.partitioner}" needs data.partition-by, a column name.'
+    if data.prompt_template != "chat":
+        for key, text in (
+            ("data.template-date", data.template_date),
+            ("data.template-options", data.template_options),
+            ("data.system-prompt", data.system_prompt),
+        ):
+            if text:
+                yield f'{key} = {text!r} has no effect without data.prompt-template = "chat".'
+    for key, name, revision in (
+        ("model", config.model.name, config.model.revision),
+        ("static.dataset", config.static.name, config.static.revision),
+    ):
+        if revision and (name == "formulary" or names_a_base(name) or found(name)):
+            yield (
+                f"{key}.revision = {revision!r} is for the Hugging Face hub, and {key}.name = "
+                f"{name!r} is not there but here: leave the revision empty."
+            )
     for key, value, hint in (
         ("model.name", config.model.name, "a Hub name, a folder, or formulary"),
         ("static.dataset.name", config.static.name, "a Hub name, a file, or formulary"),
@@ -283,6 +302,16 @@ def contradictions(config: Config) -> Iterator[str]:
     ):
         if not value:
             yield f"{key} is empty: set {hint}."
+    if 0 < config.defence.largest_norm < 1:
+        yield (
+            f"defence.largest-norm = {config.defence.largest_norm:g} would shorten every update of "
+            "the median's norm: use at least 1 (3 is usual), or 0 for no such bound."
+        )
+    if 0 < strategy.largest_weight < 1:
+        yield (
+            f"strategy.largest-weight = {strategy.largest_weight:g} would limit every site to less "
+            "than the median: use at least 1, or 0 for no limit."
+        )
     if strategy.min_sites > sites:
         yield (
             f"strategy.min-sites = {strategy.min_sites} exceeds data.num-partitions = {sites}: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import sys
 from dataclasses import dataclass
 
@@ -66,6 +68,41 @@ class SomeOf(OneOf):
 
     def __str__(self) -> str:
         return "one or more of " + ", ".join(repr(v) for v in self.values) + ", comma-separated"
+
+
+@dataclass(frozen=True)
+class Day:
+    """A date as YYYY-MM-DD, or an empty string."""
+
+    def admits(self, value: str) -> bool:
+        """Whether a text is a date of the calendar, written in full, or empty."""
+        if not value:
+            return True
+        try:
+            return datetime.date.fromisoformat(value).isoformat() == value
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return "a date such as 2026-07-26, or empty"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of scalars as a JSON object, or an empty string."""
+
+    def admits(self, value: str) -> bool:
+        """Whether a text is a JSON object of strings, numbers and booleans, or empty."""
+        try:
+            table = json.loads(value or "{}")
+        except ValueError:
+            return False
+        return isinstance(table, dict) and all(
+            name.isidentifier() and isinstance(one, Scalar) for name, one in table.items()
+        )
+
+    def __str__(self) -> str:
+        return "a table of strings, numbers and booleans, such as {enable_thinking = false}"
 
 
 def words_of(value: Scalar) -> tuple[str, ...]:

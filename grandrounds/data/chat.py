@@ -9,15 +9,19 @@ together, since that is what the model continues in use.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, first_line
 
 QUESTION, ANSWER = "Which drug is it?", "Zyx seven"
 """Stand in for a question and its answer; no template changes their characters."""
+
+_EXPRESSIONS_FAIL = (TypeError, KeyError, IndexError, AttributeError, ValueError)
+"""What a template's expressions raise on messages that they do not expect."""
 
 NOT_A_PREFIX = (
     "finished conversations do not begin with its generation prompt (a thinking template): trained "
@@ -37,21 +41,22 @@ class ChatFormat:
     end: tuple[int, ...]
     """Tokens that end the answer: those of the template up to its first special one, else
     end-of-sequence."""
-    trims: bool
-    """Whether the template removes white space around an answer."""
+    trims: tuple[str, str]
+    """White space that the template removes before and after an answer."""
     is_prefix: bool
     """Whether a finished conversation begins with the generation prompt."""
 
     def answer_ids(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
         """Return the tokens of answers in the context of the prompt, without the end of turn."""
-        texts = [self.lead + (answer.strip() if self.trims else answer) for answer in answers]
-        before: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
+        before, after = self.trims
+        texts = [self.lead + answer.lstrip(before).rstrip(after) for answer in answers]
+        prompt: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         whole = tokenizer([self.prompt + text for text in texts], add_special_tokens=False)
         found = []
         for text, ids in zip(texts, whole["input_ids"], strict=True):
-            in_context = list(ids[: len(before)]) == before
+            in_context = list(ids[: len(prompt)]) == prompt
             # else its first token would join the prompt's last one
-            found.append(list(ids[len(before) :]) if in_context else apart(tokenizer, [text])[0])
+            found.append(list(ids[len(prompt) :]) if in_context else apart(tokenizer, [text])[0])
         return found
 
 
@@ -70,11 +75,34 @@ def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: boo
     ----------
     answering : bool
         Whether the prompt of the next answer follows.
+
+    Raises
+    ------
+    ConfigError
+        If the template refuses or cannot render them.
     """
+    from jinja2 import TemplateError
+
     messages = [{"role": role, "content": content} for role, content in turns]
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
-    )
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+        )
+    except (TemplateError, *_EXPRESSIONS_FAIL) as error:
+        kinds = ", ".join(role for role, _ in turns)
+        raise ConfigError(
+            f"The tokenizer's chat template cannot render a conversation of {kinds}: "
+            f"{first_line(error)}. Use another template of the model (data.template-options sets "
+            'what it may need), or data.prompt-template = "alpaca".'
+        ) from error
+
+
+def says_system_prompt(tokenizer: Any, text: str) -> bool:
+    """Whether a chat template, in which a system prompt was set, renders it."""
+    try:
+        return text.strip() in rendered(tokenizer, [("user", QUESTION)], answering=True)
+    except ConfigError:  # as templates do that have no such role
+        return False
 
 
 @lru_cache(maxsize=4)
@@ -97,12 +125,19 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     is_prefix = whole.startswith(prompt)
     rest = whole.removeprefix(prompt) if is_prefix else whole[whole.rindex(ANSWER) :]
     lead, _, tail = rest.partition(ANSWER)
-    spaced = rendered(tokenizer, [*asked, ("assistant", f" {ANSWER} ")], answering=False)
+
+    def trimmed(before: str, after: str) -> bool:
+        turns = [*asked, ("assistant", f"{before}{ANSWER}{after}")]
+        return rendered(tokenizer, turns, answering=False) == whole
+
     return ChatFormat(
         prompt=prompt,
         lead=lead,
         end=_end_of_turn(tokenizer, tail),
-        trims=f" {ANSWER} " not in spaced,
+        trims=(
+            "".join(blank for blank in string.whitespace if trimmed(blank, "")),
+            "".join(blank for blank in string.whitespace if trimmed("", blank)),
+        ),
         is_prefix=is_prefix,
     )
 

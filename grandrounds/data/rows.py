@@ -18,6 +18,8 @@ class Rows:
 
     def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
         self._columns = {name: list(values) for name, values in columns.items()}
+        self.commit = ""
+        """Commit of the hub's data set that they come from, where it is known."""
 
     def __len__(self) -> int:
         return len(next(iter(self._columns.values()), ()))

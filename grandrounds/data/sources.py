@@ -7,6 +7,7 @@ text and the columns needed for partitioning.
 from __future__ import annotations
 
 import numbers
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ def load_rows(
     ----------
     source : str
         `formulary`; a local file (any name that has one of `FILE_ENDINGS`, starts with `.`, `/` or
-        `~`, or exists); otherwise the name of a hub data set, whose split `train` is read.
+        `~`, or exists); otherwise the name of a hub data set, or `NAME@REVISION`, whose split
+        `train` is read.
     question_column, answer_column : str
         Columns with the question and the answer. A missing value becomes an empty string and a
         number its text; any other type is an error. FlowerTune's medical app uses `input` as the
@@ -246,22 +248,33 @@ def _load_formulary(columns: tuple[str, ...]) -> Rows:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_hub(name: str, columns: tuple[str, ...]) -> Rows:
+def _load_hub(source: str, columns: tuple[str, ...]) -> Rows:
     import datasets
 
+    name, _, revision = source.partition("@")
+    at_revision = {"revision": revision} if revision else {}
     try:
         with silent_downloads():
-            rows = datasets.load_dataset(name, split="train")
+            rows = datasets.load_dataset(name, split="train", **at_revision)
     except Exception as error:  # the hub, HTTP and builders raise unrelated types
         raise DataError(
-            f"{_SOURCE_KEY} = {name!r} is neither {FORMULARY!r} nor a file that exists, and could "
-            f"not be loaded from the Hugging Face hub ({first_line(error)})."
+            f"{_SOURCE_KEY} = {source!r} is neither {FORMULARY!r} nor a file that exists, and "
+            f"could not be loaded from the Hugging Face hub ({first_line(error)})."
             f"{nearest(name, [FORMULARY])} Check the name, the network and HF_HUB_OFFLINE, or set "
             f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {FORMULARY!r}."
         ) from error
     table = rows.with_format("arrow")[:]
     read, _ = columns_read(columns)
-    return rows_of(from_table(table, read, tuple(rows.column_names)), name, columns)
+    found = rows_of(from_table(table, read, tuple(rows.column_names)), source, columns)
+    found.commit = hub_commit(rows)
+    return found
+
+
+def hub_commit(rows: Any) -> str:
+    """Return the commit of a `datasets.Dataset` from the hub, if its cache tells it; else empty."""
+    urls = " ".join(rows.info.download_checksums or {})
+    commit = re.search(r"@([0-9a-f]{40})/", urls)
+    return commit[1] if commit else ""
 
 
 @contextmanager

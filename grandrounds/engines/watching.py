@@ -11,6 +11,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.recipes import defaults, to_toml
 from grandrounds.config.values import Scalar
 from grandrounds.engines.flower import tail
+from grandrounds.server import states
 from grandrounds.server.directory import RunDirectory, default_run_directory
 from grandrounds.server.listeners import Listener
 
@@ -39,8 +40,8 @@ class Watcher:
     def __init__(self, path: Path, listener: Listener) -> None:
         self._directory = RunDirectory(path)
         self._listener = listener
-        saved = self._directory.load_state()
-        self._last_round = saved[1]["round"] if saved else -1
+        saved = states.rounds(path)
+        self._last_round = saved[-1] if saved else -1
         self._resumed_after = self._last_round if saved else None
         written = ("plan.json", "sites.json", "summary.json")
         self._told = {name: self._modified(name) for name in written}

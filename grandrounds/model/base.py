@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from grandrounds.config.bases import find_base
+from grandrounds.config.bases import find_base, hub_name
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, first_line
 
@@ -25,7 +26,8 @@ class BaseSpec:
     """Everything that determines a loaded base."""
 
     name: str
-    """Hub name, local folder, name of a base on this machine or `formulary`."""
+    """Hub name (`NAME@REVISION` for a revision), local folder, name of a base on this machine or
+    `formulary`."""
     quantization: int
     """Bits: 4, 8, or 0 for none."""
     dtype: str
@@ -74,15 +76,40 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def model_location(name: str) -> str:
-    """Return the argument of `from_pretrained`: a base's folder, or a hub name as it is.
+def model_location(source: str) -> str:
+    """Return the argument of `from_pretrained`: a base's folder, or its name on the hub.
 
     Raises
     ------
     ModelError
-        If `name` is a known base that has not been fetched.
+        If `source` is a known base that has not been fetched.
     """
+    name, _ = hub_name(source)
     return str(base_path() if name == FORMULARY else find_base(name) or name)
+
+
+def loading(source: str) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for a base: its revision, and never its own code."""
+    _, revision = hub_name(source)
+    return {"trust_remote_code": False, **({"revision": revision} if revision else {})}
+
+
+def _in_safetensors(source: str) -> dict[str, bool]:
+    """Return the argument that reads a folder's safetensors where it has pickles too."""
+    folder = Path(model_location(source))
+    return {"use_safetensors": True} if any(folder.glob("*.safetensors")) else {}
+
+
+def base_commit(source: str) -> str:
+    """Return the commit of a base that was read from the hub, as its cache tells it; else empty."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision = hub_name(source)
+    where = model_location(source)
+    if where != name or Path(where).exists():
+        return ""
+    file = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return Path(file).parent.name if isinstance(file, str) else ""
 
 
 @contextmanager
@@ -93,6 +120,11 @@ def _model_errors(name: str, what: str) -> Iterator[None]:
     except _LOADING_FAILS as error:
         if is_out_of_memory(error):
             raise
+        if isinstance(error, UnpicklingError):  # PyTorch's own text advises to run the code
+            raise ModelError(
+                f"The {what} of {name!r} cannot be loaded: its weights are a pickle that holds "
+                "more than tensors, and could run code. Use a copy in safetensors."
+            ) from error
         reason = first_line(error, most=None)  # uncut: a site redacts whole paths only
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
         advice = (
@@ -127,7 +159,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     with _model_errors(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer of {name!r} has no end-of-sequence token to train on.")
     pad, vocabulary = tokenizer.pad_token_id, base_config(name).get_text_config().vocab_size
@@ -147,7 +179,52 @@ def base_config(name: str) -> Any:
 
     no_progress_bars()
     with _model_errors(name, "configuration"):
-        return AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
+        return AutoConfig.from_pretrained(model_location(name), **loading(name))
+
+
+@lru_cache(maxsize=8)
+def stored_bits(name: str) -> int:
+    """Return the bits of a base that was published quantised by bitsandbytes; 0 for any other.
+
+    Raises
+    ------
+    ModelError
+        If it was quantised by another method.
+    """
+    config = base_config(name)
+    for part in (config, config.get_text_config()):
+        given = getattr(part, "quantization_config", None)
+        if not given:
+            continue
+        how = given if isinstance(given, dict) else given.to_dict()
+        method = str(how.get("quant_method", "an unnamed method"))
+        bits = 4 if how.get("load_in_4bit") or how.get("_load_in_4bit") else 8
+        if method.removesuffix("_4bit").removesuffix("_8bit") != "bitsandbytes":
+            raise ModelError(
+                f"The weights of {name!r} are stored quantised by {method}, on which no adapter "
+                "was ever trained here. Use a copy in float32, float16 or bfloat16, which "
+                "model.quantization = 4 or 8 quantises, or one that bitsandbytes quantised."
+            )
+        return bits
+    return 0
+
+
+def bits_of(spec: BaseSpec) -> int:
+    """Return the bits of a loaded base's weights: as stored, as configured, or 0.
+
+    Raises
+    ------
+    ModelError
+        If they are stored in other bits than `model.quantization` asks for, or by another method
+        than bitsandbytes.
+    """
+    stored = stored_bits(spec.name)
+    if stored and spec.quantization not in (0, stored):
+        raise ModelError(
+            f"model.quantization = {spec.quantization}, and the weights of {spec.name!r} are "
+            f"stored in {stored} bits. Set it to {stored} or 0, and they are loaded as they are."
+        )
+    return stored or spec.quantization
 
 
 def base_fingerprint(name: str) -> str:
@@ -202,26 +279,46 @@ def quantization_config(bits: int, compute_dtype: torch.dtype) -> Any:
     )
 
 
-def load_base(spec: BaseSpec) -> Any:
-    """Load a base model and freeze it. `resident_model` loads it only once per process."""
+def _model_class(name: str, whole: bool) -> Any:
+    import transformers
+
+    config = base_config(name)
+    is_composite = config.get_text_config() is not config
+    named = (getattr(config, "architectures", None) or [""])[0]
+    own = getattr(transformers, named, None) if whole and is_composite else None
+    return own or transformers.AutoModelForCausalLM
+
+
+def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
+    """Load a base model and freeze it. `resident_model` loads it only once per process.
+
+    Parameters
+    ----------
+    whole : bool
+        Whether to load every part of a composite checkpoint. transformers' causal language model of
+        some (Llama 4, Qwen 3.5) is the text model alone.
+    """
     global _loads
-    from transformers import AutoModelForCausalLM
 
     no_progress_bars()
     device, dtype = device_and_dtype(spec.dtype)
-    quantized = quantization_config(spec.quantization, dtype)
+    bits = bits_of(spec)
+    quantized = quantization_config(bits, dtype)
+    if stored_bits(spec.name):
+        quantized = None  # what is stored says how
     with _model_errors(spec.name, "base model"):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _model_class(spec.name, whole).from_pretrained(
             model_location(spec.name),
+            **loading(spec.name),
+            **_in_safetensors(spec.name),
             dtype=dtype,
             quantization_config=quantized,
             device_map={"": device},
-            trust_remote_code=False,
         )
     _loads += 1
     model.requires_grad_(False)
-    model.config.use_cache = False
-    if spec.quantization == 4 and device.type == "cpu":
+    model.config.get_text_config().use_cache = False
+    if bits == 4 and device.type == "cpu":
         # On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks 4-bit weights in evaluation
         # mode and computes in bfloat16: held-out loss would differ from training, and layers
         # narrower than a quantisation block fail.

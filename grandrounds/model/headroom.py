@@ -22,7 +22,13 @@ import torch
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.architectures import FAMILIES, Architecture, from_config, target_modules
-from grandrounds.model.base import base_config, device_and_dtype, has_bfloat16, is_out_of_memory
+from grandrounds.model.base import (
+    base_config,
+    device_and_dtype,
+    has_bfloat16,
+    is_out_of_memory,
+    stored_bits,
+)
 from grandrounds.model.memory import MIB, Precision, SiteMemory, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations, resident_bytes
 
@@ -50,11 +56,21 @@ def architecture_of(name: str) -> Architecture | None:
     return from_config(name, described.to_dict(), name)
 
 
+@lru_cache(maxsize=4)
+def can_checkpoint(name: str) -> bool:
+    """Whether transformers' model of a base supports gradient checkpointing."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config(name)), None)
+    return bool(getattr(model, "supports_gradient_checkpointing", True))
+
+
 def device_precision(config: Config) -> Precision:
     """Return the precision of a visit on this machine."""
     _, dtype = device_and_dtype(config.model.dtype)
     autocast = config.arguments.bf16 and has_bfloat16()
-    return Precision(config.model.quantization, dtype.itemsize, autocast)
+    bits = stored_bits(config.model.source) or config.model.quantization
+    return Precision(bits, dtype.itemsize, autocast)
 
 
 def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
@@ -62,7 +78,7 @@ def site_needs(config: Config, *, checkpointing: bool) -> SiteMemory | None:
 
     The CUDA context is left out: it is already allocated when free memory is measured.
     """
-    base = architecture_of(config.model.name)
+    base = architecture_of(config.model.source)
     if base is None:
         return None
     targets = target_modules(base, config.lora.target_modules)
@@ -135,11 +151,23 @@ def checkpoints_activations(config: Config) -> bool:
     """Return whether visits use gradient checkpointing.
 
     `auto` is decided once per configuration: yes if the plan without it exceeds the free memory, or
-    if there is no plan for the base's family.
+    if there is no plan for the base's family; no if the base does not support it.
+
+    Raises
+    ------
+    ModelError
+        If it is configured, and the base does not support it.
     """
-    wanted = config.model.gradient_checkpointing
+    wanted, name = config.model.gradient_checkpointing, config.model.source
+    if wanted is True and not can_checkpoint(name):
+        raise ModelError(
+            f"model.gradient-checkpointing = true: transformers does not support it for {name!r}. "
+            'Set it to "auto" or false.'
+        )
     if isinstance(wanted, bool):
         return wanted
+    if not can_checkpoint(name):
+        return False
     if config not in _fits_without:
         needs = site_needs(config, checkpointing=False)
         _fits_without[config] = needs is not None and needs.total <= HEADROOM * free_bytes()
@@ -188,7 +216,7 @@ def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -
         try:
             return visit()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not can_checkpoint(config.model.source):
                 raise
         _fits_without[config], checkpointing = False, True
         with torch.no_grad():
@@ -262,7 +290,8 @@ def smaller_settings(config: Config, checkpointing: bool) -> Iterator[tuple[str,
     """Yield the keys to set, and the planned bytes, of settings that need less memory: first those
     that train the same, then those with a 4-bit base."""
     arguments = config.arguments
-    for bits in dict.fromkeys((config.model.quantization, 4)):
+    own = config.model.quantization
+    for bits in (own,) if stored_bits(config.model.source) else dict.fromkeys((own, 4)):
         for division in (1, 2, 4, 8, 16, 32):
             size, rest = divmod(arguments.per_device_train_batch_size, division)
             if rest or not size:

@@ -1,9 +1,9 @@
-"""The LoRA adapter on a base: target modules, tensor names and shapes, PEFT's configuration."""
+"""The LoRA adapter on a base: tensor names and shapes, PEFT's configuration."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from grandrounds.model.architectures import choose_targets
-from grandrounds.model.base import base_config
-from grandrounds.wire.adapter import Shapes
+from grandrounds.errors import ModelError, first_line
+from grandrounds.model.base import base_config, is_out_of_memory, stored_bits
+from grandrounds.model.targets import Targets, find_targets
+from grandrounds.wire.adapter import Shapes, factor_of
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,41 @@ class LoraSpec:
 
 
 def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
-    """Return the base with a fresh adapter, in float32 regardless of the base's type."""
+    """Return the base with a fresh adapter, in float32 regardless of the base's type.
+
+    Raises
+    ------
+    ModelError
+        If a target cannot be adapted, PEFT fails, or a tensor has another rank than `spec`.
+    """
     with without_bitsandbytes(needed=bool(getattr(base, "is_quantized", False))):
-        from peft import get_peft_model
-
-        return get_peft_model(base, peft_config(spec, linear_targets(base, spec, name)))
+        return _adapted(base, spec, find_targets(base, spec.target_modules, name), name)
 
 
-def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None) -> Any:
+def _adapted(base: Any, spec: LoraSpec, targets: Targets, name: str) -> Any:
+    from peft import get_peft_model
+
+    try:
+        model = get_peft_model(base, peft_config(spec, targets))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"PEFT cannot adapt {', '.join(targets.modules)} of {name!r} ({first_line(error)}). "
+            "Name other modules in model.lora.target-modules."
+        ) from error
+    for tensor, parameter in adapter_parameters(model).items():
+        shape = tuple(parameter.shape)
+        rank = shape[0] if factor_of(tensor) == "A" else shape[-1]
+        if len(shape) != 2 or rank != spec.rank:
+            raise ModelError(
+                f"PEFT made {tensor} of {name!r} of shape {shape}, and the rank is {spec.rank}. "
+                "Name other modules in model.lora.target-modules."
+            )
+    return model
+
+
+def peft_config(spec: LoraSpec, targets: Targets, name: str | None = None) -> Any:
     """Return PEFT's configuration of the adapter; `name` is the base recorded in a saved one."""
     with without_bitsandbytes():
         from peft import LoraConfig, TaskType
@@ -47,7 +75,9 @@ def peft_config(spec: LoraSpec, targets: Sequence[str], name: str | None = None)
         r=spec.rank,
         lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         lora_dropout=spec.dropout,
-        target_modules=list(targets),
+        target_modules=list(targets.modules),
+        exclude_modules=targets.excluded,
+        fan_in_fan_out=targets.transposed,
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=name,
     )
@@ -75,55 +105,32 @@ def without_bitsandbytes(needed: bool = False) -> Iterator[None]:
             found.cache_clear()
 
 
-def linear_targets(base: Any, spec: LoraSpec, name: str) -> list[str]:
-    """Return the names of the modules to adapt.
-
-    Raises
-    ------
-    ModelError
-        If a name matches no linear module, or PEFT has no default for the architecture.
-    """
-    with without_bitsandbytes():
-        from peft.utils.constants import (
-            TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOICE,
-        )
-
-    head = base.get_output_embeddings()
-    linear = sorted(
-        {
-            path.rpartition(".")[2]
-            for path, module in base.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        }
-    )
-    model_type = base.config.model_type
-    return choose_targets(spec.target_modules, linear, name, model_type, CHOICE.get(model_type))
-
-
-def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, list[str]]:
+def adapter_layout(name: str, spec: LoraSpec) -> tuple[Shapes, Targets]:
     """Return the adapter's tensor shapes by name, and its target modules.
 
     The model is built on the meta device from its configuration alone, so a server can do this for
     a base of any size.
     """
-    model = _without_weights(name)
-    targets = linear_targets(model, spec, name)
-    with torch.device("meta"):
-        model = add_lora(model, spec, name)
+    model = without_weights(name)
+    with without_bitsandbytes():
+        targets = find_targets(model, spec.target_modules, name)
+        with torch.device("meta"):
+            model = _adapted(model, spec, targets, name)
     return {n: tuple(p.shape) for n, p in adapter_parameters(model).items()}, targets
 
 
 @lru_cache(maxsize=4)
 def base_parameters(name: str) -> int:
     """Return the number of parameters of a base, without loading its weights."""
-    return sum(p.numel() for p in _without_weights(name).parameters())
+    return sum(p.numel() for p in without_weights(name).parameters())
 
 
-def _without_weights(name: str) -> Any:
+def without_weights(name: str) -> Any:
     """Return the base on the meta device, built from its configuration alone."""
     from transformers import AutoModelForCausalLM
 
     config = base_config(name)
+    stored_bits(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

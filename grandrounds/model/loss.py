@@ -98,7 +98,7 @@ def answer_nll_sum(
         hidden = states.last_hidden_state.flatten(0, 1)[before]  # (answer tokens, hidden)
         del states
         layer = model.get_output_embeddings()
-        cap = getattr(model.config, "final_logit_softcapping", None)
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         head = Head(layer.weight, layer.bias, cap)
         return head_nll_sum(hidden, head, targets, how.chunk_tokens)
 

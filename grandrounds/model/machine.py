@@ -17,7 +17,13 @@ from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError
 from grandrounds.model import headroom, products
 from grandrounds.model.architectures import FAMILIES
-from grandrounds.model.base import BaseSpec, base_config, device_and_dtype
+from grandrounds.model.base import (
+    BaseSpec,
+    base_config,
+    bits_of,
+    device_and_dtype,
+    stored_bits,
+)
 from grandrounds.model.lora import LoraSpec, base_parameters
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import Resident, compile_mlps, resident_model
@@ -36,7 +42,7 @@ def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
     rank = Ranks.of(config).resident
     alpha = lora.peft_lora_alpha * rank / lora.peft_lora_r
     return (
-        BaseSpec(model.name, model.quantization, model.dtype),
+        BaseSpec(model.source, model.quantization, model.dtype),
         LoraSpec(rank, alpha, lora.target_modules, lora.dropout),
     )
 
@@ -46,8 +52,10 @@ def precision(config: Config) -> str:
     _, dtype = device_and_dtype(config.model.dtype)
     name = str(dtype).removeprefix("torch.")
     stored = {0: name, 8: "8-bit (LLM.int8)", 4: "4-bit NF4, double quantisation"}
-    computed = "multiplied in int8" if config.model.quantization == 8 else f"computed in {name}"
-    text = f"base {stored[config.model.quantization]}, {computed}, adapter float32"
+    bits, published = bits_of(specs(config)[0]), stored_bits(config.model.source)
+    computed = "multiplied in int8" if bits == 8 else f"computed in {name}"
+    origin = f"{published}-bit as it was published" if published else stored[bits]
+    text = f"base {origin}, {computed}, adapter float32"
     if matmul(config) == products.ONEDNN:
         text += ", products by oneDNN"
     autocast = headroom.device_precision(config).autocast
@@ -67,7 +75,7 @@ def forward(config: Config) -> Forward:
     ModelError
         If padding-free batches are requested and the base's attention does not support them.
     """
-    train, model_type = config.train, _model_type(config.model.name)
+    train, model_type = config.train, _model_type(config.model.source)
     family = FAMILIES.get(model_type)
     supported = family is not None and not family.attention_matrix
     if train.batching == "padding-free" and not supported:
@@ -105,7 +113,7 @@ def threads(config: Config) -> int:
     """
     if config.train.num_threads:
         return config.train.num_threads
-    if torch.cuda.is_available() or not _is_small(config.model.name):
+    if torch.cuda.is_available() or not _is_small(config.model.source):
         return min(_PROCESS_THREADS, usable_cpus())
     return 1
 
@@ -137,11 +145,11 @@ def matmul(config: Config) -> str:
     """
     device, dtype = device_and_dtype(config.model.dtype)
     asked = config.train.cpu_matmul
-    applies = device.type == "cpu" and dtype == torch.float32 and not config.model.quantization
-    base = headroom.architecture_of(config.model.name)
+    applies = device.type == "cpu" and dtype == torch.float32 and not bits_of(specs(config)[0])
+    base = headroom.architecture_of(config.model.source)
     if asked == products.DEFAULT or not applies:
         return products.DEFAULT
-    if asked == products.AUTO and (base is None or _is_small(config.model.name)):
+    if asked == products.AUTO and (base is None or _is_small(config.model.source)):
         return products.DEFAULT  # synchronising oneDNN's calls would outweigh small products
     sizes = (base.hidden_size, base.intermediate_size) if base else (1024, 1024)
     probe = products.probed(*sizes, threads(config))

@@ -24,7 +24,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from grandrounds.errors import ModelError
 from grandrounds.model.base import base_config
@@ -57,10 +57,19 @@ class Prefilled:
     """Keys and values of the whole layout, a transformers cache."""
     attention_mask: torch.Tensor
     """1 for tokens, 0 for padding: (batch, columns)."""
+    ids: torch.Tensor | None = None
+    """Without a cache, the tokens so far, (1, tokens): each continuation reads them again."""
 
 
-SHARED, BATCHED, SINGLE = "shared", "batched", "single"
-"""Layouts: with a shared prefix, padded on the left, or one prompt at a time."""
+SHARED, BATCHED, SINGLE, WHOLE = "shared", "batched", "single", "whole"
+"""Layouts: with a shared prefix, padded on the left, one prompt at a time, or one at a time and
+read again with each continuation."""
+
+_READ = {
+    BATCHED: "with a shared prefix; prompts are read whole",
+    SINGLE: "with padded prompts; prompts are read one at a time",
+    WHOLE: "from its cache, or has none; prompts are read again with each continuation",
+}
 
 EXACT = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Type of the weights → largest difference between two layouts, in standard deviations of the
@@ -75,8 +84,9 @@ _proven: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 def proven_layout(model: Any, longest_tokens: int) -> str:
     """Return the fastest layout that gives a model the logits of one prompt at a time.
 
-    Each model is probed once with two short prompts: some count positions by columns, whatever
-    `position_ids` say (MPT's ALiBi, GPT-Neo's local attention). LongRoPE rotates all positions
+    Each model is probed once with two short prompts and a continuation: some count positions by
+    columns, whatever `position_ids` say (MPT's ALiBi, GPT-Neo's local attention), and some forget
+    their recurrent state when several tokens follow (Jamba). LongRoPE rotates all positions
     otherwise where the longest prompt of a pass is beyond its border, so that prompts beyond it are
     read alone.
     """
@@ -87,9 +97,8 @@ def proven_layout(model: Any, longest_tokens: int) -> str:
         _proven[base] = layout = _probed(model)
         if layout != SHARED:
             print(
-                f"grandrounds: a base of type {base.config.model_type} gives other results with "
-                f"{'a shared prefix' if layout == BATCHED else 'padded prompts'}; prompts are read "
-                f"{'whole' if layout == BATCHED else 'one at a time'}.",
+                f"grandrounds: a base of type {base.config.model_type} gives other results "
+                f"{_READ[layout]}.",
                 file=sys.stderr,
             )
     return _proven[base]
@@ -124,26 +133,43 @@ def _probed(model: Any) -> str:
     most = model.config.get_text_config().vocab_size
     prefix = [3 + 7 * i % (most - 3) for i in range(2 * MIN_SHARED_TOKENS)]
     prompts = [[*prefix, *(3 + 11 * i % (most - 3) for i in range(n))] for n in (9, 2)]
+    after = [3 + 5 * i % (most - 3) for i in range(3)]
     with evaluating(model):
         device = next(model.parameters()).device
-        alone = torch.cat(
+        # without a cache: (prompts, 1 + 3, vocabulary), the last of a prompt and what follows
+        plain = torch.stack(
             [
-                model(input_ids=torch.tensor([prompt], device=device), use_cache=True).logits[:, -1]
+                model(input_ids=torch.tensor([[*prompt, *after]], device=device), use_cache=False)
+                .logits[0, len(prompt) - 1 :]
+                .float()
                 for prompt in prompts
             ]
-        ).float()
+        )
         is_quantized = bool(getattr(model, "is_quantized", False))
         least = EXACT_IN_LESS if is_quantized else EXACT.get(model.dtype, EXACT_IN_LESS)
-        most_apart = least * float(alone.std())
+        most_apart = least * float(plain[:, 0].std())
 
-        def agrees(prefix_tokens: int, cache: Any) -> bool:
-            found = _read_batch(model, prompts, [0, 1], prefix_tokens, cache)
-            return float((found.logits.float() - alone).abs().max()) <= most_apart
+        def agrees(rows: list[int], prefix_tokens: int, cache: Any) -> bool:
+            found = _read_batch(model, prompts, rows, prefix_tokens, cache)
+            following = torch.tensor([after] * len(rows), device=device)
+            for _ in range(2):  # as for two options
+                continued = extend(model, forked(found), following, torch.ones_like(following))
+            logits = torch.cat([found.logits.unsqueeze(1), continued], dim=1).float()
+            return float((logits - plain[rows]).abs().max()) <= most_apart
 
-        if not agrees(0, None):
+        if not _has_cache(model, prefix) or not all(agrees([row], 0, None) for row in (0, 1)):
+            return WHOLE
+        if not agrees([0, 1], 0, None):
             return SINGLE
         cache = _read_prefix(model, prefix, len(prompts[0]))
-        return SHARED if cache is None or agrees(len(prefix), cache) else BATCHED
+        return SHARED if cache is None or agrees([0, 1], len(prefix), cache) else BATCHED
+
+
+def _has_cache(model: Any, ids: list[int]) -> bool:
+    """Whether a model returns a cache with keys and values."""
+    device = next(model.parameters()).device
+    output = model(input_ids=torch.tensor([ids], device=device), use_cache=True, logits_to_keep=1)
+    return _holds_keys(_cache_in(output))
 
 
 @contextmanager
@@ -178,8 +204,6 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
     ------
     ValueError
         If a prompt has no tokens, or `batch_size` is below 1.
-    ModelError
-        If the model has no key-value cache.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -189,7 +213,10 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
     on_cpu = next(model.parameters()).device.type == "cpu"
     most_tokens = CPU_PASS_TOKENS * torch.get_num_threads() if on_cpu else sys.maxsize
     whole = list(range(len(prompts)))
-    layout = proven_layout(model, max(map(len, prompts))) if len(prompts) > 1 else BATCHED
+    layout = proven_layout(model, max(map(len, prompts))) if prompts else BATCHED
+    if layout == WHOLE:
+        yield from (_read_whole(model, prompts, row) for row in whole)
+        return
     if layout == SINGLE:
         batch_size = 1
     for rows, prefix in _groups(prompts) if layout == SHARED else [(whole, [])]:
@@ -239,6 +266,8 @@ def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
     device = next(model.parameters()).device
     input_ids = torch.tensor([prefix], device=device)
     cache = cache_of(model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
+    if type(cache) is not DynamicCache:
+        return None
     for layer in cache.layers:
         if type(layer) not in _ATTENTION_LAYERS:
             return None
@@ -277,6 +306,13 @@ def _read_batch(
     return Prefilled(rows, output.logits[:, -1], cache_of(output), mask)
 
 
+def _read_whole(model: Any, prompts: Sequence[Ids], row: int) -> Prefilled:
+    """Process one prompt without a cache."""
+    ids = torch.tensor([list(prompts[row])], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+    return Prefilled([row], logits, None, torch.ones_like(ids), ids)
+
+
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """Return the argument that passes a cache to a forward, renamed in transformers 5.24."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -292,8 +328,8 @@ def cache_of(output: Any) -> Any:
     ModelError
         If no layer of it holds keys and values.
     """
-    cache = output.get("cache", output.get("past_key_values"))
-    if not any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ())):
+    cache = _cache_in(output)
+    if not _holds_keys(cache):
         raise ModelError(
             "this base model has no key-value cache (purely recurrent?); batched prompts require "
             "attention layers."
@@ -301,13 +337,26 @@ def cache_of(output: Any) -> Any:
     return cache
 
 
+def _cache_in(output: Any) -> Any:
+    return output.get("cache", output.get("past_key_values"))
+
+
+def _holds_keys(cache: Any) -> bool:
+    return any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ()))
+
+
 def forked(batch: Prefilled) -> Prefilled:
     """Return a copy of the batch, so that a continuation leaves the original unchanged."""
-    return replace(batch, cache=_copied(batch.cache))
+    return replace(batch, cache=None if batch.cache is None else _copied(batch.cache))
 
 
 def _copied(cache: Any) -> Any:
-    """Copy a cache; attention layers may share tensors, since they replace them to grow."""
+    """Copy a cache; attention layers may share tensors, since they replace them to grow.
+
+    A model's own kind of cache may hold more than layers (MiniMax's linear attention).
+    """
+    if type(cache) is not DynamicCache:
+        return copy.deepcopy(cache)
     copied = copy.copy(cache)
     copied.layers = [
         copy.copy(layer) if type(layer) in _ATTENTION_LAYERS else copy.deepcopy(layer)
@@ -332,6 +381,10 @@ def extend(model: Any, batch: Prefilled, tokens: torch.Tensor, mask: torch.Tenso
     -------
     tensor of (batch, columns, vocabulary)
     """
+    if batch.ids is not None:
+        batch.ids = torch.cat([batch.ids, tokens], dim=1)
+        whole: torch.Tensor = model(input_ids=batch.ids, use_cache=False).logits
+        return whole[:, -tokens.shape[1] :]
     done = batch.attention_mask.sum(dim=1, keepdim=True)
     batch.attention_mask = torch.cat([batch.attention_mask, mask], dim=1)
     output = model(

@@ -7,11 +7,13 @@
     metrics.jsonl      one line a round; line 0 is before training
     ledger.json        the traffic so far
     peft_<round>/      adapters that plain PEFT loads, each with a model card
-    state/             the last finished round, from which a run resumes
+    state/             the last two rounds and those of checkpoints, from which a run resumes
     summary.json       how the run ended
 
-Folders are written under a temporary name and renamed. safetensors, TOML and JSON only. A run holds
-a lock (.lock) while it writes, so that no second run can use the directory.
+Files and folders are written under a temporary name, flushed and renamed. safetensors, TOML and
+JSON only. What a resume reads is in `state/`, under checksums (see `server/states.py`). Where a run
+goes back, what it leaves behind is kept in `aside-<n>/`. A run holds a lock (.lock) while it
+writes, so that no second run can use the directory.
 """
 
 from __future__ import annotations
@@ -24,13 +26,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -38,11 +39,14 @@ from safetensors import SafetensorError
 import grandrounds
 from grandrounds import storage, waiting
 from grandrounds.config.keys import Config
-from grandrounds.config.recipes import differences, load_recipe, resolve, to_toml
+from grandrounds.config.recipes import load_recipe, resolve, to_toml
 from grandrounds.config.words import counted
 from grandrounds.errors import ConfigError, RunDirectoryError, first_line, nearest
+from grandrounds.server import states
 from grandrounds.storage import whole_folder, writing
 from grandrounds.wire.adapter import Adapter
+
+SUMMARY = "summary.json"
 
 
 class RunDirectory:
@@ -51,6 +55,8 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)
+        self._recipe = b""
+        self._recorded: list[states.Record] = []
 
     @classmethod
     def create(cls, path: Path, config: Config) -> RunDirectory:
@@ -64,14 +70,18 @@ class RunDirectory:
         path = path.expanduser().absolute()
         check_vacant(path)
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        made = cls(path)
+        made._recipe = to_toml(config.recipe()).encode()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            storage.write_text(path / "config.toml", to_toml(config.recipe()))
+            for folder in missing:
+                storage.flush_folder(folder.parent)
+            storage.write_bytes(path / states.CONFIG, made._recipe)
         except OSError as error:
             for folder in missing:  # created above, innermost first
                 shutil.rmtree(folder, ignore_errors=True)
             raise _no_place(path, first_line(error)) from error
-        return cls(path)
+        return made
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
@@ -131,20 +141,42 @@ class RunDirectory:
             storage.write_json(self.path / name, data)
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file of this directory; None if it is not there."""
+        """Read a JSON file of this directory; None if it is not there.
+
+        Raises
+        ------
+        RunDirectoryError
+            If it cannot be read as JSON.
+        """
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunDirectoryError(
+                f"{file} cannot be read as JSON ({first_line(error)})."
+            ) from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with _writing(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        with _writing(self.path):
+            storage.append_text(self.path / states.METRICS, _lines([record]).decode())
+        self._recorded.append(dict(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the complete lines of metrics.jsonl, without one cut short by a kill."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Return the complete lines of metrics.jsonl, without one cut short by a kill.
+
+        Raises
+        ------
+        RunDirectoryError
+            If it cannot be read, or a line is not what a run writes.
+        """
+        file = self.path / states.METRICS
+        try:
+            return records_of(file.read_bytes()) if file.is_file() else []
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunDirectoryError(
+                f"{file} is not what a run writes ({first_line(error)})."
+            ) from error
 
     def save_checkpoint(
         self, round_number: int, adapter: Adapter, peft_config: Any, card: str
@@ -166,56 +198,85 @@ class RunDirectory:
 
     def save_state(
         self,
-        round_number: int,
         adapter: Adapter,
         state: Mapping[str, Any],
         rule_state: Mapping[str, NDArray[Any]],
+        sites: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write the state after a round, then remove older states."""
-        from safetensors.numpy import save_file
+        """Write the state after a round, with all that a resume reads.
 
-        target = self.path / "state" / f"round-{round_number:06d}"
-        with _writing(self.path), whole_folder(target, replace=True) as folder:
-            save_file(dict(adapter), folder / "adapter.safetensors")
-            if rule_state:
-                save_file(dict(rule_state), folder / "rule.safetensors")
-            (folder / "state.json").write_text(json.dumps(state))
-        for older in self._states()[:-1]:
-            shutil.rmtree(older)
-
-    def load_state(self) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]] | None:
-        """Return adapter and state after the last finished round; None if there is none."""
-        from safetensors.numpy import load_file
-
-        states = self._states()
-        if not states:
-            return None
-        adapter = load_file(states[-1] / "adapter.safetensors")
-        return adapter, json.loads((states[-1] / "state.json").read_text())
-
-    def load_rule_state(self) -> dict[str, NDArray[Any]]:
-        """Return the state of the aggregation rule after the last finished round."""
-        from safetensors.numpy import load_file
-
-        file = self._states()[-1] / "rule.safetensors"
-        return load_file(file) if file.is_file() else {}
-
-    def rewind(self, round_number: int, record: Mapping[str, Any]) -> None:
-        """Remove everything written after `round_number`, whose metrics are `record`."""
-        lines = [m for m in self.read_metrics() if m["round"] < round_number] + [dict(record)]
+        Parameters
+        ----------
+        state
+            The content of state.json, with `round` and the round's line of metrics as `record`.
+        sites
+            The content of sites.json.
+        """
+        copies = {
+            states.CONFIG: self._recipe,
+            states.METRICS: _lines([*self._recorded, state["record"]]),
+            states.SITES: storage.json_bytes(list(sites)),
+        }
         with _writing(self.path):
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            storage.write_text(self.path / "metrics.jsonl", text)
-        for older in self._states()[:-1]:
-            shutil.rmtree(older)
-        for folder in self.path.glob("peft_*"):
-            if folder.name.removeprefix("peft_").isdigit() and (
-                int(folder.name.removeprefix("peft_")) > round_number
-            ):
-                shutil.rmtree(folder)
+            states.save(self.path, state, adapter, rule_state, copies)
 
-    def _states(self) -> list[Path]:
-        return sorted((self.path / "state").glob("round-??????"))
+    def restore(self, recipe: bytes, records: Sequence[states.Record]) -> None:
+        """Set what a resumed run goes on from: its configuration, and its lines of metrics.
+
+        metrics.jsonl is written anew.
+        """
+        self._recipe, self._recorded = recipe, list(records)
+        with _writing(self.path):
+            storage.write_bytes(self.path / states.METRICS, _lines(records))
+
+    def remove_after(self, round_number: int) -> None:
+        """Remove what was written after a round: checkpoints and states."""
+        with _writing(self.path):
+            for folder in (*states.checkpoints(self.path), *states.folders(self.path)):
+                if states.round_of(folder) > round_number:
+                    storage.remove(folder)
+
+    def set_aside_after(self, round_number: int) -> Path:
+        """Move what was written after a round into a new folder `aside-<n>`; return it.
+
+        The round's own metrics and checkpoint stay; metrics.jsonl and summary.json are copied. The
+        order of the moves leaves a run that can be resumed wherever it is cut short.
+        """
+        number = 1
+        while (folder := self.path / f"aside-{number}").exists():
+            number += 1
+        with _writing(self.path):
+            folder.mkdir()
+            for name in (states.METRICS, SUMMARY):
+                if (file := self.path / name).is_file():
+                    shutil.copyfile(file, folder / name)
+            written = (*states.checkpoints(self.path), *reversed(states.folders(self.path)))
+            for beyond in written:
+                if states.round_of(beyond) > round_number:
+                    beyond.rename(folder / beyond.name)
+            storage.flush_folder(folder)
+            storage.flush_folder(self.path)
+        return folder
+
+
+def records_of(content: bytes) -> list[dict[str, Any]]:
+    """Return the records in the content of metrics.jsonl, without a line that was cut short.
+
+    Raises
+    ------
+    ValueError
+        If a line is not a record with a round.
+    """
+    lines = content.decode("utf-8").split("\n")[:-1]  # a text in a record may hold other breaks
+    records = [json.loads(line) for line in lines]
+    for i, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get("round"), int):
+            raise ValueError(f"line {i} has no round")
+    return records
+
+
+def _lines(records: Sequence[states.Record]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def _writing(path: Path) -> AbstractContextManager[None]:
@@ -235,8 +296,7 @@ def _writing(path: Path) -> AbstractContextManager[None]:
 
 def has_finished_round(path: Path) -> bool:
     """Whether a run directory holds the state after a round of training."""
-    rounds = (state.name.removeprefix("round-") for state in (path / "state").glob("round-??????"))
-    return any(number.isdigit() and int(number) > 0 for number in rounds)
+    return any(states.round_of(folder) > 0 for folder in states.folders(path))
 
 
 def _no_place(path: Path, reason: str) -> RunDirectoryError:
@@ -262,22 +322,6 @@ def check_vacant(path: Path) -> None:
         raise _no_place(path, f"{parent} is a file: {os.strerror(errno.ENOTDIR)}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise _no_place(path, f"{parent}: {os.strerror(errno.EACCES)}")
-
-
-def check_resumable(directory: RunDirectory, config: Config) -> None:
-    """Raise `RunDirectoryError` if the run is completed, or its configuration differs."""
-    summary = directory.read_json("summary.json")
-    if summary and summary["status"] == "completed":
-        raise RunDirectoryError(
-            f"{directory.path} is a completed run of {counted(summary['rounds'], 'round')}; there "
-            "is nothing to resume. Start a new run for more rounds."
-        )
-    started_with = resolve(load_recipe(directory.path / "config.toml"))
-    if changes := differences(started_with, config):
-        raise RunDirectoryError(
-            f"{directory.path} was started with another configuration: {'; '.join(changes)}. "
-            "Resume without these changes, or start a new run with them."
-        )
 
 
 def environment() -> dict[str, Any]:
@@ -344,7 +388,8 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
     Raises
     ------
     RunDirectoryError
-        If there is no run, or it has no checkpoint yet, or not the requested one.
+        If there is no run, or it has no checkpoint yet, or not the requested one, or its files are
+        not as the run wrote them.
     ConfigError
         If `which` is none of these.
     """
@@ -372,6 +417,7 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
             f"{folder} is missing, though metrics.jsonl names it. Restore it, or choose another "
             f"checkpoint with --checkpoint: rounds {_listed(saved)}."
         )
+    states.check_checkpoint(run.path, number)
     return Checkpoint(run, config, number, folder, saved[number], number == max(saved))
 
 

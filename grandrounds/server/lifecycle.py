@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,26 @@ from flwr.serverapp import Grid
 
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import DataError, RunDirectoryError
+from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
+from grandrounds.model.base import stored_bits
 from grandrounds.model.lora import LoraSpec, adapter_layout
-from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
-from grandrounds.server.aggregation.make import filled_in, make_rule
-from grandrounds.server.directory import (
-    RunDirectory,
-    check_resumable,
-    default_run_directory,
-    environment,
+from grandrounds.server.admitted import (
+    admitted_examples,
+    admitted_names,
+    admitted_nodes,
+    revoked_nodes,
 )
+from grandrounds.server.aggregation.make import filled_in, make_rule
+from grandrounds.server.directory import RunDirectory, default_run_directory, environment
 from grandrounds.server.exchange import Exchange
-from grandrounds.server.introductions import SAME_IN_A_RUN, has_changed
+from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
 from grandrounds.server.listeners import Listener
+from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.rounds import examine_formulary
 from grandrounds.server.run import Run, State, summary_of
-from grandrounds.wire.adapter import Ranks, drawn_adapter
+from grandrounds.wire.adapter import Adapter, Ranks, drawn_adapter
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.schedule import evaluation_cohort_of
 from grandrounds.wire.told import in_custody
@@ -46,33 +49,35 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     """
     federation, strategy, lora = config.federation, config.strategy, config.lora
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
-    if directory is not None:
-        check_resumable(directory, config)
+    resumed = held_for_resume(directory, config) if directory else None
     spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
-    shapes, targets = adapter_layout(config.model.name, spec)
+    shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes)
     is_new = directory is None
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))
         directory = RunDirectory.create(path, config)
-    directory.hold()
-    directory.write_json("environment.json", environment())
-    described = {**plan.as_dict(), "target-modules": targets}
-    if missing := unmatched(lora.target_modules, targets):
-        described["target-modules-without-match"] = missing
-    directory.write_json("plan.json", described)
+    if is_new:
+        directory.hold()
     start = drawn_adapter(shapes, federation.seed)
     rule = make_rule(filled_in(config))
-    saved = directory.load_state()
-    if saved is None:
+    if resumed is None:
         state = State(0, start, secrets.token_hex(8))
+        before = directory.read_json("sites.json") or []
     else:
-        state = State.from_json(*saved)
-        rule.restore(directory.load_rule_state())
-        state.adapter = {name: state.adapter[name] for name in shapes}  # safetensors sorts
-        directory.rewind(state.round, saved[1]["record"])
-        directory.remove("summary.json")  # of the interrupted part
-    before = directory.read_json("sites.json") or []
+        state, before = resumed.state, list(resumed.sites)
+        state.adapter = in_order(state.adapter, shapes, resumed.saved.folder)
+        rule.restore(resumed.saved.rule)
+        restore(directory, resumed)
+    directory.write_json("environment.json", environment())
+    described = {**plan.as_dict(), "target-modules": list(targets.modules)}
+    if targets.frozen:
+        described["frozen-modules"] = list(targets.frozen)
+    if bits := stored_bits(config.model.source):
+        described["stored-bits"] = bits
+    if missing := unmatched(lora.target_modules, targets.modules):
+        described["target-modules-without-match"] = missing
+    directory.write_json("plan.json", described)
     run = Run(
         config=config,
         directory=directory,
@@ -89,16 +94,40 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
             strategy.min_sites,
             admitted=lambda: admitted_nodes(federation),
             admitted_names=lambda: admitted_names(federation),
+            admitted_examples=lambda: admitted_examples(federation),
             revoked=lambda: revoked_nodes(federation),
             introduced={site["partition-id"]: site for site in before},
         ),
         listener=listener,
         evaluation_cohort=evaluation_cohort_of(config),
     )
-    resumed_after = state.round if saved else None
+    resumed_after = state.round if resumed else None
     place = {"directory": str(directory.path), "resumed-after": resumed_after}
     listener.on_plan({**described, **place})
     return run
+
+
+def held_for_resume(directory: RunDirectory, config: Config) -> Resumption | None:
+    """Lock the directory of a run that is resumed, and read what it goes on from.
+
+    The lock is released if that is an error.
+    """
+    directory.hold()
+    try:
+        return examine(directory, config)
+    except GrandRoundsError:
+        directory.release()
+        raise
+
+
+def in_order(adapter: Adapter, names: Iterable[str], folder: Path) -> Adapter:
+    """Return an adapter with its names in the model's order, since safetensors sorts them."""
+    if adapter.keys() != set(names):
+        raise RunDirectoryError(
+            f"{folder} is of another adapter: its tensors are not those of the base and the target "
+            "modules of this run. Restore the state from a copy, or start a new run."
+        )
+    return {name: adapter[name] for name in names}
 
 
 def open_session(run: Run) -> None:
@@ -157,13 +186,24 @@ def fail(run: Run, status: str, reason: str) -> str:
 
 
 def check_same_sites(roster: Roster) -> None:
-    """Raise `RunDirectoryError` if a site's data, base or prompt have changed since the start."""
+    """Leave out the sites whose data, base or prompt have changed since the start of the run.
+
+    Raises
+    ------
+    RunDirectoryError
+        If the run needs them: fewer than `strategy.min-sites` are left.
+    """
+    changed: dict[int, str] = {}
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
-        for fact in SAME_IN_A_RUN:
+        for fact in (*SAME_IN_A_RUN, *SAME_IF_TOLD):
             if has_changed(fact, before, card.facts):
-                raise RunDirectoryError(
-                    f"{roster.names.with_number(site)} has changed since the run started: its "
-                    f"{fact} was {before.get(fact)} and is now {card.facts.get(fact)}. Restore it "
-                    "to resume, or start a new run."
+                changed[site] = (
+                    f"its {fact} was {before.get(fact)} and is now {card.facts.get(fact)}"
                 )
+    if changed and not roster.leave_out(changed):
+        site, how = next(iter(changed.items()))
+        raise RunDirectoryError(
+            f"{roster.names.with_number(site)} has changed since the run started: {how}. Restore "
+            "it to resume, or start a new run."
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from grandrounds.server.described import (
 )
 from grandrounds.server.listeners.start_rows import defence
 from grandrounds.server.listeners.trackers import settings_of
+from grandrounds.wire.messages import BASE_COMMIT, DATA_COMMIT
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
 """The leaderboard whose table columns `_submission` fills in."""
@@ -57,6 +58,8 @@ class Accuracy:
     """95 % interval of the accuracy, as fractions."""
     complete: bool = True
     """Whether all items of the benchmark were used."""
+    revision: str = ""
+    """Commit or branch of the hub's data set that the items are from; empty for other sources."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Findings:
     """Device and precision at the sites."""
     sites: Sequence[Mapping[str, Any]] = ()
     """Their introductions, as in sites.json. Their names stay out of the card."""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """Content of plan.json: what is known of the base."""
     failed_replies: int | None = None
     """Number of replies in the run that were not used."""
     merged: str | None = None
@@ -194,18 +199,25 @@ def _facts(
     bits = {0: "not quantised", 4: "4 bits (NF4)", 8: "8 bits (LLM.int8)"}[
         config.model.quantization
     ]
+    if stored := found.plan.get("stored-bits"):
+        bits = f"{stored} bits as published (bitsandbytes)"
+    frozen = ", ".join(found.plan.get("frozen-modules", ()))
     mu = f" (mu {strategy.proximal_mu:g})" if strategy.name == "fedprox" else ""
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
     if held_out_loss is not None and found.base_held_out_loss is not None:
         loss += f" (base {found.base_held_out_loss:.4f})"
     codecs = config.communication
+    commits = [
+        next((str(site[fact]) for site in found.sites if fact in site), "")
+        for fact in (BASE_COMMIT, DATA_COMMIT)
+    ]
     rows = [
-        ("base", f"{_shown(config.model.name)}, {bits}"),
-        ("data", _cell(data_text(config, found.sites))),
+        ("base", f"{_shown(config.model.name)}{_at(config.model.revision, commits[0])}, {bits}"),
+        ("data", _cell(data_text(config, found.sites)) + _at(config.static.revision, commits[1])),
         (
             "adapter",
             f"r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, "
-            f"on {', '.join(target_modules)}",
+            f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (
             "aggregation",
@@ -219,6 +231,7 @@ def _facts(
         ("communication so far", f"{mib:,.2f} MiB (FlowerTune's counting rule)"),
         ("codecs", f"{codecs.uplink_codec} up, {codecs.downlink_codec} down"),
         ("seed", str(config.federation.seed)),
+        *_prompt_rows(config),
     ]
     if found.data:
         about = "about " if are_real(found.sites) else ""
@@ -227,6 +240,21 @@ def _facts(
     if found.failed_replies is not None:
         rows.append(("failed replies of the run", str(found.failed_replies)))
     return _table(("", ""), rows)
+
+
+def _at(revision: str, commit: str) -> str:
+    """Return which state of the hub's files was read: revision as set, and commit if known."""
+    told = [f"revision {_cell(revision)}"] if revision and revision != commit else []
+    told += [f"commit {commit}"] if commit else []
+    return f", {' = '.join(told)}" if told else ""
+
+
+def _prompt_rows(config: Config) -> list[tuple[str, str]]:
+    """Return the rows on what is set in the chat template; none if nothing is."""
+    date, options, system = config.data.chat
+    rows = [("date in the prompt", date)] if date else []
+    rows += [("options of the chat template", _cell(options))] if options else []
+    return rows + ([("system prompt", _cell(system))] if system else [])
 
 
 def _coverage(accuracy: Accuracy) -> str:
@@ -249,7 +277,10 @@ def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
         for a in accuracies
     ]
     columns = ("protocol", "benchmark", "model", "correct", "%", "95 % interval")
-    return title + _table(columns, rows) + "\n\nWilson intervals. `base` is the untrained base."
+    read = {a.benchmark: f"{a.benchmark} at {_cell(a.revision)}" for a in accuracies if a.revision}
+    from_hub = f" Questions from the hub: {', '.join(read.values())}." if read else ""
+    table = _table(columns, rows)
+    return f"{title}{table}\n\nWilson intervals. `base` is the untrained base.{from_hub}"
 
 
 def _use(config: Config, merged: bool) -> str:
@@ -261,6 +292,8 @@ def _use(config: Config, merged: bool) -> str:
         )
     else:
         load = f"base = {json.dumps(config.model.name)}"
+        at = config.model.revision
+        revision = f", revision={json.dumps(at)}" if at else ""
         if config.model.name == FORMULARY:
             load = "from grandrounds.data.formulary import base_path\n\nbase = base_path()"
         elif names_a_base(config.model.name):
@@ -273,12 +306,33 @@ def _use(config: Config, merged: bool) -> str:
         code = (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f"{load}\nmodel = PeftModel.from_pretrained("
-            'AutoModelForCausalLM.from_pretrained(base), ".")'
+            f'AutoModelForCausalLM.from_pretrained(base{revision}), ".")'
         )
     template = config.data.prompt_template
+    ends = "the template's end of turn" if template == "chat" else "the end-of-sequence token"
     return (
         f"## Use\n\n```python\n{code}\n```\n\nPrompt template: `{template}`, as in "
-        "training; answers end with the end-of-sequence token."
+        f"training; answers end with {ends}.{_chat_use(config, merged)}"
+    )
+
+
+def _chat_use(config: Config, merged: bool) -> str:
+    """Return how a prompt gets what the run set in the chat template; empty if it set nothing."""
+    date, options, system = config.data.chat
+    if not (date or options or system):
+        return ""
+    if merged:
+        return (
+            " What the table says of the prompt is written into this tokenizer's chat template, "
+            "so that `tokenizer.apply_chat_template` renders the text of training."
+        )
+    handed = "".join(f", {name}={value!r}" for name, value in json.loads(options or "{}").items())
+    first = f'{{"role": "system", "content": {json.dumps(system, ensure_ascii=False)}}}, '
+    return (
+        " To render the text of training:\n\n```python\ntokenizer.apply_chat_template("
+        f'[{first * bool(system)}{{"role": "user", "content": question}}], '
+        f"add_generation_prompt=True{handed})\n```"
+        + (f"\n\nThe template printed {date} as the date." if date else "")
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.targets import Targets
 from grandrounds.server.aggregation.rule import Rule
 from grandrounds.server.described import leaderboard_differences
 from grandrounds.server.directory import RunDirectory
@@ -21,6 +22,10 @@ from grandrounds.wire.downlink import Sender
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.told import in_custody, total_of_sites
 from grandrounds.wire.traffic import Plan
+
+NORM_ROUNDS = 5
+"""Rounds over whose updates the median norm is taken (`defence.largest-norm`): enough for small
+cohorts, few enough to follow the learning rate down."""
 
 
 @dataclass
@@ -47,6 +52,8 @@ class State:
     """Replies that were not used."""
     late_replies: int = 0
     """Those of them that came after their round had ended."""
+    norms: list[list[float]] = field(default_factory=list)
+    """L2 norms of the updates used in each of the last `NORM_ROUNDS` rounds, before any bound."""
     seconds: float = 0.0
     """Wall-clock time of all finished rounds."""
 
@@ -61,6 +68,16 @@ class State:
             if {"process-id", "base-loads"} <= metrics.keys():
                 self.base_loads[str(metrics["process-id"])] = int(metrics["base-loads"])
 
+    @property
+    def earlier_norms(self) -> list[float]:
+        """The norms of all these rounds together."""
+        return [norm for norms in self.norms for norm in norms]
+
+    def note_norms(self, norms: Iterable[float]) -> None:
+        """Record the norms of a round's updates; a round that changed nothing has none."""
+        if used := sorted(norm for norm in norms if norm > 0):
+            self.norms = [*self.norms, used][-NORM_ROUNDS:]
+
     def to_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return everything but the adapter, with the round's metrics."""
         return {
@@ -72,25 +89,32 @@ class State:
             "base-loads": self.base_loads,
             "failed-replies": self.failed_replies,
             "late-replies": self.late_replies,
+            "norms": self.norms,
             "seconds": self.seconds,
             "record": record,
         }
 
     @classmethod
     def from_json(cls, adapter: Adapter, data: Mapping[str, Any]) -> State:
-        """Return the state that `to_json` wrote."""
-        cursors = {int(p): c for p, c in data["cursors"].items()}
+        """Return the state that `to_json` wrote.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, AttributeError
+            If it is not what `to_json` writes.
+        """
         return cls(
-            round=data["round"],
+            round=int(data["round"]),
             adapter=adapter,
-            run=data.get("run", "0"),
+            run=str(data.get("run", "0")),
             ledger=Ledger.from_dict(data["ledger"]),
-            cursors=cursors,
-            coverage={int(p): c for p, c in data["coverage"].items()},
-            base_loads=data["base-loads"],
-            failed_replies=data["failed-replies"],
-            late_replies=data.get("late-replies", 0),
-            seconds=data["seconds"],
+            cursors={int(p): int(c) for p, c in data["cursors"].items()},
+            coverage={int(p): float(c) for p, c in data["coverage"].items()},
+            base_loads={str(p): int(c) for p, c in data["base-loads"].items()},
+            failed_replies=int(data["failed-replies"]),
+            late_replies=int(data.get("late-replies", 0)),
+            norms=[[float(n) for n in norms] for norms in data.get("norms", [])],
+            seconds=float(data["seconds"]),
         )
 
 
@@ -106,7 +130,7 @@ class Run:
     """The planned traffic."""
     lora: LoraSpec
     """The adapter that a site trains, with the configured target modules."""
-    targets: list[str]
+    targets: Targets
     """The adapted modules, resolved."""
     state: State
     rule: Rule

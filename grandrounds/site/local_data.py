@@ -17,7 +17,7 @@ from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
 from grandrounds.errors import DataError
-from grandrounds.model.base import load_tokenizer
+from grandrounds.model.tokenizers import dated_tokenizer
 from grandrounds.wire.names import clean_name
 
 
@@ -37,6 +37,8 @@ class Site:
     + held-out."""
     name: str = ""
     """What the data call it: the value of `data.partition-by` under natural partitioning."""
+    data_commit: str = ""
+    """Commit of the hub's data set, where it is known."""
 
     @cached_property
     def tag(self) -> str:
@@ -52,15 +54,9 @@ class Site:
         return digest.hexdigest()[:16]
 
 
-@lru_cache(maxsize=4)
-def tokenizer_of(model_name: str) -> Any:
-    """Return a base's tokenizer, read once per process."""
-    return load_tokenizer(model_name)
-
-
 def site_of(config: Config, partition_id: int) -> Site:
     """Return a site of a run on the data that its configuration names."""
-    source, data, model = config.static.name, config.data, config.model.name
+    source, data, model = config.static.source, config.data, config.model.source
     return open_site(
         source, data, model, config.train.seq_length, config.federation.seed, partition_id
     )
@@ -70,6 +66,11 @@ def open_site(
     source: str, data: DataConfig, model_name: str, seq_length: int, seed: int, partition_id: int
 ) -> Site:
     """Return a site's tokenised examples.
+
+    Parameters
+    ----------
+    source, model_name : str
+        What loads data and base, with a revision where the run has one.
 
     Raises
     ------
@@ -99,7 +100,8 @@ def _open(
     partition_id: int,
 ) -> Site:
     own_rows, split = split_site(rows, data, seed, partition_id)
-    site = tokenized_site(split, partition_id, model_name, data.prompt_template, seq_length)
+    site = tokenized_site(split, partition_id, model_name, data, seq_length)
+    site = replace(site, data_commit=rows.commit)
     if data.partitioner != "natural":
         return site
     return replace(site, name=natural_name(data.partition_by, own_rows[data.partition_by][0]))
@@ -134,26 +136,30 @@ def natural_name(column: str, value: object) -> str:
 
 
 @lru_cache(maxsize=4)
-def _note_format(model_name: str) -> None:
+def _note_format(model_name: str, tokenizer: Any) -> None:
     """Say once in a process if a chat template renders a finished turn differently."""
-    tokenizer = tokenizer_of(model_name)
     if tokenizer.chat_template and not chat_format(tokenizer).is_prefix:
         print(f"grandrounds: chat template of {model_name!r}: {NOT_A_PREFIX}.", file=sys.stderr)
 
 
 def tokenized_site(
-    split: SiteData, partition_id: int, model_name: str, template: str, seq_length: int
+    split: SiteData, partition_id: int, model_name: str, data: DataConfig, seq_length: int
 ) -> Site:
     """Return a site's tokenised examples.
+
+    Parameters
+    ----------
+    data : DataConfig
+        Of the run: only the prompt is read.
 
     Raises
     ------
     DataError
         If no training example is left.
     """
-    tokenizer = tokenizer_of(model_name)
+    tokenizer, template = dated_tokenizer(model_name, data), data.prompt_template
     if template == "chat":
-        _note_format(model_name)
+        _note_format(model_name, tokenizer)
     train = tokenize_examples(split.train, tokenizer, template, seq_length)
     held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length)
     if not train.examples:

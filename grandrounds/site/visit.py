@@ -23,16 +23,19 @@ from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import DataError
 from grandrounds.model import headroom, machine
 from grandrounds.model.base import (
+    base_commit,
     base_fingerprint,
     base_loads,
+    bits_of,
     device_and_dtype,
     quantization_config,
 )
 from grandrounds.model.prefill import check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
+from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
-from grandrounds.site.local_data import Site, site_of, tokenizer_of
+from grandrounds.site.local_data import Site, site_of
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
@@ -203,10 +206,11 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
     """Return a site's introduction at the roll call; loads nothing heavy."""
     device, dtype = device_and_dtype(config.model.dtype)
     # Fail here, before any training.
-    quantization_config(config.model.quantization, dtype)
+    quantization_config(bits_of(machine.specs(config)[0]), dtype)
     training.check_optimizer(config.train.optimizer)
-    check_length(config.model.name, config.train.seq_length)
-    name = config.model.name
+    check_length(config.model.source, config.train.seq_length)
+    name = config.model.source
+    commits = {messages.BASE_COMMIT: base_commit(name), messages.DATA_COMMIT: site.data_commit}
     return {
         "partition-id": site.partition_id,
         **({NAME: site.name} if site.name else {}),
@@ -214,7 +218,8 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
         DATA_TAG: site.tag,
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
-        "prompt": prompt_hash(config.data.prompt_template, tokenizer_of(name)),
+        **{key: commit for key, commit in commits.items() if commit},
+        "prompt": prompt_hash(config.data.prompt_template, run_tokenizer(config)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "precision": machine.precision(config),
         "means": machine.means(config),
@@ -289,7 +294,7 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
         seed=seed,
     )
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
-    pad = tokenizer_of(config.model.name).pad_token_id
+    pad = run_tokenizer(config).pad_token_id
     return headroom.run_visit(
         config,
         resident,
@@ -348,7 +353,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
             resident.model,
             site.held_out,
             config.arguments.per_device_train_batch_size,
-            tokenizer_of(config.model.name).pad_token_id,
+            run_tokenizer(config).pad_token_id,
             resident.device,
             machine.forward(config),
         )
@@ -364,7 +369,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
 
 def examine(resident: Resident, config: Config) -> dict[str, int]:
     """Return the results of the formulary's exam, with and without the adapter."""
-    tokenizer = tokenizer_of(config.model.name)
+    tokenizer = run_tokenizer(config)
     template = config.data.prompt_template
     tuned = score_formulary(resident.model, tokenizer, template)
     with resident.model.disable_adapter():

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.tokenization import end_token_ids, prompt_token_ids
 from grandrounds.errors import DataError
-from grandrounds.model.base import BaseSpec, load_tokenizer
+from grandrounds.model.base import BaseSpec
 from grandrounds.model.prefill import cache_of, with_cache
 from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.model.scoring import stop_tokens
+from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.server.directory import Checkpoint
 from grandrounds.study.evaluation.likelihood import context_length
 from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
@@ -48,12 +50,12 @@ class Interview:
         """
         model = checkpoint.config.model
         spec = lora_spec(checkpoint.folder)
-        check_fit(checkpoint.folder, spec, model.name)
+        check_fit(checkpoint.folder, spec, model.source)
         adapter = read_adapter(checkpoint.folder)
-        self._tokenizer = load_tokenizer(model.name)
+        self._tokenizer = tokenizer_of(model.source, ChatSettings(*checkpoint.config.data.chat))
         self._template = checkpoint.config.data.prompt_template
         self._end = end_token_ids(self._tokenizer, self._template)
-        base = BaseSpec(model.name, model.quantization, model.dtype)
+        base = BaseSpec(model.source, model.quantization, model.dtype)
         self._resident = resident_model(base, spec)
         self._resident.model.eval()
         set_adapter(self._resident, adapter)

@@ -10,6 +10,7 @@ from typing import Any
 from grandrounds.config.bases import KNOWN_BASES, bases_here, folder_of
 from grandrounds.config.keys import Config
 from grandrounds.data.chat import NOT_A_PREFIX, chat_format
+from grandrounds.data.chat_settings import options_of, prints_today
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, nearest
 from grandrounds.model.architectures import FAMILIES, target_modules
@@ -99,9 +100,13 @@ def _template_text(tokenizer: Any) -> str:
         return "none: data.prompt-template = chat is not possible, alpaca is"
     form = chat_format(tokenizer)
     ends = "".join(tokenizer.convert_ids_to_tokens(list(form.end)))
-    return f"yes, {len(tokenizer.chat_template):,} characters; an answer ends with {ends}" + (
-        "" if form.is_prefix else f"; {NOT_A_PREFIX}"
-    )
+    template = tokenizer.get_chat_template()
+    told = [f"yes, {len(template):,} characters", f"an answer ends with {ends}"]
+    told += [] if form.is_prefix else [NOT_A_PREFIX]
+    told += ["prints the date (data.template-date)"] if prints_today(template) else []
+    if options := options_of(template):
+        told.append(f"data.template-options: {', '.join(options)}")
+    return "; ".join(told)
 
 
 def _memory(config: Config) -> Iterator[Fact]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.tokenization import end_token_ids
 from grandrounds.errors import (
@@ -25,9 +26,18 @@ from grandrounds.errors import (
     RunDirectoryError,
     first_line,
 )
-from grandrounds.model.base import BaseSpec, load_base, load_tokenizer, model_location
-from grandrounds.model.lora import LoraSpec
+from grandrounds.model.base import (
+    BaseSpec,
+    base_config,
+    bits_of,
+    load_base,
+    loading,
+    model_location,
+)
+from grandrounds.model.lora import LoraSpec, without_weights
 from grandrounds.model.scoring import stop_tokens
+from grandrounds.model.targets import decoder_path, is_conv1d
+from grandrounds.model.tokenizers import set_in, tokenizer_of
 from grandrounds.server.directory import Checkpoint
 from grandrounds.server.listeners.start_rows import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
@@ -38,8 +48,17 @@ from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
 from grandrounds.study.evaluation.tasks import WEIGHTS
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
-from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.adapter import A, Adapter
 from grandrounds.wire.told import total_of_sites
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the path of a base's module."""
+
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "audio_tokenizer_config.json",
+)
+"""Files of a composite base's processor, beside its tokenizer's."""
 
 Say = Callable[[str], None]
 """Receives progress messages."""
@@ -127,37 +146,69 @@ class Rounding:
 
 def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: Say) -> str:
     """Write base and adapter as one model; return a description for the card."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    name, quantization = checkpoint.config.model.name, checkpoint.config.model.quantization
+    configured = checkpoint.config.model
+    name = configured.source
     spec = lora_spec(checkpoint.folder)
     check_fit(checkpoint.folder, spec, name)
-    tokens = load_tokenizer(name)  # reports a missing base in one line
-    settings = AutoConfig.from_pretrained(model_location(name), trust_remote_code=False)
-    own = settings.dtype or torch.float32
+    said = ChatSettings(*checkpoint.config.data.chat)
+    tokens = tokenizer_of(name, said)  # reports a missing base in one line
+    settings = base_config(name)
+    text = settings.get_text_config()
+    own = settings.dtype or text.dtype or torch.float32
+    quantization = bits_of(BaseSpec(name, configured.quantization, configured.dtype))
     say(f"loading {name}")
-    model = _load(name, quantization, checkpoint.config.model.dtype, own)
+    model = _load(name, quantization, configured.dtype, own)
     say("merging")
-    rounding = merge(model, adapter, spec, own)
-    model.config.use_cache = settings.use_cache
+    rounding = merge(model, _on_the_whole(adapter, model, name), spec, own)
+    model.config.get_text_config().use_cache = getattr(text, "use_cache", True)
     learned = end_token_ids(tokens, checkpoint.config.data.prompt_template)
     stops = stop_tokens(model, tokens, learned)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_location(name), trust_remote_code=False)
-    for loading in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
-        tokenizer.init_kwargs.pop(loading, None)
+    tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
+    set_in(tokenizer, said, name)
+    for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
+        tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
+    if text is not settings:
+        _copy_processor(name, folder)
     return merged_text(quantization, rounding)
 
 
 def _load(name: str, quantization: int, dtype: str, own: torch.dtype) -> Any:
     """Load the base: dequantised from the run's quantisation, or in its own dtype."""
     if quantization:
-        return load_base(BaseSpec(name, quantization, dtype)).dequantize()
+        return load_base(BaseSpec(name, quantization, dtype), whole=True).dequantize()
     exact = "bfloat16" if own is torch.bfloat16 else "float32"  # float32 represents float16 exactly
-    return load_base(BaseSpec(name, 0, exact))
+    return load_base(BaseSpec(name, 0, exact), whole=True)
+
+
+def _on_the_whole(adapter: Adapter, model: Any, name: str) -> Adapter:
+    """Return an adapter under the names that its modules have in the whole checkpoint.
+
+    They differ where a run trains on the text model of a composite base alone.
+    """
+    trained, whole = decoder_path(without_weights(name)), decoder_path(model)
+    if trained == whole:
+        return adapter
+    before, after = (f"{PEFT_PREFIX}{path + '.' if path else ''}" for path in (trained, whole))
+    return {after + key.removeprefix(before): tensor for key, tensor in adapter.items()}
+
+
+def _copy_processor(name: str, folder: Path) -> None:
+    """Copy what reads a composite base's images and sounds, as far as there is any."""
+    from transformers.utils import cached_file
+
+    given = {key: value for key, value in loading(name).items() if key == "revision"}
+    for file in PROCESSOR_FILES:
+        found = cached_file(
+            model_location(name), file, **given, _raise_exceptions_for_missing_entries=False
+        )
+        if found:
+            shutil.copyfile(found, folder / file)
 
 
 @torch.no_grad()
@@ -171,11 +222,13 @@ def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> R
     for name, a in adapter.items():
         if ".lora_A." not in name:
             continue
-        path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        weight = model.get_submodule(path).weight
+        module = model.get_submodule(name.removeprefix(PEFT_PREFIX).removesuffix(A))
+        weight = module.weight
         b = torch.tensor(adapter[name.replace(".lora_A.", ".lora_B.")], device=weight.device)
         # (out-features, rank) x (rank, in-features)
         change = spec.alpha / spec.rank * (b @ torch.tensor(a, device=weight.device))
+        if is_conv1d(module):
+            change = change.T
         exact = weight.float() + change
         weight.data = exact.to(dtype)
         rounded += float((weight.float() - exact).double().square().sum())
@@ -222,6 +275,7 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
         accuracies=(*evaluated(checkpoint), *_asked_at_the_sites(checkpoint, summary)),
         device=device,
         sites=sites,
+        plan=run.read_json("plan.json") or {},
         failed_replies=summary.get("failed_replies"),
         repository=repository,
     )
@@ -273,6 +327,7 @@ def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
             n=part["n"],
             interval=(part["interval"][0], part["interval"][1]),
             complete=not row["limited"],
+            revision=str((row.get("source") or {}).get("revision", "")),
         )
 
 

@@ -23,7 +23,7 @@ from grandrounds.model.architectures import (
     unmatched,
 )
 from grandrounds.model.location import check_location
-from grandrounds.server.directory import RunDirectory, check_resumable, check_vacant
+from grandrounds.server.directory import check_vacant
 from grandrounds.study.plan.forecast import kept_rows, site_sizes
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of, examples_of_a_visit
 
@@ -46,8 +46,13 @@ HIGHEST_LEARNING_RATE = 1e-3
 """Learning rate beyond which LoRA on a pretrained base is warned of."""
 
 
-def check(config: Config) -> list[str]:
-    """Check what a run in this place needs; return warnings of unsound amounts.
+def check(config: Config, from_round: int | None = None) -> list[str]:
+    """Check what a run in this place needs; return warnings of damage and of unsound amounts.
+
+    Parameters
+    ----------
+    from_round : int, optional
+        The round after which a run is resumed; None is its last.
 
     Raises
     ------
@@ -59,18 +64,21 @@ def check(config: Config) -> list[str]:
         If the data are a file that is missing, damaged, without a column or without content, or
         cannot be divided among the sites.
     """
-    check_place(config)
+    damage = check_place(config, from_round)
     unmatched = check_base(config)
-    return [*unmatched, *warnings(config, check_data(config))]
+    return [*damage, *unmatched, *warnings(config, check_data(config))]
 
 
-def check_place(config: Config) -> None:
-    """Check the run directory of a new run, or the run that is resumed."""
+def check_place(config: Config, from_round: int | None) -> list[str]:
+    """Check the run directory of a new run, or the run that is resumed; return what is mended."""
     federation = config.federation
     if federation.resume_from:
-        check_resumable(RunDirectory.open(Path(federation.resume_from)), config)
-    elif federation.run_directory:
+        from grandrounds.server import resumption
+
+        return resumption.check(config, from_round)
+    if federation.run_directory:
         check_vacant(Path(federation.run_directory))
+    return []
 
 
 def check_base(config: Config) -> list[str]:

@@ -36,6 +36,12 @@ LEFT_OUT = {
     "strategy.round-timeout-seconds",
     "strategy.min-sites",
     "strategy.connect-timeout-seconds",
+    # the main branch; the template of a prompt that these recipes do not use
+    "model.revision",
+    "static.dataset.revision",
+    "data.template-date",
+    "data.template-options",
+    "data.system-prompt",
     # one value allowed, or the same as another key
     "train.training-arguments.output-dir",
     "train.training-arguments.learning-rate",

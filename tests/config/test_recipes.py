@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import (
     defaults,
@@ -365,3 +367,66 @@ def test_what_does_not_compare_with_the_leaderboard_is_listed() -> None:
         "partitioner size-skewed, not iid",
         "5 % of each site's data held out",
     ]
+
+
+# --- Tables and dates -----------------------------------------------------------------------------
+
+OPTIONS, DAY = "data.template-options", "data.template-date"
+CHAT = {"data.prompt-template": "chat"}
+
+
+def test_a_table_is_one_value_however_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "chat.toml"
+    path.write_text(
+        'data.prompt-template = "chat"\ndata.template-date = 2026-07-26\n'
+        "[data.template-options]\nenable_thinking = true\neffort = 'low'\n"
+    )
+    in_file = recipes.load_recipe(path)
+    settings = recipes.from_options(path, ["data.template-options.enable_thinking=false"])
+    config = recipes.resolve(settings)
+    assert config.data.template_options == '{"effort": "low", "enable_thinking": false}'
+    assert config.data.template_date == "2026-07-26"
+    assert recipes.resolve(config.recipe()) == config
+    whole = recipes.overlaid([in_file, {OPTIONS: '{"b":1}'}, {f"{OPTIONS}.a": 2}])
+    assert whole[OPTIONS] == '{"a": 2, "b": 1}'
+    in_line = recipes.parse_overrides(["data.template-options={a = 2, b = 1}", f"{DAY}=2026-07-26"])
+    assert recipes.overlaid([in_line])[OPTIONS] == whole[OPTIONS]
+    assert recipes.overlaid([in_line])[DAY] == "2026-07-26"
+    assert recipes.overlaid([in_file, {OPTIONS: "{}"}])[OPTIONS] == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({OPTIONS: "enable_thinking"}, "it must be a table of strings"),
+        ({OPTIONS: '{"a": [1]}'}, "it must be a table of strings"),
+        ({f"{OPTIONS}.enable-thinking": False}, "it must be a table of strings"),
+        ({DAY: "26 Jul 2026"}, "it must be a date such as 2026-07-26"),
+        ({DAY: "2026-02-30"}, "it must be a date such as 2026-07-26"),
+    ],
+)
+def test_what_is_no_table_or_no_date_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        recipes.resolve({**CHAT, **values})
+
+
+@pytest.mark.parametrize(
+    "values", [{DAY: "2026-07-26"}, {f"{OPTIONS}.a": 1}, {"data.system-prompt": "Be brief."}]
+)
+def test_settings_of_the_chat_template_need_it(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r'has no effect without data\.prompt-template = "chat"'):
+        recipes.resolve(values)
+    recipes.resolve({**CHAT, **values})
+
+
+def test_an_entry_may_set_revisions_and_options(tmp_path: Path) -> None:
+    path = tmp_path / "pyproject.toml"
+    path.write_text(
+        '[tool.flwr.app.config]\nmodel.name = "someone/model"\nmodel.revision = "v1"\n'
+        '[tool.flwr.app.config.static]\ndataset.name = "someone/cards"\n'
+        'dataset.revision = "v2"\n'
+    )
+    config = recipes.resolve(recipes.load_recipe(path))
+    assert (config.model.source, config.static.source) == ("someone/model@v1", "someone/cards@v2")
+    assert config.data.prompt_template == "alpaca"
+    assert config.data.chat == ("", "", "")

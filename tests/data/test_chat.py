@@ -109,6 +109,15 @@ FAMILIES: dict[str, tuple[str, str, str]] = {
         "<s> <U> <A>",
         "<eos>",
     ),
+    "trims before alone": (
+        LOOP
+        + "<|{{ m.role }}|>{{ m.content.lstrip() }}<|end|>\n"
+        + END
+        + ASKED
+        + "<|assistant|>{% endif %}",
+        "<|user|> <|assistant|> <|end|>",
+        "<|end|>",
+    ),
     "thinking, empty in the past": (
         LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
         "{% endif %}{{ m.content }}<|im_end|>\n"
@@ -190,14 +199,17 @@ def test_the_trained_tokens_are_those_of_the_rendered_conversation(
 
 
 def test_a_template_that_trims_answers_trims_the_trained_ones(byte_level: Any) -> None:
-    for family, trims in (("gemma", True), ("chatml", False)):
+    for family, before, after in (
+        ("gemma", True, True),
+        ("chatml", False, False),
+        ("trims before alone", True, False),
+    ):
         tokenizer = with_template(byte_level, family)
-        assert chat_format(tokenizer).trims == trims
-        ids = [
+        bare, *blank = [
             tokenize_examples([Example("Why?", answer)], tokenizer, "chat", 500).examples[0]
-            for answer in ("Rest.", "Rest. ")
+            for answer in ("Rest.", "\nRest.", "Rest. ")
         ]
-        assert (ids[0] == ids[1]) == trims
+        assert [one == bare for one in blank] == [before, after]
 
 
 def test_the_prompts_hash_knows_the_end_of_turn_only_where_it_is_another(byte_level: Any) -> None:

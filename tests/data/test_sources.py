@@ -381,17 +381,25 @@ class TestHub:
     def test_split_train_of_a_hub_data_set_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
 
-        def load_dataset(name: str, split: str) -> datasets.Dataset:
-            asked.append((name, split))
+        def load_dataset(name: str, split: str, revision: str = "main") -> datasets.Dataset:
+            asked.append((name, split, revision))
             assert datasets.utils.are_progress_bars_disabled()
-            return datasets.Dataset.from_list(ROWS)
+            loaded = datasets.Dataset.from_list(ROWS)
+            if revision != "main":
+                url = f"hf://datasets/{name}@{'ab' * 20}/train.jsonl"
+                loaded.info.download_checksums = {url: {}}
+            return loaded
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         for _ in range(2):
             rows = read("someone/cards", keep_columns=["site"])
-        assert asked == [("someone/cards", "train")]
+        assert asked == [("someone/cards", "train", "main")]
         assert not datasets.utils.are_progress_bars_disabled()
         assert rows.to_list() == [{k: row[k] for k in ("input", "output", "site")} for row in ROWS]
+        columns = {"question_column": "input", "answer_column": "output"}
+        assert load_rows("someone/cards", **columns).commit == ""
+        assert load_rows("someone/cards@v2", **columns).commit == "ab" * 20
+        assert asked[-1] == ("someone/cards", "train", "v2")
 
     def test_wrong_column_of_a_hub_data_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(

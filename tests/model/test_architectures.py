@@ -123,8 +123,8 @@ def test_shapes_are_those_of_the_model_that_transformers_builds(
     tiny_config(model_type, tie_word_embeddings=tied).save_pretrained(tmp_path)
     base = find_architecture(str(tmp_path))
     built, targets = adapter_layout(str(tmp_path), LoraSpec(4, 8, "all-linear", 0.0))
-    assert target_modules(base, "all-linear") == targets
-    assert list(adapter_shapes(base, targets, 4).items()) == list(built.items())
+    assert target_modules(base, "all-linear") == list(targets.modules)
+    assert list(adapter_shapes(base, targets.modules, 4).items()) == list(built.items())
     assert base.parameters == base_parameters(str(tmp_path))
 
 
@@ -172,8 +172,8 @@ def test_the_embedded_base_is_read_from_its_folder_and_adapted_on_all_linear_mod
 
     base = find_architecture("formulary")
     built, targets = adapter_layout("formulary", LoraSpec(16, 32, "auto", 0.0))
-    assert target_modules(base, "auto") == targets
-    assert dict(adapter_shapes(base, targets, 16)) == built
+    assert target_modules(base, "auto") == list(targets.modules)
+    assert dict(adapter_shapes(base, targets.modules, 16)) == built
     assert base.parameters == base_parameters("formulary")
 
 
@@ -232,3 +232,19 @@ def test_auto_without_a_choice_and_unknown_modules_are_refused_as_in_a_run() -> 
         target_modules(base, "q_proj")
     with pytest.raises(ModelError, match="names no module"):
         target_modules(base, " , ")
+
+
+def test_a_target_that_an_adapter_cannot_use_is_refused_also_in_an_entrys_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It matches a module, so it is not passed over as one that matches nothing."""
+    from grandrounds.model import targets
+    from grandrounds.model.lora import without_weights
+
+    tiny_config("llama").save_pretrained(tmp_path)
+    monkeypatch.setitem(targets.UNREAD, "llama", ("o_proj",))
+    model = without_weights(str(tmp_path))
+    assert targets.find_targets(model, "q_proj?,W_pack?", "x").modules == ("q_proj",)
+    for wanted in ("q_proj,o_proj", "q_proj?,o_proj?"):
+        with pytest.raises(ModelError, match="'o_proj', which an adapter on 'x' cannot use"):
+            targets.find_targets(model, wanted, "x")

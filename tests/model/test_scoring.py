@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from grandrounds.model.scoring import generate_greedily, option_log_likelihoods
 
@@ -130,6 +130,7 @@ def test_mode_is_restored_after_an_error() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.config = LlamaConfig(vocab_size=30)
 
         def forward(self, **inputs: Any) -> None:
             raise RuntimeError("broken")

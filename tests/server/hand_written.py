@@ -12,6 +12,7 @@ from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import DataError
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.targets import Targets
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.introductions import SiteCard
@@ -120,8 +121,12 @@ def run_over(
     timeout_seconds: float = 10.0,
     **settings: Any,
 ) -> Run:
-    """Return a run over four sites that all are there, after two rounds; nothing is written."""
-    config = resolve({"strategy.name": "fedprox", **settings})
+    """Return a run over four sites that all are there, after two rounds; nothing is written.
+
+    Weights and norms are limited only where the settings say so.
+    """
+    unlimited = {"strategy.largest-weight": 0, "defence.largest-norm": 0}
+    config = resolve({"strategy.name": "fedprox", **unlimited, **settings})
     state = State(2, START, "0")
     return Run(
         config=config,
@@ -129,7 +134,7 @@ def run_over(
         is_new=True,
         plan=cast(Any, None),
         lora=LoraSpec(2, 4.0, "m", 0.0),
-        targets=["m"],
+        targets=Targets(("m",)),
         state=state,
         rule=make_rule(filled_in(config)),
         sender=Sender(Ranks.of(config), config.communication, START, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +21,19 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from grandrounds.config import recipes
+from grandrounds.data.chat import rendered
 from grandrounds.data.formulary import base_path
+from grandrounds.data.tokenization import prompt_token_ids
 from grandrounds.errors import ConfigError, GrandRoundsError, ModelError, RunDirectoryError
 from grandrounds.model.lora import LoraSpec, adapter_layout, peft_config
+from grandrounds.model.tokenizers import run_tokenizer, tokenizer_of
 from grandrounds.server.directory import RunDirectory, find_checkpoint
-from grandrounds.server.model_card import model_card
+from grandrounds.server.model_card import Accuracy, Findings, model_card
 from grandrounds.site.exam import score_formulary
 from grandrounds.study import export as exports
+from grandrounds.study.ask import Interview
+from grandrounds.study.evaluation.tasks import find_target
+from tests.data.test_chat_settings import LEAP, TEMPLATE
 from tests.end_to_end.test_docs import parse, shell_commands
 from tests.runs import copy_of
 from tests.study.evaluation.small import evaluate_target
@@ -64,7 +71,7 @@ def made_run(folder: Path, base: Path, losses: Mapping[int, float | None], **mor
             name: generator.normal(0, 0.1, shape).astype(np.float32)
             for name, shape in shapes.items()
         }
-        card = model_card(config, targets, number, loss, 1.0)
+        card = model_card(config, targets.modules, number, loss, 1.0)
         saved = run.save_checkpoint(number, adapter, peft_config(spec, targets, str(base)), card)
         record = {"round": number, "checkpoint": saved.name, "communication-mib": 1.0}
         run.append_metrics(record | {"held-out-loss": loss})
@@ -117,6 +124,49 @@ def test_a_merged_model_keeps_the_settings_of_its_base(trained: Path, tmp_path: 
     before, after = (load_file(f / "model.safetensors") for f in (base_path(), folder))
     assert before.keys() == after.keys()
     assert (before["model.embed_tokens.weight"] == after["model.embed_tokens.weight"]).all()
+
+
+def test_what_a_run_sets_in_the_chat_template_holds_for_ask_export_evaluation_and_card(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    run = made_run(
+        tmp_path / "run",
+        base,
+        {1: None},
+        **{
+            "data.prompt-template": "chat",
+            "data.template-date": LEAP,
+            "data.template-options": '{"enable_thinking": false}',
+            "data.system-prompt": "Be brief.",
+        },
+    )
+    chosen = find_checkpoint(run)
+    trained_on = rendered(run_tokenizer(chosen.config), [("user", "Why?")], answering=True)
+    assert trained_on.startswith("Be brief. 29 Feb 2024 plain\n<user|2024>Why?")
+    assert trained_on.endswith("no thoughts")
+    merged = exports.export(chosen, merge=True, to=tmp_path / "merged")
+    plain = AutoTokenizer.from_pretrained(merged)
+    turns = [{"role": "user", "content": "Why?"}]
+    assert trained_on == plain.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+    ids = plain(trained_on, add_special_tokens=False)["input_ids"]
+    interview = Interview(chosen)
+    assert prompt_token_ids(interview._tokenizer, "chat", ["Why?"]) == [ids]
+    target = find_target(str(run / "peft_1"))
+    assert (
+        rendered(tokenizer_of(target.base, target.chat), [("user", "Why?")], answering=True)
+        == trained_on
+    )
+    card = (exports.export(chosen, to=tmp_path / "adapter") / "README.md").read_text()
+    assert "| system prompt | Be brief. |" in card
+    assert "| date in the prompt | 2024-02-29 |" in card
+    assert "add_generation_prompt=True, enable_thinking=False)" in card
+    assert "answers end with the template's end of turn" in card
+    assert "is written into this tokenizer's chat template" in (merged / "README.md").read_text()
 
 
 def test_merging_is_the_sum_that_peft_makes(made: Path, tmp_path: Path, tiny_base: Path) -> None:
@@ -448,6 +498,25 @@ def test_evaluated_accuracies_come_with_the_base_and_only_for_these_weights(
     assert "(not all items) | base |" in card
     other = (exports.export(find_checkpoint(run, "2"), to=tmp_path / "1") / "README.md").read_text()
     assert "Not evaluated." in other
+
+
+def test_the_card_names_the_commits_that_were_read() -> None:
+    config = recipes.resolve(
+        {
+            **{"model.name": "someone/model", "model.revision": "v1"},
+            **{"static.dataset.name": "someone/cards", "data.partitioner": "iid"},
+        }
+    )
+    asked = Accuracy("likelihood", "medmcqa", "MedMCQA", True, 1, 4, (0.1, 0.6), revision="c" * 40)
+    found = Findings(
+        sites=[{"partition-id": 0, "base-commit": "a" * 40, "data-commit": "b" * 40}],
+        accuracies=[asked],
+    )
+    card = model_card(config, ["q_proj"], 1, None, 1.0, found)
+    assert f"| base | someone/model, revision v1 = commit {'a' * 40}, not quantised |" in card
+    assert f", commit {'b' * 40} |" in card
+    assert f"Questions from the hub: medmcqa at {'c' * 40}." in card
+    assert 'AutoModelForCausalLM.from_pretrained(base, revision="v1")' in card
 
 
 def test_figures_that_cannot_be_right_are_not_published(trained: Path, tmp_path: Path) -> None:

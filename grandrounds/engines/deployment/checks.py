@@ -25,6 +25,7 @@ from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import joining, keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
+from grandrounds.model.tokenizers import dated_tokenizer
 from grandrounds.site.custody import quota
 from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
@@ -37,7 +38,6 @@ from grandrounds.site.custody.own_run import (
 )
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import opened
-from grandrounds.site.local_data import tokenizer_of
 
 CLOCK_SECONDS = 5.0
 """Flower rejects a node whose clock is further ahead of the server's."""
@@ -158,7 +158,7 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
     for name, base in site.bases.items():
         try:
             found = base_sha256(site, name)
-            tokenizer = tokenizer_of(base_location(site, name))
+            tokenizer = dated_tokenizer(base_location(site, name), config.data)
         except GrandRoundsError as error:
             yield Finding("error", f"base {name}", str(error))
             continue

@@ -15,6 +15,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from grandrounds.config.keys import PLACES_AND_TRACKERS, Config
+from grandrounds.config.recipes import defaults
 from grandrounds.errors import ConfigError, PolicyError, first_line
 from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.state import SiteState
@@ -49,7 +50,8 @@ def check_pinned(state: SiteState, run: str, config: Config) -> None:
     row = state.table.execute("select pinned from kept_runs where run = ?", (run,)).fetchone()
     if row is None or not row[0]:
         return
-    before, now = json.loads(row[0]), pinned_part(config)
+    # an earlier version has pinned it without the keys that came later
+    before, now = {**defaults(), **json.loads(row[0])}, pinned_part(config)
     changed = [
         f"{key}: {before.get(key)!r} → {value!r}"
         for key, value in now.items()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from grandrounds.config.keys import DataConfig
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
 from grandrounds.data.formulary import FORMULARY
@@ -20,13 +21,17 @@ from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
 
 
-def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, run: str) -> Site:
+def own_site(
+    site: SiteFile, model_name: str, prompt: DataConfig, seq_length: int, run: str
+) -> Site:
     """Return the site's examples, ready for the model.
 
     Held-out examples are drawn with the site's own seed, so they are the same in every run.
 
     Parameters
     ----------
+    prompt : DataConfig
+        Of the run: only the prompt is read.
     run : str
         The run's key; see `database_rows`.
 
@@ -35,7 +40,7 @@ def own_site(site: SiteFile, model_name: str, template: str, seq_length: int, ru
     DataError
         If the source cannot be used, or has no training example.
     """
-    return _tokenized(_rows(site, run), site.data, site.node, model_name, template, seq_length)
+    return _tokenized(_rows(site, run), site.data, site.node, model_name, prompt, seq_length)
 
 
 def own_split(site: SiteFile, run: str = "") -> SiteData:
@@ -102,11 +107,11 @@ def _tokenized(
     data: OwnData,
     node: Node,
     model_name: str,
-    template: str,
+    prompt: DataConfig,
     seq_length: int,
 ) -> Site:
     split = _split(rows, data, node)
-    return tokenized_site(split, node.partition_id, model_name, template, seq_length)
+    return tokenized_site(split, node.partition_id, model_name, prompt, seq_length)
 
 
 @dataclass

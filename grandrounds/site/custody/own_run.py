@@ -35,10 +35,12 @@ def localized(site: SiteFile, config: Config) -> Config:
     compiles = config.arguments.torch_compile and site.agent.torch_compile
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, name=base_location(site, config.model.name)),
+        model=dataclasses.replace(
+            config.model, name=base_location(site, config.model.name), revision=""
+        ),
         train=dataclasses.replace(config.train, num_threads=threads),
         arguments=dataclasses.replace(config.arguments, torch_compile=compiles),
-        static=dataclasses.replace(config.static, name=f"the data of {site.name}"),
+        static=dataclasses.replace(config.static, name=f"the data of {site.name}", revision=""),
     )
 
 
@@ -52,7 +54,7 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
         error's cause, which stays at the site.
     """
     try:
-        found = own_site(site, own.model.name, own.data.prompt_template, own.train.seq_length, run)
+        found = own_site(site, own.model.name, own.data, own.train.seq_length, run)
     except DataError as error:
         raise unusable(site) from error
     if site.policy.report_held_out_loss:
@@ -110,7 +112,7 @@ def shapes_at_rank(own: Config) -> Shapes:
 def _layout(base: BaseSpec, lora: LoraSpec) -> tuple[Shapes, tuple[str, ...]]:
     """Return the shapes of the adapter on the base, and its target modules."""
     shapes, targets = adapter_layout(base.name, lora)
-    return shapes, tuple(targets)
+    return shapes, targets.modules
 
 
 def inventory(site: SiteFile) -> Iterator[str]:

@@ -33,6 +33,8 @@ class Asked:
     """`model.dtype` of the run."""
     prompt_template: str
     """`data.prompt-template` of the run."""
+    prompt_characters: int
+    """Length of what the run adds to the chat template: system prompt and options."""
     strategy: str
     """`strategy.name` of the run."""
     target_modules: tuple[str, ...]
@@ -103,6 +105,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         quantization=str(config.model.quantization),
         dtype=config.model.dtype,
         prompt_template=config.data.prompt_template,
+        prompt_characters=len(config.data.system_prompt) + len(config.data.template_options),
         strategy=strategy.name,
         target_modules=tuple(targets),
         rank=Ranks.of(config).resident,
@@ -143,6 +146,7 @@ AT_LEAST: dict[str, Measure] = {
 """Key of the policy → what it is a lower bound of; None while that is not known."""
 
 AT_MOST: dict[str, Measure] = {
+    "max-prompt-characters": lambda asked: asked.prompt_characters,
     "max-rank": lambda asked: asked.rank,
     "max-lora-scale": lambda asked: asked.scale,
     "max-rounds": lambda asked: asked.rounds,

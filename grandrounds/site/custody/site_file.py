@@ -70,6 +70,7 @@ class Policy:
     optimizers: str
     dtypes: str
     quantizations: str
+    max_prompt_characters: Annotated[int, Range(0)]
     max_rank: Annotated[int, Range(1)]
     min_lora_scale: Annotated[float, Range(0, above=True)]
     max_lora_scale: Annotated[float, Range(0, above=True)]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
-from grandrounds.config.words import NOT_TOLD
+from grandrounds.config.words import NOT_TOLD, shown
 from grandrounds.errors import GrandRoundsError
 from grandrounds.site.custody import policy
 from grandrounds.site.custody.approvals import SHORT, Recipe
@@ -34,6 +34,9 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
         f"    base {value['model.name']}, prompt {value['data.prompt-template']}, LoRA of rank "
         f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
     )
+    for key in ("data.system-prompt", "data.template-options"):
+        if recipe.values.get(key):
+            yield f"    {key} {shown(str(recipe.values[key]))}"
     yield (
         f"    {value['num-server-rounds']} rounds of {value['strategy.name']} with "
         f"{value['data.num-partitions']} sites, learning rate {value['train.learning-rate-max']} "

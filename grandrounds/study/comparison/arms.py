@@ -23,10 +23,12 @@ from grandrounds.config.values import Scalar
 from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
 from grandrounds.model import machine
 from grandrounds.model.resident import Resident, set_adapter
+from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Facts, Listener
+from grandrounds.server.resumption import newest
 from grandrounds.site import visit as visits
-from grandrounds.site.local_data import Site, site_of, tokenizer_of
+from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.budget import local_examples, local_visits, pooled_visits
 from grandrounds.study.comparison.exams import Exam, sit
@@ -55,6 +57,7 @@ ORDINARY: dict[str, Scalar] = {
     "communication.downlink-codec": "none",
     "communication.downlink": "complete",
     "defence.update-norm-bound": 0.0,
+    "defence.largest-norm": 0.0,
     "defence.min-cosine": -1.0,
 }
 """Settings of training without a federation: no aggregation strategy, codec or defence."""
@@ -96,7 +99,7 @@ def run_unit(
 
 def judge(resident: Resident, config: Config, exams: Sequence[Exam]) -> Found:
     """Return the held-out loss by site and the answers to every exam."""
-    tokenizer = tokenizer_of(config.model.name)
+    tokenizer = run_tokenizer(config)
     held_out = {}
     for k in range(config.data.num_partitions):
         judged = visits.evaluate(resident, site_of(config, k), config)
@@ -267,8 +270,8 @@ def _run(
     """
 
     directory = RunDirectory(path)
-    saved = directory.load_state()
-    before = saved[1]["seconds"] if saved else 0.0
+    saved, _ = newest(path)
+    before = float(saved.data["seconds"]) if saved else 0.0
     summary = directory.read_json("summary.json")
     if not summary or summary["status"] != "completed":
         place = {"run-directory": str(path), "resume-from": ""}

@@ -20,6 +20,14 @@ RESULT = "comparison.json"
 _RECIPE = "config.toml"
 
 
+def day_in(path: Path) -> str:
+    """Return the day of the chat template in the recipe of a comparison that was begun there."""
+    recipe = path.expanduser() / _RECIPE
+    return (
+        str(recipes.load_recipe(recipe).get("data.template-date", "")) if recipe.is_file() else ""
+    )
+
+
 class ComparisonFolder:
     """Reads and writes the files of one comparison."""
 

@@ -18,12 +18,14 @@ import torch
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.base import base_config
 from grandrounds.model.lora import without_bitsandbytes
+from grandrounds.model.targets import keeps_to_the_text
 
 ANY_VALUE = frozenset(
     (
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
         *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
         *("megatron_core", "runtime_config", "qalora_group_size", "eva_config", "layers_pattern"),
+        "fan_in_fan_out",  # PEFT sets it by the kind of the modules
     )
 )
 """Settings that are read elsewhere, or change nothing about a saved adapter."""
@@ -33,7 +35,7 @@ STARTS_THAT_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 BY_PEFT = frozenset(
     (
-        *("use_rslora", "use_dora", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save"),
+        *("use_rslora", "use_dora", "bias", "lora_bias", "modules_to_save"),
         *("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"),
         *("target_parameters", "trainable_token_indices", "ensure_weight_tying"),
     )
@@ -76,6 +78,8 @@ def is_plain(config: Mapping[str, Any], folder: Path) -> bool:
             continue
         if key == "init_lora_weights":
             needs_peft |= _start_needs_peft(value, folder)
+        elif key == "exclude_modules" and keeps_to_the_text(value):
+            continue
         elif key in BY_PEFT:
             needs_peft |= bool(value) and value != default[key]
         elif value:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config.keys import Config
+from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.errors import ConfigError, DataError
+from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.server.directory import RunDirectory
-from grandrounds.site.local_data import rows_of_run, site_of, split_site, tokenizer_of
+from grandrounds.site.local_data import rows_of_run, site_of, split_site
 from grandrounds.study.evaluation.benchmarks import Item, Task, held_out_benchmark
 from grandrounds.study.evaluation.greedy import tokenized
 from grandrounds.study.evaluation.tasks import rows_are_elsewhere
@@ -54,8 +56,9 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
         If the source cannot be read, or has changed since the run.
     """
     check_rows_are_here(run, config)
-    rows = rows_of_run(config.static.name, config.data)
-    tokenizer, template = tokenizer_of(config.model.name), config.data.prompt_template
+    rows = rows_of_run(config.static.source, config.data)
+    tokenizer = tokenizer_of(config.model.source, ChatSettings(*config.data.chat))
+    template = config.data.prompt_template
     by_site: list[list[Item]] = []
     trained: list[set[str]] = []
     found: list[dict[str, int]] = []

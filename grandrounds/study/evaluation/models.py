@@ -41,8 +41,7 @@ class Models:
             folder, base = subject.adapter, base_spec.name
             if is_plain(read_adapter_config(folder), folder):
                 spec = lora_spec(folder)
-                if has_every_target(base, spec):
-                    check_fit(folder, spec, base)
+                if fits(folder, spec, base):
                     self._specs[subject.name] = spec
                     continue
             check_shapes(folder, needed_shapes(folder, base), base)
@@ -89,13 +88,16 @@ def lora_spec(folder: Path) -> LoraSpec:
     return LoraSpec(rank=rank, alpha=float(alpha), target_modules=str(targets), dropout=0.0)
 
 
-def has_every_target(base: str, spec: LoraSpec) -> bool:
-    """Return whether every target of an adapter is a module of the base; PEFT asks for one."""
+def fits(folder: Path, spec: LoraSpec, base: str) -> bool:
+    """Whether an adapter has the tensors that a run would put on the base.
+
+    PEFT asks for one matching target only, and adapts a composite's vision tower too.
+    """
     try:
-        adapter_layout(base, spec)
+        needed, _ = adapter_layout(base, spec)
     except ModelError:
         return False
-    return True
+    return first_mismatch(adapter_shapes(folder), needed) is None
 
 
 def check_fit(folder: Path, spec: LoraSpec, base: str) -> None:

@@ -101,6 +101,7 @@ def _of_protocol(
         "precision": settings["precision"],
         "quantization": target.quantization,
         "prompt_template": target.prompt_template,
+        **({"template_settings": said} if (said := target.chat.as_dict()) else {}),
         "limit": tasks.questions.limit,
         "sample": METHOD if tasks.questions.limit else None,
         "permutations": tasks.method.permutations,

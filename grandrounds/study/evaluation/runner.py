@@ -19,8 +19,14 @@ from typing import Any
 
 from grandrounds.data.tokenization import TokenizedExample, end_token_ids
 from grandrounds.errors import DataError
-from grandrounds.model.base import BaseSpec, base_fingerprint, device_and_dtype, load_tokenizer
+from grandrounds.model.base import (
+    BaseSpec,
+    base_fingerprint,
+    bits_of,
+    device_and_dtype,
+)
 from grandrounds.model.scoring import generate_greedily, stop_tokens
+from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.study.evaluation import flowertune, greedy, likelihood
 from grandrounds.study.evaluation.answers import (
     RESULT,
@@ -35,7 +41,7 @@ from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.results import Answers, evaluation_of, write_flowertune_files
 from grandrounds.study.evaluation.sample import METHOD
-from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject
+from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject, Target
 
 FLOWERTUNE_BATCH = 16
 """Items per batch in FlowerTune's rule for the answer length, whatever our own batch size."""
@@ -79,8 +85,8 @@ def evaluate(
         On Ctrl-C; answers recorded so far are kept.
     """
     target = tasks.target
-    spec = BaseSpec(target.base, target.quantization, target.dtype)
-    tokenizer = load_tokenizer(target.base)
+    spec = spec_of(target)
+    tokenizer = tokenizer_of(target.base, target.chat)
     settings = settings_of(tasks, tokenizer)
     models = Models(spec, target.subjects)
     open_folder(tasks.folder, settings, resume)
@@ -91,6 +97,11 @@ def evaluate(
     return evaluation
 
 
+def spec_of(target: Target) -> BaseSpec:
+    """Return the specification of a target's base."""
+    return BaseSpec(target.base, target.quantization, target.dtype)
+
+
 def settings_of(tasks: EvaluationTasks, tokenizer: Any) -> dict[str, Any]:
     """Return everything that determines the answers; it must be unchanged on resume."""
     target, questions, method = tasks.target, tasks.questions, tasks.method
@@ -99,7 +110,7 @@ def settings_of(tasks: EvaluationTasks, tokenizer: Any) -> dict[str, Any]:
         "base fingerprint": base_fingerprint(target.base),
         "adapters": {adapter.name: adapter.sha256 for adapter in target.adapters},
         "protocols": list(tasks.protocols),
-        "precision": _precision(target.quantization, target.dtype),
+        "precision": _precision(bits_of(spec_of(target)), target.dtype),
         "quantization": target.quantization,
         "limit": questions.limit,
         **({"sample": METHOD} if questions.limit else {}),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import load_recipe, resolve
+from grandrounds.data.chat_settings import AS_IT_IS, ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, first_line, nearest
 from grandrounds.server.described import are_real, is_of_the_formulary
@@ -81,6 +83,8 @@ class Target:
     """`auto`, `float32` or `bfloat16`."""
     prompt_template: str = "alpaca"
     """Prompt template for the formulary and own questions: the one the run trained with."""
+    chat: ChatSettings = AS_IT_IS
+    """What the run set in its chat template."""
     run: OfRun | None = None
     """The run, if the target is its directory or one of its checkpoints."""
 
@@ -207,7 +211,7 @@ def _find(target: str, base: str | None) -> Target:
     if (folder / "config.toml").is_file():
         return _run_target(folder, base)
     if (folder / "adapter_config.json").is_file():
-        chosen = base or read_adapter_config(folder).get("base_model_name_or_path")
+        chosen = base or _base_of(read_adapter_config(folder))
         if not chosen:
             raise ConfigError(f"{folder} does not record its base model: use --base MODEL")
         adapters, out = (_adapter_subject(folder),), folder / "evaluation"
@@ -220,10 +224,16 @@ def _find(target: str, base: str | None) -> Target:
     )
 
 
+def _base_of(described: Mapping[str, Any]) -> str:
+    """Return the base that an adapter's configuration names, with its revision; empty if none."""
+    name, revision = described.get("base_model_name_or_path"), described.get("revision")
+    return f"{name}@{revision}" if name and revision else str(name or "")
+
+
 def _run_target(folder: Path, base: str | None) -> Target:
     """Return the last and the best checkpoint of a run, on the base it trained on."""
     config = resolve(load_recipe(folder / "config.toml"))
-    chosen = base or config.model.name
+    chosen = base or config.model.source
     directory = RunDirectory.open(folder)
     return Target(
         adapters=_checkpoints(directory),
@@ -233,6 +243,7 @@ def _run_target(folder: Path, base: str | None) -> Target:
         quantization=config.model.quantization,
         dtype=config.model.dtype,
         prompt_template=config.data.prompt_template,
+        chat=ChatSettings(*config.data.chat),
         run=OfRun(directory, config),
     )
 
@@ -242,7 +253,10 @@ def _as_trained(target: Target, folder: Path) -> Target:
     if not (folder / "config.toml").is_file():
         return target
     run = OfRun(RunDirectory.open(folder), resolve(load_recipe(folder / "config.toml")))
-    return replace(target, run=run, prompt_template=run.config.data.prompt_template)
+    data = run.config.data
+    return replace(
+        target, run=run, prompt_template=data.prompt_template, chat=ChatSettings(*data.chat)
+    )
 
 
 def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tuple[str, ...]:

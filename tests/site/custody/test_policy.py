@@ -137,6 +137,10 @@ EXCEEDING: dict[str, tuple[dict[str, Any], str]] = {
         {"train.training-arguments.max-grad-norm": 1e-12},
         "min-clipping-norm = 0.01, requested 1e-12",
     ),
+    "max-prompt-characters": (
+        {"data.prompt-template": "chat", "data.system-prompt": "x" * 1001},
+        "max-prompt-characters = 1000, requested 1001",
+    ),
     "min-sequence-length": (
         {"train.seq-length": 64},
         "min-sequence-length = 128, requested 64",

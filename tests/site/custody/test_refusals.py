@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +11,20 @@ from typing import Any
 
 import pytest
 
-from grandrounds.errors import GrandRoundsError, PolicyError, ReplyError, ThrottledError
+from grandrounds.errors import (
+    ConfigError,
+    GrandRoundsError,
+    PolicyError,
+    ReplyError,
+    ThrottledError,
+)
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit, clock, quota, refusals
-from grandrounds.site.visit import parsed
+from grandrounds.site.custody.state import opened
+from grandrounds.site.visit import introduction, parsed
+from grandrounds.wire import messages
 from tests.asking import Asking
+from tests.data.test_chat_settings import LEAP, TEMPLATE
 from tests.own_sites import sites_of
 from tests.runs import Settings
 
@@ -142,3 +153,40 @@ def test_a_refusal_takes_milliseconds(asks: Asking) -> None:
     ended = time.process_time()
     assert (counted - started) / (refusals.MOST - 1) < 0.25
     assert (ended - counted) / 20 < 0.1
+
+
+def test_a_run_pinned_by_a_version_without_a_key_goes_on_while_the_key_has_its_default(
+    settings: Settings, tmp_path: Path
+) -> None:
+    asks = Asking(sites_of(settings, tmp_path)[0], settings)
+    asks("ab")
+    with opened(asks.site.place("state")) as state:
+        [[text]] = state.table.execute("select pinned from kept_runs").fetchall()
+        pinned = json.loads(text)
+        del pinned["data.system-prompt"], pinned["model.revision"]
+        state.table.execute("update kept_runs set pinned = ?", (json.dumps(pinned),))
+    asks("ab", 2)
+    with pytest.raises(PolicyError, match=r"model\.revision: '' → 'v2'"):
+        asks("ab", 3, settings={"model.name": "someone/model", "model.revision": "v2"})
+
+
+def test_a_site_reads_its_own_data_with_the_prompt_of_the_run(
+    settings: Settings, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    chat = {"model.name": str(base), "data.prompt-template": "chat", "train.seq-length": 384}
+    asks = Asking(sites_of({**settings, **chat}, tmp_path)[0], {**settings, **chat})
+    prompts = []
+    for number, more in enumerate(({}, {"data.system-prompt": "Be brief."})):
+        run = {"data.template-date": LEAP, **more}
+        reply = asks(
+            f"{number}a",
+            kind="query",
+            settings=run,
+            function=lambda visit: messages.content(config=introduction(visit.site, visit.config)),
+        )
+        prompts.append(reply.content.config_records["config"]["prompt"])
+    assert prompts[0] != prompts[1]
+    with pytest.raises(ConfigError, match=r"set data\.template-date"):
+        asks("3a", kind="query")

@@ -78,7 +78,7 @@ def test_the_rows_are_those_that_no_site_trained_on_and_sites_take_turns(run: Pa
     assert limited.items == task.items[:8]
     own = [{e.input_ids[: e.prompt_tokens] for e in site.held_out} for site in sites]
     from grandrounds.data.tokenization import prompt_token_ids
-    from grandrounds.site.local_data import tokenizer_of
+    from grandrounds.model.tokenizers import tokenizer_of
 
     asked = prompt_token_ids(
         tokenizer_of("formulary"), "alpaca", [item.question for item in limited.items]

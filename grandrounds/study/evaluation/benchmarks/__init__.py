@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import pkgutil
-import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.data.files import json_records
-from grandrounds.data.sources import silent_downloads
+from grandrounds.data.sources import hub_commit, silent_downloads
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
 from grandrounds.study.evaluation.sample import stratified_sample
 
@@ -315,13 +314,11 @@ def source_of(benchmark: Benchmark, data: Path | None = None) -> dict[str, str]:
     if file is not None:
         return {"file": file.name, "sha256": hashlib.sha256(_file_bytes(file)).hexdigest()}
     loaded = _hub_rows(benchmark, data)
-    urls = " ".join(loaded.info.download_checksums or {})
-    commit = re.search(r"@([0-9a-f]{40})/", urls)
     return {
         "hub": str(benchmark.hub_name),
         "config": benchmark.hub_config or "default",
         "split": benchmark.hub_split,
-        "revision": commit[1] if commit else benchmark.hub_revision or "main",
+        "revision": hub_commit(loaded) or benchmark.hub_revision or "main",
         "rows-sha256": _rows_hash(loaded.to_list()),
     }
 
