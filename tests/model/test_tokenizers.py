@@ -106,12 +106,15 @@ def test_a_template_without_a_system_role_is_told(tiny_base: Path, tmp_path: Pat
 
 @pytest.fixture
 def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub's cache with two commits of `someone/tiny`, which differ in one setting."""
-    cache = tmp_path / "hub"
+    return cached_hub(tiny_base, tmp_path / "hub", monkeypatch)
+
+
+def cached_hub(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a hub's cache with two commits of `someone/tiny`, which differ in one setting."""
     place = cache / "models--someone--tiny"
     for commit, positions in ((OLD, 64), (NEW, 128)):
         folder = place / "snapshots" / commit
-        shutil.copytree(tiny_base, folder)
+        shutil.copytree(base, folder)
         described = json.loads((folder / "config.json").read_text())
         described["max_position_embeddings"] = positions
         (folder / "config.json").write_text(json.dumps(described))
