@@ -363,6 +363,12 @@ def test_a_resume_with_another_run_directory_is_refused(tmp_path: Path) -> None:
     assert "leave --run-dir out" in complaint(CliRunner().invoke(app, arguments), 2)
 
 
+def test_a_round_to_go_back_to_belongs_to_a_resume() -> None:
+    line = complaint(CliRunner().invoke(app, ["run", "--from-round", "3"]), 2)
+    assert "--from-round belongs to --resume DIR" in line
+
+
+
 def test_a_resume_with_another_configuration_names_the_keys(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
