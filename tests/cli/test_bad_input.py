@@ -368,7 +368,6 @@ def test_a_round_to_go_back_to_belongs_to_a_resume() -> None:
     assert "--from-round belongs to --resume DIR" in line
 
 
-
 def test_a_resume_with_another_configuration_names_the_keys(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
