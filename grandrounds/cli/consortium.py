@@ -103,6 +103,14 @@ def admit(
     valid_days: Annotated[
         int, typer.Option(help="Days within which the site can join with it.", min=1)
     ] = 30,
+    examples: Annotated[
+        int,
+        typer.Option(
+            help="Training examples of the site, which its weight does not exceed; 0: as many as "
+            "it gives at its first roll call.",
+            min=0,
+        ),
+    ] = 0,
     directory: Folder = Path("consortium"),
 ) -> None:
     """Check a site's request, sign its admission and register its key."""
@@ -110,7 +118,7 @@ def admit(
 
     directory = storage.expanded(directory).absolute()
     check_fingerprint(request, fingerprint)
-    file = admissions.admit(directory, request, partition_id, num_partitions, valid_days)
+    file = admissions.admit(directory, request, partition_id, num_partitions, valid_days, examples)
     say(
         f"site {file.stem!r} is site {partition_id} of {num_partitions}",
         f"admission for the site, valid for {valid_days} days: {file}",

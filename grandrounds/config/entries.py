@@ -24,6 +24,8 @@ IN_CODE: dict[str, Scalar] = {
     "strategy.proximal-mu": 0.0,
     "strategy.cohorts": "uniform",
     "strategy.fraction-evaluate": 0.0,
+    "strategy.largest-weight": 0.0,
+    "defence.largest-norm": 0.0,
     "model.lora.dropout": 0.075,
     "data.held-out-fraction": 0.0,
     "data.partitioner": "iid",

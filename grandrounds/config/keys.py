@@ -232,9 +232,13 @@ class StrategyConfig:
     """Time in seconds to wait for all sites to connect, and at least as long for their first
     answer, the introduction at the roll call."""
     weighting: Annotated[str, OneOf(("examples", "equal"))]
-    """`examples`: weight updates by the number of training examples, capped at the number given at
-    roll call. `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and
-    `bulyan` always do."""
+    """`examples`: weight updates by the number of training examples, capped at the number in the
+    site's admission, else at the one given at its first roll call, and by `largest-weight`.
+    `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and `bulyan` always
+    do."""
+    largest_weight: Annotated[float, Range(0)]
+    """Maximum weight of an update, as a multiple of its cohort's median weight; 0: no limit. At 2,
+    one site of seven has at most 25 % of the total, whatever it claims."""
     max_rank: Annotated[int, Range(0, 4096)]
     """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
     times the rank."""
@@ -283,6 +287,26 @@ class StrategyConfig:
         return 1
 
     @property
+    def fewest_replies(self) -> int:
+        """Smallest number of updates with which a round goes on; see `for_replies`."""
+        return min(3, self.needed_replies)
+
+    def for_replies(self, count: int) -> StrategyConfig:
+        """Return the settings of the rule in a round to which `count` updates came.
+
+        With fewer than the rule needs, it expects fewer hostile ones among them, as many as its
+        bound allows. Hostile sites that send no usable update gain nothing by it: if j of
+        n >= 2 f + 3 sites send none, n - j >= 2 (f - j) + 3, and for bulyan the same with 4.
+        """
+        if self.name == "fedtrimmedavg" and 3 <= count < self.needed_replies:
+            return dataclasses.replace(self, trimmed_share=(1 + 1e-9) / count)  # one at each end
+        if self.name not in ("krum", "multikrum", "bulyan") or count < 3:
+            return self
+        hostile = min(self.num_malicious_nodes, (count - 3) // (4 if self.name == "bulyan" else 2))
+        selected = min(self.num_nodes_to_select, count - hostile)
+        return dataclasses.replace(self, num_malicious_nodes=hostile, num_nodes_to_select=selected)
+
+    @property
     def server_step(self) -> float:
         """Learning rate of an adaptive rule at the server, or of momentum; 0 for other rules."""
         keys = STRATEGIES[self.name].keys
@@ -328,6 +352,10 @@ class DefenceConfig:
     update_norm_bound: Annotated[float, Range(0)]
     """Maximum L2 norm of an update; larger updates are scaled down to it. 0: no bound. Under
     `fedexp` the server's step is up to k / 2 times the mean of k updates (docs/aggregation.md)."""
+    largest_norm: Annotated[float, Range(0)]
+    """Maximum L2 norm of an update, as a multiple of the median norm of the updates of the last
+    rounds, in the first round of its own; larger updates are scaled down to it. 0: no such bound.
+    The server holds the updates of the first round in memory."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold

@@ -69,7 +69,19 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
         entry-specific key that cannot be honoured.
     """
     found = _read(path)
-    return found.values if isinstance(found, Entry) else found
+    return found.values if isinstance(found, Entry) else of_before(found)
+
+
+ADDED: dict[str, Scalar] = {"strategy.largest-weight": 0.0, "defence.largest-norm": 0.0}
+"""Keys that earlier runs did not have, with the values that do what those runs did."""
+
+
+def of_before(flat: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Return the configuration of a run of an earlier version as that version understood it.
+
+    Only a run writes `resume-from`, and with it every key that it knows.
+    """
+    return {**ADDED, **flat} if "resume-from" in flat else flat
 
 
 def _read(path: Path) -> Entry | dict[str, Scalar]:

@@ -52,6 +52,9 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
         yield from reset("strategy.proximal-mu", 0.0, "to fedavg, which has no proximal term")
     if values.get("data.held-out-fraction") in (0, 0.0):
         yield from reset("strategy.fraction-evaluate", 0.0, "without held-out examples")
+    if values.get(f"{_ARGUMENTS}max-steps") == -1:
+        why = "to visits of whole epochs, whose updates grow with a site's number of examples"
+        yield from reset("defence.largest-norm", 0.0, why)
     highest, default = (_number(flat.get(_HIGHEST)) for flat in (values, defaults))
     lowest = _number(defaults[_LOWEST])
     if 0 < highest < lowest:

@@ -302,6 +302,16 @@ def contradictions(config: Config) -> Iterator[str]:
     ):
         if not value:
             yield f"{key} is empty: set {hint}."
+    if 0 < config.defence.largest_norm < 1:
+        yield (
+            f"defence.largest-norm = {config.defence.largest_norm:g} would shorten every update of "
+            "the median's norm: use at least 1 (3 is usual), or 0 for no such bound."
+        )
+    if 0 < strategy.largest_weight < 1:
+        yield (
+            f"strategy.largest-weight = {strategy.largest_weight:g} would limit every site to less "
+            "than the median: use at least 1, or 0 for no limit."
+        )
     if strategy.min_sites > sites:
         yield (
             f"strategy.min-sites = {strategy.min_sites} exceeds data.num-partitions = {sites}: "

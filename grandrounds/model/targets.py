@@ -68,7 +68,7 @@ def find_targets(base: Any, wanted: str, name: str) -> Targets:
     model_type = base.config.get_text_config().model_type
     unfit = dict(_unfit(base, by_name, linear))
     fit = [n for n in linear if n not in unfit]
-    for target in words_of(wanted):
+    for target in (word.removesuffix("?") for word in words_of(wanted)):
         if target in unfit:
             raise ModelError(
                 f"model.lora.target-modules names {target!r}, which an adapter on {name!r} cannot "

@@ -9,6 +9,9 @@ from grandrounds.config.keys import FederationConfig
 from grandrounds.errors import ConfigError
 from grandrounds.storage import read_bytes, read_json
 
+EXAMPLES = "examples"
+"""Key of an admission: the site's number of training examples, if the consortium set it."""
+
 
 def admitted_nodes(federation: FederationConfig) -> dict[int, int]:
     """Return partition id → node of the admitted sites, where the node is known."""
@@ -28,6 +31,28 @@ def admitted_names(federation: FederationConfig) -> dict[int, str]:
     files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
     contents = [admission_of(file, "name") for file in files]
     return {content["partition-id"]: content["name"] for content in contents}
+
+
+def admitted_examples(federation: FederationConfig) -> dict[int, int]:
+    """Return partition id → number of training examples in its admission, where it has one.
+
+    Raises
+    ------
+    ConfigError
+        If an admission is damaged.
+    """
+    if not federation.consortium:
+        return {}
+    files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
+    found = {file: admission_of(file) for file in files}
+    for file, content in found.items():
+        count = content.get(EXAMPLES, 1)
+        if type(count) is not int or count < 1:
+            raise ConfigError(
+                f"{file}: {EXAMPLES} is {count!r}, not an integer of at least 1. Admit the site "
+                "again with grandrounds consortium admit --examples."
+            )
+    return {c["partition-id"]: c[EXAMPLES] for c in found.values() if EXAMPLES in c}
 
 
 def admission_of(file: Path, *texts: str) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Exchange:
                 messages.raise_failure(reply)
                 tally.good[partition] = use(partition, reply)
             except GrandRoundsError as error:
-                tally.failed[partition] = str(error)
+                tally.failed[partition] = one_line(str(error))
             on_reply(partition, tally.failed.get(partition))
         for partition in outgoing:
             if partition not in tally.good and partition not in tally.failed:

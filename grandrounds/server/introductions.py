@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, MessageType
 from grandrounds.config.words import counted
 from grandrounds.errors import ApprovalError, EngineError, ReplyError
 from grandrounds.wire import messages
-from grandrounds.wire.names import NAME, clean_name, names_of
+from grandrounds.wire.names import MOST_OF_A_TEXT, NAME, clean_name, names_of, one_line
 from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
 
 NODE_UNAVAILABLE = 5
@@ -26,11 +26,16 @@ SAME_IN_A_RUN = (
 SAME_IF_TOLD = (messages.BASE_COMMIT, messages.DATA_COMMIT)
 """Facts that must not change either, unless an introduction of an earlier version lacks them."""
 
+MUST_AGREE = (
+    ("version", "version of grandrounds"),
+    ("base", "base model"),
+    (BASE, "base model, whose files differ,"),  # sites in their own custody only
+    ("prompt", "prompt"),
+)
+"""Facts that must be the same at all sites, and what they are."""
+
 COMPUTED_BEFORE = "computed-before"
 """Fact added here: how a site computed before a resume, if differently."""
-
-MOST_CHARACTERS = 1000
-"""Maximum length of a string in an introduction."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,6 @@ class SiteCard:
     """Flower's id of the node, drawn at random."""
     facts: Mapping[str, Any]
     """The introduction: partition-id, counts of rows and examples, versions, hashes."""
-
-    @property
-    def num_examples(self) -> int:
-        """Training examples of the site, as it tells them."""
-        return int(self.facts["train-examples"])
 
     @property
     def in_custody(self) -> bool:
@@ -114,8 +114,15 @@ def mistaken(partition: int, node: int, admitted: Mapping[int, int]) -> str:
 
 
 def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]:
-    """Return a site's introduction; raise `EngineError` if it is incomplete or invalid."""
-    record = dict(reply.content.config_records.get(messages.CONFIG) or {})
+    """Return the facts of a site's introduction that are read, cleaned.
+
+    Raises
+    ------
+    EngineError
+        If it is incomplete or invalid.
+    """
+    told = reply.content.config_records.get(messages.CONFIG) or ConfigRecord()
+    record = {name: value for name, value in told.items() if name in messages.FACTS}
     required = messages.INTRODUCTION
     if in_custody(record):
         required = messages.INTRODUCTION_IN_CUSTODY
@@ -125,11 +132,11 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
             "grandrounds installed there? Install the same one everywhere."
         )
     for name, value in record.items():
-        is_short = not isinstance(value, str) or len(value) <= MOST_CHARACTERS
+        is_short = not isinstance(value, str) or len(value) <= MOST_OF_A_TEXT
         if not isinstance(value, bool | int | float | str) or not is_short:
             raise EngineError(
-                f"The introduction of node {node} is invalid: {name[:40]!r} is neither a number "
-                f"nor a string of at most {MOST_CHARACTERS} characters."
+                f"The introduction of node {node} is invalid: {name!r} is neither a number "
+                f"nor a string of at most {MOST_OF_A_TEXT} characters."
             )
     facts = ConfigRecord(record)
     try:
@@ -140,7 +147,9 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
                 messages.whole_number(facts, name)
     except ReplyError as error:
         raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
-    return record
+    return {
+        name: one_line(value) if isinstance(value, str) else value for name, value in record.items()
+    }
 
 
 def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[str, Any]:
@@ -173,26 +182,46 @@ def arithmetic_text(arithmetic: Mapping[str, int | str]) -> str:
     return counted(int(arithmetic[messages.THREADS]), "thread") + by
 
 
-def check_same(cards: Mapping[int, SiteCard]) -> None:
-    """Raise `EngineError` if sites differ in version, base or prompt."""
-    for fact, meaning in (
-        ("version", "version of grandrounds"),
-        ("base", "base model"),
-        (BASE, "base model, whose files differ"),
-        ("prompt", "prompt"),
-    ):
-        those = {
-            p: card for p, card in cards.items() if fact in card.facts
-        }  # base-content: agents only
-        if not those:
-            continue
-        first = min(those)
-        expected = those[first].facts[fact]
-        other = [p for p, card in those.items() if card.facts[fact] != expected]
-        if other:
-            names = names_of(card.facts for card in cards.values())
+def odd_ones(cards: Mapping[int, SiteCard]) -> dict[int, str]:
+    """Return the sites that differ from the majority in version, base or prompt, each with how.
+
+    The server has no base and no tokenizer of its own to compare with.
+
+    Raises
+    ------
+    EngineError
+        If no more than half of the sites are the same; all groups are named.
+    """
+    odd: dict[int, str] = {}
+    names = names_of(card.facts for card in cards.values())
+    for fact, meaning in MUST_AGREE:
+        groups: dict[Any, list[int]] = {}
+        for site, card in cards.items():
+            if fact in card.facts and site not in odd:
+                groups.setdefault(card.facts[fact], []).append(site)
+        count = sum(map(len, groups.values()))
+        value, most = max(groups.items(), key=lambda group: len(group[1]), default=(None, []))
+        if groups and 2 * len(most) <= count:
+            told = "; ".join(
+                f"{told} at {', '.join(map(names.with_number, sites))}"
+                for told, sites in groups.items()
+            )
             raise EngineError(
-                f"The sites do not have the same {meaning}: {names.with_number(first)} has "
-                f"{expected}, {names.with_number(other[0])} has {cards[other[0]].facts[fact]} "
-                f"({len(other)} of {len(cards)} sites differ). Use the same one at all sites."
+                f"The sites do not have the same {meaning}, and no majority decides: {told}. Use "
+                "the same one at all sites."
+            )
+        for told, sites in groups.items():
+            how = f"its {meaning} is {told}, that of {len(most)} of {count} sites {value}"
+            odd |= dict.fromkeys(sites, how) if told != value else {}
+    return odd
+
+
+def check_agrees(facts: Mapping[str, Any], cards: Mapping[int, SiteCard]) -> None:
+    """Raise `EngineError` if a site differs in version, base or prompt from the others."""
+    for fact, meaning in MUST_AGREE:
+        told = {card.facts[fact] for card in cards.values() if fact in card.facts}
+        if fact in facts and told and facts[fact] not in told:
+            raise EngineError(
+                f"its {meaning} is {facts[fact]}, that of the others {', '.join(map(str, told))}: "
+                "use the same one there"
             )

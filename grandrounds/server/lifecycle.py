@@ -15,7 +15,12 @@ from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
 from grandrounds.model.base import stored_bits
 from grandrounds.model.lora import LoraSpec, adapter_layout
-from grandrounds.server.admitted import admitted_names, admitted_nodes, revoked_nodes
+from grandrounds.server.admitted import (
+    admitted_examples,
+    admitted_names,
+    admitted_nodes,
+    revoked_nodes,
+)
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.directory import RunDirectory, default_run_directory, environment
 from grandrounds.server.exchange import Exchange
@@ -89,6 +94,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
             strategy.min_sites,
             admitted=lambda: admitted_nodes(federation),
             admitted_names=lambda: admitted_names(federation),
+            admitted_examples=lambda: admitted_examples(federation),
             revoked=lambda: revoked_nodes(federation),
             introduced={site["partition-id"]: site for site in before},
         ),
@@ -180,13 +186,24 @@ def fail(run: Run, status: str, reason: str) -> str:
 
 
 def check_same_sites(roster: Roster) -> None:
-    """Raise `RunDirectoryError` if a site's data, base or prompt have changed since the start."""
+    """Leave out the sites whose data, base or prompt have changed since the start of the run.
+
+    Raises
+    ------
+    RunDirectoryError
+        If the run needs them: fewer than `strategy.min-sites` are left.
+    """
+    changed: dict[int, str] = {}
     for site, card in roster.cards.items():
         before = roster.introduced.get(site, card.facts)
         for fact in (*SAME_IN_A_RUN, *SAME_IF_TOLD):
             if has_changed(fact, before, card.facts):
-                raise RunDirectoryError(
-                    f"{roster.names.with_number(site)} has changed since the run started: its "
-                    f"{fact} was {before.get(fact)} and is now {card.facts.get(fact)}. Restore it "
-                    "to resume, or start a new run."
+                changed[site] = (
+                    f"its {fact} was {before.get(fact)} and is now {card.facts.get(fact)}"
                 )
+    if changed and not roster.leave_out(changed):
+        site, how = next(iter(changed.items()))
+        raise RunDirectoryError(
+            f"{roster.names.with_number(site)} has changed since the run started: {how}. Restore "
+            "it to resume, or start a new run."
+        )

@@ -21,17 +21,18 @@ from grandrounds.server.introductions import (
     SiteCard,
     arithmetic_of,
     arithmetic_text,
-    check_same,
+    check_agrees,
     has_changed,
     introduction_of,
     is_unreachable,
     mistaken,
     named,
+    odd_ones,
     questions,
     waits_for_approval,
 )
 from grandrounds.wire import messages
-from grandrounds.wire.names import NAME, SiteNames, names_of
+from grandrounds.wire.names import NAME, SiteNames, names_of, one_line
 
 _log = logging.getLogger("grandrounds")
 
@@ -59,6 +60,8 @@ class Roster:
     """Returns partition id → node of the admitted sites, where the node is known."""
     admitted_names: Callable[[], Mapping[int, str]] = dict
     """Returns partition id → name in its admission, which replaces what a site calls itself."""
+    admitted_examples: Callable[[], Mapping[int, int]] = dict
+    """Returns partition id → number of training examples in its admission, where it has one."""
     revoked: Callable[[], Mapping[int, str]] = dict
     """Returns node → reason, for the nodes whose key was revoked: they are not called."""
     introduced: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -69,6 +72,8 @@ class Roster:
     """Sites whose last reply failed."""
     refused: dict[int, str] = field(default_factory=dict)
     """Node → reason why it was refused at the roll call."""
+    left_out: dict[int, SiteCard] = field(default_factory=dict)
+    """Partition id → site, for those of these that differ from the others, or from before."""
 
     def open(self, exchange: Exchange, connect_timeout_seconds: float) -> None:
         """Wait for the sites and call the roll.
@@ -138,7 +143,8 @@ class Roster:
         ------
         GrandRoundsError
             The first error of a site or of its introduction, if too few sites are left;
-            `EngineError` if two sites differ in what must be the same, or a site does not reply.
+            `EngineError` if sites differ in what must be the same and the run needs them all, or no
+            majority decides, or a site does not reply.
         """
         least, admitted, names = self.min_sites, self.admitted(), self.admitted_names()
         cards, refused = dict[int, SiteCard](), dict[int, str]()
@@ -154,7 +160,7 @@ class Roster:
                         f"Two nodes claim to be site {partition}; each needs its own partition-id."
                     )
             except GrandRoundsError as error:
-                refused[node] = str(error)
+                refused[node] = one_line(str(error))
                 if not least or len(nodes) - len(refused) < least:
                     raise
                 continue
@@ -166,8 +172,28 @@ class Roster:
                 f"{seconds:g} s: {sorted(silent)[:5]}. Check their logs, then start again."
             )
         refused |= dict.fromkeys(silent, f"no answer within {seconds:g} s")
-        check_same(cards)
-        self.cards, self.refused = dict(sorted(cards.items())), refused
+        self.cards, self.refused, self.left_out = dict(sorted(cards.items())), refused, {}
+        odd = odd_ones(self.cards)
+        if odd and not self.leave_out(odd):
+            told = "; ".join(f"{self.names.with_number(p)}: {how}" for p, how in odd.items())
+            raise EngineError(
+                f"The sites are not the same. {told}. Use the same one at all sites, or let the "
+                f"run start without (strategy.min-sites = {len(cards) - len(odd)})."
+            )
+
+    def leave_out(self, odd: Mapping[int, str]) -> bool:
+        """Refuse sites, each for its reason, if `min_sites` are left; return whether they are."""
+        if not self.min_sites or len(self.cards) - len(odd) < self.min_sites:
+            return False
+        for partition, why in odd.items():
+            card = self.left_out[partition] = self.cards.pop(partition)
+            self.refused[card.node_id] = why
+        return True
+
+    def refusals(self) -> dict[str, str]:
+        """Return who was refused at the roll call, `site 3` or else `node 7`, and why."""
+        who = {card.node_id: f"site {partition}" for partition, card in self.left_out.items()}
+        return {who.get(node, f"node {node}"): why for node, why in self.refused.items()}
 
     def _answers(
         self, exchange: Exchange, nodes: Sequence[int], seconds: float, absence_seconds: float
@@ -226,7 +252,7 @@ class Roster:
             try:
                 messages.raise_failure(reply)
             except GrandRoundsError as error:  # it may reply to the next message
-                refused[partition] = str(error)
+                refused[partition] = one_line(str(error))
                 continue
             try:
                 facts = introduction_of(node, reply, self.num_sites)
@@ -243,17 +269,23 @@ class Roster:
                     continue
                 self._check_still_same(partition, facts)
             except GrandRoundsError as error:
-                refused[partition] = str(error)
+                refused[partition] = one_line(str(error))
                 cards.pop(partition, None)
                 continue
             cards[partition] = SiteCard(node, named(facts, names))
         return refused
 
+    def examples_of(self, partition: int) -> int:
+        """Return the training examples of a site: of its admission, else of its first roll call."""
+        facts = self.introduced.get(partition) or self.cards[partition].facts
+        return self.admitted_examples().get(partition, int(facts["train-examples"]))
+
     @property
     def names(self) -> SiteNames:
         """How the sites are called."""
+        left_out = {p: card.facts for p, card in self.left_out.items()}
         known = {p: {"partition-id": p, NAME: name} for p, name in self.admitted_names().items()}
-        return names_of({**known, **self.introduced, **self._facts()}.values())
+        return names_of({**left_out, **known, **self.introduced, **self._facts()}.values())
 
     def _questions(self, nodes: Sequence[int], exchange: Exchange) -> dict[int, Message]:
         """Return the question to each node, with the arithmetic of its last introduction.
@@ -283,9 +315,13 @@ class Roster:
     def note_introductions(self) -> bool:
         """Merge the introductions of `cards` into `introduced`; return whether any is new.
 
-        Sites that leave stay listed.
+        Sites that leave stay listed. A site's training examples remain those of its first one.
         """
-        known = self.introduced | self._facts()
+        first = {p: facts["train-examples"] for p, facts in self.introduced.items()}
+        now = self._facts()
+        for partition in now.keys() & first.keys():
+            now[partition]["train-examples"] = first[partition]
+        known = self.introduced | now
         is_new = known != self.introduced
         self.introduced = dict(sorted(known.items()))
         return is_new
@@ -299,4 +335,4 @@ class Roster:
                     f"it came back with another {fact}: {facts.get(fact)}, was {before.get(fact)}. "
                     "Restore it, or start a new run."
                 )
-        check_same({**self.cards, partition: SiteCard(-1, facts)})
+        check_agrees(facts, {p: card for p, card in self.cards.items() if p != partition})

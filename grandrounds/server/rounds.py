@@ -17,7 +17,8 @@ from grandrounds.server.aggregation.product_error import ProductError, measured_
 from grandrounds.server.exchange import Tally
 from grandrounds.server.model_card import Findings, model_card
 from grandrounds.server.run import Run
-from grandrounds.server.updates import Updates, claimed_examples
+from grandrounds.server.updates import Updates
+from grandrounds.server.weights import claimed_examples, limited
 from grandrounds.wire import messages, told
 from grandrounds.wire.adapter import Adapter, shapes_of
 from grandrounds.wire.codecs.codec import codec_named
@@ -54,6 +55,7 @@ def play_round(run: Run) -> None:
     adapter, tally, measured = train(run, now)
     now.trained = time.perf_counter()
     run.accept(now.number, adapter, tally)
+    run.state.note_norms([measured["update-norms"][str(p)] for p in tally.good])
     record = {**training_record(run, now, tally), **measured}
     if late := run.exchange.count_late():
         run.state.late_replies += late
@@ -80,7 +82,7 @@ def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
 
 def record_start(run: Run) -> None:
     """Evaluate the untrained adapter, which equals the base, and write line 0."""
-    refused = {f"node {node}": why for node, why in run.roster.refused.items()}
+    refused = run.roster.refusals()
     record = {"round": 0, **({"refused": refused} if refused else {})}
     started = time.perf_counter()
     now = Round(0, 0.0, [], {}, saves=False, started=started, trained=started)
@@ -132,17 +134,24 @@ def collector(run: Run, now: Round, parcels: dict[int, Parcel]) -> tuple[Updates
     updates = Updates(
         now.number,
         parcels,
-        run.roster.cards,
+        limits_of(run, now),
         run.sender,
         config.strategy,
         config.defence,
         codec_named(how.uplink_codec, how),
+        run.state.earlier_norms,
     )
     averages_factors = STRATEGIES[config.strategy.name].mean_of_factors
     names = list(shapes_of(run.state.adapter))
     measures = averages_factors and (now.saves or now.number == 1)
     modules = measured_modules(names, len(parcels)) if measures else []
     return updates, ProductError(run.state.adapter, modules)
+
+
+def limits_of(run: Run, now: Round) -> dict[int, int]:
+    """Return the most that each connected site of a cohort may weigh, in examples."""
+    examples = {p: run.roster.examples_of(p) for p in now.cohort if p in run.roster.cards}
+    return limited(examples, run.config.strategy.largest_weight)
 
 
 def receive(run: Run, now: Round, updates: Updates, product_error: ProductError) -> Tally:
@@ -293,8 +302,11 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
 
     Means are over the sites that tell the figure, sums need all of them.
     """
-    good, cards, state = tally.good.values(), run.roster.cards, run.state
-    weights = {p: claimed_examples(m, cards[p]) for p, m in tally.good.items()}
+    good, state, limits = tally.good.values(), run.state, limits_of(run, now)
+    weights = {p: claimed_examples(m, limits[p]) for p, m in tally.good.items()}
+    is_weighted = run.config.strategy.weighting == "examples"
+    asked = {p: run.roster.examples_of(p) for p in sorted(tally.good) if is_weighted}
+    lowered = {str(p): examples for p, examples in asked.items() if examples > limits[p]}
     introduced = run.roster.introduced
     known = {p: int(facts["train-examples"]) for p, facts in introduced.items()}
     covered = sum(share * known[p] for p, share in state.coverage.items() if p in known)
@@ -314,6 +326,7 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
             str(p): state.coverage[p] for p in sorted(tally.good) if p in state.coverage
         },
         **{name: told.total(good, name) for name in ("examples", "tokens", "padding-tokens")},
+        **({"weights-limited": lowered} if lowered else {}),
         "visit-seconds": None if None in seconds else sum(float(s) for s in seconds if s),
     }
 

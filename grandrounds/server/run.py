@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,10 @@ from grandrounds.wire.downlink import Sender
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.told import in_custody, total_of_sites
 from grandrounds.wire.traffic import Plan
+
+NORM_ROUNDS = 5
+"""Rounds over whose updates the median norm is taken (`defence.largest-norm`): enough for small
+cohorts, few enough to follow the learning rate down."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class State:
     """Replies that were not used."""
     late_replies: int = 0
     """Those of them that came after their round had ended."""
+    norms: list[list[float]] = field(default_factory=list)
+    """L2 norms of the updates used in each of the last `NORM_ROUNDS` rounds, before any bound."""
     seconds: float = 0.0
     """Wall-clock time of all finished rounds."""
 
@@ -62,6 +68,16 @@ class State:
             if {"process-id", "base-loads"} <= metrics.keys():
                 self.base_loads[str(metrics["process-id"])] = int(metrics["base-loads"])
 
+    @property
+    def earlier_norms(self) -> list[float]:
+        """The norms of all these rounds together."""
+        return [norm for norms in self.norms for norm in norms]
+
+    def note_norms(self, norms: Iterable[float]) -> None:
+        """Record the norms of a round's updates; a round that changed nothing has none."""
+        if used := sorted(norm for norm in norms if norm > 0):
+            self.norms = [*self.norms, used][-NORM_ROUNDS:]
+
     def to_json(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return everything but the adapter, with the round's metrics."""
         return {
@@ -73,6 +89,7 @@ class State:
             "base-loads": self.base_loads,
             "failed-replies": self.failed_replies,
             "late-replies": self.late_replies,
+            "norms": self.norms,
             "seconds": self.seconds,
             "record": record,
         }
@@ -96,6 +113,7 @@ class State:
             base_loads={str(p): int(c) for p, c in data["base-loads"].items()},
             failed_replies=int(data["failed-replies"]),
             late_replies=int(data.get("late-replies", 0)),
+            norms=[[float(n) for n in norms] for norms in data.get("norms", [])],
             seconds=float(data["seconds"]),
         )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -14,9 +16,8 @@ from numpy.typing import NDArray
 from grandrounds.config.keys import DefenceConfig, StrategyConfig
 from grandrounds.errors import ReplyError
 from grandrounds.server.aggregation import defence as bounds
-from grandrounds.server.aggregation.weighted_mean import LARGEST_WEIGHT
 from grandrounds.server.exchange import OnReply
-from grandrounds.server.introductions import SiteCard
+from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter, Shapes, count_parameters, rank_of, shapes_of
 from grandrounds.wire.codecs.codec import Codec
@@ -41,8 +42,8 @@ class Updates:
     round_number: int
     parcels: Mapping[int, Parcel]
     """Partition → the parcel from which the site trains."""
-    cards: Mapping[int, SiteCard]
-    """The sites that may take part."""
+    limits: Mapping[int, int]
+    """Partition → the most that the site may weigh, in examples."""
     sender: Sender
     """Knows which tensors are sent up, and where each site started."""
     config: StrategyConfig
@@ -51,10 +52,12 @@ class Updates:
     """Bounds on single updates."""
     codec: Codec
     """Codec of the uplink."""
+    earlier_norms: Sequence[float] = ()
+    """L2 norms of the updates used in the last rounds."""
     _held: dict[int, Update] = field(default_factory=dict)
+    _weights: dict[int, int] = field(default_factory=dict)
     _norms: dict[int, float] = field(default_factory=dict)
     _samples: dict[int, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
-    _bounded: int = 0
 
     def start_of(self, partition: int) -> Adapter:
         """Return the tensors that a site's change is relative to, at its training rank."""
@@ -66,7 +69,10 @@ class Updates:
         return dict(shapes_of(self.sender.start))
 
     def admit(self, partition: int, reply: Message, metrics: messages.Metrics) -> Update | None:
-        """Return a reply's change and weight; None if it must wait for the others (`min-cosine`).
+        """Return a reply's change and weight; None if it must wait for the others.
+
+        It waits for the median of the round's norms if there were none before (`largest-norm`), and
+        for the screen (`min-cosine`).
 
         Raises
         ------
@@ -75,35 +81,62 @@ class Updates:
         """
         rank = rank_of(self.start_of(partition))
         expected = self.sender.ranks.shapes_up(self._shapes, self.round_number, rank)
-        weight = claimed_examples(metrics, self.cards[partition])
+        weight = claimed_examples(metrics, self.limits[partition])
         change = decode_change(_arrays_of(reply), self.codec, expected)
         change = self._measured(partition, change)
         update = change, 1 if self.config.weighting == "equal" else weight
-        if self.defence.min_cosine <= -1:
+        self._weights[partition] = update[1]
+        if self._bound is not None and not self._screens:
             self._samples[partition] = sample(update[0]), update[1]
             return update
         self._held[partition] = update
         return None
 
     def waits(self, partition: int) -> bool:
-        """Whether a site's update still waits for the screen."""
-        return partition in self._held
+        """Whether a site's update still waits for the screen, which may reject it."""
+        return self._screens and partition in self._held
+
+    @property
+    def _screens(self) -> bool:
+        return self.defence.min_cosine > -1
+
+    @cached_property
+    def _bound(self) -> float | None:
+        """The largest norm of an update in this round; None before the norms are known."""
+        most = self.defence.update_norm_bound or math.inf
+        if not self.defence.largest_norm:
+            return most
+        if not self.earlier_norms:
+            return None
+        return min(most, self.defence.largest_norm * statistics.median_low(self.earlier_norms))
 
     def _measured(self, partition: int, change: Adapter) -> Adapter:
-        bound = self.defence.update_norm_bound or math.inf
+        """Return a change, scaled down to the bound if that is known; note its norm."""
+        bound = math.inf if self._bound is None else self._bound
         bounded, norm = bounds.norm_bound(change, bound)
         if norm > LARGEST_NORM:
             raise ReplyError(f"its update has a norm of {norm:.3g}, which no training can produce")
         self._norms[partition] = norm
-        self._bounded += norm > bound
         return bounded
+
+    def _scale_held(self) -> None:
+        """Scale the waiting updates down to the bound that follows from their own norms."""
+        norms = [self._norms[p] for p in self._held if self._norms[p] > 0]
+        if self._bound is not None or not norms:
+            return
+        self.earlier_norms = norms
+        del self._bound  # is computed anew
+        bound = cast(float, self._bound)
+        for partition, (change, weight) in self._held.items():
+            self._held[partition] = bounds.norm_bound(change, bound)[0], weight
 
     def screened(self, failed: dict[int, str], on_reply: OnReply) -> Iterator[tuple[int, Update]]:
         """Yield the waiting updates that pass the screen; record the others in `failed`."""
         if not self._held:
             return
+        self._scale_held()
         changes = {p: change for p, (change, _) in self._held.items()}
-        left_out = bounds.screen(changes, self.defence.min_cosine)
+        left_out = bounds.screen(changes, self.defence.min_cosine) if self._screens else {}
         for partition in sorted(self._held):
             update = self._held.pop(partition)
             if partition in left_out:
@@ -114,16 +147,19 @@ class Updates:
                 on_reply(partition, failed[partition])
                 continue
             self._samples[partition] = sample(update[0]), update[1]
-            on_reply(partition, None)
+            if self._screens:
+                on_reply(partition, None)
             yield partition, update
 
     def report(self) -> dict[str, Any]:
-        """Return each site's L2 norm and cosine to the weighted mean, for metrics.jsonl."""
+        """Return each site's weight, L2 norm and cosine to the weighted mean, for metrics.jsonl."""
         report: dict[str, Any] = {
-            "update-norms": {str(p): norm for p, norm in sorted(self._norms.items())}
+            "weights": {str(p): weight for p, weight in sorted(self._weights.items())},
+            "update-norms": {str(p): norm for p, norm in sorted(self._norms.items())},
         }
-        if self.defence.update_norm_bound:
-            report["updates-bounded"] = self._bounded
+        if self._bound is not None and self._bound < math.inf:
+            report["norm-bound"] = self._bound
+            report["updates-bounded"] = sum(norm > self._bound for norm in self._norms.values())
         if len({len(values) for values, _ in self._samples.values()}) == 1:  # all of the same rank
             report["update-cosines"] = self._cosines()
         return report
@@ -144,23 +180,6 @@ def sample(change: Adapter) -> NDArray[np.float32]:
     """Return every k-th value of a change, about `SAMPLED` of them, the same for all sites."""
     step = count_parameters(shapes_of(change)) // SAMPLED | 1  # odd, so that no rank is skipped
     return np.concatenate([tensor.ravel()[::step] for tensor in change.values()])
-
-
-def claimed_examples(metrics: messages.Metrics, card: SiteCard) -> int:
-    """Return a reply's weight: its num-examples, capped by the site's introduction.
-
-    Raises
-    ------
-    ReplyError
-        If it is not an integer of at least 1, or too large to be exact.
-    """
-    claim = metrics.get("num-examples")
-    if not isinstance(claim, int) or claim < 1:
-        raise ReplyError(f"num-examples is {claim!r}, not an integer of at least 1")
-    weight = min(claim, card.num_examples)
-    if weight > LARGEST_WEIGHT:
-        raise ReplyError(f"num-examples is {weight}, more than the {LARGEST_WEIGHT} allowed")
-    return weight
 
 
 def _arrays_of(reply: Message) -> ArrayRecord:

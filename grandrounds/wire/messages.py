@@ -32,7 +32,8 @@ from grandrounds.errors import GrandRoundsError, ReplyError
 from grandrounds.wire.adapter import Adapter, Shapes
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
-from grandrounds.wire.told import COUNTS, HELD_OUT_LOSS
+from grandrounds.wire.names import NAME, SOURCE, one_line
+from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
@@ -118,6 +119,17 @@ INTRODUCTION_IN_CUSTODY: tuple[str, ...] = (
 
 INTRODUCTION: tuple[str, ...] = (*dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUNTS, "device")),)
 """What every other introduction must have."""
+
+FACTS = frozenset(
+    (
+        *(*INTRODUCTION, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
+        *("means", "torch", "python", CPU_MATMUL),
+    )
+)
+"""What is read of an introduction; the server drops everything else."""
+
+TOLD = frozenset((*TRAIN_METRICS, *EVALUATE_METRICS, *WHOLE, *REAL, "steps", UPDATE_NORM))
+"""What is read of a reply's metrics; the server drops everything else."""
 
 Metrics = dict[str, float | int]
 
@@ -236,6 +248,8 @@ def failure(error: GrandRoundsError) -> RecordDict:
 def raise_failure(reply: Message) -> None:
     """Raise the error that a reply reports, with the type that it had at the site.
 
+    Its text is the site's: one line, cleaned and cut.
+
     Raises
     ------
     GrandRoundsError
@@ -246,16 +260,16 @@ def raise_failure(reply: Message) -> None:
         lines = text.splitlines() or ["no reason given"]
         said = [line for line in lines if _EXCEPTION.match(line)] or lines
         reason = said[-1].rpartition("Message: ")[2].removesuffix("'>")
-        raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {reason}")
+        raise ReplyError(f"the site failed (Flower's code {reply.error.code}): {one_line(reason)}")
     config = reply.content.config_records.get(CONFIG)
     if config is not None and "error" in config:
         kind = getattr(errors, str(config.get("error-type")), ReplyError)
         is_ours = isinstance(kind, type) and issubclass(kind, GrandRoundsError)
-        raise (kind if is_ours else ReplyError)(str(config["error"]))
+        raise (kind if is_ours else ReplyError)(one_line(str(config["error"])))
 
 
 def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
-    """Return a reply's metrics as plain numbers.
+    """Return a reply's metrics as plain numbers, without those that nobody reads.
 
     Parameters
     ----------
@@ -265,7 +279,7 @@ def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
     Raises
     ------
     ReplyError
-        If one of these is missing, or any is a list, not finite or out of its range.
+        If one of these is missing, or one that is read is a list, not finite or out of its range.
     """
     if METRICS not in reply.content.metric_records:
         raise ReplyError("the reply has no metrics")
@@ -273,6 +287,8 @@ def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
         raise ReplyError(f"the reply lacks {', '.join(missing)}")
     out: Metrics = {}
     for name, value in reply.content.metric_records[METRICS].items():
+        if name not in TOLD:
+            continue
         if not isinstance(value, int | float) or not np.isfinite(value):
             raise ReplyError(f"the metric {name!r} is {value!r}, not a finite number")
         if name in WHOLE and not (isinstance(value, int) and 0 <= value <= MANY):

@@ -1,4 +1,4 @@
-"""How sites are called wherever people read: the one place that cleans names.
+"""How sites are called wherever people read: the one place that cleans names and texts of sites.
 
 A name is text to show. It comes from the consortium's admission, else from what the site says of
 itself (under natural partitioning, the value of `data.partition-by`). Nothing trusts it: it is
@@ -37,7 +37,11 @@ def clean_name(text: object) -> str:
     return one_line(text, MOST_CHARACTERS) if isinstance(text, str) else ""
 
 
-def one_line(text: str, most_characters: int = 1000) -> str:
+MOST_OF_A_TEXT = 1000
+"""Maximum length of any other text of a site, such as the reason of a failure."""
+
+
+def one_line(text: str, most_characters: int = MOST_OF_A_TEXT) -> str:
     """Return a site's text as one line of visible characters, cut with an ellipsis.
 
     Line breaks and other whitespace become single spaces. Control and format characters

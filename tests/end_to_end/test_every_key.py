@@ -42,6 +42,7 @@ OTHER_VALUE: Settings = {
     "strategy.fraction-train": 0.25,
     "communication.uplink-codec": "int8",
     "defence.update-norm-bound": 0.001,
+    "defence.largest-norm": 1.0,
     "data.num-partitions": 5,
     "data.partitioner": "size-skewed",
     "data.held-out-fraction": 0.2,
@@ -104,6 +105,7 @@ TESTED_ELSEWHERE = {
     "train.training-arguments.tf32": "for a GPU",
     "train.training-arguments.gradient-checkpointing": "must agree with the model's",
     "strategy.cohorts": "tests/wire/test_schedule.py, and test_learning.py",
+    "strategy.largest-weight": "tests/server/test_weights.py and test_rounds.py",
     "strategy.weighting": "tests/server/test_rounds.py; these sites have as many examples each",
     **dict.fromkeys(
         (f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),

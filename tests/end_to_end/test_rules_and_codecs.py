@@ -212,10 +212,18 @@ def test_a_robust_rule_survives_a_site_that_sends_a_thousand_times_its_update(
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
-def test_plain_averaging_does_not_survive_it(settings: Settings) -> None:
+@pytest.mark.parametrize("largest", [0.0, 3.0])
+def test_plain_averaging_survives_it_only_with_a_bound_relative_to_the_median_norm(
+    largest: float, settings: Settings
+) -> None:
     hostile = with_updates(lambda update: -1000 * update, {5})
-    lines = metrics_of(play(settings, hostile, **EVERYBODY))
-    assert lines[-1]["held-out-loss"] > lines[0]["held-out-loss"]
+    lines = metrics_of(play(settings, hostile, **EVERYBODY, **{"defence.largest-norm": largest}))
+    survives = lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
+    assert survives == (largest > 0)
+    if largest:
+        assert all(line["updates-bounded"] >= 1 for line in lines[1:])
+        own = sorted(norm for site, norm in lines[1]["update-norms"].items() if site != "5")
+        assert lines[1]["norm-bound"] <= 3 * own[-1]
 
 
 def test_the_norm_bound_holds_a_site_that_sends_a_thousand_times_its_update(

@@ -232,3 +232,19 @@ def test_auto_without_a_choice_and_unknown_modules_are_refused_as_in_a_run() -> 
         target_modules(base, "q_proj")
     with pytest.raises(ModelError, match="names no module"):
         target_modules(base, " , ")
+
+
+def test_a_target_that_an_adapter_cannot_use_is_refused_also_in_an_entrys_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It matches a module, so it is not passed over as one that matches nothing."""
+    from grandrounds.model import targets
+    from grandrounds.model.lora import without_weights
+
+    tiny_config("llama").save_pretrained(tmp_path)
+    monkeypatch.setitem(targets.UNREAD, "llama", ("o_proj",))
+    model = without_weights(str(tmp_path))
+    assert targets.find_targets(model, "q_proj?,W_pack?", "x").modules == ("q_proj",)
+    for wanted in ("q_proj,o_proj", "q_proj?,o_proj?"):
+        with pytest.raises(ModelError, match="'o_proj', which an adapter on 'x' cannot use"):
+            targets.find_targets(model, wanted, "x")

@@ -121,8 +121,12 @@ def run_over(
     timeout_seconds: float = 10.0,
     **settings: Any,
 ) -> Run:
-    """Return a run over four sites that all are there, after two rounds; nothing is written."""
-    config = resolve({"strategy.name": "fedprox", **settings})
+    """Return a run over four sites that all are there, after two rounds; nothing is written.
+
+    Weights and norms are limited only where the settings say so.
+    """
+    unlimited = {"strategy.largest-weight": 0, "defence.largest-norm": 0}
+    config = resolve({"strategy.name": "fedprox", **unlimited, **settings})
     state = State(2, START, "0")
     return Run(
         config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ from flwr.app import Error, Message
 
 from grandrounds.config.recipes import resolve
 from grandrounds.engines.in_process import InProcessGrid
-from grandrounds.errors import ConfigError, DataError, EngineError, GrandRoundsError, ReplyError
+from grandrounds.errors import (
+    ConfigError,
+    DataError,
+    EngineError,
+    GrandRoundsError,
+    ReplyError,
+    RunDirectoryError,
+)
 from grandrounds.server import roll_call
 from grandrounds.server.admitted import admitted_names
 from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, SiteCard, has_changed
+from grandrounds.server.lifecycle import check_same_sites
 from grandrounds.server.roll_call import Roster
 from grandrounds.wire import messages
 from tests.server.hand_written import (
@@ -72,18 +81,40 @@ def test_the_roll_call_returns_the_sites_by_partition() -> None:
     cards = called(grid_of(Sites(swapped), 3), [1, 2, 3]).cards
     assert list(cards) == [0, 1, 2]
     assert [card.node_id for card in cards.values()] == [3, 2, 1]
-    assert [card.num_examples for card in cards.values()] == [10, 20, 30]
+    assert [card.facts["train-examples"] for card in cards.values()] == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
     ("fact", "meaning"),
     [("version", "version of grandrounds"), ("base", "base model"), ("prompt", "prompt")],
 )
-def test_a_site_that_differs_is_named_before_anybody_trains(fact: str, meaning: str) -> None:
-    sites = Sites({("query", 2): lambda m, s: introduce(m, s, **{fact: "other"})})
-    with pytest.raises(EngineError, match=rf"same {meaning}: .*site 2 has other \(1 of 3"):
+@pytest.mark.parametrize("odd", [0, 2])
+def test_a_site_that_differs_is_named_before_anybody_trains(
+    fact: str, meaning: str, odd: int
+) -> None:
+    """Also site 0, whose facts the others were once compared with: they were blamed."""
+    sites = Sites({("query", odd): lambda m, s: introduce(m, s, name="St E", **{fact: "other"})})
+    how = f"its {meaning} is other, that of 2 of 3 sites"
+    with pytest.raises(EngineError, match=rf"St E \(site {odd}\): {how} .*min-sites = 2"):
         called(grid_of(sites, 3), [1, 2, 3])
     assert {kind for kind, _, _ in sites.seen} == {"query"}
+    roster = called(grid_of(sites, 3), [1, 2, 3], min_sites=2)
+    assert list(roster.cards) == [p for p in range(3) if p != odd]
+    [(who, why)] = roster.refusals().items()
+    assert (who, roster.names[odd]) == (f"site {odd}", "St E")
+    assert why.startswith(how)
+
+
+def differing(facts: Mapping[int, Any], message: Message, site: int) -> Message:
+    return introduce(message, site, **facts[site])
+
+
+def test_where_no_majority_decides_all_groups_are_named() -> None:
+    for odd, told in (({2, 3}, r"p at site 0, site 1; q at"), ({1, 2, 3}, r"; q3 at site 3\. Use")):
+        own = {p: {"prompt": f"q{p if len(odd) > 2 else ''}"} for p in odd}
+        sites = Sites({("query", p): partial(differing, own) for p in odd})
+        with pytest.raises(EngineError, match=rf"same prompt, and no majority decides: .*{told}"):
+            called(grid_of(sites, 4), [1, 2, 3, 4], min_sites=1)
 
 
 @pytest.mark.parametrize("value", [b"x", "x" * 1001, [1]])
@@ -91,6 +122,25 @@ def test_a_fact_that_could_not_be_written_down_is_the_sites_own_fault(value: Any
     sites = Sites({("query", 1): lambda m, s: introduce(m, s, device=value)})
     with pytest.raises(EngineError, match="introduction of node 2 is invalid: 'device' is neither"):
         called(grid_of(sites, 2), [1, 2])
+
+
+def test_facts_that_nobody_reads_are_dropped_and_the_others_cleaned() -> None:
+    """20,000 facts made sites.json 20 MB."""
+    more: dict[str, Any] = {f"fact-{i}": "x" * 900 for i in range(2000)}
+    more |= {"device": "\u202eUPG\x1b[2J\n  site 0 failed"}
+    sites = Sites({("query", 1): lambda m, s: introduce(m, s, **more)})
+    roster = called(grid_of(sites, 2), [1, 2])
+    assert set(roster.introduced[1]) == set(roster.introduced[0])
+    assert roster.introduced[1]["device"] == "UPG[2J site 0 failed"
+
+
+def test_reasons_of_refusals_are_cut_and_cleaned() -> None:
+    def say(message: Message, site: int) -> Message:
+        return Message(messages.failure(DataError("no\n\x1b[31m" + "x" * 10**6)), reply_to=message)
+
+    roster = called(grid_of(Sites({("query", 1): say}), 3), [1, 2, 3], min_sites=2)
+    assert roster.refused[2].startswith("no [31mxxx")
+    assert len(roster.refused[2]) == 1000
 
 
 def test_two_nodes_of_one_site_are_an_error() -> None:
@@ -356,6 +406,46 @@ def test_a_damaged_admission_is_one_clear_error(tmp_path: Path, text: str) -> No
         admitted_names(federation)
 
 
+def test_a_sites_weight_is_of_its_admission_else_of_its_first_roll_call() -> None:
+    """A real site may come back with any number that rounds the same: 1,799 for 1,500."""
+    said: dict[str, Any] = {"train-examples": 1500}
+    sites = Sites({("query", 1): lambda m, s: introduce_in_custody(m, s, **said)})
+    grid = grid_of(sites, 2)
+    roster = called(grid, [1, 2])
+    said["train-examples"] = 1700
+    roster.suspected = {1}
+    assert refreshed(roster, grid) == {}
+    roster.note_introductions()
+    assert roster.cards[1].facts["train-examples"] == 1700
+    assert roster.introduced[1]["train-examples"] == 1500
+    assert [roster.examples_of(p) for p in (0, 1)] == [10, 1500]
+    roster.admitted_examples = lambda: {1: 700}
+    assert [roster.examples_of(p) for p in (0, 1)] == [10, 700]
+
+
+def test_a_newcomer_that_differs_is_refused_and_nobody_else() -> None:
+    sites = Sites({("query", 2): lambda m, s: introduce(m, s, prompt="q")})
+    grid, roster = introduced(sites, 3)
+    assert refreshed(roster, grid) == {
+        2: "its prompt is q, that of the others p: use the same one there"
+    }
+    assert list(roster.cards) == [0, 1]
+
+
+def test_a_resumed_run_goes_on_without_a_site_that_has_changed_where_it_may() -> None:
+    sites = Sites({("query", 0): lambda m, s: introduce(m, s, rows=7)})
+    for min_sites in (0, 3, 2):
+        roster = called(grid_of(Sites(), 3), [1, 2, 3], min_sites=min_sites)
+        roster.call(exchange_of(grid_of(sites, 3)), [1, 2, 3], 10.0)
+        if min_sites == 2:
+            check_same_sites(roster)
+            assert list(roster.cards) == [1, 2]
+            assert roster.refusals() == {"site 0": "its rows was 1 and is now 7"}
+        else:
+            with pytest.raises(RunDirectoryError, match="site 0 has changed since the run"):
+                check_same_sites(roster)
+
+
 # --- Real sites -----------------------------------------------------------------------------------
 
 ROUNDED = {"train-examples": 1500, "data-tag": "ab"}
@@ -372,7 +462,7 @@ def test_only_a_real_site_may_keep_its_counts() -> None:
     alone = Sites({("query", 0): introduce_in_custody})
     roster = called(grid_of(alone, 1), [1])
     assert roster.cards[0].in_custody
-    assert roster.cards[0].num_examples == 1500
+    assert roster.examples_of(0) == 1500
     bare = dict.fromkeys(messages.INTRODUCTION_IN_CUSTODY, 1)
 
     def lacking(message: Message, site: int) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
+from grandrounds.config.recipes import notes, of_before, resolve
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import RoundError
 from grandrounds.server import rounds
+from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Tally
 from grandrounds.server.introductions import SiteCard
-from grandrounds.server.run import Run
-from grandrounds.server.updates import claimed_examples
+from grandrounds.server.listeners.plain import limit_lines
+from grandrounds.server.run import Run, State
+from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.traffic import message_of
@@ -27,7 +31,6 @@ from tests.server.hand_written import (
     Behaviour,
     Silent,
     Sites,
-    cards_of,
     changed,
     crash,
     grid_of,
@@ -168,8 +171,89 @@ def test_a_site_cannot_claim_more_examples_than_at_roll_call() -> None:
     sites = Sites({("train", 1): lambda m, s: changed(m, s, examples=10**9)})
     adapter, _, _ = play(sites, [0, 1])
     assert np.array_equal(adapter["m.lora_B.weight"], np.full((5, 2), 8 / 3, np.float32))
-    assert claimed_examples({"num-examples": 10**9}, cards_of(2)[1]) == 20
-    assert claimed_examples({"num-examples": 7}, cards_of(2)[1]) == 7
+    assert claimed_examples({"num-examples": 10**9}, 20) == 20
+    assert claimed_examples({"num-examples": 7}, 20) == 7
+
+
+def test_a_claim_is_limited_by_the_cohort_and_shown() -> None:
+    """Site 3 introduced 2^24 examples: among 10, 20 and 30 it has 40, twice the lower median and 2
+    of 2 + 3 of the total. Without the limit it had all: the adapter moved by its 4."""
+
+    def claims(message: Message, site: int) -> Message:
+        return changed(message, site, examples=2**24)
+
+    run = run_over(grid_of(Sites({("train", 3): claims}), 4), **{"strategy.largest-weight": 2.0})
+    run.roster.cards[3] = SiteCard(4, {"train-examples": 2**24, "threads": 1})
+    adapter, tally, measured = train(run, range(4))
+    assert measured["weights"] == {"0": 10, "1": 20, "2": 30, "3": 40}
+    moved = (10 * 1 + 20 * 2 + 30 * 3 + 40 * 4) / 100
+    assert np.allclose(adapter["m.lora_A.weight"], 1 + moved)
+    now = rounds.Round(3, 0.5, [0, 1, 2, 3], {}, saves=False, started=0.0, trained=0.0)
+    run.state.round = 3
+    record = {**rounds.training_record(run, now, tally), **measured}
+    assert record["weights-limited"] == {"3": 2**24}
+    names = run.roster.names
+    assert limit_lines(record, names) == [
+        "  weight limited (strategy.largest-weight): site 3 at 40 of 16,777,216 examples"
+    ]
+    assert limit_lines({**record, "weights-limited": {}}, names) == []
+
+
+# --- The bound on norms ---------------------------------------------------------------------------
+
+
+def long(message: Message, site: int) -> Message:
+    return with_tensors(2e14)(message, site)
+
+
+def test_a_huge_update_is_scaled_down_to_the_median_of_the_last_rounds() -> None:
+    """16 values of 2e14 have a norm of 8e14; three times the median, 24, is a norm of 6s. It was
+    accepted as it is, saved, and repeated by every resume."""
+    run = run_over(grid_of(Sites({("train", 2): long}), 4), **{"defence.largest-norm": 3.0})
+    run.state.norms = [[8.0, 8.0], [7.0, 9.0, 1e14]]
+    adapter, _, measured = train(run, [0, 1, 2])
+    assert measured["norm-bound"] == 24.0
+    assert measured["updates-bounded"] == 1
+    assert measured["update-norms"]["2"] == pytest.approx(8e14)
+    assert np.allclose(adapter["m.lora_A.weight"], 1 + (10 * 1 + 20 * 2 + 10 * 6) / 40)
+
+
+def test_in_the_first_round_the_median_is_of_its_own_updates() -> None:
+    """Norms 4, 8 and 8e14: at most 3 * 8. All arrive before any is added, and the listener hears
+    of each as it arrives."""
+    heard: Heard = []
+    sites = Sites({("train", 2): long, ("train", 3): refuse})
+    run = run_over(grid_of(sites, 4), listener_to(heard), **{"defence.largest-norm": 3.0})
+    adapter, tally, measured = train(run, [0, 1, 2, 3])
+    assert heard == [(0, None), (1, None), (2, None), (3, "site 3 has no rows")]
+    assert measured["norm-bound"] == 24.0
+    assert np.allclose(adapter["m.lora_A.weight"], 1 + (10 * 1 + 20 * 2 + 10 * 6) / 40)
+    run.state.note_norms([measured["update-norms"][str(p)] for p in tally.good])
+    assert run.state.earlier_norms == pytest.approx([4.0, 8.0, 8e14])
+
+
+def test_norms_within_the_bound_change_no_bit_and_survive_a_resume() -> None:
+    free = train(run_over(grid_of(Sites(), 4)), range(4))[0]
+    run = run_over(grid_of(Sites(), 4), **{"defence.largest-norm": 3.0})
+    for norms in ([], [[8.0]]):
+        run.state.norms = norms
+        run.rule = make_rule(filled_in(run.config))
+        bounded = train(run, range(4))[0]
+        assert all(bounded[name].tobytes() == free[name].tobytes() for name in SHAPES)
+    for number in range(9):
+        run.state.note_norms([0.1 * number, 0.3])
+    run.state.note_norms([0.0])  # a round at a learning rate of 0
+    again = State.from_json({}, json.loads(json.dumps(run.state.to_json({}))))
+    assert again.norms == run.state.norms
+    assert len(again.norms) == 5
+
+
+def test_the_bound_is_on_by_default_and_off_where_visits_are_epochs() -> None:
+    epochs = {"train.training-arguments.max-steps": -1}
+    assert resolve().defence.largest_norm == 3.0
+    assert resolve(epochs).defence.largest_norm == 0
+    assert any("defence.largest-norm = 0.0: its default" in said for said in notes(epochs))
+    assert of_before({"resume-from": ""})["defence.largest-norm"] == 0
 
 
 def test_every_message_is_counted_those_of_failed_sites_too() -> None:

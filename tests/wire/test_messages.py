@@ -205,6 +205,25 @@ def test_a_crash_that_flower_reports_becomes_a_reply_error(reason: str, words: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("crashed", [True, False])
+def test_what_a_site_says_of_a_failure_is_one_short_line_that_no_terminal_obeys(
+    crashed: bool,
+) -> None:
+    """Newlines forge lines of the console, and a megabyte ended in metrics.jsonl and report."""
+    said = "odd\r\x1b[2J\u202egnp\n  site 0: update received " + "x" * 10**6
+    reply = reply_with(messages.content(config={"error": said}))
+    if crashed:
+        reply = Message(
+            Error(2, f"ValueError: {said.translate({10: 32, 13: 32})}"), reply_to=message()
+        )
+    with pytest.raises(ReplyError) as caught:
+        raise_failure(reply)
+    text = str(caught.value)
+    assert "[2Jgnp" in text
+    assert text.isprintable()
+    assert len(text) < 1100
+
+
 def test_a_good_reply_raises_nothing() -> None:
     raise_failure(reply_with(messages.content(config={"round": 1})))
     raise_failure(reply_with(messages.content()))
@@ -213,6 +232,11 @@ def test_a_good_reply_raises_nothing() -> None:
 def test_metrics_come_back_as_plain_numbers() -> None:
     metrics: dict[str, float | int] = {"num-examples": 3, "train-loss": 0.25}
     assert metrics_of(reply_with(messages.content(metrics=metrics))) == metrics
+
+
+def test_metrics_that_nobody_reads_are_dropped() -> None:
+    told: dict[str, float | int] = {"num-examples": 3, "\x1b[2J": 1.0, **dict.fromkeys("abc", 1)}
+    assert metrics_of(reply_with(messages.content(metrics=told))) == {"num-examples": 3}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, 2.0]])

@@ -19,6 +19,7 @@ from grandrounds.engines.deployment import keys, signed
 from grandrounds.engines.deployment.set_up import check_name
 from grandrounds.errors import ConfigError
 from grandrounds.server.admitted import (
+    EXAMPLES,
     REVOKED,
     admission_of,
     consortium_of,
@@ -44,7 +45,12 @@ class Request:
 
 
 def admit(
-    folder: Path, request: Path, partition_id: int, num_partitions: int, days: int = VALID_DAYS
+    folder: Path,
+    request: Path,
+    partition_id: int,
+    num_partitions: int,
+    days: int = VALID_DAYS,
+    examples: int = 0,
 ) -> Path:
     """Check a site's request and write its admission; return the admission's file.
 
@@ -56,6 +62,9 @@ def admit(
     ----------
     days : int
         How long the site can join with it.
+    examples : int
+        The site's number of training examples, which its weight in a run does not exceed; 0: the
+        one that it introduces itself with.
 
     Raises
     ------
@@ -87,6 +96,7 @@ def admit(
         "superlink": consortium["superlink"],
         "ca": storage.read_text(folder / "ca.crt"),
         "node": node,
+        **({EXAMPLES: examples} if examples else {}),
         "serial": _next_serial(folder),
         "expires": timestamp(datetime.timedelta(days=days)),
     }

@@ -5,8 +5,8 @@
 
 El Mhamdi et al., The Hidden Vulnerability of Distributed Learning in Byzantium (ICML 2018), section
 4. The paper selects one reply at a time and rescores the rest; Flower takes the theta lowest scores
-at once. All replies weigh the same. Guaranteed for k >= 4 f + 3 replies with f hostile ones; a
-smaller k raises `RoundError`.
+at once. All replies weigh the same. Guaranteed for k >= 4 f + 3 replies with f hostile ones. If
+fewer come than that, f is lowered to what k allows; k below 3 raises `RoundError`.
 """
 
 from __future__ import annotations

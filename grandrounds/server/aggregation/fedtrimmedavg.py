@@ -5,8 +5,8 @@
 
 Yin et al., Byzantine-Robust Distributed Learning (ICML 2018), definition 2. All replies weigh the
 same. Stays within the range of the honest replies in every coordinate as long as at most floor(beta
-k) are hostile. Too few replies to trim any raise `RoundError`, whereas Flower would return the
-plain mean.
+k) are hostile. Of fewer replies than that trims, one is trimmed at each end, whereas Flower would
+return the plain mean; fewer than 3 raise `RoundError`.
 """
 
 from __future__ import annotations

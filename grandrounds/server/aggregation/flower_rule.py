@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp.exception import AggregationError
-from flwr.serverapp.strategy import FedAvg, FedAvgM
+from flwr.serverapp.strategy import Bulyan, FedAvg, FedAvgM, FedTrimmedAvg, MultiKrum
 from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 
@@ -37,6 +37,10 @@ MOMENTUM = "momentum_vector"
 """State that FedAvgM carries from round to round, as a list in the order of the tensors."""
 
 
+TOLERATED = "hostile-tolerated"
+"""Figure of a round: how many hostile updates the rule tolerates among those that came."""
+
+
 class FlowerRule(ReplyRule):
     """A rule computed by a Flower strategy.
 
@@ -50,8 +54,7 @@ class FlowerRule(ReplyRule):
 
     def __init__(self, strategy: FedAvg, config: StrategyConfig) -> None:
         self._strategy = strategy
-        self._name = config.name
-        self._needed_replies = config.needed_replies
+        self._name, self._config = config.name, config
         self._state: dict[str, NDArray[Any]] = {}
 
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
@@ -62,13 +65,13 @@ class FlowerRule(ReplyRule):
     def result(self) -> Adapter:
         """Return the adapter plus the strategy's result."""
         replies = self.replies()
-        if len(replies) < self._needed_replies:
+        if len(replies) < (fewest := self._config.fewest_replies):
             raise RoundError(
-                f"Round {self._round}: strategy.name = {self._name!r} needs at least "
-                f"{self._needed_replies} good replies with its settings, but got {len(replies)}. "
-                "Raise strategy.fraction-train or data.num-partitions, or let the rule expect "
-                "fewer hostile replies."
+                f"Round {self._round}: strategy.name = {self._name!r} needs at least {fewest} good "
+                f"replies with its settings, but got {len(replies)}. Raise strategy.fraction-train "
+                "or data.num-partitions."
             )
+        self._settle(len(replies))
         names = [name for name in self._adapter if name in replies[0].change]
         self._set_start(names)
         answers = [
@@ -98,6 +101,18 @@ class FlowerRule(ReplyRule):
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the moments or the momentum of an earlier instance."""
         self._state = dict(state)
+
+    def _settle(self, count: int) -> None:
+        """Give the strategy its settings for this number of replies; report what it tolerates."""
+        strategy, settings = self._strategy, self._config.for_replies(count)
+        if isinstance(strategy, MultiKrum | Bulyan):
+            strategy.num_malicious_nodes = settings.num_malicious_nodes
+            self._report = {TOLERATED: settings.num_malicious_nodes}
+        if type(strategy) is MultiKrum:  # Krum, which derives from it, selects one
+            strategy.num_nodes_to_select = settings.num_nodes_to_select
+        if isinstance(strategy, FedTrimmedAvg):
+            strategy.beta = settings.trimmed_share
+            self._report = {TOLERATED: int(settings.trimmed_share * count)}
 
     def _set_start(self, names: Sequence[str]) -> None:
         """Set the strategy's start to zero, and restore its state of the last round."""

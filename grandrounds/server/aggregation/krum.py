@@ -3,8 +3,8 @@
     score_i = sum of |d_i - d_j|^2 over the k - f - 2 nearest d_j,   w_next = w + d_argmin(score)
 
 Blanchard et al., Machine Learning with Adversaries (NeurIPS 2017), section 4. All replies weigh
-the same, and all but one are discarded. Guaranteed for k >= 2 f + 3 replies with f hostile ones; a
-smaller k raises `RoundError`, whereas Flower would continue.
+the same, and all but one are discarded. Guaranteed for k >= 2 f + 3 replies with f hostile ones. If
+fewer come than that, f is lowered to what k allows; k below 3 raises `RoundError`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Blanchard et al., Machine Learning with Adversaries (NeurIPS 2017), section 4; the paper averages
 with equal weights, Flower by number of examples, so a hostile reply that is selected has the weight
-that it claims. Guaranteed for k >= 2 f + 3 and k >= m + f replies with f hostile ones; a smaller k
-raises `RoundError`, whereas Flower would continue.
+of its examples. Guaranteed for k >= 2 f + 3 and k >= m + f replies with f hostile ones. If fewer
+come than that, f and m are lowered to what k allows; k below 3 raises `RoundError`.
 """
 
 from __future__ import annotations

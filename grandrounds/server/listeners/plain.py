@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,29 @@ def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
         lines.append(f"  {names.in_place_of_number(who)} cannot take part: {one_line(why)}")
     if late := record.get("late-replies"):
         lines.append(f"  {counted(late, 'late update')} arrived after the round, and not used")
+    return lines
+
+
+def limit_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
+    """Return which sites a round limited, in weight or norm: one line for each limit that acted."""
+    lines, weights = [], record.get("weights", {})
+    limited = [
+        f"{names[int(site)]} at {weights[site]:,} of {examples:,} examples"
+        for site, examples in record.get("weights-limited", {}).items()
+    ]
+    if limited:
+        lines.append(f"  weight limited (strategy.largest-weight): {', '.join(limited)}")
+    bound = record.get("norm-bound", math.inf)
+    longer = [
+        f"{names[int(site)]}, {norm:.3g} long"
+        for site, norm in record.get("update-norms", {}).items()
+        if norm > bound
+    ]
+    if longer:
+        lines.append(f"  scaled down to a norm of {bound:.3g}: {', '.join(longer)}")
+    if record.get("failed") and "hostile-tolerated" in record:
+        hostile = counted(int(record["hostile-tolerated"]), "hostile update")
+        lines.append(f"  the rule tolerates {hostile} among these {len(record['good'])}")
     return lines
 
 
@@ -222,6 +246,7 @@ class PlainReporter(Listener):
         """Print the round's line and its failures."""
         if not self._quiet:
             self._say(round_line(record, self._total))
+            self._say(*limit_lines(record, self._present.names))
         self._say(*failure_lines(record, self._present.names))
 
     def on_reply(self, site: int, failure: str | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
-from grandrounds.config.keys import Config
+from grandrounds.config.keys import Config, rounded_up
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.words import NOT_TOLD, counted
 from grandrounds.server.described import (
@@ -40,6 +40,12 @@ def recipe_rows(config: Config) -> Rows:
     )
     warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
     mu = f", mu {strategy.proximal_mu:g}" if strategy.proximal_mu else ""
+    fewest = ""
+    if strategy.fewest_replies > 1:
+        least = max(
+            strategy.fewest_replies, rounded_up(strategy.min_reply_fraction, config.cohort_size)
+        )
+        fewest = f", at least {least} updates a round"
     again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing if needed"}
     checkpointing = again.get(model.gradient_checkpointing, "")
     rows = [
@@ -52,7 +58,7 @@ def recipe_rows(config: Config) -> Rows:
         (
             "rounds",
             f"{counted(config.federation.num_server_rounds, 'round')}, {config.cohort_size} of "
-            f"{counted(data.num_partitions, 'site')} a round, {strategy.name}{mu}",
+            f"{counted(data.num_partitions, 'site')} a round, {strategy.name}{mu}{fewest}",
         ),
         (
             "visit",
@@ -93,6 +99,8 @@ def defence(config: Config) -> str:
     """Return how individual updates are screened, in words; empty if they are not."""
     how = config.defence
     parts = []
+    if how.largest_norm:
+        parts.append(f"updates scaled down to {how.largest_norm:g} times the median norm")
     if how.update_norm_bound:
         parts.append(f"updates scaled down to a norm of {how.update_norm_bound:g}")
     if how.min_cosine > -1:

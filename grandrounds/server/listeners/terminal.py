@@ -125,6 +125,8 @@ class RichReporter(Listener):
     def on_round(self, record: Facts) -> None:
         """Print the round's line and its failures above the bar, and advance it."""
         self._print(reporting.round_line(record, self._total))
+        for line in reporting.limit_lines(record, self._present.names):
+            self._print(line)
         for line in reporting.failure_lines(record, self._present.names):
             self._console.print(f"[red]{escape(line)}[/red]", soft_wrap=True, highlight=False)
         self._replies, self._failed = 0, 0

@@ -57,6 +57,7 @@ ORDINARY: dict[str, Scalar] = {
     "communication.downlink-codec": "none",
     "communication.downlink": "complete",
     "defence.update-norm-bound": 0.0,
+    "defence.largest-norm": 0.0,
     "defence.min-cosine": -1.0,
 }
 """Settings of training without a federation: no aggregation strategy, codec or defence."""

@@ -137,11 +137,12 @@ def server_memory(config: Config, shapes: Shapes) -> int:
     rule = STRATEGIES[config.strategy.name]
     if rule.stacks:
         shapes = at_rank(shapes, config.max_rank)
-    remembers = config.communication.downlink == "incremental"
+    remembers, how = config.communication.downlink == "incremental", config.defence
+    holds = how.min_cosine > -1 or how.largest_norm > 0  # the latter in the first round
     return memory.server_bytes(
         count_parameters(shapes),
         cohort=config.cohort_size,
-        keeps_replies=rule.keeps_replies or config.defence.min_cosine > -1,
+        keeps_replies=rule.keeps_replies or holds,
         measures_product=rule.mean_of_factors,
         sites_remembered=config.data.num_partitions if remembers else 0,
     )

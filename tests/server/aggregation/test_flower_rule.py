@@ -197,16 +197,46 @@ def test_krum_multikrum_and_bulyan_agree_with_their_papers_in_float64() -> None:
         ("fedmedian", {}, 1),
     ],
 )
-def test_too_few_replies_are_an_error_that_says_how_many_are_needed(
+def test_with_fewer_replies_than_planned_a_rule_tolerates_fewer_hostile_ones(
     name: str, setting: dict[str, float], needed: int
 ) -> None:
+    """Two sites of seven that answered with an error ended a run of multi-Krum."""
     settings = named(name, **setting)
     assert settings.needed_replies == needed
     adapter, [replies] = rounds_of_replies(7, 1, sites=needed)
-    play(make_rule(settings), adapter, replies)
+    for count in range(settings.fewest_replies, needed + 1):
+        rule = make_rule(settings)
+        play(rule, adapter, replies[:count])
+        hostile = settings.for_replies(count).num_malicious_nodes
+        if name == "fedtrimmedavg":
+            hostile = 1 if settings.trimmed_share else 0
+        assert rule.report() == ({} if name == "fedmedian" else {"hostile-tolerated": hostile})
     if needed > 1:
-        with pytest.raises(RoundError, match=f"at least {needed} good replies.*got {needed - 1}"):
-            play(make_rule(settings), adapter, replies[:-1])
+        assert settings.fewest_replies == 3
+        with pytest.raises(RoundError, match=r"at least 3 good replies.*got 2"):
+            play(make_rule(settings), adapter, replies[:2])
+
+
+@pytest.mark.parametrize(("name", "per"), [("krum", 2), ("multikrum", 2), ("bulyan", 4)])
+def test_hostile_sites_that_send_nothing_weaken_no_rule(name: str, per: int) -> None:
+    """Of n = 2 f + 3 sites with f hostile ones, j of which send nothing, f - j are left."""
+    for f in range(4):
+        settings = named(name, num_malicious_nodes=f, num_nodes_to_select=f + 3)
+        assert settings.for_replies(per * f + 3) == settings
+        for j in range(f + 1):
+            lowered = settings.for_replies(per * f + 3 - j)
+            assert f - j <= lowered.num_malicious_nodes <= f
+            assert lowered.needed_replies <= per * f + 3 - j
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_trimmed_mean_of_few_trims_one_at_each_end(count: int) -> None:
+    adapter, [replies] = rounds_of_replies(7, 1, sites=count)
+    replies[0] = ({n: np.full_like(t, 1e30) for n, t in replies[0][0].items()}, 1)
+    found = play(make_rule(named("fedtrimmedavg", trimmed_share=0.2)), adapter, replies)
+    for name, tensor in adapter.items():
+        middle = np.sort(stack(replies, name), axis=0)[1:-1].mean(axis=0)
+        assert np.allclose(found[name], tensor + middle, atol=1e-6)
 
 
 def test_a_share_that_rounds_down_to_nobody_needs_one_reply_more() -> None:

@@ -44,6 +44,14 @@ from tests.asking import made_up
 from tests.own_sites import sites_of
 from tests.runs import Settings, grid_of, metrics_of, play, summary_of
 
+
+def test_the_server_reads_all_that_a_site_tells() -> None:
+    """The server drops facts and metrics that it does not know."""
+    told = {field.name for field in FIELDS if field.record == "metrics"}
+    assert told <= messages.TOLD
+    assert {field.name for field in FIELDS if field.record == "config"} <= messages.FACTS
+
+
 ONE_SITE: Settings = {
     "data.num-partitions": 1,
     "strategy.fraction-train": 1.0,
