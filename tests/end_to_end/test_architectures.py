@@ -26,4 +26,7 @@ def test_an_architecture_computes_what_its_own_model_does(name: str, tmp_path: P
     assert not row.line
     figures = (row.loss, row.gradient, row.together, row.alone, row.merged)
     assert all(figure is not None for figure in figures)
+    for card in (tmp_path / "run" / "peft_1", tmp_path / "merged"):
+        text = (card / "README.md").read_text()
+        assert f"frozen: {row.frozen}" in text if row.frozen else "frozen:" not in text
     assert (row.parts > 0) == (tiny_bases.BASES[name].part is not None)
