@@ -63,7 +63,8 @@ RunDirectory = Annotated[Path, typer.Argument(help="Run directory.", metavar="RU
 Checkpoint = Annotated[
     str,
     typer.Option(
-        help="`last`, `best` (lowest held-out loss), or a round number.", metavar="last|best|ROUND"
+        help="`last`, `best` (lowest median held-out loss of the sites), or a round number.",
+        metavar="last|best|ROUND",
     ),
 ]
 

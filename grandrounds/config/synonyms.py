@@ -70,7 +70,7 @@ _NAMES: dict[str, str] = {
     "data.held-out-fraction": "held-out held-out-fraction holdout hold-out test-size test-split "
     "validation-split val-split val-size eval-split test-fraction",
     "data.prompt-template": "template prompt-template chat-template prompt-format",
-    "data.template-options": "chat-template-kwargs template-kwargs enable-thinking",
+    "data.template-options": "chat-template-kwargs template-kwargs",
     "data.system-prompt": "system system-prompt system-message",
     "data.question-column": "question question-column prompt prompt-column input input-column "
     "instruction-column",
@@ -118,6 +118,8 @@ NO_KEY = {
     **dict.fromkeys(
         ("run-name", "wandb-run-name"), "A run is named by its directory: run-directory."
     ),
+    "enable-thinking": "It is an option of some chat templates: write "
+    "data.template-options.enable_thinking = false.",
 }
 """Names of what has no key, and what to do instead."""
 

@@ -33,6 +33,9 @@ class InProcessGrid(Grid):
         Number of sites; site i has node id i + 1.
     """
 
+    in_one_process = True
+    """Read by the server: one site's answers are those of all."""
+
     def __init__(
         self,
         client_app: ClientAppCall,

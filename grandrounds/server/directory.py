@@ -45,6 +45,7 @@ from grandrounds.errors import ConfigError, RunDirectoryError, first_line, neare
 from grandrounds.server import states
 from grandrounds.storage import whole_folder, writing
 from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.told import deciding_loss
 
 SUMMARY = "summary.json"
 
@@ -425,9 +426,8 @@ def _round(run: RunDirectory, saved: Mapping[int, Mapping[str, Any]], which: str
     if which == "last":
         return max(saved)
     if which == "best":
-        losses = {
-            r: m["held-out-loss"] for r, m in saved.items() if m.get("held-out-loss") is not None
-        }
+        told = {r: deciding_loss(m) for r, m in saved.items()}
+        losses = {r: loss for r, loss in told.items() if loss is not None}
         if not losses:
             raise RunDirectoryError(
                 f"{run.path} measured no held-out loss at its checkpoints, so none is the best. "

@@ -161,11 +161,13 @@ def open_session(run: Run) -> None:
 def finish(run: Run) -> dict[str, Any]:
     """Hold the formulary's exam if the run trained on it, and write the summary."""
     is_formulary = run.config.static.name == FORMULARY
-    scores = examine_formulary(run) if is_formulary else None
+    scores, by_site = examine_formulary(run) if is_formulary else (None, {})
     run.directory.write_json("ledger.json", run.state.ledger.as_dict())
     summary = summary_of(run, "completed")
     if is_formulary:
         summary["formulary"] = scores
+    if by_site:
+        summary["formulary_by_site"] = by_site
     run.directory.write_json("summary.json", summary)
     run.listener.on_finished({**summary, "directory": str(run.directory.path)})
     return summary

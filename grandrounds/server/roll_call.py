@@ -280,6 +280,11 @@ class Roster:
         facts = self.introduced.get(partition) or self.cards[partition].facts
         return self.admitted_examples().get(partition, int(facts["train-examples"]))
 
+    def held_out_of(self, partition: int) -> int:
+        """Return the held-out examples that a site introduced, else its training examples."""
+        facts = self.introduced.get(partition) or self.cards[partition].facts
+        return int(facts.get("held-out-examples", facts["train-examples"]))
+
     @property
     def names(self) -> SiteNames:
         """How the sites are called."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, MessageType
 
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.errors import RoundError
+from grandrounds.errors import ReplyError, RoundError
 from grandrounds.model.lora import peft_config
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
@@ -27,6 +28,13 @@ from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.schedule import cohort_of, round_learning_rate_of
 
 NOT_THERE = "not connected"
+
+EXAMINERS = 3
+"""Sites that hold the formulary's exam: the median of three is not one site's alone."""
+
+
+ExamResults = dict[str, dict[str, dict[str, int]]]
+"""Kind of facts → base or tuned → correct answers and questions, as in summary.json."""
 
 
 @dataclass
@@ -252,46 +260,79 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
     """
     number, cohort = run.state.round, run.evaluation_cohort
     parcels = parcels_for(run, number, cohort, trains=False)
-    tally = run.exchange.ask(
-        "evaluate",
-        addressed(run, MessageType.EVALUATE, number, parcels),
-        lambda site, reply: messages.metrics_of(
-            reply, () if run.roster.cards[site].in_custody else messages.EVALUATE_METRICS
-        ),
-    )
+
+    def use(site: int, reply: Message) -> messages.Metrics:
+        required = () if run.roster.cards[site].in_custody else messages.EVALUATE_METRICS
+        metrics = messages.metrics_of(reply, required)
+        examples = run.roster.held_out_of(site)
+        told_of = told.within(metrics, examples * run.config.train.seq_length, examples)
+        loss, most = told.site_losses({site: told_of}).get(site, 0.0), told.HIGHEST_LOSS
+        if loss > most:
+            raise ReplyError(f"its held-out loss is {loss:.3g} nats per token, above {most:g}")
+        return told_of
+
+    outgoing = addressed(run, MessageType.EVALUATE, number, parcels)
+    tally = run.exchange.ask("evaluate", outgoing, use)
     run.sender.settle(parcels, tally.good)
     tally.failed |= dict.fromkeys(set(cohort) - parcels.keys(), NOT_THERE)
     run.state.count_failures(tally)
     return told.held_out_loss(tally.good.values()), tally
 
 
-def examine_formulary(run: Run) -> dict[str, Any] | None:
-    """Return one site's results in the formulary's exam, with and without the adapter.
+def examine_formulary(run: Run) -> tuple[ExamResults | None, dict[str, ExamResults]]:
+    """Return the results of the formulary's exam, with and without the adapter.
 
-    The server has no base model, so the first usable reply of a site counts. The adapter is sent in
-    float32, so that the exam is of exactly what the checkpoint holds.
+    The server has no base model: each count is the median of `EXAMINERS` sites. Where all sites are
+    this process, their answers are the same, and one is asked. The adapter is sent in float32, so
+    that the exam is of exactly what the checkpoint holds.
+
+    Returns
+    -------
+    tuple
+        The medians, None if no site answered; and if sites disagree, what each answered.
     """
-    parcel = run.sender.exact(run.state.adapter)
-    for site in run.roster.cards:
+    parcel, waiting = run.sender.exact(run.state.adapter), list(run.roster.cards)
+    wanted = 1 if run.exchange.in_one_process else EXAMINERS
+    good: dict[int, messages.Metrics] = {}
+    while waiting and (count := wanted - len(good)) > 0:
+        asked, waiting = waiting[:count], waiting[count:]
         tally = run.exchange.ask(
             "formulary",
-            addressed(run, f"{MessageType.EVALUATE}.formulary", 0, {site: parcel}),
-            lambda _, reply: messages.metrics_of(reply, messages.FORMULARY_METRICS),
+            addressed(run, f"{MessageType.EVALUATE}.formulary", 0, dict.fromkeys(asked, parcel)),
+            lambda _, reply: exam_results(messages.metrics_of(reply, messages.FORMULARY_METRICS)),
         )
         run.state.count_failures(tally)
-        if tally.good:
-            scores = tally.good[site]
-            return {
-                kind: {
-                    which: {
-                        "correct": int(scores[f"{kind}-{which}-correct"]),
-                        "n": int(scores[f"{kind}-{which}-n"]),
-                    }
-                    for which in ("base", "tuned")
-                }
-                for kind in ("public", "private")
-            }
-    return None
+        good |= tally.good
+    if not good:
+        return None, {}
+    names = messages.FORMULARY_METRICS
+    median = {n: statistics.median_low(int(scores[n]) for scores in good.values()) for n in names}
+    disagree = any(scores[n] != median[n] for scores in good.values() for n in names)
+    return by_kind(median), {str(p): by_kind(good[p]) for p in sorted(good) if disagree}
+
+
+def exam_results(scores: messages.Metrics) -> messages.Metrics:
+    """Return the results of an exam; raise `ReplyError` if more answers are correct than asked."""
+    for name in messages.FORMULARY_METRICS:
+        n = (
+            scores[f"{name.removesuffix('-correct')}-n"]
+            if name.endswith("-correct")
+            else messages.MANY
+        )
+        if scores[name] > n:
+            raise ReplyError(f"{name} is {scores[name]}, of {n} questions")
+    return scores
+
+
+def by_kind(scores: Mapping[str, float | int]) -> ExamResults:
+    """Return the counts of an exam as in summary.json."""
+    return {
+        kind: {
+            which: {count: int(scores[f"{kind}-{which}-{count}"]) for count in ("correct", "n")}
+            for which in ("base", "tuned")
+        }
+        for kind in ("public", "private")
+    }
 
 
 # --- Record ---------------------------------------------------------------------------------------
@@ -340,6 +381,9 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
             why = tally.reasons(run.roster.names)
             raise RoundError(f"No site could evaluate the untrained adapter. {why}")
         record["held-out-loss"] = loss
+        losses = told.site_losses(tally.good)
+        record[told.MEDIAN_LOSS] = statistics.median(losses.values()) if losses else None
+        record["held-out-losses"] = {str(p): value for p, value in losses.items()}
         record["evaluated"] = sorted(tally.good)
         record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
     evaluated = time.perf_counter()

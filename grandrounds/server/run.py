@@ -20,7 +20,7 @@ from grandrounds.server.roll_call import Roster
 from grandrounds.wire.adapter import Adapter, rank_of
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.ledger import Ledger
-from grandrounds.wire.told import in_custody, total_of_sites
+from grandrounds.wire.told import deciding_loss, in_custody, total_of_sites
 from grandrounds.wire.traffic import Plan
 
 NORM_ROUNDS = 5
@@ -193,8 +193,8 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     metrics = run.directory.read_metrics()
     sites = list(run.roster.introduced.values())
     checkpoints = [m for m in metrics if "checkpoint" in m]
-    judged = [m for m in checkpoints if m.get("held-out-loss") is not None]
-    best = min(judged, key=lambda m: m["held-out-loss"]) if judged else None
+    judged = [(loss, m) for m in checkpoints if (loss := deciding_loss(m)) is not None]
+    best = min(judged, key=lambda pair: pair[0])[1] if judged else None
     trained = [m for m in metrics if "train-loss" in m]
     errors = [m for m in metrics if "product-error" in m]
     of_update = [m["product-error-of-update"] for m in errors]

@@ -33,7 +33,7 @@ from grandrounds.wire.adapter import Adapter, Shapes
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
 from grandrounds.wire.names import NAME, SOURCE, one_line
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS
+from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS, HIGHEST_LOSS
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
@@ -106,7 +106,7 @@ REAL = {
     "coverage": 1.0,
     "train-loss": 1e6,
     "nll-sum": 1e15,
-    HELD_OUT_LOSS: 1e6,
+    HELD_OUT_LOSS: HIGHEST_LOSS,
     "proximal-penalty": 1e30,
     "seconds": 1e9,
 }

@@ -21,11 +21,17 @@ HELD_OUT_LOSS = "held-out-loss"
 """Metric of a real site's reply to `evaluate`: its loss in nats per answer token, rounded. It takes
 the place of `nll-sum` and `tokens`."""
 
+MEDIAN_LOSS = "held-out-loss-median"
+"""Key of metrics.jsonl: the median of the sites' held-out losses."""
+
 COUNTS = (
     *("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable"),
     *("train-examples", "held-out-examples"),
 )
 """Facts of an introduction that count rows and examples."""
+
+HIGHEST_LOSS = 1e6
+"""No held-out loss is higher, in nats per answer token."""
 
 LOSS_DECIMALS = 2
 """Decimals of a loss that a real site tells."""
@@ -87,6 +93,34 @@ def held_out_loss(replies: Iterable[Told]) -> float | None:
     told = [(loss, count) for loss, count in losses if loss is not None and count]
     examples = sum(count for _, count in told)
     return sum(loss * count for loss, count in told) / examples if examples else None
+
+
+def site_losses(replies: Mapping[int, Told]) -> dict[int, float]:
+    """Return each site's held-out loss in nats per answer token, where it tells one."""
+    losses = {p: _loss(metrics) for p, metrics in sorted(replies.items())}
+    return {p: loss for p, loss in losses.items() if loss is not None}
+
+
+def within(metrics: Told, most_tokens: int, most_examples: int) -> dict[str, float | int]:
+    """Return a reply to `evaluate` whose weight in the mean is at most what its site introduced.
+
+    Its loss per answer token stays the same.
+    """
+    out = dict(metrics)
+    if (tokens := out.get("tokens", 0)) > most_tokens:
+        out |= {"tokens": most_tokens, "nll-sum": float(out["nll-sum"]) / tokens * most_tokens}
+    if "num-examples" in out:
+        out["num-examples"] = min(int(out["num-examples"]), most_examples)
+    return out
+
+
+def deciding_loss(record: Mapping[str, Any]) -> float | None:
+    """Return the loss of a line of metrics.jsonl that chooses the best checkpoint.
+
+    The median over sites, which no minority sets; in runs of before, the mean.
+    """
+    loss = record.get(MEDIAN_LOSS)
+    return record.get("held-out-loss") if loss is None else loss
 
 
 def _loss(metrics: Told) -> float | None:

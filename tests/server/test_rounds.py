@@ -17,11 +17,13 @@ from grandrounds.server import rounds
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Tally
 from grandrounds.server.introductions import SiteCard
-from grandrounds.server.listeners.plain import limit_lines
+from grandrounds.server.listeners.plain import disagreement_text, limit_lines
 from grandrounds.server.run import Run, State
 from grandrounds.server.weights import claimed_examples
-from grandrounds.wire import messages
+from grandrounds.wire import messages, told
 from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.names import SiteNames
+from grandrounds.wire.told import MEDIAN_LOSS
 from grandrounds.wire.traffic import message_of
 from tests.listening import Telling
 from tests.server.hand_written import (
@@ -414,13 +416,75 @@ def test_the_first_site_that_answers_the_formularys_questions_is_enough() -> Non
         }
     )
     run = run_over(grid_of(sites, 4))
-    scores = rounds.examine_formulary(run)
+    scores, by_site = rounds.examine_formulary(run)
     each = {"correct": 3, "n": 4}
     both = {"base": each, "tuned": each}
-    assert scores == {"public": both, "private": both}
+    assert (scores, by_site) == ({"public": both, "private": both}, {})
     assert run.state.failed_replies == 1
     assert [site for _, site, _ in sites.seen] == [0, 1]
     assert run.state.ledger.totals["formulary.down"].messages == 2
+
+
+class Separate(InProcessGrid):
+    """A grid whose sites are not all one process."""
+
+    in_one_process = False
+
+
+def answering(correct: int, n: int = 4) -> Behaviour:
+    scores = {name: n if name.endswith("-n") else correct for name in SCORES}
+    return lambda m, _: Message(messages.content(metrics=scores), reply_to=m)
+
+
+def test_the_exams_result_is_the_median_of_three_sites_that_answer() -> None:
+    """One site that claims all of them had set the result: the first that answered."""
+    told = [answering(300, 300), refuse, answering(99, 300), answering(101, 300)]
+    sites = Sites({("evaluate.formulary", p): answer for p, answer in enumerate(told)})
+    scores, by_site = rounds.examine_formulary(run_over(Separate(sites, {}, 4)))
+    assert scores is not None
+    assert scores["private"]["tuned"] == {"correct": 101, "n": 300}
+    assert [site for _, site, _ in sites.seen] == [0, 1, 2, 3]
+    assert {p: result["private"]["tuned"]["correct"] for p, result in by_site.items()} == {
+        "0": 300,
+        "2": 99,
+        "3": 101,
+    }
+    said = disagreement_text({"formulary_by_site": by_site})
+    assert "site 0: 300 private and 300 public facts; site 2: 99" in said
+    assert disagreement_text({}) == ""
+
+
+def test_more_correct_answers_than_questions_are_a_failed_reply() -> None:
+    sites = Sites({("evaluate.formulary", p): answering(5, 4) for p in range(4)})
+    assert rounds.examine_formulary(run_over(grid_of(sites, 4))) == (None, {})
+
+
+def losing(loss: float, tokens: int) -> Behaviour:
+    told = {"nll-sum": loss * tokens, "tokens": tokens}
+    return lambda m, _: Message(messages.content(metrics=told), reply_to=m)
+
+
+@pytest.mark.parametrize("loss", [5.6e-14, 1000.0])
+def test_one_sites_held_out_loss_neither_outweighs_the_others_nor_chooses_the_best(
+    loss: float,
+) -> None:
+    """Site 0 has 10 examples of at most 512 tokens, and claimed 2^33: the mean was its loss."""
+    sites = Sites({("evaluate", 0): losing(loss, 2**33)})
+    mean, tally, run = evaluate(sites, [0, 1, 2, 3])
+    tokens = 10 * run.config.train.seq_length
+    assert mean == pytest.approx((loss * tokens + 6 + 9 + 12) / (tokens + 9))
+    losses = told.site_losses(tally.good)
+    assert losses == pytest.approx({0: loss, 1: 3.0, 2: 3.0, 3: 3.0})
+    record = {"held-out-losses": {str(p): v for p, v in losses.items()}, MEDIAN_LOSS: 3.0}
+    [line] = limit_lines(record, run.roster.names)
+    assert line == f"  held-out losses far from their median, 3: {loss:.3g} at site 0"
+    assert limit_lines({"held-out-losses": {"0": 1, "1": 9}, MEDIAN_LOSS: 5}, SiteNames()) == []
+
+
+def test_a_loss_that_no_model_has_is_a_failed_reply() -> None:
+    mean, tally, _ = evaluate(Sites({("evaluate", 0): losing(1.2e13, 3)}), [0, 2])
+    assert mean == 3.0
+    assert "held-out loss is 1.2e+13 nats per token" in tally.failed[0]
 
 
 def test_a_real_site_needs_to_tell_nothing_but_its_weight() -> None:
@@ -449,7 +513,7 @@ def test_a_real_site_needs_to_tell_nothing_but_its_weight() -> None:
 
 def test_the_formularys_questions_without_any_answer_are_none() -> None:
     sites = Sites({("evaluate.formulary", p): refuse for p in range(4)})
-    assert rounds.examine_formulary(run_over(grid_of(sites, 4))) is None
+    assert rounds.examine_formulary(run_over(grid_of(sites, 4))) == (None, {})
 
 
 def test_every_site_that_fails_the_formularys_questions_is_counted() -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from grandrounds.wire.told import held_out_loss, mean, rounded_count, total, total_of_sites
+from grandrounds.wire.told import (
+    deciding_loss,
+    held_out_loss,
+    mean,
+    rounded_count,
+    total,
+    total_of_sites,
+    within,
+)
 
 
 def test_a_rounded_count_is_near_and_rounding_again_changes_nothing() -> None:
@@ -63,3 +71,16 @@ def test_a_held_out_loss_is_of_the_sites_that_tell_one(
     replies: list[dict[str, float | int]], loss: float | None
 ) -> None:
     assert held_out_loss(replies) == loss
+
+
+def test_the_median_chooses_the_best_checkpoint_where_there_is_one() -> None:
+    assert deciding_loss({"held-out-loss": 1e-14, "held-out-loss-median": 0.5}) == 0.5
+    assert deciding_loss({"held-out-loss": 0.4}) == 0.4  # of a run of before
+    assert deciding_loss({"held-out-loss": None, "held-out-loss-median": None}) is None
+    assert within({"nll-sum": 8.0, "tokens": 4, "num-examples": 9}, 2, 3) == {
+        "nll-sum": 4.0,
+        "tokens": 2,
+        "num-examples": 3,
+    }
+    told = {"nll-sum": 8.1, "tokens": 4}
+    assert within(told, 4, 1) == told

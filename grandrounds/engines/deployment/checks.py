@@ -21,11 +21,12 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from grandrounds.config.keys import Config
+from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import joining, keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
-from grandrounds.model.tokenizers import dated_tokenizer
+from grandrounds.model.tokenizers import dated, tokenizer_of
 from grandrounds.site.custody import quota
 from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
@@ -158,7 +159,8 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
     for name, base in site.bases.items():
         try:
             found = base_sha256(site, name)
-            tokenizer = dated_tokenizer(base_location(site, name), config.data)
+            chosen = ChatSettings(*config.data.chat)
+            tokenizer = tokenizer_of(base_location(site, name), chosen)
         except GrandRoundsError as error:
             yield Finding("error", f"base {name}", str(error))
             continue
@@ -188,7 +190,7 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
 
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Whether the policy admits such a run."""
-    own = localized(site, config)
+    own = dated(localized(site, config))  # a run comes with the day on which it starts
     examples = site_in_custody(site, own, "")
     visiting = in_whole_steps(site, own, examples.report)
     asked = admit(site, config, visiting, len(examples.train))

@@ -26,7 +26,7 @@ from grandrounds.server.listeners.start_rows import (
 )
 from grandrounds.statistics import wilson_interval
 from grandrounds.wire.names import SiteNames, names_of, one_line
-from grandrounds.wire.told import in_custody
+from grandrounds.wire.told import MEDIAN_LOSS, in_custody
 
 
 def joined_line(site: Facts, names: SiteNames) -> str:
@@ -76,6 +76,21 @@ def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     return lines
 
 
+FAR = 2.0
+"""A site's held-out loss is told where it is so many times the median, or the median its."""
+
+
+def outlying_losses(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the held-out losses of a round, by site, that are far from their median.
+
+    Of two sites neither is.
+    """
+    losses, median = record.get("held-out-losses", {}), record.get(MEDIAN_LOSS)
+    if len(losses) < 3 or not median:
+        return {}
+    return {p: loss for p, loss in losses.items() if not median / FAR <= loss <= median * FAR}
+
+
 def limit_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     """Return which sites a round limited, in weight or norm: one line for each limit that acted."""
     lines, weights = [], record.get("weights", {})
@@ -93,6 +108,9 @@ def limit_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     ]
     if longer:
         lines.append(f"  scaled down to a norm of {bound:.3g}: {', '.join(longer)}")
+    if outlying := outlying_losses(record):
+        told = ", ".join(f"{loss:.3g} at {names[int(site)]}" for site, loss in outlying.items())
+        lines.append(f"  held-out losses far from their median, {record[MEDIAN_LOSS]:.4g}: {told}")
     if record.get("failed") and "hostile-tolerated" in record:
         hostile = counted(int(record["hostile-tolerated"]), "hostile update")
         lines.append(f"  the rule tolerates {hostile} among these {len(record['good'])}")
@@ -183,6 +201,16 @@ def formulary_rows(formulary: Scores, config: Config, sites: Sites) -> list[tupl
     ]
 
 
+def disagreement_text(summary: Mapping[str, Any]) -> str:
+    """Return what each site answered in the formulary's exam; empty if they agree."""
+    told = [
+        f"site {site}: {scores['private']['tuned']['correct']} private and "
+        f"{scores['public']['tuned']['correct']} public facts"
+        for site, scores in summary.get("formulary_by_site", {}).items()
+    ]
+    return f"sites disagree on the exam, and the median counts: {'; '.join(told)}" if told else ""
+
+
 def forgetting_text(formulary: Scores, config: Config) -> str:
     """Return how much of what the embedded base knew is lost; empty if nothing is."""
     if config.model.name != FORMULARY:
@@ -267,7 +295,8 @@ class PlainReporter(Listener):
         if scores := summary.get("formulary"):
             for facts, base, tuned in formulary_rows(scores, config, sites):
                 self._say(f"  {facts}", f"    base   {base}", f"    tuned  {tuned}")
-            self._say(*(f"  {said}" for said in [forgetting_text(scores, config)] if said))
+            notes = [forgetting_text(scores, config), disagreement_text(summary)]
+            self._say(*(f"  {said}" for said in notes if said))
         self._say(*(f"note: {caution}" for caution in cautions(config, sites)))
         self._say(*next_steps(summary, config, sites))
 

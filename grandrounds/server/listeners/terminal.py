@@ -172,6 +172,8 @@ class RichReporter(Listener):
             self._console.print(scores)
             if forgotten := reporting.forgetting_text(summary["formulary"], config):
                 self._console.print(f"[yellow]{forgotten}[/]")
+        if disagreement := reporting.disagreement_text(summary):
+            self._console.print(f"[yellow]{disagreement}[/]", soft_wrap=True)
         for caution in cautions(config, sites):
             self._console.print(f"[yellow]note:[/] {escape(caution)}", soft_wrap=True)
         for line in next_steps(summary, config, sites):

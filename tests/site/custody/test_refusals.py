@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from grandrounds.config import recipes
+from grandrounds.engines.deployment import checks
 from grandrounds.errors import (
     ConfigError,
     GrandRoundsError,
@@ -190,3 +192,7 @@ def test_a_site_reads_its_own_data_with_the_prompt_of_the_run(
     assert prompts[0] != prompts[1]
     with pytest.raises(ConfigError, match=r"set data\.template-date"):
         asks("3a", kind="query")
+    findings = list(checks.check(asks.site, recipes.resolve({**settings, **chat})))
+    [tokens] = [f for f in findings if f.subject.startswith("tokens under")]
+    assert tokens.level == "ok"
+    assert not [f for f in findings if "template-date" in f.text]
