@@ -69,8 +69,8 @@ python benchmarks/architectures.py --markdown docs/architectures.md
   beginning once, `batched` pads whole prompts, `single` reads one at a time, `whole` reads a prompt
   again with each continuation, where the cache cannot continue it.
 - merge: largest difference of a logit of the exported model in plain transformers.
-- eager: what the attention that transformers chooses is itself off its eager one. Falcon rounds its
-  ALiBi biases to bfloat16.
+- eager: what the attention that transformers chooses, and runs here use, is off its eager one.
+  Falcon's eager attention counts the ALiBi biases twice, in the mask and in the scores.
 
 {table}
 
@@ -88,7 +88,8 @@ kernels past an adapter. A router returns more than a product. Naming one of the
   the vision tower and the projector.
 - Bases that bitsandbytes quantised are loaded as they are. Other stored quantisations (GPTQ, AWQ,
   MXFP4, FP8) are refused before anything is loaded.
-- PhiMoE draws its routing in training mode, and is compared in evaluation mode.
+- PhiMoE draws its routing in training mode, and is compared in evaluation mode. XGLM does not
+  compute in float64 and is compared in float32.
 """
 
 
