@@ -104,6 +104,9 @@ def page_of(targets: list[Path]) -> Page:
         file = targets[0] if targets[0].suffix == ".json" else targets[0] / COMPARISON
         return comparison_page(read_comparison(file), file)
     runs = [read_run(target) for target in targets]
+    for run in runs:
+        for unread in run.unread:
+            say(f"warning: {run.path} is damaged; not readable: {unread}")
     return run_page(runs[0]) if len(runs) == 1 else several_page(runs)
 
 

@@ -92,6 +92,8 @@ class RunDirectory:
         ------
         RunDirectoryError
             If the path holds no run.
+        ConfigError
+            If its config.toml cannot be read.
         """
         path = path.expanduser().absolute()
         if not (path / "config.toml").is_file():
@@ -99,7 +101,9 @@ class RunDirectory:
                 f"{path} is not a run directory: it has no config.toml. "
                 "Give the folder that a run printed at its start."
             )
-        return cls(path)
+        found = cls(path)
+        found._recipe = storage.read_bytes(path / states.CONFIG)
+        return found
 
     def hold(self) -> None:
         """Lock the directory against other runs until `release`, or until this process ends.

@@ -195,12 +195,12 @@ def odd_ones(cards: Mapping[int, SiteCard]) -> dict[int, str]:
     odd: dict[int, str] = {}
     names = names_of(card.facts for card in cards.values())
     for fact, meaning in MUST_AGREE:
-        groups: dict[Any, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for site, card in cards.items():
             if fact in card.facts and site not in odd:
-                groups.setdefault(card.facts[fact], []).append(site)
+                groups.setdefault(one_line(str(card.facts[fact]), 100), []).append(site)
         count = sum(map(len, groups.values()))
-        value, most = max(groups.items(), key=lambda group: len(group[1]), default=(None, []))
+        value, most = max(groups.items(), key=lambda group: len(group[1]), default=("", []))
         if groups and 2 * len(most) <= count:
             told = "; ".join(
                 f"{told} at {', '.join(map(names.with_number, sites))}"

@@ -273,6 +273,7 @@ class Roster:
                 cards.pop(partition, None)
                 continue
             cards[partition] = SiteCard(node, named(facts, names))
+            self.left_out.pop(partition, None)
         return refused
 
     def examples_of(self, partition: int) -> int:
@@ -322,10 +323,10 @@ class Roster:
 
         Sites that leave stay listed. A site's training examples remain those of its first one.
         """
-        first = {p: facts["train-examples"] for p, facts in self.introduced.items()}
         now = self._facts()
-        for partition in now.keys() & first.keys():
-            now[partition]["train-examples"] = first[partition]
+        for partition, facts in self.introduced.items():
+            if partition in now and "train-examples" in facts:
+                now[partition]["train-examples"] = facts["train-examples"]
         known = self.introduced | now
         is_new = known != self.introduced
         self.introduced = dict(sorted(known.items()))

@@ -341,6 +341,22 @@ def test_a_run_goes_back_to_a_checkpoint_and_ends_with_the_same_bits(
     assert (run / "aside-1" / "peft_4").is_dir()
 
 
+def test_a_run_killed_before_its_first_state_is_resumed_twice(run: Path) -> None:
+    """Its states had an empty copy of config.toml, so that the second resume was refused."""
+    recipe = (run / "config.toml").read_bytes()
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / "config.toml").write_bytes(recipe)
+    with pytest.raises(KeyboardInterrupt):
+        play(
+            load_recipe(run / "config.toml"),
+            listener=interrupted_at("round"),
+            **{"resume-from": str(run)},
+        )
+    assert (run / "state" / "round-000000" / "config.toml").read_bytes() == recipe
+    assert resumed(run) == []
+
+
 def test_a_damaged_checkpoint_is_not_used(run: Path) -> None:
     play(load_recipe(run / "config.toml"), **{"resume-from": str(run)})
     flipped(run / "peft_4" / "adapter_model.safetensors")

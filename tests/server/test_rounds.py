@@ -18,6 +18,7 @@ from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Tally
 from grandrounds.server.introductions import SiteCard
 from grandrounds.server.listeners.plain import disagreement_text, limit_lines
+from grandrounds.server.listeners.start_rows import recipe_rows
 from grandrounds.server.run import Run, State
 from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages, told
@@ -33,6 +34,7 @@ from tests.server.hand_written import (
     Behaviour,
     Silent,
     Sites,
+    cards_of,
     changed,
     crash,
     grid_of,
@@ -199,6 +201,25 @@ def test_a_claim_is_limited_by_the_cohort_and_shown() -> None:
         "  weight limited (strategy.largest-weight): site 3 at 40 of 16,777,216 examples"
     ]
     assert limit_lines({**record, "weights-limited": {}}, names) == []
+
+
+def test_two_of_seven_that_answer_with_an_error_do_not_end_a_run_of_multi_krum() -> None:
+    """Sites 0 to 4 change by 1 to 5. Among five, one hostile is tolerated, and the other four are
+    averaged by their examples: (1 + 4 + 9 + 16) / 10 = 3. All seven were needed before."""
+    of_rule = {"strategy.name": "multikrum", "strategy.num-malicious-nodes": 2}
+    everybody = {"data.num-partitions": 7, "data.partitioner": "iid", "strategy.fraction-train": 1}
+    sites = Sites({("train", p): refuse for p in (5, 6)})
+    run = run_over(grid_of(sites, 7), **of_rule, **everybody)
+    run.roster.cards = cards_of(7)
+    adapter, tally, measured = train(run, range(7))
+    assert measured["hostile-tolerated"] == 1
+    assert np.allclose(adapter["m.lora_A.weight"], 1 + 3)
+    record = {"failed": tally.failed, "good": sorted(tally.good), **measured}
+    assert limit_lines(record, run.roster.names) == [
+        "  the rule tolerates 1 hostile update among these 5"
+    ]
+    rows = dict(recipe_rows(run.config))
+    assert rows["rounds"].endswith("multikrum, mu 0.01, at least 4 updates a round")
 
 
 # --- The bound on norms ---------------------------------------------------------------------------

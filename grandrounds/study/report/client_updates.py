@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from grandrounds.config.words import counted
 from grandrounds.study.report.charts import Point, Series, line_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.learning import curve
@@ -112,6 +113,9 @@ def update_figures(run: RunFiles) -> list[Figure]:
         note += f" Ringed: more than {FAR:g} times the round's median, or less than half of it."
         if bound := run.config.defence.update_norm_bound:
             note += f" Norms above {bound:g} were clipped to it."
+        counts = [line.get("updates-bounded") for line in run.trained if not bound]
+        if scaled := sum(int(count) for count in counts if is_number(count)):
+            note += f" Scaled down by defence.largest-norm: {counted(scaled, 'update')}."
         title = "Norm of each client update"
         series = _scatter(norms, "norm", outliers, names)
         svg = line_chart(title, series, Axis("L2 norm", log=True), run.last_shown)

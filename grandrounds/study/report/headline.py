@@ -81,7 +81,12 @@ def outcome(run: RunFiles) -> str:
 
 
 def story(run: RunFiles) -> list[str]:
-    """Return what went wrong or is not finished, what to do, and cautions; usually empty."""
+    """Return what is damaged, went wrong or is not finished, what to do, and cautions."""
+    return [*(f"Not readable: {file}." for file in run.unread), *_course(run)]
+
+
+def _course(run: RunFiles) -> list[str]:
+    """Return how a run that is not completed ended, and cautions."""
     warned = [f"{said[0].upper()}{said[1:]}." for said in cautions(run.config, run.sites)]
     if run.status == "completed":
         return warned

@@ -1,19 +1,25 @@
-"""Reads a run directory as far as it is written: of a run that completed, failed or is going on."""
+"""Reads a run directory as far as it is written: of a run that completed, failed or is going on.
+
+What is damaged is left out, and told.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
+from grandrounds.config.words import counted
 from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
-from grandrounds.server.directory import RunDirectory
+from grandrounds.server import states
+from grandrounds.server.directory import RunDirectory, records_of
+from grandrounds.storage import sha256_of
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.tables import is_number
 from grandrounds.wire.names import SiteNames, names_of
@@ -45,6 +51,8 @@ class RunFiles:
     """File → SHA-256."""
     quiet_seconds: float
     """Since the last line of metrics was written."""
+    unread: Sequence[str] = ()
+    """Files that cannot be read and why, and what is shown in their place."""
 
     @property
     def status(self) -> str:
@@ -94,72 +102,102 @@ def folders(run: RunFiles) -> dict[str, str]:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read a run directory.
+    """Read a run directory, as much of it as can be read.
 
     Raises
     ------
     RunDirectoryError
-        If it is not a run directory, or one of its files is not what a run writes.
+        If it is not a run directory, or neither its configuration nor a copy of it can be read.
     """
-    directory = RunDirectory.open(path)
-    path = directory.path
-    try:
-        config = recipes.resolve(recipes.load_recipe(path / "config.toml"))
-    except GrandRoundsError as error:
-        raise RunDirectoryError(
-            f"{path / 'config.toml'} is not a configuration of this version: {error}"
-        ) from error
-    metrics = _read_metrics(directory)
+    path = RunDirectory.open(path).path
+    unread: list[str] = []
     written = path / "metrics.jsonl"
     if not written.is_file():
         written = path / "config.toml"
     return RunFiles(
         path=path,
         name=path.name,
-        config=config,
-        metrics=metrics,
-        summary=_read(path / "summary.json", dict) or {},
-        ledger=_read(path / "ledger.json", dict) or {},
-        plan=_read(path / "plan.json", dict) or {},
-        sites=_sites(path / "sites.json"),
-        environment=_read(path / "environment.json", dict) or {},
-        evaluations=_evaluations(path),
+        config=_config(path, unread),
+        metrics=_metrics(path, unread),
+        summary=_read(path / "summary.json", dict, unread) or {},
+        ledger=_read(path / "ledger.json", dict, unread) or {},
+        plan=_read(path / "plan.json", dict, unread) or {},
+        sites=_sites(path / "sites.json", unread),
+        environment=_read(path / "environment.json", dict, unread) or {},
+        evaluations=_evaluations(path, unread),
         hashes=_hashes(path),
         quiet_seconds=max(0.0, time.time() - written.stat().st_mtime),
+        unread=unread,
     )
 
 
-def _read_metrics(directory: RunDirectory) -> list[dict[str, Any]]:
-    file = directory.path / "metrics.jsonl"
+def _config(path: Path, unread: list[str]) -> Config:
+    """Return the configuration; where it cannot be read, the copy of the last state that can."""
     try:
-        lines = directory.read_metrics()
-    except ValueError as error:
-        raise RunDirectoryError(f"{file} is not what a run writes ({error}).") from error
-    for i, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not isinstance(line.get("round"), int):
-            raise RunDirectoryError(f"{file} is not what a run writes: line {i} has no round.")
+        return recipes.resolve(recipes.load_recipe(path / "config.toml"))
+    except GrandRoundsError as error:
+        for state in reversed(states.folders(path)):
+            with suppress(GrandRoundsError):
+                found = recipes.resolve(recipes.load_recipe(state / "config.toml"))
+                unread.append(
+                    f"config.toml ({first_line(error)}); shown is the copy of {state.name}"
+                )
+                return found
+        raise RunDirectoryError(
+            f"{path / 'config.toml'} is not a configuration of this version: {error}"
+        ) from error
+
+
+def _metrics(path: Path, unread: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl up to one that cannot be read, or more from a state."""
+    file = path / "metrics.jsonl"
+    lines, fault = _intact_lines(file) if file.is_file() else ([], "missing")
+    shown = f"shown are the {counted(len(lines), 'line')} before it"
+    for state in reversed(states.folders(path)):
+        kept, _ = _intact_lines(state / "metrics.jsonl")
+        if fault and len(kept) > len(lines):
+            lines, shown = kept, f"shown is the copy of {state.name}"
+    if fault and (lines or file.is_file()):
+        unread.append(f"metrics.jsonl ({fault}); {shown}")
     return lines
 
 
-def _sites(file: Path) -> list[dict[str, Any]]:
-    sites = _read(file, list) or []
-    if not all(isinstance(site, dict) for site in sites):
-        raise RunDirectoryError(f"{file} is not what a run writes: a site is not an object.")
-    return list(sites)
+def _intact_lines(file: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return the complete records of a file up to one that cannot be read, and why not."""
+    lines: list[dict[str, Any]] = []
+    try:
+        for line in file.read_bytes().split(b"\n")[:-1]:
+            lines += records_of(line + b"\n")
+    except ValueError as error:
+        return lines, f"line {len(lines) + 1}: {first_line(error).removeprefix('line 1 ')}"
+    except (OSError, RecursionError) as error:
+        return lines, first_line(error)
+    return lines, ""
 
 
-def _read(file: Path, kind: type) -> Any:
-    """Return the content of a JSON file; None if there is none."""
-    if not file.is_file():
+def _sites(file: Path, unread: list[str]) -> list[dict[str, Any]]:
+    sites = _read(file, list, unread) or []
+    if all(isinstance(site, dict) and isinstance(site.get("partition-id"), int) for site in sites):
+        return list(sites)
+    unread.append(f"{file.name} (an entry is not a site)")
+    return []
+
+
+def _read(file: Path, kind: type, unread: list[str]) -> Any:
+    """Return the content of a JSON file; None if there is none, or it cannot be read."""
+    if not file.exists():
         return None
+    name = "/".join(file.parts[-2:]) if "evaluation" in file.parts[-2:] else file.name
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{file} cannot be read as JSON ({first_line(error)}).") from error
+    except (OSError, ValueError, RecursionError) as error:
+        unread.append(f"{name} ({first_line(error)})")
+        return None
     if not isinstance(content, kind):
-        raise RunDirectoryError(
-            f"{file} holds a {type(content).__name__}, not the {kind.__name__} that a run writes."
+        unread.append(
+            f"{name} (holds a {type(content).__name__}, not the {kind.__name__} of a run)"
         )
+        return None
     return content
 
 
@@ -173,20 +211,25 @@ def checkpoints(path: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def _evaluations(path: Path) -> list[dict[str, Any]]:
+def _evaluations(path: Path, unread: list[str]) -> list[dict[str, Any]]:
     """Return the evaluations of the run and of its checkpoints."""
     found = []
     for folder in (path, *(folder for _, folder in checkpoints(path))):
-        content = _read(folder / EVALUATION, dict)
+        content = _read(folder / EVALUATION, dict, unread)
         if content is None:
             continue
         for evaluation in content.get("evaluations") or [content]:
-            _check_evaluation(folder / EVALUATION, evaluation)
-            found.append(evaluation)
+            if fault := _fault_of_evaluation(evaluation):
+                unread.append(
+                    f"{(folder / EVALUATION).relative_to(path)} ({fault}); evaluate again"
+                )
+            else:
+                found.append(evaluation)
     return found
 
 
-def _check_evaluation(file: Path, evaluation: Any) -> None:
+def _fault_of_evaluation(evaluation: Any) -> str:
+    """Return how an evaluation is not what `grandrounds evaluate` writes; empty if it is."""
     try:
         for row in evaluation["rows"]:
             for part in (row, *(row.get("groups") or ())):
@@ -199,11 +242,9 @@ def _check_evaluation(file: Path, evaluation: Any) -> None:
                 figures = (row["f1"]["mean"], row["loss"]["nats_per_token"])
                 if not all(map(is_number, (*figures, *(row["f1"]["interval"] or ())))):
                     raise TypeError(f"{figures} are not all numbers")
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{file} is not what grandrounds evaluate writes ({error}). Evaluate again, or remove "
-            "that file."
-        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"not what grandrounds evaluate writes: {type(error).__name__} {error}"
+    return ""
 
 
 def _hashes(path: Path) -> dict[str, str]:
@@ -213,7 +254,5 @@ def _hashes(path: Path) -> dict[str, str]:
     hashes = {}
     for file in files:
         if file.is_file():
-            with file.open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-            hashes[str(file.relative_to(path))] = digest
+            hashes[str(file.relative_to(path))] = sha256_of(file)
     return hashes

@@ -56,6 +56,19 @@ def test_an_old_admission_is_refused_though_its_signature_is_good(
     assert content_of(site) == before
 
 
+def test_an_admission_may_say_how_many_examples_a_site_has(consortium: Path, site: Path) -> None:
+    """Its weight in a run is at most that."""
+    federation = resolve({"consortium": str(consortium)}).federation
+    admit(consortium, site, 3)
+    assert admitted.admitted_examples(federation) == {}
+    admission = admissions.admit(consortium, site / "request.json", 3, 5, examples=1500)
+    join(consortium, site, admission)
+    assert admitted.admitted_examples(federation) == {3: 1500}
+    damaged(consortium, admission, lambda content: content.update(examples="many"))
+    with pytest.raises(ConfigError, match="examples is 'many', not an integer of at least 1"):
+        admitted.admitted_examples(federation)
+
+
 def test_an_expired_admission_is_refused(consortium: Path, site: Path) -> None:
     admission = admissions.admit(consortium, site / "request.json", 0, 1, days=-1)
     before = content_of(site)

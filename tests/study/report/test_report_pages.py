@@ -519,21 +519,49 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("metrics.jsonl", "[1]\n", "line 1 has no round"),
-        ("metrics.jsonl", "{x}\n", "metrics.jsonl is not what a run writes"),
-        ("summary.json", "[]", "holds a list, not the dict"),
-        ("ledger.json", "{", "cannot be read as JSON"),
-        ("config.toml", '"seeed" = 1', "Did you mean 'seed'"),
-        ("evaluation/evaluation.json", '{"protocol": "x", "rows": [{}]}', "grandrounds evaluate"),
+        ("metrics.jsonl", "[1]\n", "(line 1: has no round)"),
+        ("metrics.jsonl", "{x}\n", "(line 1: Expecting property name"),
+        ("summary.json", "[]", "(holds a list, not the dict of a run)"),
+        ("ledger.json", "{", "(Expecting property name"),
+        ("plan.json", "[" * 100_000, "(maximum recursion depth exceeded"),
+        ("sites.json", "[{}]", "(an entry is not a site)"),
+        ("evaluation/evaluation.json", '{"protocol": "x", "rows": [{}]}', "evaluate again"),
+        ("environment.json", "\0", "(Expecting value"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_a_damaged_file_is_named_and_the_rest_is_shown(
+    tmp_path: Path, name: str, content: str, words: str
+) -> None:
     run = write_run(tmp_path / "run")
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text(content)
-    with pytest.raises(RunDirectoryError, match=words) as raised:
+    [unread] = read_run(run).unread
+    assert unread.startswith(f"{name} ")
+    assert words in unread
+    page = page_of(run)
+    assert page.story[0] == f"Not readable: {unread}."
+    assert html(page)
+
+
+def test_a_configuration_of_another_version_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "config.toml").write_text('"seeed" = 1')
+    with pytest.raises(RunDirectoryError, match=r"config\.toml.*Did you mean 'seed'"):
         read_run(run)
-    assert name in str(raised.value)
+
+
+def test_the_copies_of_a_state_are_shown_where_the_files_are_damaged(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    state = run / "state" / "round-000004"
+    state.mkdir(parents=True)
+    for name in ("config.toml", "metrics.jsonl"):
+        (state / name).write_bytes((run / name).read_bytes())
+        (run / name).write_bytes((run / name).read_bytes()[:100] + bytes(100) + b"\n")
+    found = read_run(run)
+    assert [m["round"] for m in found.metrics] == [0, 1, 2, 3, 4]
+    assert found.planned_rounds == 4
+    assert [line.split(" ")[0] for line in found.unread] == ["config.toml", "metrics.jsonl"]
+    assert all("; shown is the copy of round-000004" in line for line in found.unread)
 
 
 def test_a_page_is_not_written_over_something_else(tmp_path: Path) -> None:
