@@ -1,6 +1,6 @@
 """SIGKILL at random moments: is anything lost, and does a resume end with the same bits?
 
-    python benchmarks/kills.py [--kills 100] [--seed 1] [--out FILE]
+    python benchmarks/kills.py [--kills 100] [--rounds 30] [--seed 1] [--out FILE]
 
 Real processes train the embedded base on 4 sites of a few flashcards, in process, with every flush
 to disk on. Each is killed after a random time and resumed by the next, until a run is complete;
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,13 @@ from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Listener
 from grandrounds.storage import sha256_of
 
-ROUNDS = 30
 LONGEST_SECONDS = 4.0
 MIB = 2**20
 ADAPTERS_MIB = (1, 13, 160)
 """Of the embedded base; of Llama-3-8B with r = 8 on q and v, and with r = 32 on all but MLP."""
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def settings(folder: Path, rounds: int) -> dict[str, Any]:
     """Return the settings of a small run, and write its data."""
     data = folder / "cards.jsonl"
     rows = [{"input": f"What helps patient {i}?", "output": f"{i % 7} cups."} for i in range(80)]
@@ -54,7 +54,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "static.dataset.name": str(data),
         "data.num-partitions": 4,
         "data.partitioner": "iid",
-        "num-server-rounds": ROUNDS,
+        "num-server-rounds": rounds,
         "strategy.name": "fedadam",  # whose moments a resume needs
         "strategy.fraction-train": 0.5,
         "model.lora.peft-lora-r": 4,
@@ -113,9 +113,9 @@ def bits(run: Path) -> dict[str, Any]:
     }
 
 
-def killed(count: int, seed: int, folder: Path) -> dict[str, Any]:
+def killed(values: dict[str, Any], count: int, seed: int, folder: Path) -> dict[str, Any]:
     """Kill processes until there were `count` kills and the last run is complete."""
-    values, moments = settings(folder), random.Random(seed)
+    moments = random.Random(seed)
     whole = folder / "whole"
     live(values, whole, None)
     expected, kills, runs, lost, unequal = bits(whole), 0, 0, 0, 0
@@ -161,10 +161,10 @@ def hash_seconds(size_mib: int, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def write_costs(folder: Path) -> dict[str, dict[str, float]]:
+def write_costs(sizes_mib: Sequence[int], folder: Path) -> dict[str, dict[str, float]]:
     """Return adapter's size → milliseconds of a round's writes and of parts of them."""
     flush, costs = os.fsync, {}
-    for size in ADAPTERS_MIB:
+    for size in sizes_mib:
         seconds = {"all": write_seconds(size, folder)}
         os.fsync = lambda handle: None
         try:
@@ -180,14 +180,17 @@ def main() -> None:
     """Kill, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--adapters-mib", type=int, nargs="+", default=ADAPTERS_MIB)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     quiet_libraries()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="grandrounds-kills-") as folder:
-        found = killed(options.kills, options.seed, Path(folder))
-        found["write-milliseconds"] = write_costs(Path(folder))
+        values = settings(Path(folder), options.rounds)
+        found = killed(values, options.kills, options.seed, Path(folder))
+        found["write-milliseconds"] = write_costs(options.adapters_mib, Path(folder))
     found["seconds"] = round(time.monotonic() - started, 1)
     print(json.dumps(found, indent=2))
     if options.out:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, first_line
 
 CLOCK = "strftime_now"
 """Function by which a template prints the current date."""
@@ -107,8 +107,8 @@ def with_settings(template: str, settings: ChatSettings, base: str) -> str:
                 f"use it. Its options: {', '.join(allowed) or 'none'}."
             )
         lines.append(f"{{% set {name} = {_literal(value)} %}}\n")
-    if settings.date:
-        lines += _clock(template, settings.date, base)
+    if settings.date:  # before the options: one of them may say the day in another form
+        lines = [*_clock(template, settings.date, base), *lines]
     if settings.system_prompt:
         message = f'{{"role": "system", "content": {_literal(settings.system_prompt)}}}'
         lines.append(
@@ -160,6 +160,13 @@ def _literal(value: object) -> str:
 
 def _parsed(template: str) -> Any:
     """Return the syntax tree of a template, in the dialect of transformers."""
+    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return _compile_jinja_template(template).environment.parse(template)
+    try:
+        return _compile_jinja_template(template).environment.parse(template)
+    except TemplateError as error:
+        raise ConfigError(
+            f"The tokenizer's chat template is not valid Jinja: {first_line(error)}. Correct it, "
+            'or use data.prompt-template = "alpaca".'
+        ) from error

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Rows:
     """An immutable table; two tables are equal only if they are the same object."""
 
-    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
+    def __init__(self, columns: Mapping[str, Sequence[Any]], commit: str = "") -> None:
         self._columns = {name: list(values) for name, values in columns.items()}
-        self.commit = ""
+        self.commit = commit
         """Commit of the hub's data set that they come from, where it is known."""
 
     def __len__(self) -> int:

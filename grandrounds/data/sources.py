@@ -265,9 +265,8 @@ def _load_hub(source: str, columns: tuple[str, ...]) -> Rows:
         ) from error
     table = rows.with_format("arrow")[:]
     read, _ = columns_read(columns)
-    found = rows_of(from_table(table, read, tuple(rows.column_names)), source, columns)
-    found.commit = hub_commit(rows)
-    return found
+    raw = from_table(table, read, tuple(rows.column_names))
+    return Rows(checked_values(raw, source, columns), hub_commit(rows))
 
 
 def hub_commit(rows: Any) -> str:

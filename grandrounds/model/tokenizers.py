@@ -10,7 +10,7 @@ from typing import Any
 from grandrounds.config.keys import Config, DataConfig
 from grandrounds.data.chat import says_system_prompt
 from grandrounds.data.chat_settings import AS_IT_IS, ChatSettings, prints_today, with_settings
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, first_line
 from grandrounds.model.base import load_tokenizer
 
 
@@ -40,15 +40,34 @@ def set_in(tokenizer: Any, settings: ChatSettings, source: str) -> None:
     """
     if settings == AS_IT_IS:
         return
-    if not tokenizer.chat_template:
+    if not (template := template_of(tokenizer)):
         named = ", ".join(f"data.{name}" for name in settings.as_dict())
         raise ConfigError(f"{named}: the tokenizer of {source!r} has no chat template.")
-    tokenizer.chat_template = with_settings(tokenizer.get_chat_template(), settings, source)
+    tokenizer.chat_template = with_settings(template, settings, source)
     if settings.system_prompt and not says_system_prompt(tokenizer, settings.system_prompt):
         raise ConfigError(
             f"data.system-prompt is set, but the chat template of {source!r} has no system role. "
             "Leave it empty, or put its text before the questions of the data."
         )
+
+
+def template_of(tokenizer: Any) -> str:
+    """Return a tokenizer's chat template; empty if it has none.
+
+    Raises
+    ------
+    ConfigError
+        If it has several, and none is the default.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ConfigError(
+            f"The tokenizer has no default chat template: {first_line(error)}. Use "
+            'data.prompt-template = "alpaca".'
+        ) from error
 
 
 def run_tokenizer(config: Config) -> Any:
@@ -77,8 +96,8 @@ def dated_tokenizer(source: str, data: DataConfig) -> Any:
 
 @lru_cache(maxsize=8)
 def _prints_today(source: str) -> bool:
-    tokenizer = tokenizer_of(source)
-    return bool(tokenizer.chat_template) and prints_today(tokenizer.get_chat_template())
+    template = template_of(tokenizer_of(source))
+    return bool(template) and prints_today(template)
 
 
 def dated(config: Config, begun: str = "") -> Config:

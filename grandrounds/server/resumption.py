@@ -8,6 +8,7 @@ did not agree is told. Nothing is written before all has been read.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,10 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
         checkpoints = states.damaged_checkpoints(directory.path)
     finally:
         directory.release()
-    return [*(found.notes if found else ()), *(f"{said}; do not use it" for said in checkpoints)]
+    return [
+        *(found.notes if found else ()),
+        *(f"{said}; do not use that checkpoint" for said in checkpoints),
+    ]
 
 
 def examine(
@@ -262,10 +266,14 @@ def _require_own(path: Path, name: str, advice: str) -> None:
         raise RunDirectoryError(f"{file} is a {what}, not a file of the run. {advice}")
 
 
+def _restore_by(copy: Path, path: Path) -> str:
+    return f"Restore it: cp {shlex.quote(str(copy))} {shlex.quote(str(path / CONFIG))}"
+
+
 def _copy_of_config(path: Path) -> str:
     for folder in reversed(states.folders(path)):
         if (folder / CONFIG).is_file():
-            return f"Restore it: cp {folder / CONFIG} {path / CONFIG}"
+            return _restore_by(folder / CONFIG, path)
     return "Restore it from a copy."
 
 
@@ -280,8 +288,8 @@ def _recipe(path: Path, saved: SavedState | None) -> dict[str, Scalar]:
         changes := differences(resolve(before), resolve(now))
     ):
         raise RunDirectoryError(
-            f"{path / CONFIG} was changed since the run started: {'; '.join(changes)}. Restore it: "
-            f"cp {copy} {path / CONFIG}"
+            f"{path / CONFIG} was changed since the run started: {'; '.join(changes)}. "
+            f"{_restore_by(copy, path)}"
         )
     return before
 

@@ -276,10 +276,11 @@ class Roster:
             self.left_out.pop(partition, None)
         return refused
 
-    def examples_of(self, partition: int) -> int:
-        """Return the training examples of a site: of its admission, else of its first roll call."""
-        facts = self.introduced.get(partition) or self.cards[partition].facts
-        return self.admitted_examples().get(partition, int(facts["train-examples"]))
+    def examples(self) -> dict[int, int]:
+        """Return partition id → training examples, of its admission or else its first roll call."""
+        admitted = self.admitted_examples()
+        facts = {p: self.introduced.get(p) or card.facts for p, card in self.cards.items()}
+        return {p: admitted.get(p, int(told["train-examples"])) for p, told in facts.items()}
 
     def held_out_of(self, partition: int) -> int:
         """Return the held-out examples that a site introduced, else its training examples."""

@@ -158,7 +158,7 @@ def collector(run: Run, now: Round, parcels: dict[int, Parcel]) -> tuple[Updates
 
 def limits_of(run: Run, now: Round) -> dict[int, int]:
     """Return the most that each connected site of a cohort may weigh, in examples."""
-    examples = {p: run.roster.examples_of(p) for p in now.cohort if p in run.roster.cards}
+    examples = {p: n for p, n in run.roster.examples().items() if p in now.cohort}
     return limited(examples, run.config.strategy.largest_weight)
 
 
@@ -346,8 +346,11 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
     good, state, limits = tally.good.values(), run.state, limits_of(run, now)
     weights = {p: claimed_examples(m, limits[p]) for p, m in tally.good.items()}
     is_weighted = run.config.strategy.weighting == "examples"
-    asked = {p: run.roster.examples_of(p) for p in sorted(tally.good) if is_weighted}
-    lowered = {str(p): examples for p, examples in asked.items() if examples > limits[p]}
+    lowered = {
+        str(p): examples
+        for p, examples in run.roster.examples().items()
+        if is_weighted and p in tally.good and examples > limits[p]
+    }
     introduced = run.roster.introduced
     known = {p: int(facts["train-examples"]) for p, facts in introduced.items()}
     covered = sum(share * known[p] for p, share in state.coverage.items() if p in known)

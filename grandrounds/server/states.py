@@ -282,7 +282,7 @@ def _fault(file: Path, digest: str) -> str:
         _check_own(file)
     except _DamageError as damage:
         return str(damage).removeprefix(f"{file.name} ")
-    return "" if sha256_of(file) == digest else "is damaged (its SHA-256 is another)"
+    return "" if sha256_of(file) == digest else "has another SHA-256 than when it was written"
 
 
 def _check_own(file: Path) -> None:

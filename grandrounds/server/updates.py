@@ -154,7 +154,7 @@ class Updates:
     def report(self) -> dict[str, Any]:
         """Return each site's weight, L2 norm and cosine to the weighted mean, for metrics.jsonl."""
         report: dict[str, Any] = {
-            "weights": {str(p): weight for p, weight in sorted(self._weights.items())},
+            "weights": {str(p): self._weights[p] for p in sorted(self._samples)},
             "update-norms": {str(p): norm for p, norm in sorted(self._norms.items())},
         }
         if self._bound is not None and self._bound < math.inf:

@@ -84,6 +84,8 @@ def test_a_fixed_day_is_printed_on_every_day(
     assert "<user|2024>" in text
     assert str(datetime.date.today().year) not in text
     assert text == render(tokenizer, own, date_string="ignored")
+    said = ChatSettings(LEAP, '{"date_string": "in spring"}')
+    assert "in spring" in render(tokenizer, with_settings(TEMPLATE, said, "x"))
 
 
 def test_what_a_template_does_not_use_is_refused_by_name() -> None:
@@ -97,6 +99,8 @@ def test_what_a_template_does_not_use_is_refused_by_name() -> None:
             with_settings(plain, ChatSettings(options=options), "x")
     with pytest.raises(ConfigError, match="prints no date"):
         with_settings(plain, ChatSettings(LEAP), "x")
+    with pytest.raises(ConfigError, match="not valid Jinja"):
+        prints_today("{% if %}")
     computed = "{{ strftime_now(form) }}"
     with pytest.raises(ConfigError, match="computes the format"):
         with_settings(computed, ChatSettings(LEAP), "x")

@@ -145,3 +145,11 @@ def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:
     pooled, federated = result(tmp_path, "aggregation.py", *quick)["rows"]
     assert pooled["gap"] == 0
     assert federated["gap"] == pooled["private"] - federated["private"]
+
+
+def test_kills_end_with_the_bits_of_a_run_that_nobody_killed(tmp_path: Path) -> None:
+    quick = ("--kills", "2", "--rounds", "6", "--adapters-mib", "1")
+    figures = result(tmp_path, "kills.py", *quick)
+    assert figures["kills"] == 2
+    assert figures["rounds-lost"] == figures["runs-with-other-bits"] == 0
+    assert figures["write-milliseconds"]["1 MiB"].keys() == {"all", "without-flushes", "checksum"}

@@ -19,7 +19,7 @@ from grandrounds.data.chat import rendered
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.errors import ConfigError, ModelError
 from grandrounds.model import base as bases
-from grandrounds.model.tokenizers import dated, run_tokenizer, tokenizer_of
+from grandrounds.model.tokenizers import dated, run_tokenizer, template_of, tokenizer_of
 from tests.data.test_chat_settings import LEAP, TEMPLATE
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -101,17 +101,31 @@ def test_a_template_without_a_system_role_is_told(tiny_base: Path, tmp_path: Pat
             tokenizer_of(str(tmp_path / "base"), ChatSettings(system_prompt="Be brief."))
 
 
+def test_several_templates_without_a_default_are_told(tiny_base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    assert template_of(tokenizer) == "a"
+    tokenizer.chat_template = {"rag": "a", "tool_use": "b"}
+    with pytest.raises(ConfigError, match="no default chat template"):
+        template_of(tokenizer)
+    tokenizer.chat_template = None
+    assert template_of(tokenizer) == ""
+
+
 # --- Revisions ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub's cache with two commits of `someone/tiny`, which differ in one setting."""
-    cache = tmp_path / "hub"
+    return cached_hub(tiny_base, tmp_path / "hub", monkeypatch)
+
+
+def cached_hub(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a hub's cache with two commits of `someone/tiny`, which differ in one setting."""
     place = cache / "models--someone--tiny"
     for commit, positions in ((OLD, 64), (NEW, 128)):
         folder = place / "snapshots" / commit
-        shutil.copytree(tiny_base, folder)
+        shutil.copytree(base, folder)
         described = json.loads((folder / "config.json").read_text())
         described["max_position_embeddings"] = positions
         (folder / "config.json").write_text(json.dumps(described))

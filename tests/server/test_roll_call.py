@@ -418,9 +418,9 @@ def test_a_sites_weight_is_of_its_admission_else_of_its_first_roll_call() -> Non
     roster.note_introductions()
     assert roster.cards[1].facts["train-examples"] == 1700
     assert roster.introduced[1]["train-examples"] == 1500
-    assert [roster.examples_of(p) for p in (0, 1)] == [10, 1500]
+    assert roster.examples() == {0: 10, 1: 1500}
     roster.admitted_examples = lambda: {1: 700}
-    assert [roster.examples_of(p) for p in (0, 1)] == [10, 700]
+    assert roster.examples() == {0: 10, 1: 700}
 
 
 def test_a_newcomer_that_differs_is_refused_and_nobody_else() -> None:
@@ -462,7 +462,7 @@ def test_only_a_real_site_may_keep_its_counts() -> None:
     alone = Sites({("query", 0): introduce_in_custody})
     roster = called(grid_of(alone, 1), [1])
     assert roster.cards[0].in_custody
-    assert roster.examples_of(0) == 1500
+    assert roster.examples() == {0: 1500}
     bare = dict.fromkeys(messages.INTRODUCTION_IN_CUSTODY, 1)
 
     def lacking(message: Message, site: int) -> Message:
