@@ -13,6 +13,9 @@ Each row is a tiny random base, built from transformers' configuration, in float
   against the plain model. Largest difference in nats.
 - merge: logits of the exported model as plain transformers loads it. Largest difference. Of a
   composite also that all other parts are bit for bit those of the base.
+- attention: what the attention that transformers chooses is off its eager one, in the plain model.
+
+The plain model computes in float64, so that each figure is the rounding of the product alone.
 """
 
 from __future__ import annotations
@@ -24,20 +27,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from architectures_table import Row, page
 from tiny_bases import BASES, Tiny, make_base
-
-TOLERANCE = 1e-5
-"""Largest relative difference of loss and gradient."""
-
-NATS = 1e-4
-"""Largest difference of a log-likelihood or a logit; float32 sums in another order."""
 
 QUESTIONS = (
     "What helps against fever?",
@@ -50,49 +48,13 @@ SAMPLE = ("llama", "gpt2", "mpt", "deepseek_v3", "mamba", "gemma3 (MedGemma)", "
 """The rows that CI computes."""
 
 
-@dataclass
-class Row:
-    """What was measured on one architecture."""
-
-    name: str
-    adapted: str = ""
-    """Target modules under `all-linear`."""
-    frozen: str = ""
-    """What `all-linear` leaves out."""
-    loss: float | None = None
-    gradient: float | None = None
-    layout: str = ""
-    """How prompts are read: shared, batched or single."""
-    together: float | None = None
-    """Largest difference of a log-likelihood, prompts read together."""
-    alone: float | None = None
-    """The same, one prompt at a time."""
-    merged: float | None = None
-    parts: int = 0
-    """Tensors of a composite's other parts that the merged model has unchanged."""
-    line: str = ""
-    """What is said instead of a result."""
-    crash: str = ""
-    """A traceback's last line: a fault."""
-    seconds: float = 0.0
-
-    @property
-    def is_right(self) -> bool:
-        """Whether all that was computed agrees with the model itself."""
-        close = (self.loss, self.gradient), (self.together, self.alone, self.merged)
-        bounds = zip(close, (TOLERANCE, NATS), strict=True)
-        return not self.crash and all(
-            value is None or value <= most for values, most in bounds for value in values
-        )
-
-
 # --- The model itself -----------------------------------------------------------------------------
 
 
 class Plain:
     """transformers' own model with an adapter's products added to its weights."""
 
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
+    def __init__(self, folder: Path, checkpoint: Path, *, in_float64: bool) -> None:
         import torch
         from safetensors.torch import load_file
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,14 +62,24 @@ class Plain:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, experts_implementation="eager"
         )
-        self.model = model.double().eval()
+        dtype = torch.float64 if in_float64 else torch.float32
+        self.model = model.to(dtype).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.factors = {
-            name: tensor.double().requires_grad_()
+            name: tensor.to(dtype).requires_grad_()
             for name, tensor in load_file(checkpoint / "adapter_model.safetensors").items()
         }
         config = json.loads((checkpoint / "adapter_config.json").read_text())
         self._scale = config["lora_alpha"] / config["r"]
+        ids, _ = self.conversation(QUESTIONS[1], ANSWERS[1])
+        with torch.no_grad():
+            before = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            moved = float((self.logits(ids) - before).abs().max() / before.std())
+            if moved < 0.1:  # else agreement would show nothing
+                raise RuntimeError(f"the run has moved the logits by {moved} deviations only")
+            eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+            found = eager(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        self.attention = float((found - before).abs().max())
 
     def logits(self, ids: Sequence[int]) -> Any:
         """Return the logits of one text: (tokens, vocabulary)."""
@@ -179,7 +151,8 @@ def run_settings(base: Path, work: Path) -> dict[str, Any]:
         "strategy.fraction-evaluate": 0.5,
         "train.save-every-round": 1,
         "train.num-threads": 1,
-        "train.learning-rate-max": 1e-2,
+        "train.learning-rate-max": 2e-2,
+        "train.learning-rate-min": 2e-2,
         "train.training-arguments.max-steps": 2,
         "train.training-arguments.per-device-train-batch-size": 3,
         "run-directory": str(work / "run"),
@@ -319,7 +292,8 @@ def measure(name: str, tiny: Tiny, work: Path) -> Row:
         row.adapted = ", ".join(plan["target-modules"])
         row.frozen = ", ".join(plan.get("frozen-modules", ()))
         checkpoint = work / "run" / "peft_1"
-        plain = Plain(folder, checkpoint)
+        plain = Plain(folder, checkpoint, in_float64=tiny.in_float64)
+        row.attention = plain.attention
         compare_training(row, config, plain, training=not tiny.is_random)
         compare_merge(row, tiny, folder, work, plain)
         compare_evaluation(row, config, plain)
@@ -358,9 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     names = given.names or (list(SAMPLE) if given.sample else list(BASES))
     rows = list(rows_of(names, lambda line: print(line, file=sys.stderr, flush=True)))
+    if given.markdown:
+        given.markdown.write_text(page(rows), encoding="utf-8")
     if given.out:
         given.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    else:
+    if not given.out and not given.markdown:
         for row in rows:
             print(json.dumps(asdict(row)))
     return 0 if all(row.is_right for row in rows) else 1

@@ -94,6 +94,8 @@ class Tiny:
     """For a composite: the configuration of its vision tower."""
     query_norm: float = 1.0
     """Weights of the norm of queries; Gemma 4 learns them instead of scaling the scores."""
+    in_float64: bool = True
+    """Whether transformers can compute it in float64; else the plain model computes in float32."""
     is_random: bool = False
     """Whether the model itself draws in training mode: it is then compared in evaluation mode."""
 
@@ -103,12 +105,13 @@ DENSE = (
     *("phi3", "olmo", "olmo2", "olmo3", "granite", "stablelm", "cohere", "cohere2", "glm", "glm4"),
     *("smollm3", "helium", "starcoder2", "nemotron", "persimmon", "arcee", "exaone4", "ernie4_5"),
     *("seed_oss", "hunyuan_v1_dense", "apertus", "vaultgemma", "gpt_neox", "gpt_bigcode", "bloom"),
-    *("opt", "biogpt", "xglm", "lfm2", "nanochat", "diffllama"),
+    *("opt", "biogpt", "lfm2", "nanochat", "diffllama"),
 )
 """Architectures that need no more than the sizes."""
 
 BASES: dict[str, Tiny] = {name: Tiny(name) for name in DENSE} | {
     "gpt2": Tiny("gpt2"),
+    "xglm": Tiny("xglm", in_float64=False),
     "gpt_neo": Tiny(
         "gpt_neo",
         {"num_layers": 2, "attention_types": [[["local", "global"], 1]], "window_size": 8},
@@ -269,6 +272,8 @@ def randomise(model: Any, query_norm: float = 1.0) -> None:
                 torch.nn.init.normal_(tensor, std=0.5)
             elif tensor.dim() == 2 and isinstance(module, torch.nn.Linear):
                 torch.nn.init.normal_(tensor, std=tensor.shape[1] ** -0.5)
+            elif tensor.dim() == 2 and type(module).__name__ == "Conv1D":
+                torch.nn.init.normal_(tensor, std=tensor.shape[0] ** -0.5)
             elif tensor.dim() == 3 and "expert" in type(module).__name__.lower():
                 torch.nn.init.normal_(tensor, std=max(tensor.shape[1:]) ** -0.5)
             elif name == "weight" and "Router" in type(module).__name__:

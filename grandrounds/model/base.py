@@ -125,6 +125,11 @@ def _model_errors(name: str, what: str) -> Iterator[None]:
                 f"The {what} of {name!r} cannot be loaded: its weights are a pickle that holds "
                 "more than tensors, and could run code. Use a copy in safetensors."
             ) from error
+        if "`tiktoken` is required" in str(error):  # what transformers tries after sentencepiece
+            raise ModelError(
+                f"The {what} of {name!r} is a tokenizer.model alone, which needs sentencepiece in "
+                "a version for the installed protobuf: pip install 'grandrounds[sentencepiece]'."
+            ) from error
         reason = first_line(error, most=None)  # uncut: a site redacts whole paths only
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
         advice = (
@@ -303,16 +308,16 @@ def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
     no_progress_bars()
     device, dtype = device_and_dtype(spec.dtype)
     bits = bits_of(spec)
-    quantized = quantization_config(bits, dtype)
+    how = {"quantization_config": quantization_config(bits, dtype)}
     if stored_bits(spec.name):
-        quantized = None  # what is stored says how
+        how = {}  # what is stored says how, and None would overwrite it
     with _model_errors(spec.name, "base model"):
         model = _model_class(spec.name, whole).from_pretrained(
             model_location(spec.name),
             **loading(spec.name),
             **_in_safetensors(spec.name),
             dtype=dtype,
-            quantization_config=quantized,
+            **how,
             device_map={"": device},
         )
     _loads += 1

@@ -63,11 +63,6 @@ class Exchange:
     late: set[str] = field(default_factory=set)
     """Ids of messages without a reply at the end of their round."""
 
-    @property
-    def in_one_process(self) -> bool:
-        """Whether all sites are this process."""
-        return bool(getattr(self.grid, "in_one_process", False))
-
     def message(
         self,
         node: int,

@@ -28,7 +28,7 @@ from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_ch
 from grandrounds.server.listeners import Listener
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
-from grandrounds.server.rounds import examine_formulary
+from grandrounds.server.rounds import examine_formulary, examiners_of
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Adapter, Ranks, drawn_adapter
 from grandrounds.wire.downlink import Sender
@@ -52,7 +52,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     resumed = held_for_resume(directory, config) if directory else None
     spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
     shapes, targets = adapter_layout(config.model.source, spec)
-    plan = plan_config(config, shapes)
+    plan = plan_config(config, shapes, examiners_of(grid))
     is_new = directory is None
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))

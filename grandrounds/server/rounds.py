@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
 
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import ReplyError, RoundError
@@ -26,11 +27,9 @@ from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.schedule import cohort_of, round_learning_rate_of
+from grandrounds.wire.traffic import EXAMINERS
 
 NOT_THERE = "not connected"
-
-EXAMINERS = 3
-"""Sites that hold the formulary's exam: the median of three is not one site's alone."""
 
 
 ExamResults = dict[str, dict[str, dict[str, int]]]
@@ -292,7 +291,7 @@ def examine_formulary(run: Run) -> tuple[ExamResults | None, dict[str, ExamResul
         The medians, None if no site answered; and if sites disagree, what each answered.
     """
     parcel, waiting = run.sender.exact(run.state.adapter), list(run.roster.cards)
-    wanted = 1 if run.exchange.in_one_process else EXAMINERS
+    wanted = examiners_of(run.exchange.grid)
     good: dict[int, messages.Metrics] = {}
     while waiting and (count := wanted - len(good)) > 0:
         asked, waiting = waiting[:count], waiting[count:]
@@ -309,6 +308,11 @@ def examine_formulary(run: Run) -> tuple[ExamResults | None, dict[str, ExamResul
     median = {n: statistics.median_low(int(scores[n]) for scores in good.values()) for n in names}
     disagree = any(scores[n] != median[n] for scores in good.values() for n in names)
     return by_kind(median), {str(p): by_kind(good[p]) for p in sorted(good) if disagree}
+
+
+def examiners_of(grid: Grid) -> int:
+    """Return how many sites hold the formulary's exam; see `examine_formulary`."""
+    return 1 if getattr(grid, "in_one_process", False) else EXAMINERS
 
 
 def exam_results(scores: messages.Metrics) -> messages.Metrics:

@@ -14,7 +14,7 @@ from grandrounds.data.chat_settings import options_of, prints_today
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, nearest
 from grandrounds.model.architectures import FAMILIES, target_modules
-from grandrounds.model.base import base_config, load_tokenizer
+from grandrounds.model.base import base_config, load_tokenizer, stored_bits
 from grandrounds.model.base_cache import gguf_sha256
 from grandrounds.model.headroom import (
     HEADROOM,
@@ -25,6 +25,7 @@ from grandrounds.model.headroom import (
     size_text,
     smaller_settings,
 )
+from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.site.custody.base_content import KnownHashes, content_sha256
 
 
@@ -80,6 +81,7 @@ def facts_of(folder: Path, config: Config) -> Iterator[Fact]:
     if base is None:
         text = f"{described.model_type}, not among {', '.join(FAMILIES)}: trained, not planned"
         yield Fact("family", text)
+        yield from _adapted(name)
     else:
         shape = f"{base.num_layers} layers of {base.hidden_size}, vocabulary {base.vocabulary:,}"
         yield Fact("family", f"{base.model_type}, {shape}")
@@ -87,11 +89,21 @@ def facts_of(folder: Path, config: Config) -> Iterator[Fact]:
         linears = ", ".join(module.name for module in base.linears)
         chosen = ", ".join(target_modules(base, config.lora.target_modules))
         yield Fact("LoRA targets", f"{chosen}; all linear modules: {linears}")
+    if bits := stored_bits(name):
+        yield Fact("weights", f"stored in {bits} bits by bitsandbytes, loaded as they are")
     yield Fact("chat template", _template_text(load_tokenizer(name)))
     files = [file for file in folder.rglob("*") if file.is_file()]
     yield Fact("size", size_text(sum(file.stat().st_size for file in files)))
     yield Fact("sha256", content_sha256(folder, KnownHashes()))
     yield from _memory(config)
+
+
+def _adapted(name: str) -> Iterator[Fact]:
+    """Yield what an adapter under `all-linear` is put on, and what it leaves out."""
+    _, targets = adapter_layout(name, LoraSpec(1, 1.0, "all-linear", 0.0))
+    yield Fact("LoRA targets", f"all linear modules: {', '.join(targets.modules)}")
+    if targets.frozen:
+        yield Fact("left frozen", ", ".join(targets.frozen))
 
 
 def _template_text(tokenizer: Any) -> str:

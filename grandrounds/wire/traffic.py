@@ -112,16 +112,23 @@ class Plan:
         }
 
 
-def plan_config(config: Config, shapes: Shapes) -> Plan:
+EXAMINERS = 3
+"""Sites that hold the formulary's exam: the median of three is not one site's alone. One is enough
+where all sites are one process."""
+
+
+def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     """Return the traffic of a configured run.
 
     The held-out loss is evaluated before the first round and after each. The formulary's exam is
-    held at one site at the end, in float32.
+    held at the end, in float32.
 
     Parameters
     ----------
     shapes
         The adapter's float32 tensors at its configured rank. DoRA's magnitudes travel both ways.
+    examiners
+        Sites that hold the exam, if there are as many: 1 in process, else `EXAMINERS`.
     """
     ranks, how, cohort = Ranks.of(config), config.communication, config.cohort_size
     measure = _Measure(ranks, how, shapes)
@@ -152,7 +159,8 @@ def plan_config(config: Config, shapes: Shapes) -> Plan:
         rank = ranks.begun_with(len(largest_down) + 1, cohort)
         in_one = how.downlink_codec == "float32"
         message = measure.down(how.downlink_codec, rank, exact=not in_one)
-        ledger.add(FORMULARY_DOWN, message.tensor_bytes, message.key_bytes)
+        for _ in range(min(examiners, config.data.num_partitions)):
+            ledger.add(FORMULARY_DOWN, message.tensor_bytes, message.key_bytes)
     return Plan(
         adapter_parameters=count_parameters(shapes),
         rounds=config.federation.num_server_rounds,

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from grandrounds.cli import app
 from grandrounds.config.bases import FOLDER_VARIABLE, REAL_BASE
 from tests.law import HEAVY
+from tests.tiny_models import tiny_bases
 
 FETCH = f"grandrounds base fetch {REAL_BASE}"
 
@@ -51,6 +52,13 @@ def test_a_check_tells_family_targets_template_hash_and_memory(tiny_base: Path) 
     assert told["chat"].startswith("template none")
     assert len(told["sha256"]) == 64
     assert told["visit"].endswith("fits")
+
+
+def test_a_check_names_what_stays_frozen_on_a_mixture(tmp_path: Path) -> None:
+    tiny_bases.make_base(tiny_bases.BASES["mixtral"], tmp_path / "mixture")
+    told = output("base", "check", str(tmp_path / "mixture"))
+    assert "all linear modules: k_proj, o_proj, q_proj, v_proj" in told
+    assert "left frozen   experts.down_proj, experts.gate_up_proj" in told
 
 
 def test_a_visit_that_does_not_fit_is_exit_code_1_with_what_would(tiny_base: Path) -> None:

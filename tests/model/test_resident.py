@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grandrounds.config.recipes import resolve
 from grandrounds.errors import ModelError
+from grandrounds.model import headroom, machine
 from grandrounds.model.base import (
     BaseSpec,
     base_config,
     base_fingerprint,
     base_loads,
+    bits_of,
     device_and_dtype,
     load_base,
     load_tokenizer,
@@ -174,6 +177,42 @@ def test_a_pad_token_without_an_embedding_is_replaced(tiny_base: Path, tmp_path:
     assert load_tokenizer(str(folder)).pad_token == "<eos>"
 
 
+@pytest.fixture(scope="module")
+def sentencepiece_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with nothing but a tokenizer.model."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_base / name, folder)
+    texts = [f"Patient {i} has {2 * i} cups of tea against fever, cough, rash." for i in range(99)]
+    with (folder / "tokenizer.model").open("wb") as file:
+        trainer.train(
+            sentence_iterator=iter(texts), model_writer=file, vocab_size=90, minloglevel=2
+        )
+    return folder
+
+
+def test_a_tokenizer_model_alone_reads_as_sentencepiece_does(sentencepiece_base: Path) -> None:
+    """transformers took it for another format, and advised to install tiktoken."""
+    from sentencepiece import SentencePieceProcessor
+
+    own = SentencePieceProcessor(model_file=str(sentencepiece_base / "tokenizer.model"))
+    tokenizer = load_tokenizer(str(sentencepiece_base))
+    text = "Patient 7 has a cough."
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == own.encode(text)
+    assert tokenizer.eos_token_id == own.eos_id()
+
+
+def test_a_tokenizer_model_without_sentencepiece_names_the_extra(
+    sentencepiece_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.startswith("sentencepiece")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ModelError, match=r"pip install 'grandrounds\[sentencepiece\]'"):
+        load_tokenizer(str(sentencepiece_base))
+
+
 def test_weights_that_are_damaged_are_told_in_one_line(tiny_base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_base, tmp_path / "damaged")
     torch.save({"w": Path("/")}, folder / "pytorch_model.bin")
@@ -229,6 +268,42 @@ def test_a_four_bit_base_really_holds_nf4(tiny_base: Path) -> None:
     assert query.weight.quant_type == "nf4"
     assert query.weight.quant_state.nested
     assert {p.dtype for p in resident.parameters.values()} == {torch.float32}
+
+
+def test_a_base_stored_in_four_bits_is_loaded_as_it_is(tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder = str(tmp_path / "stored-4bit")
+    load_base(base_of(tiny_base, quantization=4)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    assert bits_of(base_of(Path(folder))) == bits_of(base_of(Path(folder), quantization=4)) == 4
+    stored = resident_model(base_of(Path(folder)), LORA)
+    adapter = random_adapter(stored, 3)
+    set_adapter(stored, adapter)
+    found = logits(stored.model.eval())
+    again = resident_model(base_of(tiny_base, quantization=4), LORA)
+    set_adapter(again, adapter)
+    assert torch.equal(found, logits(again.model.eval()))
+    config = resolve({"model.name": folder})
+    assert machine.precision(config).startswith("base 4-bit as it was published, computed in")
+    assert headroom.device_precision(config).quantization == 4
+    with pytest.raises(ModelError, match=r"are stored in 4 bits\. Set it to 4 or 0"):
+        load_base(base_of(Path(folder), quantization=8))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "fp8"])
+def test_a_base_stored_by_another_method_is_refused_before_it_is_loaded(
+    tiny_base: Path, tmp_path: Path, method: str
+) -> None:
+    config = json.loads((tiny_base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for action in (
+        lambda: adapter_layout(str(tmp_path), LORA),
+        lambda: load_base(base_of(tmp_path)),
+    ):
+        with pytest.raises(ModelError, match=f"stored quantised by {method}") as caught:
+            action()
+        assert "\n" not in str(caught.value)
 
 
 # --- Names, shapes and targets --------------------------------------------------------------------

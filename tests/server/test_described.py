@@ -16,7 +16,7 @@ from grandrounds.server.listeners.plain import (
     formulary_rows,
     summary_rows,
 )
-from grandrounds.server.listeners.start_rows import data_rows
+from grandrounds.server.listeners.start_rows import data_rows, plan_rows
 from grandrounds.server.model_card import Findings, model_card
 
 IN_CUSTODY = {"base-content": "0f", "train-examples": 30, "held-out-examples": 2}
@@ -128,3 +128,11 @@ def test_public_facts_are_only_the_embedded_bases_knowledge() -> None:
     assert [facts for facts, *_ in formulary_rows(scores, real, SIMULATED)][1] == HELD_BY_NOBODY
     assert forgetting_text(scores, real) == ""
     assert forgetting_text(scores, config()) == "forgotten: 40.0 points of the public facts"
+
+
+def test_what_stays_frozen_and_stored_bits_are_said_before_the_first_round() -> None:
+    plan = {"totals": {}, "total-mib": 0.0, "adapter-parameters": 8, "target-modules": ["q_proj"]}
+    said = dict(plan_rows({**plan, "frozen-modules": ["experts.down_proj"], "stored-bits": 4}))
+    assert said["frozen"] == "experts.down_proj: all-linear leaves them out"
+    assert said["base"] == "loaded as it was published, in 4 bits"
+    assert {"frozen", "base"}.isdisjoint(dict(plan_rows(plan)))

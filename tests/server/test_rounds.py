@@ -19,13 +19,14 @@ from grandrounds.server.exchange import Tally
 from grandrounds.server.introductions import SiteCard
 from grandrounds.server.listeners.plain import disagreement_text, limit_lines
 from grandrounds.server.listeners.start_rows import recipe_rows
+from grandrounds.server.rounds import examiners_of
 from grandrounds.server.run import Run, State
 from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages, told
 from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.names import SiteNames
 from grandrounds.wire.told import MEDIAN_LOSS
-from grandrounds.wire.traffic import message_of
+from grandrounds.wire.traffic import message_of, plan_config
 from tests.listening import Telling
 from tests.server.hand_written import (
     OF_A_VISIT,
@@ -455,6 +456,15 @@ class Separate(InProcessGrid):
 def answering(correct: int, n: int = 4) -> Behaviour:
     scores = {name: n if name.endswith("-n") else correct for name in SCORES}
     return lambda m, _: Message(messages.content(metrics=scores), reply_to=m)
+
+
+def test_an_exam_at_three_sites_is_planned_as_that() -> None:
+    one, three = (
+        plan_config(resolve({"data.num-partitions": 5}), SHAPES, examiners).ledger.totals
+        for examiners in (1, examiners_of(Separate(Sites(), {}, 4)))
+    )
+    assert three["formulary.down"].messages == 3 * one["formulary.down"].messages == 3
+    assert examiners_of(grid_of(Sites(), 4)) == 1
 
 
 def test_the_exams_result_is_the_median_of_three_sites_that_answer() -> None:

@@ -219,9 +219,11 @@ def test_a_bfloat16_base_stays_bfloat16(tiny_base: Path, tmp_path: Path) -> None
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("bits", "share"), [(4, 0.02), (8, 0.8)])
+@pytest.mark.parametrize(
+    ("bits", "share", "stored"), [(4, 0.02, False), (8, 0.8, False), (4, 0.02, True)]
+)
 def test_a_quantised_base_is_dequantised_as_the_run_saw_it(
-    tiny_base: Path, tmp_path: Path, bits: int, share: float
+    tiny_base: Path, tmp_path: Path, bits: int, share: float, stored: bool
 ) -> None:
     """The merged model is nearer to the run's than the published base with the same adapter is.
 
@@ -230,8 +232,12 @@ def test_a_quantised_base_is_dequantised_as_the_run_saw_it(
     pytest.importorskip("bitsandbytes")
     from grandrounds.model.base import BaseSpec, load_base
 
-    more = {"model.quantization": bits}
-    checkpoint = find_checkpoint(made_run(tmp_path / "run", tiny_base, {1: None}, **more))
+    base, more = tiny_base, {"model.quantization": bits}
+    if stored:
+        base, more = tmp_path / "stored", {}
+        load_base(BaseSpec(str(tiny_base), bits, "float32")).save_pretrained(base)
+        AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
+    checkpoint = find_checkpoint(made_run(tmp_path / "run", base, {1: None}, **more))
     folder = exports.export(checkpoint, merge=True, to=tmp_path / "whole")
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     merged = AutoModelForCausalLM.from_pretrained(folder)

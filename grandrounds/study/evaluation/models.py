@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from grandrounds.errors import ModelError
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.resident import resident_model, set_adapter
+from grandrounds.model.targets import Targets
 from grandrounds.study.evaluation.foreign import (
     ADVICE,
     is_plain,
@@ -44,7 +46,7 @@ class Models:
                 if fits(folder, spec, base):
                     self._specs[subject.name] = spec
                     continue
-            check_shapes(folder, needed_shapes(folder, base), base)
+            check_shapes(folder, adapter_shapes(folder), needed_shapes(folder, base), base)
         self._base: Any = None
 
     @contextmanager
@@ -91,27 +93,36 @@ def lora_spec(folder: Path) -> LoraSpec:
 def fits(folder: Path, spec: LoraSpec, base: str) -> bool:
     """Whether an adapter has the tensors that a run would put on the base.
 
-    PEFT asks for one matching target only, and adapts a composite's vision tower too.
+    PEFT asks for one matching target only.
     """
     try:
-        needed, _ = adapter_layout(base, spec)
+        needed, targets = adapter_layout(base, spec)
     except ModelError:
         return False
-    return first_mismatch(adapter_shapes(folder), needed) is None
+    return first_mismatch(_of_the_text(adapter_shapes(folder), targets), needed) is None
+
+
+def _of_the_text(shapes: Shapes, targets: Targets) -> Shapes:
+    """Return an adapter's tensors without those outside a composite base's text model, such as its
+    vision tower: they change no text."""
+    if targets.excluded is None:
+        return shapes
+    outside = re.compile(f"base_model.model.{targets.excluded}")
+    return {name: shape for name, shape in shapes.items() if not outside.fullmatch(name)}
 
 
 def check_fit(folder: Path, spec: LoraSpec, base: str) -> None:
     """Raise `ModelError` unless an adapter's tensors fit the base; neither is loaded."""
     try:
-        needed, _ = adapter_layout(base, spec)
+        needed, targets = adapter_layout(base, spec)
     except ModelError as error:
         raise ModelError(f"the adapter {folder} does not fit the base {base!r}: {error}") from error
-    check_shapes(folder, needed, base)
+    check_shapes(folder, _of_the_text(adapter_shapes(folder), targets), needed, base)
 
 
-def check_shapes(folder: Path, needed: Shapes, base: str) -> None:
+def check_shapes(folder: Path, found: Shapes, needed: Shapes, base: str) -> None:
     """Raise `ModelError` if an adapter's tensors are not those that the base needs."""
-    if mismatch := first_mismatch(adapter_shapes(folder), needed):
+    if mismatch := first_mismatch(found, needed):
         raise ModelError(
             f"the adapter {folder} does not fit the base {base!r}: {mismatch}. Use --base with "
             "the base that the adapter was trained on."

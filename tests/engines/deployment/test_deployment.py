@@ -32,7 +32,7 @@ from tests.real import (
     rounds_done,
     wait_for,
 )
-from tests.runs import metrics_of, summary_of
+from tests.runs import metrics_of, read_json, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -75,7 +75,12 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
     summary, plain = summary_of(run), summary_of(tmp_path / "plain")
     assert summary["base_loads"] == summary["processes"] == 3
     assert summary["failed_replies"] == 0
-    assert summary["communication_mib"] == summary["planned_mib"] == plain["communication_mib"]
+    totals = (read_json(folder / "plan.json")["totals"] for folder in (run, tmp_path / "plain"))
+    three, one = (kinds.pop("formulary.down") for kinds in totals)
+    assert three["tensor_bytes"] == 3 * one["tensor_bytes"]  # the exam, at each of the three
+    more_mib = 2 * one["tensor_bytes"] / 2**20
+    assert summary["communication_mib"] == summary["planned_mib"]
+    assert summary["planned_mib"] == pytest.approx(plain["planned_mib"] + more_mib, abs=1e-9)
     learned, in_one_process = (
         s["formulary"]["private"]["tuned"]["correct"] / s["formulary"]["private"]["tuned"]["n"]
         for s in (summary, plain)

@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds.errors import ModelError
 from grandrounds.model.base import BaseSpec
+from grandrounds.model.lora import adapter_layout
 from grandrounds.study.evaluation.foreign import is_plain
-from grandrounds.study.evaluation.models import Models
+from grandrounds.study.evaluation.models import Models, adapter_shapes, check_fit, lora_spec
 from grandrounds.study.evaluation.tasks import Subject, read_adapter_config
 from tests.study.evaluation.small import save_adapter
+from tests.tiny_models import tiny_bases
 
 TOKENS = torch.arange(3, 19).reshape(2, 8)
 
@@ -63,6 +65,17 @@ def test_an_adapter_computes_what_peft_computes(tiny_base: Path, tmp_path: Path,
     assert is_plain(read_adapter_config(adapter), adapter) == (kind in plain)
     found, expected = ours(tiny_base, adapter), by_peft(tiny_base, adapter)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_on_a_vision_tower_too_is_read_for_its_text(tmp_path: Path) -> None:
+    """Runs of before put it there, and PEFT does if it is given names alone."""
+    base = tmp_path / "base"
+    tiny_bases.make_base(tiny_bases.BASES["gemma3 (MedGemma)"], base)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    spec = lora_spec(adapter)
+    check_fit(adapter, spec, str(base))
+    assert len(adapter_shapes(adapter)) > len(adapter_layout(str(base), spec)[0])
+    torch.testing.assert_close(ours(base, adapter), by_peft(base, adapter), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
