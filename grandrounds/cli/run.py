@@ -154,7 +154,7 @@ def run(
     if resume is not None:
         from grandrounds.server import resumption
 
-        # a deployment's ServerApp checks the run itself: one that lost its SuperLink may hold it yet
+        # a deployment's ServerApp checks it: the one before may still hold the lock here
         if engine is Engine.simulation or from_round is not None:
             resumption.prepare(resolved, from_round)
     shown = reporter(resolved, screen)
