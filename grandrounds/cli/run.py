@@ -154,9 +154,8 @@ def run(
     if resume is not None:
         from grandrounds.server import resumption
 
-        if engine is Engine.deployment:
-            tell(resumption.check(resolved, from_round), "warning")
-        if engine is not Engine.in_process or from_round is not None:
+        # a deployment's ServerApp checks it: the one before may still hold the lock here
+        if engine is Engine.simulation or from_round is not None:
             resumption.prepare(resolved, from_round)
     shown = reporter(resolved, screen)
     with shown:  # from here on, so that a terminal moves while libraries are imported
