@@ -70,6 +70,15 @@ ONLY: dict[str, tuple[Scalar, str]] = {
 
 FLEXLORA = ("strategy.use-flexlora", "use-flexlora")
 
+FLEXLORA_RULES = ("product", "flexlora")
+"""Names of its aggregation rule; of the second, an error says that it is called by the first."""
+
+SWITCHES = {
+    **dict.fromkeys(("true", "on", "yes", "1", "1.0"), True),
+    **dict.fromkeys(("false", "off", "no", "none", "0", "0.0", ""), False),
+}
+"""What an entry writes for yes and no."""
+
 _TARGETS = "model.lora.target-modules"
 
 OTHER_NAMES = {
@@ -154,8 +163,7 @@ def read_entry(
         value = entry.pop(key, same_thing)
         if value != same_thing:
             raise ConfigError(f"{key} = {value!r} cannot be honoured: {why}.")
-    asked = [_is_on(entry.pop(key)) for key in FLEXLORA if key in entry]
-    flexlora: dict[str, Scalar] = {"strategy.name": "product"} if any(asked) else {}
+    flexlora = _flexlora(entry)
     if _TARGETS in entry:
         entry[_TARGETS] = _targets(str(entry[_TARGETS]))
     said = [*_not_used(entry, keys), *_of_unsloth(entry)]
@@ -188,8 +196,36 @@ def _spelled(written: Mapping[str, Scalar], keys: Collection[str]) -> dict[str, 
     return out
 
 
-def _is_on(value: Scalar) -> bool:
-    return str(value).strip().lower() in ("true", "on", "yes", "1")
+def _flexlora(entry: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Drop the keys that ask for FlexLoRA; return the rule that they ask for.
+
+    Raises
+    ------
+    ConfigError
+        If they contradict each other or `strategy.name`.
+    """
+    given = {key: entry.pop(key) for key in FLEXLORA if key in entry}
+    asked = {key: _is_on(key, value) for key, value in given.items()}
+    if not asked:
+        return {}
+    rule = entry.get("strategy.name")
+    is_on = rule in FLEXLORA_RULES
+    if len({*asked.values(), *([is_on] if rule is not None else [])}) > 1:
+        named = given if rule is None else given | {"strategy.name": rule}
+        each = " and ".join(f"{key} = {value!r}" for key, value in named.items())
+        raise ConfigError(
+            f'{each} contradict each other: FlexLoRA is strategy.name = "product". Keep one of '
+            "them."
+        )
+    return {"strategy.name": "product"} if any(asked.values()) else {}
+
+
+def _is_on(key: str, value: Scalar) -> bool:
+    """Return a switch of an entry; raise `ConfigError` if it is none."""
+    written = str(value).strip().lower()
+    if written in SWITCHES:
+        return SWITCHES[written]
+    raise ConfigError(f"{key} = {value!r} must be true or false.")
 
 
 def _left_out(values: Mapping[str, Scalar]) -> dict[str, Scalar]:

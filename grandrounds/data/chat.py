@@ -13,15 +13,14 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
+from operator import eq
 from typing import Any
 
 from grandrounds.errors import ConfigError, first_line
 
 QUESTION, ANSWER = "Which drug is it?", "Zyx seven"
 """Stand in for a question and its answer; no template changes their characters."""
-
-_EXPRESSIONS_FAIL = (TypeError, KeyError, IndexError, AttributeError, ValueError)
-"""What a template's expressions raise on messages that they do not expect."""
 
 NOT_A_PREFIX = (
     "finished conversations do not begin with its generation prompt (a thinking template): trained "
@@ -38,6 +37,10 @@ class ChatFormat:
     """The rendered text before the answer to `QUESTION`."""
     lead: str
     """Text between the generation prompt and the answer, such as an empty thinking block."""
+    tail: str
+    """The rendered text after an answer."""
+    opened: str
+    """End of the generation prompt that finished conversations leave out, such as `<think>`."""
     end: tuple[int, ...]
     """Tokens that end the answer: those of the template up to its first special one, else
     end-of-sequence."""
@@ -47,9 +50,14 @@ class ChatFormat:
     """Whether a finished conversation begins with the generation prompt."""
 
     def answer_ids(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of answers in the context of the prompt, without the end of turn."""
-        before, after = self.trims
-        texts = [self.lead + answer.lstrip(before).rstrip(after) for answer in answers]
+        """Return the tokens of answers in the context of the prompt, without the end of turn.
+
+        Raises
+        ------
+        ConfigError
+            If an answer is rendered after another text than the generation prompt.
+        """
+        texts = [self._answer_text(tokenizer, answer) for answer in answers]
         prompt: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         whole = tokenizer([self.prompt + text for text in texts], add_special_tokens=False)
         found = []
@@ -58,6 +66,35 @@ class ChatFormat:
             # else its first token would join the prompt's last one
             found.append(list(ids[len(prompt) :]) if in_context else apart(tokenizer, [text])[0])
         return found
+
+    def _answer_text(self, tokenizer: Any, answer: str) -> str:
+        """Return an answer as it follows the prompt: templates take out or move its reasoning."""
+        before, after = self.trims
+        plain = self.lead + answer.lstrip(before).rstrip(after)
+        if not self.is_prefix:
+            return self._continued(plain)
+        if not answer.strip():
+            return plain
+        whole = rendered(tokenizer, [("user", QUESTION), ("assistant", answer)], answering=False)
+        if whole == self.prompt + plain + self.tail:
+            return plain
+        if not whole.startswith(self.prompt) or not whole.endswith(self.tail):
+            raise ConfigError(
+                f"An answer of {len(answer)} characters is not rendered after the generation "
+                "prompt of the tokenizer's chat template, as happens to reasoning where "
+                "data.template-options turns thinking off. Change the options, take the reasoning "
+                'out of the answers, or use data.prompt-template = "alpaca".'
+            )
+        return whole.removeprefix(self.prompt).removesuffix(self.tail)
+
+    def _continued(self, answer: str) -> str:
+        """Return an answer without the beginning that the generation prompt has already."""
+        mark = self.opened.strip()
+        if not mark or not answer.lstrip().startswith(mark):
+            return answer
+        if answer.startswith(self.opened):
+            return answer.removeprefix(self.opened)
+        return answer.lstrip().removeprefix(mark).lstrip()
 
 
 def apart(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -81,14 +118,12 @@ def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: boo
     ConfigError
         If the template refuses or cannot render them.
     """
-    from jinja2 import TemplateError
-
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
         )
-    except (TemplateError, *_EXPRESSIONS_FAIL) as error:
+    except Exception as error:  # a template's expressions raise whatever Python's do
         kinds = ", ".join(role for role, _ in turns)
         raise ConfigError(
             f"The tokenizer's chat template cannot render a conversation of {kinds}: "
@@ -125,6 +160,7 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     is_prefix = whole.startswith(prompt)
     rest = whole.removeprefix(prompt) if is_prefix else whole[whole.rindex(ANSWER) :]
     lead, _, tail = rest.partition(ANSWER)
+    same = sum(takewhile(bool, map(eq, prompt, whole)))
 
     def trimmed(before: str, after: str) -> bool:
         turns = [*asked, ("assistant", f"{before}{ANSWER}{after}")]
@@ -133,6 +169,8 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     return ChatFormat(
         prompt=prompt,
         lead=lead,
+        tail=tail,
+        opened="" if is_prefix else prompt[same:],
         end=_end_of_turn(tokenizer, tail),
         trims=(
             "".join(blank for blank in string.whitespace if trimmed(blank, "")),

@@ -167,7 +167,7 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     stops = stop_tokens(model, tokens, learned)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
-    model.save_pretrained(folder)
+    _save_model(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     set_in(tokenizer, said, name)
     for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
@@ -176,6 +176,20 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     if text is not settings:
         _copy_processor(name, folder)
     return merged_text(quantization, rounding)
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    """Write a model; its generation settings as they are, those without effect included.
+
+    transformers refuses a changed file with, for example, a temperature beside do_sample = false,
+    as published bases have it.
+    """
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def _load(name: str, quantization: int, dtype: str, own: torch.dtype) -> Any:

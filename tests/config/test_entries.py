@@ -68,6 +68,24 @@ ROWS = {
     ),
     "FlexLoRA on": Row("use_flexlora = 1", {"strategy.name": "product"}),
     "FlexLoRA off": Row('strategy.use-flexlora = "off"', {"strategy.name": "fedavg"}),
+    "FlexLoRA by its rule": Row(
+        'use-flexlora = true\nstrategy.name = "product"', {"strategy.name": "product"}
+    ),
+    "no FlexLoRA and another rule": Row(
+        'use-flexlora = false\nstrategy.name = "fedprox"\nstrategy.proximal-mu = 0.1',
+        {"strategy.name": "fedprox"},
+    ),
+    "FlexLoRA and another rule": Row(
+        'use-flexlora = true\nstrategy.name = "fedprox"\nstrategy.proximal-mu = 0.1',
+        refused="use-flexlora = True and strategy.name = 'fedprox' contradict each other",
+    ),
+    "FlexLoRA on and off": Row(
+        "use-flexlora = true\nstrategy.use_flexlora = false",
+        refused="strategy.use-flexlora = False and use-flexlora = True contradict each other",
+    ),
+    "FlexLoRA of no meaning": Row(
+        'use-flexlora = "enabled"', refused="use-flexlora = 'enabled' must be true or false"
+    ),
     "all modules": Row(
         'model.lora.peft_lora_target_modules = "all"', {"model.lora.target-modules": "all-linear"}
     ),

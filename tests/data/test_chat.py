@@ -14,6 +14,7 @@ from grandrounds.data.chat import chat_format, rendered
 from grandrounds.data.examples import Example
 from grandrounds.data.prompts import prompt_hash
 from grandrounds.data.tokenization import end_token_ids, tokenize_examples
+from grandrounds.errors import ConfigError
 
 LOOP = "{% for m in messages %}"
 END = "{% endfor %}"
@@ -210,6 +211,54 @@ def test_a_template_that_trims_answers_trims_the_trained_ones(byte_level: Any) -
             for answer in ("Rest.", "\nRest.", "Rest. ")
         ]
         assert [one == bare for one in blank] == [before, after]
+
+
+KEEPS_REASONING = (
+    LOOP + "<|im_start|>{{ m.role }}\n{% set c = m.content %}{% if m.role == 'assistant' %}"
+    "{% set parts = c.split('</think>') %}{% set r = '' %}{% if parts | length > 1 %}"
+    "{% set r = parts[0].split('<think>')[-1].strip('\n') %}{% endif %}"
+    "<think>\n{{ r }}\n</think>\n\n{% set c = parts[-1].lstrip('\n') %}{% endif %}"
+    "{{ c }}<|im_end|>\n" + END + ASKED + "<|im_start|>assistant\n"
+    "{% if no_thoughts is defined %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""A template that takes an answer's reasoning out and renders it in a block of its own."""
+
+
+def test_answers_with_reasoning_are_trained_as_they_are_rendered(byte_level: Any) -> None:
+    """A constant put an empty thinking block before the answer's own."""
+    answer = "<think>\nFever, so rest.\n</think>\n\nRest."
+    tokenizer = with_template(byte_level, "thinking, empty in the past")
+    tokenizer.chat_template = KEEPS_REASONING
+    examples = [Example("Why?", answer), Example("Why?", "Rest.")]
+    for example, one in zip(
+        examples, tokenize_examples(examples, tokenizer, "chat", 500).examples, strict=True
+    ):
+        turns = [("user", "Why?"), ("assistant", example.answer)]
+        whole = rendered(tokenizer, turns, answering=False).rstrip()
+        assert list(one.input_ids) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% set no_thoughts = true %}" + KEEPS_REASONING
+    assert tokenize_examples(examples[1:], tokenizer, "chat", 500).examples
+    with pytest.raises(ConfigError, match="not rendered after the generation prompt"):
+        tokenize_examples(examples, tokenizer, "chat", 500)
+
+
+@pytest.mark.parametrize("begin", ["<think>\n", "<think>", "\n<think>\n"])
+def test_reasoning_is_opened_once(byte_level: Any, begin: str) -> None:
+    """The prompt opens it, and so did the answer."""
+    tokenizer = with_template(byte_level, "thinking, left out of the past")
+    answers = [f"{begin}Fever.</think>Rest.", "Fever.</think>Rest."]
+    both = [Example("Why?", answer) for answer in answers]
+    one, other = tokenize_examples(both, tokenizer, "chat", 500).examples
+    assert one == other
+
+
+@pytest.mark.parametrize("wrong", ["{{ 1 // 0 }}", "{{ [] + '' }}", "{{ '%d' % 'a' }}"])
+def test_a_template_that_fails_is_named(byte_level: Any, wrong: str) -> None:
+    tokenizer = with_template(byte_level, "chatml")
+    tokenizer.chat_template = wrong + FAMILIES["chatml"][0]
+    with pytest.raises(ConfigError, match="chat template cannot render a conversation of user"):
+        rendered(tokenizer, [("user", "Why?")], answering=True)
 
 
 def test_the_prompts_hash_knows_the_end_of_turn_only_where_it_is_another(byte_level: Any) -> None:

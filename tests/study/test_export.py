@@ -138,6 +138,8 @@ def test_what_a_run_sets_in_the_chat_template_holds_for_ask_export_evaluation_an
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     (base / "chat_template.jinja").write_text(TEMPLATE)
+    without_effect = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 5}
+    (base / "generation_config.json").write_text(json.dumps(without_effect))
     run = made_run(
         tmp_path / "run",
         base,
@@ -154,6 +156,11 @@ def test_what_a_run_sets_in_the_chat_template_holds_for_ask_export_evaluation_an
     assert trained_on.startswith("Be brief. 29 Feb 2024 plain\n<user|2024>Why?")
     assert trained_on.endswith("no thoughts")
     merged = exports.export(chosen, merge=True, to=tmp_path / "merged")
+    generation = json.loads((merged / "generation_config.json").read_text())
+    ends = generation.pop("eos_token_id")
+    assert 5 in ends
+    del without_effect["eos_token_id"]
+    assert without_effect.items() <= generation.items()
     plain = AutoTokenizer.from_pretrained(merged)
     turns = [{"role": "user", "content": "Why?"}]
     assert trained_on == plain.apply_chat_template(

@@ -235,11 +235,15 @@ def _run_target(folder: Path, base: str | None) -> Target:
     config = resolve(load_recipe(folder / "config.toml"))
     chosen = base or config.model.source
     directory = RunDirectory.open(folder)
-    return Target(
-        adapters=_checkpoints(directory),
-        base=chosen,
-        out=folder / "evaluation",
-        benchmarks=_benchmarks_of_run(directory, config, chosen),
+    alone = Target(_checkpoints(directory), chosen, folder / "evaluation", MEDICAL)
+    return _of_run(alone, directory, config)
+
+
+def _of_run(target: Target, directory: RunDirectory, config: Config) -> Target:
+    """Return a target with what its run set."""
+    return replace(
+        target,
+        benchmarks=_benchmarks_of_run(directory, config, target.base),
         quantization=config.model.quantization,
         dtype=config.model.dtype,
         prompt_template=config.data.prompt_template,
@@ -252,11 +256,7 @@ def _as_trained(target: Target, folder: Path) -> Target:
     """Return the target of one adapter with its run, if its parent folder is one."""
     if not (folder / "config.toml").is_file():
         return target
-    run = OfRun(RunDirectory.open(folder), resolve(load_recipe(folder / "config.toml")))
-    data = run.config.data
-    return replace(
-        target, run=run, prompt_template=data.prompt_template, chat=ChatSettings(*data.chat)
-    )
+    return _of_run(target, RunDirectory.open(folder), resolve(load_recipe(folder / "config.toml")))
 
 
 def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, ModelError
+from grandrounds.study.evaluation.benchmarks import HELD_OUT
 from grandrounds.study.evaluation.models import first_mismatch
+from grandrounds.study.evaluation.tasks import find_target
 from tests.study.evaluation.small import evaluate_target, medmcqa_rows, write_lines
 
 # --- A run directory ------------------------------------------------------------------------------
@@ -45,6 +48,23 @@ def test_a_run_is_asked_with_its_last_and_best_checkpoint_and_its_own_base(
     assert (run / "evaluation" / "evaluation.json").is_file()
     same = [row["correct"] for row in evaluation["rows"] if row["model"] != "base"]
     assert same[0] == same[1]
+
+
+def test_a_checkpoint_is_evaluated_as_its_run_is(
+    settings: dict[str, Any], adapter: Path, tmp_path: Path
+) -> None:
+    """Its precision and its default benchmarks were those of an adapter without a run."""
+    data = tmp_path / "cards.jsonl"
+    data.write_text('{"input": "Why?", "output": "Rest."}\n')
+    own = settings | {"model.quantization": 8, "model.dtype": "bfloat16"}
+    own |= {"static.dataset.name": str(data), "data.held-out-fraction": 0.5}
+    run = make_run(tmp_path / "a-run", own, adapter, SUMMARY)
+    whole, one = (find_target(str(target)) for target in (run, run / "peft_2"))
+    assert (one.quantization, one.dtype, one.benchmarks) == (8, "bfloat16", (HELD_OUT,))
+    assert dataclasses.replace(one, adapters=(), out=run, run=whole.run) == dataclasses.replace(
+        whole, adapters=(), out=run
+    )
+    assert find_target(str(run / "peft_2"), quantization=0).quantization == 0
 
 
 def test_one_checkpoint_that_is_last_and_best_is_asked_once(
