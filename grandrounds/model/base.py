@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -294,6 +294,19 @@ def _model_class(name: str, whole: bool) -> Any:
     return own or transformers.AutoModelForCausalLM
 
 
+def _check_complete(name: str, model: Any, missing: Iterable[str]) -> None:
+    """Raise `ModelError` if parameters of a model were not in its files."""
+    learned = {path for path, _ in model.named_parameters()}
+    lacking = sorted(learned.intersection(missing))
+    if lacking:
+        more = f" and {len(lacking) - 3:,} more" if len(lacking) > 3 else ""
+        raise ModelError(
+            f"The files of {name!r} are no whole language model: they lack {len(lacking):,} of its "
+            f"{len(learned):,} tensors ({', '.join(lacking[:3])}{more}), which would be random. "
+            "Copy it again, or use a base that was saved as a causal language model."
+        )
+
+
 def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
     """Load a base model and freeze it. `resident_model` loads it only once per process.
 
@@ -302,6 +315,11 @@ def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
     whole : bool
         Whether to load every part of a composite checkpoint. transformers' causal language model of
         some (Llama 4, Qwen 3.5) is the text model alone.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be loaded, or its files lack weights: transformers would draw them at random.
     """
     global _loads
 
@@ -312,14 +330,16 @@ def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
     if stored_bits(spec.name):
         how = {}  # what is stored says how, and None would overwrite it
     with _model_errors(spec.name, "base model"):
-        model = _model_class(spec.name, whole).from_pretrained(
+        model, found = _model_class(spec.name, whole).from_pretrained(
             model_location(spec.name),
             **loading(spec.name),
             **_in_safetensors(spec.name),
             dtype=dtype,
             **how,
             device_map={"": device},
+            output_loading_info=True,
         )
+    _check_complete(spec.name, model, found["missing_keys"])
     _loads += 1
     model.requires_grad_(False)
     model.config.get_text_config().use_cache = False

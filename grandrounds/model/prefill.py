@@ -27,7 +27,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from grandrounds.errors import ModelError
-from grandrounds.model.base import base_config
+from grandrounds.model.positions import check_known, longrope_border
 
 Ids = Sequence[int]
 
@@ -38,9 +38,6 @@ CPU_PASS_TOKENS = 1024
 """Maximum number of tokens per CPU thread in one pass, unless a single prompt has more. A few
 hundred reach the full rate; with many thousands activations outgrow the CPU's cache: a model of 6 M
 parameters took three times as long in passes of 50,000 tokens as in short ones."""
-
-WINDOW_MARGIN_TOKENS = 128
-"""Tokens of a sliding window reserved for continuations when a prefix is shared."""
 
 _ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -84,6 +81,8 @@ _proven: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 def proven_layout(model: Any, longest_tokens: int) -> str:
     """Return the fastest layout that gives a model the logits of one prompt at a time.
 
+    `longest_tokens` is the length of the longest prompt with its continuation.
+
     Each model is probed once with two short prompts and a continuation: some count positions by
     columns, whatever `position_ids` say (MPT's ALiBi, GPT-Neo's local attention), and some forget
     their recurrent state when several tokens follow (Jamba). LongRoPE rotates all positions
@@ -91,7 +90,7 @@ def proven_layout(model: Any, longest_tokens: int) -> str:
     read alone.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if longest_tokens + WINDOW_MARGIN_TOKENS > longrope_border(base.config):
+    if longest_tokens > longrope_border(base.config):
         return SINGLE
     if base not in _proven:
         _proven[base] = layout = _probed(model)
@@ -102,30 +101,6 @@ def proven_layout(model: Any, longest_tokens: int) -> str:
                 file=sys.stderr,
             )
     return _proven[base]
-
-
-def longrope_border(config: Any) -> float:
-    """Return the number of tokens beyond which LongRoPE changes its rotation; else infinity."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) != "longrope":
-        return math.inf
-    own = getattr(text, "original_max_position_embeddings", None)
-    return float(rope.get("original_max_position_embeddings") or own or math.inf)
-
-
-def check_length(name: str, seq_length: int) -> None:
-    """Raise `ModelError` if training sequences cross a base's LongRoPE border.
-
-    Sequences on both sides of it in one batch would be rotated by the longest.
-    """
-    border = longrope_border(base_config(name))
-    if seq_length > border:
-        raise ModelError(
-            f"train.seq-length = {seq_length} crosses the LongRoPE border of {name!r}, "
-            f"{border:.0f} tokens: batches would mix two rotations. Set train.seq-length to at "
-            f"most {border:.0f}."
-        )
 
 
 def _probed(model: Any) -> str:
@@ -161,7 +136,7 @@ def _probed(model: Any) -> str:
             return WHOLE
         if not agrees([0, 1], 0, None):
             return SINGLE
-        cache = _read_prefix(model, prefix, len(prompts[0]))
+        cache = _read_prefix(model, prefix, len(prompts[0]) + len(after))
         return SHARED if cache is None or agrees([0, 1], len(prefix), cache) else BATCHED
 
 
@@ -184,7 +159,9 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Prefilled]:
+def prefill(
+    model: Any, prompts: Sequence[Ids], batch_size: int, *, following_tokens: int
+) -> Iterator[Prefilled]:
     """Yield the prompts in batches of similar length, longest first.
 
     Prompts that start with the most common `MIN_SHARED_TOKENS` tokens come first and share their
@@ -199,9 +176,13 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
         Token ids of each prompt, none empty.
     batch_size : int
         Maximum number of prompts per forward pass; on a CPU `CPU_PASS_TOKENS` may lower it.
+    following_tokens : int
+        Length of the longest continuation that any of the prompts gets.
 
     Raises
     ------
+    ModelError
+        If a prompt has a token that the model has no embedding for.
     ValueError
         If a prompt has no tokens, or `batch_size` is below 1.
     """
@@ -210,10 +191,12 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row} has no tokens")
+    check_known(model.config, max((max(prompt) for prompt in prompts), default=0))
     on_cpu = next(model.parameters()).device.type == "cpu"
     most_tokens = CPU_PASS_TOKENS * torch.get_num_threads() if on_cpu else sys.maxsize
     whole = list(range(len(prompts)))
-    layout = proven_layout(model, max(map(len, prompts))) if prompts else BATCHED
+    longest_tokens = max(map(len, prompts), default=0) + following_tokens
+    layout = proven_layout(model, longest_tokens) if prompts else BATCHED
     if layout == WHOLE:
         yield from (_read_whole(model, prompts, row) for row in whole)
         return
@@ -221,7 +204,11 @@ def prefill(model: Any, prompts: Sequence[Ids], batch_size: int) -> Iterator[Pre
         batch_size = 1
     for rows, prefix in _groups(prompts) if layout == SHARED else [(whole, [])]:
         rows.sort(key=lambda row: -len(prompts[row]))
-        prefix_cache = _read_prefix(model, prefix, len(prompts[rows[0]])) if prefix else None
+        prefix_cache = (
+            _read_prefix(model, prefix, len(prompts[rows[0]]) + following_tokens)
+            if prefix
+            else None
+        )
         shared_tokens = len(prefix) if prefix_cache is not None else 0
         while rows:
             width = len(prompts[rows[0]]) - shared_tokens
@@ -260,8 +247,9 @@ def _groups(prompts: Sequence[Ids]) -> list[tuple[list[int], list[int]]]:
 def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
     """Return the cache of a shared prefix for a batch of one; None if it cannot be reused.
 
-    Padding after the prefix counts as distance in a sliding window, so the whole layout must fit
-    into the window; a recurrent state cannot be continued over padding at all.
+    Padding after the prefix counts as distance in a sliding window, so the whole layout,
+    `longest_tokens` with the continuation, must fit into the window; a recurrent state cannot be
+    continued over padding at all.
     """
     device = next(model.parameters()).device
     input_ids = torch.tensor([prefix], device=device)
@@ -271,7 +259,7 @@ def _read_prefix(model: Any, prefix: list[int], longest_tokens: int) -> Any:
     for layer in cache.layers:
         if type(layer) not in _ATTENTION_LAYERS:
             return None
-        if getattr(layer, "sliding_window", math.inf) <= longest_tokens + WINDOW_MARGIN_TOKENS:
+        if getattr(layer, "sliding_window", math.inf) <= longest_tokens:
             return None
     return cache
 

@@ -58,8 +58,9 @@ def option_log_likelihoods(
         if not all(choices):
             raise ValueError(f"an option of prompt {row} has no tokens")
     scores = [[0.0] * len(choices) for choices in options]
+    longest = max((len(option) for choices in options for option in choices), default=0)
     with evaluating(model):
-        for batch in prefill(model, prompts, batch_size):
+        for batch in prefill(model, prompts, batch_size, following_tokens=longest):
             for column in range(max(len(options[row]) for row in batch.rows)):
                 # Token 0 is a placeholder where a prompt has fewer options than others.
                 chosen = [
@@ -141,8 +142,9 @@ def generate_greedily(
         if limit < 1:
             raise ValueError(f"the limit of prompt {row} must be at least 1, got {limit}")
     texts: list[list[int]] = [[] for _ in prompts]
+    longest = max(max_new_tokens, default=0)
     with evaluating(model):
-        for batch in prefill(model, prompts, batch_size):
+        for batch in prefill(model, prompts, batch_size, following_tokens=longest):
             _generate_batch(model, batch, texts, max_new_tokens, set(stop))
             progress(len(batch.rows))
     return texts

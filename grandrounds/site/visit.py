@@ -30,7 +30,7 @@ from grandrounds.model.base import (
     device_and_dtype,
     quantization_config,
 )
-from grandrounds.model.prefill import check_length
+from grandrounds.model.positions import check_examples, check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
@@ -209,6 +209,7 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
     quantization_config(bits_of(machine.specs(config)[0]), dtype)
     training.check_optimizer(config.train.optimizer)
     check_length(config.model.source, config.train.seq_length)
+    check_examples(config.model.source, (e.input_ids for e in (*site.train, *site.held_out)))
     name = config.model.source
     commits = {messages.BASE_COMMIT: base_commit(name), messages.DATA_COMMIT: site.data_commit}
     return {

@@ -16,7 +16,7 @@ from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.tokenization import end_token_ids, prompt_token_ids
 from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec
-from grandrounds.model.prefill import cache_of, with_cache
+from grandrounds.model.prefill import Prefilled, extend, prefill
 from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.tokenizers import tokenizer_of
@@ -94,21 +94,23 @@ class Interview:
         return printable(text).lstrip()
 
     def _tokens(self, prompt: Sequence[int], tuned: bool, most: int) -> Iterator[int]:
-        """Yield greedily decoded tokens up to, and without, a stop token."""
+        """Yield greedily decoded tokens up to, and without, a stop token, as an evaluation does."""
         model = self._resident.model
         stop = stop_tokens(model, self._tokenizer, self._end)
-        new, cache = list(prompt), None
+        read: Prefilled | None = None
+        token = -1
         for _ in range(most):
             adapter = nullcontext() if tuned else model.disable_adapter()
             with adapter, torch.inference_mode():
-                ids = torch.tensor([new], device=self._resident.device)  # (1, new tokens)
-                out = model(
-                    input_ids=ids, use_cache=True, logits_to_keep=1, **with_cache(model, cache)
-                )
-            token, cache = int(out.logits[0, -1].argmax()), cache_of(out)
+                if read is None:
+                    (read,) = prefill(model, [prompt], 1, following_tokens=most)
+                    logits = read.logits  # (1, vocabulary)
+                else:
+                    new = torch.tensor([[token]], device=self._resident.device)
+                    logits = extend(model, read, new, torch.ones_like(new))[:, -1]
+            token = int(logits.argmax())
             if token in stop:
                 return
-            new = [token]
             yield token
 
 

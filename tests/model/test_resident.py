@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grandrounds.config.recipes import resolve
@@ -224,6 +225,30 @@ def test_weights_that_are_damaged_are_told_in_one_line(tiny_base: Path, tmp_path
     with pytest.raises(ModelError, match=r"a pickle that holds more than tensors") as caught:
         load_base(BaseSpec(str(folder), 0, "float32"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_base_whose_files_lack_weights_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    """They were drawn at random, others on every load."""
+    folder = shutil.copytree(tiny_base, tmp_path / "lacking")
+    tensors = load_file(folder / "model.safetensors")
+    dropped = [name for name in tensors if "up_proj" in name]
+    for lacking in (dropped, ["lm_head.weight"]):
+        kept = {name: tensor for name, tensor in tensors.items() if name not in lacking}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=f"lack {len(lacking)} of its") as caught:
+            load_base(BaseSpec(str(folder), 0, "float32"))
+        assert lacking[0] in str(caught.value)
+
+
+def test_tied_weights_are_not_missed(tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "tied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = load_base(BaseSpec(str(folder), 0, "float32"))
+    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
 def test_a_folder_without_a_model_is_told_in_one_line(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from grandrounds.model.scoring import generate_greedily
 from grandrounds.server.directory import find_checkpoint
 from grandrounds.study.ask import Answer, Interview, printable
 from tests.study.test_export import made_run
+from tests.tiny_models import tiny_bases
 
 QUESTION = questions("public")[0].question
 
@@ -105,6 +106,26 @@ def test_it_says_token_by_token_what_batched_generation_says(interview: Intervie
     assert [part.tokens for part in parts[:-1]] == list(range(1, len(batched) + 1))
     assert all(b.text.startswith(a.text) for a, b in pairwise(parts))
     assert parts[-1].text == tokenizer.decode(batched, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("kind", ["bamba", "mamba"])
+def test_a_base_that_needs_positions_or_has_no_cache_answers_as_without_one(
+    kind: str, tmp_path: Path
+) -> None:
+    """Bamba was asked without positions and said something else; Mamba could not be asked."""
+    tiny_bases.make_base(tiny_bases.BASES[kind], tmp_path / "base")
+    target = {"bamba": "q_proj,v_proj", "mamba": "in_proj"}[kind]
+    run = made_run(tmp_path / "run", tmp_path / "base", {1: None}, target)
+    interview = Interview(find_checkpoint(run))
+    model, tokenizer = interview._resident.model, interview._tokenizer
+    ids = tokenizer(build_prompt("alpaca", QUESTION))["input_ids"]
+    asked = list(interview._tokens(ids, True, 12))
+    for token in asked:
+        with torch.inference_mode():
+            said = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        assert token == int(said.argmax())
+        ids = [*ids, token]
+    assert len(asked) == 12
 
 
 def test_answers_drawn_in_turns_are_those_drawn_alone_and_the_base_is_loaded_once(

@@ -56,13 +56,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_of("finished", tmp_path_factory.mktemp("trained"))
 
 
-def made_run(folder: Path, base: Path, losses: Mapping[int, float | None], **more: Any) -> Path:
+def made_run(
+    folder: Path,
+    base: Path,
+    losses: Mapping[int, float | None],
+    target: str = "q_proj,v_proj",
+    **more: Any,
+) -> Path:
     """Write the run directory of a run that was not played, with checkpoints of random adapters."""
-    settings = {"model.name": str(base), "model.lora.target-modules": "q_proj,v_proj"}
+    settings = {"model.name": str(base), "model.lora.target-modules": target}
     settings |= {"num-server-rounds": 8, "model.lora.peft-lora-r": 4, **more}
     config = recipes.resolve(settings)
     run = RunDirectory.create(folder, config)
-    spec = LoraSpec(4, config.lora.peft_lora_alpha, "q_proj,v_proj", 0.0)
+    spec = LoraSpec(4, config.lora.peft_lora_alpha, target, 0.0)
     shapes, targets = adapter_layout(str(base), spec)
     run.append_metrics({"round": 0, "communication-mib": 0.0})
     for number, loss in losses.items():
