@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -130,17 +130,30 @@ def _model_errors(name: str, what: str) -> Iterator[None]:
                 f"The {what} of {name!r} is a tokenizer.model alone, which needs sentencepiece in "
                 "a version for the installed protobuf: pip install 'grandrounds[sentencepiece]'."
             ) from error
+        if "contains custom code" in str(error):
+            raise ModelError(
+                f"The {what} of {name!r} cannot be loaded: it needs code that comes with it "
+                "(auto_map in its files), and no such code is run here. Use a base whose "
+                "architecture transformers has."
+            ) from error
         reason = first_line(error, most=None)  # uncut: a site redacts whole paths only
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
-        advice = (
-            "The hub is disabled (HF_HUB_OFFLINE): unset it"
-            if offline
-            else "Check the name and the network, run `hf auth login` for a gated model"
-        )
         raise ModelError(
-            f"The {what} of {name!r} cannot be loaded: {reason}. {advice}, give a local folder, "
-            'or use model.name = "formulary".'
+            f"The {what} of {name!r} cannot be loaded: {reason.rstrip('.')}. {_advice(name)}, or "
+            'use model.name = "formulary".'
         ) from error
+
+
+def _advice(name: str) -> str:
+    """Return what to do where a base cannot be loaded for any other reason."""
+    if Path(name).is_dir():
+        return "Check the files of this folder, copy it again"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
+    hub = (
+        "The hub is disabled (HF_HUB_OFFLINE): unset it"
+        if offline
+        else "Check the name and the network, run `hf auth login` for a gated model"
+    )
+    return f"{hub}, give a local folder"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -294,10 +307,18 @@ def _model_class(name: str, whole: bool) -> Any:
     return own or transformers.AutoModelForCausalLM
 
 
-def _check_complete(name: str, model: Any, missing: Iterable[str]) -> None:
-    """Raise `ModelError` if parameters of a model were not in its files."""
+def _check_complete(name: str, model: Any, found: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if parameters of a model were not in its files, or of other shapes.
+
+    `found` is transformers' loading report.
+    """
+    for path, stored, needed in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"The files of {name!r} do not fit its config.json: {path} has the shape "
+            f"{list(stored)}, and the model needs {list(needed)}. Copy both from one place."
+        )
     learned = {path for path, _ in model.named_parameters()}
-    lacking = sorted(learned.intersection(missing))
+    lacking = sorted(learned.intersection(found["missing_keys"]))
     if lacking:
         more = f" and {len(lacking) - 3:,} more" if len(lacking) > 3 else ""
         raise ModelError(
@@ -338,8 +359,9 @@ def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
             **how,
             device_map={"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-    _check_complete(spec.name, model, found["missing_keys"])
+    _check_complete(spec.name, model, found)
     _loads += 1
     model.requires_grad_(False)
     model.config.get_text_config().use_cache = False

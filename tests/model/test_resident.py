@@ -158,9 +158,12 @@ def test_the_code_of_a_model_folder_is_never_run(tiny_base: Path, tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "of-its-own"}))
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+    with pytest.raises(
+        ModelError, match=r"no such code is run here"
+    ) as caught:
         base_config(str(folder))
     assert "\n" not in str(caught.value)
+    assert "unset" not in str(caught.value)
     (folder / "config.json").write_text(json.dumps(config))  # a type that transformers knows
     assert load_base(BaseSpec(str(folder), 0, "float32")).config.model_type == "llama"
 
@@ -238,6 +241,16 @@ def test_a_base_whose_files_lack_weights_is_refused(tiny_base: Path, tmp_path: P
         with pytest.raises(ModelError, match=f"lack {len(lacking)} of its") as caught:
             load_base(BaseSpec(str(folder), 0, "float32"))
         assert lacking[0] in str(caught.value)
+
+
+def test_weights_of_another_shape_are_named(tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "misshapen")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head\.weight has the shape \[") as caught:
+        load_base(BaseSpec(str(folder), 0, "float32"))
+    assert "unset" not in str(caught.value)
 
 
 def test_tied_weights_are_not_missed(tiny_base: Path, tmp_path: Path) -> None:

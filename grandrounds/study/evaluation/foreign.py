@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ BY_PEFT = frozenset(
 """Settings that PEFT applies while it loads an adapter."""
 
 STARTS_BY_PEFT = ("pissa", "olora")
-"""Beginnings of `init_lora_weights` for which PEFT changes the base, from its weights alone."""
+"""Values of `init_lora_weights` for which PEFT changes the base, from its weights alone."""
 
 REFUSED = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA), which acts after its invocation tokens",
@@ -87,15 +87,23 @@ def is_plain(config: Mapping[str, Any], folder: Path) -> bool:
             raise ModelError(f"{folder} is {what}, which cannot be evaluated here. {ADVICE}")
     targets = config.get("target_modules")
     by_path = isinstance(targets, list) and any("." in str(target) for target in targets)
-    return not (needs_peft or by_path or isinstance(targets, str))
+    by_default = targets is None and bool(config.get("r"))  # PEFT knows those of the architecture
+    return not (needs_peft or by_path or by_default or isinstance(targets, str))
 
 
 def _start_needs_peft(start: object, folder: Path) -> bool:
     if start in STARTS_THAT_LEAVE_THE_BASE:
         return False
     name = str(start).lower()
-    if name.startswith(STARTS_BY_PEFT):
+    if name in STARTS_BY_PEFT:
         return True
+    if name.startswith("pissa_niter_"):
+        raise ModelError(
+            f"the adapter {folder} was started with init_lora_weights = {start!r}: PEFT "
+            "changes the base by a randomised decomposition, another one on every load, so that its "
+            "answers would be random. Convert it when it is saved (PEFT's "
+            f"path_initial_model_for_weight_conversion), or: {ADVICE[0].lower()}{ADVICE[1:]}"
+        )
     raise ModelError(
         f"the adapter {folder} was started with init_lora_weights = {start!r}, which changed its "
         "base from data or from another precision; it is no adapter of the base alone. Convert it "
@@ -154,8 +162,10 @@ def load_config(folder: Path) -> Any:
         raise ModelError(f"PEFT cannot read {folder} ({first_line(error)}). {ADVICE}") from error
 
 
-def needed_shapes(folder: Path, base: str) -> dict[str, tuple[int, ...]]:
+def needed_shapes(folder: Path, base: str, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
     """Return the tensors that PEFT loads for an adapter on a base, without any weights.
+
+    `stored` are the names in its file, which may hold the base's embeddings too.
 
     Raises
     ------
@@ -171,7 +181,7 @@ def needed_shapes(folder: Path, base: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = _adapted(model, config, folder)
-    return {name: tuple(tensor.shape) for name, tensor in _saved_names(adapted).items()}
+    return {name: tuple(tensor.shape) for name, tensor in _saved_names(adapted, stored).items()}
 
 
 def load_by_peft(model: Any, folder: Path, file: Path) -> Any:
@@ -191,7 +201,7 @@ def load_by_peft(model: Any, folder: Path, file: Path) -> Any:
         warnings.simplefilter("ignore")
         adapted = _adapted(model, config, folder)
     tensors = read_weights(file)
-    missing = sorted(set(_saved_names(adapted)) ^ set(tensors))
+    missing = sorted(set(_saved_names(adapted, tensors)) ^ set(tensors))
     if missing:
         raise ModelError(f"{folder}: the tensor {missing[0]} is in the file or the model only.")
     set_peft_model_state_dict(adapted, tensors)
@@ -210,10 +220,16 @@ def _adapted(model: Any, config: Any, folder: Path) -> Any:
         ) from error
 
 
-def _saved_names(adapted: Any) -> dict[str, torch.Tensor]:
+def _saved_names(adapted: Any, stored: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors that PEFT saves of an adapter, with the embeddings if they are stored."""
     from peft import get_peft_model_state_dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted)
+    ends = [adapted.get_input_embeddings(), adapted.get_output_embeddings()]
+    for path, module in adapted.named_modules():
+        name = f"{path}.weight"
+        if name in stored and any(module is end for end in ends):
+            found[name] = module.weight
     return found

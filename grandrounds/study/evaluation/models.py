@@ -46,7 +46,8 @@ class Models:
                 if fits(folder, spec, base):
                     self._specs[subject.name] = spec
                     continue
-            check_shapes(folder, adapter_shapes(folder), needed_shapes(folder, base), base)
+            found = adapter_shapes(folder)
+            check_shapes(folder, found, needed_shapes(folder, base, found), base)
         self._base: Any = None
 
     @contextmanager

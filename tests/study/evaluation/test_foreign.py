@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from grandrounds.study.evaluation.tasks import Subject, read_adapter_config
 from tests.study.evaluation.small import save_adapter
 from tests.tiny_models import tiny_bases
 
+HEAD = "lm_head.weight"
 TOKENS = torch.arange(3, 19).reshape(2, 8)
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -63,6 +65,25 @@ def test_an_adapter_computes_what_peft_computes(tiny_base: Path, tmp_path: Path,
     adapter = save_adapter(tiny_base, tmp_path / "adapter", **KINDS[kind])
     plain = ("another start", "some match nothing")
     assert is_plain(read_adapter_config(adapter), adapter) == (kind in plain)
+    found, expected = ours(tiny_base, adapter), by_peft(tiny_base, adapter)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_saved_with_its_embeddings_brings_them(tiny_base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    base = safetensors.torch.load_file(tiny_base / "model.safetensors")
+    both = {f"base_model.model.{n}": base[n] for n in ("model.embed_tokens.weight", HEAD)}
+    both[f"base_model.model.{HEAD}"] = both[f"base_model.model.{HEAD}"] * 2
+    safetensors.torch.save_file({**safetensors.torch.load_file(file), **both}, file)
+    found, expected = ours(tiny_base, adapter), by_peft(tiny_base, adapter)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_targets_that_are_not_named_are_those_of_peft(tiny_base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_base, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": None}))
     found, expected = ours(tiny_base, adapter), by_peft(tiny_base, adapter)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -168,6 +168,7 @@ def test_the_first_mismatch_is_a_missing_tensor_a_shape_or_a_foreign_tensor() ->
         ({"rank_pattern": {"q_proj": 2}}, "has shape 4 x 32, and the base needs 2 x 32"),
         ({"peft_type": "IA3"}, "type IA3, not LORA"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights = 'loftq', which changed its base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "randomised.*its answers would be random"),
         ({"init_lora_weights": "corda"}, "init_lora_weights = 'corda'"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights = 'lora_ga'"),
         ({"alora_invocation_tokens": [1]}, "an activated LoRA"),
