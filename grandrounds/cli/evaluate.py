@@ -26,6 +26,7 @@ from grandrounds.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from grandrounds.study.evaluation.benchmarks import Questions
+    from grandrounds.study.evaluation.flowertune import Generation
     from grandrounds.study.evaluation.tasks import EvaluationTasks
 
 OVERLAP = "overlap.json"
@@ -232,6 +233,8 @@ def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
     from grandrounds.study.evaluation.tables import notes, tables
     from grandrounds.study.evaluation.verification import evaluations_in
 
+    if told_first := tasks.assumption:
+        screen.notes([told_first])
     with progress(screen) as listener:
         content = runner.evaluate(tasks, resume=resume, listener=listener)
     found = tasks.folder / OVERLAP
@@ -291,7 +294,7 @@ def _rescore(files: Sequence[Path], data: Path | None, screen: Screen) -> None:
 
     rows, differing, examples = [], [], []
     for file in files:
-        records = flowertune.read_generations(file)
+        records = _recorded(file)
         score = flowertune.rescore(records)
         found = altered_prompts(records, file.name, data)
         altered = len(found.rows)
@@ -300,6 +303,11 @@ def _rescore(files: Sequence[Path], data: Path | None, screen: Screen) -> None:
             differing.append(
                 f"{file.name}: {altered:,} of {score.n:,} prompts are not FlowerTune's for "
                 f"{found.benchmark.title}, so its score compares with no other: {found.example}"
+            )
+        if repeated := score.n - len(set(records)):
+            differing.append(
+                f"{file.name}: {repeated:,} of {score.n:,} rows repeat an earlier one in full, "
+                "prompt and output, and are counted again."
             )
         recorded = _recorded_accuracy(file)
         line = flowertune.accuracy_line(score).strip()
@@ -325,6 +333,29 @@ def _rescore(files: Sequence[Path], data: Path | None, screen: Screen) -> None:
     names = (*columns, *answers, "example of an altered prompt")
     told = [dict(zip(names, (*row, e), strict=True)) for row, e in zip(rows, examples, strict=True)]
     screen.emit(told)
+
+
+def _recorded(file: Path) -> tuple[Generation, ...]:
+    """Return recorded generations; raise `DataError` for an evaluation, which is verified."""
+    from grandrounds.study.evaluation import flowertune
+
+    try:
+        return flowertune.read_generations(file)
+    except DataError:
+        if _is_evaluation(file):
+            raise DataError(
+                f"{file} holds an evaluation, not recorded answers to rescore. Verify it: "
+                f"{shlex.join(['grandrounds', 'evaluate', '--verify', str(file)])}"
+            ) from None
+        raise
+
+
+def _is_evaluation(file: Path) -> bool:
+    try:
+        content = _read_json(file)
+    except DataError:
+        return False
+    return isinstance(content, dict) and bool({"rows", "evaluations"} & content.keys())
 
 
 def _recorded_accuracy(file: Path) -> str | None:
@@ -360,7 +391,8 @@ def _refuse_recorded(file: Path) -> None:
         recorded = file.with_name(f"generation_{name[4:-4]}.jsonl")
     else:
         try:
-            flowertune.read_generations(file)
+            if not flowertune.read_generations(file):
+                return
         except DataError:
             return
     raise DataError(

@@ -284,6 +284,32 @@ def test_verify_finds_nothing_to_verify_in_an_empty_file(tmp_path: Path) -> None
     assert "there are no rows" in result.stdout
 
 
+@pytest.mark.parametrize(("content", "said"), [("", "not valid JSON"), ("[]", "no rows to verify")])
+def test_an_empty_file_holds_no_recorded_answers(tmp_path: Path, content: str, said: str) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(content)
+    result = evaluate("--verify", file)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "recorded answers" not in result.output
+
+
+def test_rescore_of_an_evaluation_leads_to_verify(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps({"protocol": "flowertune", "rows": []}, indent=1))
+    result = evaluate("--rescore", file)
+    assert result.exit_code == 1
+    assert f"Verify it: grandrounds evaluate --verify {file}" in one_line(result)
+
+
+def test_rescore_tells_rows_that_are_counted_twice(tmp_path: Path) -> None:
+    names = flowertune.result_names("medmcqa", "mine")
+    records = [flowertune.Generation(f"Question {i}", "A", "A") for i in (0, 1, 1, 1)]
+    flowertune.write_generations(tmp_path / names[0], records)
+    result = evaluate("--rescore", tmp_path / names[0])
+    assert "2 of 4 rows repeat an earlier one in full" in result.output
+
+
 @pytest.mark.parametrize("name", ["generation_medmcqa_mine.jsonl", "acc_medmcqa_mine.txt"])
 def test_verify_of_recorded_answers_leads_to_rescore(tmp_path: Path, name: str) -> None:
     """Once they were "not valid JSON", or had "no rows to verify"."""

@@ -23,6 +23,7 @@ from grandrounds.server.described import are_real, is_of_the_formulary
 from grandrounds.server.directory import RunDirectory
 from grandrounds.study.evaluation.benchmarks import HELD_OUT, MEDICAL, Questions, Task
 from grandrounds.study.evaluation.greedy import GREEDY
+from grandrounds.study.evaluation.likelihood import asks_in_own_prompt
 from grandrounds.study.evaluation.verification import BASE
 
 PROTOCOLS = ("flowertune", "likelihood")
@@ -164,10 +165,29 @@ class EvaluationTasks:
         every = (*self.method.protocols, GREEDY)
         return tuple(protocol for protocol in every if self.asked_by(protocol))
 
+    @property
+    def assumption(self) -> str:
+        """What is assumed of an adapter away from its run, for its own questions; else empty."""
+        target = self.target
+        own = [task.benchmark.title for task in self.questions.tasks if in_own_prompt(task)]
+        if not target.adapters or target.run is not None or not own:
+            return ""
+        return (
+            f"{target.adapters[0].name} is not in a run directory, so the prompt that it was "
+            f"trained with is unknown: the questions of {', '.join(own)} are asked in the template "
+            f"{target.prompt_template!r} without chat settings. If it was trained with another, "
+            "evaluate it in its run directory."
+        )
+
     def asked_by(self, protocol: str) -> tuple[Task, ...]:
         """Return the benchmarks that a protocol asks."""
         is_open = protocol == GREEDY
         return tuple(task for task in self.questions.tasks if task.benchmark.is_open == is_open)
+
+
+def in_own_prompt(task: Task) -> bool:
+    """Return whether a benchmark is asked in the prompt that a run trained with."""
+    return task.benchmark.is_open or asks_in_own_prompt(task.benchmark)
 
 
 # --- Targets --------------------------------------------------------------------------------------

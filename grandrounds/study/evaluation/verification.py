@@ -6,6 +6,7 @@ The file is one object:
     base             name of the base model
     adapter          path of the adapter; null if only the base was evaluated
     adapter_sha256   hash of the adapter's weights; null without one
+    models           name of a tuned model → {"adapter": path, "adapter_sha256": hash}; optional
     precision        such as "float32" or "nf4"
     versions         library → version
     rows             one object for each model and benchmark:
@@ -139,7 +140,22 @@ def _faults_in(evaluation: Any) -> list[str]:
             faults += _greedy_faults(row)
         found += [f"{name}: {fault}" for fault in faults]
     found += [*_table_faults(rows), *_average_faults(evaluation.get("average"), rows)]
+    if "models" in evaluation:
+        found += _model_faults(evaluation["models"], rows)
     return found or _group_faults(rows)
+
+
+def _model_faults(models: Any, rows: list[Row]) -> Iterable[str]:
+    """Yield what is wrong with `models`, which an older file need not have."""
+    if not isinstance(models, dict):
+        yield f"'models' is {models!r}, and must map each tuned model to its adapter"
+        return
+    for name in dict.fromkeys(row["model"] for row in rows if row["model"] != BASE):
+        if name not in models:
+            yield f"{name} has rows, but 'models' has {', '.join(models) or 'none'} only"
+    for name, model in models.items():
+        if not isinstance(model, dict) or not _is_name(model.get("adapter_sha256")):
+            yield f"'models' has {name}, but not the 'adapter_sha256' of its weights"
 
 
 # --- One row --------------------------------------------------------------------------------------

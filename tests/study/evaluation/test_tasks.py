@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, ModelError
-from grandrounds.study.evaluation.benchmarks import HELD_OUT
+from grandrounds.study.evaluation.benchmarks import HELD_OUT, Questions, load_questions
 from grandrounds.study.evaluation.models import first_mismatch
-from grandrounds.study.evaluation.tasks import find_target
+from grandrounds.study.evaluation.tasks import EvaluationTasks, find_target
 from tests.study.evaluation.small import evaluate_target, medmcqa_rows, write_lines
 
 # --- A run directory ------------------------------------------------------------------------------
@@ -65,6 +65,21 @@ def test_a_checkpoint_is_evaluated_as_its_run_is(
         whole, adapters=(), out=run
     )
     assert find_target(str(run / "peft_2"), quantization=0).quantization == 0
+
+
+def test_the_prompt_of_an_adapter_away_from_its_run_is_told_as_assumed(
+    settings: dict[str, Any], adapter: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "a-run", settings, adapter, SUMMARY)
+    alone = tmp_path / "peft_2"
+    shutil.copytree(run / "peft_2", alone)
+    questions = load_questions(["formulary"])
+    told = EvaluationTasks(find_target(str(alone)), questions).assumption
+    assert "peft_2 is not in a run directory" in told
+    assert "in the template 'alpaca' without chat settings" in told
+    assert not EvaluationTasks(find_target(str(run / "peft_2")), questions).assumption
+    published = Questions((), None)
+    assert not EvaluationTasks(find_target(str(alone)), published).assumption
 
 
 def test_one_checkpoint_that_is_last_and_best_is_asked_once(

@@ -256,6 +256,21 @@ def test_an_average_that_cannot_be_checked_is_found(
     assert any(told in fault for fault in faults_in({**sound, "average": average}))
 
 
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ([], "must map each tuned model"),
+        ({"other": {"adapter_sha256": "1"}}, "tuned has rows, but 'models' has other only"),
+        ({"tuned": {}}, "not the 'adapter_sha256' of its weights"),
+    ],
+)
+def test_models_that_are_not_those_of_the_rows_are_found(
+    sound: dict[str, Any], models: Any, told: str
+) -> None:
+    assert told in only_fault({**sound, "models": models})
+    assert not faults_in({**sound, "models": {"tuned": {"adapter_sha256": "1"}}})
+
+
 @pytest.mark.parametrize("evaluation", [{}, [], None, {"rows": []}, {"rows": "no"}])
 def test_an_evaluation_without_rows_is_told(evaluation: Any) -> None:
     assert "no rows" in only_fault(evaluation)
