@@ -270,7 +270,7 @@ def _without_effect(values: dict[str, Scalar]) -> Iterator[str]:
 
 def _targets(written: str) -> Scalar:
     """Return target modules as PEFT takes them: of several names, those that match are adapted."""
-    if written == "all":
+    if written.strip().lower().replace("_", "-") in ("all", "all-linear"):
         return "all-linear"
     names = re.findall(r"[\w.-]+", written)
     return ",".join(f"{name}?" for name in names) if len(names) > 1 else written

@@ -118,6 +118,8 @@ NO_KEY = {
     **dict.fromkeys(
         ("run-name", "wandb-run-name"), "A run is named by its directory: run-directory."
     ),
+    "use-rslora": "Its scale is alpha / sqrt(r), that of plain LoRA alpha / r: multiply "
+    "model.lora.peft-lora-alpha by sqrt(r) for the same adapter.",
     "enable-thinking": "It is an option of some chat templates: write "
     "data.template-options.enable_thinking = false.",
 }

@@ -163,6 +163,7 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
             allowed += f", or '{AUTO}'"
         raise ConfigError(
             f"{key} = {value!r} has the wrong type: it must be {allowed}.{_advice(key, value)}"
+            f"{NOT_HONOURED.get(key, '')}"
         )
     for rule in rules:
         if not rule.admits(value):

@@ -6,6 +6,7 @@ import datetime
 import json
 import sys
 from dataclasses import dataclass
+from math import inf
 
 Scalar = bool | int | float | str
 
@@ -53,6 +54,8 @@ class OneOf:
         )
 
     def __str__(self) -> str:
+        if len(self.values) == 1:
+            return repr(self.values[0]) if self.values[0] != "" else "empty"
         return "one of " + ", ".join(repr(v) for v in self.values)
 
 
@@ -92,13 +95,17 @@ class Table:
     """A table of scalars as a JSON object, or an empty string."""
 
     def admits(self, value: str) -> bool:
-        """Whether a text is a JSON object of strings, numbers and booleans, or empty."""
+        """Whether a text is a JSON object of strings, finite numbers and booleans, or empty."""
         try:
             table = json.loads(value or "{}")
         except ValueError:
             return False
         return isinstance(table, dict) and all(
-            name.isidentifier() and isinstance(one, Scalar) for name, one in table.items()
+            name.isidentifier()
+            and isinstance(one, Scalar)
+            and one not in (inf, -inf)
+            and one == one
+            for name, one in table.items()
         )
 
     def __str__(self) -> str:

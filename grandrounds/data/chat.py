@@ -22,6 +22,9 @@ from grandrounds.errors import ConfigError, first_line
 QUESTION, ANSWER = "Which drug is it?", "Zyx seven"
 """Stand in for a question and its answer; no template changes their characters."""
 
+SYSTEM_PROMPT = "Zyx will help."
+"""Stands in for a system prompt; no template says it of itself."""
+
 NOT_A_PREFIX = (
     "finished conversations do not begin with its generation prompt (a thinking template): trained "
     "on are generation prompt, answer and end of turn"
@@ -132,10 +135,11 @@ def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: boo
         ) from error
 
 
-def says_system_prompt(tokenizer: Any, text: str) -> bool:
-    """Whether a chat template, in which a system prompt was set, renders it."""
+def says_system_prompt(tokenizer: Any) -> bool:
+    """Whether a chat template renders a system prompt."""
+    turns = [("system", SYSTEM_PROMPT), ("user", QUESTION)]
     try:
-        return text.strip() in rendered(tokenizer, [("user", QUESTION)], answering=True)
+        return SYSTEM_PROMPT in rendered(tokenizer, turns, answering=True)
     except ConfigError:  # as templates do that have no such role
         return False
 

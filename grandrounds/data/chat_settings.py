@@ -138,19 +138,29 @@ def _formats(template: str, base: str) -> set[str]:
     """Return the formats in which a template prints the date."""
     from jinja2 import nodes
 
-    found = set()
-    for call in _parsed(template).find_all(nodes.Call):
-        if not isinstance(call.node, nodes.Name) or call.node.name != CLOCK:
-            continue
-        form = call.args[0] if call.args else None
-        if not isinstance(form, nodes.Const) or not isinstance(form.value, str):
-            raise ConfigError(
-                f"data.template-date cannot be set: the chat template of {base!r} computes the "
-                "format of its date. Use another template, or data.prompt-template = "
-                '"alpaca".'
-            )
-        found.add(form.value)
+    tree = _parsed(template)
+    calls = [call for call in tree.find_all(nodes.Call) if _is_clock(call.node)]
+    asked = [test for test in tree.find_all(nodes.Test) if _is_clock(test.node)]
+    forms = [call.args[0] if call.args else None for call in calls]
+    found = {
+        form.value
+        for form in forms
+        if isinstance(form, nodes.Const) and isinstance(form.value, str)
+    }
+    constant = all(isinstance(form, nodes.Const) and form.value in found for form in forms)
+    # a clock that is handed on is called elsewhere, with formats that are not seen here
+    if not constant or sum(map(_is_clock, tree.find_all(nodes.Name))) > len(calls) + len(asked):
+        raise ConfigError(
+            f"data.template-date cannot be set: the chat template of {base!r} computes the format "
+            'of its date. Use another template, or data.prompt-template = "alpaca".'
+        )
     return found
+
+
+def _is_clock(node: Any) -> bool:
+    from jinja2 import nodes
+
+    return isinstance(node, nodes.Name) and node.name == CLOCK
 
 
 def _literal(value: object) -> str:

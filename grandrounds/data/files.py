@@ -32,6 +32,19 @@ class RawRows:
     """What `places` counts: `line` or `row`."""
 
 
+class WrittenFloat(float):
+    """A number of a JSON file with its text: 1.10 and 1.1 are different labels."""
+
+    def __new__(cls, text: str) -> WrittenFloat:
+        """Return the number that a text means."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+    """The number as it is written."""
+
+
 def from_records(
     records: Iterable[tuple[int, dict[str, Any]]], columns: Sequence[str], unit: str
 ) -> RawRows:
@@ -85,7 +98,7 @@ def json_records(
     if not content.lstrip().startswith(b"["):
         return _json_lines(io.BytesIO(content), source), "line"
     try:
-        items = json.loads(content)
+        items = json.loads(content, parse_float=WrittenFloat)
     except json.JSONDecodeError as error:
         line = content.decode().split("\n")[error.lineno - 1]
         raise _no_json(source, error.lineno, error.msg, line) from error
@@ -104,7 +117,8 @@ def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            record = json.loads(text, parse_float=WrittenFloat)
         except json.JSONDecodeError as error:
             raise _no_json(source, number, error.msg, line.decode()) from error
         except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from grandrounds.data.files import RawRows, from_records, from_table, read_file
+from grandrounds.data.files import RawRows, WrittenFloat, from_records, from_table, read_file
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError, first_line, nearest
@@ -55,8 +55,9 @@ def load_rows(
         finance and code apps do, unless there is a column of that name.
     keep_columns : sequence of str
         Further columns, such as the one that names the site. Integers stay integers, all else
-        becomes text, and missing values stay missing. Cells of a CSV file are taken as they are
-        written: 001 and 01, or 1.1 and 1.10, are different labels, and NA is one.
+        becomes text, and missing values, blank ones among them, stay missing. Labels of a CSV or
+        JSON file are taken as they are written: 001 and 01, or 1.1 and 1.10, are different, and NA
+        is one.
 
     Returns
     -------
@@ -92,7 +93,8 @@ def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[
     Raises
     ------
     DataError
-        If there are no rows, a column is missing, or a value is not text.
+        If there are no rows, a column is missing, a value is not text, or a label is a number in
+        one row and the same as text in another.
     """
     if not raw.places:
         raise DataError(
@@ -108,7 +110,9 @@ def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[
     values: dict[str, list[Any]] = {question: _joined(raw, source, parts)}
     values[answer] = values[question] if answer == question else _texts(raw, source, answer)
     return values | {
-        name: _labels(raw.values[name]) for name in kept if name not in (question, answer)
+        name: _labels(raw.values[name], f"{source}, column {name!r}")
+        for name in kept
+        if name not in (question, answer)
     }
 
 
@@ -225,15 +229,33 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _labels(values: list[Any]) -> list[Any]:
+def _labels(values: list[Any], where: str) -> list[Any]:
     """Return a further column as all integers or all text; missing values are None."""
-    labels = [None if value is None or value != value else value for value in values]
+    labels = [
+        None
+        if value is None or value != value or (isinstance(value, str) and not value.strip())
+        else value
+        for value in values
+    ]
     if all(
         label is None or (type(label) is int and -_INT64_END <= label < _INT64_END)
         for label in labels
     ):
         return labels
-    return [None if label is None else str(label) for label in labels]
+    texts = [
+        None if label is None else label.text if isinstance(label, WrittenFloat) else str(label)
+        for label in labels
+    ]
+    is_text: dict[str, bool] = {}
+    for label, text in zip(labels, texts, strict=True):
+        if text is not None and is_text.setdefault(text, type(label) is str) != (
+            type(label) is str
+        ):
+            raise DataError(
+                f"{where}: {text} is text in one row and not in another, so that it is unclear "
+                "whether both are the same. Write all of them as text, or none."
+            )
+    return texts
 
 
 # --- The formulary and the hub --------------------------------------------------------------------

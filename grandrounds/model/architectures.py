@@ -356,8 +356,8 @@ def choose_targets(
             )
     if not targets:
         raise ModelError(
-            f"model.lora.target-modules = {wanted!r} names no module of {name!r}. Its linear "
-            f"modules: {', '.join(linear)}."
+            f"model.lora.target-modules = {wanted.replace('?', '')!r} names no module of {name!r}. "
+            f"Its linear modules: {', '.join(linear)}."
         )
     return targets
 

@@ -44,7 +44,7 @@ def set_in(tokenizer: Any, settings: ChatSettings, source: str) -> None:
         named = ", ".join(f"data.{name}" for name in settings.as_dict())
         raise ConfigError(f"{named}: the tokenizer of {source!r} has no chat template.")
     tokenizer.chat_template = with_settings(template, settings, source)
-    if settings.system_prompt and not says_system_prompt(tokenizer, settings.system_prompt):
+    if settings.system_prompt and not says_system_prompt(tokenizer):
         raise ConfigError(
             f"data.system-prompt is set, but the chat template of {source!r} has no system role. "
             "Leave it empty, or put its text before the questions of the data."

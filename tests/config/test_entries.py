@@ -99,6 +99,11 @@ ROWS = {
         given="strategy.fraction-train=0.3",
     ),
     "DoRA": Row("model.lora.peft-use-dora = true", refused="false trains plain LoRA"),
+    "rank-stabilised LoRA": Row("model.lora.use-rslora = true", refused="by sqrt(r) for the same"),
+    "a trainer's learning rate": Row(
+        "train.training-arguments.learning-rate = 5e-5",
+        refused="it must be empty. Set train.learning-rate-max",
+    ),
     "no DoRA": Row("model.lora.peft-use-dora = false", {"model.lora.peft-use-dora": False}),
     "warm-up of a constant schedule": Row(
         "train.training-arguments.warmup-steps = 2\n"
@@ -209,7 +214,7 @@ def test_targets_that_match_nothing_are_named(file: Path) -> None:
     (told,) = (line for line in preflight.check(config) if "match nothing" in line)
     assert told.startswith("W_pack of model.lora.target-modules match nothing in Qwen/Qwen3-4B: ")
     for modules, why in (
-        ('["W_pack", "c_attn"]', "'W_pack?,c_attn?' names no module of 'Qwen/Qwen3-4B'"),
+        ('["W_pack", "c_attn"]', "'W_pack,c_attn' names no module of 'Qwen/Qwen3-4B'"),
         ('["q_proj", "lm_head"]', "'lm_head', an output head or an embedding"),
     ):
         with pytest.raises(ModelError, match=re.escape(why)):
@@ -276,6 +281,8 @@ def test_flexlora_is_read_in_its_three_spellings(
     ("value", "targets"),
     [
         ('"all"', "all-linear"),
+        ('"all_linear"', "all-linear"),
+        ('"ALL-LINEAR"', "all-linear"),
         ('["q_proj", "v_proj"]', "q_proj?,v_proj?"),
         ('"[q_proj, v_proj]"', "q_proj?,v_proj?"),
         ('"q_proj"', "q_proj"),

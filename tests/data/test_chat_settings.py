@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from grandrounds.config.values import Table
 from grandrounds.data.chat_settings import (
     AS_IT_IS,
     ChatSettings,
@@ -18,6 +20,7 @@ from grandrounds.data.chat_settings import (
     with_settings,
 )
 from grandrounds.errors import ConfigError
+from grandrounds.model.tokenizers import set_in
 
 TEMPLATE = (
     "{% set thinks = enable_thinking if enable_thinking is defined else true %}"
@@ -101,6 +104,31 @@ def test_what_a_template_does_not_use_is_refused_by_name() -> None:
         with_settings(plain, ChatSettings(LEAP), "x")
     with pytest.raises(ConfigError, match="not valid Jinja"):
         prints_today("{% if %}")
-    computed = "{{ strftime_now(form) }}"
-    with pytest.raises(ConfigError, match="computes the format"):
-        with_settings(computed, ChatSettings(LEAP), "x")
+    aliased = "{% set clock = strftime_now %}{{ clock('%d') }}{{ strftime_now('%Y') }}"
+    for computed in ("{{ strftime_now(form) }}", "{{ strftime_now(3) }}", aliased):
+        with pytest.raises(ConfigError, match="computes the format"):
+            with_settings(computed, ChatSettings(LEAP), "x")
+    asked = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% endif %}"
+    assert "29" in with_settings(asked, ChatSettings(LEAP), "x")
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN", "1e400"])
+def test_an_option_that_jinja_cannot_read_is_refused(value: str) -> None:
+    """`Infinity` is a name in Jinja, so the option was rendered as if it were not set."""
+    assert not Table().admits(f'{{"level": {value}}}')
+    assert Table().admits('{"level": 1e9, "on": true, "tone": "inf"}')
+
+
+def test_a_system_prompt_that_occurs_in_the_template_by_itself_is_not_rendered(
+    tokenizer: Any,
+) -> None:
+    """The prompt `it` was found in `assistant`."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}"
+        "{% endfor %}<assistant>it"
+    )
+    with pytest.raises(ConfigError, match="has no system role"):
+        set_in(own, ChatSettings(system_prompt="it"), "x")
+    own.chat_template = TEMPLATE
+    set_in(own, ChatSettings(system_prompt="it"), "x")

@@ -221,6 +221,36 @@ class TestValues:
         rows = read(write(tmp_path / "a.csv", content), keep_columns=["site"])
         assert rows["site"] == labels
 
+    @pytest.mark.parametrize(
+        ("values", "labels"),
+        [
+            (["1.10", "1.1"], ["1.10", "1.1"]),  # both were 1.1
+            (["1E10", "10E9"], ["1E10", "10E9"]),  # both were 10000000000.0
+            (["1", '""', '" "', "null"], [1, None, None, None]),  # blanks were sites
+            (["1", "1.0", '"x"'], ["1", "1.0", "x"]),
+        ],
+    )
+    def test_json_labels_are_as_they_are_written(
+        self, tmp_path: Path, values: list[str], labels: list[object]
+    ) -> None:
+        rows = [f'{{"input": "q", "output": 1.10, "site": {value}}}' for value in values]
+        for name, content in (
+            ("a.jsonl", "\n".join(rows)),
+            ("a.json", f"[{','.join(rows)}]"),
+        ):
+            found = read(write(tmp_path / name, content), keep_columns=["site"])
+            assert found["site"] == labels
+            assert found["output"][0] == "1.1"
+
+    @pytest.mark.parametrize("values", [(1, "1"), (1.5, "1.5"), (True, "True")])
+    def test_a_label_that_is_number_and_text_is_refused(
+        self, tmp_path: Path, values: tuple[object, object]
+    ) -> None:
+        """They were one site."""
+        rows = [{"input": "q", "output": "a", "site": value} for value in values]
+        path = write(tmp_path / "a.jsonl", json_lines(rows))
+        assert "column 'site': " in failure(path, keep_columns=["site"])
+
     def test_value_that_is_no_text_is_named_with_its_line(self, tmp_path: Path) -> None:
         content = json_lines(ROWS) + '\n{"input": ["q"], "output": "a"}\n'
         message = failure(write(tmp_path / "a.jsonl", content))
