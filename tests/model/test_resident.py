@@ -158,9 +158,7 @@ def test_the_code_of_a_model_folder_is_never_run(tiny_base: Path, tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "of-its-own"}))
-    with pytest.raises(
-        ModelError, match=r"no such code is run here"
-    ) as caught:
+    with pytest.raises(ModelError, match=r"no such code is run here") as caught:
         base_config(str(folder))
     assert "\n" not in str(caught.value)
     assert "unset" not in str(caught.value)

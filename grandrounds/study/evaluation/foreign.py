@@ -100,8 +100,8 @@ def _start_needs_peft(start: object, folder: Path) -> bool:
     if name.startswith("pissa_niter_"):
         raise ModelError(
             f"the adapter {folder} was started with init_lora_weights = {start!r}: PEFT "
-            "changes the base by a randomised decomposition, another one on every load, so that its "
-            "answers would be random. Convert it when it is saved (PEFT's "
+            "changes the base by a randomised decomposition, another one on every load, so that "
+            "its answers would be random. Convert it when it is saved (PEFT's "
             f"path_initial_model_for_weight_conversion), or: {ADVICE[0].lower()}{ADVICE[1:]}"
         )
     raise ModelError(
