@@ -52,15 +52,18 @@ class ChatFormat:
     is_prefix: bool
     """Whether a finished conversation begins with the generation prompt."""
 
-    def answer_ids(self, tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of answers in the context of the prompt, without the end of turn.
+    def answer_texts(self, tokenizer: Any, answers: Sequence[str]) -> list[str]:
+        """Return the text of answers as it follows the prompt, without the end of turn.
 
         Raises
         ------
         ConfigError
             If an answer is rendered after another text than the generation prompt.
         """
-        texts = [self._answer_text(tokenizer, answer) for answer in answers]
+        return [self._answer_text(tokenizer, answer) for answer in answers]
+
+    def answer_ids(self, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of `answer_texts` in the context of the prompt."""
         prompt: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
         whole = tokenizer([self.prompt + text for text in texts], add_special_tokens=False)
         found = []

@@ -38,6 +38,8 @@ class TokenizedExamples:
     """Examples with a truncated answer, and so without its end."""
     unlearnable: int
     """Examples dropped because the prompt fills the sequence."""
+    shortened: int = 0
+    """Examples of which the chat template leaves out a part of the answer, such as reasoning."""
 
 
 def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) -> list[list[int]]:
@@ -58,7 +60,8 @@ def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> l
     if not answers:
         return []
     if template == "chat":
-        return chat_format(tokenizer).answer_ids(tokenizer, answers)
+        form = chat_format(tokenizer)
+        return form.answer_ids(tokenizer, form.answer_texts(tokenizer, answers))
     return apart(tokenizer, [response_text(template, answer) for answer in answers])
 
 
@@ -92,7 +95,16 @@ def tokenize_examples(
             continue
         truncated += len(ids) > seq_length
         kept.append(TokenizedExample(tuple(ids[:seq_length]), len(prompt)))
-    return TokenizedExamples(tuple(kept), truncated, unlearnable)
+    shortened = _shortened(examples, tokenizer) if template == "chat" else 0
+    return TokenizedExamples(tuple(kept), truncated, unlearnable, shortened)
+
+
+def _shortened(examples: Sequence[Example], tokenizer: Any) -> int:
+    """Return of how many answers the chat template leaves out the beginning or the end."""
+    if not examples or not chat_format(tokenizer).is_prefix:
+        return 0
+    texts = chat_format(tokenizer).answer_texts(tokenizer, [e.answer for e in examples])
+    return sum(e.answer.strip() not in text for e, text in zip(examples, texts, strict=True))
 
 
 def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -162,6 +162,12 @@ def tokenized_site(
         _note_format(model_name, tokenizer)
     train = tokenize_examples(split.train, tokenizer, template, seq_length)
     held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length)
+    if shortened := train.shortened + held_out.shortened:
+        print(
+            f"grandrounds: site {partition_id}: of {shortened:,} answers the chat template of "
+            f"{model_name!r} leaves out a part, such as reasoning: only the rest is trained on.",
+            file=sys.stderr,
+        )
     if not train.examples:
         raise DataError(
             f"Site {partition_id} has no example left for training: the prompts of all its "

@@ -243,6 +243,18 @@ def test_answers_with_reasoning_are_trained_as_they_are_rendered(byte_level: Any
         tokenize_examples(examples, tokenizer, "chat", 500)
 
 
+def test_answers_that_a_template_shortens_are_counted(byte_level: Any) -> None:
+    tokenizer = with_template(byte_level, "chatml")
+    last = "m.content.split('</think>')[-1]"
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", last)
+    examples = [Example("Why?", answer) for answer in ("<think>Fever.</think>Rest.", " Rest.\n")]
+    found = tokenize_examples(examples, tokenizer, "chat", 500)
+    assert found.shortened == 1
+    assert tokenizer.decode(found.examples[0].input_ids).endswith("assistant\nRest.<|im_end|>")
+    plain = with_template(byte_level, "chatml")
+    assert tokenize_examples(examples, plain, "chat", 500).shortened == 0
+
+
 @pytest.mark.parametrize("begin", ["<think>\n", "<think>", "\n<think>\n"])
 def test_reasoning_is_opened_once(byte_level: Any, begin: str) -> None:
     """The prompt opens it, and so did the answer."""
