@@ -21,14 +21,19 @@ from grandrounds.server.listeners.trackers import tracked
 
 app = ServerApp()
 
+LAST_SECONDS = 60.0
+"""How long a resumed run waits for the ServerApp before it, which ends some seconds after its
+SuperLink was killed."""
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation of Flower's run config, with plain progress lines."""
     quiet_libraries()
     config = resolve(context.run_config)
-    for damage in resumption.check(config) if config.federation.resume_from else ():
-        print(f"warning: {damage}", flush=True)
+    if config.federation.resume_from:
+        for damage in resumption.check(config, patience_seconds=LAST_SECONDS):
+            print(f"warning: {damage}", flush=True)
     with tracked(config, PlainReporter(config)) as listener:
         federate(grid, config, listener)
 

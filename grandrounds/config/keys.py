@@ -355,7 +355,7 @@ class DefenceConfig:
     largest_norm: Annotated[float, Range(0)]
     """Maximum L2 norm of an update, as a multiple of the median norm of the updates of the last
     rounds, in the first round of its own; larger updates are scaled down to it. 0: no such bound.
-    The server holds the updates of the first round in memory."""
+    The updates of the first round wait in a temporary file of the server."""
     min_cosine: Annotated[float, Range(-1, 1)]
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold

@@ -105,10 +105,15 @@ class RunDirectory:
         found._recipe = storage.read_bytes(path / states.CONFIG)
         return found
 
-    def hold(self) -> None:
+    def hold(self, patience_seconds: float = 0.0) -> None:
         """Lock the directory against other runs until `release`, or until this process ends.
 
         File systems without locks (some network shares) are used unlocked.
+
+        Parameters
+        ----------
+        patience_seconds : float
+            How long another run that holds the lock is waited for.
 
         Raises
         ------
@@ -117,7 +122,7 @@ class RunDirectory:
         """
         with _writing(self.path), suppress(NotImplementedError):
             try:
-                self._lock.acquire()
+                self._lock.acquire(timeout=patience_seconds)
             except Timeout:
                 raise RunDirectoryError(
                     f"{self.path} is in use by a run that has not ended. Wait for it to end, or "

@@ -55,8 +55,15 @@ class Resumption:
     """Whether the run finished rounds after it, which are set aside."""
 
 
-def check(config: Config, from_round: int | None = None) -> list[str]:
+def check(
+    config: Config, from_round: int | None = None, *, patience_seconds: float = 0.0
+) -> list[str]:
     """Check that the run of `resume-from` can be resumed; return what is damaged and mended.
+
+    Parameters
+    ----------
+    patience_seconds : float
+        How long a process that still writes the run is waited for.
 
     Raises
     ------
@@ -64,7 +71,7 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
         As `examine`, and if another process is writing the run.
     """
     directory = RunDirectory.open(Path(config.federation.resume_from))
-    directory.hold()
+    directory.hold(patience_seconds)
     try:
         found = examine(directory, config, from_round)
         checkpoints = states.damaged_checkpoints(directory.path)

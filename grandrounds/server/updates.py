@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -17,6 +17,7 @@ from grandrounds.config.keys import DefenceConfig, StrategyConfig
 from grandrounds.errors import ReplyError
 from grandrounds.server.aggregation import defence as bounds
 from grandrounds.server.exchange import OnReply
+from grandrounds.server.set_aside import SetAside
 from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter, Shapes, count_parameters, rank_of, shapes_of
@@ -54,7 +55,8 @@ class Updates:
     """Codec of the uplink."""
     earlier_norms: Sequence[float] = ()
     """L2 norms of the updates used in the last rounds."""
-    _held: dict[int, Update] = field(default_factory=dict)
+    _held: dict[int, Adapter | None] = field(default_factory=dict)
+    """Partition → the change that waits; None: it waits on disk."""
     _weights: dict[int, int] = field(default_factory=dict)
     _norms: dict[int, float] = field(default_factory=dict)
     _samples: dict[int, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
@@ -84,13 +86,21 @@ class Updates:
         weight = claimed_examples(metrics, self.limits[partition])
         change = decode_change(_arrays_of(reply), self.codec, expected)
         change = self._measured(partition, change)
-        update = change, 1 if self.config.weighting == "equal" else weight
-        self._weights[partition] = update[1]
+        weight = 1 if self.config.weighting == "equal" else weight
+        self._weights[partition] = weight
         if self._bound is not None and not self._screens:
-            self._samples[partition] = sample(update[0]), update[1]
-            return update
-        self._held[partition] = update
+            self._samples[partition] = sample(change), weight
+            return change, weight
+        if self._screens:  # it compares all changes with one another
+            self._held[partition] = change
+        else:
+            self._held[partition] = None
+            self._aside.put(partition, change)
         return None
+
+    @cached_property
+    def _aside(self) -> SetAside:
+        return SetAside()
 
     def waits(self, partition: int) -> bool:
         """Whether a site's update still waits for the screen, which may reject it."""
@@ -119,26 +129,26 @@ class Updates:
         self._norms[partition] = norm
         return bounded
 
-    def _scale_held(self) -> None:
-        """Scale the waiting updates down to the bound that follows from their own norms."""
+    def _take_bound(self) -> float:
+        """Return the bound of the waiting updates, which may follow from their own norms."""
         norms = [self._norms[p] for p in self._held if self._norms[p] > 0]
-        if self._bound is not None or not norms:
-            return
-        self.earlier_norms = norms
-        del self._bound  # is computed anew
-        bound = cast(float, self._bound)
-        for partition, (change, weight) in self._held.items():
-            self._held[partition] = bounds.norm_bound(change, bound)[0], weight
+        if self._bound is None and norms:
+            self.earlier_norms = norms
+            del self._bound  # is computed anew
+        return math.inf if self._bound is None else self._bound
 
     def screened(self, failed: dict[int, str], on_reply: OnReply) -> Iterator[tuple[int, Update]]:
         """Yield the waiting updates that pass the screen; record the others in `failed`."""
         if not self._held:
             return
-        self._scale_held()
-        changes = {p: change for p, (change, _) in self._held.items()}
-        left_out = bounds.screen(changes, self.defence.min_cosine) if self._screens else {}
+        bound = self._take_bound()
+        left_out: dict[int, float] = {}
+        if self._screens:
+            held = {p: bounds.norm_bound(c, bound)[0] for p, c in self._held.items() if c}
+            self._held.update(held)
+            left_out = bounds.screen(held, self.defence.min_cosine)
         for partition in sorted(self._held):
-            update = self._held.pop(partition)
+            change = self._held.pop(partition)
             if partition in left_out:
                 failed[partition] = (
                     f"its update has a cosine of {left_out[partition]:.2f} to the mean of the "
@@ -146,10 +156,13 @@ class Updates:
                 )
                 on_reply(partition, failed[partition])
                 continue
-            self._samples[partition] = sample(update[0]), update[1]
+            if change is None:
+                change = bounds.norm_bound(self._aside.take(partition), bound)[0]
+            weight = self._weights[partition]
+            self._samples[partition] = sample(change), weight
             if self._screens:
                 on_reply(partition, None)
-            yield partition, update
+            yield partition, (change, weight)
 
     def report(self) -> dict[str, Any]:
         """Return each site's weight, L2 norm and cosine to the weighted mean, for metrics.jsonl."""

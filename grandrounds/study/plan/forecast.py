@@ -137,8 +137,8 @@ def server_memory(config: Config, shapes: Shapes) -> int:
     rule = STRATEGIES[config.strategy.name]
     if rule.stacks:
         shapes = at_rank(shapes, config.max_rank)
-    remembers, how = config.communication.downlink == "incremental", config.defence
-    holds = how.min_cosine > -1 or how.largest_norm > 0  # the latter in the first round
+    remembers = config.communication.downlink == "incremental"
+    holds = config.defence.min_cosine > -1
     return memory.server_bytes(
         count_parameters(shapes),
         cohort=config.cohort_size,
