@@ -26,7 +26,6 @@ from grandrounds.cli.options import (
 from grandrounds.cli.request import chosen_recipe
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
-from grandrounds.config.codecs import CODECS
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
@@ -224,7 +223,7 @@ def _write(file: Path, content: Any) -> None:
 
 def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str, Any]:
     """Return the plan as JSON content."""
-    from grandrounds.study.plan.forecast import as_dict, by_codec, link_seconds
+    from grandrounds.study.plan.forecast import as_dict, link_seconds
     from grandrounds.study.plan.tables import by_precision, ways
 
     content = dict(as_dict(forecast))
@@ -233,7 +232,7 @@ def _described(forecast: Forecast, link: tuple[float, float] | None) -> dict[str
             "total-mib": plan.total_bytes / MIB,
             "total-mib-with-key-names": plan.total_bytes_with_key_names / MIB,
         }
-        for name, plan in by_codec(forecast, tuple(CODECS)).items()
+        for name, plan in forecast.codecs.items()
     }
     content["total-mib-before-last-updates"] = forecast.plan.bytes_before_last_updates / MIB
     content["site-peak-bytes"] = {

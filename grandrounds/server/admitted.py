@@ -26,10 +26,7 @@ def admitted_names(federation: FederationConfig) -> dict[int, str]:
     ConfigError
         If an admission is damaged.
     """
-    if not federation.consortium:
-        return {}
-    files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
-    contents = [admission_of(file, "name") for file in files]
+    contents = _admissions(federation, "name").values()
     return {content["partition-id"]: content["name"] for content in contents}
 
 
@@ -41,10 +38,7 @@ def admitted_examples(federation: FederationConfig) -> dict[int, int]:
     ConfigError
         If an admission is damaged.
     """
-    if not federation.consortium:
-        return {}
-    files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
-    found = {file: admission_of(file) for file in files}
+    found = _admissions(federation)
     for file, content in found.items():
         count = content.get(EXAMPLES, 1)
         if type(count) is not int or count < 1:
@@ -53,6 +47,14 @@ def admitted_examples(federation: FederationConfig) -> dict[int, int]:
                 "again with grandrounds consortium admit --examples."
             )
     return {c["partition-id"]: c[EXAMPLES] for c in found.values() if EXAMPLES in c}
+
+
+def _admissions(federation: FederationConfig, *texts: str) -> dict[Path, dict[str, Any]]:
+    """Return file → content of all admissions; empty for a run without a consortium."""
+    if not federation.consortium:
+        return {}
+    files = sorted((Path(federation.consortium) / "admissions").glob("*.json"))
+    return {file: admission_of(file, *texts) for file in files}
 
 
 def admission_of(file: Path, *texts: str) -> dict[str, Any]:

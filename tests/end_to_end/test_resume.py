@@ -8,16 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from flwr.app import Context, Message, MessageType
 
 from grandrounds.config import recipes
 from grandrounds.errors import RoundError, RunDirectoryError
+from grandrounds.server import resumption
 from grandrounds.server.directory import RunDirectory
 from tests.runs import (
     GOOD_SITES,
@@ -342,6 +345,18 @@ def test_a_run_is_not_resumed_while_another_process_writes_it(stopped: Settings)
     first.release()
     resume(stopped)
     assert not (first.path / ".lock").exists()
+
+
+def test_a_serverapp_that_is_about_to_end_is_waited_for(stopped: Settings) -> None:
+    """A run resumed after its SuperLink was killed met the lock of the ServerApp before it."""
+    run = str(stopped["run-directory"])
+    first = FileLock(f"{run}/.lock", thread_local=False)
+    first.acquire()
+    ends = threading.Timer(0.3, first.release)
+    ends.start()
+    config = recipes.resolve({**stopped, "resume-from": run})
+    assert resumption.check(config, patience_seconds=30) == []
+    ends.join()
 
 
 def test_a_folder_without_a_run_is_not_resumed(settings: Settings, tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ weights p_i in place of the paper's 1 / M, and without its small constant added 
 1, also where D is zero, it equals FedAvg to the bit. Changes of sites with different data are
 nearly orthogonal, and their mean is shorter than each: for k such changes of equal length and
 weight, the paper's eta is k / 2. Changes that oppose one another would make it larger without
-limit, up to 71 times a mean of what they had nearly cancelled; the second term of the minimum, k /
-2 for equal weights, bounds it. eta is reported as `server-learning-rate`. Memory is that of
-`WeightedMean`, whatever the cohort.
+limit (71 for two of them); the second term of the minimum, k / 2 for equal weights, bounds it. eta
+is reported as `server-learning-rate`. Memory is that of `WeightedMean`, whatever the cohort.
 """
 
 from __future__ import annotations

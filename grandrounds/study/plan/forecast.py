@@ -8,10 +8,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from grandrounds.config.codecs import COARSE_CODECS
+from grandrounds.config.codecs import COARSE_CODECS, CODECS
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
@@ -70,6 +71,11 @@ class Forecast:
     """Peak memory of adapter tensors on the server."""
     reading: Reading | None
     """None if the number of rows is unknown."""
+
+    @cached_property
+    def codecs(self) -> dict[str, Plan]:
+        """The run's traffic under every codec; see `by_codec`."""
+        return by_codec(self, tuple(CODECS))
 
 
 def forecast(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from grandrounds.config.codecs import CODECS
 from grandrounds.config.words import counted
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
 from grandrounds.server.described import cautions, data_text
-from grandrounds.study.plan.forecast import Forecast, by_codec, link_seconds
+from grandrounds.study.plan.forecast import Forecast, link_seconds
 from grandrounds.study.tables import NONE, Table, in_gib, in_mib, percent
 
 Rows = Sequence[tuple[str, ...]]
@@ -183,7 +182,7 @@ def codec_rows(forecast: Forecast) -> Rows:
             in_mib(plan.total_bytes_with_key_names),
             f"{configured / plan.total_bytes:.2f}",
         )
-        for name, plan in by_codec(forecast, tuple(CODECS)).items()
+        for name, plan in forecast.codecs.items()
     ]
 
 
