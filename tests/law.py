@@ -103,7 +103,7 @@ LIBRARIES: dict[str, set[str]] = {
     "data": NUMBERS | MODELS - {"peft", "bitsandbytes"} | {"jinja2"},
     "wire": NUMBERS | FLOWER,
     "model": NUMBERS | MODELS,
-    "site": NUMBERS | MODELS | FLOWER | KEYS,
+    "site": NUMBERS | MODELS | FLOWER | KEYS | {"dp_accounting"},
     "server": NUMBERS | FLOWER | {"peft", "rich"} | TRACKERS,
     "client_app": FLOWER,
     "server_app": FLOWER,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from grandrounds.config.keys import PLACES_AND_TRACKERS, Config
+from grandrounds.config.keys import PLACES_AND_TRACKERS, Config, PrivacyConfig
 from grandrounds.config.values import Scalar
 
 LEFT_OUT = (
@@ -29,7 +29,13 @@ LEFT_OUT = (
 data they mean nothing. The date of a chat template is the day on which a run starts."""
 
 LEFT_OUT_IF_EMPTY = ("model.revision", "data.template-options", "data.system-prompt")
-"""Keys added later, so that a recipe without them keeps its hash."""
+"""Keys added later, so that a recipe without them keeps its hash. So were all of `privacy.`."""
+
+
+def _is_left_out(key: str, value: Scalar, config: Config) -> bool:
+    if key.startswith(PrivacyConfig.prefix):
+        return not config.is_private
+    return key in LEFT_OUT or (value == "" and key in LEFT_OUT_IF_EMPTY)
 
 
 def canonical(config: Config) -> dict[str, Scalar]:
@@ -37,7 +43,7 @@ def canonical(config: Config) -> dict[str, Scalar]:
     return {
         key: value
         for key, value in sorted(config.flat().items())
-        if key not in LEFT_OUT and (value != "" or key not in LEFT_OUT_IF_EMPTY)
+        if not _is_left_out(key, value, config)
     }
 
 

@@ -363,6 +363,38 @@ class DefenceConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of what a visit trains; see docs/privacy.md."""
+
+    prefix: ClassVar[str] = "privacy."
+
+    unit_guarantee: Annotated[str, OneOf(("none", "example"))]
+    """`example`: visits train by DP-SGD, and hide whether any one unit took part: a record, or all
+    records of a patient. A site's own policy may require it, and decides the rest. `none`: no
+    guarantee."""
+    target_epsilon: Annotated[float, Range(0, 100)]
+    """ε of a whole run for each site; the noise follows from it. 0: `noise-multiplier` is given."""
+    noise_multiplier: Annotated[float, Range(0, 1e4)]
+    """Standard deviation of the noise in units of the clipping norm. 0: from `target-epsilon`."""
+    delta: Annotated[float, Range(0, 0.1, above=True)]
+    """Probability with which the guarantee may fail; below 1 / (10 x declared units). A site's
+    policy may set a lower one."""
+    clipping_norm: Annotated[float, Range(0, 1e6, above=True)]
+    """L2 norm to which the gradient of each unit is clipped, over all trained tensors."""
+    sampling_rate: Annotated[float, Range(0, 1)]
+    """Probability with which a step draws a unit. 0: an expected batch of
+    `per-device-train-batch-size` x `gradient-accumulation-steps` units."""
+    declared_units: Annotated[int, Range(0)]
+    """Units of each site, as declared in public; never counted. A site with a policy of its own
+    declares them there. Needed where the run names the data."""
+    unit_column: str
+    """Column that names a record's patient; empty: each record is a unit. For data that the run
+    itself names; a site with a policy of its own names the column there."""
+    max_records_of_unit: Annotated[int, Range(1)]
+    """Records of one unit that train at most."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Partitioning of the data, and the prompt."""
 
@@ -436,6 +468,7 @@ class Config:
     strategy: StrategyConfig
     communication: CommunicationConfig
     defence: DefenceConfig
+    privacy: PrivacyConfig
     data: DataConfig
     static: StaticConfig
 
@@ -456,6 +489,11 @@ class Config:
         data = self.data
         how = (self.static.name, data.partitioner, data.partition_by, data.num_partitions)
         return how == ("formulary", "natural", "site", FORMULARY_SITES)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether visits train by DP-SGD."""
+        return self.privacy.unit_guarantee != "none"
 
     @property
     def cohort_size(self) -> int:

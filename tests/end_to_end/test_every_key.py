@@ -132,6 +132,11 @@ TESTED_ELSEWHERE = {
     "data.system-prompt": "tests/data/test_chat_settings.py",
     "model.revision": "tests/model/test_tokenizers.py",
     "static.dataset.revision": "tests/data/test_sources.py",
+    **{
+        key: "tests/site/private/test_private_visit.py"
+        for key in FIELD_OF_KEY
+        if key.startswith("privacy.")
+    },
 }
 
 
