@@ -39,6 +39,8 @@ class Site:
     """What the data call it: the value of `data.partition-by` under natural partitioning."""
     data_commit: str = ""
     """Commit of the hub's data set, where it is known."""
+    units: tuple[int, ...] = ()
+    """Number of each training example's unit, from 0; empty: visits are not private."""
 
     @cached_property
     def tag(self) -> str:

@@ -36,6 +36,7 @@ from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
+from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
@@ -86,6 +87,8 @@ class Visit:
     """The site's examples."""
     chosen: Chosen | None = None
     """The examples to train on; None: those that the run's seed and cursor give."""
+    mechanism: Mechanism | None = None
+    """The visit trains by DP-SGD; None: without a guarantee."""
 
     @classmethod
     def here(cls, content: RecordDict, context: Context) -> Visit:
