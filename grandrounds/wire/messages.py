@@ -33,7 +33,15 @@ from grandrounds.wire.adapter import Adapter, Shapes
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
 from grandrounds.wire.names import NAME, SOURCE, one_line
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS, HIGHEST_LOSS
+from grandrounds.wire.told import (
+    BASE,
+    COUNTS,
+    DATA_TAG,
+    EPSILON_SPENT,
+    HELD_OUT_LOSS,
+    HIGHEST_LOSS,
+    MECHANISM,
+)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
@@ -74,7 +82,7 @@ TRAIN_METRICS: tuple[str, ...] = (
 """Metrics that a reply to `train` must have, unless the site is in its own custody."""
 
 TRAIN_METRICS_IN_CUSTODY: tuple[str, ...] = ("num-examples",)
-"""Metrics that a reply to `train` of such a site must have."""
+"""Metrics that a reply to `train` of such a site must have, and that of a private visit."""
 
 EVALUATE_METRICS = ("nll-sum", "tokens")
 """Metrics that a reply to `evaluate` must have, unless the site is in its own custody: then it may
@@ -109,6 +117,8 @@ REAL = {
     HELD_OUT_LOSS: HIGHEST_LOSS,
     "proximal-penalty": 1e30,
     "seconds": 1e9,
+    EPSILON_SPENT: 1e9,
+    **dict.fromkeys(MECHANISM, 1e6),
 }
 """Metrics that are numbers from 0 to this maximum."""
 
