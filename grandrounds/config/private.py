@@ -170,8 +170,8 @@ def privacy_contradictions(config: Config) -> Iterator[str]:
         )
     if 0 < privacy.noise_multiplier < LEAST_NOISE:
         yield (
-            f"privacy.noise-multiplier = {privacy.noise_multiplier:g} is not called private: use at "
-            f"least {LEAST_NOISE:g}."
+            f"privacy.noise-multiplier = {privacy.noise_multiplier:g} is not called private: use "
+            f"at least {LEAST_NOISE:g}."
         )
     if declared and privacy.delta >= 1 / (10 * declared):
         yield (

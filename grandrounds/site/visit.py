@@ -39,7 +39,7 @@ from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.private.accountant import epsilon_of
 from grandrounds.site.private.coins import secret_coins
 from grandrounds.site.private.mechanism import Mechanism
-from grandrounds.site.private.rehearsal import mechanism_of
+from grandrounds.site.private.rehearsal import mechanism_of, told_of
 from grandrounds.site.private.units import grouped
 from grandrounds.site.private.visit import PrivateSettings, train_private_visit
 from grandrounds.wire import downlink, messages, uplink
@@ -53,8 +53,9 @@ from grandrounds.wire.adapter import (
     rank_index,
     trained_part,
 )
+from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.names import NAME
-from grandrounds.wire.told import DATA_TAG, EPSILON_SPENT, MECHANISM
+from grandrounds.wire.told import DATA_TAG
 
 Batches = list[list[TokenizedExample]]
 
@@ -220,7 +221,7 @@ def _parsed(items: tuple[tuple[str, Any], ...]) -> Config:
 
 def introduction(
     site: Site, config: Config, mechanism: Mechanism | None = None
-) -> dict[str, int | str]:
+) -> dict[str, int | float | str]:
     """Return a site's introduction at the roll call; loads nothing heavy.
 
     Under a unit guarantee the site's weight is the number of units that it declares.
@@ -237,7 +238,7 @@ def introduction(
         "partition-id": site.partition_id,
         **({NAME: site.name} if site.name else {}),
         **site.report,
-        **({"train-examples": mechanism.declared_units} if mechanism else {}),
+        **(told_of(mechanism, config) if mechanism else {}),
         DATA_TAG: site.tag,
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
@@ -382,8 +383,7 @@ def private_metrics(visit: Visit, mechanism: Mechanism) -> dict[str, float | int
     return {
         "num-examples": mechanism.declared_units,
         "steps": mechanism.steps,
-        **{name: getattr(mechanism, name.replace("-", "_")) for name in MECHANISM},
-        EPSILON_SPENT: epsilon_of(mechanism, visit.number),
+        EPSILON: epsilon_of(mechanism, visit.number),
         "cursor": visit.cursor_after,
         **process_facts(),
     }

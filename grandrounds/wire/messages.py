@@ -31,17 +31,10 @@ from grandrounds import errors
 from grandrounds.errors import GrandRoundsError, ReplyError
 from grandrounds.wire.adapter import Adapter, Shapes
 from grandrounds.wire.codecs.finite import all_finite
+from grandrounds.wire.guarantee import EPSILON, GUARANTEE, VISITS_LEFT
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
 from grandrounds.wire.names import NAME, SOURCE, one_line
-from grandrounds.wire.told import (
-    BASE,
-    COUNTS,
-    DATA_TAG,
-    EPSILON_SPENT,
-    HELD_OUT_LOSS,
-    HIGHEST_LOSS,
-    MECHANISM,
-)
+from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS, HIGHEST_LOSS
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
@@ -106,6 +99,7 @@ WHOLE = (
     "cursor",
     "base-loads",
     "process-id",
+    VISITS_LEFT,
     *FORMULARY_METRICS,
 )
 """Metrics that are integers from 0 to `MANY`."""
@@ -117,8 +111,7 @@ REAL = {
     HELD_OUT_LOSS: HIGHEST_LOSS,
     "proximal-penalty": 1e30,
     "seconds": 1e9,
-    EPSILON_SPENT: 1e9,
-    **dict.fromkeys(MECHANISM, 1e6),
+    EPSILON: 1e9,
 }
 """Metrics that are numbers from 0 to this maximum."""
 
@@ -133,7 +126,7 @@ INTRODUCTION: tuple[str, ...] = (*dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUN
 FACTS = frozenset(
     (
         *(*INTRODUCTION, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
-        *("means", "torch", "python", CPU_MATMUL),
+        *("means", "torch", "python", CPU_MATMUL, *GUARANTEE),
     )
 )
 """What is read of an introduction; the server drops everything else."""

@@ -24,12 +24,6 @@ the place of `nll-sum` and `tokens`."""
 MEDIAN_LOSS = "held-out-loss-median"
 """Key of metrics.jsonl: the median of the sites' held-out losses."""
 
-EPSILON_SPENT = "epsilon-spent"
-"""Metric of a private visit: the ε of all visits of the run to the site, this one included."""
-
-MECHANISM = ("noise-multiplier", "clipping-norm", "sampling-rate", "delta")
-"""Metrics of a private visit: the constants of its mechanism."""
-
 COUNTS = (
     *("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable"),
     *("train-examples", "held-out-examples"),

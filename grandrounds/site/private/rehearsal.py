@@ -8,11 +8,13 @@ learns is what a deployment would learn.
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.metadata import version
 
 from grandrounds.config.keys import Config
 from grandrounds.errors import ConfigError
-from grandrounds.site.private.accountant import calibrated
+from grandrounds.site.private.accountant import calibrated, epsilon_of
 from grandrounds.site.private.mechanism import Mechanism, sampling_rate_of
+from grandrounds.wire import guarantee
 from grandrounds.wire.schedule import visits_at_most
 
 REHEARSAL = (
@@ -53,3 +55,23 @@ def mechanism_of(config: Config) -> Mechanism:
         visits=visits,
         delta=privacy.delta,
     )
+
+
+def told_of(mechanism: Mechanism, config: Config) -> dict[str, int | float | str]:
+    """Return what a site's introduction says of its guarantee: the mechanism, and no data.
+
+    The site weighs as many examples as it declares units.
+    """
+    return {
+        "train-examples": mechanism.declared_units,
+        guarantee.UNIT: guarantee.PATIENT if config.privacy.unit_column else guarantee.RECORD,
+        guarantee.NOISE_MULTIPLIER: mechanism.noise_multiplier,
+        guarantee.CLIPPING_NORM: mechanism.clipping_norm,
+        guarantee.SAMPLING_RATE: mechanism.sampling_rate,
+        guarantee.DELTA: mechanism.delta,
+        guarantee.RESERVED_EPSILON: epsilon_of(mechanism),
+        guarantee.DECLARED_UNITS: mechanism.declared_units,
+        guarantee.VISIT_STEPS: mechanism.steps,
+        guarantee.MOST_VISITS: mechanism.visits,
+        guarantee.ACCOUNTANT: f"dp-accounting {version('dp-accounting')}, PLD",
+    }
