@@ -94,7 +94,7 @@ def train_private_visit(
             training.set_learning_rate(optimizer, how.schedule.rate(step, mechanism.steps))
             drawn = drawn_units(len(units), mechanism.sampling_rate, coins)
             for batch in microbatches([units[u] for u in drawn], settings.microbatch):
-                _add_batch(model, batch, collected, settings, pad_token_id)
+                add_batch(model, batch, collected, settings, pad_token_id)
                 add_clipped_units(sums, collected, batch, mechanism.clipping_norm)
             for parameter, total in zip(parameters, sums, strict=True):
                 parameter.grad = released(total, mechanism, coins).to(parameter.dtype)
@@ -131,7 +131,7 @@ def microbatches(units: Sequence[Unit], size: int) -> Iterator[Microbatch]:
         )
 
 
-def _add_batch(
+def add_batch(
     model: Any,
     batch: Microbatch,
     collected: UnitGradients,
