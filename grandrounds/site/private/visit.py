@@ -96,9 +96,8 @@ def train_private_visit(
             for batch in microbatches([units[u] for u in drawn], settings.microbatch):
                 add_batch(model, batch, collected, settings, pad_token_id)
                 add_clipped_units(sums, collected, batch, mechanism.clipping_norm)
-            for parameter, total in zip(parameters, sums, strict=True):
-                parameter.grad = released(total, mechanism, coins).to(parameter.dtype)
-                total.zero_()
+            release(parameters, sums, mechanism, coins)
+            torch._foreach_zero_(sums)
             training.add_proximal_gradient(parameters, received, how.proximal_mu)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -172,16 +171,23 @@ def add_clipped_units(
 
 
 @torch.no_grad()
-def released(total: torch.Tensor, mechanism: Mechanism, coins: Coins) -> torch.Tensor:
-    """Return the noised mean of a step, float64: all that is ever seen of a sum of gradients.
+def release(
+    parameters: Sequence[torch.nn.Parameter],
+    sums: Sequence[torch.Tensor],
+    mechanism: Mechanism,
+    coins: Coins,
+) -> None:
+    """Set `.grad` to the noised mean of a step: all that is ever seen of the sums of gradients.
 
     Parameters
     ----------
-    total : float64 tensor
-        Sum of clipped gradients.
+    sums
+        Of clipped gradients, float64; they are overwritten.
     """
-    clip = mechanism.clipping_norm
-    noise = coins.normals(total.numel(), total.device).view(total.shape)
-    noised = noise.mul_(mechanism.noise_multiplier * clip).add_(total)
-    spacing = clip * GRID
-    return noised.div_(spacing).round_().mul_(spacing).div_(mechanism.expected_batch)
+    spacing = mechanism.clipping_norm * GRID
+    deviation = mechanism.noise_multiplier * mechanism.clipping_norm
+    sizes = [total.numel() for total in sums]
+    noise = coins.normals(sum(sizes), sums[0].device).mul_(deviation).split(sizes)
+    for parameter, total, part in zip(parameters, sums, noise, strict=True):
+        noised = total.add_(part.view(total.shape)).div_(spacing).round_().mul_(spacing)
+        parameter.grad = noised.div_(mechanism.expected_batch).to(parameter.dtype)
