@@ -82,6 +82,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "krum": {"strategy.name": "krum", "strategy.num-malicious-nodes": 2},
     "multikrum": {"strategy.name": "multikrum", "strategy.num-malicious-nodes": 2},
     "bulyan": {"strategy.name": "bulyan", "strategy.num-malicious-nodes": 1},
+    "geomedian": {"strategy.name": "geomedian"},
+    "robust": {"strategy.name": "fedavg", "defence.preset": "robust"},
+    "robust, fedexp": {"strategy.name": "fedexp", "defence.preset": "robust"},
+    "nnm": {"strategy.name": "nnm", "strategy.num-malicious-nodes": 2},
 }
 """Name → what differs from `SCHEDULE`; the product's default limits on norm and weight apply."""
 

@@ -134,6 +134,8 @@ VERDICTS: dict[str, Verdict] = {
     "defence.update-norm-bound": _AT_SERVER,
     "defence.largest-norm": _AT_SERVER,
     "defence.min-cosine": _AT_SERVER,
+    "defence.largest-spread": _AT_SERVER,
+    "defence.preset": _AT_SERVER,
     "data.num-partitions": _own("it must equal node.num-partitions"),
     "data.partitioner": _OWN_DATA,
     "data.partition-by": _OWN_DATA,
