@@ -95,7 +95,7 @@ def one_run_bound(
     order = np.argsort(-scores, kind="stable")
     number = len(scores)
     best = Bound(0.0, 0, 0, len(shares))
-    for share in shares:
+    for share in sorted(shares, reverse=True):  # of those that show nothing, that of most guesses
         half = max(1, min(number // 2, round(share * number)))
         correct = int(is_in[order[:half]].sum()) + int((~is_in[order[-half:]]).sum())
         error = (1 - CONFIDENCE) / len(shares)

@@ -33,7 +33,6 @@ from grandrounds.study.audit.canaries import (
     SITE,
     Canary,
     fresh_canaries,
-    most_canaries,
     world,
     write_world,
 )
@@ -41,7 +40,7 @@ from grandrounds.study.audit.extraction import Extraction, extraction, rank_of
 from grandrounds.study.audit.mechanism import of_the_product
 from grandrounds.study.audit.membership import Membership, auc_of_gaussian, membership
 from grandrounds.study.audit.one_run import Bound, most_that_shows, one_run_bound
-from grandrounds.study.audit.words import PLACE, verdict
+from grandrounds.study.audit.words import verdict
 from grandrounds.study.plan.privacy import gaussian_noise
 from grandrounds.study.preflight import check_base
 
@@ -142,7 +141,7 @@ def audit(config: Config, count: int, tell: Progress) -> Audit:
             ),
         )
         tell("clip and noise")
-        gradients = mechanism and audit_mechanism(mechanism)
+        gradients = audit_mechanism(mechanism) if mechanism else None
         tell("training")
         grid = InProcessGrid(client_app.app, audited.flat(), audited.data.num_partitions)
         server_app.federate(grid, audited, Listener())
@@ -240,6 +239,3 @@ def audit_mechanism(mechanism: Mechanism, count: int = MECHANISM_CANARIES) -> Bo
     is_in = coins.uniforms(count) < 0.5
     scores = of_the_product(is_in, release, 4.0, coins)
     return one_run_bound(scores, is_in, mechanism.delta)
-
-
-__all__ = ["PLACE", "Audit", "audit", "audit_mechanism", "most_canaries"]

@@ -59,7 +59,7 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     told, extracted = found.get("membership") or {}, found.get("extraction") or {}
     claimed, gradient = found.get("claimed-epsilon"), found.get("mechanism") or {}
     auc = _two(told.get("auc"))
-    if len(bounds := told.get("auc-interval") or ()) == 2:
+    if len(bounds := list(told.get("auc-interval") or [])) == 2:
         auc += f", 95 % interval {bounds[0]:.2f} to {bounds[1]:.2f}"
     lines = [
         ("claimed epsilon of a record", _two(claimed) if is_number(claimed) else "none"),
@@ -83,10 +83,8 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if is_number(yardstick := found.get("auc-of-one-release")):
         lines.append(("AUC of one Gaussian release", f"{yardstick:.2f}: about what epsilon allows"))
     for one in _hits(told):
-        bounds = one.get("interval") or (0.0, 1.0)
-        lines.append(
-            (f"TPR at {_rate(one)} FPR", f"{percent(one.get('tpr'))} ({interval(bounds)})")
-        )
+        within = interval(one.get("interval") or (0.0, 1.0))
+        lines.append((f"TPR at {_rate(one)} FPR", f"{percent(one.get('tpr'))} ({within})"))
     for side, name in (("in", "those in"), ("out", "those out (chance)")):
         of_side = extracted.get(side) or {}
         lines.append((f"answers extracted, {name}", _of(of_side)))
