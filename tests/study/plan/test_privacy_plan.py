@@ -113,7 +113,8 @@ def test_what_a_guarantee_means_is_said_in_probabilities() -> None:
 def test_only_the_factor_that_is_trained_is_noised() -> None:
     """Rank 8 on the embedded base's modules: outputs x 8 for B alone, which ffa trains."""
     ffa = configured(**{"strategy.name": "ffa"})
-    both, one = plan_of_recipe(configured()), plan_of_recipe(ffa)
+    fedavg = configured(**{"strategy.name": "fedavg"})
+    both, one = plan_of_recipe(fedavg), plan_of_recipe(ffa)
     assert (both.num_values, one.num_values) == (122_880, 67_584)
     assert one.noise_to_clip == pytest.approx(both.noise_to_clip * math.sqrt(67_584 / 122_880))
 
