@@ -315,11 +315,11 @@ def contradictions(config: Config) -> Iterator[str]:
             "updates that differ in no direction: use at least 1 (1.4 is the preset's), or 0 for "
             "no such screen."
         )
-    for key, value in PRESETS.get(config.defence.preset, {}).items():
-        if (has := config.flat()[key]) != value:
+    for name, wanted in PRESETS.get(config.defence.preset, {}).items():
+        if (has := config.flat()[name]) != wanted:
             yield (
-                f"defence.preset = {config.defence.preset!r} sets {key} = {value:g}, but it is set "
-                f"to {has}: leave one of the two out."
+                f"defence.preset = {config.defence.preset!r} sets {name} = {wanted:g}, but it is "
+                f"set to {has}: leave one of the two out."
             )
     if 0 < strategy.largest_weight < 1:
         yield (
