@@ -2,7 +2,7 @@
 
 PLD (Koskela et al., 2020; Doroshenko et al., 2022) composes the steps of a run numerically and
 rounds up, so ε is an upper bound at any grid; a coarser one is looser and quicker. Rényi accounting
-(RDP) is an upper bound too, 10 to 20 % looser: it brackets the search for a noise multiplier, and
+is an upper bound too, 10 to 20 % looser: it brackets the search for a noise multiplier, and
 stands for PLD where ε is beyond every budget and PLD would take minutes.
 """
 
@@ -21,14 +21,15 @@ MOST_NOISE = 1e4
 TOLERANCE = 1e-3
 """Relative precision of a calibrated noise multiplier."""
 
-FINE, COARSE = 1e-4, 1e-3
-"""Spacing of PLD's grid of privacy losses; with the coarse one, ε of 8 is 3e-5 larger."""
+FINE, COARSE, RENYI = 1e-4, 1e-3, 0.0
+"""Spacing of PLD's grid of privacy losses; with the coarse one, ε of 8 is 3e-5 larger. 0: by Rényi's
+orders."""
 
 LITTLE_NOISE = 0.5
 """Noise multiplier below which the fine grid would have millions of points (21 s at 0.3)."""
 
 BEYOND = 60.0
-"""RDP's ε from which on PLD is not asked: no budget allows it."""
+"""Rényi's ε from which on PLD is not asked: no budget allows it."""
 
 
 def epsilon_of(mechanism: Mechanism, visits: int | None = None) -> float:
@@ -83,7 +84,7 @@ def calibrated(target_epsilon: float, sampling_rate: float, steps: int, delta: f
     def is_within(noise: float, grid: float) -> bool:
         return epsilon(noise, sampling_rate, steps, delta, grid) <= target_epsilon
 
-    if not is_within(MOST_NOISE, RDP):
+    if not is_within(MOST_NOISE, RENYI):
         raise ConfigError(
             f"No noise reaches ε = {target_epsilon:g} at delta = {delta:g} with {steps} steps at a "
             f"sampling rate of {sampling_rate:g}: raise the target, or train fewer steps."
@@ -91,8 +92,8 @@ def calibrated(target_epsilon: float, sampling_rate: float, steps: int, delta: f
     low, high = LEAST_NOISE, MOST_NOISE
     while high / low > 1.02:
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if is_within(middle, RDP) else (middle, high)
-    # RDP's bound is above PLD's, so `high` is enough, and often more than enough.
+        low, high = (low, middle) if is_within(middle, RENYI) else (middle, high)
+    # Rényi's bound is above PLD's, so `high` is enough, and often more than enough.
     grid = COARSE if target_epsilon >= 1 else FINE
     low = max(LEAST_NOISE, 0.7 * low)
     if is_within(low, grid):
@@ -102,9 +103,6 @@ def calibrated(target_epsilon: float, sampling_rate: float, steps: int, delta: f
         low, high = (low, middle) if is_within(middle, grid) else (middle, high)
     return high
 
-
-RDP = 0.0
-"""In place of a grid: by Rényi's orders."""
 
 ORDERS = (*range(2, 65), *(2**power for power in range(7, 12)))
 """Orders of Rényi's divergence; for integers alone its sum is finite and exact."""
@@ -132,7 +130,7 @@ def epsilon(
         event = library.PoissonSampledDpEvent(sampling_rate, event)
     neighbours = library.NeighboringRelation.ADD_OR_REMOVE_ONE
     if grid:
-        by_orders = epsilon(noise_multiplier, sampling_rate, steps, delta, RDP)
+        by_orders = epsilon(noise_multiplier, sampling_rate, steps, delta, RENYI)
         if by_orders > BEYOND:
             return by_orders
         spacing = grid if noise_multiplier >= LITTLE_NOISE else max(grid, COARSE)
