@@ -11,19 +11,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from grandrounds.config.digest import sha256_of
+from grandrounds.config.digest import recipe_sha256
 from grandrounds.config.keys import Config
 from grandrounds.errors import BudgetError, PolicyError
 from grandrounds.site.custody import budget
 from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
-from grandrounds.site.private.accountant import (
-    accountant_name,
-    calibrated,
-    epsilon_of,
-    visits_within,
-)
+from grandrounds.site.private.accountant import calibrated, epsilon_of, visits_within
 from grandrounds.site.private.mechanism import Mechanism, sampling_rate_of
 from grandrounds.wire import guarantee
 from grandrounds.wire.schedule import visits_at_most
@@ -123,7 +118,7 @@ def reserved(site: SiteFile, state: SiteState, run: str, config: Config) -> Mech
                 "set it back, or start a new run."
             )
         return found.mechanism
-    now, terms = state.now(), f"{sha256_of(config)} {asdict(site.privacy)}"
+    now, terms = state.now(), f"{recipe_sha256(config)} {asdict(site.privacy)}"
     state.table.execute("delete from reservations where at < ?", (now - DAY_SECONDS,))
     row = state.table.execute(
         "select terms, mechanism from reservations where run = ?", (run,)
@@ -140,26 +135,16 @@ def reserved(site: SiteFile, state: SiteState, run: str, config: Config) -> Mech
     return mechanism
 
 
-def facts(site: SiteFile, state: SiteState, run: str, mechanism: Mechanism) -> dict[str, int | float | str]:
-    """Return what an introduction tells of the guarantee: no data are in it."""
+def spent(site: SiteFile, state: SiteState, run: str) -> dict[str, int | float | str]:
+    """Return what an introduction tells besides the mechanism's numbers: unit, and ε so far."""
     charged = budget.read(site, state).runs.get(run)
     return {
         guarantee.UNIT: site.privacy.unit,
-        **numbers(mechanism),
         guarantee.EPSILON: charged.spent if charged else 0.0,
-        guarantee.RESERVED_EPSILON: epsilon_of(mechanism),
-        guarantee.ACCOUNTANT: accountant_name(),
     }
 
 
-def numbers(mechanism: Mechanism) -> dict[str, int | float]:
-    """Return the numbers of a mechanism under their names in an introduction."""
-    return {
-        guarantee.NOISE_MULTIPLIER: mechanism.noise_multiplier,
-        guarantee.CLIPPING_NORM: mechanism.clipping_norm,
-        guarantee.SAMPLING_RATE: mechanism.sampling_rate,
-        guarantee.DELTA: mechanism.delta,
-        guarantee.DECLARED_UNITS: mechanism.declared_units,
-        guarantee.VISIT_STEPS: mechanism.steps,
-        guarantee.MOST_VISITS: mechanism.visits,
-    }
+def used(site: SiteFile, state: SiteState, run: str) -> dict[str, int | float]:
+    """Return what a reply to `train` tells of the budget, this visit included."""
+    charged = budget.read(site, state).runs[run]
+    return {guarantee.EPSILON: charged.spent, guarantee.VISITS_LEFT: charged.visits_left}

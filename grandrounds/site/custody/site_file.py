@@ -331,7 +331,7 @@ def _privacy_problems(site: SiteFile) -> list[tuple[bool, str]]:
         (
             privacy.min_clipping_norm > privacy.max_clipping_norm,
             f"privacy.min-clipping-norm = {privacy.min_clipping_norm:g} exceeds "
-            f"privacy.max-clipping-norm = {privacy.max_clipping_norm:g}: no run could satisfy both.",
+            f"privacy.max-clipping-norm = {privacy.max_clipping_norm:g}: no run can satisfy both.",
         ),
         (
             bool(privacy.unit_column)

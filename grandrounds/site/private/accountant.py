@@ -22,8 +22,8 @@ TOLERANCE = 1e-3
 """Relative precision of a calibrated noise multiplier."""
 
 FINE, COARSE, RENYI = 1e-4, 1e-3, 0.0
-"""Spacing of PLD's grid of privacy losses; with the coarse one, ε of 8 is 3e-5 larger. 0: by Rényi's
-orders."""
+"""Spacing of PLD's grid of privacy losses; with the coarse one, ε of 8 is 3e-5 larger. 0: Rényi's
+orders in its place."""
 
 LITTLE_NOISE = 0.5
 """Noise multiplier below which the fine grid would have millions of points (21 s at 0.3)."""
@@ -58,7 +58,7 @@ def _epsilon_of(mechanism: Mechanism, visits: int, grid: float) -> float:
 
 
 def visits_within(mechanism: Mechanism, most_epsilon: float) -> int:
-    """Return how many visits, at most the mechanism's, spend at most an ε; raises as `epsilon_of`."""
+    """Return how many visits, at most all, spend at most an ε; raises as `epsilon_of`."""
     if epsilon_of(mechanism) <= most_epsilon:
         return mechanism.visits
     low, high = 0, mechanism.visits
