@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from grandrounds.errors import ModelError
-from grandrounds.model.lora import LoraSpec
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import checkpoint_activations
-from grandrounds.site.private.per_unit import per_unit
-from grandrounds.site.private.visit import microbatches
 from tests.site.private.visits import (
-    EXAMPLES,
     MECHANISM,
-    PAD,
     UNITS,
     clipped_sums,
     factors_of,

@@ -20,7 +20,6 @@ from grandrounds.site.private.visit import (
     add_batch,
     add_clipped_units,
     microbatches,
-    train_private_visit,
 )
 from grandrounds.wire.adapter import factor_of
 from tests.site.test_training import CPU, LEAN, PAD, examples_of, settings
