@@ -18,7 +18,6 @@ from flwr.app import RecordDict
 
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import guarantee, messages
-from grandrounds.wire.guarantee import GUARANTEE
 from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, METRICS
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
@@ -30,9 +29,11 @@ EXACT = "exact"
 
 AS_IT_IS, ROUNDED, ONLY_EXACT, TELEMETRY = "as it is", "rounded", "not told", "telemetry"
 
+OF_PRIVATE = "of private visits"
+
 DECLARED, NEVER = "declared", "never"
 """How a field of a private visit is told: as the declared number of units, or not at all. Only the
-tensors may depend on the site's data, and of them only through the noised mechanism."""
+tensors may depend on the site's data, through the noised mechanism alone."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Field:
     record: str
     """Record of the reply."""
     told: str
-    """`AS_IT_IS`, `ROUNDED`, `ONLY_EXACT` (only with `tell.figures = "exact"`) or `TELEMETRY` (only
-    with `tell.telemetry = true`)."""
+    """`AS_IT_IS`, `ROUNDED`, `ONLY_EXACT` (only with `tell.figures = "exact"`), `TELEMETRY` (only
+    with `tell.telemetry = true`), or `OF_PRIVATE`, where other visits have no such field."""
     meaning: str
     private: str = NEVER
     """How it is told of a private visit: `AS_IT_IS`, `DECLARED`, `TELEMETRY` or `NEVER`."""
@@ -98,7 +99,7 @@ FIELDS = (
     *_fields(
         QUERY,
         CONFIG,
-        AS_IT_IS,
+        OF_PRIVATE,
         {
             guarantee.UNIT: "unit of the guarantee: `record` or `patient`",
             guarantee.NOISE_MULTIPLIER: "noise in units of the clipping norm",
@@ -155,7 +156,7 @@ FIELDS = (
     *_fields(
         TRAIN,
         METRICS,
-        AS_IT_IS,
+        OF_PRIVATE,
         {
             guarantee.EPSILON: "ε of the run's visits so far, this one included",
             guarantee.VISITS_LEFT: "visits of the run that its budget still allows",
@@ -303,7 +304,9 @@ def _leaves(field: Field | None, rules: Told) -> bool:
         return False
     if field.told == TELEMETRY:
         return site.tell.telemetry
-    return field.told != ONLY_EXACT or site.tell.figures == EXACT
+    if field.told == ONLY_EXACT:
+        return site.tell.figures == EXACT
+    return field.told != OF_PRIVATE
 
 
 def _as_told(field: Field, value: Any, rules: Told) -> Any:
@@ -360,7 +363,7 @@ def table() -> list[tuple[str, str, str, str, str]]:
         (
             field.kind,
             f"`{field.name}`",
-            "of private visits" if field.name in GUARANTEE else _HOW[field.told],
+            _HOW[field.told],
             _HOW_PRIVATELY[field.private],
             field.meaning,
         )
