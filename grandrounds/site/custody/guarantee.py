@@ -40,6 +40,8 @@ def objections(site: SiteFile, config: Config) -> Iterator[str]:
             f"its number of units under [privacy] in {site.path.name}"
         )
         return
+    if privacy.declared_units < (least := site.policy.min_examples):
+        yield f"min-examples = {least}, the site declares {privacy.declared_units} units"
     low, high = privacy.min_clipping_norm, privacy.max_clipping_norm
     if not low <= asked.clipping_norm <= high:
         yield (

@@ -119,14 +119,13 @@ def test_the_last_reserved_visit_is_answered_and_the_next_one_refused(asks: Aski
 def test_a_site_answers_as_many_visits_as_its_run_may_spend(
     settings: Settings, tmp_path: Path
 ) -> None:
-    """Of three visits, epsilon-of-run allows two; the introduction says so."""
-    visits = {"privacy__epsilon_of_run": 0.7}
-    asks = private_asking(settings, tmp_path, **visits)
-    facts = asks(kind="query").content.config_records["config"]
-    assert (facts["most-visits"], facts["epsilon"]) == (2, 0.0)
-    assert float(facts["reserved-epsilon"]) <= 0.7  # type: ignore[arg-type]
+    """ε of one, two and three visits is 0.054, 0.073 and 0.088."""
+    asks = private_asking(settings, tmp_path, privacy__epsilon_of_run=0.08)
+    asks(kind="query")
     for number in (1, 2):
         asks(number=number)
+    assert {visit.mechanism and visit.mechanism.visits for visit in asks.visits} == {2}
+    assert budget_of(asks.site).epsilon == pytest.approx(0.0729, abs=1e-4)
     with pytest.raises(BudgetError):
         asks(number=3)
 
@@ -148,14 +147,16 @@ def test_roll_calls_of_any_number_of_runs_burn_no_budget(asks: Asking) -> None:
 
 
 def test_runs_add_up_until_the_total_is_spent(settings: Settings, tmp_path: Path) -> None:
-    limits = {"privacy__epsilon_total": 2.0, "privacy__epsilon_of_run": 1.0}
+    """0.088 for three visits, then 0.054 for the one that still fits, and then nothing does."""
+    limits = {"privacy__epsilon_total": 0.15, "privacy__epsilon_of_run": 0.1}
     asks = private_asking(settings, tmp_path, **limits)
     asks(run="a1")
     asks(run="a2")
-    spent = budget_of(asks.site)
-    assert spent.epsilon == pytest.approx(2 * spent.runs["a1"].epsilon)
-    with pytest.raises(BudgetError, match="epsilon-total = 2"):
-        asks(run="a3", settings={"privacy.noise-multiplier": 1.0})
+    found = budget_of(asks.site)
+    assert [run.mechanism.visits for run in found.runs.values()] == [3, 1]
+    assert found.epsilon == pytest.approx(0.0880 + 0.0535, abs=1e-4)
+    with pytest.raises(BudgetError, match=r"of epsilon-total = 0\.15 earlier runs were charged"):
+        asks(run="a3")
     asks(run="a1", number=2)  # it was charged whole
 
 
@@ -298,6 +299,7 @@ def test_held_out_split_is_per_unit(settings: Settings, tmp_path: Path) -> None:
         found = own_data.own_split(asks.site, private=True)
         return {e.question for e in found.train}, {e.question for e in found.held_out}
 
+    asks.site.place("state").mkdir(mode=0o700)
     train, held_out = split(rows)
     assert 9 <= len(held_out) <= 81
     fewer = split(rows[3:])
@@ -320,7 +322,7 @@ def test_held_out_split_is_per_unit(settings: Settings, tmp_path: Path) -> None:
 def test_refusal_texts_have_no_counts(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once data were read, every failure has one text and one size: the audit log has the reason."""
+    """Once data were read, every failure has one text; the audit log has the reason."""
     said: set[bytes] = set()
     reasons: set[str] = set()
 
@@ -356,7 +358,7 @@ def test_min_examples_counts_declared_units(settings: Settings, tmp_path: Path) 
     asks = private_asking(settings, tmp_path, policy__min_examples=100)
     (asks.site.path.parent / "cards.jsonl").write_text('{"input": "a", "output": "b"}\n')
     asks()
-    with pytest.raises(PolicyError, match="min-examples"):
+    with pytest.raises(PolicyError, match="min-examples = 101, the site declares 100 units"):
         private_asking(settings, tmp_path, policy__min_examples=101)(run="cd")
 
 
@@ -379,7 +381,7 @@ def transcript(settings: Settings, folder: Path, changed: bool) -> tuple[list[An
     cards = site.path.parent / "cards.jsonl"
     if changed:
         lines = cards.read_text().splitlines()
-        lines[7] = json.dumps({"input": "What helps?", "output": "An apple, and much more of it."})
+        lines[8] = json.dumps({"input": "What helps?", "output": "An apple, and much more of it."})
         cards.write_text("\n".join(lines) + "\n")
     rest: list[Any] = []
     arrays: list[bytes] = []
@@ -415,7 +417,12 @@ def test_only_arrays_depend_on_data(
     monkeypatch.setattr(budget.secrets, "token_bytes", lambda count: bytes(count))
     monkeypatch.setattr(lifecycle.secrets, "token_hex", lambda count: "ab")
     monkeypatch.setattr("grandrounds.site.custody.order.secret_of", lambda _: bytes(32))
-    settings = {**settings, **PRIVATE, "num-server-rounds": 2, "strategy.fraction-evaluate": 1.0}
+    asked = {
+        "num-server-rounds": 2,
+        "strategy.fraction-evaluate": 1.0,
+        "privacy.sampling-rate": 0.5,
+    }
+    settings = {**settings, **PRIVATE, **asked}
     found = [
         transcript({**settings, "run-directory": str(tmp_path / f"run{i}")}, tmp_path / f"{i}", i)
         for i in (False, True)
@@ -432,4 +439,5 @@ def test_only_arrays_depend_on_data(
     last = metrics_of(run)[-1]
     assert last["weights"] == {"0": 100}
     assert last["epsilon"]["0"] == private["epsilon"]
-    assert last["train-loss"] is last["held-out-loss"] if "held-out-loss" in last else True
+    assert last["train-loss"] is None
+    assert "held-out-loss" not in last  # nobody tells it, so nobody is asked
