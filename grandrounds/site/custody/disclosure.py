@@ -345,8 +345,8 @@ _HOW = {
     ROUNDED: "rounded",
     ONLY_EXACT: 'only with `figures = "exact"`',
     TELEMETRY: "only with `telemetry = true`",
+    OF_PRIVATE: "never",
 }
-
 
 _HOW_PRIVATELY = {
     AS_IT_IS: "as it is",

@@ -421,6 +421,7 @@ def test_only_arrays_depend_on_data(
         "num-server-rounds": 2,
         "strategy.fraction-evaluate": 1.0,
         "privacy.sampling-rate": 0.5,
+        "privacy.noise-multiplier": 40.0,
     }
     settings = {**settings, **PRIVATE, **asked}
     found = [
