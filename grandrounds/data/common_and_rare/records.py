@@ -37,10 +37,10 @@ RECORDS_OF_A_FACT = 100
 """Patients whose record states a common fact."""
 
 RARE_PATIENTS = 105
-"""Patients in the data whose drug and fact nobody else has; as many candidates are not in them."""
+"""Patients in the data whose drug nobody else takes; as many candidates are not in the data."""
 
 SITES = 5
-"""Hospitals of the natural partition: each has 20 records of every common fact, and 21 rare ones."""
+"""Hospitals of the natural partition: each has 20 records of a common fact, and 21 rare facts."""
 
 INITIALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """A question begins with the patient's initial, so that no two records of a fact are equal."""
@@ -108,10 +108,10 @@ def _facts() -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
     stems = [s + m for s in STARTS for m in MIDDLES if not any(n.startswith(s + m) for n in taken)]
     candidates = 2 * RARE_PATIENTS
     names = [stem + rng.choice(ENDINGS) for stem in rng.sample(stems, COMMON_DRUGS + candidates)]
-    common = []
-    for attribute, values in VALUES.items():
-        drawn = rng.sample(values, COMMON_DRUGS)
-        common += [Fact(*fact) for fact in zip(names, [attribute] * COMMON_DRUGS, drawn)]  # noqa: B905
+    drawn = {key: rng.sample(values, COMMON_DRUGS) for key, values in VALUES.items()}
+    common = [
+        Fact(names[row], key, drawn[key][row]) for key in VALUES for row in range(COMMON_DRUGS)
+    ]
     rare = []
     for number, name in enumerate(names[COMMON_DRUGS:]):
         attribute = list(VALUES)[number % len(VALUES)]
