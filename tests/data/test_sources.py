@@ -477,7 +477,10 @@ class TestHub:
         )
         assert done.stderr == ""
         assert done.stdout.count("\n") == 1
-        assert "'someone/cards' is neither built-in data (formulary, common-and-rare) nor a file" in done.stdout
+        assert (
+            "'someone/cards' is neither built-in data (formulary, common-and-rare) nor a file"
+            in done.stdout
+        )
 
 
 @pytest.mark.skipif(not WIKIDOC.exists(), reason="shared/data/train is not here")
