@@ -40,6 +40,8 @@ class TokenizedExamples:
     """Examples dropped because the prompt fills the sequence."""
     shortened: int = 0
     """Examples of which the chat template leaves out a part of the answer, such as reasoning."""
+    positions: tuple[int, ...] = ()
+    """Position of each example among those given."""
 
 
 def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) -> list[list[int]]:
@@ -87,16 +89,17 @@ def tokenize_examples(
     prompts = prompt_token_ids(tokenizer, template, [e.question for e in examples])
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
     end = end_token_ids(tokenizer, template) if examples else ()
-    kept, truncated, unlearnable = [], 0, 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    kept, positions, truncated, unlearnable = [], [], 0, 0
+    for position, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = [*prompt, *answer, *end]
         if len(prompt) >= seq_length:
             unlearnable += 1
             continue
         truncated += len(ids) > seq_length
         kept.append(TokenizedExample(tuple(ids[:seq_length]), len(prompt)))
+        positions.append(position)
     shortened = _shortened(examples, tokenizer) if template == "chat" else 0
-    return TokenizedExamples(tuple(kept), truncated, unlearnable, shortened)
+    return TokenizedExamples(tuple(kept), truncated, unlearnable, shortened, tuple(positions))
 
 
 def _shortened(examples: Sequence[Example], tokenizer: Any) -> int:
