@@ -27,7 +27,7 @@ from grandrounds.errors import DataError
 
 
 def test_the_configuration_knows_the_names_and_the_sizes_of_all_built_in_data() -> None:
-    assert EMBEDDED_DATA == {name: len(embedded_rows(name)) for name in EMBEDDED}
+    assert {name: len(embedded_rows(name)) for name in EMBEDDED} == EMBEDDED_DATA
 
 
 def test_a_common_fact_has_a_hundred_records_and_a_rare_one_has_one() -> None:
