@@ -75,7 +75,7 @@ FIELDS = (
         {
             "partition-id": "the site's number",
             NAME: "the site's name",
-            SOURCE: "`formulary`, if the site's data are the built-in ones",
+            SOURCE: "name of the built-in data, if the site's data are such",
             BASE: "SHA-256 of its copy of the base",
             "base": "fingerprint of the base's configuration and tokenizer",
             "prompt": "hash of the prompt template under the tokenizer",

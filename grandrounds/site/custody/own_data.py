@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 from grandrounds.config.keys import DataConfig
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Partition
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import columns_read, load_rows, rows_of
@@ -147,7 +147,7 @@ def _rows(site: SiteFile, run: str) -> Rows:
     columns = (data.question_column, data.answer_column, *([unit] if unit else []))
     if data.database:
         return database_rows(data.database, data.query, columns, run)
-    source = data.source if data.source == FORMULARY else str(site.place(data.source))
+    source = data.source if data.source in EMBEDDED else str(site.place(data.source))
     return load_rows(
         source,
         question_column=data.question_column,

@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.site.custody import guarantee, order
 from grandrounds.site.custody.disclosure import TRAIN, Told, disclosed
 from grandrounds.site.custody.own_data import own_identifiers
@@ -56,8 +56,8 @@ def introduce(request: Request, reply: Message, base: str, data_version: str) ->
     facts[DATA_TAG] = hmac.digest(secret, of_run, "sha256").hex()[:16]
     if request.mechanism:
         facts.update(guarantee.spent(site, request.state, request.run))
-    if site.data.source == FORMULARY:
-        facts[SOURCE] = FORMULARY
+    if site.data.source in EMBEDDED:
+        facts[SOURCE] = site.data.source
 
 
 def told(request: Request, reply: Message, examples: Site) -> Message:
