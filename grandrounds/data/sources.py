@@ -1,4 +1,4 @@
-"""Reads the rows of a data source: the formulary, a local file or a hub data set.
+"""Reads the rows of a data source: built-in data, a local file or a hub data set.
 
 The result is always `Rows` in memory, in the source's order, with the question and the answer as
 text and the columns needed for partitioning.
@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, WrittenFloat, from_records, from_table, read_file
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError, first_line, nearest
 from grandrounds.storage import found
@@ -25,6 +25,7 @@ FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", "
 """Supported file names. A `.json` file is an array of objects, or has one object per line."""
 
 _SOURCE_KEY = "static.dataset.name"
+_BUILT_IN = f"built-in data ({', '.join(EMBEDDED)})"
 _CACHED_SOURCES = 4
 _INT64_END = 1 << 63
 
@@ -44,9 +45,9 @@ def load_rows(
     Parameters
     ----------
     source : str
-        `formulary`; a local file (any name that has one of `FILE_ENDINGS`, starts with `.`, `/` or
-        `~`, or exists); otherwise the name of a hub data set, or `NAME@REVISION`, whose split
-        `train` is read.
+        One of `EMBEDDED`; a local file (any name that has one of `FILE_ENDINGS`, starts with `.`,
+        `/` or `~`, or exists); otherwise the name of a hub data set, or `NAME@REVISION`, whose
+        split `train` is read.
     question_column, answer_column : str
         Columns with the question and the answer. A missing value becomes an empty string and a
         number its text; any other type is an error. FlowerTune's medical app uses `input` as the
@@ -71,8 +72,8 @@ def load_rows(
         is not text.
     """
     columns = (question_column, answer_column, *keep_columns)
-    if source == FORMULARY:
-        return _load_formulary(columns)
+    if source in EMBEDDED:
+        return _load_embedded(source, columns)
     if looks_like_path(source):
         path, version = existing_file(source)
         return _load_file(source, path, version, columns)
@@ -258,15 +259,13 @@ def _labels(values: list[Any], where: str) -> list[Any]:
     return texts
 
 
-# --- The formulary and the hub --------------------------------------------------------------------
+# --- Built-in data and the hub --------------------------------------------------------------------
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_formulary(columns: tuple[str, ...]) -> Rows:
-    from grandrounds.data.formulary.facts import flashcards
-
-    raw = from_records(enumerate(flashcards(), 1), columns, "row")
-    return rows_of(raw, FORMULARY, columns)
+def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
+    raw = from_records(enumerate(embedded_rows(source), 1), columns, "row")
+    return rows_of(raw, source, columns)
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
@@ -280,10 +279,10 @@ def _load_hub(source: str, columns: tuple[str, ...]) -> Rows:
             rows = datasets.load_dataset(name, split="train", **at_revision)
     except Exception as error:  # the hub, HTTP and builders raise unrelated types
         raise DataError(
-            f"{_SOURCE_KEY} = {source!r} is neither {FORMULARY!r} nor a file that exists, and "
+            f"{_SOURCE_KEY} = {source!r} is neither {_BUILT_IN} nor a file that exists, and "
             f"could not be loaded from the Hugging Face hub ({first_line(error)})."
-            f"{nearest(name, [FORMULARY])} Check the name, the network and HF_HUB_OFFLINE, or set "
-            f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {FORMULARY!r}."
+            f"{nearest(name, EMBEDDED)} Check the name, the network and HF_HUB_OFFLINE, or set "
+            f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {_BUILT_IN}."
         ) from error
     table = rows.with_format("arrow")[:]
     read, _ = columns_read(columns)
@@ -348,7 +347,7 @@ def existing_file(source: str) -> tuple[Path, tuple[int, int]]:
         if not path.is_file():
             raise DataError(
                 f"{source}: no such file.{_nearest_file(path)} Set {_SOURCE_KEY} to a file that "
-                f"exists ({allowed}), to the name of a hub data set or to {FORMULARY!r}."
+                f"exists ({allowed}), to the name of a hub data set or to {_BUILT_IN}."
             )
         status = path.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records, read_file
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.sources import (
     FILE_ENDINGS,
     checked_values,
@@ -57,8 +57,8 @@ def survey(source: str, question: str, answer: str, partition_by: str = "") -> S
         question and an answer.
     """
     columns = (question, answer, *((partition_by,) if partition_by else ()))
-    if source == FORMULARY:
-        return _survey_formulary(columns)
+    if source in EMBEDDED:
+        return _survey_embedded(source, columns)
     if not looks_like_path(source):
         for ending in FILE_ENDINGS:
             if Path(source + ending).is_file():
@@ -72,10 +72,9 @@ def survey(source: str, question: str, answer: str, partition_by: str = "") -> S
 
 
 @lru_cache(maxsize=4)
-def _survey_formulary(columns: tuple[str, ...]) -> Survey:
-    from grandrounds.data.formulary.facts import flashcards
-
-    return _counted(from_records(enumerate(flashcards(), 1), columns, "row"), FORMULARY, columns)
+def _survey_embedded(source: str, columns: tuple[str, ...]) -> Survey:
+    raw = from_records(enumerate(embedded_rows(source), 1), columns, "row")
+    return _counted(raw, source, columns)
 
 
 @lru_cache(maxsize=4)
