@@ -76,6 +76,8 @@ _NAMES: dict[str, str] = {
     "instruction-column",
     "data.answer-column": "answer answer-column output response response-column completion target "
     "output-column target-column label-column",
+    "static.dataset.config": "dataset-config config-name dataset-config-name subset data-config",
+    "static.dataset.split": "dataset-split train-split data-split",
     "static.dataset.revision": "dataset-revision data-revision",
     "static.dataset.name": "data dataset dataset-name dataset-path data-path data-file train-file "
     "training-data",

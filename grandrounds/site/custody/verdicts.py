@@ -143,9 +143,12 @@ VERDICTS: dict[str, Verdict] = {
     "data.template-date": _harmless("a date in the prompt, of ten characters"),
     "data.template-options": _bounded("max-prompt-characters"),
     "data.system-prompt": _bounded("max-prompt-characters"),
+    "data.train-on": _harmless("which answers of a conversation are learned"),
     "data.question-column": _OWN_DATA,
     "data.answer-column": _OWN_DATA,
     "static.dataset.name": _OWN_DATA,
+    "static.dataset.config": _OWN_DATA,
+    "static.dataset.split": _OWN_DATA,
     "static.dataset.revision": _OWN_DATA,
 }
 """Key → verdict. The checks themselves are in `policy`."""
