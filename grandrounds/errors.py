@@ -10,6 +10,7 @@ GrandRoundsError            exit code 1, printed as one line, never as a traceba
 ├── ReplyError              one reply is invalid; the round continues without it
 ├── PolicyError             a site's own policy forbids what a run requests
 │   ├── ApprovalError       a site's operator has not approved the run's recipe yet
+│   ├── BudgetError         a site's privacy budget is spent                        (exit code 3)
 │   └── ThrottledError      a site has refused so much that it reads no more for a while
 └── EngineError             Flower's runtime did not start, or ended without a result
 
@@ -65,6 +66,12 @@ class PolicyError(GrandRoundsError):
 
 class ApprovalError(PolicyError):
     """A site's operator has not approved the recipe of a run yet."""
+
+
+class BudgetError(PolicyError):
+    """The privacy budget of a site is spent: it trains no more in this run."""
+
+    exit_code = 3
 
 
 class ThrottledError(PolicyError):

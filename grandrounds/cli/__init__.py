@@ -23,6 +23,7 @@ from grandrounds.cli import (
     evaluate,
     export,
     plan,
+    privacy,
     report,
     run,
     site,
@@ -159,6 +160,7 @@ app.add_typer(base.app, name="base")
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")
+app.add_typer(privacy.app, name="privacy")
 for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,

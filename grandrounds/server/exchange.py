@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import DEFAULT_TTL, Message
 from flwr.serverapp import Grid
 
-from grandrounds.errors import EngineError, GrandRoundsError
+from grandrounds.errors import BudgetError, EngineError, GrandRoundsError
 from grandrounds.wire import messages
 from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.ledger import Ledger
@@ -42,6 +42,8 @@ class Tally:
     """Partition id → metrics of its reply, if the reply was used."""
     failed: dict[int, str] = field(default_factory=dict)
     """Partition id → reason why its reply was not used."""
+    spent: set[int] = field(default_factory=set)
+    """Those of them whose privacy budget is spent."""
 
     def reasons(self, names: SiteNames) -> str:
         """Return all failures, in one line."""
@@ -115,6 +117,8 @@ class Exchange:
                 tally.good[partition] = use(partition, reply)
             except GrandRoundsError as error:
                 tally.failed[partition] = one_line(str(error))
+                if isinstance(error, BudgetError):
+                    tally.spent.add(partition)
             on_reply(partition, tally.failed.get(partition))
         for partition in outgoing:
             if partition not in tally.good and partition not in tally.failed:

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, MessageType
 
 from grandrounds.config.words import counted
 from grandrounds.errors import ApprovalError, EngineError, ReplyError
-from grandrounds.wire import messages
+from grandrounds.wire import guarantee, messages
 from grandrounds.wire.names import MOST_OF_A_TEXT, NAME, clean_name, names_of, one_line
 from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
 
@@ -145,6 +145,8 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
         for name in (*COUNTS, messages.THREADS):
             if name in record:
                 messages.whole_number(facts, name)
+        for name in guarantee.NUMBERS if guarantee.is_private(record) else ():
+            messages.real_number(facts, name, 0.0, messages.MANY)
     except ReplyError as error:
         raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
     return {
@@ -157,6 +159,26 @@ def named(facts: Mapping[str, Any], admitted_names: Mapping[int, str]) -> dict[s
     name = clean_name(admitted_names.get(int(facts["partition-id"]), facts.get(NAME)))
     others = {key: value for key, value in facts.items() if key != NAME}
     return {**others, NAME: name} if name else others
+
+
+def remembered(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a site's earlier introduction is kept beside a later one."""
+    kept = {
+        name: before[name]
+        for name in ("train-examples", guarantee.BUDGET_SPENT, guarantee.EPSILON_FELL)
+        if name in before
+    }
+    most = before.get(guarantee.EPSILON)
+    told = now.get(guarantee.EPSILON, most)
+    if most is not None and told is not None:
+        kept[guarantee.EPSILON] = max(most, told)
+        if told < most * (1 - EPSILON_TOLERANCE):
+            kept[guarantee.EPSILON_FELL] = told
+    return kept
+
+
+EPSILON_TOLERANCE = 1e-6
+"""Relative difference of two ε that are the same, computed by two processes."""
 
 
 def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -32,6 +32,7 @@ from grandrounds.server.rounds import examine_formulary, examiners_of
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import Adapter, Ranks, drawn_adapter
 from grandrounds.wire.downlink import Sender
+from grandrounds.wire.guarantee import BUDGET_SPENT, is_private
 from grandrounds.wire.schedule import evaluation_cohort_of
 from grandrounds.wire.told import in_custody
 from grandrounds.wire.traffic import plan_config
@@ -97,6 +98,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
             admitted_examples=lambda: admitted_examples(federation),
             revoked=lambda: revoked_nodes(federation),
             introduced={site["partition-id"]: site for site in before},
+            spent={site["partition-id"] for site in before if site.get(BUDGET_SPENT)},
         ),
         listener=listener,
         evaluation_cohort=evaluation_cohort_of(config),
@@ -147,7 +149,10 @@ def open_session(run: Run) -> None:
     check_same_sites(roster)
     roster.note_arithmetic()
     there = [roster.cards[p].facts for p in judges if p in roster.cards]
-    if there and not any(int(facts.get("held-out-examples", 0)) for facts in there):
+    tells = any(int(facts.get("held-out-examples", 0)) for facts in there)
+    if there and not tells and all(map(is_private, there)):
+        run.evaluation_cohort = []  # nobody is asked for what nobody tells
+    elif there and not tells:
         kept = " or keep their loss to themselves" if any(map(in_custody, there)) else ""
         raise DataError(
             f"None of the sites selected for held-out loss ({roster.names.listed(judges)}) has "

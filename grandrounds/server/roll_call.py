@@ -29,9 +29,11 @@ from grandrounds.server.introductions import (
     named,
     odd_ones,
     questions,
+    remembered,
     waits_for_approval,
 )
 from grandrounds.wire import messages
+from grandrounds.wire.guarantee import BUDGET_SPENT
 from grandrounds.wire.names import NAME, SiteNames, names_of, one_line
 
 _log = logging.getLogger("grandrounds")
@@ -70,6 +72,8 @@ class Roster:
     """Partition id → site, for the sites that may take part."""
     suspected: set[int] = field(default_factory=set)
     """Sites whose last reply failed."""
+    spent: set[int] = field(default_factory=set)
+    """Sites whose privacy budget is spent: they train no more."""
     refused: dict[int, str] = field(default_factory=dict)
     """Node → reason why it was refused at the roll call."""
     left_out: dict[int, SiteCard] = field(default_factory=dict)
@@ -245,7 +249,8 @@ class Roster:
         refused = {p: revoked[node] for node, p in known.items() if node in revoked}
         for partition in refused:
             del cards[partition]
-        asked = sorted(n for n in connected if n not in known or known[n] in self.suspected)
+        doubtful = self.suspected - self.spent
+        asked = sorted(n for n in connected if n not in known or known[n] in doubtful)
         seconds = min(exchange.timeout_seconds, REFRESH_SECONDS)
         for node, reply in exchange.replies(self._questions(asked, exchange), seconds, set()):
             partition = known.get(node, -1)
@@ -322,12 +327,15 @@ class Roster:
     def note_introductions(self) -> bool:
         """Merge the introductions of `cards` into `introduced`; return whether any is new.
 
-        Sites that leave stay listed. A site's training examples remain those of its first one.
+        Sites that leave stay listed. A site's training examples remain those of its first one, and
+        its ε is the largest that it told.
         """
         now = self._facts()
         for partition, facts in self.introduced.items():
-            if partition in now and "train-examples" in facts:
-                now[partition]["train-examples"] = facts["train-examples"]
+            if partition in now:
+                now[partition] |= remembered(facts, now[partition])
+        for partition in self.spent & now.keys():
+            now[partition][BUDGET_SPENT] = True
         known = self.introduced | now
         is_new = known != self.introduced
         self.introduced = dict(sorted(known.items()))

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import ReplyError, RoundError
 from grandrounds.model.lora import peft_config
+from grandrounds.server import budgets
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
 from grandrounds.server.model_card import Findings, model_card
@@ -26,6 +27,7 @@ from grandrounds.wire.adapter import Adapter, shapes_of
 from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.downlink import Parcel
+from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.schedule import cohort_of, round_learning_rate_of
 from grandrounds.wire.traffic import EXAMINERS
 
@@ -62,6 +64,7 @@ def play_round(run: Run) -> None:
     adapter, tally, measured = train(run, now)
     now.trained = time.perf_counter()
     run.accept(now.number, adapter, tally)
+    now.saves = now.saves or not budgets.are_enough(run.roster)  # the last one
     run.state.note_norms([measured["update-norms"][str(p)] for p in tally.good])
     record = {**training_record(run, now, tally), **measured}
     if late := run.exchange.count_late():
@@ -69,6 +72,7 @@ def play_round(run: Run) -> None:
         record["late-replies"] = late
     if now.refused:
         record["refused"] = {f"site {p}": why for p, why in sorted(now.refused.items())}
+    record |= budget_record(run)
     evaluate_and_record(run, now, record)
 
 
@@ -106,10 +110,12 @@ def select_cohort(run: Run) -> Round:
     if run.write_sites():
         run.listener.on_roll_call(list(run.roster.introduced.values()))
     number, total = run.state.round + 1, run.config.federation.num_server_rounds
+    cohort = [p for p in cohort_of(run.config, number) if p not in run.roster.spent]
+    budgets.check(run.roster, number, cohort)
     return Round(
         number=number,
         learning_rate=round_learning_rate_of(run.config, number),
-        cohort=cohort_of(run.config, number),
+        cohort=cohort,
         refused=refused,
         saves=number % run.config.train.save_every_round == 0 or number == total,
         started=started,
@@ -232,7 +238,11 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
         are listed), or the aggregate is not finite.
     """
     least = run.config.strategy.min_reply_fraction
-    needed = math.ceil(least * len(now.cohort) - 1e-9)
+    asked = len(now.cohort) - len(tally.spent)
+    needed = math.ceil(least * asked - 1e-9)
+    if not tally.good:
+        run.roster.spent |= tally.spent
+        budgets.check(run.roster, now.number, [])
     if len(tally.good) < needed:
         raise RoundError(
             f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites returned a valid "
@@ -376,6 +386,18 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
         **{name: told.total(good, name) for name in ("examples", "tokens", "padding-tokens")},
         **({"weights-limited": lowered} if lowered else {}),
         "visit-seconds": None if None in seconds else sum(float(s) for s in seconds if s),
+    }
+
+
+def budget_record(run: Run) -> dict[str, Any]:
+    """Return the part of a line of metrics.jsonl on privacy budgets; empty without a guarantee."""
+    roster = run.roster
+    told = [facts for facts in roster.introduced.values() if EPSILON in facts]
+    fell = {str(p): list(pair) for p, pair in budgets.fallen(told).items()}
+    return {
+        **({"epsilon": {str(f["partition-id"]): f[EPSILON] for f in told}} if told else {}),
+        **({"budget-spent": sorted(roster.spent)} if roster.spent else {}),
+        **({"epsilon-fell": fell} if fell else {}),
     }
 
 

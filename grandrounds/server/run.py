@@ -11,6 +11,7 @@ import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.targets import Targets
+from grandrounds.server import budgets
 from grandrounds.server.aggregation.rule import Rule
 from grandrounds.server.described import leaderboard_differences
 from grandrounds.server.directory import RunDirectory
@@ -19,6 +20,7 @@ from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import Roster
 from grandrounds.wire.adapter import Adapter, rank_of
 from grandrounds.wire.downlink import Sender
+from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.told import deciding_loss, in_custody, total_of_sites
 from grandrounds.wire.traffic import Plan
@@ -173,6 +175,9 @@ class Run:
                 state.coverage[site] = float(metrics["coverage"])
         state.note_loads(tally)
         self.roster.suspected = set(tally.failed)
+        budgets.note(self.roster, tally)
+        if any(EPSILON in metrics for metrics in tally.good.values()) or tally.spent:
+            self.write_sites()
 
 
 IN_SUMMARY = (
@@ -192,6 +197,7 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     config, state = run.config, run.state
     metrics = run.directory.read_metrics()
     sites = list(run.roster.introduced.values())
+    private = budgets.summary_of(config, sites, run.roster.spent)
     checkpoints = [m for m in metrics if "checkpoint" in m]
     judged = [(loss, m) for m in checkpoints if (loss := deciding_loss(m)) is not None]
     best = min(judged, key=lambda pair: pair[0])[1] if judged else None
@@ -243,6 +249,7 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
             "sites": len(sites),
             **{name: total_of_sites(sites, name) for name in IN_SUMMARY},
         },
+        **({"privacy": private} if private else {}),
         "comparable_with_leaderboard": not reasons,
         "not_comparable_because": reasons,
         "seed": config.federation.seed,

@@ -31,6 +31,7 @@ from grandrounds import errors
 from grandrounds.errors import GrandRoundsError, ReplyError
 from grandrounds.wire.adapter import Adapter, Shapes
 from grandrounds.wire.codecs.finite import all_finite
+from grandrounds.wire.guarantee import EPSILON, GUARANTEE, VISITS_LEFT
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
 from grandrounds.wire.names import NAME, SOURCE, one_line
 from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS, HIGHEST_LOSS
@@ -98,6 +99,7 @@ WHOLE = (
     "cursor",
     "base-loads",
     "process-id",
+    VISITS_LEFT,
     *FORMULARY_METRICS,
 )
 """Metrics that are integers from 0 to `MANY`."""
@@ -109,6 +111,7 @@ REAL = {
     HELD_OUT_LOSS: HIGHEST_LOSS,
     "proximal-penalty": 1e30,
     "seconds": 1e9,
+    EPSILON: 1e9,
 }
 """Metrics that are numbers from 0 to this maximum."""
 
@@ -123,7 +126,7 @@ INTRODUCTION: tuple[str, ...] = (*dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUN
 FACTS = frozenset(
     (
         *(*INTRODUCTION, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
-        *("means", "torch", "python", CPU_MATMUL),
+        *("means", "torch", "python", CPU_MATMUL, *GUARANTEE),
     )
 )
 """What is read of an introduction; the server drops everything else."""

@@ -95,6 +95,17 @@ def cohorts_of(config: Config) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(next(drawn)) for _ in range(rounds))
 
 
+def visits_at_most(config: Config, rounds: int) -> int:
+    """Return how often the first rounds of a run may train at one and the same site.
+
+    Every pass of `balanced` cohorts has each site once, and `uniform` ones may have a site in every
+    round. The server knows the seed that draws them, and draws them: no chance is counted upon.
+    """
+    if config.strategy.cohorts != "balanced":
+        return rounds
+    return math.ceil(rounds * config.cohort_size / config.data.num_partitions)
+
+
 def evaluation_cohort_of(config: Config) -> list[int]:
     """Return the cohort that evaluates the held-out loss."""
     sites = config.data.num_partitions

@@ -209,6 +209,24 @@ def test_a_slip_is_told_in_one_line_before_any_output(
     assert said in message
 
 
+def test_a_private_recipe_shows_what_it_spends() -> None:
+    """One step of all units a visit: five releases of multiplier 20, as `privacy plan` has it."""
+    keys = "unit-guarantee=example declared-units=1000 sampling-rate=1 noise-multiplier=20"
+    arguments = [part for key in keys.split() for part in ("--set", f"privacy.{key}")]
+    arguments += ["--set", "train.training-arguments.max-steps=1"]
+    output = plan(*arguments).stdout
+    assert row(output, "noise multiplier (sigma)") == "20"
+    assert row(output, "epsilon after all 24 rounds").endswith("(5 visits)")
+    assert row(output, "site level") == "not private"
+    assert "- may not learn: a step's noise is 7.01 times" in output
+    found = json.loads(plan(*arguments, "--json").stdout)["privacy"]
+    assert (
+        row(output, "epsilon after all 24 rounds")
+        == f"{found['epsilon'][-1]['epsilon']:.2f} (5 visits)"
+    )
+    assert "privacy" not in json.loads(plan("--json").stdout)
+
+
 def test_neither_torch_nor_flower_nor_transformers_is_loaded() -> None:
     heavy = ("torch", "transformers", "flwr", "peft", "datasets", "pyarrow")
     code = (

@@ -71,6 +71,13 @@ def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     lines = [f"  {names[int(site)]} failed: {one_line(why)}" for site, why in failed.items()]
     for who, why in record.get("refused", {}).items():
         lines.append(f"  {names.in_place_of_number(who)} cannot take part: {one_line(why)}")
+    for site in record.get("budget-spent", ()):
+        lines.append(f"  {names[site]} trains no more: its privacy budget is spent")
+    for site, (before, now) in record.get("epsilon-fell", {}).items():
+        lines.append(
+            f"  {names[int(site)]} told epsilon {now:.3g} after {before:.3g}: was its budget "
+            "restored from a backup? The larger one counts"
+        )
     if late := record.get("late-replies"):
         lines.append(f"  {counted(late, 'late update')} arrived after the round, and not used")
     return lines
@@ -151,9 +158,28 @@ def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
         loads += counted(summary["processes"], "process", "processes")
     rows.append(("base loads", loads))
     rows.append(("seconds", f"{summary['seconds']:.1f}"))
+    if private := summary.get("privacy"):
+        rows.append(("privacy", privacy_text(private)))
     if not summary["comparable_with_leaderboard"] and not are_real(sites):
         rows.append(("leaderboard", "not comparable with the leaderboard"))
     return rows
+
+
+def privacy_text(private: Mapping[str, Any]) -> str:
+    """Return the guarantee of a run in one line."""
+    if private["epsilon"] is None:
+        return "no site told what it guarantees"
+    delta = f", delta {private['delta']:g}" if private["delta"] else ""
+    spent = len(private["budget_spent"])
+    parts = [
+        f"epsilon {private['epsilon']:.3g} at most for one {private['unit'] or 'unit'}{delta}",
+        "enforced by the sites" if private["mode"] == "enforced" else REHEARSAL,
+        f"the budget of {counted(spent, 'site')} is spent" if spent else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+REHEARSAL = "a rehearsal, since server and sites share a process"
 
 
 def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:

@@ -27,6 +27,7 @@ from grandrounds.model.architectures import (
     target_modules,
 )
 from grandrounds.model.memory import SiteMemory, precision_of, site_memory
+from grandrounds.study.plan import privacy
 from grandrounds.wire.adapter import Shapes, at_rank, count_parameters
 from grandrounds.wire.schedule import cohorts_of, examples_of_a_visit
 from grandrounds.wire.traffic import Plan, plan_config
@@ -76,6 +77,11 @@ class Forecast:
     def codecs(self) -> dict[str, Plan]:
         """The run's traffic under every codec; see `by_codec`."""
         return by_codec(self, tuple(CODECS))
+
+    @cached_property
+    def privacy(self) -> privacy.PrivacyPlan | None:
+        """What the recipe guarantees to a unit of a site; None if it is not private."""
+        return privacy.privacy_plan(self.config, self.shapes)
 
 
 def forecast(
@@ -293,4 +299,5 @@ def as_dict(forecast: Forecast) -> Mapping[str, Any]:
         "site-memory-bytes": {**asdict(forecast.site), "total": forecast.site.total},
         "server-adapter-bytes": forecast.server_bytes,
         "reading": forecast.reading and asdict(forecast.reading),
+        **({"privacy": privacy.as_dict(forecast.privacy)} if forecast.privacy else {}),
     }

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from grandrounds.config.words import counted
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
 from grandrounds.server.described import cautions, data_text
+from grandrounds.study.plan import privacy
 from grandrounds.study.plan.forecast import Forecast, link_seconds
-from grandrounds.study.tables import NONE, Table, in_gib, in_mib, percent
+from grandrounds.study.tables import NONE, Table, in_gib, in_mib, number, percent
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -54,6 +55,7 @@ def tables(forecast: Forecast, link: Link | None) -> list[Table]:
             "GPU memory of one site by precision of the base, GiB",
         ),
         Table(("item", "value"), other_rows(forecast, link), "server, data and time"),
+        *([privacy.table(forecast.privacy)] if forecast.privacy else []),
     ]
 
 
@@ -95,6 +97,8 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
             f"coverage assumes sites of equal size: with {config.data.partitioner} partitions the "
             "sizes are unknown until the data are read"
         )
+    if forecast.privacy:
+        lines += privacy.notes(forecast.privacy)
     if link:
         lines.append("a transfer is one message down and one up; latency and training are left out")
     return lines
@@ -281,7 +285,12 @@ def totals(forecast: Forecast, link: Link | None) -> dict[str, str]:
         "peak adapter tensors on the server, MiB": in_mib(forecast.server_bytes),
         "examples seen": f"{read.examples_seen:,}" if read else NONE,
         "coverage": percent(read.share_covered) if read else NONE,
+        "epsilon of a site": NONE,
+        "noise to clip": NONE,
     }
+    if private := forecast.privacy:
+        column["epsilon of a site"] = f"{private.epsilon:.2f}"
+        column["noise to clip"] = number(private.noise_to_clip, 3)
     if link:
         seconds = link_seconds(plan, *link)
         column["transfer, one site, one round"] = transfer_time(seconds["round"])
