@@ -32,6 +32,7 @@ data they mean nothing. The date of a chat template is the day on which a run st
 
 LEFT_OUT_AT: tuple[tuple[str, Scalar], ...] = (
     *((key, "") for key in ("model.revision", "data.template-options", "data.system-prompt")),
+    ("model.lora.use-rslora", False),
     ("data.train-on", "answers"),
 )
 """Keys added later, each with its default: a recipe that leaves it there keeps its hash. So were

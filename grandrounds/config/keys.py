@@ -88,6 +88,8 @@ class LoraConfig:
     """LoRA rank."""
     peft_lora_alpha: Annotated[float, Range(0, above=True)]
     """LoRA alpha; the update BA is scaled by alpha / rank."""
+    use_rslora: bool
+    """Rank-stabilised LoRA (Kalajdzievski, 2023): BA is scaled by alpha / sqrt(rank)."""
     target_modules: str
     """Linear modules to adapt, comma-separated. `all-linear`: every linear layer except the output
     head. `auto`: PEFT's default for the architecture (`q_proj,v_proj` for Llama, Mistral and
@@ -98,6 +100,12 @@ class LoraConfig:
     peft_use_dora: Annotated[bool, OneOf((False,))]
     """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
     never loads. `grandrounds plan` counts them."""
+
+    @property
+    def scale(self) -> float:
+        """What the product BA is multiplied by."""
+        rank = self.peft_lora_r
+        return self.peft_lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)

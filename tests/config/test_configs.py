@@ -43,6 +43,7 @@ LEFT_OUT = {
     "static.dataset.split",
     "static.dataset.revision",
     "data.train-on",
+    "model.lora.use-rslora",
     "data.template-date",
     "data.template-options",
     "data.system-prompt",

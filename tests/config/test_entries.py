@@ -99,7 +99,7 @@ ROWS = {
         given="strategy.fraction-train=0.3",
     ),
     "DoRA": Row("model.lora.peft-use-dora = true", refused="false trains plain LoRA"),
-    "rank-stabilised LoRA": Row("model.lora.use-rslora = true", refused="by sqrt(r) for the same"),
+    "rank-stabilised LoRA": Row("model.lora.use-rslora = true", {"model.lora.use-rslora": True}),
     "a trainer's learning rate": Row(
         "train.training-arguments.learning-rate = 5e-5",
         refused="it must be empty. Set train.learning-rate-max",

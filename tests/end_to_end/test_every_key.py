@@ -135,6 +135,7 @@ TESTED_ELSEWHERE = {
     "static.dataset.split": "tests/data/test_sources.py",
     "static.dataset.revision": "tests/data/test_sources.py",
     "data.train-on": "tests/data/test_chat.py",
+    "model.lora.use-rslora": "tests/model/test_stabilised.py",
     **{
         key: "tests/site/private/test_private_visit.py"
         for key in FIELD_OF_KEY

@@ -55,6 +55,7 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
         "data.template-options": '{"enable_thinking": false}',
         "data.system-prompt": "Be brief.",
         "data.train-on": "last",
+        "model.lora.use-rslora": True,
         "privacy.unit-guarantee": "example",
     }
     full = recipes.resolve({**later, "model.name": "someone/model"})
