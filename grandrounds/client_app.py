@@ -26,7 +26,7 @@ app = ClientApp()
 @at_site
 def introduce(visit: Visit) -> RecordDict:
     """Introduce the site: its data, base, prompt, versions and device."""
-    return content(config=visits.introduction(visit.site, visit.config))
+    return content(config=visits.introduction(visit.site, visit.config, visit.mechanism))
 
 
 @app.train()
@@ -34,15 +34,21 @@ def introduce(visit: Visit) -> RecordDict:
 @at_site
 def train(visit: Visit) -> RecordDict:
     """Train the received adapter on the site's next examples; reply with its change."""
-    batches = visits.next_batches(visit)
+    batches = [] if visit.mechanism else visits.next_batches(visit)
     resident = machine.prepare_model(visit.config)
     received = visits.receive_adapter(visit, resident, trains=True)
     with steps.visiting("training", visit.site.partition_id):
-        result = visits.train(visit, resident, batches)
+        if visit.mechanism:
+            visits.train_privately(visit, visit.mechanism, resident)
+        else:
+            result = visits.train(visit, resident, batches)
 
     change = visits.change_of(visit, resident, received)
     arrays = visits.encoded(visit, change)
-    metrics = visits.train_metrics(visit, result, change)
+    if visit.mechanism:
+        metrics = visits.private_metrics(visit, visit.mechanism)
+    else:
+        metrics = visits.train_metrics(visit, result, change)
     visit.write_cursor()
     return content(arrays=arrays, metrics=metrics)
 

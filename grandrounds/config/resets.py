@@ -5,10 +5,14 @@ A value that somebody wrote is never changed: where it contradicts another, that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from grandrounds.config.automatic import FORMULARY_SITES
 from grandrounds.config.values import Scalar
+
+FORMULARY_ROWS = 1500
+"""Records of the formulary; `data.formulary.facts` makes them."""
 
 _FORMULARY = "formulary"
 _ARGUMENTS = "train.training-arguments."
@@ -55,6 +59,8 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
     if values.get(f"{_ARGUMENTS}max-steps") == -1:
         why = "to visits of whole epochs, whose updates grow with a site's number of examples"
         yield from reset("defence.largest-norm", 0.0, why)
+    if values.get("privacy.unit-guarantee") == "example":
+        yield from _private(values, reset)
     highest, default = (_number(flat.get(_HIGHEST)) for flat in (values, defaults))
     lowest = _number(defaults[_LOWEST])
     if 0 < highest < lowest:
@@ -71,6 +77,20 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
     if column and values.get("static.dataset.name", _FORMULARY) != _FORMULARY:
         how = "dirichlet" if "data.dirichlet-alpha" in values else "natural"
         yield from reset("data.partitioner", how, f"with data.partition-by = {column!r}")
+
+
+def _private(
+    values: Mapping[str, Scalar], reset: Callable[[str, Scalar, str], Iterator[Reset]]
+) -> Iterator[Reset]:
+    why = "to private visits, where noise would inflate its step; ffa trains B alone"
+    yield from reset("strategy.name", "ffa", why)
+    why = "to private visits, which clip the gradient of each unit"
+    yield from reset(f"{_ARGUMENTS}max-grad-norm", 0.0, why)
+    sites = values.get("data.num-partitions", FORMULARY_SITES)
+    is_formulary = values.get("static.dataset.name", _FORMULARY) == _FORMULARY
+    if is_formulary and isinstance(sites, int) and sites > 0:
+        why = "to the formulary, whose number of records is public"
+        yield from reset("privacy.declared-units", FORMULARY_ROWS // sites, why)
 
 
 def _number(value: Scalar | None) -> float:

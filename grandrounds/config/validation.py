@@ -20,6 +20,7 @@ from grandrounds.config.keys import (
     TRAIN,
     Config,
 )
+from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.resets import resets
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.synonyms import (
@@ -330,6 +331,7 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     yield from _rule_contradictions(config)
     yield from _codec_contradictions(config)
+    yield from privacy_contradictions(config)
 
 
 def idle_last_round(config: Config) -> str:

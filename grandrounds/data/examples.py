@@ -52,6 +52,8 @@ class SiteData:
     held_out: tuple[Example, ...]
     """Held-out examples; none of their questions occurs in `train`."""
     report: SiteReport
+    units: tuple[int, ...] = ()
+    """Number of each training example's unit, from 0; empty: examples have no units."""
 
 
 def split_rows(

@@ -57,6 +57,8 @@ class TokenizedExamples:
     unlearned: int = 0
     """Earlier answers that the template renders differently once the conversation goes on; they
     are not learned."""
+    positions: tuple[int, ...] = ()
+    """Position of each example among those given."""
 
 
 def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) -> list[list[int]]:
@@ -146,8 +148,9 @@ def tokenize_examples(
     prompts = conversation_token_ids(tokenizer, template, turns)
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
     end = end_token_ids(tokenizer, template) if examples else ()
-    kept, truncated, unlearnable, unlearned = [], 0, 0, 0
-    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+    kept, positions, truncated, unlearnable, unlearned = [], [], 0, 0, 0
+    parts = zip(examples, prompts, answers, strict=True)
+    for position, (example, prompt, answer) in enumerate(parts):
         ids = [*prompt, *answer, *end]
         spans = _earlier_answers(example, prompt, tokenizer) if train_on == ANSWERS else []
         unlearned += spans.count(None)
@@ -158,8 +161,10 @@ def tokenize_examples(
         truncated += len(ids) > seq_length
         shown = tuple(ids[:seq_length])
         kept.append(TokenizedExample(shown, min(len(prompt), seq_length), tuple(earlier)))
+        positions.append(position)
     shortened = _shortened(examples, tokenizer) if template == "chat" else 0
-    return TokenizedExamples(tuple(kept), truncated, unlearnable, shortened, unlearned)
+    counts = truncated, unlearnable, shortened, unlearned
+    return TokenizedExamples(tuple(kept), *counts, tuple(positions))
 
 
 def _earlier_answers(

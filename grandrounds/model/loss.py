@@ -73,6 +73,8 @@ def answer_nll_sum(
     pad_token_id: int,
     device: torch.device,
     how: Forward,
+    *,
+    of_means: bool = False,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood of a batch's answer tokens, in nats and float32.
 
@@ -82,6 +84,9 @@ def answer_nll_sum(
     ----------
     model
         A causal language model of transformers, or a PEFT model around one.
+    of_means : bool
+        Whether to sum each example's mean over its own answer tokens instead, so that no example
+        changes what another one gives.
     """
     model = _base_of(model)
     inputs: dict[str, Any] = flatten(batch) if how.padding_free else collate(batch, pad_token_id)
@@ -89,10 +94,13 @@ def answer_nll_sum(
     learned = (labels != IGNORED_LABEL).nonzero().squeeze(1)
     targets = labels[learned].to(device)  # (answer tokens)
     before = (learned - 1).to(device)  # an answer token is predicted from the one before it
+    weights = _shares(batch).to(device) if of_means else None  # (answer tokens)
     inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     with mixed_precision(device, how.bf16):
         if not how.answers_only:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[before]
+            if weights is not None:
+                return weights @ cross_entropy(logits.float(), targets, reduction="none")
             return cross_entropy(logits.float(), targets, reduction="sum")
         states = model.get_decoder()(**inputs, use_cache=False)
         hidden = states.last_hidden_state.flatten(0, 1)[before]  # (answer tokens, hidden)
@@ -100,11 +108,21 @@ def answer_nll_sum(
         layer = model.get_output_embeddings()
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         head = Head(layer.weight, layer.bias, cap)
-        return head_nll_sum(hidden, head, targets, how.chunk_tokens)
+        return head_nll_sum(hidden, head, targets, how.chunk_tokens, weights)
+
+
+def _shares(batch: Sequence[TokenizedExample]) -> torch.Tensor:
+    """Return for each answer token 1 over the number of answer tokens of its example."""
+    counts = torch.tensor([e.answer_tokens - (e.prompt_tokens == 0) for e in batch])
+    return counts.float().reciprocal().repeat_interleave(counts)
 
 
 def head_nll_sum(
-    hidden: torch.Tensor, head: Head, targets: torch.Tensor, chunk_tokens: int
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    chunk_tokens: int,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood of targets under a frozen head, in float32.
 
@@ -116,13 +134,15 @@ def head_nll_sum(
     targets : int64 tensor of (tokens)
     chunk_tokens : int
         Maximum number of tokens per chunk of logits; 0: one chunk.
+    weights : tensor of (tokens), optional
+        By what the loss of each token is multiplied.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         head = replace(head, weight=head.weight.to(dtype))
         hidden = hidden.to(dtype)
     size = chunk_tokens or max(1, len(hidden))
-    return _HeadLoss.apply(hidden, head, targets, size)  # type: ignore[no-any-return,no-untyped-call]
+    return _HeadLoss.apply(hidden, head, targets, size, weights)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -130,7 +150,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: Head, targets: torch.Tensor, size: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: Head,
+        targets: torch.Tensor,
+        size: int,
+        weights: torch.Tensor | None,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -148,12 +173,15 @@ class _HeadLoss(torch.autograd.Function):
                 of_target = z.gather(1, target)
                 largest = z.amax(dim=1, keepdim=True)
                 sums = z.sub_(largest).exp_().sum(dim=1, keepdim=True)
-                total += (sums.log() + largest - of_target).sum()
+                losses = sums.log() + largest - of_target  # (tokens, 1)
+                total += losses.sum() if weights is None else weights[part] @ losses[:, 0]
                 if gradient is not None:
                     z.div_(sums)
                     z.scatter_add_(1, target, torch.full_like(of_target, -1.0))
                     if slope is not None:
                         z.mul_(slope)
+                    if weights is not None:
+                        z.mul_(weights[part].unsqueeze(1))
                     gradient[part] = z.to(head.weight.dtype) @ head.weight
                 del z, slope  # before the next chunk allocates its own
         ctx.save_for_backward(gradient)
@@ -162,7 +190,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0], None, None, None
+        return gradient * upstream[0], None, None, None, None
 
 
 def mixed_precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:

@@ -145,8 +145,9 @@ def introduction_of(node: int, reply: Message, num_sites: int) -> dict[str, Any]
         for name in (*COUNTS, messages.THREADS):
             if name in record:
                 messages.whole_number(facts, name)
-        for name in guarantee.NUMBERS if guarantee.is_private(record) else ():
-            messages.real_number(facts, name, 0.0, messages.MANY)
+        for name in guarantee.NUMBERS:
+            if name in record:
+                messages.real_number(facts, name, 0.0, messages.MANY)
     except ReplyError as error:
         raise EngineError(f"The introduction of node {node} is invalid: {error}.") from error
     return {

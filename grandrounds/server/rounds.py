@@ -192,7 +192,7 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
 
     def use(site: int, reply: Message) -> messages.Metrics:
         required = messages.TRAIN_METRICS
-        if cards[site].in_custody:
+        if cards[site].in_custody or run.config.is_private:
             required = messages.TRAIN_METRICS_IN_CUSTODY
         metrics = messages.metrics_of(reply, required)
         if (update := updates.admit(site, reply, metrics)) is not None:

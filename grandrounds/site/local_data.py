@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
 from grandrounds.errors import DataError
 from grandrounds.model.tokenizers import dated_tokenizer
+from grandrounds.site.private.units import UnitRule, split_by_unit
 from grandrounds.wire.names import clean_name
 
 
@@ -55,60 +57,86 @@ class Site:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What determines the examples of a run's sites, besides the rows."""
+
+    data: DataConfig
+    """Division, columns, prompt and held-out fraction."""
+    model_name: str
+    """What loads the base, with a revision where the run has one."""
+    seq_length: int
+    """Maximum sequence length in tokens."""
+    seed: int
+    """The run's seed."""
+    units: UnitRule | None = None
+    """The units of a private run."""
+
+    @classmethod
+    def of(cls, config: Config) -> Source:
+        """Return that of a configured run."""
+        units = UnitRule.of_rehearsal(config) if config.is_private else None
+        name, length = config.model.source, config.train.seq_length
+        return cls(config.data, name, length, config.federation.seed, units)
+
+
 def site_of(config: Config, partition_id: int) -> Site:
-    """Return a site of a run on the data that its configuration names."""
-    source, data, model = config.static.source, config.data, config.model.source
-    return open_site(
-        source, data, model, config.train.seq_length, config.federation.seed, partition_id
-    )
-
-
-def open_site(
-    source: str, data: DataConfig, model_name: str, seq_length: int, seed: int, partition_id: int
-) -> Site:
-    """Return a site's tokenised examples.
-
-    Parameters
-    ----------
-    source, model_name : str
-        What loads data and base, with a revision where the run has one.
+    """Return a site of a run on the data that its configuration names, with tokenised examples.
 
     Raises
     ------
     DataError
         If the source cannot be used, or the site has no training example with an answer.
     """
-    return _open(rows_of_run(source, data), data, model_name, seq_length, seed, partition_id)
+    return _open(rows_of_run(config), Source.of(config), partition_id)
 
 
-def rows_of_run(source: str, data: DataConfig) -> Rows:
-    """Return all rows of a source, with the columns that a run reads."""
+def open_site(
+    source: str, data: DataConfig, model_name: str, seq_length: int, seed: int, partition_id: int
+) -> Site:
+    """Return a site's tokenised examples without units; raise `DataError` as `site_of` does.
+
+    Parameters
+    ----------
+    source, model_name : str
+        What loads data and base, with a revision where the run has one.
+    """
+    how = Source(data, model_name, seq_length, seed)
+    return _open(_rows(source, data), how, partition_id)
+
+
+def rows_of_run(config: Config) -> Rows:
+    """Return all rows of a run's source, with the columns that it reads."""
+    column = config.privacy.unit_column if config.is_private else ""
+    return _rows(config.static.source, config.data, column)
+
+
+def _rows(source: str, data: DataConfig, unit_column: str = "") -> Rows:
+    columns = (data.partition_by, unit_column)
     return load_rows(
         source,
         question_column=data.question_column,
         answer_column=data.answer_column,
-        keep_columns=(data.partition_by,) if data.partition_by else (),
+        keep_columns=tuple(dict.fromkeys(filter(None, columns))),
     )
 
 
 @lru_cache(maxsize=1024)
 def _open(
     rows: Rows,  # by identity: load_rows returns the same object for an unchanged source
-    data: DataConfig,
-    model_name: str,
-    seq_length: int,
-    seed: int,
+    source: Source,
     partition_id: int,
 ) -> Site:
-    own_rows, split = split_site(rows, data, seed, partition_id)
-    site = tokenized_site(split, partition_id, model_name, data, seq_length)
+    data = source.data
+    own_rows, split = split_site(rows, source, partition_id)
+    site = tokenized_site(split, partition_id, source.model_name, data, source.seq_length)
     site = replace(site, data_commit=rows.commit)
     if data.partitioner != "natural":
         return site
     return replace(site, name=natural_name(data.partition_by, own_rows[data.partition_by][0]))
 
 
-def split_site(rows: Rows, data: DataConfig, seed: int, partition_id: int) -> tuple[Rows, SiteData]:
+def split_site(rows: Rows, source: Source, partition_id: int) -> tuple[Rows, SiteData]:
     """Return a site's rows among all rows of a source, and its examples as text.
 
     Raises
@@ -116,9 +144,18 @@ def split_site(rows: Rows, data: DataConfig, seed: int, partition_id: int) -> tu
     DataError
         If the rows cannot be divided, or no training example is left.
     """
-    partition = Partition(seed, partition_id, data.num_partitions)
+    data = source.data
+    partition = Partition(source.seed, partition_id, data.num_partitions)
     division = Division(data.partitioner, data.partition_by, data.dirichlet_alpha)
     own_rows = partition_rows(rows, division, partition)
+    if source.units:
+        return own_rows, split_by_unit(
+            own_rows,
+            source.units,
+            question_column=data.question_column,
+            answer_column=data.answer_column,
+            fraction=data.held_out_fraction,
+        )
     split = split_rows(
         own_rows,
         partition,
@@ -188,4 +225,11 @@ def tokenized_site(
         "truncated": train.truncated + held_out.truncated,
         "unlearnable": train.unlearnable + held_out.unlearnable,
     }
-    return Site(partition_id, train.examples, held_out.examples, report)
+    units = _renumbered([split.units[i] for i in train.positions]) if split.units else ()
+    return Site(partition_id, train.examples, held_out.examples, report, units=units)
+
+
+def _renumbered(units: Sequence[int]) -> tuple[int, ...]:
+    """Return numbers of units without gaps, where some have no example that can be learned."""
+    number = {unit: position for position, unit in enumerate(dict.fromkeys(units))}
+    return tuple(number[unit] for unit in units)

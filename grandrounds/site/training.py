@@ -42,6 +42,8 @@ class VisitSettings:
     """How batches go through the model."""
     seed: int
     """Seed of dropout."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
 
 
 @dataclass(frozen=True)
@@ -187,22 +189,22 @@ def make_optimizer(
     ModelError
         If an 8-bit optimizer is configured and bitsandbytes does not load.
     """
-    rate, decay = settings.schedule.peak, settings.weight_decay
+    rate, decay, epsilon = settings.schedule.peak, settings.weight_decay, settings.adam_epsilon
     if settings.optimizer == "adamw_torch":
-        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, eps=epsilon, fused=True)
     check_optimizer(settings.optimizer)
     import bitsandbytes
 
     if settings.optimizer == "adamw_8bit":
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            parameters, lr=rate, weight_decay=decay
+            parameters, lr=rate, weight_decay=decay, eps=epsilon
         )
         return optimizer
-    return _paged_optimizer(parameters, rate, decay)
+    return _paged_optimizer(parameters, rate, decay, epsilon)
 
 
 def _paged_optimizer(
-    parameters: Sequence[torch.nn.Parameter], rate: float, decay: float
+    parameters: Sequence[torch.nn.Parameter], rate: float, decay: float, epsilon: float
 ) -> torch.optim.Optimizer:
     """Return a fresh paged 8-bit AdamW, reusing the one made for the same parameters.
 
@@ -213,12 +215,14 @@ def _paged_optimizer(
 
     same = [made for of, made in _paged if list(map(id, of)) == list(map(id, parameters))]
     if not same:
-        new = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=rate, weight_decay=decay)
+        new = bitsandbytes.optim.PagedAdamW8bit(
+            parameters, lr=rate, weight_decay=decay, eps=epsilon
+        )
         _paged[:] = [*_paged[-1:], (list(parameters), new)]
         return new  # type: ignore[no-any-return]
     optimizer = same[0]
     for group in optimizer.param_groups:
-        group["weight_decay"] = decay
+        group["weight_decay"], group["eps"] = decay, epsilon
     for state in optimizer.state.values():
         state["step"] = 0
         for name in ("state1", "state2", "absmax1", "absmax2"):

@@ -20,7 +20,7 @@ from grandrounds.config.recipes import resolve
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.prompts import prompt_hash
 from grandrounds.data.tokenization import TokenizedExample
-from grandrounds.errors import DataError
+from grandrounds.errors import DataError, PolicyError
 from grandrounds.model import headroom, machine
 from grandrounds.model.base import (
     base_commit,
@@ -36,7 +36,12 @@ from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
+from grandrounds.site.private.accountant import epsilon_of
+from grandrounds.site.private.coins import secret_coins
 from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.site.private.rehearsal import mechanism_of, told_of
+from grandrounds.site.private.units import grouped
+from grandrounds.site.private.visit import PrivateSettings, train_private_visit
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
@@ -48,6 +53,7 @@ from grandrounds.wire.adapter import (
     rank_index,
     trained_part,
 )
+from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.names import NAME
 from grandrounds.wire.told import DATA_TAG
 
@@ -98,12 +104,15 @@ class Visit:
         ------
         DataError
             If the node has no partition id, or one that the run does not have.
+        ConfigError
+            If the run is private, and its mechanism cannot be calibrated.
         """
         config = parsed(context.run_config)
         number = partition_id(context.node_config, config)
+        mechanism = mechanism_of(config) if config.is_private else None
         examples = site_of(config, number)
         settled = machine.settled(config, messages.instruction_of(content))
-        return cls(content, context.state, settled, examples)
+        return cls(content, context.state, settled, examples, mechanism=mechanism)
 
     @property
     def instruction(self) -> ConfigRecord:
@@ -163,6 +172,11 @@ class Visit:
         """Save the cursor for the next visit in the site's state."""
         self.state.config_records[_CURSOR] = ConfigRecord({"examples": self.cursor_after})
 
+    @property
+    def number(self) -> int:
+        """Which of the run's visits to the site this is, from 1, by the cursor."""
+        return self.cursor_after // sampling.examples_of_a_visit(self.config, 1)
+
 
 def given_to_run(state: RecordDict) -> int:
     """Return how many examples a site has given to a run, by what it keeps of it."""
@@ -205,8 +219,13 @@ def _parsed(items: tuple[tuple[str, Any], ...]) -> Config:
     return resolve(dict(items))
 
 
-def introduction(site: Site, config: Config) -> dict[str, int | str]:
-    """Return a site's introduction at the roll call; loads nothing heavy."""
+def introduction(
+    site: Site, config: Config, mechanism: Mechanism | None = None
+) -> dict[str, int | float | str]:
+    """Return a site's introduction at the roll call; loads nothing heavy.
+
+    Under a unit guarantee the site's weight is the number of units that it declares.
+    """
     device, dtype = device_and_dtype(config.model.dtype)
     # Fail here, before any training.
     quantization_config(bits_of(machine.specs(config)[0]), dtype)
@@ -219,6 +238,7 @@ def introduction(site: Site, config: Config) -> dict[str, int | str]:
         "partition-id": site.partition_id,
         **({NAME: site.name} if site.name else {}),
         **site.report,
+        **(told_of(mechanism, config) if mechanism else {}),
         DATA_TAG: site.tag,
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
@@ -279,13 +299,30 @@ def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapte
 
 def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitResult:
     """Run the local steps of a visit on the resident model."""
-    config, arguments = visit.config, visit.config.arguments
-    factors, ranks = visit.trained
+    config, (_, ranks) = visit.config, visit.trained
+    trained, settings = _trained(visit, resident), _settings(visit)
+    parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
+    pad = run_tokenizer(config).pad_token_id
+    return headroom.run_visit(
+        config,
+        resident,
+        lambda: training.train_visit(
+            resident.model, list(trained.values()), batches, settings, pad, parts
+        ),
+    )
+
+
+def _trained(visit: Visit, resident: Resident) -> dict[str, torch.nn.Parameter]:
+    """Return the factors that a visit trains, and let only them have a gradient."""
+    factors, _ = visit.trained
     for name, parameter in resident.parameters.items():
         parameter.requires_grad_(factor_of(name) in factors)
-    trained = {n: p for n, p in resident.parameters.items() if p.requires_grad}
-    seed = sampling.visit_seed(config.federation.seed, visit.round, visit.site.partition_id)
-    settings = training.VisitSettings(
+    return {n: p for n, p in resident.parameters.items() if p.requires_grad}
+
+
+def _settings(visit: Visit) -> training.VisitSettings:
+    config, arguments = visit.config, visit.config.arguments
+    return training.VisitSettings(
         accumulation_steps=arguments.gradient_accumulation_steps,
         schedule=sampling.VisitSchedule(
             visit.rate, arguments.warmup_steps, arguments.lr_scheduler_type
@@ -295,15 +332,33 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
         max_grad_norm=arguments.max_grad_norm,
         proximal_mu=config.strategy.proximal_mu,
         forward=machine.forward(config),
-        seed=seed,
+        seed=sampling.visit_seed(config.federation.seed, visit.round, visit.site.partition_id),
     )
-    parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
+
+
+def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> None:
+    """Run the local steps of a private visit on the resident model, with secret coins.
+
+    Raises
+    ------
+    PolicyError
+        If the site has already had all visits that the noise is calibrated for.
+    """
+    if visit.number > mechanism.visits:
+        raise PolicyError(
+            f"Visit {visit.number} of a run whose noise is calibrated for {mechanism.visits} "
+            "to a site: one more would spend more than the target ε."
+        )
+    config, arguments = visit.config, visit.config.arguments
+    trained = _trained(visit, resident)
+    settings = PrivateSettings(mechanism, arguments.per_device_train_batch_size, _settings(visit))
+    units = grouped(visit.site.units, visit.site.train)
     pad = run_tokenizer(config).pad_token_id
-    return headroom.run_visit(
+    headroom.run_visit(
         config,
         resident,
-        lambda: training.train_visit(
-            resident.model, list(trained.values()), batches, settings, pad, parts
+        lambda: train_private_visit(
+            resident.model, list(trained.values()), units, settings, pad, secret_coins()
         ),
     )
 
@@ -321,6 +376,17 @@ def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
     seed, site = config.federation.seed, visit.site.partition_id
     generator = sampling.uplink_generator(seed, visit.round, site)
     return uplink.encode_change(change, config.communication, memory, generator)
+
+
+def private_metrics(visit: Visit, mechanism: Mechanism) -> dict[str, float | int]:
+    """Return the metrics of a private visit: none of them depends on the site's data."""
+    return {
+        "num-examples": mechanism.declared_units,
+        "steps": mechanism.steps,
+        EPSILON: epsilon_of(mechanism, visit.number),
+        "cursor": visit.cursor_after,
+        **process_facts(),
+    }
 
 
 def train_metrics(

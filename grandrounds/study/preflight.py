@@ -25,6 +25,7 @@ from grandrounds.model.architectures import (
 )
 from grandrounds.model.location import check_location
 from grandrounds.server.directory import check_vacant
+from grandrounds.site.private.rehearsal import REHEARSAL, mechanism_of
 from grandrounds.study.plan.forecast import kept_rows, site_sizes
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of, examples_of_a_visit
 
@@ -67,10 +68,27 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
     DataError
         If the data are a file that is missing, damaged, without a column or without content, or
         cannot be divided among the sites.
+    ConfigError
+        If a private run cannot be calibrated.
     """
     damage = check_place(config, from_round)
     unmatched = check_base(config)
-    return [*damage, *unmatched, *warnings(config, check_data(config))]
+    found = warnings(config, check_data(config))
+    return [*damage, *unmatched, *found, *check_privacy(config)]
+
+
+def check_privacy(config: Config) -> list[str]:
+    """Calibrate the noise of a private run; return what its guarantee is worth here.
+
+    Raises
+    ------
+    ConfigError
+        If no units are declared, no noise reaches the target, or dp-accounting is missing.
+    """
+    if not config.is_private:
+        return []
+    mechanism_of(config)
+    return [f"this private run is a {REHEARSAL}"]
 
 
 def check_place(config: Config, from_round: int | None) -> list[str]:

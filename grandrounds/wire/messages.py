@@ -75,7 +75,7 @@ TRAIN_METRICS: tuple[str, ...] = (
 """Metrics that a reply to `train` must have, unless the site is in its own custody."""
 
 TRAIN_METRICS_IN_CUSTODY: tuple[str, ...] = ("num-examples",)
-"""Metrics that a reply to `train` of such a site must have."""
+"""Metrics that a reply to `train` of such a site must have, and that of a private visit."""
 
 EVALUATE_METRICS = ("nll-sum", "tokens")
 """Metrics that a reply to `evaluate` must have, unless the site is in its own custody: then it may

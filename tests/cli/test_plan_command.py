@@ -214,6 +214,7 @@ def test_a_private_recipe_shows_what_it_spends() -> None:
     keys = "unit-guarantee=example declared-units=1000 sampling-rate=1 noise-multiplier=20"
     arguments = [part for key in keys.split() for part in ("--set", f"privacy.{key}")]
     arguments += ["--set", "train.training-arguments.max-steps=1"]
+    arguments += ["--set", "strategy.name=fedavg"]
     output = plan(*arguments).stdout
     assert row(output, "noise multiplier (sigma)") == "20"
     assert row(output, "epsilon after all 24 rounds").endswith("(5 visits)")

@@ -8,7 +8,10 @@ import sys
 
 HEAVY = ("torch", "transformers", "flwr", "peft", "datasets", "pyarrow")
 
-OPTIONS = "--units 1000 --sampling-rate 1 --steps 1 --noise-multiplier 20 --delta 1e-6"
+OPTIONS = (
+    "--units 1000 --sampling-rate 1 --steps 1 --noise-multiplier 20 --delta 1e-6 "
+    "--set strategy.name=fedavg"
+)
 
 
 def test_a_guarantee_is_planned_without_torch() -> None:

@@ -18,7 +18,7 @@ from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.server.directory import RunDirectory
-from grandrounds.site.local_data import rows_of_run, site_of, split_site
+from grandrounds.site.local_data import Source, rows_of_run, site_of, split_site
 from grandrounds.study.evaluation.benchmarks import Item, Task, held_out_benchmark
 from grandrounds.study.evaluation.greedy import tokenized
 from grandrounds.study.evaluation.tasks import rows_are_elsewhere
@@ -56,14 +56,14 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
         If the source cannot be read, or has changed since the run.
     """
     check_rows_are_here(run, config)
-    rows = rows_of_run(config.static.source, config.data)
+    rows, how = rows_of_run(config), Source.of(config)
     tokenizer = tokenizer_of(config.model.source, ChatSettings(*config.data.chat))
     template = config.data.prompt_template
     by_site: list[list[Item]] = []
     trained: list[set[str]] = []
     found: list[dict[str, int]] = []
     for site in range(config.data.num_partitions):
-        _, split = split_site(rows, config.data, config.federation.seed, site)
+        _, split = split_site(rows, how, site)
         items = [_item(0, example.question, example.answer) for example in split.held_out]
         fitting = tokenized(items, tokenizer, template, config.train.seq_length)
         kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]

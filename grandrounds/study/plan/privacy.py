@@ -15,8 +15,9 @@ from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.words import counted, percent
 from grandrounds.errors import ConfigError
 from grandrounds.model.architectures import adapter_shapes, find_architecture, target_modules
-from grandrounds.site.private.accountant import calibrated, epsilon_of
-from grandrounds.site.private.mechanism import Mechanism, sampling_rate_of
+from grandrounds.site.private.accountant import epsilon_of
+from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.site.private.rehearsal import mechanism_of
 from grandrounds.study.tables import Table, number
 from grandrounds.wire.adapter import Shapes, count_parameters, of_factors
 from grandrounds.wire.schedule import visits_at_most
@@ -29,6 +30,12 @@ FEWEST_SITES = 80
 """Sites a round below which nothing is called private at site level: noise of multiplier 2 on the
 mean of 80 updates of 67,584 values, the embedded adapter's B factors, is 6.5 times as long as an
 update can be."""
+
+UNITS_UNKNOWN = (
+    "how much noise a private run adds depends on the units, records or patients, that a site "
+    "declares: give them as grandrounds privacy plan --units N, or --set privacy.declared-units=N"
+)
+"""Said where a recipe leaves the number to the sites."""
 
 SITE_EPSILON, SITE_DELTA = 8.0, 1e-3
 """Weak guarantee at which a recipe's noise at site level is worked out."""
@@ -135,7 +142,9 @@ def gaussian_noise(epsilon: float, delta: float) -> float:
 
 
 def privacy_plan(config: Config, shapes: Shapes) -> PrivacyPlan | None:
-    """Return what a recipe guarantees at each site; None if it is not private.
+    """Return what a recipe guarantees at each site.
+
+    None if it is not private, or does not say how many units a site declares.
 
     Parameters
     ----------
@@ -145,10 +154,9 @@ def privacy_plan(config: Config, shapes: Shapes) -> PrivacyPlan | None:
     Raises
     ------
     ConfigError
-        If the recipe does not say how many units a site declares, or how much noise is added; or
-        dp-accounting is not installed.
+        If no noise reaches the target, or dp-accounting is not installed.
     """
-    if not config.is_private:
+    if not config.is_private or not config.privacy.declared_units:
         return None
     return PrivacyPlan(config, mechanism_of(config), trained_values(config, shapes))
 
@@ -164,57 +172,16 @@ def plan_of_recipe(config: Config, architecture: str | None = None) -> PrivacyPl
     Raises
     ------
     ConfigError
-        As for `privacy_plan`.
+        As for `privacy_plan`, and if no units are declared.
     ModelError
         If the base's shapes are unknown, or a target is not one of its linear modules.
     """
+    if not config.privacy.declared_units:
+        raise ConfigError(f"privacy.declared-units = 0: {UNITS_UNKNOWN}.")
     base = find_architecture(architecture or config.model.name)
     targets = target_modules(base, config.lora.target_modules)
     shapes = adapter_shapes(base, targets, config.lora.peft_lora_r)
     return PrivacyPlan(config, mechanism_of(config), trained_values(config, shapes))
-
-
-def mechanism_of(config: Config) -> Mechanism:
-    """Return the mechanism of a private recipe's visits.
-
-    Raises
-    ------
-    ConfigError
-        As for `privacy_plan`.
-    """
-    privacy, units = config.privacy, config.privacy.declared_units
-    if not units:
-        raise ConfigError(
-            "privacy.declared-units = 0: the plan needs the units, records or patients, that a "
-            "site declares. Give them as --units, or --set privacy.declared-units=1000."
-        )
-    rate = sampling_rate_of(config, units)
-    steps = steps_of_a_visit(config, rate)
-    visits = visits_at_most(config, config.federation.num_server_rounds)
-    noise = privacy.noise_multiplier
-    if not noise:
-        if not privacy.target_epsilon:
-            raise ConfigError(
-                "privacy.target-epsilon and privacy.noise-multiplier are both 0: give one of them, "
-                "as --target-epsilon or --noise-multiplier."
-            )
-        noise = calibrated(privacy.target_epsilon, rate, steps * visits, privacy.delta)
-    return Mechanism(
-        noise_multiplier=noise,
-        clipping_norm=privacy.clipping_norm,
-        sampling_rate=rate,
-        declared_units=units,
-        steps=steps,
-        visits=visits,
-        delta=privacy.delta,
-    )
-
-
-def steps_of_a_visit(config: Config, sampling_rate: float) -> int:
-    """Return the steps of a visit; an epoch has 1 / `sampling_rate` of them."""
-    if config.arguments.max_steps > 0:
-        return config.arguments.max_steps
-    return max(1, math.ceil(config.arguments.num_train_epochs / sampling_rate))
 
 
 def trained_values(config: Config, shapes: Shapes) -> int:

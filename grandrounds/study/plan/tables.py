@@ -99,6 +99,8 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
         )
     if forecast.privacy:
         lines += privacy.notes(forecast.privacy)
+    elif config.is_private:
+        lines.append(privacy.UNITS_UNKNOWN)
     if link:
         lines.append("a transfer is one message down and one up; latency and training are left out")
     return lines

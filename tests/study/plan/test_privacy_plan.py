@@ -16,15 +16,17 @@ from grandrounds.study.plan.privacy import (
     PrivacyPlan,
     gaussian_noise,
     meaning,
-    mechanism_of,
     plan_of_recipe,
-    steps_of_a_visit,
+    privacy_plan,
     verdict,
     warnings,
 )
 from grandrounds.wire.schedule import cohorts_of, visits_at_most
 
 VISITS = Mechanism(1.0, 1.0, 0.064, 1000, steps=4, visits=5, delta=1e-5)
+
+
+OWN_DATA = {"static.dataset.name": "own.jsonl"}
 
 
 def configured(**changes: Any) -> Any:
@@ -111,18 +113,10 @@ def test_what_a_guarantee_means_is_said_in_probabilities() -> None:
 def test_only_the_factor_that_is_trained_is_noised() -> None:
     """Rank 8 on the embedded base's modules: outputs x 8 for B alone, which ffa trains."""
     ffa = configured(**{"strategy.name": "ffa"})
-    both, one = plan_of_recipe(configured()), plan_of_recipe(ffa)
+    fedavg = configured(**{"strategy.name": "fedavg"})
+    both, one = plan_of_recipe(fedavg), plan_of_recipe(ffa)
     assert (both.num_values, one.num_values) == (122_880, 67_584)
     assert one.noise_to_clip == pytest.approx(both.noise_to_clip * math.sqrt(67_584 / 122_880))
-
-
-def test_an_epoch_has_as_many_steps_as_draw_each_unit_once_on_average() -> None:
-    epochs = {
-        "train.training-arguments.max-steps": -1,
-        "train.training-arguments.num-train-epochs": 2,
-    }
-    assert steps_of_a_visit(configured(**epochs), 0.016) == 125
-    assert steps_of_a_visit(configured(), 0.016) == configured().arguments.max_steps
 
 
 def test_the_unit_is_the_patient_where_a_column_names_one() -> None:
@@ -130,8 +124,8 @@ def test_the_unit_is_the_patient_where_a_column_names_one() -> None:
     assert planned(**{"privacy.unit-column": "who"}).unit == "patient"
 
 
-def test_a_recipe_without_units_or_noise_is_refused() -> None:
+def test_a_recipe_that_leaves_the_units_to_the_sites_is_not_planned() -> None:
+    left = configured(**{"privacy.declared-units": 0, "data.partitioner": "iid"}, **OWN_DATA)
+    assert privacy_plan(left, {}) is None
     with pytest.raises(ConfigError, match="--units"):
-        mechanism_of(configured(**{"privacy.declared-units": 0}))
-    with pytest.raises(ConfigError, match="--target-epsilon or --noise-multiplier"):
-        mechanism_of(configured(**{"privacy.noise-multiplier": 0.0}))
+        plan_of_recipe(left)

@@ -1,0 +1,94 @@
+"""Secret coins: random numbers that nobody can predict, for the noise and the choice of units.
+
+A guarantee holds only while noise and choice are unknown to whoever sees the result. The server
+knows a run's seed, so nothing here comes from one: ChaCha20 (RFC 8439) under a key of the operating
+system. No setting of a run, a site or a node reaches these coins.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Protocol
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from numpy.typing import NDArray
+
+DRAWS = 4
+"""Normal draws that are summed for one value. The bits of a single one tell too much of how it was
+computed (Holohan and Braghin, Secure random sampling in differential privacy, 2021, section 4)."""
+
+CHUNK_VALUES = 2**18
+"""Values computed at once: 8 MiB of key stream."""
+
+STREAM_BYTES = 2**34
+"""Bytes taken from one nonce; ChaCha20's block counter allows 2**38."""
+
+
+class Coins(Protocol):
+    """A source of independent random numbers."""
+
+    def uniforms(self, count: int) -> NDArray[np.float64]:
+        """Return numbers uniform in [0, 1), multiples of 2**-53."""
+
+    def normals(self, count: int, device: torch.device) -> torch.Tensor:
+        """Return standard normal numbers: float64 of (count)."""
+
+
+def secret_coins() -> Coins:
+    """Return coins under a fresh key of the operating system."""
+    return KeyedCoins(os.urandom(32))
+
+
+class KeyedCoins:
+    """The key stream of ChaCha20 as random numbers; secret as long as its key is.
+
+    Parameters
+    ----------
+    key : bytes
+        32 bytes.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key, self._stream = key, 0
+        self._start()
+
+    def _start(self) -> None:
+        # RFC 8439: a block counter of 4 bytes, then the nonce of 12.
+        nonce = bytes(4) + self._stream.to_bytes(12, "little")
+        self._cipher = Cipher(algorithms.ChaCha20(self._key, nonce), None).encryptor()
+        self._left = STREAM_BYTES
+
+    def _words(self, count: int) -> NDArray[np.uint64]:
+        if self._left < 8 * count:
+            self._stream += 1
+            self._start()
+        self._left -= 8 * count
+        return np.frombuffer(self._cipher.update(bytes(8 * count)), dtype="<u8")
+
+    def uniforms(self, count: int) -> NDArray[np.float64]:
+        """Return numbers uniform in [0, 1), multiples of 2**-53."""
+        parts = [
+            (self._words(min(CHUNK_VALUES, count - start)) >> np.uint64(11)) * 2.0**-53
+            for start in range(0, count, CHUNK_VALUES)
+        ]
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    def normals(self, count: int, device: torch.device) -> torch.Tensor:
+        """Return standard normal numbers: float64 of (count).
+
+        Each is half the sum of four: both results of two transforms of Box and Muller (1958).
+        """
+        out = torch.empty(count, dtype=torch.float64, device=device)
+        for start in range(0, count, CHUNK_VALUES):
+            part = out[start : start + CHUNK_VALUES]
+            words = self._words(DRAWS * len(part)).astype(np.int64, copy=False).view(np.int64)
+            bits = torch.from_numpy(words.copy()).to(device).view(DRAWS, len(part))
+            uniform = ((bits >> 11) & (2**53 - 1)).double().mul_(2.0**-53)
+            radius = uniform[:2].neg_().log1p_().mul_(-2.0).sqrt_()  # (2, values)
+            angle = uniform[2:].mul_(2.0 * math.pi)
+            torch.sum(radius * angle.cos().add_(angle.sin()), dim=0, out=part)
+            part.div_(math.sqrt(DRAWS))
+        return out

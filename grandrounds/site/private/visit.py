@@ -1,0 +1,187 @@
+"""Local training under differential privacy: DP-SGD on the units of a site (Abadi et al., 2016).
+
+What it guarantees: the adapter that leaves differs in distribution by at most the accountant's
+(ε, delta) when one unit, a record or all records of a patient, is added or removed. It holds
+against the server, the other sites and whoever has the model, as long as the site's coins are
+secret. It does not hide how long a visit takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.model.loss import answer_nll_sum, attending
+from grandrounds.site import steps, training
+from grandrounds.site.private.clipping import add_clipped
+from grandrounds.site.private.coins import Coins
+from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.site.private.per_unit import UnitGradients, per_unit
+from grandrounds.site.private.poisson import drawn_units
+from grandrounds.site.training import VisitSettings
+
+Unit = Sequence[TokenizedExample]
+"""All records of a unit that train."""
+
+LEAST_ADAM_EPSILON = 1e-6
+"""AdamW divides by the root of its second moment plus this: with less, noise alone would move a
+value whose gradients are 0."""
+
+GRID = 2.0**-20
+"""Spacing of released sums, in clipping norms: it drops the low bits of the noise's arithmetic."""
+
+
+@dataclass(frozen=True)
+class PrivateSettings:
+    """How a private visit trains."""
+
+    mechanism: Mechanism
+    """Noise, clip, sampling and steps: all public."""
+    microbatch: int
+    """Records per forward and backward pass. It changes memory and speed only."""
+    training: VisitSettings
+    """Optimizer, schedule, proximal term and forward pass. Gradients are clipped by unit, so
+    `max_grad_norm` is not read, and `accumulation_steps` is not either."""
+
+
+def train_private_visit(
+    model: Any,
+    parameters: Sequence[torch.nn.Parameter],
+    units: Sequence[Unit],
+    settings: PrivateSettings,
+    pad_token_id: int,
+    coins: Coins,
+) -> None:
+    """Train an adapter in place by DP-SGD.
+
+    Each step draws every unit with probability q, and releases
+
+        ( sum_u clip_C(g_u) + N(0, (sigma C)^2) ) / (q N),    g_u = sum_r grad mean_t -log p(t)
+
+    over the drawn units u, the records r of a unit, and the answer tokens t of a record. N is the
+    declared number of units. FedProx's term, AdamW and its weight decay work on what was released.
+
+    Parameters
+    ----------
+    model
+        As for `train_visit`.
+    parameters
+        The trained LoRA factors; their values on entry are w_round.
+    units
+        All units that may train.
+    coins
+        Secret; whoever knows them can take the noise off.
+
+    Raises
+    ------
+    ModelError
+        If the base or the adapter is one whose gradients cannot be told apart by unit.
+    """
+    mechanism, how = settings.mechanism, settings.training
+    received = [p.detach().clone() for p in parameters]
+    epsilon = max(how.adam_epsilon, LEAST_ADAM_EPSILON)
+    optimizer = training.make_optimizer(parameters, dataclasses.replace(how, adam_epsilon=epsilon))
+    optimizer.zero_grad(set_to_none=True)
+    model.train()
+    with per_unit(model, parameters, settings.microbatch) as collected:
+        sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        for step in range(mechanism.steps):
+            training.set_learning_rate(optimizer, how.schedule.rate(step, mechanism.steps))
+            drawn = drawn_units(len(units), mechanism.sampling_rate, coins)
+            for batch in microbatches([units[u] for u in drawn], settings.microbatch):
+                add_batch(model, batch, collected, settings, pad_token_id)
+                add_clipped_units(sums, collected, batch, mechanism.clipping_norm)
+            for parameter, total in zip(parameters, sums, strict=True):
+                parameter.grad = released(total, mechanism, coins).to(parameter.dtype)
+                total.zero_()
+            training.add_proximal_gradient(parameters, received, how.proximal_mu)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps.step(step + 1, mechanism.steps)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Records that go through the model together; a unit's may be spread over several."""
+
+    records: tuple[TokenizedExample, ...]
+    slots: tuple[int, ...]
+    """Slot of each record's unit, in ascending order. Slot 0 goes on with the last batch's unit if
+    that was not complete."""
+    is_complete: bool
+    """Whether the last unit has no more records in the next microbatch."""
+
+
+def microbatches(units: Sequence[Unit], size: int) -> Iterator[Microbatch]:
+    """Yield the records of units, unit by unit, in microbatches of at most `size` records."""
+    records = [(number, record) for number, unit in enumerate(units) for record in unit]
+    for start in range(0, len(records), size):
+        part, after = records[start : start + size], records[start + size : start + size + 1]
+        distinct = dict.fromkeys(number for number, _ in part)
+        slot_of = {number: slot for slot, number in enumerate(distinct)}
+        yield Microbatch(
+            records=tuple(record for _, record in part),
+            slots=tuple(slot_of[number] for number, _ in part),
+            is_complete=not after or after[0][0] != part[-1][0],
+        )
+
+
+def add_batch(
+    model: Any,
+    batch: Microbatch,
+    collected: UnitGradients,
+    settings: PrivateSettings,
+    pad_token_id: int,
+) -> None:
+    """Add the gradients of a microbatch's records to the slots of their units."""
+    forward, device = settings.training.forward, collected.parameters[0].device
+    lengths = [len(record.input_ids) for record in batch.records]
+    with attending(model, forward):
+        with collected.of_batch(lengths, batch.slots, forward.padding_free):
+            loss = answer_nll_sum(
+                model, batch.records, pad_token_id, device, forward, of_means=True
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+    collected.check()
+
+
+@torch.no_grad()
+def add_clipped_units(
+    sums: Sequence[torch.Tensor],
+    collected: UnitGradients,
+    batch: Microbatch,
+    clipping_norm: float,
+) -> None:
+    """Add the clipped gradients of a microbatch's complete units to the sums, and free their slots.
+
+    The gradient of a unit that goes on in the next microbatch moves to slot 0.
+    """
+    last = batch.slots[-1]
+    done = last + 1 if batch.is_complete else last
+    if done:
+        add_clipped(sums, [g[:done] for g in collected.gradients], clipping_norm)
+    for gradient in collected.gradients:
+        if not batch.is_complete and last:
+            gradient[0] = gradient[last]
+        gradient[0 if batch.is_complete else 1 : last + 1] = 0.0
+
+
+@torch.no_grad()
+def released(total: torch.Tensor, mechanism: Mechanism, coins: Coins) -> torch.Tensor:
+    """Return the noised mean of a step, float64: all that is ever seen of a sum of gradients.
+
+    Parameters
+    ----------
+    total : float64 tensor
+        Sum of clipped gradients.
+    """
+    clip = mechanism.clipping_norm
+    noise = coins.normals(total.numel(), total.device).view(total.shape)
+    noised = noise.mul_(mechanism.noise_multiplier * clip).add_(total)
+    spacing = clip * GRID
+    return noised.div_(spacing).round_().mul_(spacing).div_(mechanism.expected_batch)
