@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from grandrounds.cli.options import (
     ConfigFile,
     Model,
     Plain,
+    Quiet,
     Recipe,
     Rounds,
     Sites,
@@ -21,6 +23,9 @@ from grandrounds.cli.request import chosen_recipe
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.values import Scalar
+from grandrounds.errors import ConfigError, DataError
+from grandrounds.quiet import quiet_libraries
+from grandrounds.storage import write_json, writing
 from grandrounds.study.sites import with_sites
 
 app = typer.Typer(
@@ -106,3 +111,75 @@ def plan(
         screen.table(shown.title, shown.columns, shown.rows)
     screen.notes(privacy.notes(found))
     screen.emit(privacy.as_dict(found))
+
+
+@app.command()
+def audit(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Recipe, or run directory whose recipe is audited and that keeps the findings.",
+            metavar="[RUN_DIR|RECIPE]",
+            show_default=False,
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    model: Model = None,
+    canaries: Annotated[
+        int, typer.Option(help="Invented records, each in or out by a secret coin.", min=1)
+    ] = 200,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for the findings; default: privacy-audit.json in the run directory, or here."
+        ),
+    ] = None,
+    plain: Plain = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Attack a recipe on invented records, beside the epsilon that it claims.
+
+    Trains the recipe in this process on a synthetic world with fresh canaries; no site takes part.
+    Exit code 1 if the guarantee is shown to be broken. A bound below the claim proves nothing.
+
+    Examples:
+
+    - `grandrounds privacy audit runs/first`
+
+    - `grandrounds privacy audit private.toml --canaries 1000`
+    """
+    screen = Screen(plain, quiet=quiet, as_json=as_json)
+    screen.working("reading the configuration")
+    run = target if target is not None and (target / "config.toml").is_file() else None
+    file = run / "config.toml" if run else chosen_recipe(target, config)
+    if run and config:
+        raise ConfigError(f"{run} and --config {config} are two recipes; give one.")
+    layers = recipes.layers_of(file, assignments, model=model)
+    resolved = recipes.with_absolute_paths(recipes.resolve(recipes.merged(layers)))
+    quiet_libraries()
+    from grandrounds.study.audit import words
+    from grandrounds.study.audit.run import audit as audited
+
+    place = out or (run / words.PLACE if run else Path(words.PLACE))
+    found = audited(resolved, canaries, lambda what: screen.working(what)).as_dict()
+    with writing(str(place), "Choose another file with --out.", DataError):
+        write_json(place, found)
+    show(found, screen)
+    screen.tell(f"written: {place}")
+    screen.emit(found)
+    if words.is_broken(found):
+        raise typer.Exit(1)
+
+
+def show(found: dict[str, Any], screen: Screen) -> None:
+    """Show what an audit found: in a line, as a table, and what it does not show."""
+    from grandrounds.study.audit import words
+
+    shown = words.table(found)
+    if not screen.as_json:
+        screen.table(shown.title, shown.columns, shown.rows)
+    screen.still()
+    screen.tell(words.headline(found), found["verdict"])
+    screen.notes([words.SYNTHETIC])

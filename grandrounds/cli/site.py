@@ -13,8 +13,8 @@ import typer
 
 from grandrounds import storage
 from grandrounds.cli import site_log
-from grandrounds.cli.options import Assignments
-from grandrounds.cli.screen import say
+from grandrounds.cli.options import Assignments, Model, Plain
+from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.errors import GrandRoundsError
@@ -290,6 +290,40 @@ def opened(site: SiteFile) -> AbstractContextManager[SiteState]:
 def supernode(config: SiteToml = Path("site.toml")) -> None:
     """Print the command that starts the site's SuperNode."""
     say(start_command(read_site_file(config)))
+
+
+@app.command("audit")
+def audit_adapter(
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of an adapter that the site received.", metavar="ADAPTER")
+    ],
+    config: SiteToml = Path("site.toml"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe of the run that trained it: prompt, lengths, precision."),
+    ] = None,
+    assignments: Assignments = None,
+    model: Model = None,
+    plain: Plain = False,
+) -> None:
+    """Attack a received adapter with the site's own examples; shown here and nowhere else.
+
+    Tells the training examples from the held-out ones by how much likelier the adapter made their
+    answers, beside what the untuned base tells. (The audit log is `grandrounds site log`.)
+    """
+    site = read_site_file(config)
+    screen = Screen(plain)
+    asked = recipes.from_options(recipe, assignments, model=model)
+    quiet_libraries()
+    screen.working("attacking the adapter")
+    from grandrounds.study.audit.own_site import audit_site, base_of, notes, tables
+
+    if "model.name" not in asked:
+        asked["model.name"] = base_of(site, adapter)
+    found = audit_site(site, adapter, recipes.resolve(asked))
+    for table in tables(found):
+        screen.table(table.title, table.columns, table.rows)
+    screen.notes(notes(found))
 
 
 app.command()(site_log.log)

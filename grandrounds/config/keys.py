@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
-from grandrounds.config.automatic import FORMULARY_SITES
+from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.values import AUTO, Day, OneOf, Range, Scalar, SomeOf, Table, words_of
@@ -460,7 +460,8 @@ class StaticConfig:
 
     name: str
     """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv or .parquet file (.gz
-    too), a folder of such files or a pattern (`cards/*.jsonl`); or `formulary`."""
+    too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
+    `formulary`, or `common-and-rare` (docs/privacy.md)."""
     config: str
     """Configuration of a data set on the Hub; empty: its only or default one."""
     split: str
@@ -510,6 +511,13 @@ class Config:
         data = self.data
         how = (self.static.name, data.partitioner, data.partition_by, data.num_partitions)
         return how == ("formulary", "natural", "site", FORMULARY_SITES)
+
+    @property
+    def is_embedded_by_site(self) -> bool:
+        """Whether the sites are those of built-in data, each with as many rows."""
+        data = self.data
+        how = (data.partitioner, data.partition_by)
+        return self.static.name in EMBEDDED_DATA and how == ("natural", "site")
 
     @property
     def is_private(self) -> bool:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from grandrounds.config import automatic
+from grandrounds.config.automatic import EMBEDDED_DATA
 from grandrounds.config.bases import names_a_base
 from grandrounds.config.codecs import COARSE_CODECS, EXACT_CODECS
 from grandrounds.config.keys import (
@@ -300,14 +301,18 @@ def contradictions(config: Config) -> Iterator[str]:
         ),
     ):
         for key, word in words.items():
-            if word and (name == "formulary" or names_a_base(name) or found(name)):
+            if word and (name in EMBEDDED_DATA or names_a_base(name) or found(name)):
                 yield (
                     f"{key} = {word!r} is for the Hugging Face hub, and {name!r} is not there but "
                     "here: leave the key out."
                 )
     for key, value, hint in (
         ("model.name", config.model.name, "a Hub name, a folder, or formulary"),
-        ("static.dataset.name", config.static.name, "a Hub name, a file, or formulary"),
+        (
+            "static.dataset.name",
+            config.static.name,
+            f"a Hub name, a file, or {' or '.join(EMBEDDED_DATA)}",
+        ),
         ("model.lora.target-modules", config.lora.target_modules, "module names, or auto"),
         ("data.question-column", data.question_column, "a column name"),
         ("data.answer-column", data.answer_column, "a column name"),

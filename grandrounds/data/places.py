@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.errors import DataError, first_line, nearest
 from grandrounds.storage import found
 
 SOURCE_KEY = "static.dataset.name"
+
+BUILT_IN = f"built-in data ({', '.join(EMBEDDED)})"
 
 FILE_ENDINGS = (
     *(".json", ".jsonl", ".json.gz", ".jsonl.gz"),
@@ -96,7 +98,7 @@ def files_of(source: str) -> Version:
         if missing is not None:
             raise DataError(
                 f"{source}: no such file.{_nearest_file(missing)} Set {SOURCE_KEY} to a file that "
-                f"exists ({allowed}), to the name of a hub data set or to {FORMULARY!r}."
+                f"exists ({allowed}), to the name of a hub data set or to {BUILT_IN}."
             )
         stats = [(path.resolve(), path.stat()) for path in paths]
     except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user

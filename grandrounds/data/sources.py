@@ -1,4 +1,4 @@
-"""Reads the rows of a data source: the formulary, a local file or a hub data set.
+"""Reads the rows of a data source: built-in data, a local file or a hub data set.
 
 The result is always `Rows` in memory, in the source's order, with the question and the answer as
 text and the columns needed for partitioning.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
+from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import (
     Choice,
     RawRows,
@@ -27,8 +28,8 @@ from grandrounds.data.files import (
     read_file,
 )
 from grandrounds.data.forms import INSTRUCTION, Layout, layout_of, pairs
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.places import (
+    BUILT_IN,
     FILE_ENDINGS,
     SOURCE_KEY,
     OnHub,
@@ -59,7 +60,7 @@ def load_rows(
     Parameters
     ----------
     source : str
-        `formulary`; a local file, folder or pattern (any name that has one of `FILE_ENDINGS`,
+        One of `EMBEDDED`; a local file, folder or pattern (any name that has one of `FILE_ENDINGS`,
         starts with `.`, `/` or `~`, holds `*` or `?`, or exists); otherwise a data set on the hub,
         as `places.OnHub` writes it.
     question_column, answer_column : str
@@ -86,8 +87,8 @@ def load_rows(
         is not text.
     """
     columns = (question_column, answer_column, *keep_columns)
-    if source == FORMULARY:
-        return _load_formulary(columns)
+    if source in EMBEDDED:
+        return _load_embedded(source, columns)
     if looks_like_path(source):
         return _load_files(source, files_of(source), columns)
     return _load_hub(source, columns)
@@ -337,15 +338,13 @@ def _labels(values: list[Any], where: str) -> list[Any]:
     return texts
 
 
-# --- The formulary and the hub --------------------------------------------------------------------
+# --- Built-in data and the hub --------------------------------------------------------------------
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_formulary(columns: tuple[str, ...]) -> Rows:
-    from grandrounds.data.formulary.facts import flashcards
-
-    raw = from_records(enumerate(flashcards(), 1), columns_read(columns), "row")
-    return rows_of(raw, FORMULARY, columns)
+def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
+    raw = from_records(enumerate(embedded_rows(source), 1), columns_read(columns), "row")
+    return rows_of(raw, source, columns)
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
@@ -360,11 +359,11 @@ def _load_hub(source: str, columns: tuple[str, ...]) -> Rows:
             rows = datasets.load_dataset(place.name, split=place.split, **named)
     except Exception as error:  # the hub, HTTP and builders raise unrelated types
         raise DataError(
-            f"{SOURCE_KEY} = {source!r} is neither {FORMULARY!r} nor a file that exists, and "
+            f"{SOURCE_KEY} = {source!r} is neither {BUILT_IN} nor a file that exists, and "
             f"could not be loaded from the Hugging Face hub ({first_line(error)})."
-            f"{nearest(place.name, [FORMULARY])} Check the name, static.dataset.config and -split, "
+            f"{nearest(place.name, EMBEDDED)} Check the name, static.dataset.config and -split, "
             f"the network and HF_HUB_OFFLINE, or set {SOURCE_KEY} to a local file "
-            f"({', '.join(FILE_ENDINGS)}) or to {FORMULARY!r}."
+            f"({', '.join(FILE_ENDINGS)}) or to {BUILT_IN}."
         ) from error
     available = tuple(rows.column_names)
     raw = from_table(rows.with_format("arrow")[:], columns_read(columns)(available), available)

@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.places import FILE_ENDINGS, Version, files_of, looks_like_path
 from grandrounds.data.sources import as_read, columns_read, read_files
 from grandrounds.errors import DataError
@@ -58,8 +58,8 @@ def survey(source: str, question: str, answer: str, partition_by: str = "") -> S
         question and an answer.
     """
     columns = (question, answer, *((partition_by,) if partition_by else ()))
-    if source == FORMULARY:
-        return _survey_formulary(columns)
+    if source in EMBEDDED:
+        return _survey_embedded(source, columns)
     if not looks_like_path(source):
         for ending in FILE_ENDINGS:
             if Path(source + ending).is_file():
@@ -74,11 +74,9 @@ def survey(source: str, question: str, answer: str, partition_by: str = "") -> S
 
 
 @lru_cache(maxsize=4)
-def _survey_formulary(columns: tuple[str, ...]) -> Survey:
-    from grandrounds.data.formulary.facts import flashcards
-
-    raw = from_records(enumerate(flashcards(), 1), columns_read(columns), "row")
-    return _counted(raw, FORMULARY, columns)
+def _survey_embedded(source: str, columns: tuple[str, ...]) -> Survey:
+    raw = from_records(enumerate(embedded_rows(source), 1), columns_read(columns), "row")
+    return _counted(raw, source, columns)
 
 
 @lru_cache(maxsize=4)

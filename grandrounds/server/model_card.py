@@ -19,7 +19,7 @@ from grandrounds.server.described import (
     are_real,
     data_text,
     examples_text,
-    is_of_the_formulary,
+    is_fictional,
     with_own_data,
 )
 from grandrounds.server.listeners.start_rows import defence
@@ -349,8 +349,8 @@ def _privacy(config: Config) -> str:
 
 def _limits(config: Config, found: Findings) -> str:
     invented = (
-        " The formulary's drugs are fictional; nothing learned from it is medical knowledge."
-        if is_of_the_formulary(config, found.sites)
+        " The drugs are fictional; nothing learned of them is medical knowledge."
+        if is_fictional(config, found.sites)
         else ""
     )
     return (

@@ -13,6 +13,7 @@ from pathlib import Path
 from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import words_of
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
 from grandrounds.data.survey import Survey, survey
@@ -197,7 +198,7 @@ def _forms(config: Config, found: Survey) -> Iterator[str]:
         yield (
             f"{len(found.left_out):,} of {found.rows:,} conversations are not trained on: {named}"
         )
-    if found.unread and config.static.name != FORMULARY:
+    if found.unread and config.static.name not in EMBEDDED:
         yield f"columns that are not read: {', '.join(found.unread[:MOST_NAMED])}"
 
 

@@ -34,7 +34,7 @@ WIKIDOC = SHARED / "train/wikidoc_patient_information.jsonl.gz"
 @pytest.fixture(autouse=True)
 def _fresh_caches() -> Iterator[None]:
     yield
-    for loader in (sources._load_formulary, sources._load_files, sources._load_hub):
+    for loader in (sources._load_embedded, sources._load_files, sources._load_hub):
         loader.cache_clear()
 
 
@@ -487,7 +487,10 @@ class TestHub:
         )
         assert done.stderr == ""
         assert done.stdout.count("\n") == 1
-        assert "'someone/cards' is neither 'formulary' nor a file" in done.stdout
+        assert (
+            "'someone/cards' is neither built-in data (formulary, common-and-rare) nor a file"
+            in done.stdout
+        )
 
 
 @pytest.mark.skipif(not WIKIDOC.exists(), reason="shared/data/train is not here")

@@ -63,7 +63,7 @@ FIELDS = (
         {
             "partition-id": "the site's number",
             NAME: "the site's name",
-            SOURCE: "`formulary`, if the site's data are the built-in ones",
+            SOURCE: "name of the built-in data, if the site's data are such",
             BASE: "SHA-256 of its copy of the base",
             DATA_TAG: "a keyed hash: the same as long as its data are, within a run",
             "base": "fingerprint of the base's configuration and tokenizer",

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from grandrounds.config.keys import DataConfig
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Partition
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import columns_read, load_rows, rows_of
@@ -87,7 +87,7 @@ def _rows(site: SiteFile, run: str) -> Rows:
         return database_rows(
             data.database, data.query, data.question_column, data.answer_column, run
         )
-    source = data.source if data.source == FORMULARY else str(site.place(data.source))
+    source = data.source if data.source in EMBEDDED else str(site.place(data.source))
     return load_rows(source, question_column=data.question_column, answer_column=data.answer_column)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.site.custody import order
 from grandrounds.site.custody.disclosure import disclosed
 from grandrounds.site.custody.own_data import own_identifiers
@@ -54,8 +54,8 @@ def introduce(request: Request, reply: Message, base: str, data_version: str) ->
     secret = order.secret_of(request.state.folder)
     of_run = f"data {request.run} {data_version}".encode()
     facts[DATA_TAG] = hmac.digest(secret, of_run, "sha256").hex()[:16]
-    if site.data.source == FORMULARY:
-        facts[SOURCE] = FORMULARY
+    if site.data.source in EMBEDDED:
+        facts[SOURCE] = site.data.source
 
 
 def told(request: Request, reply: Message, examples: Site) -> Message:
