@@ -17,7 +17,7 @@ from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site.custody import policy
 from grandrounds.site.custody.disclosure import told_examples
 from grandrounds.site.custody.own_base import base_location, base_sha256
-from grandrounds.site.custody.own_data import own_site, own_split
+from grandrounds.site.custody.own_data import own_site, own_split, private_site
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.local_data import Site
 from grandrounds.wire.adapter import Shapes, at_rank
@@ -47,7 +47,7 @@ def localized(site: SiteFile, config: Config) -> Config:
 
 
 def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
-    """Return the site's examples for a run with this configuration.
+    """Return the site's examples for a run with this configuration; with units if it is private.
 
     Raises
     ------
@@ -56,7 +56,8 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
         error's cause, which stays at the site.
     """
     try:
-        found = own_site(site, own.model.name, own.data, own.train.seq_length, run)
+        opened = private_site if own.is_private else own_site
+        found = opened(site, own.model.name, own.data, own.train.seq_length, run)
     except DataError as error:
         raise unusable(site) from error
     if site.policy.report_held_out_loss:
@@ -86,11 +87,15 @@ def unusable(site: SiteFile) -> OwnDataError:
 def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> policy.Asked:
     """Return what a run requests of a site with this many training examples.
 
+    In a private run their declared number counts: the real one would be told by a refusal.
+
     Raises
     ------
     PolicyError
         If the site's policy forbids it.
     """
+    if config.is_private:
+        num_examples = site.privacy.declared_units
     here = dataclasses.replace(config, arguments=own.arguments)
     asked = policy.asked_of(here, _layout(*specs(own))[1], num_examples)
     asked = dataclasses.replace(asked, by_epochs=config.arguments.max_steps < 1)

@@ -15,6 +15,7 @@ from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
 from grandrounds.config.values import words_of
 from grandrounds.config.words import has_controls
 from grandrounds.errors import PolicyError, nearest
+from grandrounds.site.custody import guarantee
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Ranks
@@ -217,6 +218,8 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
         With all reasons, if the site's policy forbids it.
     """
     check_known(site, config.model.name)
+    if reasons := list(guarantee.objections(site, config)):
+        raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
     targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))
     asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
     check_run(site, asked, None)
