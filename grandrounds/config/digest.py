@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from grandrounds.config.keys import PLACES_AND_TRACKERS, Config, PrivacyConfig
 from grandrounds.config.values import Scalar
@@ -30,19 +31,23 @@ LEFT_OUT = (
 """Keys that say where a run lives, who watches it, or which data it divides: at a site with its own
 data they mean nothing. The date of a chat template is the day on which a run starts."""
 
-LEFT_OUT_AT: tuple[tuple[str, Scalar], ...] = (
-    *((key, "") for key in ("model.revision", "data.template-options", "data.system-prompt")),
-    ("model.lora.use-rslora", False),
-    ("data.train-on", "answers"),
-)
-"""Keys added later, each with its default: a recipe that leaves it there keeps its hash. So were
-all of `privacy.`."""
+LEFT_OUT_IF: Mapping[str, Scalar] = {
+    "model.revision": "",
+    "model.lora.use-rslora": False,
+    "data.template-options": "",
+    "data.system-prompt": "",
+    "data.train-on": "answers",
+    "defence.largest-spread": 0.0,
+    "defence.preset": "none",
+}
+"""Keys added later → the value without effect, so that a recipe without them keeps its hash. So
+were all of `privacy.`."""
 
 
 def _is_left_out(key: str, value: Scalar, config: Config) -> bool:
     if key.startswith(PrivacyConfig.prefix):
         return not config.is_private
-    return key in LEFT_OUT or (key, value) in LEFT_OUT_AT
+    return key in LEFT_OUT or LEFT_OUT_IF.get(key) == value
 
 
 def canonical(config: Config) -> dict[str, Scalar]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.values import AUTO, Day, OneOf, Range, Scalar, SomeOf, Table, words_of
 
 TRAIN = "train"
@@ -245,8 +245,8 @@ class StrategyConfig:
     weighting: Annotated[str, OneOf(("examples", "equal"))]
     """`examples`: weight updates by the number of training examples, capped at the number in the
     site's admission, else at the one given at its first roll call, and by `largest-weight`.
-    `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and `bulyan` always
-    do."""
+    `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum`, `bulyan` and
+    `nnm` always do."""
     largest_weight: Annotated[float, Range(0)]
     """Maximum weight of an update, as a multiple of its cohort's median weight; 0: no limit. At 2,
     one site of seven has at most 25 % of the total, whatever it claims."""
@@ -269,8 +269,8 @@ class StrategyConfig:
     """`fedadam`, `fedyogi`, `fedadagrad`: adaptivity constant added to the root of the second
     moment."""
     num_malicious_nodes: Annotated[int, Range(0)]
-    """`krum`, `multikrum`, `bulyan`: number of malicious updates to tolerate in a round; 0 defends
-    against none."""
+    """`krum`, `multikrum`, `bulyan`, `nnm`: number of malicious updates to tolerate in a round; 0
+    defends against none."""
     num_nodes_to_select: Annotated[int, Range(0)]
     """`multikrum`: number of updates to average; 0: all but `num-malicious-nodes`."""
     trimmed_share: Annotated[float, Range(0, 0.49)]
@@ -283,7 +283,8 @@ class StrategyConfig:
 
         krum: n >= 2 f + 3 (Blanchard et al., 2017, proposition 4.2). multikrum: also n >= m + f,
         so that all selected updates can be honest. bulyan: n >= 4 f + 3 (El Mhamdi et al., 2018,
-        section 4). fedtrimmedavg: enough for one to be trimmed at each end.
+        section 4). nnm: n >= 2 f + 1 (Allouah et al., 2023). fedtrimmedavg: enough for one to be
+        trimmed at each end.
         """
         hostile = self.num_malicious_nodes
         if self.name == "krum":
@@ -292,6 +293,8 @@ class StrategyConfig:
             return max(2 * hostile + 3, self.num_nodes_to_select + hostile)
         if self.name == "bulyan":
             return 4 * hostile + 3
+        if self.name == "nnm":
+            return 2 * hostile + 1
         if self.name == "fedtrimmedavg" and self.trimmed_share > 0:
             near = max(1, math.ceil(1 / self.trimmed_share) - 1)
             return next(n for n in itertools.count(near) if int(self.trimmed_share * n))
@@ -311,9 +314,10 @@ class StrategyConfig:
         """
         if self.name == "fedtrimmedavg" and 3 <= count < self.needed_replies:
             return dataclasses.replace(self, trimmed_share=(1 + 1e-9) / count)  # one at each end
-        if self.name not in ("krum", "multikrum", "bulyan") or count < 3:
+        if self.name not in ("krum", "multikrum", "bulyan", "nnm") or count < 3:
             return self
-        hostile = min(self.num_malicious_nodes, (count - 3) // (4 if self.name == "bulyan" else 2))
+        most = (count - 1) // 2 if self.name == "nnm" else (count - 3) // 2
+        hostile = min(self.num_malicious_nodes, (count - 3) // 4 if self.name == "bulyan" else most)
         selected = min(self.num_nodes_to_select, count - hostile)
         return dataclasses.replace(self, num_malicious_nodes=hostile, num_nodes_to_select=selected)
 
@@ -371,6 +375,19 @@ class DefenceConfig:
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold
     all updates of a round in memory."""
+    largest_spread: Annotated[float, Range(0)]
+    """Maximum variance of a round's updates in one direction, as a multiple of that in the median
+    direction; while it is exceeded, the update farthest in that direction is rejected and counts as
+    failed, up to fewer than a third of the cohort. 0: no such screen. The server holds all updates
+    of a round in memory. See docs/aggregation.md."""
+    preset: Annotated[str, OneOf(("none", *PRESETS))]
+    """`robust`: screens against hostile sites, up to two in seven; sets `largest-spread` and
+    `min-cosine`. docs/aggregation.md says what was measured, and what it does not stop."""
+
+    @property
+    def screens(self) -> bool:
+        """Whether updates are compared with one another, and some may be rejected."""
+        return self.min_cosine > -1 or self.largest_spread > 0
 
 
 @dataclass(frozen=True)

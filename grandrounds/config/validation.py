@@ -23,7 +23,7 @@ from grandrounds.config.keys import (
 )
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.resets import resets
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.synonyms import (
     MAX_STEPS,
     NO_KEY,
@@ -324,6 +324,18 @@ def contradictions(config: Config) -> Iterator[str]:
             f"defence.largest-norm = {config.defence.largest_norm:g} would shorten every update of "
             "the median's norm: use at least 1 (3 is usual), or 0 for no such bound."
         )
+    if 0 < config.defence.largest_spread < 1:
+        yield (
+            f"defence.largest-spread = {config.defence.largest_spread:g} is below the spread of "
+            "updates that differ in no direction: use at least 1 (1.4 is the preset's), or 0 for "
+            "no such screen."
+        )
+    for name, wanted in PRESETS.get(config.defence.preset, {}).items():
+        if (has := config.flat()[name]) != wanted:
+            yield (
+                f"defence.preset = {config.defence.preset!r} sets {name} = {wanted:g}, but it is "
+                f"set to {has}: leave one of the two out."
+            )
     if 0 < strategy.largest_weight < 1:
         yield (
             f"strategy.largest-weight = {strategy.largest_weight:g} would limit every site to less "
@@ -370,10 +382,13 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be integers "
             f"from 1 to model.lora.peft-lora-r = {rank}, comma-separated."
         )
-    if ranks and config.defence.min_cosine > -1:
+    if ranks and config.defence.screens:
+        key, value, off = "min-cosine", config.defence.min_cosine, -1
+        if value == off:
+            key, value, off = "largest-spread", config.defence.largest_spread, 0
         yield (
-            f"defence.min-cosine = {config.defence.min_cosine:g} cannot compare updates of "
-            "different ranks: set it to -1, or leave strategy.site-ranks empty."
+            f"defence.{key} = {value:g} cannot compare updates of different ranks: set it to "
+            f"{off}, or leave strategy.site-ranks empty."
         )
     if STRATEGIES[name].stacks and config.max_rank < rank:
         yield (

@@ -118,6 +118,8 @@ TESTED_ELSEWHERE = {
             "communication.catch-up-codec",
             "communication.entropy-coding",
             "defence.min-cosine",
+            "defence.largest-spread",
+            "defence.preset",
         ),
         "test_rules_and_codecs.py and tests/wire/test_downlink.py",
     ),
