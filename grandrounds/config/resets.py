@@ -8,12 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-<<<<<<< HEAD
-from grandrounds.config.automatic import FORMULARY_SITES
-from grandrounds.config.strategies import PRESETS
-=======
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
->>>>>>> main
+from grandrounds.config.strategies import PRESETS
 from grandrounds.config.values import Scalar
 
 _FORMULARY = "formulary"

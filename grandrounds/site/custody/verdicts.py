@@ -140,10 +140,8 @@ VERDICTS: dict[str, Verdict] = {
     "defence.update-norm-bound": _AT_SERVER,
     "defence.largest-norm": _AT_SERVER,
     "defence.min-cosine": _AT_SERVER,
-<<<<<<< HEAD
     "defence.largest-spread": _AT_SERVER,
     "defence.preset": _AT_SERVER,
-=======
     "privacy.unit-guarantee": _private("require"),
     "privacy.target-epsilon": _private("epsilon-total", "epsilon-of-run"),
     "privacy.noise-multiplier": _private("epsilon-total", "epsilon-of-run"),
@@ -153,7 +151,6 @@ VERDICTS: dict[str, Verdict] = {
     "privacy.declared-units": _OWN_UNITS,
     "privacy.unit-column": _OWN_UNITS,
     "privacy.max-records-of-unit": _OWN_UNITS,
->>>>>>> main
     "data.num-partitions": _own("it must equal node.num-partitions"),
     "data.partitioner": _OWN_DATA,
     "data.partition-by": _OWN_DATA,
