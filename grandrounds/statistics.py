@@ -1,6 +1,7 @@
 """Confidence intervals and tests for accuracies and for figures measured once per seed.
 
-SciPy is imported on use, so that importing this module is cheap.
+SciPy is imported on use, and not for Wilson's interval, which every run prints: importing it takes
+a tenth of a run's start.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"no interval for {correct} of {n}: needs n >= 1 and 0 <= correct <= n")
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, n).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
+    z = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share, scale = correct / n, 2 * (n + z**2)
+    middle = (2 * n * share + z**2) / scale
+    half = z / scale * sqrt(4 * n * share * (1 - share) + z**2)
+    return (middle - half if correct else 0.0), (middle + half if correct < n else 1.0)
 
 
 # --- Two models on the same items -----------------------------------------------------------------

@@ -10,12 +10,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Modules are compiled once, not by every worker and every subprocess.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import json
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.dont_write_bytecode = False
 
 WORDS = ["fever", "cough", "rash", "pain", "chill", "ache", "cramp", "itch", "sneeze", "nausea"]
 
@@ -117,6 +124,42 @@ def one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let each worker begin with its share of the longest tests, so that none ends with one.
+
+    pytest-xdist gives each worker an equal slice of the list. Tests that take minutes have a time
+    limit of their own; those of one file stay together, since they share fixtures.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    long: dict[Path, list[pytest.Item]] = {}
+    rest = []
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        (long.setdefault(item.path, []) if limit and limit.args[0] > 300 else rest).append(item)
+    files, share = [*long.values()], -(-len(rest) // workers)
+    items[:] = [
+        item
+        for k in range(workers)
+        for part in (*files[k::workers], rest[k * share : (k + 1) * share])
+        for item in part
+    ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Do not flush files to the disk in this process: a tenth of a run's time, and unseen by any
+    test but those of a power failure, which put their own function in this place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # an error for what is no open file, as before
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_interrupts() -> None:
+    """Let Ctrl-C interrupt what tests start: in the background, shells have it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -415,7 +415,14 @@ def full() -> OSError:
 
 
 @pytest.mark.parametrize(
-    "place", ["Path.replace", "Path.rename", "Path.mkdir", "Path.write_text", "Path.open", "fsync"]
+    "place",
+    [
+        *("Path.replace", "fsync"),
+        *(
+            pytest.param(f"Path.{name}", marks=pytest.mark.slow)
+            for name in ("rename", "mkdir", "write_text", "open")
+        ),
+    ],
 )
 def test_on_a_full_disk_finished_rounds_are_kept_and_the_run_can_be_resumed(
     settings: Settings, place: str, monkeypatch: pytest.MonkeyPatch

@@ -147,8 +147,9 @@ def test_commands_of_the_page_parse(page: str) -> None:
 
     commands = shell_commands(page, "grandrounds")
     assert commands
+    ours = typer.main.get_command(app)
     for words in commands:
-        parse(typer.main.get_command(app), words)
+        parse(ours, words)
         given = list(pairwise(words))
         assignments = [value for option, value in given if option == "--set"]
         files = [ROOT / value for _, value in given if value.startswith("configs/")]
@@ -202,8 +203,6 @@ def test_files_that_a_page_names_exist() -> None:
 
 def interrupt_after_a_round(words: list[str], directory: Path, folder: Path) -> None:
     """Start a run, press Ctrl-C after its first round, and check its exit code."""
-    # A shell that starts pytest in the background lets it, and its children, ignore Ctrl-C.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [str(COMMANDS / words[0]), *words[1:]]
     with subprocess.Popen(command, cwd=folder, env=OFFLINE_ONE_CORE) as process:
         while len(RunDirectory(directory).read_metrics()) < 2:

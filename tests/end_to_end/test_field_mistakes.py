@@ -367,8 +367,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def _note_writes(event: str, arguments: tuple[Any, ...]) -> None:
-    if _written is None:
-        return
+    if _written is None or (arguments and "__pycache__" in str(arguments[0])):
+        return  # a module that is imported just now is compiled
     if event == "open":
         path, mode, flags = arguments
         if (isinstance(mode, str) and set(mode) & set("wax+")) or (flags or 0) & _WRITING:

@@ -106,7 +106,9 @@ def measured_and_planned(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("chunk", [0, 64])
 @pytest.mark.parametrize("targets", [QUERY_VALUE, ALL_SEVEN], ids=["q,v", "all"])
-@pytest.mark.parametrize("shape", [DEEP, WIDE], ids=["deep", "wide"])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(DEEP, marks=pytest.mark.slow), WIDE], ids=["deep", "wide"]
+)
 def test_a_visit_without_padding_takes_what_is_planned_and_hardly_less(
     shape: dict[str, int], targets: list[str], chunk: int, checkpointing: bool
 ) -> None:
@@ -115,6 +117,7 @@ def test_a_visit_without_padding_takes_what_is_planned_and_hardly_less(
     assert 0.99 <= planned / measured <= 1.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding_free", [True, False])
 @pytest.mark.parametrize("answers_only", [True, False])
 def test_other_means_take_no_more_than_planned(padding_free: bool, answers_only: bool) -> None:

@@ -109,7 +109,13 @@ def test_a_rule_learns_sends_what_was_planned_and_leaves_an_adapter_for_peft(
             assert not torch.allclose(tuned, model(ids).logits)
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("bf16", "int4", "ternary") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ENCODINGS
+    ],
+)
 @pytest.mark.parametrize(
     "rule",
     ["fedprox", *(pytest.param(r, marks=pytest.mark.slow) for r in ("ffa", "rolora"))],
@@ -123,7 +129,10 @@ def test_an_encoding_learns_and_sends_what_was_planned(
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
-@pytest.mark.parametrize("rule", ["fedprox", "rolora", "product", "flora"])
+@pytest.mark.parametrize(
+    "rule",
+    ["fedprox", "rolora", *(pytest.param(r, marks=pytest.mark.slow) for r in ("product", "flora"))],
+)
 def test_the_float32_codec_gives_the_same_bits_as_none_in_fewer_bytes(
     rule: str, settings: Settings, finished: Callable[[str], Path]
 ) -> None:
@@ -170,7 +179,7 @@ def test_the_rank_of_flora_grows_to_its_maximum_and_is_reported(settings: Settin
 
 @pytest.mark.parametrize(
     "name",
-    ["fedavgm", "flora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rolora", "product"))],
+    ["fedavgm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flora", "rolora", "product"))],
 )
 def test_an_interrupted_run_goes_on_to_the_bit(
     name: str, settings: Settings, tmp_path: Path
@@ -198,10 +207,15 @@ EVERYBODY = {
     ("name", "changes"),
     [
         ("fedmedian", {}),
-        ("fedtrimmedavg", {"strategy.trimmed-share": 0.2}),
         ("krum", {"strategy.num-malicious-nodes": 1}),
-        ("multikrum", {"strategy.num-malicious-nodes": 1}),
-        ("bulyan", {"strategy.num-malicious-nodes": 1}),
+        *(
+            pytest.param(name, changes, marks=pytest.mark.slow)
+            for name, changes in {
+                "fedtrimmedavg": {"strategy.trimmed-share": 0.2},
+                "multikrum": {"strategy.num-malicious-nodes": 1},
+                "bulyan": {"strategy.num-malicious-nodes": 1},
+            }.items()
+        ),
     ],
 )
 def test_a_robust_rule_survives_a_site_that_sends_a_thousand_times_its_update(
@@ -253,7 +267,14 @@ def test_updates_that_are_not_finite_are_excluded(settings: Settings) -> None:
     assert all("not finite" in line["failed"]["5"] for line in metrics_of(run)[1:])
 
 
-@pytest.mark.parametrize("name", ["fedprox", "fedadam", "product", "flora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fedprox",
+        "flora",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("fedadam", "product")),
+    ],
+)
 def test_an_implausibly_large_update_is_excluded(name: str, settings: Settings) -> None:
     hostile = with_updates(lambda update: np.full_like(update, 3e38), {5})
     run = play(settings, hostile, **EVERYBODY, **{"strategy.name": name})
@@ -262,7 +283,7 @@ def test_an_implausibly_large_update_is_excluded(name: str, settings: Settings) 
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
-def test_a_screened_site_is_reported_once(settings: Settings) -> None:
+def test_a_site_that_the_preset_screens_out_is_reported_once(settings: Settings) -> None:
     hostile = with_updates(lambda update: -update, {5})
     heard: list[tuple[int, bool]] = []
 
@@ -270,8 +291,14 @@ def test_a_screened_site_is_reported_once(settings: Settings) -> None:
         if event == "reply":
             heard.append((data["partition"], data["failure"] is not None))
 
-    play(settings, hostile, listen, **EVERYBODY, **{"defence.min-cosine": 0.0})
-    assert heard == 2 * [(p, p == 5) for p in range(8)]
+    run = play(settings, hostile, listen, **EVERYBODY, **{"defence.preset": "robust"})
+    lines = metrics_of(run)[1:]
+    assert heard == [(p, str(p) in line["failed"]) for line in lines for p in range(8)]
+    for line in lines:
+        assert len(line["failed"]) <= 2
+        assert "above defence.largest-spread = 1.4" in line["failed"]["5"]
+    card = (run / summary_of(run)["adapter"] / "README.md").read_text()
+    assert "preset robust: updates scaled down to 3 times the median norm" in card
 
 
 LIES: dict[str, tuple[str, dict[str, float | int]]] = {

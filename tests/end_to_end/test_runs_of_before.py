@@ -117,6 +117,7 @@ ADDED = {"weights", "held-out-loss-median", "held-out-losses"}
 """Keys of metrics.jsonl since these runs."""
 
 
+@pytest.mark.slow
 def test_a_run_resumed_at_the_command_line_ends_as_the_one_that_was_not_interrupted(
     tmp_path: Path,
 ) -> None:

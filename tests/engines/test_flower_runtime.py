@@ -155,6 +155,7 @@ def test_marked_processes_are_ended_even_if_they_ignore_sigterm(
     assert marked_processes("test") == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_superlink_is_gone_after_use(tmp_path: Path) -> None:
     with superlink(tmp_path / "home") as link:

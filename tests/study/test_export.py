@@ -98,6 +98,7 @@ def logits_of(model: Any) -> torch.Tensor:
         return model(torch.arange(2, 40).unsqueeze(0)).logits.float()
 
 
+@pytest.mark.slow
 def test_the_exported_adapter_and_the_merged_model_answer_as_in_the_run(
     trained: Path, tmp_path: Path
 ) -> None:

@@ -179,6 +179,7 @@ def test_real_sites_are_none_of_the_formularys(
     assert config.arguments.max_steps == 5
 
 
+@pytest.mark.slow
 def test_a_superlink_that_does_not_answer_is_told(flower_home: Path, tmp_path: Path) -> None:
     (flower_home / "config.toml").write_text(
         '[superlink.trial]\naddress = "127.0.0.1:9"\ninsecure = true\n'

@@ -252,7 +252,7 @@ def test_thousands_of_hostile_messages_do_no_harm(settings: Settings, tmp_path: 
         policy__max_runs_per_day=100_000,
     )
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if "state" not in f.parts}
-    command = [sys.executable, "-c", HARNESS, str(site.path)]
+    command = [sys.executable, "-B", "-c", HARNESS, str(site.path)]  # no compiled modules either
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -186,6 +186,7 @@ def test_what_cannot_be_read_is_told_without_the_password(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_nothing_is_written_anywhere(tmp_path: Path, sqlite: str) -> None:
     """No cache of rows: Hugging Face's would copy them to the home folder."""
     code = (
@@ -202,7 +203,7 @@ def test_nothing_is_written_anywhere(tmp_path: Path, sqlite: str) -> None:
         "print(len(own_split(read_site_file(Path(sys.argv[1]))).train), written)\n"
     )
     site = database_site(tmp_path, sqlite)
-    command = [sys.executable, "-c", code, str(site.path)]
+    command = [sys.executable, "-B", "-c", code, str(site.path)]  # nor compiled modules
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip().splitlines()[-1] == "38 []", done.stderr
 

@@ -37,7 +37,9 @@ TOTAL = 3 * MEDMCQA + 2 * PUBMEDQA
 """Questions of both protocols with one shuffled order, for one model."""
 
 
-@pytest.mark.parametrize("after", [1, 6, 11])
+@pytest.mark.parametrize(
+    "after", [6, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 11))]
+)
 def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
     ask: Callable[..., dict[str, Any]],
     tmp_path: Path,

@@ -148,6 +148,7 @@ def test_the_first_of_equals_is_chosen_and_length_counts_in_characters(
     assert answer.log_likelihoods == (-6.0, -5.0, -5.0)
 
 
+@pytest.mark.slow
 def test_formulary_answers_are_those_of_the_exam(
     base: tuple[Any, Any], base_scores: dict[str, dict[str, int]]
 ) -> None:

@@ -239,6 +239,7 @@ def test_overlap_counts_and_lists_the_items_found_in_training_data(
 # --- Real data ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_data
 def test_medqa_is_not_in_the_patient_information() -> None:
     questions, answers = wikidoc()
