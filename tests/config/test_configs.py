@@ -39,7 +39,11 @@ LEFT_OUT = {
     "strategy.connect-timeout-seconds",
     # the main branch; the template of a prompt that these recipes do not use
     "model.revision",
+    "static.dataset.config",
+    "static.dataset.split",
     "static.dataset.revision",
+    "data.train-on",
+    "model.lora.use-rslora",
     "data.template-date",
     "data.template-options",
     "data.system-prompt",
@@ -68,6 +72,8 @@ LEFT_OUT = {
     "communication.entropy-coding",
     "defence.update-norm-bound",
     "defence.min-cosine",
+    "defence.largest-spread",
+    "defence.preset",
 }
 """Keys that change nothing in these recipes, whatever their default; all others are explicit."""
 
