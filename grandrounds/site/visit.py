@@ -60,7 +60,7 @@ from grandrounds.wire.told import DATA_TAG
 
 Batches = list[list[TokenizedExample]]
 
-_CURSOR = "grandrounds-cursor"
+_CURSOR, _PRIVATE = "grandrounds-cursor", "grandrounds-private"
 
 MOST_ROUNDS = 10**9
 
@@ -174,11 +174,19 @@ class Visit:
     def write_cursor(self) -> None:
         """Save the cursor for the next visit in the site's state."""
         self.state.config_records[_CURSOR] = ConfigRecord({"examples": self.cursor_after})
+        if self.mechanism:
+            self.state.config_records[_PRIVATE] = ConfigRecord({"visits": self.number})
 
-    @property
+    @cached_property
     def number(self) -> int:
-        """Which of the run's visits to the site this is, from 1, by the cursor."""
-        return self.cursor_after // sampling.examples_of_a_visit(self.config, 1)
+        """Which of the run's private visits to the site this is, from 1.
+
+        By the cursor, or the site's own count if that is larger: a visit whose update the server
+        did not use has been spent all the same.
+        """
+        by_cursor = self.cursor_after // sampling.examples_of_a_visit(self.config, 1)
+        own = self.state.config_records.get(_PRIVATE)
+        return max(by_cursor, 1 + int(own["visits"]) if own else 1)  # type: ignore[arg-type]
 
 
 def given_to_run(state: RecordDict) -> int:
