@@ -242,7 +242,7 @@ def introduction(
     quantization_config(bits_of(machine.specs(config)[0]), dtype)
     training.check_optimizer(config.train.optimizer)
     if mechanism:
-        check_base(config.model.source)
+        check_base(config)
     check_length(config.model.source, config.train.seq_length)
     check_examples(config.model.source, (e.input_ids for e in (*site.train, *site.held_out)))
     name = config.model.source
@@ -356,6 +356,8 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> N
     ------
     PolicyError
         If the site has already had all visits that the noise is calibrated for.
+    ModelError
+        If the base is one that a private visit does not cover.
     """
     if visit.number > mechanism.visits:
         raise PolicyError(
@@ -363,6 +365,7 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> N
             "to a site: one more would spend more than the target ε."
         )
     config, arguments = visit.config, visit.config.arguments
+    check_base(config)  # again: no server is bound to call the roll first
     trained = _trained(visit, resident)
     settings = PrivateSettings(mechanism, arguments.per_device_train_batch_size, _settings(visit))
     units = grouped(visit.site.units, visit.site.train)
