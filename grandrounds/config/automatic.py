@@ -14,6 +14,9 @@ from grandrounds.config.values import AUTO, Scalar
 FORMULARY_SITES = 20
 """Sites that own the formulary's private facts; `data.formulary.facts.SITES`."""
 
+EMBEDDED_DATA = {"formulary": 1500, "common-and-rare": 1905}
+"""Built-in data, `data.embedded.EMBEDDED` → their number of records."""
+
 _PARTITIONER, _COLUMN = "data.partitioner", "data.partition-by"
 _STEPS = "train.training-arguments.max-steps"
 

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.config.automatic import EMBEDDED_DATA
 from grandrounds.config.bases import names_a_base
 from grandrounds.config.entries import ENTRY_SECTIONS, Entry, read_entry
 from grandrounds.config.keys import (
@@ -309,7 +310,9 @@ def with_absolute_paths(config: Config) -> Config:
     """Return the configuration with absolute local paths, valid from any working directory."""
 
     def full(name: str) -> str:
-        path = found(name) if name != "formulary" else None
+        path = found(name) if name not in EMBEDDED_DATA else None
+        if path is None and set(name) & set("*?"):  # a pattern of files
+            path = Path(name).expanduser()
         return str(path.absolute()) if path else name
 
     base = config.model.name

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from grandrounds.config.automatic import FORMULARY_SITES
+from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
+from grandrounds.config.strategies import PRESETS
 from grandrounds.config.values import Scalar
-
-FORMULARY_ROWS = 1500
-"""Records of the formulary; `data.formulary.facts` makes them."""
 
 _FORMULARY = "formulary"
 _ARGUMENTS = "train.training-arguments."
@@ -59,6 +57,9 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
     if values.get(f"{_ARGUMENTS}max-steps") == -1:
         why = "to visits of whole epochs, whose updates grow with a site's number of examples"
         yield from reset("defence.largest-norm", 0.0, why)
+    preset = values.get("defence.preset")
+    for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
+        yield from reset(key, value, f"under defence.preset = {preset!r}")
     if values.get("privacy.unit-guarantee") == "example":
         yield from _private(values, reset)
     highest, default = (_number(flat.get(_HIGHEST)) for flat in (values, defaults))
@@ -87,10 +88,10 @@ def _private(
     why = "to private visits, which clip the gradient of each unit"
     yield from reset(f"{_ARGUMENTS}max-grad-norm", 0.0, why)
     sites = values.get("data.num-partitions", FORMULARY_SITES)
-    is_formulary = values.get("static.dataset.name", _FORMULARY) == _FORMULARY
-    if is_formulary and isinstance(sites, int) and sites > 0:
-        why = "to the formulary, whose number of records is public"
-        yield from reset("privacy.declared-units", FORMULARY_ROWS // sites, why)
+    source = values.get("static.dataset.name", _FORMULARY)
+    if source in EMBEDDED_DATA and isinstance(sites, int) and sites > 0:
+        why = f"to the data {source}, whose number of records is public"
+        yield from reset("privacy.declared-units", EMBEDDED_DATA[str(source)] // sites, why)
 
 
 def _number(value: Scalar | None) -> float:

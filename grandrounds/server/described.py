@@ -12,6 +12,7 @@ from grandrounds.config import recipes
 from grandrounds.config.bases import REAL_BASE
 from grandrounds.config.keys import Config
 from grandrounds.config.words import NOT_TOLD, counted, place_name
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.wire.names import SOURCE
 from grandrounds.wire.told import in_custody
@@ -34,7 +35,7 @@ def examples_text(trained: int, held_out: int | None) -> str:
 
 def with_own_data(sites: Sites) -> Sites:
     """Return the sites that brought data of their own."""
-    return [site for site in sites if in_custody(site) and site.get(SOURCE) != FORMULARY]
+    return [site for site in sites if in_custody(site) and site.get(SOURCE) not in EMBEDDED]
 
 
 def named_data(source: str, count: int, partitioner: str, column: str) -> str:
@@ -52,7 +53,8 @@ def data_text(config: Config, sites: Sites = ()) -> str:
     if real and len(own) == len(sites):
         return f"each site's own, {counted(count, 'site')}"
     if len(real) == len(sites) > 0 and not own:
-        return f"{FORMULARY}, all of it at each of {counted(count, 'site')}"
+        brought = " and ".join(sorted({str(site[SOURCE]) for site in real}))
+        return f"{brought}, all of it at each of {counted(count, 'site')}"
     named = named_data(config.static.name, count, data.partitioner, data.partition_by)
     if not real:
         return named
@@ -76,16 +78,23 @@ def leaderboard_text(config: Config, sites: Sites = ()) -> str:
 
 def is_of_the_formulary(config: Config, sites: Sites = ()) -> bool:
     """Whether the run trains on the formulary's fictional drugs."""
-    return config.static.name == FORMULARY and not with_own_data(sites)
+    named = config.static.name == FORMULARY and not with_own_data(sites)
+    return named and {site.get(SOURCE, FORMULARY) for site in sites} <= {FORMULARY}
+
+
+def is_fictional(config: Config, sites: Sites = ()) -> bool:
+    """Whether the run trains on built-in data, all of which are of drugs that do not exist."""
+    return config.static.name in EMBEDDED and not with_own_data(sites)
 
 
 def cautions(config: Config, sites: Sites = ()) -> list[str]:
     """Return what a reader of any answer or figure of this run must know about base and data."""
-    is_fictional = is_of_the_formulary(config, sites)
-    if config.model.name == FORMULARY and not is_fictional:
+    fictional = is_fictional(config, sites)
+    if config.model.name == FORMULARY and not fictional:
         return [NO_ENGLISH]
-    if config.model.name != FORMULARY and is_fictional:
-        return ["the data are the formulary's fictional drugs; to train on your own: --data FILE"]
+    if config.model.name != FORMULARY and fictional:
+        whose = "the formulary's" if is_of_the_formulary(config, sites) else "of"
+        return [f"the data are {whose} fictional drugs; to train on your own: --data FILE"]
     return []
 
 

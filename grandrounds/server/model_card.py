@@ -19,7 +19,7 @@ from grandrounds.server.described import (
     are_real,
     data_text,
     examples_text,
-    is_of_the_formulary,
+    is_fictional,
     with_own_data,
 )
 from grandrounds.server.listeners.start_rows import defence
@@ -223,7 +223,8 @@ def _facts(
         ("data", _cell(data_text(config, found.sites)) + _at(config.static.revision, commits[1])),
         (
             "adapter",
-            f"r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, "
+            f"{'rsLoRA, ' * lora.use_rslora}r = {lora.peft_lora_r}, "
+            f"alpha = {lora.peft_lora_alpha:g}, "
             f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (
@@ -368,8 +369,8 @@ def _privacy(config: Config) -> str:
 
 def _limits(config: Config, found: Findings) -> str:
     invented = (
-        " The formulary's drugs are fictional; nothing learned from it is medical knowledge."
-        if is_of_the_formulary(config, found.sites)
+        " The drugs are fictional; nothing learned of them is medical knowledge."
+        if is_fictional(config, found.sites)
         else ""
     )
     return (

@@ -10,7 +10,7 @@ from typing import Any
 from grandrounds.config.bases import REAL_BASE
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.server.described import Sites, are_real, engine_options, is_of_the_formulary
+from grandrounds.server.described import Sites, are_real, engine_options, is_fictional
 from grandrounds.server.listeners import Facts
 
 
@@ -40,7 +40,7 @@ def _next(directory: str, summary: Facts, config: Config, sites: Sites) -> list[
     again = f"grandrounds run --config {directory}/config.toml"
     engine = engine_options(sites, summary)
     longer = f"train longer, starting anew: {again} --rounds {2 * summary['rounds']}{engine}"
-    if is_of_the_formulary(config, sites):
+    if is_fictional(config, sites):
         return [f"grandrounds evaluate {directory}", longer]
     look = f"grandrounds report {directory} --open"
     if config.model.name != FORMULARY:

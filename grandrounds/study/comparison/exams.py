@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grandrounds.config.keys import Config
+from grandrounds.data.common_and_rare import COMMON_AND_RARE
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.formulary.facts import Question, questions
 from grandrounds.study.comparison.results import RIGHT, WRONG
@@ -18,6 +19,14 @@ from grandrounds.study.evaluation.likelihood import answer_items
 
 LEARNED, KEPT, BENCHMARK = "learned", "kept", "benchmark"
 """What an exam measures: knowledge held by sites only, knowledge of the base, or anything else."""
+
+
+_COMMON_AND_RARE = (
+    ("common", "facts of many records", LEARNED),
+    ("rare", "facts of one record each", BENCHMARK),
+    ("absent", "such facts of patients not in the data", BENCHMARK),
+)
+"""Groups of the exam on common and rare facts."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ def exams_of(config: Config, design: Design) -> list[Exam]:
         by_site = config.is_formulary_by_site
         site_of = tuple(question.site for question in private) if by_site else None
         exams.append(_formulary("private facts of the sites", LEARNED, private, site_of))
+    if config.static.name == COMMON_AND_RARE:
+        exams += [_group(COMMON_AND_RARE, *of) for of in _COMMON_AND_RARE]
     if config.model.name == FORMULARY:
         exams.append(_formulary("public facts, known to the base", KEPT, questions("public"), None))
     for name in design.benchmarks:
@@ -80,10 +91,15 @@ def exams_of(config: Config, design: Design) -> list[Exam]:
 def _formulary(
     title: str, measures: str, exam: Sequence[Question], site_of: tuple[int, ...] | None
 ) -> Exam:
-    benchmark = get_benchmark(FORMULARY)
-    kind = exam[0].kind
-    items = tuple(item for item in load_items(benchmark) if item.group == kind)
-    return Exam(kind, title, measures, benchmark, items, site_of)
+    made = _group(FORMULARY, exam[0].kind, title, measures)
+    return replace(made, site_of=site_of)
+
+
+def _group(name: str, group: str, title: str, measures: str) -> Exam:
+    """Return one group of a built-in benchmark as an exam."""
+    benchmark = get_benchmark(name)
+    items = tuple(item for item in load_items(benchmark) if item.group == group)
+    return Exam(group, title, measures, benchmark, items, None)
 
 
 def sit(exam: Exam, model: Any, tokenizer: Any, prompt_template: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grandrounds.config.words import counted
+from grandrounds.data.common_and_rare import COMMON_AND_RARE
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.study.evaluation.benchmarks import HELD_OUT
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE
@@ -262,6 +264,13 @@ def _item_notes(evaluation: Evaluation) -> Iterator[str]:
             "the embedded base was pre-trained on. The wording of these questions is held out from "
             "all training. Chance is 25 %."
         )
+    if any(row["benchmark"] == COMMON_AND_RARE for row in first):
+        yield (
+            "Common and rare: fictional drugs. common: facts of many records, in a wording held "
+            "out from all training; rare: the questions of records that state what no other does; "
+            "absent: the same of patients who are not in the data. More on rare than on absent is "
+            "memory of single records. Chance is 4.2 %."
+        )
 
 
 def _chosen(row: Row, evaluation: Evaluation) -> str:
@@ -295,7 +304,7 @@ def _one_sided(row: Row) -> Iterator[str]:
 
 def _overlap_notes(rows: Sequence[Row], overlap: Mapping[str, Any] | None) -> Iterator[str]:
     names = [row["benchmark"] for row in _first_of_each(rows)]
-    never = ("formulary", HELD_OUT)  # apart from the training rows by construction
+    never = (*EMBEDDED, HELD_OUT)  # by construction apart from the training rows, or some of them
     report = overlap or {}
     checked = report.get("benchmarks", {})
     for name in names:

@@ -19,7 +19,7 @@ from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.data.chat_settings import AS_IT_IS, ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, first_line, nearest
-from grandrounds.server.described import are_real, is_of_the_formulary
+from grandrounds.server.described import are_real, is_fictional
 from grandrounds.server.directory import RunDirectory
 from grandrounds.study.evaluation.benchmarks import HELD_OUT, MEDICAL, Questions, Task
 from grandrounds.study.evaluation.greedy import GREEDY
@@ -282,11 +282,11 @@ def _as_trained(target: Target, folder: Path) -> Target:
 def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tuple[str, ...]:
     """Return the default benchmarks of a run.
 
-    The formulary if it learned from it; its own held-out rows if it learned from a local file, as
-    long as this machine has them; else those of its base.
+    The exam of built-in data if it learned from them; its own held-out rows if it learned from a
+    local file, as long as this machine has them; else those of its base.
     """
-    if is_of_the_formulary(config, directory.read_json("sites.json") or []):
-        return (FORMULARY,)
+    if is_fictional(config, directory.read_json("sites.json") or []):
+        return (config.static.name,)
     is_local = Path(config.static.name).is_absolute() and bool(config.data.held_out_fraction)
     return (
         (HELD_OUT,)

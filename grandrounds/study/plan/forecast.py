@@ -16,8 +16,8 @@ from grandrounds.config.codecs import COARSE_CODECS, CODECS
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.data.formulary.facts import flashcards
 from grandrounds.errors import ConfigError, DataError, first_line
 from grandrounds.model import memory
 from grandrounds.model.architectures import (
@@ -150,7 +150,7 @@ def server_memory(config: Config, shapes: Shapes) -> int:
     if rule.stacks:
         shapes = at_rank(shapes, config.max_rank)
     remembers = config.communication.downlink == "incremental"
-    holds = config.defence.min_cosine > -1
+    holds = config.defence.screens
     return memory.server_bytes(
         count_parameters(shapes),
         cohort=config.cohort_size,
@@ -171,8 +171,8 @@ def count_rows(source: str) -> int | None:
     DataError
         If a local file cannot be read.
     """
-    if source == FORMULARY:
-        return len(flashcards())
+    if source in EMBEDDED:
+        return len(embedded_rows(source))
     if source in LEADERBOARD_DATA:
         return LEADERBOARD_ROWS
     path = Path(source).expanduser()
@@ -222,14 +222,14 @@ def reading(config: Config, rows: int) -> Reading:
         examples_per_visit=round(sum(taken) / len(taken)),
         examples_seen=seen,
         share_covered=covered / total if total else 0.0,
-        sizes_known=data.partitioner in ("iid", "size-skewed") or config.is_formulary_by_site,
+        sizes_known=data.partitioner in ("iid", "size-skewed") or config.is_embedded_by_site,
     )
 
 
 def site_sizes(config: Config, rows: int) -> list[int]:
     """Return the rows of each site: equal up to one row, or proportional to site + 1.
 
-    The formulary's own sites have as many flashcards each.
+    The sites of built-in data have as many rows each.
     """
     sites = config.data.num_partitions
     if config.data.partitioner == "size-skewed":

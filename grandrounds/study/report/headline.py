@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from grandrounds.config.words import NOT_TOLD, counted
+from grandrounds.data.common_and_rare import COMMON_AND_RARE
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import cautions, engine_options, with_own_data
 from grandrounds.study.report.figures import Tile
@@ -39,6 +40,10 @@ def status_text(run: RunFiles) -> str:
     return f"{run.status.capitalize()} after {rounds}"
 
 
+SPOKEN = {FORMULARY: "the formulary", COMMON_AND_RARE: "common and rare facts"}
+"""Built-in data → what a title calls them."""
+
+
 def title(run: RunFiles) -> str:
     """Return what was trained on what: `SmolLM2-135M-Instruct tuned on cards.jsonl at 4 sites`."""
     base, data = run.config.model.name, run.config.static.name
@@ -46,7 +51,7 @@ def title(run: RunFiles) -> str:
     sites = counted(len(run.sites) or run.config.data.num_partitions, "site")
     if with_own_data(run.sites):
         return f"{short} tuned on the data of {sites}"
-    source = "the formulary" if data == FORMULARY else _last_part(data)
+    source = SPOKEN.get(data) or _last_part(data)
     return f"{short} tuned on {source} at {sites}"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import pytest
 
+from grandrounds.data.common_and_rare.records import rows
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.study.evaluation import benchmarks as package
 from grandrounds.study.evaluation.benchmarks import (
@@ -71,7 +72,7 @@ def read_one(name: str, folder: Path) -> Item:
 
 def test_every_module_of_the_package_is_a_benchmark_of_its_own_name() -> None:
     modules = {found.name for found in pkgutil.iter_modules(package.__path__)}
-    assert modules == set(benchmarks())
+    assert modules == {name.replace("-", "_") for name in benchmarks()}
     assert {"pubmedqa", "medqa", "medmcqa", "careqa", "formulary"} <= modules
 
 
@@ -97,8 +98,10 @@ def test_an_unknown_benchmark_suggests_the_nearest() -> None:
 def test_published_sizes_are_those_of_the_leaderboard() -> None:
     sizes = {name: benchmark.expected_items for name, benchmark in benchmarks().items()}
     formulary = sizes.pop("formulary")
+    common_and_rare = sizes.pop("common-and-rare")
     assert sizes == {"pubmedqa": 500, "medqa": 1273, "medmcqa": 4183, "careqa": 5621}
     assert formulary == len(load_items(get_benchmark("formulary")))
+    assert common_and_rare == len(load_items(get_benchmark("common-and-rare"))) == 228
 
 
 def test_import_loads_no_library() -> None:
@@ -165,6 +168,17 @@ def test_the_formulary_holds_private_and_public_facts_and_needs_no_file(tmp_path
         assert [(i.question, i.options, i.gold_index) for i in part] == [
             (q.question, q.options, q.answer_index) for q in questions(kind)
         ]
+
+
+def test_common_and_rare_facts_are_asked_with_all_24_values() -> None:
+    items = load_items(get_benchmark("common-and-rare"))
+    groups = Counter(item.group for item in items)
+    assert groups == {"common": 18, "rare": 105, "absent": 105}
+    assert {len(set(item.options)) for item in items} == {24}
+    stated = {(str(row["input"]), str(row["output"])) for row in rows()}
+    for item in items:
+        answer = (item.question, item.options[item.gold_index])
+        assert (answer in stated) == (item.group == "rare")
 
 
 @pytest.mark.parametrize(
