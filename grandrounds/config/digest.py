@@ -17,6 +17,8 @@ from grandrounds.config.values import Scalar
 LEFT_OUT = (
     *PLACES_AND_TRACKERS,
     "static.dataset.name",
+    "static.dataset.config",
+    "static.dataset.split",
     "static.dataset.revision",
     "data.template-date",
     "data.partitioner",
@@ -31,8 +33,10 @@ data they mean nothing. The date of a chat template is the day on which a run st
 
 LEFT_OUT_IF: Mapping[str, Scalar] = {
     "model.revision": "",
+    "model.lora.use-rslora": False,
     "data.template-options": "",
     "data.system-prompt": "",
+    "data.train-on": "answers",
     "defence.largest-spread": 0.0,
     "defence.preset": "none",
 }

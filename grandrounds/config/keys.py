@@ -20,6 +20,9 @@ from grandrounds.config.codecs import CODECS
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.values import AUTO, Day, OneOf, Range, Scalar, SomeOf, Table, words_of
 
+TRAIN = "train"
+"""The split that is read of a data set on the Hub if no other is named."""
+
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run lives rather than what it computes; recipes leave them out."""
 
@@ -85,6 +88,8 @@ class LoraConfig:
     """LoRA rank."""
     peft_lora_alpha: Annotated[float, Range(0, above=True)]
     """LoRA alpha; the update BA is scaled by alpha / rank."""
+    use_rslora: bool
+    """Rank-stabilised LoRA (Kalajdzievski, 2023): BA is scaled by alpha / sqrt(rank)."""
     target_modules: str
     """Linear modules to adapt, comma-separated. `all-linear`: every linear layer except the output
     head. `auto`: PEFT's default for the architecture (`q_proj,v_proj` for Llama, Mistral and
@@ -95,6 +100,12 @@ class LoraConfig:
     peft_use_dora: Annotated[bool, OneOf((False,))]
     """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
     never loads. `grandrounds plan` counts them."""
+
+    @property
+    def scale(self) -> float:
+        """What the product BA is multiplied by."""
+        rank = self.peft_lora_r
+        return self.peft_lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -442,9 +453,13 @@ class DataConfig:
     or by key (`--set data.template-options.enable_thinking=false`)."""
     system_prompt: str
     """`chat`: system message before every question. Empty: what the template says without one."""
+    train_on: Annotated[str, OneOf(("answers", "last"))]
+    """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
     """Column holding the question. Several, comma-separated, are joined by a space:
-    `instruction,input` for Alpaca's format."""
+    `instruction,input` for Alpaca's format. A column of turns (role and content) holds
+    conversations. With the usual names, `input` and `output`, the columns of other forms are found:
+    `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`."""
     answer_column: str
     """Column holding the answer."""
 
@@ -461,16 +476,23 @@ class StaticConfig:
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Training data: Hugging Face Hub name, local .json, .jsonl, .csv or .parquet file (.gz too),
-    or data that are built in: `formulary`, or `common-and-rare` (docs/privacy.md)."""
+    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv or .parquet file (.gz
+    too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
+    `formulary`, or `common-and-rare` (docs/privacy.md)."""
+    config: str
+    """Configuration of a data set on the Hub; empty: its only or default one."""
+    split: str
+    """Split of a data set on the Hub, or a part of it (`train[:1000]`)."""
     revision: str
     """Commit, branch or tag of a data set on the Hub; empty: its main branch. What was loaded is
     recorded as `data-commit` in sites.json."""
 
     @property
     def source(self) -> str:
-        """What loads the data: their name, with `@` and the revision where one is set."""
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        """What loads the data: their name, and what is set of configuration, split and revision."""
+        config = f":{self.config}" if self.config else ""
+        split = f"[{self.split}]" if self.split != TRAIN else ""
+        return f"{self.name}{config}{split}" + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from grandrounds.config.keys import (
     ALIASES,
     FIELD_OF_KEY,
     SECTIONS,
+    TRAIN,
     Config,
 )
 from grandrounds.config.private import privacy_contradictions
@@ -287,15 +288,24 @@ def contradictions(config: Config) -> Iterator[str]:
         ):
             if text:
                 yield f'{key} = {text!r} has no effect without data.prompt-template = "chat".'
-    for key, name, revision in (
-        ("model", config.model.name, config.model.revision),
-        ("static.dataset", config.static.name, config.static.revision),
+    data_set = config.static
+    for name, words in (
+        (config.model.name, {"model.revision": config.model.revision}),
+        (
+            data_set.name,
+            {
+                "static.dataset.config": data_set.config,
+                "static.dataset.split": "" if data_set.split == TRAIN else data_set.split,
+                "static.dataset.revision": data_set.revision,
+            },
+        ),
     ):
-        if revision and (name in EMBEDDED_DATA or names_a_base(name) or found(name)):
-            yield (
-                f"{key}.revision = {revision!r} is for the Hugging Face hub, and {key}.name = "
-                f"{name!r} is not there but here: leave the revision empty."
-            )
+        for key, word in words.items():
+            if word and (name in EMBEDDED_DATA or names_a_base(name) or found(name)):
+                yield (
+                    f"{key} = {word!r} is for the Hugging Face hub, and {name!r} is not there but "
+                    "here: leave the key out."
+                )
     for key, value, hint in (
         ("model.name", config.model.name, "a Hub name, a folder, or formulary"),
         (

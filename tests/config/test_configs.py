@@ -42,7 +42,11 @@ LEFT_OUT = {
     "defence.preset",
     # the main branch; the template of a prompt that these recipes do not use
     "model.revision",
+    "static.dataset.config",
+    "static.dataset.split",
     "static.dataset.revision",
+    "data.train-on",
+    "model.lora.use-rslora",
     "data.template-date",
     "data.template-options",
     "data.system-prompt",

@@ -52,7 +52,7 @@ def recipe_rows(config: Config) -> Rows:
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
             "adapter",
-            f"LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
+            f"{'rs' * lora.use_rslora}LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
             f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
         ),
         (

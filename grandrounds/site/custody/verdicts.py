@@ -66,6 +66,7 @@ VERDICTS: dict[str, Verdict] = {
     "model.gradient-checkpointing": _SAME,
     "model.lora.peft-lora-r": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
     "model.lora.peft-lora-alpha": _bounded("min-lora-scale", "max-lora-scale"),
+    "model.lora.use-rslora": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.target-modules": _listed("target-modules"),
     "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
     "model.lora.peft-use-dora": _ONE_VALUE,
@@ -159,9 +160,12 @@ VERDICTS: dict[str, Verdict] = {
     "data.template-date": _harmless("a date in the prompt, of ten characters"),
     "data.template-options": _bounded("max-prompt-characters"),
     "data.system-prompt": _bounded("max-prompt-characters"),
+    "data.train-on": _harmless("which answers of a conversation are learned"),
     "data.question-column": _OWN_DATA,
     "data.answer-column": _OWN_DATA,
     "static.dataset.name": _OWN_DATA,
+    "static.dataset.config": _OWN_DATA,
+    "static.dataset.split": _OWN_DATA,
     "static.dataset.revision": _OWN_DATA,
 }
 """Key → verdict. The checks themselves are in `policy`."""

@@ -55,6 +55,8 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
         "data.template-options": '{"enable_thinking": false}',
         "data.system-prompt": "Be brief.",
         "defence.largest-spread": 1.4,
+        "data.train-on": "last",
+        "model.lora.use-rslora": True,
     }
     private = {"privacy.unit-guarantee": "example", "privacy.target-epsilon": 4.0}
     full = recipes.resolve({**later, **private, "model.name": "someone/model"})
