@@ -37,6 +37,9 @@ LEFT_OUT = {
     "strategy.round-timeout-seconds",
     "strategy.min-sites",
     "strategy.connect-timeout-seconds",
+    # no screens: see test_left_out_keys_do_not_matter_here
+    "defence.largest-spread",
+    "defence.preset",
     # the main branch; the template of a prompt that these recipes do not use
     "model.revision",
     "static.dataset.config",
@@ -72,6 +75,8 @@ LEFT_OUT = {
     "communication.entropy-coding",
     "defence.update-norm-bound",
     "defence.min-cosine",
+    "defence.largest-spread",
+    "defence.preset",
 }
 """Keys that change nothing in these recipes, whatever their default; all others are explicit."""
 
@@ -179,7 +184,7 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     assert not STRATEGIES[config.strategy.name].keys
     assert not config.is_private
     assert {config.communication.uplink_codec, config.communication.downlink_codec} == {"none"}
-    assert (config.defence.update_norm_bound, config.defence.min_cosine) == (0, -1)
+    assert (config.defence.update_norm_bound, config.defence.screens) == (0, False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
