@@ -205,7 +205,7 @@ def deployment_page() -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"docs/deployment.md lacks the lines {BEGIN!r} and {END!r}.")
-    lines = ["| reply to | field | told | what it is |", "|---|---|---|---|"]
+    lines = ["| reply to | field | told | of private visits | what it is |", f"|{5 * '---|'}"]
     lines += [row(f"`{kind}`", *map(cell, cells)) for kind, *cells in table()]
     return before + begin + "\n" + "\n".join(lines) + "\n" + end + after
 

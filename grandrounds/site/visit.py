@@ -37,7 +37,7 @@ from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.private.accountant import epsilon_of
-from grandrounds.site.private.coins import secret_coins
+from grandrounds.site.private.coins import Coins, secret_coins
 from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.private.rehearsal import mechanism_of, told_of
 from grandrounds.site.private.units import grouped
@@ -95,6 +95,8 @@ class Visit:
     """The examples to train on; None: those that the run's seed and cursor give."""
     mechanism: Mechanism | None = None
     """The visit trains by DP-SGD; None: without a guarantee."""
+    coins: Coins | None = None
+    """Secret coins of such a visit; None: fresh ones."""
 
     @classmethod
     def here(cls, content: RecordDict, context: Context) -> Visit:
@@ -353,12 +355,12 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> N
     trained = _trained(visit, resident)
     settings = PrivateSettings(mechanism, arguments.per_device_train_batch_size, _settings(visit))
     units = grouped(visit.site.units, visit.site.train)
-    pad = run_tokenizer(config).pad_token_id
+    pad, coins = run_tokenizer(config).pad_token_id, visit.coins or secret_coins()
     headroom.run_visit(
         config,
         resident,
         lambda: train_private_visit(
-            resident.model, list(trained.values()), units, settings, pad, secret_coins()
+            resident.model, list(trained.values()), units, settings, pad, coins
         ),
     )
 

@@ -218,6 +218,8 @@ def units(site: SiteFile) -> dict[str, str]:
     agent, folder = site.agent, site.path.parent
     written = [site.place(agent.state)]
     written += [site.place(agent.socket).parent] if agent.socket else []
+    sequence = site.privacy.sequence_file
+    written += [site.place(sequence).parent] if sequence else []
     outside = [str(place) for place in written if not place.is_relative_to(folder)]
     needs_network = bool(agent.address or site.data.database)
     values = {

@@ -6,6 +6,7 @@ held-out examples are the site's own, whatever the run's configuration says.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,20 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError, ThrottledError
 from grandrounds.model import headroom, machine
-from grandrounds.site.custody import audit, faults, kept_runs, policy, quota, refusals, replay
+from grandrounds.site.custody import (
+    audit,
+    budget,
+    faults,
+    guarantee,
+    kept_runs,
+    policy,
+    quota,
+    refusals,
+    replay,
+)
 from grandrounds.site.custody.approvals import check_approved
 from grandrounds.site.custody.counting import begin, check_quota
-from grandrounds.site.custody.disclosure import EVALUATE, tells_loss
+from grandrounds.site.custody.disclosure import EVALUATE, NO_ANSWER, QUERY, TRAIN, tells_loss
 from grandrounds.site.custody.own_base import base_folder, checked_base
 from grandrounds.site.custody.own_run import (
     admit,
@@ -88,14 +99,31 @@ def _logged(request: Request, function: Function) -> Message:
         outcome = "refused" if isinstance(error, PolicyError) else "failed"
         line = {**entry, "outcome": outcome, **_reason(error, with_text=with_text)}
         refusals.record(state, entry["run"], line)
+        if request.is_private and request.touched:
+            raise OwnDataError(NO_ANSWER) from error
         raise
     except Exception as error:
         line = {**entry, "outcome": "crashed", "reason": faults.told(error)}
         line |= faults.written(error, with_text=with_text)
         refusals.record(state, entry["run"], line)
+        if request.is_private and request.touched:
+            raise OwnDataError(NO_ANSWER) from error
         return Message(Error(CLIENT_APP_RAISED, faults.told(error)), reply_to=request.message)
+    finally:
+        hold(request)
     audit.write(state.folder, {**entry, "left": left(entry, reply)})
     return reply
+
+
+def hold(request: Request) -> None:
+    """Wait until a multiple of `answer-every-seconds` has passed since a private request came.
+
+    Its time then tells little of how long the visit took.
+    """
+    every = request.site.privacy.answer_every_seconds
+    if every and request.is_private and request.touched:
+        passed = time.monotonic() - request.started
+        time.sleep(math.ceil(passed / every) * every - passed)
 
 
 def _reason(error: GrandRoundsError, *, with_text: bool) -> Mapping[str, object]:
@@ -129,6 +157,7 @@ def _answered(request: Request, function: Function) -> Message:
     policy.check_instruction(site, config, request.kind, request.instruction)
     request.entry |= policy.check_recipe(site, config).as_dict()
     request.entry |= check_approved(site, state.folder, config, run)
+    request.is_private = config.is_private
 
     # 4. The base: known to the site, with the expected files.
     base = checked_base(site, config.model.name)
@@ -141,8 +170,15 @@ def _answered(request: Request, function: Function) -> Message:
         request.entry["outcome"] = "answered again"
         return known
 
-    # 6. Does the visit fit in memory?
+    # 6. Does the visit fit in memory, and in the privacy budget? What else needs no data?
     headroom.check_fits(own)
+    if request.is_private and request.kind in (QUERY, TRAIN):
+        request.mechanism = guarantee.reserved(site, state, run, config)
+        if not (request.is_visit and budget.known_key(state, run, digest)):
+            budget.check_visit(budget.read(site, state), run)
+    if request.is_private and request.kind == EVALUATE:
+        return without_loss(request)
+    request.touched = True
 
     # 7. The site's data, and the policy's limits that depend on their number.
     examples = site_in_custody(site, own, run)
@@ -152,10 +188,7 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
     if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
-        quota.check_questions(site, state, run)
-        quota.count_question(state, run)
-        request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
-        return Message(messages.content(metrics={}), reply_to=request.message)
+        return without_loss(request)
     if request.is_visit:
         request.entry["sha256-in"] = tensors_sha256(request.message)
     kept = kept_runs.load(state, run)
@@ -164,9 +197,16 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 9. The visit.
     sizes = len(examples.train), visiting.arguments.max_steps * visiting.examples_per_step
-    chosen = begin(request, config, digest, kept, sizes)
-    settled = machine.settled(visiting, request.instruction)
-    visit = Visit(request.message.content, kept, settled, examples, chosen)
+    begun = begin(request, config, digest, kept, sizes)
+    visit = Visit(
+        request.message.content,
+        kept,
+        machine.settled(visiting, request.instruction),
+        examples,
+        begun.chosen,
+        request.mechanism,
+        begun.coins,
+    )
     reply = visited(request, visit, function)
 
     # 10. What may be told of it.
@@ -182,6 +222,14 @@ def _answered(request: Request, function: Function) -> Message:
         quota.count_question(state, run)
     request.entry["outcome"] = "answered"
     return reply
+
+
+def without_loss(request: Request) -> Message:
+    """Return the answer to a request for a held-out loss that may not be told."""
+    quota.check_questions(request.site, request.state, request.run)
+    quota.count_question(request.state, request.run)
+    request.entry |= {"outcome": "answered", "kept": [HELD_OUT_LOSS]}
+    return Message(messages.content(metrics={}), reply_to=request.message)
 
 
 def visited(request: Request, visit: Visit, function: Function) -> Message:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from flwr.app import MessageType, RecordDict
 
 from grandrounds.config.keys import Config
-from grandrounds.site.custody import kept_runs, order, quota, replay
+from grandrounds.site.custody import budget, kept_runs, order, quota, replay
 from grandrounds.site.custody.request import Request
-from grandrounds.site.visit import Chosen
+from grandrounds.site.private.coins import Coins, KeyedCoins
+from grandrounds.site.visit import Chosen, given_to_run
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A visit that was counted."""
+
+    chosen: Chosen | None = None
+    """Its examples."""
+    coins: Coins | None = None
+    """Secret coins of a private visit."""
 
 
 def check_quota(request: Request) -> None:
@@ -26,8 +39,10 @@ def check_quota(request: Request) -> None:
 
 def begin(
     request: Request, config: Config, digest: str, kept: RecordDict, sizes: tuple[int, int]
-) -> Chosen | None:
-    """Count a visit, also if it fails afterwards, and return the examples that it trains on.
+) -> Begun:
+    """Count a visit, also if it fails afterwards, and return what it trains on and with.
+
+    A private visit is charged: when this returns, the charge is on disk.
 
     Parameters
     ----------
@@ -39,17 +54,25 @@ def begin(
     Raises
     ------
     PolicyError
-        If a limit was reached meanwhile, or the state folder is full.
+        If a limit was reached meanwhile, the budget is spent, or the state folder is full.
     """
     site, state, run = request.site, request.state, request.run
     if not request.is_visit:
-        return None
+        return Begun()
     kept_runs.check_room(state)
-    trains = request.kind == MessageType.TRAIN
+    trains, key, start = request.kind == MessageType.TRAIN, b"", None
     with state.lasting():
         quota.check_run(site, state, run)
         quota.check_visits(site, state)
         quota.count_visit(state, run, request.round)
         kept_runs.note_visit(state, run, config)
-        start = replay.reserve(request, digest, *sizes) if trains else None
-    return order.choose(state, start, kept, sizes) if start else None
+        if trains and request.mechanism:
+            visit = budget.Visiting(run, digest, request.round, request.mechanism)
+            key = budget.charge(site, state, visit)
+        elif trains:
+            start = replay.reserve(request, digest, *sizes)
+    if key:
+        budget.note_sequence(site, state)
+        # Cursor and seed of the run play no part: each step draws its units by these coins.
+        return Begun(Chosen((), given_to_run(kept), 0), KeyedCoins(key))
+    return Begun(order.choose(state, start, kept, sizes)) if start else Begun()

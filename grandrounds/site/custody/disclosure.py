@@ -17,7 +17,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.wire import messages
+from grandrounds.wire import guarantee, messages
 from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, METRICS
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
@@ -28,6 +28,12 @@ EXACT = "exact"
 """Value of `tell.figures` with which a site tells all figures exactly."""
 
 AS_IT_IS, ROUNDED, ONLY_EXACT, TELEMETRY = "as it is", "rounded", "not told", "telemetry"
+
+OF_PRIVATE = "of private visits"
+
+DECLARED, NEVER = "declared", "never"
+"""How a field of a private visit is told: as the declared number of units, or not at all. Only the
+tensors may depend on the site's data, through the noised mechanism alone."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,19 @@ class Field:
     record: str
     """Record of the reply."""
     told: str
-    """`AS_IT_IS`, `ROUNDED`, `ONLY_EXACT` (only with `tell.figures = "exact"`) or `TELEMETRY` (only
-    with `tell.telemetry = true`)."""
+    """`AS_IT_IS`, `ROUNDED`, `ONLY_EXACT` (only with `tell.figures = "exact"`), `TELEMETRY` (only
+    with `tell.telemetry = true`), or `OF_PRIVATE`, where other visits have no such field."""
     meaning: str
+    private: str = NEVER
+    """How it is told of a private visit: `AS_IT_IS`, `DECLARED`, `TELEMETRY` or `NEVER`."""
 
 
-def _fields(kind: str, record: str, told: str, meanings: Mapping[str, str]) -> tuple[Field, ...]:
-    return tuple(Field(name, kind, record, told, meaning) for name, meaning in meanings.items())
+def _fields(
+    kind: str, record: str, told: str, meanings: Mapping[str, str], private: str = NEVER
+) -> tuple[Field, ...]:
+    return tuple(
+        Field(name, kind, record, told, meaning, private) for name, meaning in meanings.items()
+    )
 
 
 _PROCESS = {
@@ -65,7 +77,6 @@ FIELDS = (
             NAME: "the site's name",
             SOURCE: "name of the built-in data, if the site's data are such",
             BASE: "SHA-256 of its copy of the base",
-            DATA_TAG: "a keyed hash: the same as long as its data are, within a run",
             "base": "fingerprint of the base's configuration and tokenizer",
             "prompt": "hash of the prompt template under the tokenizer",
             "version": "version of Grand Rounds",
@@ -76,15 +87,41 @@ FIELDS = (
             messages.THREADS: "threads of the CPU in use",
             messages.CPU_MATMUL: "library of matrix products",
         },
+        AS_IT_IS,
+    ),
+    Field(
+        DATA_TAG,
+        QUERY,
+        CONFIG,
+        AS_IT_IS,
+        "a keyed hash: the same as long as its data are, within a run",
     ),
     *_fields(
         QUERY,
         CONFIG,
-        ROUNDED,
+        OF_PRIVATE,
         {
-            "train-examples": "training examples",
-            "held-out-examples": "held-out examples, if their loss may be told",
+            guarantee.UNIT: "unit of the guarantee: `record` or `patient`",
+            guarantee.NOISE_MULTIPLIER: "noise in units of the clipping norm",
+            guarantee.CLIPPING_NORM: "norm to which the gradient of a unit is clipped",
+            guarantee.SAMPLING_RATE: "probability with which a step draws a unit",
+            guarantee.DELTA: "probability with which the guarantee may fail",
+            guarantee.DECLARED_UNITS: "number of units that the site declares",
+            guarantee.VISIT_STEPS: "steps of a visit",
+            guarantee.MOST_VISITS: "visits of the run that its budget allows",
+            guarantee.EPSILON: "ε of the run's visits so far",
+            guarantee.RESERVED_EPSILON: "ε of all visits that it may make",
+            guarantee.ACCOUNTANT: "library that computed ε, and its version",
         },
+        AS_IT_IS,
+    ),
+    Field("train-examples", QUERY, CONFIG, ROUNDED, "training examples", DECLARED),
+    Field(
+        "held-out-examples",
+        QUERY,
+        CONFIG,
+        ROUNDED,
+        "held-out examples, if their loss may be told",
     ),
     *_fields(
         QUERY,
@@ -98,23 +135,40 @@ FIELDS = (
             "unlearnable": "questions that leave no room for an answer",
         },
     ),
-    Field("device", QUERY, CONFIG, TELEMETRY, "name of its GPU, or CPU"),
-    Field("tensors", TRAIN, ARRAYS, AS_IT_IS, "the change of the adapter, as the codec encodes it"),
-    *_fields(
+    Field("device", QUERY, CONFIG, TELEMETRY, "name of its GPU, or CPU", TELEMETRY),
+    Field(
+        "tensors",
+        TRAIN,
+        ARRAYS,
+        AS_IT_IS,
+        "the change of the adapter, as the codec encodes it",
+        AS_IT_IS,
+    ),
+    Field(
+        "num-examples",
         TRAIN,
         METRICS,
         ROUNDED,
-        {
-            "num-examples": "training examples: the update's weight",
-            "train-loss": "mean loss of the visit",
-        },
+        "training examples: the update's weight",
+        DECLARED,
     ),
+    Field("train-loss", TRAIN, METRICS, ROUNDED, "mean loss of the visit"),
+    *_fields(
+        TRAIN,
+        METRICS,
+        OF_PRIVATE,
+        {
+            guarantee.EPSILON: "ε of the run's visits so far, this one included",
+            guarantee.VISITS_LEFT: "visits of the run that its budget still allows",
+        },
+        AS_IT_IS,
+    ),
+    Field("steps", TRAIN, METRICS, ONLY_EXACT, "optimizer steps", AS_IT_IS),
     *_fields(
         TRAIN,
         METRICS,
         ONLY_EXACT,
         {
-            "steps": "optimizer steps",
             "examples": "examples of the visit",
             "tokens": "their answer tokens",
             "padding-tokens": "padding of their batches",
@@ -124,7 +178,8 @@ FIELDS = (
             messages.UPDATE_NORM: "norm of the change; the server computes it from the tensors",
         },
     ),
-    *_fields(TRAIN, METRICS, TELEMETRY, {"seconds": "seconds of the visit", **_PROCESS}),
+    Field("seconds", TRAIN, METRICS, TELEMETRY, "seconds of the visit"),
+    *_fields(TRAIN, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
     *_fields(
         EVALUATE,
         METRICS,
@@ -143,13 +198,24 @@ FIELDS = (
             "tokens": "their answer tokens",
         },
     ),
-    *_fields(EVALUATE, METRICS, TELEMETRY, _PROCESS),
+    *_fields(EVALUATE, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
     *(
-        Field(name, EXAM, METRICS, AS_IT_IS, "score in the built-in exam, on no data of the site")
+        Field(
+            name,
+            EXAM,
+            METRICS,
+            AS_IT_IS,
+            "score in the built-in exam, on no data of the site",
+            AS_IT_IS,
+        )
         for name in FORMULARY_METRICS
     ),
-    *_fields(EXAM, METRICS, TELEMETRY, _PROCESS),
+    *_fields(EXAM, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
 )
+
+NO_ANSWER = "This site has no answer to this message; its own audit log says why."
+"""What a private run learns of every refusal and failure once the site's data were read: too few
+examples, numbers that are not finite, too little memory."""
 
 FAILURE = {
     "error": "reason of a refusal or failure: policy values, hashes, never data",
@@ -180,17 +246,25 @@ def tells_loss(site: SiteFile, held_out: int) -> bool:
     return site.policy.report_held_out_loss and held_out >= site.tell.min_held_out_examples
 
 
-def disclosed(
-    site: SiteFile, kind: str, content: RecordDict, report: Mapping[str, int]
-) -> Disclosed:
+@dataclass(frozen=True)
+class Told:
+    """By which rules a reply leaves."""
+
+    site: SiteFile
+    """The site's policy."""
+    report: Mapping[str, int]
+    """Counts of the site's rows and examples, as in `Site.report`."""
+    is_private: bool = False
+    """Whether the run's visits are private: then only the tensors may depend on data."""
+
+
+def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
     """Return what leaves of the content of a visit's reply.
 
     Parameters
     ----------
     kind : str
         The message type.
-    report
-        Counts of the site's rows and examples, as in `Site.report`.
     """
     arrays = content.array_records.get(ARRAYS) if kind == TRAIN else None
     facts = dict(content.config_records.get(CONFIG) or {})
@@ -199,9 +273,9 @@ def disclosed(
         metrics[HELD_OUT_LOSS] = float(metrics["nll-sum"]) / float(metrics["tokens"])  # type: ignore[arg-type]
     told = {
         record: {
-            name: _as_told(site, _BY_PLACE[kind, record, name], value, report)
+            name: _as_told(_BY_PLACE[kind, record, name], value, rules)
             for name, value in values.items()
-            if _leaves(site, kind, record, name, report)
+            if _leaves(_BY_PLACE.get((kind, record, name)), rules)
         }
         for record, values in ((CONFIG, facts), (METRICS, metrics))
     }
@@ -217,29 +291,38 @@ def disclosed(
     )
 
 
-def _leaves(site: SiteFile, kind: str, record: str, name: str, report: Mapping[str, int]) -> bool:
+def _leaves(field: Field | None, rules: Told) -> bool:
     """Whether a field leaves under the site's policy."""
-    field = _BY_PLACE.get((kind, record, name))
     if field is None:
         return False
-    if name in _OF_HELD_OUT.get(kind, ()) and not tells_loss(site, report["held-out-examples"]):
+    site = rules.site
+    if rules.is_private:
+        return field.private != NEVER and (field.private != TELEMETRY or site.tell.telemetry)
+    if field.name in _OF_HELD_OUT.get(field.kind, ()) and not tells_loss(
+        site, rules.report["held-out-examples"]
+    ):
         return False
     if field.told == TELEMETRY:
         return site.tell.telemetry
-    return field.told != ONLY_EXACT or site.tell.figures == EXACT
+    if field.told == ONLY_EXACT:
+        return site.tell.figures == EXACT
+    return field.told != OF_PRIVATE
 
 
-def _as_told(site: SiteFile, field: Field, value: Any, report: Mapping[str, int]) -> Any:
+def _as_told(field: Field, value: Any, rules: Told) -> Any:
     """Return a field's value as it leaves.
 
     Counts come from the site's rows and its `held-out-fraction` alone: what the run's tokenisation
     leaves of them would tell the lengths of rows, one sequence length after the other.
     """
+    site = rules.site
+    if rules.is_private:
+        return site.privacy.declared_units if field.private == DECLARED else value
     if field.told != ROUNDED or site.tell.figures == EXACT:
         return value
     if isinstance(value, float):
         return rounded_loss(value)
-    training, held_out = _counts(site, report)
+    training, held_out = _counts(site, rules.report)
     return held_out if field.name == "held-out-examples" or field.kind == EVALUATE else training
 
 
@@ -262,18 +345,35 @@ _HOW = {
     ROUNDED: "rounded",
     ONLY_EXACT: 'only with `figures = "exact"`',
     TELEMETRY: "only with `telemetry = true`",
+    OF_PRIVATE: "never",
+}
+
+_HOW_PRIVATELY = {
+    AS_IT_IS: "as it is",
+    DECLARED: "`declared-units`",
+    TELEMETRY: "only with `telemetry = true`",
+    NEVER: "never",
 }
 
 
-def table() -> list[tuple[str, str, str, str]]:
-    """Return (message, field, how it is told, meaning) of all that leaves, for the docs."""
+def table() -> list[tuple[str, str, str, str, str]]:
+    """Return (message, field, how it is told, and of private visits, meaning) for the docs."""
     exam = [field for field in FIELDS if field.kind == EXAM and field.told == AS_IT_IS]
     rows = [
-        (field.kind, f"`{field.name}`", _HOW[field.told], field.meaning)
+        (
+            field.kind,
+            f"`{field.name}`",
+            _HOW[field.told],
+            _HOW_PRIVATELY[field.private],
+            field.meaning,
+        )
         for field in FIELDS
         if field not in exam
     ]
     scores = f"`{exam[0].name}` and {len(exam) - 1} more"
-    rows.append((EXAM, scores, _HOW[AS_IT_IS], exam[0].meaning))
-    rows += [("any", f"`{name}`", _HOW[AS_IT_IS], meaning) for name, meaning in FAILURE.items()]
-    return [*rows, ("any", "Flower's `Error`", _HOW[AS_IT_IS], "kind of an unexpected error")]
+    as_it_is = _HOW[AS_IT_IS]
+    rows.append((EXAM, scores, as_it_is, as_it_is, exam[0].meaning))
+    one_text = "one text once data were read"
+    rows += [("any", f"`{name}`", as_it_is, one_text, why) for name, why in FAILURE.items()]
+    error = "kind of an unexpected error"
+    return [*rows, ("any", "Flower's `Error`", as_it_is, "never once data were read", error)]

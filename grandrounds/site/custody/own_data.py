@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from grandrounds.data.partitioning import Partition
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import columns_read, load_rows, rows_of
 from grandrounds.errors import DataError, first_line
+from grandrounds.site.custody import order
 from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
+from grandrounds.site.private.units import UnitRule, split_by_unit
 
 
 def own_site(
@@ -26,7 +29,8 @@ def own_site(
 ) -> Site:
     """Return the site's examples, ready for the model.
 
-    Held-out examples are drawn with the site's own seed, so they are the same in every run.
+    Held-out examples are drawn with the site's own seed, so they are the same in every run. With
+    units (`units_of_site`), each is held out or not by itself.
 
     Parameters
     ----------
@@ -40,12 +44,69 @@ def own_site(
     DataError
         If the source cannot be used, or has no training example.
     """
-    return _tokenized(_rows(site, run), site.data, site.node, model_name, prompt, seq_length)
+    how = OwnSplit(site.data, site.node, site.privacy.unit_column)
+    return _tokenized(_rows(site, run), how, model_name, prompt, seq_length)
 
 
-def own_split(site: SiteFile, run: str = "") -> SiteData:
-    """Return the site's examples as text, with counts of its rows."""
-    return _split(_rows(site, run), site.data, site.node)
+def private_site(
+    site: SiteFile, model_name: str, prompt: DataConfig, seq_length: int, run: str
+) -> Site:
+    """Return the site's examples with their units; parameters and errors as for `own_site`.
+
+    Whether a unit is held out, and which of its records train, depends on that unit and a secret of
+    the site alone.
+    """
+    return _tokenized(_rows(site, run), private_split_of(site), model_name, prompt, seq_length)
+
+
+def private_split_of(site: SiteFile) -> OwnSplit:
+    """Return how a site's rows are divided where its visits are private."""
+    privacy = site.privacy
+    secret = hmac.digest(order.secret_of(site.place(site.agent.state)), b"units", "sha256")
+    units = UnitRule(secret, privacy.unit_column, privacy.max_records_of_unit)
+    return OwnSplit(site.data, site.node, privacy.unit_column, units)
+
+
+def own_split(site: SiteFile, run: str = "", *, private: bool = False) -> SiteData:
+    """Return the site's examples as text, with counts of its rows.
+
+    Parameters
+    ----------
+    private : bool
+        Whether they are divided by unit, as for private visits.
+    """
+    plain = OwnSplit(site.data, site.node, site.privacy.unit_column)
+    return (private_split_of(site) if private else plain).of(_rows(site, run))
+
+
+@dataclass(frozen=True)
+class OwnSplit:
+    """How a site's rows are divided into training and held-out examples."""
+
+    data: OwnData
+    node: Node
+    unit_column: str
+    units: UnitRule | None = None
+    """None: visits are not private."""
+
+    def of(self, rows: Rows) -> SiteData:
+        """Return the examples in the site's rows."""
+        data, node = self.data, self.node
+        if self.units:
+            return split_by_unit(
+                rows,
+                self.units,
+                question_column=data.question_column,
+                answer_column=data.answer_column,
+                fraction=data.held_out_fraction,
+            )
+        return split_rows(
+            rows,
+            Partition(data.held_out_seed, node.partition_id, node.num_partitions),
+            question_column=data.question_column,
+            answer_column=data.answer_column,
+            held_out_fraction=data.held_out_fraction,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,48 +131,40 @@ def own_identifiers(site: SiteFile, run: str = "") -> Searched:
 
     A process searches the same examples once; nothing is counted with `data.identifiers = "off"`.
     """
-    return _searched(_rows(site, run), site.data, site.node)
+    return _searched(_rows(site, run), OwnSplit(site.data, site.node, site.privacy.unit_column))
 
 
 @lru_cache(maxsize=4)
-def _searched(rows: Rows, data: OwnData, node: Node) -> Searched:
-    split = _split(rows, data, node)
+def _searched(rows: Rows, how: OwnSplit) -> Searched:
+    split, data = how.of(rows), how.data
     texts = [f"{e.question}\n{e.answer}" for e in (*split.train, *split.held_out)]
     counts = {} if data.identifiers == "off" else count_identifiers(texts)
     return Searched(fingerprint(texts), len(texts), counts)
 
 
 def _rows(site: SiteFile, run: str) -> Rows:
-    data = site.data
+    data, unit = site.data, site.privacy.unit_column
+    columns = (data.question_column, data.answer_column, *([unit] if unit else []))
     if data.database:
-        return database_rows(
-            data.database, data.query, data.question_column, data.answer_column, run
-        )
+        return database_rows(data.database, data.query, columns, run)
     source = data.source if data.source in EMBEDDED else str(site.place(data.source))
-    return load_rows(source, question_column=data.question_column, answer_column=data.answer_column)
-
-
-def _split(rows: Rows, data: OwnData, node: Node) -> SiteData:
-    return split_rows(
-        rows,
-        Partition(data.held_out_seed, node.partition_id, node.num_partitions),
+    return load_rows(
+        source,
         question_column=data.question_column,
         answer_column=data.answer_column,
-        held_out_fraction=data.held_out_fraction,
+        keep_columns=columns[2:],
     )
 
 
 @lru_cache(maxsize=4)
 def _tokenized(
     rows: Rows,  # by identity: an unchanged source returns the same object
-    data: OwnData,
-    node: Node,
+    how: OwnSplit,
     model_name: str,
     prompt: DataConfig,
     seq_length: int,
 ) -> Site:
-    split = _split(rows, data, node)
-    return tokenized_site(split, node.partition_id, model_name, prompt, seq_length)
+    return tokenized_site(how.of(rows), how.node.partition_id, model_name, prompt, seq_length)
 
 
 @dataclass
@@ -126,7 +179,7 @@ class _Read:
     """The run that was given it last."""
 
 
-_databases: dict[tuple[str, str, str, str], _Read] = {}
+_databases: dict[tuple[str, str, tuple[str, ...]], _Read] = {}
 
 FRESH_SECONDS = 24 * 3600.0
 """Age at which rows are read again, by the first message of another run."""
@@ -135,9 +188,7 @@ RETRY_SECONDS = 60.0
 """Age at which a query that failed is tried again."""
 
 
-def database_rows(
-    url: str, query: str, question_column: str, answer_column: str, run: str = ""
-) -> Rows:
+def database_rows(url: str, query: str, columns: tuple[str, ...], run: str = "") -> Rows:
     """Return the rows of a database, queried at most once a day by a process.
 
     A run keeps the rows that it began with. Nothing is written to disk: they stay in this process's
@@ -149,6 +200,8 @@ def database_rows(
         SQLAlchemy's URL.
     query : str
         One statement that returns rows.
+    columns
+        Question, answer, and the column of the units where there is one.
     run : str
         The run's key.
 
@@ -157,7 +210,7 @@ def database_rows(
     DataError
         As `queried`; the same error for a minute, without another query.
     """
-    key = (url, query, question_column, answer_column)
+    key = (url, query, columns)
     known, now = _databases.get(key), time.monotonic()
     if known is not None:
         failed, age = isinstance(known.outcome, str), now - known.at
@@ -176,7 +229,7 @@ def database_rows(
     return known.outcome
 
 
-def queried(url: str, query: str, question_column: str, answer_column: str) -> Rows:
+def queried(url: str, query: str, columns: tuple[str, ...]) -> Rows:
     """Return the rows of a database query, sorted so that the database's order does not matter.
 
     The database is accessed through SQLAlchemy; the site installs its drivers.
@@ -187,9 +240,9 @@ def queried(url: str, query: str, question_column: str, answer_column: str) -> R
         If the driver is missing, the database cannot be reached, the query fails, or a column is
         missing. The message never contains a password.
     """
-    columns = (question_column, answer_column)
+    question_column = columns[0]
     names, rows = _asked(url, query)
-    read, _ = columns_read(columns)
+    read = columns_read(columns)(names)
     order = columns if question_column in names else read
     by = [names.index(name) for name in order if name in names]
     rows.sort(key=lambda row: [str(row[i]) for i in by])

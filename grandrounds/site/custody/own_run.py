@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from grandrounds.config.keys import Config
+from grandrounds.data.shown import marked
 from grandrounds.errors import DataError, OwnDataError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.machine import specs
+from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site.custody import policy
 from grandrounds.site.custody.disclosure import told_examples
 from grandrounds.site.custody.own_base import base_location, base_sha256
-from grandrounds.site.custody.own_data import own_site, own_split
+from grandrounds.site.custody.own_data import own_site, own_split, private_site
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.local_data import Site
 from grandrounds.wire.adapter import Shapes, at_rank
@@ -45,7 +47,7 @@ def localized(site: SiteFile, config: Config) -> Config:
 
 
 def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
-    """Return the site's examples for a run with this configuration.
+    """Return the site's examples for a run with this configuration; with units if it is private.
 
     Raises
     ------
@@ -54,12 +56,25 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
         error's cause, which stays at the site.
     """
     try:
-        found = own_site(site, own.model.name, own.data, own.train.seq_length, run)
+        opened = private_site if own.is_private else own_site
+        found = opened(site, own.model.name, own.data, own.train.seq_length, run)
     except DataError as error:
         raise unusable(site) from error
     if site.policy.report_held_out_loss:
         return found
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
+
+
+def examples_shown(site: SiteFile, config: Config, count: int) -> Iterator[str]:
+    """Yield the first training examples under a run's prompt, with what is learned marked.
+
+    They are patients' text: for the site's own screen.
+    """
+    own = localized(site, config)
+    found = site_in_custody(site, own, "")
+    tokenizer = run_tokenizer(own)
+    for example in found.train[:count]:
+        yield marked(example, tokenizer)
 
 
 def unusable(site: SiteFile) -> OwnDataError:
@@ -72,11 +87,15 @@ def unusable(site: SiteFile) -> OwnDataError:
 def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> policy.Asked:
     """Return what a run requests of a site with this many training examples.
 
+    In a private run their declared number counts: the real one would be told by a refusal.
+
     Raises
     ------
     PolicyError
         If the site's policy forbids it.
     """
+    if config.is_private:
+        num_examples = site.privacy.declared_units
     here = dataclasses.replace(config, arguments=own.arguments)
     asked = policy.asked_of(here, _layout(*specs(own))[1], num_examples)
     asked = dataclasses.replace(asked, by_epochs=config.arguments.max_steps < 1)

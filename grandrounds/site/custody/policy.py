@@ -15,6 +15,7 @@ from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
 from grandrounds.config.values import words_of
 from grandrounds.config.words import has_controls
 from grandrounds.errors import PolicyError, nearest
+from grandrounds.site.custody import guarantee
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Ranks
@@ -42,7 +43,7 @@ class Asked:
     rank: int
     """The highest rank of the adapter at the site."""
     scale: float
-    """alpha / rank, by which the product of the factors is multiplied."""
+    """What the product of the factors is multiplied by."""
     rounds: int
     """Rounds of the run."""
     learning_rate: float
@@ -109,7 +110,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         strategy=strategy.name,
         target_modules=tuple(targets),
         rank=Ranks.of(config).resident,
-        scale=lora.peft_lora_alpha / lora.peft_lora_r,
+        scale=lora.scale,
         rounds=config.federation.num_server_rounds,
         learning_rate=train.learning_rate_max,
         least_learning_rate=lowest / (arguments.warmup_steps + 1),
@@ -217,6 +218,8 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
         With all reasons, if the site's policy forbids it.
     """
     check_known(site, config.model.name)
+    if reasons := list(guarantee.objections(site, config)):
+        raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
     targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))
     asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
     check_run(site, asked, None)

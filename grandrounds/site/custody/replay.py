@@ -15,7 +15,7 @@ from flwr.app import Message, RecordDict
 
 from grandrounds.config.keys import Config
 from grandrounds.errors import ConfigError
-from grandrounds.site.custody import kept_runs, order
+from grandrounds.site.custody import budget, kept_runs, order
 from grandrounds.site.custody.kept_runs import new_file, read_kept
 from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.state import REPLIES, STATES, SiteState
@@ -126,6 +126,7 @@ def keep(request: Request, answered: Answered) -> None:
             "do update set file = excluded.file, bytes = excluded.bytes, at = excluded.at",
             (run, answered.digest, request.round, request.kind, now, reply, reply_bytes),
         )
+        budget.answered(table, run, answered.digest)
         old = table.execute(
             "select file from requests where run = ? and round <= ?",
             (run, request.round - ROUNDS_KEPT),

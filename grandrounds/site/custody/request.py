@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from flwr.app import ConfigRecord, Context, Message
 from grandrounds.errors import ReplyError
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
+from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.visit import MOST_ROUNDS
 from grandrounds.wire import messages
 
@@ -33,6 +35,15 @@ class Request:
     """Flower's context; its `run_config` is the run's configuration, not yet resolved."""
     entry: dict[str, Any] = field(default_factory=dict)
     """The audit log's line; each step adds what it learns."""
+    mechanism: Mechanism | None = None
+    """Of a private run, as the site has fixed it."""
+    is_private: bool = False
+    """Whether the run's visits are private."""
+    touched: bool = False
+    """Whether the site's data were read for it: from then on a private run learns of a failure only
+    that there was one."""
+    started: float = field(default_factory=time.monotonic)
+    """When it came, by `time.monotonic()`."""
 
     def __post_init__(self) -> None:
         self.entry |= _question(self.message, self.context)

@@ -21,6 +21,7 @@ from grandrounds.config.values import OneOf, Range, words_of
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.site.custody.together import finish
 from grandrounds.storage import expanded
+from grandrounds.wire.guarantee import PATIENT, RECORD
 
 TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
 
@@ -107,6 +108,36 @@ class Tell:
 
 
 @dataclass(frozen=True)
+class Privacy:
+    """The guarantee that the site enforces for each of its units, and its budget."""
+
+    require: str
+    unit_column: str
+    declared_units: Annotated[int, Range(0)]
+    max_records_of_unit: Annotated[int, Range(1)]
+    epsilon_total: Annotated[float, Range(0, 1000, above=True)]
+    epsilon_of_run: Annotated[float, Range(0, 1000, above=True)]
+    delta: Annotated[float, Range(0, 0.1, above=True)]
+    min_clipping_norm: Annotated[float, Range(0, above=True)]
+    max_clipping_norm: Annotated[float, Range(0, above=True)]
+    max_sampling_rate: Annotated[float, Range(0, 1, above=True)]
+    max_steps_of_run: Annotated[int, Range(1, 10**6)]
+    report_held_out_loss: bool
+    answer_every_seconds: Annotated[int, Range(0, 86400)]
+    sequence_file: str
+
+    @property
+    def unit(self) -> str:
+        """What a unit is: `patient` or `record`."""
+        return PATIENT if self.unit_column else RECORD
+
+    @property
+    def all_delta(self) -> float:
+        """What the deltas of all runs together must stay below."""
+        return 1 / (10 * max(1, self.declared_units))
+
+
+@dataclass(frozen=True)
 class Agent:
     """The long-running process that holds data and base."""
 
@@ -144,6 +175,7 @@ class SiteFile:
     data: OwnData
     policy: Policy
     tell: Tell
+    privacy: Privacy
     agent: Agent
     bases: Mapping[str, OwnBase]
     """Name of a base, as in a run's `model.name` → the site's copy."""
@@ -164,6 +196,7 @@ SECTIONS: dict[str, Any] = {
     "data": OwnData,
     "policy": Policy,
     "tell": Tell,
+    "privacy": Privacy,
     "agent": Agent,
 }
 
@@ -259,6 +292,56 @@ def _bases(path: Path, table: Mapping[str, Any]) -> dict[str, OwnBase]:
     return bases
 
 
+REQUIRED = ("none", "example")
+"""What a site may require of its visits."""
+
+MASKED = ("masked", "example+masked")
+"""What it may not require yet."""
+
+
+def _privacy_problems(site: SiteFile) -> list[tuple[bool, str]]:
+    """Return what may be wrong with `[privacy]`: whether it is, and the message."""
+    privacy, data = site.privacy, site.data
+    why = (
+        "this version has no secure aggregation, which hides an update in the sum of several sites"
+        if privacy.require in MASKED
+        else f"allowed are {' and '.join(map(repr, REQUIRED))}.{nearest(privacy.require, REQUIRED)}"
+    )
+    return [
+        (
+            privacy.require not in REQUIRED,
+            f"privacy.require = {privacy.require!r}: {why}. Set "
+            '"example" for differential privacy of each unit, or "none".',
+        ),
+        (
+            privacy.require != "none" and not privacy.declared_units,
+            f"privacy.require = {privacy.require!r} needs privacy.declared-units: the number of "
+            f"units ({privacy.unit}s) of the site, as it may be told in public. Round it.",
+        ),
+        (
+            bool(privacy.declared_units) and privacy.delta >= privacy.all_delta,
+            f"privacy.delta = {privacy.delta:g} must be below 1 / (10 x declared-units) = "
+            f"{privacy.all_delta:.3g}: with more, publishing one unit whole would be allowed.",
+        ),
+        (
+            privacy.epsilon_of_run > privacy.epsilon_total,
+            f"privacy.epsilon-of-run = {privacy.epsilon_of_run:g} exceeds privacy.epsilon-total = "
+            f"{privacy.epsilon_total:g}, the budget of all runs.",
+        ),
+        (
+            privacy.min_clipping_norm > privacy.max_clipping_norm,
+            f"privacy.min-clipping-norm = {privacy.min_clipping_norm:g} exceeds "
+            f"privacy.max-clipping-norm = {privacy.max_clipping_norm:g}: no run can satisfy both.",
+        ),
+        (
+            bool(privacy.unit_column)
+            and privacy.unit_column in (data.question_column, data.answer_column),
+            f"privacy.unit-column = {privacy.unit_column!r} is the text that is trained on: name "
+            "the column of the patient, or leave it empty for rows as units.",
+        ),
+    ]
+
+
 def _check_together(site: SiteFile) -> None:
     """Raise `ConfigError` if values contradict each other."""
     data, agent, policy, node = site.data, site.agent, site.policy, site.node
@@ -319,6 +402,7 @@ def _check_together(site: SiteFile) -> None:
             not site.bases,
             'there is no [bases."NAME"]: list each base that runs may train on, with its path.',
         ),
+        *_privacy_problems(site),
     ]
     for is_wrong, message in problems:
         if is_wrong:

@@ -23,7 +23,7 @@ STATES, REPLIES = "states", "replies"
 _PARTIAL_SECONDS = 3600
 """Age at which a file that no transaction names was left by a crash."""
 
-VERSION = 1
+VERSION = 2
 
 TABLES = """
 create table if not exists clock (
@@ -47,6 +47,15 @@ create table if not exists visit_log (at real not null, run text not null, round
 create table if not exists question_log (at real not null, run text not null);
 create table if not exists grants (at real not null, run text not null);
 create table if not exists searched (version text primary key, at real not null);
+create table if not exists budget (
+    number integer primary key, entry text not null, sha256 text not null
+);
+create table if not exists coins (
+    run text not null, digest text not null, key blob not null, primary key (run, digest)
+);
+create table if not exists reservations (
+    run text primary key, at real not null, terms text not null, mechanism text not null
+);
 create table if not exists refusals (
     bucket text primary key, since real not null, refused integer not null,
     unlogged integer not null
@@ -78,6 +87,7 @@ class SiteState:
             self.table = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
             (folder / FILE).chmod(0o600)
             self.table.execute("pragma synchronous = normal")
+            self.table.execute("pragma secure_delete = on")  # keys of coins leave no trace
             self._make_tables()
         except (OSError, sqlite3.Error) as error:
             raise _unusable(folder, error) from error

@@ -10,8 +10,8 @@ from typing import Any
 from flwr.app import Message
 
 from grandrounds.data.embedded import EMBEDDED
-from grandrounds.site.custody import order
-from grandrounds.site.custody.disclosure import disclosed
+from grandrounds.site.custody import guarantee, order
+from grandrounds.site.custody.disclosure import TRAIN, Told, disclosed
 from grandrounds.site.custody.own_data import own_identifiers
 from grandrounds.site.custody.own_run import unusable
 from grandrounds.site.custody.request import Request
@@ -54,6 +54,8 @@ def introduce(request: Request, reply: Message, base: str, data_version: str) ->
     secret = order.secret_of(request.state.folder)
     of_run = f"data {request.run} {data_version}".encode()
     facts[DATA_TAG] = hmac.digest(secret, of_run, "sha256").hex()[:16]
+    if request.mechanism:
+        facts.update(guarantee.spent(site, request.state, request.run))
     if site.data.source in EMBEDDED:
         facts[SOURCE] = site.data.source
 
@@ -61,7 +63,11 @@ def introduce(request: Request, reply: Message, base: str, data_version: str) ->
 def told(request: Request, reply: Message, examples: Site) -> Message:
     """Return the part of a reply that may leave; all of its figures go to the audit log."""
     figures = dict(reply.content.metric_records.get(messages.METRICS) or {})
-    found = disclosed(request.site, request.kind, reply.content, examples.report)
+    if request.is_private and request.kind == TRAIN:
+        used = guarantee.used(request.site, request.state, request.run)
+        reply.content.metric_records[messages.METRICS].update(used)
+    rules = Told(request.site, examples.report, request.is_private)
+    found = disclosed(request.kind, reply.content, rules)
     request.entry |= {"figures": figures, "kept": list(found.kept)}
     if not request.is_visit:
         request.entry["data"] = dict(examples.report)

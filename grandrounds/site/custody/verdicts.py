@@ -1,8 +1,8 @@
 """The site's verdict on every key of a run's configuration.
 
-A key is bounded or listed by `[policy]` of site.toml, replaced by the site's own value, fixed by
-the software itself, or harmless to the site for a stated reason. A key without a verdict fails a
-test; a key that the software does not know is refused.
+A key is bounded or listed by `[policy]` or `[privacy]` of site.toml, replaced by the site's own
+value, fixed by the software itself, or harmless to the site for a stated reason. A key without a
+verdict fails a test; a key that the software does not know is refused.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ class Verdict:
     """What the site does with a run's value of one key."""
 
     kind: str
-    """`bounded`, `listed`, `own`, `fixed` or `harmless`."""
+    """`bounded`, `listed`, `private`, `own`, `fixed` or `harmless`."""
     by: tuple[str, ...] = ()
-    """Keys of `[policy]` that bound or list it."""
+    """Keys of `[policy]` that bound or list it; of `[privacy]` where it is `private`."""
     why: str = ""
     """Why the value needs no bound."""
 
@@ -38,12 +38,17 @@ def _harmless(why: str) -> Verdict:
     return Verdict("harmless", why=why)
 
 
+def _private(*by: str) -> Verdict:
+    return Verdict("private", by)
+
+
 _AT_SERVER = _harmless("used by the server only; the site checks each adapter that it receives")
 _LESS = _harmless("a lossy codec tells less than float32; the site checks the decoded adapter")
 _SAME = _harmless("the result is the same up to rounding, and memory is checked before a visit")
 _NO_EFFECT = _harmless("without effect at a site")
 _ONE_VALUE = Verdict("fixed", why="the software allows one value only")
 _OWN_DATA = _own("data, columns and held-out examples are those of site.toml")
+_OWN_UNITS = _own("units are declared in [privacy] of site.toml")
 _RATES = ("min-learning-rate", "max-learning-rate")
 _SIZES = ("min-examples-per-visit", "max-examples-per-visit")
 _STEP = ("min-examples-per-step", "max-batch", "max-tokens-per-batch")
@@ -61,6 +66,7 @@ VERDICTS: dict[str, Verdict] = {
     "model.gradient-checkpointing": _SAME,
     "model.lora.peft-lora-r": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
     "model.lora.peft-lora-alpha": _bounded("min-lora-scale", "max-lora-scale"),
+    "model.lora.use-rslora": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.target-modules": _listed("target-modules"),
     "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
     "model.lora.peft-use-dora": _ONE_VALUE,
@@ -134,6 +140,17 @@ VERDICTS: dict[str, Verdict] = {
     "defence.update-norm-bound": _AT_SERVER,
     "defence.largest-norm": _AT_SERVER,
     "defence.min-cosine": _AT_SERVER,
+    "defence.largest-spread": _AT_SERVER,
+    "defence.preset": _AT_SERVER,
+    "privacy.unit-guarantee": _private("require"),
+    "privacy.target-epsilon": _private("epsilon-total", "epsilon-of-run"),
+    "privacy.noise-multiplier": _private("epsilon-total", "epsilon-of-run"),
+    "privacy.delta": _own("the lower one of the run's and the site's counts"),
+    "privacy.clipping-norm": _private("min-clipping-norm", "max-clipping-norm"),
+    "privacy.sampling-rate": _private("max-sampling-rate", "max-steps-of-run"),
+    "privacy.declared-units": _OWN_UNITS,
+    "privacy.unit-column": _OWN_UNITS,
+    "privacy.max-records-of-unit": _OWN_UNITS,
     "data.num-partitions": _own("it must equal node.num-partitions"),
     "data.partitioner": _OWN_DATA,
     "data.partition-by": _OWN_DATA,
@@ -143,9 +160,12 @@ VERDICTS: dict[str, Verdict] = {
     "data.template-date": _harmless("a date in the prompt, of ten characters"),
     "data.template-options": _bounded("max-prompt-characters"),
     "data.system-prompt": _bounded("max-prompt-characters"),
+    "data.train-on": _harmless("which answers of a conversation are learned"),
     "data.question-column": _OWN_DATA,
     "data.answer-column": _OWN_DATA,
     "static.dataset.name": _OWN_DATA,
+    "static.dataset.config": _OWN_DATA,
+    "static.dataset.split": _OWN_DATA,
     "static.dataset.revision": _OWN_DATA,
 }
 """Key → verdict. The checks themselves are in `policy`."""

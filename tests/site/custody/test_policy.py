@@ -15,7 +15,7 @@ from grandrounds.errors import PolicyError, ReplyError
 from grandrounds.site.custody import policy
 from grandrounds.site.custody.own_run import in_whole_steps
 from grandrounds.site.custody.policy import AT_LEAST, AT_MOST, ONE_OF
-from grandrounds.site.custody.site_file import Policy, SiteFile
+from grandrounds.site.custody.site_file import Policy, Privacy, SiteFile
 from grandrounds.site.custody.verdicts import VERDICTS
 from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 from tests.config.test_configs import ENTRIES, TEMPLATE
@@ -52,13 +52,15 @@ def refusals(
 def test_every_key_of_a_run_has_a_verdict_and_no_other_has() -> None:
     assert set(VERDICTS) == set(FIELD_OF_KEY)
     for key, verdict in VERDICTS.items():
-        assert verdict.kind in ("bounded", "listed", "own", "fixed", "harmless"), key
-        assert bool(verdict.by) == (verdict.kind in ("bounded", "listed")), key
+        assert verdict.kind in ("bounded", "listed", "private", "own", "fixed", "harmless"), key
+        assert bool(verdict.by) == (verdict.kind in ("bounded", "listed", "private")), key
         assert bool(verdict.why) != bool(verdict.by), key
 
 
 def test_the_limits_that_verdicts_name_are_those_that_are_checked() -> None:
-    named = {limit for verdict in VERDICTS.values() for limit in verdict.by}
+    named = {limit for v in VERDICTS.values() if v.kind != "private" for limit in v.by}
+    private = {limit for v in VERDICTS.values() if v.kind == "private" for limit in v.by}
+    assert private <= {field.name.replace("_", "-") for field in dataclasses.fields(Privacy)}
     checked = {*AT_LEAST, *AT_MOST, *ONE_OF, "sequence-length-step", "bases"}
     assert named == checked
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(Policy)}
