@@ -72,25 +72,11 @@ def epsilon_text(one: Findings) -> str:
 def picture(found: Sequence[Findings]) -> str:
     """Return common and rare facts against ε as SVG."""
     arms = ordered(found)[::-1]
-    shown = (
-        ("common facts known", lambda one: _of(one["common-known"], one["common-facts"])),
-        ("rare facts extracted", lambda one: _of_extraction(one["rare"])),
-        ("chance: patients not in the data", lambda one: _of_extraction(one["absent"])),
-    )
-    bounds = (
-        lambda one: one["common-interval"],
-        lambda one: one["rare"]["share-interval"],
-        lambda one: one["absent"]["share-interval"],
-    )
-    series = []
-    for style, ((name, value), ends) in enumerate(zip(shown, bounds, strict=True)):
-        points = []
-        for place, one in enumerate(arms):
-            low, high = (100 * end for end in ends(one))
-            words = f"{name}, epsilon {epsilon_text(one)}: {value(one):.1f} % "
-            words += f"(95 % interval {interval(ends(one))})"
-            points.append(Point(place + 0.06 * (style - 1), value(one), words, (low, high)))
-        series.append(Series(name, points, style))
+    names = ("common facts known", "rare facts extracted", "chance: patients not in the data")
+    series = [
+        Series(name, [_point(name, place, one, style) for place, one in enumerate(arms)], style)
+        for style, name in enumerate(names)
+    ]
     return line_chart(
         "What the adapter knows, against epsilon",
         series,
@@ -100,12 +86,20 @@ def picture(found: Sequence[Findings]) -> str:
     )
 
 
-def _of(count: int, number: int) -> float:
-    return 100 * count / number
-
-
-def _of_extraction(extracted: Mapping[str, Any]) -> float:
-    return _of(extracted["matches"], extracted["canaries"])
+def _point(name: str, place: int, one: Findings, style: int) -> Point:
+    """Return one share of an arm: of the common, the rare or the absent facts, by style."""
+    counts = (
+        (one["common-known"], one["common-facts"], one["common-interval"]),
+        *(
+            (one[kind]["matches"], one[kind]["canaries"], one[kind]["share-interval"])
+            for kind in ("rare", "absent")
+        ),
+    )
+    count, number, (low, high) = counts[style]
+    share = 100 * count / number
+    ends = f"95 % interval {interval((low, high))}"
+    words = f"{name}, epsilon {epsilon_text(one)}: {share:.1f} % ({ends})"
+    return Point(place + 0.06 * (style - 1), share, words, (100 * low, 100 * high))
 
 
 def outcome(found: Sequence[Findings]) -> list[str]:
