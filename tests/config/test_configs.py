@@ -37,9 +37,6 @@ LEFT_OUT = {
     "strategy.round-timeout-seconds",
     "strategy.min-sites",
     "strategy.connect-timeout-seconds",
-    # no screens: see test_left_out_keys_do_not_matter_here
-    "defence.largest-spread",
-    "defence.preset",
     # the main branch; the template of a prompt that these recipes do not use
     "model.revision",
     "static.dataset.config",
