@@ -6,10 +6,10 @@
 
 `common-and-rare`: the arms of `grandrounds privacy demo`, each seed with another draw of the rare
 patients, against these limits: of the common facts at least 90 % are known at ε = 8, 85 % at 4 and
-70 % at 1, where a fact is known if its value is the likeliest of four (as in the formulary's exam:
-chance is 25 %; the stricter share, likeliest of all 24, is printed beside it); the lower 95 % limit of the mean AUC over seeds is not above that of one Gaussian release
-of the same ε; at ε = 1 rare facts are extracted at most 5 points above chance. Exit code 1 if one
-is missed.
+70 % at 1, where a fact is known if its value is the likeliest of four, as in the formulary's exam
+(chance is 25 %; the stricter share, likeliest of all 24, is printed beside it); the lower 95 %
+limit of the mean AUC over seeds is not above that of one Gaussian release of the same ε; at ε = 1
+rare facts are extracted at most 5 points above chance. Exit code 1 if one is missed.
 
 `formulary`: the stock formulary at ε = 8 beside none. Each of its facts is in five records, and a
 site has 75: it is expected to fail, and its figures are printed whatever they are.
