@@ -1,11 +1,13 @@
 """SIGKILL at random moments: is anything lost, and does a resume end with the same bits?
 
-    python benchmarks/kills.py [--kills 100] [--rounds 30] [--seed 1] [--out FILE]
+    python benchmarks/kills.py [--kills 100] [--agent-kills 100] [--rounds 30] [--seed 1]
+        [--out FILE]
 
 Real processes train the embedded base on 4 sites of a few flashcards, in process, with every flush
 to disk on. Each is killed after a random time and resumed by the next, until a run is complete;
 then another begins. After each kill no finished round may be missing, and each complete run must
-equal one that nobody killed: adapters, metrics but for seconds, and ledger. Also measured: what a
+equal one that nobody killed: adapters, metrics but for seconds, and ledger. Then the same at the
+sites' agents (`kills_at_agents.py`). Also measured: what a
 round's writes take, without the flushes, and the checksums in them, by size of the adapter. SIGKILL
 leaves the system's cache alone; what a power cut may leave of a file is in
 tests/end_to_end/test_damaged_runs.py.
@@ -27,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import kills_at_agents
 import numpy as np
 import peft  # noqa: F401  here, so that the processes need not load it
 import transformers  # noqa: F401
@@ -180,6 +183,7 @@ def main() -> None:
     """Kill, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--agent-kills", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--adapters-mib", type=int, nargs="+", default=ADAPTERS_MIB)
@@ -190,12 +194,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="grandrounds-kills-") as folder:
         values = settings(Path(folder), options.rounds)
         found = killed(values, options.kills, options.seed, Path(folder))
+        found["agents"] = kills_at_agents.killed(
+            values, options.agent_kills, options.seed, Path(folder, "agents"), bits
+        )
         found["write-milliseconds"] = write_costs(options.adapters_mib, Path(folder))
     found["seconds"] = round(time.monotonic() - started, 1)
     print(json.dumps(found, indent=2))
     if options.out:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
-    sys.exit(bool(found["rounds-lost"] or found["runs-with-other-bits"]))
+    agents = found["agents"]
+    failed = agents["audit-lines-lost"] or agents["runs-with-other-bits"]
+    sys.exit(bool(found["rounds-lost"] or found["runs-with-other-bits"] or failed))
 
 
 if __name__ == "__main__":

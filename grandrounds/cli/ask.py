@@ -31,6 +31,12 @@ def ask(
     ] = None,
     checkpoint: Checkpoint = "last",
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.", min=1)] = 256,
+    conversation: Annotated[
+        bool,
+        typer.Option(
+            "--conversation", help="Each question continues the conversation, with each model."
+        ),
+    ] = False,
     plain: Plain = False,
 ) -> None:
     """Ask a run's base model and tuned model a question and stream both answers.
@@ -42,6 +48,8 @@ def ask(
     - `grandrounds ask runs/first "By which mechanism does Truwniquex act?"`
 
     - `grandrounds ask runs/first --checkpoint 8`
+
+    - `grandrounds ask runs/chat --conversation`
     """
     from grandrounds.server.directory import find_checkpoint
 
@@ -55,17 +63,44 @@ def ask(
     for caution in cautions_of(chosen):
         print(f"grandrounds: {caution}", file=sys.stderr)
     interview = Interview(chosen)
+    if conversation and not interview.converses:
+        raise ConfigError(
+            '--conversation needs a run with data.prompt-template = "chat": this one\'s prompt has '
+            "room for one question."
+        )
     console = Console()
+    talks = Talks(interview, max_tokens, keeps=conversation)
     for asked in [question] if question is not None else questions():
         try:
             if console.is_terminal and not plain:
-                side_by_side(interview, asked, chosen.folder.name, max_tokens, console)
+                side_by_side(talks, asked, chosen.folder.name, console)
             else:
-                one_after_the_other(interview, asked, chosen.folder.name, max_tokens)
+                one_after_the_other(talks, asked, chosen.folder.name)
         except DataError as error:  # a question that is too long does not end the prompt
             if question is not None:
                 raise
             print(f"grandrounds: {error}", file=sys.stderr)
+
+
+class Talks:
+    """What was said with the base and with the tuned model."""
+
+    def __init__(self, interview: Interview, max_tokens: int, *, keeps: bool) -> None:
+        """Begin both; `keeps` says whether a question continues what was said before."""
+        self._interview = interview
+        self._max_tokens = max_tokens
+        self._keeps = keeps
+        self._said: dict[bool, tuple[tuple[str, str], ...]] = {False: (), True: ()}
+
+    def answer(self, question: str, *, tuned: bool) -> Iterator[Answer]:
+        """Yield the growing answer of one model, and remember it."""
+        before, answer = self._said[tuned], None
+        for answer in self._interview.answer(
+            question, tuned=tuned, max_tokens=self._max_tokens, before=before
+        ):
+            yield answer
+        if self._keeps and answer is not None:
+            self._said[tuned] = (*before, ("user", question), ("assistant", answer.text))
 
 
 def cautions_of(checkpoint: SavedAdapter) -> list[str]:
@@ -91,24 +126,20 @@ def questions() -> Iterator[str]:
         yield line
 
 
-def one_after_the_other(interview: Interview, question: str, name: str, max_tokens: int) -> None:
+def one_after_the_other(talks: Talks, question: str, name: str) -> None:
     """Stream the base model's answer, then the tuned model's."""
     for title, tuned in (("base", False), (f"tuned ({name})", True)):
         print(title, flush=True)
         shown = 0
-        for answer in interview.answer(question, tuned=tuned, max_tokens=max_tokens):
+        for answer in talks.answer(question, tuned=tuned):
             print(answer.text[shown:], end="", flush=True)
             shown = len(answer.text)
         print(f"\n  {ending(answer)}", flush=True)
 
 
-def side_by_side(
-    interview: Interview, question: str, name: str, max_tokens: int, console: Console
-) -> None:
+def side_by_side(talks: Talks, question: str, name: str, console: Console) -> None:
     """Stream both answers in two columns."""
-    answers = [
-        interview.answer(question, tuned=tuned, max_tokens=max_tokens) for tuned in (False, True)
-    ]
+    answers = [talks.answer(question, tuned=tuned) for tuned in (False, True)]
     titles = ("base", f"tuned ({name})")
     latest: list[Answer | None] = [None, None]
     with Live(console=console, refresh_per_second=12) as live:

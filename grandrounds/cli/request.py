@@ -20,7 +20,7 @@ def chosen_recipe(positional: Path | None, option: Path | None) -> Path | None:
     file = positional or option
     if file is None:
         return None
-    from grandrounds.data.sources import FILE_ENDINGS
+    from grandrounds.data.places import FILE_ENDINGS
 
     if file.is_dir():
         if (file / "config.toml").is_file():

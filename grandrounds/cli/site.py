@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import signal
-from contextlib import AbstractContextManager
+import sys
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ from grandrounds.cli import site_log
 from grandrounds.cli.options import Assignments, Model, Plain
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
+from grandrounds.config.keys import Config
+from grandrounds.errors import GrandRoundsError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 
@@ -114,6 +117,14 @@ def check(
         typer.Option(help="Recipe of a planned run: checks its base, policy, lengths and prompt."),
     ] = None,
     assignments: Assignments = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            help="Training examples to show with their prompt, what is learned between ⟦ and ⟧. "
+            "Default: two on a terminal, else none.",
+            min=0,
+        ),
+    ] = None,
 ) -> None:
     """Check everything that a site needs, one finding per line; exit code 1 on an error."""
     site = read_site_file(config)
@@ -125,8 +136,22 @@ def check(
     def tell(finding: Finding) -> None:
         say(f"{finding.level:<8}{finding.subject}: {finding.text}")
 
-    if not all_findings(site, run, tell, is_asked=bool(asked)):
+    is_fine = all_findings(site, run, tell, is_asked=bool(asked))
+    count = (2 if sys.stdout.isatty() else 0) if examples is None else examples
+    with suppress(GrandRoundsError):  # what is wrong with data or base is among the findings
+        _show_examples(site, run, count)
+    if not is_fine:
         raise typer.Exit(1)
+
+
+def _show_examples(site: SiteFile, run: Config, count: int) -> None:
+    """Print the site's first examples as they would be trained on."""
+    if not count:
+        return
+    from grandrounds.site.custody.own_run import examples_shown
+
+    for number, text in enumerate(examples_shown(site, run, count), 1):
+        say(f"example {number}, for this screen only:", text)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from grandrounds.config.keys import PLACES_AND_TRACKERS, Config, PrivacyConfig
 from grandrounds.config.values import Scalar
@@ -16,6 +17,8 @@ from grandrounds.config.values import Scalar
 LEFT_OUT = (
     *PLACES_AND_TRACKERS,
     "static.dataset.name",
+    "static.dataset.config",
+    "static.dataset.split",
     "static.dataset.revision",
     "data.template-date",
     "data.partitioner",
@@ -28,14 +31,23 @@ LEFT_OUT = (
 """Keys that say where a run lives, who watches it, or which data it divides: at a site with its own
 data they mean nothing. The date of a chat template is the day on which a run starts."""
 
-LEFT_OUT_IF_EMPTY = ("model.revision", "data.template-options", "data.system-prompt")
-"""Keys added later, so that a recipe without them keeps its hash. So were all of `privacy.`."""
+LEFT_OUT_IF: Mapping[str, Scalar] = {
+    "model.revision": "",
+    "model.lora.use-rslora": False,
+    "data.template-options": "",
+    "data.system-prompt": "",
+    "data.train-on": "answers",
+    "defence.largest-spread": 0.0,
+    "defence.preset": "none",
+}
+"""Keys added later → the value without effect, so that a recipe without them keeps its hash. So
+were all of `privacy.`."""
 
 
 def _is_left_out(key: str, value: Scalar, config: Config) -> bool:
     if key.startswith(PrivacyConfig.prefix):
         return not config.is_private
-    return key in LEFT_OUT or (value == "" and key in LEFT_OUT_IF_EMPTY)
+    return key in LEFT_OUT or LEFT_OUT_IF.get(key) == value
 
 
 def canonical(config: Config) -> dict[str, Scalar]:

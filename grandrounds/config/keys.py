@@ -17,8 +17,11 @@ from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.values import AUTO, Day, OneOf, Range, Scalar, SomeOf, Table, words_of
+
+TRAIN = "train"
+"""The split that is read of a data set on the Hub if no other is named."""
 
 PLACES = ("run-directory", "resume-from", "consortium")
 """Keys that say where a run lives rather than what it computes; recipes leave them out."""
@@ -85,6 +88,8 @@ class LoraConfig:
     """LoRA rank."""
     peft_lora_alpha: Annotated[float, Range(0, above=True)]
     """LoRA alpha; the update BA is scaled by alpha / rank."""
+    use_rslora: bool
+    """Rank-stabilised LoRA (Kalajdzievski, 2023): BA is scaled by alpha / sqrt(rank)."""
     target_modules: str
     """Linear modules to adapt, comma-separated. `all-linear`: every linear layer except the output
     head. `auto`: PEFT's default for the architecture (`q_proj,v_proj` for Llama, Mistral and
@@ -95,6 +100,12 @@ class LoraConfig:
     peft_use_dora: Annotated[bool, OneOf((False,))]
     """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
     never loads. `grandrounds plan` counts them."""
+
+    @property
+    def scale(self) -> float:
+        """What the product BA is multiplied by."""
+        rank = self.peft_lora_r
+        return self.peft_lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -234,8 +245,8 @@ class StrategyConfig:
     weighting: Annotated[str, OneOf(("examples", "equal"))]
     """`examples`: weight updates by the number of training examples, capped at the number in the
     site's admission, else at the one given at its first roll call, and by `largest-weight`.
-    `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum` and `bulyan` always
-    do."""
+    `equal`: weight all updates equally, as `fedmedian`, `fedtrimmedavg`, `krum`, `bulyan` and
+    `nnm` always do."""
     largest_weight: Annotated[float, Range(0)]
     """Maximum weight of an update, as a multiple of its cohort's median weight; 0: no limit. At 2,
     one site of seven has at most 25 % of the total, whatever it claims."""
@@ -258,8 +269,8 @@ class StrategyConfig:
     """`fedadam`, `fedyogi`, `fedadagrad`: adaptivity constant added to the root of the second
     moment."""
     num_malicious_nodes: Annotated[int, Range(0)]
-    """`krum`, `multikrum`, `bulyan`: number of malicious updates to tolerate in a round; 0 defends
-    against none."""
+    """`krum`, `multikrum`, `bulyan`, `nnm`: number of malicious updates to tolerate in a round; 0
+    defends against none."""
     num_nodes_to_select: Annotated[int, Range(0)]
     """`multikrum`: number of updates to average; 0: all but `num-malicious-nodes`."""
     trimmed_share: Annotated[float, Range(0, 0.49)]
@@ -272,7 +283,8 @@ class StrategyConfig:
 
         krum: n >= 2 f + 3 (Blanchard et al., 2017, proposition 4.2). multikrum: also n >= m + f,
         so that all selected updates can be honest. bulyan: n >= 4 f + 3 (El Mhamdi et al., 2018,
-        section 4). fedtrimmedavg: enough for one to be trimmed at each end.
+        section 4). nnm: n >= 2 f + 1 (Allouah et al., 2023). fedtrimmedavg: enough for one to be
+        trimmed at each end.
         """
         hostile = self.num_malicious_nodes
         if self.name == "krum":
@@ -281,6 +293,8 @@ class StrategyConfig:
             return max(2 * hostile + 3, self.num_nodes_to_select + hostile)
         if self.name == "bulyan":
             return 4 * hostile + 3
+        if self.name == "nnm":
+            return 2 * hostile + 1
         if self.name == "fedtrimmedavg" and self.trimmed_share > 0:
             near = max(1, math.ceil(1 / self.trimmed_share) - 1)
             return next(n for n in itertools.count(near) if int(self.trimmed_share * n))
@@ -300,9 +314,10 @@ class StrategyConfig:
         """
         if self.name == "fedtrimmedavg" and 3 <= count < self.needed_replies:
             return dataclasses.replace(self, trimmed_share=(1 + 1e-9) / count)  # one at each end
-        if self.name not in ("krum", "multikrum", "bulyan") or count < 3:
+        if self.name not in ("krum", "multikrum", "bulyan", "nnm") or count < 3:
             return self
-        hostile = min(self.num_malicious_nodes, (count - 3) // (4 if self.name == "bulyan" else 2))
+        most = (count - 1) // 2 if self.name == "nnm" else (count - 3) // 2
+        hostile = min(self.num_malicious_nodes, (count - 3) // 4 if self.name == "bulyan" else most)
         selected = min(self.num_nodes_to_select, count - hostile)
         return dataclasses.replace(self, num_malicious_nodes=hostile, num_nodes_to_select=selected)
 
@@ -360,6 +375,19 @@ class DefenceConfig:
     """Minimum cosine similarity of an update to the mean direction of the others; a lower one is
     rejected and counts as a failed update. -1: accept all. Any other value makes the server hold
     all updates of a round in memory."""
+    largest_spread: Annotated[float, Range(0)]
+    """Maximum variance of a round's updates in one direction, as a multiple of that in the median
+    direction; while it is exceeded, the update farthest in that direction is rejected and counts as
+    failed, up to fewer than a third of the cohort. 0: no such screen. The server holds all updates
+    of a round in memory. See docs/aggregation.md."""
+    preset: Annotated[str, OneOf(("none", *PRESETS))]
+    """`robust`: screens against hostile sites, up to two in seven; sets `largest-spread` and
+    `min-cosine`. docs/aggregation.md says what was measured, and what it does not stop."""
+
+    @property
+    def screens(self) -> bool:
+        """Whether updates are compared with one another, and some may be rejected."""
+        return self.min_cosine > -1 or self.largest_spread > 0
 
 
 @dataclass(frozen=True)
@@ -425,9 +453,13 @@ class DataConfig:
     or by key (`--set data.template-options.enable_thinking=false`)."""
     system_prompt: str
     """`chat`: system message before every question. Empty: what the template says without one."""
+    train_on: Annotated[str, OneOf(("answers", "last"))]
+    """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
     """Column holding the question. Several, comma-separated, are joined by a space:
-    `instruction,input` for Alpaca's format."""
+    `instruction,input` for Alpaca's format. A column of turns (role and content) holds
+    conversations. With the usual names, `input` and `output`, the columns of other forms are found:
+    `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`."""
     answer_column: str
     """Column holding the answer."""
 
@@ -444,16 +476,23 @@ class StaticConfig:
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Training data: Hugging Face Hub name, local .json, .jsonl, .csv or .parquet file (.gz too),
-    or data that are built in: `formulary`, or `common-and-rare` (docs/privacy.md)."""
+    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv or .parquet file (.gz
+    too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
+    `formulary`, or `common-and-rare` (docs/privacy.md)."""
+    config: str
+    """Configuration of a data set on the Hub; empty: its only or default one."""
+    split: str
+    """Split of a data set on the Hub, or a part of it (`train[:1000]`)."""
     revision: str
     """Commit, branch or tag of a data set on the Hub; empty: its main branch. What was loaded is
     recorded as `data-commit` in sites.json."""
 
     @property
     def source(self) -> str:
-        """What loads the data: their name, with `@` and the revision where one is set."""
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        """What loads the data: their name, and what is set of configuration, split and revision."""
+        config = f":{self.config}" if self.config else ""
+        split = f"[{self.split}]" if self.split != TRAIN else ""
+        return f"{self.name}{config}{split}" + (f"@{self.revision}" if self.revision else "")
 
 
 @dataclass(frozen=True)

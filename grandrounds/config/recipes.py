@@ -311,6 +311,8 @@ def with_absolute_paths(config: Config) -> Config:
 
     def full(name: str) -> str:
         path = found(name) if name not in EMBEDDED_DATA else None
+        if path is None and set(name) & set("*?"):  # a pattern of files
+            path = Path(name).expanduser()
         return str(path.absolute()) if path else name
 
     base = config.model.name

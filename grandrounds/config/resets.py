@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
+from grandrounds.config.strategies import PRESETS
 from grandrounds.config.values import Scalar
 
 _FORMULARY = "formulary"
@@ -56,6 +57,9 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
     if values.get(f"{_ARGUMENTS}max-steps") == -1:
         why = "to visits of whole epochs, whose updates grow with a site's number of examples"
         yield from reset("defence.largest-norm", 0.0, why)
+    preset = values.get("defence.preset")
+    for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
+        yield from reset(key, value, f"under defence.preset = {preset!r}")
     if values.get("privacy.unit-guarantee") == "example":
         yield from _private(values, reset)
     highest, default = (_number(flat.get(_HIGHEST)) for flat in (values, defaults))

@@ -39,6 +39,11 @@ class Strategy:
         return self.odd if round_number % 2 else self.even
 
 
+PRESETS: dict[str, dict[str, float]] = {
+    "robust": {"defence.largest-spread": 1.4, "defence.min-cosine": -0.1},
+}
+"""Value of `defence.preset` → the keys that it sets."""
+
 _ADAPTIVE = ("server-learning-rate", "beta-1", "beta-2", "tau")
 
 STRATEGIES: dict[str, Strategy] = {
@@ -54,6 +59,8 @@ STRATEGIES: dict[str, Strategy] = {
     "krum": Strategy(keeps_replies=True, keys=("num-malicious-nodes",)),
     "multikrum": Strategy(keeps_replies=True, keys=("num-malicious-nodes", "num-nodes-to-select")),
     "bulyan": Strategy(keeps_replies=True, keys=("num-malicious-nodes",)),
+    "geomedian": Strategy(keeps_replies=True),
+    "nnm": Strategy(keeps_replies=True, keys=("num-malicious-nodes",)),
     "ffa": Strategy(odd="B", even="B", sends="B"),
     "rolora": Strategy(odd="B", even="A"),
     "product": Strategy(

@@ -29,6 +29,7 @@ _NAMES: dict[str, str] = {
     "activation-checkpointing",
     "model.lora.peft-lora-r": "r rank lora-r lora-rank peft-r lora-dim",
     "model.lora.peft-lora-alpha": "alpha lora-alpha peft-alpha",
+    "model.lora.use-rslora": "rslora use-rslora peft-use-rslora rank-stabilised",
     "model.lora.dropout": "dropout lora-dropout peft-lora-dropout",
     "model.lora.target-modules": "target-modules lora-target-modules lora-target targets modules",
     "train.learning-rate-max": "lr learning-rate learning-rate-init initial-learning-rate max-lr "
@@ -76,6 +77,8 @@ _NAMES: dict[str, str] = {
     "instruction-column",
     "data.answer-column": "answer answer-column output response response-column completion target "
     "output-column target-column label-column",
+    "static.dataset.config": "dataset-config config-name dataset-config-name subset data-config",
+    "static.dataset.split": "dataset-split train-split data-split",
     "static.dataset.revision": "dataset-revision data-revision",
     "static.dataset.name": "data dataset dataset-name dataset-path data-path data-file train-file "
     "training-data",
@@ -118,8 +121,6 @@ NO_KEY = {
     **dict.fromkeys(
         ("run-name", "wandb-run-name"), "A run is named by its directory: run-directory."
     ),
-    "use-rslora": "Its scale is alpha / sqrt(r), that of plain LoRA alpha / r: multiply "
-    "model.lora.peft-lora-alpha by sqrt(r) for the same adapter.",
     "enable-thinking": "It is an option of some chat templates: write "
     "data.template-options.enable_thinking = false.",
 }

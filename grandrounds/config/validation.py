@@ -18,11 +18,12 @@ from grandrounds.config.keys import (
     ALIASES,
     FIELD_OF_KEY,
     SECTIONS,
+    TRAIN,
     Config,
 )
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.resets import resets
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.synonyms import (
     MAX_STEPS,
     NO_KEY,
@@ -287,15 +288,24 @@ def contradictions(config: Config) -> Iterator[str]:
         ):
             if text:
                 yield f'{key} = {text!r} has no effect without data.prompt-template = "chat".'
-    for key, name, revision in (
-        ("model", config.model.name, config.model.revision),
-        ("static.dataset", config.static.name, config.static.revision),
+    data_set = config.static
+    for name, words in (
+        (config.model.name, {"model.revision": config.model.revision}),
+        (
+            data_set.name,
+            {
+                "static.dataset.config": data_set.config,
+                "static.dataset.split": "" if data_set.split == TRAIN else data_set.split,
+                "static.dataset.revision": data_set.revision,
+            },
+        ),
     ):
-        if revision and (name in EMBEDDED_DATA or names_a_base(name) or found(name)):
-            yield (
-                f"{key}.revision = {revision!r} is for the Hugging Face hub, and {key}.name = "
-                f"{name!r} is not there but here: leave the revision empty."
-            )
+        for key, word in words.items():
+            if word and (name in EMBEDDED_DATA or names_a_base(name) or found(name)):
+                yield (
+                    f"{key} = {word!r} is for the Hugging Face hub, and {name!r} is not there but "
+                    "here: leave the key out."
+                )
     for key, value, hint in (
         ("model.name", config.model.name, "a Hub name, a folder, or formulary"),
         (
@@ -314,6 +324,18 @@ def contradictions(config: Config) -> Iterator[str]:
             f"defence.largest-norm = {config.defence.largest_norm:g} would shorten every update of "
             "the median's norm: use at least 1 (3 is usual), or 0 for no such bound."
         )
+    if 0 < config.defence.largest_spread < 1:
+        yield (
+            f"defence.largest-spread = {config.defence.largest_spread:g} is below the spread of "
+            "updates that differ in no direction: use at least 1 (1.4 is the preset's), or 0 for "
+            "no such screen."
+        )
+    for name, wanted in PRESETS.get(config.defence.preset, {}).items():
+        if (has := config.flat()[name]) != wanted:
+            yield (
+                f"defence.preset = {config.defence.preset!r} sets {name} = {wanted:g}, but it is "
+                f"set to {has}: leave one of the two out."
+            )
     if 0 < strategy.largest_weight < 1:
         yield (
             f"strategy.largest-weight = {strategy.largest_weight:g} would limit every site to less "
@@ -360,10 +382,13 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be integers "
             f"from 1 to model.lora.peft-lora-r = {rank}, comma-separated."
         )
-    if ranks and config.defence.min_cosine > -1:
+    if ranks and config.defence.screens:
+        key, value, off = "min-cosine", config.defence.min_cosine, -1
+        if value == off:
+            key, value, off = "largest-spread", config.defence.largest_spread, 0
         yield (
-            f"defence.min-cosine = {config.defence.min_cosine:g} cannot compare updates of "
-            "different ranks: set it to -1, or leave strategy.site-ranks empty."
+            f"defence.{key} = {value:g} cannot compare updates of different ranks: set it to "
+            f"{off}, or leave strategy.site-ranks empty."
         )
     if STRATEGIES[name].stacks and config.max_rank < rank:
         yield (

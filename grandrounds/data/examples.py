@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grandrounds.data.conversations import Turn
 from grandrounds.data.partitioning import Partition, check_column
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError
@@ -19,6 +20,8 @@ class Example:
     question: str
     answer: str
     """The text that is learned."""
+    before: tuple[Turn, ...] = ()
+    """What was said before the question."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def split_rows(
         )
     check_column(rows, "data.question-column", question_column)
     check_column(rows, "data.answer-column", answer_column)
-    texts = zip(rows[question_column], rows[answer_column], strict=True)
+    texts = zip(rows[question_column], rows[answer_column], rows.histories, strict=True)
     examples, empty_rows, duplicate_rows = _clean(texts)
     held_out = _choose_held_out(examples, held_out_fraction, partition)
     report = SiteReport(
@@ -120,12 +123,19 @@ def split_rows(
     )
 
 
-def _clean(texts: Iterable[tuple[str | None, str | None]]) -> tuple[list[Example], int, int]:
+def first_question(example: Example) -> str:
+    """Return the question that begins an example's conversation, which may be its only one."""
+    return next((said for role, said in example.before if role == "user"), example.question)
+
+
+def _clean(
+    texts: Iterable[tuple[str | None, str | None, tuple[Turn, ...]]],
+) -> tuple[list[Example], int, int]:
     """Return the examples, the number of empty rows and the number of duplicates."""
     examples: dict[Example, None] = {}
     empty_rows = duplicate_rows = 0
-    for question, answer in texts:
-        example = Example((question or "").strip(), (answer or "").strip())
+    for question, answer, before in texts:
+        example = Example((question or "").strip(), (answer or "").strip(), before)
         if not example.question or not example.answer:
             empty_rows += 1
         elif example in examples:
@@ -139,7 +149,7 @@ def _choose_held_out(examples: list[Example], fraction: float, partition: Partit
     """Return the held-out positions, keeping rows with the same question together."""
     positions: dict[str, list[int]] = {}
     for position, example in enumerate(examples):
-        positions.setdefault(example.question, []).append(position)
+        positions.setdefault(first_question(example), []).append(position)
     if fraction == 0 or len(positions) < 2:
         return set()
     wanted = max(1, round(fraction * len(examples)))

@@ -1,4 +1,4 @@
-"""Reads local files of rows: JSON, JSON Lines and CSV, gzipped or not, and Parquet."""
+"""Reads local files of rows: JSON, JSON Lines, CSV and TSV, gzipped or not, and Parquet."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -16,6 +17,13 @@ from grandrounds.errors import DataError, first_line
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 _CSV_BLOCK_BYTES = 1 << 26  # pyarrow refuses a CSV row longer than one block
+
+
+Choice = Callable[[Sequence[str]], Sequence[str]]
+"""From the columns of a source to those that are read."""
+
+PEEKED_RECORDS = 100
+"""Objects of a JSON file whose keys are its columns when it is chosen which to read."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,20 @@ class RawRows:
     available: tuple[str, ...]
     """All columns of the source."""
     places: Sequence[int]
-    """Position of each row, from 1."""
+    """Position of each row in its file, from 1."""
     unit: str
     """What `places` counts: `line` or `row`."""
+    files: Sequence[tuple[str, int]] = ()
+    """Name and number of rows of each file, where there are several."""
+
+    def where(self, row: int) -> str:
+        """Return the place of a row, counted from 0, in words."""
+        place = f"{self.unit} {self.places[row]}"
+        for name, count in self.files:
+            if row < count:
+                return f"{name}, {place}"
+            row -= count
+        return place
 
 
 class WrittenFloat(float):
@@ -46,13 +65,15 @@ class WrittenFloat(float):
 
 
 def from_records(
-    records: Iterable[tuple[int, dict[str, Any]]], columns: Sequence[str], unit: str
+    records: Iterable[tuple[int, dict[str, Any]]], choose: Choice, unit: str
 ) -> RawRows:
-    """Collect the requested columns of records; a key missing from a record is a missing value."""
-    values: dict[str, list[Any]] = {name: [] for name in columns}
-    available: dict[str, None] = {}
+    """Collect the chosen columns of records; a key missing from a record is a missing value."""
+    numbered = iter(records)
+    first = list(islice(numbered, PEEKED_RECORDS))
+    available = dict.fromkeys(key for _, record in first for key in record)
+    values: dict[str, list[Any]] = {name: [] for name in choose(tuple(available))}
     places = []
-    for place, record in records:
+    for place, record in chain(first, numbered):
         places.append(place)
         available.update(dict.fromkeys(record))
         for name, column in values.items():
@@ -61,15 +82,14 @@ def from_records(
     return RawRows(present, tuple(available), places, unit)
 
 
-def read_file(path: Path, source: str, columns: Sequence[str], texts: int = 2) -> RawRows:
-    """Return the requested columns of a file, whose format follows from its name.
+def read_file(path: Path, source: str, choose: Choice, labels: Sequence[str] = ()) -> RawRows:
+    """Return the chosen columns of a file, whose format follows from its name.
 
     Parameters
     ----------
-    texts : int
-        Number of columns, from the first, that hold text. The others hold labels: in a CSV file
-        they are integers if every cell is one as Python writes it, else text, so that 1.1 and
-        1.10, or 01 and 001, stay different.
+    labels
+        Columns that hold labels, not text: in a CSV file they are integers if every cell is one as
+        Python writes it, else text, so that 1.1 and 1.10, or 01 and 001, stay different.
 
     Raises
     ------
@@ -81,13 +101,14 @@ def read_file(path: Path, source: str, columns: Sequence[str], texts: int = 2) -
     name = path.name.lower()
     with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
         if name.endswith(".parquet"):
-            return _read_parquet(cast(IO[bytes], file), source, columns)
-        if name.removesuffix(".gz").endswith(".csv"):
-            return _read_csv(cast(IO[bytes], file), source, columns, texts)
-        if name.removesuffix(".gz").endswith(".json"):
+            return _read_parquet(cast(IO[bytes], file), source, choose)
+        ending = Path(name.removesuffix(".gz")).suffix
+        if ending in SEPARATORS:
+            return _read_csv(cast(IO[bytes], file), source, choose, SEPARATORS[ending], labels)
+        if ending == ".json":
             records, unit = json_records(file.read(), source)
-            return from_records(records, columns, unit)
-        return from_records(_json_lines(file, source), columns, "line")
+            return from_records(records, choose, unit)
+        return from_records(_json_lines(file, source), choose, "line")
 
 
 def json_records(
@@ -95,10 +116,18 @@ def json_records(
 ) -> tuple[Iterable[tuple[int, dict[str, Any]]], Literal["line", "row"]]:
     """Return numbered objects, and whether the numbers count lines or the rows of one array."""
     content = content.removeprefix(b"\xef\xbb\xbf")
-    if not content.lstrip().startswith(b"["):
+    items = _array(content, source) if content.lstrip().startswith(b"[") else _wrapped(content)
+    if items is None:
         return _json_lines(io.BytesIO(content), source), "line"
+    for number, item in enumerate(items, 1):
+        _check_object(item, f"{source}, row {number}")
+    return enumerate(items, 1), "row"
+
+
+def _array(content: bytes, source: str) -> list[Any]:
+    """Return the rows of a file that is one array."""
     try:
-        items = json.loads(content, parse_float=WrittenFloat)
+        rows: list[Any] = json.loads(content, parse_float=WrittenFloat)
     except json.JSONDecodeError as error:
         line = content.decode().split("\n")[error.lineno - 1]
         raise _no_json(source, error.lineno, error.msg, line) from error
@@ -106,9 +135,17 @@ def json_records(
         raise _no_json(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
     except RecursionError as error:
         raise _no_json(source, 1, "nested too deeply") from error
-    for number, item in enumerate(items, 1):
-        _check_object(item, f"{source}, row {number}")
-    return enumerate(items, 1), "row"
+    return rows
+
+
+def _wrapped(content: bytes) -> list[Any] | None:
+    """Return the rows of a file that is one object with an array `data`; None if it is not."""
+    try:
+        whole = json.loads(content, parse_float=WrittenFloat)
+    except (ValueError, RecursionError):
+        return None  # one object per line, or damaged: told with its line
+    rows = whole.get("data") if isinstance(whole, dict) else None
+    return rows if isinstance(rows, list) else None
 
 
 def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,7 +171,8 @@ def _no_json(source: str, line_number: int, fault: str, line: str = "") -> DataE
     begins = f"; the line begins {line.strip()[:40]!r}" if line else ""
     return DataError(
         f"{source}, line {line_number}: not valid JSON ({fault}){begins}. A file holds one object "
-        "per line, or (.json only) one array of objects. Correct or remove the line."
+        "per line, or (.json only) one array of objects, by itself or under `data`. Correct or "
+        "remove the line."
     )
 
 
@@ -148,28 +186,39 @@ def _check_object(record: Any, where: str) -> None:
         )
 
 
-def _read_csv(file: IO[bytes], source: str, columns: Sequence[str], texts: int) -> RawRows:
-    """Read comma-separated values with a header line; quoted values may contain line breaks."""
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+"""Ending of a file of separated values → its separator."""
+
+
+def _read_csv(
+    file: IO[bytes], source: str, choose: Choice, separator: str, labels: Sequence[str]
+) -> RawRows:
+    """Read separated values with a header line; quoted values may contain line breaks."""
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import csv
 
-    text = pyarrow.string()
+    parsed_as = csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    # With threads pyarrow's messages have no row number.
+    read_by = csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES)
     try:
-        table = csv.read_csv(
-            file,
-            # With threads pyarrow's messages have no row number.
-            read_options=csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(columns, text)),
-        )
+        header = file.readline()
+        while header.count(b'"') % 2 and (more := file.readline()):
+            header += more  # a quoted name may contain line breaks
+        names = csv.read_csv(io.BytesIO(header), read_by, parsed_as).column_names
+        columns = choose(tuple(names))
+        types = dict.fromkeys(columns, pyarrow.string())
+        convert = csv.ConvertOptions(column_types=types)
+        file.seek(0)
+        table = csv.read_csv(file, read_by, parsed_as, convert)
     except pyarrow.ArrowException as error:
+        kind = "CSV" if separator == "," else "TSV"
         raise DataError(
-            f"{source}: not valid CSV ({first_line(error)}). The first line must name the columns "
-            "and every row must have as many values, in UTF-8. Correct the file."
+            f"{source}: not valid {kind} ({first_line(error)}). The first line must name the "
+            "columns and every row must have as many values, in UTF-8. Correct the file."
         ) from error
     raw = from_table(table, columns, tuple(table.column_names))
-    labels = {name: _csv_labels(raw.values[name]) for name in columns[texts:] if name in raw.values}
-    return replace(raw, values={**raw.values, **labels})
+    read = {name: _csv_labels(raw.values[name]) for name in labels if name in raw.values}
+    return replace(raw, values={**raw.values, **read})
 
 
 def _csv_labels(cells: list[str]) -> list[Any]:
@@ -180,14 +229,15 @@ def _csv_labels(cells: list[str]) -> list[Any]:
     return labels
 
 
-def _read_parquet(file: IO[bytes], source: str, columns: Sequence[str]) -> RawRows:
-    """Read the requested columns of a Parquet file."""
+def _read_parquet(file: IO[bytes], source: str, choose: Choice) -> RawRows:
+    """Read the chosen columns of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         opened = parquet.ParquetFile(file)
         available = opened.schema_arrow.names
+        columns = choose(available)
         table = opened.read(columns=[name for name in available if name in columns])
     except pyarrow.ArrowException as error:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Rows of a data source in memory: columns of text and integers.
+"""Rows of a data source in memory: columns of text and integers, and conversations' histories.
 
 The few operations that a run needs are those of a `datasets.Dataset`, under its names and with its
 results. Importing that library takes longer than reading the formulary or a file of 5,000 rows.
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grandrounds.data.conversations import Turn
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -16,8 +18,14 @@ if TYPE_CHECKING:
 class Rows:
     """An immutable table; two tables are equal only if they are the same object."""
 
-    def __init__(self, columns: Mapping[str, Sequence[Any]], commit: str = "") -> None:
+    def __init__(
+        self,
+        columns: Mapping[str, Sequence[Any]],
+        commit: str = "",
+        histories: Sequence[tuple[Turn, ...]] = (),
+    ) -> None:
         self._columns = {name: list(values) for name, values in columns.items()}
+        self._histories = list(histories)
         self.commit = commit
         """Commit of the hub's data set that they come from, where it is known."""
 
@@ -33,13 +41,19 @@ class Rows:
         """The names of the columns, in order."""
         return list(self._columns)
 
+    @property
+    def histories(self) -> list[tuple[Turn, ...]]:
+        """What was said before the question of each row."""
+        return self._histories or [()] * len(self)
+
     def unique(self, name: str) -> list[Any]:
         """Return the distinct values of a column, by first occurrence."""
         return list(dict.fromkeys(self._columns[name]))
 
     def select(self, indices: Sequence[int]) -> Rows:
         """Return some of the rows."""
-        return Rows({name: [v[i] for i in indices] for name, v in self._columns.items()})
+        columns = {name: [v[i] for i in indices] for name, v in self._columns.items()}
+        return Rows(columns, histories=[self._histories[i] for i in indices if self._histories])
 
     def shuffle(self, seed: int) -> Rows:
         """Return the rows in the order that `Dataset.shuffle` gives them for this seed."""

@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import numbers
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
-from grandrounds.data.files import RawRows, WrittenFloat, from_records, from_table, read_file
+from grandrounds.data.files import (
+    Choice,
+    RawRows,
+    WrittenFloat,
+    from_records,
+    from_table,
+    read_file,
+)
+from grandrounds.data.forms import INSTRUCTION, Layout, layout_of, pairs
+from grandrounds.data.places import (
+    BUILT_IN,
+    FILE_ENDINGS,
+    SOURCE_KEY,
+    OnHub,
+    Version,
+    files_of,
+    looks_like_path,
+    unreadable,
+)
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError, first_line, nearest
-from grandrounds.storage import found
 
-FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
-"""Supported file names. A `.json` file is an array of objects, or has one object per line."""
-
-_SOURCE_KEY = "static.dataset.name"
-_BUILT_IN = f"built-in data ({', '.join(EMBEDDED)})"
 _CACHED_SOURCES = 4
 _INT64_END = 1 << 63
 
@@ -45,9 +60,9 @@ def load_rows(
     Parameters
     ----------
     source : str
-        One of `EMBEDDED`; a local file (any name that has one of `FILE_ENDINGS`, starts with `.`,
-        `/` or `~`, or exists); otherwise the name of a hub data set, or `NAME@REVISION`, whose
-        split `train` is read.
+        One of `EMBEDDED`; a local file, folder or pattern (any name that has one of `FILE_ENDINGS`,
+        starts with `.`, `/` or `~`, holds `*` or `?`, or exists); otherwise a data set on the hub,
+        as `places.OnHub` writes it.
     question_column, answer_column : str
         Columns with the question and the answer. A missing value becomes an empty string and a
         number its text; any other type is an error. FlowerTune's medical app uses `input` as the
@@ -75,8 +90,7 @@ def load_rows(
     if source in EMBEDDED:
         return _load_embedded(source, columns)
     if looks_like_path(source):
-        path, version = existing_file(source)
-        return _load_file(source, path, version, columns)
+        return _load_files(source, files_of(source), columns)
     return _load_hub(source, columns)
 
 
@@ -85,11 +99,30 @@ def load_rows(
 
 def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Rows:
     """Check that rows and columns exist, and convert their values to text."""
-    return Rows(checked_values(raw, source, columns))
+    read = as_read(raw, source, columns)
+    return Rows(read.values, histories=read.histories)
 
 
-def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[str, list[Any]]:
+@dataclass(frozen=True)
+class Read:
+    """The rows of a source as text, in the form that was found."""
+
+    values: dict[str, list[Any]]
+    """Questions, answers and labels, under the columns that were asked for."""
+    histories: list[tuple[Turn, ...]]
+    """What was said before each question; empty if the source holds no conversations."""
+    form: str
+    """The form in words; empty for a column of questions and one of answers."""
+    left_out: tuple[str, ...]
+    """Conversations that cannot be trained on, each with its place and the reason."""
+    columns: frozenset[str]
+    """The columns of the source that they come from."""
+
+
+def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
     """Return the columns as `load_rows` describes them: two of text, then labels.
+
+    A conversation that cannot be trained on has neither question nor answer.
 
     Raises
     ------
@@ -100,37 +133,73 @@ def checked_values(raw: RawRows, source: str, columns: tuple[str, ...]) -> dict[
     if not raw.places:
         raise DataError(
             f"{source}: the data source has no rows; at least one question with its answer is "
-            f"needed. Choose another {_SOURCE_KEY}."
+            f"needed. Choose another {SOURCE_KEY}."
         )
     (question, answer), kept = columns[:2], columns[2:]
-    parts = (question,) if question in raw.available else _named_in(question)
-    keys = dict.fromkeys(parts or (question,), "data.question-column")
-    keys |= {answer: "data.answer-column"} | dict.fromkeys(kept, "data.partition-by")
-    _check_columns(raw.available, source, keys)
-    _check_instructions(raw, source, columns)
-    values: dict[str, list[Any]] = {question: _joined(raw, source, parts)}
-    values[answer] = values[question] if answer == question else _texts(raw, source, answer)
-    return values | {
+    layout = _settled(layout_of(raw.available, question, answer), raw, columns)
+    if layout.form == "preferences":
+        raise DataError(
+            f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
+            "answer for each question. For the chosen ones write data.question-column=prompt "
+            "data.answer-column=chosen."
+        )
+    answered = {layout.answer: "data.answer-column"} if layout.answer else {}
+    keys = dict.fromkeys(layout.question, "data.question-column") | answered
+    _check_columns(raw.available, source, keys | dict.fromkeys(kept, "data.partition-by"))
+    histories: list[tuple[Turn, ...]] = []
+    left_out: tuple[str, ...] = ()
+    if layout.form == "conversations":
+        questions, answers, histories, left_out = _conversations(raw, source, layout)
+    else:
+        questions = _joined(raw, source, layout.question)
+        answers = questions if answer == question else _texts(raw, source, layout.answer)
+    values: dict[str, list[Any]] = {question: questions, answer: answers}
+    labels = {
         name: _labels(raw.values[name], f"{source}, column {name!r}")
         for name in kept
         if name not in (question, answer)
     }
+    used = frozenset((*layout.question, layout.answer, *kept))
+    return Read(values | labels, histories, layout.description, left_out, used)
 
 
-INSTRUCTION = "instruction"
-"""The column of Alpaca's format that FlowerTune's medical app drops."""
-
-
-def columns_read(columns: tuple[str, ...]) -> tuple[tuple[str, ...], int]:
-    """Return the columns to read for those that are asked for, and how many of them hold text."""
+def columns_read(columns: tuple[str, ...]) -> Choice:
+    """Return which columns to read of a source, for those that are asked for."""
     question, answer, *kept = columns
-    instruction = (INSTRUCTION,) if question == "input" else ()
-    texts = dict.fromkeys((question, *_named_in(question), answer, *instruction))
-    return (*texts, *kept), len(texts)
+
+    def choose(available: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*layout_of(available, question, answer).columns, *kept)))
+
+    return choose
 
 
-def _named_in(columns: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in columns.split(",") if name.strip())
+def _conversations(
+    raw: RawRows, source: str, layout: Layout
+) -> tuple[list[str], list[str], list[tuple[Turn, ...]], tuple[str, ...]]:
+    """Return questions, answers and histories of conversations, and those that have none.
+
+    Raises
+    ------
+    DataError
+        If the cells are not turns.
+    """
+    questions, answers, histories, left_out = [], [], [], []
+    column = layout.question[0]
+    for row, value in enumerate(raw.values[column]):
+        if value is not None and not isinstance(value, list):
+            raise DataError(
+                f"{source}, {raw.where(row)}, column {column!r}: the value is {described(value)}, "
+                "not a list of turns with role and content, as in other rows. Correct the row."
+            )
+        try:
+            found = conversation_of(value or ())
+        except Unusable as reason:
+            left_out.append(f"{raw.where(row)}: {reason}")
+            found = Conversation((), "", "")
+        questions.append(found.question)
+        answers.append(found.answer)
+        histories.append(found.before)
+    return questions, answers, histories, tuple(left_out)
 
 
 def _joined(raw: RawRows, source: str, parts: Sequence[str]) -> list[str]:
@@ -141,21 +210,21 @@ def _joined(raw: RawRows, source: str, parts: Sequence[str]) -> list[str]:
     return [" ".join(text for text in row if text.strip()) for row in zip(*texts, strict=True)]
 
 
-def _check_instructions(raw: RawRows, source: str, columns: tuple[str, ...]) -> None:
-    """Raise `DataError` if instructions that differ from row to row would be left out."""
-    if columns[0] != "input" or INSTRUCTION in columns:
-        return
+def _settled(layout: Layout, raw: RawRows, columns: tuple[str, ...]) -> Layout:
+    """Return the layout that the values show: turns are lists, and instructions may differ.
+
+    FlowerTune's medical data have one instruction for all rows, which it leaves out.
+    """
+    if layout.form == "conversations":
+        values = raw.values.get(layout.question[0], ())
+        return layout if any(isinstance(v, list) for v in values) else pairs(*columns[:2])
+    if layout.question != ("input",) or INSTRUCTION in columns:
+        return layout
     texts = raw.values.get(INSTRUCTION, [])
     different = {text.strip() for text in texts if isinstance(text, str) and text.strip()}
-    if len(different) > 1:
-        empty = sum(not str(text or "").strip() for text in raw.values["input"])
-        raise DataError(
-            f"{source}: the column {INSTRUCTION!r} has {len(different):,} different instructions, "
-            f"which data.question-column = 'input' would leave out ({empty:,} of {len(texts):,} "
-            "rows have no input). These are data of another task: write "
-            f"data.question-column={INSTRUCTION},input for both columns, or "
-            f"data.question-column={INSTRUCTION}."
-        )
+    if len(different) < 2:
+        return layout
+    return Layout("alpaca", (INSTRUCTION, "input"), layout.answer)
 
 
 COLUMN_NAMES = {
@@ -203,8 +272,8 @@ def _texts(raw: RawRows, source: str, name: str) -> list[str]:
     return [
         value
         if isinstance(value, str) and value.isascii()
-        else _text(value, f"{source}, {raw.unit} {place}, column {name!r}")
-        for value, place in zip(raw.values[name], raw.places, strict=True)
+        else _text(value, f"{source}, {raw.where(row)}, column {name!r}")
+        for row, value in enumerate(raw.values[name])
     ]
 
 
@@ -216,8 +285,8 @@ def _text(value: Any, where: str) -> str:
         return str(value)
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: the value is of type {type(value).__name__}, but only text, numbers and "
-            "missing values are supported. Choose other columns with data.question-column and "
+            f"{where}: the value is {described(value)}, but only text, numbers and missing values "
+            "are supported. Choose other columns with data.question-column and "
             "data.answer-column, or convert these values to text."
         )
     try:
@@ -228,6 +297,16 @@ def _text(value: Any, where: str) -> str:
             "Remove it from the source."
         ) from error
     return value
+
+
+def described(value: Any) -> str:
+    """Return what a value that is no text is: its type, length and keys, nothing of its content."""
+    if isinstance(value, list):
+        return "an empty list" if not value else f"a list of length {len(value)}"
+    if isinstance(value, Mapping):
+        keys = ", ".join(str(key)[:30] for key in list(value)[:6])
+        return f"an object with the keys {keys}" if value else "an empty object"
+    return f"of type {type(value).__name__}"
 
 
 def _labels(values: list[Any], where: str) -> list[Any]:
@@ -264,7 +343,7 @@ def _labels(values: list[Any], where: str) -> list[Any]:
 
 @lru_cache(maxsize=_CACHED_SOURCES)
 def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
-    raw = from_records(enumerate(embedded_rows(source), 1), columns, "row")
+    raw = from_records(enumerate(embedded_rows(source), 1), columns_read(columns), "row")
     return rows_of(raw, source, columns)
 
 
@@ -272,22 +351,30 @@ def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
 def _load_hub(source: str, columns: tuple[str, ...]) -> Rows:
     import datasets
 
-    name, _, revision = source.partition("@")
-    at_revision = {"revision": revision} if revision else {}
+    place = OnHub.of(source)
+    named = {"name": place.config} if place.config else {}
+    named |= {"revision": place.revision} if place.revision else {}
     try:
         with silent_downloads():
-            rows = datasets.load_dataset(name, split="train", **at_revision)
+            rows = datasets.load_dataset(place.name, split=place.split, **named)
     except Exception as error:  # the hub, HTTP and builders raise unrelated types
         raise DataError(
-            f"{_SOURCE_KEY} = {source!r} is neither {_BUILT_IN} nor a file that exists, and "
+            f"{SOURCE_KEY} = {source!r} is neither {BUILT_IN} nor a file that exists, and "
             f"could not be loaded from the Hugging Face hub ({first_line(error)})."
-            f"{nearest(name, EMBEDDED)} Check the name, the network and HF_HUB_OFFLINE, or set "
-            f"{_SOURCE_KEY} to a local file ({', '.join(FILE_ENDINGS)}) or to {_BUILT_IN}."
+            f"{nearest(place.name, EMBEDDED)} Check the name, static.dataset.config and -split, "
+            f"the network and HF_HUB_OFFLINE, or set {SOURCE_KEY} to a local file "
+            f"({', '.join(FILE_ENDINGS)}) or to {BUILT_IN}."
         ) from error
-    table = rows.with_format("arrow")[:]
-    read, _ = columns_read(columns)
-    raw = from_table(table, read, tuple(rows.column_names))
-    return Rows(checked_values(raw, source, columns), hub_commit(rows))
+    available = tuple(rows.column_names)
+    raw = from_table(rows.with_format("arrow")[:], columns_read(columns)(available), available)
+    read = as_read(raw, source, columns)
+    if read.left_out:
+        print(
+            f"grandrounds: {source}: {len(read.left_out):,} of {len(raw.places):,} conversations "
+            f"are not trained on; the first: {read.left_out[0]}",
+            file=sys.stderr,
+        )
+    return Rows(read.values, hub_commit(rows), read.histories)
 
 
 def hub_commit(rows: Any) -> str:
@@ -320,66 +407,53 @@ def silent_downloads() -> Iterator[None]:
 # --- Local files ----------------------------------------------------------------------------------
 
 
-def looks_like_path(source: str) -> bool:
-    """Whether a source is a local file, there or not, rather than a name on the hub."""
-    return (
-        source.startswith((".", "/", "~"))
-        or source.lower().endswith(FILE_ENDINGS)
-        or found(source) is not None
-    )
+@lru_cache(maxsize=_CACHED_SOURCES)
+def _load_files(source: str, version: Version, columns: tuple[str, ...]) -> Rows:
+    """Read files; their version is part of the cache key, so that changed ones are read again."""
+    return rows_of(read_files(source, version, columns), source, columns)
 
 
-def existing_file(source: str) -> tuple[Path, tuple[int, int]]:
-    """Return the path and the version (modification time, length) of a supported file.
+def read_files(source: str, version: Version, columns: tuple[str, ...]) -> RawRows:
+    """Return the rows of all files of a source, one after the other.
 
     Raises
     ------
     DataError
-        If there is none, or it is not one that can be read.
+        If a file is damaged, or one has other columns of questions and answers than the first.
     """
-    allowed = ", ".join(FILE_ENDINGS)
-    try:
-        path = Path(source).expanduser().resolve()
-        if path.is_dir():
+    read = []
+    choose = columns_read(columns)
+    for path, _, _ in version:
+        name = source if len(version) == 1 else str(path)
+        try:
+            raw = read_file(path, name, choose, columns[2:])
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise unreadable(name, error) from error
+        read.append((name, raw))
+    first_name, first = read[0]
+    wanted = {name for name in choose(first.available) if name in first.available}
+    for name, raw in read[1:]:
+        if missing := sorted(wanted - set(raw.available)):
             raise DataError(
-                f"{source}: this is a folder; {_SOURCE_KEY} must name a file in it ({allowed})."
+                f"{name}: there is no column {missing[0]!r}, which {first_name} has; the columns "
+                f"are: {', '.join(raw.available)}. The files of a source need the same columns."
             )
-        if not path.is_file():
-            raise DataError(
-                f"{source}: no such file.{_nearest_file(path)} Set {_SOURCE_KEY} to a file that "
-                f"exists ({allowed}), to the name of a hub data set or to {_BUILT_IN}."
-            )
-        status = path.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
-        raise unreadable(source, error) from error
-    if not path.name.lower().endswith(FILE_ENDINGS):
-        raise DataError(
-            f"{source}: files ending in {path.suffix!r} cannot be read; allowed: {allowed}. "
-            "Convert the file, or give it the ending of its format."
-        )
-    return path, (status.st_mtime_ns, status.st_size)
+    return first if len(read) == 1 else joined(read)
 
 
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" There is no folder {str(path.parent)!r} either."
-    return nearest(path.name, sorted(file.name for file in path.parent.iterdir()))
-
-
-def unreadable(source: str, error: Exception) -> DataError:
-    """Return the error for a file that is damaged or closed to this user."""
-    return DataError(
-        f"{source}: the file is damaged or cannot be read ({first_line(error)}). "
-        "Copy or download it again, and check its name and permissions."
+def joined(read: Sequence[tuple[str, RawRows]]) -> RawRows:
+    """Return the rows of several files as those of one source."""
+    names = dict.fromkeys(name for _, raw in read for name in raw.values)
+    available = dict.fromkeys(name for _, raw in read for name in raw.available)
+    return RawRows(
+        values={
+            name: [
+                value for _, raw in read for value in raw.values.get(name, [None] * len(raw.places))
+            ]
+            for name in names
+        },
+        available=tuple(available),
+        places=[place for _, raw in read for place in raw.places],
+        unit=read[0][1].unit,
+        files=[(Path(file).name, len(raw.places)) for file, raw in read],
     )
-
-
-@lru_cache(maxsize=_CACHED_SOURCES)
-def _load_file(source: str, path: Path, version: tuple[int, int], columns: tuple[str, ...]) -> Rows:
-    """Read one file; `version` is part of the cache key, so that a changed file is read again."""
-    del version
-    try:
-        raw = read_file(path, source, *columns_read(columns))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise unreadable(source, error) from error
-    return rows_of(raw, source, columns)

@@ -5,7 +5,6 @@ Its rows are read and checked exactly as a run reads them, so that a wrong colum
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
-from grandrounds.data.files import RawRows, from_records, read_file
-from grandrounds.data.sources import (
-    FILE_ENDINGS,
-    checked_values,
-    columns_read,
-    existing_file,
-    looks_like_path,
-)
-from grandrounds.data.sources import unreadable as damaged
+from grandrounds.data.files import RawRows, from_records
+from grandrounds.data.places import FILE_ENDINGS, Version, files_of, looks_like_path
+from grandrounds.data.sources import as_read, columns_read, read_files
 from grandrounds.errors import DataError
 
 SURVEYED_BYTES = 64 * 2**20
-"""Largest file that is surveyed; a larger one is only looked up."""
+"""Largest source that is surveyed; a larger one is only looked up."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,14 @@ class Survey:
     """Value of the partition column → usable rows, for every value; empty without a column."""
     unlabelled: int
     """Rows without a value in the partition column."""
+    form: str = ""
+    """The form of the data in words; empty for a column of questions and one of answers."""
+    conversations: int = 0
+    """Usable rows with something said before the question."""
+    left_out: tuple[str, ...] = ()
+    """Conversations that cannot be trained on, each with its place and the reason."""
+    unread: tuple[str, ...] = ()
+    """Columns that nobody reads."""
 
 
 def survey(source: str, question: str, answer: str, partition_by: str = "") -> Survey | None:
@@ -67,37 +68,36 @@ def survey(source: str, question: str, answer: str, partition_by: str = "") -> S
                     "ending is a data set on the Hugging Face hub."
                 )
         return None
-    path, version = existing_file(source)
-    return _survey_file(source, path, version, columns) if version[1] <= SURVEYED_BYTES else None
+    version = files_of(source)
+    size = sum(size_bytes for _, _, size_bytes in version)
+    return _survey_files(source, version, columns) if size <= SURVEYED_BYTES else None
 
 
 @lru_cache(maxsize=4)
 def _survey_embedded(source: str, columns: tuple[str, ...]) -> Survey:
-    raw = from_records(enumerate(embedded_rows(source), 1), columns, "row")
+    raw = from_records(enumerate(embedded_rows(source), 1), columns_read(columns), "row")
     return _counted(raw, source, columns)
 
 
 @lru_cache(maxsize=4)
-def _survey_file(
-    source: str, path: Path, version: tuple[int, int], columns: tuple[str, ...]
-) -> Survey:
-    """Survey one file; `version` is part of the cache key, so that a changed file is read again."""
-    del version
-    try:
-        raw = read_file(path, source, *columns_read(columns))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise damaged(source, error) from error
-    return _counted(raw, source, columns)
+def _survey_files(source: str, version: Version, columns: tuple[str, ...]) -> Survey:
+    """Survey files; their version is part of the cache key, so that changed ones are read again."""
+    return _counted(read_files(source, version, columns), source, columns)
 
 
 def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
-    values = checked_values(raw, source, columns)
-    question, answer = columns[:2]
+    read = as_read(raw, source, columns)
+    values, (question, answer) = read.values, columns[:2]
     is_usable = [
         bool(asked.strip() and answered.strip())
         for asked, answered in zip(values[question], values[answer], strict=True)
     ]
     if not any(is_usable):
+        if read.left_out:
+            raise DataError(
+                f"{source}: none of its {len(is_usable)} conversations can be trained on "
+                f"({read.left_out[0]}). Each needs a user's question and the assistant's answer."
+            )
         blank = [name for name in columns[:2] if not any(text.strip() for text in values[name])]
         fault = f"column {blank[0]!r} is empty" if blank else "no row has both"
         raise DataError(
@@ -111,4 +111,14 @@ def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
         if label is not None and str(label).strip():
             found[label] += usable
     gaps = sum(label is None or not str(label).strip() for label in labels)
-    return Survey(len(is_usable), sum(is_usable), dict(found), gaps)
+    told = [usable and bool(b) for usable, b in zip(is_usable, read.histories, strict=False)]
+    return Survey(
+        len(is_usable),
+        sum(is_usable),
+        dict(found),
+        gaps,
+        form=read.form,
+        conversations=sum(told),
+        left_out=read.left_out,
+        unread=tuple(name for name in raw.available if name not in read.columns),
+    )

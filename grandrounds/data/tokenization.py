@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grandrounds.data.chat import apart, chat_format
+from grandrounds.data.chat import apart, chat_format, rendered
+from grandrounds.data.conversations import Turn
 from grandrounds.data.prompts import build_prompt, response_text
+from grandrounds.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
     from grandrounds.data.examples import Example
+
+ANSWERS, LAST = "answers", "last"
+"""Values of `data.train-on`."""
 
 IGNORED_LABEL = -100
 """Label of every position that the loss ignores."""
@@ -25,7 +30,16 @@ class TokenizedExample:
     input_ids: tuple[int, ...]
     """Prompt, answer and the tokens that end it."""
     prompt_tokens: int
-    """Number of prompt tokens at the start of `input_ids`; the loss ignores exactly these."""
+    """Number of prompt tokens at the start of `input_ids`; the loss ignores these, except
+    `earlier`."""
+    earlier: tuple[tuple[int, int], ...] = ()
+    """Start and stop of earlier answers in the prompt that are learned too, in order."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of tokens that are learned."""
+        earlier = sum(stop - start for start, stop in self.earlier)
+        return len(self.input_ids) - self.prompt_tokens + earlier
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,9 @@ class TokenizedExamples:
     """Examples dropped because the prompt fills the sequence."""
     shortened: int = 0
     """Examples of which the chat template leaves out a part of the answer, such as reasoning."""
+    unlearned: int = 0
+    """Earlier answers that the template renders differently once the conversation goes on; they
+    are not learned."""
     positions: tuple[int, ...] = ()
     """Position of each example among those given."""
 
@@ -55,6 +72,34 @@ def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) ->
     ids = tokenizer(texts, add_special_tokens=template != "chat")["input_ids"]
     eos = tokenizer.eos_token_id
     return [i[:-1] if template != "chat" and i and i[-1] == eos else i for i in ids]
+
+
+def conversation_token_ids(
+    tokenizer: Any, template: str, conversations: Sequence[Sequence[Turn]]
+) -> list[list[int]]:
+    """Return the tokens before the next answer of conversations that end with a question.
+
+    Raises
+    ------
+    DataError
+        If one has several turns, and the template has room for one question.
+    """
+    longer = sum(len(turns) > 1 for turns in conversations)
+    if not longer:
+        return prompt_token_ids(tokenizer, template, [turns[0][1] for turns in conversations])
+    check_room(template, longer, len(conversations))
+    texts = [rendered(tokenizer, turns, answering=True) for turns in conversations]
+    return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def check_room(template: str, conversations: int, examples: int) -> None:
+    """Raise `DataError` if a prompt template has no room for conversations."""
+    if conversations and template != "chat":
+        raise DataError(
+            f"{conversations:,} of {examples:,} examples are conversations of several turns or "
+            f'have a system prompt, and data.prompt-template = "{template}" has room for one '
+            'question: set data.prompt-template = "chat", with a base that has a chat template.'
+        )
 
 
 def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> list[list[int]]:
@@ -73,7 +118,11 @@ def end_token_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
 
 
 def tokenize_examples(
-    examples: Sequence[Example], tokenizer: Any, template: str, seq_length: int
+    examples: Sequence[Example],
+    tokenizer: Any,
+    template: str,
+    seq_length: int,
+    train_on: str = ANSWERS,
 ) -> TokenizedExamples:
     """Tokenise a site's examples.
 
@@ -84,22 +133,59 @@ def tokenize_examples(
     template : str
         A prompt template of `grandrounds.data.prompts`.
     seq_length : int
-        Maximum sequence length in tokens, prompt plus answer; only answers are truncated.
+        Maximum sequence length in tokens, prompt plus answer; only answers are truncated, and
+        conversations of which an earlier answer is learned.
+    train_on : str
+        `answers`: every answer of a conversation; `last`: its last one.
+
+    Raises
+    ------
+    DataError
+        If a conversation has several turns or a system prompt and the template has room for one
+        question.
     """
-    prompts = prompt_token_ids(tokenizer, template, [e.question for e in examples])
+    turns = [(*e.before, ("user", e.question)) for e in examples]
+    prompts = conversation_token_ids(tokenizer, template, turns)
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
     end = end_token_ids(tokenizer, template) if examples else ()
-    kept, positions, truncated, unlearnable = [], [], 0, 0
-    for position, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    kept, positions, truncated, unlearnable, unlearned = [], [], 0, 0, 0
+    parts = zip(examples, prompts, answers, strict=True)
+    for position, (example, prompt, answer) in enumerate(parts):
         ids = [*prompt, *answer, *end]
-        if len(prompt) >= seq_length:
+        spans = _earlier_answers(example, prompt, tokenizer) if train_on == ANSWERS else []
+        unlearned += spans.count(None)
+        earlier = [(a, min(b, seq_length)) for a, b in filter(None, spans) if a < seq_length]
+        if len(prompt) >= seq_length and not earlier:
             unlearnable += 1
             continue
         truncated += len(ids) > seq_length
-        kept.append(TokenizedExample(tuple(ids[:seq_length]), len(prompt)))
+        shown = tuple(ids[:seq_length])
+        kept.append(TokenizedExample(shown, min(len(prompt), seq_length), tuple(earlier)))
         positions.append(position)
     shortened = _shortened(examples, tokenizer) if template == "chat" else 0
-    return TokenizedExamples(tuple(kept), truncated, unlearnable, shortened, tuple(positions))
+    counts = truncated, unlearnable, shortened, unlearned
+    return TokenizedExamples(tuple(kept), *counts, tuple(positions))
+
+
+def _earlier_answers(
+    example: Example, prompt: list[int], tokenizer: Any
+) -> list[tuple[int, int] | None]:
+    """Return where each earlier answer of a conversation stands in its prompt, its end included.
+
+    None where the template renders it, or what precedes it, differently from how the model would
+    have had to answer.
+    """
+    spans: list[tuple[int, int] | None] = []
+    end = end_token_ids(tokenizer, "chat") if example.before else ()
+    for number, (role, said) in enumerate(example.before):
+        if role != "assistant":
+            continue
+        text = rendered(tokenizer, example.before[:number], answering=True)
+        asked = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer = [*answer_token_ids(tokenizer, "chat", [said])[0], *end]
+        stop = len(asked) + len(answer)
+        spans.append((len(asked), stop) if prompt[:stop] == [*asked, *answer] else None)
+    return spans
 
 
 def _shortened(examples: Sequence[Example], tokenizer: Any) -> int:
@@ -133,7 +219,8 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
         learned = max(1, example.prompt_tokens)  # nothing before it predicts the first token
-        labels[row, learned : len(ids)] = ids[learned:]
+        for start, stop in (*example.earlier, (learned, len(ids))):
+            labels[row, start:stop] = ids[start:stop]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -152,10 +239,12 @@ def flatten(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
     lengths = [len(e.input_ids) for e in examples]
     ids = torch.cat([torch.tensor(e.input_ids) for e in examples])
     labels = ids.clone()
-    start = 0
+    first = 0
     for example, length in zip(examples, lengths, strict=True):
-        labels[start : start + max(1, example.prompt_tokens)] = IGNORED_LABEL
-        start += length
+        labels[first : first + max(1, example.prompt_tokens)] = IGNORED_LABEL
+        for start, stop in example.earlier:
+            labels[first + start : first + stop] = ids[first + start : first + stop]
+        first += length
     positions = torch.cat([torch.arange(length) for length in lengths])
     return {
         "input_ids": ids.unsqueeze(0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +26,25 @@ class LoraSpec:
     rank: int
     """r."""
     alpha: float
-    """The product B A is scaled by alpha / r."""
+    """The product B A is scaled by alpha / r, or alpha / sqrt(r) if stabilised."""
     target_modules: str
     """Comma-separated names, `all-linear` or `auto`."""
     dropout: float
     """Dropout on the input of A, in training only."""
+    stabilised: bool = False
+    """Rank-stabilised: rsLoRA (Kalajdzievski, 2023)."""
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+    def at_rank(self, rank: int) -> LoraSpec:
+        """Return the same adapter with another rank; its scale stays."""
+        alpha = self.alpha * rank / self.rank
+        if self.stabilised:
+            alpha = self.alpha * math.sqrt(rank / self.rank)
+        return dataclasses.replace(self, rank=rank, alpha=alpha)
 
 
 def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
@@ -74,6 +90,7 @@ def peft_config(spec: LoraSpec, targets: Targets, name: str | None = None) -> An
     return LoraConfig(
         r=spec.rank,
         lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        use_rslora=spec.stabilised,
         lora_dropout=spec.dropout,
         target_modules=list(targets.modules),
         exclude_modules=targets.excluded,

@@ -113,7 +113,7 @@ def answer_nll_sum(
 
 def _shares(batch: Sequence[TokenizedExample]) -> torch.Tensor:
     """Return for each answer token 1 over the number of answer tokens of its example."""
-    counts = torch.tensor([len(e.input_ids) - max(1, e.prompt_tokens) for e in batch])
+    counts = torch.tensor([e.answer_tokens - (e.prompt_tokens == 0) for e in batch])
     return counts.float().reciprocal().repeat_interleave(counts)
 
 

@@ -38,12 +38,16 @@ _PROCESS_THREADS = torch.get_num_threads()
 
 def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
     """Return the specifications of the base and of the adapter on it."""
-    model, lora = config.model, config.lora
-    rank = Ranks.of(config).resident
-    alpha = lora.peft_lora_alpha * rank / lora.peft_lora_r
-    return (
-        BaseSpec(model.source, model.quantization, model.dtype),
-        LoraSpec(rank, alpha, lora.target_modules, lora.dropout),
+    model = config.model
+    adapter = lora_of(config).at_rank(Ranks.of(config).resident)
+    return BaseSpec(model.source, model.quantization, model.dtype), adapter
+
+
+def lora_of(config: Config) -> LoraSpec:
+    """Return the specification of the adapter at the run's own rank."""
+    lora = config.lora
+    return LoraSpec(
+        lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout, lora.use_rslora
     )
 
 

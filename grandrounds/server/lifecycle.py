@@ -51,7 +51,9 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     federation, strategy, lora = config.federation, config.strategy, config.lora
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
     resumed = held_for_resume(directory, config) if directory else None
-    spec = LoraSpec(lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout)
+    spec = LoraSpec(
+        lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout, lora.use_rslora
+    )
     shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes, examiners_of(grid))
     is_new = directory is None

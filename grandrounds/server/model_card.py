@@ -216,7 +216,8 @@ def _facts(
         ("data", _cell(data_text(config, found.sites)) + _at(config.static.revision, commits[1])),
         (
             "adapter",
-            f"r = {lora.peft_lora_r}, alpha = {lora.peft_lora_alpha:g}, "
+            f"{'rsLoRA, ' * lora.use_rslora}r = {lora.peft_lora_r}, "
+            f"alpha = {lora.peft_lora_alpha:g}, "
             f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,11 +150,10 @@ class Run:
     def adapter_spec(self) -> LoraSpec:
         """The specification of the current adapter; a stacked one has its own rank.
 
-        The factor alpha / r stays the same.
+        What B A is scaled by stays the same.
         """
         rank = rank_of(self.state.adapter)
-        alpha = self.lora.alpha * rank / self.lora.rank
-        return dataclasses.replace(self.lora, rank=rank, alpha=alpha)
+        return self.lora.at_rank(rank)
 
     def write_sites(self) -> bool:
         """Write sites.json if an introduction is new; return whether one is."""

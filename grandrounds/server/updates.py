@@ -74,7 +74,7 @@ class Updates:
         """Return a reply's change and weight; None if it must wait for the others.
 
         It waits for the median of the round's norms if there were none before (`largest-norm`), and
-        for the screen (`min-cosine`).
+        for the screens (`min-cosine`, `largest-spread`).
 
         Raises
         ------
@@ -108,7 +108,7 @@ class Updates:
 
     @property
     def _screens(self) -> bool:
-        return self.defence.min_cosine > -1
+        return self.defence.screens
 
     @cached_property
     def _bound(self) -> float | None:
@@ -142,18 +142,15 @@ class Updates:
         if not self._held:
             return
         bound = self._take_bound()
-        left_out: dict[int, float] = {}
+        left_out: dict[int, str] = {}
         if self._screens:
             held = {p: bounds.norm_bound(c, bound)[0] for p, c in self._held.items() if c}
             self._held.update(held)
-            left_out = bounds.screen(held, self.defence.min_cosine)
+            left_out = self._left_out(held)
         for partition in sorted(self._held):
             change = self._held.pop(partition)
             if partition in left_out:
-                failed[partition] = (
-                    f"its update has a cosine of {left_out[partition]:.2f} to the mean of the "
-                    f"others, below defence.min-cosine = {self.defence.min_cosine:g}"
-                )
+                failed[partition] = left_out[partition]
                 on_reply(partition, failed[partition])
                 continue
             if change is None:
@@ -163,6 +160,23 @@ class Updates:
             if self._screens:
                 on_reply(partition, None)
             yield partition, (change, weight)
+
+    def _left_out(self, held: Mapping[int, Adapter]) -> dict[int, str]:
+        """Return the sites that the screens reject, and why: of spread first, then of direction."""
+        how, reasons = self.defence, dict[int, str]()
+        if how.largest_spread:
+            for p, spread in bounds.outlying(held, how.largest_spread).items():
+                reasons[p] = (
+                    f"its update lies farthest in a direction in which they spread {spread:.3g} "
+                    f"times as much as usual, above defence.largest-spread = {how.largest_spread:g}"
+                )
+        rest = {p: change for p, change in held.items() if p not in reasons}
+        for p, cosine in bounds.screen(rest, how.min_cosine).items():
+            reasons[p] = (
+                f"its update has a cosine of {cosine:.2f} to the mean of the "
+                f"others, below defence.min-cosine = {how.min_cosine:g}"
+            )
+        return reasons
 
     def report(self) -> dict[str, Any]:
         """Return each site's weight, L2 norm and cosine to the weighted mean, for metrics.jsonl."""

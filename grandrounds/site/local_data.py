@@ -51,10 +51,9 @@ class Site:
         for side in (self.train, self.held_out):
             digest.update(f"{len(side)}\0".encode())
             for example in side:
-                ids = array(
-                    "q", [len(example.input_ids), example.prompt_tokens, *example.input_ids]
-                )
-                digest.update(ids.tobytes())
+                counts = [len(example.input_ids), example.prompt_tokens]
+                earlier = [place for span in example.earlier for place in span]
+                digest.update(array("q", [*counts, *example.input_ids, *earlier]).tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -199,12 +198,19 @@ def tokenized_site(
     tokenizer, template = dated_tokenizer(model_name, data), data.prompt_template
     if template == "chat":
         _note_format(model_name, tokenizer)
-    train = tokenize_examples(split.train, tokenizer, template, seq_length)
-    held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length)
+    train = tokenize_examples(split.train, tokenizer, template, seq_length, data.train_on)
+    held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length, data.train_on)
     if shortened := train.shortened + held_out.shortened:
         print(
             f"grandrounds: site {partition_id}: of {shortened:,} answers the chat template of "
             f"{model_name!r} leaves out a part, such as reasoning: only the rest is trained on.",
+            file=sys.stderr,
+        )
+    if unlearned := train.unlearned + held_out.unlearned:
+        print(
+            f"grandrounds: site {partition_id}: the chat template of {model_name!r} renders "
+            f"{unlearned:,} earlier answers differently once a conversation goes on: of these "
+            "conversations only the last answer is learned.",
             file=sys.stderr,
         )
     if not train.examples:

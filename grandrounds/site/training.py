@@ -107,7 +107,7 @@ def train_visit(
     for step, group in enumerate(groups):
         set_learning_rate(optimizer, settings.schedule.rate(step, len(groups)))
         optimizer.zero_grad(set_to_none=True)
-        step_tokens = sum(len(e.input_ids) - e.prompt_tokens for batch in group for e in batch)
+        step_tokens = sum(e.answer_tokens for batch in group for e in batch)
         for batch in group:
             with attending(model, settings.forward):
                 loss = answer_nll_sum(model, batch, pad_token_id, device, settings.forward)
@@ -269,4 +269,4 @@ def held_out_loss(
         for i in range(0, len(ordered), batch_size):
             batch = ordered[i : i + batch_size]
             total += float(answer_nll_sum(model, batch, pad_token_id, device, forward))
-    return total, sum(len(e.input_ids) - e.prompt_tokens for e in ordered)
+    return total, sum(e.answer_tokens for e in ordered)

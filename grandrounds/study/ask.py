@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from grandrounds.data.chat_settings import ChatSettings
-from grandrounds.data.tokenization import end_token_ids, prompt_token_ids
+from grandrounds.data.conversations import Turn
+from grandrounds.data.tokenization import conversation_token_ids, end_token_ids
 from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.prefill import Prefilled, extend, prefill
@@ -60,22 +61,35 @@ class Interview:
         self._resident.model.eval()
         set_adapter(self._resident, adapter)
 
-    def answer(self, question: str, *, tuned: bool, max_tokens: int) -> Iterator[Answer]:
+    @property
+    def converses(self) -> bool:
+        """Whether the run's prompt has room for what was said before."""
+        return self._template == "chat"
+
+    def answer(
+        self, question: str, *, tuned: bool, max_tokens: int, before: Sequence[Turn] = ()
+    ) -> Iterator[Answer]:
         """Yield the growing answer of the base or the tuned model, the last one with its end.
 
         Several answers can be consumed in turns.
 
+        Parameters
+        ----------
+        before
+            What was said before the question; only where the model `converses`.
+
         Raises
         ------
         DataError
-            If the question fills the model's context.
+            If the question, with what was said before, fills the model's context.
         """
-        (prompt,) = prompt_token_ids(self._tokenizer, self._template, [question])
+        turns = [(*before, ("user", question))]
+        (prompt,) = conversation_token_ids(self._tokenizer, self._template, turns)
         context = context_length(self._resident.model.config)
         if len(prompt) >= context:
             raise DataError(
                 f"The question takes {len(prompt):,} tokens with its prompt, and the model's "
-                f"context is {context:,}: ask a shorter one."
+                f"context is {context:,}: ask a shorter one{', or begin anew' if before else ''}."
             )
         most = min(max_tokens, context - len(prompt))
         ids: list[int] = []

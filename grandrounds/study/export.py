@@ -229,8 +229,8 @@ def _copy_processor(name: str, folder: Path) -> None:
 def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> Rounding:
     """Merge an adapter into the weights of a base in place, and convert them to one dtype.
 
-    W + (alpha / r) B A: Hu et al., LoRA (2021), section 4.1. Summed in float32 and rounded once,
-    layer by layer, to avoid a second copy of the base in memory.
+    W + s B A with s = alpha / r: Hu et al., LoRA (2021), section 4.1. Summed in float32 and rounded
+    once, layer by layer, to avoid a second copy of the base in memory.
     """
     rounded, changed = 0.0, 0.0
     for name, a in adapter.items():
@@ -240,7 +240,7 @@ def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> R
         weight = module.weight
         b = torch.tensor(adapter[name.replace(".lora_A.", ".lora_B.")], device=weight.device)
         # (out-features, rank) x (rank, in-features)
-        change = spec.alpha / spec.rank * (b @ torch.tensor(a, device=weight.device))
+        change = spec.scale * (b @ torch.tensor(a, device=weight.device))
         if is_conv1d(module):
             change = change.T
         exact = weight.float() + change

@@ -13,9 +13,11 @@ from pathlib import Path
 from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import words_of
+from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
 from grandrounds.data.survey import Survey, survey
+from grandrounds.data.tokenization import check_room
 from grandrounds.errors import ModelError
 from grandrounds.model.architectures import (
     find_architecture,
@@ -42,6 +44,9 @@ LEAST_HELD_OUT = 10
 
 MOST_EMPTY = 0.1
 """Share of rows without question or answer, beyond which it is warned of."""
+
+MOST_NAMED = 5
+"""Rows and columns that are named; of further ones the number is told."""
 
 HIGHEST_LEARNING_RATE = 1e-3
 """Learning rate beyond which LoRA on a pretrained base is warned of."""
@@ -127,6 +132,7 @@ def check_data(config: Config) -> Survey | None:
     data, by = config.data, config.data.partition_by
     found = survey(config.static.name, data.question_column, data.answer_column, by)
     if found is not None:
+        check_room(data.prompt_template, found.conversations, found.usable)
         if data.partitioner in ("natural", "dirichlet"):
             check_gaps(by, found.unlabelled, found.rows)
         division = Division(data.partitioner, by, data.dirichlet_alpha)
@@ -172,13 +178,28 @@ def warnings(config: Config, found: Survey | None) -> list[str]:
     lines = list(_learning_rate(config))
     if found is None:
         return lines
-    if found.usable < (1 - MOST_EMPTY) * found.rows:
+    lines += _forms(config, found)
+    if not found.left_out and found.usable < (1 - MOST_EMPTY) * found.rows:
         lines.append(
             f"{found.rows - found.usable} of {found.rows} rows have no question or no answer and "
             "are left out: are data.question-column and data.answer-column the right ones?"
         )
     sites = sites_of(config, found)
     return [*lines, *_passes(sites), *_held_out(config, sites)]
+
+
+def _forms(config: Config, found: Survey) -> Iterator[str]:
+    """Say in which form the data were found, and what of them is left out."""
+    if found.form:
+        yield f"the data are read as {found.form} (data.question-column sets it)"
+    if found.left_out:
+        more = len(found.left_out) - MOST_NAMED
+        named = "; ".join(found.left_out[:MOST_NAMED]) + (f"; and {more:,} more" * (more > 0))
+        yield (
+            f"{len(found.left_out):,} of {found.rows:,} conversations are not trained on: {named}"
+        )
+    if found.unread and config.static.name not in EMBEDDED:
+        yield f"columns that are not read: {', '.join(found.unread[:MOST_NAMED])}"
 
 
 def _learning_rate(config: Config) -> Iterator[str]:

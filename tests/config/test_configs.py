@@ -39,7 +39,11 @@ LEFT_OUT = {
     "strategy.connect-timeout-seconds",
     # the main branch; the template of a prompt that these recipes do not use
     "model.revision",
+    "static.dataset.config",
+    "static.dataset.split",
     "static.dataset.revision",
+    "data.train-on",
+    "model.lora.use-rslora",
     "data.template-date",
     "data.template-options",
     "data.system-prompt",

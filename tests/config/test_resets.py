@@ -32,6 +32,11 @@ ARGUMENTS = "train.training-arguments."
             "natural",
         ),
         (
+            {"defence.preset": "robust", "defence.min-cosine": -0.1},
+            "defence.largest-spread",
+            1.4,
+        ),
+        (
             {
                 "data.partition-by": "ward",
                 "data.dirichlet-alpha": 0.1,
@@ -54,6 +59,16 @@ def test_a_default_that_does_not_apply_is_reset_and_said(
 def test_a_value_that_was_set_is_an_error_instead() -> None:
     with pytest.raises(ConfigError, match=r"proximal-mu = 0\.01 does not apply to FedAvg"):
         resolve({"strategy.name": "fedavg", "strategy.proximal-mu": 0.01})
+
+
+def test_a_preset_sets_its_keys_and_refuses_others_values() -> None:
+    config = resolve({"defence.preset": "robust"})
+    assert (config.defence.largest_spread, config.defence.min_cosine) == (1.4, -0.1)
+    assert resolve(config.flat()) == config  # as its own config.toml writes it
+    with pytest.raises(ConfigError, match=r"'robust' sets defence.min-cosine = -0.1, .* to 0.0"):
+        resolve({"defence.preset": "robust", "defence.min-cosine": 0.0})
+    with pytest.raises(ConfigError, match=r"defence\.largest-spread = 0\.5 is below the spread"):
+        resolve({"defence.largest-spread": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from grandrounds.data.chat import chat_format, rendered
 from grandrounds.data.examples import Example
 from grandrounds.data.prompts import prompt_hash
-from grandrounds.data.tokenization import end_token_ids, tokenize_examples
-from grandrounds.errors import ConfigError
+from grandrounds.data.tokenization import (
+    IGNORED_LABEL,
+    collate,
+    end_token_ids,
+    flatten,
+    tokenize_examples,
+)
+from grandrounds.errors import ConfigError, DataError
 
 LOOP = "{% for m in messages %}"
 END = "{% endfor %}"
@@ -281,3 +287,63 @@ def test_the_prompts_hash_knows_the_end_of_turn_only_where_it_is_another(byte_le
     changed = with_template(byte_level, "phi 3")
     changed.chat_template = changed.chat_template.replace("<|end|>\n", "<|assistant|>\n")
     assert prompt_hash("chat", changed) != hashes["phi 3"]
+
+
+PLAIN = Example("Why?", "Rest.")
+CONVERSATION = Example(
+    "And in a newborn?",
+    "About 110 to 160.",
+    (("user", "What is a normal heart rate?"), ("assistant", "60 to 100 in adults.")),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_answers_of_a_conversation_are_learned_with_their_ends(
+    byte_level: Any, family: str
+) -> None:
+    tokenizer = with_template(byte_level, family)
+    end = FAMILIES[family][2]
+    found = tokenize_examples([CONVERSATION], tokenizer, "chat", 500)
+    [example] = found.examples
+    turns = [*CONVERSATION.before, ("user", CONVERSATION.question)]
+    prompt = rendered(tokenizer, turns, answering=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert list(example.input_ids[: example.prompt_tokens]) == ids
+    learned = [example.input_ids[start:stop] for start, stop in example.earlier]
+    if family in ("thinking, left out of the past", "no end of its own"):
+        assert (learned, found.unlearned) == ([], 1)  # rendered differently once it goes on
+    else:
+        [earlier] = [tokenizer.decode(list(ids)) for ids in learned]
+        assert earlier.endswith(f"60 to 100 in adults.{end}")
+        assert "heart rate" not in earlier
+        assert found.unlearned == 0
+    [last] = tokenize_examples([CONVERSATION], tokenizer, "chat", 500, "last").examples
+    assert (last.input_ids, last.earlier) == (example.input_ids, ())
+
+
+def test_learned_tokens_are_the_labels_in_both_kinds_of_batches(byte_level: Any) -> None:
+    tokenizer = with_template(byte_level, "chatml")
+    asked = [CONVERSATION, PLAIN, CONVERSATION]
+    examples = tokenize_examples(asked, tokenizer, "chat", 500).examples
+    padded, flat = collate(examples, 0)["labels"], flatten(examples)["labels"].flatten()
+    kept = padded[padded != IGNORED_LABEL].tolist()
+    assert kept == flat[flat != IGNORED_LABEL].tolist()
+    assert len(kept) == sum(example.answer_tokens for example in examples)
+    texts = "60 to 100 in adults.<|im_end|>About 110 to 160.<|im_end|>"
+    assert tokenizer.decode(kept) == f"{texts}Rest.<|im_end|>{texts}"
+
+
+def test_a_long_conversation_is_cut_after_an_answer_that_it_still_teaches(byte_level: Any) -> None:
+    tokenizer = with_template(byte_level, "chatml")
+    [whole] = tokenize_examples([CONVERSATION], tokenizer, "chat", 500).examples
+    most = whole.earlier[0][1] + 2
+    cut = tokenize_examples([CONVERSATION], tokenizer, "chat", most)
+    assert (cut.truncated, cut.unlearnable) == (1, 0)
+    assert cut.examples[0].input_ids == whole.input_ids[:most]
+    assert cut.examples[0].answer_tokens == whole.earlier[0][1] - whole.earlier[0][0]
+    assert tokenize_examples([CONVERSATION], tokenizer, "chat", most, "last").unlearnable == 1
+
+
+def test_a_prompt_for_one_question_has_no_room_for_a_conversation(byte_level: Any) -> None:
+    with pytest.raises(DataError, match="1 of 2 examples are conversations of"):
+        tokenize_examples([CONVERSATION, PLAIN], byte_level, "alpaca", 500)

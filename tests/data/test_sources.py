@@ -17,6 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from grandrounds.data import sources
+from grandrounds.data.places import OnHub
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
 from grandrounds.data.survey import survey
@@ -33,7 +34,7 @@ WIKIDOC = SHARED / "train/wikidoc_patient_information.jsonl.gz"
 @pytest.fixture(autouse=True)
 def _fresh_caches() -> Iterator[None]:
     yield
-    for loader in (sources._load_embedded, sources._load_file, sources._load_hub):
+    for loader in (sources._load_embedded, sources._load_files, sources._load_hub):
         loader.cache_clear()
 
 
@@ -152,10 +153,13 @@ class TestInstructions:
     def test_that_differ_are_not_left_out(self, tmp_path: Path, name: str) -> None:
         """Alpaca's questions were ignored, and rows without an input were "empty"."""
         content = CONTENT[name].replace('"i"', '"j"', 1).replace("\ni,W", "\nj,W", 1)
-        told = failure(write(tmp_path / name, content))
-        assert "the column 'instruction' has 2 different instructions" in told
-        assert "(0 of 2 rows have no input)" in told
-        assert "write data.question-column=instruction,input" in told
+        path = write(tmp_path / name, content)
+        found = survey(str(path), "input", "output")
+        assert found is not None
+        assert found.form == "Alpaca triples: instruction and input make the question"
+        asked = rows_of(path)["input"]
+        assert asked == rows_of(path, question_column="instruction,input")["instruction,input"]
+        assert {text[:2] for text in asked} == {"i ", "j "}
 
     def test_without_input_stand_alone(self, tmp_path: Path) -> None:
         rows = [{**ROWS[0], "input": empty} for empty in ("", None, " ")]
@@ -255,7 +259,7 @@ class TestValues:
         content = json_lines(ROWS) + '\n{"input": ["q"], "output": "a"}\n'
         message = failure(write(tmp_path / "a.jsonl", content))
         assert "line 4, column 'input'" in message
-        assert "type list" in message
+        assert "the value is a list of length 1, but only text" in message
 
     def test_half_a_surrogate_pair_is_named_with_its_line(self, tmp_path: Path) -> None:
         message = failure(write(tmp_path / "a.jsonl", '{"input": "q", "output": "a\\ud800"}\n'))
@@ -273,8 +277,9 @@ class TestMissingAndUnknownFiles:
     def test_missing_folder_is_named(self, tmp_path: Path) -> None:
         assert f"There is no folder '{tmp_path}/x' either" in failure(tmp_path / "x" / "a.csv")
 
-    def test_folder_is_refused(self, tmp_path: Path) -> None:
-        assert "this is a folder" in failure(tmp_path)
+    def test_folder_without_such_files_is_refused(self, tmp_path: Path) -> None:
+        assert "this folder holds no file that can be read (.json" in failure(tmp_path)
+        assert "no file has such a name" in failure(tmp_path / "*.csv")
 
     def test_home_of_an_unknown_user_is_one_line(self) -> None:
         assert "cannot be read" in failure("~no-such-user-here/a.jsonl")
@@ -411,25 +416,30 @@ class TestHub:
     def test_split_train_of_a_hub_data_set_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
 
-        def load_dataset(name: str, split: str, revision: str = "main") -> datasets.Dataset:
-            asked.append((name, split, revision))
+        def load_dataset(path: str, split: str, **named: str) -> datasets.Dataset:
+            revision = named.get("revision", "main")
+            asked.append((path, split, revision, named.get("name")))
             assert datasets.utils.are_progress_bars_disabled()
             loaded = datasets.Dataset.from_list(ROWS)
             if revision != "main":
-                url = f"hf://datasets/{name}@{'ab' * 20}/train.jsonl"
+                url = f"hf://datasets/{path}@{'ab' * 20}/train.jsonl"
                 loaded.info.download_checksums = {url: {}}
             return loaded
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         for _ in range(2):
             rows = read("someone/cards", keep_columns=["site"])
-        assert asked == [("someone/cards", "train", "main")]
+        assert asked == [("someone/cards", "train", "main", None)]
         assert not datasets.utils.are_progress_bars_disabled()
         assert rows.to_list() == [{k: row[k] for k in ("input", "output", "site")} for row in ROWS]
         columns = {"question_column": "input", "answer_column": "output"}
         assert load_rows("someone/cards", **columns).commit == ""
         assert load_rows("someone/cards@v2", **columns).commit == "ab" * 20
-        assert asked[-1] == ("someone/cards", "train", "v2")
+        assert asked[-1] == ("someone/cards", "train", "v2", None)
+        place = OnHub("someone/cards", "pqa_labeled", "test[:100]", "v2")
+        load_rows(str(place), **columns)
+        assert str(place) == "someone/cards:pqa_labeled[test[:100]]@v2"
+        assert asked[-1] == ("someone/cards", "test[:100]", "v2", "pqa_labeled")
 
     def test_wrong_column_of_a_hub_data_set(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(

@@ -118,6 +118,8 @@ TESTED_ELSEWHERE = {
             "communication.catch-up-codec",
             "communication.entropy-coding",
             "defence.min-cosine",
+            "defence.largest-spread",
+            "defence.preset",
         ),
         "test_rules_and_codecs.py and tests/wire/test_downlink.py",
     ),
@@ -131,7 +133,11 @@ TESTED_ELSEWHERE = {
     "data.template-options": "tests/data/test_chat_settings.py",
     "data.system-prompt": "tests/data/test_chat_settings.py",
     "model.revision": "tests/model/test_tokenizers.py",
+    "static.dataset.config": "tests/data/test_sources.py",
+    "static.dataset.split": "tests/data/test_sources.py",
     "static.dataset.revision": "tests/data/test_sources.py",
+    "data.train-on": "tests/data/test_chat.py",
+    "model.lora.use-rslora": "tests/model/test_stabilised.py",
     **{
         key: "tests/site/private/test_private_visit.py"
         for key in FIELD_OF_KEY

@@ -283,7 +283,7 @@ def test_an_implausibly_large_update_is_excluded(name: str, settings: Settings) 
     assert lines[-1]["held-out-loss"] < lines[0]["held-out-loss"]
 
 
-def test_a_screened_site_is_reported_once(settings: Settings) -> None:
+def test_a_site_that_the_preset_screens_out_is_reported_once(settings: Settings) -> None:
     hostile = with_updates(lambda update: -update, {5})
     heard: list[tuple[int, bool]] = []
 
@@ -291,8 +291,14 @@ def test_a_screened_site_is_reported_once(settings: Settings) -> None:
         if event == "reply":
             heard.append((data["partition"], data["failure"] is not None))
 
-    play(settings, hostile, listen, **EVERYBODY, **{"defence.min-cosine": 0.0})
-    assert heard == 2 * [(p, p == 5) for p in range(8)]
+    run = play(settings, hostile, listen, **EVERYBODY, **{"defence.preset": "robust"})
+    lines = metrics_of(run)[1:]
+    assert heard == [(p, str(p) in line["failed"]) for line in lines for p in range(8)]
+    for line in lines:
+        assert len(line["failed"]) <= 2
+        assert "above defence.largest-spread = 1.4" in line["failed"]["5"]
+    card = (run / summary_of(run)["adapter"] / "README.md").read_text()
+    assert "preset robust: updates scaled down to 3 times the median norm" in card
 
 
 LIES: dict[str, tuple[str, dict[str, float | int]]] = {

@@ -42,7 +42,8 @@ def warned(tmp_path: Path, rows: list[tuple[str, str, str]], **settings: Any) ->
             **{key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()},
         }
     )
-    return preflight.check(config)
+    told = preflight.check(config)
+    return [line for line in told if line != "columns that are not read: ward"]
 
 
 def test_the_packaged_run_is_sound() -> None:
@@ -96,7 +97,7 @@ def test_a_survey_counts_what_is_usable(tmp_path: Path) -> None:
     rows = [("q", "a", "x"), ("q", " ", "x"), ("", "a", "y"), ("q", "a", "")]
     source = cards(tmp_path / "cards.jsonl", rows)
     assert survey(source, "input", "output", "ward") == Survey(4, 2, {"x": 1, "y": 0}, 1)
-    assert survey(source, "input", "output") == Survey(4, 2, {}, 0)
+    assert survey(source, "input", "output") == Survey(4, 2, {}, 0, unread=("ward",))
     assert survey("someone/else", "input", "output") is None
     assert number_of_sites(source, ("input", "output", "ward"), may_load=False) == 2
 

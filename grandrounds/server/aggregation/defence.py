@@ -1,4 +1,4 @@
-"""Two defences before any aggregation rule: a bound on update norms, a screen of directions.
+"""Defences before any aggregation rule: a bound on norms, screens of directions and of spread.
 
 The norm bound withstands a site that scales up its update to outvote the rest: the site moves the
 mean by at most its share times the bound. It does not withstand an update of normal length in a
@@ -9,6 +9,11 @@ The screen withstands a minority of sites that push against the others, for exam
 signs or noise. It does not withstand an update that agrees with the others in most coordinates and
 hides its harm in a few, or a hostile majority. It ignores length, so use it together with the
 bound. Where sites are very heterogeneous, it rejects honest ones with unusual data.
+
+The screen of spread withstands fewer than a third of the sites where they agree with one another
+more than honest ones do, or lie farther out. It does not withstand hostile updates that are as long
+as the honest ones and as different from one another. It rejects honest sites with data that only
+a few share, if these data move the adapter by much.
 """
 
 from __future__ import annotations
@@ -22,6 +27,10 @@ from grandrounds.wire.adapter import Adapter
 
 TINY = 1e-30
 """Below this, squares may have underflowed in float32."""
+
+
+ROUNDING = 1e-9
+"""Variance below this share of the squared norms may be rounding."""
 
 
 def norm(change: Adapter) -> float:
@@ -64,7 +73,7 @@ def cosines(changes: Mapping[int, Adapter]) -> dict[int, float]:
     update, or if the others' directions cancel.
     """
     partitions = sorted(changes)
-    gram = _inner_products([changes[p] for p in partitions])
+    gram = inner_products([changes[p] for p in partitions])
     lengths = np.sqrt(np.diag(gram))
     scale = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     gram = gram * np.outer(scale, scale)  # inner products of the unit vectors
@@ -93,7 +102,40 @@ def screen(changes: Mapping[int, Adapter], min_cosine: float) -> dict[int, float
     return {p: cosine for p, cosine in cosines(changes).items() if cosine < min_cosine}
 
 
-def _inner_products(changes: list[Adapter]) -> NDArray[np.float64]:
+def outlying(changes: Mapping[int, Adapter], largest_spread: float) -> dict[int, float]:
+    """Return the sites to reject, each with the spread for which it was rejected.
+
+    Let the spread be the largest eigenvalue of the covariance of the updates, relative to the
+    median of the eigenvalues above 0: 1 if they vary by as much in every direction. While it
+    exceeds `largest_spread`, the update that lies farthest along the largest eigenvector is
+    rejected, up to fewer than a third of all. This is the filter of Diakonikolas et al., Sever: A
+    Robust Meta-Algorithm for Stochastic Optimization (ICML 2019), which scores by the squared
+    projection on that eigenvector, with this threshold in place of a random one and one update at a
+    time. With fewer than four updates, none is rejected.
+
+    Parameters
+    ----------
+    changes
+        Partition → update, all relative to the same adapter.
+    largest_spread : float
+        At least 1.
+    """
+    partitions = sorted(changes)
+    gram = inner_products([changes[p] for p in partitions])
+    rejected: dict[int, float] = {}
+    for _ in range((len(partitions) - 1) // 3):
+        left = [i for i, p in enumerate(partitions) if p not in rejected]
+        centered = np.eye(len(left)) - 1 / len(left)
+        values, vectors = np.linalg.eigh(centered @ gram[np.ix_(left, left)] @ centered)
+        largest, median = float(values[-1]), float(np.median(values[1:]))  # the first one is 0
+        if largest <= largest_spread * max(median, 0.0) or largest <= ROUNDING * np.trace(gram):
+            break
+        farthest = partitions[left[int(np.argmax(vectors[:, -1] ** 2))]]
+        rejected[farthest] = largest / median if median > 0 else np.inf
+    return rejected
+
+
+def inner_products(changes: list[Adapter]) -> NDArray[np.float64]:
     """Return all inner products in float64, computed tensor by tensor to save memory."""
     products = np.zeros((len(changes), len(changes)))
     for name in changes[0] if changes else ():

@@ -52,7 +52,7 @@ def recipe_rows(config: Config) -> Rows:
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
             "adapter",
-            f"LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
+            f"{'rs' * lora.use_rslora}LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
             f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
         ),
         (
@@ -105,7 +105,11 @@ def defence(config: Config) -> str:
         parts.append(f"updates scaled down to a norm of {how.update_norm_bound:g}")
     if how.min_cosine > -1:
         parts.append(f"updates with a cosine below {how.min_cosine:g} to the others left out")
-    return ", ".join(parts)
+    if how.largest_spread:
+        spread = f"{how.largest_spread:g} times the usual spread"
+        parts.append(f"updates that stand out in one direction, beyond {spread}, left out")
+    preset = f"preset {how.preset}: " if how.preset != "none" else ""
+    return preset + ", ".join(parts)
 
 
 def without_effect(config: Config) -> list[str]:

@@ -242,7 +242,7 @@ def queried(url: str, query: str, columns: tuple[str, ...]) -> Rows:
     """
     question_column = columns[0]
     names, rows = _asked(url, query)
-    read, _ = columns_read(columns)
+    read = columns_read(columns)(names)
     order = columns if question_column in names else read
     by = [names.index(name) for name in order if name in names]
     rows.sort(key=lambda row: [str(row[i]) for i in by])

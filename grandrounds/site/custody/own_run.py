@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from grandrounds.config.keys import Config
+from grandrounds.data.shown import marked
 from grandrounds.errors import DataError, OwnDataError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.machine import specs
+from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site.custody import policy
 from grandrounds.site.custody.disclosure import told_examples
 from grandrounds.site.custody.own_base import base_location, base_sha256
@@ -61,6 +63,18 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
     if site.policy.report_held_out_loss:
         return found
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
+
+
+def examples_shown(site: SiteFile, config: Config, count: int) -> Iterator[str]:
+    """Yield the first training examples under a run's prompt, with what is learned marked.
+
+    They are patients' text: for the site's own screen.
+    """
+    own = localized(site, config)
+    found = site_in_custody(site, own, "")
+    tokenizer = run_tokenizer(own)
+    for example in found.train[:count]:
+        yield marked(example, tokenizer)
 
 
 def unusable(site: SiteFile) -> OwnDataError:

@@ -43,7 +43,7 @@ class Asked:
     rank: int
     """The highest rank of the adapter at the site."""
     scale: float
-    """alpha / rank, by which the product of the factors is multiplied."""
+    """What the product of the factors is multiplied by."""
     rounds: int
     """Rounds of the run."""
     learning_rate: float
@@ -110,7 +110,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         strategy=strategy.name,
         target_modules=tuple(targets),
         rank=Ranks.of(config).resident,
-        scale=lora.peft_lora_alpha / lora.peft_lora_r,
+        scale=lora.scale,
         rounds=config.federation.num_server_rounds,
         learning_rate=train.learning_rate_max,
         least_learning_rate=lowest / (arguments.warmup_steps + 1),

@@ -27,11 +27,12 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     steps, batch = value[f"{arguments}max-steps"], value[f"{arguments}per-device-train-batch-size"]
     visit = f"{steps} steps" if steps != -1 else f"{value[f'{arguments}num-train-epochs']} epochs"
     accumulated = value[f"{arguments}gradient-accumulation-steps"]
+    kind = "rsLoRA" if value["model.lora.use-rslora"] is True else "LoRA"
     whose = f"signed by {recipe.signed_by}" if recipe.signed_by else "not signed"
     since = f", asked for by run {recipe.run} at {recipe.asked}" if recipe.run else ""
     yield f"    {whose}{since}"
     yield (
-        f"    base {value['model.name']}, prompt {value['data.prompt-template']}, LoRA of rank "
+        f"    base {value['model.name']}, prompt {value['data.prompt-template']}, {kind} of rank "
         f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
     )
     for key in ("data.system-prompt", "data.template-options"):

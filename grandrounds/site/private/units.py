@@ -66,8 +66,7 @@ def chosen_records(secret: bytes, records: Sequence[Example], most: int) -> tupl
     """Return at most `most` different records of a unit, chosen by keyed hashes of the records."""
 
     def place(record: Example) -> bytes:
-        text = f"record\0{record.question}\0{record.answer}"
-        return hmac.digest(secret, text.encode(), "sha256")
+        return hmac.digest(secret, f"record\0{_text(record)}".encode(), "sha256")
 
     different = dict.fromkeys(records)
     kept = set(sorted(different, key=place)[:most])
@@ -121,16 +120,22 @@ def split_by_unit(
     return SiteData(tuple(train), tuple(held_out), report, tuple(numbers))
 
 
+def _text(record: Example) -> str:
+    """Return all that a record says."""
+    said = [f"{role}\0{content}" for role, content in record.before]
+    return "\0".join([*said, record.question, record.answer])
+
+
 def _records(
     rows: Rows, unit_column: str, question_column: str, answer_column: str
 ) -> Iterator[tuple[str, Example]]:
     """Yield each row's unit, by name, and its example."""
     names = rows[unit_column] if unit_column else [None] * len(rows)
-    for name, question, answer in zip(
-        names, rows[question_column], rows[answer_column], strict=True
+    for name, question, answer, before in zip(
+        names, rows[question_column], rows[answer_column], rows.histories, strict=True
     ):
-        example = Example((question or "").strip(), (answer or "").strip())
+        example = Example((question or "").strip(), (answer or "").strip(), before)
         if unit_column:
             yield "" if name is None else str(name).strip(), example
         else:
-            yield f"{example.question}\0{example.answer}", example
+            yield _text(example), example

@@ -59,6 +59,8 @@ ORDINARY: dict[str, Scalar] = {
     "defence.update-norm-bound": 0.0,
     "defence.largest-norm": 0.0,
     "defence.min-cosine": -1.0,
+    "defence.largest-spread": 0.0,
+    "defence.preset": "none",
 }
 """Settings of training without a federation: no aggregation strategy, codec or defence."""
 

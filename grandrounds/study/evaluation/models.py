@@ -88,7 +88,8 @@ def lora_spec(folder: Path) -> LoraSpec:
             f"the adapter_config.json of {folder} must have r, lora_alpha and target_modules; "
             f"got {rank!r}, {alpha!r} and {targets!r}"
         )
-    return LoraSpec(rank=rank, alpha=float(alpha), target_modules=str(targets), dropout=0.0)
+    stabilised = bool(config.get("use_rslora"))
+    return LoraSpec(rank, float(alpha), str(targets), dropout=0.0, stabilised=stabilised)
 
 
 def fits(folder: Path, spec: LoraSpec, base: str) -> bool:

@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from grandrounds.data.files import RawRows, read_file
-from grandrounds.data.sources import FILE_ENDINGS
+from grandrounds.data.places import FILE_ENDINGS
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task, sampled
 from grandrounds.wire.names import one_line
@@ -238,9 +238,8 @@ def _read(file: Path) -> tuple[RawRows, _Layout]:
             f"{', '.join(FILE_ENDINGS)}. Convert the file, or give it the ending of its format."
         )
     try:
-        layout = _Layout.of(read_file(path, str(file), ()).available, str(file))
-        columns = layout.columns
-        return read_file(path, str(file), columns, texts=len(columns)), layout
+        layout = _Layout.of(read_file(path, str(file), lambda _: ()).available, str(file))
+        return read_file(path, str(file), lambda _: layout.columns), layout
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(
             f"{file}: the file is damaged or cannot be read ({first_line(error)}). Copy it again."

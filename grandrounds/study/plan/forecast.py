@@ -150,7 +150,7 @@ def server_memory(config: Config, shapes: Shapes) -> int:
     if rule.stacks:
         shapes = at_rank(shapes, config.max_rank)
     remembers = config.communication.downlink == "incremental"
-    holds = config.defence.min_cosine > -1
+    holds = config.defence.screens
     return memory.server_bytes(
         count_parameters(shapes),
         cohort=config.cohort_size,

@@ -294,6 +294,15 @@ def test_the_command_prints_a_line_each_and_fails(site: SiteFile) -> None:
     assert "Traceback" not in result.output
 
 
+def test_examples_are_shown_with_what_is_learned(site: SiteFile) -> None:
+    words = ["site", "check", "--config", str(site.path), "--examples", "1"]
+    shown = CliRunner().invoke(app, words).stdout
+    assert shown.count("for this screen only:") == 1
+    prompt, answer = shown.partition("example 1, ")[2].split("### Response:⟦ ")
+    assert "### Instruction:" in prompt
+    assert answer.rstrip().endswith("⟧")
+
+
 def test_a_database_in_a_file_that_others_read_is_warned_of(site: SiteFile) -> None:
     site.path.chmod(0o644)
     text = site.path.read_text()

@@ -33,6 +33,7 @@ CONFIG = replace(
 AVERAGING = ("fedavg", "fedprox")
 OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
+COMBINING = ("geomedian", "nnm")
 BY_PRODUCT = ("product", "flora")
 
 

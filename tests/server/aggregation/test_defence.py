@@ -1,11 +1,11 @@
-"""The norm bound and the cosine screen, by hand, and on a real round."""
+"""The norm bound and the screens of direction and spread, by hand, and on a real round."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from grandrounds.server.aggregation.defence import cosines, norm, norm_bound, screen
+from grandrounds.server.aggregation.defence import cosines, norm, norm_bound, outlying, screen
 from grandrounds.wire.adapter import Adapter
 from tests.server.aggregation.adapters import plus, random_adapter
 
@@ -113,3 +113,62 @@ def test_a_majority_of_liars_screens_out_the_honest() -> None:
     honest = {0: of(1, 0), 1: of(1, 0.1)}
     liars = {2: of(-1, 0), 3: of(-1, 0.1), 4: of(-1, -0.1), 5: of(-1, 0)}
     assert set(screen({**honest, **liars}, 0.0)) == {0, 1}
+
+
+def along(count: int, *sites: tuple[int, float]) -> dict[int, Adapter]:
+    """Return the update of each site: its axis, of `count`, and its length along it."""
+    axes = np.eye(count)
+    return {site: of(*(length * axes[axis])) for site, (axis, length) in enumerate(sites)}
+
+
+def test_updates_that_vary_as_much_in_every_direction_pass() -> None:
+    """Orthogonal and of equal length, they have equal eigenvalues, 1: the spread is 1."""
+    assert outlying(along(7, *((i, 1.0) for i in range(7))), 1.001) == {}
+
+
+def test_the_update_that_lies_farthest_out_is_rejected_with_the_spread() -> None:
+    """Of lengths 1, 1, 1 and 3 along four axes: eigenvalues 1, 1 and, for the eigenvector
+    (1, 1, 1, -3) / sqrt(12), (3 + 9 * 9) / 12 = 7. Its largest part is the last one's."""
+    changes = along(4, (0, 1.0), (1, 1.0), (2, 1.0), (3, 3.0))
+    assert outlying(changes, 6.9) == {3: pytest.approx(7)}
+    assert outlying(changes, 7.1) == {}
+
+
+def test_one_of_two_equal_updates_is_rejected() -> None:
+    """Five orthogonal ones, and two along a sixth axis: eigenvalues 1 four times, 0 and, for
+    (-2, -2, -2, -2, -2, 5, 5) / sqrt(70), (5 * 4 + 10 * 10) / 70 = 12 / 7; their median is 1.
+    Without one of the two all are orthogonal."""
+    changes = along(6, *((i, 1.0) for i in range(6)), (5, 1.0))
+    [(site, spread)] = outlying(changes, 1.7).items()
+    assert site in (5, 6)
+    assert spread == pytest.approx(12 / 7)
+    assert outlying(changes, 1.72) == {}
+
+
+def test_fewer_than_a_third_are_rejected() -> None:
+    """Of seven that lie ever farther out the two farthest, and of three none."""
+    changes = along(7, *((i, 10.0**i) for i in range(7)))
+    assert set(outlying(changes, 1.4)) == {5, 6}
+    assert set(outlying({i: changes[i] for i in range(4)}, 1.4)) == {3}
+    assert outlying({i: changes[i] for i in range(3)}, 1.4) == {}
+    assert outlying({}, 1.4) == {}
+
+
+def test_equal_updates_are_not_told_apart_by_rounding() -> None:
+    rng = np.random.default_rng(2)
+    same = random_adapter(rng)
+    assert outlying(dict.fromkeys(range(8), same), 1.4) == {}
+    odd = outlying({**dict.fromkeys(range(8), same), 8: plus(same, same)}, 1.4)
+    assert set(odd) == {8}
+
+
+def test_the_screen_of_spread_finds_what_a_cosine_does_not() -> None:
+    """Two that agree with each other and with the mean of the others, three times as long: their
+    cosine is the highest of all."""
+    rng = np.random.default_rng(3)
+    honest = {p: random_adapter(rng) for p in range(5)}
+    mean = {n: sum(c[n] for c in honest.values()) / 5 for n in honest[0]}
+    lie = {n: 3 * x for n, x in plus(mean, random_adapter(rng, 0.5)).items()}
+    changes = {**honest, 5: lie, 6: lie}
+    assert min(cosines(changes), key=cosines(changes).__getitem__) < 5
+    assert set(outlying(changes, 1.4)) == {5, 6}

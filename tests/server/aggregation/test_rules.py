@@ -12,6 +12,7 @@ from grandrounds.wire.adapter import Adapter, initial_adapter
 from tests.server.aggregation.adapters import (
     AVERAGING,
     BY_PRODUCT,
+    COMBINING,
     LAYERS,
     OPTIMIZERS,
     ROBUST,
@@ -23,7 +24,7 @@ from tests.server.aggregation.adapters import (
     same,
 )
 
-ALL_NAMES = AVERAGING + OPTIMIZERS + ROBUST + BY_PRODUCT
+ALL_NAMES = AVERAGING + OPTIMIZERS + ROBUST + COMBINING + BY_PRODUCT
 """Rules that train A and B in each round."""
 
 Replies = list[tuple[Adapter, int]]
@@ -85,7 +86,7 @@ def test_a_weight_out_of_range_is_refused(name: str, weight: int) -> None:
         rule.add(0, adapter, change, weight)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS + ROBUST + BY_PRODUCT)
+@pytest.mark.parametrize("name", OPTIMIZERS + ROBUST + COMBINING + BY_PRODUCT)
 def test_a_site_that_adds_twice_is_refused(name: str) -> None:
     adapter, [(change, _), *_] = a_round(3)
     rule = make_rule(named(name))
@@ -95,7 +96,7 @@ def test_a_site_that_adds_twice_is_refused(name: str) -> None:
         rule.add(4, adapter, change, 1)
 
 
-@pytest.mark.parametrize("name", AVERAGING + OPTIMIZERS + ROBUST)
+@pytest.mark.parametrize("name", AVERAGING + OPTIMIZERS + ROBUST + COMBINING)
 def test_a_reply_of_another_rank_is_refused_by_rules_that_cannot_use_it(name: str) -> None:
     """Rank 1 most of all, which numpy would broadcast."""
     rng = np.random.default_rng(0)

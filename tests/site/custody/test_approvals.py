@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from grandrounds.config import recipes
-from grandrounds.config.digest import LEFT_OUT, LEFT_OUT_IF_EMPTY, canonical, recipe_sha256
+from grandrounds.config.digest import LEFT_OUT, LEFT_OUT_IF, canonical, recipe_sha256
 from grandrounds.config.keys import FIELD_OF_KEY
 from grandrounds.engines.deployment import set_up
 from grandrounds.engines.deployment.recipes import chosen, deployed
@@ -54,12 +54,15 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
         "data.prompt-template": "chat",
         "data.template-options": '{"enable_thinking": false}',
         "data.system-prompt": "Be brief.",
+        "data.train-on": "last",
+        "model.lora.use-rslora": True,
+        "defence.preset": "robust",
     }
     private = {"privacy.unit-guarantee": "example", "privacy.target-epsilon": 4.0}
     full = recipes.resolve({**later, **private, "model.name": "someone/model"})
     assert set(canonical(full)) == set(FIELD_OF_KEY) - set(LEFT_OUT)
     of_private = {key for key in FIELD_OF_KEY if key.startswith("privacy.")}
-    left_out = {*LEFT_OUT_IF_EMPTY, *of_private}
+    left_out = {*LEFT_OUT_IF, *of_private}
     assert set(canonical(recipes.resolve({}))) == set(canonical(full)) - left_out
     assert set(LEFT_OUT) <= set(FIELD_OF_KEY)
 

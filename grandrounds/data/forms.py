@@ -1,0 +1,86 @@
+"""The forms in which data sets hold questions and answers, told by their columns.
+
+pairs           a column of questions and one of answers
+alpaca          `instruction`, `input` and `output`: the first two make the question
+conversations   a column of turns (see `conversations`)
+preferences     `prompt`, `chosen` and `rejected`, which no answer is trained on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grandrounds.data.conversations import COLUMNS as TURNS
+
+INSTRUCTION = "instruction"
+"""The column of Alpaca's format that FlowerTune's medical app drops."""
+
+USUAL = ("input", "output")
+"""The columns of questions and answers if none are named. Other forms are looked for only then."""
+
+PREFERRED = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a source holds questions and answers."""
+
+    form: str
+    """`pairs`, `alpaca`, `conversations` or `preferences`."""
+    question: tuple[str, ...]
+    """Columns that make the question, joined by a space, or the one that holds turns."""
+    answer: str
+    """Column with the answer; empty for `conversations`."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns to read."""
+        instruction = (INSTRUCTION,) if self.question == ("input",) else ()
+        every = dict.fromkeys((*self.question, self.answer, *instruction))
+        return tuple(name for name in every if name)
+
+    @property
+    def description(self) -> str:
+        """The form in words; empty where it is what the configuration names."""
+        named = " and ".join(self.question)
+        return {
+            "alpaca": f"Alpaca triples: {named} make the question",
+            "conversations": f"conversations in the column {named}",
+        }.get(self.form, "")
+
+
+def layout_of(available: Sequence[str], question: str, answer: str) -> Layout:
+    """Return where a source with these columns holds questions and answers.
+
+    Parameters
+    ----------
+    question, answer : str
+        `data.question-column` and `data.answer-column`. If they are the usual ones and not there,
+        the columns of the other forms are looked for.
+    """
+    named = (question,) if question in available else _named_in(question)
+    parts = named or (question,)
+    if len(parts) == 1 and parts[0] in available and answer not in available:
+        return Layout("conversations", parts, "")
+    if set(parts) <= set(available) or (question, answer) != USUAL:
+        return Layout("pairs", parts, answer)
+    for column in TURNS:
+        if column in available:
+            return Layout("conversations", (column,), "")
+    if set(PREFERRED) <= set(available):
+        return Layout("preferences", ("prompt",), PREFERRED[0])
+    for asked, answered in (("prompt", "completion"), (INSTRUCTION, "output")):
+        if {asked, answered} <= set(available):
+            return Layout("pairs", (asked,), answered)
+    return Layout("pairs", parts, answer)
+
+
+def pairs(question: str, answer: str) -> Layout:
+    """Return a column of questions and one of answers."""
+    return Layout("pairs", (question,), answer)
+
+
+def _named_in(columns: str) -> tuple[str, ...]:
+    """Return the columns named in a comma-separated list."""
+    return tuple(name.strip() for name in columns.split(",") if name.strip())

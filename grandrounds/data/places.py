@@ -1,0 +1,150 @@
+"""Where rows lie: a file, the files of a folder or a pattern, or a data set on the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from grandrounds.data.embedded import EMBEDDED
+from grandrounds.errors import DataError, first_line, nearest
+from grandrounds.storage import found
+
+SOURCE_KEY = "static.dataset.name"
+
+BUILT_IN = f"built-in data ({', '.join(EMBEDDED)})"
+
+FILE_ENDINGS = (
+    *(".json", ".jsonl", ".json.gz", ".jsonl.gz"),
+    *(".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet"),
+)
+"""Supported file names. A `.json` file is an array of objects, alone or as the value of `data`, or
+has one object per line."""
+
+Version = tuple[tuple[Path, int, int], ...]
+"""Files with modification time and length: another version of a source is read again."""
+
+_ON_HUB = re.compile(
+    r"(?P<name>[^:\[@]+)(:(?P<config>[^\[@]+))?(\[(?P<split>.+)\])?(@(?P<revision>.+))?"
+)
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A data set on the Hugging Face hub."""
+
+    name: str
+    config: str = ""
+    """Its configuration; empty: the only one, or the default."""
+    split: str = "train"
+    """One of its splits, or a part of one as `datasets` writes it: `train[:1000]`."""
+    revision: str = ""
+    """Commit, branch or tag; empty: the main branch."""
+
+    @classmethod
+    def of(cls, source: str) -> OnHub:
+        """Return what a source `NAME:CONFIG[SPLIT]@REVISION` names; all but the name may be absent.
+
+        Raises
+        ------
+        DataError
+            If it is not written so.
+        """
+        parts = _ON_HUB.fullmatch(source)
+        if parts is None:
+            raise DataError(
+                f"{SOURCE_KEY} = {source!r} names no data set on the hub: write its name alone; "
+                "configuration, split and revision have keys of their own (static.dataset.config, "
+                "-split, -revision)."
+            )
+        split = parts["split"] or "train"
+        return cls(parts["name"], parts["config"] or "", split, parts["revision"] or "")
+
+    def __str__(self) -> str:
+        config = f":{self.config}" if self.config else ""
+        split = f"[{self.split}]" if self.split != "train" else ""
+        return f"{self.name}{config}{split}" + (f"@{self.revision}" if self.revision else "")
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether a source is local, there or not, rather than a name on the hub."""
+    return (
+        source.startswith((".", "/", "~"))
+        or source.lower().endswith(FILE_ENDINGS)
+        or found(source) is not None
+        or _is_pattern(source)
+    )
+
+
+def _is_pattern(source: str) -> bool:
+    return "*" in source or "?" in source
+
+
+def files_of(source: str) -> Version:
+    """Return the files of a local source, in the order of their names, with their versions.
+
+    A folder stands for all files in it that can be read, those of its folders left out.
+
+    Raises
+    ------
+    DataError
+        If there is none, or one that is named cannot be read.
+    """
+    allowed = ", ".join(FILE_ENDINGS)
+    try:
+        place = Path(source).expanduser()
+        paths = _paths(source, place.absolute())
+        missing = next((path for path in paths if not path.is_file()), None)
+        if missing is not None:
+            raise DataError(
+                f"{source}: no such file.{_nearest_file(missing)} Set {SOURCE_KEY} to a file that "
+                f"exists ({allowed}), to the name of a hub data set or to {BUILT_IN}."
+            )
+        stats = [(path.resolve(), path.stat()) for path in paths]
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
+        raise unreadable(source, error) from error
+    for path, _ in stats:
+        if not path.name.lower().endswith(FILE_ENDINGS):
+            raise DataError(
+                f"{source}: files ending in {path.suffix!r} cannot be read; allowed: {allowed}. "
+                "Convert the file, or give it the ending of its format."
+            )
+    return tuple((path, status.st_mtime_ns, status.st_size) for path, status in stats)
+
+
+def _paths(source: str, place: Path) -> list[Path]:
+    """Return the files that a source names; raise `DataError` if a folder or pattern has none."""
+    allowed = ", ".join(FILE_ENDINGS)
+    if place.is_dir():
+        inside = [path for path in place.iterdir() if not path.name.startswith(".")]
+        paths = [path for path in inside if path.name.lower().endswith(FILE_ENDINGS)]
+        if not paths:
+            raise DataError(
+                f"{source}: this folder holds no file that can be read ({allowed}); set "
+                f"{SOURCE_KEY} to a file, or to a folder of such files."
+            )
+        return sorted(path for path in paths if path.is_file())
+    if place.exists() or not _is_pattern(source):
+        return [place]
+    anchor = Path(place.anchor)
+    paths = sorted(anchor.glob(str(place.relative_to(anchor))))
+    if not paths:
+        raise DataError(
+            f"{source}: no file has such a name. Set {SOURCE_KEY} to a pattern, a folder or a file "
+            f"({allowed})."
+        )
+    return [path for path in paths if path.is_file()]
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" There is no folder {str(path.parent)!r} either."
+    return nearest(path.name, sorted(file.name for file in path.parent.iterdir()))
+
+
+def unreadable(source: str, error: Exception) -> DataError:
+    """Return the error for a file that is damaged or closed to this user."""
+    return DataError(
+        f"{source}: the file is damaged or cannot be read ({first_line(error)}). "
+        "Copy or download it again, and check its name and permissions."
+    )
