@@ -12,7 +12,13 @@ from dp_accounting import pld
 
 from grandrounds.config.recipes import resolve
 from grandrounds.errors import ConfigError
-from grandrounds.site.private.accountant import calibrated, epsilon, epsilon_of, visits_within
+from grandrounds.site.private.accountant import (
+    COARSE,
+    calibrated,
+    epsilon,
+    epsilon_of,
+    visits_within,
+)
 from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.wire.schedule import visits_at_most
 
@@ -36,7 +42,7 @@ def test_rounds_compose() -> None:
     assert epsilon_of(TEN_RELEASES, 0) == 0.0
 
 
-@pytest.mark.parametrize("target", [1.0, 4.0, 8.0])
+@pytest.mark.parametrize("target", [1.0, 8.0])
 def test_the_calibrated_noise_spends_the_target_and_no_more(target: float) -> None:
     noise = calibrated(target, 0.0336, 60, 1e-5)
     spent = epsilon_of(Mechanism(noise, 1.0, 0.0336, 1905, steps=60, visits=1, delta=1e-5))
@@ -73,9 +79,9 @@ def test_balanced_is_not_amplified() -> None:
         for how in ("balanced", "uniform")
     }
     assert visits == {"balanced": 5, "uniform": 24}
-    assert epsilon(2.0, 1.0, visits["balanced"], 1e-3) == pytest.approx(3.6, abs=0.05)
-    assert epsilon(2.0, 1.0, visits["uniform"], 1e-3) == pytest.approx(9.9, abs=0.05)
-    assert epsilon(2.0, 0.2, 24, 1e-3) == pytest.approx(1.56, abs=0.05)
+    assert epsilon(2.0, 1.0, visits["balanced"], 1e-3, COARSE) == pytest.approx(3.6, abs=0.05)
+    assert epsilon(2.0, 1.0, visits["uniform"], 1e-3, COARSE) == pytest.approx(9.9, abs=0.05)
+    assert epsilon(2.0, 0.2, 24, 1e-3, COARSE) == pytest.approx(1.56, abs=0.05)
 
 
 # --- Against libraries ----------------------------------------------------------------------------
