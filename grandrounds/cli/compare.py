@@ -40,7 +40,8 @@ from grandrounds.quiet import quiet_libraries
 from grandrounds.study.comparison import units as comparison
 from grandrounds.study.sites import with_sites
 
-DEFAULT_ARMS = "federated,centralised,local"
+DEFAULT_ARMS, DEFAULT_PRIVATE_ARMS = "federated,centralised,local", "federated,private"
+"""The second for a recipe with a guarantee."""
 
 
 def compare(
@@ -59,12 +60,14 @@ def compare(
     ] = None,
     sites_per_round: SitesPerRound = None,
     arms: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Arms to train, comma-separated: federated, centralised, local, leave-one-out.",
+            help="Arms to train, comma-separated: federated, private, centralised, local, "
+            "leave-one-out; default: federated,centralised,local, and federated,private for a "
+            "recipe with a guarantee.",
             metavar="NAMES",
         ),
-    ] = DEFAULT_ARMS,
+    ] = None,
     seeds: Annotated[
         int, typer.Option(help="Number of consecutive seeds, starting at the configured one.")
     ] = 1,
@@ -101,6 +104,7 @@ def compare(
     Adapter, recipe and number of training examples seen are the same in every arm; only the data
     differ: `federated` as configured, `centralised` on the pooled data, `local` at each site alone,
     `leave-one-out` without one site. Every arm is evaluated on each site's held-out examples.
+    `private` is a recipe with `privacy.unit-guarantee`, and all other arms the same without noise.
 
     Examples:
 
@@ -112,7 +116,8 @@ def compare(
     """
     screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
     screen.working("reading the configuration")
-    asked = comparison.check_arms(list(words_of(arms)))
+    if arms is not None:
+        comparison.check_arms(list(words_of(arms)))
     file = chosen_recipe(recipe, config)
     layers = recipes.layers_of(
         *(file, assignments),
@@ -126,6 +131,9 @@ def compare(
         if settings.pop(key, ""):
             raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
     resolved = recipes.with_absolute_paths(recipes.resolve(settings))
+    default = DEFAULT_PRIVATE_ARMS if resolved.is_private else DEFAULT_ARMS
+    asked = comparison.check_arms(list(words_of(default if arms is None else arms)))
+    comparison.check_private(asked, resolved)
     find_base(resolved.model.name)  # fails now if it is not fetched
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})

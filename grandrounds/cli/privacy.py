@@ -159,30 +159,31 @@ def audit(
     layers = recipes.layers_of(file, assignments, model=model)
     resolved = recipes.with_absolute_paths(recipes.resolve(recipes.merged(layers)))
     quiet_libraries()
-    from grandrounds.study.audit import words
+    from grandrounds.server.guarantees import AUDIT, is_broken
     from grandrounds.study.audit.run import audit as audited
 
-    place = out or (run / words.PLACE if run else Path(words.PLACE))
+    place = out or (run / AUDIT if run else Path(AUDIT))
     found = audited(resolved, canaries, lambda what: screen.working(what)).as_dict()
     with writing(str(place), "Choose another file with --out.", DataError):
         write_json(place, found)
     show(found, screen)
     screen.tell(f"written: {place}")
     screen.emit(found)
-    if words.is_broken(found):
+    if is_broken(found):
         raise typer.Exit(1)
 
 
 def show(found: dict[str, Any], screen: Screen) -> None:
     """Show what an audit found: in a line, as a table, and what it does not show."""
-    from grandrounds.study.audit import words
+    from grandrounds.server.guarantees import SYNTHETIC, audit_line
+    from grandrounds.study.audit.words import table
 
-    shown = words.table(found)
+    shown = table(found)
     if not screen.as_json:
         screen.table(shown.title, shown.columns, shown.rows)
     screen.still()
-    screen.tell(words.headline(found), found["verdict"])
-    screen.notes([words.SYNTHETIC])
+    screen.tell(audit_line(found), found["verdict"])
+    screen.notes([SYNTHETIC])
 
 
 @app.command()

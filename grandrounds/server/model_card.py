@@ -15,6 +15,7 @@ from grandrounds.config.bases import KNOWN_BASES, names_a_base
 from grandrounds.config.keys import Config
 from grandrounds.config.words import place_name
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.server import guarantees
 from grandrounds.server.described import (
     are_real,
     data_text,
@@ -84,6 +85,10 @@ class Findings:
     """For a merged model, what was merged into what; None for an adapter."""
     repository: str | None = None
     """Where it is published, if known."""
+    privacy: Mapping[str, Any] | None = None
+    """`privacy` of summary.json: the guarantee; None without one."""
+    audit: Mapping[str, Any] | None = None
+    """Content of privacy-audit.json; None if the recipe was not audited."""
 
 
 NOTHING = Findings()
@@ -125,7 +130,7 @@ def model_card(
     parts += [
         _accuracy_part(found.accuracies),
         _use(config, merged=bool(found.merged)),
-        _privacy(config),
+        _privacy(config, found),
         _limits(config, found),
         _recipe(config),
         _submission(config, mib, found),
@@ -337,14 +342,33 @@ def _chat_use(config: Config, merged: bool) -> str:
     )
 
 
-def _privacy(config: Config) -> str:
+def _privacy(config: Config, found: Findings) -> str:
     screens = defence(config)
     screened = f" Individual updates were screened ({screens})." if screens else ""
-    return (
-        "## Privacy\n\nNo differential privacy and no secure aggregation: the server saw every "
-        "site's update, and the weights may reveal the content of individual examples."
-        f"{screened} Share them only as the sites have agreed."
-    )
+    share = f"{screened} Share them only as the sites have agreed."
+    if found.privacy:
+        covered = guarantees.not_covered(found.privacy)
+        kind = "Differential privacy"
+        if guarantees.is_rehearsed(found.privacy):
+            kind = "A rehearsal of differential privacy"
+        parts = [
+            f"## Privacy\n\n{kind} of one {guarantees.unit_of(found.privacy)}, for each site by "
+            "itself. No secure aggregation: the server saw every site's noised update." + share,
+            _table(("", ""), [(k, _cell(v)) for k, v in guarantees.guarantee_rows(found.privacy)]),
+            "Not covered:\n\n" + "\n".join(f"- {line}" for line in covered),
+        ]
+    else:
+        parts = [
+            "## Privacy\n\nNo differential privacy and no secure aggregation: the server saw every "
+            "site's update, and the weights may reveal the content of individual examples." + share
+        ]
+    if found.audit:
+        said = guarantees.verdict(found.audit)
+        parts.append(
+            f"Audit: {guarantees.audit_line(found.audit)}; {guarantees.SYNTHETIC}.\n\n"
+            f"{said[0].upper()}{said[1:]}."
+        )
+    return "\n\n".join(parts)
 
 
 def _limits(config: Config, found: Findings) -> str:

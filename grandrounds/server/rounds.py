@@ -436,9 +436,11 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
 def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
     """Save a PEFT checkpoint with its model card; return the name of its folder."""
     state = run.state
+    sites = list(run.roster.introduced.values())
     found = Findings(
-        sites=list(run.roster.introduced.values()),
+        sites=sites,
         plan=run.directory.read_json("plan.json") or {},
+        privacy=budgets.summary_of(run.config, sites, run.roster.spent),
     )
     card = model_card(
         run.config, sorted(run.targets.modules), state.round, held_out_loss, state.ledger.mib, found

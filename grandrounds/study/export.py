@@ -39,6 +39,7 @@ from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.targets import decoder_path, is_conv1d
 from grandrounds.model.tokenizers import set_in, tokenizer_of
 from grandrounds.server.directory import Checkpoint
+from grandrounds.server.guarantees import AUDIT
 from grandrounds.server.listeners.start_rows import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
 from grandrounds.statistics import wilson_interval
@@ -292,6 +293,8 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
         plan=run.read_json("plan.json") or {},
         failed_replies=summary.get("failed_replies"),
         repository=repository,
+        privacy=summary.get("privacy"),
+        audit=run.read_json(AUDIT),
     )
 
 

@@ -71,7 +71,10 @@ def test_a_comparison_prints_plain_lines_and_tables_and_exits_with_0(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--arms", "federated,locl"], "unknown arm 'locl'; allowed: federated, centralised, "),
+        (
+            ["--arms", "federated,locl"],
+            "unknown arm 'locl'; allowed: federated, private, centralised, ",
+        ),
         (["--arms", "federated,locl"], "Did you mean 'local'?"),
         (["--seeds", "0"], "--seeds = 0: at least 1 seed is required"),
         (["--sites", "20"], "--sites '20': 20 is not a site"),

@@ -72,6 +72,8 @@ LEFT_OUT = {
     "communication.entropy-coding",
     "defence.update-norm-bound",
     "defence.min-cosine",
+    "defence.largest-spread",
+    "defence.preset",
 }
 """Keys that change nothing in these recipes, whatever their default; all others are explicit."""
 

@@ -83,7 +83,8 @@ def audit_site(site: SiteFile, folder: Path, run: Config) -> SiteAudit:
     folder : Path
         The adapter, as PEFT saves it.
     run : Config
-        Of the run that trained it: base, prompt, sequence length and precision are read.
+        Of the run that trained it: base, prompt, sequence length, precision, and whether its visits
+        were private, so that examples were held out by unit.
 
     Raises
     ------
@@ -98,7 +99,8 @@ def audit_site(site: SiteFile, folder: Path, run: Config) -> SiteAudit:
     base, _ = machine.specs(own)
     spec = lora_spec(folder)
     check_fit(folder, spec, base.name)
-    split = own_split(site)
+    is_private = run.is_private or site.privacy.require != "none"
+    split = own_split(site, private=is_private)
     tokenizer = run_tokenizer(own)
 
     def ready(examples: Sequence[Example]) -> tuple[TokenizedExample, ...]:

@@ -7,6 +7,7 @@ of `grandrounds.site.visit` in sequence.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from grandrounds.study.comparison.units import (
     FEDERATIONS,
     LEAVE_ONE_OUT,
     LOCAL,
+    PRIVATE,
     Unit,
 )
 from grandrounds.wire import messages
@@ -49,7 +51,18 @@ Found = dict[str, Any]
 OnVisits = Callable[[int], None]
 """Called with the number of example visits just made."""
 
+WITHOUT_PRIVACY: dict[str, Scalar] = {
+    "privacy.unit-guarantee": "none",
+    "privacy.target-epsilon": 0.0,
+    "privacy.noise-multiplier": 0.0,
+    "privacy.sampling-rate": 0.0,
+    "privacy.declared-units": 0,
+    "privacy.unit-column": "",
+}
+"""Settings of the same training without a guarantee."""
+
 ORDINARY: dict[str, Scalar] = {
+    **WITHOUT_PRIVACY,
     "strategy.name": "fedavg",
     "strategy.proximal-mu": 0.0,
     "strategy.site-ranks": "",
@@ -87,6 +100,7 @@ def run_unit(
         shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
         set_adapter(resident, assemble(shapes, (adapter, 0)))
     seconds = trained.pop("seconds-before", 0.0)
+    sites = [site_of(config, k) for k in range(config.data.num_partitions)]
     return {
         "arm": unit.arm,
         "seed": unit.seed,
@@ -94,17 +108,19 @@ def run_unit(
         "num-sites": config.data.num_partitions,
         "run": f"runs/{unit.name}" if unit.arm in FEDERATIONS else None,
         **trained,
-        **judge(resident, plain, exams),
+        **judge(resident, plain, sites, exams),
         "seconds": seconds + time.perf_counter() - started,
     }
 
 
-def judge(resident: Resident, config: Config, exams: Sequence[Exam]) -> Found:
+def judge(
+    resident: Resident, config: Config, sites: Sequence[Site], exams: Sequence[Exam]
+) -> Found:
     """Return the held-out loss by site and the answers to every exam."""
     tokenizer = run_tokenizer(config)
     held_out = {}
-    for k in range(config.data.num_partitions):
-        judged = visits.evaluate(resident, site_of(config, k), config)
+    for k, site in enumerate(sites):
+        judged = visits.evaluate(resident, site, config)
         held_out[str(k)] = {name: judged[name] for name in ("nll-sum", "tokens")}
     return {
         "held-out": held_out,
@@ -197,8 +213,35 @@ def _of_length(config: Config, count: int, num_examples: int) -> Config:
 
 
 def _federation(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
-    """Run the federation as configured."""
-    return _run(config, config, client_app.app, run_path, on_visits)
+    """Run the federation as configured, but without noise."""
+    if not config.is_private:
+        return _run(config, config, client_app.app, run_path, on_visits)
+    plain = recipes.resolve(config.flat(), WITHOUT_PRIVACY)
+    return _run(plain, plain, on_the_sites_of(config), run_path, on_visits)
+
+
+def _privately(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Run the federation as configured, with its guarantee; a rehearsal, in this process."""
+    found = _run(config, config, client_app.app, run_path, on_visits)
+    told = RunDirectory(run_path).read_json("summary.json") or {}
+    return {**found, "epsilon": (told.get("privacy") or {}).get("epsilon")}
+
+
+def on_the_sites_of(private: Config) -> ClientAppCall:
+    """Return the client app on the sites of a private recipe, without its noise.
+
+    The sites of a private recipe are split by units; so all arms hold out the same examples.
+    """
+
+    @messages.answering
+    def call(message: Message, context: Context) -> Message:
+        visit = Visit.here(message.content, context)
+        site = site_of(private, visit.site.partition_id)
+        function = inspect.unwrap(client_app.VISITS[message.metadata.message_type])
+        answer = function(dataclasses.replace(visit, site=site))
+        return Message(answer, reply_to=message)
+
+    return call
 
 
 def _without_one(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
@@ -252,12 +295,12 @@ def numbered_without(left_out: int, num_sites: int) -> ClientAppCall:
 class _Visits(Listener):
     """Passes on how many examples each round visited."""
 
-    def __init__(self, on_visits: OnVisits) -> None:
-        self._on_visits = on_visits
+    def __init__(self, on_visits: OnVisits, expected: int) -> None:
+        self._on_visits, self._expected = on_visits, expected
 
     def on_round(self, record: Facts) -> None:
         """Pass on a round's examples."""
-        self._on_visits(int(record.get("examples", 0)))
+        self._on_visits(record.get("examples") or self._expected * len(record.get("good", ())))
 
 
 def _run(
@@ -272,6 +315,7 @@ def _run(
     """
 
     directory = RunDirectory(path)
+    expected = examples_of_a_visit(sites, 1)  # where a private visit does not tell how many it drew
     saved, _ = newest(path)
     before = float(saved.data["seconds"]) if saved else 0.0
     summary = directory.read_json("summary.json")
@@ -283,12 +327,12 @@ def _run(
             shutil.rmtree(path)
         grid = InProcessGrid(app, sites.flat(), server.data.num_partitions)
         summary = server_app.federate(
-            grid, recipes.resolve(server.flat(), place), _Visits(on_visits)
+            grid, recipes.resolve(server.flat(), place), _Visits(on_visits, expected)
         )
     metrics = [m for m in directory.read_metrics() if "train-loss" in m]
     return {
         "adapter": load_file(path / summary["adapter"] / "adapter_model.safetensors"),
-        "example-visits": sum(m["examples"] for m in metrics),
+        "example-visits": sum(m["examples"] or expected * len(m["good"]) for m in metrics),
         "train-loss": metrics[-1]["train-loss"],
         "failed-replies": summary["failed_replies"],
         "seconds-before": before,
@@ -298,6 +342,7 @@ def _run(
 _ARMS: dict[str, Callable[[Unit, Config, Path, OnVisits], Found]] = {
     BASE: _untrained,
     FEDERATED: _federation,
+    PRIVATE: _privately,
     CENTRALISED: _pool,
     LOCAL: _alone,
     LEAVE_ONE_OUT: _without_one,

@@ -13,6 +13,7 @@ from grandrounds.study.comparison.units import (
     FEDERATED,
     LEAVE_ONE_OUT,
     LOCAL,
+    PRIVATE,
     Unit,
 )
 
@@ -45,12 +46,13 @@ def measured(holder: Mapping[str, Any], measure: str) -> Any:
 
 def results(found: Found, exams: Exams) -> Json:
     """Return `arms`, `without`, `gains` and `joining`."""
-    arms = {arm: _by_seed(found, arm, exams) for arm in (BASE, FEDERATED, CENTRALISED, LOCAL)}
+    names = (BASE, FEDERATED, PRIVATE, CENTRALISED, LOCAL)
+    arms = {arm: _by_seed(found, arm, exams) for arm in names}
     arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
     left_out = sorted({u.site for u in found if u.arm == LEAVE_ONE_OUT and u.site is not None})
     without = {k: _by_seed(found, LEAVE_ONE_OUT, exams, k) for k in left_out}
     federated = arms.get(FEDERATED, {})
-    rivals = {arm: arms[arm] for arm in (BASE, CENTRALISED, LOCAL) if arm in arms}
+    rivals = {arm: arms[arm] for arm in (BASE, PRIVATE, CENTRALISED, LOCAL) if arm in arms}
     return {
         "arms": {arm: _arm(by_seed) for arm, by_seed in arms.items()},
         "without": {str(k): _arm(by_seed) for k, by_seed in without.items()},
@@ -94,6 +96,7 @@ def _one_adapter(unit: Mapping[str, Any], exams: Exams) -> Json:
         **{name: unit[name] for name in ("example-visits", "train-loss", "seconds")},
         "failed-replies": unit.get("failed-replies", 0),
         "run": unit["run"],
+        **({"epsilon": unit["epsilon"]} if "epsilon" in unit else {}),
         "sites": sites,
         "answers": unit["answers"],
     }

@@ -33,6 +33,7 @@ from grandrounds.study.comparison.units import (
     Design,
     Unit,
     check_leave_one_out,
+    check_private,
 )
 from grandrounds.wire.names import NAME, names_of
 
@@ -97,6 +98,7 @@ class Comparison:
                 "data.held-out-fraction = 0 leaves no examples to evaluate the arms on: set a "
                 "share, for example 0.05."
             )
+        check_private(design.arms, config)
         if LEAVE_ONE_OUT in design.arms:
             check_leave_one_out(config)
         self.config, self.design = config, design
@@ -186,6 +188,8 @@ def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
             f"{names[int(first['partition-id'])]}: {usable} of {first['rows']} rows. Lower "
             "data.num-partitions, choose another data.partitioner, raise data.dirichlet-alpha or "
             "train.seq-length, or leave such sites out of the data."
+            + " A private recipe holds out each unit by a coin of its own: raise "
+            "data.held-out-fraction." * config.is_private
         )
     return [
         {"site": k, **{name: card[name] for name in SAME_IN_A_RUN}} for k, card in enumerate(cards)

@@ -13,8 +13,24 @@ from grandrounds.study.comparison.reservations import (
     without_verdicts,
 )
 from grandrounds.study.comparison.results import EVERYWHERE, LOSS, OWN, measured
-from grandrounds.study.comparison.units import BASE, CENTRALISED, FEDERATED, LEAVE_ONE_OUT, LOCAL
-from grandrounds.study.tables import NONE, Table, fixed, in_percent, p_text, percent, points
+from grandrounds.study.comparison.units import (
+    BASE,
+    CENTRALISED,
+    FEDERATED,
+    LEAVE_ONE_OUT,
+    LOCAL,
+    PRIVATE,
+)
+from grandrounds.study.tables import (
+    NONE,
+    Table,
+    fixed,
+    in_percent,
+    is_number,
+    p_text,
+    percent,
+    points,
+)
 
 Json = Mapping[str, Any]
 
@@ -38,10 +54,18 @@ def _arms(content: Json) -> Table:
         runs = list(arm["seeds"].values())
         totals = [sum(run[key] for run in runs) for key in ("example-visits", "seconds")]
         cells = [_estimate(arm, measure, _level) for measure in (LOSS, *exams)]
-        rows.append((name, *cells, *(f"{total / len(runs):,.0f}" for total in totals)))
+        spent = (_epsilon(runs),) if PRIVATE in arms else ()
+        rows.append((name, *cells, *spent, *(f"{total / len(runs):,.0f}" for total in totals)))
     seeds = counted(len(content["seeds"]), "seed")
-    columns = ("arm", "held-out loss", *(f"{exam} %" for exam in exams))
+    columns = ["arm", "held-out loss", *(f"{exam} %" for exam in exams)]
+    columns += ["epsilon"] * (PRIVATE in arms)
     return Table((*columns, "example visits", "seconds per seed"), rows, f"arms, {seeds}")
+
+
+def _epsilon(runs: Sequence[Json]) -> str:
+    """Return the largest ε of any seed; `none` without a guarantee."""
+    told = [run["epsilon"] for run in runs if is_number(run.get("epsilon"))]
+    return f"{max(told):.2f}" if told else "none"
 
 
 def _gains(content: Json) -> Table:
@@ -142,6 +166,11 @@ def notes(content: Json) -> list[str]:
     if failed:
         replies = counted(failed, "client reply", "client replies")
         out.append(f"{replies} failed: the federation made fewer visits than planned")
+    if PRIVATE in content["arms"]:
+        out.append(
+            "private is the recipe with its guarantee, here a rehearsal in one process; all other "
+            "arms go without noise. Its example visits are those expected of random draws"
+        )
     if CENTRALISED in content["arms"]:
         out.append("centralised takes the cohort's steps in sequence, not in parallel")
     return out

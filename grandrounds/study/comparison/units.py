@@ -15,18 +15,19 @@ from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.wire.names import SiteNames
 
-BASE, FEDERATED, CENTRALISED, LOCAL, LEAVE_ONE_OUT = (
+BASE, FEDERATED, PRIVATE, CENTRALISED, LOCAL, LEAVE_ONE_OUT = (
     "base",
     "federated",
+    "private",
     "centralised",
     "local",
     "leave-one-out",
 )
 
-ARMS = (FEDERATED, CENTRALISED, LOCAL, LEAVE_ONE_OUT)
+ARMS = (FEDERATED, PRIVATE, CENTRALISED, LOCAL, LEAVE_ONE_OUT)
 """Arms to choose from; `base` is always evaluated too."""
 
-FEDERATIONS = (FEDERATED, LEAVE_ONE_OUT)
+FEDERATIONS = (FEDERATED, PRIVATE, LEAVE_ONE_OUT)
 """Arms whose units are whole runs."""
 
 
@@ -134,6 +135,33 @@ def check_sites(text: str, num_sites: int) -> list[int]:
             f"numbers from 0 to {num_sites - 1}, separated by commas."
         )
     return sorted({int(word) for word in words})
+
+
+def check_private(arms: Sequence[str], config: Config) -> None:
+    """Check that a private recipe is compared as `private`, and only such a one is.
+
+    Raises
+    ------
+    ConfigError
+        If it is not, or a site is to be left out of it.
+    """
+    if PRIVATE in arms and not config.is_private:
+        raise ConfigError(
+            "arm 'private' needs a recipe with a guarantee, which the other arms then go without: "
+            "--set privacy.unit-guarantee=example --set privacy.target-epsilon=4."
+        )
+    if not config.is_private:
+        return
+    if PRIVATE not in arms:
+        raise ConfigError(
+            "the recipe is private (privacy.unit-guarantee): its arm is 'private', and every other "
+            "arm goes without noise. Add it: --arms federated,private."
+        )
+    if LEAVE_ONE_OUT in arms:
+        raise ConfigError(
+            "arm 'leave-one-out' is not compared with a private recipe: without a site, the others "
+            "are visited more often, and spend more. Leave it out."
+        )
 
 
 def check_leave_one_out(config: Config) -> None:

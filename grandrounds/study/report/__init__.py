@@ -9,6 +9,7 @@
     cost.py              section: communication and time
     participation.py     section: which site trained when, coverage
     client_updates.py    section: norms and cosines of updates, aggregation error
+    privacy.py           section: guarantee by site, what is not covered, audit
     provenance.py        sections: commands to reproduce, recipe, versions, hashes
     headline.py          status and main results
     one_run.py           the page of one run

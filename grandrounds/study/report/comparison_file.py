@@ -11,7 +11,14 @@ from typing import Any
 from grandrounds.errors import DataError
 from grandrounds.statistics import without_rounding
 from grandrounds.study.comparison.results import EVERYWHERE, FORMAT, LOSS
-from grandrounds.study.comparison.units import BASE, CENTRALISED, FEDERATED, LEAVE_ONE_OUT, LOCAL
+from grandrounds.study.comparison.units import (
+    BASE,
+    CENTRALISED,
+    FEDERATED,
+    LEAVE_ONE_OUT,
+    LOCAL,
+    PRIVATE,
+)
 from grandrounds.study.report.charts import Interval
 from grandrounds.study.tables import NONE, decimals_of, fixed, is_number
 
@@ -21,6 +28,7 @@ LOCAL_OWN, LOCAL_EVERYWHERE = "local, own part", "local, everywhere"
 STYLE = {
     BASE: 4,
     FEDERATED: 0,
+    PRIVATE: 5,
     CENTRALISED: 1,
     LOCAL: 2,
     LOCAL_OWN: 2,

@@ -99,7 +99,10 @@ def _outcome(comparison: Json) -> str:
         return ""
     decimals = 3 if measure.key == LOSS else 1
     unit = " nats per answer token" if measure.key == LOSS else " %"
-    told = {name: f"{measure.value(e, decimals)}{unit} ({name})" for name, e in found.items()}
+    told = {
+        name: f"{measure.value(e, decimals)}{unit} ({name}{_epsilon(arms[name])})"
+        for name, e in found.items()
+    }
     ours = told.pop(FEDERATED)
     title = measure.title.removeprefix("Accuracy: ")
     against = f", against {', '.join(told.values())}" if told else ""
@@ -109,6 +112,12 @@ def _outcome(comparison: Json) -> str:
         if before and after and (lost := exam.mean(before) - exam.mean(after)) > 0.05:
             said += f" It forgot {lost:.1f} points of what the base knew ({exam.exam['title']})."
     return said
+
+
+def _epsilon(arm: Json) -> str:
+    """Return the largest ε of an arm's seeds behind its name; empty without a guarantee."""
+    told = [run["epsilon"] for run in arm["seeds"].values() if is_number(run.get("epsilon"))]
+    return f", epsilon {max(told):.2f}" if told else ""
 
 
 def _tiles(comparison: Json) -> list[Tile]:

@@ -19,6 +19,7 @@ from grandrounds.config.words import counted
 from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
 from grandrounds.server import states
 from grandrounds.server.directory import RunDirectory, records_of
+from grandrounds.server.guarantees import AUDIT
 from grandrounds.storage import sha256_of
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.tables import is_number
@@ -49,6 +50,8 @@ class RunFiles:
     """One for each evaluated folder and protocol."""
     hashes: Mapping[str, str]
     """File → SHA-256."""
+    audit: Mapping[str, Any]
+    """Of privacy, if the recipe was audited; else empty."""
     quiet_seconds: float
     """Since the last line of metrics was written."""
     unread: Sequence[str] = ()
@@ -126,6 +129,7 @@ def read_run(path: Path) -> RunFiles:
         environment=_read(path / "environment.json", dict, unread) or {},
         evaluations=_evaluations(path, unread),
         hashes=_hashes(path),
+        audit=_read(path / AUDIT, dict, unread) or {},
         quiet_seconds=max(0.0, time.time() - written.stat().st_mtime),
         unread=unread,
     )

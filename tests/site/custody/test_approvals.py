@@ -56,14 +56,18 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
         "data.system-prompt": "Be brief.",
         "data.train-on": "last",
         "model.lora.use-rslora": True,
-        "defence.preset": "robust",
     }
     private = {"privacy.unit-guarantee": "example", "privacy.target-epsilon": 4.0}
-    full = recipes.resolve({**later, **private, "model.name": "someone/model"})
-    assert set(canonical(full)) == set(FIELD_OF_KEY) - set(LEFT_OUT)
+    defended = {"defence.preset": "robust"}  # which needs to see honest updates, not their noise
+    full = {
+        key
+        for also in (private, defended)
+        for key in canonical(recipes.resolve({**later, **also, "model.name": "someone/model"}))
+    }
+    assert full == set(FIELD_OF_KEY) - set(LEFT_OUT)
     of_private = {key for key in FIELD_OF_KEY if key.startswith("privacy.")}
     left_out = {*LEFT_OUT_IF, *of_private}
-    assert set(canonical(recipes.resolve({}))) == set(canonical(full)) - left_out
+    assert set(canonical(recipes.resolve({}))) == full - left_out
     assert set(LEFT_OUT) <= set(FIELD_OF_KEY)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 
-from grandrounds.study.audit.mechanism import simulated
+from grandrounds.site.private.coins import KeyedCoins
+from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.study.audit import mechanism
+from grandrounds.study.audit.mechanism import of_the_product, simulated
 from grandrounds.study.audit.one_run import (
     lower_bound,
     most_that_shows,
@@ -75,3 +80,31 @@ def test_coins_that_scores_do_not_know_give_no_bound() -> None:
     is_in = np.random.default_rng(2).random(1000) < 0.5
     scores = np.random.default_rng(3).random(1000)
     assert one_run_bound(scores, is_in, DELTA).epsilon < 0.5
+
+
+def product_bound(coins: KeyedCoins, *, noise: float = 1.0) -> float:
+    """Return the bound of the product's own clip and noise, for a claim of ε = 1."""
+    is_in = coins.uniforms(CANARIES) < 0.5
+    release = Mechanism(
+        noise * gaussian_noise(1.0, DELTA), 2.0, 1.0, CANARIES, steps=1, visits=1, delta=DELTA
+    )
+    return one_run_bound(of_the_product(is_in, release, 4.0, coins), is_in, DELTA).epsilon
+
+
+def test_the_products_clip_and_noise_are_not_accused() -> None:
+    assert 0.0 < product_bound(KeyedCoins(bytes(32))) <= 1.0
+
+
+def test_a_product_without_its_clip_or_its_noise_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert product_bound(KeyedCoins(bytes(32)), noise=0.1) >= 1.5
+
+    def unclipped(
+        sums: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], clipping_norm: float
+    ) -> None:
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += gradient.sum(dim=0)
+
+    monkeypatch.setattr(mechanism, "add_clipped", unclipped)
+    assert product_bound(KeyedCoins(bytes(32))) >= 1.5

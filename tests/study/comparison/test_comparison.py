@@ -20,6 +20,7 @@ from grandrounds.study.comparison.units import (
     Unit,
     check_arms,
     check_leave_one_out,
+    check_private,
     check_seeds,
     check_sites,
 )
@@ -41,7 +42,9 @@ def test_arms_come_in_their_own_order_and_once() -> None:
     ],
 )
 def test_an_unknown_arm_is_told_with_the_nearest(names: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match="allowed: federated, centralised, local") as error:
+    with pytest.raises(
+        ConfigError, match="allowed: federated, private, centralised, local"
+    ) as error:
         check_arms(names)
     assert told in str(error.value)
 
@@ -68,15 +71,30 @@ def test_leaving_one_out_needs_two_sites() -> None:
 
 def test_units_are_seed_by_seed_and_only_some_arms_have_sites() -> None:
     names = [unit.name for unit in Design(ARMS, [1, 2], [1]).units(2)]
-    assert names[:6] == [
+    assert names[:7] == [
         "base/seed-1",
         "federated/seed-1",
+        "private/seed-1",
         "centralised/seed-1",
         "local/seed-1/site-0",
         "local/seed-1/site-1",
         "leave-one-out/seed-1/site-1",
     ]
-    assert len(names) == 12
+    assert len(names) == 14
+
+
+def test_a_private_recipe_is_the_arm_private_and_no_other_recipe_is() -> None:
+    plain = recipes.resolve()
+    private = recipes.resolve({"privacy.unit-guarantee": "example", "privacy.target-epsilon": 4.0})
+    check_private(("federated", "local", "leave-one-out"), plain)
+    check_private(("federated", "private", "local"), private)
+    for arms, config, said in (
+        (("federated", "private"), plain, "needs a recipe with a guarantee"),
+        (("federated",), private, "its arm is 'private'"),
+        (("private", "leave-one-out"), private, "Leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_private(arms, config)
 
 
 IID = {"data.partitioner": "iid", "data.partition-by": "", "data.num-partitions": 20}

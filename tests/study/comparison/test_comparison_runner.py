@@ -22,7 +22,8 @@ from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.arms import numbered_without
 from grandrounds.study.comparison.exams import exams_of
 from grandrounds.study.comparison.runner import compare
-from grandrounds.study.comparison.units import ARMS, Design
+from grandrounds.study.comparison.tables import tables
+from grandrounds.study.comparison.units import ARMS, PRIVATE, Design
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.schedule import cohort_of
 from tests.conftest import WORDS
@@ -31,7 +32,9 @@ Settings = dict[str, Any]
 
 SEEDS = [42, 43]
 
-DESIGN = Design(ARMS, SEEDS)
+WITHOUT_NOISE = tuple(arm for arm in ARMS if arm != PRIVATE)
+
+DESIGN = Design(WITHOUT_NOISE, SEEDS)
 
 
 def resolved(settings: Settings, **changes: Any) -> Config:
@@ -49,7 +52,7 @@ def resolved(settings: Settings, **changes: Any) -> Config:
 
 def played(config: Config, out: Path, **changes: Any) -> dict[str, Any]:
     listener = {"listener": changes.pop("listener")} if "listener" in changes else {}
-    design = Design(**{"arms": ARMS, "seeds": SEEDS, "left_out": [1], **changes})
+    design = Design(**{"arms": WITHOUT_NOISE, "seeds": SEEDS, "left_out": [1], **changes})
     return compare(config, design, out, **listener)
 
 
@@ -170,9 +173,46 @@ def test_a_federation_of_one_site_is_that_site_alone(settings: Settings, tmp_pat
         "num-server-rounds": 3,
     }
     config = resolved(settings, **one)
-    arms = played(config, tmp_path / "out", arms=ARMS[:3], seeds=[42], left_out=[])["arms"]
+    arms = played(config, tmp_path / "out", arms=WITHOUT_NOISE[:3], seeds=[42], left_out=[])["arms"]
     alone, federated = (arms[arm]["held-out-loss"]["mean"] for arm in ("local", "federated"))
     assert alone == pytest.approx(federated, rel=1e-5)
+
+
+def test_a_private_recipe_is_compared_with_itself_without_noise(
+    settings: Settings, tmp_path: Path
+) -> None:
+    private = {
+        "privacy.unit-guarantee": "example",
+        "privacy.noise-multiplier": 40.0,
+        "privacy.declared-units": 40,
+        "privacy.sampling-rate": 1.0,
+        "privacy.delta": 1e-4,
+        "strategy.name": "ffa",
+        "strategy.proximal-mu": 0.0,
+        "train.training-arguments.max-grad-norm": 0.0,
+        "train.training-arguments.max-steps": 1,
+        "data.held-out-fraction": 0.3,
+    }
+    config = resolved(settings, **private)
+    content = played(
+        config, tmp_path / "out", arms=["federated", "private", "local"], seeds=[42], left_out=[]
+    )
+    arms = {name: arm["seeds"]["42"] for name, arm in content["arms"].items()}
+    assert list(arms) == ["base", "federated", "private", "local"]
+    assert "epsilon" not in arms["federated"]
+    run = tmp_path / "out" / arms["private"]["run"]
+    told = json.loads((run / "summary.json").read_text())["privacy"]
+    assert arms["private"]["epsilon"] == told["epsilon"] > 0
+    assert arms["private"]["train-loss"] is None
+    assert arms["federated"]["train-loss"] > 0
+    tokens = {name: [s["tokens"] for s in arm["sites"].values()] for name, arm in arms.items()}
+    assert tokens["federated"] == tokens["private"]  # the same examples are held out
+    assert arms["federated"]["held-out-loss"] != arms["private"]["held-out-loss"]
+    [shown, *_] = tables(content)
+    column = list(shown.columns).index("epsilon")
+    spent = {row[0]: row[column] for row in shown.rows}
+    assert spent["private"] == f"{told['epsilon']:.2f}"
+    assert spent["federated"] == "none"
 
 
 def test_the_federation_without_a_site_never_asks_it_and_keeps_its_cohort(
@@ -370,7 +410,7 @@ def test_on_the_embedded_world_the_pool_learns_what_no_site_alone_can(tmp_path: 
             "train.num-threads": 1,
         }
     )
-    content = played(config, tmp_path / "out", arms=ARMS[:3], seeds=[42], left_out=[])
+    content = played(config, tmp_path / "out", arms=WITHOUT_NOISE[:3], seeds=[42], left_out=[])
     private = {name: arm["accuracy"]["private"]["mean"] for name, arm in content["arms"].items()}
     assert private["base"] < 0.35
     assert private["centralised"] > private["federated"] > private["base"]
