@@ -119,7 +119,7 @@ def adapter_of(run: Path) -> bytes:
     return (run / "peft_4" / "adapter_model.safetensors").read_bytes()
 
 
-MECHANISM = Mechanism(8.0, 0.1, 16 / 500, 500, steps=24, visits=4, delta=1e-5)
+MECHANISM = Mechanism(8.0, 0.1, 16 / 500, 500, steps=12, visits=4, delta=1e-5)
 """Of each visit to three sites that declare 500 units."""
 
 
