@@ -38,7 +38,7 @@ from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.study.comparison import units as comparison
-from grandrounds.study.sites import with_sites
+from grandrounds.study.sites import names_of_sites, with_sites
 
 DEFAULT_ARMS, DEFAULT_PRIVATE_ARMS = "federated,centralised,local", "federated,private"
 """The second for a recipe with a guarantee."""
@@ -75,7 +75,7 @@ def compare(
         str,
         typer.Option(
             help="Sites to leave out in `leave-one-out`, one per federation: `all`, or site "
-            "numbers, comma-separated."
+            "numbers or names, comma-separated."
         ),
     ] = "all",
     benchmarks: Annotated[
@@ -137,7 +137,9 @@ def compare(
     find_base(resolved.model.name)  # fails now if it is not fetched
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})
-    left_out = comparison.check_sites(sites, resolved.data.num_partitions)
+    are_named = any(not word.isdigit() for word in words_of(sites) if word != "all")
+    called = names_of_sites(resolved) if are_named else None
+    left_out = comparison.check_sites(sites, resolved.data.num_partitions, called)
     names = list(words_of(benchmarks or ""))
     design = comparison.Design(asked, numbers, left_out, names, benchmark_data, limit)
     from grandrounds.study import preflight

@@ -297,14 +297,17 @@ def smaller_settings(config: Config, checkpointing: bool) -> Iterator[tuple[str,
             if rest or not size:
                 break
             steps = arguments.gradient_accumulation_steps * division
+            if config.privacy.sampling_rate:  # which alone gives the expected batch of a step
+                steps = arguments.gradient_accumulation_steps
             for again in dict.fromkeys((checkpointing, True)):
                 keys = []
                 if bits != config.model.quantization:
                     keys.append(f"model.quantization = {bits}")
                 if division > 1:
+                    accumulated = f" with gradient-accumulation-steps = {steps}"
                     keys.append(
-                        f"train.training-arguments.per-device-train-batch-size = {size} with "
-                        f"gradient-accumulation-steps = {steps}"
+                        f"train.training-arguments.per-device-train-batch-size = {size}"
+                        f"{'' if config.privacy.sampling_rate else accumulated}"
                     )
                 if again != checkpointing:
                     keys.append("model.gradient-checkpointing = true")

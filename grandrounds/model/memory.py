@@ -298,7 +298,8 @@ class SiteMemory:
     adapter: int
     """The adapter in float32, twice: as trained and as received. DoRA is not counted."""
     gradient: int
-    """The adapter's gradient, and that of FedProx's proximal term where there is one."""
+    """The adapter's gradient, and that of FedProx's proximal term where there is one. In a private
+    visit a gradient for each unit of a microbatch instead, and their sum in float64."""
     optimizer: int
     """AdamW's moments."""
     activations: int
@@ -312,6 +313,17 @@ class SiteMemory:
     def total(self) -> int:
         """The estimated peak."""
         return sum(asdict(self).values())
+
+
+def gradient_bytes(config: Config) -> int:
+    """Return the bytes per trained value of the gradients that are held beside activations.
+
+    Autograd's is held in float32, and so is the proximal term's. A private visit has none of its
+    own then, but one for each unit of the microbatch, and a sum in float64.
+    """
+    if config.is_private:
+        return 4 * config.arguments.per_device_train_batch_size + 8
+    return 8 if config.strategy.proximal_mu > 0 else 4
 
 
 def optimizer_bytes(tensors: Sequence[int], optimizer: str) -> int:
@@ -370,7 +382,7 @@ def site_memory(
     checkpointing: bool,
 ) -> SiteMemory:
     """Return the peak memory of a visit at the given precision, for batches of full length."""
-    train, strategy = config.train, config.strategy
+    train = config.train
     asks = Ranks.of(config).strategy
     workload = workload_of(config, base, targets, precision)
     shapes = adapter_shapes(base, targets, workload.rank)
@@ -386,7 +398,7 @@ def site_memory(
         cuda_context=CUDA_CONTEXT_BYTES,
         base=workload.base_bytes,
         adapter=4 * (count_parameters(shapes) + count_parameters(trained)),
-        gradient=4 * count_parameters(trained) * (2 if strategy.proximal_mu > 0 else 1),
+        gradient=count_parameters(trained) * gradient_bytes(config),
         optimizer=optimizer_bytes([math.prod(s) for s in trained.values()], train.optimizer),
         activations=activations,
         working=max(loss, workload.backward_bytes(checkpointing)),

@@ -158,6 +158,18 @@ def _becomes_experts(base: Any, name: str) -> bool:
     return name not in config.target_modules
 
 
+def expert_modules(base: Any) -> list[str]:
+    """Return the experts and routers of a base, by module; empty for a dense one."""
+    text, _ = text_model(base)
+    named = (
+        path
+        for path, module in text.named_modules()
+        if path.rpartition(".")[2] in ("experts", "router", "block_sparse_moe")
+        or "Router" in type(module).__name__
+    )
+    return sorted({path.rpartition(".")[2] for path in named} | set(_fused(text)))
+
+
 def _fused(text: Any) -> Iterator[str]:
     """Yield the stacks of expert weights, (experts, ., .), by module and parameter."""
     for path, module in text.named_modules():

@@ -61,6 +61,10 @@ class Accuracy:
     """Whether all items of the benchmark were used."""
     revision: str = ""
     """Commit or branch of the hub's data set that the items are from; empty for other sources."""
+    f1: float | None = None
+    """Mean token F1 of answers in the model's own words, a fraction; None: options were chosen."""
+    f1_interval: tuple[float, float] | None = None
+    """Its 95 % interval (Student's); None if all rows have the same F1."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,9 @@ def _metadata(config: Config, round_number: int, found: Findings) -> str:
                 f"      value: {a.correct / a.n:.4f}",
                 f"      name: {_yaml(f'accuracy ({a.protocol}; {a.correct} of {a.n})')}",
             ]
+            if a.f1 is not None:
+                told = _yaml(f"token F1 ({a.protocol}; {a.n} answers)")
+                lines += ["    - type: f1", f"      value: {a.f1:.4f}", f"      name: {told}"]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -271,6 +278,7 @@ def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
     title = "## Accuracy\n\n"
     if not accuracies:
         return title + "Not evaluated. Run `grandrounds evaluate RUN_DIR`, then export again."
+    with_f1 = any(a.f1 is not None for a in accuracies)
     rows = [
         (
             a.protocol,
@@ -278,15 +286,27 @@ def _accuracy_part(accuracies: Sequence[Accuracy]) -> str:
             "base" if a.is_base else "tuned",
             f"{a.correct:,}/{a.n:,}",
             f"{100 * a.correct / a.n:.1f}",
-            f"{100 * a.interval[0]:.1f} to {100 * a.interval[1]:.1f}",
+            _percent_interval(a.interval),
+            *(_f1_cells(a) if with_f1 else ()),
         )
         for a in accuracies
     ]
-    columns = ("protocol", "benchmark", "model", "correct", "%", "95 % interval")
+    columns = ["protocol", "benchmark", "model", "correct", "%", "95 % interval"]
+    columns += ["token F1, %", "95 % interval"] if with_f1 else []
     read = {a.benchmark: f"{a.benchmark} at {_cell(a.revision)}" for a in accuracies if a.revision}
     from_hub = f" Questions from the hub: {', '.join(read.values())}." if read else ""
     table = _table(columns, rows)
-    return f"{title}{table}\n\nWilson intervals. `base` is the untrained base.{from_hub}"
+    students = " of accuracies, Student's of F1" if with_f1 else ""
+    return f"{title}{table}\n\nWilson intervals{students}. `base` is the untrained base.{from_hub}"
+
+
+def _percent_interval(interval: tuple[float, float] | None) -> str:
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
+
+
+def _f1_cells(accuracy: Accuracy) -> tuple[str, str]:
+    share = "" if accuracy.f1 is None else f"{100 * accuracy.f1:.1f}"
+    return share, _percent_interval(accuracy.f1_interval)
 
 
 def _use(config: Config, merged: bool) -> str:

@@ -37,6 +37,7 @@ from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.private.accountant import epsilon_of
+from grandrounds.site.private.bases import check_base
 from grandrounds.site.private.coins import Coins, secret_coins
 from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.private.rehearsal import mechanism_of, told_of
@@ -232,6 +233,8 @@ def introduction(
     # Fail here, before any training.
     quantization_config(bits_of(machine.specs(config)[0]), dtype)
     training.check_optimizer(config.train.optimizer)
+    if mechanism:
+        check_base(config.model.source)
     check_length(config.model.source, config.train.seq_length)
     check_examples(config.model.source, (e.input_ids for e in (*site.train, *site.held_out)))
     name = config.model.source

@@ -333,6 +333,7 @@ def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
 
 
 def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
+    f1 = row["f1"] if protocol == GREEDY else {"mean": None, "interval": None}
     for part in row["groups"] or [row]:
         group = "exact match" if protocol == GREEDY else part.get("group")
         yield Accuracy(
@@ -345,6 +346,8 @@ def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
             interval=(part["interval"][0], part["interval"][1]),
             complete=not row["limited"],
             revision=str((row.get("source") or {}).get("revision", "")),
+            f1=f1["mean"],
+            f1_interval=tuple(f1["interval"]) if f1["interval"] else None,
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grandrounds.config import recipes
+from grandrounds.config.keys import Config
 from grandrounds.config.recipes import Layer
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
+from grandrounds.wire.names import NAME, SiteNames, names_of
 
 _COUNT, _FRACTION = "data.num-partitions", "strategy.fraction-train"
 
@@ -52,6 +54,26 @@ def with_sites(
         )
     fraction: dict[str, Scalar] = {_FRACTION: sites_per_round / sites, "strategy.fraction-fit": ""}
     return [*layers, ("--sites-per-round", fraction)]
+
+
+def names_of_sites(config: Config) -> SiteNames:
+    """Return the sites' names where the data have them and can be surveyed in a second."""
+    from grandrounds.data.survey import survey
+    from grandrounds.site.local_data import natural_name
+
+    data = config.data
+    if data.partitioner != "natural":
+        return SiteNames()
+    try:
+        found = survey(
+            config.static.name, data.question_column, data.answer_column, data.partition_by
+        )
+    except DataError:
+        return SiteNames()  # told with its reason when the data are checked
+    return names_of(
+        {"partition-id": number, NAME: natural_name(data.partition_by, value)}
+        for number, value in enumerate(sorted(found.usable_by_label if found else ()))
+    )
 
 
 _COLUMNS = (

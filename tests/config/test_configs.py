@@ -181,7 +181,7 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     assert not STRATEGIES[config.strategy.name].keys
     assert not config.is_private
     assert {config.communication.uplink_codec, config.communication.downlink_codec} == {"none"}
-    assert (config.defence.update_norm_bound, config.defence.min_cosine) == (0, -1)
+    assert (config.defence.update_norm_bound, config.defence.screens) == (0, False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

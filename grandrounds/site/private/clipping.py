@@ -13,12 +13,16 @@ import torch
 MARGIN = 1e-6
 """Relative shortening of every clipped gradient. It covers the rounding of products in float32."""
 
+LEAST_FACTOR = 1e-30
+"""A smaller factor would lose its precision in float32, and the clip with it."""
+
 
 def clip_factors(gradients: Sequence[torch.Tensor], clipping_norm: float) -> torch.Tensor:
     """Return by what each unit's gradient is multiplied: min(1, C / norm) (1 - 1e-6).
 
     Norms are computed in float64, so that no square of a float32 overflows. A gradient that is not
-    finite gets 0: the unit is left out, which is a bounded function of that unit alone.
+    finite, or longer than 1e30 C, gets 0: the unit is left out, which is a bounded function of that
+    unit alone.
 
     Parameters
     ----------
@@ -36,7 +40,7 @@ def clip_factors(gradients: Sequence[torch.Tensor], clipping_norm: float) -> tor
     ).square_()  # (tensors, units)
     norms = squares.sum(dim=0).sqrt_()
     factors = (clipping_norm / norms).clamp_(max=1.0).mul_(1.0 - MARGIN)
-    return torch.where(norms.isfinite(), factors, 0.0)
+    return torch.where(norms.isfinite() & (factors >= LEAST_FACTOR), factors, 0.0)
 
 
 def add_clipped(

@@ -9,6 +9,7 @@ secret. It does not hide how long a visit takes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,20 +90,37 @@ def train_private_visit(
     optimizer.zero_grad(set_to_none=True)
     model.train()
     with per_unit(model, parameters, settings.microbatch) as collected:
-        sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        sums = FlatSums(parameters)
         for step in range(mechanism.steps):
             training.set_learning_rate(optimizer, how.schedule.rate(step, mechanism.steps))
             drawn = drawn_units(len(units), mechanism.sampling_rate, coins)
             for batch in microbatches([units[u] for u in drawn], settings.microbatch):
                 add_batch(model, batch, collected, settings, pad_token_id)
-                add_clipped_units(sums, collected, batch, mechanism.clipping_norm)
-            for parameter, total in zip(parameters, sums, strict=True):
-                parameter.grad = released(total, mechanism, coins).to(parameter.dtype)
-                total.zero_()
+                add_clipped_units(sums.each, collected, batch, mechanism.clipping_norm)
+            gradients = sums.like(released(sums.flat, mechanism, coins))
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.to(parameter.dtype)
+            del gradients, gradient  # float64, and of no more use
+            sums.flat.zero_()
             training.add_proximal_gradient(parameters, received, how.proximal_mu)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps.step(step + 1, mechanism.steps)
+
+
+class FlatSums:
+    """The sums of clipped gradients in one float64 vector, so that its noise is drawn at once."""
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._shapes = [parameter.shape for parameter in parameters]
+        count, device = sum(map(math.prod, self._shapes)), parameters[0].device
+        self.flat = torch.zeros(count, dtype=torch.float64, device=device)
+        self.each = self.like(self.flat)
+
+    def like(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return the parts of a vector as views in the parameters' shapes."""
+        parts = torch.split(flat, [math.prod(shape) for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -173,15 +191,18 @@ def add_clipped_units(
 
 @torch.no_grad()
 def released(total: torch.Tensor, mechanism: Mechanism, coins: Coins) -> torch.Tensor:
-    """Return the noised mean of a step, float64: all that is ever seen of a sum of gradients.
+    """Return the noised mean of a step: all that is ever seen of a sum of gradients.
 
     Parameters
     ----------
     total : float64 tensor
         Sum of clipped gradients.
+
+    Returns
+    -------
+    float64 tensor of the same shape, in steps of 2**-20 clipping norms over the expected batch.
     """
-    clip = mechanism.clipping_norm
+    spacing = mechanism.clipping_norm * GRID
     noise = coins.normals(total.numel(), total.device).view(total.shape)
-    noised = noise.mul_(mechanism.noise_multiplier * clip).add_(total)
-    spacing = clip * GRID
-    return noised.div_(spacing).round_().mul_(spacing).div_(mechanism.expected_batch)
+    noise.mul_(mechanism.noise_multiplier * mechanism.clipping_norm)
+    return noise.add_(total).div_(spacing).round_().mul_(spacing).div_(mechanism.expected_batch)

@@ -117,24 +117,38 @@ def check_seeds(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def check_sites(text: str, num_sites: int) -> list[int]:
-    """Return the sites named by `all`, `3` or `0,3,5`.
+def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> list[int]:
+    """Return the sites named by `all`, `3`, `0,3,5` or `ward b,0`.
+
+    Parameters
+    ----------
+    names : SiteNames, optional
+        What the sites are called; upper and lower case are the same.
 
     Raises
     ------
     ConfigError
-        If a name is not a number, or there is no such site.
+        If there is no such site.
     """
     if text.strip() == "all":
         return list(range(num_sites))
-    words = words_of(text)
-    wrong = [w for w in words if not (w.isascii() and w.isdigit() and int(w) < num_sites)]
+    labels = names.labels if names else {}
+    by_name = {name.casefold(): site for site, name in labels.items()}
+
+    def number(word: str) -> int | None:
+        is_number = word.isascii() and word.isdigit() and int(word) < num_sites
+        return int(word) if is_number else by_name.get(word.casefold())
+
+    words = list(words_of(text))
+    found = {word: number(word) for word in words}
+    wrong = [word for word in words if found[word] is None]
     if wrong or not words:
+        called = f", or names: {', '.join(labels.values())}" if labels else ""
         raise ConfigError(
             f"--sites {text!r}: {wrong[0] if wrong else 'nothing'} is not a site; allowed: all, or "
-            f"numbers from 0 to {num_sites - 1}, separated by commas."
+            f"numbers from 0 to {num_sites - 1}, separated by commas{called}."
         )
-    return sorted({int(word) for word in words})
+    return sorted({site for site in found.values() if site is not None})
 
 
 def check_private(arms: Sequence[str], config: Config) -> None:

@@ -2,50 +2,230 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from grandrounds.model.loss import Forward
-from grandrounds.model.resident import checkpoint_activations
+from grandrounds.errors import ModelError
+from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.model.resident import Resident, checkpoint_activations
+from grandrounds.site.private.per_unit import per_unit
+from grandrounds.site.private.visit import microbatches
 from tests.site.private.visits import (
+    EXAMPLES,
     MECHANISM,
     UNITS,
     clipped_sums,
+    error,
     factors_of,
     naive_sums,
     private_settings,
 )
-from tests.site.test_training import make
+from tests.site.test_training import CPU, PAD, make
 
 HIGHEST_ERROR = 1e-5
 """Relative, of a clipped sum; float32 gives 3e-7."""
 
-
-def error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Return the relative error of a sum over all tensors."""
-    distance = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
-    return float((distance / sum(float(b.square().sum()) for b in expected)) ** 0.5)
+CLIP = MECHANISM.clipping_norm
 
 
-@pytest.mark.parametrize("which", ["AB", "B", "A"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_clipped_sum_is_that_of_one_record_at_a_time(
-    tiny_base: Path, which: str, checkpointing: bool
-) -> None:
-    """Padding-free and padded, chunked logits or not, microbatches of 1, 5 and 16 records."""
-    resident = make(tiny_base)
+@pytest.fixture
+def resident(tiny_base: Path) -> Iterator[Resident]:
+    made = make(tiny_base)
+    yield made
+    checkpoint_activations(made, False)
+
+
+def check_all(resident: Resident, which: str, ways: list[tuple[bool, int, bool, int]]) -> None:
+    """Compare clipped sums of all units: (padding-free, chunk, checkpointing, microbatch)."""
     parameters = factors_of(resident, which)
-    expected = naive_sums(resident, parameters, UNITS, MECHANISM.clipping_norm)
-    checkpoint_activations(resident, checkpointing)
-    try:
-        for padding_free in (True, False):
-            for chunk in (0, 7):
-                for microbatch in (1, 5, 16):
-                    forward = Forward(False, padding_free, True, chunk)
-                    how = private_settings(microbatch=microbatch, forward=forward)
-                    found = clipped_sums(resident, parameters, UNITS, how)
-                    assert error(found, expected) < HIGHEST_ERROR, (padding_free, chunk, microbatch)
-    finally:
-        checkpoint_activations(resident, False)
+    expected = naive_sums(resident, parameters, UNITS, CLIP)
+    for padding_free, chunk, checkpointing, microbatch in ways:
+        checkpoint_activations(resident, checkpointing)
+        forward = Forward(False, padding_free, True, chunk)
+        how = private_settings(microbatch=microbatch, forward=forward)
+        found = clipped_sums(resident, parameters, UNITS, how)
+        assert error(found, expected) < HIGHEST_ERROR, (padding_free, chunk, checkpointing)
+
+
+def test_the_clipped_sum_is_that_of_one_record_at_a_time(resident: Resident) -> None:
+    """Padding-free and padded, checkpointed, chunked, and in small microbatches."""
+    check_all(resident, "AB", [(True, 0, False, 16), (False, 7, True, 5), (True, 7, True, 1)])
+
+
+def test_it_is_with_either_factor_alone_too(resident: Resident) -> None:
+    check_all(resident, "B", [(True, 7, False, 5)])
+    check_all(resident, "A", [(False, 0, False, 16)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["AB", "B"])
+def test_it_is_in_every_combination(resident: Resident, which: str) -> None:
+    ways = [
+        (padding_free, chunk, checkpointing, microbatch)
+        for padding_free in (True, False)
+        for chunk in (0, 7)
+        for checkpointing in (True, False)
+        for microbatch in (1, 5, 16)
+    ]
+    check_all(resident, which, ways)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_is_on_a_base_in_four_bits(tiny_base: Path, checkpointing: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantized = make(tiny_base, quantization=4)
+    check_all(quantized, "AB", [(True, 7, checkpointing, 5)])
+    checkpoint_activations(quantized, False)
+
+
+def test_logits_of_every_token_give_the_same(resident: Resident) -> None:
+    parameters = factors_of(resident)
+    sums = [
+        clipped_sums(
+            resident,
+            parameters,
+            UNITS,
+            private_settings(forward=Forward(False, True, answers_only, 0)),
+        )
+        for answers_only in (True, False)
+    ]
+    assert error(*sums) < HIGHEST_ERROR
+
+
+def test_a_padding_free_batch_is_many_examples(resident: Resident) -> None:
+    """Opacus 1.6 takes the one row of a padding-free batch for one example."""
+    parameters = factors_of(resident)
+    with per_unit(resident.model, parameters, 4) as units:
+        with units.of_batch([len(e.input_ids) for e in EXAMPLES[:4]], range(4), True):
+            forward = Forward(False, True, True, 0)
+            with attending(resident.model, forward):
+                loss = answer_nll_sum(
+                    resident.model, EXAMPLES[:4], PAD, CPU, forward, of_means=True
+                )
+                loss.backward()
+        units.check()
+        norms = units.gradients[0].flatten(1).norm(dim=1)
+    assert len(norms) == 4
+    assert len({round(float(n), 6) for n in norms}) == 4
+
+
+def test_microbatch_is_not_the_unit(resident: Resident) -> None:
+    """The clip of a mean of 5 records would be another sum; a unit split over microbatches is
+    clipped as a whole."""
+    parameters = factors_of(resident, "B")
+    whole, cut = (
+        clipped_sums(resident, parameters, UNITS, private_settings(microbatch=size))
+        for size in (16, 2)
+    )
+    assert error(cut, whole) < HIGHEST_ERROR
+    groups = [[r for unit in UNITS[i : i + 3] for r in unit] for i in range(0, len(UNITS), 3)]
+    assert error(naive_sums(resident, parameters, groups, CLIP), whole) > 0.1
+
+
+def test_units_fill_microbatches_and_may_be_spread_over_several() -> None:
+    found = list(microbatches(UNITS, 4))
+    assert [len(batch.records) for batch in found] == [4, 4, 2]
+    assert [batch.slots for batch in found] == [(0, 1, 2, 2), (0, 1, 1, 2), (0, 1)]
+    assert [batch.is_complete for batch in found] == [False, True, True]
+    assert list(microbatches([], 4)) == []
+
+
+class Shared(torch.nn.Module):
+    """A factor that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Linear(2, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor(self.factor(x))  # type: ignore[no-any-return]
+
+
+def test_a_factor_used_twice_adds_up() -> None:
+    model, x = Shared(), torch.tensor([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]])
+    parameters = list(model.parameters())
+    expected = [
+        torch.autograd.grad(model(part).square().sum(), parameters)[0] for part in (x[:2], x[2:])
+    ]
+    with per_unit(model, parameters, 2) as units:
+        with units.of_batch([2, 1], [0, 1], True):
+            loss = model(x).square().sum()
+        loss.backward()
+        units.check()
+        for slot, gradient in enumerate(expected):
+            assert torch.allclose(units.gradients[0][slot], gradient, rtol=1e-4)
+
+
+def test_the_model_is_as_before_even_after_an_error(resident: Resident) -> None:
+    parameters, names = factors_of(resident), list(resident.model.state_dict())
+    modules = [m for m in resident.model.modules() if type(m) is torch.nn.Linear]
+
+    def fails() -> None:
+        with per_unit(resident.model, parameters, 2):
+            assert any("forward" in m.__dict__ for m in modules)
+            assert list(resident.model.state_dict()) == names
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fails()
+    assert not any("forward" in m.__dict__ for m in modules)
+
+
+@pytest.mark.parametrize("lengths", [[3], [1, 3], [4, 4]])
+def test_a_base_that_reorders_tokens_is_refused(lengths: list[int]) -> None:
+    model = Shared()
+    with per_unit(model, list(model.parameters()), 2) as units:
+        with units.of_batch(lengths, range(len(lengths)), True):
+            loss = model(torch.ones(5, 2)).sum()
+        with pytest.raises(ModelError, match="mixes or reorders"):
+            loss.backward()
+
+
+def test_a_gradient_past_the_clip_is_refused() -> None:
+    """A trained tensor that is used in another way too would leave the site unclipped."""
+    model = Shared()
+    with per_unit(model, list(model.parameters()), 2) as units:
+        with units.of_batch([5], [0], True):
+            loss = model(torch.ones(5, 2)).sum() + model.factor.weight.square().sum()
+        loss.backward()
+        with pytest.raises(ModelError, match="one past the clip"):
+            units.check()
+        with units.of_batch([5], [0], True):
+            model(torch.ones(5, 2))
+        with pytest.raises(ModelError, match=r"2 uses .* and 0 gradients"):
+            units.check()
+
+
+def test_anything_but_factors_is_refused() -> None:
+    """A trained bias, the magnitudes of DoRA, a whole module."""
+    biased: Any = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    for parameters in ([biased[0].weight], [biased[0].bias], [biased[1].weight]):
+        with pytest.raises(ModelError, match="factors A and B"), per_unit(biased, parameters, 1):
+            pass
+    model = Shared()
+    model.other = torch.nn.Linear(2, 2)
+    with (
+        pytest.raises(ModelError, match="nothing else"),
+        per_unit(model, [model.factor.weight], 1),
+    ):
+        pass
+
+
+def test_the_mean_of_each_record_is_its_own(resident: Resident) -> None:
+    """A record's loss does not follow from the answer tokens of the others."""
+    forward = dataclasses.replace(private_settings().training.forward, padding_free=False)
+    with torch.no_grad():
+        each = [
+            answer_nll_sum(resident.model, [e], PAD, CPU, forward, of_means=True)
+            for e in EXAMPLES[:3]
+        ]
+        together = answer_nll_sum(resident.model, EXAMPLES[:3], PAD, CPU, forward, of_means=True)
+        one = answer_nll_sum(resident.model, EXAMPLES[:1], PAD, CPU, forward)
+    answer = len(EXAMPLES[0].input_ids) - EXAMPLES[0].prompt_tokens
+    assert float(together) == pytest.approx(float(sum(each)), rel=1e-5)
+    assert float(each[0]) == pytest.approx(float(one) / answer, rel=1e-5)

@@ -101,3 +101,9 @@ def naive_sums(
         for s, t in zip(sums, total, strict=True):
             s += t * min(1.0, clipping_norm / norm)
     return sums
+
+
+def error(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the relative error of a sum over all tensors."""
+    distance = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
+    return float((distance / sum(float(b.square().sum()) for b in expected)) ** 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from grandrounds.study.comparison.units import (
     check_seeds,
     check_sites,
 )
+from grandrounds.study.sites import names_of_sites
 from grandrounds.wire.schedule import cohort_of
 
 # --- What is asked for ----------------------------------------------------------------------------
@@ -61,6 +63,22 @@ def test_sites_are_all_or_numbers() -> None:
     for text in ("3", "-1", "one", "", "1,x"):
         with pytest.raises(ConfigError, match="numbers from 0 to 2"):
             check_sites(text, 3)
+
+
+def test_sites_may_be_given_by_name(flashcards: Path) -> None:
+    config = recipes.resolve(
+        {
+            "static.dataset.name": str(flashcards),
+            "data.partitioner": "natural",
+            "data.partition-by": "ward",
+            "data.num-partitions": 4,
+        }
+    )
+    called = names_of_sites(config)
+    assert dict(called.labels) == {site: f"ward {site}" for site in range(4)}
+    assert check_sites("Ward 3, 0", 4, called) == [0, 3]
+    with pytest.raises(ConfigError, match=r"ward 9 is not a site.*or names: ward 0, ward 1"):
+        check_sites("ward 9", 4, called)
 
 
 def test_leaving_one_out_needs_two_sites() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from grandrounds.errors import ConfigError, DataError
+from grandrounds.server.directory import find_checkpoint
 from grandrounds.site.local_data import site_of
 from grandrounds.study.evaluation.answers import AnswerFile
 from grandrounds.study.evaluation.benchmarks import Questions
@@ -19,6 +20,7 @@ from grandrounds.study.evaluation.runner import evaluate
 from grandrounds.study.evaluation.tables import notes, tables
 from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, OfRun, find_target
 from grandrounds.study.evaluation.verification import faults_in
+from grandrounds.study.export import export
 from tests.runs import copy_of, play, read_json
 
 HELD_OUT_ROWS = 76
@@ -157,6 +159,12 @@ def test_a_model_that_learned_the_rows_by_heart_matches_them_and_the_table_tells
     assert [row[2] for row in exact.rows][-1] == "8/8"
     assert [row[2] for row in f1.rows][-1] == "100.0"
     assert any("its 1 sites did not train on" in note for note in notes(content))
+    card = (export(find_checkpoint(run), to=tmp_path / "out") / "README.md").read_text()
+    assert "| token F1, % | 95 % interval |" in card
+    assert (
+        "| tuned | 8/8 | 100.0 | 67.6 to 100.0 | 100.0 |  |" in card
+    )  # Wilson's of eight in eight
+    assert "    - type: f1\n      value: 1.0000\n" in card
     cards.write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
     with pytest.raises(DataError, match="has changed since the run: site 0 had 40 rows and has 30"):
         questions_for(target, Wanted())
