@@ -54,7 +54,7 @@ WIKIDOC: dict[str, Any] = {
     "model.lora.peft-lora-r": 2,
     "model.lora.peft-lora-alpha": 4,
     "model.lora.target-modules": "q_proj,v_proj",
-    "num-server-rounds": 4,
+    "num-server-rounds": 2,
     "data.partitioner": "iid",
     "data.num-partitions": 1,
     "data.held-out-fraction": 0.01,
@@ -65,9 +65,9 @@ WIKIDOC: dict[str, Any] = {
     "strategy.fraction-evaluate": 1.0,
     "train.learning-rate-max": 2e-3,
     "train.learning-rate-min": 5e-4,
-    "train.seq-length": 128,
+    "train.seq-length": 96,
     "train.training-arguments.max-steps": 4,
-    "train.training-arguments.per-device-train-batch-size": 32,
+    "train.training-arguments.per-device-train-batch-size": 16,
     "train.training-arguments.max-grad-norm": 0.0,
 }
 """One site; r = 2, so that there are few values for noise: sigma sqrt(d) / B is what matters."""
