@@ -108,6 +108,12 @@ def meant_option(error: click.NoSuchOption) -> str:
     return f"{told} Write --set {meant}=VALUE{also}."
 
 
+def misused(error: click.UsageError) -> str:
+    """Return what is wrong with a command line, with the command that explains its options."""
+    told = error.format_message().rstrip(".")
+    return f"{told}. See: {error.ctx.command_path} --help" if error.ctx else f"{told}."
+
+
 class Commands(TyperGroup):
     """All commands, their expected failures reported in one line."""
 
@@ -116,10 +122,11 @@ class Commands(TyperGroup):
         with reported_in_one_line(), lifetime():
             try:
                 return super().invoke(ctx)
-            except click.NoSuchOption as error:
-                if told := meant_option(error):
-                    raise ConfigError(told) from error
-                raise
+            except click.UsageError as error:
+                if not error.format_message():  # a group of commands without one: its help is shown
+                    raise
+                meant = meant_option(error) if isinstance(error, click.NoSuchOption) else ""
+                raise ConfigError(meant or misused(error)) from error
 
 
 app = typer.Typer(

@@ -115,6 +115,14 @@ def refusals(config: Config) -> Iterator[Refusal]:
         "set 1, or privacy.sampling-rate = 0",
     )
     yield Refusal(
+        "model.quantization",
+        config.model.quantization,
+        config.model.quantization == 8 and arguments.per_device_train_batch_size > 1,
+        "LLM.int8 takes the columns that are outliers in any record of a batch out of all of them",
+        f"set 4, or {a}per-device-train-batch-size = 1 with {a}gradient-accumulation-steps = "
+        f"{config.examples_per_step}",
+    )
+    yield Refusal(
         "train.batching",
         train.batching,
         train.batching == "length-grouped",

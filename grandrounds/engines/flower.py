@@ -90,6 +90,10 @@ def require_alive(link: Link, problem: str = "") -> None:
         raise EngineError(f"Flower's SuperLink {problem}. Run again. End of {log}:\n{tail(log)}")
 
 
+_PROGRESS = ("Using SuperLink:", "Listing all runs...")
+"""What `flwr` prints before it has asked anything."""
+
+
 def ask(link: Link, *arguments: str) -> dict[str, Any]:
     """Run one `flwr` command and return its JSON output; raise `EngineError` if it failed."""
     command = ("flwr", *arguments, "--format", "json")
@@ -103,7 +107,7 @@ def ask(link: Link, *arguments: str) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(found.group()) if found else {"error-message": text}
     if not answer.get("success"):
         said = str(answer.get("error-message", "")).splitlines()
-        why = " ".join(line for line in said if line and not line.startswith("Using SuperLink:"))
+        why = " ".join(line for line in said if line and not any(p in line for p in _PROGRESS))
         raise EngineError(f"Flower refused `flwr {arguments[0]}`: {why or 'no reason given'}")
     return answer
 

@@ -135,9 +135,13 @@ def not_covered(section: Section, name: Callable[[str], str] = str) -> list[str]
 
 
 def is_broken(audit: Section) -> bool:
-    """Whether an audit contradicts the claim."""
+    """Whether an audit contradicts the claim, at 99.9 % confidence."""
+    return _exceeds(audit, "surely-at-least-epsilon")
+
+
+def _exceeds(audit: Section, key: str) -> bool:
     claimed, mechanism = audit.get("claimed-epsilon"), audit.get("mechanism") or {}
-    bounds = [audit.get("at-least-epsilon"), mechanism.get("at-least-epsilon")]
+    bounds = [audit.get(key), mechanism.get(key)]
     return is_number(claimed) and any(is_number(b) and b > claimed for b in bounds)
 
 
@@ -147,8 +151,13 @@ def verdict(audit: Section) -> str:
         return "no guarantee is claimed: these figures are what an attack found"
     if is_broken(audit):
         return (
-            "the bound is above the claim: at 95 % confidence the guarantee does not hold. Do not "
-            "use data of sites with this version and recipe, and report it"
+            "the bound is above the claim at 99.9 % confidence: the guarantee does not hold. Do "
+            "not use data of sites with this version and recipe, and report it"
+        )
+    if _exceeds(audit, "at-least-epsilon"):
+        return (
+            "the bound is above the claim at 95 % confidence, but not at 99.9 %: of twenty audits "
+            "of a correct implementation one may be. Audit again, with more canaries"
         )
     return NO_PROOF
 

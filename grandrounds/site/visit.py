@@ -60,7 +60,7 @@ from grandrounds.wire.told import DATA_TAG
 
 Batches = list[list[TokenizedExample]]
 
-_CURSOR = "grandrounds-cursor"
+_CURSOR, _PRIVATE = "grandrounds-cursor", "grandrounds-private"
 
 MOST_ROUNDS = 10**9
 
@@ -174,11 +174,19 @@ class Visit:
     def write_cursor(self) -> None:
         """Save the cursor for the next visit in the site's state."""
         self.state.config_records[_CURSOR] = ConfigRecord({"examples": self.cursor_after})
+        if self.mechanism:
+            self.state.config_records[_PRIVATE] = ConfigRecord({"visits": self.number})
 
-    @property
+    @cached_property
     def number(self) -> int:
-        """Which of the run's visits to the site this is, from 1, by the cursor."""
-        return self.cursor_after // sampling.examples_of_a_visit(self.config, 1)
+        """Which of the run's private visits to the site this is, from 1.
+
+        By the cursor, or the site's own count if that is larger: a visit whose update the server
+        did not use has been spent all the same.
+        """
+        by_cursor = self.cursor_after // sampling.examples_of_a_visit(self.config, 1)
+        own = self.state.config_records.get(_PRIVATE)
+        return max(by_cursor, 1 + int(own["visits"]) if own else 1)  # type: ignore[arg-type]
 
 
 def given_to_run(state: RecordDict) -> int:
@@ -234,7 +242,7 @@ def introduction(
     quantization_config(bits_of(machine.specs(config)[0]), dtype)
     training.check_optimizer(config.train.optimizer)
     if mechanism:
-        check_base(config.model.source)
+        check_base(config)
     check_length(config.model.source, config.train.seq_length)
     check_examples(config.model.source, (e.input_ids for e in (*site.train, *site.held_out)))
     name = config.model.source
@@ -348,6 +356,8 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> N
     ------
     PolicyError
         If the site has already had all visits that the noise is calibrated for.
+    ModelError
+        If the base is one that a private visit does not cover.
     """
     if visit.number > mechanism.visits:
         raise PolicyError(
@@ -355,6 +365,7 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> N
             "to a site: one more would spend more than the target ε."
         )
     config, arguments = visit.config, visit.config.arguments
+    check_base(config)  # again: no server is bound to call the roll first
     trained = _trained(visit, resident)
     settings = PrivateSettings(mechanism, arguments.per_device_train_batch_size, _settings(visit))
     units = grouped(visit.site.units, visit.site.train)

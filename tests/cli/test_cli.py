@@ -75,6 +75,25 @@ def test_no_argument_shows_help() -> None:
     assert "Usage" in result.output
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["consortium", "init"], "Missing option '--name'"),
+        (["run", "--rounds", "many"], "'many' is not a valid integer"),
+        (["ask"], "Missing argument 'RUN_DIR'"),
+        (["ruin"], "No such command 'ruin'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_told_in_one_line(
+    words: list[str], told: str
+) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    [line] = result.stderr.splitlines()
+    assert told in line
+    assert line.endswith("--help")
+
+
 def test_an_unknown_command_is_refused_with_exit_code_2() -> None:
     result = CliRunner().invoke(app, ["ruin"])
     assert result.exit_code == 2

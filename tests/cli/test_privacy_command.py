@@ -5,6 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from grandrounds.cli import app
+from grandrounds.config import recipes
+from grandrounds.site.private.accountant import epsilon_of
+from grandrounds.site.private.rehearsal import mechanism_of
+from grandrounds.study.audit import run as audited
+from grandrounds.study.report.one_run import run_page
+from grandrounds.study.report.page import html
+from grandrounds.study.report.read import read_run
+from tests.server.test_guarantees import AUDIT
+from tests.study.report.run_files import write_run
 
 HEAVY = ("torch", "transformers", "flwr", "peft", "datasets", "pyarrow")
 
@@ -41,3 +58,59 @@ def test_a_guarantee_is_planned_without_torch() -> None:
     assert "below about 80 sites a round" in found["site-level"]["why"]
     assert "site level: not private" in done.stderr
     assert "may not learn" in done.stderr
+
+
+SMALL = {
+    "num-server-rounds": 1,
+    "data.num-partitions": 2,
+    "data.partitioner": "iid",
+    "strategy.fraction-train": 1.0,
+    "train.training-arguments.max-steps": 1,
+    "train.num-threads": 1,
+    "privacy.unit-guarantee": "example",
+    "privacy.noise-multiplier": 20.0,
+    "privacy.sampling-rate": 1.0,
+    "privacy.declared-units": 60,
+}
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_run_is_audited_beside_its_claim_and_its_page_says_so(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run", rounds=1, sites=2, cohort=2)
+    (run / "config.toml").write_text(recipes.to_toml(recipes.resolve(SMALL).recipe()))
+    done = CliRunner().invoke(app, ["privacy", "audit", str(run), "--canaries", "40", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found == json.loads((run / "privacy-audit.json").read_text())
+    claimed = epsilon_of(mechanism_of(recipes.resolve(SMALL)))
+    assert found["claimed-epsilon"] == pytest.approx(claimed)
+    assert found["surely-at-least-epsilon"] <= claimed
+    assert found["mechanism"]["surely-at-least-epsilon"] <= claimed
+    sides = found["extraction"]
+    assert sides["in"]["canaries"] + sides["out"]["canaries"] == found["canaries"] == 40
+    assert sides["in"]["canaries"] == found["membership"]["members"] == found["canaries-in"]
+    page = html(run_page(read_run(run)))
+    assert f"claimed epsilon {claimed:.2f}" in page
+    assert "bound below the claim proves nothing" in page
+
+
+@pytest.mark.parametrize(("bound", "code"), [(0.4, 0), (4.5, 1)])
+def test_an_audit_that_contradicts_the_claim_ends_with_an_error(
+    bound: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surely = {"at-least-epsilon": bound, "surely-at-least-epsilon": bound}
+    found = {**AUDIT, **surely, "verdict": "as found"}
+    made = SimpleNamespace(as_dict=lambda: found)
+    monkeypatch.setattr(audited, "audit", lambda config, count, tell: made)
+    out = tmp_path / "found.json"
+    done = CliRunner().invoke(app, ["privacy", "audit", *words(SMALL), "--out", str(out)])
+    assert done.exit_code == code
+    assert f"claimed epsilon 4.00, at least {bound:.2f} (95 %), AUC 0.61" in done.stdout
+    assert "as found" in done.stdout
+    assert json.loads(out.read_text())["at-least-epsilon"] == bound

@@ -19,6 +19,9 @@ from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.model.memory import Batch, Precision, Workload, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations
+from grandrounds.site.private.coins import KeyedCoins
+from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.site.private.visit import PrivateSettings, train_private_visit
 from grandrounds.site.training import VisitSettings, train_visit
 from grandrounds.wire.schedule import VisitSchedule
 from tests.places import ROOT
@@ -61,8 +64,15 @@ def measured_and_planned(
     *,
     checkpointing: bool,
     dtype: torch.dtype = torch.float32,
+    microbatch: int = 0,
 ) -> tuple[int, int]:
-    """Return the bytes that a visit takes beside the model, as counted and as planned."""
+    """Return the bytes that a visit takes beside the model, as counted and as planned.
+
+    Parameters
+    ----------
+    microbatch : int
+        Records of a microbatch of a private visit; 0: a plain visit.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(**shape, num_attention_heads=4, pad_token_id=0)
     base = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
@@ -78,6 +88,12 @@ def measured_and_planned(
     settings = VisitSettings(1, VisitSchedule(1e-3, 0), "adamw_torch", 0.0, 1.0, 0.01, how, 1)
 
     def visit(steps: int = 2) -> None:
+        if microbatch:
+            mechanism = Mechanism(1.0, 1.0, 1.0, examples, steps, visits=1, delta=1e-5)
+            how_private = PrivateSettings(mechanism, microbatch, settings)
+            units, coins = [[record] for record in batch], KeyedCoins(bytes(32))
+            train_private_visit(model, parameters, units, how_private, 0, coins)
+            return
         train_visit(model, parameters, [batch] * steps, settings, 0)
 
     visit(1)  # allocates what stays afterwards, such as the tables of rotary embeddings
@@ -89,8 +105,14 @@ def measured_and_planned(
         "train.response-only-logits": how.answers_only,
         "train.logits-chunk-tokens": how.chunk_tokens,
         "train.seq-length": tokens,
-        "train.training-arguments.per-device-train-batch-size": examples,
+        "train.training-arguments.per-device-train-batch-size": microbatch or examples,
     }
+    if microbatch:
+        settings_of_plan |= {
+            "privacy.unit-guarantee": "example",
+            "privacy.noise-multiplier": 1.0,
+            "privacy.declared-units": examples,
+        }
     memory = site_memory(
         recipes.resolve(settings_of_plan),
         from_config("tiny", config.to_dict(), "tiny"),
@@ -118,6 +140,19 @@ def test_a_visit_without_padding_takes_what_is_planned_and_hardly_less(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("targets", "microbatch"), [(QUERY_VALUE, 2), (ALL_SEVEN, 8)], ids=["q,v", "all"]
+)
+def test_a_private_visit_takes_what_is_planned_by_microbatch(
+    targets: list[str], microbatch: int
+) -> None:
+    how = Forward(False, padding_free=True, answers_only=True, chunk_tokens=64)
+    measured, planned = measured_and_planned(
+        DEEP, targets, how, checkpointing=False, microbatch=microbatch
+    )
+    assert 0.95 <= planned / measured <= 1.12
+
+
 @pytest.mark.parametrize("padding_free", [True, False])
 @pytest.mark.parametrize("answers_only", [True, False])
 def test_other_means_take_no_more_than_planned(padding_free: bool, answers_only: bool) -> None:

@@ -82,14 +82,17 @@ def test_audit_below_claim_is_not_called_proof(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bounds", [(4.2, 1.0), (0.4, 4.2)])
 def test_a_bound_above_the_claim_is_called_broken(bounds: tuple[float, float]) -> None:
-    broken = {
-        **AUDIT,
-        "at-least-epsilon": bounds[0],
-        "mechanism": {"canaries": 5000, "at-least-epsilon": bounds[1]},
-    }
+    key = "surely-at-least-epsilon"
+    broken = {**AUDIT, key: bounds[0], "mechanism": {"canaries": 5000, key: bounds[1]}}
     assert is_broken(broken)
     assert "the guarantee does not hold" in verdict(broken)
     assert "does not hold" in card_of(privacy=PRIVACY, audit=broken)
+
+
+def test_a_bound_that_may_be_chance_is_neither_called_broken_nor_right() -> None:
+    doubtful = {**AUDIT, "at-least-epsilon": 4.1, "surely-at-least-epsilon": 3.0}
+    assert not is_broken(doubtful)
+    assert "Audit again" in verdict(doubtful)
 
 
 def test_an_audit_without_a_claim_says_so() -> None:

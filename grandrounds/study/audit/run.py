@@ -93,6 +93,8 @@ class Audit:
             "unit": "record",
             "at-least-epsilon": self.bound.epsilon,
             "confidence": 0.95,
+            "surely-at-least-epsilon": self.bound.sure_epsilon,
+            "sure-confidence": 0.999,
             "guesses": self.bound.guesses,
             "correct": self.bound.correct,
             "cuts": self.bound.cuts,
@@ -106,7 +108,11 @@ class Audit:
                 "out": self.extracted[1].as_dict(),
             },
             "mechanism": gradient
-            and {"canaries": MECHANISM_CANARIES, "at-least-epsilon": gradient.epsilon},
+            and {
+                "canaries": MECHANISM_CANARIES,
+                "at-least-epsilon": gradient.epsilon,
+                "surely-at-least-epsilon": gradient.sure_epsilon,
+            },
             "seconds": self.seconds,
         }
         return {**found, "verdict": verdict(found)}

@@ -287,9 +287,15 @@ def meaning(unit: str, epsilon: float, delta: float) -> str:
     found = min(0.01 / factor + delta if factor > 1e-9 else 1.0, 1 - factor * (0.99 - delta))
     return (
         f"for one {unit}: whoever sees all that leaves the site, and knows every other {unit}, is "
-        f"right about whether this one took part in at most {percent(right)} of cases (50.0 % by "
-        f"guessing), and detects at most {percent(found)} of those who did at 1 % false alarms"
+        f"right about whether this one took part in at most {_below_one(right)} of cases (50.0 % "
+        f"by guessing), and detects at most {_below_one(found)} of those who did at 1 % false "
+        "alarms"
     )
+
+
+def _below_one(share: float) -> str:
+    """Format a share, with so many decimals that only all of it is 100 %."""
+    return next((t for d in (1, 2, 3) if (t := percent(share, d)) != percent(1.0, d)), "100 %")
 
 
 def _cohorts(plan: PrivacyPlan) -> str:

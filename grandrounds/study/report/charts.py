@@ -111,8 +111,13 @@ def _line(d: str, style: int) -> str:
     return element("path", d=d, class_="line", stroke_dasharray=DASHES[style % STYLES] or None)
 
 
-def axes(xs: Scale, ys: Scale, x_label: str, y_label: str) -> str:
-    """Return grid lines, ticks and labels of both axes; the vertical one's label is on top."""
+def axes(
+    xs: Scale, ys: Scale, x_label: str, y_label: str, x_names: Sequence[str] | None = None
+) -> str:
+    """Return grid lines, ticks and labels of both axes; the vertical one's label is on top.
+
+    With `x_names` the horizontal axis has these at 0, 1, 2, ... instead of numbers.
+    """
     parts = [label(y_label, 0, ys.end - 11, class_="name")]
     ticks = ys.ticks(5)
     for tick, text in zip(ticks, tick_texts(ticks), strict=True):
@@ -120,7 +125,9 @@ def axes(xs: Scale, ys: Scale, x_label: str, y_label: str) -> str:
         parts.append(element("path", d=path([(xs.start, y), (xs.end, y)]), class_="rule"))
         parts.append(label(text, xs.start - 6, y + 4, "end"))
     marked = xs.ticks(8, whole=True)
-    for tick, text in zip(marked, tick_texts(marked), strict=True):
+    if x_names is not None:
+        marked = [float(place) for place in range(len(x_names))]
+    for tick, text in zip(marked, x_names or tick_texts(marked), strict=True):
         parts.append(label(text, xs(tick), ys.start + 18, "middle"))
         parts.append(element("path", d=f"M{xs(tick):.1f} {ys.start:.1f}v4", class_="tick"))
     parts.append(label(x_label, xs.end, ys.start + 35, "end", class_="name"))
@@ -163,8 +170,15 @@ def line_chart(
     y_axis: Axis,
     last_round: float,
     references: Sequence[Reference] = (),
+    x_axis: tuple[str, Sequence[str] | None] = ("round", None),
 ) -> str:
-    """Return values over rounds 0 to `last_round`; intervals as whiskers, references across."""
+    """Return values over rounds 0 to `last_round`; intervals as whiskers, references across.
+
+    Parameters
+    ----------
+    x_axis
+        Its label, and names for 0, 1, 2, ... where it has no numbers.
+    """
     drawn = [
         (s, [p for p in s.points if math.isfinite(p.y) and (p.y > 0 or not y_axis.log)])
         for s in series
@@ -177,14 +191,19 @@ def line_chart(
     named, top = legend(entries + [(r.name, f"rule {r.style}") for r in references])
     top += LINE + 8
     high = max(1, last_round)
-    xs = Scale(-0.02 * high, high + 0.02 * high, LEFT, WIDTH - RIGHT)
+    room = 0.02 if x_axis[1] is None else 0.15
+    xs = Scale(-room * high, high + room * high, LEFT, WIDTH - RIGHT)
     ys = y_axis.scale(values, top + PLOT_HEIGHT, top)
     marks = Marks(sum(len(f) for s, f in drawn if s.form in ("line", "dot")) <= MOST_MARKS)
     body = [_reference(r, xs, ys) for r in references]
     below_first = sorted(drawn, key=lambda item: item[0].form != "wide")
     body += [_series(s, found, xs, ys, marks) for s, found in below_first]
     return document(
-        top + PLOT_HEIGHT + 40, title, named, axes(xs, ys, "round", y_axis.label), *body
+        top + PLOT_HEIGHT + 40,
+        title,
+        named,
+        axes(xs, ys, x_axis[0], y_axis.label, x_axis[1]),
+        *body,
     )
 
 

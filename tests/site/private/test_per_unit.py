@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import ModelError
+from grandrounds.model.lora import LoraSpec, adapter_parameters, add_lora
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.model.resident import Resident, checkpoint_activations
 from grandrounds.site.private.per_unit import per_unit
@@ -26,6 +29,7 @@ from tests.site.private.visits import (
     private_settings,
 )
 from tests.site.test_training import CPU, PAD, make
+from tests.tiny_models import tiny_bases
 
 HIGHEST_ERROR = 1e-5
 """Relative, of a clipped sum; float32 gives 3e-7."""
@@ -81,6 +85,37 @@ def test_it_is_on_a_base_in_four_bits(tiny_base: Path, checkpointing: bool) -> N
     quantized = make(tiny_base, quantization=4)
     check_all(quantized, "AB", [(True, 7, checkpointing, 5)])
     checkpoint_activations(quantized, False)
+
+
+def test_it_is_on_a_base_in_eight_bits_record_by_record(tiny_base: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    check_all(make(tiny_base, quantization=8), "AB", [(True, 0, False, 1)])
+
+
+FAMILIES = ["qwen3", "gemma2", "phi3", "gpt2", "bloom", "mamba2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_on_bases_of_other_families(name: str) -> None:
+    """Fused and transposed projections, soft caps, ALiBi, and a state-space model."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(tiny_bases.config_of(tiny_bases.BASES[name])).float()
+    model = add_lora(base.requires_grad_(False), LoraSpec(4, 8.0, "all-linear", 0.0), name)
+    found = adapter_parameters(model)
+    for tensor, parameter in found.items():
+        if ".lora_B." in tensor:
+            torch.nn.init.normal_(parameter, std=0.1)
+    resident = Resident(None, None, model, found)  # type: ignore[arg-type]
+    parameters, forward = factors_of(resident), Forward(False, False, False, 0)
+    vocabulary = model.get_base_model().config.vocab_size
+    units = [
+        [TokenizedExample(tuple(i % vocabulary for i in e.input_ids), e.prompt_tokens) for e in u]
+        for u in UNITS[:3]
+    ]
+    expected = naive_sums(resident, parameters, units, CLIP, forward)
+    sums = clipped_sums(resident, parameters, units, private_settings(forward=forward))
+    assert error(sums, expected) < HIGHEST_ERROR
 
 
 def test_logits_of_every_token_give_the_same(resident: Resident) -> None:

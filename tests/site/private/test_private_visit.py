@@ -21,6 +21,7 @@ from grandrounds.errors import ConfigError, ModelError, PolicyError
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import site_of
 from grandrounds.site.private import visit as private
+from grandrounds.site.private.bases import check_base
 from grandrounds.site.private.coins import KeyedCoins, secret_coins
 from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.private.rehearsal import mechanism_of
@@ -290,6 +291,7 @@ def test_all_that_a_private_visit_cannot_cover_is_told_at_once() -> None:
         f"{arguments}torch-compile": True,
         f"{arguments}gradient-accumulation-steps": 2,
         "privacy.sampling-rate": 0.1,
+        "model.quantization": 8,
         "train.batching": "length-grouped",
         "train.dynamic-data-seed": False,
         "model.lora.dropout": 0.1,
@@ -338,10 +340,33 @@ def test_the_formulary_declares_its_own_size() -> None:
 def test_a_base_with_experts_is_refused_at_the_roll_call(
     tmp_path: Path, federation: dict[str, Any], name: str
 ) -> None:
-    from grandrounds.site.private.bases import check_base
-
+    base = saved_config(name, tmp_path / name)
     with pytest.raises(ModelError, match="routes tokens to experts"):
-        check_base(saved_config(name, tmp_path / name))
+        check_base(recipes.resolve(federation, PRIVATE, {"model.name": base}))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_follow_the_longest_record_are_refused(
+    tmp_path: Path, tiny_base: Path, federation: dict[str, Any], kind: str
+) -> None:
+    described = json.loads((tiny_base / "config.json").read_text())
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    described |= {"rope_parameters": {**rope, "original_max_position_embeddings": 64}}
+    described.pop("rope_scaling", None)
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    values = {**federation, **PRIVATE, "model.name": str(tmp_path)}
+    check_base(recipes.resolve(values, {"train.seq-length": 64}))
+    with pytest.raises(ModelError, match="beyond 64 tokens"):
+        check_base(recipes.resolve(values, {"train.seq-length": 65}))
+
+
+def test_int8_goes_record_by_record(tiny_base: Path, federation: dict[str, Any]) -> None:
+    batch = "train.training-arguments.per-device-train-batch-size"
+    values = {**federation, **PRIVATE, "model.quantization": 8}
+    with pytest.raises(ConfigError, match="outliers in any record"):
+        recipes.resolve(values)
+    check_base(recipes.resolve(values, {batch: 1}))
 
 
 def test_no_setting_reaches_the_coins() -> None:

@@ -106,7 +106,8 @@ def test_what_a_guarantee_means_is_said_in_probabilities() -> None:
     """ε = ln 3: right in 3 of 4 cases, 3 % detected at 1 % false alarms; ε = 8: 1 - 0.99 / e^8."""
     assert "at most 75.0 % of cases" in meaning("record", math.log(3), 0.0)
     assert "at most 3.0 % of those who did at 1 %" in meaning("patient", math.log(3), 0.0)
-    assert "at most 100.0 % of those who did" in meaning("patient", 8.0, 0.0)
+    assert "at most 99.97 % of those who did" in meaning("patient", 8.0, 0.0)
+    assert "at most 100 % of cases" in meaning("patient", 30.0, 0.0)
     assert "for one patient" in meaning("patient", 800.0, 0.0)
 
 

@@ -1,0 +1,1 @@
+"""Common and rare facts against ε: the rehearsal behind `grandrounds privacy demo`."""
