@@ -85,6 +85,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bulyan": {"strategy.name": "bulyan", "strategy.num-malicious-nodes": 1},
     "geomedian": {"strategy.name": "geomedian"},
     "robust": {"strategy.name": "fedavg", "defence.preset": "robust"},
+    "robust, weight 2": {
+        "strategy.name": "fedavg",
+        "defence.largest-spread": 1.4,
+        "defence.min-cosine": -0.1,
+    },
     "spread 1.3": {
         "strategy.name": "fedavg",
         "defence.largest-spread": 1.3,
