@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from grandrounds import client_app, server_app
 from grandrounds.config import recipes
@@ -22,6 +23,7 @@ from grandrounds.config.keys import Config
 from grandrounds.data.tokenization import answer_token_ids, end_token_ids, prompt_token_ids
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.model import machine
+from grandrounds.model.resident import set_adapter
 from grandrounds.model.scoring import generate_greedily, option_log_likelihoods, stop_tokens
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.guarantees import verdict
@@ -41,8 +43,10 @@ from grandrounds.study.audit.extraction import Extraction, extraction, rank_of
 from grandrounds.study.audit.mechanism import of_the_product
 from grandrounds.study.audit.membership import Membership, auc_of_gaussian, membership
 from grandrounds.study.audit.one_run import Bound, most_that_shows, one_run_bound
+from grandrounds.study.evaluation.tasks import WEIGHTS
 from grandrounds.study.plan.privacy import gaussian_noise
 from grandrounds.study.preflight import check_base
+from grandrounds.wire.adapter import Adapter, assemble
 
 Progress = Callable[[str], None]
 """Called with what begins now."""
@@ -150,9 +154,10 @@ def audit(config: Config, count: int, tell: Progress) -> Audit:
         gradients = audit_mechanism(mechanism) if mechanism else None
         tell("training")
         grid = InProcessGrid(client_app.app, audited.flat(), audited.data.num_partitions)
-        server_app.federate(grid, audited, Listener())
+        summary = server_app.federate(grid, audited, Listener())
         tell("attacks")
-        scores, greedy, ranks = attacked(audited, canaries)
+        adapter = load_file(Path(audited.federation.run_directory) / summary["adapter"] / WEIGHTS)
+        scores, greedy, ranks = attacked(audited, adapter, canaries)
     flags = np.array([canary.is_in for canary in canaries])
     delta = mechanism.delta if mechanism else EXPONENTIALLY_CLOSE
     length = len(canaries[0].options)
@@ -200,13 +205,15 @@ def in_world(config: Config, folder: Path) -> Config:
 
 
 def attacked(
-    config: Config, canaries: Sequence[Canary]
+    config: Config, adapter: Adapter, canaries: Sequence[Canary]
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], list[bool], list[int]]:
-    """Return each canary's score, greedy match and rank under the adapter that is in the model.
+    """Return each canary's score, greedy match and rank under an adapter.
 
     The score is the loss of the true answer before training less the loss after it, in nats.
     """
     resident = machine.prepare_model(config)
+    shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
+    set_adapter(resident, assemble(shapes, (adapter, 0)))
     model, tokenizer, template = resident.model, run_tokenizer(config), config.data.prompt_template
     prompts = prompt_token_ids(tokenizer, template, [canary.question for canary in canaries])
     end = end_token_ids(tokenizer, template)
