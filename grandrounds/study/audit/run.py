@@ -54,7 +54,7 @@ Progress = Callable[[str], None]
 MECHANISM_CANARIES = 5000
 """Canaries of the audit of clip and noise by themselves."""
 
-EXPONENTIALLY_CLOSE = 1e-5
+DELTA_WITHOUT_CLAIM = 1e-5
 """delta at which a run without a guarantee is audited."""
 
 
@@ -85,7 +85,7 @@ class Audit:
     @property
     def delta(self) -> float:
         """The delta of claim and bound."""
-        return self.mechanism.delta if self.mechanism else EXPONENTIALLY_CLOSE
+        return self.mechanism.delta if self.mechanism else DELTA_WITHOUT_CLAIM
 
     def as_dict(self) -> dict[str, Any]:
         """Return this as JSON values: the content of the audit's file."""
@@ -159,7 +159,7 @@ def audit(config: Config, count: int, tell: Progress) -> Audit:
         adapter = load_file(Path(audited.federation.run_directory) / summary["adapter"] / WEIGHTS)
         scores, greedy, ranks = attacked(audited, adapter, canaries)
     flags = np.array([canary.is_in for canary in canaries])
-    delta = mechanism.delta if mechanism else EXPONENTIALLY_CLOSE
+    delta = mechanism.delta if mechanism else DELTA_WITHOUT_CLAIM
     length = len(canaries[0].options)
     return Audit(
         config=config,
