@@ -164,7 +164,10 @@ def _tokenized(
     prompt: DataConfig,
     seq_length: int,
 ) -> Site:
-    return tokenized_site(how.of(rows), how.node.partition_id, model_name, prompt, seq_length)
+    number, is_private = how.node.partition_id, how.units is not None
+    return tokenized_site(
+        how.of(rows), number, model_name, prompt, seq_length, may_be_empty=is_private
+    )
 
 
 @dataclass

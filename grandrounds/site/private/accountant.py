@@ -8,6 +8,7 @@ stands for PLD where ε is beyond every budget and PLD would take minutes.
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -138,7 +139,9 @@ def epsilon(
     else:
         accountant = library.rdp.RdpAccountant(ORDERS, neighbours)
     accountant.compose(library.SelfComposedDpEvent(event, steps))
-    return float(accountant.get_epsilon(delta))
+    found = float(accountant.get_epsilon(delta))
+    # Both are upper bounds, and PLD's tails give infinity at a delta below 1e-15.
+    return min(found, by_orders) if grid else found
 
 
 def accountant_name() -> str:
@@ -154,6 +157,8 @@ def _library() -> Any:
     ConfigError
         If it is not installed: without an accountant nothing is called private.
     """
+    # absl warns in dozens of lines of divergences that it rounds up to 0
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         import dp_accounting
         from dp_accounting import pld, rdp  # noqa: F401
