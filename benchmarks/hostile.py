@@ -7,7 +7,8 @@ Seven sites teach the embedded base the facts of seven of the formulary's sites:
 own, or `iid`, the flashcards at random. The runs are the product's own, in process, one thread; the
 last k sites are hostile (`hostile_attacks.py`) or, in the row `absent`, send nothing. Measured: the
 share of the exam on the honest sites' facts (`iid`: on all) and of public facts that is answered
-correctly. Every finished run is a line of FILE, and is not run again.
+correctly. Every finished run is a line of FILE, and is not run again; another number of rounds
+needs another file. `hostile_table.py` makes the table and the picture of docs/aggregation.md.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bulyan": {"strategy.name": "bulyan", "strategy.num-malicious-nodes": 1},
     "geomedian": {"strategy.name": "geomedian"},
     "robust": {"strategy.name": "fedavg", "defence.preset": "robust"},
+    "robust, weight 2": {
+        "strategy.name": "fedavg",
+        "defence.largest-spread": 1.4,
+        "defence.min-cosine": -0.1,
+    },
+    "spread 1.3": {
+        "strategy.name": "fedavg",
+        "defence.largest-spread": 1.3,
+        "defence.min-cosine": -0.1,
+    },
+    "spread 1.3, nnm": {
+        "strategy.name": "nnm",
+        "strategy.num-malicious-nodes": 2,
+        "defence.largest-spread": 1.3,
+        "defence.min-cosine": -0.1,
+    },
     "robust, fedexp": {"strategy.name": "fedexp", "defence.preset": "robust"},
     "nnm": {"strategy.name": "nnm", "strategy.num-malicious-nodes": 2},
 }
@@ -267,7 +284,7 @@ def correct_percent(config: Config, adapter: Adapter, asked: list[Question]) -> 
     return 100 * right / len(asked)
 
 
-def play(cell: Cell) -> dict[str, Any]:
+def play(cell: Cell, engine: type[HostileGrid] = HostileGrid) -> dict[str, Any]:
     """Run one cell; return what was measured."""
     started = time.process_time()
     with tempfile.TemporaryDirectory(prefix="grandrounds-hostile-") as folder:
@@ -276,7 +293,7 @@ def play(cell: Cell) -> dict[str, Any]:
         run = Path(folder, "run")
         settings = {**SCHEDULE, **SETTINGS[cell.setting], "static.dataset.name": str(data)}
         config = recipes.resolve({**settings, "seed": cell.seed, "run-directory": str(run)})
-        server_app.federate(HostileGrid(cell, config), config, Listener())
+        server_app.federate(engine(cell, config), config, Listener())
         records = RunDirectory(run).read_metrics()
         adapter = states.read(states.folders(run)[-1]).adapter
         found = {kind: correct_percent(config, adapter, qs) for kind, qs in exam(cell).items()}
@@ -320,8 +337,10 @@ def main() -> None:
     parser.add_argument("--attacks", nargs="+", default=list(NAMES), metavar="NAME")
     parser.add_argument("--hostile", type=int, nargs="+", default=[2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=SCHEDULE["num-server-rounds"])
     parser.add_argument("--minutes", type=float, default=1e6, help="start no run after these")
     options = parser.parse_args()
+    SCHEDULE["num-server-rounds"] = options.rounds
     quiet_libraries()
     ends = time.monotonic() + 60 * options.minutes
     finished = done(options.file)

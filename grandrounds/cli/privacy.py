@@ -186,6 +186,44 @@ def show(found: dict[str, Any], screen: Screen) -> None:
     screen.notes([SYNTHETIC])
 
 
+@app.command()
+def budget(
+    site: Annotated[
+        Path,
+        typer.Option("--site", "--config", "-c", help="The site's site.toml.", metavar="site.toml"),
+    ] = Path("site.toml"),
+    plain: Plain = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a site's privacy budget: what is charged, spent, asked for and left, run by run.
+
+    Verifies the chain of charges first; exit code 1 if it is in doubt. A run is charged whole at
+    its first visit; what it asked for at a roll call is in parentheses, charges nothing and lapses
+    after a day.
+    """
+    from grandrounds.site.custody.site_file import read_site_file
+
+    screen, found = Screen(plain, as_json=as_json), read_site_file(site)
+    quiet_libraries()
+    from grandrounds.site.custody import budget_report
+    from grandrounds.site.custody.state import opened
+
+    screen.working("verifying the charges")
+    with opened(found.place(found.agent.state)) as state:
+        told = budget_report.report(found, state)
+    if not as_json:
+        screen.table(
+            f"privacy budget of {told['site']}", budget_report.COLUMNS, budget_report.rows(told)
+        )
+    screen.still()
+    screen.tell(
+        budget_report.headline(told),
+        f"{told['lines']} lines, each continues the one before it",
+        f"last hash: {told['last-sha256']}",
+    )
+    screen.emit(told)
+
+
 DEMO_TASKS = 2
 """Processes of the demonstration by default: two arms train at a time, each on one thread."""
 

@@ -108,6 +108,8 @@ def _requested(entry: Mapping[str, Any]) -> str:
         for key, word in (("rank", "r"), ("learning-rate", "rate"))
         if entry.get(key) is not None
     ]
+    if isinstance(epsilon := entry.get("epsilon"), int | float):
+        parts.append(f"epsilon {epsilon:.3g} so far")
     return ", ".join(parts) or "-"
 
 

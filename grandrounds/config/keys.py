@@ -381,8 +381,9 @@ class DefenceConfig:
     failed, up to fewer than a third of the cohort. 0: no such screen. The server holds all updates
     of a round in memory. See docs/aggregation.md."""
     preset: Annotated[str, OneOf(("none", *PRESETS))]
-    """`robust`: screens against hostile sites, up to two in seven; sets `largest-spread` and
-    `min-cosine`. docs/aggregation.md says what was measured, and what it does not stop."""
+    """`robust`: against hostile sites, up to two in seven; sets `largest-spread`, `min-cosine` and
+    `strategy.largest-weight`. docs/aggregation.md says what was measured, and what it does not
+    stop."""
 
     @property
     def screens(self) -> bool:

@@ -40,7 +40,11 @@ class Strategy:
 
 
 PRESETS: dict[str, dict[str, float]] = {
-    "robust": {"defence.largest-spread": 1.4, "defence.min-cosine": -0.1},
+    "robust": {
+        "strategy.largest-weight": 1.0,
+        "defence.largest-spread": 1.4,
+        "defence.min-cosine": -0.1,
+    },
 }
 """Value of `defence.preset` → the keys that it sets."""
 

@@ -89,7 +89,9 @@ def check_privacy(config: Config) -> list[str]:
     if not config.is_private:
         return []
     mechanism_of(config)
-    return [f"this private run is a {REHEARSAL}"]
+    exact = "; its held-out losses are exact, and outside of the guarantee"
+    told = exact if config.strategy.fraction_evaluate > 0 else ""
+    return [f"this private run is a {REHEARSAL}{told}"]
 
 
 def check_place(config: Config, from_round: int | None) -> list[str]:

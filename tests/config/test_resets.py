@@ -32,7 +32,11 @@ ARGUMENTS = "train.training-arguments."
             "natural",
         ),
         (
-            {"defence.preset": "robust", "defence.min-cosine": -0.1},
+            {
+                "defence.preset": "robust",
+                "defence.min-cosine": -0.1,
+                "strategy.largest-weight": 1.0,
+            },
             "defence.largest-spread",
             1.4,
         ),
@@ -64,6 +68,7 @@ def test_a_value_that_was_set_is_an_error_instead() -> None:
 def test_a_preset_sets_its_keys_and_refuses_others_values() -> None:
     config = resolve({"defence.preset": "robust"})
     assert (config.defence.largest_spread, config.defence.min_cosine) == (1.4, -0.1)
+    assert config.strategy.largest_weight == 1
     assert resolve(config.flat()) == config  # as its own config.toml writes it
     with pytest.raises(ConfigError, match=r"'robust' sets defence.min-cosine = -0.1, .* to 0.0"):
         resolve({"defence.preset": "robust", "defence.min-cosine": 0.0})

@@ -147,9 +147,21 @@ def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:
     assert federated["gap"] == pooled["private"] - federated["private"]
 
 
+def test_hostile_sites_that_agree_are_screened_out_and_a_finished_run_is_kept(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "runs.jsonl"
+    cell = ("--settings", "robust", "--attacks", "inner-product", "--rounds", "1")
+    command = [sys.executable, str(SCRIPTS / "hostile.py"), str(file), *cell]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    [line] = map(json.loads, file.read_text().splitlines())
+    assert (line["rejected-hostile"], line["rejected-honest"]) == (2, 0)
+
+
 def test_kills_end_with_the_bits_of_a_run_that_nobody_killed(tmp_path: Path) -> None:
-    quick = ("--kills", "2", "--rounds", "6", "--adapters-mib", "1")
+    quick = ("--kills", "1", "--agent-kills", "2", "--rounds", "3", "--adapters-mib", "1")
     figures = result(tmp_path, "kills.py", *quick)
-    assert figures["kills"] == 2
+    assert (figures["kills"], figures["agents"]["kills"]) == (1, 2)
     assert figures["rounds-lost"] == figures["runs-with-other-bits"] == 0
+    assert figures["agents"]["audit-lines-lost"] == figures["agents"]["runs-with-other-bits"] == 0
     assert figures["write-milliseconds"]["1 MiB"].keys() == {"all", "without-flushes", "checksum"}

@@ -27,7 +27,7 @@ from grandrounds.engines.deployment import joining, keys
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
 from grandrounds.model.tokenizers import dated, tokenizer_of
-from grandrounds.site.custody import quota
+from grandrounds.site.custody import budget_report, policy, quota
 from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_identifiers, own_split
@@ -39,6 +39,7 @@ from grandrounds.site.custody.own_run import (
 )
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import opened
+from grandrounds.site.private import accountant
 
 CLOCK_SECONDS = 5.0
 """Flower rejects a node whose clock is further ahead of the server's."""
@@ -75,6 +76,7 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
     for subject, look in (
         ("state", _state),
         ("data", _data),
+        ("privacy", _privacy),
         ("bases", lambda s: _bases(s, config)),
         ("recipe", lambda s: _recipe(s, config) if is_asked else ()),
         ("node key", _node_key),
@@ -139,6 +141,36 @@ def _data(site: SiteFile) -> Iterator[Finding]:
         )
 
 
+def _privacy(site: SiteFile) -> Iterator[Finding]:
+    """The privacy budget, and the units that are really there; only the operator sees these."""
+    privacy = site.privacy
+    if not privacy.declared_units:
+        told = "no private visits (privacy.declared-units = 0)"
+        if privacy.require == "none":
+            yield Finding("ok", "privacy", told)
+        return
+    accountant.check_installed()
+    with opened(site.place(site.agent.state)) as state:
+        budget = budget_report.report(site, state)
+        split = own_split(site, private=True)
+    required = "every run" if privacy.require != "none" else "only runs that ask for it"
+    yield Finding(
+        "ok" if budget["epsilon-left"] > 0 else "warning",
+        "privacy",
+        f"{required}; {budget_report.headline(budget)}",
+    )
+    units = len(set(split.units))
+    declared = privacy.declared_units * (1 - site.data.held_out_fraction)
+    is_far = not 0.5 * declared <= units <= 2 * declared
+    yield Finding(
+        "warning" if is_far else "ok",
+        "units",
+        f"{units:,} {privacy.unit}s to train on, {len(split.train):,} records of theirs; "
+        f"{privacy.declared_units:,} units declared"
+        + (": the steps are sized for the declared number" if is_far else ""),
+    )
+
+
 def _identifiers(site: SiteFile) -> Iterator[Finding]:
     """What looks like identifiers of persons in the site's examples, counted by kind."""
     if site.data.identifiers == "off":
@@ -190,6 +222,7 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
 
 def _recipe(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Whether the policy admits such a run."""
+    policy.check_recipe(site, config)
     own = dated(localized(site, config))  # a run comes with the day on which it starts
     examples = site_in_custody(site, own, "")
     visiting = in_whole_steps(site, own, examples.report)

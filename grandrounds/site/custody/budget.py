@@ -44,7 +44,7 @@ KEY_BYTES = 32
 
 ADVICE = (
     "Restore the newest site.sqlite and budget.sequence together; without them nobody knows what "
-    "was spent, and the site makes no private visits. grandrounds privacy budget says more."
+    "was spent, and the site makes no private visits."
 )
 
 

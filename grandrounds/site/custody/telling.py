@@ -66,6 +66,7 @@ def told(request: Request, reply: Message, examples: Site) -> Message:
     if request.is_private and request.kind == TRAIN:
         used = guarantee.used(request.site, request.state, request.run)
         reply.content.metric_records[messages.METRICS].update(used)
+        request.entry |= used
     rules = Told(request.site, examples.report, request.is_private)
     found = disclosed(request.kind, reply.content, rules)
     request.entry |= {"figures": figures, "kept": list(found.kept)}

@@ -9,6 +9,7 @@ stands for PLD where ε is beyond every budget and PLD would take minutes.
 from __future__ import annotations
 
 import logging
+import math
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -82,27 +83,26 @@ def calibrated(target_epsilon: float, sampling_rate: float, steps: int, delta: f
         If no multiplier from 0.3 to 10,000 does, or dp-accounting is not installed.
     """
 
-    def is_within(noise: float, grid: float) -> bool:
-        return epsilon(noise, sampling_rate, steps, delta, grid) <= target_epsilon
+    from scipy.optimize import brentq  # only here: it takes longer to load than most answers
 
-    if not is_within(MOST_NOISE, RENYI):
+    def excess(log_noise: float, grid: float) -> float:
+        spent = epsilon(math.exp(log_noise), sampling_rate, steps, delta, grid)
+        return math.log(max(spent, 1e-12) / target_epsilon)
+
+    low, high = math.log(LEAST_NOISE), math.log(MOST_NOISE)
+    if excess(high, RENYI) > 0:
         raise ConfigError(
             f"No noise reaches ε = {target_epsilon:g} at delta = {delta:g} with {steps} steps at a "
             f"sampling rate of {sampling_rate:g}: raise the target, or train fewer steps."
         )
-    low, high = LEAST_NOISE, MOST_NOISE
-    while high / low > 1.02:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if is_within(middle, RENYI) else (middle, high)
-    # Rényi's bound is above PLD's, so `high` is enough, and often more than enough.
+    # Rényi's bound is above PLD's, so this is enough, and often more than enough.
+    high = brentq(excess, low, high, (RENYI,), 0.01) if excess(low, RENYI) > 0 else low
+    high, low = high + 0.01, max(low, high - 0.35)
     grid = COARSE if target_epsilon >= 1 else FINE
-    low = max(LEAST_NOISE, 0.7 * low)
-    if is_within(low, grid):
-        return low
-    while high / low > 1 + TOLERANCE:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if is_within(middle, grid) else (middle, high)
-    return high
+    found = brentq(excess, low, high, (grid,), TOLERANCE / 2) if excess(low, grid) > 0 else low
+    while excess(found, grid) > 0:
+        found += TOLERANCE / 2
+    return math.exp(found)
 
 
 ORDERS = (*range(2, 65), *(2**power for power in range(7, 12)))
@@ -149,6 +149,11 @@ def accountant_name() -> str:
     return f"dp-accounting {version('dp-accounting')}, PLD"
 
 
+def check_installed() -> None:
+    """Raise `ConfigError` if dp-accounting is not installed."""
+    _library()
+
+
 def _library() -> Any:
     """Return dp-accounting.
 
@@ -157,8 +162,6 @@ def _library() -> Any:
     ConfigError
         If it is not installed: without an accountant nothing is called private.
     """
-    # absl warns in dozens of lines of divergences that it rounds up to 0
-    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         import dp_accounting
         from dp_accounting import pld, rdp  # noqa: F401
@@ -167,4 +170,6 @@ def _library() -> Any:
             "Private visits need dp-accounting, which computes ε: pip install "
             "'grandrounds[privacy]'."
         ) from error
+    # Orders of little use are left out with a warning each, which only loosens the bound.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     return dp_accounting

@@ -95,7 +95,7 @@ class UnitGradients:
         g, x, into = gradient.flatten(0, -2), inputs.flatten(0, -2), self.gradients[number]
         spans = self._spans(len(x))
         if x.is_cuda:
-            _add_at_once(into, g, x, spans)
+            add_at_once(into, g, x, spans)
         else:
             for slot, start, end in spans:
                 into[slot].addmm_(g[start:end].T, x[start:end])
@@ -120,7 +120,7 @@ class UnitGradients:
         ]
 
 
-def _add_at_once(into: torch.Tensor, g: torch.Tensor, x: torch.Tensor, spans: Spans) -> None:
+def add_at_once(into: torch.Tensor, g: torch.Tensor, x: torch.Tensor, spans: Spans) -> None:
     """Add all records' gradients with one batched product, which a GPU prefers to many."""
     g, x = (pad_sequence([t[a:b] for _, a, b in spans], batch_first=True) for t in (g, x))
     each = torch.bmm(g.transpose(1, 2), x)  # (records, outputs, inputs)

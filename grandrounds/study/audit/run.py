@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from grandrounds import client_app, server_app
 from grandrounds.config import recipes
@@ -22,6 +23,7 @@ from grandrounds.config.keys import Config
 from grandrounds.data.tokenization import answer_token_ids, end_token_ids, prompt_token_ids
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.model import machine
+from grandrounds.model.resident import set_adapter
 from grandrounds.model.scoring import generate_greedily, option_log_likelihoods, stop_tokens
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.guarantees import verdict
@@ -41,8 +43,10 @@ from grandrounds.study.audit.extraction import Extraction, extraction, rank_of
 from grandrounds.study.audit.mechanism import of_the_product
 from grandrounds.study.audit.membership import Membership, auc_of_gaussian, membership
 from grandrounds.study.audit.one_run import Bound, most_that_shows, one_run_bound
+from grandrounds.study.evaluation.tasks import WEIGHTS
 from grandrounds.study.plan.privacy import gaussian_noise
 from grandrounds.study.preflight import check_base
+from grandrounds.wire.adapter import Adapter, assemble
 
 Progress = Callable[[str], None]
 """Called with what begins now."""
@@ -50,7 +54,7 @@ Progress = Callable[[str], None]
 MECHANISM_CANARIES = 5000
 """Canaries of the audit of clip and noise by themselves."""
 
-EXPONENTIALLY_CLOSE = 1e-5
+DELTA_WITHOUT_CLAIM = 1e-5
 """delta at which a run without a guarantee is audited."""
 
 
@@ -81,7 +85,7 @@ class Audit:
     @property
     def delta(self) -> float:
         """The delta of claim and bound."""
-        return self.mechanism.delta if self.mechanism else EXPONENTIALLY_CLOSE
+        return self.mechanism.delta if self.mechanism else DELTA_WITHOUT_CLAIM
 
     def as_dict(self) -> dict[str, Any]:
         """Return this as JSON values: the content of the audit's file."""
@@ -150,11 +154,12 @@ def audit(config: Config, count: int, tell: Progress) -> Audit:
         gradients = audit_mechanism(mechanism) if mechanism else None
         tell("training")
         grid = InProcessGrid(client_app.app, audited.flat(), audited.data.num_partitions)
-        server_app.federate(grid, audited, Listener())
+        summary = server_app.federate(grid, audited, Listener())
         tell("attacks")
-        scores, greedy, ranks = attacked(audited, canaries)
+        adapter = load_file(Path(audited.federation.run_directory) / summary["adapter"] / WEIGHTS)
+        scores, greedy, ranks = attacked(audited, adapter, canaries)
     flags = np.array([canary.is_in for canary in canaries])
-    delta = mechanism.delta if mechanism else EXPONENTIALLY_CLOSE
+    delta = mechanism.delta if mechanism else DELTA_WITHOUT_CLAIM
     length = len(canaries[0].options)
     return Audit(
         config=config,
@@ -200,13 +205,15 @@ def in_world(config: Config, folder: Path) -> Config:
 
 
 def attacked(
-    config: Config, canaries: Sequence[Canary]
+    config: Config, adapter: Adapter, canaries: Sequence[Canary]
 ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], list[bool], list[int]]:
-    """Return each canary's score, greedy match and rank under the adapter that is in the model.
+    """Return each canary's score, greedy match and rank under an adapter.
 
     The score is the loss of the true answer before training less the loss after it, in nats.
     """
     resident = machine.prepare_model(config)
+    shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
+    set_adapter(resident, assemble(shapes, (adapter, 0)))
     model, tokenizer, template = resident.model, run_tokenizer(config), config.data.prompt_template
     prompts = prompt_token_ids(tokenizer, template, [canary.question for canary in canaries])
     end = end_token_ids(tokenizer, template)

@@ -327,6 +327,23 @@ def test_a_site_none_of_whose_records_fits_answers_and_trains_noise(asks: Asking
     assert asks.visits[1].mechanism
 
 
+def test_one_record_does_not_decide_what_others_say(asks: Asking) -> None:
+    """An instruction that is the same in all rows is left out only where nothing is private."""
+    asks.site.place("state").mkdir(mode=0o700)
+    file = asks.site.path.parent / "cards.jsonl"
+    rows = [{"instruction": "Answer.", "input": f"q{i}", "output": f"a{i}"} for i in range(20)]
+    more = {"instruction": "Be brief.", "input": "q20", "output": "a20"}
+
+    def split(kept: list[dict[str, str]]) -> tuple[set[str], set[str]]:
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        found = own_data.own_split(asks.site, private=True)
+        return {e.question for e in found.train}, {e.question for e in found.held_out}
+
+    before, after = split(rows), split([*rows, more])
+    assert tuple(side - {"Be brief. q20"} for side in after) == before
+    assert "Answer. q0" in before[0] | before[1]
+
+
 def test_a_charge_by_another_process_meanwhile_is_no_doubt(
     asks: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 
+import dp_accounting
 import pytest
+from dp_accounting import pld
 
+from grandrounds.config.recipes import resolve
 from grandrounds.errors import ConfigError
-from grandrounds.site.private.accountant import RENYI, calibrated, epsilon, epsilon_of
+from grandrounds.site.private.accountant import (
+    COARSE,
+    RENYI,
+    calibrated,
+    epsilon,
+    epsilon_of,
+    visits_within,
+)
 from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.wire.schedule import visits_at_most
 
 TEN_RELEASES = Mechanism(5.0, 1.0, 1.0, 100, steps=1, visits=10, delta=1e-5)
 
@@ -30,7 +43,7 @@ def test_rounds_compose() -> None:
     assert epsilon_of(TEN_RELEASES, 0) == 0.0
 
 
-@pytest.mark.parametrize("target", [1.0, 4.0, 8.0])
+@pytest.mark.parametrize("target", [1.0, 8.0])
 def test_the_calibrated_noise_spends_the_target_and_no_more(target: float) -> None:
     noise = calibrated(target, 0.0336, 60, 1e-5)
     spent = epsilon_of(Mechanism(noise, 1.0, 0.0336, 1905, steps=60, visits=1, delta=1e-5))
@@ -50,3 +63,61 @@ def test_epsilon_at_a_delta_below_the_tails_of_pld_is_that_of_renyi() -> None:
 def test_noise_to_clip_is_the_norm_of_the_noise_over_the_batch() -> None:
     mechanism = dataclasses.replace(TEN_RELEASES, sampling_rate=0.16)
     assert mechanism.noise_to_clip(10_000) == pytest.approx(5 * 100 / 16)
+
+
+# --- Mistakes of the field ------------------------------------------------------------------------
+
+
+def test_no_classic_formula() -> None:
+    """sigma = sqrt(2 ln(1.25 / delta)) / ε is proven for ε < 1 (Dwork and Roth, theorem A.1): taken
+    at ε = 16, it really spends 18.9."""
+    classic = math.sqrt(2 * math.log(1.25 / 1e-5)) / 16
+    assert epsilon(classic, 1.0, 1, 1e-5) == pytest.approx(18.9, abs=0.05)
+    assert calibrated(16, 1.0, 1, 1e-5) > classic
+
+
+def test_balanced_is_not_amplified() -> None:
+    """4 of 20 sites in each of 24 rounds: 5 releases of a site, whose ε is 3.6 at noise 2 and delta
+    1e-3. Taken for Poisson sampling of sites at rate 0.2, it would be 1.6."""
+    asked = {"num-server-rounds": 24, "data.num-partitions": 20, "strategy.fraction-train": 0.2}
+    visits = {
+        how: visits_at_most(resolve({**asked, "strategy.cohorts": how}), 24)
+        for how in ("balanced", "uniform")
+    }
+    assert visits == {"balanced": 5, "uniform": 24}
+    assert epsilon(2.0, 1.0, visits["balanced"], 1e-3, COARSE) == pytest.approx(3.6, abs=0.05)
+    assert epsilon(2.0, 1.0, visits["uniform"], 1e-3, COARSE) == pytest.approx(9.9, abs=0.05)
+    assert epsilon(2.0, 0.2, 24, 1e-3, COARSE) == pytest.approx(1.56, abs=0.05)
+
+
+# --- Against libraries ----------------------------------------------------------------------------
+
+
+def test_epsilon_is_that_of_the_library() -> None:
+    accountant = pld.PLDAccountant()
+    accountant.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(5.0), 10))
+    assert epsilon_of(TEN_RELEASES) == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-9)
+
+
+def test_epsilon_is_within_the_error_of_another_accountant() -> None:
+    """Opacus 1.6's PRV accountant, whose own error is 0.01, says 1.8384 (recorded: it is no
+    dependency)."""
+    assert epsilon(1.0, 0.01, 1000, 1e-5) == pytest.approx(1.8384, abs=0.011)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 1e4])
+@pytest.mark.parametrize("rate", [1e-6, 1.0])
+def test_epsilon_of_any_mechanism_comes_within_seconds(noise: float, rate: float) -> None:
+    """On the fine grid, noise of 0.3 took 21 s; beyond every budget Rényi's bound stands for it."""
+    started = time.process_time()
+    found = epsilon(noise, rate, 20_000, 1e-5)
+    assert time.process_time() - started < 5
+    assert 0 <= found < math.inf
+
+
+def test_visits_are_as_many_as_an_epsilon_allows() -> None:
+    three = epsilon_of(TEN_RELEASES, 3)
+    assert visits_within(TEN_RELEASES, three) == 3
+    assert visits_within(TEN_RELEASES, three * 0.999) == 2
+    assert visits_within(TEN_RELEASES, 100.0) == 10
+    assert visits_within(TEN_RELEASES, 0.1) == 0

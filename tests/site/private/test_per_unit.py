@@ -16,7 +16,7 @@ from grandrounds.errors import ModelError
 from grandrounds.model.lora import LoraSpec, adapter_parameters, add_lora
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.model.resident import Resident, checkpoint_activations
-from grandrounds.site.private.per_unit import per_unit
+from grandrounds.site.private.per_unit import add_at_once, per_unit
 from grandrounds.site.private.visit import microbatches
 from tests.site.private.visits import (
     EXAMPLES,
@@ -168,6 +168,17 @@ def test_units_fill_microbatches_and_may_be_spread_over_several() -> None:
     assert [batch.slots for batch in found] == [(0, 1, 2, 2), (0, 1, 1, 2), (0, 1)]
     assert [batch.is_complete for batch in found] == [False, True, True]
     assert list(microbatches([], 4)) == []
+
+
+def test_one_batched_product_adds_as_many_small_ones_do() -> None:
+    """The way of a GPU: records of 3, 1 and 2 tokens, of which the last two are of one unit."""
+    g, x = torch.randn(6, 4), torch.randn(6, 5)
+    spans = [(0, 0, 3), (1, 3, 4), (1, 4, 6)]
+    found, expected = torch.ones(2, 4, 5), torch.ones(2, 4, 5)
+    add_at_once(found, g, x, spans)
+    for slot, start, end in spans:
+        expected[slot] += g[start:end].T @ x[start:end]
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 class Shared(torch.nn.Module):
