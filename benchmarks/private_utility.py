@@ -6,9 +6,10 @@
 
 `common-and-rare`: the arms of `grandrounds privacy demo`, each seed with another draw of the rare
 patients, against these limits: of the common facts at least 90 % are known at ε = 8, 85 % at 4 and
-70 % at 1; the lower 95 % limit of the mean AUC over seeds is not above that of one Gaussian release
-of the same ε; at ε = 1 rare facts are extracted at most 5 points above chance. Exit code 1 if one
-is missed.
+70 % at 1, where a fact is known if its value is the likeliest of four, as in the formulary's exam
+(chance is 25 %; the stricter share, likeliest of all 24, is printed beside it); the lower 95 %
+limit of the mean AUC over seeds is not above that of one Gaussian release of the same ε; at ε = 1
+rare facts are extracted at most 5 points above chance. Exit code 1 if one is missed.
 
 `formulary`: the stock formulary at ε = 8 beside none. Each of its facts is in five records, and a
 site has 75: it is expected to fail, and its figures are printed whatever they are.
@@ -130,7 +131,8 @@ def report_arm(name: str, found: Sequence[Mapping[str, Any]]) -> bool:
     """Print an arm over seeds, and whether its limits hold."""
     from grandrounds.study.audit.membership import auc_of_gaussian
 
-    shares = [one["common-known"] / one["common-facts"] for one in found]
+    shares = [one["common-of-four"] for one in found]
+    strict = [one["common-known"] / one["common-facts"] for one in found]
     rare, absent = (
         sum(one[kind]["matches"] for one in found) / sum(one[kind]["canaries"] for one in found)
         for kind in ("rare", "absent")
@@ -139,8 +141,9 @@ def report_arm(name: str, found: Sequence[Mapping[str, Any]]) -> bool:
     auc, half = mean_interval(aucs)
     epsilon = found[0]["epsilon"]
     print(f"epsilon {f'{epsilon:.2f}' if epsilon else 'none'} (target {name}), {len(found)} seeds")
-    known = ", ".join(f"{100 * share:.0f}" for share in shares)
-    print(f"  common facts known    {100 * sum(shares) / len(shares):.1f} % (by seed {known})")
+    known, strictly = (", ".join(f"{100 * share:.0f}" for share in of) for of in (shares, strict))
+    print(f"  common facts, of 4    {100 * sum(shares) / len(shares):.1f} % (by seed {known})")
+    print(f"  common facts, of 24   {100 * sum(strict) / len(strict):.1f} % (by seed {strictly})")
     print(f"  rare facts extracted  {100 * rare:.1f} %, chance {100 * absent:.1f} %")
     print(
         f"  AUC of membership     {auc:.3f} +- {half:.3f} ({', '.join(f'{a:.3f}' for a in aucs)})"

@@ -47,6 +47,10 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
         f"    visits of {visit}, {accumulated} x {batch} examples a step, at most "
         f"{value['train.seq-length']} tokens each"
     )
+    if value["privacy.unit-guarantee"] == "example":
+        target, noise = value["privacy.target-epsilon"], value["privacy.noise-multiplier"]
+        how = f"epsilon {target} of the run" if target else f"a noise multiplier of {noise}"
+        yield f"    private visits: {how}, clipping norm {value['privacy.clipping-norm']}"
     approved = [o for o in others if o.approved and o.sha256 != recipe.sha256]
     if approved:
         last = max(approved, key=lambda other: other.approved)

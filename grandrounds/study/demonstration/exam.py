@@ -99,6 +99,14 @@ def _share(scores: Sequence[float], true: int) -> float:
     return scores[true] - highest - math.log(sum(math.exp(s - highest) for s in scores))
 
 
+def _of_four(rank: int, length: int) -> float:
+    """Return how often a value of this rank is the likeliest beside three others of its list.
+
+    C(length - rank, 3) / C(length - 1, 3): the three others, drawn at random, all rank below it.
+    """
+    return math.comb(length - rank, 3) / math.comb(length - 1, 3)
+
+
 def knowledge(tuned: Answers, base: Answers) -> dict[str, Any]:
     """Return what a tuned model knows, as JSON values.
 
@@ -118,6 +126,7 @@ def knowledge(tuned: Answers, base: Answers) -> dict[str, Any]:
         "common-known-by-base": sum(rank == 1 for rank in base.common_ranks),
         "common-facts": common,
         "common-interval": list(wilson_interval(known, common)),
+        "common-of-four": sum(_of_four(rank, length) for rank in tuned.common_ranks) / common,
         "rare": rare.as_dict(),
         "absent": absent.as_dict(),
         "membership": membership(gains, np.array(is_in)).as_dict(),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import grp
 import importlib.metadata
+import json
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,10 @@ from grandrounds.cli import app
 from grandrounds.data.formulary import base_path
 from grandrounds.engines.deployment import admissions, joining, keys, set_up
 from grandrounds.server import admitted
-from grandrounds.site.custody import audit
+from grandrounds.site.custody import audit, budget
+from grandrounds.site.custody.state import opened
+from grandrounds.site.private.accountant import epsilon_of
+from grandrounds.site.private.mechanism import Mechanism
 from tests.real import (
     FORMULARY,
     Consortium,
@@ -34,18 +40,19 @@ from tests.real import (
 )
 from tests.runs import metrics_of, read_json, summary_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path) -> None:
     """TLS, node keys, one agent a site, four rounds: the same adapter as in process, bit for bit;
     the base is loaded once at each site; plain PEFT loads the adapter. Then the SuperLink is killed
     in the middle of a run: the exit code and one line say so, and how to go on. The resumption is a
-    new run of Flower's, told in the metrics, and ends with that adapter too."""
+    new run of Flower's, told in the metrics, and ends with that adapter too. Last, a private run
+    until one site's budget ends, in which an agent and the SuperLink are killed."""
     settings = {**FORMULARY, "num-server-rounds": 4, "strategy.connect-timeout-seconds": 120}
     in_process(settings, tmp_path / "plain")
     expected = adapter_of(tmp_path / "plain")
-    with Consortium(tmp_path / "c", settings, policy__max_runs_per_day=2) as consortium:
+    with Consortium(tmp_path / "c", settings, policy__max_runs_per_day=3) as consortium:
         consortium.start_all()
         run = tmp_path / "c" / "run"
         process = consortium.begin_run(run, 4)
@@ -64,6 +71,8 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
         consortium.start_superlink()
         resumed = consortium.resume_run(cut)
         assert consortium.finished(resumed) == 0, consortium.log("cut-resumed")
+        private = private_run(consortium)
+    assert_private(consortium, private)
     assert "status             completed after 4 rounds" in said
     assert "unverified" not in said
     assert "each site's own, 3 sites" in said
@@ -108,6 +117,75 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
 def adapter_of(run: Path) -> bytes:
     """Return the adapter at the end of a run of four rounds."""
     return (run / "peft_4" / "adapter_model.safetensors").read_bytes()
+
+
+MECHANISM = Mechanism(8.0, 0.1, 16 / 500, 500, steps=12, visits=4, delta=1e-5)
+"""Of each visit to three sites that declare 500 units."""
+
+
+def private_run(consortium: Consortium) -> Path:
+    """Train privately on three sites, of which the last has a budget for two visits.
+
+    An agent is killed between charge and reply, and the SuperLink in the round after the budget
+    ended; the run is resumed.
+    """
+    for i, site in enumerate(consortium.sites):
+        text = site.path.read_text()
+        most = epsilon_of(MECHANISM, 2 if i == 2 else 4) * 1.0001
+        values = {"require": "example", "declared-units": 500, "epsilon-of-run": most}
+        for key, value in values.items():
+            text = set_up.with_value(text, "privacy", key, value)
+        site.path.write_text(text)
+    run = consortium.folder / "private"
+    asked = {
+        "privacy.unit-guarantee": "example",
+        "privacy.noise-multiplier": MECHANISM.noise_multiplier,
+        "privacy.clipping-norm": MECHANISM.clipping_norm,
+        "train.training-arguments.max-steps": MECHANISM.steps,
+        "strategy.min-sites": 2,
+    }
+    process = consortium.begin_run(run, 4, **asked)
+    state = consortium.sites[1].place("state") / "site.sqlite"
+
+    def is_charged() -> bool:
+        with closing(sqlite3.connect(state, timeout=5)) as table:
+            found = table.execute("select count(*) from coins").fetchone()
+        return bool(found[0]) or process.poll() is not None
+
+    wait_for(is_charged, 240, "no visit was charged")
+    consortium.kill("agent1")
+    consortium.start_agent(1)
+    wait_for(
+        lambda: rounds_done(run) >= 2 or process.poll() is not None, 240, consortium.log("private")
+    )
+    consortium.kill("superlink")
+    assert consortium.finished(process) == 1
+    consortium.start_superlink()
+    resumed = consortium.resume_run(run)
+    assert consortium.finished(resumed) == 0, consortium.log("private-resumed")
+    return run
+
+
+def assert_private(consortium: Consortium, run: Path) -> None:
+    """Check that each visit was charged once, and that the run went on without the third site."""
+    charged = []
+    for site in consortium.sites:
+        with opened(site.place("state")) as state:
+            [found] = budget.read(site, state).runs.values()
+            lines = state.table.execute("select entry from budget").fetchall()
+        visits = [json.loads(line) for (line,) in lines]
+        rounds = [visit["round"] for visit in visits if visit["kind"] == "visit"]
+        charged.append((rounds, found.visits_left))
+    assert charged == [([1, 2, 3, 4], 0), ([1, 2, 3, 4], 0), ([1, 2], 0)]
+    private = summary_of(run)["privacy"]
+    assert private["mode"] == "enforced"
+    assert "2" in private["budget_spent"]
+    expected = {"0": 4, "1": 4, "2": 2}
+    for site, visits in expected.items():
+        assert private["epsilon_by_site"][site] == pytest.approx(epsilon_of(MECHANISM, visits))
+    lines = metrics_of(run)
+    assert [line["good"] for line in lines[1:]] == [[0, 1, 2], [0, 1, 2], [0, 1], [0, 1]]
+    assert "trains no more: its privacy budget is spent" in consortium.log("private-resumed")
 
 
 def test_who_is_not_admitted_is_kept_out_and_says_why(

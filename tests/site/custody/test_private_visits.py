@@ -17,9 +17,11 @@ from grandrounds.config import recipes
 from grandrounds.errors import BudgetError, ConfigError, OwnDataError, PolicyError
 from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit, budget, counting, own_data
+from grandrounds.site.custody.approvals import Recipe
 from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
+from grandrounds.site.custody.summary import lines_of as lines_of_recipe
 from grandrounds.site.private.coins import KeyedCoins
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
@@ -508,3 +510,11 @@ def test_only_arrays_depend_on_data(
     assert last["epsilon"]["0"] == private["epsilon"]
     assert last["train-loss"] is None
     assert "held-out-loss" not in last  # nobody tells it, so nobody is asked
+
+
+def test_whoever_approves_a_recipe_sees_what_it_guarantees() -> None:
+    recipe = Recipe("ab" * 32, recipes.resolve({**PRIVATE}).flat())
+    lines = list(lines_of_recipe(recipe, []))
+    assert "    private visits: a noise multiplier of 4.0, clipping norm 0.1" in lines
+    plain = Recipe("ab" * 32, recipes.resolve({}).flat())
+    assert not any("private visits" in line for line in lines_of_recipe(plain, []))

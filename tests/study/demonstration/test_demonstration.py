@@ -46,6 +46,13 @@ def test_what_is_known_is_counted_beside_chance_and_the_base() -> None:
     assert MEMORY["membership"]["auc"] == 1.0
 
 
+def test_the_share_among_four_options_follows_from_the_exact_rank() -> None:
+    """Rank 7 of 24: the three others are among the 17 below, C(17, 3) / C(23, 3) = 680 / 1771."""
+    half = knowledge(answers(9, 0, 0.0), answers(0, 0, 0.0))
+    assert half["common-of-four"] == pytest.approx((1 + 680 / 1771) / 2)
+    assert MEMORY["common-of-four"] == 1.0
+
+
 def test_the_same_shares_as_the_base_tell_no_member() -> None:
     assert NO_MEMORY["membership"]["auc"] == 0.5
 
