@@ -127,13 +127,14 @@ def _paths(source: str, place: Path) -> list[Path]:
     if place.exists() or not _is_pattern(source):
         return [place]
     anchor = Path(place.anchor)
-    paths = sorted(anchor.glob(str(place.relative_to(anchor))))
+    matching = sorted(anchor.glob(str(place.relative_to(anchor))))
+    paths = [path for path in matching if path.is_file()]
     if not paths:
         raise DataError(
             f"{source}: no file has such a name. Set {SOURCE_KEY} to a pattern, a folder or a file "
             f"({allowed})."
         )
-    return [path for path in paths if path.is_file()]
+    return paths
 
 
 def _nearest_file(path: Path) -> str:

@@ -51,6 +51,7 @@ def load_rows(
     question_column: str,
     answer_column: str,
     keep_columns: Sequence[str] = (),
+    by_columns: bool = False,
 ) -> Rows:
     """Return the rows of a data source, with questions and answers as text.
 
@@ -74,6 +75,9 @@ def load_rows(
         becomes text, and missing values, blank ones among them, stay missing. Labels of a CSV or
         JSON file are taken as they are written: 001 and 01, or 1.1 and 1.10, are different, and NA
         is one.
+    by_columns : bool
+        Whether an `instruction` beside `input` is joined to it even if it is the same in all rows:
+        then no row decides what another one says.
 
     Returns
     -------
@@ -90,16 +94,16 @@ def load_rows(
     if source in EMBEDDED:
         return _load_embedded(source, columns)
     if looks_like_path(source):
-        return _load_files(source, files_of(source), columns)
-    return _load_hub(source, columns)
+        return _load_files(source, files_of(source), columns, by_columns)
+    return _load_hub(source, columns, by_columns)
 
 
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def rows_of(raw: RawRows, source: str, columns: tuple[str, ...]) -> Rows:
+def rows_of(raw: RawRows, source: str, columns: tuple[str, ...], by_columns: bool = False) -> Rows:
     """Check that rows and columns exist, and convert their values to text."""
-    read = as_read(raw, source, columns)
+    read = as_read(raw, source, columns, by_columns)
     return Rows(read.values, histories=read.histories)
 
 
@@ -119,7 +123,7 @@ class Read:
     """The columns of the source that they come from."""
 
 
-def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
+def as_read(raw: RawRows, source: str, columns: tuple[str, ...], by_columns: bool = False) -> Read:
     """Return the columns as `load_rows` describes them: two of text, then labels.
 
     A conversation that cannot be trained on has neither question nor answer.
@@ -136,7 +140,11 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
             f"needed. Choose another {SOURCE_KEY}."
         )
     (question, answer), kept = columns[:2], columns[2:]
-    layout = _settled(layout_of(raw.available, question, answer), raw, columns)
+    layout = layout_of(raw.available, question, answer)
+    if not (by_columns and layout.question == ("input",)):
+        layout = _settled(layout, raw, columns)
+    elif INSTRUCTION in raw.available and INSTRUCTION not in columns:
+        layout = Layout("alpaca", (INSTRUCTION, "input"), layout.answer)
     if layout.form == "preferences":
         raise DataError(
             f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
@@ -348,7 +356,7 @@ def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_hub(source: str, columns: tuple[str, ...]) -> Rows:
+def _load_hub(source: str, columns: tuple[str, ...], by_columns: bool) -> Rows:
     import datasets
 
     place = OnHub.of(source)
@@ -367,7 +375,7 @@ def _load_hub(source: str, columns: tuple[str, ...]) -> Rows:
         ) from error
     available = tuple(rows.column_names)
     raw = from_table(rows.with_format("arrow")[:], columns_read(columns)(available), available)
-    read = as_read(raw, source, columns)
+    read = as_read(raw, source, columns, by_columns)
     if read.left_out:
         print(
             f"grandrounds: {source}: {len(read.left_out):,} of {len(raw.places):,} conversations "
@@ -408,9 +416,9 @@ def silent_downloads() -> Iterator[None]:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_files(source: str, version: Version, columns: tuple[str, ...]) -> Rows:
+def _load_files(source: str, version: Version, columns: tuple[str, ...], by_columns: bool) -> Rows:
     """Read files; their version is part of the cache key, so that changed ones are read again."""
-    return rows_of(read_files(source, version, columns), source, columns)
+    return rows_of(read_files(source, version, columns), source, columns, by_columns)
 
 
 def read_files(source: str, version: Version, columns: tuple[str, ...]) -> RawRows:

@@ -181,7 +181,13 @@ def _note_format(model_name: str, tokenizer: Any) -> None:
 
 
 def tokenized_site(
-    split: SiteData, partition_id: int, model_name: str, data: DataConfig, seq_length: int
+    split: SiteData,
+    partition_id: int,
+    model_name: str,
+    data: DataConfig,
+    seq_length: int,
+    *,
+    may_be_empty: bool = False,
 ) -> Site:
     """Return a site's tokenised examples.
 
@@ -189,6 +195,9 @@ def tokenized_site(
     ----------
     data : DataConfig
         Of the run: only the prompt is read.
+    may_be_empty : bool
+        Whether a site without a training example is none too few. An error would tell the server
+        whether any record is shorter than the length that it chose.
 
     Raises
     ------
@@ -213,7 +222,7 @@ def tokenized_site(
             "conversations only the last answer is learned.",
             file=sys.stderr,
         )
-    if not train.examples:
+    if not train.examples and not may_be_empty:
         raise DataError(
             f"Site {partition_id} has no example left for training: the prompts of all its "
             f"{len(split.train)} examples fill train.seq-length = {seq_length} tokens. Raise it."

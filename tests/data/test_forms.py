@@ -106,6 +106,9 @@ def test_files_of_a_folder_and_of_a_pattern_follow_one_another(tmp_path: Path) -
     (tmp_path / "2.jsonl").write_text(lines([{"question": "q", "output": "a"}]))
     with pytest.raises(DataError, match=r"2\.jsonl: there is no column 'input', which .*0\.jsonl"):
         examples(tmp_path)
+    (tmp_path / "inside").mkdir()
+    with pytest.raises(DataError, match="no file has such a name"):
+        examples(tmp_path / "in*")
 
 
 def test_a_column_that_nobody_reads_is_told(tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def read(site: SiteFile, state: SiteState) -> Budget:
     PolicyError
         If the table is missing, damaged, or older than the sequence file.
     """
+    file = sequence_file(site)
+    # Read before the table, to which another process may add lines meanwhile.
+    known = _known_sequence(file)
     try:
         rows = state.table.execute("select number, entry, sha256 from budget order by number")
         lines = [(int(number), str(entry), str(sha256)) for number, entry, sha256 in rows]
@@ -123,7 +126,9 @@ def read(site: SiteFile, state: SiteState) -> Budget:
         except (ValueError, KeyError, TypeError) as error:
             raise _broken(f"line {place} cannot be read") from error
         previous = sha256
-    _check_sequence(sequence_file(site), lines)
+    if lines and known is None:
+        known = _known_sequence(file)  # the first line was added meanwhile
+    _check_sequence(file, known, lines)
     return Budget(runs, len(lines), previous)
 
 
@@ -142,17 +147,29 @@ def _add(runs: dict[str, ChargedRun], entry: Mapping[str, Any]) -> None:
     runs[run.run] = ChargedRun(**{**vars(run), "visits": run.visits + 1})
 
 
-def _check_sequence(file: Path, lines: Sequence[tuple[int, str, str]]) -> None:
-    """Raise `PolicyError` if the table lacks a line that the sequence file knows."""
+def _known_sequence(file: Path) -> tuple[int, str] | None:
+    """Return the number and the hash in a sequence file; None if there is no such file."""
     if not file.exists():
-        if lines:
-            raise _broken(f"{file.name} is missing")
-        return
+        return None
     try:
         known = storage.read_json(file)
         number, sha256 = int(known["number"]), str(known["sha256"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise _broken(f"{file.name} cannot be read") from error
+    if number < 0:
+        raise _broken(f"{file.name} cannot be read")
+    return number, sha256
+
+
+def _check_sequence(
+    file: Path, known: tuple[int, str] | None, lines: Sequence[tuple[int, str, str]]
+) -> None:
+    """Raise `PolicyError` if the table lacks a line that the sequence file knows."""
+    if known is None:
+        if lines:
+            raise _broken(f"{file.name} is missing")
+        return
+    number, sha256 = known
     if number > len(lines):
         raise _broken(
             f"it has {len(lines)} lines, but had {number}: it was restored from a backup, or "
@@ -248,6 +265,12 @@ def charge(site: SiteFile, state: SiteState, visit: Visiting) -> bytes:
     if (key := known_key(state, visit.run, visit.digest)) is not None:
         return key
     check_visit(budget, visit.run)
+    charged_run = budget.runs.get(visit.run)
+    if charged_run is not None and charged_run.mechanism != visit.mechanism:
+        raise PolicyError(
+            "Another process has charged this run with other noise meanwhile: two agents share "
+            f"{site.agent.state}. Stop one of them."
+        )
     file = sequence_file(site)
     if not file.exists():  # the table is empty, or `read` would have refused
         _write_sequence(file, 0, NOTHING)
@@ -321,5 +344,14 @@ def _write_sequence(file: Path, number: int, sha256: str) -> None:
 
 
 def answered(table: sqlite3.Connection, run: str, digest: str) -> None:
-    """Delete the key of a visit's coins, in the transaction that caches its reply."""
-    table.execute("delete from coins where run = ? and digest = ?", (run, digest))
+    """Delete the key of a visit's coins, in the transaction that caches its reply.
+
+    Raises
+    ------
+    PolicyError
+        If it is gone: another process has answered the same request with the same coins. Two
+        replies with the same noise, made of data that changed in between, would differ by them.
+    """
+    gone = table.execute("delete from coins where run = ? and digest = ?", (run, digest))
+    if gone.rowcount != 1:
+        raise PolicyError("Another process has answered this request meanwhile.")

@@ -56,7 +56,8 @@ def private_site(
     Whether a unit is held out, and which of its records train, depends on that unit and a secret of
     the site alone.
     """
-    return _tokenized(_rows(site, run), private_split_of(site), model_name, prompt, seq_length)
+    rows, how = _rows(site, run, private=True), private_split_of(site)
+    return _tokenized(rows, how, model_name, prompt, seq_length)
 
 
 def private_split_of(site: SiteFile) -> OwnSplit:
@@ -76,7 +77,7 @@ def own_split(site: SiteFile, run: str = "", *, private: bool = False) -> SiteDa
         Whether they are divided by unit, as for private visits.
     """
     plain = OwnSplit(site.data, site.node, site.privacy.unit_column)
-    return (private_split_of(site) if private else plain).of(_rows(site, run))
+    return (private_split_of(site) if private else plain).of(_rows(site, run, private=private))
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _searched(rows: Rows, how: OwnSplit) -> Searched:
     return Searched(fingerprint(texts), len(texts), counts)
 
 
-def _rows(site: SiteFile, run: str) -> Rows:
+def _rows(site: SiteFile, run: str, *, private: bool = False) -> Rows:
     data, unit = site.data, site.privacy.unit_column
     columns = (data.question_column, data.answer_column, *([unit] if unit else []))
     if data.database:
@@ -153,6 +154,7 @@ def _rows(site: SiteFile, run: str) -> Rows:
         question_column=data.question_column,
         answer_column=data.answer_column,
         keep_columns=columns[2:],
+        by_columns=private,
     )
 
 
@@ -164,7 +166,10 @@ def _tokenized(
     prompt: DataConfig,
     seq_length: int,
 ) -> Site:
-    return tokenized_site(how.of(rows), how.node.partition_id, model_name, prompt, seq_length)
+    number, is_private = how.node.partition_id, how.units is not None
+    return tokenized_site(
+        how.of(rows), number, model_name, prompt, seq_length, may_be_empty=is_private
+    )
 
 
 @dataclass

@@ -126,7 +126,8 @@ def keep(request: Request, answered: Answered) -> None:
             "do update set file = excluded.file, bytes = excluded.bytes, at = excluded.at",
             (run, answered.digest, request.round, request.kind, now, reply, reply_bytes),
         )
-        budget.answered(table, run, answered.digest)
+        if request.mechanism:
+            budget.answered(table, run, answered.digest)
         old = table.execute(
             "select file from requests where run = ? and round <= ?",
             (run, request.round - ROUNDS_KEPT),

@@ -22,8 +22,8 @@ def check_base(config: Config) -> None:
     Raises
     ------
     ModelError
-        If it routes tokens to experts, multiplies in int8, or chooses its positions' frequencies by
-        the longest record of a batch.
+        If it routes tokens to experts, multiplies in int8, drops activations at random, or chooses
+        its positions' frequencies by the longest record of a batch.
     """
     name, microbatch = config.model.source, config.arguments.per_device_train_batch_size
     told = f"privacy.unit-guarantee does not cover {name!r}"
@@ -39,7 +39,15 @@ def check_base(config: Config) -> None:
             "train.training-arguments.per-device-train-batch-size = 1 with "
             f"gradient-accumulation-steps = {config.examples_per_step}."
         )
-    longest = _longest_with_fixed_positions(base_config(name).get_text_config())
+    described = base_config(name).get_text_config()
+    if dropped := _dropout(described):
+        key, share = dropped
+        raise ModelError(
+            f"{told}, which drops activations at random ({key} = {share:g}): the masks of a batch "
+            "are drawn in a row, so that one record changes those of the others. Use a copy with "
+            f"{key} = 0 in its config.json."
+        )
+    longest = _longest_with_fixed_positions(described)
     if longest is not None and config.train.seq_length > longest:
         raise ModelError(
             f"{told} with train.seq-length = {config.train.seq_length}: beyond {longest} tokens it "
@@ -51,6 +59,15 @@ def check_base(config: Config) -> None:
 @lru_cache(maxsize=4)
 def _experts(name: str) -> tuple[str, ...]:
     return tuple(expert_modules(without_weights(name)))
+
+
+def _dropout(base: Any) -> tuple[str, float] | None:
+    """Return a key by which a base drops something in training, and the share; None: by none."""
+    for key, value in base.to_dict().items():
+        of_heads = key.startswith(("classifier", "summary"))  # of heads that no run has
+        if "drop" in key and not of_heads and isinstance(value, int | float) and value > 0:
+            return key, float(value)
+    return None
 
 
 def _longest_with_fixed_positions(base: Any) -> int | None:

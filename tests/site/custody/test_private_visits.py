@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import closing
 from pathlib import Path
@@ -318,6 +319,71 @@ def test_held_out_split_is_per_unit(settings: Settings, tmp_path: Path) -> None:
     assert visit.chosen.indices == ()
 
 
+def test_a_site_none_of_whose_records_fits_answers_and_trains_noise(asks: Asking) -> None:
+    """A refusal would tell for nothing whether any record is shorter than a chosen length."""
+    row = {"input": "so long a question " * 5000, "output": "a"}
+    (asks.site.path.parent / "cards.jsonl").write_text(json.dumps(row) + "\n")
+    for kind in ("query", "train"):
+        asks(kind=kind)
+    assert [visit.site.units for visit in asks.visits] == [(), ()]
+    assert asks.visits[1].mechanism
+
+
+def test_one_record_does_not_decide_what_others_say(asks: Asking) -> None:
+    """An instruction that is the same in all rows is left out only where nothing is private."""
+    asks.site.place("state").mkdir(mode=0o700)
+    file = asks.site.path.parent / "cards.jsonl"
+    rows = [{"instruction": "Answer.", "input": f"q{i}", "output": f"a{i}"} for i in range(20)]
+    more = {"instruction": "Be brief.", "input": "q20", "output": "a20"}
+
+    def split(kept: list[dict[str, str]]) -> tuple[set[str], set[str]]:
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        found = own_data.own_split(asks.site, private=True)
+        return {e.question for e in found.train}, {e.question for e in found.held_out}
+
+    before, after = split(rows), split([*rows, more])
+    assert tuple(side - {"Be brief. q20"} for side in after) == before
+    assert "Answer. q0" in before[0] | before[1]
+
+
+def test_a_charge_by_another_process_meanwhile_is_no_doubt(
+    asks: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks()
+    read = budget.storage.read_json
+    charging = iter([True])
+
+    def slowly(file: Path) -> Any:
+        if next(charging, False):
+            asks(number=2)
+        return read(file)
+
+    monkeypatch.setattr(budget.storage, "read_json", slowly)
+    assert budget_of(asks.site).runs["ab"].visits == 2
+
+
+def test_two_processes_do_not_answer_one_request_with_the_same_coins(asks: Asking) -> None:
+    inner: list[Message] = []
+
+    def slow(visit: Visit) -> RecordDict:
+        inner.append(asks())
+        return asks.note(visit)
+
+    with pytest.raises(OwnDataError):
+        asks(function=slow)
+    assert packed(asks()) == packed(inner[0])
+    assert budget_of(asks.site).runs["ab"].visits == 1
+
+
+def test_a_run_that_was_charged_with_other_noise_meanwhile_is_not_trained(asks: Asking) -> None:
+    asks()
+    mechanism = budget_of(asks.site).runs["ab"].mechanism
+    less = dataclasses.replace(mechanism, noise_multiplier=mechanism.noise_multiplier / 2)
+    with closing(SiteState(asks.site.place("state"))) as state, state.lasting():  # noqa: SIM117
+        with pytest.raises(PolicyError, match="other noise meanwhile"):
+            budget.charge(asks.site, state, budget.Visiting("ab", "digest", 2, less))
+
+
 # --- What leaves ----------------------------------------------------------------------------------
 
 
@@ -349,7 +415,7 @@ def test_refusal_texts_have_no_counts(
         refused(asks, kind, error)
     text = 'identifiers = "report"', 'identifiers = "refuse"'
     asks.site.path.write_text(asks.site.path.read_text().replace(*text))
-    (asks.site.path.parent / "cards.jsonl").write_text('{"input": "a", "output": ""}\n')
+    (asks.site.path.parent / "cards.jsonl").write_text('{"input": "a", "output": \n')
     refused(asks, "train", None)
     assert len(said) == 1
     assert len(reasons) == 4

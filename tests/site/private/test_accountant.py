@@ -14,6 +14,7 @@ from grandrounds.config.recipes import resolve
 from grandrounds.errors import ConfigError
 from grandrounds.site.private.accountant import (
     COARSE,
+    RENYI,
     calibrated,
     epsilon,
     epsilon_of,
@@ -52,6 +53,11 @@ def test_the_calibrated_noise_spends_the_target_and_no_more(target: float) -> No
 def test_what_no_noise_reaches_is_refused() -> None:
     with pytest.raises(ConfigError, match="No noise reaches"):
         calibrated(1e-5, 1.0, 10**6, 1e-6)
+
+
+def test_epsilon_at_a_delta_below_the_tails_of_pld_is_that_of_renyi() -> None:
+    by_pld, by_renyi = (epsilon(5.5, 0.016, 20, delta) for delta in (1e-14, 1e-20))
+    assert by_pld < by_renyi == epsilon(5.5, 0.016, 20, 1e-20, RENYI)
 
 
 def test_noise_to_clip_is_the_norm_of_the_noise_over_the_batch() -> None:

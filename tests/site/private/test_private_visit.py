@@ -361,6 +361,17 @@ def test_positions_that_follow_the_longest_record_are_refused(
         check_base(recipes.resolve(values, {"train.seq-length": 65}))
 
 
+def test_a_base_that_drops_activations_is_refused(
+    tmp_path: Path, federation: dict[str, Any]
+) -> None:
+    values = {**federation, **PRIVATE, "model.name": saved_config("gpt2", tmp_path)}
+    check_base(recipes.resolve(values))
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "resid_pdrop": 0.1}))
+    with pytest.raises(ModelError, match=r"resid_pdrop = 0\.1"):
+        check_base(recipes.resolve(values))
+
+
 def test_int8_goes_record_by_record(tiny_base: Path, federation: dict[str, Any]) -> None:
     batch = "train.training-arguments.per-device-train-batch-size"
     values = {**federation, **PRIVATE, "model.quantization": 8}
