@@ -21,7 +21,7 @@ from grandrounds.site.custody import order
 from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
-from grandrounds.site.private.units import UnitRule, split_by_unit
+from grandrounds.site.private.units import UnitRule, alike, split_by_unit, unit_name
 
 
 def own_site(
@@ -78,6 +78,12 @@ def own_split(site: SiteFile, run: str = "", *, private: bool = False) -> SiteDa
     """
     plain = OwnSplit(site.data, site.node, site.privacy.unit_column)
     return (private_split_of(site) if private else plain).of(_rows(site, run, private=private))
+
+
+def units_alike(site: SiteFile) -> list[tuple[str, str]]:
+    """Return pairs of a site's unit names that may mean one unit (`units.alike`)."""
+    column = site.privacy.unit_column
+    return alike(map(unit_name, _rows(site, "", private=True)[column])) if column else []
 
 
 @dataclass(frozen=True)
