@@ -175,7 +175,8 @@ def _privacy(site: SiteFile) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "units",
-            f"{counted(len(pairs), 'name')} in {privacy.unit_column!r} differ from another in case "
+            f"{counted(len(pairs), 'name')} in {privacy.unit_column!r} "
+            f"{'differs' if len(pairs) == 1 else 'differ'} from another in case "
             f"or in how a number is written, such as {one!r} and {other!r} (for this screen only): "
             "a patient under two names is two units, each with the whole guarantee",
         )
