@@ -333,8 +333,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--partitions", nargs="+", default=["natural"], metavar="NAME")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--attacks", nargs="+", default=list(NAMES), metavar="NAME")
+    many: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--settings", choices=list(SETTINGS), default=list(SETTINGS), **many)
+    parser.add_argument("--attacks", choices=[*NAMES, HELD_BACK], default=list(NAMES), **many)
     parser.add_argument("--hostile", type=int, nargs="+", default=[2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=SCHEDULE["num-server-rounds"])

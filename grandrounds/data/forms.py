@@ -59,7 +59,7 @@ def layout_of(available: Sequence[str], question: str, answer: str) -> Layout:
         `data.question-column` and `data.answer-column`. If they are the usual ones and not there,
         the columns of the other forms are looked for.
     """
-    named = (question,) if question in available else _named_in(question)
+    named = (question,) if question in available else named_in(question)
     parts = named or (question,)
     if len(parts) == 1 and parts[0] in available and answer not in available:
         return Layout("conversations", parts, "")
@@ -81,6 +81,6 @@ def pairs(question: str, answer: str) -> Layout:
     return Layout("pairs", (question,), answer)
 
 
-def _named_in(columns: str) -> tuple[str, ...]:
+def named_in(columns: str) -> tuple[str, ...]:
     """Return the columns named in a comma-separated list."""
     return tuple(name.strip() for name in columns.split(",") if name.strip())

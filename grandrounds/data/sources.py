@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.alone import columns_read_alone, rows_alone
 from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import (
@@ -51,7 +52,7 @@ def load_rows(
     question_column: str,
     answer_column: str,
     keep_columns: Sequence[str] = (),
-    by_columns: bool = False,
+    alone: bool = False,
 ) -> Rows:
     """Return the rows of a data source, with questions and answers as text.
 
@@ -75,9 +76,8 @@ def load_rows(
         becomes text, and missing values, blank ones among them, stay missing. Labels of a CSV or
         JSON file are taken as they are written: 001 and 01, or 1.1 and 1.10, are different, and NA
         is one.
-    by_columns : bool
-        Whether an `instruction` beside `input` is joined to it even if it is the same in all rows:
-        then no row decides what another one says.
+    alone : bool
+        Whether no row may decide how another one is read: see `data.alone`.
 
     Returns
     -------
@@ -94,16 +94,18 @@ def load_rows(
     if source in EMBEDDED:
         return _load_embedded(source, columns)
     if looks_like_path(source):
-        return _load_files(source, files_of(source), columns, by_columns)
-    return _load_hub(source, columns, by_columns)
+        return _load_files(source, files_of(source), columns, alone)
+    return _load_hub(source, columns, alone)
 
 
 # --- Checks ---------------------------------------------------------------------------------------
 
 
-def rows_of(raw: RawRows, source: str, columns: tuple[str, ...], by_columns: bool = False) -> Rows:
+def rows_of(raw: RawRows, source: str, columns: tuple[str, ...], alone: bool = False) -> Rows:
     """Check that rows and columns exist, and convert their values to text."""
-    read = as_read(raw, source, columns, by_columns)
+    if alone:
+        return rows_alone(raw, columns)
+    read = as_read(raw, source, columns)
     return Rows(read.values, histories=read.histories)
 
 
@@ -123,7 +125,7 @@ class Read:
     """The columns of the source that they come from."""
 
 
-def as_read(raw: RawRows, source: str, columns: tuple[str, ...], by_columns: bool = False) -> Read:
+def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
     """Return the columns as `load_rows` describes them: two of text, then labels.
 
     A conversation that cannot be trained on has neither question nor answer.
@@ -140,11 +142,7 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...], by_columns: boo
             f"needed. Choose another {SOURCE_KEY}."
         )
     (question, answer), kept = columns[:2], columns[2:]
-    layout = layout_of(raw.available, question, answer)
-    if not (by_columns and layout.question == ("input",)):
-        layout = _settled(layout, raw, columns)
-    elif INSTRUCTION in raw.available and INSTRUCTION not in columns:
-        layout = Layout("alpaca", (INSTRUCTION, "input"), layout.answer)
+    layout = _settled(layout_of(raw.available, question, answer), raw, columns)
     if layout.form == "preferences":
         raise DataError(
             f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
@@ -356,7 +354,7 @@ def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_hub(source: str, columns: tuple[str, ...], by_columns: bool) -> Rows:
+def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
     import datasets
 
     place = OnHub.of(source)
@@ -374,8 +372,11 @@ def _load_hub(source: str, columns: tuple[str, ...], by_columns: bool) -> Rows:
             f"({', '.join(FILE_ENDINGS)}) or to {BUILT_IN}."
         ) from error
     available = tuple(rows.column_names)
-    raw = from_table(rows.with_format("arrow")[:], columns_read(columns)(available), available)
-    read = as_read(raw, source, columns, by_columns)
+    choose = columns_read_alone(columns) if alone else columns_read(columns)
+    raw = from_table(rows.with_format("arrow")[:], choose(available), available)
+    if alone:
+        return rows_alone(raw, columns)
+    read = as_read(raw, source, columns)
     if read.left_out:
         print(
             f"grandrounds: {source}: {len(read.left_out):,} of {len(raw.places):,} conversations "
@@ -416,12 +417,14 @@ def silent_downloads() -> Iterator[None]:
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)
-def _load_files(source: str, version: Version, columns: tuple[str, ...], by_columns: bool) -> Rows:
+def _load_files(source: str, version: Version, columns: tuple[str, ...], alone: bool) -> Rows:
     """Read files; their version is part of the cache key, so that changed ones are read again."""
-    return rows_of(read_files(source, version, columns), source, columns, by_columns)
+    return rows_of(read_files(source, version, columns, alone), source, columns, alone)
 
 
-def read_files(source: str, version: Version, columns: tuple[str, ...]) -> RawRows:
+def read_files(
+    source: str, version: Version, columns: tuple[str, ...], alone: bool = False
+) -> RawRows:
     """Return the rows of all files of a source, one after the other.
 
     Raises
@@ -430,17 +433,17 @@ def read_files(source: str, version: Version, columns: tuple[str, ...]) -> RawRo
         If a file is damaged, or one has other columns of questions and answers than the first.
     """
     read = []
-    choose = columns_read(columns)
+    choose = columns_read_alone(columns) if alone else columns_read(columns)
     for path, _, _ in version:
         name = source if len(version) == 1 else str(path)
         try:
-            raw = read_file(path, name, choose, columns[2:])
+            raw = read_file(path, name, choose, () if alone else columns[2:])
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise unreadable(name, error) from error
         read.append((name, raw))
     first_name, first = read[0]
     wanted = {name for name in choose(first.available) if name in first.available}
-    for name, raw in read[1:]:
+    for name, raw in [] if alone else read[1:]:
         if missing := sorted(wanted - set(raw.available)):
             raise DataError(
                 f"{name}: there is no column {missing[0]!r}, which {first_name} has; the columns "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from grandrounds.data.chat import apart, chat_format, rendered
 from grandrounds.data.conversations import Turn
 from grandrounds.data.prompts import build_prompt, response_text
-from grandrounds.errors import DataError
+from grandrounds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +123,7 @@ def tokenize_examples(
     template: str,
     seq_length: int,
     train_on: str = ANSWERS,
+    alone: bool = False,
 ) -> TokenizedExamples:
     """Tokenise a site's examples.
 
@@ -137,6 +138,9 @@ def tokenize_examples(
         conversations of which an earlier answer is learned.
     train_on : str
         `answers`: every answer of a conversation; `last`: its last one.
+    alone : bool
+        Whether an example that the template cannot render is left out as unlearnable, so that it
+        decides nothing about the others.
 
     Raises
     ------
@@ -144,6 +148,17 @@ def tokenize_examples(
         If a conversation has several turns or a system prompt and the template has room for one
         question.
     """
+    if alone:
+        given = len(examples)
+        places = [p for p, e in enumerate(examples) if _is_rendered(e, tokenizer, template)]
+        found = tokenize_examples(
+            [examples[p] for p in places], tokenizer, template, seq_length, train_on
+        )
+        return replace(
+            found,
+            unlearnable=found.unlearnable + given - len(places),
+            positions=tuple(places[p] for p in found.positions),
+        )
     turns = [(*e.before, ("user", e.question)) for e in examples]
     prompts = conversation_token_ids(tokenizer, template, turns)
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
@@ -165,6 +180,18 @@ def tokenize_examples(
     shortened = _shortened(examples, tokenizer) if template == "chat" else 0
     counts = truncated, unlearnable, shortened, unlearned
     return TokenizedExamples(tuple(kept), *counts, tuple(positions))
+
+
+def _is_rendered(example: Example, tokenizer: Any, template: str) -> bool:
+    """Whether a template can render an example and its answers."""
+    turns = (*example.before, ("user", example.question))
+    said = [content for role, content in example.before if role == "assistant"]
+    try:
+        conversation_token_ids(tokenizer, template, [turns])
+        answer_token_ids(tokenizer, template, [*said, example.answer])
+    except (ConfigError, DataError):
+        return False
+    return True
 
 
 def _earlier_answers(

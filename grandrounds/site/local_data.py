@@ -187,7 +187,7 @@ def tokenized_site(
     data: DataConfig,
     seq_length: int,
     *,
-    may_be_empty: bool = False,
+    alone: bool = False,
 ) -> Site:
     """Return a site's tokenised examples.
 
@@ -195,9 +195,11 @@ def tokenized_site(
     ----------
     data : DataConfig
         Of the run: only the prompt is read.
-    may_be_empty : bool
-        Whether a site without a training example is none too few. An error would tell the server
-        whether any record is shorter than the length that it chose.
+    alone : bool
+        Whether no record may decide anything about the others or about the site: one that the
+        template cannot render is left out, and a site without a training example is none too few.
+        Errors would tell the server whether a record is longer than the length that it chose, or a
+        conversation where the prompt that it chose has no room for one.
 
     Raises
     ------
@@ -207,8 +209,10 @@ def tokenized_site(
     tokenizer, template = dated_tokenizer(model_name, data), data.prompt_template
     if template == "chat":
         _note_format(model_name, tokenizer)
-    train = tokenize_examples(split.train, tokenizer, template, seq_length, data.train_on)
-    held_out = tokenize_examples(split.held_out, tokenizer, template, seq_length, data.train_on)
+    train, held_out = (
+        tokenize_examples(side, tokenizer, template, seq_length, data.train_on, alone)
+        for side in (split.train, split.held_out)
+    )
     if shortened := train.shortened + held_out.shortened:
         print(
             f"grandrounds: site {partition_id}: of {shortened:,} answers the chat template of "
@@ -222,7 +226,7 @@ def tokenized_site(
             "conversations only the last answer is learned.",
             file=sys.stderr,
         )
-    if not train.examples and not may_be_empty:
+    if not train.examples and not alone:
         raise DataError(
             f"Site {partition_id} has no example left for training: the prompts of all its "
             f"{len(split.train)} examples fill train.seq-length = {seq_length} tokens. Raise it."

@@ -117,7 +117,7 @@ def is_hidden(folder: Path) -> bool:
 
 def _data(site: SiteFile) -> Iterator[Finding]:
     """Rows, duplicates, held-out examples, and whether the policy's minimum is reached."""
-    report = own_split(site).report
+    report = own_split(site, private=site.is_private).report
     yield Finding(
         "ok",
         "data",
@@ -186,7 +186,7 @@ def _identifiers(site: SiteFile) -> Iterator[Finding]:
     """What looks like identifiers of persons in the site's examples, counted by kind."""
     if site.data.identifiers == "off":
         return
-    found = own_identifiers(site)
+    found = own_identifiers(site, private=site.is_private)
     level, told = "warning" if found.counts else "ok", in_words(found.counts, found.examples)
     if site.data.identifiers == "refuse" and found.certain:
         level = "error"
@@ -198,7 +198,7 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Presence and hash of each base model, token counts under its tokenizer, memory."""
     split = None
     with suppress(GrandRoundsError):  # already reported under data
-        split = own_split(site)
+        split = own_split(site, private=site.is_private)
     for name, base in site.bases.items():
         try:
             found = base_sha256(site, name)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from grandrounds.config.keys import DataConfig
+from grandrounds.data.alone import columns_read_alone
 from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
@@ -44,7 +45,7 @@ def own_site(
     DataError
         If the source cannot be used, or has no training example.
     """
-    how = OwnSplit(site.data, site.node, site.privacy.unit_column)
+    how = _split_of(site, private=False)
     return _tokenized(_rows(site, run), how, model_name, prompt, seq_length)
 
 
@@ -76,8 +77,13 @@ def own_split(site: SiteFile, run: str = "", *, private: bool = False) -> SiteDa
     private : bool
         Whether they are divided by unit, as for private visits.
     """
-    plain = OwnSplit(site.data, site.node, site.privacy.unit_column)
-    return (private_split_of(site) if private else plain).of(_rows(site, run, private=private))
+    return _split_of(site, private=private).of(_rows(site, run, private=private))
+
+
+def _split_of(site: SiteFile, *, private: bool) -> OwnSplit:
+    if private:
+        return private_split_of(site)
+    return OwnSplit(site.data, site.node, site.privacy.unit_column)
 
 
 def units_alike(site: SiteFile) -> list[tuple[str, str]]:
@@ -133,18 +139,26 @@ class Searched:
         return {kind: count for kind, count in self.counts.items() if kind in CERTAIN}
 
 
-def own_identifiers(site: SiteFile, run: str = "") -> Searched:
+def own_identifiers(site: SiteFile, run: str = "", *, private: bool = False) -> Searched:
     """Return what looks like identifiers of persons in a site's examples.
 
     A process searches the same examples once; nothing is counted with `data.identifiers = "off"`.
+
+    Parameters
+    ----------
+    private : bool
+        Whether they are read as for private visits.
     """
-    return _searched(_rows(site, run), OwnSplit(site.data, site.node, site.privacy.unit_column))
+    return _searched(_rows(site, run, private=private), _split_of(site, private=private))
 
 
 @lru_cache(maxsize=4)
 def _searched(rows: Rows, how: OwnSplit) -> Searched:
     split, data = how.of(rows), how.data
-    texts = [f"{e.question}\n{e.answer}" for e in (*split.train, *split.held_out)]
+    texts = [
+        "\n".join([*(said for _, said in e.before), e.question, e.answer])
+        for e in (*split.train, *split.held_out)
+    ]
     counts = {} if data.identifiers == "off" else count_identifiers(texts)
     return Searched(fingerprint(texts), len(texts), counts)
 
@@ -153,14 +167,14 @@ def _rows(site: SiteFile, run: str, *, private: bool = False) -> Rows:
     data, unit = site.data, site.privacy.unit_column
     columns = (data.question_column, data.answer_column, *([unit] if unit else []))
     if data.database:
-        return database_rows(data.database, data.query, columns, run)
+        return database_rows(Query(data.database, data.query, columns, alone=private), run)
     source = data.source if data.source in EMBEDDED else str(site.place(data.source))
     return load_rows(
         source,
         question_column=data.question_column,
         answer_column=data.answer_column,
         keep_columns=columns[2:],
-        by_columns=private,
+        alone=private,
     )
 
 
@@ -173,9 +187,7 @@ def _tokenized(
     seq_length: int,
 ) -> Site:
     number, is_private = how.node.partition_id, how.units is not None
-    return tokenized_site(
-        how.of(rows), number, model_name, prompt, seq_length, may_be_empty=is_private
-    )
+    return tokenized_site(how.of(rows), number, model_name, prompt, seq_length, alone=is_private)
 
 
 @dataclass
@@ -190,7 +202,21 @@ class _Read:
     """The run that was given it last."""
 
 
-_databases: dict[tuple[str, str, tuple[str, ...]], _Read] = {}
+@dataclass(frozen=True)
+class Query:
+    """What is asked of a database."""
+
+    url: str
+    """SQLAlchemy's URL."""
+    query: str
+    """One statement that returns rows."""
+    columns: tuple[str, ...]
+    """Question, answer, and the column of the units where there is one."""
+    alone: bool = False
+    """Whether no row may decide how another one is read."""
+
+
+_databases: dict[Query, _Read] = {}
 
 FRESH_SECONDS = 24 * 3600.0
 """Age at which rows are read again, by the first message of another run."""
@@ -199,7 +225,7 @@ RETRY_SECONDS = 60.0
 """Age at which a query that failed is tried again."""
 
 
-def database_rows(url: str, query: str, columns: tuple[str, ...], run: str = "") -> Rows:
+def database_rows(query: Query, run: str = "") -> Rows:
     """Return the rows of a database, queried at most once a day by a process.
 
     A run keeps the rows that it began with. Nothing is written to disk: they stay in this process's
@@ -207,12 +233,6 @@ def database_rows(url: str, query: str, columns: tuple[str, ...], run: str = "")
 
     Parameters
     ----------
-    url : str
-        SQLAlchemy's URL.
-    query : str
-        One statement that returns rows.
-    columns
-        Question, answer, and the column of the units where there is one.
     run : str
         The run's key.
 
@@ -221,8 +241,7 @@ def database_rows(url: str, query: str, columns: tuple[str, ...], run: str = "")
     DataError
         As `queried`; the same error for a minute, without another query.
     """
-    key = (url, query, columns)
-    known, now = _databases.get(key), time.monotonic()
+    known, now = _databases.get(query), time.monotonic()
     if known is not None:
         failed, age = isinstance(known.outcome, str), now - known.at
         if age >= RETRY_SECONDS if failed else age >= FRESH_SECONDS and run != known.run:
@@ -230,17 +249,17 @@ def database_rows(url: str, query: str, columns: tuple[str, ...], run: str = "")
     if known is None:
         _databases.clear()  # of an earlier site.toml
         try:
-            known = _Read(queried(*key), now, run)
+            known = _Read(queried(query), now, run)
         except DataError as error:
             known = _Read(str(error), now, run)
-        _databases[key] = known
+        _databases[query] = known
     if isinstance(known.outcome, str):
         raise DataError(known.outcome)
     known.run = run
     return known.outcome
 
 
-def queried(url: str, query: str, columns: tuple[str, ...]) -> Rows:
+def queried(asked: Query) -> Rows:
     """Return the rows of a database query, sorted so that the database's order does not matter.
 
     The database is accessed through SQLAlchemy; the site installs its drivers.
@@ -251,15 +270,16 @@ def queried(url: str, query: str, columns: tuple[str, ...]) -> Rows:
         If the driver is missing, the database cannot be reached, the query fails, or a column is
         missing. The message never contains a password.
     """
-    question_column = columns[0]
-    names, rows = _asked(url, query)
-    read = columns_read(columns)(names)
+    url, columns, question_column = asked.url, asked.columns, asked.columns[0]
+    names, rows = _asked(url, asked.query)
+    choose = columns_read_alone(columns) if asked.alone else columns_read(columns)
+    read = choose(names)
     order = columns if question_column in names else read
     by = [names.index(name) for name in order if name in names]
     rows.sort(key=lambda row: [str(row[i]) for i in by])
     values = {name: [row[names.index(name)] for row in rows] for name in read if name in names}
     raw = RawRows(values, tuple(names), range(1, len(rows) + 1), "row")
-    return rows_of(raw, f"data.database = {_without_password(url)!r}", columns)
+    return rows_of(raw, f"data.database = {_without_password(url)!r}", columns, asked.alone)
 
 
 def _asked(url: str, query: str) -> tuple[list[str], list[Any]]:

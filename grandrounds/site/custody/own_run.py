@@ -143,7 +143,7 @@ def inventory(site: SiteFile) -> Iterator[str]:
         If data or a base cannot be read, or a base differs from the hash in the site's file.
     """
     try:
-        report = own_split(site).report
+        report = own_split(site, private=site.is_private).report
     except DataError as error:
         place = site.data.source or "the database"
         raise OwnDataError(  # printed into the journal: the reason may quote a row

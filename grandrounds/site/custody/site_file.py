@@ -184,6 +184,11 @@ class SiteFile:
         return (self.path.parent / expanded(name)).absolute()
 
     @property
+    def is_private(self) -> bool:
+        """Whether the site makes private visits only."""
+        return self.privacy.require != "none"
+
+    @property
     def numbers(self) -> dict[str, int]:
         """The site's number and the number of sites, under the keys of a node's configuration."""
         node = self.node

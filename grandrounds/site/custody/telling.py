@@ -31,7 +31,7 @@ def search(request: Request) -> str:
         used.
     """
     site, state = request.site, request.state
-    found = own_identifiers(site, request.run)
+    found = own_identifiers(site, request.run, private=request.is_private)
     how = site.data.identifiers
     if how != "off" and not state.count(
         "select count(*) from searched where version = ?", found.version
