@@ -10,6 +10,7 @@ from grandrounds.config import recipes
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.sources import load_rows
 from grandrounds.engines.deployment.set_up import with_value
+from grandrounds.site.custody import sequence
 from grandrounds.site.custody.site_file import TEMPLATE, SiteFile, read_site_file
 from tests.runs import Settings
 
@@ -37,7 +38,10 @@ def make_site(
     for name, path in bases.items():
         text += f"\n[bases.{json.dumps(name)}]\npath = {json.dumps(path)}\n"
     (folder / "site.toml").write_text(text)
-    return read_site_file(folder / "site.toml")
+    site = read_site_file(folder / "site.toml")
+    if site.privacy.declared_units and not site.place(site.agent.state).exists():
+        sequence.start_new(site.place(site.agent.state))  # as `grandrounds site init` does
+    return site
 
 
 def write_partition(file: Path, settings: Settings, partition_id: int) -> None:

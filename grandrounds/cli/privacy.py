@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,6 +160,9 @@ def audit(
     layers = recipes.layers_of(file, assignments, model=model)
     resolved = recipes.with_absolute_paths(recipes.resolve(recipes.merged(layers)))
     quiet_libraries()
+    from grandrounds.study.audit.canaries import check_count
+
+    check_count(canaries)  # before anything heavy is loaded
     from grandrounds.server.guarantees import AUDIT, is_broken
     from grandrounds.study.audit.run import audit as audited
 
@@ -192,6 +196,14 @@ def budget(
         Path,
         typer.Option("--site", "--config", "-c", help="The site's site.toml.", metavar="site.toml"),
     ] = Path("site.toml"),
+    start: Annotated[
+        bool,
+        typer.Option(
+            "--start",
+            help="Confirm that no private run has ever visited the site's data, and count from 0. "
+            "For a state folder that grandrounds site init did not make.",
+        ),
+    ] = False,
     plain: Plain = False,
     as_json: AsJson = False,
 ) -> None:
@@ -206,17 +218,30 @@ def budget(
     screen, found = Screen(plain, as_json=as_json), read_site_file(site)
     quiet_libraries()
     from grandrounds.site.custody import budget_report
-    from grandrounds.site.custody.state import opened
+    from grandrounds.site.custody.budget import start as started
+    from grandrounds.site.custody.state import FILE, opened
 
+    folder = found.place(found.agent.state)
     screen.working("verifying the charges")
-    with opened(found.place(found.agent.state)) as state:
-        told = budget_report.report(found, state)
+    if start:
+        with opened(folder) as state:
+            is_new = started(found, state)
+        screen.tell(
+            "the privacy budget starts at 0: from now on it counts as certain that no private run "
+            "visited this site's data before"
+            if is_new
+            else "the privacy budget has been started before; nothing is changed"
+        )
+    is_known = (folder / FILE).exists()
+    with opened(folder) if is_known else nullcontext() as known:  # looking makes no folder
+        told = budget_report.report(found, known)
     if not as_json:
         screen.table(
             f"privacy budget of {told['site']}", budget_report.COLUMNS, budget_report.rows(told)
         )
     screen.still()
     screen.tell(
+        *([] if is_known else [f"no state yet in {folder}"]),
         budget_report.headline(told),
         f"{told['lines']} lines, each continues the one before it",
         f"last hash: {told['last-sha256']}",

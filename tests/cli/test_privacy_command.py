@@ -114,3 +114,16 @@ def test_an_audit_that_contradicts_the_claim_ends_with_an_error(
     assert f"claimed epsilon 4.00, at least {bound:.2f} (95 %), AUC 0.61" in done.stdout
     assert "as found" in done.stdout
     assert json.loads(out.read_text())["at-least-epsilon"] == bound
+
+
+def test_too_few_canaries_are_refused_before_anything_heavy_is_loaded() -> None:
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "sys.argv = ['grandrounds', 'privacy', 'audit', '--canaries', '2']\n"
+        "from grandrounds.__main__ import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--canaries 2 is not allowed: use 20 to" in done.stderr
+    assert done.stdout.strip() == "False"

@@ -21,6 +21,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from grandrounds.config.keys import Config
+from grandrounds.config.words import counted
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import joining, keys
@@ -30,7 +31,7 @@ from grandrounds.model.tokenizers import dated, tokenizer_of
 from grandrounds.site.custody import budget_report, policy, quota
 from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
-from grandrounds.site.custody.own_data import own_identifiers, own_split
+from grandrounds.site.custody.own_data import own_identifiers, own_split, units_alike
 from grandrounds.site.custody.own_run import (
     admit,
     in_whole_steps,
@@ -155,7 +156,7 @@ def _privacy(site: SiteFile) -> Iterator[Finding]:
         split = own_split(site, private=True)
     required = "every run" if privacy.require != "none" else "only runs that ask for it"
     yield Finding(
-        "ok" if budget["epsilon-left"] > 0 else "warning",
+        "ok" if budget["started"] and budget["epsilon-left"] > 0 else "warning",
         "privacy",
         f"{required}; {budget_report.headline(budget)}",
     )
@@ -169,6 +170,16 @@ def _privacy(site: SiteFile) -> Iterator[Finding]:
         f"{privacy.declared_units:,} units declared"
         + (": the steps are sized for the declared number" if is_far else ""),
     )
+    if pairs := units_alike(site):
+        one, other = pairs[0]
+        yield Finding(
+            "warning",
+            "units",
+            f"{counted(len(pairs), 'name')} in {privacy.unit_column!r} "
+            f"{'differs' if len(pairs) == 1 else 'differ'} from another in case "
+            f"or in how a number is written, such as {one!r} and {other!r} (for this screen only): "
+            "a patient under two names is two units, each with the whole guarantee",
+        )
 
 
 def _identifiers(site: SiteFile) -> Iterator[Finding]:

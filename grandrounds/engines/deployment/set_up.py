@@ -2,7 +2,7 @@
 
 consortium init   authorities, server certificate, systemd unit, gate, Flower connection
 consortium renew  a new server certificate
-site init         node key, request, site.toml
+site init         node key, request, site.toml, an unspent privacy budget
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import grandrounds
 from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.errors import ConfigError
+from grandrounds.site.custody import sequence
 from grandrounds.site.custody.site_file import TEMPLATE, SiteFile
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -167,12 +168,17 @@ def connection_entry(folder: Path, name: str, port: int) -> str:
 
 
 def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
-    """Write a site's node key, its request and its site.toml; return its folder.
+    """Write a site's node key, its request, its site.toml and a budget of which nothing is spent.
 
     Parameters
     ----------
     tls_port : int
         Loopback port of the agent, with certificates for both ends; 0: a Unix socket.
+
+    Returns
+    -------
+    Path
+        The site's folder.
     """
     name = check_name(name)
     folder = new_folder(folder, 0o711)  # the SuperNode's user must reach its files inside
@@ -196,6 +202,7 @@ def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
         for field, value in agent.items():
             text = with_value(text, "agent", field, value)
     keys.write_new(folder / "site.toml", text.encode(), mode=0o600)
+    sequence.start_new(folder / "state")
     return folder
 
 

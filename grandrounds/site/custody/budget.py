@@ -7,45 +7,41 @@ chosen after the ones before it (Dwork and Roth, The algorithmic foundations of 
 privacy, 2014, theorem 3.16).
 
 The charges are a table in which every line holds the SHA-256 of the line before it. The number of
-the last line is also in a file of its own: a table restored from a backup is behind it. Whatever is
-in doubt is refused.
+the last line is also in a file of its own (`sequence`), which a table from a backup is behind.
+Whatever is in doubt is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from grandrounds import storage
-from grandrounds.errors import BudgetError, ConfigError, PolicyError, first_line
+from grandrounds.errors import BudgetError, PolicyError, first_line
+from grandrounds.site.custody.sequence import (
+    NOTHING,
+    check_started,
+    in_doubt,
+    known_sequence,
+    sequence_file,
+    write_sequence,
+)
 from grandrounds.site.custody.site_file import Privacy, SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.private.accountant import accountant_name, epsilon_of
 from grandrounds.site.private.mechanism import Mechanism
 
-SEQUENCE = "budget.sequence"
-"""The file that holds the number and the hash of the last charge."""
-
-NOTHING = "0" * 64
-"""The hash before the first line."""
-
 RUN, VISIT = "run", "visit"
 """Kinds of charges."""
 
 KEY_BYTES = 32
-
-ADVICE = (
-    "Restore the newest site.sqlite and budget.sequence together; without them nobody knows what "
-    "was spent, and the site makes no private visits."
-)
 
 
 @dataclass(frozen=True)
@@ -97,8 +93,13 @@ class Budget:
         return sum(run.mechanism.delta for run in self.runs.values())
 
 
-def read(site: SiteFile, state: SiteState) -> Budget:
+def read(site: SiteFile, state: SiteState | None) -> Budget:
     """Return the charges of a site, verified.
+
+    Parameters
+    ----------
+    state : SiteState, optional
+        None: the site has no state yet.
 
     Raises
     ------
@@ -107,29 +108,59 @@ def read(site: SiteFile, state: SiteState) -> Budget:
     """
     file = sequence_file(site)
     # Read before the table, to which another process may add lines meanwhile.
-    known = _known_sequence(file)
-    try:
-        rows = state.table.execute("select number, entry, sha256 from budget order by number")
-        lines = [(int(number), str(entry), str(sha256)) for number, entry, sha256 in rows]
-    except sqlite3.Error as error:
-        raise _broken(f"its table cannot be read ({first_line(error)})") from error
+    known = known_sequence(file)
+    lines = _lines(state) if state else []
     runs: dict[str, ChargedRun] = {}
     previous = NOTHING
     for place, (number, entry, sha256) in enumerate(lines, 1):
         if number != place or sha256 != _sha256(entry):
-            raise _broken(f"line {place} was removed or changed")
+            raise in_doubt(f"line {place} was removed or changed")
         try:
             found = json.loads(entry)
             if found["previous"] != previous:
-                raise _broken(f"line {place} does not continue the one before it")
+                raise in_doubt(f"line {place} does not continue the one before it")
             _add(runs, found)
         except (ValueError, KeyError, TypeError) as error:
-            raise _broken(f"line {place} cannot be read") from error
+            raise in_doubt(f"line {place} cannot be read") from error
         previous = sha256
     if lines and known is None:
-        known = _known_sequence(file)  # the first line was added meanwhile
+        known = known_sequence(file)  # the first line was added meanwhile
     _check_sequence(file, known, lines)
     return Budget(runs, len(lines), previous)
+
+
+def _lines(state: SiteState) -> list[tuple[int, str, str]]:
+    with readable("its table"):
+        rows = state.table.execute("select number, entry, sha256 from budget order by number")
+        return [(int(number), str(entry), str(sha256)) for number, entry, sha256 in rows]
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Raise `PolicyError` where a table of the budget is gone or damaged."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise in_doubt(f"{what} cannot be read ({first_line(error)})") from error
+
+
+def start(site: SiteFile, state: SiteState) -> bool:
+    """Begin to count a site's charges at 0; return False if it has begun before.
+
+    Raises
+    ------
+    PolicyError
+        If the table has charges, or the budget is in doubt.
+    ConfigError
+        If the sequence file cannot be written.
+    """
+    file = sequence_file(site)
+    with state.lasting():
+        read(site, state)  # refuses a table with lines and no file
+        if file.exists():
+            return False
+        write_sequence(file, 0, NOTHING)
+    return True
 
 
 def _add(runs: dict[str, ChargedRun], entry: Mapping[str, Any]) -> None:
@@ -147,46 +178,22 @@ def _add(runs: dict[str, ChargedRun], entry: Mapping[str, Any]) -> None:
     runs[run.run] = ChargedRun(**{**vars(run), "visits": run.visits + 1})
 
 
-def _known_sequence(file: Path) -> tuple[int, str] | None:
-    """Return the number and the hash in a sequence file; None if there is no such file."""
-    if not file.exists():
-        return None
-    try:
-        known = storage.read_json(file)
-        number, sha256 = int(known["number"]), str(known["sha256"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise _broken(f"{file.name} cannot be read") from error
-    if number < 0:
-        raise _broken(f"{file.name} cannot be read")
-    return number, sha256
-
-
 def _check_sequence(
     file: Path, known: tuple[int, str] | None, lines: Sequence[tuple[int, str, str]]
 ) -> None:
     """Raise `PolicyError` if the table lacks a line that the sequence file knows."""
     if known is None:
         if lines:
-            raise _broken(f"{file.name} is missing")
+            raise in_doubt(f"{file.name} is missing")
         return
     number, sha256 = known
     if number > len(lines):
-        raise _broken(
+        raise in_doubt(
             f"it has {len(lines)} lines, but had {number}: it was restored from a backup, or "
             "removed"
         )
     if sha256 != (lines[number - 1][2] if number else NOTHING):
-        raise _broken(f"line {number} is not the one that {file.name} knows")
-
-
-def _broken(why: str) -> PolicyError:
-    return PolicyError(f"The privacy budget of this site is in doubt: {why}. {ADVICE}")
-
-
-def sequence_file(site: SiteFile) -> Path:
-    """Return the path of the sequence file."""
-    named = site.privacy.sequence_file
-    return site.place(named) if named else site.place(site.agent.state) / SEQUENCE
+        raise in_doubt(f"line {number} is not the one that {file.name} knows")
 
 
 def check_run(privacy: Privacy, budget: Budget, mechanism: Mechanism, epsilon: float) -> None:
@@ -234,9 +241,10 @@ class Visiting:
 
 def known_key(state: SiteState, run: str, digest: str) -> bytes | None:
     """Return the key of the coins of a request that was charged, but not answered."""
-    row = state.table.execute(
-        "select key from coins where run = ? and digest = ?", (run, digest)
-    ).fetchone()
+    with readable("its table of coins"):
+        row = state.table.execute(
+            "select key from coins where run = ? and digest = ?", (run, digest)
+        ).fetchone()
     return bytes(row[0]) if row else None
 
 
@@ -259,7 +267,7 @@ def charge(site: SiteFile, state: SiteState, visit: Visiting) -> bytes:
     Raises
     ------
     PolicyError
-        If the budget is in doubt or spent.
+        If the budget is in doubt, spent or not started.
     """
     budget = read(site, state)
     if (key := known_key(state, visit.run, visit.digest)) is not None:
@@ -271,9 +279,7 @@ def charge(site: SiteFile, state: SiteState, visit: Visiting) -> bytes:
             "Another process has charged this run with other noise meanwhile: two agents share "
             f"{site.agent.state}. Stop one of them."
         )
-    file = sequence_file(site)
-    if not file.exists():  # the table is empty, or `read` would have refused
-        _write_sequence(file, 0, NOTHING)
+    check_started(site)
     common = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "run": visit.run}
     number, last = budget.lines, budget.sha256
     if visit.run not in budget.runs:
@@ -294,7 +300,9 @@ def charge(site: SiteFile, state: SiteState, visit: Visiting) -> bytes:
         {**common, "kind": VISIT, "round": visit.round, "request": visit.digest},
     )
     key = secrets.token_bytes(KEY_BYTES)
-    state.table.execute("insert into coins values (?, ?, ?)", (visit.run, visit.digest, key))
+    values = (visit.run, visit.digest, key)
+    with readable("its table of coins"):
+        state.table.execute("insert into coins values (?, ?, ?)", values)
     return key
 
 
@@ -322,25 +330,7 @@ def note_sequence(site: SiteFile, state: SiteState) -> None:
     row = state.table.execute(
         "select number, sha256 from budget order by number desc limit 1"
     ).fetchone()
-    _write_sequence(sequence_file(site), int(row[0]), str(row[1]))
-
-
-def _write_sequence(file: Path, number: int, sha256: str) -> None:
-    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
-    try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as written:
-            json.dump({"number": number, "sha256": sha256}, written)
-            written.flush()
-            os.fsync(handle)
-        partial.replace(file)
-        storage.flush_folder(file.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(
-            f"privacy.sequence-file: {file} cannot be written ({first_line(error)}). Nothing is "
-            "trained until it can."
-        ) from error
+    write_sequence(sequence_file(site), int(row[0]), str(row[1]))
 
 
 def answered(table: sqlite3.Connection, run: str, digest: str) -> None:
@@ -352,6 +342,7 @@ def answered(table: sqlite3.Connection, run: str, digest: str) -> None:
         If it is gone: another process has answered the same request with the same coins. Two
         replies with the same noise, made of data that changed in between, would differ by them.
     """
-    gone = table.execute("delete from coins where run = ? and digest = ?", (run, digest))
+    with readable("its table of coins"):
+        gone = table.execute("delete from coins where run = ? and digest = ?", (run, digest))
     if gone.rowcount != 1:
         raise PolicyError("Another process has answered this request meanwhile.")

@@ -8,14 +8,20 @@ from typing import Any
 
 from grandrounds.site.custody import budget
 from grandrounds.site.custody.clock import DAY_SECONDS
+from grandrounds.site.custody.sequence import START, sequence_file
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.private.accountant import epsilon_of
 from grandrounds.site.private.mechanism import Mechanism
 
 
-def report(site: SiteFile, state: SiteState) -> dict[str, Any]:
+def report(site: SiteFile, state: SiteState | None) -> dict[str, Any]:
     """Return the budget as JSON values, after its chain was verified.
+
+    Parameters
+    ----------
+    state : SiteState, optional
+        None: the site has no state yet.
 
     Raises
     ------
@@ -27,6 +33,7 @@ def report(site: SiteFile, state: SiteState) -> dict[str, Any]:
     privacy, found = site.privacy, budget.read(site, state)
     return {
         "site": site.name,
+        "started": sequence_file(site).exists(),
         "require": privacy.require,
         "unit": privacy.unit,
         "declared-units": privacy.declared_units,
@@ -60,12 +67,15 @@ def _run(run: budget.ChargedRun) -> dict[str, Any]:
     }
 
 
-def _reserved(state: SiteState, found: budget.Budget) -> list[dict[str, Any]]:
+def _reserved(state: SiteState | None, found: budget.Budget) -> list[dict[str, Any]]:
     """Return the runs that called the roll in the last day and have not visited."""
-    rows = state.table.execute(
-        "select run, mechanism from reservations where at > ? order by at",
-        (state.now() - DAY_SECONDS,),
-    )
+    if state is None:
+        return []
+    with budget.readable("its table of reservations"):
+        rows = state.table.execute(
+            "select run, mechanism from reservations where at > ? order by at",
+            (state.now() - DAY_SECONDS,),
+        ).fetchall()
     asked = [(run, Mechanism(**json.loads(text))) for run, text in rows if run not in found.runs]
     return [
         {"run": run, "epsilon": epsilon_of(mechanism), "most-visits": mechanism.visits}
@@ -108,6 +118,8 @@ def headline(told: Mapping[str, Any]) -> str:
     """Return what is left, in one line."""
     if not told["declared-units"]:
         return "privacy.declared-units = 0: the site makes no private visits"
+    if not told["started"]:
+        return f"not started, and no private visits before that: {START}"
     return (
         f"epsilon {told['epsilon-left']:.3f} left of {told['epsilon-total']:g} for ever, at most "
         f"{told['epsilon-of-run']:g} of it for one run; unit: one {told['unit']}, "

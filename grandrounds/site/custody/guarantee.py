@@ -16,6 +16,7 @@ from grandrounds.config.keys import Config
 from grandrounds.errors import BudgetError, PolicyError
 from grandrounds.site.custody import budget
 from grandrounds.site.custody.clock import DAY_SECONDS
+from grandrounds.site.custody.sequence import check_started
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.private.accountant import calibrated, epsilon_of, visits_within
@@ -107,11 +108,12 @@ def reserved(site: SiteFile, state: SiteState, run: str, config: Config) -> Mech
     Raises
     ------
     PolicyError
-        If the budget is in doubt or spent.
+        If the budget is in doubt, spent or not started.
     ConfigError
         If dp-accounting is not installed.
     """
     charged = budget.read(site, state)
+    check_started(site)
     if run in charged.runs:
         found = charged.runs[run]
         if found.unit_column != site.privacy.unit_column:
@@ -121,10 +123,11 @@ def reserved(site: SiteFile, state: SiteState, run: str, config: Config) -> Mech
             )
         return found.mechanism
     now, terms = state.now(), f"{recipe_sha256(config)} {asdict(site.privacy)}"
-    state.table.execute("delete from reservations where at < ?", (now - DAY_SECONDS,))
-    row = state.table.execute(
-        "select terms, mechanism from reservations where run = ?", (run,)
-    ).fetchone()
+    with budget.readable("its table of reservations"):
+        state.table.execute("delete from reservations where at < ?", (now - DAY_SECONDS,))
+        row = state.table.execute(
+            "select terms, mechanism from reservations where run = ?", (run,)
+        ).fetchone()
     if row is not None and row[0] == terms:
         mechanism = Mechanism(**json.loads(row[1]))
         budget.check_run(site.privacy, charged, mechanism, epsilon_of(mechanism))

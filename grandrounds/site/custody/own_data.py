@@ -22,7 +22,7 @@ from grandrounds.site.custody import order
 from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
 from grandrounds.site.local_data import Site, tokenized_site
-from grandrounds.site.private.units import UnitRule, split_by_unit
+from grandrounds.site.private.units import UnitRule, alike, split_by_unit, unit_name
 
 
 def own_site(
@@ -84,6 +84,12 @@ def _split_of(site: SiteFile, *, private: bool) -> OwnSplit:
     if private:
         return private_split_of(site)
     return OwnSplit(site.data, site.node, site.privacy.unit_column)
+
+
+def units_alike(site: SiteFile) -> list[tuple[str, str]]:
+    """Return pairs of a site's unit names that may mean one unit (`units.alike`)."""
+    column = site.privacy.unit_column
+    return alike(map(unit_name, _rows(site, "", private=True)[column])) if column else []
 
 
 @dataclass(frozen=True)

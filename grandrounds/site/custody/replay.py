@@ -138,6 +138,8 @@ def keep(request: Request, answered: Answered) -> None:
         gone += [row[0] for row in old]
         gone += _over(state, answered.digest)
     state.discard(gone)
+    if request.mechanism:
+        state.erase()  # the key of the visit's coins
 
 
 def _over(state: SiteState, newest: str) -> list[str]:

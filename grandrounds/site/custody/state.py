@@ -87,7 +87,7 @@ class SiteState:
             self.table = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
             (folder / FILE).chmod(0o600)
             self.table.execute("pragma synchronous = normal")
-            self.table.execute("pragma secure_delete = on")  # keys of coins leave no trace
+            self.table.execute("pragma secure_delete = on")  # keys of coins (`erase`)
             self._make_tables()
         except (OSError, sqlite3.Error) as error:
             raise _unusable(folder, error) from error
@@ -136,6 +136,10 @@ class SiteState:
             if file:
                 self.place(file).unlink(missing_ok=True)
 
+    def erase(self) -> None:
+        """Empty the write-ahead log, which holds deleted rows until its pages are written back."""
+        self.table.execute("pragma wal_checkpoint(truncate)").fetchall()
+
     def tidy(self) -> None:
         """Delete what a crash left: files older than an hour that no table names."""
         rows = self.table.execute("select file from kept_runs union select file from requests")
@@ -174,7 +178,9 @@ def opened(folder: Path) -> Iterator[SiteState]:
 
 def _unusable(folder: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"agent.state = {folder} cannot be used ({first_line(error)}). Set a folder that the "
-        "agent's user can write, or remove a damaged site.sqlite: quotas start anew, and cursors, "
-        "error memories and cached replies of unfinished runs are lost."
+        f"agent.state = {folder} cannot be used ({first_line(error)}). Give the agent's user "
+        "access, or move a damaged site.sqlite away: quotas start anew, and cursors, error "
+        "memories and cached replies of unfinished runs are lost. It also holds the privacy "
+        "budget: once private runs have visited, restore its newest copy instead. Without it, as "
+        "with another folder, nobody knows what was spent, and the site makes no private visits."
     )

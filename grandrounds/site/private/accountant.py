@@ -30,6 +30,9 @@ orders in its place."""
 LITTLE_NOISE = 0.5
 """Noise multiplier below which the fine grid would have millions of points (21 s at 0.3)."""
 
+MOST_STEPS = 10**6
+"""Steps of a site in a run, as many as a site may allow; ten times as many take PLD 36 s."""
+
 BEYOND = 60.0
 """Rényi's ε from which on PLD is not asked: no budget allows it."""
 
@@ -80,8 +83,10 @@ def calibrated(target_epsilon: float, sampling_rate: float, steps: int, delta: f
     Raises
     ------
     ConfigError
-        If no multiplier from 0.3 to 10,000 does, or dp-accounting is not installed.
+        If no multiplier from 0.3 to 10,000 does, there are too many steps, or dp-accounting is not
+        installed.
     """
+    _check_steps(steps)
 
     from scipy.optimize import brentq  # only here: it takes longer to load than most answers
 
@@ -123,8 +128,9 @@ def epsilon(
     Raises
     ------
     ConfigError
-        If dp-accounting is not installed.
+        If there are too many steps, or dp-accounting is not installed.
     """
+    _check_steps(steps)
     library = _library()
     event = library.GaussianDpEvent(noise_multiplier)
     if sampling_rate < 1:
@@ -142,6 +148,15 @@ def epsilon(
     found = float(accountant.get_epsilon(delta))
     # Both are upper bounds, and PLD's tails give infinity at a delta below 1e-15.
     return min(found, by_orders) if grid else found
+
+
+def _check_steps(steps: int) -> None:
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"{steps:,} private steps of a site, visits x steps of a visit, are too many: at most "
+            f"{MOST_STEPS:,} are accounted for, and no site allows more. Lower num-server-rounds "
+            "or train.training-arguments.max-steps."
+        )
 
 
 def accountant_name() -> str:

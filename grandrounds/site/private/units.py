@@ -8,8 +8,11 @@ is why neither counts nor repeated records of other units matter here, as they d
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator, Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TypeVar
 
 from grandrounds.config.keys import Config
@@ -120,6 +123,34 @@ def split_by_unit(
     return SiteData(tuple(train), tuple(held_out), report, tuple(numbers))
 
 
+def unit_name(value: object) -> str:
+    """Return the name of a unit as it is compared; empty for None.
+
+    In Unicode's normal form NFC, without characters that nobody sees (category Cf: zero-width
+    spaces, marks of direction) and without white space around it.
+    """
+    written = "" if value is None else str(value)
+    seen = "".join(sign for sign in written if unicodedata.category(sign) != "Cf")
+    return unicodedata.normalize("NFC", seen).strip()
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+
+
+def alike(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return pairs of names that differ in case only, or in how a number is written (17, 17.0).
+
+    They are units of their own; whether they mean one patient, the site knows.
+    """
+    first: dict[str, str] = {}
+    pairs = []
+    for name in dict.fromkeys(names):
+        key = str(Decimal(name).normalize()) if _NUMBER.fullmatch(name) else name.casefold()
+        if first.setdefault(key, name) != name:
+            pairs.append((first[key], name))
+    return pairs
+
+
 def _text(record: Example) -> str:
     """Return all that a record says."""
     said = [f"{role}\0{content}" for role, content in record.before]
@@ -136,6 +167,6 @@ def _records(
     ):
         example = Example((question or "").strip(), (answer or "").strip(), before)
         if unit_column:
-            yield "" if name is None else str(name).strip(), example
+            yield unit_name(name), example
         else:
             yield _text(example), example

@@ -63,6 +63,15 @@ def most_canaries() -> int:
     return len(STARTS) * len(MIDDLES) * len(ENDINGS) - len(drugs()) * len(ENDINGS)
 
 
+def check_count(count: int) -> None:
+    """Raise `ConfigError` if there are not so many names, or too few to measure anything."""
+    if not 20 <= count <= most_canaries():
+        raise ConfigError(
+            f"--canaries {count} is not allowed: use 20 to {most_canaries():,}; 200 can show an "
+            "epsilon of about 3.7 at most, 1,000 one of about 5.3."
+        )
+
+
 def fresh_canaries(
     count: int, sites: int, coins: random.Random | None = None
 ) -> tuple[Canary, ...]:
@@ -76,13 +85,9 @@ def fresh_canaries(
     Raises
     ------
     ConfigError
-        If there are not so many names, or too few canaries to measure anything.
+        As for `check_count`.
     """
-    if not 20 <= count <= most_canaries():
-        raise ConfigError(
-            f"--canaries {count} is not allowed: use 20 to {most_canaries():,}; 200 can show an "
-            "epsilon of about 3.7 at most, 1,000 one of about 5.3."
-        )
+    check_count(count)
     coins = coins or random.SystemRandom()
     known = tuple(drug.name for drug in drugs())
     free = [stem for stem in _stems() if not any(name.startswith(stem) for name in known)]

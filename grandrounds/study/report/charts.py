@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grandrounds.study.report.svg import (
-    CHARACTER,
     DASHES,
     LINE,
     MOST_MARKS,
@@ -28,6 +27,7 @@ from grandrounds.study.report.svg import (
     path,
     shape,
     shortened,
+    text_width,
 )
 
 PLOT_HEIGHT = 190
@@ -86,7 +86,7 @@ def legend(entries: Sequence[tuple[str, str]]) -> tuple[str, float]:
     x, y = 0.0, LINE - 4.0
     for name, sample in entries:
         words = shortened(name, 50)
-        width = 30 + CHARACTER * len(words) + 12
+        width = 30 + text_width(words) + 12
         if x and x + width > WIDTH:
             x, y = 0.0, y + LINE
         parts += [_sample(sample, x, y - 4), label(words, x + 30, y)]

@@ -13,6 +13,11 @@ WIDTH = 440
 CHARACTER = 7.1
 """Mean width of a character in user units."""
 
+_NARROW, _WIDE = " fijlrtI.,:;'|!()[]", "mwMW@%…"
+_WIDTHS = (5.1, 12.8, 10.0, 8.3)
+"""At least the widths in DejaVu Sans of 13 units, the widest of the fonts that figures name: narrow
+and wide characters, other capitals, and the rest."""
+
 LINE = 17
 """Line height in user units."""
 
@@ -51,6 +56,15 @@ def label(words: str, x: float, y: float, anchor: str = "start", class_: str = "
     """Return a line of text; `anchor` is start, middle or end."""
     where = None if anchor == "start" else anchor
     return element("text", escape(words), x=x, y=y, text_anchor=where, class_=class_ or None)
+
+
+def text_width(words: str) -> float:
+    """Return how wide a text is at most, in user units."""
+    narrow, wide, capital, other = _WIDTHS
+    return sum(
+        narrow if c in _NARROW else wide if c in _WIDE else capital if c.isupper() else other
+        for c in words
+    )
 
 
 def shortened(words: str, most: int) -> str:

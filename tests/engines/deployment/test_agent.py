@@ -604,5 +604,5 @@ def test_a_state_folder_that_others_can_look_into_is_refused(site: SiteFile) -> 
 def test_a_damaged_state_is_told_with_what_to_do(site: SiteFile) -> None:
     site.place("state").mkdir(mode=0o700, parents=True, exist_ok=True)
     (site.place("state") / "site.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(ConfigError, match=r"cannot be used .*remove a damaged site\.sqlite"):
+    with pytest.raises(ConfigError, match=r"move a damaged site\.sqlite away.*privacy budget"):
         agents.Agent(site, print)

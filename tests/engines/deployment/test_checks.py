@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import email.utils
 import http.server
+import json
 import os
 import ssl
 import threading
@@ -205,6 +206,19 @@ def test_fewer_examples_than_the_policy_asks_for_are_told(site: SiteFile) -> Non
     told = problem(changed(site, policy__min_examples=10**6), "policy")
     assert "policy.min-examples = 1000000" in told
     assert "would take part in no run" in told
+
+
+def test_patients_whose_names_differ_in_case_only_are_told(site: SiteFile) -> None:
+    patients = ["P1", "p1", *(f"Q{i}" for i in range(8))]
+    rows = [{"input": f"q {p}", "output": f"a {p}", "patient": p} for p in patients]
+    (site.path.parent / "cards.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    own = {"unit_column": "patient", "declared_units": 10, "delta": 1e-5}
+    found = findings(changed(site, **{f"privacy__{key}": value for key, value in own.items()}))
+    assert found["units"].level == "warning"
+    assert "1 name in 'patient' differs from another" in found["units"].text
+    assert "'P1' and 'p1'" in found["units"].text
+    assert found["privacy"].level == "warning"
+    assert "privacy budget --start" in found["privacy"].text
 
 
 def test_a_base_that_is_not_there_or_another_is_told(site: SiteFile) -> None:

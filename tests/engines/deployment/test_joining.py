@@ -39,7 +39,7 @@ def join(consortium: Path, site: Path, admission: Path) -> None:
 
 def content_of(folder: Path) -> dict[str, bytes]:
     """Return the files of a site, without what only marks a change that is under way."""
-    return {f.name: f.read_bytes() for f in folder.iterdir() if not f.name.startswith(".")}
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and f.name[0] != "."}
 
 
 def test_an_old_admission_is_refused_though_its_signature_is_good(

@@ -11,6 +11,7 @@ import pytest
 from grandrounds.engines.deployment import admissions, joining, keys, set_up
 from grandrounds.errors import ConfigError
 from grandrounds.server import admitted
+from grandrounds.site.custody import sequence
 from grandrounds.site.custody.site_file import read_site_file
 
 
@@ -70,6 +71,8 @@ def test_a_site_that_is_admitted_has_all_it_needs(consortium: Path, site: Path) 
     assert (consortium / "admissions" / "st-elsewhere.pub").read_text().split()[:2] == (
         (site / "node.pub").read_text().split()[:2]
     )
+    assert sequence.known_sequence(site / "state" / "budget.sequence") == (0, sequence.NOTHING)
+    assert (site / "state").stat().st_mode & 0o777 == 0o700
     unit = (site / "supernode.service").read_text()
     assert "--auth-supernode-private-key" in unit
     assert "partition-id=2 num-partitions=5" in unit

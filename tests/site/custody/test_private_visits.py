@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
+from typer.testing import CliRunner
 
 from grandrounds import client_app
+from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.errors import BudgetError, ConfigError, OwnDataError, PolicyError
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit, budget, counting, own_data
+from grandrounds.site.custody import audit, budget, counting, own_data, sequence
 from grandrounds.site.custody.approvals import Recipe
 from grandrounds.site.custody.node import SITE
-from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.custody.summary import lines_of as lines_of_recipe
 from grandrounds.site.private.coins import KeyedCoins
@@ -59,7 +62,7 @@ def packed(reply: Message) -> bytes:
 
 
 def budget_of(site: SiteFile) -> budget.Budget:
-    with closing(SiteState(site.place("state"))) as state:
+    with closing(SiteState(site.place(site.agent.state))) as state:
         return budget.read(site, state)
 
 
@@ -71,7 +74,7 @@ def test_charged_before_trained(asks: Asking) -> None:
     seen: list[tuple[int, Any]] = []
 
     def crash(visit: Visit) -> RecordDict:
-        known = json.loads(budget.sequence_file(asks.site).read_text())
+        known = json.loads(sequence.sequence_file(asks.site).read_text())
         seen.append((budget_of(asks.site).runs["ab"].visits, known["number"]))
         raise RuntimeError("out of memory")
 
@@ -176,6 +179,7 @@ DAMAGES = {
     "no table": "drop table budget",
     "emptied": "delete from budget",
     "cut short": "delete from budget where number = 3",
+    "no coins": "drop table coins",
     "changed": "update budget set entry = replace(entry, '\"visits\": 3', '\"visits\": 9')",
 }
 
@@ -186,7 +190,7 @@ def test_a_budget_in_doubt_is_refused(asks: Asking, damage: str) -> None:
     asks(number=2)
     with closing(SiteState(asks.site.place("state"))) as state:
         state.table.execute(damage)
-    for kind in ("query", "train"):
+    for kind in ("train",) if "coins" in damage else ("query", "train"):
         with pytest.raises(PolicyError, match="in doubt"):
             asks(number=3, kind=kind)
     assert "in doubt" in audit.read(asks.site.place("state"))[-1]["reason"]
@@ -205,9 +209,75 @@ def test_a_restored_backup_is_refused(asks: Asking, tmp_path: Path) -> None:
     file.write_bytes(backup)
     with pytest.raises(PolicyError, match=r"it has 2 lines, but had 3: it was restored"):
         asks(number=2)
-    budget.sequence_file(asks.site).unlink()
+    sequence.sequence_file(asks.site).unlink()
     with pytest.raises(PolicyError, match=r"budget\.sequence is missing"):
         asks(number=2)
+
+
+@pytest.mark.parametrize("loss", ["another folder", "the folder is gone"])
+def test_a_budget_does_not_restart_without_a_word(asks: Asking, loss: str) -> None:
+    asks()
+    site = asks.site
+    if loss == "another folder":
+        text = site.path.read_text()
+        site.path.write_text(text.replace('state = "state"', 'state = "other"'))
+        asks.site = site = read_site_file(site.path)
+    else:
+        shutil.rmtree(site.place("state"))
+    for kind in ("query", "train"):
+        with pytest.raises(PolicyError, match=r"not been started.*privacy budget --start"):
+            asks(run="cd", kind=kind)
+    done = CliRunner().invoke(app, ["privacy", "budget", "--site", str(site.path), "--start"])
+    assert done.exit_code == 0, done.output
+    assert "counts as certain that no private run visited" in done.stdout
+    asks(run="cd")
+    assert budget_of(site).lines == 2
+    done = CliRunner().invoke(app, ["privacy", "budget", "--site", str(site.path), "--start"])
+    assert "nothing is changed" in done.stdout
+    assert budget_of(site).lines == 2
+
+
+def test_a_budget_whose_number_is_lost_is_not_started_anew(asks: Asking) -> None:
+    asks()
+    sequence.sequence_file(asks.site).unlink()
+    done = CliRunner().invoke(app, ["privacy", "budget", "--site", str(asks.site.path), "--start"])
+    assert done.exit_code == 1
+    assert not sequence.sequence_file(asks.site).exists()
+
+
+def test_looking_at_a_budget_makes_no_state(asks: Asking) -> None:
+    state = asks.site.place("state")
+    arguments = ["privacy", "budget", "--site", str(asks.site.path)]
+    done = CliRunner().invoke(app, arguments)
+    assert "no state yet" in done.stdout
+    assert [file.name for file in state.iterdir()] == ["budget.sequence"]
+    shutil.rmtree(state)
+    done = CliRunner().invoke(app, arguments)
+    assert "no state yet" in done.stdout
+    assert "not started" in done.stdout
+    assert not state.exists()
+
+
+def test_no_file_of_the_state_holds_the_key_of_an_answered_visit(
+    asks: Asking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = bytes(range(100, 132))
+    monkeypatch.setattr(budget.secrets, "token_bytes", lambda count: key)
+
+    def holders() -> list[str]:
+        files = asks.site.place("state").glob("site.sqlite*")
+        return [file.name for file in files if key in file.read_bytes()]
+
+    seen: list[list[str]] = []
+
+    def look(visit: Visit) -> RecordDict:
+        seen.append(holders())
+        return asks.note(visit)
+
+    with closing(SiteState(asks.site.place("state"))):  # else the last one to close empties the log
+        asks(function=look)
+        assert seen[0]
+        assert not holders()
 
 
 def test_a_charge_without_its_number_is_none_that_is_lost(
@@ -302,7 +372,6 @@ def test_held_out_split_is_per_unit(settings: Settings, tmp_path: Path) -> None:
         found = own_data.own_split(asks.site, private=True)
         return {e.question for e in found.train}, {e.question for e in found.held_out}
 
-    asks.site.place("state").mkdir(mode=0o700)
     train, held_out = split(rows)
     assert 9 <= len(held_out) <= 81
     fewer = split(rows[3:])
@@ -331,7 +400,6 @@ def test_a_site_none_of_whose_records_fits_answers_and_trains_noise(asks: Asking
 
 def test_one_record_does_not_decide_what_others_say(asks: Asking) -> None:
     """An instruction that is the same in all rows is left out only where nothing is private."""
-    asks.site.place("state").mkdir(mode=0o700)
     file = asks.site.path.parent / "cards.jsonl"
     rows = [{"instruction": "Answer.", "input": f"q{i}", "output": f"a{i}"} for i in range(20)]
     more = {"instruction": "Be brief.", "input": "q20", "output": "a20"}
@@ -350,7 +418,7 @@ def test_a_charge_by_another_process_meanwhile_is_no_doubt(
     asks: Asking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks()
-    read = budget.storage.read_json
+    read = sequence.storage.read_json
     charging = iter([True])
 
     def slowly(file: Path) -> Any:
@@ -358,7 +426,7 @@ def test_a_charge_by_another_process_meanwhile_is_no_doubt(
             asks(number=2)
         return read(file)
 
-    monkeypatch.setattr(budget.storage, "read_json", slowly)
+    monkeypatch.setattr(sequence.storage, "read_json", slowly)
     assert budget_of(asks.site).runs["ab"].visits == 2
 
 

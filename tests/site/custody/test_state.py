@@ -166,4 +166,4 @@ def test_a_damaged_index_is_told_by_every_command(
     file.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
     result = CliRunner().invoke(app, ["site", command, "--config", str(site.path)])
     assert result.exit_code != 0
-    assert "remove a damaged site.sqlite" in result.output
+    assert "move a damaged site.sqlite away" in result.output

@@ -121,3 +121,12 @@ def test_visits_are_as_many_as_an_epsilon_allows() -> None:
     assert visits_within(TEN_RELEASES, three * 0.999) == 2
     assert visits_within(TEN_RELEASES, 100.0) == 10
     assert visits_within(TEN_RELEASES, 0.1) == 0
+
+
+def test_more_steps_than_any_site_allows_are_refused_at_once() -> None:
+    """Ten million steps took the fine grid 36 s, and a calibration many of those."""
+    started = time.process_time()
+    for count in (lambda: calibrated(4.0, 0.064, 10**9, 1e-5), lambda: epsilon(1, 1, 10**9, 1e-5)):
+        with pytest.raises(ConfigError, match=r"1,000,000,000 private steps .* at most 1,000,000"):
+            count()
+    assert time.process_time() - started < 1

@@ -8,6 +8,7 @@ from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError
 from grandrounds.site.private.units import (
     UnitRule,
+    alike,
     chosen_records,
     grouped,
     is_held_out,
@@ -89,3 +90,19 @@ def test_a_column_that_is_not_there_is_told() -> None:
 def test_records_are_grouped_by_unit() -> None:
     assert grouped((0, 1, 0, 2), "abcd") == [["a", "c"], ["b"], ["d"]]
     assert grouped((), ()) == []
+
+
+@pytest.mark.parametrize(
+    "two",
+    [("J\u00f6rg", "Jo\u0308rg"), ("P1", "P1\u200b"), ("P1", "\ufeffP1 "), ("P\u00ad1", "P1")],
+)
+def test_a_name_in_two_spellings_that_look_alike_is_one_unit(two: tuple[str, str]) -> None:
+    split = split_by_unit(rows_of([*two]), UnitRule(SECRET, "who"), fraction=0.0, **COLUMNS)
+    assert split.units == (0, 0)
+
+
+def test_names_that_may_mean_one_unit_are_found_and_stay_two() -> None:
+    names = ["P1", "p1", "17", "17.0", "017", "17a", "P2", "1.5", "-17"]
+    assert alike(names) == [("P1", "p1"), ("17", "17.0"), ("17", "017")]
+    split = split_by_unit(rows_of([*names]), UnitRule(SECRET, "who"), fraction=0.0, **COLUMNS)
+    assert len(set(split.units)) == len(names)

@@ -13,6 +13,7 @@ from grandrounds.study.report.charts import (
     Reference,
     Series,
     column_chart,
+    legend,
     line_chart,
     tick_texts,
 )
@@ -78,6 +79,14 @@ def test_an_axis_has_one_notation() -> None:
         "1e-3",
         "1e-2",
     ]
+
+
+def test_a_legend_leaves_each_name_room_before_the_next_marker() -> None:
+    """In DejaVu Sans of 13 units, "common facts known" is 139 wide, by the font's own table."""
+    svg, _ = legend([("common facts known", "line 0"), ("rare", "line 1")])
+    first, second = parsed(f'<svg xmlns="{SVG[1:-1]}">{svg}</svg>').iter(f"{SVG}text")
+    marker = float(second.get("x", 0)) - 30
+    assert marker >= float(first.get("x", 0)) + 139 + 8
 
 
 def test_a_wide_line_lies_below_the_line_that_covers_it() -> None:
