@@ -71,6 +71,8 @@ def _reserved(state: SiteState | None, found: budget.Budget) -> list[dict[str, A
     """Return the runs that called the roll in the last day and have not visited."""
     if state is None:
         return []
+    with budget.readable("its table of coins"):
+        state.count("select count(*) from coins")
     with budget.readable("its table of reservations"):
         rows = state.table.execute(
             "select run, mechanism from reservations where at > ? order by at",

@@ -14,7 +14,7 @@ import secrets
 from pathlib import Path
 
 from grandrounds import storage
-from grandrounds.errors import ConfigError, PolicyError, first_line
+from grandrounds.errors import ConfigError, GrandRoundsError, PolicyError, first_line
 from grandrounds.site.custody.site_file import SiteFile
 
 SEQUENCE = "budget.sequence"
@@ -55,7 +55,7 @@ def known_sequence(file: Path) -> tuple[int, str] | None:
     try:
         known = storage.read_json(file)
         number, sha256 = int(known["number"]), str(known["sha256"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (GrandRoundsError, ValueError, KeyError, TypeError, OSError) as error:
         raise in_doubt(f"{file.name} cannot be read") from error
     if number < 0:
         raise in_doubt(f"{file.name} cannot be read")

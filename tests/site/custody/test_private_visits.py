@@ -194,6 +194,8 @@ def test_a_budget_in_doubt_is_refused(asks: Asking, damage: str) -> None:
         with pytest.raises(PolicyError, match="in doubt"):
             asks(number=3, kind=kind)
     assert "in doubt" in audit.read(asks.site.place("state"))[-1]["reason"]
+    done = CliRunner().invoke(app, ["privacy", "budget", "--site", str(asks.site.path)])
+    assert (done.exit_code, "in doubt" in done.stderr) == (1, True)
     assert len(asks.visits) == 2
 
 
@@ -243,6 +245,15 @@ def test_a_budget_whose_number_is_lost_is_not_started_anew(asks: Asking) -> None
     done = CliRunner().invoke(app, ["privacy", "budget", "--site", str(asks.site.path), "--start"])
     assert done.exit_code == 1
     assert not sequence.sequence_file(asks.site).exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"number": -1, "sha256": "x"}', "", None])
+def test_a_number_that_cannot_be_read_is_in_doubt(asks: Asking, content: str | None) -> None:
+    file = sequence.sequence_file(asks.site)
+    file.unlink()
+    file.mkdir() if content is None else file.write_text(content)
+    with pytest.raises(PolicyError, match=r"in doubt: budget\.sequence cannot be read"):
+        asks()
 
 
 def test_looking_at_a_budget_makes_no_state(asks: Asking) -> None:
