@@ -55,7 +55,7 @@ WIKIDOC: dict[str, Any] = {
     "model.lora.peft-lora-r": 2,
     "model.lora.peft-lora-alpha": 4,
     "model.lora.target-modules": "q_proj,v_proj",
-    "num-server-rounds": 2,
+    "num-server-rounds": 3,
     "data.partitioner": "iid",
     "data.num-partitions": 1,
     "data.held-out-fraction": 0.01,
@@ -69,9 +69,10 @@ WIKIDOC: dict[str, Any] = {
     "train.seq-length": 96,
     "train.training-arguments.max-steps": 4,
     "train.training-arguments.per-device-train-batch-size": 16,
+    "train.training-arguments.gradient-accumulation-steps": 4,
     "train.training-arguments.max-grad-norm": 0.0,
 }
-"""One site; r = 2, so that there are few values for noise: sigma sqrt(d) / B is what matters."""
+"""One site; r = 2 and steps of 64: what matters is the noise to clip, sigma sqrt(d) / B."""
 
 WIKIDOC_UNITS = 4700
 """Declared records of the site."""

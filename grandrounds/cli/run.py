@@ -189,6 +189,10 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
 
     directory = RunDirectory.open(resume)
     recipe = started_with(directory.path)
+    try:
+        recipes.resolve(recipe)  # alone: what is wrong with it is no fault of the options
+    except ConfigError as error:
+        raise ConfigError(f"{directory.path / 'config.toml'} was changed: {error}") from error
     resumed = recipes.resolve(recipe, settings, {"resume-from": str(directory.path)})
     return recipes.with_absolute_paths(resumed)
 
