@@ -9,7 +9,7 @@ from grandrounds.config.keys import Config, PrivacyConfig
 from grandrounds.config.values import words_of
 
 LEAST_NOISE = 0.3
-"""Noise multiplier below which nothing is called private, as in the accountant."""
+"""Noise multiplier below which nothing is called private: ε would exceed 40 within a few steps."""
 
 INFLATED = "its step grows with the length of the updates, which is mostly noise"
 QUADRATIC = "it multiplies the sites' factors, and so their noise with itself"
@@ -85,6 +85,13 @@ def refusals(config: Config) -> Iterator[Refusal]:
         config.defence.min_cosine > -1,
         "the updates of honest sites point in the directions of their noise",
         "set -1",
+    )
+    yield Refusal(
+        "defence.largest-spread",
+        config.defence.largest_spread,
+        config.defence.largest_spread > 0,
+        "the updates of honest sites are spread by their noise",
+        "set 0",
     )
     yield Refusal(
         f"{a}max-steps",

@@ -20,6 +20,7 @@ from grandrounds.config.keys import (
     FIELD_OF_KEY,
     PLACES_AND_TRACKERS,
     TABLES,
+    TRAIN,
     Config,
     table_of,
 )
@@ -338,6 +339,9 @@ def leaderboard_differences(config: Config) -> list[str]:
     reasons = []
     if config.static.name not in LEADERBOARD_DATA:
         reasons.append(f"static.dataset.name is {place_name(config.static.name)}")
+    if config.static.config or config.static.split != TRAIN:
+        named = " ".join(filter(None, (config.static.config, config.static.split)))
+        reasons.append(f"configuration and split are {named}, not the default and {TRAIN}")
     if config.data.num_partitions != LEADERBOARD_PARTITIONS:
         count = counted(config.data.num_partitions, "partition")
         reasons.append(f"{count}, not {LEADERBOARD_PARTITIONS}")

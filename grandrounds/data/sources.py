@@ -6,29 +6,18 @@ text and the columns needed for partitioning.
 
 from __future__ import annotations
 
-import numbers
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from grandrounds.data.alone import columns_read_alone, rows_alone
-from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
-from grandrounds.data.files import (
-    Choice,
-    RawRows,
-    WrittenFloat,
-    from_records,
-    from_table,
-    read_file,
-)
-from grandrounds.data.forms import INSTRUCTION, Layout, layout_of, pairs
+from grandrounds.data.files import RawRows, from_records, from_table, read_file
 from grandrounds.data.places import (
     BUILT_IN,
     FILE_ENDINGS,
@@ -39,11 +28,11 @@ from grandrounds.data.places import (
     looks_like_path,
     unreadable,
 )
+from grandrounds.data.read import as_read, columns_read
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError, first_line, nearest
 
 _CACHED_SOURCES = 4
-_INT64_END = 1 << 63
 
 
 def load_rows(
@@ -69,8 +58,9 @@ def load_rows(
         Columns with the question and the answer. A missing value becomes an empty string and a
         number its text; any other type is an error. FlowerTune's medical app uses `input` as the
         question and `output` as the answer, and drops `instruction`, which is the same in all rows;
-        one that differs is an error. `instruction,input` joins two columns by a space, as its
-        finance and code apps do, unless there is a column of that name.
+        if it differs, both make the question. `instruction,input` joins two columns by a space, as
+        its finance and code apps do, unless there is a column of that name. If these are the
+        columns and the source has none of the name, other forms are looked for: see `forms`.
     keep_columns : sequence of str
         Further columns, such as the one that names the site. Integers stay integers, all else
         becomes text, and missing values, blank ones among them, stay missing. Labels of a CSV or
@@ -98,253 +88,12 @@ def load_rows(
     return _load_hub(source, columns, alone)
 
 
-# --- Checks ---------------------------------------------------------------------------------------
-
-
 def rows_of(raw: RawRows, source: str, columns: tuple[str, ...], alone: bool = False) -> Rows:
     """Check that rows and columns exist, and convert their values to text."""
     if alone:
         return rows_alone(raw, columns)
     read = as_read(raw, source, columns)
     return Rows(read.values, histories=read.histories)
-
-
-@dataclass(frozen=True)
-class Read:
-    """The rows of a source as text, in the form that was found."""
-
-    values: dict[str, list[Any]]
-    """Questions, answers and labels, under the columns that were asked for."""
-    histories: list[tuple[Turn, ...]]
-    """What was said before each question; empty if the source holds no conversations."""
-    form: str
-    """The form in words; empty for a column of questions and one of answers."""
-    left_out: tuple[str, ...]
-    """Conversations that cannot be trained on, each with its place and the reason."""
-    columns: frozenset[str]
-    """The columns of the source that they come from."""
-
-
-def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
-    """Return the columns as `load_rows` describes them: two of text, then labels.
-
-    A conversation that cannot be trained on has neither question nor answer.
-
-    Raises
-    ------
-    DataError
-        If there are no rows, a column is missing, a value is not text, or a label is a number in
-        one row and the same as text in another.
-    """
-    if not raw.places:
-        raise DataError(
-            f"{source}: the data source has no rows; at least one question with its answer is "
-            f"needed. Choose another {SOURCE_KEY}."
-        )
-    (question, answer), kept = columns[:2], columns[2:]
-    layout = _settled(layout_of(raw.available, question, answer), raw, columns)
-    if layout.form == "preferences":
-        raise DataError(
-            f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
-            "answer for each question. For the chosen ones write data.question-column=prompt "
-            "data.answer-column=chosen."
-        )
-    answered = {layout.answer: "data.answer-column"} if layout.answer else {}
-    keys = dict.fromkeys(layout.question, "data.question-column") | answered
-    _check_columns(raw.available, source, keys | dict.fromkeys(kept, "data.partition-by"))
-    histories: list[tuple[Turn, ...]] = []
-    left_out: tuple[str, ...] = ()
-    if layout.form == "conversations":
-        questions, answers, histories, left_out = _conversations(raw, source, layout)
-    else:
-        questions = _joined(raw, source, layout.question)
-        answers = questions if answer == question else _texts(raw, source, layout.answer)
-    values: dict[str, list[Any]] = {question: questions, answer: answers}
-    labels = {
-        name: _labels(raw.values[name], f"{source}, column {name!r}")
-        for name in kept
-        if name not in (question, answer)
-    }
-    used = frozenset((*layout.question, layout.answer, *kept))
-    return Read(values | labels, histories, layout.description, left_out, used)
-
-
-def columns_read(columns: tuple[str, ...]) -> Choice:
-    """Return which columns to read of a source, for those that are asked for."""
-    question, answer, *kept = columns
-
-    def choose(available: Sequence[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*layout_of(available, question, answer).columns, *kept)))
-
-    return choose
-
-
-def _conversations(
-    raw: RawRows, source: str, layout: Layout
-) -> tuple[list[str], list[str], list[tuple[Turn, ...]], tuple[str, ...]]:
-    """Return questions, answers and histories of conversations, and those that have none.
-
-    Raises
-    ------
-    DataError
-        If the cells are not turns.
-    """
-    questions, answers, histories, left_out = [], [], [], []
-    column = layout.question[0]
-    for row, value in enumerate(raw.values[column]):
-        if value is not None and not isinstance(value, list):
-            raise DataError(
-                f"{source}, {raw.where(row)}, column {column!r}: the value is {described(value)}, "
-                "not a list of turns with role and content, as in other rows. Correct the row."
-            )
-        try:
-            found = conversation_of(value or ())
-        except Unusable as reason:
-            left_out.append(f"{raw.where(row)}: {reason}")
-            found = Conversation((), "", "")
-        questions.append(found.question)
-        answers.append(found.answer)
-        histories.append(found.before)
-    return questions, answers, histories, tuple(left_out)
-
-
-def _joined(raw: RawRows, source: str, parts: Sequence[str]) -> list[str]:
-    """Return the text of one column, or of several joined by a space."""
-    texts = [_texts(raw, source, part) for part in parts]
-    if len(texts) == 1:
-        return texts[0]
-    return [" ".join(text for text in row if text.strip()) for row in zip(*texts, strict=True)]
-
-
-def _settled(layout: Layout, raw: RawRows, columns: tuple[str, ...]) -> Layout:
-    """Return the layout that the values show: turns are lists, and instructions may differ.
-
-    FlowerTune's medical data have one instruction for all rows, which it leaves out.
-    """
-    if layout.form == "conversations":
-        values = raw.values.get(layout.question[0], ())
-        return layout if any(isinstance(v, list) for v in values) else pairs(*columns[:2])
-    if layout.question != ("input",) or INSTRUCTION in columns:
-        return layout
-    texts = raw.values.get(INSTRUCTION, [])
-    different = {text.strip() for text in texts if isinstance(text, str) and text.strip()}
-    if len(different) < 2:
-        return layout
-    return Layout("alpaca", (INSTRUCTION, "input"), layout.answer)
-
-
-COLUMN_NAMES = {
-    "data.question-column": ("question", "prompt", "instruction", "input", "query", "front", "q"),
-    "data.answer-column": ("answer", "response", "completion", "output", "target", "back", "a"),
-    "data.partition-by": ("site", "hospital", "ward", "client", "center", "centre", "department"),
-}
-"""Key of a column → what files usually call it, the likeliest first."""
-
-
-def _check_columns(available: Sequence[str], source: str, wanted: Mapping[str, str]) -> None:
-    """Raise one `DataError` for all columns that are missing or occur more than once.
-
-    Parameters
-    ----------
-    wanted
-        Column → key that names it.
-    """
-    faults, advice = [], []
-    for name, key in wanted.items():
-        count = available.count(name)
-        if count == 1:
-            continue
-        fault = f"there are {count} columns named" if count else "there is no column"
-        faults.append(f"{fault} {name!r}")
-        advice.append(_column_advice(key, name, [one for one in available if one not in wanted]))
-    if faults:
-        raise DataError(
-            f"{source}: {' and '.join(faults)}; the columns are: {', '.join(available)}."
-            f"{''.join(advice)}"
-        )
-
-
-def _column_advice(key: str, name: str, available: Sequence[str]) -> str:
-    """Return which column a key should name: the one of its meaning, else of nearly its name."""
-    lower = {one.strip().lower(): one for one in reversed(available)}
-    usual = next((lower[one] for one in COLUMN_NAMES[key] if one in lower), None)
-    if not usual or nearest(name, available):
-        return f"{nearest(name, available)} Set {key} to a column that occurs once."
-    return f" Did you mean {usual!r}? Write {key}={usual}."
-
-
-def _texts(raw: RawRows, source: str, name: str) -> list[str]:
-    """Return a column as text; missing values become empty strings."""
-    return [
-        value
-        if isinstance(value, str) and value.isascii()
-        else _text(value, f"{source}, {raw.where(row)}, column {name!r}")
-        for row, value in enumerate(raw.values[name])
-    ]
-
-
-def _text(value: Any, where: str) -> str:
-    """Return one value as text; `where` starts the message of an error."""
-    if value is None or value != value:  # NaN is the only number that differs from itself
-        return ""
-    if isinstance(value, numbers.Number):
-        return str(value)
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: the value is {described(value)}, but only text, numbers and missing values "
-            "are supported. Choose other columns with data.question-column and "
-            "data.answer-column, or convert these values to text."
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: character {error.start + 1} is an unpaired surrogate and not valid text. "
-            "Remove it from the source."
-        ) from error
-    return value
-
-
-def described(value: Any) -> str:
-    """Return what a value that is no text is: its type, length and keys, nothing of its content."""
-    if isinstance(value, list):
-        return "an empty list" if not value else f"a list of length {len(value)}"
-    if isinstance(value, Mapping):
-        keys = ", ".join(str(key)[:30] for key in list(value)[:6])
-        return f"an object with the keys {keys}" if value else "an empty object"
-    return f"of type {type(value).__name__}"
-
-
-def _labels(values: list[Any], where: str) -> list[Any]:
-    """Return a further column as all integers or all text; missing values are None."""
-    labels = [
-        None
-        if value is None or value != value or (isinstance(value, str) and not value.strip())
-        else value
-        for value in values
-    ]
-    if all(
-        label is None or (type(label) is int and -_INT64_END <= label < _INT64_END)
-        for label in labels
-    ):
-        return labels
-    texts = [
-        None if label is None else label.text if isinstance(label, WrittenFloat) else str(label)
-        for label in labels
-    ]
-    is_text: dict[str, bool] = {}
-    for label, text in zip(labels, texts, strict=True):
-        if text is not None and is_text.setdefault(text, type(label) is str) != (
-            type(label) is str
-        ):
-            raise DataError(
-                f"{where}: {text} is text in one row and not in another, so that it is unclear "
-                "whether both are the same. Write all of them as text, or none."
-            )
-    return texts
-
-
-# --- Built-in data and the hub --------------------------------------------------------------------
 
 
 @lru_cache(maxsize=_CACHED_SOURCES)

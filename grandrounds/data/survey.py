@@ -15,7 +15,8 @@ from typing import Any
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
 from grandrounds.data.places import FILE_ENDINGS, Version, files_of, looks_like_path
-from grandrounds.data.sources import as_read, columns_read, read_files
+from grandrounds.data.read import as_read, columns_read
+from grandrounds.data.sources import read_files
 from grandrounds.errors import DataError
 
 SURVEYED_BYTES = 64 * 2**20

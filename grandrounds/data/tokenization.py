@@ -185,10 +185,10 @@ def tokenize_examples(
 def _is_rendered(example: Example, tokenizer: Any, template: str) -> bool:
     """Whether a template can render an example and its answers."""
     turns = (*example.before, ("user", example.question))
-    said = [content for role, content in example.before if role == "assistant"]
     try:
-        conversation_token_ids(tokenizer, template, [turns])
-        answer_token_ids(tokenizer, template, [*said, example.answer])
+        [prompt] = conversation_token_ids(tokenizer, template, [turns])
+        answer_token_ids(tokenizer, template, [example.answer])
+        _earlier_answers(example, prompt, tokenizer)
     except (ConfigError, DataError):
         return False
     return True

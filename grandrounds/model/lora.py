@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.base import base_config, is_out_of_memory, stored_bits
 from grandrounds.model.targets import Targets, find_targets
@@ -33,6 +34,13 @@ class LoraSpec:
     """Dropout on the input of A, in training only."""
     stabilised: bool = False
     """Rank-stabilised: rsLoRA (Kalajdzievski, 2023)."""
+
+    @classmethod
+    def of(cls, config: Config) -> LoraSpec:
+        """Return the specification of a run's adapter, at the run's own rank."""
+        lora = config.lora
+        rank, alpha, targets = lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules
+        return cls(rank, alpha, targets, lora.dropout, lora.use_rslora)
 
     @property
     def scale(self) -> float:

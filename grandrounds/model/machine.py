@@ -39,16 +39,8 @@ _PROCESS_THREADS = torch.get_num_threads()
 def specs(config: Config) -> tuple[BaseSpec, LoraSpec]:
     """Return the specifications of the base and of the adapter on it."""
     model = config.model
-    adapter = lora_of(config).at_rank(Ranks.of(config).resident)
+    adapter = LoraSpec.of(config).at_rank(Ranks.of(config).resident)
     return BaseSpec(model.source, model.quantization, model.dtype), adapter
-
-
-def lora_of(config: Config) -> LoraSpec:
-    """Return the specification of the adapter at the run's own rank."""
-    lora = config.lora
-    return LoraSpec(
-        lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout, lora.use_rslora
-    )
 
 
 def precision(config: Config) -> str:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from grandrounds.config.words import counted, percent
-from grandrounds.server.listeners.plain import REHEARSAL
-from grandrounds.wire.guarantee import ADJACENCY, PATIENT, RECORD
+from grandrounds.wire.guarantee import ADJACENCY, PATIENT, RECORD, REHEARSAL
 
 AUDIT = "privacy-audit.json"
 """File of an audit in a run directory."""

@@ -48,12 +48,10 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     ModelError
         If the base's configuration is missing, or a target module matches nothing.
     """
-    federation, strategy, lora = config.federation, config.strategy, config.lora
+    federation, strategy = config.federation, config.strategy
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
     resumed = held_for_resume(directory, config) if directory else None
-    spec = LoraSpec(
-        lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules, lora.dropout, lora.use_rslora
-    )
+    spec = LoraSpec.of(config)
     shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes, examiners_of(grid))
     is_new = directory is None
@@ -78,7 +76,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         described["frozen-modules"] = list(targets.frozen)
     if bits := stored_bits(config.model.source):
         described["stored-bits"] = bits
-    if missing := unmatched(lora.target_modules, targets.modules):
+    if missing := unmatched(spec.target_modules, targets.modules):
         described["target-modules-without-match"] = missing
     directory.write_json("plan.json", described)
     run = Run(

@@ -26,8 +26,9 @@ from grandrounds.model.architectures import (
 )
 from grandrounds.model.location import check_location
 from grandrounds.server.directory import check_vacant
-from grandrounds.site.private.rehearsal import REHEARSAL, mechanism_of
+from grandrounds.site.private.rehearsal import mechanism_of
 from grandrounds.study.plan.forecast import kept_rows, site_sizes
+from grandrounds.wire.guarantee import REHEARSAL
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of, examples_of_a_visit
 
 MOST_PASSES_A_VISIT = 5.0
@@ -91,7 +92,8 @@ def check_privacy(config: Config) -> list[str]:
     mechanism_of(config)
     exact = "; its held-out losses are exact, and outside of the guarantee"
     told = exact if config.strategy.fraction_evaluate > 0 else ""
-    return [f"this private run is a {REHEARSAL}{told}"]
+    guarantee = "only a site's own agent guarantees anything"
+    return [f"this private run is {REHEARSAL}: {guarantee}{told}"]
 
 
 def check_place(config: Config, from_round: int | None) -> list[str]:

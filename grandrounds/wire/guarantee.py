@@ -12,6 +12,9 @@ from typing import Any
 ADJACENCY = "add or remove one unit"
 """Neighbouring data sets of the guarantee."""
 
+REHEARSAL = "a rehearsal, since server and sites share a process"
+"""What a private run in process or in simulation is worth."""
+
 UNIT = "unit"
 """What a site hides: `record` or `patient`."""
 

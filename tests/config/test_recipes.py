@@ -367,6 +367,10 @@ def test_what_does_not_compare_with_the_leaderboard_is_listed() -> None:
         "partitioner size-skewed, not iid",
         "5 % of each site's data held out",
     ]
+    part = {"static.dataset.name": "org/cards", "static.dataset.split": "test"}
+    assert "configuration and split are test, not the default and train" in leaderboard_differences(
+        resolve(part)
+    )
 
 
 # --- Tables and dates -----------------------------------------------------------------------------

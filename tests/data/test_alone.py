@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import tokenize_examples
+from grandrounds.errors import ConfigError
 from tests.data.test_chat import CONVERSATION, PLAIN
 
 ROWS: list[dict[str, Any]] = [
@@ -59,3 +61,19 @@ def test_a_record_without_room_in_the_prompt_is_left_out_by_itself(tiny_base: Pa
     [plain] = tokenize_examples([PLAIN], tokenizer, "alpaca", 500).examples
     assert found.examples == (plain,)
     assert (found.unlearnable, found.positions) == (1, (1,))
+
+
+def test_a_record_that_the_template_refuses_is_left_out_by_itself(tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    refused = replace(PLAIN, before=(("system", "Be brief."),))
+    found = tokenize_examples([refused, CONVERSATION], tokenizer, "chat", 500, alone=True)
+    assert (len(found.examples), found.unlearnable, found.positions) == (1, 1, (1,))
+    with pytest.raises(ConfigError, match="cannot render a conversation of system, user"):
+        tokenize_examples([refused, CONVERSATION], tokenizer, "chat", 500)

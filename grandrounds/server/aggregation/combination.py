@@ -19,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.config.keys import StrategyConfig
-from grandrounds.errors import RoundError
 from grandrounds.server.aggregation.defence import inner_products
-from grandrounds.server.aggregation.replies import ReplyRule, check_shapes
+from grandrounds.server.aggregation.replies import ComparableReplies
 from grandrounds.wire.adapter import Adapter
 
 Matrix = NDArray[np.float64]
@@ -36,7 +35,7 @@ SETTLED = 1e-9
 """The iteration ends when no coefficient changes by more."""
 
 
-class Combination(ReplyRule):
+class Combination(ComparableReplies):
     """A rule that combines the updates by coefficients."""
 
     def __init__(self, config: StrategyConfig) -> None:
@@ -54,20 +53,9 @@ class Combination(ReplyRule):
             Training examples of each site.
         """
 
-    def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
-        """Keep one reply."""
-        check_shapes(change, self._adapter)
-        super().add(partition, received, change, weight)
-
     def result(self) -> Adapter:
         """Return the adapter plus the combination of the updates."""
-        replies = self.replies()
-        if len(replies) < (fewest := self._config.fewest_replies):
-            raise RoundError(
-                f"Round {self._round}: strategy.name = {self._config.name!r} needs at least "
-                f"{fewest} good replies with its settings, but got {len(replies)}. Raise "
-                "strategy.fraction-train or data.num-partitions."
-            )
+        replies = self.enough_replies()
         changes = [reply.change for reply in replies]
         weights = np.array([reply.weight for reply in replies])
         chosen = self.coefficients(inner_products(changes), weights)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from grandrounds.config.keys import StrategyConfig
 from grandrounds.errors import ConfigError, RoundError
-from grandrounds.server.aggregation.replies import ReplyRule, check_shapes
+from grandrounds.server.aggregation.replies import ComparableReplies
 from grandrounds.wire.adapter import Adapter
 
 MOMENTS = ("m_t", "v_t")
@@ -41,7 +41,7 @@ TOLERATED = "hostile-tolerated"
 """Figure of a round: how many hostile updates the rule tolerates among those that came."""
 
 
-class FlowerRule(ReplyRule):
+class FlowerRule(ComparableReplies):
     """A rule computed by a Flower strategy.
 
     Parameters
@@ -57,20 +57,9 @@ class FlowerRule(ReplyRule):
         self._name, self._config = config.name, config
         self._state: dict[str, NDArray[Any]] = {}
 
-    def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
-        """Keep one reply."""
-        check_shapes(change, self._adapter)
-        super().add(partition, received, change, weight)
-
     def result(self) -> Adapter:
         """Return the adapter plus the strategy's result."""
-        replies = self.replies()
-        if len(replies) < (fewest := self._config.fewest_replies):
-            raise RoundError(
-                f"Round {self._round}: strategy.name = {self._name!r} needs at least {fewest} good "
-                f"replies with its settings, but got {len(replies)}. Raise strategy.fraction-train "
-                "or data.num-partitions."
-            )
+        replies = self.enough_replies()
         self._settle(len(replies))
         names = [name for name in self._adapter if name in replies[0].change]
         self._set_start(names)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grandrounds.config.keys import StrategyConfig
+from grandrounds.errors import RoundError
 from grandrounds.server.aggregation.rule import Rule
 from grandrounds.server.aggregation.weighted_mean import check_weight
 from grandrounds.wire.adapter import Adapter
@@ -60,6 +62,34 @@ class ReplyRule(Rule):
     def report(self) -> dict[str, float]:
         """Return the figures of the last result."""
         return dict(self._report)
+
+
+class ComparableReplies(ReplyRule):
+    """A rule that compares replies, all of the server's rank, and needs a number of them."""
+
+    _config: StrategyConfig
+
+    def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
+        """Keep one reply."""
+        check_shapes(change, self._adapter)
+        super().add(partition, received, change, weight)
+
+    def enough_replies(self) -> list[Reply]:
+        """Return the replies in the order of partitions.
+
+        Raises
+        ------
+        RoundError
+            If they are fewer than the rule needs with its settings.
+        """
+        replies = self.replies()
+        if len(replies) < (fewest := self._config.fewest_replies):
+            raise RoundError(
+                f"Round {self._round}: strategy.name = {self._config.name!r} needs at least "
+                f"{fewest} good replies with its settings, but got {len(replies)}. Raise "
+                "strategy.fraction-train or data.num-partitions."
+            )
+        return replies
 
 
 def check_shapes(change: Adapter, adapter: Adapter) -> None:

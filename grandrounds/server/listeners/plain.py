@@ -25,6 +25,7 @@ from grandrounds.server.listeners.start_rows import (
     site_rows,
 )
 from grandrounds.statistics import wilson_interval
+from grandrounds.wire.guarantee import REHEARSAL
 from grandrounds.wire.names import SiteNames, names_of, one_line
 from grandrounds.wire.told import MEDIAN_LOSS, in_custody
 
@@ -177,9 +178,6 @@ def privacy_text(private: Mapping[str, Any]) -> str:
         f"the budget of {counted(spent, 'site')} is spent" if spent else "",
     ]
     return "; ".join(part for part in parts if part)
-
-
-REHEARSAL = "a rehearsal, since server and sites share a process"
 
 
 def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:

@@ -15,8 +15,9 @@ from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
 from grandrounds.data.partitioning import Partition
+from grandrounds.data.read import columns_read
 from grandrounds.data.rows import Rows
-from grandrounds.data.sources import columns_read, load_rows, rows_of
+from grandrounds.data.sources import load_rows, rows_of
 from grandrounds.errors import DataError, first_line
 from grandrounds.site.custody import order
 from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint

@@ -14,11 +14,10 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
+from grandrounds.config.private import LEAST_NOISE
 from grandrounds.errors import ConfigError
 from grandrounds.site.private.mechanism import Mechanism
 
-LEAST_NOISE = 0.3
-"""Noise multiplier below which nothing is called private: ε would exceed 40 within a few steps."""
 MOST_NOISE = 1e4
 TOLERANCE = 1e-3
 """Relative precision of a calibrated noise multiplier."""

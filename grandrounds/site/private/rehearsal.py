@@ -17,12 +17,6 @@ from grandrounds.site.private.mechanism import Mechanism, sampling_rate_of
 from grandrounds.wire import guarantee
 from grandrounds.wire.schedule import visits_at_most
 
-REHEARSAL = (
-    "rehearsal: server and sites share this process and its memory; only a site's own agent "
-    "guarantees anything"
-)
-"""What a private run in process or in simulation is worth."""
-
 
 @lru_cache(maxsize=8)
 def mechanism_of(config: Config) -> Mechanism:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from grandrounds import client_app, server_app
 from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
-from grandrounds.config.keys import Config
+from grandrounds.config.keys import TRAIN, Config
 from grandrounds.data.tokenization import answer_token_ids, end_token_ids, prompt_token_ids
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.model import machine
@@ -188,6 +188,8 @@ def in_world(config: Config, folder: Path) -> Config:
         config.flat(),
         {
             "static.dataset.name": str(folder / "world.jsonl"),
+            "static.dataset.config": "",
+            "static.dataset.split": TRAIN,
             "static.dataset.revision": "",
             "data.partitioner": "natural",
             "data.partition-by": SITE,

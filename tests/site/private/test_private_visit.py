@@ -286,6 +286,7 @@ def test_all_that_a_private_visit_cannot_cover_is_told_at_once() -> None:
     values = {
         "strategy.name": "fedexp",
         "defence.min-cosine": 0.1,
+        "defence.largest-spread": 1.4,
         f"{arguments}max-steps": -1,
         f"{arguments}max-grad-norm": 1.0,
         f"{arguments}torch-compile": True,
