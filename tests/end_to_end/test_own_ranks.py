@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.model.base import BaseSpec
-from grandrounds.study.evaluation.models import Models, lora_spec
+from grandrounds.model.saved import lora_spec
+from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.tasks import Subject
 from tests.runs import (
     GOOD_SITES,
