@@ -1,4 +1,4 @@
-"""Entries as they are published: to the hub's door, and on a tiny stand-in of their base to the end.
+"""Published entries: offline to the hub's door, on a tiny stand-in of their base to the end.
 
 Their texts are written for the tests, with what was seen in published ones.
 """
