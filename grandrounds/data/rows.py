@@ -1,4 +1,6 @@
-"""Rows of a data source in memory: columns of text and integers, and conversations' histories.
+"""Rows of a data source: columns of text and integers, and conversations' histories.
+
+Here they are in memory; `stored_rows` has those of a source that is larger.
 
 The few operations that a run needs are those of a `datasets.Dataset`, under its names and with its
 results. Importing that library takes longer than reading the formulary or a file of 5,000 rows.
@@ -32,9 +34,14 @@ class Rows:
     def __len__(self) -> int:
         return len(next(iter(self._columns.values()), ()))
 
-    def __getitem__(self, name: str) -> list[Any]:
+    def __getitem__(self, name: str) -> Sequence[Any]:
         """Return a column."""
         return self._columns[name]
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the texts lie on the disk: reading them all into memory may fill it."""
+        return False
 
     @property
     def column_names(self) -> list[str]:
@@ -42,13 +49,13 @@ class Rows:
         return list(self._columns)
 
     @property
-    def histories(self) -> list[tuple[Turn, ...]]:
+    def histories(self) -> Sequence[tuple[Turn, ...]]:
         """What was said before the question of each row."""
         return self._histories or [()] * len(self)
 
     def unique(self, name: str) -> list[Any]:
         """Return the distinct values of a column, by first occurrence."""
-        return list(dict.fromkeys(self._columns[name]))
+        return list(dict.fromkeys(self[name]))
 
     def select(self, indices: Sequence[int]) -> Rows:
         """Return some of the rows."""
