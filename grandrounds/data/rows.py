@@ -8,13 +8,17 @@ results. Importing that library takes longer than reading the formulary or a fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from grandrounds.data.conversations import Turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Item = TypeVar("Item")
 
 
 class Rows:
@@ -84,3 +88,29 @@ class Rows:
             for name, values in self._columns.items()
         }
         return Dataset.from_dict(self._columns, features=Features(types))
+
+
+class Joined(Sequence[Item]):
+    """Sequences that follow one another, none of them copied."""
+
+    def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        number = bisect_right(self._ends, place)
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self._parts[number][place - (self._ends[number - 1] if number else 0)]
+
+    def __iter__(self) -> Iterator[Item]:
+        return chain.from_iterable(self._parts)

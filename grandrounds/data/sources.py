@@ -24,14 +24,6 @@ from grandrounds.data.files import (
     read_file,
     table_chunks,
 )
-from grandrounds.data.large import (
-    STORED_BYTES,
-    is_large,
-    large_files,
-    left_out_note,
-    stored,
-    unpacked_bytes,
-)
 from grandrounds.data.main_memory import check_fits
 from grandrounds.data.places import (
     BUILT_IN,
@@ -130,6 +122,8 @@ def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
 def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
     import datasets
 
+    from grandrounds.data.large import STORED_BYTES, left_out_note, stored
+
     place = OnHub.of(source)
     named = {"name": place.config} if place.config else {}
     named |= {"revision": place.revision} if place.revision else {}
@@ -196,6 +190,8 @@ def silent_downloads() -> Iterator[None]:
 @lru_cache(maxsize=_CACHED_SOURCES)
 def _load_files(source: str, version: Version, columns: tuple[str, ...], alone: bool) -> Rows:
     """Read files; their version is part of the cache key, so that changed ones are read again."""
+    from grandrounds.data.large import is_large, large_files, unpacked_bytes  # only here: NumPy
+
     if is_large(version):
         if not alone:
             return large_files(source, version, columns)

@@ -21,7 +21,7 @@ from grandrounds.data import large, main_memory, sources, spool, streams
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.on_demand import OnDemand
 from grandrounds.data.partitioning import PARTITIONERS, Division, Partition, partition_rows
-from grandrounds.data.rows import Rows
+from grandrounds.data.rows import Joined, Rows
 from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.errors import DataError
@@ -257,3 +257,14 @@ def test_an_array_larger_than_memory_is_refused(
     monkeypatch.setattr(large, "STORED_BYTES", 0)
     with pytest.raises(DataError, match="Under a guarantee all rows of a site are held in memory"):
         loaded(lines, alone=True)
+
+
+def test_joined_sequences_are_read_in_their_order() -> None:
+    parts: list[list[int]] = [[], [1, 2], [], [3], []]
+    joined = Joined(parts)
+    assert list(joined) == joined[:] == [joined[i] for i in range(len(joined))] == [1, 2, 3]
+    assert joined[1:] == [2, 3]
+    for place in (3, -1):
+        with pytest.raises(IndexError):
+            joined[place]
+    assert list(Joined[int]([])) == []

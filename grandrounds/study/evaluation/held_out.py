@@ -15,6 +15,7 @@ from typing import Any
 
 from grandrounds.config.keys import Config
 from grandrounds.data.chat_settings import ChatSettings
+from grandrounds.data.examples import SiteData
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.server.directory import RunDirectory
@@ -60,7 +61,7 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     tokenizer = tokenizer_of(config.model.source, ChatSettings(*config.data.chat))
     template = config.data.prompt_template
     by_site: list[list[Item]] = []
-    trained: list[set[str]] = []
+    splits: list[SiteData] = []
     found: list[dict[str, int]] = []
     for site in range(config.data.num_partitions):
         _, split = split_site(rows, how, site)
@@ -68,7 +69,7 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
         fitting = tokenized(items, tokenizer, template, config.train.seq_length)
         kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]
         by_site.append(kept)
-        trained.append({example.question for example in split.train})
+        splits.append(split)
         found.append({"rows": split.report.rows, "held-out-examples": len(kept)})
     _check_unchanged(run, config, found)
     order = [
@@ -82,6 +83,8 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
             f"The sites of {run.path} have no held-out rows: their data are too small. Give "
             "--benchmark FILE, or train again with a larger data.held-out-fraction."
         )
+    asked = {item.question for _, item in order[:limit]}
+    trained = [{e.question for e in split.train if e.question in asked} for split in splits]
     elsewhere = sum(
         any(item.question in questions for other, questions in enumerate(trained) if other != site)
         for site, item in order[:limit]
