@@ -35,6 +35,8 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "earlier-schedules": "",
     "model.revision": "",
     "model.lora.use-rslora": False,
+    "model.lora.rank-pattern": "",
+    "model.lora.alpha-pattern": "",
     "data.template-options": "",
     "data.system-prompt": "",
     "data.train-on": "answers",
