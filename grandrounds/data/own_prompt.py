@@ -293,10 +293,10 @@ def _check_rendered(made: OwnPrompt) -> None:
     """Raise `ConfigError` if a variable that a template names does not reach the prompt."""
     marks = {"question": QUESTION, "instruction": INSTRUCTION, "system": SYSTEM_PROMPT}
     optional = [name for name in ("instruction", "system") if name in made.names]
-    empty = dict.fromkeys((*TEXTS, *TOKENS), "")
+    empty: dict[str, str] = dict.fromkeys((*TEXTS, *TOKENS), "")
     for given in itertools.product((True, False), repeat=len(optional)):
         filled = {name: marks[name] for name, is_set in zip(optional, given, strict=True) if is_set}
-        text = str(made._prompt.render({**empty, "question": QUESTION, **filled}))
+        text = str(made._prompt.render(empty | {"question": QUESTION} | filled))
         for name in ("question", *filled):
             if marks[name] not in text:
                 cases = (f"{n} is {'given' if n in filled else 'empty'}" for n in optional)

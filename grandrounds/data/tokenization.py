@@ -251,7 +251,9 @@ def _earlier_answers(
     have had to answer.
     """
     spans: list[tuple[int, int] | None] = []
-    end = end_token_ids(tokenizer, "chat") if example.before else ()
+    if all(role != "assistant" for role, _ in example.before):
+        return spans
+    end = end_token_ids(tokenizer, "chat")
     for number, (role, said) in enumerate(example.before):
         if role != "assistant":
             continue
