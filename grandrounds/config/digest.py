@@ -34,6 +34,8 @@ data they mean nothing. The date of a chat template is the day on which a run st
 LEFT_OUT_IF: Mapping[str, Scalar] = {
     "model.revision": "",
     "model.lora.use-rslora": False,
+    "model.lora.rank-pattern": "",
+    "model.lora.alpha-pattern": "",
     "data.template-options": "",
     "data.system-prompt": "",
     "data.train-on": "answers",

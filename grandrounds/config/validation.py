@@ -20,6 +20,7 @@ from grandrounds.config.keys import (
     SECTIONS,
     TRAIN,
     Config,
+    table_meant,
 )
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
@@ -113,6 +114,8 @@ def unknown_key(key: str, value: Scalar) -> str:
     if last in PER_ROUND:
         count = value if type(value) is int and value > 0 else "N"
         return f"{told} Write --sites-per-round {count}, or set strategy.fraction-train."
+    if table := table_meant(key):
+        return f"{told} Write {table}={json.dumps(value)}."
     meant = key_meant(key, _KEYS)
     if not meant:
         return f"{told}{nearest(key, _KEYS)} docs/configuration.md lists all keys."
@@ -382,6 +385,19 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
         yield (
             f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be integers "
             f"from 1 to model.lora.peft-lora-r = {rank}, comma-separated."
+        )
+    if config.lora.rank_pattern and (ranks or STRATEGIES[name].stacks):
+        why, instead = (
+            ("strategy.site-ranks gives one rank to all modules of a site", "leave one of them out")
+            if ranks
+            else (
+                f"{name} stacks the adapters of all modules to one rank, strategy.max-rank",
+                "use another rule (fedavg, fedprox, product)",
+            )
+        )
+        yield (
+            f"model.lora.rank-pattern = {config.lora.rank_pattern!r} cannot be combined with it: "
+            f"{why}. Leave the pattern out, or {instead}."
         )
     if ranks and config.defence.screens:
         key, value, off = "min-cosine", config.defence.min_cosine, -1

@@ -14,7 +14,7 @@ from grandrounds.config import recipes
 from grandrounds.config.bases import KNOWN_BASES, names_a_base
 from grandrounds.config.keys import Config
 from grandrounds.config.prompt import is_own, sha256_of
-from grandrounds.config.words import place_name
+from grandrounds.config.words import place_name, with_own
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server import guarantees
 from grandrounds.server.described import (
@@ -229,9 +229,13 @@ def _facts(
         ("data", _cell(data_text(config, found.sites)) + _at(config.static.revision, commits[1])),
         (
             "adapter",
-            f"{'rsLoRA, ' * lora.use_rslora}r = {lora.peft_lora_r}, "
-            f"alpha = {lora.peft_lora_alpha:g}, "
-            f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
+            _cell(
+                f"{'rsLoRA, ' * lora.use_rslora}"
+                f"r = {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
+                f"alpha = {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
+            )
+            + f"on {', '.join(target_modules)}"
+            + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (
             "aggregation",

@@ -17,7 +17,7 @@ from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import Roster
-from grandrounds.wire.adapter import Adapter, rank_of
+from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.ledger import Ledger
@@ -152,8 +152,7 @@ class Run:
 
         What B A is scaled by stays the same.
         """
-        rank = rank_of(self.state.adapter)
-        return self.lora.at_rank(rank)
+        return self.lora.at_rank(self.sender.ranks.of_adapter(self.state.adapter))
 
     def write_sites(self) -> bool:
         """Write sites.json if an introduction is new; return whether one is."""

@@ -44,6 +44,8 @@ LEFT_OUT = {
     "static.dataset.revision",
     "data.train-on",
     "model.lora.use-rslora",
+    "model.lora.rank-pattern",
+    "model.lora.alpha-pattern",
     "data.template-date",
     "data.template-options",
     "data.system-prompt",

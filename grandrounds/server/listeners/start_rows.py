@@ -10,7 +10,7 @@ from grandrounds.config import recipes
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config, rounded_up
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.words import NOT_TOLD, counted
+from grandrounds.config.words import NOT_TOLD, counted, with_own
 from grandrounds.server.described import (
     Sites,
     cautions,
@@ -52,7 +52,9 @@ def recipe_rows(config: Config) -> Rows:
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
             "adapter",
-            f"{'rs' * lora.use_rslora}LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
+            f"{'rs' * lora.use_rslora}LoRA "
+            f"r {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
+            f"alpha {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
             f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
         ),
         (

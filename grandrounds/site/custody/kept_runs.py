@@ -135,6 +135,7 @@ def check_room(state: SiteState) -> None:
     for (run,) in state.table.execute(query, (now - KEPT_DAYS * DAY_SECONDS,)).fetchall():
         forget(state, run)
     size = state.count("select sum(bytes) from kept_runs")
+    size += state.count("select sum(bytes) from mask_attempts")
     if size > MOST_BYTES:
         raise PolicyError(
             f"This site keeps {size / 2**30:.1f} GiB of unfinished runs, of at most "
@@ -147,11 +148,13 @@ def forget(state: SiteState, run: str) -> bool:
     with state.lasting() as table:
         rows = table.execute(
             "select file from kept_runs where run = ? "
-            "union select file from requests where run = ?",
-            (run, run),
+            "union select file from requests where run = ? "
+            "union select file from mask_attempts where run = ?",
+            (run, run, run),
         ).fetchall()
         table.execute("delete from kept_runs where run = ?", (run,))
         table.execute("delete from requests where run = ?", (run,))
+        table.execute("delete from mask_attempts where run = ?", (run,))
     state.discard([row[0] for row in rows])
     return bool(rows)
 

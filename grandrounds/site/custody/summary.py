@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
+from grandrounds.config.keys import PATTERNS
 from grandrounds.config.prompt import KEY, is_own, name_of, sha256_of
 from grandrounds.config.words import NOT_TOLD, shown
 from grandrounds.errors import GrandRoundsError
@@ -40,7 +41,7 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     if is_own(template):
         yield f"    prompt template, SHA-256 {sha256_of(template)}:"
         yield from (f"      | {shown(line)}" for line in template.splitlines())
-    for key in ("data.system-prompt", "data.template-options"):
+    for key in (*PATTERNS, "data.system-prompt", "data.template-options"):
         if recipe.values.get(key):
             yield f"    {key} {shown(str(recipe.values[key]))}"
     yield (

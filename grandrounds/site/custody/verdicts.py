@@ -67,6 +67,8 @@ VERDICTS: dict[str, Verdict] = {
     "model.lora.peft-lora-r": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
     "model.lora.peft-lora-alpha": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.use-rslora": _bounded("min-lora-scale", "max-lora-scale"),
+    "model.lora.rank-pattern": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
+    "model.lora.alpha-pattern": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.target-modules": _listed("target-modules"),
     "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
     "model.lora.peft-use-dora": _ONE_VALUE,
