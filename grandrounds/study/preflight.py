@@ -210,7 +210,7 @@ def _forms(config: Config, found: Survey) -> Iterator[str]:
     unread = [name for name in found.unread if not (shows_them and name == INSTRUCTION)]
     if unread and config.static.name not in EMBEDDED:
         yield f"columns that are not read: {', '.join(unread[:MOST_NAMED])}"
-    if shows_them and INSTRUCTION not in found.columns:
+    if shows_them and not found.has_instructions:
         yield (
             f"the prompt template shows an instruction, and the data have no column "
             f"{INSTRUCTION!r}: it is empty in every prompt"
