@@ -32,6 +32,7 @@ LEFT_OUT = (
 data they mean nothing. The date of a chat template is the day on which a run starts."""
 
 LEFT_OUT_IF: Mapping[str, Scalar] = {
+    "earlier-schedules": "",
     "model.revision": "",
     "model.lora.use-rslora": False,
     "model.lora.rank-pattern": "",

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.prompt import BUILT_IN, TemplateText, is_own
+from grandrounds.config.schedules import Schedules
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.values import (
     AUTO,
@@ -50,18 +51,28 @@ class FederationConfig:
 
     num_server_rounds: Annotated[int, Range(1)]
     """Training rounds. The learning rate decays over them from `train.learning-rate-max` to
-    `train.learning-rate-min`."""
+    `train.learning-rate-min`. A resume may give another number, above the rounds played."""
+    earlier_schedules: Annotated[str, Schedules()]
+    """Rounds that followed the schedule of another number of rounds, as `last/number`: `2/2,4/6`
+    for rounds 1 and 2 of 2, and 3 and 4 of 6. Written by a resume with another
+    `num-server-rounds`."""
     seed: Annotated[int, Range(0, 2**31 - 1)]
     """Seed for all randomness: adapter initialisation, partitions, cohorts, held-out splits, and
     each visit through (seed, round, partition)."""
     run_directory: str
     """Run directory on the server. Empty: `runs/<date>-<time>-<model>`."""
     resume_from: str
-    """Run directory on the server to resume after its last finished round."""
+    """Run directory on the server to resume after its last finished round; with a higher
+    `num-server-rounds`, also a run that is completed."""
     consortium: str
     """Consortium folder on the server, whose admissions bind each partition id to one Flower node.
     Empty: any node may claim any partition id. `grandrounds run --engine deployment` takes it from
     the connection."""
+
+    @property
+    def length(self) -> tuple[str, int]:
+        """What the learning rate of a round follows: earlier schedules, and number of rounds."""
+        return self.earlier_schedules, self.num_server_rounds
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from grandrounds.config.keys import (
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
+from grandrounds.config.schedules import parts_of
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.synonyms import (
     MAX_STEPS,
@@ -241,6 +242,12 @@ def contradictions(config: Config) -> Iterator[str]:
     """Yield what is wrong with values that are each allowed but contradict each other."""
     train, arguments, strategy, data = config.train, config.arguments, config.strategy, config.data
     sites = data.num_partitions
+    earlier, rounds = config.federation.earlier_schedules, config.federation.num_server_rounds
+    if earlier and parts_of(earlier)[-1][0] >= rounds:
+        yield (
+            f"earlier-schedules = {earlier!r} leaves no round of num-server-rounds = {rounds}: "
+            "raise that, or leave earlier-schedules empty."
+        )
     if train.learning_rate_min > train.learning_rate_max:
         yield (
             f"train.learning-rate-min = {train.learning_rate_min:g} exceeds "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grandrounds
-from grandrounds.config import recipes
+from grandrounds.config import recipes, schedules
 from grandrounds.config.bases import KNOWN_BASES, names_a_base
 from grandrounds.config.keys import Config
 from grandrounds.config.prompt import is_own, sha256_of
@@ -220,6 +220,7 @@ def _facts(
     if held_out_loss is not None and found.base_held_out_loss is not None:
         loss += f" (base {found.base_held_out_loss:.4f})"
     codecs = config.communication
+    earlier = schedules.told(config.federation.earlier_schedules)
     commits = [
         next((str(site[fact]) for site in found.sites if fact in site), "")
         for fact in (BASE_COMMIT, DATA_COMMIT)
@@ -243,7 +244,8 @@ def _facts(
         ),
         (
             "learning rate",
-            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds",
+            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds"
+            f"{'; ' * bool(earlier)}{earlier}",
         ),
         ("held-out loss", loss),
         ("communication so far", f"{mib:,.2f} MiB (FlowerTune's counting rule)"),

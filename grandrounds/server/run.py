@@ -204,10 +204,12 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
     first = sites[0] if sites else {}
     reasons = leaderboard_differences(config, sites)
+    earlier = config.federation.earlier_schedules
     tells_loads = bool(state.base_loads) or not any(map(in_custody, sites))
     return {
         "status": status,
         "rounds": metrics[-1]["round"] if metrics else 0,
+        **({"earlier_schedules": earlier} if earlier else {}),
         "seconds": round(state.seconds, 3),
         "communication_mib": state.ledger.mib,
         "communication_rule": state.ledger.as_dict()["rule"],

@@ -90,6 +90,7 @@ TESTED_ELSEWHERE = {
     "static.dataset.name": "different data are a different run",
     "run-directory": "the server's",
     "resume-from": "the server's",
+    "earlier-schedules": "test_longer_runs.py",
     "consortium": "tests/engines/deployment",
     "model.quantization": "below, slow",
     "model.gradient-checkpointing": "below: same adapter, computed differently",

@@ -55,6 +55,7 @@ _STEP = ("min-examples-per-step", "max-batch", "max-tokens-per-batch")
 
 VERDICTS: dict[str, Verdict] = {
     "num-server-rounds": _bounded("max-rounds"),
+    "earlier-schedules": _bounded(*_RATES),
     "seed": _harmless("the site orders its examples by a secret of its own"),
     "run-directory": _AT_SERVER,
     "resume-from": _AT_SERVER,

@@ -50,6 +50,7 @@ def run_cli(*words: object) -> str:
 
 def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
     later = {
+        "earlier-schedules": "1/2",
         "model.revision": "v1",
         "data.prompt-template": "chat",
         "data.template-options": '{"enable_thinking": false}',
