@@ -199,7 +199,8 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Presence and hash of each base model, token counts under its tokenizer, memory."""
     split = None
     with suppress(GrandRoundsError):  # already reported under data
-        split = own_split(site, private=site.is_private)
+        template = config.data.prompt_template
+        split = own_split(site, private=site.is_private, template=template)
     for name, base in site.bases.items():
         try:
             found = base_sha256(site, name)
@@ -220,7 +221,7 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
         if split is None:
             continue
         length = config.train.seq_length
-        done = tokenize_examples(split.train, tokenizer, config.data.prompt_template, length)
+        done = tokenize_examples(split.train, tokenizer, config.data.prompt, length)
         tokens = [len(e.input_ids) for e in done.examples] or [0]
         yield Finding(
             "ok" if done.examples else "error",
