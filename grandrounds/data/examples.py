@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.data.conversations import Turn
+from grandrounds.data.forms import APART
 from grandrounds.data.partitioning import Partition, check_column
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError
@@ -25,6 +26,32 @@ class Example:
     """The text that is learned."""
     before: tuple[Turn, ...] = ()
     """What was said before the question."""
+    parts: tuple[str, str] | None = field(default=None, compare=False)
+    """Instruction and input, where the question is both, joined by a space."""
+
+    @property
+    def apart(self) -> tuple[str, str]:
+        """The instruction, empty where there is none, and the question without it."""
+        return self.parts or ("", self.question)
+
+
+def example_of(
+    question: str | None,
+    answer: str | None,
+    before: tuple[Turn, ...] = (),
+    instruction: str | None = None,
+) -> Example:
+    """Return the example in a row; without question or answer it is empty there.
+
+    Parameters
+    ----------
+    instruction
+        What a template of one's own shows apart from the question. A row with one of the two has a
+        question and no instruction.
+    """
+    parts = (instruction or "").strip(), (question or "").strip()
+    whole = " ".join(filter(None, parts))
+    return Example(whole, (answer or "").strip(), before, parts if all(parts) else None)
 
 
 class Examples(Sequence[Example]):
@@ -44,7 +71,8 @@ class Examples(Sequence[Example]):
             Of the question and of the answer.
         """
         self._rows, self._columns = rows, columns
-        self._parts = rows[columns[0]], rows[columns[1]], rows.histories
+        self._parts = [rows[columns[0]], rows[columns[1]], rows.histories]
+        self._parts += [rows[APART]] if APART in rows.column_names else []
         self._positions = np.arange(len(rows)) if positions is None else positions
 
     def __len__(self) -> int:
@@ -60,10 +88,8 @@ class Examples(Sequence[Example]):
         return self._example(self._positions[place])
 
     def _example(self, row: np.int64) -> Example:
-        questions, answers, histories = self._parts
         place = int(row)
-        question, answer = questions[place] or "", answers[place] or ""
-        return Example(question.strip(), answer.strip(), histories[place])
+        return example_of(*(part[place] for part in self._parts))
 
     def select(self, positions: NDArray[np.int64]) -> Sequence[Example]:
         """Return some of them: in memory unless their rows are stored."""
@@ -169,6 +195,11 @@ def split_rows(
         held_out=every.select(kept[is_held_out]),
         report=report,
     )
+
+
+def examples_of(rows: Rows, question_column: str, answer_column: str) -> Sequence[Example]:
+    """Return the example of each row; see `example_of`."""
+    return Examples(rows, (question_column, answer_column))
 
 
 def first_question(example: Example) -> str:

@@ -16,9 +16,15 @@ from typing import Any
 import numpy as np
 
 from grandrounds.data.files import SEPARATORS, RawRows, check_same_columns, csv_labels
-from grandrounds.data.forms import INSTRUCTION, Layout
+from grandrounds.data.forms import APART, INSTRUCTION, Layout
 from grandrounds.data.places import Version, unreadable
-from grandrounds.data.read import columns_read, labels_of, settled_layout, texts_of
+from grandrounds.data.read import (
+    columns_read,
+    instructions_of,
+    labels_of,
+    settled_layout,
+    texts_of,
+)
 from grandrounds.data.rows import Rows
 from grandrounds.data.spool import Spool
 from grandrounds.data.stored_rows import LabelBuilder, Labels, StoredRows, Table, packed
@@ -93,15 +99,19 @@ def stored(
     commit : str
         Of the hub's data set, where it is known.
     """
-    (question, answer), kept = columns[:2], columns[2:]
+    own = columns[:2] + (APART,) * (APART in columns)
     layout = _layout(chunks, source, columns)
     spool = Spool(needed_bytes, source)
-    labels = {name: _Column() for name in kept if name not in (question, answer)}
+    labels = {name: _Column() for name in columns if name not in own}
     left_out, first_left_out = 0, ""
     for file, raw in chunks():
         texts = texts_of(raw, source, layout)
         histories = texts.histories or [()] * len(texts.questions)
-        for row in zip(texts.questions, texts.answers, histories, strict=True):
+        parts = texts.questions, texts.answers, histories
+        instructions = (
+            instructions_of(raw, source, columns, layout) if APART in own else [""] * len(histories)
+        )
+        for row in zip(*parts, instructions, strict=True):
             spool.append(packed(*row))
         for name, column in labels.items():
             column.add(file, raw.values[name])
@@ -112,7 +122,7 @@ def stored(
     settled = {
         name: column.settled(f"{source}, column {name!r}") for name, column in labels.items()
     }
-    return StoredRows(Table(spool, (question, answer), settled, commit))
+    return StoredRows(Table(spool, own, settled, commit))
 
 
 def left_out_note(source: str, left_out: int, rows: int, first: str) -> None:

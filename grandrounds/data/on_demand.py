@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from grandrounds.data.chat import rendered
 from grandrounds.data.examples import Example
+from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.prompts import build_prompt
 from grandrounds.data.tokenization import (
     ANSWERS,
     TokenizedExample,
     check_room,
+    system_of,
     tokenize_examples,
 )
 
@@ -75,7 +77,7 @@ class OnDemand(Sequence[TokenizedExample]):
         """Hash all that the examples say, in their order."""
         for position in self._positions:
             example = self._examples[position]
-            said = repr((example.question, example.answer, example.before))
+            said = repr((example.question, example.answer, example.before, example.parts))
             digest.update(f"{len(said)}\0{said}".encode())
 
     def _learnable(self) -> NDArray[np.int64]:
@@ -87,18 +89,28 @@ class OnDemand(Sequence[TokenizedExample]):
         learnable = np.ones(len(self._examples), bool)
         in_vain = 0
         for position, example in enumerate(self._examples):
-            if example.before and self._template != "chat":
+            text = self._prompt(example)
+            if text is None:
                 in_vain += 1
                 continue
-            text = self._prompt(example)
             most = added + len(text.encode()) * (1 if text.isascii() else _MOST_BYTES)
             if most >= self._seq_length:
                 learnable[position] = bool(self._tokenized(example))
         check_room(self._template, in_vain, len(self._examples))
         return np.flatnonzero(learnable)
 
-    def _prompt(self, example: Example) -> str:
-        if example.before:
-            turns = (*example.before, ("user", example.question))
-            return rendered(self._tokenizer, turns, answering=True)
-        return build_prompt(self._template, example.question, self._tokenizer)
+    def _prompt(self, example: Example) -> str | None:
+        """Return the text before an answer; None if the template has no room for what is said."""
+        tokenizer, template, before = self._tokenizer, self._template, example.before
+        if is_own(template):
+            own, system = own_prompt(template), system_of(before, template)
+            if system is None:
+                return None
+            is_apart = "instruction" in own.names
+            instruction, question = example.apart if is_apart else ("", example.question)
+            return own.prompt(tokenizer, question, instruction, system)
+        if not before:
+            return build_prompt(template, example.question, tokenizer)
+        if template != "chat":
+            return None
+        return rendered(tokenizer, (*before, ("user", example.question)), answering=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
 from grandrounds.data.files import Choice, RawRows, WrittenFloat
-from grandrounds.data.forms import INSTRUCTION, Layout, layout_of, pairs
+from grandrounds.data.forms import APART, INSTRUCTION, Layout, layout_of, pairs
 from grandrounds.data.places import SOURCE_KEY
 from grandrounds.errors import DataError, nearest
 
@@ -50,9 +50,12 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
     labels = {
         name: labels_of(raw.values[name], f"{source}, column {name!r}")
         for name in kept
-        if name not in (question, answer)
+        if name not in (question, answer, APART)
     }
     used = frozenset((*layout.question, layout.answer, *kept))
+    if APART in columns:
+        labels[APART] = instructions_of(raw, source, columns, layout)
+        used |= {INSTRUCTION}
     return Read(values | labels, texts.histories, layout.description, texts.left_out, used)
 
 
@@ -81,8 +84,10 @@ def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layou
             f"{source}: the data source has no rows; at least one question with its answer is "
             f"needed. Choose another {SOURCE_KEY}."
         )
-    (question, answer), kept = columns[:2], columns[2:]
+    (question, answer), kept = columns[:2], tuple(n for n in columns[2:] if n != APART)
     layout = _settled(layout_of(raw.available, question, answer), raw, columns)
+    if APART in columns:
+        layout = layout.without_instruction()
     if layout.form == "preferences":
         raise DataError(
             f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
@@ -105,12 +110,32 @@ def texts_of(raw: RawRows, source: str, layout: Layout) -> Texts:
     return Texts(questions, answers, [], ())
 
 
+def instructions_of(
+    raw: RawRows, source: str, columns: tuple[str, ...], layout: Layout
+) -> list[str]:
+    """Return the instructions by themselves; blank where they are part of the question or absent.
+
+    Raises
+    ------
+    DataError
+        If one is not text.
+    """
+    used = (*layout.question, layout.answer, *columns[2:])
+    if INSTRUCTION in used or INSTRUCTION not in raw.values:
+        return [""] * len(raw.places)
+    return _texts(raw, source, INSTRUCTION)
+
+
 def columns_read(columns: tuple[str, ...]) -> Choice:
     """Return which columns to read of a source, for those that are asked for."""
     question, answer, *kept = columns
 
     def choose(available: Sequence[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*layout_of(available, question, answer).columns, *kept)))
+        names = dict.fromkeys((*layout_of(available, question, answer).columns, *kept))
+        if APART in names:
+            del names[APART]
+            names |= dict.fromkeys([INSTRUCTION] * (INSTRUCTION in available))
+        return tuple(names)
 
     return choose
 

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.data.conversations import Turn
+from grandrounds.data.forms import APART
 from grandrounds.data.rows import Rows
 from grandrounds.data.spool import Spool
 
 Index = NDArray[np.int64]
-Record = tuple[str, str, tuple[Turn, ...]]
-"""Question, answer, and what was said before the question."""
+Record = tuple[str, str, tuple[Turn, ...], str]
+"""Question, answer, what was said before the question, and the instruction if it is apart."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Table:
     """All rows of a source."""
 
     def __init__(
-        self, spool: Spool, columns: tuple[str, str], labels: dict[str, Labels], commit: str = ""
+        self, spool: Spool, columns: tuple[str, ...], labels: dict[str, Labels], commit: str = ""
     ) -> None:
         self._spool = spool
         self.columns = columns
-        """Of the question and of the answer."""
+        """Of the question and of the answer, and `forms.APART` if instructions are apart."""
         self.labels = labels
         self.commit = commit
-        self._last: tuple[int, Record] = (-1, ("", "", ()))
+        self._last: tuple[int, Record] = (-1, ("", "", (), ""))
 
     def __len__(self) -> int:
         return len(self._spool)
@@ -55,15 +56,15 @@ class Table:
         known, record = self._last
         if known == row:
             return record
-        question, answer, before = json.loads(self._spool[row])
-        record = question, answer, tuple((role, said) for role, said in before)
+        question, answer, before, instruction = json.loads(self._spool[row])
+        record = question, answer, tuple((role, said) for role, said in before), instruction
         self._last = row, record
         return record
 
 
-def packed(question: str, answer: str, before: Sequence[Turn]) -> bytes:
-    """Return a row as it is spooled."""
-    return json.dumps([question, answer, before], ensure_ascii=False).encode()
+def packed(*record: str | Sequence[Turn]) -> bytes:
+    """Return a `Record` as it is spooled."""
+    return json.dumps(record, ensure_ascii=False).encode()
 
 
 class StoredRows(Rows):
@@ -78,6 +79,8 @@ class StoredRows(Rows):
         return len(self._index)
 
     def __getitem__(self, name: str) -> Sequence[Any]:
+        if name == APART:
+            return _Column(self._table, self._index, 3)
         if name in self._table.columns:
             return _Column(self._table, self._index, self._table.columns.index(name))
         return _LabelColumn(self._table.labels[name], self._index)
@@ -105,7 +108,7 @@ class StoredRows(Rows):
 
 
 class _Column(Sequence[Any]):
-    """One of the three parts of each row."""
+    """One of the four parts of each row."""
 
     def __init__(self, table: Table, index: Index, part: int) -> None:
         self._table, self._index, self._part = table, index, part

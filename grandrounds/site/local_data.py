@@ -14,6 +14,7 @@ from grandrounds.config.keys import Config, DataConfig
 from grandrounds.data.chat import NOT_A_PREFIX, chat_format
 from grandrounds.data.examples import Examples, SiteData, split_rows
 from grandrounds.data.on_demand import OnDemand
+from grandrounds.data.own_prompt import columns_apart
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
@@ -126,7 +127,7 @@ def rows_of_run(config: Config) -> Rows:
 
 
 def _rows(source: str, data: DataConfig, unit_column: str = "") -> Rows:
-    columns = (data.partition_by, unit_column)
+    columns = (data.partition_by, unit_column, *columns_apart(data.prompt_template))
     return load_rows(
         source,
         question_column=data.question_column,
@@ -220,7 +221,7 @@ def tokenized_site(
     DataError
         If no training example is left.
     """
-    tokenizer, template = dated_tokenizer(model_name, data), data.prompt_template
+    tokenizer, template = dated_tokenizer(model_name, data), data.prompt
     if template == "chat":
         _note_format(model_name, tokenizer)
     if isinstance(split.train, Examples) and not alone:
@@ -256,7 +257,7 @@ def _on_demand(
 ) -> Site:
     """Return a site whose examples are tokenised when a visit needs them."""
     train, held_out = (
-        OnDemand(side, tokenizer, data.prompt_template, seq_length, data.train_on)
+        OnDemand(side, tokenizer, data.prompt, seq_length, data.train_on)
         for side in (split.train, split.held_out)
     )
     if not train:

@@ -19,11 +19,11 @@ from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.prefill import Prefilled, extend, prefill
 from grandrounds.model.resident import resident_model, set_adapter
+from grandrounds.model.saved import check_fit, lora_spec, read_adapter
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.server.directory import Checkpoint
 from grandrounds.study.evaluation.likelihood import context_length
-from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Interview:
         check_fit(checkpoint.folder, spec, model.source)
         adapter = read_adapter(checkpoint.folder)
         self._tokenizer = tokenizer_of(model.source, ChatSettings(*checkpoint.config.data.chat))
-        self._template = checkpoint.config.data.prompt_template
+        self._template = checkpoint.config.data.prompt
         self._end = end_token_ids(self._tokenizer, self._template)
         base = BaseSpec(model.source, model.quantization, model.dtype)
         self._resident = resident_model(base, spec)

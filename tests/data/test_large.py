@@ -20,6 +20,7 @@ from pyarrow import parquet
 from grandrounds.data import large, main_memory, sources, spool, streams
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.on_demand import OnDemand
+from grandrounds.data.own_prompt import columns_apart
 from grandrounds.data.partitioning import PARTITIONERS, Division, Partition, partition_rows
 from grandrounds.data.rows import Joined, Rows
 from grandrounds.data.sources import load_rows
@@ -35,6 +36,9 @@ ROWS: list[dict[str, Any]] = [
     }
     for i in range(130)
 ] + [{"input": " ", "output": "No.", "ward": "x"}, {"input": "A?", "output": "", "ward": "x"}]
+
+OWN = "{{ instruction }}\n{{ question }}\nAnswer: {{ answer }}"
+SIZES = (1, 4, 8, 9, 10, 20)
 
 Load = Callable[..., Rows]
 
@@ -205,17 +209,36 @@ def test_sites_and_their_split_are_the_same(tmp_path: Path, partitioner: str, st
 
 
 @pytest.mark.parametrize("seq_length", [64, 44, 40])
+@pytest.mark.parametrize("template", ["alpaca", "chat", OWN])
 def test_examples_tokenised_on_demand_are_the_same(
-    tmp_path: Path, stored: Load, base: tuple[Any, Any], seq_length: int
+    tmp_path: Path, stored: Load, base: tuple[Any, Any], template: str, seq_length: int
 ) -> None:
-    long = [{"input": "fever " * k, "output": "Rest."} for k in range(1, 9)]
-    rows = stored(write(tmp_path / "a.jsonl", [*ROWS[:20], *long]))
+    long = [{"input": "fever " * k, "output": "Rest.", "instruction": "Be brief."} for k in SIZES]
+    options = {"keep_columns": columns_apart(template)}
+    path = write(tmp_path / "a.jsonl", [*long, *ROWS[:20], {"instruction": "Why?", "output": "So"}])
+    whole, rows = loaded(path, **options), stored(path, **options)
+    assert content(rows) == content(whole)
     columns = {"question_column": "input", "answer_column": "output"}
     examples = split_rows(rows, Partition(3, 0, 1), held_out_fraction=0, **columns).train
-    on_demand = OnDemand(examples, base[1], "alpaca", seq_length)
-    at_once = tokenize_examples(tuple(examples), base[1], "alpaca", seq_length)
+    on_demand = OnDemand(examples, base[1], template, seq_length)
+    at_once = tokenize_examples(tuple(examples), base[1], template, seq_length)
     assert tuple(on_demand) == at_once.examples == on_demand[:]
-    assert on_demand.unlearnable == at_once.unlearnable
+    assert on_demand.unlearnable == at_once.unlearnable > (0 if seq_length < 64 else -1)
+
+
+def test_turns_that_a_template_has_no_room_for_are_counted(
+    tmp_path: Path, stored: Load, base: tuple[Any, Any]
+) -> None:
+    said = [{"role": role, "content": f"{role}?"} for role in ("system", "user", "assistant")]
+    rows = stored(write(tmp_path / "a.jsonl", [{"messages": said}, {"messages": said[1:]}]))
+    columns = {"question_column": "input", "answer_column": "output"}
+    examples = split_rows(rows, Partition(3, 0, 1), held_out_fraction=0, **columns).train
+    for template in ("alpaca", OWN):
+        with pytest.raises(DataError, match="1 of 2 examples are conversations of several turns"):
+            OnDemand(examples, base[1], template, 64)
+    for template in ("chat", "{{ system }} {{ question }} {{ answer }}"):
+        at_once = tokenize_examples(tuple(examples), base[1], template, 64)
+        assert OnDemand(examples, base[1], template, 64)[:] == at_once.examples
 
 
 def test_a_disk_without_room_is_told_before_and_while_it_fills(

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds.errors import ModelError
 from grandrounds.model.base import BaseSpec
+from grandrounds.model.foreign import is_plain
 from grandrounds.model.lora import adapter_layout
-from grandrounds.study.evaluation.foreign import is_plain
-from grandrounds.study.evaluation.models import Models, adapter_shapes, check_fit, lora_spec
-from grandrounds.study.evaluation.tasks import Subject, read_adapter_config
+from grandrounds.model.saved import adapter_shapes, check_fit, lora_spec, read_adapter_config
+from grandrounds.study.evaluation.models import Models
+from grandrounds.study.evaluation.tasks import Subject
 from tests.study.evaluation.small import save_adapter
 from tests.tiny_models import tiny_bases
 
@@ -63,7 +64,7 @@ def by_peft(base: Path, adapter: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_computes_what_peft_computes(tiny_base: Path, tmp_path: Path, kind: str) -> None:
     adapter = save_adapter(tiny_base, tmp_path / "adapter", **KINDS[kind])
-    plain = ("another start", "some match nothing", "rslora")
+    plain = ("another start", "some match nothing", "rslora", "rank pattern")
     assert is_plain(read_adapter_config(adapter), adapter) == (kind in plain)
     found, expected = ours(tiny_base, adapter), by_peft(tiny_base, adapter)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
