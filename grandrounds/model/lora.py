@@ -17,7 +17,7 @@ from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.base import base_config, is_out_of_memory, stored_bits
 from grandrounds.model.targets import Targets, find_targets
-from grandrounds.wire.adapter import Shapes, factor_of
+from grandrounds.wire.adapter import MAGNITUDE, Shapes, factor_of, is_magnitude
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class LoraSpec:
     """Dropout on the input of A, in training only."""
     stabilised: bool = False
     """Rank-stabilised: rsLoRA (Kalajdzievski, 2023)."""
+    dora: bool = False
+    """Weight-decomposed: DoRA (Liu et al., 2024), with a vector of magnitudes for each module."""
 
     @classmethod
     def of(cls, config: Config) -> LoraSpec:
         """Return the specification of a run's adapter, at the run's own rank."""
         lora = config.lora
         rank, alpha, targets = lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules
-        return cls(rank, alpha, targets, lora.dropout, lora.use_rslora)
+        return cls(rank, alpha, targets, lora.dropout, lora.use_rslora, lora.peft_use_dora)
 
     @property
     def scale(self) -> float:
@@ -81,6 +83,8 @@ def _adapted(base: Any, spec: LoraSpec, targets: Targets, name: str) -> Any:
         ) from error
     for tensor, parameter in adapter_parameters(model).items():
         shape = tuple(parameter.shape)
+        if is_magnitude(tensor) and len(shape) == 1:
+            continue
         rank = shape[0] if factor_of(tensor) == "A" else shape[-1]
         if len(shape) != 2 or rank != spec.rank:
             raise ModelError(
@@ -99,6 +103,7 @@ def peft_config(spec: LoraSpec, targets: Targets, name: str | None = None) -> An
         r=spec.rank,
         lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
         use_rslora=spec.stabilised,
+        use_dora=spec.dora,
         lora_dropout=spec.dropout,
         target_modules=list(targets.modules),
         exclude_modules=targets.excluded,
@@ -163,7 +168,7 @@ def without_weights(name: str) -> Any:
 def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """Return the adapter's parameters by the names under which PEFT saves them."""
     return {
-        name.replace(".default.", "."): parameter
+        name.replace(f"{MAGNITUDE}.default.weight", MAGNITUDE).replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

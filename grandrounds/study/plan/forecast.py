@@ -18,7 +18,7 @@ from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import ConfigError, DataError, first_line
+from grandrounds.errors import DataError, first_line
 from grandrounds.model import memory
 from grandrounds.model.architectures import (
     Architecture,
@@ -63,8 +63,6 @@ class Forecast:
     targets: list[str]
     shapes: Shapes
     """Shapes of the adapter's tensors."""
-    dora: bool
-    """Whether they include DoRA's magnitudes, which a run refuses."""
     plan: Plan
     site: SiteMemory
     """Memory of a site on a GPU with bfloat16; without gradient checkpointing if it is `auto`."""
@@ -88,7 +86,6 @@ def forecast(
     config: Config,
     *,
     architecture: str | None = None,
-    dora: bool = False,
     rows: int | None = None,
 ) -> Forecast:
     """Forecast a run without loading or downloading anything.
@@ -97,15 +94,11 @@ def forecast(
     ----------
     architecture : str, optional
         A known base with the same shapes, if `model.name` is unknown.
-    dora : bool
-        Whether to count DoRA's magnitudes.
     rows : int, optional
         Number of rows, for data that cannot be counted.
 
     Raises
     ------
-    ConfigError
-        If DoRA is combined with a strategy that does not average LoRA factors.
     ModelError
         If the base's shapes are unknown, or a target is not one of its linear modules.
     DataError
@@ -116,18 +109,13 @@ def forecast(
         base = replace(base, name=config.model.name)
     targets = target_modules(base, config.lora.target_modules)
     rank = config.lora.peft_lora_r
-    shapes = adapter_shapes(base, targets, rank, dora=dora)
-    if dora and not STRATEGIES[config.strategy.name].mean_of_factors:
-        raise ConfigError(
-            f"DoRA can be planned for fedavg and fedprox only, not for {config.strategy.name}."
-        )
+    shapes = adapter_shapes(base, targets, rank, dora=config.lora.peft_use_dora)
     counted = rows if rows is not None else count_rows(config.static.name)
     return Forecast(
         config=config,
         architecture=base,
         targets=targets,
         shapes=shapes,
-        dora=dora,
         plan=plan_config(config, shapes),
         site=site_memory(
             config,
@@ -290,7 +278,7 @@ def as_dict(forecast: Forecast) -> Mapping[str, Any]:
         "base-parameters": base.parameters,
         "target-modules": forecast.targets,
         "rank": config.lora.peft_lora_r,
-        "dora": forecast.dora,
+        "dora": config.lora.peft_use_dora,
         "rounds": config.federation.num_server_rounds,
         "sites": config.data.num_partitions,
         "cohort": config.cohort_size,

@@ -80,10 +80,10 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
             'model.gradient-checkpointing = "auto" switches gradient checkpointing on if the peak '
             "without it does not fit in the free GPU memory"
         )
-    if forecast.dora:
+    if forecast.plan.start_bytes:
         lines.append(
-            "DoRA's magnitudes are counted, but a run rejects DoRA: magnitudes are initialised "
-            "from base weights, which the server never holds"
+            f"with the {in_mib(forecast.plan.start_bytes)} MiB of magnitudes.up, sites tell once "
+            "where DoRA's magnitudes start; FlowerTune's figures have no such message"
         )
     if forecast.plan.is_upper_bound:
         lines.append("sizes are upper bounds: entropy coding can only make messages smaller")
@@ -150,7 +150,7 @@ def module_rows(forecast: Forecast) -> Rows:
         if module.name not in forecast.targets:
             continue
         of_layer = forecast.config.lora.peft_lora_r * (module.inputs + module.outputs)
-        count = layers * (of_layer + (module.outputs if forecast.dora else 0))
+        count = layers * (of_layer + (module.outputs if forecast.config.lora.peft_use_dora else 0))
         total += count
         shape = f"{module.outputs:,} x {module.inputs:,}"
         rows.append((module.name, shape, f"{layers}", f"{count:,}", in_mib(4 * count)))
