@@ -19,11 +19,11 @@ from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.prefill import Prefilled, extend, prefill
 from grandrounds.model.resident import resident_model, set_adapter
+from grandrounds.model.saved import check_fit, lora_spec, read_adapter
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.server.directory import Checkpoint
 from grandrounds.study.evaluation.likelihood import context_length
-from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
 
 
 @dataclass

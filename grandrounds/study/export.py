@@ -35,6 +35,7 @@ from grandrounds.model.base import (
     model_location,
 )
 from grandrounds.model.lora import LoraSpec, without_weights
+from grandrounds.model.saved import WEIGHTS, check_fit, lora_spec, read_adapter
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.targets import decoder_path, is_conv1d
 from grandrounds.model.tokenizers import set_in, tokenizer_of
@@ -46,8 +47,6 @@ from grandrounds.statistics import wilson_interval
 from grandrounds.storage import whole_folder, writing
 from grandrounds.study.evaluation.answers import RESULT
 from grandrounds.study.evaluation.greedy import GREEDY
-from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
-from grandrounds.study.evaluation.tasks import WEIGHTS
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
 from grandrounds.wire.adapter import A, Adapter
 from grandrounds.wire.told import total_of_sites

@@ -16,7 +16,7 @@ from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.machine import specs
 from grandrounds.model.resident import resident_model, set_adapter
-from grandrounds.study.evaluation.models import lora_spec
+from grandrounds.model.saved import lora_spec
 from grandrounds.study.export import merge
 
 SPEC = LoraSpec(9, 6.0, "q_proj,v_proj", 0.0, stabilised=True)

@@ -21,6 +21,7 @@ from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.model import machine
 from grandrounds.model.resident import resident_model, set_adapter
+from grandrounds.model.saved import check_fit, lora_spec, read_adapter, read_adapter_config
 from grandrounds.model.scoring import option_log_likelihoods
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site.custody.own_data import own_split
@@ -28,8 +29,6 @@ from grandrounds.site.custody.own_run import localized
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.study.audit.membership import Membership, membership
 from grandrounds.study.audit.one_run import Scores
-from grandrounds.study.evaluation.models import check_fit, lora_spec, read_adapter
-from grandrounds.study.evaluation.tasks import read_adapter_config
 from grandrounds.study.tables import Table, interval, percent
 
 FEWEST = 20

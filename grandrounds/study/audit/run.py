@@ -24,6 +24,7 @@ from grandrounds.data.tokenization import answer_token_ids, end_token_ids, promp
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.model import machine
 from grandrounds.model.resident import set_adapter
+from grandrounds.model.saved import WEIGHTS
 from grandrounds.model.scoring import generate_greedily, option_log_likelihoods, stop_tokens
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.guarantees import verdict
@@ -43,7 +44,6 @@ from grandrounds.study.audit.extraction import Extraction, extraction, rank_of
 from grandrounds.study.audit.mechanism import of_the_product
 from grandrounds.study.audit.membership import Membership, auc_of_gaussian, membership
 from grandrounds.study.audit.one_run import Bound, most_that_shows, one_run_bound
-from grandrounds.study.evaluation.tasks import WEIGHTS
 from grandrounds.study.plan.privacy import gaussian_noise
 from grandrounds.study.preflight import check_base
 from grandrounds.wire.adapter import Adapter, assemble

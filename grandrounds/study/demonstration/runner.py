@@ -48,10 +48,10 @@ def played(task: Task) -> Played:
     from grandrounds.engines.in_process import InProcessGrid
     from grandrounds.model import machine
     from grandrounds.model.resident import set_adapter
+    from grandrounds.model.saved import read_adapter
     from grandrounds.model.tokenizers import run_tokenizer
     from grandrounds.quiet import quiet_libraries
     from grandrounds.server.listeners import Listener
-    from grandrounds.study.evaluation.models import read_adapter
     from grandrounds.wire.guarantee import GUARANTEE
 
     quiet_libraries()

@@ -7,7 +7,6 @@ tasks = EvaluationTasks(target, load_questions(target.benchmarks))
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from grandrounds.config.keys import Config
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.data.chat_settings import AS_IT_IS, ChatSettings
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, first_line, nearest
+from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, nearest
+from grandrounds.model.saved import read_adapter_config, weights_of
 from grandrounds.server.described import are_real, is_fictional
 from grandrounds.server.directory import RunDirectory
 from grandrounds.study.evaluation.benchmarks import HELD_OUT, MEDICAL, Questions, Task
@@ -34,12 +34,6 @@ ALL = "all"
 
 NO_ADAPTER = "none"
 """Selects the base model alone."""
-
-WEIGHTS = "adapter_model.safetensors"
-"""File of an adapter's tensors."""
-
-PICKLE = "adapter_model.bin"
-"""The same as a pickle, from earlier versions of PEFT."""
 
 QUANTIZATIONS = (0, 4, 8)
 """Bits of the base's weights; 0 for an unquantised base."""
@@ -331,35 +325,6 @@ def _adapter_subject(folder: Path, role: str = "") -> Subject:
     return Subject(name, folder, hashlib.sha256(weights.read_bytes()).hexdigest(), role)
 
 
-def weights_of(folder: Path) -> Path:
-    """Return the file of an adapter's tensors; raise `ModelError` if there is none."""
-    for name in (WEIGHTS, PICKLE):
-        if (folder / name).is_file():
-            return folder / name
-    raise ModelError(
-        f"{folder} has no adapter: {WEIGHTS} is missing. Save the adapter with save_pretrained, as "
-        "safetensors."
-    )
-
-
 def _file_name(text: str) -> str:
     """Return a text with everything that does not belong in a file name replaced."""
     return re.sub(r"[^\w.-]+", "-", text)
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return an adapter's adapter_config.json.
-
-    Raises
-    ------
-    ModelError
-        If the file cannot be read or is not a JSON object.
-    """
-    file = folder / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({first_line(error)})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} must contain one JSON object")
-    return config

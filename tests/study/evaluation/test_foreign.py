@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds.errors import ModelError
 from grandrounds.model.base import BaseSpec
+from grandrounds.model.foreign import is_plain
 from grandrounds.model.lora import adapter_layout
-from grandrounds.study.evaluation.foreign import is_plain
-from grandrounds.study.evaluation.models import Models, adapter_shapes, check_fit, lora_spec
-from grandrounds.study.evaluation.tasks import Subject, read_adapter_config
+from grandrounds.model.saved import adapter_shapes, check_fit, lora_spec, read_adapter_config
+from grandrounds.study.evaluation.models import Models
+from grandrounds.study.evaluation.tasks import Subject
 from tests.study.evaluation.small import save_adapter
 from tests.tiny_models import tiny_bases
 

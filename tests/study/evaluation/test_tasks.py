@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from grandrounds.errors import ConfigError, DataError, GrandRoundsError, ModelError
+from grandrounds.model.saved import first_mismatch
 from grandrounds.study.evaluation.benchmarks import HELD_OUT, Questions, load_questions
-from grandrounds.study.evaluation.models import first_mismatch
 from grandrounds.study.evaluation.tasks import EvaluationTasks, find_target
 from tests.study.evaluation.small import evaluate_target, medmcqa_rows, write_lines
 
