@@ -66,7 +66,7 @@ def row_norms(weight: torch.Tensor) -> Norms:
     rounded to float32.
     """
     rows = max(1, CHUNK // weight.shape[1])
-    return np.concatenate([_norms(part) for part in weight.split(rows)])
+    return np.concatenate([_norms(part) for part in torch.split(weight, rows)])
 
 
 def _norms(weight: torch.Tensor) -> Norms:
@@ -78,4 +78,4 @@ def _norms(weight: torch.Tensor) -> Norms:
     powers = exponent[:, 0].cpu().numpy() - FRACTION_BITS // 2
     norms = np.ldexp(np.sqrt(np.maximum(sums.cpu().numpy(), 0).astype(np.float64)), powers)
     norms[~finite[:, 0].cpu().numpy()] = np.nan
-    return norms.astype(np.float32)
+    return np.asarray(norms, dtype=np.float32)

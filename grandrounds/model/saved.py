@@ -50,7 +50,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def lora_spec(folder: Path) -> LoraSpec:
-    """Return rank, alpha and targets of a saved adapter; raise `ModelError` unless plain LoRA."""
+    """Return rank, alpha and targets of a saved adapter; raise `ModelError` unless LoRA or DoRA."""
     config = read_adapter_config(folder)
     if not is_plain(config, folder):
         raise ModelError(f"the adapter {folder} is no plain LoRA. {ADVICE}")
@@ -64,8 +64,8 @@ def lora_spec(folder: Path) -> LoraSpec:
             f"the adapter_config.json of {folder} must have r, lora_alpha and target_modules; "
             f"got {rank!r}, {alpha!r} and {targets!r}"
         )
-    stabilised = bool(config.get("use_rslora"))
-    return LoraSpec(rank, float(alpha), str(targets), dropout=0.0, stabilised=stabilised)
+    stabilised, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
+    return LoraSpec(rank, float(alpha), str(targets), 0.0, stabilised, dora)
 
 
 def fits(folder: Path, spec: LoraSpec, base: str) -> bool:

@@ -228,7 +228,7 @@ def _facts(
         ("data", _cell(data_text(config, found.sites)) + _at(config.static.revision, commits[1])),
         (
             "adapter",
-            f"{'rsLoRA, ' * lora.use_rslora}r = {lora.peft_lora_r}, "
+            f"{'DoRA, ' * lora.peft_use_dora}{'rsLoRA, ' * lora.use_rslora}r = {lora.peft_lora_r}, "
             f"alpha = {lora.peft_lora_alpha:g}, "
             f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
         ),

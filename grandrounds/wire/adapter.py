@@ -1,7 +1,7 @@
 """LoRA adapters as float32 tensors under PEFT's names, and the ranks at which they travel.
 
-An adapter with DoRA (Liu et al., DoRA, 2024, equation 5) has a vector of magnitudes beside A and B of
-each module. It starts as the norms of the base's weights, so nothing can draw it from a seed.
+With DoRA (Liu et al., 2024, equation 5) each module has a vector of magnitudes beside A and B. They
+start as the norms of the base's weights, so nothing can draw them from a seed.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
 
 
 def drawn_adapter(shapes: Shapes, seed: int, *round_number: int) -> Adapter:
-    """Draw the factors of a run's initial adapter, or a round's fresh ones; all sites draw the same."""
+    """Draw the factors of a run's initial adapter, or a round's fresh ones, as every site does."""
     return _drawn(tuple(shapes.items()), seed, *round_number)
 
 

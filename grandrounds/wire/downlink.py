@@ -11,8 +11,8 @@ encoded difference to a reference that both ends know:
 Strategies that recompute the factors in every round (`product`, `flora`) send the adapter itself.
 While the adapter equals what both ends draw from the seed, an encoded message holds no tensors.
 
-DoRA's magnitudes start as the norms of the base's weights, which each site computes of its own copy.
-A message names the hash of the run's start, and a site with another refuses it.
+DoRA's magnitudes start as the norms of the base's weights, which each site computes from its own
+copy. A message names the hash of the run's start, and a site with another refuses it.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class Sender:
     _version: int = 0
 
     def __post_init__(self) -> None:
-        magnitudes = magnitudes_of(self.start)
-        self._started_with = {_MAGNITUDES: magnitudes_hash(magnitudes)} if magnitudes else {}
+        magnitudes, self._started_with = magnitudes_of(self.start), dict[str, int | str]()
+        if magnitudes:
+            self._started_with[_MAGNITUDES] = magnitudes_hash(magnitudes)
 
     def parcel(self, round_number: int, partition: int, adapter: Adapter, trains: bool) -> Parcel:
         """Return the message that gives a site the adapter.
@@ -122,7 +123,7 @@ class Sender:
         sent = self._sent(adapter, rank)
         if self.how.downlink_codec == "float32":
             return self._encoded(sent, None, "float32", 0, (0, 0, 0))
-        config = {"codec": "none", "rank": rank, **self._started_with}
+        config: dict[str, int | str] = {"codec": "none", "rank": rank, **self._started_with}
         return Parcel(messages.to_arrays(sent), config, sent)
 
     def settle(self, parcels: Mapping[int, Parcel], good: Collection[int]) -> None:
@@ -243,7 +244,7 @@ def receive(
 
 
 def _check_start(instruction: ConfigRecord, magnitudes: Adapter) -> None:
-    """Raise `ReplyError` if DoRA's magnitudes start elsewhere in the run than on this site's base."""
+    """Raise `ReplyError` unless DoRA's magnitudes start in the run as on this site's base."""
     own = magnitudes_hash(magnitudes) if magnitudes else None
     if (told := instruction.get(_MAGNITUDES)) != own:
         raise ReplyError(

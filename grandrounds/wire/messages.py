@@ -2,7 +2,7 @@
 
 server → site
     `query`               config {}                               → config: who the site is
-    `query.magnitudes`    config {}                               → arrays: start of DoRA's magnitudes
+    `query.magnitudes`    config {}                               → arrays: DoRA's start
     `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
     `evaluate`            arrays: adapter                         → metrics: held-out loss
     `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
