@@ -18,6 +18,7 @@ from grandrounds.config.keys import (
     ALIASES,
     DAYS,
     FIELD_OF_KEY,
+    PATTERNS,
     PLACES_AND_TRACKERS,
     TABLES,
     TRAIN,
@@ -243,10 +244,10 @@ def _with_tables(values: Mapping[str, Scalar], before: Mapping[str, Scalar]) -> 
         prefix = f"{table}."
         entries = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         if table in out:
-            out[table] = _canonical(out[table])
+            out[table] = _canonical(table, out[table])
         if entries:
             held = out.get(table, before.get(table, ""))
-            out[table] = json.dumps({**_table(held), **entries}, sort_keys=True, ensure_ascii=False)
+            out[table] = _as_json(table, {**_table(held), **entries})
     return out
 
 
@@ -259,10 +260,15 @@ def _table(value: Scalar) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _canonical(value: Scalar) -> Scalar:
+def _as_json(key: str, table: Mapping[str, Any]) -> str:
+    """Return a table as JSON, sorted unless its order counts."""
+    return json.dumps(table, sort_keys=key not in PATTERNS, ensure_ascii=False)
+
+
+def _canonical(key: str, value: Scalar) -> Scalar:
     """Return the JSON of a table in one spelling; what is none stays as it is."""
     if table := _table(value):
-        return json.dumps(table, sort_keys=True, ensure_ascii=False)
+        return _as_json(key, table)
     return "" if isinstance(value, str) and value.split() in (["{}"], ["{", "}"]) else value
 
 

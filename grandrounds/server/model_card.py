@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import grandrounds
-from grandrounds.config import recipes
+from grandrounds.config import recipes, schedules
 from grandrounds.config.bases import KNOWN_BASES, names_a_base
 from grandrounds.config.keys import Config
-from grandrounds.config.words import place_name
+from grandrounds.config.words import place_name, with_own
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server import guarantees
 from grandrounds.server.described import (
@@ -219,6 +219,7 @@ def _facts(
     if held_out_loss is not None and found.base_held_out_loss is not None:
         loss += f" (base {found.base_held_out_loss:.4f})"
     codecs = config.communication
+    earlier = schedules.told(config.federation.earlier_schedules)
     commits = [
         next((str(site[fact]) for site in found.sites if fact in site), "")
         for fact in (BASE_COMMIT, DATA_COMMIT)
@@ -228,9 +229,13 @@ def _facts(
         ("data", _cell(data_text(config, found.sites)) + _at(config.static.revision, commits[1])),
         (
             "adapter",
-            f"{'DoRA, ' * lora.peft_use_dora}{'rsLoRA, ' * lora.use_rslora}r = {lora.peft_lora_r}, "
-            f"alpha = {lora.peft_lora_alpha:g}, "
-            f"on {', '.join(target_modules)}" + (f"; frozen: {frozen}" if frozen else ""),
+            _cell(
+                f"{'DoRA, ' * lora.peft_use_dora}{'rsLoRA, ' * lora.use_rslora}"
+                f"r = {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
+                f"alpha = {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
+            )
+            + f"on {', '.join(target_modules)}"
+            + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (
             "aggregation",
@@ -238,7 +243,8 @@ def _facts(
         ),
         (
             "learning rate",
-            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds",
+            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds"
+            f"{'; ' * bool(earlier)}{earlier}",
         ),
         ("held-out loss", loss),
         ("communication so far", f"{mib:,.2f} MiB (FlowerTune's counting rule)"),

@@ -49,7 +49,6 @@ from grandrounds.wire.adapter import (
     EVERYTHING,
     Adapter,
     Ranks,
-    at_rank,
     factor_of,
     rank_index,
     trained_part,
@@ -302,7 +301,7 @@ def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapte
     """
     config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    shapes = at_rank(resident_shapes, config.lora.peft_lora_r)
+    shapes = Ranks.of(config).configured(resident_shapes)
     magnitudes = resident.magnitudes
     received = downlink.receive(visit.content, visit.state, config, shapes, magnitudes)
     seed, trains_in = config.federation.seed, visit.round if trains else None

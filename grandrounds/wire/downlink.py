@@ -36,7 +36,6 @@ from grandrounds.wire.adapter import (
     magnitudes_hash,
     magnitudes_of,
     of_factors,
-    rank_of,
     shapes_of,
     started_adapter,
     unflatten,
@@ -97,7 +96,7 @@ class Sender:
         trains : bool
             Whether the site trains, at its own rank; otherwise it evaluates the whole adapter.
         """
-        own = rank_of(adapter)
+        own = self.ranks.of_adapter(adapter)
         rank = self.ranks.carried(partition, own) if trains else own
         if self.how.downlink == "incremental":
             sent = self._sent(adapter, rank)
@@ -119,7 +118,7 @@ class Sender:
 
     def exact(self, adapter: Adapter) -> Parcel:
         """Return the message that gives a site the exact adapter, in float32."""
-        rank = rank_of(adapter)
+        rank = self.ranks.of_adapter(adapter)
         sent = self._sent(adapter, rank)
         if self.how.downlink_codec == "float32":
             return self._encoded(sent, None, "float32", 0, (0, 0, 0))
@@ -140,7 +139,7 @@ class Sender:
 
     def _sent(self, adapter: Adapter, rank: int) -> Adapter:
         """Return the tensors that travel, at a site's rank."""
-        if rank != rank_of(adapter):
+        if rank != self.ranks.of_adapter(adapter):
             adapter = truncate(adapter, rank)
         # in the order of the initial adapter, which the sites use too
         return {n: adapter[n] for n in of_factors(shapes_of(self.start), self.ranks.strategy.sends)}
@@ -162,7 +161,7 @@ class Sender:
         """Encode tensors as a difference; `numbers` seed the stochastic rounding."""
         self._version += 1
         shapes = shapes_of(sent)
-        config: dict[str, int | str] = {"codec": codec_name, "rank": rank_of(sent)}
+        config: dict[str, int | str] = {"codec": codec_name, "rank": self.ranks.of_adapter(sent)}
         config |= {"holds": holds, _VERSION: self._version, **self._started_with}
         vector = flatten(sent)
         if reference is not None:

@@ -43,7 +43,9 @@ class Asked:
     rank: int
     """The highest rank of the adapter at the site."""
     scale: float
-    """What the product of the factors is multiplied by."""
+    """What the product of the factors is multiplied by, at most."""
+    least_scale: float
+    """The least that it may be multiplied by in any module."""
     rounds: int
     """Rounds of the run."""
     learning_rate: float
@@ -100,6 +102,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
     examples = None
     if num_examples is not None or arguments.max_steps > 0:
         examples = examples_of_a_visit(config, num_examples or 0)
+    least, greatest = lora.scales
     lowest = round_learning_rate_of(config, config.federation.num_server_rounds)
     return Asked(
         base=config.model.name,
@@ -109,8 +112,9 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         prompt_characters=len(config.data.system_prompt) + len(config.data.template_options),
         strategy=strategy.name,
         target_modules=tuple(targets),
-        rank=Ranks.of(config).resident,
-        scale=lora.scale,
+        rank=max(Ranks.of(config).resident, lora.highest_rank),
+        scale=greatest,
+        least_scale=least,
         rounds=config.federation.num_server_rounds,
         learning_rate=train.learning_rate_max,
         least_learning_rate=lowest / (arguments.warmup_steps + 1),
@@ -136,7 +140,7 @@ CHOSEN_BY_BASE = (("auto",), ("all-linear",))
 Measure = Callable[[Asked], float | None]
 
 AT_LEAST: dict[str, Measure] = {
-    "min-lora-scale": lambda asked: asked.scale,
+    "min-lora-scale": lambda asked: asked.least_scale,
     "min-learning-rate": lambda asked: asked.least_learning_rate,
     "min-clipping-norm": lambda asked: asked.clipping_norm,
     "min-sequence-length": lambda asked: asked.sequence_length,

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
+from grandrounds.config.keys import PATTERNS
 from grandrounds.config.words import NOT_TOLD, shown
 from grandrounds.errors import GrandRoundsError
 from grandrounds.site.custody import policy
@@ -35,7 +36,7 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
         f"    base {value['model.name']}, prompt {value['data.prompt-template']}, {kind} of rank "
         f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
     )
-    for key in ("data.system-prompt", "data.template-options"):
+    for key in (*PATTERNS, "data.system-prompt", "data.template-options"):
         if recipe.values.get(key):
             yield f"    {key} {shown(str(recipe.values[key]))}"
     yield (

@@ -85,7 +85,8 @@ class KeyedCoins:
     def normals(self, count: int, device: torch.device) -> torch.Tensor:
         """Return standard normal numbers: float64 of (count).
 
-        Each is half the sum of four: both results of two transforms of Box and Muller (1958).
+        Each is half the sum of four: both results of two transforms of Box and Muller (1958), whose
+        sum is one sine, cos(t) + sin(t) = sqrt(2) sin(t + pi / 4).
         """
         out = torch.empty(count, dtype=torch.float64, device=device)
         size = CHUNK_VALUES[device.type]
@@ -95,8 +96,8 @@ class KeyedCoins:
             # 52 bits after a 1: doubles in [1, 2) without a conversion
             bits.bitwise_and_(2**52 - 1).bitwise_or_(1023 << 52)
             first, second = bits.view(torch.float64).view(2, 2, len(part))
-            radius = first.neg_().add_(2.0).log_().mul_(-2.0).sqrt_()  # (2, values)
-            angle = second.mul_(2.0 * math.pi)
-            torch.sum(radius.mul_(angle.cos().add_(angle.sin_())), dim=0, out=part)
-            part.div_(math.sqrt(DRAWS))
+            # sqrt(-2 log u), the sine's sqrt(2) and the half of the sum together: sqrt(-log u)
+            radius = first.neg_().add_(2.0).log_().neg_().sqrt_()  # (2, values)
+            angle = second.mul_(2.0 * math.pi).add_(math.pi / 4)
+            torch.sum(radius.mul_(angle.sin_()), dim=0, out=part)
         return out

@@ -42,9 +42,13 @@ class UnitGradients:
     """Slot of each record's unit."""
     padding_free: bool = True
     """Whether the records are concatenated; otherwise they are padded on the right."""
+    _slots_of: list[tuple[torch.Tensor, ...]] = field(init=False)
     _counts_uses: bool = False
     _used: Counter[int] = field(default_factory=Counter)
     _gave: Counter[int] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._slots_of = [gradient.unbind() for gradient in self.gradients]
 
     @contextmanager
     def of_batch(
@@ -92,13 +96,14 @@ class UnitGradients:
         inputs : tensor of (..., inputs)
         """
         self._gave[number] += 1
-        g, x, into = gradient.flatten(0, -2), inputs.flatten(0, -2), self.gradients[number]
+        g, x = gradient.flatten(0, -2), inputs.flatten(0, -2)
         spans = self._spans(len(x))
         if x.is_cuda:
-            add_at_once(into, g, x, spans)
+            add_at_once(self.gradients[number], g, x, spans)
         else:
+            across, each = g.T, self._slots_of[number]
             for slot, start, end in spans:
-                into[slot].addmm_(g[start:end].T, x[start:end])
+                each[slot].addmm_(across[:, start:end], x[start:end])
 
     def _spans(self, tokens: int) -> Spans:
         """Return where each record is among the tokens that a factor sees."""
