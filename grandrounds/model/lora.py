@@ -44,12 +44,12 @@ class LoraSpec:
     """Dropout on the input of A, in training only."""
     stabilised: bool = False
     """Rank-stabilised: rsLoRA (Kalajdzievski, 2023)."""
-    dora: bool = False
-    """Weight-decomposed: DoRA (Liu et al., 2024), with a vector of magnitudes for each module."""
     rank_pattern: Table[int] = ()
     """Ranks of the modules that an expression matches, as PEFT's `rank_pattern`."""
     alpha_pattern: Table[float] = ()
     """Alphas of the modules that an expression matches, as PEFT's `alpha_pattern`."""
+    dora: bool = False
+    """Weight-decomposed: DoRA (Liu et al., 2024), with a vector of magnitudes for each module."""
 
     @classmethod
     def of(cls, config: Config) -> LoraSpec:
@@ -57,9 +57,10 @@ class LoraSpec:
         lora = config.lora
         rank, alpha, targets = lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules
         return cls(
-            *(rank, alpha, targets, lora.dropout, lora.use_rslora, lora.peft_use_dora),
+            *(rank, alpha, targets, lora.dropout, lora.use_rslora),
             rank_pattern=tuple(lora.ranks_by_pattern.items()),
             alpha_pattern=tuple(lora.alphas_by_pattern.items()),
+            dora=lora.peft_use_dora,
         )
 
     def rank_of(self, module: str) -> int:

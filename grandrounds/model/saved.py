@@ -65,11 +65,12 @@ def lora_spec(folder: Path) -> LoraSpec:
             f"the adapter_config.json of {folder} must have r, lora_alpha and target_modules; "
             f"got {rank!r}, {alpha!r} and {targets!r}"
         )
-    stabilised, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
+    stabilised = bool(config.get("use_rslora"))
     return LoraSpec(
-        *(rank, float(alpha), str(targets), 0.0, stabilised, dora),
+        *(rank, float(alpha), str(targets), 0.0, stabilised),
         rank_pattern=_pattern(config, folder, "rank_pattern"),
         alpha_pattern=_pattern(config, folder, "alpha_pattern"),
+        dora=bool(config.get("use_dora")),
     )
 
 

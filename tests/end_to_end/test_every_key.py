@@ -139,7 +139,7 @@ TESTED_ELSEWHERE = {
     "static.dataset.revision": "tests/data/test_sources.py",
     "data.train-on": "tests/data/test_chat.py",
     "model.lora.use-rslora": "tests/model/test_stabilised.py",
-    "model.lora.peft-use-dora": "test_dora.py",
+    "model.lora.peft-use-dora": "test_dora_runs.py",
     "model.lora.rank-pattern": "tests/end_to_end/test_own_ranks.py",
     "model.lora.alpha-pattern": "tests/end_to_end/test_own_ranks.py",
     **{
