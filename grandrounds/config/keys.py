@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
+from grandrounds.config.prompt import BUILT_IN, TemplateText, is_own
 from grandrounds.config.schedules import Schedules
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.values import (
@@ -492,9 +493,11 @@ class DataConfig:
     held_out_fraction: Annotated[float, Range(0, 0.9)]
     """Fraction of each site's rows held out for evaluation; 0: none, as in FlowerTune. A held-out
     question never occurs in the same site's training data, but may occur in another site's."""
-    prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
+    prompt_template: Annotated[str, TemplateText(BUILT_IN)]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
-    of turn."""
+    of turn. A template of one's own is named by its file (`.jinja`, `.j2`, `.txt`, or a path), or
+    is packaged: `alpaca-indented`, `chatml`, `llama2`; a recipe holds its text. See
+    docs/data.md."""
     template_date: Annotated[str, Day()]
     """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
     starts, written into its recipe, so that it is resumed on the same text."""
@@ -502,7 +505,8 @@ class DataConfig:
     """`chat`: values of the template's own options, such as `enable_thinking`; a table, set whole
     or by key (`--set data.template-options.enable_thinking=false`)."""
     system_prompt: str
-    """`chat`: system message before every question. Empty: what the template says without one."""
+    """`chat`, and templates of one's own that read `system`: system message before every question.
+    Empty: what the template says without one."""
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
@@ -516,7 +520,17 @@ class DataConfig:
     @property
     def chat(self) -> tuple[str, str, str]:
         """What is set in the chat template: date, options as JSON, and system prompt."""
+        if self.prompt_template != "chat":
+            return "", "", ""
         return self.template_date, self.template_options, self.system_prompt
+
+    @property
+    def prompt(self) -> str:
+        """What renders prompts: `prompt_template`, with the system prompt in one's own."""
+        if not is_own(self.prompt_template) or not self.system_prompt:
+            return self.prompt_template
+        said = json.dumps(self.system_prompt, ensure_ascii=False)
+        return f"{{% set system = {said} %}}\n{self.prompt_template}"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from grandrounds.config.keys import (
     table_meant,
 )
 from grandrounds.config.private import privacy_contradictions
+from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
 from grandrounds.config.schedules import parts_of
 from grandrounds.config.strategies import PRESETS, STRATEGIES
@@ -291,7 +292,7 @@ def contradictions(config: Config) -> Iterator[str]:
         for key, text in (
             ("data.template-date", data.template_date),
             ("data.template-options", data.template_options),
-            ("data.system-prompt", data.system_prompt),
+            ("data.system-prompt", "" if is_own(data.prompt_template) else data.system_prompt),
         ):
             if text:
                 yield f'{key} = {text!r} has no effect without data.prompt-template = "chat".'

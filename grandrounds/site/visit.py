@@ -255,7 +255,7 @@ def introduction(
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
         **{key: commit for key, commit in commits.items() if commit},
-        "prompt": prompt_hash(config.data.prompt_template, run_tokenizer(config)),
+        "prompt": prompt_hash(config.data.prompt, run_tokenizer(config)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "precision": machine.precision(config),
         "means": machine.means(config),
@@ -456,7 +456,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
 def examine(resident: Resident, config: Config) -> dict[str, int]:
     """Return the results of the formulary's exam, with and without the adapter."""
     tokenizer = run_tokenizer(config)
-    template = config.data.prompt_template
+    template = config.data.prompt
     tuned = score_formulary(resident.model, tokenizer, template)
     with resident.model.disable_adapter():
         base = score_formulary(resident.model, tokenizer, template)

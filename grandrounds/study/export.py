@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.tokenization import end_token_ids
 from grandrounds.errors import (
     ConfigError,
@@ -164,13 +165,15 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     tensors, scales = _on_the_whole(adapter, model, name), _on_the_whole(scales, model, name)
     rounding = merge(model, tensors, scales, own)
     model.config.get_text_config().use_cache = getattr(text, "use_cache", True)
-    learned = end_token_ids(tokens, checkpoint.config.data.prompt_template)
+    learned = end_token_ids(tokens, checkpoint.config.data.prompt)
     stops = stop_tokens(model, tokens, learned)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     _save_model(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     set_in(tokenizer, said, name)
+    if is_own(template := checkpoint.config.data.prompt):
+        tokenizer.chat_template = own_prompt(template).chat_template(tokenizer)
     for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
         tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
