@@ -32,8 +32,11 @@ LEFT_OUT = (
 data they mean nothing. The date of a chat template is the day on which a run starts."""
 
 LEFT_OUT_IF: Mapping[str, Scalar] = {
+    "earlier-schedules": "",
     "model.revision": "",
     "model.lora.use-rslora": False,
+    "model.lora.rank-pattern": "",
+    "model.lora.alpha-pattern": "",
     "data.template-options": "",
     "data.system-prompt": "",
     "data.train-on": "answers",

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grandrounds.config.keys import share_of
+from grandrounds.config.keys import TABLES, share_of
 from grandrounds.config.synonyms import last_part, spelled_here
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
@@ -95,6 +95,11 @@ OTHER_NAMES = {
         ("model.lora.peft-lora-dropout", "model.lora.peft-dropout", "model.lora.lora-dropout"),
         "model.lora.dropout",
     ),
+    **{
+        f"model.lora.{before}{name}": f"model.lora.{name}"
+        for before in ("peft-lora-", "peft-", "lora-")
+        for name in ("rank-pattern", "alpha-pattern", "use-rslora")
+    },
 }
 """Names that entries gave to keys of their own code."""
 
@@ -187,6 +192,7 @@ def _spelled(written: Mapping[str, Scalar], keys: Collection[str]) -> dict[str, 
     for given, value in written.items():
         ours = OTHER_NAMES.get(spelled_here(given), spelled_here(given))
         key = given if given in known or ours not in known else ours
+        key = _of_table(given) or key
         if key in out and out[key] != value:
             raise ConfigError(
                 f"{spelling[key]} = {out[key]!r} and {given} = {value!r} are the same key and "
@@ -194,6 +200,14 @@ def _spelled(written: Mapping[str, Scalar], keys: Collection[str]) -> dict[str, 
             )
         out[key], spelling[key] = value, given
     return out
+
+
+def _of_table(given: str) -> str:
+    """Return a key of a table under the table's name here; empty for any other key."""
+    for name, key in (*((table, table) for table in TABLES), *OTHER_NAMES.items()):
+        if key in TABLES and spelled_here(given[: len(name)]) == name and given[len(name) :]:
+            return f"{key}{given[len(name) :]}"
+    return ""
 
 
 def _flexlora(entry: dict[str, Scalar]) -> dict[str, Scalar]:

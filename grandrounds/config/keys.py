@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import typing
 from dataclasses import dataclass
@@ -17,8 +18,20 @@ from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
+from grandrounds.config.prompt import BUILT_IN, TemplateText, is_own
+from grandrounds.config.schedules import Schedules
 from grandrounds.config.strategies import PRESETS, STRATEGIES
-from grandrounds.config.values import AUTO, Day, OneOf, Range, Scalar, SomeOf, Table, words_of
+from grandrounds.config.values import (
+    AUTO,
+    Day,
+    OneOf,
+    Patterns,
+    Range,
+    Scalar,
+    SomeOf,
+    Table,
+    words_of,
+)
 
 TRAIN = "train"
 """The split that is read of a data set on the Hub if no other is named."""
@@ -38,18 +51,28 @@ class FederationConfig:
 
     num_server_rounds: Annotated[int, Range(1)]
     """Training rounds. The learning rate decays over them from `train.learning-rate-max` to
-    `train.learning-rate-min`."""
+    `train.learning-rate-min`. A resume may give another number, above the rounds played."""
+    earlier_schedules: Annotated[str, Schedules()]
+    """Rounds that followed the schedule of another number of rounds, as `last/number`: `2/2,4/6`
+    for rounds 1 and 2 of 2, and 3 and 4 of 6. Written by a resume with another
+    `num-server-rounds`."""
     seed: Annotated[int, Range(0, 2**31 - 1)]
     """Seed for all randomness: adapter initialisation, partitions, cohorts, held-out splits, and
     each visit through (seed, round, partition)."""
     run_directory: str
     """Run directory on the server. Empty: `runs/<date>-<time>-<model>`."""
     resume_from: str
-    """Run directory on the server to resume after its last finished round."""
+    """Run directory on the server to resume after its last finished round; with a higher
+    `num-server-rounds`, also a run that is completed."""
     consortium: str
     """Consortium folder on the server, whose admissions bind each partition id to one Flower node.
     Empty: any node may claim any partition id. `grandrounds run --engine deployment` takes it from
     the connection."""
+
+    @property
+    def length(self) -> tuple[str, int]:
+        """What the learning rate of a round follows: earlier schedules, and number of rounds."""
+        return self.earlier_schedules, self.num_server_rounds
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,12 @@ class LoraConfig:
     head. `auto`: PEFT's default for the architecture (`q_proj,v_proj` for Llama, Mistral and
     Qwen2), or `all-linear` for the built-in model. A name that ends in `?` is passed over where the
     base has no such module, as PEFT does with a list; entries' lists are read so."""
+    rank_pattern: Annotated[str, Patterns(Range(1, 1024), whole=True)]
+    """Ranks of single modules, as in PEFT: a table from names, or regular expressions of the ends
+    of their paths, to ranks (`--set model.lora.rank-pattern.q_proj=4`). The first that matches
+    holds; other modules have `peft-lora-r`. Empty: none."""
+    alpha_pattern: Annotated[str, Patterns(Range(0, above=True), whole=False)]
+    """Alphas of single modules, likewise. A module's rank does not change its alpha."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
     peft_use_dora: Annotated[bool, OneOf((False,))]
@@ -102,10 +131,30 @@ class LoraConfig:
     never loads. `grandrounds plan` counts them."""
 
     @property
-    def scale(self) -> float:
-        """What the product BA is multiplied by."""
-        rank = self.peft_lora_r
-        return self.peft_lora_alpha / (math.sqrt(rank) if self.use_rslora else rank)
+    def ranks_by_pattern(self) -> dict[str, int]:
+        """Expression of modules → their rank, in the order written."""
+        return dict(json.loads(self.rank_pattern or "{}"))
+
+    @property
+    def alphas_by_pattern(self) -> dict[str, float]:
+        """Expression of modules → their alpha, in the order written."""
+        return dict(json.loads(self.alpha_pattern or "{}"))
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank that a module may have."""
+        return max(self.peft_lora_r, *self.ranks_by_pattern.values(), 1)
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The least and the greatest factor of BA that a module may have, whatever matches."""
+        ranks = (self.peft_lora_r, *self.ranks_by_pattern.values())
+        alphas = (self.peft_lora_alpha, *self.alphas_by_pattern.values())
+        least, greatest = min(alphas) / self._divisor(max(ranks)), max(alphas)
+        return least, greatest / self._divisor(min(ranks))
+
+    def _divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.use_rslora else rank
 
 
 @dataclass(frozen=True)
@@ -446,9 +495,11 @@ class DataConfig:
     held_out_fraction: Annotated[float, Range(0, 0.9)]
     """Fraction of each site's rows held out for evaluation; 0: none, as in FlowerTune. A held-out
     question never occurs in the same site's training data, but may occur in another site's."""
-    prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
+    prompt_template: Annotated[str, TemplateText(BUILT_IN)]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
-    of turn."""
+    of turn. A template of one's own is named by its file (`.jinja`, `.j2`, `.txt`, or a path), or
+    is packaged: `alpaca-indented`, `chatml`, `llama2`; a recipe holds its text. See
+    docs/data.md."""
     template_date: Annotated[str, Day()]
     """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
     starts, written into its recipe, so that it is resumed on the same text."""
@@ -456,7 +507,8 @@ class DataConfig:
     """`chat`: values of the template's own options, such as `enable_thinking`; a table, set whole
     or by key (`--set data.template-options.enable_thinking=false`)."""
     system_prompt: str
-    """`chat`: system message before every question. Empty: what the template says without one."""
+    """`chat`, and templates of one's own that read `system`: system message before every question.
+    Empty: what the template says without one."""
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
@@ -470,7 +522,17 @@ class DataConfig:
     @property
     def chat(self) -> tuple[str, str, str]:
         """What is set in the chat template: date, options as JSON, and system prompt."""
+        if self.prompt_template != "chat":
+            return "", "", ""
         return self.template_date, self.template_options, self.system_prompt
+
+    @property
+    def prompt(self) -> str:
+        """What renders prompts: `prompt_template`, with the system prompt in one's own."""
+        if not is_own(self.prompt_template) or not self.system_prompt:
+            return self.prompt_template
+        said = json.dumps(self.system_prompt, ensure_ascii=False)
+        return f"{{% set system = {said} %}}\n{self.prompt_template}"
 
 
 @dataclass(frozen=True)
@@ -588,13 +650,23 @@ ALIASES = {
 DAYS = ("data.template-date",)
 """Keys that hold a date."""
 
-TABLES = ("data.template-options",)
+PATTERNS = ("model.lora.rank-pattern", "model.lora.alpha-pattern")
+"""Tables whose order counts: of several expressions that match, the first holds."""
+
+TABLES = ("data.template-options", *PATTERNS)
 """Keys that hold a table, as JSON: Flower's run config has no key that is not declared."""
 
 
 def table_of(key: str) -> str:
     """Return the key of the table that a dotted key belongs to; any other key as it is."""
     return next((table for table in TABLES if key.startswith(f"{table}.")), key)
+
+
+def table_meant(key: str) -> str:
+    """Return a key of a table with the table's name as it is spelled here; empty for any other."""
+    spelled = key.replace("_", "-")
+    found = next((table for table in TABLES if spelled.startswith(f"{table}.")), "")
+    return f"{found}{key[len(found) :]}" if found else ""
 
 
 def rounded_up(share: float, count: int) -> int:

@@ -18,12 +18,14 @@ from grandrounds.config.keys import (
     ALIASES,
     DAYS,
     FIELD_OF_KEY,
+    PATTERNS,
     PLACES_AND_TRACKERS,
     TABLES,
     TRAIN,
     Config,
     table_of,
 )
+from grandrounds.config.prompt import with_text
 from grandrounds.config.resets import resets
 from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
@@ -68,10 +70,12 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
     ------
     ConfigError
         If the file is missing or not TOML, is the pyproject.toml of something else, or has an
-        entry-specific key that cannot be honoured.
+        entry-specific key that cannot be honoured; or if a prompt template that it names cannot be
+        read.
     """
     found = _read(path)
-    return found.values if isinstance(found, Entry) else of_before(found)
+    values = found.values if isinstance(found, Entry) else of_before(found)
+    return with_text(values, path.parent)
 
 
 ADDED: dict[str, Scalar] = {"strategy.largest-weight": 0.0, "defence.largest-norm": 0.0}
@@ -170,7 +174,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
     Raises
     ------
     ConfigError
-        If an assignment has no `=`.
+        If an assignment has no `=`, or names a prompt template that cannot be read.
     """
     out: dict[str, Scalar] = {}
     for assignment in assignments:
@@ -185,7 +189,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
         except tomllib.TOMLDecodeError:
             value = text.strip()
         out |= flatten({key.strip(): value})
-    return out
+    return with_text(out)
 
 
 Layer = tuple[str, Mapping[str, Scalar]]
@@ -243,10 +247,10 @@ def _with_tables(values: Mapping[str, Scalar], before: Mapping[str, Scalar]) -> 
         prefix = f"{table}."
         entries = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
         if table in out:
-            out[table] = _canonical(out[table])
+            out[table] = _canonical(table, out[table])
         if entries:
             held = out.get(table, before.get(table, ""))
-            out[table] = json.dumps({**_table(held), **entries}, sort_keys=True, ensure_ascii=False)
+            out[table] = _as_json(table, {**_table(held), **entries})
     return out
 
 
@@ -259,10 +263,15 @@ def _table(value: Scalar) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _canonical(value: Scalar) -> Scalar:
+def _as_json(key: str, table: Mapping[str, Any]) -> str:
+    """Return a table as JSON, sorted unless its order counts."""
+    return json.dumps(table, sort_keys=key not in PATTERNS, ensure_ascii=False)
+
+
+def _canonical(key: str, value: Scalar) -> Scalar:
     """Return the JSON of a table in one spelling; what is none stays as it is."""
     if table := _table(value):
-        return json.dumps(table, sort_keys=True, ensure_ascii=False)
+        return _as_json(key, table)
     return "" if isinstance(value, str) and value.split() in (["{}"], ["{", "}"]) else value
 
 

@@ -31,6 +31,10 @@ _NAMES: dict[str, str] = {
     "model.lora.peft-lora-alpha": "alpha lora-alpha peft-alpha",
     "model.lora.use-rslora": "rslora use-rslora peft-use-rslora rank-stabilised",
     "model.lora.dropout": "dropout lora-dropout peft-lora-dropout",
+    "model.lora.rank-pattern": "rank-pattern peft-rank-pattern lora-rank-pattern "
+    "peft-lora-rank-pattern ranks-pattern",
+    "model.lora.alpha-pattern": "alpha-pattern peft-alpha-pattern lora-alpha-pattern "
+    "peft-lora-alpha-pattern",
     "model.lora.target-modules": "target-modules lora-target-modules lora-target targets modules",
     "train.learning-rate-max": "lr learning-rate learning-rate-init initial-learning-rate max-lr "
     "lr-max peak-lr client-lr local-lr eta",
@@ -144,7 +148,7 @@ _VALUES: dict[str, dict[str, Scalar]] = {
         **dict.fromkeys(("bysite", "site", "column", "bycolumn", "naturalid", "group"), "natural"),
     },
     "data.prompt-template": {
-        **dict.fromkeys(("chatml", "llama3", "instruct", "tokenizer", "chattemplate"), "chat"),
+        **dict.fromkeys(("llama3", "instruct", "tokenizer", "chattemplate"), "chat"),
         **dict.fromkeys(("flowertune", "default", "instruction"), "alpaca"),
     },
     "strategy.name": {

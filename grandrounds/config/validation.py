@@ -20,9 +20,12 @@ from grandrounds.config.keys import (
     SECTIONS,
     TRAIN,
     Config,
+    table_meant,
 )
 from grandrounds.config.private import privacy_contradictions
+from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
+from grandrounds.config.schedules import parts_of
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.synonyms import (
     MAX_STEPS,
@@ -112,6 +115,8 @@ def unknown_key(key: str, value: Scalar) -> str:
     if last in PER_ROUND:
         count = value if type(value) is int and value > 0 else "N"
         return f"{told} Write --sites-per-round {count}, or set strategy.fraction-train."
+    if table := table_meant(key):
+        return f"{told} Write {table}={json.dumps(value)}."
     meant = key_meant(key, _KEYS)
     if not meant:
         return f"{told}{nearest(key, _KEYS)} docs/configuration.md lists all keys."
@@ -237,6 +242,12 @@ def contradictions(config: Config) -> Iterator[str]:
     """Yield what is wrong with values that are each allowed but contradict each other."""
     train, arguments, strategy, data = config.train, config.arguments, config.strategy, config.data
     sites = data.num_partitions
+    earlier, rounds = config.federation.earlier_schedules, config.federation.num_server_rounds
+    if earlier and parts_of(earlier)[-1][0] >= rounds:
+        yield (
+            f"earlier-schedules = {earlier!r} leaves no round of num-server-rounds = {rounds}: "
+            "raise that, or leave earlier-schedules empty."
+        )
     if train.learning_rate_min > train.learning_rate_max:
         yield (
             f"train.learning-rate-min = {train.learning_rate_min:g} exceeds "
@@ -284,7 +295,7 @@ def contradictions(config: Config) -> Iterator[str]:
         for key, text in (
             ("data.template-date", data.template_date),
             ("data.template-options", data.template_options),
-            ("data.system-prompt", data.system_prompt),
+            ("data.system-prompt", "" if is_own(data.prompt_template) else data.system_prompt),
         ):
             if text:
                 yield f'{key} = {text!r} has no effect without data.prompt-template = "chat".'
@@ -381,6 +392,19 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
         yield (
             f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be integers "
             f"from 1 to model.lora.peft-lora-r = {rank}, comma-separated."
+        )
+    if config.lora.rank_pattern and (ranks or STRATEGIES[name].stacks):
+        why, instead = (
+            ("strategy.site-ranks gives one rank to all modules of a site", "leave one of them out")
+            if ranks
+            else (
+                f"{name} stacks the adapters of all modules to one rank, strategy.max-rank",
+                "use another rule (fedavg, fedprox, product)",
+            )
+        )
+        yield (
+            f"model.lora.rank-pattern = {config.lora.rank_pattern!r} cannot be combined with it: "
+            f"{why}. Leave the pattern out, or {instead}."
         )
     if ranks and config.defence.screens:
         key, value, off = "min-cosine", config.defence.min_cosine, -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import sys
 from dataclasses import dataclass
 from math import inf
@@ -110,6 +111,37 @@ class Table:
 
     def __str__(self) -> str:
         return "a table of strings, numbers and booleans, such as {enable_thinking = false}"
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """A table of module names, as regular expressions, with numbers: JSON, or an empty string."""
+
+    numbers: Range
+    """What a number may be."""
+    whole: bool
+    """Whether it must be an integer."""
+
+    def admits(self, value: str) -> bool:
+        """Whether a text is a JSON object of expressions and allowed numbers, or empty."""
+        try:
+            table = json.loads(value or "{}")
+            for pattern in table if isinstance(table, dict) else ():
+                re.compile(rf"(.*\.)?({pattern})$")  # as PEFT writes it
+        except (ValueError, re.error):
+            return False
+        kinds = (int,) if self.whole else (int, float)
+        return isinstance(table, dict) and all(
+            pattern and type(number) in kinds and self.numbers.admits(number)
+            for pattern, number in table.items()
+        )
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.whole else "a number"
+        return (
+            "a table of names of modules, or regular expressions of them, each with "
+            f"{kind} ({self.numbers}), such as {{q_proj = 4}}"
+        )
 
 
 def words_of(value: Scalar) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 NOT_TOLD = "not told"
@@ -18,6 +19,12 @@ def percent(share: float, decimals: int = 1) -> str:
 def counted(count: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural (`plural`, or with an s) unless it is 1."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def with_own(number: float, table: Mapping[str, float]) -> str:
+    """Return a number and those of the modules that have one of their own: `16 (q_proj: 4)`."""
+    own = ", ".join(f"{pattern}: {one:g}" for pattern, one in table.items())
+    return f"{number:g} ({own})" if own else f"{number:g}"
 
 
 def has_controls(text: str) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from grandrounds.data.conversations import Turn
+from grandrounds.data.forms import APART
 from grandrounds.data.partitioning import Partition, check_column
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError
@@ -22,6 +24,32 @@ class Example:
     """The text that is learned."""
     before: tuple[Turn, ...] = ()
     """What was said before the question."""
+    parts: tuple[str, str] | None = field(default=None, compare=False)
+    """Instruction and input, where the question is both, joined by a space."""
+
+    @property
+    def apart(self) -> tuple[str, str]:
+        """The instruction, empty where there is none, and the question without it."""
+        return self.parts or ("", self.question)
+
+
+def example_of(
+    question: str | None,
+    answer: str | None,
+    before: tuple[Turn, ...] = (),
+    instruction: str | None = None,
+) -> Example:
+    """Return the example in a row; without question or answer it is empty there.
+
+    Parameters
+    ----------
+    instruction
+        What a template of one's own shows apart from the question. A row with one of the two has a
+        question and no instruction.
+    """
+    parts = (instruction or "").strip(), (question or "").strip()
+    whole = " ".join(filter(None, parts))
+    return Example(whole, (answer or "").strip(), before, parts if all(parts) else None)
 
 
 @dataclass(frozen=True)
@@ -99,8 +127,8 @@ def split_rows(
         )
     check_column(rows, "data.question-column", question_column)
     check_column(rows, "data.answer-column", answer_column)
-    texts = zip(rows[question_column], rows[answer_column], rows.histories, strict=True)
-    examples, empty_rows, duplicate_rows = _clean(texts)
+    read = examples_of(rows, question_column, answer_column)
+    examples, empty_rows, duplicate_rows = _clean(read)
     held_out = _choose_held_out(examples, held_out_fraction, partition)
     report = SiteReport(
         rows=len(rows),
@@ -123,19 +151,24 @@ def split_rows(
     )
 
 
+def examples_of(rows: Rows, question_column: str, answer_column: str) -> Iterator[Example]:
+    """Yield the example of each row; see `example_of`."""
+    has_apart = APART in rows.column_names
+    instructions = rows[APART] if has_apart else itertools.repeat("", len(rows))
+    columns = rows[question_column], rows[answer_column], rows.histories, instructions
+    return map(example_of, *columns)
+
+
 def first_question(example: Example) -> str:
     """Return the question that begins an example's conversation, which may be its only one."""
     return next((said for role, said in example.before if role == "user"), example.question)
 
 
-def _clean(
-    texts: Iterable[tuple[str | None, str | None, tuple[Turn, ...]]],
-) -> tuple[list[Example], int, int]:
+def _clean(read: Iterable[Example]) -> tuple[list[Example], int, int]:
     """Return the examples, the number of empty rows and the number of duplicates."""
     examples: dict[Example, None] = {}
     empty_rows = duplicate_rows = 0
-    for question, answer, before in texts:
-        example = Example((question or "").strip(), (answer or "").strip(), before)
+    for example in read:
         if not example.question or not example.answer:
             empty_rows += 1
         elif example in examples:

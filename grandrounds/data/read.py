@@ -9,7 +9,7 @@ from typing import Any
 
 from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
 from grandrounds.data.files import Choice, RawRows, WrittenFloat
-from grandrounds.data.forms import INSTRUCTION, Layout, layout_of, pairs
+from grandrounds.data.forms import APART, INSTRUCTION, Layout, layout_of, pairs
 from grandrounds.data.places import SOURCE_KEY
 from grandrounds.errors import DataError, nearest
 
@@ -48,8 +48,10 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
             f"{source}: the data source has no rows; at least one question with its answer is "
             f"needed. Choose another {SOURCE_KEY}."
         )
-    (question, answer), kept = columns[:2], columns[2:]
+    (question, answer), kept = columns[:2], tuple(n for n in columns[2:] if n != APART)
     layout = _settled(layout_of(raw.available, question, answer), raw, columns)
+    if APART in columns:
+        layout = layout.without_instruction()
     if layout.form == "preferences":
         raise DataError(
             f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
@@ -73,6 +75,10 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
         if name not in (question, answer)
     }
     used = frozenset((*layout.question, layout.answer, *kept))
+    if APART in columns:
+        has_them = INSTRUCTION in raw.available and INSTRUCTION not in used
+        labels[APART] = _texts(raw, source, INSTRUCTION) if has_them else [""] * len(raw.places)
+        used |= {INSTRUCTION}
     return Read(values | labels, histories, layout.description, left_out, used)
 
 
@@ -81,7 +87,11 @@ def columns_read(columns: tuple[str, ...]) -> Choice:
     question, answer, *kept = columns
 
     def choose(available: Sequence[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*layout_of(available, question, answer).columns, *kept)))
+        names = dict.fromkeys((*layout_of(available, question, answer).columns, *kept))
+        if APART in names:
+            del names[APART]
+            names |= dict.fromkeys([INSTRUCTION] * (INSTRUCTION in available))
+        return tuple(names)
 
     return choose
 

@@ -17,6 +17,7 @@ from grandrounds.config.bases import folder_of
 from grandrounds.config.values import words_of
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, nearest
+from grandrounds.model.patterns import Table, number_at
 from grandrounds.wire.adapter import Shapes
 
 SEPARATE = (
@@ -369,12 +370,19 @@ def unmatched(wanted: str, targets: Sequence[str]) -> list[str]:
 
 
 def adapter_shapes(
-    architecture: Architecture, targets: Sequence[str], rank: int, *, dora: bool = False
+    architecture: Architecture,
+    targets: Sequence[str],
+    rank: int,
+    *,
+    rank_pattern: Table[int] = (),
+    dora: bool = False,
 ) -> Shapes:
     """Return the adapter's tensor shapes by the names under which PEFT saves them, in its order.
 
     Parameters
     ----------
+    rank_pattern
+        Ranks of the modules that an expression matches.
     dora : bool
         Whether each module also has DoRA's magnitudes, one per output (Liu et al., DoRA, 2024,
         equation 5).
@@ -384,9 +392,10 @@ def adapter_shapes(
         for module in architecture.linears:
             if module.name not in targets:
                 continue
-            stem = f"base_model.model.model.layers.{layer}.{module.path}"
-            shapes[f"{stem}.lora_A.weight"] = (rank, module.inputs)
-            shapes[f"{stem}.lora_B.weight"] = (module.outputs, rank)
+            path = f"model.layers.{layer}.{module.path}"
+            stem, own = f"base_model.model.{path}", number_at(rank_pattern, path, rank)
+            shapes[f"{stem}.lora_A.weight"] = (own, module.inputs)
+            shapes[f"{stem}.lora_B.weight"] = (module.outputs, own)
             if dora:
                 shapes[f"{stem}.lora_magnitude_vector"] = (module.outputs,)
     return shapes

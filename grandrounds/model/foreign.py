@@ -24,7 +24,7 @@ ANY_VALUE = frozenset(
     (
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
         *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
-        "use_rslora",
+        *("use_rslora", "rank_pattern", "alpha_pattern"),
         *("megatron_core", "runtime_config", "qalora_group_size", "eva_config", "layers_pattern"),
         "fan_in_fan_out",  # PEFT sets it by the kind of the modules
     )
@@ -37,7 +37,7 @@ STARTS_THAT_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 BY_PEFT = frozenset(
     (
         *("use_dora", "bias", "lora_bias", "modules_to_save"),
-        *("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"),
+        *("layers_to_transform", "exclude_modules"),
         *("target_parameters", "trainable_token_indices", "ensure_weight_tying"),
     )
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +16,18 @@ import torch
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.base import base_config, is_out_of_memory, stored_bits
+from grandrounds.model.patterns import (
+    ALPHA_PATTERN,
+    RANK_PATTERN,
+    Table,
+    check_patterns,
+    number_at,
+)
 from grandrounds.model.targets import Targets, find_targets
 from grandrounds.wire.adapter import Shapes, factor_of
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the path of a base's module."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +44,55 @@ class LoraSpec:
     """Dropout on the input of A, in training only."""
     stabilised: bool = False
     """Rank-stabilised: rsLoRA (Kalajdzievski, 2023)."""
+    rank_pattern: Table[int] = ()
+    """Ranks of the modules that an expression matches, as PEFT's `rank_pattern`."""
+    alpha_pattern: Table[float] = ()
+    """Alphas of the modules that an expression matches, as PEFT's `alpha_pattern`."""
 
     @classmethod
     def of(cls, config: Config) -> LoraSpec:
         """Return the specification of a run's adapter, at the run's own rank."""
         lora = config.lora
         rank, alpha, targets = lora.peft_lora_r, lora.peft_lora_alpha, lora.target_modules
-        return cls(rank, alpha, targets, lora.dropout, lora.use_rslora)
+        return cls(
+            *(rank, alpha, targets, lora.dropout, lora.use_rslora),
+            rank_pattern=tuple(lora.ranks_by_pattern.items()),
+            alpha_pattern=tuple(lora.alphas_by_pattern.items()),
+        )
 
-    @property
-    def scale(self) -> float:
-        """What the product B A is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+    def rank_of(self, module: str) -> int:
+        """Return the rank of the module at a path of the base."""
+        return number_at(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """Return what the product B A of the module at a path of the base is multiplied by."""
+        rank, alpha = self.rank_of(module), number_at(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.stabilised else rank)
 
     def at_rank(self, rank: int) -> LoraSpec:
-        """Return the same adapter with another rank; its scale stays."""
-        alpha = self.alpha * rank / self.rank
-        if self.stabilised:
-            alpha = self.alpha * math.sqrt(rank / self.rank)
-        return dataclasses.replace(self, rank=rank, alpha=alpha)
+        """Return the same adapter with another rank; the scale of every module stays.
+
+        Raises
+        ------
+        ValueError
+            If the rank is another, and modules have ranks of their own.
+        """
+        if rank != self.rank and self.rank_pattern:
+            raise ValueError(f"modules with ranks of their own have no common rank {rank}")
+
+        def scaled(alpha: float) -> float:
+            if self.stabilised:
+                return alpha * math.sqrt(rank / self.rank)
+            return alpha * rank / self.rank
+
+        alphas = tuple((pattern, scaled(alpha)) for pattern, alpha in self.alpha_pattern)
+        alpha = scaled(self.alpha)
+        return dataclasses.replace(self, rank=rank, alpha=alpha, alpha_pattern=alphas)
+
+    def check_modules(self, paths: Sequence[str], name: str) -> None:
+        """Raise `ModelError` if an expression matches none of the adapted modules of a base."""
+        tables = {RANK_PATTERN: self.rank_pattern, ALPHA_PATTERN: self.alpha_pattern}
+        check_patterns(tables, paths, name)
 
 
 def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
@@ -70,6 +110,7 @@ def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
 def _adapted(base: Any, spec: LoraSpec, targets: Targets, name: str) -> Any:
     from peft import get_peft_model
 
+    spec.check_modules([path for path, _ in base.named_modules() if targets.adapt(path)], name)
     try:
         model = get_peft_model(base, peft_config(spec, targets))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -82,12 +123,18 @@ def _adapted(base: Any, spec: LoraSpec, targets: Targets, name: str) -> Any:
     for tensor, parameter in adapter_parameters(model).items():
         shape = tuple(parameter.shape)
         rank = shape[0] if factor_of(tensor) == "A" else shape[-1]
-        if len(shape) != 2 or rank != spec.rank:
+        wanted = spec.rank_of(module_of(tensor))
+        if len(shape) != 2 or rank != wanted:
             raise ModelError(
-                f"PEFT made {tensor} of {name!r} of shape {shape}, and the rank is {spec.rank}. "
+                f"PEFT made {tensor} of {name!r} of shape {shape}, and the rank is {wanted}. "
                 "Name other modules in model.lora.target-modules."
             )
     return model
+
+
+def module_of(tensor: str) -> str:
+    """Return the path, in its base, of the module to which a tensor belongs."""
+    return tensor.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
 
 
 def peft_config(spec: LoraSpec, targets: Targets, name: str | None = None) -> Any:
@@ -97,7 +144,9 @@ def peft_config(spec: LoraSpec, targets: Targets, name: str | None = None) -> An
 
     return LoraConfig(
         r=spec.rank,
-        lora_alpha=int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        lora_alpha=_in_short(spec.alpha),
+        rank_pattern=dict(spec.rank_pattern),
+        alpha_pattern={pattern: _in_short(alpha) for pattern, alpha in spec.alpha_pattern},
         use_rslora=spec.stabilised,
         lora_dropout=spec.dropout,
         target_modules=list(targets.modules),
@@ -106,6 +155,10 @@ def peft_config(spec: LoraSpec, targets: Targets, name: str | None = None) -> An
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=name,
     )
+
+
+def _in_short(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 @contextmanager

@@ -14,12 +14,12 @@ element of a linear layer's output.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from grandrounds.config.keys import Config
 from grandrounds.model.architectures import Architecture, Linear, adapter_shapes
-from grandrounds.wire.adapter import Ranks, count_parameters, of_factors
+from grandrounds.wire.adapter import A, Ranks, count_parameters, factor_of, of_factors
 
 MIB = 2**20
 
@@ -104,6 +104,8 @@ class Workload:
     precision: Precision
     dropout_mask_bytes: int = 0
     """Bytes per element of a dropout mask: 1 on a GPU, 4 on a CPU; 0 without dropout."""
+    own_ranks: Mapping[str, int] = field(default_factory=dict)
+    """Name of a module → its rank where that is not r; the highest of all layers."""
 
     @property
     def base_bytes(self) -> int:
@@ -189,7 +191,7 @@ class Workload:
                 shared_inputs.add((source, module.inputs))
             if module.name not in self.targets:
                 continue
-            per_token += self.rank * factor_input_bytes
+            per_token += self.own_ranks.get(module.name, self.rank) * factor_input_bytes
             if copied:
                 per_token += module.inputs * factor_input_bytes
             elif is_new:
@@ -359,10 +361,17 @@ def workload_of(
 ) -> Workload:
     """Return the workload of a visit, for batches of full length."""
     padding_free = config.train.batching in ("auto", "padding-free")
+    rank, table = Ranks.of(config).resident, tuple(config.lora.ranks_by_pattern.items())
+    own_ranks = dict[str, int]()
+    if table:
+        for name, shape in adapter_shapes(base, targets, rank, rank_pattern=table).items():
+            if factor_of(name) == "A":
+                module = name.removesuffix(A).rpartition(".")[2]
+                own_ranks[module] = max(shape[0], own_ranks.get(module, 0))
     return Workload(
         architecture=base,
         targets=targets,
-        rank=Ranks.of(config).resident,
+        rank=rank,
         batch=Batch(
             config.arguments.per_device_train_batch_size,
             config.train.seq_length,
@@ -370,6 +379,7 @@ def workload_of(
         ),
         precision=precision,
         dropout_mask_bytes=1 if config.lora.dropout > 0 else 0,
+        own_ranks=own_ranks,
     )
 
 
@@ -385,7 +395,8 @@ def site_memory(
     train = config.train
     asks = Ranks.of(config).strategy
     workload = workload_of(config, base, targets, precision)
-    shapes = adapter_shapes(base, targets, workload.rank)
+    table = tuple(config.lora.ranks_by_pattern.items())
+    shapes = adapter_shapes(base, targets, workload.rank, rank_pattern=table)
     trained = max(
         (of_factors(shapes, asks.trained(number)) for number in (1, 2)), key=count_parameters
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,22 @@ def lora_spec(folder: Path) -> LoraSpec:
             f"got {rank!r}, {alpha!r} and {targets!r}"
         )
     stabilised = bool(config.get("use_rslora"))
-    return LoraSpec(rank, float(alpha), str(targets), dropout=0.0, stabilised=stabilised)
+    return LoraSpec(
+        *(rank, float(alpha), str(targets), 0.0, stabilised),
+        rank_pattern=_pattern(config, folder, "rank_pattern"),
+        alpha_pattern=_pattern(config, folder, "alpha_pattern"),
+    )
+
+
+def _pattern(config: Mapping[str, Any], folder: Path, name: str) -> tuple[tuple[str, Any], ...]:
+    """Return a table of expressions and numbers of a saved adapter."""
+    table = config.get(name) or {}
+    if not isinstance(table, dict) or not all(type(n) in (int, float) for n in table.values()):
+        raise ModelError(
+            f"the adapter_config.json of {folder}: {name} must be a table of numbers, and is "
+            f"{table!r}"
+        )
+    return tuple(table.items())
 
 
 def fits(folder: Path, spec: LoraSpec, base: str) -> bool:

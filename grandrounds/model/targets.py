@@ -45,6 +45,11 @@ class Targets:
     """What `all-linear` leaves out and a reader would expect: fused experts, routers, state-space
     projections."""
 
+    def adapt(self, path: str) -> bool:
+        """Whether the module at a path of the base is adapted."""
+        outside = self.excluded is not None and re.fullmatch(self.excluded, path)
+        return path.rpartition(".")[2] in self.modules and not outside
+
 
 def find_targets(base: Any, wanted: str, name: str) -> Targets:
     """Return the modules of a base to adapt.

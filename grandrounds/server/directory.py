@@ -8,7 +8,7 @@
     ledger.json        the traffic so far
     peft_<round>/      adapters that plain PEFT loads, each with a model card
     state/             the last two rounds and those of checkpoints, from which a run resumes
-    summary.json       how the run ended
+    summary.json       how the run ended; summary-<round>.json, where it then went on
 
 Files and folders are written under a temporary name, flushed and renamed. safetensors, TOML and
 JSON only. What a resume reads is in `state/`, under checksums (see `server/states.py`). Where a run
@@ -238,6 +238,16 @@ class RunDirectory:
         self._recipe, self._recorded = recipe, list(records)
         with _writing(self.path):
             storage.write_bytes(self.path / states.METRICS, _lines(records))
+
+    def write_recipe(self, recipe: bytes) -> None:
+        """Write config.toml anew, for a run that has got another length."""
+        with _writing(self.path):
+            storage.write_bytes(self.path / states.CONFIG, recipe)
+
+    def keep_summary(self, round_number: int) -> None:
+        """Keep summary.json of a run that goes on after its end, as `summary-<round>.json`."""
+        with _writing(self.path):
+            (self.path / SUMMARY).replace(self.path / f"summary-{round_number}.json")
 
     def remove_after(self, round_number: int) -> None:
         """Remove what was written after a round: checkpoints and states."""

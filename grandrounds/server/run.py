@@ -17,7 +17,7 @@ from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import Roster
-from grandrounds.wire.adapter import Adapter, rank_of
+from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.ledger import Ledger
@@ -152,8 +152,7 @@ class Run:
 
         What B A is scaled by stays the same.
         """
-        rank = rank_of(self.state.adapter)
-        return self.lora.at_rank(rank)
+        return self.lora.at_rank(self.sender.ranks.of_adapter(self.state.adapter))
 
     def write_sites(self) -> bool:
         """Write sites.json if an introduction is new; return whether one is."""
@@ -205,10 +204,12 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
     first = sites[0] if sites else {}
     reasons = leaderboard_differences(config, sites)
+    earlier = config.federation.earlier_schedules
     tells_loads = bool(state.base_loads) or not any(map(in_custody, sites))
     return {
         "status": status,
         "rounds": metrics[-1]["round"] if metrics else 0,
+        **({"earlier_schedules": earlier} if earlier else {}),
         "seconds": round(state.seconds, 3),
         "communication_mib": state.ledger.mib,
         "communication_rule": state.ledger.as_dict()["rule"],

@@ -20,7 +20,7 @@ from grandrounds.server.exchange import OnReply
 from grandrounds.server.set_aside import SetAside
 from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages
-from grandrounds.wire.adapter import Adapter, Shapes, count_parameters, rank_of, shapes_of
+from grandrounds.wire.adapter import Adapter, Shapes, count_parameters, shapes_of
 from grandrounds.wire.codecs.codec import Codec
 from grandrounds.wire.downlink import Parcel, Sender
 from grandrounds.wire.uplink import decode_change
@@ -81,8 +81,9 @@ class Updates:
         ReplyError
             If the update cannot be used.
         """
-        rank = rank_of(self.start_of(partition))
-        expected = self.sender.ranks.shapes_up(self._shapes, self.round_number, rank)
+        ranks = self.sender.ranks
+        rank = ranks.of_adapter(self.start_of(partition))
+        expected = ranks.shapes_up(self._shapes, self.round_number, rank)
         weight = claimed_examples(metrics, self.limits[partition])
         change = decode_change(_arrays_of(reply), self.codec, expected)
         change = self._measured(partition, change)

@@ -13,6 +13,7 @@ from typing import Any
 from grandrounds.config.keys import Config, DataConfig
 from grandrounds.data.chat import NOT_A_PREFIX, chat_format
 from grandrounds.data.examples import SiteData, split_rows
+from grandrounds.data.own_prompt import columns_apart
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.rows import Rows
 from grandrounds.data.sources import load_rows
@@ -112,7 +113,7 @@ def rows_of_run(config: Config) -> Rows:
 
 
 def _rows(source: str, data: DataConfig, unit_column: str = "") -> Rows:
-    columns = (data.partition_by, unit_column)
+    columns = (data.partition_by, unit_column, *columns_apart(data.prompt_template))
     return load_rows(
         source,
         question_column=data.question_column,
@@ -206,7 +207,7 @@ def tokenized_site(
     DataError
         If no training example is left.
     """
-    tokenizer, template = dated_tokenizer(model_name, data), data.prompt_template
+    tokenizer, template = dated_tokenizer(model_name, data), data.prompt
     if template == "chat":
         _note_format(model_name, tokenizer)
     train, held_out = (

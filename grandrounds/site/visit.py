@@ -49,7 +49,6 @@ from grandrounds.wire.adapter import (
     EVERYTHING,
     Adapter,
     Ranks,
-    at_rank,
     factor_of,
     rank_index,
     trained_part,
@@ -256,7 +255,7 @@ def introduction(
         "version": grandrounds.__version__,
         "base": _fingerprint(name),
         **{key: commit for key, commit in commits.items() if commit},
-        "prompt": prompt_hash(config.data.prompt_template, run_tokenizer(config)),
+        "prompt": prompt_hash(config.data.prompt, run_tokenizer(config)),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "precision": machine.precision(config),
         "means": machine.means(config),
@@ -302,7 +301,7 @@ def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapte
     """
     config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    shapes = at_rank(resident_shapes, config.lora.peft_lora_r)
+    shapes = Ranks.of(config).configured(resident_shapes)
     received = downlink.receive(visit.content, visit.state, config, shapes)
     seed, trains_in = config.federation.seed, visit.round if trains else None
     adapter = Ranks.of(config).on_base(received, shapes, seed, trains_in)
@@ -463,7 +462,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
 def examine(resident: Resident, config: Config) -> dict[str, int]:
     """Return the results of the formulary's exam, with and without the adapter."""
     tokenizer = run_tokenizer(config)
-    template = config.data.prompt_template
+    template = config.data.prompt
     tuned = score_formulary(resident.model, tokenizer, template)
     with resident.model.disable_adapter():
         base = score_formulary(resident.model, tokenizer, template)

@@ -8,16 +8,17 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.tokenization import end_token_ids
 from grandrounds.errors import (
     ConfigError,
@@ -34,7 +35,7 @@ from grandrounds.model.base import (
     loading,
     model_location,
 )
-from grandrounds.model.lora import LoraSpec, without_weights
+from grandrounds.model.lora import PEFT_PREFIX, module_of, without_weights
 from grandrounds.model.saved import WEIGHTS, check_fit, lora_spec, read_adapter
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.targets import decoder_path, is_conv1d
@@ -51,8 +52,7 @@ from grandrounds.study.evaluation.verification import BASE, evaluations_in, faul
 from grandrounds.wire.adapter import A, Adapter
 from grandrounds.wire.told import total_of_sites
 
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the path of a base's module."""
+T = TypeVar("T")
 
 PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -161,15 +161,19 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     say(f"loading {name}")
     model = _load(name, quantization, configured.dtype, own)
     say("merging")
-    rounding = merge(model, _on_the_whole(adapter, model, name), spec, own)
+    scales: Mapping[str, float] = {key: spec.scale_of(module_of(key)) for key in adapter}
+    tensors, scales = _on_the_whole(adapter, model, name), _on_the_whole(scales, model, name)
+    rounding = merge(model, tensors, scales, own)
     model.config.get_text_config().use_cache = getattr(text, "use_cache", True)
-    learned = end_token_ids(tokens, checkpoint.config.data.prompt_template)
+    learned = end_token_ids(tokens, checkpoint.config.data.prompt)
     stops = stop_tokens(model, tokens, learned)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     _save_model(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     set_in(tokenizer, said, name)
+    if is_own(template := checkpoint.config.data.prompt):
+        tokenizer.chat_template = own_prompt(template).chat_template(tokenizer)
     for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
         tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
@@ -200,16 +204,16 @@ def _load(name: str, quantization: int, dtype: str, own: torch.dtype) -> Any:
     return load_base(BaseSpec(name, 0, exact), whole=True)
 
 
-def _on_the_whole(adapter: Adapter, model: Any, name: str) -> Adapter:
-    """Return an adapter under the names that its modules have in the whole checkpoint.
+def _on_the_whole(values: Mapping[str, T], model: Any, name: str) -> Mapping[str, T]:
+    """Return values by an adapter's tensors under the names of these in the whole checkpoint.
 
     They differ where a run trains on the text model of a composite base alone.
     """
     trained, whole = decoder_path(without_weights(name)), decoder_path(model)
     if trained == whole:
-        return adapter
+        return values
     before, after = (f"{PEFT_PREFIX}{path + '.' if path else ''}" for path in (trained, whole))
-    return {after + key.removeprefix(before): tensor for key, tensor in adapter.items()}
+    return {after + key.removeprefix(before): value for key, value in values.items()}
 
 
 def _copy_processor(name: str, folder: Path) -> None:
@@ -226,11 +230,13 @@ def _copy_processor(name: str, folder: Path) -> None:
 
 
 @torch.no_grad()
-def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> Rounding:
+def merge(
+    model: Any, adapter: Adapter, scales: Mapping[str, float], dtype: torch.dtype
+) -> Rounding:
     """Merge an adapter into the weights of a base in place, and convert them to one dtype.
 
     W + s B A with s = alpha / r: Hu et al., LoRA (2021), section 4.1. Summed in float32 and rounded
-    once, layer by layer, to avoid a second copy of the base in memory.
+    once, layer by layer, to avoid a second copy of the base in memory. `scales` holds s by tensor.
     """
     rounded, changed = 0.0, 0.0
     for name, a in adapter.items():
@@ -240,7 +246,7 @@ def merge(model: Any, adapter: Adapter, spec: LoraSpec, dtype: torch.dtype) -> R
         weight = module.weight
         b = torch.tensor(adapter[name.replace(".lora_A.", ".lora_B.")], device=weight.device)
         # (out-features, rank) x (rank, in-features)
-        change = spec.scale * (b @ torch.tensor(a, device=weight.device))
+        change = scales[name] * (b @ torch.tensor(a, device=weight.device))
         if is_conv1d(module):
             change = change.T
         exact = weight.float() + change

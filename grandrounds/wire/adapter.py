@@ -53,7 +53,7 @@ def shapes_of(adapter: Adapter) -> Shapes:
 
 
 def rank_of(adapter: Adapter) -> int:
-    """Return the rank of an adapter."""
+    """Return the rank of an adapter, that of its first module."""
     name, tensor = next(iter(adapter.items()))
     return int(tensor.shape[0] if factor_of(name) == "A" else tensor.shape[-1])
 
@@ -97,8 +97,9 @@ def assemble(shapes: Shapes, *parts: tuple[Adapter, int]) -> Adapter:
         return parts[0][0]
     assembled = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
     for adapter, first in parts:
-        ranks = slice(first, first + rank_of(adapter))
         for name, tensor in adapter.items():
+            held = len(tensor) if factor_of(name) == "A" else tensor.shape[-1]
+            ranks = slice(first, first + held)
             assembled[name][rank_index(name, ranks)] = tensor
     return assembled
 
@@ -169,12 +170,27 @@ class Ranks:
     """Maximum rank of the stack, for a stacking strategy."""
     site_ranks: tuple[int, ...] = ()
     """Training ranks of sites 0, 1, 2, ..., cycled; empty: the configured rank at every site."""
+    by_module: bool = False
+    """Whether modules have ranks of their own (`model.lora.rank-pattern`). An adapter then has
+    them everywhere: no rule that stacks, and no ranks of sites."""
 
     @classmethod
     def of(cls, config: Config) -> Ranks:
         """Return the ranks of a configured run."""
         strategy = STRATEGIES[config.strategy.name]
-        return cls(strategy, config.lora.peft_lora_r, config.max_rank, config.site_ranks)
+        by_module = bool(config.lora.rank_pattern)
+        return cls(strategy, config.lora.peft_lora_r, config.max_rank, config.site_ranks, by_module)
+
+    def of_adapter(self, adapter: Adapter) -> int:
+        """Return the rank of an adapter of the run; the configured one if its modules differ."""
+        return self.rank if self.by_module else rank_of(adapter)
+
+    def configured(self, shapes: Shapes) -> Shapes:
+        """Return the shapes of the adapter on the base at its configured rank."""
+        return self._at(shapes, self.rank)
+
+    def _at(self, shapes: Shapes, rank: int) -> Shapes:
+        return shapes if self.by_module else at_rank(shapes, rank)
 
     @property
     def resident(self) -> int:
@@ -209,11 +225,11 @@ class Ranks:
 
     def shapes_down(self, shapes: Shapes, rank: int) -> Shapes:
         """Return the shapes of the tensors that a site receives at this rank."""
-        return at_rank(of_factors(shapes, self.strategy.sends), rank)
+        return self._at(of_factors(shapes, self.strategy.sends), rank)
 
     def shapes_up(self, shapes: Shapes, round_number: int, rank: int) -> Shapes:
         """Return the shapes of the tensors that a site training at this rank sends back."""
-        return at_rank(of_factors(shapes, self.strategy.trained(round_number)), rank)
+        return self._at(of_factors(shapes, self.strategy.trained(round_number)), rank)
 
     def start_of(self, received: Adapter, shapes: Shapes, seed: int, round_number: int) -> Adapter:
         """Return the tensors that a site's change is relative to, at its training rank."""
@@ -236,4 +252,4 @@ class Ranks:
             parts.append((drawn_adapter(shapes, seed, trains_in), self.max_rank))
         elif len(received) < len(shapes):
             parts.insert(0, (drawn_adapter(shapes, seed), 0))
-        return assemble(at_rank(shapes, self.resident), *parts)
+        return assemble(self._at(shapes, self.resident), *parts)

@@ -32,7 +32,6 @@ from grandrounds.wire.adapter import (
     drawn_adapter,
     flatten,
     of_factors,
-    rank_of,
     shapes_of,
     unflatten,
 )
@@ -86,7 +85,7 @@ class Sender:
         trains : bool
             Whether the site trains, at its own rank; otherwise it evaluates the whole adapter.
         """
-        own = rank_of(adapter)
+        own = self.ranks.of_adapter(adapter)
         rank = self.ranks.carried(partition, own) if trains else own
         if self.how.downlink == "incremental":
             sent = self._sent(adapter, rank)
@@ -108,7 +107,7 @@ class Sender:
 
     def exact(self, adapter: Adapter) -> Parcel:
         """Return the message that gives a site the exact adapter, in float32."""
-        rank = rank_of(adapter)
+        rank = self.ranks.of_adapter(adapter)
         sent = self._sent(adapter, rank)
         if self.how.downlink_codec == "float32":
             return self._encoded(sent, None, "float32", 0, (0, 0, 0))
@@ -128,7 +127,7 @@ class Sender:
 
     def _sent(self, adapter: Adapter, rank: int) -> Adapter:
         """Return the tensors that travel, at a site's rank."""
-        if rank != rank_of(adapter):
+        if rank != self.ranks.of_adapter(adapter):
             adapter = truncate(adapter, rank)
         # in the order of the initial adapter, which the sites use too
         return {n: adapter[n] for n in of_factors(shapes_of(self.start), self.ranks.strategy.sends)}
@@ -150,7 +149,7 @@ class Sender:
         """Encode tensors as a difference; `numbers` seed the stochastic rounding."""
         self._version += 1
         shapes = shapes_of(sent)
-        config: dict[str, int | str] = {"codec": codec_name, "rank": rank_of(sent)}
+        config: dict[str, int | str] = {"codec": codec_name, "rank": self.ranks.of_adapter(sent)}
         config |= {"holds": holds, _VERSION: self._version}
         vector = flatten(sent)
         if reference is not None:

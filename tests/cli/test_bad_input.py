@@ -373,9 +373,9 @@ def test_a_resume_with_another_configuration_names_the_keys(
 ) -> None:
     with stopping_after(2, monkeypatch):
         assert command({**settings, "seed": 4}).exit_code == cli.INTERRUPTED
-    arguments = ["run", "--resume", settings["run-directory"], "--set", "seed=5", "--rounds", "9"]
-    line = complaint(CliRunner().invoke(app, arguments), 1)
-    assert "num-server-rounds: 3 → 9" in line
+    run, changes = settings["run-directory"], ["--set", "seed=5", "--sites", "5"]
+    line = complaint(CliRunner().invoke(app, ["run", "--resume", run, *changes]), 1)
+    assert "data.num-partitions: 4 → 5" in line
     assert "seed: 4 → 5" in line
     assert line.count("→") == 2
 

@@ -30,6 +30,7 @@ LEFT_OUT = {
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",
+    "earlier-schedules",
     "consortium",
     "train.num-threads",
     "train.cpu-matmul",
@@ -44,6 +45,8 @@ LEFT_OUT = {
     "static.dataset.revision",
     "data.train-on",
     "model.lora.use-rslora",
+    "model.lora.rank-pattern",
+    "model.lora.alpha-pattern",
     "data.template-date",
     "data.template-options",
     "data.system-prompt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -434,3 +435,46 @@ def test_an_entry_may_set_revisions_and_options(tmp_path: Path) -> None:
     assert (config.model.source, config.static.source) == ("someone/model@v1", "someone/cards@v2")
     assert config.data.prompt_template == "alpaca"
     assert config.data.chat == ("", "", "")
+
+
+RANKS = "model.lora.rank-pattern"
+
+
+def test_a_table_of_ranks_keeps_its_order_however_it_is_written(tmp_path: Path) -> None:
+    """Of several expressions that match, PEFT takes the first."""
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[model.lora.rank-pattern]\nv_proj = 8\n".*0.*q_proj" = 2\nlayers.1.o_proj = 4\n'
+    )
+    settings = recipes.from_options(path, [f"{RANKS}.v_proj=6", f"{RANKS}.k_proj = 3"])
+    config = recipes.resolve(settings)
+    written = {"v_proj": 6, ".*0.*q_proj": 2, "layers.1.o_proj": 4, "k_proj": 3}
+    assert list(config.lora.ranks_by_pattern.items()) == list(written.items())
+    assert recipes.resolve(config.recipe()) == config
+    assert recipes.resolve({RANKS: json.dumps(written, indent=1)}).lora == config.lora
+    in_line = recipes.parse_overrides([f"{RANKS}={{v_proj = 6, a = 1}}"])
+    assert recipes.overlaid([in_line])[RANKS] == '{"v_proj": 6, "a": 1}'
+    assert config.lora.scales == (2.0, 16.0)
+    assert recipes.resolve({}).lora.rank_pattern == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({f"{RANKS}.q_proj": 0}, r"each with an integer \(at least 1, at most 1024\)"),
+        ({f"{RANKS}.q_proj": 2.0}, "each with an integer"),
+        ({f"{RANKS}.q_proj": True}, "each with an integer"),
+        ({RANKS: "q_proj"}, r"such as \{q_proj = 4\}"),
+        ({RANKS: '{"(q_proj": 4}'}, "regular expressions"),
+        ({"model.lora.alpha-pattern.q_proj": 0}, r"each with a number \(more than 0\)"),
+        ({"model.lora.rank_pattern.q_proj": 4}, r"Write model\.lora\.rank-pattern\.q_proj=4"),
+        ({f"{RANKS}.q_proj": 4, "strategy.name": "flora"}, "flora stacks the adapters of all"),
+        (
+            {f"{RANKS}.q_proj": 4, "strategy.name": "product", "strategy.site-ranks": "8"},
+            "strategy.site-ranks gives one rank to all modules",
+        ),
+    ],
+)
+def test_tables_of_ranks_that_cannot_be_are_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        recipes.resolve(values)

@@ -90,6 +90,7 @@ TESTED_ELSEWHERE = {
     "static.dataset.name": "different data are a different run",
     "run-directory": "the server's",
     "resume-from": "the server's",
+    "earlier-schedules": "test_longer_runs.py",
     "consortium": "tests/engines/deployment",
     "model.quantization": "below, slow",
     "model.gradient-checkpointing": "below: same adapter, computed differently",
@@ -138,6 +139,8 @@ TESTED_ELSEWHERE = {
     "static.dataset.revision": "tests/data/test_sources.py",
     "data.train-on": "tests/data/test_chat.py",
     "model.lora.use-rslora": "tests/model/test_stabilised.py",
+    "model.lora.rank-pattern": "tests/end_to_end/test_own_ranks.py",
+    "model.lora.alpha-pattern": "tests/end_to_end/test_own_ranks.py",
     **{
         key: "tests/site/private/test_private_visit.py"
         for key in FIELD_OF_KEY

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds.config.recipes import resolve
 from grandrounds.model.base import BaseSpec
-from grandrounds.model.lora import LoraSpec
+from grandrounds.model.lora import LoraSpec, module_of
 from grandrounds.model.machine import specs
 from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.model.saved import lora_spec
@@ -23,13 +23,14 @@ SPEC = LoraSpec(9, 6.0, "q_proj,v_proj", 0.0, stabilised=True)
 
 
 def test_the_scale_is_alpha_over_the_root_of_the_rank_and_stays() -> None:
-    assert SPEC.scale == 2.0
-    assert SPEC.at_rank(36).scale == pytest.approx(2.0, rel=1e-15)
+    assert SPEC.scale_of("q_proj") == 2.0
+    assert SPEC.at_rank(36).scale_of("q_proj") == pytest.approx(2.0, rel=1e-15)
     assert SPEC.at_rank(36).alpha == 12.0
     plain = LoraSpec(8, 16.0, "q_proj", 0.0)
     assert plain.at_rank(32) == LoraSpec(32, 64.0, "q_proj", 0.0)
     config = resolve({"model.lora.use-rslora": True, "model.lora.peft-lora-alpha": 16})
-    assert config.lora.scale == specs(config)[1].scale == 16 / math.sqrt(16)
+    assert config.lora.scales == (scale := 16 / math.sqrt(16), scale)
+    assert specs(config)[1].scale_of("q_proj") == scale
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_loss_gradients_and_merged_weights_are_those_of_peft(tiny_base: Path, sa
     from safetensors.numpy import load_file
 
     spec = lora_spec(saved)
-    assert (spec.rank, spec.alpha, spec.scale) == (9, 6.0, 2.0)
+    assert (spec.rank, spec.alpha, spec.scale_of("q_proj")) == (9, 6.0, 2.0)
     adapter = load_file(saved / "adapter_model.safetensors")
     resident = resident_model(BaseSpec(str(tiny_base), 0, "float32"), spec)
     set_adapter(resident, adapter)
@@ -73,7 +74,8 @@ def test_loss_gradients_and_merged_weights_are_those_of_peft(tiny_base: Path, sa
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-7)
     resident.model.zero_grad()
     merged = AutoModelForCausalLM.from_pretrained(tiny_base)
-    merge(merged, adapter, spec, torch.float32)
+    scales = {name: spec.scale_of(module_of(name)) for name in adapter}
+    merge(merged, adapter, scales, torch.float32)
     expected = dict(theirs.merge_and_unload().named_parameters())
     for name, weight in merged.named_parameters():
         np.testing.assert_allclose(

@@ -204,7 +204,7 @@ def test_the_merged_weight_is_the_base_plus_scaled_product_by_hand() -> None:
         name.format("B"): np.array([[1], [0]], np.float32),
     }
     model = torch.nn.ModuleDict({"proj": layer})
-    rounding = exports.merge(model, adapter, LoraSpec(1, 2.0, "proj", 0.0), torch.float32)
+    rounding = exports.merge(model, adapter, dict.fromkeys(adapter, 2.0), torch.float32)
     assert layer.weight.tolist() == [[7, 9], [1, 1]]
     assert rounding.relative_error == 0
 
@@ -216,7 +216,7 @@ def test_bfloat16_rounds_once_and_the_loss_is_told() -> None:
     name = "base_model.model.proj.lora_{}.weight"
     adapter = {name.format(x): np.ones((1, 1), np.float32) for x in "AB"}
     model = torch.nn.ModuleDict({"proj": layer})
-    rounding = exports.merge(model, adapter, LoraSpec(1, 1.0, "proj", 0.0), torch.bfloat16)
+    rounding = exports.merge(model, adapter, dict.fromkeys(adapter, 1.0), torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     assert layer.weight.item() == 256
     assert rounding == exports.Rounding("bfloat16", 1.0)

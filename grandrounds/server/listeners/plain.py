@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grandrounds.config import schedules
 from grandrounds.config.keys import Config
 from grandrounds.config.words import NOT_TOLD, counted, percent
 from grandrounds.data.formulary import FORMULARY
@@ -135,6 +136,8 @@ def limit_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
 def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
     """Return the outcome, without the formulary and next steps."""
     rows: Rows = [("status", f"{summary['status']} after {counted(summary['rounds'], 'round')}")]
+    if earlier := schedules.told(summary.get("earlier_schedules", "")):
+        rows.append(("learning rate", earlier))
     for name, label in (("train_loss", "train loss"), ("held_out_loss", "held-out loss")):
         if summary.get(name):
             first, last = summary[name]["first"], summary[name]["last"]

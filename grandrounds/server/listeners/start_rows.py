@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grandrounds.config import recipes
+from grandrounds.config import recipes, schedules
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config, rounded_up
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.config.words import NOT_TOLD, counted
+from grandrounds.config.words import NOT_TOLD, counted, with_own
 from grandrounds.server.described import (
     Sites,
     cautions,
@@ -48,11 +48,14 @@ def recipe_rows(config: Config) -> Rows:
         fewest = f", at least {least} updates a round"
     again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing if needed"}
     checkpointing = again.get(model.gradient_checkpointing, "")
+    earlier = schedules.told(config.federation.earlier_schedules)
     rows = [
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
             "adapter",
-            f"{'rs' * lora.use_rslora}LoRA r {lora.peft_lora_r}, alpha {lora.peft_lora_alpha:g}, "
+            f"{'rs' * lora.use_rslora}LoRA "
+            f"r {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
+            f"alpha {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
             f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
         ),
         (
@@ -69,7 +72,8 @@ def recipe_rows(config: Config) -> Rows:
         ),
         (
             "learning rate",
-            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds",
+            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds"
+            f"{'; ' * bool(earlier)}{earlier}",
         ),
         ("seed", str(config.federation.seed)),
     ]

@@ -184,7 +184,7 @@ def _answered(request: Request, function: Function) -> Message:
     examples = site_in_custody(site, own, run)
     visiting = in_whole_steps(site, own, examples.report)
     request.entry |= admit(site, config, visiting, len(examples.train)).as_dict()
-    data_version = search(request)
+    data_version = search(request, config.data.prompt_template)
 
     # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
     if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):

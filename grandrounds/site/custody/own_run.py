@@ -20,7 +20,7 @@ from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_site, own_split, private_site
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.local_data import Site
-from grandrounds.wire.adapter import Shapes, at_rank
+from grandrounds.wire.adapter import Ranks, Shapes
 from grandrounds.wire.schedule import examples_of_a_visit
 
 
@@ -124,7 +124,7 @@ def in_whole_steps(site: SiteFile, own: Config, report: Mapping[str, int]) -> Co
 
 def shapes_at_rank(own: Config) -> Shapes:
     """Return the shapes of the whole adapter at the run's configured rank."""
-    return at_rank(_layout(*specs(own))[0], own.lora.peft_lora_r)
+    return Ranks.of(own).configured(_layout(*specs(own))[0])
 
 
 @lru_cache(maxsize=8)

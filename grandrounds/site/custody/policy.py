@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from flwr.app import ConfigRecord
 
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
+from grandrounds.config.prompt import KEY, identities, identity_of
 from grandrounds.config.values import words_of
 from grandrounds.config.words import has_controls
+from grandrounds.data.own_prompt import check_prompt
 from grandrounds.errors import PolicyError, nearest
 from grandrounds.site.custody import guarantee
 from grandrounds.site.custody.site_file import SiteFile
@@ -33,7 +35,7 @@ class Asked:
     dtype: str
     """`model.dtype` of the run."""
     prompt_template: str
-    """`data.prompt-template` of the run."""
+    """`data.prompt-template` of the run, or the SHA-256 of one of its own."""
     prompt_characters: int
     """Length of what the run adds to the chat template: system prompt and options."""
     strategy: str
@@ -43,7 +45,9 @@ class Asked:
     rank: int
     """The highest rank of the adapter at the site."""
     scale: float
-    """What the product of the factors is multiplied by."""
+    """What the product of the factors is multiplied by, at most."""
+    least_scale: float
+    """The least that it may be multiplied by in any module."""
     rounds: int
     """Rounds of the run."""
     learning_rate: float
@@ -100,17 +104,19 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
     examples = None
     if num_examples is not None or arguments.max_steps > 0:
         examples = examples_of_a_visit(config, num_examples or 0)
+    least, greatest = lora.scales
     lowest = round_learning_rate_of(config, config.federation.num_server_rounds)
     return Asked(
         base=config.model.name,
         quantization=str(config.model.quantization),
         dtype=config.model.dtype,
-        prompt_template=config.data.prompt_template,
+        prompt_template=identity_of(config.data.prompt_template),
         prompt_characters=len(config.data.system_prompt) + len(config.data.template_options),
         strategy=strategy.name,
         target_modules=tuple(targets),
-        rank=Ranks.of(config).resident,
-        scale=lora.scale,
+        rank=max(Ranks.of(config).resident, lora.highest_rank),
+        scale=greatest,
+        least_scale=least,
         rounds=config.federation.num_server_rounds,
         learning_rate=train.learning_rate_max,
         least_learning_rate=lowest / (arguments.warmup_steps + 1),
@@ -136,7 +142,7 @@ CHOSEN_BY_BASE = (("auto",), ("all-linear",))
 Measure = Callable[[Asked], float | None]
 
 AT_LEAST: dict[str, Measure] = {
-    "min-lora-scale": lambda asked: asked.scale,
+    "min-lora-scale": lambda asked: asked.least_scale,
     "min-learning-rate": lambda asked: asked.least_learning_rate,
     "min-clipping-norm": lambda asked: asked.clipping_norm,
     "min-sequence-length": lambda asked: asked.sequence_length,
@@ -216,6 +222,8 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
     ------
     PolicyError
         With all reasons, if the site's policy forbids it.
+    ConfigError
+        If the run's own prompt template is not valid.
     """
     check_known(site, config.model.name)
     if reasons := list(guarantee.objections(site, config)):
@@ -223,6 +231,7 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
     targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))
     asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
     check_run(site, asked, None)
+    check_prompt(config.data.prompt_template, config.data.system_prompt)
     return asked
 
 
@@ -252,7 +261,9 @@ def objections(site: SiteFile, asked: Asked) -> Iterator[str]:
     """Yield the limits of the site's policy that a request exceeds, with both values."""
     for key, values_of in ONE_OF.items():
         words = str(_limit(site, key))
-        if others := [value for value in values_of(asked) if value not in words_of(words)]:
+        listed = words_of(words)
+        allowed = identities(listed) if key == "prompt-templates" else listed
+        if others := [value for value in values_of(asked) if value not in allowed]:
             named = ", ".join(others) if key == "target-modules" else f"{others[0]!r}"
             yield f"{key} = {words!r}, requested {named}"
     for key, measure in {**AT_MOST, **AT_LEAST}.items():
@@ -309,7 +320,8 @@ def check_texts(site: SiteFile, values: Mapping[str, object]) -> None:
                 f"{_forbids(site)}: {key} has {len(value)} characters, of at most "
                 f"{MOST_CHARACTERS}."
             )
-        if has_controls(value):
+        shown = value.replace("\n", "").replace("\t", "") if key == KEY else value
+        if has_controls(shown):
             raise PolicyError(f"{_forbids(site)}: {key} contains a control character.")
 
 

@@ -23,7 +23,7 @@ STATES, REPLIES = "states", "replies"
 _PARTIAL_SECONDS = 3600
 """Age at which a file that no transaction names was left by a crash."""
 
-VERSION = 2
+VERSION = 3
 
 TABLES = """
 create table if not exists clock (
@@ -56,6 +56,12 @@ create table if not exists coins (
 create table if not exists reservations (
     run text primary key, at real not null, terms text not null, mechanism text not null
 );
+create table if not exists mask_attempts (
+    run text not null, round integer not null, number integer not null, held blob not null,
+    file text not null default '', bytes integer not null default 0,
+    primary key (run, round, number)
+);
+create table if not exists mask_runs (run text primary key, kept blob not null);
 create table if not exists refusals (
     bucket text primary key, since real not null, refused integer not null,
     unlogged integer not null
@@ -87,7 +93,7 @@ class SiteState:
             self.table = sqlite3.connect(folder / FILE, timeout=60, isolation_level=None)
             (folder / FILE).chmod(0o600)
             self.table.execute("pragma synchronous = normal")
-            self.table.execute("pragma secure_delete = on")  # keys of coins (`erase`)
+            self.table.execute("pragma secure_delete = on")  # keys of coins and masks (`erase`)
             self._make_tables()
         except (OSError, sqlite3.Error) as error:
             raise _unusable(folder, error) from error
@@ -142,7 +148,10 @@ class SiteState:
 
     def tidy(self) -> None:
         """Delete what a crash left: files older than an hour that no table names."""
-        rows = self.table.execute("select file from kept_runs union select file from requests")
+        rows = self.table.execute(
+            "select file from kept_runs union select file from requests "
+            "union select file from mask_attempts"
+        )
         named = {row[0] for row in rows}
         for file in [*self.place(STATES).iterdir(), *self.place(REPLIES).iterdir()]:
             with suppress(FileNotFoundError):

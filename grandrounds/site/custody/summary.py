@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
+from grandrounds.config.keys import PATTERNS
+from grandrounds.config.prompt import KEY, is_own, name_of, sha256_of
 from grandrounds.config.words import NOT_TOLD, shown
 from grandrounds.errors import GrandRoundsError
 from grandrounds.site.custody import policy
@@ -27,15 +29,19 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     steps, batch = value[f"{arguments}max-steps"], value[f"{arguments}per-device-train-batch-size"]
     visit = f"{steps} steps" if steps != -1 else f"{value[f'{arguments}num-train-epochs']} epochs"
     accumulated = value[f"{arguments}gradient-accumulation-steps"]
+    template = str(value["data.prompt-template"])
     kind = "rsLoRA" if value["model.lora.use-rslora"] is True else "LoRA"
     whose = f"signed by {recipe.signed_by}" if recipe.signed_by else "not signed"
     since = f", asked for by run {recipe.run} at {recipe.asked}" if recipe.run else ""
     yield f"    {whose}{since}"
     yield (
-        f"    base {value['model.name']}, prompt {value['data.prompt-template']}, {kind} of rank "
+        f"    base {value['model.name']}, prompt {name_of(template)}, {kind} of rank "
         f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
     )
-    for key in ("data.system-prompt", "data.template-options"):
+    if is_own(template):
+        yield f"    prompt template, SHA-256 {sha256_of(template)}:"
+        yield from (f"      | {shown(line)}" for line in template.splitlines())
+    for key in (*PATTERNS, "data.system-prompt", "data.template-options"):
         if recipe.values.get(key):
             yield f"    {key} {shown(str(recipe.values[key]))}"
     yield (
@@ -56,8 +62,16 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     if approved:
         last = max(approved, key=lambda other: other.approved)
         keys = [key for key in recipe.values if value[key] != last.values.get(key)]
-        changes = ", ".join(f"{key}: {last.values.get(key)!r} → {value[key]!r}" for key in keys)
+        changes = ", ".join(
+            f"{key}: {_named(key, last.values.get(key))} → {_named(key, value[key])}"
+            for key in keys
+        )
         yield f"    from {last.sha256[:SHORT]}, approved {last.approved}: {changes}"
+
+
+def _named(key: str, value: object) -> str:
+    is_template = key == KEY and isinstance(value, str)
+    return repr(name_of(str(value)) if is_template else value)
 
 
 def objection(site: SiteFile, recipe: Recipe) -> str:

@@ -55,6 +55,7 @@ _STEP = ("min-examples-per-step", "max-batch", "max-tokens-per-batch")
 
 VERDICTS: dict[str, Verdict] = {
     "num-server-rounds": _bounded("max-rounds"),
+    "earlier-schedules": _bounded(*_RATES),
     "seed": _harmless("the site orders its examples by a secret of its own"),
     "run-directory": _AT_SERVER,
     "resume-from": _AT_SERVER,
@@ -67,6 +68,8 @@ VERDICTS: dict[str, Verdict] = {
     "model.lora.peft-lora-r": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
     "model.lora.peft-lora-alpha": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.use-rslora": _bounded("min-lora-scale", "max-lora-scale"),
+    "model.lora.rank-pattern": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
+    "model.lora.alpha-pattern": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.target-modules": _listed("target-modules"),
     "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
     "model.lora.peft-use-dora": _ONE_VALUE,

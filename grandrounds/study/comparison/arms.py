@@ -125,8 +125,7 @@ def judge(
     return {
         "held-out": held_out,
         "answers": {
-            exam.name: sit(exam, resident.model, tokenizer, config.data.prompt_template)
-            for exam in exams
+            exam.name: sit(exam, resident.model, tokenizer, config.data.prompt) for exam in exams
         },
     }
 

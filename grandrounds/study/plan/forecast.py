@@ -27,8 +27,9 @@ from grandrounds.model.architectures import (
     target_modules,
 )
 from grandrounds.model.memory import SiteMemory, precision_of, site_memory
+from grandrounds.model.patterns import ALPHA_PATTERN, RANK_PATTERN, Table, check_patterns
 from grandrounds.study.plan import privacy
-from grandrounds.wire.adapter import Shapes, at_rank, count_parameters
+from grandrounds.wire.adapter import A, Shapes, at_rank, count_parameters
 from grandrounds.wire.schedule import cohorts_of, examples_of_a_visit
 from grandrounds.wire.traffic import Plan, plan_config
 
@@ -107,7 +108,8 @@ def forecast(
     ConfigError
         If DoRA is combined with a strategy that does not average LoRA factors.
     ModelError
-        If the base's shapes are unknown, or a target is not one of its linear modules.
+        If the base's shapes are unknown, a target is not one of its linear modules, or a pattern
+        of ranks or alphas matches none of the adapted ones.
     DataError
         If a local file cannot be read.
     """
@@ -115,8 +117,14 @@ def forecast(
     if architecture and config.model.name != FORMULARY:
         base = replace(base, name=config.model.name)
     targets = target_modules(base, config.lora.target_modules)
-    rank = config.lora.peft_lora_r
-    shapes = adapter_shapes(base, targets, rank, dora=dora)
+    lora = config.lora
+    tables: dict[str, Table[int] | Table[float]] = {
+        RANK_PATTERN: (ranks := tuple(lora.ranks_by_pattern.items())),
+        ALPHA_PATTERN: tuple(lora.alphas_by_pattern.items()),
+    }
+    shapes = adapter_shapes(base, targets, lora.peft_lora_r, rank_pattern=ranks, dora=dora)
+    paths = [name.removeprefix("base_model.model.").removesuffix(A) for name in shapes if A in name]
+    check_patterns(tables, paths, base.name)
     if dora and not STRATEGIES[config.strategy.name].mean_of_factors:
         raise ConfigError(
             f"DoRA can be planned for fedavg and fedprox only, not for {config.strategy.name}."

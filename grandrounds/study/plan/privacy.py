@@ -180,7 +180,12 @@ def plan_of_recipe(config: Config, architecture: str | None = None) -> PrivacyPl
         raise ConfigError(f"privacy.declared-units = 0: {UNITS_UNKNOWN}.")
     base = find_architecture(architecture or config.model.name)
     targets = target_modules(base, config.lora.target_modules)
-    shapes = adapter_shapes(base, targets, config.lora.peft_lora_r)
+    shapes = adapter_shapes(
+        base,
+        targets,
+        config.lora.peft_lora_r,
+        rank_pattern=tuple(config.lora.ranks_by_pattern.items()),
+    )
     return PrivacyPlan(config, mechanism_of(config), trained_values(config, shapes))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from grandrounds.config.words import counted
+from grandrounds.config.words import counted, with_own
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
 from grandrounds.server.described import cautions, data_text
 from grandrounds.study.plan import privacy
 from grandrounds.study.plan.forecast import Forecast, link_seconds
 from grandrounds.study.tables import NONE, Table, in_gib, in_mib, number, percent
+from grandrounds.wire.adapter import count_parameters
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -25,14 +26,14 @@ WITHOUT, WITH = "without checkpointing", "with checkpointing"
 
 def tables(forecast: Forecast, link: Link | None) -> list[Table]:
     """Return the tables of one recipe: the run, its messages, memory, data and time."""
-    config = forecast.config
+    config, lora = forecast.config, forecast.config.lora
     batch = f"{config.arguments.per_device_train_batch_size} x {config.train.seq_length} tokens"
     return [
         Table(("item", "value"), run_rows(forecast), "run"),
         Table(
             ("module", "outputs x inputs", "layers", "parameters", "MiB"),
             module_rows(forecast),
-            f"adapter, rank {config.lora.peft_lora_r}",
+            f"adapter, rank {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}",
         ),
         Table(
             ("messages", "count", "MiB each, mean", "MiB", "with key names"),
@@ -149,8 +150,8 @@ def module_rows(forecast: Forecast) -> Rows:
     for module in forecast.architecture.linears:
         if module.name not in forecast.targets:
             continue
-        of_layer = forecast.config.lora.peft_lora_r * (module.inputs + module.outputs)
-        count = layers * (of_layer + (module.outputs if forecast.dora else 0))
+        own = {n: s for n, s in forecast.shapes.items() if f".{module.path}.lora_" in n}
+        count = count_parameters(own)
         total += count
         shape = f"{module.outputs:,} x {module.inputs:,}"
         rows.append((module.name, shape, f"{layers}", f"{count:,}", in_mib(4 * count)))

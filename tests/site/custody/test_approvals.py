@@ -50,12 +50,15 @@ def run_cli(*words: object) -> str:
 
 def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
     later = {
+        "earlier-schedules": "1/2",
         "model.revision": "v1",
         "data.prompt-template": "chat",
         "data.template-options": '{"enable_thinking": false}',
         "data.system-prompt": "Be brief.",
         "data.train-on": "last",
         "model.lora.use-rslora": True,
+        "model.lora.rank-pattern": '{"q_proj": 4}',
+        "model.lora.alpha-pattern": '{"q_proj": 4}',
     }
     private = {
         "privacy.unit-guarantee": "example",
