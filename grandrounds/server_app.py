@@ -32,7 +32,8 @@ def main(grid: Grid, context: Context) -> None:
     quiet_libraries()
     config = resolve(context.run_config)
     if config.federation.resume_from:
-        for damage in resumption.check(config, patience_seconds=LAST_SECONDS):
+        config = resumption.continued(config, patience_seconds=LAST_SECONDS)
+        for damage in resumption.check(config):
             print(f"warning: {damage}", flush=True)
     with tracked(config, PlainReporter(config)) as listener:
         federate(grid, config, listener)

@@ -30,6 +30,7 @@ from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
+from grandrounds.data.own_prompt import check_prompt
 from grandrounds.errors import ConfigError, ModelError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
@@ -52,7 +53,11 @@ def run(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Run directory to resume after its last finished round."),
+        typer.Option(
+            help="Run directory to resume after its last finished round. With --rounds N, the run "
+            "goes on to N rounds, also after its end; the learning rate of what is left follows "
+            "the schedule of N rounds."
+        ),
     ] = None,
     from_round: Annotated[
         int | None,
@@ -108,6 +113,8 @@ def run(
     - `grandrounds run --resume runs/20260101-120000-formulary`
 
     - `grandrounds run --resume runs/20260101-120000-formulary --from-round 8`
+
+    - `grandrounds run --resume runs/20260101-120000-formulary --rounds 48`
     """
     screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
     screen.working("reading the configuration")
@@ -131,9 +138,10 @@ def run(
     elif sites_per_round is not None:
         raise ConfigError("--resume continues with the sites per round that the run started with.")
     settings = recipes.merged(layers)
-    resolved = resolve_run(settings, resume)
+    resolved = resolve_run(settings, resume, from_round)
     if engine is Engine.deployment and (idle := idle_last_round(resolved)):
         raise ConfigError(idle)
+    check_prompt(resolved.data.prompt_template, resolved.data.system_prompt)
     find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(
@@ -178,14 +186,16 @@ def run(
     screen.emit(dict(shown.summary))
 
 
-def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
+def resolve_run(
+    settings: dict[str, Scalar], resume: Path | None, from_round: int | None = None
+) -> Config:
     """Return the validated configuration of a new run, or of one that is resumed."""
     if resume is None:
         return recipes.with_absolute_paths(recipes.resolve(settings))
     if "run-directory" in settings:
         raise ConfigError("--resume writes to the run that it resumes; leave --run-dir out.")
     from grandrounds.server.directory import RunDirectory
-    from grandrounds.server.resumption import started_with
+    from grandrounds.server.resumption import continued, started_with
 
     directory = RunDirectory.open(resume)
     recipe = started_with(directory.path)
@@ -193,8 +203,9 @@ def resolve_run(settings: dict[str, Scalar], resume: Path | None) -> Config:
         recipes.resolve(recipe)  # alone: what is wrong with it is no fault of the options
     except ConfigError as error:
         raise ConfigError(f"{directory.path / 'config.toml'} was changed: {error}") from error
-    resumed = recipes.resolve(recipe, settings, {"resume-from": str(directory.path)})
-    return recipes.with_absolute_paths(resumed)
+    place = {"resume-from": str(directory.path)}
+    resumed = recipes.resolve(recipe, {"earlier-schedules": ""}, settings, place)
+    return continued(recipes.with_absolute_paths(resumed), from_round)
 
 
 def with_day(config: Config, *, at_sites: bool) -> Config:

@@ -18,6 +18,8 @@ from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
+from grandrounds.config.prompt import BUILT_IN, TemplateText, is_own
+from grandrounds.config.schedules import Schedules
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.values import (
     AUTO,
@@ -49,18 +51,28 @@ class FederationConfig:
 
     num_server_rounds: Annotated[int, Range(1)]
     """Training rounds. The learning rate decays over them from `train.learning-rate-max` to
-    `train.learning-rate-min`."""
+    `train.learning-rate-min`. A resume may give another number, above the rounds played."""
+    earlier_schedules: Annotated[str, Schedules()]
+    """Rounds that followed the schedule of another number of rounds, as `last/number`: `2/2,4/6`
+    for rounds 1 and 2 of 2, and 3 and 4 of 6. Written by a resume with another
+    `num-server-rounds`."""
     seed: Annotated[int, Range(0, 2**31 - 1)]
     """Seed for all randomness: adapter initialisation, partitions, cohorts, held-out splits, and
     each visit through (seed, round, partition)."""
     run_directory: str
     """Run directory on the server. Empty: `runs/<date>-<time>-<model>`."""
     resume_from: str
-    """Run directory on the server to resume after its last finished round."""
+    """Run directory on the server to resume after its last finished round; with a higher
+    `num-server-rounds`, also a run that is completed."""
     consortium: str
     """Consortium folder on the server, whose admissions bind each partition id to one Flower node.
     Empty: any node may claim any partition id. `grandrounds run --engine deployment` takes it from
     the connection."""
+
+    @property
+    def length(self) -> tuple[str, int]:
+        """What the learning rate of a round follows: earlier schedules, and number of rounds."""
+        return self.earlier_schedules, self.num_server_rounds
 
 
 @dataclass(frozen=True)
@@ -114,9 +126,10 @@ class LoraConfig:
     """Alphas of single modules, likewise. A module's rank does not change its alpha."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
-    peft_use_dora: Annotated[bool, OneOf((False,))]
-    """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
-    never loads. `grandrounds plan` counts them."""
+    peft_use_dora: bool
+    """DoRA (Liu et al., 2024): a vector of magnitudes for each module, trained beside A and B. Two
+    sites tell where they start, once: the norms of the base's weights, which the server never
+    loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private runs."""
 
     @property
     def ranks_by_pattern(self) -> dict[str, int]:
@@ -458,6 +471,9 @@ class PrivacyConfig:
     itself names; a site with a policy of its own names the column there."""
     max_records_of_unit: Annotated[int, Range(1)]
     """Records of one unit that train at most."""
+    report_train_loss: bool
+    """Whether visits tell their mean training loss, with noise of its own within the same ε: the
+    noise on gradients grows by 2 %. A site's policy must allow it too."""
 
 
 @dataclass(frozen=True)
@@ -480,9 +496,11 @@ class DataConfig:
     held_out_fraction: Annotated[float, Range(0, 0.9)]
     """Fraction of each site's rows held out for evaluation; 0: none, as in FlowerTune. A held-out
     question never occurs in the same site's training data, but may occur in another site's."""
-    prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
+    prompt_template: Annotated[str, TemplateText(BUILT_IN)]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
-    of turn."""
+    of turn. A template of one's own is named by its file (`.jinja`, `.j2`, `.txt`, or a path), or
+    is packaged: `alpaca-indented`, `chatml`, `llama2`; a recipe holds its text. See
+    docs/data.md."""
     template_date: Annotated[str, Day()]
     """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
     starts, written into its recipe, so that it is resumed on the same text."""
@@ -490,7 +508,8 @@ class DataConfig:
     """`chat`: values of the template's own options, such as `enable_thinking`; a table, set whole
     or by key (`--set data.template-options.enable_thinking=false`)."""
     system_prompt: str
-    """`chat`: system message before every question. Empty: what the template says without one."""
+    """`chat`, and templates of one's own that read `system`: system message before every question.
+    Empty: what the template says without one."""
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
@@ -504,7 +523,17 @@ class DataConfig:
     @property
     def chat(self) -> tuple[str, str, str]:
         """What is set in the chat template: date, options as JSON, and system prompt."""
+        if self.prompt_template != "chat":
+            return "", "", ""
         return self.template_date, self.template_options, self.system_prompt
+
+    @property
+    def prompt(self) -> str:
+        """What renders prompts: `prompt_template`, with the system prompt in one's own."""
+        if not is_own(self.prompt_template) or not self.system_prompt:
+            return self.prompt_template
+        said = json.dumps(self.system_prompt, ensure_ascii=False)
+        return f"{{% set system = {said} %}}\n{self.prompt_template}"
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ preferences     `prompt`, `chosen` and `rejected`, which no answer is trained on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grandrounds.data.conversations import COLUMNS as TURNS
 
 INSTRUCTION = "instruction"
 """The column of Alpaca's format that FlowerTune's medical app drops."""
+
+APART = f"{INSTRUCTION}?"
+"""Asks for the instructions by themselves: blank where there is no such column. Then they are no
+part of the question."""
 
 USUAL = ("input", "output")
 """The columns of questions and answers if none are named. Other forms are looked for only then."""
@@ -39,6 +43,11 @@ class Layout:
         instruction = (INSTRUCTION,) if self.question == ("input",) else ()
         every = dict.fromkeys((*self.question, self.answer, *instruction))
         return tuple(name for name in every if name)
+
+    def without_instruction(self) -> Layout:
+        """Return the layout with the instruction apart from the question."""
+        rest = tuple(name for name in self.question if name != INSTRUCTION)
+        return replace(self, question=rest) if rest else self
 
     @property
     def description(self) -> str:

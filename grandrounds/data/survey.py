@@ -14,6 +14,7 @@ from typing import Any
 
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
+from grandrounds.data.forms import INSTRUCTION
 from grandrounds.data.places import FILE_ENDINGS, Version, files_of, looks_like_path
 from grandrounds.data.read import as_read, columns_read
 from grandrounds.data.sources import read_files
@@ -42,6 +43,10 @@ class Survey:
     """Conversations that cannot be trained on, each with its place and the reason."""
     unread: tuple[str, ...] = ()
     """Columns that nobody reads."""
+    has_instructions: bool = False
+    """Whether there is a column of instructions."""
+    with_system_only: int = 0
+    """Those of `conversations` that have a system prompt before the question and nothing else."""
 
 
 def survey(source: str, question: str, answer: str, partition_by: str = "") -> Survey | None:
@@ -112,14 +117,16 @@ def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
         if label is not None and str(label).strip():
             found[label] += usable
     gaps = sum(label is None or not str(label).strip() for label in labels)
-    told = [usable and bool(b) for usable, b in zip(is_usable, read.histories, strict=False)]
+    told = [b for usable, b in zip(is_usable, read.histories, strict=False) if usable and b]
     return Survey(
         len(is_usable),
         sum(is_usable),
         dict(found),
         gaps,
         form=read.form,
-        conversations=sum(told),
+        conversations=len(told),
         left_out=read.left_out,
         unread=tuple(name for name in raw.available if name not in read.columns),
+        has_instructions=INSTRUCTION in raw.available,
+        with_system_only=sum(len(b) == 1 and b[0][0] == "system" for b in told),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grandrounds.data.chat import apart, chat_format, rendered
 from grandrounds.data.conversations import Turn
+from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.prompts import build_prompt, response_text
 from grandrounds.errors import ConfigError, DataError
 
@@ -68,6 +69,8 @@ def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) ->
     """
     if not questions:
         return []
+    if is_own(template):
+        return own_prompt(template).prompt_ids(tokenizer, [(one, "", "") for one in questions])
     texts = [build_prompt(template, question, tokenizer) for question in questions]
     ids = tokenizer(texts, add_special_tokens=template != "chat")["input_ids"]
     eos = tokenizer.eos_token_id
@@ -87,18 +90,47 @@ def conversation_token_ids(
     longer = sum(len(turns) > 1 for turns in conversations)
     if not longer:
         return prompt_token_ids(tokenizer, template, [turns[0][1] for turns in conversations])
+    if is_own(template):
+        systems = [system_of(turns[:-1], template) for turns in conversations]
+        check_room(template, systems.count(None), len(conversations))
+        asked = [
+            (turns[-1][1], "", system or "")
+            for turns, system in zip(conversations, systems, strict=True)
+        ]
+        return own_prompt(template).prompt_ids(tokenizer, asked)
     check_room(template, longer, len(conversations))
     texts = [rendered(tokenizer, turns, answering=True) for turns in conversations]
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def check_room(template: str, conversations: int, examples: int) -> None:
-    """Raise `DataError` if a prompt template has no room for conversations."""
+def system_of(before: Sequence[Turn], template: str) -> str | None:
+    """Return the system prompt before a question; None if a template of one's own lacks the room.
+
+    It has room for a system prompt where it reads `system`, and for no earlier turns.
+    """
+    if not before:
+        return ""
+    if len(before) > 1 or before[0][0] != "system" or "system" not in own_prompt(template).names:
+        return None
+    return before[0][1]
+
+
+def check_room(template: str, conversations: int, examples: int, with_system_only: int = 0) -> None:
+    """Raise `DataError` if a prompt template has no room for conversations.
+
+    Parameters
+    ----------
+    with_system_only : int
+        How many of them have a system prompt before the question and nothing else.
+    """
+    if is_own(template) and "system" in own_prompt(template).names:
+        conversations -= with_system_only
     if conversations and template != "chat":
+        which = "the file given" if is_own(template) else f'"{template}"'
         raise DataError(
             f"{conversations:,} of {examples:,} examples are conversations of several turns or "
-            f'have a system prompt, and data.prompt-template = "{template}" has room for one '
-            'question: set data.prompt-template = "chat", with a base that has a chat template.'
+            f"have a system prompt, and data.prompt-template = {which} has room for one question: "
+            'set data.prompt-template = "chat", with a base that has a chat template.'
         )
 
 
@@ -106,6 +138,8 @@ def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> l
     """Return the answers' tokens as they follow a prompt, without their end."""
     if not answers:
         return []
+    if is_own(template):
+        return own_prompt(template).answer_ids(tokenizer, answers)
     if template == "chat":
         form = chat_format(tokenizer)
         return form.answer_ids(tokenizer, form.answer_texts(tokenizer, answers))
@@ -113,7 +147,9 @@ def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> l
 
 
 def end_token_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
-    """Return the tokens that end an answer: the chat template's end of turn, or end-of-sequence."""
+    """Return the tokens that end an answer: the template's end of turn, or end-of-sequence."""
+    if is_own(template):
+        return own_prompt(template).end_ids(tokenizer)
     return chat_format(tokenizer).end if template == "chat" else (tokenizer.eos_token_id,)
 
 
@@ -159,8 +195,7 @@ def tokenize_examples(
             unlearnable=found.unlearnable + given - len(places),
             positions=tuple(places[p] for p in found.positions),
         )
-    turns = [(*e.before, ("user", e.question)) for e in examples]
-    prompts = conversation_token_ids(tokenizer, template, turns)
+    prompts = _prompt_ids(examples, tokenizer, template)
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
     end = end_token_ids(tokenizer, template) if examples else ()
     kept, positions, truncated, unlearnable, unlearned = [], [], 0, 0, 0
@@ -182,11 +217,24 @@ def tokenize_examples(
     return TokenizedExamples(tuple(kept), *counts, tuple(positions))
 
 
+def _prompt_ids(examples: Sequence[Example], tokenizer: Any, template: str) -> list[list[int]]:
+    """Return the tokens before the answers of examples."""
+    if is_own(template) and "instruction" in own_prompt(template).names:
+        systems = [system_of(e.before, template) for e in examples]
+        check_room(template, systems.count(None), len(examples))
+        asked = [
+            (e.apart[1], e.apart[0], system or "")
+            for e, system in zip(examples, systems, strict=True)
+        ]
+        return own_prompt(template).prompt_ids(tokenizer, asked)
+    turns = [(*e.before, ("user", e.question)) for e in examples]
+    return conversation_token_ids(tokenizer, template, turns)
+
+
 def _is_rendered(example: Example, tokenizer: Any, template: str) -> bool:
     """Whether a template can render an example and its answers."""
-    turns = (*example.before, ("user", example.question))
     try:
-        [prompt] = conversation_token_ids(tokenizer, template, [turns])
+        [prompt] = _prompt_ids([example], tokenizer, template)
         answer_token_ids(tokenizer, template, [example.answer])
         _earlier_answers(example, prompt, tokenizer)
     except (ConfigError, DataError):
@@ -203,7 +251,9 @@ def _earlier_answers(
     have had to answer.
     """
     spans: list[tuple[int, int] | None] = []
-    end = end_token_ids(tokenizer, "chat") if example.before else ()
+    if all(role != "assistant" for role, _ in example.before):
+        return spans
+    end = end_token_ids(tokenizer, "chat")
     for number, (role, said) in enumerate(example.before):
         if role != "assistant":
             continue

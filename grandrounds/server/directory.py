@@ -8,7 +8,7 @@
     ledger.json        the traffic so far
     peft_<round>/      adapters that plain PEFT loads, each with a model card
     state/             the last two rounds and those of checkpoints, from which a run resumes
-    summary.json       how the run ended
+    summary.json       how the run ended; summary-<round>.json, where it then went on
 
 Files and folders are written under a temporary name, flushed and renamed. safetensors, TOML and
 JSON only. What a resume reads is in `state/`, under checksums (see `server/states.py`). Where a run
@@ -212,6 +212,7 @@ class RunDirectory:
         state: Mapping[str, Any],
         rule_state: Mapping[str, NDArray[Any]],
         sites: Sequence[Mapping[str, Any]],
+        start: Adapter | None = None,
     ) -> None:
         """Write the state after a round, with all that a resume reads.
 
@@ -221,6 +222,8 @@ class RunDirectory:
             The content of state.json, with `round` and the round's line of metrics as `record`.
         sites
             The content of sites.json.
+        start
+            Where DoRA's magnitudes started.
         """
         copies = {
             states.CONFIG: self._recipe,
@@ -228,7 +231,7 @@ class RunDirectory:
             states.SITES: storage.json_bytes(list(sites)),
         }
         with _writing(self.path):
-            states.save(self.path, state, adapter, rule_state, copies)
+            states.save(self.path, state, adapter, rule_state, copies, start or {})
 
     def restore(self, recipe: bytes, records: Sequence[states.Record]) -> None:
         """Set what a resumed run goes on from: its configuration, and its lines of metrics.
@@ -238,6 +241,16 @@ class RunDirectory:
         self._recipe, self._recorded = recipe, list(records)
         with _writing(self.path):
             storage.write_bytes(self.path / states.METRICS, _lines(records))
+
+    def write_recipe(self, recipe: bytes) -> None:
+        """Write config.toml anew, for a run that has got another length."""
+        with _writing(self.path):
+            storage.write_bytes(self.path / states.CONFIG, recipe)
+
+    def keep_summary(self, round_number: int) -> None:
+        """Keep summary.json of a run that goes on after its end, as `summary-<round>.json`."""
+        with _writing(self.path):
+            (self.path / SUMMARY).replace(self.path / f"summary-{round_number}.json")
 
     def remove_after(self, round_number: int) -> None:
         """Remove what was written after a round: checkpoints and states."""

@@ -7,6 +7,7 @@ did not agree is told. Nothing is written before all has been read.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grandrounds.config.keys import Config
-from grandrounds.config.recipes import differences, load_recipe, resolve
+from grandrounds.config.recipes import differences, load_recipe, resolve, to_toml
+from grandrounds.config.schedules import lengthened, same_until
 from grandrounds.config.values import Scalar
 from grandrounds.config.words import counted
 from grandrounds.errors import ConfigError, RunDirectoryError, first_line
@@ -48,11 +50,15 @@ class Resumption:
     sites: Sequence[dict[str, Any]]
     """The content of sites.json."""
     recipe: bytes
-    """The content of config.toml."""
+    """The content of config.toml: with the length that the run now has."""
     notes: Sequence[str]
     """What was damaged and is mended, one sentence each."""
     has_later: bool
     """Whether the run finished rounds after it, which are set aside."""
+    has_new_length: bool
+    """Whether the run goes on with another number of rounds than config.toml names."""
+    was_complete: bool
+    """Whether the run had come to its end."""
 
 
 def check(
@@ -83,6 +89,42 @@ def check(
     ]
 
 
+def continued(
+    config: Config, from_round: int | None = None, *, patience_seconds: float = 0.0
+) -> Config:
+    """Return the configuration with which the run of `resume-from` goes on.
+
+    Where that gives the run another length, `earlier-schedules` says which schedule the rounds that
+    it has played followed.
+
+    Parameters
+    ----------
+    patience_seconds : float
+        How long a process that still writes the run is waited for, if any.
+
+    Raises
+    ------
+    RunDirectoryError
+        If both of the last two states are damaged, or another process is writing the run.
+    """
+    directory, asked = RunDirectory.open(Path(config.federation.resume_from)), config.federation
+    path = directory.path
+    if patience_seconds:
+        directory.hold(patience_seconds)
+        directory.release()
+    run = resolve(started_with(path))
+    earlier, before = run.federation.length
+    if asked.earlier_schedules not in ("", earlier):
+        return config
+    if asked.num_server_rounds != before and not run.is_private:
+        saved = None if from_round is not None else newest(path)[0]
+        played = min(from_round or (saved.round if saved else 0), before)
+        earlier = lengthened(earlier, before, played, asked.num_server_rounds)
+    return dataclasses.replace(
+        config, federation=dataclasses.replace(asked, earlier_schedules=earlier)
+    )
+
+
 def examine(
     directory: RunDirectory, config: Config, from_round: int | None = None
 ) -> Resumption | None:
@@ -96,20 +138,28 @@ def examine(
     Raises
     ------
     RunDirectoryError
-        If the run is completed, its configuration differs, or what a resume needs is damaged.
+        If the run is completed and not given more rounds, its configuration differs otherwise, or
+        what a resume needs is damaged.
     """
-    path = directory.path
+    path, rounds = directory.path, config.federation.num_server_rounds
     for name in WRITTEN:
         _require_own(path, name, "Move it away; the run writes the file anew.")
     summary, notes = _summary(path)
-    if summary.get("status") == "completed" and from_round is None:
-        raise RunDirectoryError(
-            f"{path} is a completed run of {counted(summary['rounds'], 'round')}; there is nothing "
-            "to resume. Start a new run for more rounds."
-        )
+    recorded = resolve(started_with(path))
+    before = recorded.federation.num_server_rounds
+    was_complete = summary.get("status") == "completed" and summary["rounds"] >= before
+    if was_complete and from_round is None and rounds == before:
+        raise RunDirectoryError(_nothing_left(path, config, summary["rounds"]))
+    if recorded.is_private and rounds != before:
+        raise RunDirectoryError(f"{path} has {before} rounds, and not {rounds}. {_PRIVATE}")
     saved, lost = newest(path) if from_round is None else (_at(path, from_round), ())
-    recipe = _recipe(path, saved)
-    if changes := differences(resolve(recipe), config):
+    played = saved.round if saved else 0
+    if played >= rounds != before:
+        raise RunDirectoryError(
+            f"{path} has played {counted(played, 'round')} of {before}, so that it cannot go on to "
+            f"{rounds}: give at least --rounds {played + 1}, or with --from-round an earlier round."
+        )
+    if changes := differences(_with_length(_recipe(path, saved), config, played), config):
         raise RunDirectoryError(
             f"{path} was started with another configuration: {'; '.join(changes)}. "
             "Resume without these changes, or start a new run with them."
@@ -128,10 +178,43 @@ def examine(
             f"{saved.folder} is not what a run writes ({type(error).__name__}: "
             f"{first_line(error)}). {RESTORE}"
         ) from error
-    content = saved.copies.get(CONFIG) or (path / CONFIG).read_bytes()
+    has_new_length = recorded.federation.length != config.federation.length
+    file = saved.folder / CONFIG if saved.copies else path / CONFIG
+    content = file.read_bytes()
+    if resolve(load_recipe(file)).federation.length != config.federation.length:
+        content = to_toml(config.recipe()).encode()
     told = [*lost, *about_metrics, *about_sites, *notes, *_ledger(path)]
-    later = any(number > saved.round for number in states.rounds(path))
-    return Resumption(saved, state, records, sites, content, told, beyond or later)
+    later = beyond or any(number > saved.round for number in states.rounds(path))
+    return Resumption(
+        saved, state, records, sites, content, told, later, has_new_length, was_complete
+    )
+
+
+def _nothing_left(path: Path, config: Config, rounds: int) -> str:
+    """Return why a completed run is not resumed, and what trains longer."""
+    done = f"{path} is a completed run of {counted(rounds, 'round')}; there is nothing to resume."
+    if config.is_private:
+        return f"{done} {_PRIVATE}"
+    return f"{done} To train longer: grandrounds run --resume {path} --rounds {2 * rounds}."
+
+
+_PRIVATE = (
+    "The noise of a private run is calibrated for its rounds, and its sites have reserved no more: "
+    "start a new run of as many rounds as are wanted."
+)
+
+
+def _with_length(before: Config, now: Config, played: int) -> Config:
+    """Return a configuration with another's length, if the rounds played have the same schedule."""
+    one, other = before.federation, now.federation
+    if not same_until(one.length, other.length, played):
+        return before
+    length = dataclasses.replace(
+        one,
+        num_server_rounds=other.num_server_rounds,
+        earlier_schedules=other.earlier_schedules,
+    )
+    return dataclasses.replace(before, federation=length)
 
 
 def restore(directory: RunDirectory, found: Resumption) -> None:
@@ -143,10 +226,14 @@ def restore(directory: RunDirectory, found: Resumption) -> None:
     if found.has_later:
         directory.set_aside_after(found.saved.round)
     directory.remove_after(found.saved.round)
+    if found.has_new_length:
+        directory.write_recipe(found.recipe)
     directory.restore(found.recipe, found.records)
     if found.saved.copies:
         directory.write_json(SITES, list(found.sites))
     directory.write_json(LEDGER, found.state.ledger.as_dict())
+    if found.was_complete and not found.has_later:
+        directory.keep_summary(found.saved.round)
     directory.remove(SUMMARY)
 
 
@@ -284,21 +371,24 @@ def _copy_of_config(path: Path) -> str:
     return "Restore it from a copy."
 
 
-def _recipe(path: Path, saved: SavedState | None) -> dict[str, Scalar]:
-    """Return the configuration of a run; raise `RunDirectoryError` if its file was changed."""
-    now = started_with(path)
+def _recipe(path: Path, saved: SavedState | None) -> Config:
+    """Return the configuration of a run; raise `RunDirectoryError` if its file was changed.
+
+    The length may be another than when the state was saved: a resume changes it.
+    """
+    now = resolve(started_with(path))
     if saved is None or not saved.copies:
         return now
     copy = saved.folder / CONFIG
-    before = load_recipe(copy)
-    if read_toml(copy) != read_toml(path / CONFIG) and (
-        changes := differences(resolve(before), resolve(now))
-    ):
+    if read_toml(copy) == read_toml(path / CONFIG):
+        return now
+    before = _with_length(resolve(load_recipe(copy)), now, saved.round)
+    if changes := differences(before, now):
         raise RunDirectoryError(
             f"{path / CONFIG} was changed since the run started: {'; '.join(changes)}. "
             f"{_restore_by(copy, path)}"
         )
-    return before
+    return now
 
 
 def _records(path: Path, saved: SavedState) -> tuple[list[states.Record], list[str], bool]:

@@ -17,7 +17,7 @@ from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import Roster
-from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.adapter import Adapter, Shapes, is_magnitude
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.ledger import Ledger
@@ -145,6 +145,15 @@ class Run:
     listener: Listener
     evaluation_cohort: list[int]
     """The sites that evaluate the held-out loss."""
+    shapes: Shapes = field(default_factory=dict)
+    """Shapes of the adapter's tensors at the configured rank, in the model's order."""
+    started_by: Sequence[int] = ()
+    """The sites that told where DoRA's magnitudes start, if they were asked in this process."""
+
+    @property
+    def magnitudes(self) -> Shapes:
+        """Shapes of DoRA's magnitudes by name; none without DoRA."""
+        return {name: shape for name, shape in self.shapes.items() if is_magnitude(name)}
 
     @property
     def adapter_spec(self) -> LoraSpec:
@@ -204,10 +213,12 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
     held_out = [m["held-out-loss"] for m in metrics if m.get("held-out-loss") is not None]
     first = sites[0] if sites else {}
     reasons = leaderboard_differences(config, sites)
+    earlier = config.federation.earlier_schedules
     tells_loads = bool(state.base_loads) or not any(map(in_custody, sites))
     return {
         "status": status,
         "rounds": metrics[-1]["round"] if metrics else 0,
+        **({"earlier_schedules": earlier} if earlier else {}),
         "seconds": round(state.seconds, 3),
         "communication_mib": state.ledger.mib,
         "communication_rule": state.ledger.as_dict()["rule"],

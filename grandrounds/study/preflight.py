@@ -14,7 +14,9 @@ from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import words_of
 from grandrounds.data.embedded import EMBEDDED
+from grandrounds.data.forms import INSTRUCTION
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.own_prompt import check_prompt, columns_apart
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
 from grandrounds.data.survey import Survey, survey
 from grandrounds.data.tokenization import check_room
@@ -71,8 +73,9 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
         If the data are a file that is missing, damaged, without a column or without content, or
         cannot be divided among the sites.
     ConfigError
-        If a private run cannot be calibrated.
+        If a private run cannot be calibrated, or a prompt template of one's own is not valid.
     """
+    check_prompt(config.data.prompt_template, config.data.system_prompt)
     damage = check_place(config, from_round)
     unmatched = check_base(config)
     found = warnings(config, check_data(config))
@@ -136,7 +139,8 @@ def check_data(config: Config) -> Survey | None:
     data, by = config.data, config.data.partition_by
     found = survey(config.static.name, data.question_column, data.answer_column, by)
     if found is not None:
-        check_room(data.prompt_template, found.conversations, found.usable)
+        alone = found.with_system_only
+        check_room(data.prompt, found.conversations, found.usable, alone)
         if data.partitioner in ("natural", "dirichlet"):
             check_gaps(by, found.unlabelled, found.rows)
         division = Division(data.partitioner, by, data.dirichlet_alpha)
@@ -202,8 +206,15 @@ def _forms(config: Config, found: Survey) -> Iterator[str]:
         yield (
             f"{len(found.left_out):,} of {found.rows:,} conversations are not trained on: {named}"
         )
-    if found.unread and config.static.name not in EMBEDDED:
-        yield f"columns that are not read: {', '.join(found.unread[:MOST_NAMED])}"
+    shows_them = bool(columns_apart(config.data.prompt_template))
+    unread = [name for name in found.unread if not (shows_them and name == INSTRUCTION)]
+    if unread and config.static.name not in EMBEDDED:
+        yield f"columns that are not read: {', '.join(unread[:MOST_NAMED])}"
+    if shows_them and not found.has_instructions:
+        yield (
+            f"the prompt template shows an instruction, and the data have no column "
+            f"{INSTRUCTION!r}: it is empty in every prompt"
+        )
 
 
 def _learning_rate(config: Config) -> Iterator[str]:

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from grandrounds.config.keys import Config, rounded_up, share_of
+from grandrounds.config.schedules import total_at
 
 BLUR = 0.1
 """Relative blur of lengths in length-grouped batches. On WikiDoc patient information (batch 16, at
@@ -199,11 +200,11 @@ def length_grouped_batches(
 
 
 def round_learning_rate_of(config: Config, round_number: int) -> float:
-    """Return the configured learning rate of a round."""
+    """Return the configured learning rate of a round, by the schedule that it follows."""
     train = config.train
     return round_learning_rate(
         round_number,
-        config.federation.num_server_rounds,
+        total_at(*config.federation.length, round_number),
         train.learning_rate_max,
         train.learning_rate_min,
     )

@@ -95,7 +95,6 @@ def test_an_unknown_key_is_refused_with_the_nearest(
         ("strategy.proximal-mu", -1, "at least 0"),
         ("model.quantization", 3, "one of 0, 4, 8"),
         ("model.lora.peft-lora-r", 0, "at least 1"),
-        ("model.lora.peft-use-dora", "true", "DoRA"),
         ("data.partitioner", "irid", "Did you mean 'iid'?"),
         ("data.partitioner", "natural", "data.partition-by"),
         ("data.held-out-fraction", 1, "at most 0.9"),
@@ -373,9 +372,9 @@ def test_a_resume_with_another_configuration_names_the_keys(
 ) -> None:
     with stopping_after(2, monkeypatch):
         assert command({**settings, "seed": 4}).exit_code == cli.INTERRUPTED
-    arguments = ["run", "--resume", settings["run-directory"], "--set", "seed=5", "--rounds", "9"]
-    line = complaint(CliRunner().invoke(app, arguments), 1)
-    assert "num-server-rounds: 3 → 9" in line
+    run, changes = settings["run-directory"], ["--set", "seed=5", "--sites", "5"]
+    line = complaint(CliRunner().invoke(app, ["run", "--resume", run, *changes]), 1)
+    assert "data.num-partitions: 4 → 5" in line
     assert "seed: 4 → 5" in line
     assert line.count("→") == 2
 

@@ -30,6 +30,7 @@ LEFT_OUT = {
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",
+    "earlier-schedules",
     "consortium",
     "train.num-threads",
     "train.cpu-matmul",

@@ -97,8 +97,7 @@ def test_next_steps_keep_the_engine_say_when_they_start_anew_and_fit_the_data() 
     own = config(static__dataset__name="cards.jsonl", model__name="org/real")
     assert steps(config(), SIMULATED)[1:] == [
         "next: grandrounds evaluate /elsewhere/run",
-        "next: train longer, starting anew: grandrounds run --config /elsewhere/run/config.toml "
-        "--rounds 8",
+        "next: train longer: grandrounds run --resume /elsewhere/run --rounds 8",
     ]
     assert steps(own, SIMULATED, engine="simulation")[-1].endswith("--rounds 8 --engine simulation")
     for run, sites in ((own, SIMULATED), (CARDS, SIMULATED), (config(), OWN)):

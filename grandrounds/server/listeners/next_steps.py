@@ -39,7 +39,10 @@ def next_steps(summary: Mapping[str, Any], config: Config, sites: Sites = ()) ->
 def _next(directory: str, summary: Facts, config: Config, sites: Sites) -> list[str]:
     again = f"grandrounds run --config {directory}/config.toml"
     engine = engine_options(sites, summary)
-    longer = f"train longer, starting anew: {again} --rounds {2 * summary['rounds']}{engine}"
+    more = f"--rounds {2 * summary['rounds']}{engine}"
+    longer = f"train longer: grandrounds run --resume {directory} {more}"
+    if config.is_private:  # its noise is calibrated for its rounds
+        longer = f"train longer, starting anew: {again} {more}"
     if is_fictional(config, sites):
         return [f"grandrounds evaluate {directory}", longer]
     look = f"grandrounds report {directory} --open"

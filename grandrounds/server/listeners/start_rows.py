@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grandrounds.config import recipes
+from grandrounds.config import recipes, schedules
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config, rounded_up
 from grandrounds.config.strategies import STRATEGIES
@@ -48,6 +48,7 @@ def recipe_rows(config: Config) -> Rows:
         fewest = f", at least {least} updates a round"
     again = {True: ", gradient checkpointing", "auto": ", gradient checkpointing if needed"}
     checkpointing = again.get(model.gradient_checkpointing, "")
+    earlier = schedules.told(config.federation.earlier_schedules)
     rows = [
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
@@ -71,7 +72,8 @@ def recipe_rows(config: Config) -> Rows:
         ),
         (
             "learning rate",
-            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds",
+            f"{train.learning_rate_max:g} to {train.learning_rate_min:g}, cosine over rounds"
+            f"{'; ' * bool(earlier)}{earlier}",
         ),
         ("seed", str(config.federation.seed)),
     ]

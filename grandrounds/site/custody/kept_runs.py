@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from flwr.app import RecordDict
 
 from grandrounds.config.keys import PLACES_AND_TRACKERS, Config
 from grandrounds.config.recipes import defaults
+from grandrounds.config.schedules import same_until
 from grandrounds.errors import ConfigError, PolicyError, first_line
 from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.state import SiteState
@@ -42,10 +44,16 @@ class KeptRun:
     """Size of what is kept of it, cached replies included."""
 
 
+_LENGTH = ("earlier-schedules", "num-server-rounds")
+"""Keys that a resume changes, to give a run more rounds."""
+
+
 def check_pinned(state: SiteState, run: str, config: Config) -> None:
-    """Raise `PolicyError` if a run's configuration is not that of its first visit.
+    """Raise `PolicyError` if a run's configuration is not that of its last visit.
 
     Otherwise a run could reload the base at every visit, or single out examples by their length.
+    Only its length may change, as long as the rounds that the site has seen keep their learning
+    rates, and the run is not private: its noise is calibrated for its rounds.
     """
     row = state.table.execute("select pinned from kept_runs where run = ?", (run,)).fetchone()
     if row is None or not row[0]:
@@ -57,11 +65,21 @@ def check_pinned(state: SiteState, run: str, config: Config) -> None:
         for key, value in now.items()
         if before.get(key) != value
     ]
-    if changed:
+    if changed and not _is_longer(state, run, before, config):
         raise PolicyError(
             f"This run's configuration has changed since its first visit here ({'; '.join(changed)}"
             "). A site keeps to the first one; start a new run."
         )
+
+
+def _is_longer(state: SiteState, run: str, before: Mapping[str, Any], config: Config) -> bool:
+    """Return whether a configuration is that of before, with another length from here on."""
+    now = pinned_part(config)
+    if config.is_private or any(before[key] != now[key] for key in now if key not in _LENGTH):
+        return False
+    seen = state.count("select max(round) from requests where run = ?", run)
+    length = str(before["earlier-schedules"]), int(before["num-server-rounds"])
+    return same_until(length, config.federation.length, seen)
 
 
 def pinned_part(config: Config) -> dict[str, Any]:
@@ -70,12 +88,11 @@ def pinned_part(config: Config) -> dict[str, Any]:
 
 
 def note_visit(state: SiteState, run: str, config: Config) -> None:
-    """Note a visit of a run, and pin its configuration if it is the first one."""
+    """Note a visit of a run, and pin its configuration, which was checked against the last one."""
     pinned, now = json.dumps(pinned_part(config)), state.now()
     state.table.execute(
         "insert into kept_runs (run, first, last, pinned) values (?, ?, ?, ?) "
-        "on conflict (run) do update set last = excluded.last, "
-        "pinned = case pinned when '' then excluded.pinned else pinned end",
+        "on conflict (run) do update set last = excluded.last, pinned = excluded.pinned",
         (run, now, now, pinned),
     )
 

@@ -260,7 +260,7 @@ def _of_run(target: Target, directory: RunDirectory, config: Config) -> Target:
         benchmarks=_benchmarks_of_run(directory, config, target.base),
         quantization=config.model.quantization,
         dtype=config.model.dtype,
-        prompt_template=config.data.prompt_template,
+        prompt_template=config.data.prompt,
         chat=ChatSettings(*config.data.chat),
         run=OfRun(directory, config),
     )
