@@ -43,6 +43,8 @@ OWN: Settings = {
 }
 """Ranks 2, 4 and 6."""
 
+DORA: Settings = {"strategy.name": "fedavg", "model.lora.peft-use-dora": True}
+
 RULES: dict[str, Settings] = {
     "fedprox": {"strategy.proximal-mu": 0.01},
     "fedtrimmedavg": {"strategy.trimmed-share": 0.34},
@@ -114,7 +116,7 @@ def test_peft_loads_a_checkpoint_and_gives_the_same_answers(
 
 @pytest.fixture
 def recorded(settings: Settings) -> tuple[Path, dict[int, list[dict[str, np.ndarray]]]]:
-    """A run of fedavg, and the updates of its sites by round."""
+    """A run of fedavg with DoRA, and the updates of its sites by round."""
     updates: dict[int, list[dict[str, np.ndarray]]] = {}
 
     def sites(message: Message, context: Context) -> Message:
@@ -125,7 +127,7 @@ def recorded(settings: Settings) -> tuple[Path, dict[int, list[dict[str, np.ndar
             updates.setdefault(number, []).append({n: a.numpy() for n, a in sent.items()})
         return reply
 
-    return play({**settings, **OWN, "strategy.name": "fedavg"}, sites), updates
+    return play({**settings, **OWN, **DORA}, sites), updates
 
 
 def test_the_mean_of_the_updates_is_that_of_float64(recorded: Any) -> None:
