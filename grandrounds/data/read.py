@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
+from grandrounds.data.conversations import (
+    PLAIN_TEXT,
+    Conversation,
+    Turn,
+    Unusable,
+    conversation_of,
+)
 from grandrounds.data.files import Choice, RawRows, WrittenFloat
 from grandrounds.data.forms import APART, INSTRUCTION, Layout, layout_of, pairs
 from grandrounds.data.places import SOURCE_KEY
@@ -67,7 +73,10 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
         questions, answers, histories, left_out = _conversations(raw, source, layout)
     else:
         questions = _joined(raw, source, layout.question)
-        answers = questions if answer == question else _texts(raw, source, layout.answer)
+        same = layout.question == (layout.answer,)
+        answers = questions if same else _texts(raw, source, layout.answer)
+    if layout.form == "text":
+        histories = [PLAIN_TEXT] * len(answers)
     values: dict[str, list[Any]] = {question: questions, answer: answers}
     labels = {
         name: _labels(raw.values[name], f"{source}, column {name!r}")

@@ -36,6 +36,11 @@ def check_rows_are_here(run: RunDirectory, config: Config) -> None:
             "machine has none. Its held-out loss is in metrics.jsonl; to ask questions of your "
             "own, give --benchmark FILE."
         )
+    if config.data.prompt_template == "text":
+        raise ConfigError(
+            f"{run.path} was trained on plain text, so its held-out rows are no questions. Their "
+            "loss is in metrics.jsonl; to ask questions of your own, give --benchmark FILE."
+        )
     if not config.data.held_out_fraction:
         raise ConfigError(
             f"{run.path} held nothing out (data.held-out-fraction = 0), so there are no rows to "
