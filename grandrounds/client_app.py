@@ -39,14 +39,14 @@ def train(visit: Visit) -> RecordDict:
     received = visits.receive_adapter(visit, resident, trains=True)
     with steps.visiting("training", visit.site.partition_id):
         if visit.mechanism:
-            visits.train_privately(visit, visit.mechanism, resident)
+            noised_loss = visits.train_privately(visit, visit.mechanism, resident)
         else:
             result = visits.train(visit, resident, batches)
 
     change = visits.change_of(visit, resident, received)
     arrays = visits.encoded(visit, change)
     if visit.mechanism:
-        metrics = visits.private_metrics(visit, visit.mechanism)
+        metrics = visits.private_metrics(visit, visit.mechanism, noised_loss)
     else:
         metrics = visits.train_metrics(visit, result, change)
     visit.write_cursor()

@@ -470,6 +470,9 @@ class PrivacyConfig:
     itself names; a site with a policy of its own names the column there."""
     max_records_of_unit: Annotated[int, Range(1)]
     """Records of one unit that train at most."""
+    report_train_loss: bool
+    """Whether visits tell their mean training loss, with noise of its own within the same ε: the
+    noise on gradients grows by 2 %. A site's policy must allow it too."""
 
 
 @dataclass(frozen=True)

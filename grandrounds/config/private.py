@@ -45,6 +45,7 @@ IDLE_WITHOUT = (
     ("sampling_rate", 0),
     ("declared_units", 0),
     ("unit_column", ""),
+    ("report_train_loss", False),
 )
 """Fields that nobody sets without wanting privacy, with their value when unset."""
 

@@ -378,6 +378,7 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
         "good": sorted(tally.good),
         "failed": {str(p): why for p, why in sorted(tally.failed.items())},
         "train-loss": told.mean(tally.good, "train-loss", weights),
+        **budgets.loss_noise(tally.good, introduced, weights),
         "proximal-penalty": told.mean(tally.good, "proximal-penalty", weights),
         "coverage": covered / sum(known.values()) if tells_coverage else None,
         "site-coverage": {

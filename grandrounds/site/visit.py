@@ -348,8 +348,12 @@ def _settings(visit: Visit) -> training.VisitSettings:
     )
 
 
-def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> None:
+def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> float | None:
     """Run the local steps of a private visit on the resident model, with secret coins.
+
+    Returns
+    -------
+    The noised training loss in nats per answer token, if the site tells one.
 
     Raises
     ------
@@ -369,7 +373,7 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> N
     settings = PrivateSettings(mechanism, arguments.per_device_train_batch_size, _settings(visit))
     units = grouped(visit.site.units, visit.site.train)
     pad, coins = run_tokenizer(config).pad_token_id, visit.coins or secret_coins()
-    headroom.run_visit(
+    return headroom.run_visit(
         config,
         resident,
         lambda: train_private_visit(
@@ -393,10 +397,13 @@ def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
     return uplink.encode_change(change, config.communication, memory, generator)
 
 
-def private_metrics(visit: Visit, mechanism: Mechanism) -> dict[str, float | int]:
-    """Return the metrics of a private visit: none of them depends on the site's data."""
+def private_metrics(
+    visit: Visit, mechanism: Mechanism, noised_loss: float | None
+) -> dict[str, float | int]:
+    """Return the metrics of a private visit: but for a noised loss, none depends on the data."""
     return {
         "num-examples": mechanism.declared_units,
+        **({} if noised_loss is None else {"train-loss": noised_loss}),
         "steps": mechanism.steps,
         EPSILON: epsilon_of(mechanism, visit.number),
         "cursor": visit.cursor_after,

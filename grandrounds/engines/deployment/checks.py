@@ -24,7 +24,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.words import counted
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.tokenization import tokenize_examples
-from grandrounds.engines.deployment import joining, keys
+from grandrounds.engines.deployment import joining, keys, rosters
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
 from grandrounds.model.tokenizers import dated, tokenizer_of
@@ -81,6 +81,7 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
         ("bases", lambda s: _bases(s, config)),
         ("recipe", lambda s: _recipe(s, config) if is_asked else ()),
         ("node key", _node_key),
+        ("roster", _roster),
         ("authority", _authority),
         ("server", _server),
     ):
@@ -283,6 +284,19 @@ def _node_key(site: SiteFile) -> Iterator[Finding]:
                 "site. To return, start with grandrounds site init in a new folder."
             )
     yield Finding("ok", "node key", own)
+
+
+def _roster(site: SiteFile) -> Iterator[Finding]:
+    """The agent keys that the site has accepted, and which of them were revoked since."""
+    if (roster := rosters.accepted(site)) is None:
+        return
+    if gone := rosters.revoked_members(site, roster):
+        raise ConfigError(
+            f"{rosters.file_of(site.path.parent)} lists {', '.join(map(repr, gone))}, which the "
+            "consortium has revoked: accept a new roster (grandrounds site accept-roster)."
+        )
+    text = f"serial {roster.serial}, {len(roster.members)} sites, {rosters.digest_text(roster)}"
+    yield Finding("ok", "roster", text)
 
 
 def _authority(site: SiteFile) -> Iterator[Finding]:

@@ -151,6 +151,7 @@ VERDICTS: dict[str, Verdict] = {
     "privacy.delta": _own("the lower one of the run's and the site's counts"),
     "privacy.clipping-norm": _private("min-clipping-norm", "max-clipping-norm"),
     "privacy.sampling-rate": _private("max-sampling-rate", "max-steps-of-run"),
+    "privacy.report-train-loss": _private("report-train-loss"),
     "privacy.declared-units": _OWN_UNITS,
     "privacy.unit-column": _OWN_UNITS,
     "privacy.max-records-of-unit": _OWN_UNITS,
