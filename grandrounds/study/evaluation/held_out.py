@@ -73,7 +73,7 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     found: list[dict[str, int]] = []
     for site in range(config.data.num_partitions):
         _, split = split_site(rows, how, site)
-        items = [_item(0, example) for example in split.held_out]
+        items = [held_out_item(0, example) for example in split.held_out]
         fitting = tokenized(items, tokenizer, template, config.train.seq_length)
         kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]
         by_site.append(kept)
@@ -107,7 +107,8 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     return Task(held_out_benchmark(len(items)), tuple(items[:limit]), source)
 
 
-def _item(row: int, example: Example) -> Item:
+def held_out_item(row: int, example: Example) -> Item:
+    """Return a held-out example as a question."""
     return Item(
         row=row,
         question=example.question,
