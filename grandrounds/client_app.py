@@ -15,7 +15,7 @@ from grandrounds.site import steps
 from grandrounds.site import visit as visits
 from grandrounds.site.custody.dispatch import at_site
 from grandrounds.site.visit import Visit
-from grandrounds.wire.messages import answering, content
+from grandrounds.wire.messages import MAGNITUDES, answering, content, to_arrays
 
 quiet_libraries()  # also here: in Flower's simulation, Ray's workers import this module
 app = ClientApp()
@@ -27,6 +27,16 @@ app = ClientApp()
 def introduce(visit: Visit) -> RecordDict:
     """Introduce the site: its data, base, prompt, versions and device."""
     return content(config=visits.introduction(visit.site, visit.config, visit.mechanism))
+
+
+@app.query("magnitudes")
+@answering
+@at_site
+def tell_magnitudes(visit: Visit) -> RecordDict:
+    """Tell where DoRA's magnitudes start: the norms of the base's weights. No data are read."""
+    resident = machine.prepare_model(visit.config)
+    arrays = to_arrays(resident.magnitudes)
+    return content(arrays=arrays, metrics=visits.process_facts())
 
 
 @app.train()
@@ -77,6 +87,7 @@ def examine(visit: Visit) -> RecordDict:
 
 VISITS = {
     "query": introduce,
+    MAGNITUDES: tell_magnitudes,
     "train": train,
     "evaluate": evaluate,
     "evaluate.formulary": examine,

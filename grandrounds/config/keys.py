@@ -126,9 +126,10 @@ class LoraConfig:
     """Alphas of single modules, likewise. A module's rank does not change its alpha."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
-    peft_use_dora: Annotated[bool, OneOf((False,))]
-    """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
-    never loads. `grandrounds plan` counts them."""
+    peft_use_dora: bool
+    """DoRA (Liu et al., 2024): a vector of magnitudes for each module, trained beside A and B. Two
+    sites tell where they start, once: the norms of the base's weights, which the server never
+    loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private runs."""
 
     @property
     def ranks_by_pattern(self) -> dict[str, int]:

@@ -153,6 +153,13 @@ def refusals(config: Config) -> Iterator[Refusal]:
         "set 0",
     )
     yield Refusal(
+        "model.lora.peft-use-dora",
+        config.lora.peft_use_dora,
+        config.lora.peft_use_dora,
+        "the gradient of each unit is known for A and B, not for DoRA's magnitudes",
+        "set false",
+    )
+    yield Refusal(
         "communication.entropy-coding",
         config.communication.entropy_coding,
         config.communication.entropy_coding,

@@ -302,7 +302,8 @@ def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapte
     config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
     shapes = Ranks.of(config).configured(resident_shapes)
-    received = downlink.receive(visit.content, visit.state, config, shapes)
+    magnitudes = resident.magnitudes
+    received = downlink.receive(visit.content, visit.state, config, shapes, magnitudes)
     seed, trains_in = config.federation.seed, visit.round if trains else None
     adapter = Ranks.of(config).on_base(received, shapes, seed, trains_in)
     set_adapter(resident, adapter)

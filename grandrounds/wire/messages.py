@@ -2,6 +2,7 @@
 
 server → site
     `query`               config {}                               → config: who the site is
+    `query.magnitudes`    config {}                               → arrays: DoRA's start
     `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
     `evaluate`            arrays: adapter                         → metrics: held-out loss
     `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
@@ -41,6 +42,12 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 
 CLIENT_APP_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
+
+MAGNITUDES = "query.magnitudes"
+"""Kind of message that asks where DoRA's magnitudes start; two sites are asked, once."""
+
+LARGEST_MAGNITUDE = 1e6
+"""No row of a real base's weights has a larger norm."""
 
 RUN = "run"
 """Config key of every message: the run's key, which a resume keeps."""
@@ -172,6 +179,25 @@ def from_arrays(record: ArrayRecord, shapes: Shapes) -> Adapter:
             raise ReplyError(f"{name}: {int((~np.isfinite(values)).sum())} numbers are not finite")
         adapter[name] = values
     return adapter
+
+
+def magnitudes_from(record: ArrayRecord, shapes: Shapes) -> Adapter:
+    """Return the start of DoRA's magnitudes from an untrusted record.
+
+    Raises
+    ------
+    ReplyError
+        As `from_arrays`, or if a value is not a norm: above 0 and at most `LARGEST_MAGNITUDE`.
+    """
+    magnitudes = from_arrays(record, shapes)
+    for name, values in magnitudes.items():
+        least, most = float(values.min()), float(values.max())
+        if not 0 < least <= most <= LARGEST_MAGNITUDE:
+            raise ReplyError(
+                f"{name}: norms from {least:.3g} to {most:.3g}, and those of a base's weights are "
+                f"above 0 and at most {LARGEST_MAGNITUDE:g}"
+            )
+    return magnitudes
 
 
 def to_payload(codec: str, payload: NDArray[np.uint8]) -> ArrayRecord:

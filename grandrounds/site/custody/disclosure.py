@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import guarantee, messages
-from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, METRICS
+from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, MAGNITUDES, METRICS
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
 
@@ -213,6 +213,14 @@ FIELDS = (
         for name in FORMULARY_METRICS
     ),
     *_fields(EXAM, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
+    Field(
+        "tensors",
+        MAGNITUDES,
+        ARRAYS,
+        AS_IT_IS,
+        "norms of the rows of its base's weights, where DoRA's magnitudes start",
+    ),
+    *_fields(MAGNITUDES, METRICS, TELEMETRY, _PROCESS),
 )
 
 NO_ANSWER = "This site has no answer to this message; its own audit log says why."
@@ -271,7 +279,7 @@ def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
     kind : str
         The message type.
     """
-    arrays = content.array_records.get(ARRAYS) if kind == TRAIN else None
+    arrays = content.array_records.get(ARRAYS) if kind in (TRAIN, MAGNITUDES) else None
     facts = dict(content.config_records.get(CONFIG) or {})
     metrics = dict(content.metric_records.get(METRICS) or {})
     if kind == EVALUATE and metrics.get("tokens"):

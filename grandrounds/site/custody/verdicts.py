@@ -72,7 +72,9 @@ VERDICTS: dict[str, Verdict] = {
     "model.lora.alpha-pattern": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.target-modules": _listed("target-modules"),
     "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
-    "model.lora.peft-use-dora": _ONE_VALUE,
+    "model.lora.peft-use-dora": _harmless(
+        "one trained value more per output; the start is of the base's weights, not of the data"
+    ),
     "train.save-every-round": _AT_SERVER,
     "train.learning-rate-max": _bounded(*_RATES),
     "train.learning-rate-min": _bounded(*_RATES),

@@ -44,7 +44,7 @@ from grandrounds.study.comparison.units import (
     Unit,
 )
 from grandrounds.wire import messages
-from grandrounds.wire.adapter import assemble, drawn_adapter
+from grandrounds.wire.adapter import assemble, started_adapter
 from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 
 Found = dict[str, Any]
@@ -168,7 +168,8 @@ def _start(config: Config) -> Resident:
     """Return the resident model with the initial adapter of this seed."""
     resident = machine.prepare_model(config)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    set_adapter(resident, drawn_adapter(shapes, config.federation.seed))
+    seed = config.federation.seed
+    set_adapter(resident, started_adapter(shapes, seed, resident.magnitudes))
     return resident
 
 

@@ -375,6 +375,7 @@ def test_all_that_a_private_visit_cannot_cover_is_told_at_once() -> None:
         "train.dynamic-data-seed": False,
         "model.lora.dropout": 0.1,
         "communication.entropy-coding": True,
+        "model.lora.peft-use-dora": True,
     }
     with pytest.raises(ConfigError) as refused:
         recipes.resolve(PRIVATE, values)
