@@ -544,7 +544,7 @@ class StaticConfig:
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv or .parquet file (.gz
+    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv, .parquet or .txt file (.gz
     too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
     `formulary`, or `common-and-rare` (docs/privacy.md)."""
     config: str

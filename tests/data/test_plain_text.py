@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,21 @@ def test_a_run_on_text_has_no_prompt_unless_one_is_set(tmp_path: Path) -> None:
     layers = with_sites([data, ("--set", {"data.prompt-template": "alpaca"})])
     with pytest.raises(DataError, match="plain text, without question"):
         preflight.check_data(resolve(overlaid(values for _, values in layers)))
+
+
+def test_a_file_of_text_has_one_a_paragraph(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(b"\xef\xbb\xbfFever.\r\nThree days.\r\n\r\n \r\n\r\nRest.\n")
+    rows = load_rows(str(file), question_column="input", answer_column="output")
+    assert rows["output"] == ["Fever.\nThree days.", "Rest."]
+    assert rows.histories == [PLAIN_TEXT] * 2
+    with gzip.open(tmp_path / "more.txt.gz", "wb") as packed:
+        packed.write(b"Tea.")
+    rows = load_rows(str(tmp_path), question_column="input", answer_column="output")
+    assert rows["output"] == ["Tea.", "Fever.\nThree days.", "Rest."]
+    (tmp_path / "cards.jsonl").write_text('{"input": "Why?", "output": "So."}')
+    rows = load_rows(str(tmp_path), question_column="input", answer_column="output")
+    assert rows["output"] == ["So."]  # texts beside data describe them
+    file.write_bytes(b"Gr\xf6\xdfe")
+    with pytest.raises(DataError, match="the file is damaged"):
+        load_rows(str(file), question_column="input", answer_column="output")
