@@ -78,6 +78,7 @@ EVERY = 6
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.slow
 def test_no_honest_successor_is_refused(name: str) -> None:
     """25 messages a run: early and late rounds, sites that join late, evaluations. All runs of all
     rules are 12,000 messages."""
