@@ -544,8 +544,8 @@ class StaticConfig:
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv, .parquet or .txt file (.gz
-    too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
+    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv, .parquet or .txt file
+    (.gz too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
     `formulary`, or `common-and-rare` (docs/privacy.md)."""
     config: str
     """Configuration of a data set on the Hub; empty: its only or default one."""
