@@ -101,6 +101,11 @@ CUSTODY: dict[str, Settings] = {
     },
     "rolora int8": {"strategy.name": "rolora", "communication.downlink-codec": "int8"},
     "flora": {"strategy.name": "flora", "strategy.max-rank": 8},
+    "own ranks of modules": {
+        "strategy.name": "fedavg",
+        "model.lora.rank-pattern": '{"q_proj": 2}',
+        "model.lora.alpha-pattern": '{"v_proj": 16}',
+    },
     "product of site ranks": {"strategy.name": "product", "strategy.site-ranks": "4,2"},
 }
 
