@@ -325,7 +325,6 @@ def contradictions(config: Config) -> Iterator[str]:
             f"a Hub name, a file, or {' or '.join(EMBEDDED_DATA)}",
         ),
         ("model.lora.target-modules", config.lora.target_modules, "module names, or auto"),
-        ("data.question-column", data.question_column, "a column name"),
         ("data.answer-column", data.answer_column, "a column name"),
     ):
         if not value:
