@@ -27,6 +27,7 @@ from grandrounds.config.values import (
     Patterns,
     Range,
     Scalar,
+    Sha256,
     SomeOf,
     Table,
     words_of,
@@ -123,11 +124,23 @@ class LoraConfig:
     holds; other modules have `peft-lora-r`. Empty: none."""
     alpha_pattern: Annotated[str, Patterns(Range(0, above=True), whole=False)]
     """Alphas of single modules, likewise. A module's rank does not change its alpha."""
+    from_adapter: str
+    """LoRA adapter from which training goes on, on the server: the folder of one, a run directory
+    (its last adapter; `RUN/peft_8` for another), or `REPO@REVISION` on the Hub. Empty: training
+    starts from an adapter drawn from the seed. See docs/continuing.md."""
+    from_adapter_sha256: Annotated[str, Sha256()]
+    """SHA-256 of that adapter's tensors, filled in and printed by `grandrounds run` and
+    `grandrounds plan`; the adapter must have it. A deployed site compares what it receives."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
     peft_use_dora: Annotated[bool, OneOf((False,))]
     """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
     never loads. `grandrounds plan` counts them."""
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether training goes on from a saved adapter."""
+        return bool(self.from_adapter or self.from_adapter_sha256)
 
     @property
     def ranks_by_pattern(self) -> dict[str, int]:

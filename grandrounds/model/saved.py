@@ -93,10 +93,10 @@ def fits(folder: Path, spec: LoraSpec, base: str) -> bool:
         needed, targets = adapter_layout(base, spec)
     except ModelError:
         return False
-    return first_mismatch(_of_the_text(adapter_shapes(folder), targets), needed) is None
+    return first_mismatch(of_the_text(adapter_shapes(folder), targets), needed) is None
 
 
-def _of_the_text(shapes: Shapes, targets: Targets) -> Shapes:
+def of_the_text(shapes: Shapes, targets: Targets) -> Shapes:
     """Return an adapter's tensors without those outside a composite base's text model, such as its
     vision tower: they change no text."""
     if targets.excluded is None:
@@ -111,7 +111,7 @@ def check_fit(folder: Path, spec: LoraSpec, base: str) -> None:
         needed, targets = adapter_layout(base, spec)
     except ModelError as error:
         raise ModelError(f"the adapter {folder} does not fit the base {base!r}: {error}") from error
-    check_shapes(folder, _of_the_text(adapter_shapes(folder), targets), needed, base)
+    check_shapes(folder, of_the_text(adapter_shapes(folder), targets), needed, base)
 
 
 def check_shapes(folder: Path, found: Shapes, needed: Shapes, base: str) -> None:

@@ -15,6 +15,7 @@ from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
 from grandrounds.model.base import stored_bits
 from grandrounds.model.lora import LoraSpec, adapter_layout
+from grandrounds.server import saved_start
 from grandrounds.server.admitted import (
     admitted_examples,
     admitted_names,
@@ -54,13 +55,20 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     spec = LoraSpec.of(config)
     shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes, examiners_of(grid))
-    is_new = directory is None
+    is_new, continued = directory is None, None
+    if config.lora.is_continued and directory is None:
+        continued = saved_start.start_of(config, shapes, targets)
+        config = saved_start.with_hash(config, continued)
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))
         directory = RunDirectory.create(path, config)
     if is_new:
         directory.hold()
-    start = drawn_adapter(shapes, federation.seed)
+    if config.lora.is_continued and not is_new:
+        continued = saved_start.kept(directory.path, config, shapes)
+    elif continued is not None:
+        saved_start.keep(directory.path, continued)
+    start = drawn_adapter(shapes, federation.seed) if continued is None else continued
     rule = make_rule(filled_in(config))
     if resumed is None:
         state = State(0, start, secrets.token_hex(8))
@@ -70,7 +78,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         state.adapter = in_order(state.adapter, shapes, resumed.saved.folder)
         rule.restore(resumed.saved.rule)
         restore(directory, resumed)
-    directory.write_json("environment.json", environment())
+    begun = {"from-adapter-sha256": config.lora.from_adapter_sha256} if continued else {}
+    directory.write_json("environment.json", {**environment(), **begun})
     described = {**plan.as_dict(), "target-modules": list(targets.modules)}
     if targets.frozen:
         described["frozen-modules"] = list(targets.frozen)
@@ -78,6 +87,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         described["stored-bits"] = bits
     if missing := unmatched(spec.target_modules, targets.modules):
         described["target-modules-without-match"] = missing
+    if continued:
+        described["from-adapter"] = saved_start.named(config)
     directory.write_json("plan.json", described)
     run = Run(
         config=config,
@@ -102,6 +113,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         ),
         listener=listener,
         evaluation_cohort=evaluation_cohort_of(config),
+        continued=continued,
     )
     resumed_after = state.round if resumed else None
     place = {"directory": str(directory.path), "resumed-after": resumed_after}

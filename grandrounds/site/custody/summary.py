@@ -36,6 +36,8 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
         f"    base {value['model.name']}, prompt {value['data.prompt-template']}, {kind} of rank "
         f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
     )
+    if sha256 := recipe.values.get("model.lora.from-adapter-sha256"):
+        yield f"    goes on from a saved adapter, SHA-256 {sha256}"
     for key in (*PATTERNS, "data.system-prompt", "data.template-options"):
         if recipe.values.get(key):
             yield f"    {key} {shown(str(recipe.values[key]))}"
