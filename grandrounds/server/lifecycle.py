@@ -23,6 +23,7 @@ from grandrounds.server.admitted import (
     revoked_nodes,
 )
 from grandrounds.server.aggregation.make import filled_in, make_rule
+from grandrounds.server.described import named_start
 from grandrounds.server.directory import RunDirectory, default_run_directory, environment
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
@@ -88,7 +89,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     if missing := unmatched(spec.target_modules, targets.modules):
         described["target-modules-without-match"] = missing
     if continued:
-        described["from-adapter"] = saved_start.named(config)
+        described["from-adapter"] = named_start(config)
     directory.write_json("plan.json", described)
     run = Run(
         config=config,

@@ -22,14 +22,12 @@ from safetensors.numpy import load_file, save
 from grandrounds.config.bases import hub_name
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
-from grandrounds.config.words import place_name
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, first_line
 from grandrounds.model.foreign import ADVICE
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.saved import (
-    PICKLE,
-    WEIGHTS,
     first_mismatch,
+    from_hub,
     lora_spec,
     of_the_text,
     read_adapter,
@@ -42,8 +40,6 @@ from grandrounds.storage import found, write_bytes, writing
 from grandrounds.wire.adapter import Adapter, Shapes, adapter_sha256, factor_of, shapes_of
 
 KEY, HASH = "model.lora.from-adapter", "model.lora.from-adapter-sha256"
-
-_FILES = ("adapter_config.json", WEIGHTS, PICKLE)
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def _folder(place: str) -> Path:
     """Return the folder of the adapter that a place names."""
     path = found(place)
     if path is None:
-        return _from_hub(place)
+        return from_hub(place)
     if (path / "config.toml").is_file():
         return find_checkpoint(path).folder
     if not (path / "adapter_config.json").is_file():
@@ -126,29 +122,6 @@ def _folder(place: str) -> Path:
         )
     weights_of(path)
     return path
-
-
-def _from_hub(place: str) -> Path:
-    """Return the folder of an adapter in the Hub's cache, where it is downloaded if need be."""
-    from huggingface_hub import snapshot_download
-
-    name, revision = hub_name(place)
-    if place.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"{KEY} = {place!r}: there is no such folder, and it is no name on the Hub "
-            "(owner/name@revision)."
-        )
-    try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"{KEY} = {place!r}: the adapter is not in the cache, and cannot be downloaded "
-            f"({first_line(error)}). Check the name and the network, unset HF_HUB_OFFLINE, or give "
-            "a local folder."
-        ) from error
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ModelError(f"{KEY} = {place!r} is no adapter: it has no adapter_config.json.")
-    return Path(folder)
 
 
 # --- In the run directory -------------------------------------------------------------------------
@@ -278,12 +251,6 @@ def with_hash(config: Config, start: Adapter) -> Config:
     """Return a configuration with the hash of the adapter from which it goes on."""
     lora = dataclasses.replace(config.lora, from_adapter_sha256=adapter_sha256(start))
     return dataclasses.replace(config, lora=lora)
-
-
-def named(config: Config) -> dict[str, str]:
-    """Return the adapter from which a run goes on, for plan.json: its place and its hash."""
-    lora = config.lora
-    return {"place": place_name(lora.from_adapter), "sha256": lora.from_adapter_sha256}
 
 
 def other_base(saved: SavedStart, config: Config) -> str:
