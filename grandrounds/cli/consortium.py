@@ -166,6 +166,24 @@ def revoke(
 
 
 @app.command()
+def roster(directory: Folder = Path("consortium")) -> None:
+    """Sign the roster of the admitted sites' agent keys, for `grandrounds site accept-roster`."""
+    from grandrounds.engines.deployment import keys, rosters
+
+    directory = storage.expanded(directory).absolute()
+    found = rosters.write_roster(directory)
+    say(
+        f"roster {found.serial} of {found.consortium!r}: {rosters.digest_text(found)}",
+        *(
+            f"site {number} {one.name!r}, agent key {keys.fingerprint(one.key)}"
+            for number, one in sorted(found.members.items())
+        ),
+        f"send {rosters.file_of(directory)} to every site, which accepts it with grandrounds site "
+        "accept-roster and compares the digest with the others",
+    )
+
+
+@app.command()
 def sign_recipe(
     recipe: Annotated[Path, typer.Argument(help="The recipe (.toml).")],
     assignments: Assignments = None,
@@ -200,6 +218,9 @@ def check_fingerprint(request: Path, fingerprint: str | None) -> None:
     name, found = asked.name, keys.fingerprint(asked.key)
     replaces = f", in the place of {asked.replaced}" if asked.replaced else ""
     told = f"{request} of {name!r} has node key {found}{replaces}"
+    if asked.agent_key:
+        agent = keys.fingerprint(keys.read_public_text(asked.agent_key))
+        told += f" and agent key {agent}"
     if fingerprint is None:
         if not sys.stdin.isatty():
             raise ConfigError(f"{told}: compare it with what the site tells you (--fingerprint).")

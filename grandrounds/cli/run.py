@@ -31,6 +31,7 @@ from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
+from grandrounds.data.own_prompt import check_prompt
 from grandrounds.errors import ConfigError, ModelError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
@@ -148,6 +149,7 @@ def run(
     resolved = resolve_run(settings, resume, from_round)
     if engine is Engine.deployment and (idle := idle_last_round(resolved)):
         raise ConfigError(idle)
+    check_prompt(resolved.data.prompt_template, resolved.data.system_prompt)
     find_base(resolved.model.name)  # fails now if it is not fetched
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(

@@ -17,7 +17,7 @@ from grandrounds.cli.options import Assignments, Model, Plain
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
-from grandrounds.errors import GrandRoundsError
+from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 
@@ -46,15 +46,18 @@ def init(
         ),
     ] = 0,
 ) -> None:
-    """Create a site's node key, its request to join, and a site.toml to fill in."""
+    """Create a site's node and agent keys, its request to join, and a site.toml to fill in."""
     from grandrounds.engines.deployment import keys, set_up
 
     folder = set_up.init_site(directory, name, tls_port=tls_port)
-    key = keys.read_private_key(folder / "node.key").public_key()
+    key, agent = (
+        keys.read_private_key(folder / file).public_key() for file in ("node.key", set_up.IDENTITY)
+    )
     say(
         f"site {name!r} in {folder}",
         f"node key: {keys.fingerprint(key)}",
-        f"1. send {folder / 'request.json'} to the consortium, and tell it the fingerprint over "
+        f"agent key: {keys.fingerprint(agent)}",
+        f"1. send {folder / 'request.json'} to the consortium, and tell it the fingerprints over "
         "another channel",
         f"2. fill in {folder / 'site.toml'}: data, bases, policy",
         "3. with the admission: grandrounds site join ADMISSION --authority authority.pub "
@@ -86,12 +89,18 @@ def join(
 
 
 @app.command()
-def rotate_key(config: SiteToml = Path("site.toml")) -> None:
+def rotate_key(
+    config: SiteToml = Path("site.toml"),
+    agent_key: Annotated[
+        bool,
+        typer.Option(help="Replace the agent key too; every site must accept a new roster then."),
+    ] = False,
+) -> None:
     """Write a new node key and a request for it, signed by both keys; join puts it in place."""
     from grandrounds.engines.deployment import joining, keys
 
     site = read_site_file(config)
-    request = joining.rotate_key(site)
+    request = joining.rotate_key(site, agent_key=agent_key)
     key = keys.read_private_key(request.with_name(joining.NEXT_KEY)).public_key()
     say(
         f"new node key: {keys.fingerprint(key)}; the present one stays in use until site join",
@@ -100,6 +109,51 @@ def rotate_key(config: SiteToml = Path("site.toml")) -> None:
         f"--config {config}",
         "3. restart the SuperNode",
     )
+
+
+@app.command("accept-roster")
+def accept_roster(
+    roster: Annotated[Path, typer.Argument(help="The consortium's roster.json.")],
+    config: SiteToml = Path("site.toml"),
+    digest: Annotated[
+        str | None,
+        typer.Option(
+            help="Digest of the roster, as the other sites have it; prompted for if omitted."
+        ),
+    ] = None,
+) -> None:
+    """Accept the agent keys of a consortium's sites, signed by its authority.
+
+    Nothing but this command changes the roster of a site, and no run goes on after a change.
+    """
+    from grandrounds.engines.deployment import rosters
+
+    site = read_site_file(config)
+    found = rosters.offered(site, roster)
+    told = (
+        f"roster {found.roster.serial} of {found.roster.consortium!r}, "
+        f"{len(found.roster.members)} sites: {rosters.digest_text(found.roster)}"
+    )
+    say(told, *found.changes)
+    check_digest(rosters.digest_text(found.roster), digest)
+    rosters.accept(site, found)
+    say(f"accepted: {rosters.file_of(site.path.parent)}")
+
+
+def check_digest(found: str, told: str | None) -> None:
+    """Raise `ConfigError` unless the other sites have the same roster."""
+    if told is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"The roster is {found}: compare it with what another site has (--digest)."
+            )
+        if not typer.confirm("Do the other sites have the same digest?"):
+            raise ConfigError("The roster is not accepted. Ask the consortium for it again.")
+    elif told.removeprefix("SHA256:") != found.removeprefix("SHA256:"):
+        raise ConfigError(
+            f"The roster is {found}, not {told}: sites were given different ones, or the digest "
+            "was misread. Nothing was changed."
+        )
 
 
 def start_command(site: SiteFile) -> str:

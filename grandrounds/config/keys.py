@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar
 
 from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
+from grandrounds.config.prompt import BUILT_IN, TemplateText, is_own
 from grandrounds.config.schedules import Schedules
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.values import (
@@ -133,9 +134,10 @@ class LoraConfig:
     `grandrounds plan`; the adapter must have it. A deployed site compares what it receives."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
-    peft_use_dora: Annotated[bool, OneOf((False,))]
-    """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
-    never loads. `grandrounds plan` counts them."""
+    peft_use_dora: bool
+    """DoRA (Liu et al., 2024): a vector of magnitudes for each module, trained beside A and B. Two
+    sites tell where they start, once: the norms of the base's weights, which the server never
+    loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private runs."""
 
     @property
     def is_continued(self) -> bool:
@@ -482,6 +484,9 @@ class PrivacyConfig:
     itself names; a site with a policy of its own names the column there."""
     max_records_of_unit: Annotated[int, Range(1)]
     """Records of one unit that train at most."""
+    report_train_loss: bool
+    """Whether visits tell their mean training loss, with noise of its own within the same ε: the
+    noise on gradients grows by 2 %. A site's policy must allow it too."""
 
 
 @dataclass(frozen=True)
@@ -504,9 +509,11 @@ class DataConfig:
     held_out_fraction: Annotated[float, Range(0, 0.9)]
     """Fraction of each site's rows held out for evaluation; 0: none, as in FlowerTune. A held-out
     question never occurs in the same site's training data, but may occur in another site's."""
-    prompt_template: Annotated[str, OneOf(("alpaca", "chat"))]
+    prompt_template: Annotated[str, TemplateText(BUILT_IN)]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
-    of turn."""
+    of turn. `text`: no prompt, for plain text. A template of one's own is named by its file
+    (`.jinja`, `.j2`, `.txt`, or a path), or is packaged: `alpaca-indented`, `chatml`, `llama2`; a
+    recipe holds its text. See docs/data.md."""
     template_date: Annotated[str, Day()]
     """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
     starts, written into its recipe, so that it is resumed on the same text."""
@@ -514,21 +521,33 @@ class DataConfig:
     """`chat`: values of the template's own options, such as `enable_thinking`; a table, set whole
     or by key (`--set data.template-options.enable_thinking=false`)."""
     system_prompt: str
-    """`chat`: system message before every question. Empty: what the template says without one."""
+    """`chat`, and templates of one's own that read `system`: system message before every question.
+    Empty: what the template says without one."""
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
-    """Column holding the question. Several, comma-separated, are joined by a space:
-    `instruction,input` for Alpaca's format. A column of turns (role and content) holds
-    conversations. With the usual names, `input` and `output`, the columns of other forms are found:
+    """Column holding the question; empty: the answer column holds plain text. Several,
+    comma-separated, are joined by a space: `instruction,input` for Alpaca's format. A column of
+    turns (role and content) holds conversations. With the usual names, `input` and `output`, the
+    columns of other forms are found:
     `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`."""
     answer_column: str
-    """Column holding the answer."""
+    """Column holding the answer, or plain text."""
 
     @property
     def chat(self) -> tuple[str, str, str]:
         """What is set in the chat template: date, options as JSON, and system prompt."""
+        if self.prompt_template != "chat":
+            return "", "", ""
         return self.template_date, self.template_options, self.system_prompt
+
+    @property
+    def prompt(self) -> str:
+        """What renders prompts: `prompt_template`, with the system prompt in one's own."""
+        if not is_own(self.prompt_template) or not self.system_prompt:
+            return self.prompt_template
+        said = json.dumps(self.system_prompt, ensure_ascii=False)
+        return f"{{% set system = {said} %}}\n{self.prompt_template}"
 
 
 @dataclass(frozen=True)
@@ -538,8 +557,8 @@ class StaticConfig:
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv or .parquet file (.gz
-    too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
+    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv, .parquet or .txt file
+    (.gz too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
     `formulary`, or `common-and-rare` (docs/privacy.md)."""
     config: str
     """Configuration of a data set on the Hub; empty: its only or default one."""

@@ -25,6 +25,7 @@ from grandrounds.config.keys import (
     Config,
     table_of,
 )
+from grandrounds.config.prompt import with_text
 from grandrounds.config.resets import resets
 from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
@@ -69,10 +70,12 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
     ------
     ConfigError
         If the file is missing or not TOML, is the pyproject.toml of something else, or has an
-        entry-specific key that cannot be honoured.
+        entry-specific key that cannot be honoured; or if a prompt template that it names cannot be
+        read.
     """
     found = _read(path)
-    return found.values if isinstance(found, Entry) else of_before(found)
+    values = found.values if isinstance(found, Entry) else of_before(found)
+    return with_text(values, path.parent)
 
 
 ADDED: dict[str, Scalar] = {"strategy.largest-weight": 0.0, "defence.largest-norm": 0.0}
@@ -171,7 +174,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
     Raises
     ------
     ConfigError
-        If an assignment has no `=`.
+        If an assignment has no `=`, or names a prompt template that cannot be read.
     """
     out: dict[str, Scalar] = {}
     for assignment in assignments:
@@ -186,7 +189,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Scalar]:
         except tomllib.TOMLDecodeError:
             value = text.strip()
         out |= flatten({key.strip(): value})
-    return out
+    return with_text(out)
 
 
 Layer = tuple[str, Mapping[str, Scalar]]

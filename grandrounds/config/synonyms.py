@@ -148,7 +148,7 @@ _VALUES: dict[str, dict[str, Scalar]] = {
         **dict.fromkeys(("bysite", "site", "column", "bycolumn", "naturalid", "group"), "natural"),
     },
     "data.prompt-template": {
-        **dict.fromkeys(("chatml", "llama3", "instruct", "tokenizer", "chattemplate"), "chat"),
+        **dict.fromkeys(("llama3", "instruct", "tokenizer", "chattemplate"), "chat"),
         **dict.fromkeys(("flowertune", "default", "instruction"), "alpaca"),
     },
     "strategy.name": {

@@ -23,8 +23,10 @@ from grandrounds.config.keys import (
     table_meant,
 )
 from grandrounds.config.private import privacy_contradictions
+from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
 from grandrounds.config.schedules import parts_of
+from grandrounds.config.starts import refused_start
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.synonyms import (
     MAX_STEPS,
@@ -114,6 +116,8 @@ def unknown_key(key: str, value: Scalar) -> str:
     if last in PER_ROUND:
         count = value if type(value) is int and value > 0 else "N"
         return f"{told} Write --sites-per-round {count}, or set strategy.fraction-train."
+    if why := refused_start(key, value):
+        return why
     if table := table_meant(key):
         return f"{told} Write {table}={json.dumps(value)}."
     meant = key_meant(key, _KEYS)
@@ -224,9 +228,6 @@ def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
 
 
 NOT_HONOURED = {
-    "model.lora.peft-use-dora": " DoRA's magnitudes start as the norms of the base's weights, which"
-    " the server never loads, and would have to be sent and averaged beside the factors."
-    " grandrounds plan counts their bytes; false trains plain LoRA of the same rank.",
     "train.training-arguments.fp16": " Half precision would need loss scaling; set"
     " train.training-arguments.bf16 = true, or neither for float32.",
     "train.training-arguments.output-dir": " A site never writes to a path that it was sent; for"
@@ -294,7 +295,7 @@ def contradictions(config: Config) -> Iterator[str]:
         for key, text in (
             ("data.template-date", data.template_date),
             ("data.template-options", data.template_options),
-            ("data.system-prompt", data.system_prompt),
+            ("data.system-prompt", "" if is_own(data.prompt_template) else data.system_prompt),
         ):
             if text:
                 yield f'{key} = {text!r} has no effect without data.prompt-template = "chat".'
@@ -324,7 +325,6 @@ def contradictions(config: Config) -> Iterator[str]:
             f"a Hub name, a file, or {' or '.join(EMBEDDED_DATA)}",
         ),
         ("model.lora.target-modules", config.lora.target_modules, "module names, or auto"),
-        ("data.question-column", data.question_column, "a column name"),
         ("data.answer-column", data.answer_column, "a column name"),
     ):
         if not value:
@@ -414,6 +414,20 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
         yield (
             f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be integers "
             f"from 1 to model.lora.peft-lora-r = {rank}, comma-separated."
+        )
+    if config.lora.peft_use_dora and not STRATEGIES[name].averages_tensors:
+        recomputes = not STRATEGIES[name].error_feedback
+        why = (
+            "it recomputes A and B from the sites' products, and DoRA's weights follow from "
+            "magnitudes too, which no product holds"
+            if recomputes
+            else "it freezes a factor so that the mean of the products B A is exact, which DoRA's "
+            "division by a norm undoes"
+        )
+        able = ", ".join(rule for rule, asks in STRATEGIES.items() if asks.averages_tensors)
+        yield (
+            f"model.lora.peft-use-dora = true does not go with strategy.name = {name!r}: {why}. "
+            f"Set one of {able}, or model.lora.peft-use-dora = false."
         )
     if config.lora.rank_pattern and (ranks or STRATEGIES[name].stacks):
         why, instead = (

@@ -10,16 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
+from grandrounds.data.conversations import (
+    PLAIN_TEXT,
+    Conversation,
+    Unusable,
+    conversation_of,
+)
 from grandrounds.data.files import Choice, RawRows, WrittenFloat
-from grandrounds.data.forms import INSTRUCTION, named_in
+from grandrounds.data.forms import APART, INSTRUCTION, named_in
 from grandrounds.data.rows import Rows
 
 
 def columns_read_alone(columns: tuple[str, ...]) -> Choice:
     """Return which columns to read for those that are named, whatever the source has."""
     question, answer, *kept = columns
-    wanted = dict.fromkeys((*_parts(question), answer, *kept))
+    asked = (INSTRUCTION if name == APART else name for name in kept)
+    wanted = dict.fromkeys((*_parts(question), answer, *asked))
     return lambda _: tuple(name for name in wanted if name)
 
 
@@ -32,11 +38,16 @@ def rows_alone(raw: RawRows, columns: tuple[str, ...]) -> Rows:
     Parameters
     ----------
     columns
-        Of the question, of the answer (empty: the question's column holds conversations), then of
-        labels, such as the unit.
+        Of the question (empty: the answer's column holds plain text), of the answer (empty: the
+        question's column holds conversations), then of labels, such as the unit.
     """
     question, answer, *kept = columns
-    parts = [_cells(raw, name) for name in _parts(question)]
+    named = _parts(question)
+    if APART in kept:
+        named = tuple(name for name in named if name != INSTRUCTION) or named
+    if not question:
+        named = (answer,)
+    parts = [_cells(raw, name) for name in named]
     answers = _cells(raw, answer)
     read = [
         _conversation(cells[-1]) if not answer else _pair(cells, said)
@@ -47,7 +58,10 @@ def rows_alone(raw: RawRows, columns: tuple[str, ...]) -> Rows:
         answer: [one.answer for one in read],
     }
     values |= {name: [_label(cell) for cell in _cells(raw, name)] for name in kept}
-    histories: list[tuple[Turn, ...]] = [one.before for one in read]
+    if APART in kept:
+        apart = _cells(raw, INSTRUCTION) if INSTRUCTION not in named else [None] * len(raw.places)
+        values[APART] = [_text(cell) for cell in apart]
+    histories = [PLAIN_TEXT if not question else one.before for one in read]
     return Rows(values, histories=histories)
 
 

@@ -64,14 +64,7 @@ class ChatFormat:
 
     def answer_ids(self, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of `answer_texts` in the context of the prompt."""
-        prompt: list[int] = tokenizer(self.prompt, add_special_tokens=False)["input_ids"]
-        whole = tokenizer([self.prompt + text for text in texts], add_special_tokens=False)
-        found = []
-        for text, ids in zip(texts, whole["input_ids"], strict=True):
-            in_context = list(ids[: len(prompt)]) == prompt
-            # else its first token would join the prompt's last one
-            found.append(list(ids[len(prompt) :]) if in_context else apart(tokenizer, [text])[0])
-        return found
+        return in_context(tokenizer, self.prompt, texts)
 
     def _answer_text(self, tokenizer: Any, answer: str) -> str:
         """Return an answer as it follows the prompt: templates take out or move its reasoning."""
@@ -103,12 +96,32 @@ class ChatFormat:
         return answer.lstrip().removeprefix(mark).lstrip()
 
 
+def in_context(tokenizer: Any, before: str, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of texts as they follow another text, such as a prompt."""
+    prompt: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    whole = tokenizer([before + text for text in texts], add_special_tokens=False)
+    found = []
+    for text, ids in zip(texts, whole["input_ids"], strict=True):
+        is_prefix = list(ids[: len(prompt)]) == prompt
+        # else its first token would join the prompt's last one
+        found.append(list(ids[len(prompt) :]) if is_prefix else apart(tokenizer, [text])[0])
+    return found
+
+
 def apart(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the tokens of texts that follow something else, each tokenised by itself."""
     if tokenizer.tokenize("a")[0].startswith("▁"):
         # SentencePiece prepends a space itself; ours would be a second one.
         texts = [text.removeprefix(" ") for text in texts]
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+
+def put_first(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts before every text."""
+    alone = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    starts = range(len(whole) - len(alone) + 1)
+    return next((whole[:at] for at in starts if whole[at : at + len(alone)] == alone), [])
 
 
 def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: bool) -> str:
@@ -189,11 +202,17 @@ def chat_format(tokenizer: Any) -> ChatFormat:
 
 def _end_of_turn(tokenizer: Any, tail: str) -> tuple[int, ...]:
     """Return the tokens of the text after an answer, up to the first special one."""
+    ids, is_special = until_special(tokenizer, tail)
+    return ids if is_special else (tokenizer.eos_token_id,)
+
+
+def until_special(tokenizer: Any, tail: str) -> tuple[tuple[int, ...], bool]:
+    """Return the tokens of a text after an answer up to its first special one, if it has one."""
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     before = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     ids = tokenizer(ANSWER + tail, add_special_tokens=False)["input_ids"][len(before) :]
     for count, token in enumerate(ids, 1):
         if token in special:
-            return tuple(ids[:count])
-    return (tokenizer.eos_token_id,)
+            return tuple(ids[:count]), True
+    return tuple(ids), False

@@ -12,8 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.conversations import PLAIN_TEXT
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
+from grandrounds.data.forms import INSTRUCTION
 from grandrounds.data.places import FILE_ENDINGS, Version, files_of, looks_like_path
 from grandrounds.data.read import as_read, columns_read
 from grandrounds.data.sources import read_files
@@ -42,6 +44,12 @@ class Survey:
     """Conversations that cannot be trained on, each with its place and the reason."""
     unread: tuple[str, ...] = ()
     """Columns that nobody reads."""
+    has_instructions: bool = False
+    """Whether there is a column of instructions."""
+    texts: int = 0
+    """Usable rows of plain text."""
+    with_system_only: int = 0
+    """Those of `conversations` that have a system prompt before the question and nothing else."""
 
 
 def survey(source: str, question: str, answer: str, partition_by: str = "") -> Survey | None:
@@ -112,14 +120,18 @@ def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
         if label is not None and str(label).strip():
             found[label] += usable
     gaps = sum(label is None or not str(label).strip() for label in labels)
-    told = [usable and bool(b) for usable, b in zip(is_usable, read.histories, strict=False)]
+    before = [b for usable, b in zip(is_usable, read.histories, strict=False) if usable and b]
+    told = [turns for turns in before if turns != PLAIN_TEXT]
     return Survey(
         len(is_usable),
         sum(is_usable),
         dict(found),
         gaps,
         form=read.form,
-        conversations=sum(told),
+        conversations=len(told),
         left_out=read.left_out,
         unread=tuple(name for name in raw.available if name not in read.columns),
+        has_instructions=INSTRUCTION in raw.available,
+        texts=len(before) - len(told),
+        with_system_only=sum(len(b) == 1 and b[0][0] == "system" for b in told),
     )

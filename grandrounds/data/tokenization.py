@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from grandrounds.data.chat import apart, chat_format, rendered
-from grandrounds.data.conversations import Turn
+from grandrounds.data.chat import apart, chat_format, put_first, rendered
+from grandrounds.data.conversations import PLAIN_TEXT, Turn
+from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.prompts import build_prompt, response_text
 from grandrounds.errors import ConfigError, DataError
 
@@ -68,6 +69,8 @@ def prompt_token_ids(tokenizer: Any, template: str, questions: Sequence[str]) ->
     """
     if not questions:
         return []
+    if is_own(template):
+        return own_prompt(template).prompt_ids(tokenizer, [(one, "", "") for one in questions])
     texts = [build_prompt(template, question, tokenizer) for question in questions]
     ids = tokenizer(texts, add_special_tokens=template != "chat")["input_ids"]
     eos = tokenizer.eos_token_id
@@ -87,18 +90,69 @@ def conversation_token_ids(
     longer = sum(len(turns) > 1 for turns in conversations)
     if not longer:
         return prompt_token_ids(tokenizer, template, [turns[0][1] for turns in conversations])
+    if is_own(template):
+        systems = [system_of(turns[:-1], template) for turns in conversations]
+        check_room(template, systems.count(None), len(conversations))
+        asked = [
+            (turns[-1][1], "", system or "")
+            for turns, system in zip(conversations, systems, strict=True)
+        ]
+        return own_prompt(template).prompt_ids(tokenizer, asked)
     check_room(template, longer, len(conversations))
     texts = [rendered(tokenizer, turns, answering=True) for turns in conversations]
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def check_room(template: str, conversations: int, examples: int) -> None:
-    """Raise `DataError` if a prompt template has no room for conversations."""
+def system_of(before: Sequence[Turn], template: str) -> str | None:
+    """Return the system prompt before a question; None if a template of one's own lacks the room.
+
+    It has room for a system prompt where it reads `system`, and for no earlier turns.
+    """
+    if not before:
+        return ""
+    if len(before) > 1 or before[0][0] != "system" or "system" not in own_prompt(template).names:
+        return None
+    return before[0][1]
+
+
+def check_room(template: str, conversations: int, examples: int, with_system_only: int = 0) -> None:
+    """Raise `DataError` if a prompt template has no room for conversations.
+
+    Parameters
+    ----------
+    with_system_only : int
+        How many of them have a system prompt before the question and nothing else.
+    """
+    if is_own(template) and "system" in own_prompt(template).names:
+        conversations -= with_system_only
     if conversations and template != "chat":
+        which = "the file given" if is_own(template) else f'"{template}"'
         raise DataError(
             f"{conversations:,} of {examples:,} examples are conversations of several turns or "
-            f'have a system prompt, and data.prompt-template = "{template}" has room for one '
-            'question: set data.prompt-template = "chat", with a base that has a chat template.'
+            f"have a system prompt, and data.prompt-template = {which} has room for one question: "
+            'set data.prompt-template = "chat", with a base that has a chat template.'
+        )
+
+
+def is_text(example: Example) -> bool:
+    """Whether an example is plain text."""
+    return example.before == PLAIN_TEXT
+
+
+def check_text(template: str, texts: int, examples: int) -> None:
+    """Raise `DataError` if plain text is to be asked in a prompt, or questions without one."""
+    if texts and template != "text":
+        raise DataError(
+            f"{texts:,} of {examples:,} examples are plain text, without question: set "
+            'data.prompt-template = "text", which trains on all of a text without a prompt; or '
+            "name the columns in data.question-column and data.answer-column."
+        )
+    if texts < examples and template == "text":
+        raise DataError(
+            f"{examples - texts:,} of {examples:,} examples have a question, and "
+            'data.prompt-template = "text" trains on plain text, without a prompt: set "alpaca" or '
+            '"chat", or name the column of texts in data.answer-column and leave '
+            'data.question-column empty ("").'
         )
 
 
@@ -106,6 +160,8 @@ def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> l
     """Return the answers' tokens as they follow a prompt, without their end."""
     if not answers:
         return []
+    if is_own(template):
+        return own_prompt(template).answer_ids(tokenizer, answers)
     if template == "chat":
         form = chat_format(tokenizer)
         return form.answer_ids(tokenizer, form.answer_texts(tokenizer, answers))
@@ -113,7 +169,9 @@ def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> l
 
 
 def end_token_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
-    """Return the tokens that end an answer: the chat template's end of turn, or end-of-sequence."""
+    """Return the tokens that end an answer: the template's end of turn, or end-of-sequence."""
+    if is_own(template):
+        return own_prompt(template).end_ids(tokenizer)
     return chat_format(tokenizer).end if template == "chat" else (tokenizer.eos_token_id,)
 
 
@@ -146,7 +204,7 @@ def tokenize_examples(
     ------
     DataError
         If a conversation has several turns or a system prompt and the template has room for one
-        question.
+        question; if the examples are plain text and the template is not `text`, or the reverse.
     """
     if alone:
         given = len(examples)
@@ -159,8 +217,10 @@ def tokenize_examples(
             unlearnable=found.unlearnable + given - len(places),
             positions=tuple(places[p] for p in found.positions),
         )
-    turns = [(*e.before, ("user", e.question)) for e in examples]
-    prompts = conversation_token_ids(tokenizer, template, turns)
+    check_text(template, sum(map(is_text, examples)), len(examples))
+    if template == "text":
+        return _tokenized_texts(examples, tokenizer, seq_length)
+    prompts = _prompt_ids(examples, tokenizer, template)
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
     end = end_token_ids(tokenizer, template) if examples else ()
     kept, positions, truncated, unlearnable, unlearned = [], [], 0, 0, 0
@@ -182,11 +242,39 @@ def tokenize_examples(
     return TokenizedExamples(tuple(kept), *counts, tuple(positions))
 
 
+def _tokenized_texts(
+    examples: Sequence[Example], tokenizer: Any, seq_length: int
+) -> TokenizedExamples:
+    """Return plain texts, of which all is learned but the first token, which nothing predicts."""
+    first, end = put_first(tokenizer), tokenizer.eos_token_id
+    kept, truncated = [], 0
+    texts = [example.answer for example in examples]
+    for said in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ():
+        ids = (*first, *said, end)
+        truncated += len(ids) > seq_length
+        kept.append(TokenizedExample(ids[:seq_length], max(1, len(first))))
+    return TokenizedExamples(tuple(kept), truncated, 0, positions=tuple(range(len(kept))))
+
+
+def _prompt_ids(examples: Sequence[Example], tokenizer: Any, template: str) -> list[list[int]]:
+    """Return the tokens before the answers of examples."""
+    if is_own(template) and "instruction" in own_prompt(template).names:
+        systems = [system_of(e.before, template) for e in examples]
+        check_room(template, systems.count(None), len(examples))
+        asked = [
+            (e.apart[1], e.apart[0], system or "")
+            for e, system in zip(examples, systems, strict=True)
+        ]
+        return own_prompt(template).prompt_ids(tokenizer, asked)
+    turns = [(*e.before, ("user", e.question)) for e in examples]
+    return conversation_token_ids(tokenizer, template, turns)
+
+
 def _is_rendered(example: Example, tokenizer: Any, template: str) -> bool:
     """Whether a template can render an example and its answers."""
-    turns = (*example.before, ("user", example.question))
     try:
-        [prompt] = conversation_token_ids(tokenizer, template, [turns])
+        check_text(template, int(is_text(example)), 1)
+        [prompt] = _prompt_ids([example], tokenizer, template) if template != "text" else [[]]
         answer_token_ids(tokenizer, template, [example.answer])
         _earlier_answers(example, prompt, tokenizer)
     except (ConfigError, DataError):
@@ -203,7 +291,9 @@ def _earlier_answers(
     have had to answer.
     """
     spans: list[tuple[int, int] | None] = []
-    end = end_token_ids(tokenizer, "chat") if example.before else ()
+    if all(role != "assistant" for role, _ in example.before):
+        return spans
+    end = end_token_ids(tokenizer, "chat")
     for number, (role, said) in enumerate(example.before):
         if role != "assistant":
             continue

@@ -13,6 +13,7 @@ import grandrounds
 from grandrounds.config import recipes, schedules
 from grandrounds.config.bases import KNOWN_BASES, names_a_base
 from grandrounds.config.keys import Config
+from grandrounds.config.prompt import is_own, sha256_of
 from grandrounds.config.words import place_name, with_own
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server import guarantees
@@ -232,7 +233,7 @@ def _facts(
         (
             "adapter",
             _cell(
-                f"{'rsLoRA, ' * lora.use_rslora}"
+                f"{'DoRA, ' * lora.peft_use_dora}{'rsLoRA, ' * lora.use_rslora}"
                 f"r = {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
                 f"alpha = {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
             )
@@ -275,6 +276,12 @@ def _at(revision: str, commit: str) -> str:
 def _prompt_rows(config: Config) -> list[tuple[str, str]]:
     """Return the rows on what is set in the chat template; none if nothing is."""
     date, options, system = config.data.chat
+    if is_own(template := config.data.prompt_template):
+        said = [("system prompt", _cell(config.data.system_prompt))]
+        return [
+            ("prompt template", f"one's own, SHA-256 `{sha256_of(template)}`"),
+            *(said if config.data.system_prompt else []),
+        ]
     rows = [("date in the prompt", date)] if date else []
     rows += [("options of the chat template", _cell(options))] if options else []
     return rows + ([("system prompt", _cell(system))] if system else [])
@@ -345,10 +352,34 @@ def _use(config: Config, merged: bool) -> str:
             f'AutoModelForCausalLM.from_pretrained(base{revision}), ".")'
         )
     template = config.data.prompt_template
+    if is_own(template):
+        return f"## Use\n\n```python\n{code}\n```\n\n{_own_use(template, merged)}"
+    if template == "text":
+        return (
+            f"## Use\n\n```python\n{code}\n```\n\nTrained on plain text, without a prompt: the "
+            "model continues a text, and ends it with the end-of-sequence token."
+        )
     ends = "the template's end of turn" if template == "chat" else "the end-of-sequence token"
     return (
         f"## Use\n\n```python\n{code}\n```\n\nPrompt template: `{template}`, as in "
         f"training; answers end with {ends}.{_chat_use(config, merged)}"
+    )
+
+
+def _own_use(template: str, merged: bool) -> str:
+    """Return how a prompt gets the text of one's own template."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", template)), default=0))
+    text = (
+        "The prompt of training, a Jinja template: what stands before `{{ answer }}` is the "
+        "prompt, spaces directly before it belong to the answer, and what stands after it ends the "
+        f"answer, else the end-of-sequence token.\n\n{fence}jinja\n{template.rstrip()}\n{fence}"
+    )
+    if not merged:
+        return text
+    return (
+        f"{text}\n\nThis tokenizer's chat template renders the same text for a question, with a "
+        "system prompt before it or without: use `tokenizer.apply_chat_template` with "
+        "`add_generation_prompt=True`."
     )
 
 

@@ -89,6 +89,8 @@ def read_start(place: str) -> SavedStart:
     except ModelError as error:
         why = str(error).removesuffix(ADVICE).rstrip(" .")
         raise ModelError(f"{KEY} = {place!r}: {why}. Only plain LoRA is continued.") from error
+    if spec.dora:
+        raise ModelError(f"{KEY} = {place!r} is a DoRA adapter. Only plain LoRA is continued.")
     adapter = read_adapter(folder)
     for name, tensor in adapter.items():
         if not np.isfinite(tensor).all():

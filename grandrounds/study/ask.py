@@ -54,7 +54,7 @@ class Interview:
         check_fit(checkpoint.folder, spec, model.source)
         adapter = read_adapter(checkpoint.folder)
         self._tokenizer = tokenizer_of(model.source, ChatSettings(*checkpoint.config.data.chat))
-        self._template = checkpoint.config.data.prompt_template
+        self._template = checkpoint.config.data.prompt
         self._end = end_token_ids(self._tokenizer, self._template)
         base = BaseSpec(model.source, model.quantization, model.dtype)
         self._resident = resident_model(base, spec)

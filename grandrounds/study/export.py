@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.tokenization import end_token_ids
 from grandrounds.errors import (
     ConfigError,
@@ -48,7 +49,7 @@ from grandrounds.storage import whole_folder, writing
 from grandrounds.study.evaluation.answers import RESULT
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
-from grandrounds.wire.adapter import A, Adapter
+from grandrounds.wire.adapter import MAGNITUDE, A, Adapter
 from grandrounds.wire.told import total_of_sites
 
 T = TypeVar("T")
@@ -164,13 +165,15 @@ def _write_merged(checkpoint: Checkpoint, adapter: Adapter, folder: Path, say: S
     tensors, scales = _on_the_whole(adapter, model, name), _on_the_whole(scales, model, name)
     rounding = merge(model, tensors, scales, own)
     model.config.get_text_config().use_cache = getattr(text, "use_cache", True)
-    learned = end_token_ids(tokens, checkpoint.config.data.prompt_template)
+    learned = end_token_ids(tokens, checkpoint.config.data.prompt)
     stops = stop_tokens(model, tokens, learned)
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     say("writing")
     _save_model(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(model_location(name), **loading(name))
     set_in(tokenizer, said, name)
+    if is_own(template := checkpoint.config.data.prompt):
+        tokenizer.chat_template = own_prompt(template).chat_template(tokenizer)
     for option in ("is_local", "local_files_only"):  # describe this load, not the tokenizer
         tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
@@ -232,8 +235,9 @@ def merge(
 ) -> Rounding:
     """Merge an adapter into the weights of a base in place, and convert them to one dtype.
 
-    W + s B A with s = alpha / r: Hu et al., LoRA (2021), section 4.1. Summed in float32 and rounded
-    once, layer by layer, to avoid a second copy of the base in memory. `scales` holds s by tensor.
+    W + s B A with s = alpha / r: Hu et al., LoRA (2021), section 4.1. With DoRA each row of it is
+    brought to its magnitude (Liu et al., 2024, equation 5). Summed in float32 and rounded once,
+    layer by layer, to avoid a second copy of the base in memory. `scales` holds s by tensor.
     """
     rounded, changed = 0.0, 0.0
     for name, a in adapter.items():
@@ -247,6 +251,11 @@ def merge(
         if is_conv1d(module):
             change = change.T
         exact = weight.float() + change
+        magnitudes = adapter.get(name.removesuffix(A) + MAGNITUDE)
+        if magnitudes is not None:
+            rows = exact.T if is_conv1d(module) else exact  # (out-features, in-features)
+            rows *= (torch.tensor(magnitudes, device=weight.device) / rows.norm(dim=1))[:, None]
+            change = exact - weight.float()
         weight.data = exact.to(dtype)
         rounded += float((weight.float() - exact).double().square().sum())
         changed += float(change.double().square().sum())

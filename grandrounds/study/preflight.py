@@ -14,10 +14,12 @@ from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import words_of
 from grandrounds.data.embedded import EMBEDDED
+from grandrounds.data.forms import INSTRUCTION
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.own_prompt import check_prompt, columns_apart
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
 from grandrounds.data.survey import Survey, survey
-from grandrounds.data.tokenization import check_room
+from grandrounds.data.tokenization import check_room, check_text
 from grandrounds.errors import ModelError
 from grandrounds.model.architectures import (
     find_architecture,
@@ -73,8 +75,9 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
         If the data are a file that is missing, damaged, without a column or without content, or
         cannot be divided among the sites.
     ConfigError
-        If a private run cannot be calibrated.
+        If a private run cannot be calibrated, or a prompt template of one's own is not valid.
     """
+    check_prompt(config.data.prompt_template, config.data.system_prompt)
     damage = check_place(config, from_round)
     unmatched = [*check_base(config), *check_start(config)]
     found = warnings(config, check_data(config))
@@ -138,7 +141,9 @@ def check_data(config: Config) -> Survey | None:
     data, by = config.data, config.data.partition_by
     found = survey(config.static.name, data.question_column, data.answer_column, by)
     if found is not None:
-        check_room(data.prompt_template, found.conversations, found.usable)
+        check_text(data.prompt_template, found.texts, found.usable)
+        alone = found.with_system_only
+        check_room(data.prompt, found.conversations, found.usable, alone)
         if data.partitioner in ("natural", "dirichlet"):
             check_gaps(by, found.unlabelled, found.rows)
         division = Division(data.partitioner, by, data.dirichlet_alpha)
@@ -197,15 +202,23 @@ def warnings(config: Config, found: Survey | None) -> list[str]:
 def _forms(config: Config, found: Survey) -> Iterator[str]:
     """Say in which form the data were found, and what of them is left out."""
     if found.form:
-        yield f"the data are read as {found.form} (data.question-column sets it)"
+        how = ", trained on as a whole and without a prompt" if found.texts else ""
+        yield f"the data are read as {found.form}{how} (data.question-column sets it)"
     if found.left_out:
         more = len(found.left_out) - MOST_NAMED
         named = "; ".join(found.left_out[:MOST_NAMED]) + (f"; and {more:,} more" * (more > 0))
         yield (
             f"{len(found.left_out):,} of {found.rows:,} conversations are not trained on: {named}"
         )
-    if found.unread and config.static.name not in EMBEDDED:
-        yield f"columns that are not read: {', '.join(found.unread[:MOST_NAMED])}"
+    shows_them = bool(columns_apart(config.data.prompt_template))
+    unread = [name for name in found.unread if not (shows_them and name == INSTRUCTION)]
+    if unread and config.static.name not in EMBEDDED:
+        yield f"columns that are not read: {', '.join(unread[:MOST_NAMED])}"
+    if shows_them and not found.has_instructions:
+        yield (
+            f"the prompt template shows an instruction, and the data have no column "
+            f"{INSTRUCTION!r}: it is empty in every prompt"
+        )
 
 
 def _learning_rate(config: Config) -> Iterator[str]:

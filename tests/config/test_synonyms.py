@@ -88,7 +88,7 @@ def test_a_key_of_elsewhere_is_answered_with_what_to_write(
         ("strategy.name", "median", 'strategy.name="fedmedian"'),
         ("data.partitioner", "non-iid", 'data.partitioner="dirichlet"'),
         ("data.partitioner", "by site", 'data.partitioner="natural"'),
-        ("data.prompt-template", "chatml", 'data.prompt-template="chat"'),
+        ("data.prompt-template", "llama3", 'data.prompt-template="chat"'),
         ("train.learning-rate-max", "5e-5", "train.learning-rate-max=5e-05"),
         ("train.training-arguments.bf16", "True", "train.training-arguments.bf16=true"),
         ("communication.uplink-codec", "4bit", 'communication.uplink-codec="int4"'),

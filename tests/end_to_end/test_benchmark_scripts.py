@@ -105,6 +105,16 @@ def test_codec_speed_measures_every_codec_and_the_sum_of_replies(tmp_path: Path)
     assert sums["times_in_place"] == sums["whole_seconds"] / sums["in_place_seconds"]
 
 
+def test_masks_measures_site_server_and_bytes(tmp_path: Path) -> None:
+    figures = result(tmp_path, "masks.py", "--sites", "3", "4", "--mib", "0.1")
+    for row, lost in zip(figures["rows"], (0, 1), strict=True):
+        assert row["lost"] == lost
+        assert all(seconds > 0 for seconds in row["site_seconds"].values())
+        size = row["bytes"]
+        plain = 2 * 4 * int(0.1 * 2**20 / 4)
+        assert size["down"] + size["up"] + plain // 2 == plain + size["beyond_plain"]
+
+
 def test_communication_counts_both_ways_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "curve.png"
     quick = ("--rounds", "1", "--jobs", "1", "--seeds", "1")

@@ -226,6 +226,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "does not fit the base.*has shape 4 x 8, and the base needs 4 x 32",
     ),
     "no LoRA": (lambda a: altered(a, peft_type="LOHA"), "type LOHA, not LORA. Only plain LoRA"),
+    "DoRA": (lambda a: altered(a, use_dora=True), "is a DoRA adapter. Only plain LoRA"),
     "gone": (lambda a: (a / WEIGHTS).unlink(), "has no adapter"),
     "damaged": (lambda a: (a / WEIGHTS).write_bytes(b"x" * 99), "is damaged"),
 }

@@ -141,6 +141,7 @@ TESTED_ELSEWHERE = {
     "model.lora.from-adapter": "test_continued_runs.py",
     "model.lora.from-adapter-sha256": "test_continued_runs.py",
     "model.lora.use-rslora": "tests/model/test_stabilised.py",
+    "model.lora.peft-use-dora": "test_dora_runs.py",
     "model.lora.rank-pattern": "tests/end_to_end/test_own_ranks.py",
     "model.lora.alpha-pattern": "tests/end_to_end/test_own_ranks.py",
     **{
@@ -186,7 +187,6 @@ def test_every_key_is_covered_here_or_in_a_named_test() -> None:
         "train.training-arguments.output-dir",
         "train.training-arguments.learning-rate",
         "train.training-arguments.fp16",
-        "model.lora.peft-use-dora",
     }
     shown = [set(OTHER_VALUE), set(ALSO_OTHER), set(IN_TWO_ROUNDS), set(TESTED_ELSEWHERE)]
     kinds = [*shown, idle, refused]
@@ -195,6 +195,7 @@ def test_every_key_is_covered_here_or_in_a_named_test() -> None:
 
 
 @pytest.mark.parametrize("key", [*OTHER_VALUE, *ALSO_OTHER, *IN_TWO_ROUNDS])
+@pytest.mark.slow
 def test_another_value_gives_another_adapter(
     settings: Settings, key: str, reference: Callable[[int], bytes]
 ) -> None:
@@ -217,7 +218,6 @@ def test_a_key_without_effect_is_reported(settings: Settings, key: str) -> None:
         ("train.training-arguments.output-dir", "/tmp/out"),
         ("train.training-arguments.learning-rate", "1e-3"),
         ("train.training-arguments.fp16", True),
-        ("model.lora.peft-use-dora", True),
         ("train.training-arguments.warmup-steps", 10_000),  # more than there are
         ("train.training-arguments.lr-scheduler-type", "polynomial"),
         ("train.optimizer", "sgd"),
@@ -282,6 +282,7 @@ def test_a_static_data_seed_starts_every_visit_at_the_same_examples(
 
 
 @pytest.mark.parametrize(("epochs", "examples", "steps"), [(1, 27, 7), (0.5, 14, 4), (2, 54, 14)])
+@pytest.mark.slow
 def test_max_steps_of_minus_one_counts_epochs(
     settings: Settings,
     visited: list[RecordedVisit],

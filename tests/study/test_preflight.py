@@ -10,7 +10,7 @@ import pytest
 
 from grandrounds.config.recipes import resolve
 from grandrounds.data.survey import Survey, survey
-from grandrounds.errors import ModelError, RunDirectoryError
+from grandrounds.errors import ConfigError, ModelError, RunDirectoryError
 from grandrounds.model.location import check_location
 from grandrounds.server.directory import check_vacant
 from grandrounds.study import preflight
@@ -137,3 +137,11 @@ def test_a_last_round_that_trains_nothing_is_warned_of() -> None:
     [told] = preflight.warnings(resolve({"train.learning-rate-min": 0.0}), None)
     assert "set train.learning-rate-min above 0" in told
     assert "Real sites refuse" in told
+
+
+def test_what_a_template_of_ones_own_lacks_is_told_before_a_run(tmp_path: Path) -> None:
+    shows = "{% if instruction %}{{ instruction }} {% endif %}{{ question }}: {{ answer }}"
+    found = warned(tmp_path, many(300), **{"data.prompt-template": shows})
+    assert any("the data have no column 'instruction'" in line for line in found)
+    with pytest.raises(ConfigError, match="the question does not reach the prompt"):
+        preflight.check(resolve({"data.prompt-template": "Tell me. {{ answer }}"}))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
-from grandrounds.engines.deployment.set_up import check_name
+from grandrounds.engines.deployment.set_up import AGENT_KEY, check_name
 from grandrounds.errors import ConfigError
 from grandrounds.server.admitted import (
     EXAMPLES,
@@ -42,6 +42,8 @@ class Request:
     key: keys.PublicKey
     replaced: str
     """Fingerprint of the node key that the site replaces by this one; empty: none."""
+    agent_key: str
+    """Public key of its agent, in OpenSSH format; empty: an earlier version wrote the request."""
 
 
 def admit(
@@ -96,8 +98,9 @@ def admit(
         "superlink": consortium["superlink"],
         "ca": storage.read_text(folder / "ca.crt"),
         "node": node,
+        **({AGENT_KEY: asked.agent_key} if asked.agent_key else {}),
         **({EXAMPLES: examples} if examples else {}),
-        "serial": _next_serial(folder),
+        "serial": next_serial(folder),
         "expires": timestamp(datetime.timedelta(days=days)),
     }
     public = target.with_suffix(".pub")
@@ -130,7 +133,8 @@ def read_request(request: Path) -> Request:
     Raises
     ------
     ConfigError
-        If it is damaged, not signed by the key in it, or not by the key that it replaces.
+        If it is damaged, not signed by the key in it, or not by the key that it replaces, or its
+        agent key is none.
     """
     described = signed.read_signed(request, "request", None)
     key = keys.read_public_text(str(described.get("public-key", "")))
@@ -139,7 +143,10 @@ def read_request(request: Path) -> Request:
         before = keys.read_public_text(str(described["replaces"]))
         signed.check_second(request, before)
         replaced = keys.fingerprint(before)
-    return Request(check_name(str(described.get("name", ""))), key, replaced)
+    agent_key = str(described.get(AGENT_KEY, ""))
+    if agent_key:
+        keys.read_public_text(agent_key)
+    return Request(check_name(str(described.get("name", ""))), key, replaced, agent_key)
 
 
 def note_node(admission: Path, node: int) -> None:
@@ -188,7 +195,7 @@ def revoke(folder: Path, name: str) -> Path:
             f"No site {name!r} is admitted in {folder}. Admitted: {', '.join(known) or 'none'}."
         )
     authority = keys.read_private_key(folder / "authority.key")
-    content, serial = admission_of(admission, "consortium", "node"), _next_serial(folder)
+    content, serial = admission_of(admission, "consortium", "node"), next_serial(folder)
     entry = {"name": name, "node": content["node"], "revoked": timestamp()}
     if (node := node_file(admission)).is_file():
         entry["node-id"] = storage.read_text(node).strip()
@@ -219,7 +226,7 @@ def timestamp(later: datetime.timedelta = datetime.timedelta()) -> str:
     return (datetime.datetime.now(datetime.UTC) + later).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _next_serial(folder: Path) -> int:
+def next_serial(folder: Path) -> int:
     """Return the next serial of a consortium, and record it."""
     file = folder / SERIAL
     handle = os.open(folder, os.O_RDONLY)

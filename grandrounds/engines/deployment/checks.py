@@ -23,8 +23,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from grandrounds.config.keys import Config
 from grandrounds.config.words import counted
 from grandrounds.data.chat_settings import ChatSettings
+from grandrounds.data.examples import Examples
 from grandrounds.data.tokenization import tokenize_examples
-from grandrounds.engines.deployment import joining, keys
+from grandrounds.engines.deployment import joining, keys, rosters
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
 from grandrounds.model.tokenizers import dated, tokenizer_of
@@ -47,6 +48,9 @@ CLOCK_SECONDS = 5.0
 
 CLOCK_BEHIND_SECONDS = 300.0
 """Flower rejects a node whose clock is further behind."""
+
+MOST_TOKENISED = 10_000
+"""Examples whose tokens are counted where a site holds more than fit in memory."""
 
 SOON_DAYS = 30
 CONNECT_SECONDS = 10.0
@@ -81,6 +85,7 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
         ("bases", lambda s: _bases(s, config)),
         ("recipe", lambda s: _recipe(s, config) if is_asked else ()),
         ("node key", _node_key),
+        ("roster", _roster),
         ("authority", _authority),
         ("server", _server),
     ):
@@ -198,7 +203,8 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
     """Presence and hash of each base model, token counts under its tokenizer, memory."""
     split = None
     with suppress(GrandRoundsError):  # already reported under data
-        split = own_split(site, private=site.is_private)
+        template = config.data.prompt_template
+        split = own_split(site, private=site.is_private, template=template)
     for name, base in site.bases.items():
         try:
             found = base_sha256(site, name)
@@ -219,12 +225,15 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
         if split is None:
             continue
         length = config.train.seq_length
-        done = tokenize_examples(split.train, tokenizer, config.data.prompt_template, length)
+        told = split.train[:MOST_TOKENISED] if isinstance(split.train, Examples) else split.train
+        of_first = f" of the first {len(told):,}" if len(told) < len(split.train) else ""
+        done = tokenize_examples(told, tokenizer, config.data.prompt, length)
         tokens = [len(e.input_ids) for e in done.examples] or [0]
         yield Finding(
             "ok" if done.examples else "error",
             f"tokens under {name}",
-            f"median {statistics.median(tokens):.0f} per example, maximum {max(tokens)}; "
+            f"median {statistics.median(tokens):.0f} per example{of_first}, maximum "
+            f"{max(tokens)}; "
             f"{done.truncated:,} answers truncated at {length}, {done.unlearnable:,} questions "
             "leave no room for an answer",
         )
@@ -282,6 +291,19 @@ def _node_key(site: SiteFile) -> Iterator[Finding]:
                 "site. To return, start with grandrounds site init in a new folder."
             )
     yield Finding("ok", "node key", own)
+
+
+def _roster(site: SiteFile) -> Iterator[Finding]:
+    """The agent keys that the site has accepted, and which of them were revoked since."""
+    if (roster := rosters.accepted(site)) is None:
+        return
+    if gone := rosters.revoked_members(site, roster):
+        raise ConfigError(
+            f"{rosters.file_of(site.path.parent)} lists {', '.join(map(repr, gone))}, which the "
+            "consortium has revoked: accept a new roster (grandrounds site accept-roster)."
+        )
+    text = f"serial {roster.serial}, {len(roster.members)} sites, {rosters.digest_text(roster)}"
+    yield Finding("ok", "roster", text)
 
 
 def _authority(site: SiteFile) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,13 @@ from cryptography import x509
 import grandrounds
 from grandrounds import storage
 from grandrounds.engines.deployment import keys, signed
-from grandrounds.engines.deployment.set_up import units, with_value
+from grandrounds.engines.deployment.set_up import (
+    AGENT_KEY,
+    IDENTITY,
+    new_identity,
+    units,
+    with_value,
+)
 from grandrounds.errors import ConfigError
 from grandrounds.server import admitted
 from grandrounds.site.custody.site_file import SiteFile, parse_site_file, read_site_file
@@ -34,6 +41,9 @@ AUTHORITY = "authority.pub"
 
 NEXT_KEY, NEXT_REQUEST = "node.next.key", "request.next.json"
 """Files of a site: the node key that waits for its admission, and the request for it."""
+
+NEXT_IDENTITY = "identity.next.key"
+"""File of a site: the agent key that is put in place with that node key."""
 
 
 def join(site: SiteFile, admission: Path, authority: Path) -> tuple[str, SiteFile]:
@@ -171,10 +181,16 @@ def revocations(folder: Path) -> list[dict[str, Any]]:
     return admitted.revocations(folder)
 
 
-def rotate_key(site: SiteFile) -> Path:
+def rotate_key(site: SiteFile, *, agent_key: bool = False) -> Path:
     """Write a new node key, and the request for its admission; return the request.
 
-    The present key stays in use until the site joins with the new admission.
+    The present key stays in use until the site joins with the new admission. A site that has no
+    agent key yet gets one.
+
+    Parameters
+    ----------
+    agent_key : bool
+        Whether to replace the agent key too. A new roster must be accepted then.
 
     Raises
     ------
@@ -189,11 +205,20 @@ def rotate_key(site: SiteFile) -> Path:
             "consortium, or remove both to start again."
         )
     (folder / NEXT_KEY).unlink(missing_ok=True)  # its request was never written
+    (folder / NEXT_IDENTITY).unlink(missing_ok=True)
+    if not (folder / IDENTITY).exists():
+        identity = new_identity(folder / IDENTITY)
+        os.chown(folder / IDENTITY, folder.stat().st_uid, folder.stat().st_gid)
+    elif agent_key:
+        identity = new_identity(folder / NEXT_IDENTITY)
+    else:
+        identity = keys.read_private_key(folder / IDENTITY).public_key()
     key = keys.new_key()
     keys.write_private_key(folder / NEXT_KEY, key, openssh=True)
     content = {
         "name": site.name,
         "public-key": keys.public_text(key.public_key(), site.name),
+        AGENT_KEY: keys.public_text(identity, site.name),
         "replaces": keys.public_text(present.public_key(), site.name),
         "version": grandrounds.__version__,
     }
@@ -205,7 +230,12 @@ def _next_key(site: SiteFile) -> dict[Path, str | None]:
     """Return the files that put the waiting node key in the place of the present one."""
     folder = site.path.parent
     key = keys.read_private_key(folder / NEXT_KEY)
+    identity: dict[Path, str | None] = {}
+    if (folder / NEXT_IDENTITY).exists():
+        text = storage.read_text(folder / NEXT_IDENTITY)
+        identity = {folder / IDENTITY: text, folder / NEXT_IDENTITY: None}
     return {
+        **identity,
         site.place(site.node.private_key): storage.read_text(folder / NEXT_KEY),
         folder / "node.pub": f"{keys.public_text(key.public_key(), site.name)}\n",
         folder / "request.json": storage.read_text(folder / NEXT_REQUEST),

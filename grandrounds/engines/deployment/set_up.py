@@ -2,7 +2,7 @@
 
 consortium init   authorities, server certificate, systemd unit, gate, Flower connection
 consortium renew  a new server certificate
-site init         node key, request, site.toml, an unspent privacy budget
+site init         node key, agent key, request, site.toml, an unspent privacy budget
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 DATABASE = "superlink.db"
 """File of a consortium: the SuperLink's database, through which all updates pass."""
+
+IDENTITY = "identity.key"
+"""File of a site: its agent key, with which it signs in masked sums."""
+
+AGENT_KEY = "agent-key"
+"""Key of a request, an admission and a roster: the public half of it, in OpenSSH format."""
 
 FLEET_CALLS = (
     "activate-node",
@@ -168,7 +174,7 @@ def connection_entry(folder: Path, name: str, port: int) -> str:
 
 
 def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
-    """Write a site's node key, its request, its site.toml and a budget of which nothing is spent.
+    """Write a site's two keys, its request, its site.toml and a budget of which nothing is spent.
 
     Parameters
     ----------
@@ -186,7 +192,12 @@ def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
     keys.write_private_key(folder / "node.key", key, openssh=True)
     public = keys.public_text(key.public_key(), name)
     keys.write_new(folder / "node.pub", f"{public}\n".encode())
-    content = {"name": name, "public-key": public, "version": grandrounds.__version__}
+    content = {
+        "name": name,
+        "public-key": public,
+        AGENT_KEY: keys.public_text(new_identity(folder / IDENTITY), name),
+        "version": grandrounds.__version__,
+    }
     signed.write_signed(folder / "request.json", content, key)
     text = TEMPLATE.read_text(encoding="utf-8")
     text = with_value(text, "", "name", name)
@@ -204,6 +215,13 @@ def init_site(folder: Path, name: str, *, tls_port: int = 0) -> Path:
     keys.write_new(folder / "site.toml", text.encode(), mode=0o600)
     sequence.start_new(folder / "state")
     return folder
+
+
+def new_identity(file: Path) -> keys.PublicKey:
+    """Write a new agent key; return its public half. Raise `ConfigError` if the file exists."""
+    key = keys.new_key()
+    keys.write_private_key(file, key)
+    return key.public_key()
 
 
 def _write_agent_certificates(folder: Path) -> None:

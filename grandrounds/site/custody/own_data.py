@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from grandrounds.config.keys import DataConfig
@@ -14,6 +15,8 @@ from grandrounds.data.alone import columns_read_alone
 from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.examples import SiteData, split_rows
 from grandrounds.data.files import RawRows
+from grandrounds.data.forms import APART, INSTRUCTION
+from grandrounds.data.own_prompt import columns_apart
 from grandrounds.data.partitioning import Partition
 from grandrounds.data.read import columns_read
 from grandrounds.data.rows import Rows
@@ -46,8 +49,8 @@ def own_site(
     DataError
         If the source cannot be used, or has no training example.
     """
-    how = _split_of(site, private=False)
-    return _tokenized(_rows(site, run), how, model_name, prompt, seq_length)
+    how, template = _split_of(site, private=False), prompt.prompt_template
+    return _tokenized(_rows(site, run, template=template), how, model_name, prompt, seq_length)
 
 
 def private_site(
@@ -58,7 +61,8 @@ def private_site(
     Whether a unit is held out, and which of its records train, depends on that unit and a secret of
     the site alone.
     """
-    rows, how = _rows(site, run, private=True), private_split_of(site)
+    rows = _rows(site, run, private=True, template=prompt.prompt_template)
+    how = private_split_of(site)
     return _tokenized(rows, how, model_name, prompt, seq_length)
 
 
@@ -70,15 +74,20 @@ def private_split_of(site: SiteFile) -> OwnSplit:
     return OwnSplit(site.data, site.node, privacy.unit_column, units)
 
 
-def own_split(site: SiteFile, run: str = "", *, private: bool = False) -> SiteData:
+def own_split(
+    site: SiteFile, run: str = "", *, private: bool = False, template: str = ""
+) -> SiteData:
     """Return the site's examples as text, with counts of its rows.
 
     Parameters
     ----------
     private : bool
         Whether they are divided by unit, as for private visits.
+    template : str
+        `data.prompt-template` of a run, which may show instructions apart from questions.
     """
-    return _split_of(site, private=private).of(_rows(site, run, private=private))
+    rows = _rows(site, run, private=private, template=template)
+    return _split_of(site, private=private).of(rows)
 
 
 def _split_of(site: SiteFile, *, private: bool) -> OwnSplit:
@@ -140,7 +149,9 @@ class Searched:
         return {kind: count for kind, count in self.counts.items() if kind in CERTAIN}
 
 
-def own_identifiers(site: SiteFile, run: str = "", *, private: bool = False) -> Searched:
+def own_identifiers(
+    site: SiteFile, run: str = "", *, private: bool = False, template: str = ""
+) -> Searched:
     """Return what looks like identifiers of persons in a site's examples.
 
     A process searches the same examples once; nothing is counted with `data.identifiers = "off"`.
@@ -149,24 +160,31 @@ def own_identifiers(site: SiteFile, run: str = "", *, private: bool = False) -> 
     ----------
     private : bool
         Whether they are read as for private visits.
+    template : str
+        As for `own_split`.
     """
-    return _searched(_rows(site, run, private=private), _split_of(site, private=private))
+    rows = _rows(site, run, private=private, template=template)
+    return _searched(rows, _split_of(site, private=private))
 
 
 @lru_cache(maxsize=4)
 def _searched(rows: Rows, how: OwnSplit) -> Searched:
     split, data = how.of(rows), how.data
-    texts = [
-        "\n".join([*(said for _, said in e.before), e.question, e.answer])
-        for e in (*split.train, *split.held_out)
-    ]
-    counts = {} if data.identifiers == "off" else count_identifiers(texts)
-    return Searched(fingerprint(texts), len(texts), counts)
+    number = len(split.train) + len(split.held_out)
+    counts = {} if data.identifiers == "off" else count_identifiers(_all_said(split))
+    return Searched(fingerprint(_all_said(split)), number, counts)
 
 
-def _rows(site: SiteFile, run: str, *, private: bool = False) -> Rows:
+def _all_said(split: SiteData) -> Iterator[str]:
+    """Yield all that each example says, one after the other: they may not fit in memory."""
+    for example in chain(split.train, split.held_out):
+        yield "\n".join([*(said for _, said in example.before), example.question, example.answer])
+
+
+def _rows(site: SiteFile, run: str, *, private: bool = False, template: str = "") -> Rows:
     data, unit = site.data, site.privacy.unit_column
-    columns = (data.question_column, data.answer_column, *([unit] if unit else []))
+    kept = (*([unit] if unit else []), *columns_apart(template))
+    columns = (data.question_column, data.answer_column, *kept)
     if data.database:
         return database_rows(Query(data.database, data.query, columns, alone=private), run)
     source = data.source if data.source in EMBEDDED else str(site.place(data.source))
@@ -212,7 +230,7 @@ class Query:
     query: str
     """One statement that returns rows."""
     columns: tuple[str, ...]
-    """Question, answer, and the column of the units where there is one."""
+    """Question, answer, and the columns of units and instructions where they are read."""
     alone: bool = False
     """Whether no row may decide how another one is read."""
 
@@ -275,7 +293,8 @@ def queried(asked: Query) -> Rows:
     names, rows = _asked(url, asked.query)
     choose = columns_read_alone(columns) if asked.alone else columns_read(columns)
     read = choose(names)
-    order = columns if question_column in names else read
+    own = columns if question_column in names else read
+    order = (*own, INSTRUCTION) if APART in columns else own
     by = [names.index(name) for name in order if name in names]
     rows.sort(key=lambda row: [str(row[i]) for i in by])
     values = {name: [row[names.index(name)] for row in rows] for name in read if name in names}

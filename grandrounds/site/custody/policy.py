@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from flwr.app import ConfigRecord
 
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
+from grandrounds.config.prompt import KEY, identities, identity_of
 from grandrounds.config.values import words_of
 from grandrounds.config.words import has_controls
+from grandrounds.data.own_prompt import check_prompt
 from grandrounds.errors import PolicyError, nearest
 from grandrounds.site.custody import guarantee
 from grandrounds.site.custody.site_file import SiteFile
@@ -33,7 +35,7 @@ class Asked:
     dtype: str
     """`model.dtype` of the run."""
     prompt_template: str
-    """`data.prompt-template` of the run."""
+    """`data.prompt-template` of the run, or the SHA-256 of one of its own."""
     prompt_characters: int
     """Length of what the run adds to the chat template: system prompt and options."""
     strategy: str
@@ -108,7 +110,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         base=config.model.name,
         quantization=str(config.model.quantization),
         dtype=config.model.dtype,
-        prompt_template=config.data.prompt_template,
+        prompt_template=identity_of(config.data.prompt_template),
         prompt_characters=len(config.data.system_prompt) + len(config.data.template_options),
         strategy=strategy.name,
         target_modules=tuple(targets),
@@ -220,6 +222,8 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
     ------
     PolicyError
         With all reasons, if the site's policy forbids it.
+    ConfigError
+        If the run's own prompt template is not valid.
     """
     check_known(site, config.model.name)
     lora = config.lora
@@ -233,6 +237,7 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
     targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))
     asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
     check_run(site, asked, None)
+    check_prompt(config.data.prompt_template, config.data.system_prompt)
     return asked
 
 
@@ -262,7 +267,9 @@ def objections(site: SiteFile, asked: Asked) -> Iterator[str]:
     """Yield the limits of the site's policy that a request exceeds, with both values."""
     for key, values_of in ONE_OF.items():
         words = str(_limit(site, key))
-        if others := [value for value in values_of(asked) if value not in words_of(words)]:
+        listed = words_of(words)
+        allowed = identities(listed) if key == "prompt-templates" else listed
+        if others := [value for value in values_of(asked) if value not in allowed]:
             named = ", ".join(others) if key == "target-modules" else f"{others[0]!r}"
             yield f"{key} = {words!r}, requested {named}"
     for key, measure in {**AT_MOST, **AT_LEAST}.items():
@@ -319,7 +326,8 @@ def check_texts(site: SiteFile, values: Mapping[str, object]) -> None:
                 f"{_forbids(site)}: {key} has {len(value)} characters, of at most "
                 f"{MOST_CHARACTERS}."
             )
-        if has_controls(value):
+        shown = value.replace("\n", "").replace("\t", "") if key == KEY else value
+        if has_controls(shown):
             raise PolicyError(f"{_forbids(site)}: {key} contains a control character.")
 
 
@@ -344,7 +352,7 @@ def check_instruction(site: SiteFile, config: Config, kind: str, said: ConfigRec
     ReplyError
         If either is missing in a message that trains.
     """
-    if kind == "query":
+    if kind in ("query", messages.MAGNITUDES):
         return
     number = messages.whole_number(said, "round", int(kind == "train"))
     if number > (rounds := config.federation.num_server_rounds):

@@ -39,11 +39,12 @@ from grandrounds.wire.adapter import (
     Adapter,
     B,
     Shapes,
-    drawn_adapter,
     factor_of,
     flatten,
+    is_magnitude,
     rank_of,
     shapes_of,
+    started_adapter,
     unflatten,
 )
 from grandrounds.wire.low_rank import modules, truncate
@@ -68,7 +69,13 @@ class ReceivedAdapter:
     """One received adapter, and what the run and the site's memory say about it."""
 
     def __init__(
-        self, adapter: Adapter, config: Config, shapes: Shapes, after_round: int, steps: int
+        self,
+        adapter: Adapter,
+        config: Config,
+        shapes: Shapes,
+        after_round: int,
+        steps: int,
+        magnitudes: Adapter | None = None,
     ) -> None:
         """Collect what is compared.
 
@@ -82,7 +89,10 @@ class ReceivedAdapter:
             Rounds that the adapter has been trained in; 0: untrained.
         steps : int
             Most optimizer steps of a visit at any site.
+        magnitudes
+            With DoRA, where its magnitudes start on the site's base.
         """
+        self.magnitudes = magnitudes or {}
         self.adapter, self.config, self.shapes = adapter, config, shapes
         self.after_round = after_round
         self.reach = Reach(config, steps)
@@ -106,7 +116,7 @@ class ReceivedAdapter:
             if saved is None:  # otherwise it is that one, by its hash
                 self._check_start()
             return
-        if not any(self.adapter[name].any() for name in self.adapter if factor_of(name) == "B"):
+        if not any(self.adapter[name].any() for name in self.adapter if name.endswith(B)):
             raise PolicyError(self._told("its B is zero, as only the untrained one's is"))
         if not self.strategy.stacks:
             self._check_rows(saved or {})
@@ -129,9 +139,12 @@ class ReceivedAdapter:
     # --- The checks -------------------------------------------------------------------------------
 
     def _start(self) -> Adapter:
-        """Return the adapter that everybody draws from the seed."""
-        drawn = drawn_adapter(self.shapes, self.config.federation.seed)
-        return {name: drawn[name] for name in self.adapter}
+        """Return the adapter with which the run starts.
+
+        Drawn from the seed by everybody, with DoRA beside the norms of the site's base.
+        """
+        start = started_adapter(self.shapes, self.config.federation.seed, self.magnitudes)
+        return {name: start[name] for name in self.adapter}
 
     def _check_start(self) -> None:
         start, tolerance = self._start(), 0.0
@@ -166,6 +179,7 @@ class ReceivedAdapter:
             repeated since, by a resume.
         """
         first, last = sorted((before, self.after_round))
+        longest = max((float(norms.max()) for norms in self.magnitudes.values()), default=0.0)
         bounds = {
             factor: self.reach.value(factor, last) - self.reach.value(factor, max(0, first - 1))
             for factor in "AB"
@@ -176,6 +190,8 @@ class ReceivedAdapter:
             for name in (name for name in self.adapter if factor_of(name) == factor):
                 moved = np.abs(self.adapter[name] - other[name])
                 allowed = bound + RELATIVE * np.abs(other[name]) + 1e-7
+                if is_magnitude(name):
+                    allowed += self.reach.decayed(longest, max(0, first - 1), last)
                 if (moved > allowed).any():
                     worst = float((moved - allowed).max()) + bound
                     raise PolicyError(
@@ -243,7 +259,13 @@ CHECKED = ("train", "evaluate")
 """Kinds of messages whose adapter is checked; the formulary's exam asks nothing about the data."""
 
 
-def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDict) -> None:
+def check_received(
+    request: Request,
+    own: Config,
+    shapes: Shapes,
+    kept: RecordDict,
+    magnitudes: Adapter | None = None,
+) -> None:
     """Decode and check the adapter of a message, and keep it as the last accepted one.
 
     Its norm goes to the audit log, also if it is refused.
@@ -254,6 +276,8 @@ def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDi
         The whole adapter's tensors at the configured rank.
     kept
         What the site keeps of the run; the adapter is added to it.
+    magnitudes
+        With DoRA, where its magnitudes start on the site's base.
 
     Raises
     ------
@@ -265,7 +289,8 @@ def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDi
     if request.kind not in CHECKED:
         return
     number = messages.whole_number(request.instruction, "round", 0, MOST_ROUNDS)
-    adapter = downlink.receive(request.message.content, RecordDict(dict(kept)), own, shapes)
+    content, held = request.message.content, RecordDict(dict(kept))
+    adapter = downlink.receive(content, held, own, shapes, magnitudes)
     norm = math.sqrt(sum(float(np.vdot(tensor, tensor)) for tensor in adapter.values()))
     request.entry["norm-in"] = norm
     steps = own.arguments.max_steps
@@ -274,7 +299,7 @@ def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDi
     rounds = after_round(request.kind, number)
     before = adapter if rounds == 0 else None
     saved = start_of(request.message.content, kept, own, shapes, before)
-    received = ReceivedAdapter(adapter, own, shapes, rounds, steps)
+    received = ReceivedAdapter(adapter, own, shapes, rounds, steps, magnitudes)
     received.check(kept, saved)
     received.remember(kept)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from grandrounds.config.prompt import BUILT_IN, is_listable, packaged
 from grandrounds.config.recipes import table_at
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.validation import check_value
@@ -26,7 +27,6 @@ from grandrounds.wire.guarantee import PATIENT, RECORD
 TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
 
 LISTS = {
-    "prompt-templates": ("alpaca", "chat"),
     "strategies": tuple(STRATEGIES),
     "optimizers": ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"),
     "dtypes": ("auto", "float32", "bfloat16"),
@@ -122,6 +122,7 @@ class Privacy:
     max_clipping_norm: Annotated[float, Range(0, above=True)]
     max_sampling_rate: Annotated[float, Range(0, 1, above=True)]
     max_steps_of_run: Annotated[int, Range(1, 10**6)]
+    report_train_loss: bool
     answer_every_seconds: Annotated[int, Range(0, 86400)]
     sequence_file: str
 
@@ -360,7 +361,7 @@ def _check_together(site: SiteFile) -> None:
             "data.database and data.query belong together: set both or neither.",
         ),
         (
-            data.question_column == data.answer_column or not data.question_column.strip(),
+            data.question_column.strip() == data.answer_column.strip(),
             "data.question-column and data.answer-column must name two different columns.",
         ),
         *(
@@ -370,6 +371,12 @@ def _check_together(site: SiteFile) -> None:
             )
             for key, words in LISTS.items()
             for value in [getattr(policy, key.replace("-", "_"))]
+        ),
+        (
+            not all(map(is_listable, words_of(policy.prompt_templates))),
+            f"policy.prompt-templates = {policy.prompt_templates!r} must be a comma-separated list "
+            f"of {', '.join((*BUILT_IN, *packaged()))}, and SHA-256 of templates of one's own (64 "
+            "digits).",
         ),
         *(
             (

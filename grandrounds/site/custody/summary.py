@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import PATTERNS
+from grandrounds.config.prompt import KEY, is_own, name_of, sha256_of
 from grandrounds.config.words import NOT_TOLD, shown
 from grandrounds.errors import GrandRoundsError
 from grandrounds.site.custody import policy
@@ -28,16 +29,20 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     steps, batch = value[f"{arguments}max-steps"], value[f"{arguments}per-device-train-batch-size"]
     visit = f"{steps} steps" if steps != -1 else f"{value[f'{arguments}num-train-epochs']} epochs"
     accumulated = value[f"{arguments}gradient-accumulation-steps"]
+    template = str(value["data.prompt-template"])
     kind = "rsLoRA" if value["model.lora.use-rslora"] is True else "LoRA"
     whose = f"signed by {recipe.signed_by}" if recipe.signed_by else "not signed"
     since = f", asked for by run {recipe.run} at {recipe.asked}" if recipe.run else ""
     yield f"    {whose}{since}"
     yield (
-        f"    base {value['model.name']}, prompt {value['data.prompt-template']}, {kind} of rank "
+        f"    base {value['model.name']}, prompt {name_of(template)}, {kind} of rank "
         f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
     )
     if sha256 := recipe.values.get("model.lora.from-adapter-sha256"):
         yield f"    goes on from a saved adapter, SHA-256 {sha256}"
+    if is_own(template):
+        yield f"    prompt template, SHA-256 {sha256_of(template)}:"
+        yield from (f"      | {shown(line)}" for line in template.splitlines())
     for key in (*PATTERNS, "data.system-prompt", "data.template-options"):
         if recipe.values.get(key):
             yield f"    {key} {shown(str(recipe.values[key]))}"
@@ -53,13 +58,22 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     if value["privacy.unit-guarantee"] == "example":
         target, noise = value["privacy.target-epsilon"], value["privacy.noise-multiplier"]
         how = f"epsilon {target} of the run" if target else f"a noise multiplier of {noise}"
-        yield f"    private visits: {how}, clipping norm {value['privacy.clipping-norm']}"
+        tells = ", asks for noised losses" if value.get("privacy.report-train-loss") else ""
+        yield f"    private visits: {how}, clipping norm {value['privacy.clipping-norm']}{tells}"
     approved = [o for o in others if o.approved and o.sha256 != recipe.sha256]
     if approved:
         last = max(approved, key=lambda other: other.approved)
         keys = [key for key in recipe.values if value[key] != last.values.get(key)]
-        changes = ", ".join(f"{key}: {last.values.get(key)!r} → {value[key]!r}" for key in keys)
+        changes = ", ".join(
+            f"{key}: {_named(key, last.values.get(key))} → {_named(key, value[key])}"
+            for key in keys
+        )
         yield f"    from {last.sha256[:SHORT]}, approved {last.approved}: {changes}"
+
+
+def _named(key: str, value: object) -> str:
+    is_template = key == KEY and isinstance(value, str)
+    return repr(name_of(str(value)) if is_template else value)
 
 
 def objection(site: SiteFile, recipe: Recipe) -> str:

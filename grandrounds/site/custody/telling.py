@@ -21,8 +21,13 @@ from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.told import BASE, DATA_TAG
 
 
-def search(request: Request) -> str:
+def search(request: Request, template: str) -> str:
     """Note what looks like identifiers in the site's data, once per version; return the version.
+
+    Parameters
+    ----------
+    template : str
+        `data.prompt-template` of the run.
 
     Raises
     ------
@@ -31,7 +36,8 @@ def search(request: Request) -> str:
         used.
     """
     site, state = request.site, request.state
-    found = own_identifiers(site, request.run, private=request.is_private)
+    private = request.is_private
+    found = own_identifiers(site, request.run, private=private, template=template)
     how = site.data.identifiers
     if how != "off" and not state.count(
         "select count(*) from searched where version = ?", found.version
@@ -67,7 +73,8 @@ def told(request: Request, reply: Message, examples: Site) -> Message:
         used = guarantee.used(request.site, request.state, request.run)
         reply.content.metric_records[messages.METRICS].update(used)
         request.entry |= used
-    rules = Told(request.site, examples.report, request.is_private)
+    tells_loss = request.mechanism is not None and request.mechanism.tells_loss
+    rules = Told(request.site, examples.report, request.is_private, tells_loss)
     found = disclosed(request.kind, reply.content, rules)
     request.entry |= {"figures": figures, "kept": list(found.kept)}
     if not request.is_visit:

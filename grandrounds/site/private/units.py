@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import TypeVar
 
 from grandrounds.config.keys import Config
-from grandrounds.data.examples import Example, SiteData, SiteReport
+from grandrounds.data.examples import Example, SiteData, SiteReport, examples_of
 from grandrounds.data.partitioning import check_column
 from grandrounds.data.rows import Rows
 
@@ -162,10 +162,7 @@ def _records(
 ) -> Iterator[tuple[str, Example]]:
     """Yield each row's unit, by name, and its example."""
     names = rows[unit_column] if unit_column else [None] * len(rows)
-    for name, question, answer, before in zip(
-        names, rows[question_column], rows[answer_column], rows.histories, strict=True
-    ):
-        example = Example((question or "").strip(), (answer or "").strip(), before)
+    for name, example in zip(names, examples_of(rows, question_column, answer_column), strict=True):
         if unit_column:
             yield unit_name(name), example
         else:

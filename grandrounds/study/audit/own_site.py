@@ -99,11 +99,11 @@ def audit_site(site: SiteFile, folder: Path, run: Config) -> SiteAudit:
     spec = lora_spec(folder)
     check_fit(folder, spec, base.name)
     is_private = run.is_private or site.privacy.require != "none"
-    split = own_split(site, private=is_private)
+    split = own_split(site, private=is_private, template=run.data.prompt_template)
     tokenizer = run_tokenizer(own)
 
     def ready(examples: Sequence[Example]) -> tuple[TokenizedExample, ...]:
-        template, length = own.data.prompt_template, own.train.seq_length
+        template, length = own.data.prompt, own.train.seq_length
         return tokenize_examples(examples, tokenizer, template, length).examples
 
     train, held_out = ready(split.train), ready(split.held_out)

@@ -216,7 +216,7 @@ def attacked(
     resident = machine.prepare_model(config)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
     set_adapter(resident, assemble(shapes, (adapter, 0)))
-    model, tokenizer, template = resident.model, run_tokenizer(config), config.data.prompt_template
+    model, tokenizer, template = resident.model, run_tokenizer(config), config.data.prompt
     prompts = prompt_token_ids(tokenizer, template, [canary.question for canary in canaries])
     end = end_token_ids(tokenizer, template)
     values = sorted({value for canary in canaries for value in canary.options})

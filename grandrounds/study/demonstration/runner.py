@@ -64,7 +64,7 @@ def played(task: Task) -> Played:
             settings["static.dataset.name"] = str(write_draw(folder, task.draw))
         config = recipes.resolve(settings)
         resident = machine.prepare_model(config)
-        examiner = Examiner(resident.model, run_tokenizer(config), config.data.prompt_template)
+        examiner = Examiner(resident.model, run_tokenizer(config), config.data.prompt)
         if task.arm is None:
             with resident.model.disable_adapter():
                 answers = examiner.answers(task.draw)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grandrounds.data.tokenization import (
+    LAST,
     TokenizedExample,
     answer_token_ids,
     end_token_ids,
@@ -98,15 +99,14 @@ class Answer:
 def tokenized(
     items: Sequence[Item], tokenizer: Any, prompt_template: str, seq_length: int
 ) -> list[TokenizedExample | None]:
-    """Return each item as training tokenises it; None where the prompt fills the sequence."""
+    """Return each item as training tokenises it; None where the prompt fills the sequence.
+
+    Of a conversation the last answer is asked for.
+    """
     from grandrounds.data.examples import Example
 
-    each = (
-        tokenize_examples(
-            [Example(item.question, item.options[0])], tokenizer, prompt_template, seq_length
-        )
-        for item in items
-    )
+    examples = (Example(i.question, i.options[0], i.before, i.parts) for i in items)
+    each = (tokenize_examples([e], tokenizer, prompt_template, seq_length, LAST) for e in examples)
     return [one.examples[0] if one.examples else None for one in each]
 
 

@@ -260,7 +260,7 @@ def _of_run(target: Target, directory: RunDirectory, config: Config) -> Target:
         benchmarks=_benchmarks_of_run(directory, config, target.base),
         quantization=config.model.quantization,
         dtype=config.model.dtype,
-        prompt_template=config.data.prompt_template,
+        prompt_template=config.data.prompt,
         chat=ChatSettings(*config.data.chat),
         run=OfRun(directory, config),
     )
@@ -282,6 +282,7 @@ def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tu
     if is_fictional(config, directory.read_json("sites.json") or []):
         return (config.static.name,)
     is_local = Path(config.static.name).is_absolute() and bool(config.data.held_out_fraction)
+    is_local = is_local and config.data.prompt_template != "text"  # which has no questions
     return (
         (HELD_OUT,)
         if is_local and not rows_are_elsewhere(directory, config)

@@ -250,7 +250,8 @@ def test_nothing_is_signed_before_the_fingerprint_was_compared(tmp_path: Path) -
     words = ("consortium", "admit", site / "request.json", "--partition-id", 0)
     words = (*words, "--num-partitions", 1, "--dir", folder)
     line = complaint(run(*words))
-    assert f"has node key {fingerprint_of(site)}: compare it" in line
+    assert f"has node key {fingerprint_of(site)} and agent key SHA256:" in line
+    assert "compare it" in line
     assert "Nothing was signed" in complaint(run(*words, "--fingerprint", "SHA256:other"))
     assert not list((folder / "admissions").iterdir())
     assert run(*words, "--fingerprint", fingerprint_of(site)).exit_code == 0

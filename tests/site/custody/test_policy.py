@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from flwr.app import ConfigRecord
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import FIELD_OF_KEY
-from grandrounds.errors import PolicyError, ReplyError
+from grandrounds.errors import ConfigError, PolicyError, ReplyError
 from grandrounds.site.custody import policy
 from grandrounds.site.custody.own_run import in_whole_steps
 from grandrounds.site.custody.policy import AT_LEAST, AT_MOST, ONE_OF
@@ -82,6 +83,36 @@ def test_the_packaged_first_run_and_published_entries_pass_the_default_policy(
         assert refusals(site, settings, 1000) == []
 
 
+OWN = "{{ question }}\nA: {{ answer }}"
+
+
+def test_a_template_of_ones_own_is_allowed_by_its_hash_alone(tmp_path: Path) -> None:
+    sha256 = hashlib.sha256(OWN.encode()).hexdigest()
+    site = make_site(
+        tmp_path, {"formulary": ""}, policy__prompt_templates=f"alpaca,llama2,{sha256}"
+    )
+    assert refusals(site, {"data.prompt-template": OWN}) == []
+    assert refusals(site, recipes.parse_overrides(["data.prompt-template=llama2"])) == []
+    [told] = refusals(site, {"data.prompt-template": OWN + " "})
+    assert told.startswith("prompt-templates = 'alpaca,llama2,")
+    other = hashlib.sha256(f"{OWN} ".encode()).hexdigest()
+    assert told.endswith(f"requested '{other}'")
+    policy.check_texts(site, {"data.prompt-template": OWN})
+    with pytest.raises(PolicyError, match="control character"):
+        policy.check_texts(site, {"data.prompt-template": f"\x1b{OWN}"})
+    with pytest.raises(ConfigError, match=r"policy\.prompt-templates .*64 digits"):
+        make_site(tmp_path / "b", {"formulary": ""}, policy__prompt_templates="alpaca,mine")
+
+
+def test_a_hostile_template_that_a_site_lists_all_the_same_is_refused(tmp_path: Path) -> None:
+    """Before its data are read, and before anything is rendered."""
+    text = "{% for i in range(10**9) %}{{ question }}{% endfor %}{{ answer }}"
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    site = make_site(tmp_path, {"formulary": ""}, policy__prompt_templates=sha256)
+    with pytest.raises(ConfigError, match="for is not allowed"):
+        policy.check_recipe(site, recipes.resolve({"data.prompt-template": text}))
+
+
 EXCEEDING: dict[str, tuple[dict[str, Any], str]] = {
     "max-rounds": ({"num-server-rounds": 1001}, "max-rounds = 1000, requested 1001"),
     "quantizations": ({"model.quantization": 4}, "quantizations = '0,8', requested '4'"),
@@ -100,6 +131,18 @@ EXCEEDING: dict[str, tuple[dict[str, Any], str]] = {
     "max-rank of the stack": (
         {"strategy.name": "flora", "strategy.max-rank": 64, "strategy.proximal-mu": 0.0},
         "max-rank = 32, requested 80",
+    ),
+    "max-rank of a module": (
+        {"model.lora.rank-pattern": '{"q_proj": 64}'},
+        "max-rank = 32, requested 64",
+    ),
+    "min-lora-scale of a module": (
+        {"model.lora.alpha-pattern": '{"q_proj": 0.16}'},
+        "min-lora-scale = 0.1, requested 0.01",
+    ),
+    "max-lora-scale of a module": (
+        {"model.lora.rank-pattern": '{"q_proj": 1}'},
+        "max-lora-scale = 16, requested 32",
     ),
     "min-lora-scale": (
         {"model.lora.peft-lora-alpha": 1.6e-12},

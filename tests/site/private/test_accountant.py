@@ -18,6 +18,7 @@ from grandrounds.site.private.accountant import (
     calibrated,
     epsilon,
     epsilon_of,
+    noise_for,
     visits_within,
 )
 from grandrounds.site.private.mechanism import Mechanism
@@ -44,10 +45,24 @@ def test_rounds_compose() -> None:
 
 
 @pytest.mark.parametrize("target", [1.0, 8.0])
+@pytest.mark.slow
 def test_the_calibrated_noise_spends_the_target_and_no_more(target: float) -> None:
     noise = calibrated(target, 0.0336, 60, 1e-5)
     spent = epsilon_of(Mechanism(noise, 1.0, 0.0336, 1905, steps=60, visits=1, delta=1e-5))
     assert 0.98 * target < spent <= target
+
+
+def test_a_told_loss_costs_two_percent_of_noise_and_no_epsilon() -> None:
+    plain = dataclasses.replace(TEN_RELEASES, noise_multiplier=math.inf)
+    asked = dataclasses.replace(resolve({}).privacy, target_epsilon=2.0)
+    silent, telling = (
+        noise_for(asked, dataclasses.replace(plain, tells_loss=tells)) for tells in (False, True)
+    )
+    assert telling.noise_multiplier == pytest.approx(1.0198 * silent.noise_multiplier, rel=1e-4)
+    assert epsilon_of(telling) == pytest.approx(epsilon_of(silent))
+    assert epsilon_of(telling) <= 2.0
+    same_noise = dataclasses.replace(silent, tells_loss=True)
+    assert epsilon_of(same_noise) > epsilon_of(silent)
 
 
 def test_what_no_noise_reaches_is_refused() -> None:
@@ -99,6 +114,7 @@ def test_epsilon_is_that_of_the_library() -> None:
     assert epsilon_of(TEN_RELEASES) == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_epsilon_is_within_the_error_of_another_accountant() -> None:
     """Opacus 1.6's PRV accountant, whose own error is 0.01, says 1.8384 (recorded: it is no
     dependency)."""

@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.conversations import Turn
 from grandrounds.data.files import json_records
 from grandrounds.data.sources import hub_commit, silent_downloads
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
@@ -56,6 +57,10 @@ class Item:
     """Position of the correct option, from 0."""
     group: str = ""
     """Subset of the benchmark that the item belongs to; empty if it has no subsets."""
+    before: tuple[Turn, ...] = ()
+    """What was said before a run's held-out question."""
+    parts: tuple[str, str] | None = None
+    """Instruction and input of a run's held-out question, where it is both."""
 
 
 @dataclass(frozen=True)
