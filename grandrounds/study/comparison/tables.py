@@ -152,7 +152,7 @@ def notes(content: Json) -> list[str]:
         "visits on average",
         *reservations(content),
     ]
-    if sha256 := content["config"].get("model.lora.from-adapter-sha256"):
+    if sha256 := content.get("config", {}).get("model.lora.from-adapter-sha256"):
         out.append(
             f"all arms start from the saved adapter with sha256 {sha256}, but the base, which is "
             "the bare base"
