@@ -96,7 +96,7 @@ def test_the_text_of_a_template_is_shown_to_who_approves_it(site: SiteFile) -> N
         "      | ",
     ]
     assert f"data.prompt-template: 'alpaca' → '{name}'" in lines[-1]
-    with pytest.raises(ConfigError, match="has no .*answer"):
+    with pytest.raises(ConfigError, match="the place where the answer goes"):
         deployed({"data.prompt-template": "{{ question }}"})
 
 
