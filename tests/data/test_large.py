@@ -264,7 +264,7 @@ def test_a_disk_without_room_is_told_before_and_while_it_fills(
 
 
 class Full(io.BytesIO):
-    def write(self, _: Any) -> int:
+    def writelines(self, _: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
