@@ -25,6 +25,7 @@ from grandrounds.data.read import (
     columns_read,
     instructions_of,
     labels_of,
+    no_answers,
     settled_layout,
     texts_of,
 )
@@ -198,7 +199,10 @@ class _Seen:
         available = tuple(dict.fromkeys(chain.from_iterable(self._of_files.values())))
         values = {name: list(found.values()) for name, found in self._values.items()}
         raw = RawRows(values, available, range(len(self._of_files)), "row")
-        return settled_layout(raw, source, self._columns)
+        layout = settled_layout(raw, source, self._columns)
+        if layout.form == "preferences":
+            raise no_answers(raw, source)
+        return layout
 
 
 def _decisive(name: str, value: Any) -> str | None:

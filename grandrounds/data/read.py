@@ -9,8 +9,17 @@ from typing import Any
 
 from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
 from grandrounds.data.files import Choice, RawRows, WrittenFloat
-from grandrounds.data.forms import APART, INSTRUCTION, Layout, layout_of, pairs
+from grandrounds.data.forms import (
+    APART,
+    INSTRUCTION,
+    PREFERRED,
+    PROMPT,
+    Layout,
+    layout_of,
+    pairs,
+)
 from grandrounds.data.places import SOURCE_KEY
+from grandrounds.data.preferences import preferences_of
 from grandrounds.errors import DataError, nearest
 
 _INT64_END = 1 << 63
@@ -44,6 +53,8 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
         one row and the same as text in another.
     """
     layout = settled_layout(raw, source, columns)
+    if layout.form == "preferences":
+        raise no_answers(raw, source, f": {preferences_of(raw).counted}")
     (question, answer), kept = columns[:2], columns[2:]
     texts = texts_of(raw, source, layout)
     values: dict[str, list[Any]] = {question: texts.questions, answer: texts.answers}
@@ -77,7 +88,7 @@ def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layou
     Raises
     ------
     DataError
-        If there are no rows, a column is missing, or they are preferences.
+        If there are no rows, or a column is missing.
     """
     if not raw.places:
         raise DataError(
@@ -89,15 +100,30 @@ def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layou
     if APART in columns:
         layout = layout.without_instruction()
     if layout.form == "preferences":
-        raise DataError(
-            f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
-            "answer for each question. For the chosen ones write data.question-column=prompt "
-            "data.answer-column=chosen."
-        )
+        return layout
     answered = {layout.answer: "data.answer-column"} if layout.answer else {}
     keys = dict.fromkeys(layout.question, "data.question-column") | answered
     _check_columns(raw.available, source, keys | dict.fromkeys(kept, "data.partition-by"))
     return layout
+
+
+def no_answers(raw: RawRows, source: str, counted: str = "") -> DataError:
+    """Return the error for preferences, with their number where it is known."""
+    if any(isinstance(cell, list) for cell in raw.values[PREFERRED[0]]):
+        chosen = "data.question-column=chosen"
+    elif PROMPT in raw.available:
+        chosen = "data.question-column=prompt data.answer-column=chosen"
+    else:
+        chosen = ""
+    advice = (
+        f"For the chosen ones write {chosen}."
+        if chosen
+        else "For the chosen ones put their questions into a column of their own."
+    )
+    return DataError(
+        f"{source}: these are preferences (prompt, chosen, rejected){counted}. A run trains on one "
+        f"answer for each question. {advice}"
+    )
 
 
 def texts_of(raw: RawRows, source: str, layout: Layout) -> Texts:

@@ -10,7 +10,7 @@ import marshal
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +53,10 @@ class Table:
 
     def record(self, row: int) -> Record:
         """Return what a row says; the last one is remembered, for the columns are read together."""
-        known, last = self._last
+        known, record = self._last
         if known == row:
-            return last
-        # no foreign file: this process wrote it, and no other one can
-        record = marshal.loads(self._spool[row])
+            return record
+        record = cast(Record, marshal.loads(self._spool[row]))  # written by this process alone
         self._last = row, record
         return record
 
