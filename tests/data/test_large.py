@@ -161,6 +161,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {
     "a value": [*ROWS, {"input": ["A?"], "output": "B."}],
     "a column": [{"question": "A?", "output": "B."}],
     "preferences": [{"prompt": "A?", "chosen": "B.", "rejected": "C."}],
+    "a column in later rows": [{"prompt": "A?", "completion": "B."}] * 100 + ROWS,
     "no rows": [],
     "labels": [*ROWS, {"input": "A?", "output": "B.", "ward": 2.10}],
 }
