@@ -21,6 +21,8 @@ from grandrounds.data.tokenization import (
     ANSWERS,
     TokenizedExample,
     check_room,
+    check_text,
+    is_text,
     system_of,
     tokenize_examples,
 )
@@ -47,7 +49,7 @@ class OnDemand(Sequence[TokenizedExample]):
         ------
         DataError
             If a conversation has several turns or a system prompt and the template has room for one
-            question.
+            question; if the examples are plain text and the template is not `text`, or the reverse.
         """
         self._examples, self._tokenizer, self._template = examples, tokenizer, template
         self._seq_length, self._train_on = seq_length, train_on
@@ -84,8 +86,11 @@ class OnDemand(Sequence[TokenizedExample]):
         """
         added = len(self._tokenizer("")["input_ids"]) + 1  # SentencePiece prepends a space
         learnable = np.ones(len(self._examples), bool)
-        in_vain = 0
+        texts = in_vain = 0
         for position, example in enumerate(self._examples):
+            if is_text(example):
+                texts += 1
+                continue
             text = self._prompt(example)
             if text is None:
                 in_vain += 1
@@ -93,6 +98,7 @@ class OnDemand(Sequence[TokenizedExample]):
             most = added + len(text.encode()) * (1 if text.isascii() else _MOST_BYTES)
             if most >= self._seq_length:
                 learnable[position] = bool(self._tokenized(example))
+        check_text(self._template, texts, len(self._examples))
         check_room(self._template, in_vain, len(self._examples))
         return np.flatnonzero(learnable)
 
