@@ -113,6 +113,17 @@ def test_rows_are_those_of_a_source_in_memory(tmp_path: Path, name: str, stored:
     assert content(stored(path, keep_columns=("ward",))) == content(whole)
 
 
+def test_a_data_set_of_the_hub_is_stored_too(monkeypatch: pytest.MonkeyPatch, stored: Load) -> None:
+    import datasets
+
+    monkeypatch.setattr(sources, "_hub_rows", lambda _: datasets.Dataset.from_list(ROWS))
+    source = Path("someone/cards")
+    whole = loaded(source, keep_columns=("ward",))
+    sources._load_hub.cache_clear()
+    assert content(stored(source, keep_columns=("ward",))) == content(whole)
+    sources._load_hub.cache_clear()
+
+
 def test_files_of_a_folder_are_one_source(tmp_path: Path, stored: Load) -> None:
     write(tmp_path / "1.csv", [{**row, "ward": i % 3} for i, row in enumerate(ROWS)])
     write(tmp_path / "2.jsonl", [{**row, "ward": i % 4} for i, row in enumerate(ROWS)])
