@@ -39,7 +39,7 @@ Model = Annotated[
 
 Data = Annotated[
     str | None,
-    typer.Option(help="Data: Hub name, .json/.jsonl/.csv/.parquet file, or formulary."),
+    typer.Option(help="Data: Hub name, .json/.jsonl/.csv/.parquet/.txt file, or formulary."),
 ]
 
 Rounds = Annotated[int | None, typer.Option(help="Number of training rounds.")]

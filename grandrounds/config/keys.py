@@ -498,9 +498,9 @@ class DataConfig:
     question never occurs in the same site's training data, but may occur in another site's."""
     prompt_template: Annotated[str, TemplateText(BUILT_IN)]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
-    of turn. A template of one's own is named by its file (`.jinja`, `.j2`, `.txt`, or a path), or
-    is packaged: `alpaca-indented`, `chatml`, `llama2`; a recipe holds its text. See
-    docs/data.md."""
+    of turn. `text`: no prompt, for plain text. A template of one's own is named by its file
+    (`.jinja`, `.j2`, `.txt`, or a path), or is packaged: `alpaca-indented`, `chatml`, `llama2`; a
+    recipe holds its text. See docs/data.md."""
     template_date: Annotated[str, Day()]
     """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
     starts, written into its recipe, so that it is resumed on the same text."""
@@ -513,12 +513,13 @@ class DataConfig:
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
-    """Column holding the question. Several, comma-separated, are joined by a space:
-    `instruction,input` for Alpaca's format. A column of turns (role and content) holds
-    conversations. With the usual names, `input` and `output`, the columns of other forms are found:
+    """Column holding the question; empty: the answer column holds plain text. Several,
+    comma-separated, are joined by a space: `instruction,input` for Alpaca's format. A column of
+    turns (role and content) holds conversations. With the usual names, `input` and `output`, the
+    columns of other forms are found:
     `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`."""
     answer_column: str
-    """Column holding the answer."""
+    """Column holding the answer, or plain text."""
 
     @property
     def chat(self) -> tuple[str, str, str]:
@@ -543,8 +544,8 @@ class StaticConfig:
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv or .parquet file (.gz
-    too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
+    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv, .parquet or .txt file
+    (.gz too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
     `formulary`, or `common-and-rare` (docs/privacy.md)."""
     config: str
     """Configuration of a data set on the Hub; empty: its only or default one."""

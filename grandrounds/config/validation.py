@@ -26,6 +26,7 @@ from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
 from grandrounds.config.schedules import parts_of
+from grandrounds.config.starts import refused_start
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.synonyms import (
     MAX_STEPS,
@@ -115,6 +116,8 @@ def unknown_key(key: str, value: Scalar) -> str:
     if last in PER_ROUND:
         count = value if type(value) is int and value > 0 else "N"
         return f"{told} Write --sites-per-round {count}, or set strategy.fraction-train."
+    if why := refused_start(key, value):
+        return why
     if table := table_meant(key):
         return f"{told} Write {table}={json.dumps(value)}."
     meant = key_meant(key, _KEYS)
@@ -322,7 +325,6 @@ def contradictions(config: Config) -> Iterator[str]:
             f"a Hub name, a file, or {' or '.join(EMBEDDED_DATA)}",
         ),
         ("model.lora.target-modules", config.lora.target_modules, "module names, or auto"),
-        ("data.question-column", data.question_column, "a column name"),
         ("data.answer-column", data.answer_column, "a column name"),
     ):
         if not value:

@@ -350,6 +350,11 @@ def _use(config: Config, merged: bool) -> str:
     template = config.data.prompt_template
     if is_own(template):
         return f"## Use\n\n```python\n{code}\n```\n\n{_own_use(template, merged)}"
+    if template == "text":
+        return (
+            f"## Use\n\n```python\n{code}\n```\n\nTrained on plain text, without a prompt: the "
+            "model continues a text, and ends it with the end-of-sequence token."
+        )
     ends = "the template's end of turn" if template == "chat" else "the end-of-sequence token"
     return (
         f"## Use\n\n```python\n{code}\n```\n\nPrompt template: `{template}`, as in "

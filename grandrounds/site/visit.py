@@ -18,6 +18,7 @@ import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.data.on_demand import OnDemand
 from grandrounds.data.prompts import prompt_hash
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import DataError, PolicyError
@@ -243,7 +244,7 @@ def introduction(
     if mechanism:
         check_base(config)
     check_length(config.model.source, config.train.seq_length)
-    check_examples(config.model.source, (e.input_ids for e in (*site.train, *site.held_out)))
+    check_examples(config.model.source, site.tokens())
     name = config.model.source
     commits = {messages.BASE_COMMIT: base_commit(name), messages.DATA_COMMIT: site.data_commit}
     return {
@@ -283,6 +284,8 @@ def next_batches(visit: Visit) -> Batches:
     else:
         indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
     examples = [site.train[i] for i in indices]
+    if isinstance(site.train, OnDemand):
+        check_examples(config.model.source, (e.input_ids for e in examples))
     size = config.arguments.per_device_train_batch_size
     if machine.forward(config).padding_free or config.train.batching == "padded":
         return [examples[i : i + size] for i in range(0, count, size)]

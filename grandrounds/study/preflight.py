@@ -19,7 +19,7 @@ from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.own_prompt import check_prompt, columns_apart
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
 from grandrounds.data.survey import Survey, survey
-from grandrounds.data.tokenization import check_room
+from grandrounds.data.tokenization import check_room, check_text
 from grandrounds.errors import ModelError
 from grandrounds.model.architectures import (
     find_architecture,
@@ -139,6 +139,7 @@ def check_data(config: Config) -> Survey | None:
     data, by = config.data, config.data.partition_by
     found = survey(config.static.name, data.question_column, data.answer_column, by)
     if found is not None:
+        check_text(data.prompt_template, found.texts, found.usable)
         alone = found.with_system_only
         check_room(data.prompt, found.conversations, found.usable, alone)
         if data.partitioner in ("natural", "dirichlet"):
@@ -199,7 +200,8 @@ def warnings(config: Config, found: Survey | None) -> list[str]:
 def _forms(config: Config, found: Survey) -> Iterator[str]:
     """Say in which form the data were found, and what of them is left out."""
     if found.form:
-        yield f"the data are read as {found.form} (data.question-column sets it)"
+        how = ", trained on as a whole and without a prompt" if found.texts else ""
+        yield f"the data are read as {found.form}{how} (data.question-column sets it)"
     if found.left_out:
         more = len(found.left_out) - MOST_NAMED
         named = "; ".join(found.left_out[:MOST_NAMED]) + (f"; and {more:,} more" * (more > 0))

@@ -35,7 +35,14 @@ from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.guarantee import EPSILON, GUARANTEE, VISITS_LEFT
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
 from grandrounds.wire.names import NAME, SOURCE, one_line
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS, HIGHEST_LOSS
+from grandrounds.wire.told import (
+    BASE,
+    COUNTS,
+    DATA_TAG,
+    HELD_OUT_LOSS,
+    HIGHEST_LOSS,
+    TRUNCATED,
+)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
@@ -127,12 +134,16 @@ INTRODUCTION_IN_CUSTODY: tuple[str, ...] = (
 )
 """What an introduction, the reply to `query`, of a site in its own custody must have."""
 
-INTRODUCTION: tuple[str, ...] = (*dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUNTS, "device")),)
+INTRODUCTION: tuple[str, ...] = tuple(
+    name
+    for name in dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUNTS, "device"))
+    if name != TRUNCATED
+)
 """What every other introduction must have."""
 
 FACTS = frozenset(
     (
-        *(*INTRODUCTION, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
+        *(*INTRODUCTION, TRUNCATED, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
         *("means", "torch", "python", CPU_MATMUL, *GUARANTEE),
     )
 )

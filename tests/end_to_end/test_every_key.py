@@ -193,6 +193,7 @@ def test_every_key_is_covered_here_or_in_a_named_test() -> None:
 
 
 @pytest.mark.parametrize("key", [*OTHER_VALUE, *ALSO_OTHER, *IN_TWO_ROUNDS])
+@pytest.mark.slow
 def test_another_value_gives_another_adapter(
     settings: Settings, key: str, reference: Callable[[int], bytes]
 ) -> None:
@@ -279,6 +280,7 @@ def test_a_static_data_seed_starts_every_visit_at_the_same_examples(
 
 
 @pytest.mark.parametrize(("epochs", "examples", "steps"), [(1, 27, 7), (0.5, 14, 4), (2, 54, 14)])
+@pytest.mark.slow
 def test_max_steps_of_minus_one_counts_epochs(
     settings: Settings,
     visited: list[RecordedVisit],

@@ -21,6 +21,7 @@ from grandrounds import client_app, server_app
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
+from grandrounds.data.rows import Joined
 from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
 from grandrounds.model import machine
 from grandrounds.model.resident import Resident, set_adapter
@@ -142,7 +143,7 @@ def _untrained(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) 
 def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
     """Train on the training examples of all sites, each round on as many as its cohort sees."""
     sites = [site_of(config, k) for k in range(config.data.num_partitions)]
-    examples = tuple(example for site in sites for example in site.train)
+    examples = Joined([site.train for site in sites])
     # A partition id of its own, so that it is not shuffled like any site.
     pool = Site(len(sites), examples, (), {})
     plan = pooled_visits(config, examples_of_visits(config))

@@ -16,7 +16,7 @@ from typing import Any
 
 from grandrounds.config.keys import Config
 from grandrounds.data.chat_settings import ChatSettings
-from grandrounds.data.examples import Example
+from grandrounds.data.examples import Example, SiteData
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.model.tokenizers import tokenizer_of
@@ -35,6 +35,11 @@ def check_rows_are_here(run: RunDirectory, config: Config) -> None:
             f"{run.path} is a run of a deployment: its held-out rows are at the sites, and this "
             "machine has none. Its held-out loss is in metrics.jsonl; to ask questions of your "
             "own, give --benchmark FILE."
+        )
+    if config.data.prompt_template == "text":
+        raise ConfigError(
+            f"{run.path} was trained on plain text, so its held-out rows are no questions. Their "
+            "loss is in metrics.jsonl; to ask questions of your own, give --benchmark FILE."
         )
     if not config.data.held_out_fraction:
         raise ConfigError(
@@ -64,15 +69,15 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     template = config.data.prompt
     lengths = config.train.seq_length, config.data.train_on
     by_site: list[list[Item]] = []
-    trained: list[set[str]] = []
+    splits: list[SiteData] = []
     found: list[dict[str, int]] = []
     for site in range(config.data.num_partitions):
         _, split = split_site(rows, how, site)
-        items = [_item(0, example) for example in split.held_out]
+        items = [held_out_item(0, example) for example in split.held_out]
         fitting = tokenized(items, tokenizer, template, config.train.seq_length)
         kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]
         by_site.append(kept)
-        trained.append({example.question for example in split.train})
+        splits.append(split)
         learned = tokenize_examples(split.held_out, tokenizer, template, *lengths)
         found.append({"rows": split.report.rows, "held-out-examples": len(learned.examples)})
     _check_unchanged(run, config, found)
@@ -87,6 +92,8 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
             f"The sites of {run.path} have no held-out rows: their data are too small. Give "
             "--benchmark FILE, or train again with a larger data.held-out-fraction."
         )
+    asked = {item.question for _, item in order[:limit]}
+    trained = [{e.question for e in split.train if e.question in asked} for split in splits]
     elsewhere = sum(
         any(item.question in questions for other, questions in enumerate(trained) if other != site)
         for site, item in order[:limit]
@@ -102,7 +109,8 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     return Task(held_out_benchmark(len(items)), tuple(items[:limit]), source)
 
 
-def _item(row: int, example: Example) -> Item:
+def held_out_item(row: int, example: Example) -> Item:
+    """Return a held-out example as a question."""
     return Item(
         row=row,
         question=example.question,

@@ -131,6 +131,18 @@ EXCEEDING: dict[str, tuple[dict[str, Any], str]] = {
         {"strategy.name": "flora", "strategy.max-rank": 64, "strategy.proximal-mu": 0.0},
         "max-rank = 32, requested 80",
     ),
+    "max-rank of a module": (
+        {"model.lora.rank-pattern": '{"q_proj": 64}'},
+        "max-rank = 32, requested 64",
+    ),
+    "min-lora-scale of a module": (
+        {"model.lora.alpha-pattern": '{"q_proj": 0.16}'},
+        "min-lora-scale = 0.1, requested 0.01",
+    ),
+    "max-lora-scale of a module": (
+        {"model.lora.rank-pattern": '{"q_proj": 1}'},
+        "max-lora-scale = 16, requested 32",
+    ),
     "min-lora-scale": (
         {"model.lora.peft-lora-alpha": 1.6e-12},
         "min-lora-scale = 0.1, requested 1e-13",
