@@ -28,6 +28,7 @@ from grandrounds.config.values import (
     Patterns,
     Range,
     Scalar,
+    Sha256,
     SomeOf,
     Table,
     words_of,
@@ -124,12 +125,24 @@ class LoraConfig:
     holds; other modules have `peft-lora-r`. Empty: none."""
     alpha_pattern: Annotated[str, Patterns(Range(0, above=True), whole=False)]
     """Alphas of single modules, likewise. A module's rank does not change its alpha."""
+    from_adapter: str
+    """LoRA adapter from which training goes on, on the server: the folder of one, a run directory
+    (its last adapter; `RUN/peft_8` for another), or `REPO@REVISION` on the Hub. Empty: training
+    starts from an adapter drawn from the seed. See docs/continuing.md."""
+    from_adapter_sha256: Annotated[str, Sha256()]
+    """SHA-256 of that adapter's tensors, filled in and printed by `grandrounds run` and
+    `grandrounds plan`; the adapter must have it. A deployed site compares what it receives."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
     peft_use_dora: bool
     """DoRA (Liu et al., 2024): a vector of magnitudes for each module, trained beside A and B. Two
     sites tell where they start, once: the norms of the base's weights, which the server never
     loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private runs."""
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether training goes on from a saved adapter."""
+        return bool(self.from_adapter or self.from_adapter_sha256)
 
     @property
     def ranks_by_pattern(self) -> dict[str, int]:

@@ -356,6 +356,7 @@ def contradictions(config: Config) -> Iterator[str]:
             f"strategy.min-sites = {strategy.min_sites} exceeds data.num-partitions = {sites}: "
             "lower it, or set 0 for all sites."
         )
+    yield from _start_contradictions(config)
     yield from _rule_contradictions(config)
     yield from _codec_contradictions(config)
     yield from privacy_contradictions(config)
@@ -374,6 +375,28 @@ def idle_last_round(config: Config) -> str:
         "nothing: set train.learning-rate-min above 0 (a tenth of train.learning-rate-max is "
         "usual)."
     )
+
+
+def _start_contradictions(config: Config) -> Iterator[str]:
+    """Yield settings that do not work with a run that goes on from a saved adapter.
+
+    A site compares what it receives with the hash of that adapter, so it must receive all of it.
+    """
+    if not config.lora.is_continued:
+        return
+    key = "model.lora.from-adapter"
+    if (codec := config.communication.downlink_codec) not in EXACT_CODECS:
+        yield (
+            f"communication.downlink-codec = {codec!r} changes the adapter of {key} on its way, so "
+            f'that no site could compare it with its hash: set "none".'
+        )
+    if config.strategy.site_ranks:
+        yield (
+            f"strategy.site-ranks = {config.strategy.site_ranks!r} gives some sites a part of the "
+            f"adapter of {key}, which none can compare with its hash: leave site-ranks empty."
+        )
+    if config.lora.peft_use_dora:
+        yield f"model.lora.peft-use-dora = true does not go with {key}: only plain LoRA goes on."
 
 
 def _rule_contradictions(config: Config) -> Iterator[str]:

@@ -92,7 +92,7 @@ def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
 
 
 def record_start(run: Run) -> None:
-    """Evaluate the untrained adapter, which equals the base, and write line 0."""
+    """Evaluate the adapter before training, and write line 0; a drawn one equals the base."""
     refused = run.roster.refusals()
     record = {"round": 0, **({"refused": refused} if refused else {})}
     if run.started_by:
@@ -127,8 +127,11 @@ def select_cohort(run: Run) -> Round:
 
 def parcels_for(run: Run, number: int, cohort: Iterable[int], *, trains: bool) -> dict[int, Parcel]:
     """Return the parcels that give the adapter to the connected sites of a cohort."""
-    there = [p for p in cohort if p in run.roster.cards]
-    return {p: run.sender.parcel(number, p, run.state.adapter, trains=trains) for p in there}
+    there, rounds = [p for p in cohort if p in run.roster.cards], number - trains
+    return {
+        p: run.beside(run.sender.parcel(number, p, run.state.adapter, trains=trains), p, rounds)
+        for p in there
+    }
 
 
 def addressed(run: Run, kind: str, number: int, parcels: dict[int, Parcel]) -> dict[int, Message]:
@@ -216,7 +219,7 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
         add(site, *update)
     for site in tally.failed:
         tally.good.pop(site, None)
-    run.sender.settle(parcels, tally.good)
+    run.settle(parcels, tally.good)
     return tally
 
 
@@ -284,7 +287,7 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
 
     outgoing = addressed(run, MessageType.EVALUATE, number, parcels)
     tally = run.exchange.ask("evaluate", outgoing, use)
-    run.sender.settle(parcels, tally.good)
+    run.settle(parcels, tally.good)
     tally.failed |= dict.fromkeys(set(cohort) - parcels.keys(), NOT_THERE)
     run.state.count_failures(tally)
     return told.held_out_loss(tally.good.values()), tally
@@ -411,7 +414,7 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
         loss, tally = evaluate(run)
         if now.number == 0 and tally.failed and not tally.good:
             why = tally.reasons(run.roster.names)
-            raise RoundError(f"No site could evaluate the untrained adapter. {why}")
+            raise RoundError(f"No site could evaluate the adapter before training. {why}")
         record["held-out-loss"] = loss
         losses = told.site_losses(tally.good)
         record[told.MEDIAN_LOSS] = statistics.median(losses.values()) if losses else None

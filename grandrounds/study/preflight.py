@@ -29,6 +29,7 @@ from grandrounds.model.architectures import (
 from grandrounds.model.location import check_location
 from grandrounds.server.directory import check_vacant
 from grandrounds.site.private.rehearsal import mechanism_of
+from grandrounds.study.continued import check_start
 from grandrounds.study.plan.forecast import kept_rows, site_sizes
 from grandrounds.wire.guarantee import REHEARSAL
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of, examples_of_a_visit
@@ -68,7 +69,8 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
     RunDirectoryError
         If the run directory is not empty or cannot be made, or a run cannot be resumed.
     ModelError
-        If the base is a folder without a model, or a target is not one of its linear modules.
+        If the base is a folder without a model, or a target is not one of its linear modules, or a
+        saved adapter does not fit.
     DataError
         If the data are a file that is missing, damaged, without a column or without content, or
         cannot be divided among the sites.
@@ -77,7 +79,7 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
     """
     check_prompt(config.data.prompt_template, config.data.system_prompt)
     damage = check_place(config, from_round)
-    unmatched = check_base(config)
+    unmatched = [*check_base(config), *check_start(config)]
     found = warnings(config, check_data(config))
     return [*damage, *unmatched, *found, *check_privacy(config)]
 

@@ -138,6 +138,8 @@ TESTED_ELSEWHERE = {
     "static.dataset.split": "tests/data/test_sources.py",
     "static.dataset.revision": "tests/data/test_sources.py",
     "data.train-on": "tests/data/test_chat.py",
+    "model.lora.from-adapter": "test_continued_runs.py",
+    "model.lora.from-adapter-sha256": "test_continued_runs.py",
     "model.lora.use-rslora": "tests/model/test_stabilised.py",
     "model.lora.peft-use-dora": "test_dora_runs.py",
     "model.lora.rank-pattern": "tests/end_to_end/test_own_ranks.py",

@@ -53,7 +53,8 @@ def refusals(
 def test_every_key_of_a_run_has_a_verdict_and_no_other_has() -> None:
     assert set(VERDICTS) == set(FIELD_OF_KEY)
     for key, verdict in VERDICTS.items():
-        assert verdict.kind in ("bounded", "listed", "private", "own", "fixed", "harmless"), key
+        kinds = ("bounded", "listed", "private", "own", "fixed", "approved", "harmless")
+        assert verdict.kind in kinds, key
         assert bool(verdict.by) == (verdict.kind in ("bounded", "listed", "private")), key
         assert bool(verdict.why) != bool(verdict.by), key
 
