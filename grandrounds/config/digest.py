@@ -33,6 +33,7 @@ data they mean nothing. The date of a chat template is the day on which a run st
 
 LEFT_OUT_IF: Mapping[str, Scalar] = {
     "earlier-schedules": "",
+    "secure-aggregation": "none",
     "model.revision": "",
     "model.lora.use-rslora": False,
     "model.lora.rank-pattern": "",

@@ -425,6 +425,15 @@ def train_metrics(
     }
 
 
+def without_figures(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
+    """Return the metrics of a masked visit: those that no figure of the site's data is among.
+
+    The weight travels in the mask.
+    """
+    kept = ("cursor", "base-loads", "process-id", EPSILON)
+    return {name: metrics[name] for name in kept if name in metrics}
+
+
 def process_facts() -> dict[str, int]:
     """Return this process's id, and how often it has loaded a base."""
     return {"base-loads": base_loads(), "process-id": PROCESS}

@@ -8,7 +8,7 @@ of others, it is a survivor all the same.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ class MaskedSum:
     attempt: Attempt
     roster: Roster
     numbers: FixedPoint
-    """Of the vectors; for at least as many sites as there are in the cohort."""
+    """Of the vectors."""
     received: bytes
     """Hash of the adapter and the instruction that the sites get."""
     _keys: dict[int, packed.SignedKeys] = field(default_factory=dict)
@@ -59,6 +59,7 @@ class MaskedSum:
     def key_list(self) -> bytes:
         """Return what `shares` sends to every site; raise `RoundError` if too few sent keys."""
         self._check_count("keys", self._keys, LEAST_COHORT)
+        self.numbers = replace(self.numbers, sites=len(self._keys))  # as the sites count them
         return packed.pack_key_list(self._keys)
 
     # --- Shares -----------------------------------------------------------------------------------

@@ -226,6 +226,11 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
         If the run's own prompt template is not valid.
     """
     check_known(site, config.model.name)
+    if config.is_masked:
+        raise PolicyError(
+            f"secure-aggregation = {config.federation.secure_aggregation!r} is a rehearsal in "
+            'process and in simulation so far: sites take part with "none" only.'
+        )
     if reasons := list(guarantee.objections(site, config)):
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
     targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))
