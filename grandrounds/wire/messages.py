@@ -3,6 +3,8 @@
 server → site
     `query`               config {}                               → config: who the site is
     `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
+    `train.masked`        the same, masks: boxes                  → arrays: masked vector, metrics
+    `train.keys`, `.shares`, `.confirm`, `.unmask`  arrays: one   → arrays: one (wire/masks/packed)
     `evaluate`            arrays: adapter                         → metrics: held-out loss
     `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
 On an expected error a site replies with config {error, error-type}.
