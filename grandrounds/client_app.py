@@ -17,7 +17,7 @@ from grandrounds.site.custody.dispatch import at_site
 from grandrounds.site.masks import visit as masks
 from grandrounds.site.visit import Visit
 from grandrounds.wire.adapter import Adapter
-from grandrounds.wire.messages import answering, content
+from grandrounds.wire.messages import MAGNITUDES, answering, content, to_arrays
 
 quiet_libraries()  # also here: in Flower's simulation, Ray's workers import this module
 app = ClientApp()
@@ -29,6 +29,16 @@ app = ClientApp()
 def introduce(visit: Visit) -> RecordDict:
     """Introduce the site: its data, base, prompt, versions and device."""
     return content(config=visits.introduction(visit.site, visit.config, visit.mechanism))
+
+
+@app.query("magnitudes")
+@answering
+@at_site
+def tell_magnitudes(visit: Visit) -> RecordDict:
+    """Tell where DoRA's magnitudes start: the norms of the base's weights. No data are read."""
+    resident = machine.prepare_model(visit.config)
+    arrays = to_arrays(resident.magnitudes)
+    return content(arrays=arrays, metrics=visits.process_facts())
 
 
 @app.train()
@@ -94,13 +104,13 @@ def trained(visit: Visit) -> tuple[Adapter, dict[str, float | int]]:
     received = visits.receive_adapter(visit, resident, trains=True)
     with steps.visiting("training", visit.site.partition_id):
         if visit.mechanism:
-            visits.train_privately(visit, visit.mechanism, resident)
+            noised_loss = visits.train_privately(visit, visit.mechanism, resident)
         else:
             result = visits.train(visit, resident, batches)
 
     change = visits.change_of(visit, resident, received)
     if visit.mechanism:
-        return change, visits.private_metrics(visit, visit.mechanism)
+        return change, visits.private_metrics(visit, visit.mechanism, noised_loss)
     return change, visits.train_metrics(visit, result, change)
 
 
@@ -128,6 +138,7 @@ def examine(visit: Visit) -> RecordDict:
 
 VISITS = {
     "query": introduce,
+    MAGNITUDES: tell_magnitudes,
     "train": train,
     "evaluate": evaluate,
     "evaluate.formulary": examine,

@@ -35,8 +35,6 @@ from grandrounds.study.sites import with_sites
 if TYPE_CHECKING:
     from grandrounds.study.plan.forecast import Forecast
 
-DORA_KEYS = ("model.lora.peft-use-dora", "model.lora.use-dora")
-
 MIB = 2**20
 
 
@@ -199,19 +197,13 @@ def _label(file: Path | None, taken: Mapping[str, Any]) -> str:
 def _forecast(
     settings: dict[str, Scalar], architecture: str | None, rows: int | None
 ) -> tuple[Forecast, list[str]]:
-    """Plan a recipe; return the warnings too.
-
-    DoRA, which a run rejects, is passed on separately.
-    """
-    dora = [key for key in DORA_KEYS if settings.get(key) is True]
-    for key in dora:
-        del settings[key]
+    """Plan a recipe; return the warnings too."""
     config = recipes.with_absolute_paths(recipes.resolve(settings))
     from grandrounds.study import preflight
     from grandrounds.study.plan.forecast import forecast
 
     warnings = preflight.check(config)
-    return forecast(config, architecture=architecture, dora=bool(dora), rows=rows), warnings
+    return forecast(config, architecture=architecture, rows=rows), warnings
 
 
 def _write(file: Path, content: Any) -> None:

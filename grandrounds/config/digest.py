@@ -43,14 +43,15 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "data.train-on": "answers",
     "defence.largest-spread": 0.0,
     "defence.preset": "none",
+    "privacy.report-train-loss": False,
 }
 """Keys added later → the value without effect, so that a recipe without them keeps its hash. So
 were all of `privacy.`."""
 
 
 def _is_left_out(key: str, value: Scalar, config: Config) -> bool:
-    if key.startswith(PrivacyConfig.prefix):
-        return not config.is_private
+    if key.startswith(PrivacyConfig.prefix) and not config.is_private:
+        return True
     return key in LEFT_OUT or LEFT_OUT_IF.get(key) == value
 
 

@@ -130,9 +130,10 @@ class LoraConfig:
     """Alphas of single modules, likewise. A module's rank does not change its alpha."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
-    peft_use_dora: Annotated[bool, OneOf((False,))]
-    """DoRA is not supported: its magnitudes start as the norms of base weights, which the server
-    never loads. `grandrounds plan` counts them."""
+    peft_use_dora: bool
+    """DoRA (Liu et al., 2024): a vector of magnitudes for each module, trained beside A and B. Two
+    sites tell where they start, once: the norms of the base's weights, which the server never
+    loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private runs."""
 
     @property
     def ranks_by_pattern(self) -> dict[str, int]:
@@ -474,6 +475,9 @@ class PrivacyConfig:
     itself names; a site with a policy of its own names the column there."""
     max_records_of_unit: Annotated[int, Range(1)]
     """Records of one unit that train at most."""
+    report_train_loss: bool
+    """Whether visits tell their mean training loss, with noise of its own within the same ε: the
+    noise on gradients grows by 2 %. A site's policy must allow it too."""
 
 
 @dataclass(frozen=True)

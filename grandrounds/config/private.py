@@ -45,6 +45,7 @@ IDLE_WITHOUT = (
     ("sampling_rate", 0),
     ("declared_units", 0),
     ("unit_column", ""),
+    ("report_train_loss", False),
 )
 """Fields that nobody sets without wanting privacy, with their value when unset."""
 
@@ -150,6 +151,13 @@ def refusals(config: Config) -> Iterator[Refusal]:
         "the masks of a batch are drawn in a row by the run's seed, so that one record changes "
         "those of the others",
         "set 0",
+    )
+    yield Refusal(
+        "model.lora.peft-use-dora",
+        config.lora.peft_use_dora,
+        config.lora.peft_use_dora,
+        "the gradient of each unit is known for A and B, not for DoRA's magnitudes",
+        "set false",
     )
     yield Refusal(
         "communication.entropy-coding",

@@ -34,6 +34,11 @@ class Strategy:
     keys: tuple[str, ...] = ()
     """Keys of `strategy.` that are specific to this rule."""
 
+    @property
+    def averages_tensors(self) -> bool:
+        """Whether each tensor is averaged by itself in every round, as DoRA's magnitudes need."""
+        return self.odd == self.even == self.sends == "AB" and self.error_feedback
+
     def trained(self, round_number: int) -> str:
         """Return the factors trained in a round: `A`, `B` or `AB`."""
         return self.odd if round_number % 2 else self.even

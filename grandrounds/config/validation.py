@@ -226,9 +226,6 @@ def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
 
 
 NOT_HONOURED = {
-    "model.lora.peft-use-dora": " DoRA's magnitudes start as the norms of the base's weights, which"
-    " the server never loads, and would have to be sent and averaged beside the factors."
-    " grandrounds plan counts their bytes; false trains plain LoRA of the same rank.",
     "train.training-arguments.fp16": " Half precision would need loss scaling; set"
     " train.training-arguments.bf16 = true, or neither for float32.",
     "train.training-arguments.output-dir": " A site never writes to a path that it was sent; for"
@@ -394,6 +391,20 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
         yield (
             f"strategy.site-ranks = {strategy.site_ranks!r} is not allowed: it must be integers "
             f"from 1 to model.lora.peft-lora-r = {rank}, comma-separated."
+        )
+    if config.lora.peft_use_dora and not STRATEGIES[name].averages_tensors:
+        recomputes = not STRATEGIES[name].error_feedback
+        why = (
+            "it recomputes A and B from the sites' products, and DoRA's weights follow from "
+            "magnitudes too, which no product holds"
+            if recomputes
+            else "it freezes a factor so that the mean of the products B A is exact, which DoRA's "
+            "division by a norm undoes"
+        )
+        able = ", ".join(rule for rule, asks in STRATEGIES.items() if asks.averages_tensors)
+        yield (
+            f"model.lora.peft-use-dora = true does not go with strategy.name = {name!r}: {why}. "
+            f"Set one of {able}, or model.lora.peft-use-dora = false."
         )
     if config.lora.rank_pattern and (ranks or STRATEGIES[name].stacks):
         why, instead = (

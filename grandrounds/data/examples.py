@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grandrounds.data.conversations import Turn
 from grandrounds.data.forms import APART
@@ -52,6 +54,49 @@ def example_of(
     return Example(whole, (answer or "").strip(), before, parts if all(parts) else None)
 
 
+class Examples(Sequence[Example]):
+    """Rows as examples, each made when it is asked for."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        columns: tuple[str, str],
+        positions: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Take some rows, by default all.
+
+        Parameters
+        ----------
+        columns
+            Of the question and of the answer.
+        """
+        self._rows, self._columns = rows, columns
+        self._parts = [rows[columns[0]], rows[columns[1]], rows.histories]
+        self._parts += [rows[APART]] if APART in rows.column_names else []
+        self._positions = np.arange(len(rows)) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Example, ...]: ...
+    def __getitem__(self, place: int | slice) -> Example | tuple[Example, ...]:
+        if isinstance(place, slice):
+            return tuple(map(self._example, self._positions[place]))
+        return self._example(self._positions[place])
+
+    def _example(self, row: np.int64) -> Example:
+        place = int(row)
+        return example_of(*(part[place] for part in self._parts))
+
+    def select(self, positions: NDArray[np.int64]) -> Sequence[Example]:
+        """Return some of them: in memory unless their rows are stored."""
+        chosen = Examples(self._rows, self._columns, self._positions[positions])
+        return chosen if self._rows.is_stored else tuple(chosen)
+
+
 @dataclass(frozen=True)
 class SiteReport:
     """Counts of a site's rows; `rows` is the sum of the other four.
@@ -75,9 +120,9 @@ class SiteReport:
 class SiteData:
     """The examples of one site."""
 
-    train: tuple[Example, ...]
+    train: Sequence[Example]
     """Training examples in the order of the partition."""
-    held_out: tuple[Example, ...]
+    held_out: Sequence[Example]
     """Held-out examples; none of their questions occurs in `train`."""
     report: SiteReport
     units: tuple[int, ...] = ()
@@ -127,15 +172,16 @@ def split_rows(
         )
     check_column(rows, "data.question-column", question_column)
     check_column(rows, "data.answer-column", answer_column)
-    read = examples_of(rows, question_column, answer_column)
-    examples, empty_rows, duplicate_rows = _clean(read)
-    held_out = _choose_held_out(examples, held_out_fraction, partition)
+    every = Examples(rows, (question_column, answer_column))
+    kept, empty_rows, questions = _cleaned(every)
+    is_held_out = _chosen_to_hold_out(questions, held_out_fraction, partition)
+    held_out_examples = int(is_held_out.sum())
     report = SiteReport(
         rows=len(rows),
         empty_rows=empty_rows,
-        duplicate_rows=duplicate_rows,
-        train_examples=len(examples) - len(held_out),
-        held_out_examples=len(held_out),
+        duplicate_rows=len(rows) - empty_rows - len(kept),
+        train_examples=len(kept) - held_out_examples,
+        held_out_examples=held_out_examples,
     )
     if report.train_examples == 0:
         raise DataError(
@@ -145,18 +191,15 @@ def split_rows(
             "and data.answer-column, or lower data.held-out-fraction or data.num-partitions."
         )
     return SiteData(
-        train=tuple(example for i, example in enumerate(examples) if i not in held_out),
-        held_out=tuple(example for i, example in enumerate(examples) if i in held_out),
+        train=every.select(kept[~is_held_out]),
+        held_out=every.select(kept[is_held_out]),
         report=report,
     )
 
 
-def examples_of(rows: Rows, question_column: str, answer_column: str) -> Iterator[Example]:
-    """Yield the example of each row; see `example_of`."""
-    has_apart = APART in rows.column_names
-    instructions = rows[APART] if has_apart else itertools.repeat("", len(rows))
-    columns = rows[question_column], rows[answer_column], rows.histories, instructions
-    return map(example_of, *columns)
+def examples_of(rows: Rows, question_column: str, answer_column: str) -> Sequence[Example]:
+    """Return the example of each row; see `example_of`."""
+    return Examples(rows, (question_column, answer_column))
 
 
 def first_question(example: Example) -> str:
@@ -164,34 +207,76 @@ def first_question(example: Example) -> str:
     return next((said for role, said in example.before if role == "user"), example.question)
 
 
-def _clean(read: Iterable[Example]) -> tuple[list[Example], int, int]:
-    """Return the examples, the number of empty rows and the number of duplicates."""
-    examples: dict[Example, None] = {}
-    empty_rows = duplicate_rows = 0
-    for example in read:
-        if not example.question or not example.answer:
-            empty_rows += 1
-        elif example in examples:
-            duplicate_rows += 1
-        else:
-            examples[example] = None
-    return list(examples), empty_rows, duplicate_rows
+def _cleaned(
+    examples: Sequence[Example],
+) -> tuple[NDArray[np.int64], int, NDArray[np.int64]]:
+    """Return the positions of examples, the number of empty rows, and the examples' questions.
 
-
-def _choose_held_out(examples: list[Example], fraction: float, partition: Partition) -> set[int]:
-    """Return the held-out positions, keeping rows with the same question together."""
-    positions: dict[str, list[int]] = {}
+    Of equal ones the first is kept. Questions are numbers, from 0, by first occurrence.
+    """
+    texts = np.zeros((len(examples), _DIGEST_BYTES), np.uint8)
+    questions = np.zeros_like(texts)
+    is_full = np.zeros(len(examples), bool)
     for position, example in enumerate(examples):
-        positions.setdefault(first_question(example), []).append(position)
-    if fraction == 0 or len(positions) < 2:
-        return set()
-    wanted = max(1, round(fraction * len(examples)))
-    rng = np.random.default_rng([partition.seed, partition.number])
-    groups = list(positions.values())
-    shuffled = [groups[i] for i in rng.permutation(len(groups))]
-    held_out: set[int] = set()
-    for group in shuffled:
-        if len(held_out) + len(group) <= wanted:
-            held_out.update(group)
-    smallest: list[int] = min(shuffled, key=len)
-    return held_out or set(smallest)
+        if example.question and example.answer:
+            is_full[position] = True
+            texts[position] = _digest((example.question, example.answer, example.before))
+            questions[position] = _digest(first_question(example))
+    full = np.flatnonzero(is_full)
+    _, first = _numbered(texts[full])
+    kept = full[first]
+    numbers, _ = _numbered(questions[kept])
+    return kept, len(examples) - len(full), numbers
+
+
+_DIGEST_BYTES = 16
+"""Two of 10^8 texts are taken for equal with a probability of 10^-22."""
+
+
+def _digest(said: object) -> NDArray[np.uint8]:
+    """Return a digest of texts, which takes less memory than they do."""
+    text = repr(said).encode()
+    return np.frombuffer(hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest(), np.uint8)
+
+
+def _numbered(digests: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return each digest's number, from 0 by first occurrence, and where each occurs first."""
+    if not len(digests):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    halves = digests.view(np.uint64)  # (digests, 2)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: of equal ones the first comes first
+    is_new = np.r_[True, (halves[order[1:]] != halves[order[:-1]]).any(1)]
+    first = order[is_new]
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    numbers = np.empty(len(digests), np.int64)
+    numbers[order] = rank[np.cumsum(is_new) - 1]
+    return numbers, np.sort(first)
+
+
+def _chosen_to_hold_out(
+    questions: NDArray[np.int64], fraction: float, partition: Partition
+) -> NDArray[np.bool_]:
+    """Return which examples are held out, those with the same question together.
+
+    Parameters
+    ----------
+    questions
+        The number of each example's question, from 0.
+    """
+    sizes = np.bincount(questions)
+    is_chosen = np.zeros(len(sizes), bool)
+    if fraction == 0 or len(sizes) < 2:
+        return is_chosen[questions]
+    wanted = max(1, round(fraction * len(questions)))
+    shuffled = np.random.default_rng([partition.seed, partition.number]).permutation(len(sizes))
+    left = wanted
+    for question in shuffled:
+        if sizes[question] <= left:
+            is_chosen[question] = True
+            left -= sizes[question]
+        if not left:
+            break
+    if left == wanted:
+        is_chosen[shuffled[np.argmin(sizes[shuffled])]] = True
+    return is_chosen[questions]

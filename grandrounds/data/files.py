@@ -6,7 +6,8 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -108,7 +109,24 @@ def read_file(path: Path, source: str, choose: Choice, labels: Sequence[str] = (
         if ending == ".json":
             records, unit = json_records(file.read(), source)
             return from_records(records, choose, unit)
-        return from_records(_json_lines(file, source), choose, "line")
+        return from_records(json_lines(file, source), choose, "line")
+
+
+def check_same_columns(of_files: Mapping[str, Sequence[str]], wanted: Iterable[str]) -> None:
+    """Raise `DataError` if a file lacks a column that is read of the first one.
+
+    Parameters
+    ----------
+    of_files
+        Name of a file → its columns.
+    """
+    first = next(iter(of_files))
+    for name, available in of_files.items():
+        if missing := sorted(set(wanted) - set(available)):
+            raise DataError(
+                f"{name}: there is no column {missing[0]!r}, which {first} has; the columns "
+                f"are: {', '.join(available)}. The files of a source need the same columns."
+            )
 
 
 def json_records(
@@ -118,7 +136,7 @@ def json_records(
     content = content.removeprefix(b"\xef\xbb\xbf")
     items = _array(content, source) if content.lstrip().startswith(b"[") else _wrapped(content)
     if items is None:
-        return _json_lines(io.BytesIO(content), source), "line"
+        return json_lines(io.BytesIO(content), source), "line"
     for number, item in enumerate(items, 1):
         _check_object(item, f"{source}, row {number}")
     return enumerate(items, 1), "row"
@@ -148,7 +166,7 @@ def _wrapped(content: bytes) -> list[Any] | None:
     return rows if isinstance(rows, list) else None
 
 
-def _json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line number and the object of each non-blank line."""
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -194,34 +212,73 @@ def _read_csv(
     file: IO[bytes], source: str, choose: Choice, separator: str, labels: Sequence[str]
 ) -> RawRows:
     """Read separated values with a header line; quoted values may contain line breaks."""
-    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import csv  # type: ignore[import-untyped]
+
+    with _valid_csv(source, separator):
+        columns, how = _csv_options(file, choose, separator)
+        table = csv.read_csv(file, *how)
+    raw = from_table(table, columns, tuple(table.column_names))
+    read = {name: csv_labels(raw.values[name]) for name in labels if name in raw.values}
+    return replace(raw, values={**raw.values, **read})
+
+
+def csv_batches(
+    file: IO[bytes], source: str, choose: Choice, separator: str, rows: int
+) -> Iterator[RawRows]:
+    """Yield the chosen columns of separated values as text, at most `rows` rows each time."""
     from pyarrow import csv
 
-    parsed_as = csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-    # With threads pyarrow's messages have no row number.
-    read_by = csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES)
+    with _valid_csv(source, separator):
+        columns, (read_by, parsed_as, convert) = _csv_options(file, choose, separator)
+        available = tuple(_csv_names(file, read_by, parsed_as))
+        convert.include_columns = [c for c in columns if available.count(c) == 1] or [available[0]]
+        reader = csv.open_csv(file, read_by, parsed_as, convert)
+        yield from table_chunks(reader, convert.include_columns, available, rows)
+
+
+@contextmanager
+def _valid_csv(source: str, separator: str) -> Iterator[None]:
+    """Report what pyarrow cannot parse as an error of the file."""
+    import pyarrow
+
     try:
-        header = file.readline()
-        while header.count(b'"') % 2 and (more := file.readline()):
-            header += more  # a quoted name may contain line breaks
-        names = csv.read_csv(io.BytesIO(header), read_by, parsed_as).column_names
-        columns = choose(tuple(names))
-        types = dict.fromkeys(columns, pyarrow.string())
-        convert = csv.ConvertOptions(column_types=types)
-        file.seek(0)
-        table = csv.read_csv(file, read_by, parsed_as, convert)
+        yield
     except pyarrow.ArrowException as error:
         kind = "CSV" if separator == "," else "TSV"
         raise DataError(
             f"{source}: not valid {kind} ({first_line(error)}). The first line must name the "
             "columns and every row must have as many values, in UTF-8. Correct the file."
         ) from error
-    raw = from_table(table, columns, tuple(table.column_names))
-    read = {name: _csv_labels(raw.values[name]) for name in labels if name in raw.values}
-    return replace(raw, values={**raw.values, **read})
 
 
-def _csv_labels(cells: list[str]) -> list[Any]:
+def _csv_options(
+    file: IO[bytes], choose: Choice, separator: str
+) -> tuple[Sequence[str], tuple[Any, Any, Any]]:
+    """Return the chosen columns, and pyarrow's options to read them as text."""
+    import pyarrow
+    from pyarrow import csv
+
+    parsed_as = csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    # With threads pyarrow's messages have no row number.
+    read_by = csv.ReadOptions(use_threads=False, block_size=_CSV_BLOCK_BYTES)
+    columns = choose(tuple(_csv_names(file, read_by, parsed_as)))
+    types = dict.fromkeys(columns, pyarrow.string())
+    return columns, (read_by, parsed_as, csv.ConvertOptions(column_types=types))
+
+
+def _csv_names(file: IO[bytes], read_by: Any, parsed_as: Any) -> list[str]:
+    """Return the names in the header; the file is at its beginning before and after."""
+    from pyarrow import csv
+
+    header = file.readline()
+    while header.count(b'"') % 2 and (more := file.readline()):
+        header += more  # a quoted name may contain line breaks
+    file.seek(0)
+    names: list[str] = csv.read_csv(io.BytesIO(header), read_by, parsed_as).column_names
+    return names
+
+
+def csv_labels(cells: list[str]) -> list[Any]:
     """Return labels as integers if all are, else as text; an empty cell is a missing value."""
     labels = [cell if cell.strip() else None for cell in cells]
     if all(label is None or _INTEGER.fullmatch(label) for label in labels):
@@ -231,23 +288,59 @@ def _csv_labels(cells: list[str]) -> list[Any]:
 
 def _read_parquet(file: IO[bytes], source: str, choose: Choice) -> RawRows:
     """Read the chosen columns of a Parquet file."""
+    with _valid_parquet(source):
+        opened, columns, available = _opened_parquet(file, choose)
+        table = opened.read(columns=[name for name in available if name in columns])
+    return from_table(table, columns, available)
+
+
+def parquet_batches(file: IO[bytes], source: str, choose: Choice, rows: int) -> Iterator[RawRows]:
+    """Yield the chosen columns of a Parquet file, at most `rows` rows each time."""
+    with _valid_parquet(source):
+        opened, columns, available = _opened_parquet(file, choose)
+        read = [name for name in available if name in columns]
+        batches = opened.iter_batches(rows, columns=read, use_threads=False)
+        yield from table_chunks(batches, columns, available, rows)
+
+
+@contextmanager
+def _valid_parquet(source: str) -> Iterator[None]:
+    """Report what pyarrow cannot read as an error of the file."""
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        opened = parquet.ParquetFile(file)
-        available = opened.schema_arrow.names
-        columns = choose(available)
-        table = opened.read(columns=[name for name in available if name in columns])
+        yield
     except pyarrow.ArrowException as error:
         raise DataError(
             f"{source}: not a valid Parquet file ({first_line(error)}). Copy or download it again."
         ) from error
-    return from_table(table, columns, tuple(available))
 
 
-def from_table(table: Any, columns: Sequence[str], available: tuple[str, ...]) -> RawRows:
-    """Collect the requested columns of a `pyarrow.Table`."""
+def _opened_parquet(file: IO[bytes], choose: Choice) -> tuple[Any, Sequence[str], tuple[str, ...]]:
+    """Return an open Parquet file, the chosen columns, and those that there are."""
+    from pyarrow import parquet
+
+    opened = parquet.ParquetFile(file)
+    available = tuple(opened.schema_arrow.names)
+    return opened, choose(available), available
+
+
+def from_table(
+    table: Any, columns: Sequence[str], available: tuple[str, ...], first: int = 1
+) -> RawRows:
+    """Collect the requested columns of a `pyarrow.Table` whose first row has this number."""
     once = [name for name in columns if available.count(name) == 1]
     values = {name: table.select([name]).to_pydict()[name] for name in once}
-    return RawRows(values, available, range(1, table.num_rows + 1), "row")
+    return RawRows(values, available, range(first, first + table.num_rows), "row")
+
+
+def table_chunks(
+    tables: Iterable[Any], columns: Sequence[str], available: tuple[str, ...], rows: int
+) -> Iterator[RawRows]:
+    """Yield tables or batches of pyarrow that follow one another, at most `rows` rows each time."""
+    first = 1
+    for table in tables:
+        for start in range(0, table.num_rows, rows):
+            part = table.slice(start, rows)
+            yield from_table(part, columns, available, first)
+            first += part.num_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -115,16 +116,19 @@ def _partitions(
     if name == "iid":
         return tuple(shuffled.shard(count, number) for number in range(count))
     if name == "natural":
-        found: dict[Any, list[int]] = {value: [] for value in sorted(rows.unique(column))}
+        found: dict[Any, array[int]] = {v: array("q") for v in sorted(rows.unique(column))}
         for index, value in enumerate(shuffled[column]):
             found[value].append(index)
         return tuple(shuffled.select(indices) for indices in found.values())
     partitioner = _partitioner(division, seed, count, len(rows))
     with warnings.catch_warnings():  # the Dirichlet partitioner warns at every retry
         warnings.simplefilter("ignore")
-        partitioner.dataset = shuffled.as_dataset()
+        of_rows = {column: shuffled[column]} if name == "dirichlet" else {}
+        number = f"number of {column}"
+        partitioner.dataset = Rows({**of_rows, number: range(len(rows))}).as_dataset()
         try:
-            return tuple(Rows(partitioner.load_partition(n).to_dict()) for n in range(count))
+            parts = [partitioner.load_partition(n)[number][:] for n in range(count)]
+            return tuple(shuffled.select(part) for part in parts)
         except ValueError as error:
             raise _unfilled(division, count, len(rows)) from error
 

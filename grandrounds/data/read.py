@@ -43,6 +43,42 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
         If there are no rows, a column is missing, a value is not text, or a label is a number in
         one row and the same as text in another.
     """
+    layout = settled_layout(raw, source, columns)
+    (question, answer), kept = columns[:2], columns[2:]
+    texts = texts_of(raw, source, layout)
+    values: dict[str, list[Any]] = {question: texts.questions, answer: texts.answers}
+    labels = {
+        name: labels_of(raw.values[name], f"{source}, column {name!r}")
+        for name in kept
+        if name not in (question, answer, APART)
+    }
+    used = frozenset((*layout.question, layout.answer, *kept))
+    if APART in columns:
+        labels[APART] = instructions_of(raw, source, columns, layout)
+        used |= {INSTRUCTION}
+    return Read(values | labels, texts.histories, layout.description, texts.left_out, used)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What rows say, in their order."""
+
+    questions: list[str]
+    answers: list[str]
+    histories: list[tuple[Turn, ...]]
+    """What was said before each question; empty if the source holds no conversations."""
+    left_out: tuple[str, ...]
+    """Conversations that cannot be trained on, each with its place and the reason."""
+
+
+def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layout:
+    """Return where questions and answers are, as the columns and the values show.
+
+    Raises
+    ------
+    DataError
+        If there are no rows, a column is missing, or they are preferences.
+    """
     if not raw.places:
         raise DataError(
             f"{source}: the data source has no rows; at least one question with its answer is "
@@ -61,25 +97,33 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
     answered = {layout.answer: "data.answer-column"} if layout.answer else {}
     keys = dict.fromkeys(layout.question, "data.question-column") | answered
     _check_columns(raw.available, source, keys | dict.fromkeys(kept, "data.partition-by"))
-    histories: list[tuple[Turn, ...]] = []
-    left_out: tuple[str, ...] = ()
+    return layout
+
+
+def texts_of(raw: RawRows, source: str, layout: Layout) -> Texts:
+    """Return questions and answers; raise `DataError` if a value is not text."""
     if layout.form == "conversations":
-        questions, answers, histories, left_out = _conversations(raw, source, layout)
-    else:
-        questions = _joined(raw, source, layout.question)
-        answers = questions if answer == question else _texts(raw, source, layout.answer)
-    values: dict[str, list[Any]] = {question: questions, answer: answers}
-    labels = {
-        name: _labels(raw.values[name], f"{source}, column {name!r}")
-        for name in kept
-        if name not in (question, answer)
-    }
-    used = frozenset((*layout.question, layout.answer, *kept))
-    if APART in columns:
-        has_them = INSTRUCTION in raw.available and INSTRUCTION not in used
-        labels[APART] = _texts(raw, source, INSTRUCTION) if has_them else [""] * len(raw.places)
-        used |= {INSTRUCTION}
-    return Read(values | labels, histories, layout.description, left_out, used)
+        return Texts(*_conversations(raw, source, layout))
+    questions = _joined(raw, source, layout.question)
+    same = layout.question == (layout.answer,)
+    answers = questions if same else _texts(raw, source, layout.answer)
+    return Texts(questions, answers, [], ())
+
+
+def instructions_of(
+    raw: RawRows, source: str, columns: tuple[str, ...], layout: Layout
+) -> list[str]:
+    """Return the instructions by themselves; blank where they are part of the question or absent.
+
+    Raises
+    ------
+    DataError
+        If one is not text.
+    """
+    used = (*layout.question, layout.answer, *columns[2:])
+    if INSTRUCTION in used or INSTRUCTION not in raw.values:
+        return [""] * len(raw.places)
+    return _texts(raw, source, INSTRUCTION)
 
 
 def columns_read(columns: tuple[str, ...]) -> Choice:
@@ -232,7 +276,7 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _labels(values: list[Any], where: str) -> list[Any]:
+def labels_of(values: list[Any], where: str) -> list[Any]:
     """Return a further column as all integers or all text; missing values are None."""
     labels = [
         None
@@ -259,6 +303,3 @@ def _labels(values: list[Any], where: str) -> list[Any]:
                 "whether both are the same. Write all of them as text, or none."
             )
     return texts
-
-
-# --- Built-in data and the hub --------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Rows of a data source in memory: columns of text and integers, and conversations' histories.
+"""Rows of a data source: columns of text and integers, and conversations' histories.
+
+Here they are in memory; `stored_rows` has those of a source that is larger.
 
 The few operations that a run needs are those of a `datasets.Dataset`, under its names and with its
 results. Importing that library takes longer than reading the formulary or a file of 5,000 rows.
@@ -6,13 +8,17 @@ results. Importing that library takes longer than reading the formulary or a fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from grandrounds.data.conversations import Turn
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Item = TypeVar("Item")
 
 
 class Rows:
@@ -32,9 +38,14 @@ class Rows:
     def __len__(self) -> int:
         return len(next(iter(self._columns.values()), ()))
 
-    def __getitem__(self, name: str) -> list[Any]:
+    def __getitem__(self, name: str) -> Sequence[Any]:
         """Return a column."""
         return self._columns[name]
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the texts lie on the disk: reading them all into memory may fill it."""
+        return False
 
     @property
     def column_names(self) -> list[str]:
@@ -42,13 +53,13 @@ class Rows:
         return list(self._columns)
 
     @property
-    def histories(self) -> list[tuple[Turn, ...]]:
+    def histories(self) -> Sequence[tuple[Turn, ...]]:
         """What was said before the question of each row."""
         return self._histories or [()] * len(self)
 
     def unique(self, name: str) -> list[Any]:
         """Return the distinct values of a column, by first occurrence."""
-        return list(dict.fromkeys(self._columns[name]))
+        return list(dict.fromkeys(self[name]))
 
     def select(self, indices: Sequence[int]) -> Rows:
         """Return some of the rows."""
@@ -77,3 +88,29 @@ class Rows:
             for name, values in self._columns.items()
         }
         return Dataset.from_dict(self._columns, features=Features(types))
+
+
+class Joined(Sequence[Item]):
+    """Sequences that follow one another, none of them copied."""
+
+    def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        number = bisect_right(self._ends, place)
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self._parts[number][place - (self._ends[number - 1] if number else 0)]
+
+    def __iter__(self) -> Iterator[Item]:
+        return chain.from_iterable(self._parts)

@@ -1,13 +1,12 @@
 """Reads the rows of a data source: built-in data, a local file or a hub data set.
 
-The result is always `Rows` in memory, in the source's order, with the question and the answer as
-text and the columns needed for partitioning.
+The result is always `Rows`, in the source's order, with the question and the answer as text and the
+columns needed for partitioning: in memory, or on the disk if the source is large.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,15 @@ from typing import Any
 
 from grandrounds.data.alone import columns_read_alone, rows_alone
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
-from grandrounds.data.files import RawRows, from_records, from_table, read_file
+from grandrounds.data.files import (
+    RawRows,
+    check_same_columns,
+    from_records,
+    from_table,
+    read_file,
+    table_chunks,
+)
+from grandrounds.data.main_memory import check_fits
 from grandrounds.data.places import (
     BUILT_IN,
     FILE_ENDINGS,
@@ -30,9 +37,18 @@ from grandrounds.data.places import (
 )
 from grandrounds.data.read import as_read, columns_read
 from grandrounds.data.rows import Rows
+from grandrounds.data.streams import CHUNK_ROWS
 from grandrounds.errors import DataError, first_line, nearest
 
 _CACHED_SOURCES = 4
+
+HELD_FACTOR = 20
+"""Bytes of memory for a byte of a source whose rows and tokens are held there, as measured."""
+
+_HELD = (
+    "Under a guarantee all rows of a site are held in memory. Use fewer of them, or a machine with "
+    "more."
+)
 
 
 def load_rows(
@@ -106,6 +122,8 @@ def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
 def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
     import datasets
 
+    from grandrounds.data.large import STORED_BYTES, left_out_note, stored
+
     place = OnHub.of(source)
     named = {"name": place.config} if place.config else {}
     named |= {"revision": place.revision} if place.revision else {}
@@ -122,17 +140,21 @@ def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
         ) from error
     available = tuple(rows.column_names)
     choose = columns_read_alone(columns) if alone else columns_read(columns)
+    if not alone and rows.data.nbytes > STORED_BYTES:
+        read = choose(available)
+
+        def chunks() -> Iterator[tuple[str, RawRows]]:
+            tables = rows.with_format("arrow").iter(CHUNK_ROWS)
+            for raw in table_chunks(tables, read, available, CHUNK_ROWS):
+                yield source, raw
+
+        return stored(chunks, source, columns, rows.data.nbytes, hub_commit(rows))
     raw = from_table(rows.with_format("arrow")[:], choose(available), available)
     if alone:
         return rows_alone(raw, columns)
-    read = as_read(raw, source, columns)
-    if read.left_out:
-        print(
-            f"grandrounds: {source}: {len(read.left_out):,} of {len(raw.places):,} conversations "
-            f"are not trained on; the first: {read.left_out[0]}",
-            file=sys.stderr,
-        )
-    return Rows(read.values, hub_commit(rows), read.histories)
+    found = as_read(raw, source, columns)
+    left_out_note(source, len(found.left_out), len(raw.places), next(iter(found.left_out), ""))
+    return Rows(found.values, hub_commit(rows), found.histories)
 
 
 def hub_commit(rows: Any) -> str:
@@ -168,6 +190,13 @@ def silent_downloads() -> Iterator[None]:
 @lru_cache(maxsize=_CACHED_SOURCES)
 def _load_files(source: str, version: Version, columns: tuple[str, ...], alone: bool) -> Rows:
     """Read files; their version is part of the cache key, so that changed ones are read again."""
+    from grandrounds.data.large import is_large, large_files, unpacked_bytes  # only here: NumPy
+
+    if is_large(version):
+        if not alone:
+            return large_files(source, version, columns)
+        for path, _, size_bytes in version:
+            check_fits(str(path), unpacked_bytes(path, size_bytes), HELD_FACTOR, _HELD)
     return rows_of(read_files(source, version, columns, alone), source, columns, alone)
 
 
@@ -190,14 +219,10 @@ def read_files(
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise unreadable(name, error) from error
         read.append((name, raw))
-    first_name, first = read[0]
-    wanted = {name for name in choose(first.available) if name in first.available}
-    for name, raw in [] if alone else read[1:]:
-        if missing := sorted(wanted - set(raw.available)):
-            raise DataError(
-                f"{name}: there is no column {missing[0]!r}, which {first_name} has; the columns "
-                f"are: {', '.join(raw.available)}. The files of a source need the same columns."
-            )
+    _, first = read[0]
+    if not alone:
+        wanted = [name for name in choose(first.available) if name in first.available]
+        check_same_columns({name: raw.available for name, raw in read}, wanted)
     return first if len(read) == 1 else joined(read)
 
 

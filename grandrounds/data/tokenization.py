@@ -91,7 +91,7 @@ def conversation_token_ids(
     if not longer:
         return prompt_token_ids(tokenizer, template, [turns[0][1] for turns in conversations])
     if is_own(template):
-        systems = [_system_of(turns[:-1], template) for turns in conversations]
+        systems = [system_of(turns[:-1], template) for turns in conversations]
         check_room(template, systems.count(None), len(conversations))
         asked = [
             (turns[-1][1], "", system or "")
@@ -103,7 +103,7 @@ def conversation_token_ids(
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def _system_of(before: Sequence[Turn], template: str) -> str | None:
+def system_of(before: Sequence[Turn], template: str) -> str | None:
     """Return the system prompt before a question; None if a template of one's own lacks the room.
 
     It has room for a system prompt where it reads `system`, and for no earlier turns.
@@ -220,7 +220,7 @@ def tokenize_examples(
 def _prompt_ids(examples: Sequence[Example], tokenizer: Any, template: str) -> list[list[int]]:
     """Return the tokens before the answers of examples."""
     if is_own(template) and "instruction" in own_prompt(template).names:
-        systems = [_system_of(e.before, template) for e in examples]
+        systems = [system_of(e.before, template) for e in examples]
         check_room(template, systems.count(None), len(examples))
         asked = [
             (e.apart[1], e.apart[0], system or "")

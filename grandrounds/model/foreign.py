@@ -24,7 +24,7 @@ ANY_VALUE = frozenset(
     (
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
         *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
-        *("use_rslora", "rank_pattern", "alpha_pattern"),
+        *("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
         *("megatron_core", "runtime_config", "qalora_group_size", "eva_config", "layers_pattern"),
         "fan_in_fan_out",  # PEFT sets it by the kind of the modules
     )
@@ -36,7 +36,7 @@ STARTS_THAT_LEAVE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 BY_PEFT = frozenset(
     (
-        *("use_dora", "bias", "lora_bias", "modules_to_save"),
+        *("bias", "lora_bias", "modules_to_save"),
         *("layers_to_transform", "exclude_modules"),
         *("target_parameters", "trainable_token_indices", "ensure_weight_tying"),
     )
@@ -62,7 +62,7 @@ ADVICE = (
 
 
 def is_plain(config: Mapping[str, Any], folder: Path) -> bool:
-    """Return whether an adapter is plain LoRA; False if PEFT must load it.
+    """Return whether an adapter is plain LoRA or DoRA; False if PEFT must load it.
 
     Raises
     ------

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
 
 from grandrounds.config.keys import Config
+from grandrounds.data.main_memory import container_bytes
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.architectures import FAMILIES, Architecture, from_config, target_modules
 from grandrounds.model.base import (
@@ -92,7 +92,7 @@ def free_bytes() -> int:
     """Return the bytes available to this process, including its loaded base, on its GPU or else in
     main memory."""
     if not torch.cuda.is_available():
-        limits = psutil.virtual_memory().available, _container_bytes(), _process_bytes()
+        limits = psutil.virtual_memory().available, container_bytes(), _process_bytes()
         return int(min(limits)) + resident_bytes()
     free, total = torch.cuda.mem_get_info()
     ours = free + torch.cuda.memory_reserved()
@@ -108,43 +108,6 @@ def _process_bytes() -> int:
     if limit == psutil.RLIM_INFINITY:
         return sys.maxsize
     return max(0, int(limit) - int(process.memory_info().vms))
-
-
-def _container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes left in the control groups of this process (cgroup v2): the container's, and
-    that of its systemd unit; no limit without one."""
-    return min(_group_bytes(folder) for folder in _groups(group, Path("/proc/self/cgroup")))
-
-
-def _groups(root: Path, own: Path) -> list[Path]:
-    """Return the folders of the control groups that this process is in, the root's included.
-
-    Parameters
-    ----------
-    own : Path
-        The file that names the process's group, as `0::/system.slice/agent.service`.
-    """
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        lines = []
-    inside = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    parts = [part for part in inside.split("/") if part not in ("", "..")]
-    return [root.joinpath(*parts[:count]) for count in range(len(parts) + 1)]
-
-
-def _group_bytes(group: Path) -> int:
-    """Return the bytes left in a control group; cached files, which it gives back, are left."""
-    try:
-        limit, used = ((group / f"memory.{n}").read_text().strip() for n in ("max", "current"))
-        table = (group / "memory.stat").read_text() if (group / "memory.stat").exists() else ""
-    except OSError:
-        return sys.maxsize
-    if limit == "max":
-        return sys.maxsize
-    counts = dict(line.split() for line in table.splitlines())
-    cached = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
-    return max(0, int(limit) - max(0, int(used) - cached))
 
 
 def checkpoints_activations(config: Config) -> bool:

@@ -24,7 +24,7 @@ from grandrounds.model.patterns import (
     number_at,
 )
 from grandrounds.model.targets import Targets, find_targets
-from grandrounds.wire.adapter import Shapes, factor_of
+from grandrounds.wire.adapter import MAGNITUDE, Shapes, factor_of, is_magnitude
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the path of a base's module."""
@@ -48,6 +48,8 @@ class LoraSpec:
     """Ranks of the modules that an expression matches, as PEFT's `rank_pattern`."""
     alpha_pattern: Table[float] = ()
     """Alphas of the modules that an expression matches, as PEFT's `alpha_pattern`."""
+    dora: bool = False
+    """Weight-decomposed: DoRA (Liu et al., 2024), with a vector of magnitudes for each module."""
 
     @classmethod
     def of(cls, config: Config) -> LoraSpec:
@@ -58,6 +60,7 @@ class LoraSpec:
             *(rank, alpha, targets, lora.dropout, lora.use_rslora),
             rank_pattern=tuple(lora.ranks_by_pattern.items()),
             alpha_pattern=tuple(lora.alphas_by_pattern.items()),
+            dora=lora.peft_use_dora,
         )
 
     def rank_of(self, module: str) -> int:
@@ -122,6 +125,8 @@ def _adapted(base: Any, spec: LoraSpec, targets: Targets, name: str) -> Any:
         ) from error
     for tensor, parameter in adapter_parameters(model).items():
         shape = tuple(parameter.shape)
+        if is_magnitude(tensor) and len(shape) == 1:
+            continue
         rank = shape[0] if factor_of(tensor) == "A" else shape[-1]
         wanted = spec.rank_of(module_of(tensor))
         if len(shape) != 2 or rank != wanted:
@@ -148,6 +153,7 @@ def peft_config(spec: LoraSpec, targets: Targets, name: str | None = None) -> An
         rank_pattern=dict(spec.rank_pattern),
         alpha_pattern={pattern: _in_short(alpha) for pattern, alpha in spec.alpha_pattern},
         use_rslora=spec.stabilised,
+        use_dora=spec.dora,
         lora_dropout=spec.dropout,
         target_modules=list(targets.modules),
         exclude_modules=targets.excluded,
@@ -216,7 +222,7 @@ def without_weights(name: str) -> Any:
 def adapter_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """Return the adapter's parameters by the names under which PEFT saves them."""
     return {
-        name.replace(".default.", "."): parameter
+        name.replace(f"{MAGNITUDE}.default.weight", MAGNITUDE).replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

@@ -73,8 +73,7 @@ def answer_nll_sum(
     pad_token_id: int,
     device: torch.device,
     how: Forward,
-    *,
-    of_means: bool = False,
+    means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood of a batch's answer tokens, in nats and float32.
 
@@ -84,9 +83,9 @@ def answer_nll_sum(
     ----------
     model
         A causal language model of transformers, or a PEFT model around one.
-    of_means : bool
-        Whether to sum each example's mean over its own answer tokens instead, so that no example
-        changes what another one gives.
+    means : float32 tensor of (examples), optional
+        Gives the sum of each example's mean over its own answer tokens instead, so that no example
+        changes what another one gives; the means are written here.
     """
     model = _base_of(model)
     inputs: dict[str, Any] = flatten(batch) if how.padding_free else collate(batch, pad_token_id)
@@ -94,13 +93,15 @@ def answer_nll_sum(
     learned = (labels != IGNORED_LABEL).nonzero().squeeze(1)
     targets = labels[learned].to(device)  # (answer tokens)
     before = (learned - 1).to(device)  # an answer token is predicted from the one before it
-    weights = _shares(batch).to(device) if of_means else None  # (answer tokens)
+    shared = _shared(batch, means, device) if means is not None else None
     inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     with mixed_precision(device, how.bf16):
         if not how.answers_only:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[before]
-            if weights is not None:
-                return weights @ cross_entropy(logits.float(), targets, reduction="none")
+            if shared is not None:
+                losses = cross_entropy(logits.float(), targets, reduction="none")
+                shared.note(slice(None), losses.detach())
+                return shared.weights @ losses
             return cross_entropy(logits.float(), targets, reduction="sum")
         states = model.get_decoder()(**inputs, use_cache=False)
         hidden = states.last_hidden_state.flatten(0, 1)[before]  # (answer tokens, hidden)
@@ -108,13 +109,30 @@ def answer_nll_sum(
         layer = model.get_output_embeddings()
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         head = Head(layer.weight, layer.bias, cap)
-        return head_nll_sum(hidden, head, targets, how.chunk_tokens, weights)
+        return head_nll_sum(hidden, head, targets, how.chunk_tokens, shared)
 
 
-def _shares(batch: Sequence[TokenizedExample]) -> torch.Tensor:
-    """Return for each answer token 1 over the number of answer tokens of its example."""
+@dataclass(frozen=True)
+class Shared:
+    """What each answer token of a batch weighs, and which example's mean it belongs to."""
+
+    weights: torch.Tensor
+    """float32 of (answer tokens): 1 over the number of answer tokens of its example."""
+    examples: torch.Tensor
+    """int64 of (answer tokens): position of its example in the batch."""
+    means: torch.Tensor
+    """float32 of (examples): the mean losses, so far as they were noted."""
+
+    def note(self, part: slice, losses: torch.Tensor) -> None:
+        """Add the losses of some tokens to the means."""
+        self.means.index_add_(0, self.examples[part], self.weights[part] * losses)
+
+
+def _shared(batch: Sequence[TokenizedExample], means: torch.Tensor, device: torch.device) -> Shared:
     counts = torch.tensor([e.answer_tokens - (e.prompt_tokens == 0) for e in batch])
-    return counts.float().reciprocal().repeat_interleave(counts)
+    weights = counts.float().reciprocal().repeat_interleave(counts)
+    examples = torch.arange(len(batch)).repeat_interleave(counts)
+    return Shared(weights.to(device), examples.to(device), means.zero_())
 
 
 def head_nll_sum(
@@ -122,7 +140,7 @@ def head_nll_sum(
     head: Head,
     targets: torch.Tensor,
     chunk_tokens: int,
-    weights: torch.Tensor | None = None,
+    shared: Shared | None = None,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood of targets under a frozen head, in float32.
 
@@ -134,15 +152,15 @@ def head_nll_sum(
     targets : int64 tensor of (tokens)
     chunk_tokens : int
         Maximum number of tokens per chunk of logits; 0: one chunk.
-    weights : tensor of (tokens), optional
-        By what the loss of each token is multiplied.
+    shared : Shared, optional
+        By what the loss of each token is multiplied, and where the means of examples are noted.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         head = replace(head, weight=head.weight.to(dtype))
         hidden = hidden.to(dtype)
     size = chunk_tokens or max(1, len(hidden))
-    return _HeadLoss.apply(hidden, head, targets, size, weights)  # type: ignore[no-any-return,no-untyped-call]
+    return _HeadLoss.apply(hidden, head, targets, size, shared)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -155,7 +173,7 @@ class _HeadLoss(torch.autograd.Function):
         head: Head,
         targets: torch.Tensor,
         size: int,
-        weights: torch.Tensor | None,
+        shared: Shared | None,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -174,14 +192,18 @@ class _HeadLoss(torch.autograd.Function):
                 largest = z.amax(dim=1, keepdim=True)
                 sums = z.sub_(largest).exp_().sum(dim=1, keepdim=True)
                 losses = sums.log() + largest - of_target  # (tokens, 1)
-                total += losses.sum() if weights is None else weights[part] @ losses[:, 0]
+                if shared is None:
+                    total += losses.sum()
+                else:
+                    total += shared.weights[part] @ losses[:, 0]
+                    shared.note(part, losses[:, 0])
                 if gradient is not None:
                     z.div_(sums)
                     z.scatter_add_(1, target, torch.full_like(of_target, -1.0))
                     if slope is not None:
                         z.mul_(slope)
-                    if weights is not None:
-                        z.mul_(weights[part].unsqueeze(1))
+                    if shared is not None:
+                        z.mul_(shared.weights[part].unsqueeze(1))
                     gradient[part] = z.to(head.weight.dtype) @ head.weight
                 del z, slope  # before the next chunk allocates its own
         ctx.save_for_backward(gradient)

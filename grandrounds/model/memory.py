@@ -396,7 +396,8 @@ def site_memory(
     asks = Ranks.of(config).strategy
     workload = workload_of(config, base, targets, precision)
     table = tuple(config.lora.ranks_by_pattern.items())
-    shapes = adapter_shapes(base, targets, workload.rank, rank_pattern=table)
+    dora = config.lora.peft_use_dora
+    shapes = adapter_shapes(base, targets, workload.rank, rank_pattern=table, dora=dora)
     trained = max(
         (of_factors(shapes, asks.trained(number)) for number in (1, 2)), key=count_parameters
     )

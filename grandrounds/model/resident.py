@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.lora import LoraSpec, adapter_parameters, add_lora
+from grandrounds.model.magnitudes import base_magnitudes
 from grandrounds.wire.adapter import Adapter
 
 
@@ -31,6 +33,11 @@ class Resident:
     def device(self) -> torch.device:
         """The adapter's device, to which batches are moved."""
         return next(iter(self.parameters.values())).device
+
+    @cached_property
+    def magnitudes(self) -> Adapter:
+        """Where DoRA's magnitudes start on this base; none without DoRA."""
+        return base_magnitudes(self.model) if self.lora_spec.dora else {}
 
 
 _resident: Resident | None = None

@@ -51,7 +51,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def lora_spec(folder: Path) -> LoraSpec:
-    """Return rank, alpha and targets of a saved adapter; raise `ModelError` unless plain LoRA."""
+    """Return rank, alpha and targets of a saved adapter; raise `ModelError` unless LoRA or DoRA."""
     config = read_adapter_config(folder)
     if not is_plain(config, folder):
         raise ModelError(f"the adapter {folder} is no plain LoRA. {ADVICE}")
@@ -70,6 +70,7 @@ def lora_spec(folder: Path) -> LoraSpec:
         *(rank, float(alpha), str(targets), 0.0, stabilised),
         rank_pattern=_pattern(config, folder, "rank_pattern"),
         alpha_pattern=_pattern(config, folder, "alpha_pattern"),
+        dora=bool(config.get("use_dora")),
     )
 
 

@@ -6,6 +6,7 @@ the sites whose budget is spent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,23 @@ def fallen(introduced: Iterable[Mapping[str, Any]]) -> dict[int, tuple[float, fl
     }
 
 
+def loss_noise(
+    good: Mapping[int, Mapping[str, Any]],
+    introduced: Mapping[int, Mapping[str, Any]],
+    weights: Mapping[int, int],
+) -> dict[str, float]:
+    """Return the standard deviation of the noise on a round's mean training loss, in nats.
+
+    Empty if no site of the round noises its loss.
+    """
+    telling = [p for p, metrics in good.items() if "train-loss" in metrics]
+    noise = {p: float(introduced.get(p, {}).get(guarantee.LOSS_DEVIATION, 0)) for p in telling}
+    if not any(noise.values()):
+        return {}
+    squares = sum((weights[p] * noise[p]) ** 2 for p in telling)
+    return {guarantee.LOSS_DEVIATION: math.sqrt(squares) / sum(weights[p] for p in telling)}
+
+
 def summary_of(
     config: Config, sites: Sequence[Mapping[str, Any]], spent: Iterable[int]
 ) -> dict[str, Any] | None:
@@ -121,7 +139,8 @@ def summary_of(
 
 SHARED = (
     *(guarantee.UNIT, guarantee.DELTA, guarantee.NOISE_MULTIPLIER, guarantee.CLIPPING_NORM),
-    *(guarantee.SAMPLING_RATE, guarantee.RESERVED_EPSILON, guarantee.ACCOUNTANT),
+    *(guarantee.SAMPLING_RATE, guarantee.RESERVED_EPSILON, guarantee.LOSS_DEVIATION),
+    guarantee.ACCOUNTANT,
 )
 """What the summary says of all sites together; null where they differ."""
 

@@ -212,6 +212,7 @@ class RunDirectory:
         state: Mapping[str, Any],
         rule_state: Mapping[str, NDArray[Any]],
         sites: Sequence[Mapping[str, Any]],
+        start: Adapter | None = None,
     ) -> None:
         """Write the state after a round, with all that a resume reads.
 
@@ -221,6 +222,8 @@ class RunDirectory:
             The content of state.json, with `round` and the round's line of metrics as `record`.
         sites
             The content of sites.json.
+        start
+            Where DoRA's magnitudes started.
         """
         copies = {
             states.CONFIG: self._recipe,
@@ -228,7 +231,7 @@ class RunDirectory:
             states.SITES: storage.json_bytes(list(sites)),
         }
         with _writing(self.path):
-            states.save(self.path, state, adapter, rule_state, copies)
+            states.save(self.path, state, adapter, rule_state, copies, start or {})
 
     def restore(self, recipe: bytes, records: Sequence[states.Record]) -> None:
         """Set what a resumed run goes on from: its configuration, and its lines of metrics.

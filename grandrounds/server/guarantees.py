@@ -89,6 +89,8 @@ def guarantee_rows(section: Section, name: Callable[[str], str] = str) -> list[t
         rows.append(("epsilon if all visits are made", text_of(reserved)))
     if constants:
         rows.append(("mechanism", f"DP-SGD on LoRA factors: {', '.join(constants)}"))
+    if is_number(deviation := section.get("train_loss_deviation")):
+        rows.append(("training loss", f"told with noise: +- {deviation:.2g} nats a visit"))
     if section.get("accountant"):
         rows.append(("accountant", str(section["accountant"])))
     if gone := section.get("budget_spent"):

@@ -12,7 +12,15 @@ from grandrounds.config.words import counted
 from grandrounds.errors import ApprovalError, EngineError, ReplyError
 from grandrounds.wire import guarantee, messages
 from grandrounds.wire.names import MOST_OF_A_TEXT, NAME, clean_name, names_of, one_line
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody, rounded_count
+from grandrounds.wire.told import (
+    BASE,
+    COUNTS,
+    DATA_TAG,
+    OF_TEXTS,
+    TRUNCATED,
+    in_custody,
+    rounded_count,
+)
 
 NODE_UNAVAILABLE = 5
 """Flower's error code where a node's heartbeat is missing."""
@@ -186,11 +194,17 @@ def has_changed(fact: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     """Whether a fact differs between two introductions of a site.
 
     What a real site tells in only one of them cannot be compared, and counts only rounded: in runs
-    of before they are exact, and have no tag of the data.
+    of before they are exact, and have no tag of the data. Nor can a tag of texts and one of tokens,
+    and a site with such a tag does not know its truncated answers.
     """
     is_told = fact in before and fact in now
+    if fact == DATA_TAG and is_told:
+        of_texts = [str(facts[fact]).startswith(OF_TEXTS) for facts in (before, now)]
+        return of_texts[0] == of_texts[1] and bool(before[fact] != now[fact])
     if fact in (DATA_TAG, *SAME_IF_TOLD):
         return is_told and bool(before[fact] != now[fact])
+    if fact == TRUNCATED and not is_told:
+        return False
     if not in_custody(now) or fact not in COUNTS:
         return bool(before.get(fact) != now.get(fact))
     if not is_told:

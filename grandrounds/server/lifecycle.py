@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,18 @@ from grandrounds.server.directory import RunDirectory, default_run_directory, en
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
 from grandrounds.server.listeners import Listener
+from grandrounds.server.magnitudes import ask_for_magnitudes
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.rounds import examine_formulary, examiners_of
 from grandrounds.server.run import Run, State, summary_of
-from grandrounds.wire.adapter import Adapter, Ranks, drawn_adapter
+from grandrounds.wire.adapter import (
+    Adapter,
+    Ranks,
+    is_magnitude,
+    magnitudes_of,
+    started_adapter,
+)
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.guarantee import BUDGET_SPENT, is_private
 from grandrounds.wire.schedule import evaluation_cohort_of
@@ -60,7 +68,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         directory = RunDirectory.create(path, config)
     if is_new:
         directory.hold()
-    start = drawn_adapter(shapes, federation.seed)
+    start = started_adapter(shapes, federation.seed, {})
     rule = make_rule(filled_in(config))
     if resumed is None:
         state = State(0, start, secrets.token_hex(8))
@@ -68,6 +76,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     else:
         state, before = resumed.state, list(resumed.sites)
         state.adapter = in_order(state.adapter, shapes, resumed.saved.folder)
+        began = in_order(resumed.saved.start, filter(is_magnitude, shapes), resumed.saved.folder)
+        start = started_adapter(shapes, federation.seed, began)
         rule.restore(resumed.saved.rule)
         restore(directory, resumed)
     directory.write_json("environment.json", environment())
@@ -102,6 +112,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         ),
         listener=listener,
         evaluation_cohort=evaluation_cohort_of(config),
+        shapes=shapes,
     )
     resumed_after = state.round if resumed else None
     place = {"directory": str(directory.path), "resumed-after": resumed_after}
@@ -122,8 +133,9 @@ def held_for_resume(directory: RunDirectory, config: Config) -> Resumption | Non
         raise
 
 
-def in_order(adapter: Adapter, names: Iterable[str], folder: Path) -> Adapter:
+def in_order(adapter: Adapter, wanted: Iterable[str], folder: Path) -> Adapter:
     """Return an adapter with its names in the model's order, since safetensors sorts them."""
+    names = list(wanted)
     if adapter.keys() != set(names):
         raise RunDirectoryError(
             f"{folder} is of another adapter: its tensors are not those of the base and the target "
@@ -148,6 +160,7 @@ def open_session(run: Run) -> None:
     roster.open(run.exchange, run.config.strategy.connect_timeout_seconds)
     check_same_sites(roster)
     roster.note_arithmetic()
+    start_magnitudes(run)
     there = [roster.cards[p].facts for p in judges if p in roster.cards]
     tells = any(int(facts.get("held-out-examples", 0)) for facts in there)
     if there and not tells and all(map(is_private, there)):
@@ -161,6 +174,15 @@ def open_session(run: Run) -> None:
         )
     run.write_sites()
     run.listener.on_roll_call([dict(card.facts) for card in roster.cards.values()])
+
+
+def start_magnitudes(run: Run) -> None:
+    """With DoRA, make the sites' norms the start of the magnitudes; a resume has them already."""
+    if not run.magnitudes or magnitudes_of(run.sender.start):
+        return
+    start = started_adapter(run.shapes, run.config.federation.seed, ask_for_magnitudes(run))
+    run.sender = replace(run.sender, start=start)
+    run.state.adapter = start
 
 
 def finish(run: Run) -> dict[str, Any]:

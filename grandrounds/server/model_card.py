@@ -231,7 +231,7 @@ def _facts(
         (
             "adapter",
             _cell(
-                f"{'rsLoRA, ' * lora.use_rslora}"
+                f"{'DoRA, ' * lora.peft_use_dora}{'rsLoRA, ' * lora.use_rslora}"
                 f"r = {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
                 f"alpha = {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
             )

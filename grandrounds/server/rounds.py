@@ -24,7 +24,7 @@ from grandrounds.server.run import Run
 from grandrounds.server.updates import Updates
 from grandrounds.server.weights import claimed_examples, limited
 from grandrounds.wire import messages, told
-from grandrounds.wire.adapter import Adapter, shapes_of, unflatten
+from grandrounds.wire.adapter import Adapter, magnitudes_of, shapes_of, unflatten
 from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.downlink import Parcel
@@ -138,6 +138,8 @@ def record_start(run: Run) -> None:
     """Evaluate the untrained adapter, which equals the base, and write line 0."""
     refused = run.roster.refusals()
     record = {"round": 0, **({"refused": refused} if refused else {})}
+    if run.started_by:
+        record["magnitudes-from"] = list(run.started_by)
     started = time.perf_counter()
     now = Round(0, 0.0, [], {}, saves=False, started=started, trained=started)
     evaluate_and_record(run, now, record)
@@ -440,6 +442,7 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
         "good": sorted(tally.good),
         "failed": {str(p): why for p, why in sorted(tally.failed.items())},
         "train-loss": told.mean(tally.good, "train-loss", weights),
+        **budgets.loss_noise(tally.good, introduced, weights),
         "proximal-penalty": told.mean(tally.good, "proximal-penalty", weights),
         "coverage": covered / sum(known.values()) if tells_coverage else None,
         "site-coverage": {
@@ -489,7 +492,8 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
         "evaluate-seconds": evaluated - now.trained,
     }
     sites = list(run.roster.introduced.values())
-    run.directory.save_state(state.adapter, state.to_json(record), run.rule.state(), sites)
+    start = magnitudes_of(run.sender.start)
+    run.directory.save_state(state.adapter, state.to_json(record), run.rule.state(), sites, start)
     run.directory.append_metrics(record)
     run.directory.write_json("ledger.json", state.ledger.as_dict())
     run.listener.on_round(record)

@@ -17,7 +17,7 @@ from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import Roster
-from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.adapter import Adapter, Shapes, is_magnitude
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.ledger import Ledger
@@ -145,6 +145,15 @@ class Run:
     listener: Listener
     evaluation_cohort: list[int]
     """The sites that evaluate the held-out loss."""
+    shapes: Shapes = field(default_factory=dict)
+    """Shapes of the adapter's tensors at the configured rank, in the model's order."""
+    started_by: Sequence[int] = ()
+    """The sites that told where DoRA's magnitudes start, if they were asked in this process."""
+
+    @property
+    def magnitudes(self) -> Shapes:
+        """Shapes of DoRA's magnitudes by name; none without DoRA."""
+        return {name: shape for name, shape in self.shapes.items() if is_magnitude(name)}
 
     @property
     def adapter_spec(self) -> LoraSpec:

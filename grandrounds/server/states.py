@@ -4,6 +4,7 @@
         state.json           counters, traffic so far and the round's line of metrics
         adapter.safetensors  the global adapter
         rule.safetensors     the memory of the aggregation rule, if it has one
+        start.safetensors    where DoRA's magnitudes started, if there are any
         config.toml          copies of the run directory's own files, as they are after this round
         metrics.jsonl
         sites.json
@@ -35,6 +36,7 @@ from grandrounds.wire.codecs.finite import all_finite
 
 FOLDER = "state"
 STATE, ADAPTER, RULE, SUMS = "state.json", "adapter.safetensors", "rule.safetensors", "SHA256SUMS"
+START = "start.safetensors"
 CONFIG, METRICS, SITES = "config.toml", "metrics.jsonl", "sites.json"
 COPIES = (CONFIG, METRICS, SITES)
 
@@ -65,6 +67,8 @@ class SavedState:
     """The global adapter, its names sorted."""
     rule: Mapping[str, NDArray[Any]]
     """The memory of the aggregation rule; empty for one without."""
+    start: Adapter
+    """Where DoRA's magnitudes started, names sorted; empty without DoRA."""
     copies: Mapping[str, bytes]
     """File of the run directory → its content after the round; empty in an earlier version."""
 
@@ -105,6 +109,7 @@ def save(
     adapter: Adapter,
     rule: Mapping[str, NDArray[Any]],
     copies: Mapping[str, bytes],
+    start: Adapter,
 ) -> None:
     """Write the state after a round, then remove what older states need not keep.
 
@@ -114,12 +119,16 @@ def save(
         The content of state.json, with `round`.
     copies
         Content of config.toml, metrics.jsonl and sites.json.
+    start
+        Where DoRA's magnitudes started; empty without DoRA.
     """
     target = run / FOLDER / f"round-{data['round']:06d}"
     with whole_folder(target, replace=True) as folder:
         save_file(dict(adapter), folder / ADAPTER)
         if rule:
             save_file(dict(rule), folder / RULE)
+        if start:
+            save_file(dict(start), folder / START)
         (folder / STATE).write_text(json.dumps({**data, "layout": LAYOUT}), encoding="utf-8")
         for name, content in copies.items():
             (folder / name).write_bytes(content)
@@ -175,10 +184,11 @@ def read(folder: Path) -> SavedState:
             raise _DamageError(f"{STATE} is of round {data.get('round')}")
         adapter = load_file(_adapter_file(folder, sums))
         rule = load_file(folder / RULE) if _there(folder, RULE) else {}
-        if not all(map(all_finite, (*adapter.values(), *rule.values()))):
-            raise _DamageError(f"{ADAPTER} or {RULE} holds values that are not finite")
+        start = load_file(folder / START) if _there(folder, START) else {}
+        if not all(map(all_finite, (*adapter.values(), *rule.values(), *start.values()))):
+            raise _DamageError(f"{ADAPTER}, {RULE} or {START} holds values that are not finite")
         copies = {name: _content(folder, name) for name in COPIES if sums is not None}
-        return SavedState(folder, data, adapter, rule, copies)
+        return SavedState(folder, data, adapter, rule, start, copies)
 
 
 def damaged_checkpoints(run: Path) -> list[str]:

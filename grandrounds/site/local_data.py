@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 from grandrounds.config.keys import Config, DataConfig
 from grandrounds.data.chat import NOT_A_PREFIX, chat_format
-from grandrounds.data.examples import SiteData, split_rows
+from grandrounds.data.examples import Examples, SiteData, split_rows
+from grandrounds.data.on_demand import OnDemand
 from grandrounds.data.own_prompt import columns_apart
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.rows import Rows
@@ -22,6 +23,7 @@ from grandrounds.errors import DataError
 from grandrounds.model.tokenizers import dated_tokenizer
 from grandrounds.site.private.units import UnitRule, split_by_unit
 from grandrounds.wire.names import clean_name
+from grandrounds.wire.told import OF_TEXTS
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Site:
 
     partition_id: int
     """The site's number, from 0."""
-    train: tuple[TokenizedExample, ...]
+    train: Sequence[TokenizedExample]
     """Training examples."""
-    held_out: tuple[TokenizedExample, ...]
+    held_out: Sequence[TokenizedExample]
     """Held-out examples, never trained on."""
     report: dict[str, int]
     """Counts, under their names in messages: rows, empty-rows, duplicate-rows, truncated,
     unlearnable, train-examples, held-out-examples. Rows = empty + duplicate + unlearnable + train
-    + held-out."""
+    + held-out. Of examples tokenised on demand, `truncated` is unknown and left out."""
     name: str = ""
     """What the data call it: the value of `data.partition-by` under natural partitioning."""
     data_commit: str = ""
@@ -47,15 +49,27 @@ class Site:
 
     @cached_property
     def tag(self) -> str:
-        """16 hex digits that change with any example, its order, or its side of the split."""
-        digest = hashlib.sha256()
+        """16 hex digits that change with any example, its order, or its side of the split.
+
+        Of examples tokenised on demand they are those of the texts, and begin with `t`.
+        """
+        digest, of_texts = hashlib.sha256(), False
         for side in (self.train, self.held_out):
             digest.update(f"{len(side)}\0".encode())
+            if isinstance(side, OnDemand):
+                side.update(digest)
+                of_texts = True
+                continue
             for example in side:
                 counts = [len(example.input_ids), example.prompt_tokens]
                 earlier = [place for span in example.earlier for place in span]
                 digest.update(array("q", [*counts, *example.input_ids, *earlier]).tobytes())
-        return digest.hexdigest()[:16]
+        return OF_TEXTS * of_texts + digest.hexdigest()[:16]
+
+    def tokens(self) -> Iterator[Sequence[int]]:
+        """Yield the token ids of each example that is tokenised already."""
+        for side in (self.train, self.held_out):
+            yield from () if isinstance(side, OnDemand) else (e.input_ids for e in side)
 
 
 @dataclass(frozen=True)
@@ -210,6 +224,8 @@ def tokenized_site(
     tokenizer, template = dated_tokenizer(model_name, data), data.prompt
     if template == "chat":
         _note_format(model_name, tokenizer)
+    if isinstance(split.train, Examples) and not alone:
+        return _on_demand(split, partition_id, tokenizer, data, seq_length)
     train, held_out = (
         tokenize_examples(side, tokenizer, template, seq_length, data.train_on, alone)
         for side in (split.train, split.held_out)
@@ -228,19 +244,42 @@ def tokenized_site(
             file=sys.stderr,
         )
     if not train.examples and not alone:
-        raise DataError(
-            f"Site {partition_id} has no example left for training: the prompts of all its "
-            f"{len(split.train)} examples fill train.seq-length = {seq_length} tokens. Raise it."
-        )
-    report = {name.replace("_", "-"): count for name, count in asdict(split.report).items()}
-    report |= {
-        "train-examples": len(train.examples),
-        "held-out-examples": len(held_out.examples),
-        "truncated": train.truncated + held_out.truncated,
-        "unlearnable": train.unlearnable + held_out.unlearnable,
-    }
+        raise _none_left(split, partition_id, seq_length)
+    unlearnable = train.unlearnable + held_out.unlearnable
+    report = _report(split, len(train.examples), len(held_out.examples), unlearnable)
+    report["truncated"] = train.truncated + held_out.truncated
     units = _renumbered([split.units[i] for i in train.positions]) if split.units else ()
     return Site(partition_id, train.examples, held_out.examples, report, units=units)
+
+
+def _on_demand(
+    split: SiteData, partition_id: int, tokenizer: Any, data: DataConfig, seq_length: int
+) -> Site:
+    """Return a site whose examples are tokenised when a visit needs them."""
+    train, held_out = (
+        OnDemand(side, tokenizer, data.prompt, seq_length, data.train_on)
+        for side in (split.train, split.held_out)
+    )
+    if not train:
+        raise _none_left(split, partition_id, seq_length)
+    unlearnable = train.unlearnable + held_out.unlearnable
+    return Site(
+        partition_id, train, held_out, _report(split, len(train), len(held_out), unlearnable)
+    )
+
+
+def _none_left(split: SiteData, partition_id: int, seq_length: int) -> DataError:
+    return DataError(
+        f"Site {partition_id} has no example left for training: the prompts of all its "
+        f"{len(split.train)} examples fill train.seq-length = {seq_length} tokens. Raise it."
+    )
+
+
+def _report(split: SiteData, train: int, held_out: int, unlearnable: int) -> dict[str, int]:
+    """Return the counts of a site, under their names in messages."""
+    report = {name.replace("_", "-"): count for name, count in asdict(split.report).items()}
+    report |= {"train-examples": train, "held-out-examples": held_out}
+    return {**report, "unlearnable": unlearnable}
 
 
 def _renumbered(units: Sequence[int]) -> tuple[int, ...]:

@@ -263,10 +263,12 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """Return the summed negative log-likelihood (nats) and the number of answer tokens."""
     model.eval()
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))
-    total = 0.0
+    lengths = [len(e.input_ids) for e in examples]
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    total, answer_tokens = 0.0, 0
     with attending(model, forward):
-        for i in range(0, len(ordered), batch_size):
-            batch = ordered[i : i + batch_size]
+        for i in range(0, len(by_length), batch_size):
+            batch = [examples[place] for place in by_length[i : i + batch_size]]
             total += float(answer_nll_sum(model, batch, pad_token_id, device, forward))
-    return total, sum(e.answer_tokens for e in ordered)
+            answer_tokens += sum(e.answer_tokens for e in batch)
+    return total, answer_tokens

@@ -18,6 +18,7 @@ import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.data.on_demand import OnDemand
 from grandrounds.data.prompts import prompt_hash
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import DataError, PolicyError
@@ -243,7 +244,7 @@ def introduction(
     if mechanism:
         check_base(config)
     check_length(config.model.source, config.train.seq_length)
-    check_examples(config.model.source, (e.input_ids for e in (*site.train, *site.held_out)))
+    check_examples(config.model.source, site.tokens())
     name = config.model.source
     commits = {messages.BASE_COMMIT: base_commit(name), messages.DATA_COMMIT: site.data_commit}
     return {
@@ -283,6 +284,8 @@ def next_batches(visit: Visit) -> Batches:
     else:
         indices = sampling.next_examples(seed, site.partition_id, len(site.train), start, count)
     examples = [site.train[i] for i in indices]
+    if isinstance(site.train, OnDemand):
+        check_examples(config.model.source, (e.input_ids for e in examples))
     size = config.arguments.per_device_train_batch_size
     if machine.forward(config).padding_free or config.train.batching == "padded":
         return [examples[i : i + size] for i in range(0, count, size)]
@@ -302,7 +305,8 @@ def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapte
     config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
     shapes = Ranks.of(config).configured(resident_shapes)
-    received = downlink.receive(visit.content, visit.state, config, shapes)
+    magnitudes = resident.magnitudes
+    received = downlink.receive(visit.content, visit.state, config, shapes, magnitudes)
     seed, trains_in = config.federation.seed, visit.round if trains else None
     adapter = Ranks.of(config).on_base(received, shapes, seed, trains_in)
     set_adapter(resident, adapter)
@@ -348,8 +352,12 @@ def _settings(visit: Visit) -> training.VisitSettings:
     )
 
 
-def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> None:
+def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> float | None:
     """Run the local steps of a private visit on the resident model, with secret coins.
+
+    Returns
+    -------
+    The noised training loss in nats per answer token, if the site tells one.
 
     Raises
     ------
@@ -369,7 +377,7 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> N
     settings = PrivateSettings(mechanism, arguments.per_device_train_batch_size, _settings(visit))
     units = grouped(visit.site.units, visit.site.train)
     pad, coins = run_tokenizer(config).pad_token_id, visit.coins or secret_coins()
-    headroom.run_visit(
+    return headroom.run_visit(
         config,
         resident,
         lambda: train_private_visit(
@@ -393,10 +401,13 @@ def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
     return uplink.encode_change(change, config.communication, memory, generator)
 
 
-def private_metrics(visit: Visit, mechanism: Mechanism) -> dict[str, float | int]:
-    """Return the metrics of a private visit: none of them depends on the site's data."""
+def private_metrics(
+    visit: Visit, mechanism: Mechanism, noised_loss: float | None
+) -> dict[str, float | int]:
+    """Return the metrics of a private visit: but for a noised loss, none depends on the data."""
     return {
         "num-examples": mechanism.declared_units,
+        **({} if noised_loss is None else {"train-loss": noised_loss}),
         "steps": mechanism.steps,
         EPSILON: epsilon_of(mechanism, visit.number),
         "cursor": visit.cursor_after,
@@ -426,11 +437,13 @@ def train_metrics(
 
 
 def without_figures(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
-    """Return the metrics of a masked visit: those that no figure of the site's data is among.
+    """Return the metrics of a masked visit: no figure of the site's data, unless it is noised.
 
     The weight travels in the mask.
     """
     kept = ("cursor", "base-loads", "process-id", EPSILON)
+    if EPSILON in metrics:
+        kept += ("train-loss",)  # noised
     return {name: metrics[name] for name in kept if name in metrics}
 
 

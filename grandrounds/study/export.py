@@ -49,7 +49,7 @@ from grandrounds.storage import whole_folder, writing
 from grandrounds.study.evaluation.answers import RESULT
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
-from grandrounds.wire.adapter import A, Adapter
+from grandrounds.wire.adapter import MAGNITUDE, A, Adapter
 from grandrounds.wire.told import total_of_sites
 
 T = TypeVar("T")
@@ -235,8 +235,9 @@ def merge(
 ) -> Rounding:
     """Merge an adapter into the weights of a base in place, and convert them to one dtype.
 
-    W + s B A with s = alpha / r: Hu et al., LoRA (2021), section 4.1. Summed in float32 and rounded
-    once, layer by layer, to avoid a second copy of the base in memory. `scales` holds s by tensor.
+    W + s B A with s = alpha / r: Hu et al., LoRA (2021), section 4.1. With DoRA each row of it is
+    brought to its magnitude (Liu et al., 2024, equation 5). Summed in float32 and rounded once,
+    layer by layer, to avoid a second copy of the base in memory. `scales` holds s by tensor.
     """
     rounded, changed = 0.0, 0.0
     for name, a in adapter.items():
@@ -250,6 +251,11 @@ def merge(
         if is_conv1d(module):
             change = change.T
         exact = weight.float() + change
+        magnitudes = adapter.get(name.removesuffix(A) + MAGNITUDE)
+        if magnitudes is not None:
+            rows = exact.T if is_conv1d(module) else exact  # (out-features, in-features)
+            rows *= (torch.tensor(magnitudes, device=weight.device) / rows.norm(dim=1))[:, None]
+            change = exact - weight.float()
         weight.data = exact.to(dtype)
         rounded += float((weight.float() - exact).double().square().sum())
         changed += float(change.double().square().sum())

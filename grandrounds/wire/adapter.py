@@ -1,7 +1,12 @@
-"""LoRA adapters as float32 tensors under PEFT's names, and the ranks at which they travel."""
+"""LoRA adapters as float32 tensors under PEFT's names, and the ranks at which they travel.
+
+With DoRA (Liu et al., 2024, equation 5) each module has a vector of magnitudes beside A and B. They
+start as the norms of the base's weights, so nothing can draw them from a seed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,13 +20,16 @@ from grandrounds.wire.schedule import adapter_generator
 
 Adapter = Mapping[str, NDArray[np.float32]]
 """Name, such as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, to tensor:
-(rank, in-features) for A, (out-features, rank) for B."""
+(rank, in-features) for A, (out-features, rank) for B, (out-features,) for DoRA's magnitudes."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name → shape of each tensor."""
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """Suffixes of the two factors' names."""
+
+MAGNITUDE = ".lora_magnitude_vector"
+"""Suffix of the names of DoRA's magnitudes."""
 
 EVERYTHING = slice(None)
 
@@ -30,8 +38,21 @@ EVERYTHING = slice(None)
 
 
 def factor_of(name: str) -> str:
-    """Return the LoRA factor to which a tensor belongs: `A` or `B`."""
+    """Return the LoRA factor to which a tensor belongs: `A` or `B`.
+
+    DoRA's magnitudes have one value per output, as B has a row, and go where B goes.
+    """
     return "A" if ".lora_A." in name else "B"
+
+
+def is_magnitude(name: str) -> bool:
+    """Whether a tensor is a vector of DoRA's magnitudes, which has no ranks."""
+    return name.endswith(MAGNITUDE)
+
+
+def magnitudes_of(adapter: Adapter) -> Adapter:
+    """Return DoRA's magnitudes of an adapter; none without DoRA."""
+    return {name: tensor for name, tensor in adapter.items() if is_magnitude(name)}
 
 
 def of_factors(shapes: Shapes, factors: str) -> Shapes:
@@ -40,11 +61,14 @@ def of_factors(shapes: Shapes, factors: str) -> Shapes:
 
 
 def at_rank(shapes: Shapes, rank: int) -> Shapes:
-    """Return the shapes of the same tensors at another rank."""
-    return {
-        name: (rank, *shape[1:]) if factor_of(name) == "A" else (*shape[:-1], rank)
-        for name, shape in shapes.items()
-    }
+    """Return the shapes of the same tensors at another rank; magnitudes have none."""
+
+    def of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if is_magnitude(name):
+            return shape
+        return (rank, *shape[1:]) if factor_of(name) == "A" else (*shape[:-1], rank)
+
+    return {name: of(name, shape) for name, shape in shapes.items()}
 
 
 def shapes_of(adapter: Adapter) -> Shapes:
@@ -54,7 +78,7 @@ def shapes_of(adapter: Adapter) -> Shapes:
 
 def rank_of(adapter: Adapter) -> int:
     """Return the rank of an adapter, that of its first module."""
-    name, tensor = next(iter(adapter.items()))
+    name, tensor = next(item for item in adapter.items() if not is_magnitude(item[0]))
     return int(tensor.shape[0] if factor_of(name) == "A" else tensor.shape[-1])
 
 
@@ -81,7 +105,9 @@ def unflatten(vector: NDArray[np.float32], shapes: Shapes) -> Adapter:
 
 
 def rank_index(name: str, ranks: slice) -> tuple[slice, ...]:
-    """Return the index that selects ranks of a tensor: rows of A, columns of B."""
+    """Return the index that selects ranks of a tensor: rows of A, columns of B, all magnitudes."""
+    if is_magnitude(name):
+        return (EVERYTHING,)
     return (ranks,) if factor_of(name) == "A" else (EVERYTHING, ranks)
 
 
@@ -120,10 +146,12 @@ def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
     """Return a fresh adapter: A uniform in ±1/sqrt(fan-in), B zero, so the base is unchanged.
 
     PEFT's initialisation (Kaiming uniform with a = sqrt(5); Hu et al., LoRA (2021), section 4.1,
-    use a Gaussian for A), drawn without a base model.
+    use a Gaussian for A), drawn without a base model. DoRA's magnitudes are left out.
     """
     adapter = {}
     for name, shape in shapes.items():
+        if is_magnitude(name):
+            continue
         if ".lora_A." in name:
             bound = 1.0 / np.sqrt(shape[1])
             adapter[name] = generator.uniform(-bound, bound, shape).astype(np.float32)
@@ -133,8 +161,23 @@ def initial_adapter(shapes: Shapes, generator: np.random.Generator) -> Adapter:
 
 
 def drawn_adapter(shapes: Shapes, seed: int, *round_number: int) -> Adapter:
-    """Draw the initial adapter of a run, or a round's fresh one; every site draws the same."""
+    """Draw the factors of a run's initial adapter, or a round's fresh ones, as every site does."""
     return _drawn(tuple(shapes.items()), seed, *round_number)
+
+
+def started_adapter(shapes: Shapes, seed: int, magnitudes: Adapter) -> Adapter:
+    """Return the initial adapter of a run: drawn factors, and with DoRA the magnitudes' start."""
+    start = {**drawn_adapter(shapes, seed), **magnitudes}
+    return {name: start[name] for name in shapes if name in start}
+
+
+def magnitudes_hash(magnitudes: Adapter) -> str:
+    """Return a hash of the magnitudes' start, by which server and sites compare it."""
+    digest = hashlib.sha256()
+    for name in sorted(magnitudes):
+        digest.update(f"{name}\0{magnitudes[name].size}\0".encode())
+        digest.update(np.ascontiguousarray(magnitudes[name], dtype="<f4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 @lru_cache(maxsize=2)

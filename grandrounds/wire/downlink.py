@@ -10,6 +10,9 @@ encoded difference to a reference that both ends know:
 
 Strategies that recompute the factors in every round (`product`, `flora`) send the adapter itself.
 While the adapter equals what both ends draw from the seed, an encoded message holds no tensors.
+
+DoRA's magnitudes start as the norms of the base's weights, which each site computes from its own
+copy. A message names the hash of the run's start, and a site with another refuses it.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ from grandrounds.wire.adapter import (
     Ranks,
     Shapes,
     count_parameters,
-    drawn_adapter,
     flatten,
+    magnitudes_hash,
+    magnitudes_of,
     of_factors,
     shapes_of,
+    started_adapter,
     unflatten,
 )
 from grandrounds.wire.codecs.codec import codec_named
@@ -42,6 +47,7 @@ from grandrounds.wire.schedule import downlink_generator
 
 _HELD = "grandrounds-held"
 _VERSION = "version"
+_MAGNITUDES = "magnitudes"
 
 Vector = NDArray[np.float32]
 
@@ -53,7 +59,7 @@ class Parcel:
     arrays: ArrayRecord | None
     """Tensors, or one array of bytes; None if the site needs nothing."""
     config: Mapping[str, int | str]
-    """`codec`, `rank`, and for a difference `holds` and `version`."""
+    """`codec`, `rank`, with DoRA `magnitudes`, and for a difference `holds` and `version`."""
     received: Adapter
     """The tensors that the site holds afterwards, as it decodes them."""
 
@@ -66,7 +72,7 @@ class Sender:
     """Which tensors each site receives, and at which rank."""
     how: CommunicationConfig
     start: Adapter
-    """The initial adapter, which the sites draw from the seed."""
+    """The initial adapter: the sites draw its factors, and compute its magnitudes."""
     seed: int
     """The run's seed."""
     _held: dict[int, tuple[int, Vector]] = field(default_factory=dict)
@@ -76,6 +82,11 @@ class Sender:
     _adapter: Adapter | None = None
     """The adapter of those messages."""
     _version: int = 0
+
+    def __post_init__(self) -> None:
+        magnitudes, self._started_with = magnitudes_of(self.start), dict[str, int | str]()
+        if magnitudes:
+            self._started_with[_MAGNITUDES] = magnitudes_hash(magnitudes)
 
     def parcel(self, round_number: int, partition: int, adapter: Adapter, trains: bool) -> Parcel:
         """Return the message that gives a site the adapter.
@@ -111,7 +122,8 @@ class Sender:
         sent = self._sent(adapter, rank)
         if self.how.downlink_codec == "float32":
             return self._encoded(sent, None, "float32", 0, (0, 0, 0))
-        return Parcel(messages.to_arrays(sent), {"codec": "none", "rank": rank}, sent)
+        config: dict[str, int | str] = {"codec": "none", "rank": rank, **self._started_with}
+        return Parcel(messages.to_arrays(sent), config, sent)
 
     def settle(self, parcels: Mapping[int, Parcel], good: Collection[int]) -> None:
         """Record which sites replied well, and so hold what they were sent.
@@ -150,7 +162,7 @@ class Sender:
         self._version += 1
         shapes = shapes_of(sent)
         config: dict[str, int | str] = {"codec": codec_name, "rank": self.ranks.of_adapter(sent)}
-        config |= {"holds": holds, _VERSION: self._version}
+        config |= {"holds": holds, _VERSION: self._version, **self._started_with}
         vector = flatten(sent)
         if reference is not None:
             vector = vector - reference
@@ -165,7 +177,13 @@ class Sender:
         return Parcel(arrays, config, unflatten(decoded, shapes))
 
 
-def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shapes) -> Adapter:
+def receive(
+    content: RecordDict,
+    state: RecordDict,
+    config: Config,
+    shapes: Shapes,
+    magnitudes: Adapter | None = None,
+) -> Adapter:
     """Check and decode a message; return the tensors that the site holds afterwards.
 
     Parameters
@@ -176,14 +194,18 @@ def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shap
         What the site keeps between messages.
     shapes
         The whole adapter's tensors at the configured rank.
+    magnitudes
+        With DoRA, where its magnitudes start on the site's base.
 
     Raises
     ------
     ReplyError
         If the run's configuration does not allow the message, or it builds on something that the
-        site does not hold.
+        site does not hold, or on other magnitudes than those of its base.
     """
     instruction = content.config_records.get(messages.CONFIG) or ConfigRecord()
+    magnitudes = magnitudes or {}
+    _check_start(instruction, magnitudes)
     ranks, how = Ranks.of(config), config.communication
     name = str(instruction.get("codec"))
     allowed = {"none", how.downlink_codec}
@@ -204,7 +226,7 @@ def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shap
     if holds:
         vector = _held_by(state, holds, count)
     elif ranks.strategy.error_feedback and name != "float32":
-        start = drawn_adapter(shapes, config.federation.seed)
+        start = started_adapter(shapes, config.federation.seed, magnitudes)
         vector = flatten({name: start[name] for name in expected})
     else:  # the adapter itself travels
         vector = np.zeros(count, dtype=np.float32)
@@ -218,6 +240,17 @@ def receive(content: RecordDict, state: RecordDict, config: Config, shapes: Shap
         state[_HELD] = ArrayRecord({"adapter": Array(vector)})
         state[f"{_HELD}-{_VERSION}"] = ConfigRecord({_VERSION: version})
     return unflatten(vector, expected)
+
+
+def _check_start(instruction: ConfigRecord, magnitudes: Adapter) -> None:
+    """Raise `ReplyError` unless DoRA's magnitudes start in the run as on this site's base."""
+    own = magnitudes_hash(magnitudes) if magnitudes else None
+    if (told := instruction.get(_MAGNITUDES)) != own:
+        raise ReplyError(
+            f"the norms of this site's base, where DoRA's magnitudes start, have the hash {own}, "
+            f"and the run started with {str(told)[:40]}: the base's weights, or the precision of a "
+            "quantised base, differ from those of the sites that the run took them from"
+        )
 
 
 def _held_by(state: RecordDict, holds: int, count: int) -> Vector:

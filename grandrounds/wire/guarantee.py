@@ -15,6 +15,9 @@ ADJACENCY = "add or remove one unit"
 REHEARSAL = "a rehearsal, since server and sites share a process"
 """What a private run in process or in simulation is worth."""
 
+LOSS_DEVIATION = "train-loss-deviation"
+"""Standard deviation in nats of the noise on a visit's training loss; missing if none is told."""
+
 UNIT = "unit"
 """What a site hides: `record` or `patient`."""
 
@@ -48,7 +51,7 @@ ACCOUNTANT = "accountant"
 
 NUMBERS = (
     *(NOISE_MULTIPLIER, CLIPPING_NORM, SAMPLING_RATE, DELTA, EPSILON, RESERVED_EPSILON),
-    *(DECLARED_UNITS, VISIT_STEPS, MOST_VISITS),
+    *(DECLARED_UNITS, VISIT_STEPS, MOST_VISITS, LOSS_DEVIATION),
 )
 GUARANTEE = (UNIT, *NUMBERS, ACCOUNTANT)
 """Facts of the introduction of a site whose visits are private."""

@@ -2,6 +2,7 @@
 
 server → site
     `query`               config {}                               → config: who the site is
+    `query.magnitudes`    config {}                               → arrays: DoRA's start
     `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
     `train.masked`        the same, masks: boxes                  → arrays: masked vector, metrics
     `train.keys`, `.shares`, `.confirm`, `.unmask`  arrays: one   → arrays: one (wire/masks/packed)
@@ -36,13 +37,26 @@ from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.guarantee import EPSILON, GUARANTEE, VISITS_LEFT
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
 from grandrounds.wire.names import NAME, SOURCE, one_line
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, HELD_OUT_LOSS, HIGHEST_LOSS
+from grandrounds.wire.told import (
+    BASE,
+    COUNTS,
+    DATA_TAG,
+    HELD_OUT_LOSS,
+    HIGHEST_LOSS,
+    TRUNCATED,
+)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
 
 CLIENT_APP_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
+
+MAGNITUDES = "query.magnitudes"
+"""Kind of message that asks where DoRA's magnitudes start; two sites are asked, once."""
+
+LARGEST_MAGNITUDE = 1e6
+"""No row of a real base's weights has a larger norm."""
 
 RUN = "run"
 """Config key of every message: the run's key, which a resume keeps."""
@@ -122,12 +136,16 @@ INTRODUCTION_IN_CUSTODY: tuple[str, ...] = (
 )
 """What an introduction, the reply to `query`, of a site in its own custody must have."""
 
-INTRODUCTION: tuple[str, ...] = (*dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUNTS, "device")),)
+INTRODUCTION: tuple[str, ...] = tuple(
+    name
+    for name in dict.fromkeys((*INTRODUCTION_IN_CUSTODY, *COUNTS, "device"))
+    if name != TRUNCATED
+)
 """What every other introduction must have."""
 
 FACTS = frozenset(
     (
-        *(*INTRODUCTION, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
+        *(*INTRODUCTION, TRUNCATED, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
         *("means", "torch", "python", CPU_MATMUL, *GUARANTEE),
     )
 )
@@ -174,6 +192,25 @@ def from_arrays(record: ArrayRecord, shapes: Shapes) -> Adapter:
             raise ReplyError(f"{name}: {int((~np.isfinite(values)).sum())} numbers are not finite")
         adapter[name] = values
     return adapter
+
+
+def magnitudes_from(record: ArrayRecord, shapes: Shapes) -> Adapter:
+    """Return the start of DoRA's magnitudes from an untrusted record.
+
+    Raises
+    ------
+    ReplyError
+        As `from_arrays`, or if a value is not a norm: above 0 and at most `LARGEST_MAGNITUDE`.
+    """
+    magnitudes = from_arrays(record, shapes)
+    for name, values in magnitudes.items():
+        least, most = float(values.min()), float(values.max())
+        if not 0 < least <= most <= LARGEST_MAGNITUDE:
+            raise ReplyError(
+                f"{name}: norms from {least:.3g} to {most:.3g}, and those of a base's weights are "
+                f"above 0 and at most {LARGEST_MAGNITUDE:g}"
+            )
+    return magnitudes
 
 
 def to_payload(codec: str, payload: NDArray[np.uint8]) -> ArrayRecord:

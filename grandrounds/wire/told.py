@@ -17,6 +17,13 @@ DATA_TAG = "data-tag"
 """Key of an introduction: a hash of the site's examples, the same as long as they are. That of a
 real site is keyed by a secret of its own and differs from run to run."""
 
+OF_TEXTS = "t"
+"""Beginning of the hash of a site that holds more than it tokenises beforehand: it is one of the
+texts, where others hash the tokens."""
+
+TRUNCATED = "truncated"
+"""Count of an introduction: answers cut at the sequence length. Such a site does not know it."""
+
 HELD_OUT_LOSS = "held-out-loss"
 """Metric of a real site's reply to `evaluate`: its loss in nats per answer token, rounded. It takes
 the place of `nll-sum` and `tokens`."""
@@ -25,7 +32,7 @@ MEDIAN_LOSS = "held-out-loss-median"
 """Key of metrics.jsonl: the median of the sites' held-out losses."""
 
 COUNTS = (
-    *("rows", "empty-rows", "duplicate-rows", "truncated", "unlearnable"),
+    *("rows", "empty-rows", "duplicate-rows", TRUNCATED, "unlearnable"),
     *("train-examples", "held-out-examples"),
 )
 """Facts of an introduction that count rows and examples."""

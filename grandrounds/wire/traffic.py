@@ -12,7 +12,7 @@ from typing import Any
 
 from grandrounds.config.keys import CommunicationConfig, Config
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.wire.adapter import Ranks, Shapes, count_parameters
+from grandrounds.wire.adapter import Ranks, Shapes, count_parameters, is_magnitude
 from grandrounds.wire.codecs import encoded_bytes
 from grandrounds.wire.codecs.codec import Codec, codec_named
 from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, Traffic
@@ -24,8 +24,11 @@ from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of
 TRAIN_DOWN, TRAIN_UP = "train.down", "train.up"
 EVALUATE_DOWN, FORMULARY_DOWN = "evaluate.down", "formulary.down"
 
-MAGNITUDE = ".lora_magnitude_vector"
-"""Suffix of the names of DoRA's magnitude vectors."""
+MAGNITUDES_UP = "magnitudes.up"
+"""Kind of message with which a site tells where DoRA's magnitudes start."""
+
+STARTERS = 2
+"""Sites that tell it: what a single one told could not be compared."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,20 @@ class Plan:
         return self.total_bytes + sum(t.key_bytes for t in self.ledger.totals.values())
 
     @property
+    def start_bytes(self) -> int:
+        """Messages that tell where DoRA's magnitudes start; 0 without DoRA.
+
+        FlowerTune's template has none: its server loads the base.
+        """
+        return self.ledger.totals.get(MAGNITUDES_UP, Traffic()).tensor_bytes
+
+    @property
     def bytes_before_last_updates(self) -> int:
-        """The total without the last round's client updates: a count that entries published too."""
-        return self.total_bytes - self.last_updates_bytes
+        """The total without the last round's client updates: a count that entries published too.
+
+        Nor with what `start_bytes` counts.
+        """
+        return self.total_bytes - self.start_bytes - self.last_updates_bytes
 
     @property
     def message_bytes(self) -> int:
@@ -129,7 +143,8 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     Parameters
     ----------
     shapes
-        The adapter's float32 tensors at its configured rank. DoRA's magnitudes travel both ways.
+        The adapter's float32 tensors at its configured rank. DoRA's magnitudes travel both ways,
+        and before anything else `STARTERS` sites tell where they start.
     examiners
         Sites that hold the exam, if there are as many: 1 in process, else `EXAMINERS`.
     """
@@ -138,6 +153,10 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     down = _Down(how, ranks.strategy.error_feedback, measure)
     ledger = Ledger()
     judges = evaluation_cohort_of(config)
+    if started := {name: shape for name, shape in shapes.items() if is_magnitude(name)}:
+        message = message_of(started, None)
+        for _ in range(min(STARTERS, config.data.num_partitions)):
+            ledger.add(MAGNITUDES_UP, message.tensor_bytes, message.key_bytes)
 
     def judge(next_round: int) -> None:
         rank = ranks.begun_with(next_round, cohort)
@@ -211,16 +230,14 @@ class _Measure:
     """Message sizes, each computed once."""
 
     def __init__(self, ranks: Ranks, how: CommunicationConfig, shapes: Shapes) -> None:
-        self._ranks, self._how = ranks, how
-        self._magnitudes = {n: s for n, s in shapes.items() if n.endswith(MAGNITUDE)}
-        self._factors = {n: s for n, s in shapes.items() if n not in self._magnitudes}
+        self._ranks, self._how, self._shapes = ranks, how, shapes
         self._made: dict[tuple[object, ...], Message] = {}
 
     def down(self, codec: str, rank: int, *, exact: bool) -> Message:
         """Return the size of a message to a site: float32 tensors if `exact`, else encoded."""
         return self._cached(
             ("down", codec, rank, exact),
-            lambda: self._ranks.shapes_down(self._factors, rank),
+            lambda: self._ranks.shapes_down(self._shapes, rank),
             None if exact else codec,
         )
 
@@ -229,7 +246,7 @@ class _Measure:
         codec = self._how.uplink_codec
         return self._cached(
             ("up", self._ranks.strategy.trained(round_number), rank),
-            lambda: self._ranks.shapes_up(self._factors, round_number, rank),
+            lambda: self._ranks.shapes_up(self._shapes, round_number, rank),
             None if codec == "none" else codec,
         )
 
@@ -242,9 +259,8 @@ class _Measure:
         self, key: tuple[object, ...], shapes: Callable[[], Shapes], codec: str | None
     ) -> Message:
         if key not in self._made:
-            tensors = {**shapes(), **self._magnitudes}
             self._made[key] = message_of(
-                tensors, None if codec is None else codec_named(codec, self._how)
+                shapes(), None if codec is None else codec_named(codec, self._how)
             )
         return self._made[key]
 

@@ -95,7 +95,6 @@ def test_an_unknown_key_is_refused_with_the_nearest(
         ("strategy.proximal-mu", -1, "at least 0"),
         ("model.quantization", 3, "one of 0, 4, 8"),
         ("model.lora.peft-lora-r", 0, "at least 1"),
-        ("model.lora.peft-use-dora", "true", "DoRA"),
         ("data.partitioner", "irid", "Did you mean 'iid'?"),
         ("data.partitioner", "natural", "data.partition-by"),
         ("data.held-out-fraction", 1, "at most 0.9"),

@@ -63,9 +63,10 @@ def test_the_jsl_recipe_says_what_it_costs() -> None:
     assert "memory is computed from formulas" in output
 
 
-def test_a_flowertune_entry_with_dora_is_planned_and_told_that_a_run_refuses_it(
+def test_a_flowertune_entry_with_dora_is_planned_with_the_start_of_its_magnitudes(
     tmp_path: Path,
 ) -> None:
+    """12,288 outputs in 28 layers: 2 sites send 4 bytes of each, and 196 headers; 2.67 MiB."""
     (tmp_path / "pyproject.toml").write_text(
         """
 [tool.flwr.app.config]
@@ -84,8 +85,10 @@ options.num-supernodes = 20
     )
     file = str(tmp_path / "pyproject.toml")
     output = plan("--config", file, "--set", "model.lora.target-modules=all-linear").stdout
-    assert row(output, "total").startswith("8,253.71 ")
-    assert "a run rejects DoRA" in output
+    assert row(output, "magnitudes.up").startswith("2 1.34 2.67 ")
+    assert row(output, "train.down").startswith("200 20.63 4,126.86")
+    assert row(output, "total").startswith("8,256.38 ")
+    assert "FlowerTune's figures have no such message" in output
 
 
 def test_recipes_are_compared_side_by_side_in_the_order_given() -> None:

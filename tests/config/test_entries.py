@@ -98,7 +98,11 @@ ROWS = {
         {"strategy.fraction-train": 0.3},
         given="strategy.fraction-train=0.3",
     ),
-    "DoRA": Row("model.lora.peft-use-dora = true", refused="false trains plain LoRA"),
+    "DoRA": Row("model.lora.peft-use-dora = true", {"model.lora.peft-use-dora": True}),
+    "DoRA with FlexLoRA": Row(
+        'model.lora.peft-use-dora = true\nstrategy.use-flexlora = "on"',
+        refused="does not go with strategy.name = 'product'",
+    ),
     "rank-stabilised LoRA": Row("model.lora.use-rslora = true", {"model.lora.use-rslora": True}),
     "a trainer's learning rate": Row(
         "train.training-arguments.learning-rate = 5e-5",

@@ -199,9 +199,8 @@ def test_the_aloe_entry_runs_unchanged(tmp_path: Path) -> None:
     assert leaderboard_differences(config) == []
 
 
-def test_the_qwen_entry_with_dora_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"peft-use-dora = True is not allowed.*DoRA"):
-        entry(tmp_path, QWEN_DORA)
+def test_the_qwen_entry_with_dora_runs_unchanged(tmp_path: Path) -> None:
+    assert entry(tmp_path, QWEN_DORA).lora.peft_use_dora
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,15 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
         ),
         ({"data.partitioner": "dirichlet"}, ['"dirichlet" needs data.partition-by']),
         ({"data.partitioner": "natural"}, ['"natural" needs data.partition-by']),
+        *(
+            ({"model.lora.peft-use-dora": True, "strategy.name": name}, [f"{name!r}: {why}"])
+            for name, why in (
+                ("ffa", "it freezes a factor"),
+                ("rolora", "it freezes a factor"),
+                ("product", "it recomputes A and B"),
+                ("flora", "it recomputes A and B"),
+            )
+        ),
         ({"model.name": ""}, ["model.name is empty"]),
         ({"static.dataset.name": ""}, ["static.dataset.name is empty"]),
         ({"model.lora.target-modules": ""}, ["target-modules is empty"]),
@@ -247,8 +256,6 @@ def test_an_alias_wins_over_a_default_that_is_given_too() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("model.lora.peft-use-dora", True, "DoRA"),
-        ("model.lora.use-dora", True, "DoRA"),
         (ARGUMENTS + "fp16", True, "bf16 = true"),
         (ARGUMENTS + "output-dir", "/tmp/out", "never writes to a path that it was sent"),
         (ARGUMENTS + "learning-rate", "5e-5", "train.learning-rate-max"),

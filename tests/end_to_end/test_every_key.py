@@ -140,6 +140,7 @@ TESTED_ELSEWHERE = {
     "static.dataset.revision": "tests/data/test_sources.py",
     "data.train-on": "tests/data/test_chat.py",
     "model.lora.use-rslora": "tests/model/test_stabilised.py",
+    "model.lora.peft-use-dora": "test_dora_runs.py",
     "model.lora.rank-pattern": "tests/end_to_end/test_own_ranks.py",
     "model.lora.alpha-pattern": "tests/end_to_end/test_own_ranks.py",
     **{
@@ -185,7 +186,6 @@ def test_every_key_is_covered_here_or_in_a_named_test() -> None:
         "train.training-arguments.output-dir",
         "train.training-arguments.learning-rate",
         "train.training-arguments.fp16",
-        "model.lora.peft-use-dora",
     }
     shown = [set(OTHER_VALUE), set(ALSO_OTHER), set(IN_TWO_ROUNDS), set(TESTED_ELSEWHERE)]
     kinds = [*shown, idle, refused]
@@ -216,7 +216,6 @@ def test_a_key_without_effect_is_reported(settings: Settings, key: str) -> None:
         ("train.training-arguments.output-dir", "/tmp/out"),
         ("train.training-arguments.learning-rate", "1e-3"),
         ("train.training-arguments.fp16", True),
-        ("model.lora.peft-use-dora", True),
         ("train.training-arguments.warmup-steps", 10_000),  # more than there are
         ("train.training-arguments.lr-scheduler-type", "polynomial"),
         ("train.optimizer", "sgd"),

@@ -15,6 +15,7 @@ import torch
 
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
+from grandrounds.data import main_memory
 from grandrounds.errors import ModelError
 from grandrounds.model import headroom
 from grandrounds.model.base import BaseSpec
@@ -74,8 +75,8 @@ def test_a_container_leaves_what_its_group_allows(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text("30\n")
     for limit, left in (("100\n", 70), ("max\n", sys.maxsize), ("20\n", 0)):
         (tmp_path / "memory.max").write_text(limit)
-        assert headroom._container_bytes(tmp_path) == left
-    assert headroom._container_bytes(tmp_path / "none") == sys.maxsize
+        assert main_memory.container_bytes(tmp_path) == left
+    assert main_memory.container_bytes(tmp_path / "none") == sys.maxsize
 
 
 def test_a_unit_leaves_what_its_own_group_allows_cached_files_counted_as_free(
@@ -85,7 +86,7 @@ def test_a_unit_leaves_what_its_own_group_allows_cached_files_counted_as_free(
     own, unit = tmp_path / "cgroup", tmp_path / "system.slice" / "agent.service"
     own.write_text("4:memory:/old\n0::/system.slice/agent.service\n")
     unit.mkdir(parents=True)
-    groups = headroom._groups(tmp_path, own)
+    groups = main_memory._groups(tmp_path, own)
     assert groups == [tmp_path, tmp_path / "system.slice", unit]
     for name, text in (
         ("max", "1000\n"),
@@ -93,8 +94,8 @@ def test_a_unit_leaves_what_its_own_group_allows_cached_files_counted_as_free(
         ("stat", "anon 400\ninactive_file 200\nactive_file 100\n"),
     ):
         (unit / f"memory.{name}").write_text(text)
-    assert [headroom._group_bytes(group) for group in groups] == [sys.maxsize, sys.maxsize, 600]
-    assert headroom._groups(tmp_path, tmp_path / "none") == [tmp_path]
+    assert [main_memory._group_bytes(group) for group in groups] == [sys.maxsize, sys.maxsize, 600]
+    assert main_memory._groups(tmp_path, tmp_path / "none") == [tmp_path]
 
 
 def test_a_visit_that_is_known_not_to_fit_is_refused_with_what_would(

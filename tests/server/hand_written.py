@@ -79,7 +79,8 @@ def introduce(message: Message, site: int, **facts: Any) -> Message:
         "version": "1",
         "base": "b",
         "prompt": "p",
-        "data-tag": "t",
+        "truncated": 1,
+        "data-tag": "0a",
     }
     return Message(messages.content(config={**said, **facts}), reply_to=message)
 

@@ -446,6 +446,22 @@ def test_a_resumed_run_goes_on_without_a_site_that_has_changed_where_it_may() ->
                 check_same_sites(roster)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "changed"),
+    [
+        ({"data-tag": "0a", "truncated": 3}, {"data-tag": "tff"}, []),
+        ({"data-tag": "tff"}, {"data-tag": "0a", "truncated": 3}, []),
+        ({"data-tag": "tff"}, {"data-tag": "tfe"}, ["data-tag"]),
+        ({"truncated": 3}, {"truncated": 4}, ["truncated"]),
+    ],
+    ids=["whole, then in parts", "in parts, then whole", "other texts", "other tokens"],
+)
+def test_a_site_may_tokenise_at_once_or_when_asked(
+    before: dict[str, Any], now: dict[str, Any], changed: list[str]
+) -> None:
+    assert [fact for fact in ("data-tag", "truncated") if has_changed(fact, before, now)] == changed
+
+
 # --- Real sites -----------------------------------------------------------------------------------
 
 ROUNDED = {"train-examples": 1500, "data-tag": "ab"}

@@ -263,3 +263,27 @@ def test_a_site_answers_an_expected_error_in_words_and_lets_a_bug_through() -> N
     query = Message(RecordDict(), 1, "query")
     with pytest.raises(ZeroDivisionError):
         site(query, None)  # type: ignore[arg-type]
+
+
+NORMS = {"m.lora_magnitude_vector": np.array([0.5, 2.0], np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ([0.5, -2.0], "norms from -2 to 0.5"),
+        ([0.0, 2.0], "norms from 0 to 2"),
+        ([0.5, np.nan], "1 numbers are not finite"),
+        ([0.5, np.inf], "1 numbers are not finite"),
+        ([0.5, 2e6], r"above 0 and at most 1e\+06"),
+        ([0.5], r"expected float32 of shape \(2,\)"),
+        ([0.5] * 10_000, r"expected float32 of shape \(2,\)"),
+    ],
+)
+def test_magnitudes_that_are_no_norms_are_refused(told: list[float], why: str) -> None:
+    shapes = {name: norms.shape for name, norms in NORMS.items()}
+    found = messages.magnitudes_from(messages.to_arrays(NORMS), shapes)
+    np.testing.assert_array_equal(found["m.lora_magnitude_vector"], [0.5, 2.0])
+    record = messages.to_arrays({"m.lora_magnitude_vector": np.array(told, np.float32)})
+    with pytest.raises(ReplyError, match=why):
+        messages.magnitudes_from(record, shapes)

@@ -23,6 +23,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from grandrounds.config.keys import Config
 from grandrounds.config.words import counted
 from grandrounds.data.chat_settings import ChatSettings
+from grandrounds.data.examples import Examples
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import joining, keys, rosters
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
@@ -47,6 +48,9 @@ CLOCK_SECONDS = 5.0
 
 CLOCK_BEHIND_SECONDS = 300.0
 """Flower rejects a node whose clock is further behind."""
+
+MOST_TOKENISED = 10_000
+"""Examples whose tokens are counted where a site holds more than fit in memory."""
 
 SOON_DAYS = 30
 CONNECT_SECONDS = 10.0
@@ -221,12 +225,15 @@ def _bases(site: SiteFile, config: Config) -> Iterator[Finding]:
         if split is None:
             continue
         length = config.train.seq_length
-        done = tokenize_examples(split.train, tokenizer, config.data.prompt, length)
+        told = split.train[:MOST_TOKENISED] if isinstance(split.train, Examples) else split.train
+        of_first = f" of the first {len(told):,}" if len(told) < len(split.train) else ""
+        done = tokenize_examples(told, tokenizer, config.data.prompt, length)
         tokens = [len(e.input_ids) for e in done.examples] or [0]
         yield Finding(
             "ok" if done.examples else "error",
             f"tokens under {name}",
-            f"median {statistics.median(tokens):.0f} per example, maximum {max(tokens)}; "
+            f"median {statistics.median(tokens):.0f} per example{of_first}, maximum "
+            f"{max(tokens)}; "
             f"{done.truncated:,} answers truncated at {length}, {done.unlearnable:,} questions "
             "leave no room for an answer",
         )

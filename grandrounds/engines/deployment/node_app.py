@@ -17,6 +17,7 @@ app = ClientApp()
 
 
 @app.query()
+@app.query("magnitudes")
 @app.train()
 @app.evaluate()
 @app.evaluate("formulary")

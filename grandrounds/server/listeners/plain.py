@@ -26,7 +26,7 @@ from grandrounds.server.listeners.start_rows import (
     site_rows,
 )
 from grandrounds.statistics import wilson_interval
-from grandrounds.wire.guarantee import REHEARSAL
+from grandrounds.wire.guarantee import LOSS_DEVIATION, REHEARSAL
 from grandrounds.wire.names import SiteNames, names_of, one_line
 from grandrounds.wire.told import MEDIAN_LOSS, in_custody
 
@@ -45,7 +45,7 @@ def round_line(record: Mapping[str, Any], total: int) -> str:
     if "train-loss" in record:
         good, cohort = len(record["good"]), len(record["cohort"])
         loss = record["train-loss"]
-        parts.append(f"loss {NOT_TOLD if loss is None else f'{loss:.4f}'}")
+        parts.append(f"loss {NOT_TOLD if loss is None else loss_text(loss, record)}")
         parts.append(f"{good}/{cohort} updates")
     if held_out is not None:
         parts.append(f"held-out loss {held_out:.4f}")
@@ -54,6 +54,12 @@ def round_line(record: Mapping[str, Any], total: int) -> str:
     parts.append(f"{record['communication-mib']:,.1f} MiB so far")
     parts.append(f"{record['seconds']:.1f} s")
     return "  ".join(parts)
+
+
+def loss_text(loss: float, record: Mapping[str, Any]) -> str:
+    """Return a training loss, with the standard deviation of its noise if it has one."""
+    noise = record.get(LOSS_DEVIATION)
+    return f"{loss:.4f}" if noise is None else f"{loss:.2f} (noise {noise:.2f})"
 
 
 def reply_line(site: int, failure: str | None, names: SiteNames) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 
+from grandrounds.config.keys import Config
 from grandrounds.errors import GrandRoundsError, OwnDataError, PolicyError, ThrottledError
 from grandrounds.model import headroom, machine
 from grandrounds.site.custody import (
@@ -46,6 +47,7 @@ from grandrounds.site.custody.state import SiteState
 from grandrounds.site.custody.telling import introduce, left, search, tensors_sha256, told
 from grandrounds.site.visit import Visit, parsed, partition_id
 from grandrounds.wire import messages
+from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 from grandrounds.wire.told import HELD_OUT_LOSS
 
@@ -193,7 +195,9 @@ def _answered(request: Request, function: Function) -> Message:
         request.entry["sha256-in"] = tensors_sha256(request.message)
     kept = kept_runs.load(state, run)
     before = dict(kept)
-    check_received(request, own, shapes_at_rank(own), kept)
+    settled = machine.settled(visiting, request.instruction)
+    magnitudes = own_magnitudes(request, settled)
+    check_received(request, own, shapes_at_rank(own), kept, magnitudes)
 
     # 9. The visit.
     sizes = len(examples.train), visiting.arguments.max_steps * visiting.examples_per_step
@@ -201,7 +205,7 @@ def _answered(request: Request, function: Function) -> Message:
     visit = Visit(
         request.message.content,
         kept,
-        machine.settled(visiting, request.instruction),
+        settled,
         examples,
         begun.chosen,
         request.mechanism,
@@ -210,7 +214,7 @@ def _answered(request: Request, function: Function) -> Message:
     reply = visited(request, visit, function)
 
     # 10. What may be told of it.
-    if not request.is_visit:
+    if request.kind == QUERY:
         introduce(request, reply, base, data_version)
     reply = told(request, reply, examples)
 
@@ -222,6 +226,13 @@ def _answered(request: Request, function: Function) -> Message:
         quota.count_question(state, run)
     request.entry["outcome"] = "answered"
     return reply
+
+
+def own_magnitudes(request: Request, own: Config) -> Adapter:
+    """Return where DoRA's magnitudes start on the site's base; none without DoRA."""
+    if not (own.lora.peft_use_dora and request.is_visit):
+        return {}
+    return machine.prepare_model(own).magnitudes
 
 
 def without_loss(request: Request) -> Message:

@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import guarantee, messages
-from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, METRICS
+from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, MAGNITUDES, METRICS
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
 
@@ -31,9 +31,10 @@ AS_IT_IS, ROUNDED, ONLY_EXACT, TELEMETRY = "as it is", "rounded", "not told", "t
 
 OF_PRIVATE = "of private visits"
 
-DECLARED, NEVER = "declared", "never"
-"""How a field of a private visit is told: as the declared number of units, or not at all. Only the
-tensors may depend on the site's data, through the noised mechanism alone."""
+DECLARED, NOISED, NEVER = "declared", "noised", "never"
+"""How a field of a private visit is told: as the declared number of units, noised if the policy
+lets it, or not at all. Only the tensors and a noised loss may depend on the site's data, through
+one mechanism."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Field:
     with `tell.telemetry = true`), or `OF_PRIVATE`, where other visits have no such field."""
     meaning: str
     private: str = NEVER
-    """How it is told of a private visit: `AS_IT_IS`, `DECLARED`, `TELEMETRY` or `NEVER`."""
+    """How it is told of a private visit: `AS_IT_IS`, `DECLARED`, `NOISED`, `TELEMETRY`, `NEVER`."""
 
 
 def _fields(
@@ -109,6 +110,7 @@ FIELDS = (
             guarantee.DECLARED_UNITS: "number of units that the site declares",
             guarantee.VISIT_STEPS: "steps of a visit",
             guarantee.MOST_VISITS: "visits of the run that its budget allows",
+            guarantee.LOSS_DEVIATION: "noise on a visit's told loss, if one is told",
             guarantee.EPSILON: "ε of the run's visits so far",
             guarantee.RESERVED_EPSILON: "ε of all visits that it may make",
             guarantee.ACCOUNTANT: "library that computed ε, and its version",
@@ -152,7 +154,7 @@ FIELDS = (
         "training examples: the update's weight",
         DECLARED,
     ),
-    Field("train-loss", TRAIN, METRICS, ROUNDED, "mean loss of the visit"),
+    Field("train-loss", TRAIN, METRICS, ROUNDED, "mean loss of the visit", NOISED),
     *_fields(
         TRAIN,
         METRICS,
@@ -211,6 +213,14 @@ FIELDS = (
         for name in FORMULARY_METRICS
     ),
     *_fields(EXAM, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
+    Field(
+        "tensors",
+        MAGNITUDES,
+        ARRAYS,
+        AS_IT_IS,
+        "norms of the rows of its base's weights, where DoRA's magnitudes start",
+    ),
+    *_fields(MAGNITUDES, METRICS, TELEMETRY, _PROCESS),
 )
 
 NO_ANSWER = "This site has no answer to this message; its own audit log says why."
@@ -255,7 +265,10 @@ class Told:
     report: Mapping[str, int]
     """Counts of the site's rows and examples, as in `Site.report`."""
     is_private: bool = False
-    """Whether the run's visits are private: then only the tensors may depend on data."""
+    """Whether the run's visits are private: then only the tensors may depend on data, and losses
+    that the mechanism tells."""
+    tells_loss: bool = False
+    """Whether the mechanism of a private run tells losses."""
 
 
 def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
@@ -266,7 +279,7 @@ def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
     kind : str
         The message type.
     """
-    arrays = content.array_records.get(ARRAYS) if kind == TRAIN else None
+    arrays = content.array_records.get(ARRAYS) if kind in (TRAIN, MAGNITUDES) else None
     facts = dict(content.config_records.get(CONFIG) or {})
     metrics = dict(content.metric_records.get(METRICS) or {})
     if kind == EVALUATE and metrics.get("tokens"):
@@ -297,7 +310,8 @@ def _leaves(field: Field | None, rules: Told) -> bool:
         return False
     site = rules.site
     if rules.is_private:
-        return field.private != NEVER and (field.private != TELEMETRY or site.tell.telemetry)
+        opted = {TELEMETRY: site.tell.telemetry, NOISED: rules.tells_loss}
+        return field.private != NEVER and opted.get(field.private, True)
     if field.name in _OF_HELD_OUT.get(field.kind, ()) and not tells_loss(
         site, rules.report["held-out-examples"]
     ):
@@ -352,6 +366,7 @@ _HOW_PRIVATELY = {
     AS_IT_IS: "as it is",
     DECLARED: "`declared-units`",
     TELEMETRY: "only with `telemetry = true`",
+    NOISED: "noised, only with `report-train-loss = true`",
     NEVER: "never",
 }
 

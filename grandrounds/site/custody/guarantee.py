@@ -8,6 +8,7 @@ declared number of units, and then for all visits of the run. A roll call charge
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -19,7 +20,7 @@ from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.sequence import check_started
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
-from grandrounds.site.private.accountant import calibrated, epsilon_of, visits_within
+from grandrounds.site.private.accountant import epsilon_of, noise_for, visits_within
 from grandrounds.site.private.mechanism import Mechanism, sampling_rate_of
 from grandrounds.wire import guarantee
 from grandrounds.wire.schedule import visits_at_most
@@ -71,8 +72,9 @@ def wanted(site: SiteFile, config: Config) -> Mechanism:
     steps = config.arguments.max_steps
     visits = visits_at_most(config, config.federation.num_server_rounds)
     delta = min(asked.delta, site.privacy.delta)
-    noise = asked.noise_multiplier or calibrated(asked.target_epsilon, rate, steps * visits, delta)
-    return Mechanism(noise, asked.clipping_norm, rate, units, steps, visits, delta)
+    tells = asked.report_train_loss and site.privacy.report_train_loss
+    clip = asked.clipping_norm
+    return noise_for(asked, Mechanism(math.inf, clip, rate, units, steps, visits, delta, tells))
 
 
 def allowed(site: SiteFile, config: Config, charged: budget.Budget) -> Mechanism:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from grandrounds.config.keys import DataConfig
@@ -169,12 +170,15 @@ def own_identifiers(
 @lru_cache(maxsize=4)
 def _searched(rows: Rows, how: OwnSplit) -> Searched:
     split, data = how.of(rows), how.data
-    texts = [
-        "\n".join([*(said for _, said in e.before), e.question, e.answer])
-        for e in (*split.train, *split.held_out)
-    ]
-    counts = {} if data.identifiers == "off" else count_identifiers(texts)
-    return Searched(fingerprint(texts), len(texts), counts)
+    number = len(split.train) + len(split.held_out)
+    counts = {} if data.identifiers == "off" else count_identifiers(_all_said(split))
+    return Searched(fingerprint(_all_said(split)), number, counts)
+
+
+def _all_said(split: SiteData) -> Iterator[str]:
+    """Yield all that each example says, one after the other: they may not fit in memory."""
+    for example in chain(split.train, split.held_out):
+        yield "\n".join([*(said for _, said in example.before), example.question, example.answer])
 
 
 def _rows(site: SiteFile, run: str, *, private: bool = False, template: str = "") -> Rows:

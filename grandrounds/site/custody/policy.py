@@ -356,7 +356,7 @@ def check_instruction(site: SiteFile, config: Config, kind: str, said: ConfigRec
     ReplyError
         If either is missing in a message that trains.
     """
-    if kind == "query":
+    if kind in ("query", messages.MAGNITUDES):
         return
     number = messages.whole_number(said, "round", int(kind == "train"))
     if number > (rounds := config.federation.num_server_rounds):

@@ -98,6 +98,16 @@ class Reach:
             moved += step
         return moved * self.stretch
 
+    def decayed(self, largest: float, after_first: int, after_last: int) -> float:
+        """Return what weight decay takes of a value between two rounds beyond what `visit` counts.
+
+        That counts it for values of at most 1; DoRA's magnitudes are norms, and may be larger.
+        """
+        share = self.config.arguments.weight_decay * self.steps * self.stretch
+        rounds = range(after_first + 1, after_last + 1)
+        rates = sum(round_learning_rate_of(self.config, number) for number in rounds)
+        return rates * share * max(0.0, largest - 1) * max(1, self.config.cohort_size)
+
     def _adaptive(self, step: float) -> float:
         """Return the bound of eta m / (sqrt(v) + tau): by v, or by tau where changes are small."""
         rule = self.config.strategy

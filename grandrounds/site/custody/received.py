@@ -37,11 +37,12 @@ from grandrounds.wire.adapter import (
     Adapter,
     B,
     Shapes,
-    drawn_adapter,
     factor_of,
     flatten,
+    is_magnitude,
     rank_of,
     shapes_of,
+    started_adapter,
     unflatten,
 )
 from grandrounds.wire.low_rank import modules, truncate
@@ -66,7 +67,13 @@ class ReceivedAdapter:
     """One received adapter, and what the run and the site's memory say about it."""
 
     def __init__(
-        self, adapter: Adapter, config: Config, shapes: Shapes, after_round: int, steps: int
+        self,
+        adapter: Adapter,
+        config: Config,
+        shapes: Shapes,
+        after_round: int,
+        steps: int,
+        magnitudes: Adapter | None = None,
     ) -> None:
         """Collect what is compared.
 
@@ -80,7 +87,10 @@ class ReceivedAdapter:
             Rounds that the adapter has been trained in; 0: untrained.
         steps : int
             Most optimizer steps of a visit at any site.
+        magnitudes
+            With DoRA, where its magnitudes start on the site's base.
         """
+        self.magnitudes = magnitudes or {}
         self.adapter, self.config, self.shapes = adapter, config, shapes
         self.after_round = after_round
         self.reach = Reach(config, steps)
@@ -97,7 +107,7 @@ class ReceivedAdapter:
         if self.after_round == 0:
             self._check_start()
             return
-        if not any(self.adapter[name].any() for name in self.adapter if factor_of(name) == "B"):
+        if not any(self.adapter[name].any() for name in self.adapter if name.endswith(B)):
             raise PolicyError(self._told("its B is zero, as only the untrained one's is"))
         if not self.strategy.stacks:
             self._check_rows()
@@ -122,10 +132,11 @@ class ReceivedAdapter:
     def _start(self) -> Adapter:
         """Return the adapter with which the run starts.
 
-        Drawn from the seed by everybody. A recipe that named a warm start would be read here.
+        Drawn from the seed by everybody, with DoRA beside the norms of the site's base. A recipe
+        that named a warm start would be read here.
         """
-        drawn = drawn_adapter(self.shapes, self.config.federation.seed)
-        return {name: drawn[name] for name in self.adapter}
+        start = started_adapter(self.shapes, self.config.federation.seed, self.magnitudes)
+        return {name: start[name] for name in self.adapter}
 
     def _check_start(self) -> None:
         start, tolerance = self._start(), 0.0
@@ -167,6 +178,7 @@ class ReceivedAdapter:
             repeated since, by a resume.
         """
         first, last = sorted((before, self.after_round))
+        longest = max((float(norms.max()) for norms in self.magnitudes.values()), default=0.0)
         bounds = {
             factor: self.reach.value(factor, last) - self.reach.value(factor, max(0, first - 1))
             for factor in "AB"
@@ -177,6 +189,8 @@ class ReceivedAdapter:
             for name in (name for name in self.adapter if factor_of(name) == factor):
                 moved = np.abs(self.adapter[name] - other[name])
                 allowed = bound + RELATIVE * np.abs(other[name]) + 1e-7
+                if is_magnitude(name):
+                    allowed += self.reach.decayed(longest, max(0, first - 1), last)
                 if (moved > allowed).any():
                     worst = float((moved - allowed).max()) + bound
                     raise PolicyError(
@@ -243,7 +257,13 @@ CHECKED = ("train", "evaluate")
 """Kinds of messages whose adapter is checked; the formulary's exam asks nothing about the data."""
 
 
-def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDict) -> None:
+def check_received(
+    request: Request,
+    own: Config,
+    shapes: Shapes,
+    kept: RecordDict,
+    magnitudes: Adapter | None = None,
+) -> None:
     """Decode and check the adapter of a message, and keep it as the last accepted one.
 
     Its norm goes to the audit log, also if it is refused.
@@ -254,6 +274,8 @@ def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDi
         The whole adapter's tensors at the configured rank.
     kept
         What the site keeps of the run; the adapter is added to it.
+    magnitudes
+        With DoRA, where its magnitudes start on the site's base.
 
     Raises
     ------
@@ -265,13 +287,15 @@ def check_received(request: Request, own: Config, shapes: Shapes, kept: RecordDi
     if request.kind not in CHECKED:
         return
     number = messages.whole_number(request.instruction, "round", 0, MOST_ROUNDS)
-    adapter = downlink.receive(request.message.content, RecordDict(dict(kept)), own, shapes)
+    content, held = request.message.content, RecordDict(dict(kept))
+    adapter = downlink.receive(content, held, own, shapes, magnitudes)
     norm = math.sqrt(sum(float(np.vdot(tensor, tensor)) for tensor in adapter.values()))
     request.entry["norm-in"] = norm
     steps = own.arguments.max_steps
     if steps < 1:  # whole epochs, of as many examples as each site has
         steps = request.site.policy.max_steps_per_visit
-    received = ReceivedAdapter(adapter, own, shapes, after_round(request.kind, number), steps)
+    after = after_round(request.kind, number)
+    received = ReceivedAdapter(adapter, own, shapes, after, steps, magnitudes)
     received.check(kept)
     received.remember(kept)
 

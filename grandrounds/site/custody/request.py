@@ -55,8 +55,8 @@ class Request:
 
     @property
     def is_visit(self) -> bool:
-        """Whether it trains or evaluates; otherwise it is a roll call."""
-        return self.kind != "query"
+        """Whether it trains or evaluates; otherwise it asks who the site is, or of its base."""
+        return self.kind not in ("query", messages.MAGNITUDES)
 
     @property
     def instruction(self) -> ConfigRecord:

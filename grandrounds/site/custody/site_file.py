@@ -122,6 +122,7 @@ class Privacy:
     max_clipping_norm: Annotated[float, Range(0, above=True)]
     max_sampling_rate: Annotated[float, Range(0, 1, above=True)]
     max_steps_of_run: Annotated[int, Range(1, 10**6)]
+    report_train_loss: bool
     answer_every_seconds: Annotated[int, Range(0, 86400)]
     sequence_file: str
 

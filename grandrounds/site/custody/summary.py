@@ -56,7 +56,8 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     if value["privacy.unit-guarantee"] == "example":
         target, noise = value["privacy.target-epsilon"], value["privacy.noise-multiplier"]
         how = f"epsilon {target} of the run" if target else f"a noise multiplier of {noise}"
-        yield f"    private visits: {how}, clipping norm {value['privacy.clipping-norm']}"
+        tells = ", asks for noised losses" if value.get("privacy.report-train-loss") else ""
+        yield f"    private visits: {how}, clipping norm {value['privacy.clipping-norm']}{tells}"
     approved = [o for o in others if o.approved and o.sha256 != recipe.sha256]
     if approved:
         last = max(approved, key=lambda other: other.approved)

@@ -73,7 +73,8 @@ def told(request: Request, reply: Message, examples: Site) -> Message:
         used = guarantee.used(request.site, request.state, request.run)
         reply.content.metric_records[messages.METRICS].update(used)
         request.entry |= used
-    rules = Told(request.site, examples.report, request.is_private)
+    tells_loss = request.mechanism is not None and request.mechanism.tells_loss
+    rules = Told(request.site, examples.report, request.is_private, tells_loss)
     found = disclosed(request.kind, reply.content, rules)
     request.entry |= {"figures": figures, "kept": list(found.kept)}
     if not request.is_visit:

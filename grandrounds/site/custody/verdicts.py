@@ -73,7 +73,9 @@ VERDICTS: dict[str, Verdict] = {
     "model.lora.alpha-pattern": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.target-modules": _listed("target-modules"),
     "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
-    "model.lora.peft-use-dora": _ONE_VALUE,
+    "model.lora.peft-use-dora": _harmless(
+        "one trained value more per output; the start is of the base's weights, not of the data"
+    ),
     "train.save-every-round": _AT_SERVER,
     "train.learning-rate-max": _bounded(*_RATES),
     "train.learning-rate-min": _bounded(*_RATES),
@@ -152,6 +154,7 @@ VERDICTS: dict[str, Verdict] = {
     "privacy.delta": _own("the lower one of the run's and the site's counts"),
     "privacy.clipping-norm": _private("min-clipping-norm", "max-clipping-norm"),
     "privacy.sampling-rate": _private("max-sampling-rate", "max-steps-of-run"),
+    "privacy.report-train-loss": _private("report-train-loss"),
     "privacy.declared-units": _OWN_UNITS,
     "privacy.unit-column": _OWN_UNITS,
     "privacy.max-records-of-unit": _OWN_UNITS,

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
+from grandrounds.config.keys import PrivacyConfig
 from grandrounds.config.private import LEAST_NOISE
 from grandrounds.errors import ConfigError
-from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.site.private.mechanism import BESIDE_LOSS, Mechanism
 
 MOST_NOISE = 1e4
 TOLERANCE = 1e-3
@@ -56,9 +58,8 @@ def _epsilon_of(mechanism: Mechanism, visits: int, grid: float) -> float:
     if not visits:
         return 0.0
     steps = mechanism.steps * visits
-    return epsilon(
-        mechanism.noise_multiplier, mechanism.sampling_rate, steps, mechanism.delta, grid
-    )
+    noise = mechanism.joint_noise_multiplier
+    return epsilon(noise, mechanism.sampling_rate, steps, mechanism.delta, grid)
 
 
 def visits_within(mechanism: Mechanism, most_epsilon: float) -> int:
@@ -73,6 +74,22 @@ def visits_within(mechanism: Mechanism, most_epsilon: float) -> int:
     if high < mechanism.visits and epsilon_of(mechanism, high) <= most_epsilon:
         return high
     return low
+
+
+def noise_for(privacy: PrivacyConfig, mechanism: Mechanism) -> Mechanism:
+    """Return a mechanism with the noise that a recipe asks for, or that its target takes.
+
+    Raises
+    ------
+    ConfigError
+        As for `calibrated`.
+    """
+    noise = privacy.noise_multiplier
+    if not noise:
+        steps, target = mechanism.all_steps, privacy.target_epsilon
+        noise = calibrated(target, mechanism.sampling_rate, steps, mechanism.delta)
+        noise *= BESIDE_LOSS if mechanism.tells_loss else 1.0
+    return replace(mechanism, noise_multiplier=noise)
 
 
 @lru_cache(maxsize=256)

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 
 from grandrounds.config.keys import Config
 
+LARGEST_LOSS = 5.0
+"""A unit's loss counts from 0 to this, in nats per answer token."""
+
+LOSS_NOISE = 5.0
+"""Noise on the sum of losses over that on the sum of gradients, each in units of what one unit can
+change: the larger, the less a told loss costs, and the less it says."""
+
+BESIDE_LOSS = math.sqrt(1 + LOSS_NOISE**-2)
+"""How much more noise the gradients need where the loss is told too, at the same ε: 1.0198."""
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -32,6 +42,8 @@ class Mechanism:
     """Most visits of the run to this site."""
     delta: float
     """Probability with which the guarantee may fail."""
+    tells_loss: bool = False
+    """Whether each step also releases the sum of its units' losses, with noise of its own."""
 
     @property
     def expected_batch(self) -> float:
@@ -42,6 +54,22 @@ class Mechanism:
     def all_steps(self) -> int:
         """Steps of all visits."""
         return self.steps * self.visits
+
+    @property
+    def joint_noise_multiplier(self) -> float:
+        """Noise multiplier of the one Gaussian mechanism that a step is, with all that it releases.
+
+        Gradients with noise sigma and losses with noise k sigma, each in units of what one unit can
+        change, hide as much as one release with sigma / sqrt(1 + 1 / k^2) (Dong, Roth and Su,
+        Gaussian differential privacy, 2022, section 3).
+        """
+        return self.noise_multiplier / (BESIDE_LOSS if self.tells_loss else 1.0)
+
+    @property
+    def loss_deviation(self) -> float:
+        """Standard deviation of the noise on a visit's told loss, in nats per answer token."""
+        step = LOSS_NOISE * self.noise_multiplier * LARGEST_LOSS / 2 / self.expected_batch
+        return step / math.sqrt(self.steps)
 
     def noise_to_clip(self, num_values: int) -> float:
         """Return the expected L2 norm of a step's noise over the largest norm of its signal.

@@ -7,12 +7,13 @@ learns is what a deployment would learn.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from importlib.metadata import version
 
 from grandrounds.config.keys import Config
 from grandrounds.errors import ConfigError
-from grandrounds.site.private.accountant import calibrated, epsilon_of
+from grandrounds.site.private.accountant import epsilon_of, noise_for
 from grandrounds.site.private.mechanism import Mechanism, sampling_rate_of
 from grandrounds.wire import guarantee
 from grandrounds.wire.schedule import visits_at_most
@@ -37,18 +38,17 @@ def mechanism_of(config: Config) -> Mechanism:
     rate = sampling_rate_of(config, units)
     steps = config.arguments.max_steps
     visits = visits_at_most(config, config.federation.num_server_rounds)
-    noise = privacy.noise_multiplier or calibrated(
-        privacy.target_epsilon, rate, steps * visits, privacy.delta
-    )
-    return Mechanism(
-        noise_multiplier=noise,
+    unknown_noise = Mechanism(
+        noise_multiplier=math.inf,
         clipping_norm=privacy.clipping_norm,
         sampling_rate=rate,
         declared_units=units,
         steps=steps,
         visits=visits,
         delta=privacy.delta,
+        tells_loss=privacy.report_train_loss,
     )
+    return noise_for(privacy, unknown_noise)
 
 
 def told_of(mechanism: Mechanism, config: Config) -> dict[str, int | float | str]:
@@ -64,6 +64,7 @@ def told_of(mechanism: Mechanism, config: Config) -> dict[str, int | float | str
         guarantee.SAMPLING_RATE: mechanism.sampling_rate,
         guarantee.DELTA: mechanism.delta,
         guarantee.RESERVED_EPSILON: epsilon_of(mechanism),
+        **({guarantee.LOSS_DEVIATION: mechanism.loss_deviation} if mechanism.tells_loss else {}),
         guarantee.DECLARED_UNITS: mechanism.declared_units,
         guarantee.VISIT_STEPS: mechanism.steps,
         guarantee.MOST_VISITS: mechanism.visits,

@@ -21,7 +21,7 @@ from grandrounds.model.loss import answer_nll_sum, attending
 from grandrounds.site import steps, training
 from grandrounds.site.private.clipping import add_clipped
 from grandrounds.site.private.coins import Coins
-from grandrounds.site.private.mechanism import Mechanism
+from grandrounds.site.private.mechanism import LARGEST_LOSS, LOSS_NOISE, Mechanism
 from grandrounds.site.private.per_unit import UnitGradients, per_unit
 from grandrounds.site.private.poisson import drawn_units
 from grandrounds.site.training import VisitSettings
@@ -57,8 +57,8 @@ def train_private_visit(
     settings: PrivateSettings,
     pad_token_id: int,
     coins: Coins,
-) -> None:
-    """Train an adapter in place by DP-SGD.
+) -> float | None:
+    """Train an adapter in place by DP-SGD; return its mean training loss if the mechanism tells it.
 
     Each step draws every unit with probability q, and releases
 
@@ -66,6 +66,7 @@ def train_private_visit(
 
     over the drawn units u, the records r of a unit, and the answer tokens t of a record. N is the
     declared number of units. FedProx's term, AdamW and its weight decay work on what was released.
+    A told loss is the mean of the steps' (`released_loss`).
 
     Parameters
     ----------
@@ -89,14 +90,18 @@ def train_private_visit(
     optimizer = training.make_optimizer(parameters, dataclasses.replace(how, adam_epsilon=epsilon))
     optimizer.zero_grad(set_to_none=True)
     model.train()
+    told: list[float] = []
     with per_unit(model, parameters, settings.microbatch) as collected:
         sums = FlatSums(parameters)
         for step in range(mechanism.steps):
             training.set_learning_rate(optimizer, how.schedule.rate(step, mechanism.steps))
             drawn = drawn_units(len(units), mechanism.sampling_rate, coins)
+            losses = UnitLosses([len(units[u]) for u in drawn])
             for batch in microbatches([units[u] for u in drawn], settings.microbatch):
-                add_batch(model, batch, collected, settings, pad_token_id)
+                losses.add(batch, add_batch(model, batch, collected, settings, pad_token_id))
                 add_clipped_units(sums.each, collected, batch, mechanism.clipping_norm)
+            if mechanism.tells_loss:
+                told.append(released_loss(losses.means, mechanism, coins))
             gradients = sums.like(released(sums.flat, mechanism, coins))
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient.to(parameter.dtype)
@@ -106,6 +111,24 @@ def train_private_visit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps.step(step + 1, mechanism.steps)
+    return min(max(sum(told) / len(told), 0.0), LARGEST_LOSS) if told else None
+
+
+class UnitLosses:
+    """The mean loss of each unit that a step has drawn, over its records."""
+
+    def __init__(self, records: Sequence[int]) -> None:
+        self._records = torch.tensor(records, dtype=torch.float64)
+        self._sums = torch.zeros(len(records), dtype=torch.float64)
+
+    def add(self, batch: Microbatch, means: torch.Tensor) -> None:
+        """Add the mean losses of a microbatch's records."""
+        self._sums.index_add_(0, torch.tensor(batch.units), means.double().cpu())
+
+    @property
+    def means(self) -> torch.Tensor:
+        """float64 of (drawn units), in nats per answer token."""
+        return self._sums / self._records
 
 
 class FlatSums:
@@ -128,6 +151,8 @@ class Microbatch:
     """Records that go through the model together; a unit's may be spread over several."""
 
     records: tuple[TokenizedExample, ...]
+    units: tuple[int, ...]
+    """Position of each record's unit among the drawn ones."""
     slots: tuple[int, ...]
     """Slot of each record's unit, in ascending order. Slot 0 goes on with the last batch's unit if
     that was not complete."""
@@ -144,6 +169,7 @@ def microbatches(units: Sequence[Unit], size: int) -> Iterator[Microbatch]:
         slot_of = {number: slot for slot, number in enumerate(distinct)}
         yield Microbatch(
             records=tuple(record for _, record in part),
+            units=tuple(number for number, _ in part),
             slots=tuple(slot_of[number] for number, _ in part),
             is_complete=not after or after[0][0] != part[-1][0],
         )
@@ -155,17 +181,22 @@ def add_batch(
     collected: UnitGradients,
     settings: PrivateSettings,
     pad_token_id: int,
-) -> None:
-    """Add the gradients of a microbatch's records to the slots of their units."""
+) -> torch.Tensor:
+    """Add the gradients of a microbatch's records to the slots of their units.
+
+    Returns
+    -------
+    float32 of (records): the mean loss of each over its answer tokens.
+    """
     forward, device = settings.training.forward, collected.parameters[0].device
     lengths = [len(record.input_ids) for record in batch.records]
+    means = torch.zeros(len(batch.records), device=device)
     with attending(model, forward):
         with collected.of_batch(lengths, batch.slots, forward.padding_free):
-            loss = answer_nll_sum(
-                model, batch.records, pad_token_id, device, forward, of_means=True
-            )
+            loss = answer_nll_sum(model, batch.records, pad_token_id, device, forward, means)
         loss.backward()  # type: ignore[no-untyped-call]
     collected.check()
+    return means
 
 
 @torch.no_grad()
@@ -206,3 +237,25 @@ def released(total: torch.Tensor, mechanism: Mechanism, coins: Coins) -> torch.T
     noise = coins.normals(total.numel(), total.device).view(total.shape)
     noise.mul_(mechanism.noise_multiplier * mechanism.clipping_norm)
     return noise.add_(total).div_(spacing).round_().mul_(spacing).div_(mechanism.expected_batch)
+
+
+def released_loss(means: torch.Tensor, mechanism: Mechanism, coins: Coins) -> float:
+    """Return the noised mean loss of a step, in nats per answer token.
+
+    Each drawn unit adds its loss, from 0 to `LARGEST_LOSS`, less the middle m of these; noise is
+    added to the sum, which is divided by the declared number of units that a step expects:
+
+        m + ( sum_u clip(l_u, 0, 2 m) - m + N(0, (k sigma m)^2) ) / (q N),    k = `LOSS_NOISE`.
+
+    One unit changes the sum by at most m. A loss that is not finite counts as the middle.
+
+    Parameters
+    ----------
+    means : float64 tensor of (drawn units)
+    """
+    middle = LARGEST_LOSS / 2
+    total = (means.nan_to_num(middle, middle, middle).clamp(0.0, LARGEST_LOSS) - middle).sum()
+    deviation = LOSS_NOISE * mechanism.noise_multiplier * middle
+    noised = total + deviation * coins.normals(1, torch.device("cpu"))[0]
+    spacing = middle * GRID
+    return middle + float((noised / spacing).round() * spacing) / mechanism.expected_batch

@@ -21,6 +21,7 @@ from grandrounds import client_app, server_app
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
+from grandrounds.data.rows import Joined
 from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
 from grandrounds.model import machine
 from grandrounds.model.resident import Resident, set_adapter
@@ -44,7 +45,7 @@ from grandrounds.study.comparison.units import (
     Unit,
 )
 from grandrounds.wire import messages
-from grandrounds.wire.adapter import assemble, drawn_adapter
+from grandrounds.wire.adapter import assemble, started_adapter
 from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 
 Found = dict[str, Any]
@@ -142,7 +143,7 @@ def _untrained(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) 
 def _pool(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
     """Train on the training examples of all sites, each round on as many as its cohort sees."""
     sites = [site_of(config, k) for k in range(config.data.num_partitions)]
-    examples = tuple(example for site in sites for example in site.train)
+    examples = Joined([site.train for site in sites])
     # A partition id of its own, so that it is not shuffled like any site.
     pool = Site(len(sites), examples, (), {})
     plan = pooled_visits(config, examples_of_visits(config))
@@ -168,7 +169,8 @@ def _start(config: Config) -> Resident:
     """Return the resident model with the initial adapter of this seed."""
     resident = machine.prepare_model(config)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    set_adapter(resident, drawn_adapter(shapes, config.federation.seed))
+    seed = config.federation.seed
+    set_adapter(resident, started_adapter(shapes, seed, resident.magnitudes))
     return resident
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from grandrounds.config.keys import Config
 from grandrounds.data.chat_settings import ChatSettings
-from grandrounds.data.examples import Example
+from grandrounds.data.examples import Example, SiteData
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.model.tokenizers import tokenizer_of
@@ -64,7 +64,7 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     template = config.data.prompt
     lengths = config.train.seq_length, config.data.train_on
     by_site: list[list[Item]] = []
-    trained: list[set[str]] = []
+    splits: list[SiteData] = []
     found: list[dict[str, int]] = []
     for site in range(config.data.num_partitions):
         _, split = split_site(rows, how, site)
@@ -72,7 +72,7 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
         fitting = tokenized(items, tokenizer, template, config.train.seq_length)
         kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]
         by_site.append(kept)
-        trained.append({example.question for example in split.train})
+        splits.append(split)
         learned = tokenize_examples(split.held_out, tokenizer, template, *lengths)
         found.append({"rows": split.report.rows, "held-out-examples": len(learned.examples)})
     _check_unchanged(run, config, found)
@@ -87,6 +87,8 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
             f"The sites of {run.path} have no held-out rows: their data are too small. Give "
             "--benchmark FILE, or train again with a larger data.held-out-fraction."
         )
+    asked = {item.question for _, item in order[:limit]}
+    trained = [{e.question for e in split.train if e.question in asked} for split in splits]
     elsewhere = sum(
         any(item.question in questions for other, questions in enumerate(trained) if other != site)
         for site, item in order[:limit]

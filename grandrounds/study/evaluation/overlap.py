@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grandrounds.data.rows import Joined
 from grandrounds.data.sources import load_rows
 from grandrounds.study.evaluation.benchmarks import Questions
 
@@ -215,7 +216,7 @@ def check_overlap(
         either kind), exact, near, source, and found: one object per pair.
     """
     rows = load_rows(training, question_column=question_column, answer_column=answer_column)
-    texts = [*rows[question_column], *rows[answer_column]]
+    texts = Joined([rows[question_column], rows[answer_column]])
     report = {}
     for task in questions.tasks:
         asked = [item.question for item in task.items]

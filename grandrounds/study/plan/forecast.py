@@ -18,7 +18,7 @@ from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.errors import ConfigError, DataError, first_line
+from grandrounds.errors import DataError, first_line
 from grandrounds.model import memory
 from grandrounds.model.architectures import (
     Architecture,
@@ -64,8 +64,6 @@ class Forecast:
     targets: list[str]
     shapes: Shapes
     """Shapes of the adapter's tensors."""
-    dora: bool
-    """Whether they include DoRA's magnitudes, which a run refuses."""
     plan: Plan
     site: SiteMemory
     """Memory of a site on a GPU with bfloat16; without gradient checkpointing if it is `auto`."""
@@ -89,7 +87,6 @@ def forecast(
     config: Config,
     *,
     architecture: str | None = None,
-    dora: bool = False,
     rows: int | None = None,
 ) -> Forecast:
     """Forecast a run without loading or downloading anything.
@@ -98,15 +95,11 @@ def forecast(
     ----------
     architecture : str, optional
         A known base with the same shapes, if `model.name` is unknown.
-    dora : bool
-        Whether to count DoRA's magnitudes.
     rows : int, optional
         Number of rows, for data that cannot be counted.
 
     Raises
     ------
-    ConfigError
-        If DoRA is combined with a strategy that does not average LoRA factors.
     ModelError
         If the base's shapes are unknown, a target is not one of its linear modules, or a pattern
         of ranks or alphas matches none of the adapted ones.
@@ -122,20 +115,17 @@ def forecast(
         RANK_PATTERN: (ranks := tuple(lora.ranks_by_pattern.items())),
         ALPHA_PATTERN: tuple(lora.alphas_by_pattern.items()),
     }
-    shapes = adapter_shapes(base, targets, lora.peft_lora_r, rank_pattern=ranks, dora=dora)
+    shapes = adapter_shapes(
+        base, targets, lora.peft_lora_r, rank_pattern=ranks, dora=lora.peft_use_dora
+    )
     paths = [name.removeprefix("base_model.model.").removesuffix(A) for name in shapes if A in name]
     check_patterns(tables, paths, base.name)
-    if dora and not STRATEGIES[config.strategy.name].mean_of_factors:
-        raise ConfigError(
-            f"DoRA can be planned for fedavg and fedprox only, not for {config.strategy.name}."
-        )
     counted = rows if rows is not None else count_rows(config.static.name)
     return Forecast(
         config=config,
         architecture=base,
         targets=targets,
         shapes=shapes,
-        dora=dora,
         plan=plan_config(config, shapes),
         site=site_memory(
             config,
@@ -298,7 +288,7 @@ def as_dict(forecast: Forecast) -> Mapping[str, Any]:
         "base-parameters": base.parameters,
         "target-modules": forecast.targets,
         "rank": config.lora.peft_lora_r,
-        "dora": forecast.dora,
+        "dora": config.lora.peft_use_dora,
         "rounds": config.federation.num_server_rounds,
         "sites": config.data.num_partitions,
         "cohort": config.cohort_size,

@@ -225,8 +225,15 @@ def rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
             "noise to clip",
             f"{number(plan.noise_to_clip, 3)} for {plan.num_values:,} trained values",
         ),
+        *_loss_row(mechanism),
         ("site level", "not private"),
     ]
+
+
+def _loss_row(mechanism: Mechanism) -> list[tuple[str, str]]:
+    if not mechanism.tells_loss:
+        return []
+    return [("training loss", f"told, +- {number(mechanism.loss_deviation, 2)} nats a visit")]
 
 
 def _rounds(spent: Spent, rounds: int) -> str:
@@ -338,6 +345,7 @@ def as_dict(plan: PrivacyPlan) -> Mapping[str, Any]:
         ],
         "noise-to-clip": plan.noise_to_clip,
         "trained-values": plan.num_values,
+        "train-loss-deviation": mechanism.loss_deviation if mechanism.tells_loss else None,
         "learns": verdict(plan),
         "meaning": meaning(plan.unit, plan.epsilon, mechanism.delta),
         "site-level": {

@@ -84,10 +84,10 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
             'model.gradient-checkpointing = "auto" switches gradient checkpointing on if the peak '
             "without it does not fit in the free GPU memory"
         )
-    if forecast.dora:
+    if forecast.plan.start_bytes:
         lines.append(
-            "DoRA's magnitudes are counted, but a run rejects DoRA: magnitudes are initialised "
-            "from base weights, which the server never holds"
+            f"with the {in_mib(forecast.plan.start_bytes)} MiB of magnitudes.up, sites tell once "
+            "where DoRA's magnitudes start; FlowerTune's figures have no such message"
         )
     if forecast.plan.is_upper_bound:
         lines.append("sizes are upper bounds: entropy coding can only make messages smaller")

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from grandrounds.config import recipes
+from grandrounds.data import large, sources
 from grandrounds.engines.deployment import checks, keys, set_up
 from grandrounds.engines.deployment.checks import Finding
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
@@ -151,6 +152,17 @@ def test_a_site_that_lacks_nothing_but_a_server(site: SiteFile) -> None:
     known = changed(site)
     known.path.write_text(known.path.read_text() + f'sha256 = "{digest}"\n')
     assert "as in site.toml" in findings(read_site_file(known.path))["base formulary"].text
+
+
+def test_of_a_site_that_is_stored_on_the_disk_some_examples_are_tokenised(
+    site: SiteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large, "STORED_BYTES", 0)
+    monkeypatch.setattr(checks, "MOST_TOKENISED", 3)
+    sources._load_files.cache_clear()
+    told = findings(site)["tokens under formulary"].text
+    sources._load_files.cache_clear()
+    assert "per example of the first 3, maximum" in told
 
 
 def test_a_recipe_that_the_site_would_refuse_is_told(site: SiteFile) -> None:

@@ -60,7 +60,11 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
         "model.lora.rank-pattern": '{"q_proj": 4}',
         "model.lora.alpha-pattern": '{"q_proj": 4}',
     }
-    private = {"privacy.unit-guarantee": "example", "privacy.target-epsilon": 4.0}
+    private = {
+        "privacy.unit-guarantee": "example",
+        "privacy.target-epsilon": 4.0,
+        "privacy.report-train-loss": True,
+    }
     defended = {"defence.preset": "robust"}  # which needs to see honest updates, not their noise
     full = {
         key

@@ -16,10 +16,14 @@ from typing import Any
 
 import pytest
 
+from grandrounds.config import recipes
+from grandrounds.data import large
 from grandrounds.errors import DataError
 from grandrounds.site.custody import own_data
-from grandrounds.site.custody.own_data import own_split
+from grandrounds.site.custody.own_data import own_identifiers, own_split
+from grandrounds.site.custody.own_run import examples_shown, localized, site_in_custody
 from grandrounds.site.custody.site_file import SiteFile
+from tests.conftest import write_flashcards
 from tests.own_sites import make_site
 from tests.real import free_port, wait_for
 
@@ -69,6 +73,27 @@ def test_a_query_over_sqlite_gives_the_sites_examples(tmp_path: Path, sqlite: st
     split = own_split(site)
     assert split.report.held_out_examples == 2
     assert not {e.question for e in split.train} & {e.question for e in split.held_out}
+
+
+def test_a_file_that_is_stored_on_the_disk_gives_the_same_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for name, stored_bytes in (("whole", large.STORED_BYTES), ("stored", 0)):
+        monkeypatch.setattr(large, "STORED_BYTES", stored_bytes)
+        site = make_site(tmp_path / name, {"formulary": ""})
+        write_flashcards(site.path.with_name("cards.jsonl"), 60)
+        run = localized(site, recipes.resolve({}))
+        own = site_in_custody(site, run, "a run")
+        identifiers = own_identifiers(site)
+        shown = list(examples_shown(site, run, 2))
+        found.append((list(own.train), list(own.held_out), own.report, identifiers, shown, own.tag))
+    (*whole, counts, searched, told, tag), (*stored, fewer, also, also_told, of_texts) = found
+    assert stored == whole
+    assert {"truncated": 0, **fewer} == counts
+    assert (also, also_told) == (searched, told)
+    assert of_texts.startswith("t")
+    assert len(of_texts) == len(tag) + 1
 
 
 def test_the_order_of_the_database_plays_no_part(tmp_path: Path, sqlite: str) -> None:

@@ -591,6 +591,25 @@ def test_only_arrays_depend_on_data(
     assert "held-out-loss" not in last  # nobody tells it, so nobody is asked
 
 
+@pytest.mark.parametrize(("allowed", "asked"), [(True, True), (True, False), (False, True)])
+def test_a_site_tells_a_noised_loss_only_if_policy_and_run_agree(
+    settings: Settings, tmp_path: Path, allowed: bool, asked: bool
+) -> None:
+    settings = {**settings, "privacy.report-train-loss": asked}
+    asks = private_asking(settings, tmp_path, privacy__report_train_loss=allowed)
+
+    def talkative(visit: Visit) -> RecordDict:
+        content = asks.note(visit)
+        content.metric_records[messages.METRICS]["train-loss"] = 1.0
+        return content
+
+    told = asks(function=talkative).content.metric_records[messages.METRICS]
+    agreed = allowed and asked
+    assert ("train-loss" in told) == agreed
+    [charged] = budget_of(asks.site).runs.values()
+    assert charged.mechanism.tells_loss == agreed
+
+
 def test_whoever_approves_a_recipe_sees_what_it_guarantees() -> None:
     recipe = Recipe("ab" * 32, recipes.resolve({**PRIVATE}).flat())
     lines = list(lines_of_recipe(recipe, []))

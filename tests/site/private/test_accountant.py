@@ -18,6 +18,7 @@ from grandrounds.site.private.accountant import (
     calibrated,
     epsilon,
     epsilon_of,
+    noise_for,
     visits_within,
 )
 from grandrounds.site.private.mechanism import Mechanism
@@ -48,6 +49,19 @@ def test_the_calibrated_noise_spends_the_target_and_no_more(target: float) -> No
     noise = calibrated(target, 0.0336, 60, 1e-5)
     spent = epsilon_of(Mechanism(noise, 1.0, 0.0336, 1905, steps=60, visits=1, delta=1e-5))
     assert 0.98 * target < spent <= target
+
+
+def test_a_told_loss_costs_two_percent_of_noise_and_no_epsilon() -> None:
+    plain = dataclasses.replace(TEN_RELEASES, noise_multiplier=math.inf)
+    asked = dataclasses.replace(resolve({}).privacy, target_epsilon=2.0)
+    silent, telling = (
+        noise_for(asked, dataclasses.replace(plain, tells_loss=tells)) for tells in (False, True)
+    )
+    assert telling.noise_multiplier == pytest.approx(1.0198 * silent.noise_multiplier, rel=1e-4)
+    assert epsilon_of(telling) == pytest.approx(epsilon_of(silent))
+    assert epsilon_of(telling) <= 2.0
+    same_noise = dataclasses.replace(silent, tells_loss=True)
+    assert epsilon_of(same_noise) > epsilon_of(silent)
 
 
 def test_what_no_noise_reaches_is_refused() -> None:

@@ -140,7 +140,7 @@ def test_a_padding_free_batch_is_many_examples(resident: Resident) -> None:
             forward = Forward(False, True, True, 0)
             with attending(resident.model, forward):
                 loss = answer_nll_sum(
-                    resident.model, EXAMPLES[:4], PAD, CPU, forward, of_means=True
+                    resident.model, EXAMPLES[:4], PAD, CPU, forward, torch.empty(4)
                 )
                 loss.backward()
         units.check()
@@ -267,10 +267,10 @@ def test_the_mean_of_each_record_is_its_own(resident: Resident) -> None:
     forward = dataclasses.replace(private_settings().training.forward, padding_free=False)
     with torch.no_grad():
         each = [
-            answer_nll_sum(resident.model, [e], PAD, CPU, forward, of_means=True)
+            answer_nll_sum(resident.model, [e], PAD, CPU, forward, torch.empty(1))
             for e in EXAMPLES[:3]
         ]
-        together = answer_nll_sum(resident.model, EXAMPLES[:3], PAD, CPU, forward, of_means=True)
+        together = answer_nll_sum(resident.model, EXAMPLES[:3], PAD, CPU, forward, torch.empty(3))
         one = answer_nll_sum(resident.model, EXAMPLES[:1], PAD, CPU, forward)
     answer = len(EXAMPLES[0].input_ids) - EXAMPLES[0].prompt_tokens
     assert float(together) == pytest.approx(float(sum(each)), rel=1e-5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,11 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.private import REFUSED_RULES
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import ConfigError, ModelError, PolicyError
+from grandrounds.model.loss import answer_nll_sum, attending
+from grandrounds.server.guarantees import guarantee_rows
+from grandrounds.server.listeners.plain import round_line
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import site_of
 from grandrounds.site.private import visit as private
@@ -26,7 +32,7 @@ from grandrounds.site.private.coins import KeyedCoins, secret_coins
 from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.private.rehearsal import mechanism_of
 from grandrounds.site.private.units import grouped
-from grandrounds.site.private.visit import train_private_visit
+from grandrounds.site.private.visit import released_loss, train_private_visit
 from tests.runs import adapter_bytes, metrics_of, play, summary_of
 from tests.site.private.visits import (
     MECHANISM,
@@ -38,7 +44,7 @@ from tests.site.private.visits import (
     naive_sums,
     private_settings,
 )
-from tests.site.test_training import make, norm, recorded_steps, weights
+from tests.site.test_training import CPU, make, norm, recorded_steps, weights
 from tests.tiny_models import saved_config
 
 PRIVATE = {
@@ -154,6 +160,61 @@ def test_saved_adapter_is_the_trained_one(tiny_base: Path) -> None:
 # --- Runs -----------------------------------------------------------------------------------------
 
 
+# --- A told loss ----------------------------------------------------------------------------------
+
+TELLING = dataclasses.replace(MECHANISM, tells_loss=True, declared_units=14)
+
+
+def released(means: list[float], coins: Any = None) -> float:
+    return released_loss(torch.tensor(means, dtype=torch.float64), TELLING, coins or Drawn())
+
+
+def test_a_step_tells_the_losses_of_its_units_over_the_expected_batch() -> None:
+    """q N is 7: 2.5 + (1 - 2.5 + 4 - 2.5) / 7, and noise of 5 sigma times 2.5."""
+    assert released([1.0, 4.0]) == pytest.approx(2.5, abs=1e-6)
+    assert released([1.0]) == pytest.approx(2.5 - 1.5 / 7, abs=1e-6)
+    assert released([]) == 2.5
+    assert released([1.0], Drawn(1.0)) == pytest.approx(2.5 + (12.5 - 1.5) / 7, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.3, 700.0, math.inf, math.nan, -3.0])
+def test_one_unit_moves_a_told_loss_by_at_most_half_of_the_largest(loss: float) -> None:
+    moved = abs(released([2.0, loss]) - released([2.0])) * TELLING.expected_batch
+    assert moved <= 2.5 + 1e-5
+
+
+def test_a_visit_tells_the_mean_over_records_of_a_unit_and_then_over_units(tiny_base: Path) -> None:
+    resident = make(tiny_base)
+    how = private_settings(dataclasses.replace(TELLING, steps=1), microbatch=4)
+
+    def loss_of(example: TokenizedExample) -> float:
+        forward = how.training.forward
+        with attending(resident.model, forward):
+            return answer_nll_sum(resident.model, [example], PAD, CPU, forward).item() / (
+                example.answer_tokens
+            )
+
+    means = [statistics.fmean(map(loss_of, unit)) for unit in UNITS]
+    told = train_private_visit(resident.model, factors_of(resident), UNITS, how, PAD, Drawn())
+    by_hand = 2.5 + sum(min(loss, 5.0) - 2.5 for loss in means) / TELLING.expected_batch
+    assert told == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_a_mechanism_that_tells_no_loss_draws_no_coins_for_it(tiny_base: Path) -> None:
+    resident, drawn = make(tiny_base), []
+
+    class Counting(Drawn):
+        def normals(self, count: int, device: torch.device) -> torch.Tensor:
+            drawn.append(count)
+            return super().normals(count, device)
+
+    how = private_settings()
+    told = train_private_visit(resident.model, factors_of(resident), UNITS, how, PAD, Counting())
+    assert told is None
+    assert len(drawn) == MECHANISM.steps
+    assert 1 not in drawn
+
+
 @pytest.fixture(scope="module")
 def rehearsed(federation: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A private run of the small federation, with coins of a test."""
@@ -193,6 +254,22 @@ def test_two_private_runs_of_one_seed_differ(
     assert adapter_bytes(repeated) == adapter_bytes(same)
 
 
+def test_a_run_that_asks_for_losses_tells_them_with_their_noise(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"num-server-rounds": 1, "strategy.fraction-evaluate": 0.0}
+    run = play({**settings, **PRIVATE}, **asked, **{"privacy.report-train-loss": True})
+    last, sites = metrics_of(run)[-1], json.loads((run / "sites.json").read_text())
+    noise = 5 * 5.0 * 2.5 / sites[0]["sampling-rate"] / 27 / math.sqrt(sites[0]["visit-steps"])
+    assert sites[0]["train-loss-deviation"] == pytest.approx(noise)
+    assert last["train-loss-deviation"] == pytest.approx(noise / math.sqrt(len(last["good"])))
+    assert 0 <= last["train-loss"] <= 5
+    assert f"(noise {last['train-loss-deviation']:.2f})" in round_line(last, 1)
+    assert ("training loss", f"told with noise: +- {noise:.2g} nats a visit") in guarantee_rows(
+        summary_of(run)["privacy"]
+    )
+
+
 def test_more_visits_than_the_noise_is_calibrated_for_are_refused(
     federation: dict[str, Any],
 ) -> None:
@@ -217,6 +294,7 @@ OTHER: dict[str, tuple[Any, Callable[[Config], Any]]] = {
     "privacy.declared-units": (30, lambda config: mechanism_of(config).declared_units),
     "privacy.unit-column": ("ward", lambda config: max(site_of(config, 0).units)),
     "privacy.max-records-of-unit": (2, lambda config: len(site_of(config, 0).train)),
+    "privacy.report-train-loss": (True, lambda config: mechanism_of(config).tells_loss),
 }
 """Key → another value, and what it changes."""
 
@@ -297,6 +375,7 @@ def test_all_that_a_private_visit_cannot_cover_is_told_at_once() -> None:
         "train.dynamic-data-seed": False,
         "model.lora.dropout": 0.1,
         "communication.entropy-coding": True,
+        "model.lora.peft-use-dora": True,
     }
     with pytest.raises(ConfigError) as refused:
         recipes.resolve(PRIVATE, values)
@@ -385,5 +464,5 @@ def test_no_setting_reaches_the_coins() -> None:
     assert not any("coin" in key for key in recipes.defaults())
     assert set(Mechanism.__dataclass_fields__) == {
         *("noise_multiplier", "clipping_norm", "sampling_rate", "declared_units"),
-        *("steps", "visits", "delta"),
+        *("steps", "visits", "delta", "tells_loss"),
     }

@@ -64,7 +64,7 @@ def by_peft(base: Path, adapter: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_computes_what_peft_computes(tiny_base: Path, tmp_path: Path, kind: str) -> None:
     adapter = save_adapter(tiny_base, tmp_path / "adapter", **KINDS[kind])
-    plain = ("another start", "some match nothing", "rslora", "rank pattern")
+    plain = ("another start", "some match nothing", "rslora", "dora", "rank pattern")
     assert is_plain(read_adapter_config(adapter), adapter) == (kind in plain)
     found, expected = ours(tiny_base, adapter), by_peft(tiny_base, adapter)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

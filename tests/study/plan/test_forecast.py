@@ -13,7 +13,7 @@ import pytest
 from grandrounds.config import recipes
 from grandrounds.data.formulary.facts import flashcards
 from grandrounds.data.rows import Rows
-from grandrounds.errors import ConfigError, DataError
+from grandrounds.errors import DataError
 from grandrounds.study.plan.forecast import (
     LEADERBOARD_ROWS,
     as_dict,
@@ -181,9 +181,9 @@ def test_floras_sites_hold_the_stack_and_a_fresh_adapter() -> None:
     assert stacked.server_bytes > plain.server_bytes
 
 
-def test_dora_is_planned_for_averages_of_factors_only() -> None:
-    changes = {"strategy.name": "ffa", "strategy.proximal-mu": 0.0}
-    with pytest.raises(
-        ConfigError, match="DoRA can be planned for fedavg and fedprox only, not for ff"
-    ):
-        forecast(configured(**changes), dora=True)
+def test_the_start_of_doras_magnitudes_is_planned_once_from_two_sites() -> None:
+    """32 layers with 4096 outputs of q_proj and 1024 of v_proj, each vector with its header."""
+    plan = forecast(configured(**{"model.lora.peft-use-dora": True})).plan
+    assert plan.start_bytes == 2 * 32 * (4 * (4096 + 1024) + 2 * 128)
+    assert plan.ledger.totals["magnitudes.up"].messages == 2
+    assert forecast(configured()).plan.start_bytes == 0

@@ -1,0 +1,188 @@
+"""Reads sources that would fill the memory: their rows go to a spool on the disk.
+
+A source is read twice: first for what all rows decide together, its form and its columns, then row
+by row. The rows are those that `sources` gives of a small one.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grandrounds.data.files import SEPARATORS, RawRows, check_same_columns, csv_labels
+from grandrounds.data.forms import APART, INSTRUCTION, Layout
+from grandrounds.data.places import Version, unreadable
+from grandrounds.data.read import (
+    columns_read,
+    instructions_of,
+    labels_of,
+    settled_layout,
+    texts_of,
+)
+from grandrounds.data.rows import Rows
+from grandrounds.data.spool import Spool
+from grandrounds.data.stored_rows import LabelBuilder, Labels, StoredRows, Table, packed
+from grandrounds.data.streams import chunks_of
+
+STORED_BYTES = 32 * 2**20
+"""Largest source whose rows are held in memory, where a run takes 1 GB for them."""
+
+_PACKED = (".gz", ".parquet")
+_PACKED_FACTOR = 4
+
+_DECISIVE = 3
+"""Values of a column beyond which further ones decide nothing: blank and two instructions."""
+
+Chunks = Callable[[], Iterator[tuple[str, RawRows]]]
+"""Reads a source from its beginning: some rows at a time, with the name of their file."""
+
+
+def unpacked_bytes(path: Path, size_bytes: int) -> int:
+    """Return about how many bytes a file's rows are; compressed ones count four times."""
+    return size_bytes * (_PACKED_FACTOR if path.name.lower().endswith(_PACKED) else 1)
+
+
+def is_large(version: Version) -> bool:
+    """Whether the rows of files are stored on the disk."""
+    return sum(unpacked_bytes(path, size) for path, _, size in version) > STORED_BYTES
+
+
+def large_files(source: str, version: Version, columns: tuple[str, ...]) -> Rows:
+    """Return the rows of files as `sources.load_rows` describes them, stored on the disk.
+
+    Raises
+    ------
+    DataError
+        If a file is damaged, or cannot be used, or the disk is full.
+    """
+
+    def chunks() -> Iterator[tuple[str, RawRows]]:
+        for path, _, _ in version:
+            name = source if len(version) == 1 else str(path)
+            try:
+                for raw in chunks_of(path, name, columns_read(columns)):
+                    yield (
+                        name,
+                        raw
+                        if len(version) == 1
+                        else replace(raw, files=((path.name, len(raw.places)),)),
+                    )
+            except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+                raise unreadable(name, error) from error
+
+    needed = sum(unpacked_bytes(path, size) for path, _, size in version)
+    return stored(chunks, source, columns, needed)
+
+
+def stored(
+    chunks: Chunks,
+    source: str,
+    columns: tuple[str, ...],
+    needed_bytes: int,
+    commit: str = "",
+) -> Rows:
+    """Store the rows of a source on the disk.
+
+    Conversations that cannot be trained on are counted on stderr: nothing else tells it of a large
+    source.
+
+    Parameters
+    ----------
+    needed_bytes : int
+        Room that they take, approximately.
+    commit : str
+        Of the hub's data set, where it is known.
+    """
+    own = columns[:2] + (APART,) * (APART in columns)
+    layout = _layout(chunks, source, columns)
+    spool = Spool(needed_bytes, source)
+    labels = {name: _Column() for name in columns if name not in own}
+    left_out, first_left_out = 0, ""
+    for file, raw in chunks():
+        texts = texts_of(raw, source, layout)
+        histories = texts.histories or [()] * len(texts.questions)
+        parts = texts.questions, texts.answers, histories
+        instructions = (
+            instructions_of(raw, source, columns, layout) if APART in own else [""] * len(histories)
+        )
+        for row in zip(*parts, instructions, strict=True):
+            spool.append(packed(*row))
+        for name, column in labels.items():
+            column.add(file, raw.values[name])
+        left_out += len(texts.left_out)
+        first_left_out = first_left_out or next(iter(texts.left_out), "")
+    spool.finish()
+    left_out_note(source, left_out, len(spool), first_left_out)
+    settled = {
+        name: column.settled(f"{source}, column {name!r}") for name, column in labels.items()
+    }
+    return StoredRows(Table(spool, own, settled, commit))
+
+
+def left_out_note(source: str, left_out: int, rows: int, first: str) -> None:
+    """Count on stderr the conversations of a source that cannot be trained on, if there are any."""
+    if left_out:
+        print(
+            f"grandrounds: {source}: {left_out:,} of {rows:,} conversations are not trained on; "
+            f"the first: {first}",
+            file=sys.stderr,
+        )
+
+
+def _layout(chunks: Chunks, source: str, columns: tuple[str, ...]) -> Layout:
+    """Return where questions and answers are, as the columns and the values of all rows show."""
+    choose, first = columns_read(columns), ""
+    of_files: dict[str, tuple[str, ...]] = {}
+    seen: dict[str, dict[Any, Any]] = {}  # of each column, the values that decide something
+    for file, raw in chunks():
+        first = first or file
+        of_files[file] = raw.available
+        for name, values in raw.values.items():
+            decisive = seen.setdefault(name, {})
+            if len(decisive) < _DECISIVE:
+                decisive |= {key: v for v in values if (key := _decisive(name, v)) is not None}
+    if of_files:
+        wanted = [name for name in choose(of_files[first]) if name in of_files[first]]
+        check_same_columns(of_files, wanted)
+    available = tuple(dict.fromkeys(name for names in of_files.values() for name in names))
+    evidence = {name: list(decisive.values()) for name, decisive in seen.items()}
+    return settled_layout(
+        RawRows(evidence, available, range(len(of_files)), "row"), source, columns
+    )
+
+
+def _decisive(name: str, value: Any) -> str | None:
+    """Return a key of what a value decides of the layout; None if it decides nothing."""
+    if isinstance(value, list):
+        return "turns"
+    return value.strip() if name == INSTRUCTION and isinstance(value, str) else None
+
+
+class _Column:
+    """The labels of a column, as each file has them."""
+
+    def __init__(self) -> None:
+        self._of_files: dict[str, LabelBuilder] = {}
+
+    def add(self, file: str, values: Sequence[Any]) -> None:
+        """Append the labels of the next rows."""
+        labels = self._of_files.setdefault(file, LabelBuilder())
+        for value in values:
+            labels.add(value)
+
+    def settled(self, where: str) -> Labels:
+        """Return all labels as integers or text; raise `DataError` as `read.labels_of` does."""
+        together = LabelBuilder()
+        numbers = []
+        for file, labels in self._of_files.items():
+            is_csv = Path(file.lower().removesuffix(".gz")).suffix in SEPARATORS
+            values = csv_labels(labels.values) if is_csv else labels.values
+            number_of = np.array([together.number(value) for value in values], dtype=np.int32)
+            numbers.append(number_of[np.frombuffer(labels.numbers, dtype=np.int32)])
+        return Labels(labels_of(together.values, where), np.concatenate(numbers))

@@ -1,0 +1,168 @@
+"""Rows of a large source: their texts lie on the disk and are read one by one.
+
+In memory are 8 bytes a row for its place in the spool, 8 for its place in a selection, and 4 for
+each label.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grandrounds.data.conversations import Turn
+from grandrounds.data.forms import APART
+from grandrounds.data.rows import Rows
+from grandrounds.data.spool import Spool
+
+Index = NDArray[np.int64]
+Record = tuple[str, str, tuple[Turn, ...], str]
+"""Question, answer, what was said before the question, and the instruction if it is apart."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A column of few different values."""
+
+    values: Sequence[Any]
+    """The different values, by first occurrence."""
+    numbers: NDArray[np.int32]
+    """Each row's position in `values`."""
+
+
+class Table:
+    """All rows of a source."""
+
+    def __init__(
+        self, spool: Spool, columns: tuple[str, ...], labels: dict[str, Labels], commit: str = ""
+    ) -> None:
+        self._spool = spool
+        self.columns = columns
+        """Of the question and of the answer, and `forms.APART` if instructions are apart."""
+        self.labels = labels
+        self.commit = commit
+        self._last: tuple[int, Record] = (-1, ("", "", (), ""))
+
+    def __len__(self) -> int:
+        return len(self._spool)
+
+    def record(self, row: int) -> Record:
+        """Return what a row says; the last one is remembered, for the columns are read together."""
+        known, record = self._last
+        if known == row:
+            return record
+        question, answer, before, instruction = json.loads(self._spool[row])
+        record = question, answer, tuple((role, said) for role, said in before), instruction
+        self._last = row, record
+        return record
+
+
+def packed(*record: str | Sequence[Turn]) -> bytes:
+    """Return a `Record` as it is spooled."""
+    return json.dumps(record, ensure_ascii=False).encode()
+
+
+class StoredRows(Rows):
+    """Some rows of a table, in some order."""
+
+    def __init__(self, table: Table, index: Index | None = None) -> None:
+        self._table = table
+        self._index: Index = np.arange(len(table)) if index is None else index
+        self.commit = table.commit
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, name: str) -> Sequence[Any]:
+        if name == APART:
+            return _Column(self._table, self._index, 3)
+        if name in self._table.columns:
+            return _Column(self._table, self._index, self._table.columns.index(name))
+        return _LabelColumn(self._table.labels[name], self._index)
+
+    @property
+    def is_stored(self) -> bool:
+        return True
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(dict.fromkeys((*self._table.columns, *self._table.labels)))
+
+    @property
+    def histories(self) -> Sequence[tuple[Turn, ...]]:
+        return _Column(self._table, self._index, 2)
+
+    def shuffle(self, seed: int) -> Rows:
+        return StoredRows(
+            self._table, self._index[np.random.default_rng(seed).permutation(len(self))]
+        )
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        chosen = np.asarray(indices, dtype=np.int64)
+        return StoredRows(self._table, self._index[chosen])
+
+
+class _Column(Sequence[Any]):
+    """One of the four parts of each row."""
+
+    def __init__(self, table: Table, index: Index, part: int) -> None:
+        self._table, self._index, self._part = table, index, part
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Any]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self._table.record(int(row))[self._part] for row in self._index[place]]
+        return self._table.record(int(self._index[place]))[self._part]
+
+
+class _LabelColumn(Sequence[Any]):
+    def __init__(self, labels: Labels, index: Index) -> None:
+        self._labels, self._index = labels, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Any]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        values, numbers = self._labels.values, self._labels.numbers
+        if isinstance(place, slice):
+            return [values[numbers[row]] for row in self._index[place]]
+        return values[numbers[self._index[place]]]
+
+
+class LabelBuilder:
+    """Collects the labels of a column, as the source holds them."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[type, Any], int] = {}
+        self.values: list[Any] = []
+        self.numbers = array("i")
+
+    def add(self, value: Any) -> None:
+        """Append the label of the next row."""
+        self.numbers.append(self.number(value))
+
+    def number(self, value: Any) -> int:
+        """Return the number of a label; 1.10 and 1.1 of a JSON file are different ones."""
+        if isinstance(value, list | dict):
+            value = str(value)
+        value = None if value != value else value  # NaN differs from itself
+        key = type(value), getattr(value, "text", value)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.values)
+            self.values.append(value)
+        return self._numbers[key]

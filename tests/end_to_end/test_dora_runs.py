@@ -1,0 +1,172 @@
+"""DoRA in whole runs: where its magnitudes start, the sites' mean, resumes, hostile sites."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, MessageType
+from safetensors.numpy import load_file
+
+from grandrounds.errors import EngineError, RoundError
+from grandrounds.wire.adapter import Adapter, is_magnitude
+from grandrounds.wire.messages import MAGNITUDES, from_arrays
+from tests.end_to_end.sites import spoilt
+from tests.runs import (
+    GOOD_SITES,
+    Settings,
+    adapter_bytes,
+    interrupted_at,
+    metrics_of,
+    play,
+    read_json,
+    summary_of,
+)
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return {
+        **settings,
+        "model.lora.peft-use-dora": True,
+        "strategy.name": "fedavg",
+        "strategy.proximal-mu": 0.0,
+        "num-server-rounds": 2,
+        "train.save-every-round": 1,
+    }
+
+
+def state_of(run: Path, number: int) -> dict[str, Any]:
+    return load_file(run / "state" / f"round-{number:06d}" / "adapter.safetensors")
+
+
+def test_the_mean_of_the_sites_is_that_of_float64_and_the_plan_the_ledger(
+    settings: Settings,
+) -> None:
+    """w + sum_i n_i d_i / n over all tensors, magnitudes included."""
+    arrived: list[tuple[Adapter, int]] = []
+
+    def sites(message: Message, context: Context) -> Message:
+        reply = GOOD_SITES(message, context)
+        if message.metadata.message_type == MessageType.TRAIN and len(arrived) < 2:
+            arrays = reply.content.array_records["arrays"]
+            weight = int(reply.content.metric_records["metrics"]["num-examples"])  # type: ignore[arg-type]
+            shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+            arrived.append((from_arrays(arrays, shapes), weight))
+        return reply
+
+    run = play(settings, sites, **{"num-server-rounds": 1})
+    start, after = state_of(run, 0), state_of(run, 1)
+    total = sum(weight for _, weight in arrived)
+    for name, tensor in start.items():
+        moved = sum(change[name].astype(np.float64) * weight for change, weight in arrived)
+        np.testing.assert_array_equal(after[name], (tensor + moved / total).astype(np.float32))
+        assert is_magnitude(name) == (tensor.ndim == 1)
+        assert (after[name] != tensor).any()
+    assert metrics_of(run)[0]["magnitudes-from"] == [0, 1]
+    plan, ledger = read_json(run / "plan.json"), read_json(run / "ledger.json")
+    assert plan["totals"] == ledger["totals"]
+    assert ledger["totals"]["magnitudes.up"]["messages"] == 2
+    assert read_json(run / "peft_1" / "adapter_config.json")["use_dora"] is True
+    assert "DoRA, r = 4" in (run / "peft_1" / "README.md").read_text()
+
+
+CODECS: dict[str, Settings] = {
+    "float32": {},
+    "int8": {"communication.uplink-codec": "int8", "communication.downlink-codec": "int8"},
+    "incremental": {
+        "communication.downlink": "incremental",
+        "communication.downlink-codec": "int4",
+        "communication.uplink-codec": "ternary",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "codecs",
+    [
+        pytest.param("float32", marks=pytest.mark.slow),
+        "int8",
+        pytest.param("incremental", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_bit(
+    settings: Settings, tmp_path: Path, codecs: str
+) -> None:
+    settings = {**settings, **CODECS[codecs]}
+    whole = play(settings, **{"run-directory": str(tmp_path / "whole")})
+    with pytest.raises(KeyboardInterrupt):
+        play(settings, listener=interrupted_at("checkpoint", 1))
+    resumed = play(settings, asks_nothing, **{"resume-from": settings["run-directory"]})
+    assert adapter_bytes(resumed, "peft_2") == adapter_bytes(whole, "peft_2")
+    for run in (resumed, whole):
+        totals = read_json(run / "plan.json")["totals"]
+        assert read_json(run / "ledger.json")["totals"] == totals
+    assert [m.get("held-out-loss") for m in metrics_of(resumed)] == [
+        m.get("held-out-loss") for m in metrics_of(whole)
+    ]
+
+
+def asks_nothing(message: Message, context: Context) -> Message:
+    """Sites of a run that has its start."""
+    assert message.metadata.message_type != MAGNITUDES
+    return GOOD_SITES(message, context)
+
+
+# --- Sites that tell another start ----------------------------------------------------------------
+
+
+def telling(change: Callable[[np.ndarray], Any], partitions: list[int]) -> Any:
+    """Return sites of which some tell changed magnitudes."""
+
+    def damage(message: Message, reply: Message) -> Message:
+        record = reply.content.array_records["arrays"]
+        reply.content["arrays"] = ArrayRecord(
+            {name: Array(change(array.numpy())) for name, array in record.items()}
+        )
+        return reply
+
+    return spoilt(damage, partitions, MAGNITUDES)
+
+
+def one_more(norms: np.ndarray) -> np.ndarray:
+    return np.nextafter(norms, np.float32(np.inf))
+
+
+def test_two_sites_that_differ_in_a_bit_end_the_run_and_are_named(settings: Settings) -> None:
+    with pytest.raises(EngineError, match=r"site 0 has \w{16}; site 1 has \w{16}; most in "):
+        play(settings, telling(one_more, [1]))
+    assert not Path(settings["run-directory"]).exists()
+
+
+def test_what_is_no_norm_is_refused_and_another_site_is_asked(settings: Settings) -> None:
+    with pytest.raises(EngineError) as refused:
+        play(settings, telling(np.negative, [0, 1, 2]))
+    assert "which 2 sites must tell, and 1 of 4 did" in str(refused.value)
+    assert str(refused.value).count("norms from -") == 3
+    run = play(settings, telling(np.negative, [0]), **{"num-server-rounds": 1})
+    assert metrics_of(run)[0]["magnitudes-from"] == [1, 2]
+
+
+def test_a_site_whose_base_differs_from_the_start_refuses_its_visits(settings: Settings) -> None:
+    """Two hostile sites agree on a start: no honest one trains from it."""
+    with pytest.raises(RoundError, match="the base's weights, or the precision of a quantised"):
+        play(settings, telling(one_more, [0, 1]))
+
+
+def test_a_single_site_tells_the_start_alone_and_the_log_says_so(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = {
+        "data.num-partitions": 1,
+        "strategy.fraction-train": 1.0,
+        "strategy.fraction-evaluate": 1.0,
+    }
+    with caplog.at_level(logging.WARNING, "grandrounds"):
+        run = play({**settings, **one}, **{"num-server-rounds": 1})
+    assert "with a single site nothing is compared" in caplog.text
+    assert summary_of(run)["communication_mib"] == summary_of(run)["planned_mib"]
