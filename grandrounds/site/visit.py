@@ -441,9 +441,8 @@ def without_figures(metrics: Mapping[str, float | int]) -> dict[str, float | int
 
     The weight travels in the mask.
     """
-    kept = ("cursor", "base-loads", "process-id", EPSILON)
-    if EPSILON in metrics:
-        kept += ("train-loss",)  # noised
+    noised = ("train-loss",) if EPSILON in metrics else ()
+    kept = ("cursor", "base-loads", "process-id", EPSILON, *noised)
     return {name: metrics[name] for name in kept if name in metrics}
 
 

@@ -253,7 +253,7 @@ class _Measure:
     def values_up(self, round_number: int) -> int:
         """Return the values of a client update at the adapter's rank."""
         ranks = self._ranks
-        return count_parameters(ranks.shapes_up(self._factors, round_number, ranks.rank))
+        return count_parameters(ranks.shapes_up(self._shapes, round_number, ranks.rank))
 
     def _cached(
         self, key: tuple[object, ...], shapes: Callable[[], Shapes], codec: str | None
