@@ -28,6 +28,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
     "are random to whoever": {"communication.entropy-coding": True},
     "steps counted in epochs": {"train.training-arguments.max-steps": -1},
+    "the range of its magnitudes": {
+        "strategy.name": "fedavg",
+        "strategy.proximal-mu": 0.0,
+        "model.lora.peft-use-dora": True,
+    },
     "every site holds a share": {"data.num-partitions": 300},
     "of a sum of two": {"strategy.fraction-train": 0.1},
 }
