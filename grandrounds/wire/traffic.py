@@ -17,8 +17,8 @@ from grandrounds.wire.codecs import encoded_bytes
 from grandrounds.wire.codecs.codec import Codec, codec_named
 from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, Traffic
 from grandrounds.wire.masks import packed
-from grandrounds.wire.masks.attempt import MASKED
-from grandrounds.wire.masks.carried import MASKS, numbers_of
+from grandrounds.wire.masks.attempt import MASKED, MASKS
+from grandrounds.wire.masks.fixed_point import numbers_of
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of
 
 TRAIN_DOWN, TRAIN_UP = "train.down", "train.up"

@@ -15,17 +15,15 @@ from grandrounds.server.masks.masked_sum import MaskedSum
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Shapes, count_parameters
 from grandrounds.wire.downlink import Parcel
-from grandrounds.wire.masks.attempt import CONFIRM, KEYS, MASKED, SHARES, UNMASK, Attempt
+from grandrounds.wire.masks.attempt import CONFIRM, KEYS, MASKED, MASKS, SHARES, UNMASK, Attempt
 from grandrounds.wire.masks.carried import (
     ATTEMPT,
-    MASKS,
     MOST_WEIGHT,
     carried,
-    numbers_of,
     received_digest,
     sent,
 )
-from grandrounds.wire.masks.fixed_point import Sum
+from grandrounds.wire.masks.fixed_point import Sum, numbers_of
 from grandrounds.wire.masks.rehearsal import roster_of_run
 from grandrounds.wire.names import SiteNames
 

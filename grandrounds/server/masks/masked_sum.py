@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from grandrounds.errors import ReplyError, RoundError
 from grandrounds.wire.masks import keys, packed, shamir
 from grandrounds.wire.masks.agreement import Agreement, commitment, keys_text, sign_of
-from grandrounds.wire.masks.attempt import LEAST_COHORT, Attempt, threshold
+from grandrounds.wire.masks.attempt import KEY_BYTES, LEAST_COHORT, Attempt, threshold
 from grandrounds.wire.masks.fixed_point import FixedPoint
 from grandrounds.wire.masks.prg import Vector, add_mask
 from grandrounds.wire.masks.roster import Roster
@@ -148,7 +148,7 @@ class MaskedSum:
 
     def _remove_pairs(self, total: Vector, owner: int, secret: bytes) -> None:
         """Remove the survivors' masks with a lost site, which nothing cancels."""
-        if len(secret) != keys.KEY_BYTES or keys.public_of(secret) != self._keys[owner].mask:
+        if len(secret) != KEY_BYTES or keys.public_of(secret) != self._keys[owner].mask:
             raise self._wrong_shares(owner)
         for site in sorted(self._survivors):
             key = self._agreement.pair_mask(secret, self._keys[site], (owner, site), self.received)

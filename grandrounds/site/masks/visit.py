@@ -16,6 +16,7 @@ from grandrounds.wire.masks.attempt import (
     KEYS,
     LEAST_COHORT,
     MASKED,
+    MASKS,
     MOST_ATTEMPTS,
     SHARES,
     UNMASK,
@@ -23,14 +24,12 @@ from grandrounds.wire.masks.attempt import (
 )
 from grandrounds.wire.masks.carried import (
     ATTEMPT,
-    MASKS,
     MOST_WEIGHT,
     carried,
-    numbers_of,
     received_digest,
     sent,
 )
-from grandrounds.wire.masks.fixed_point import COUNT_BITS
+from grandrounds.wire.masks.fixed_point import COUNT_BITS, numbers_of
 from grandrounds.wire.masks.rehearsal import identity_of, roster_of_run
 
 

@@ -7,15 +7,10 @@ import hashlib
 import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 
-from grandrounds.config.keys import Config
 from grandrounds.errors import ReplyError
 from grandrounds.wire import messages
 from grandrounds.wire.masks.attempt import MOST_SITES
-from grandrounds.wire.masks.fixed_point import FixedPoint, largest_change
 from grandrounds.wire.masks.packed import SIGNED_KEYS_BYTES, table_bytes
-
-MASKS = "masks"
-"""Record of the boxes, beside the adapter; and kind of the other four exchanges in the ledger."""
 
 ATTEMPT, MOST_WEIGHT = "attempt", "most-weight"
 """Config keys: number of the attempt, and the largest weight of a site."""
@@ -60,22 +55,3 @@ def received_digest(content: RecordDict) -> bytes:
     for name, array in arrays.items():
         add("array", name, array.dtype, tuple(array.shape), array.stype, array.data)
     return found.digest()
-
-
-def numbers_of(
-    config: Config, learning_rate: float, sites: int, values: int, most_weight: int
-) -> FixedPoint:
-    """Return the fixed-point numbers of a round.
-
-    Parameters
-    ----------
-    learning_rate : float
-        The round's.
-    sites : int
-        Sites in the list of keys.
-    values : int
-        Values of a change.
-    """
-    largest = largest_change(learning_rate, config.arguments.max_steps)
-    codec = config.federation.secure_aggregation
-    return FixedPoint(codec, sites, values, largest, most_weight)

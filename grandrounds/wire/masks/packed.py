@@ -20,13 +20,15 @@ from itertools import pairwise
 from grandrounds.errors import ReplyError
 from grandrounds.wire.masks.attempt import (
     CONFIRM,
+    KEY_BYTES,
     KEYS,
     MASKED,
     MOST_SITES,
     SHARES,
+    SIGNATURE_BYTES,
+    TAG_BYTES,
     UNMASK,
 )
-from grandrounds.wire.masks.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES
 from grandrounds.wire.masks.shamir import SHARE_BYTES
 
 NUMBER_BYTES = 2
