@@ -20,6 +20,7 @@ from grandrounds.cli.options import (
     BenchmarkData,
     ConfigFile,
     Data,
+    FromAdapter,
     Limit,
     Model,
     Plain,
@@ -38,6 +39,7 @@ from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.study.comparison import units as comparison
+from grandrounds.study.continued import with_start
 from grandrounds.study.sites import names_of_sites, with_sites
 
 DEFAULT_ARMS, DEFAULT_PRIVATE_ARMS = "federated,centralised,local", "federated,private"
@@ -49,6 +51,7 @@ def compare(
     config: ConfigFile = None,
     assignments: Assignments = None,
     model: Model = None,
+    from_adapter: FromAdapter = None,
     data: Data = None,
     rounds: Rounds = None,
     num_sites: Annotated[
@@ -122,10 +125,12 @@ def compare(
     layers = recipes.layers_of(
         *(file, assignments),
         model=model,
+        from_adapter=from_adapter,
         data=data,
         rounds=rounds,
         sites=num_sites,
     )
+    layers, continued = with_start(layers)
     settings = recipes.merged(with_sites(layers, sites_per_round, may_load=True))
     for key in PLACES:
         if settings.pop(key, ""):
@@ -145,7 +150,7 @@ def compare(
     from grandrounds.study import preflight
 
     warnings = preflight.check(resolved)
-    tell([] if quiet else recipes.notes(settings, file))
+    tell([] if quiet else [*recipes.notes(settings, file), *continued])
     tell(warnings, "warning")
     quiet_libraries()
     screen.working("importing the libraries")

@@ -37,9 +37,20 @@ Model = Annotated[
     typer.Option(help="Base model: Hub name, local folder, name in `base list`, or formulary."),
 ]
 
+FromAdapter = Annotated[
+    str | None,
+    typer.Option(
+        "--from-adapter",
+        help="Saved LoRA adapter from which training goes on: a folder, a run directory (its last "
+        "adapter) or REPO@REVISION on the Hub. Base, rank, alpha and target modules are its own "
+        "unless they are set.",
+        metavar="DIR|RUN|REPO@REVISION",
+    ),
+]
+
 Data = Annotated[
     str | None,
-    typer.Option(help="Data: Hub name, .json/.jsonl/.csv/.parquet file, or formulary."),
+    typer.Option(help="Data: Hub name, .json/.jsonl/.csv/.parquet/.txt file, or formulary."),
 ]
 
 Rounds = Annotated[int | None, typer.Option(help="Number of training rounds.")]

@@ -15,6 +15,7 @@ from grandrounds.cli.options import (
     ConfigFile,
     Data,
     Engine,
+    FromAdapter,
     Model,
     Plain,
     Quiet,
@@ -30,6 +31,7 @@ from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.storage import writing
+from grandrounds.study.continued import with_start
 from grandrounds.study.sites import with_sites
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ def plan(
     ] = None,
     assignments: Assignments = None,
     model: Model = None,
+    from_adapter: FromAdapter = None,
     architecture: Annotated[
         str | None,
         typer.Option(help="Known base model with the same shapes, for an unknown one."),
@@ -133,6 +136,7 @@ def plan(
     own = recipes.layers_of(
         *(None, assignments),
         model=model,
+        from_adapter=from_adapter,
         data=data,
         rounds=rounds,
         sites=sites,
@@ -142,11 +146,12 @@ def plan(
     told: dict[str, list[str]] = {}
     for file in [config, *files]:
         read = recipes.layers_of(chosen_recipe(file, None), None)
-        settings = recipes.merged(with_sites([*read, *own], sites_per_round))
+        layers, continued = with_start([*read, *own], elsewhere=engine is Engine.deployment)
+        settings = recipes.merged(with_sites(layers, sites_per_round))
         name = _label(file, planned)
         if engine is Engine.deployment:
             refuse_idle(settings)
-        notes_of = recipes.notes(settings, file)
+        notes_of = [*recipes.notes(settings, file), *continued]
         planned[name], warnings = _forecast(settings, architecture, rows)
         told[name] = [*notes_of, *warnings]
     described = {

@@ -14,6 +14,7 @@ from grandrounds.cli.options import (
     ConfigFile,
     Data,
     Engine,
+    FromAdapter,
     Model,
     Plain,
     Quiet,
@@ -34,6 +35,7 @@ from grandrounds.data.own_prompt import check_prompt
 from grandrounds.errors import ConfigError, ModelError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
+from grandrounds.study.continued import with_start
 from grandrounds.study.sites import with_sites
 
 
@@ -42,6 +44,7 @@ def run(
     config: ConfigFile = None,
     assignments: Assignments = None,
     model: Model = None,
+    from_adapter: FromAdapter = None,
     data: Data = None,
     rounds: Rounds = None,
     sites: Sites = None,
@@ -110,6 +113,8 @@ def run(
 
     - `grandrounds run --set strategy.proximal-mu=0.1 --set train.learning-rate-max=1e-3`
 
+    - `grandrounds run --from-adapter runs/20260101-120000-formulary --data flashcards.jsonl`
+
     - `grandrounds run --resume runs/20260101-120000-formulary`
 
     - `grandrounds run --resume runs/20260101-120000-formulary --from-round 8`
@@ -125,6 +130,7 @@ def run(
         file,
         assignments,
         model=model,
+        from_adapter=from_adapter,
         data=data,
         rounds=rounds,
         sites=sites,
@@ -133,7 +139,9 @@ def run(
     )
     if engine is Engine.deployment and resume is None:  # real sites are none of the formulary's
         layers = [("the engine", {"data.partitioner": "iid"}), *layers]
+    continued: list[str] = []
     if resume is None:
+        layers, continued = with_start(layers, elsewhere=engine is Engine.deployment)
         layers = with_sites(layers, sites_per_round, may_load=engine is not Engine.deployment)
     elif sites_per_round is not None:
         raise ConfigError("--resume continues with the sites per round that the run started with.")
@@ -158,7 +166,7 @@ def run(
         from grandrounds.study import preflight
 
         warnings = preflight.check(resolved, from_round)
-    tell([] if resume or quiet else recipes.notes(settings, file))
+    tell([] if resume or quiet else [*recipes.notes(settings, file), *continued])
     tell(warnings, "warning")
     if engine is Engine.deployment:
         from grandrounds.engines.deployment.superlink import in_one_array

@@ -16,6 +16,7 @@ from grandrounds.config.values import Scalar
 
 LEFT_OUT = (
     *PLACES_AND_TRACKERS,
+    "model.lora.from-adapter",
     "static.dataset.name",
     "static.dataset.config",
     "static.dataset.split",
@@ -29,13 +30,15 @@ LEFT_OUT = (
     "data.answer-column",
 )
 """Keys that say where a run lives, who watches it, or which data it divides: at a site with its own
-data they mean nothing. The date of a chat template is the day on which a run starts."""
+data they mean nothing. The date of a chat template is the day on which a run starts, and an adapter
+from which one goes on counts by its hash."""
 
 LEFT_OUT_IF: Mapping[str, Scalar] = {
     "earlier-schedules": "",
     "secure-aggregation": "none",
     "model.revision": "",
     "model.lora.use-rslora": False,
+    "model.lora.from-adapter-sha256": "",
     "model.lora.rank-pattern": "",
     "model.lora.alpha-pattern": "",
     "data.template-options": "",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grandrounds.config.keys import TABLES, share_of
+from grandrounds.config.starts import wanted_start
 from grandrounds.config.synonyms import last_part, spelled_here
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
@@ -291,7 +292,12 @@ def _targets(written: str) -> Scalar:
 
 
 def _not_used(entry: dict[str, Scalar], keys: Collection[str]) -> Iterator[str]:
-    """Drop keys that change nothing computed; yield what holds instead of those that are on."""
+    """Drop keys that change nothing computed; yield what holds instead of those that are on.
+
+    The start of every run, asked for by name, is one of them.
+    """
+    for key in [key for key in entry if wanted_start(key, entry[key]) == "true"]:
+        del entry[key]
     for key in [key for key in entry if key not in keys and last_part(key) in NOT_USED]:
         value = entry.pop(key)
         if str(value).strip().lower() not in ("", "false", "off", "no", "none", "0"):

@@ -28,6 +28,7 @@ from grandrounds.config.values import (
     Patterns,
     Range,
     Scalar,
+    Sha256,
     SomeOf,
     Table,
     words_of,
@@ -128,12 +129,24 @@ class LoraConfig:
     holds; other modules have `peft-lora-r`. Empty: none."""
     alpha_pattern: Annotated[str, Patterns(Range(0, above=True), whole=False)]
     """Alphas of single modules, likewise. A module's rank does not change its alpha."""
+    from_adapter: str
+    """LoRA adapter from which training goes on, on the server: the folder of one, a run directory
+    (its last adapter; `RUN/peft_8` for another), or `REPO@REVISION` on the Hub. Empty: training
+    starts from an adapter drawn from the seed. See docs/continuing.md."""
+    from_adapter_sha256: Annotated[str, Sha256()]
+    """SHA-256 of that adapter's tensors, filled in and printed by `grandrounds run` and
+    `grandrounds plan`; the adapter must have it. A deployed site compares what it receives."""
     dropout: Annotated[float, Range(0, 0.9)]
     """LoRA dropout probability during training."""
     peft_use_dora: bool
     """DoRA (Liu et al., 2024): a vector of magnitudes for each module, trained beside A and B. Two
     sites tell where they start, once: the norms of the base's weights, which the server never
     loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private runs."""
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether training goes on from a saved adapter."""
+        return bool(self.from_adapter or self.from_adapter_sha256)
 
     @property
     def ranks_by_pattern(self) -> dict[str, int]:
@@ -502,9 +515,9 @@ class DataConfig:
     question never occurs in the same site's training data, but may occur in another site's."""
     prompt_template: Annotated[str, TemplateText(BUILT_IN)]
     """`alpaca`: the FlowerTune prompt. `chat`: the tokenizer's own chat template, with its end
-    of turn. A template of one's own is named by its file (`.jinja`, `.j2`, `.txt`, or a path), or
-    is packaged: `alpaca-indented`, `chatml`, `llama2`; a recipe holds its text. See
-    docs/data.md."""
+    of turn. `text`: no prompt, for plain text. A template of one's own is named by its file
+    (`.jinja`, `.j2`, `.txt`, or a path), or is packaged: `alpaca-indented`, `chatml`, `llama2`; a
+    recipe holds its text. See docs/data.md."""
     template_date: Annotated[str, Day()]
     """`chat`: the day that the template prints, if it prints one. Empty: the day on which the run
     starts, written into its recipe, so that it is resumed on the same text."""
@@ -517,12 +530,13 @@ class DataConfig:
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
     question_column: str
-    """Column holding the question. Several, comma-separated, are joined by a space:
-    `instruction,input` for Alpaca's format. A column of turns (role and content) holds
-    conversations. With the usual names, `input` and `output`, the columns of other forms are found:
+    """Column holding the question; empty: the answer column holds plain text. Several,
+    comma-separated, are joined by a space: `instruction,input` for Alpaca's format. A column of
+    turns (role and content) holds conversations. With the usual names, `input` and `output`, the
+    columns of other forms are found:
     `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`."""
     answer_column: str
-    """Column holding the answer."""
+    """Column holding the answer, or plain text."""
 
     @property
     def chat(self) -> tuple[str, str, str]:
@@ -547,8 +561,8 @@ class StaticConfig:
     prefix: ClassVar[str] = "static.dataset."
 
     name: str
-    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv or .parquet file (.gz
-    too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
+    """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv, .parquet or .txt file
+    (.gz too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
     `formulary`, or `common-and-rare` (docs/privacy.md)."""
     config: str
     """Configuration of a data set on the Hub; empty: its only or default one."""

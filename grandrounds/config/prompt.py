@@ -20,7 +20,7 @@ from grandrounds.storage import expanded, read_bytes
 
 KEY = "data.prompt-template"
 
-BUILT_IN = ("alpaca", "chat")
+BUILT_IN = ("alpaca", "chat", "text")
 """Templates that are no files."""
 
 PACKAGED = Path(__file__).resolve().parent.parent / "data" / "prompt_templates"

@@ -289,6 +289,7 @@ OPTIONS = {
     "sites": "data.num-partitions",
     "seed": "seed",
     "run_dir": "run-directory",
+    "from_adapter": "model.lora.from-adapter",
 }
 """Option of a command → key."""
 
@@ -325,10 +326,12 @@ def with_absolute_paths(config: Config) -> Config:
             path = Path(name).expanduser()
         return str(path.absolute()) if path else name
 
-    base = config.model.name
+    base, lora = config.model.name, config.lora
+    start = full(lora.from_adapter) if lora.from_adapter else ""
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, name=base if names_a_base(base) else full(base)),
+        lora=dataclasses.replace(lora, from_adapter=start),
         static=dataclasses.replace(config.static, name=full(config.static.name)),
     )
 
@@ -346,6 +349,8 @@ def differences(old: Config, new: Config) -> list[str]:
 def leaderboard_differences(config: Config) -> list[str]:
     """Return why a run is not comparable with FlowerTune's medical leaderboard; empty if it is."""
     reasons = []
+    if config.lora.is_continued:
+        reasons.append("continued from a trained adapter")
     if config.static.name not in LEADERBOARD_DATA:
         reasons.append(f"static.dataset.name is {place_name(config.static.name)}")
     if config.static.config or config.static.split != TRAIN:

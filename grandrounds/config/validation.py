@@ -27,6 +27,7 @@ from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
 from grandrounds.config.schedules import parts_of
+from grandrounds.config.starts import refused_start
 from grandrounds.config.strategies import PRESETS, STRATEGIES
 from grandrounds.config.synonyms import (
     MAX_STEPS,
@@ -116,6 +117,8 @@ def unknown_key(key: str, value: Scalar) -> str:
     if last in PER_ROUND:
         count = value if type(value) is int and value > 0 else "N"
         return f"{told} Write --sites-per-round {count}, or set strategy.fraction-train."
+    if why := refused_start(key, value):
+        return why
     if table := table_meant(key):
         return f"{told} Write {table}={json.dumps(value)}."
     meant = key_meant(key, _KEYS)
@@ -323,7 +326,6 @@ def contradictions(config: Config) -> Iterator[str]:
             f"a Hub name, a file, or {' or '.join(EMBEDDED_DATA)}",
         ),
         ("model.lora.target-modules", config.lora.target_modules, "module names, or auto"),
-        ("data.question-column", data.question_column, "a column name"),
         ("data.answer-column", data.answer_column, "a column name"),
     ):
         if not value:
@@ -355,6 +357,7 @@ def contradictions(config: Config) -> Iterator[str]:
             f"strategy.min-sites = {strategy.min_sites} exceeds data.num-partitions = {sites}: "
             "lower it, or set 0 for all sites."
         )
+    yield from _start_contradictions(config)
     yield from _rule_contradictions(config)
     yield from _codec_contradictions(config)
     yield from privacy_contradictions(config)
@@ -374,6 +377,28 @@ def idle_last_round(config: Config) -> str:
         "nothing: set train.learning-rate-min above 0 (a tenth of train.learning-rate-max is "
         "usual)."
     )
+
+
+def _start_contradictions(config: Config) -> Iterator[str]:
+    """Yield settings that do not work with a run that goes on from a saved adapter.
+
+    A site compares what it receives with the hash of that adapter, so it must receive all of it.
+    """
+    if not config.lora.is_continued:
+        return
+    key = "model.lora.from-adapter"
+    if (codec := config.communication.downlink_codec) not in EXACT_CODECS:
+        yield (
+            f"communication.downlink-codec = {codec!r} changes the adapter of {key} on its way, so "
+            f'that no site could compare it with its hash: set "none".'
+        )
+    if config.strategy.site_ranks:
+        yield (
+            f"strategy.site-ranks = {config.strategy.site_ranks!r} gives some sites a part of the "
+            f"adapter of {key}, which none can compare with its hash: leave site-ranks empty."
+        )
+    if config.lora.peft_use_dora:
+        yield f"model.lora.peft-use-dora = true does not go with {key}: only plain LoRA goes on."
 
 
 def _rule_contradictions(config: Config) -> Iterator[str]:

@@ -92,6 +92,18 @@ class Day:
 
 
 @dataclass(frozen=True)
+class Sha256:
+    """A SHA-256 in hex digits, or an empty string."""
+
+    def admits(self, value: str) -> bool:
+        """Whether a text is 64 small hex digits, or empty."""
+        return not value or re.fullmatch("[0-9a-f]{64}", value) is not None
+
+    def __str__(self) -> str:
+        return "a SHA-256 of 64 hex digits, or empty"
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of scalars as a JSON object, or an empty string."""
 

@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
+from grandrounds.data.conversations import (
+    PLAIN_TEXT,
+    Conversation,
+    Unusable,
+    conversation_of,
+)
 from grandrounds.data.files import Choice, RawRows, WrittenFloat
 from grandrounds.data.forms import APART, INSTRUCTION, named_in
 from grandrounds.data.rows import Rows
@@ -33,13 +38,15 @@ def rows_alone(raw: RawRows, columns: tuple[str, ...]) -> Rows:
     Parameters
     ----------
     columns
-        Of the question, of the answer (empty: the question's column holds conversations), then of
-        labels, such as the unit.
+        Of the question (empty: the answer's column holds plain text), of the answer (empty: the
+        question's column holds conversations), then of labels, such as the unit.
     """
     question, answer, *kept = columns
     named = _parts(question)
     if APART in kept:
         named = tuple(name for name in named if name != INSTRUCTION) or named
+    if not question:
+        named = (answer,)
     parts = [_cells(raw, name) for name in named]
     answers = _cells(raw, answer)
     read = [
@@ -54,7 +61,7 @@ def rows_alone(raw: RawRows, columns: tuple[str, ...]) -> Rows:
     if APART in kept:
         apart = _cells(raw, INSTRUCTION) if INSTRUCTION not in named else [None] * len(raw.places)
         values[APART] = [_text(cell) for cell in apart]
-    histories: list[tuple[Turn, ...]] = [one.before for one in read]
+    histories = [PLAIN_TEXT if not question else one.before for one in read]
     return Rows(values, histories=histories)
 
 

@@ -116,6 +116,14 @@ def apart(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
+def put_first(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts before every text."""
+    alone = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    starts = range(len(whole) - len(alone) + 1)
+    return next((whole[:at] for at in starts if whole[at : at + len(alone)] == alone), [])
+
+
 def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], *, answering: bool) -> str:
     """Return turns of (role, content) as the template renders them.
 

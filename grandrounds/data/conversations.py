@@ -14,6 +14,10 @@ from typing import Any
 Turn = tuple[str, str]
 """A role, `system`, `user` or `assistant`, and what it says."""
 
+PLAIN_TEXT: tuple[Turn, ...] = (("text", ""),)
+"""What stands before the question of a row of plain text, whose question and answer are that text;
+no conversation has such a turn."""
+
 COLUMNS = ("messages", "conversations", "conversation")
 """Columns in which chat data sets keep their turns."""
 

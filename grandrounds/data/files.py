@@ -13,6 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from grandrounds.data.paragraphs import paragraphs
 from grandrounds.errors import DataError, first_line
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -109,6 +110,8 @@ def read_file(path: Path, source: str, choose: Choice, labels: Sequence[str] = (
         if ending == ".json":
             records, unit = json_records(file.read(), source)
             return from_records(records, choose, unit)
+        if ending == ".txt":
+            return from_records(paragraphs(file), choose, "line")
         return from_records(json_lines(file, source), choose, "line")
 
 

@@ -4,6 +4,7 @@ pairs           a column of questions and one of answers
 alpaca          `instruction`, `input` and `output`: the first two make the question
 conversations   a column of turns (see `conversations`)
 preferences     `prompt`, `chosen` and `rejected`, which no answer is trained on
+text            one column of plain text, trained on as a whole
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from grandrounds.data.conversations import COLUMNS as TURNS
 
 INSTRUCTION = "instruction"
 """The column of Alpaca's format that FlowerTune's medical app drops."""
+
+TEXT = "text"
+"""The column of plain text that is found by its name."""
 
 APART = f"{INSTRUCTION}?"
 """Asks for the instructions by themselves: blank where there is no such column. Then they are no
@@ -31,11 +35,11 @@ class Layout:
     """Where a source holds questions and answers."""
 
     form: str
-    """`pairs`, `alpaca`, `conversations` or `preferences`."""
+    """`pairs`, `alpaca`, `conversations`, `preferences` or `text`."""
     question: tuple[str, ...]
     """Columns that make the question, joined by a space, or the one that holds turns."""
     answer: str
-    """Column with the answer; empty for `conversations`."""
+    """Column with the answer, or of plain text; empty for `conversations`."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -56,6 +60,7 @@ class Layout:
         return {
             "alpaca": f"Alpaca triples: {named} make the question",
             "conversations": f"conversations in the column {named}",
+            "text": f"plain text in the column {named}",
         }.get(self.form, "")
 
 
@@ -66,8 +71,11 @@ def layout_of(available: Sequence[str], question: str, answer: str) -> Layout:
     ----------
     question, answer : str
         `data.question-column` and `data.answer-column`. If they are the usual ones and not there,
-        the columns of the other forms are looked for.
+        the columns of the other forms are looked for. Without a question column, the other one
+        holds plain text.
     """
+    if not question:
+        return Layout("text", (answer,), answer)
     named = (question,) if question in available else named_in(question)
     parts = named or (question,)
     if len(parts) == 1 and parts[0] in available and answer not in available:
@@ -82,6 +90,8 @@ def layout_of(available: Sequence[str], question: str, answer: str) -> Layout:
     for asked, answered in (("prompt", "completion"), (INSTRUCTION, "output")):
         if {asked, answered} <= set(available):
             return Layout("pairs", (asked,), answered)
+    if TEXT in available and not {*parts, answer} & set(available):
+        return Layout("text", (TEXT,), TEXT)
     return Layout("pairs", parts, answer)
 
 

@@ -22,6 +22,8 @@ from grandrounds.data.tokenization import (
     ANSWERS,
     TokenizedExample,
     check_room,
+    check_text,
+    is_text,
     system_of,
     tokenize_examples,
 )
@@ -48,7 +50,7 @@ class OnDemand(Sequence[TokenizedExample]):
         ------
         DataError
             If a conversation has several turns or a system prompt and the template has room for one
-            question.
+            question; if the examples are plain text and the template is not `text`, or the reverse.
         """
         self._examples, self._tokenizer, self._template = examples, tokenizer, template
         self._seq_length, self._train_on = seq_length, train_on
@@ -85,6 +87,10 @@ class OnDemand(Sequence[TokenizedExample]):
 
         A token covers a byte at least: most prompts need not be tokenised to know that they fit.
         """
+        texts = sum(map(is_text, self._examples))
+        check_text(self._template, texts, len(self._examples))
+        if texts:
+            return np.arange(texts)
         added = len(self._tokenizer("")["input_ids"]) + 1  # SentencePiece prepends a space
         learnable = np.ones(len(self._examples), bool)
         in_vain = 0

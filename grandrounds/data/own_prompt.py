@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from grandrounds.data.chat import QUESTION, SYSTEM_PROMPT, apart, in_context, until_special
+from grandrounds.data.chat import (
+    QUESTION,
+    SYSTEM_PROMPT,
+    apart,
+    in_context,
+    put_first,
+    until_special,
+)
 from grandrounds.data.forms import APART
 from grandrounds.errors import ConfigError, first_line, nearest
 
@@ -114,7 +121,7 @@ class OwnPrompt:
         the template says it or not.
         """
         texts = [self.prompt(tokenizer, *one) for one in asked]
-        first = _put_first(tokenizer)
+        first = put_first(tokenizer)
         found = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return [list(i) if i[: len(first)] == first else [*first, *i] for i in found]
 
@@ -330,14 +337,6 @@ def _names(node: Any) -> list[Any]:
 
     found = list(node.find_all(nodes.Name))
     return [node, *found] if isinstance(node, nodes.Name) else found
-
-
-def _put_first(tokenizer: Any) -> list[int]:
-    """Return the tokens that a tokenizer puts before every text."""
-    alone = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer("a")["input_ids"])
-    starts = range(len(whole) - len(alone) + 1)
-    return next((whole[:at] for at in starts if whole[at : at + len(alone)] == alone), [])
 
 
 @lru_cache(maxsize=1)

@@ -14,12 +14,19 @@ SOURCE_KEY = "static.dataset.name"
 
 BUILT_IN = f"built-in data ({', '.join(EMBEDDED)})"
 
-FILE_ENDINGS = (
+TABLE_ENDINGS = (
     *(".json", ".jsonl", ".json.gz", ".jsonl.gz"),
     *(".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet"),
 )
-"""Supported file names. A `.json` file is an array of objects, alone or as the value of `data`, or
-has one object per line."""
+"""Names of files with columns. A `.json` file is an array of objects, alone or as the value of
+`data`, or has one object per line."""
+
+TEXT_ENDINGS = (".txt", ".txt.gz")
+"""Names of files with one text a paragraph. Of a folder they are read only if there are no others:
+beside data they describe them."""
+
+FILE_ENDINGS = (*TABLE_ENDINGS, *TEXT_ENDINGS)
+"""Supported file names."""
 
 Version = tuple[tuple[Path, int, int], ...]
 """Files with modification time and length: another version of a source is read again."""
@@ -123,7 +130,8 @@ def _paths(source: str, place: Path) -> list[Path]:
                 f"{source}: this folder holds no file that can be read ({allowed}); set "
                 f"{SOURCE_KEY} to a file, or to a folder of such files."
             )
-        return sorted(path for path in paths if path.is_file())
+        tables = [path for path in paths if not path.name.lower().endswith(TEXT_ENDINGS)]
+        return sorted(path for path in tables or paths if path.is_file())
     if place.exists() or not _is_pattern(source):
         return [place]
     anchor = Path(place.anchor)

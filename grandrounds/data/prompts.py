@@ -1,4 +1,4 @@
-"""Prompt templates, shared by training and evaluation: `alpaca`, `chat`, or one's own.
+"""Prompt templates, shared by training and evaluation: `alpaca`, `chat`, `text`, or one's own.
 
 A template turns a question into all text before the answer. The loss covers the answer, including
 its leading space where it has one.
@@ -21,8 +21,9 @@ ALPACA = (
 """FlowerTune's prompt (flwr new @flwrlabs/flowertune-medical, `dataset.py`), after Stanford Alpaca.
 """
 
-TEMPLATES = ("alpaca", "chat")
-"""`alpaca`: FlowerTune's prompt. `chat`: the tokenizer's chat template."""
+TEMPLATES = ("alpaca", "chat", "text")
+"""`alpaca`: FlowerTune's prompt. `chat`: the tokenizer's chat template. `text`: none, for plain
+text; a question is then a text that the model continues."""
 
 
 def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
@@ -53,16 +54,18 @@ def build_prompt(template: str, question: str, tokenizer: Any = None) -> str:
                 'base lacks: use data.prompt-template = "alpaca", or an instruction-tuned model.'
             )
         return rendered(tokenizer, [("user", question)], answering=True)
+    if template == "text":
+        return question
     raise ConfigError(
         f"data.prompt-template = {template!r} is unknown; allowed: {', '.join(TEMPLATES)}."
     )
 
 
 def response_text(template: str, answer: str) -> str:
-    """Return the answer as it follows the prompt: `alpaca` separates them by a space."""
+    """Return the answer as it follows the prompt: `alpaca` and `text` put a space between."""
     if is_own(template):
         return own_prompt(template).lead + answer
-    return f" {answer}" if template == "alpaca" else answer
+    return f" {answer}" if template in ("alpaca", "text") else answer
 
 
 def prompt_hash(template: str, tokenizer: Any = None) -> str:

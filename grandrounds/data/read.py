@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grandrounds.data.conversations import Conversation, Turn, Unusable, conversation_of
+from grandrounds.data.conversations import (
+    PLAIN_TEXT,
+    Conversation,
+    Turn,
+    Unusable,
+    conversation_of,
+)
 from grandrounds.data.files import Choice, RawRows, WrittenFloat
 from grandrounds.data.forms import APART, INSTRUCTION, Layout, layout_of, pairs
 from grandrounds.data.places import SOURCE_KEY
@@ -107,7 +113,8 @@ def texts_of(raw: RawRows, source: str, layout: Layout) -> Texts:
     questions = _joined(raw, source, layout.question)
     same = layout.question == (layout.answer,)
     answers = questions if same else _texts(raw, source, layout.answer)
-    return Texts(questions, answers, [], ())
+    histories = [PLAIN_TEXT] * len(answers) if layout.form == "text" else []
+    return Texts(questions, answers, histories, ())
 
 
 def instructions_of(

@@ -1,7 +1,7 @@
 """Reads a file some rows at a time, in the forms where that is possible.
 
-JSON lines (also in a `.json` file, one object on each line), CSV, TSV and Parquet are; an array of
-JSON is read whole.
+JSON lines (also in a `.json` file, one object on each line), CSV, TSV, Parquet and plain text are;
+an array of JSON is read whole.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from grandrounds.data.files import (
     read_file,
 )
 from grandrounds.data.main_memory import check_fits
+from grandrounds.data.paragraphs import paragraphs
 
 CHUNK_ROWS = 2000
 
@@ -50,6 +51,8 @@ def chunks_of(path: Path, source: str, choose: Choice) -> Iterator[RawRows]:
             yield from parquet_batches(file, source, choose, CHUNK_ROWS)
         elif ending in SEPARATORS:
             yield from csv_batches(file, source, choose, SEPARATORS[ending], CHUNK_ROWS)
+        elif ending == ".txt":
+            yield from _record_chunks(paragraphs(file), choose)
         elif is_read_by_rows(path):
             yield from _record_chunks(json_lines(file, source), choose)
         else:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from grandrounds.data.conversations import PLAIN_TEXT
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
 from grandrounds.data.forms import INSTRUCTION
@@ -45,6 +46,8 @@ class Survey:
     """Columns that nobody reads."""
     has_instructions: bool = False
     """Whether there is a column of instructions."""
+    texts: int = 0
+    """Usable rows of plain text."""
     with_system_only: int = 0
     """Those of `conversations` that have a system prompt before the question and nothing else."""
 
@@ -117,7 +120,8 @@ def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
         if label is not None and str(label).strip():
             found[label] += usable
     gaps = sum(label is None or not str(label).strip() for label in labels)
-    told = [b for usable, b in zip(is_usable, read.histories, strict=False) if usable and b]
+    before = [b for usable, b in zip(is_usable, read.histories, strict=False) if usable and b]
+    told = [turns for turns in before if turns != PLAIN_TEXT]
     return Survey(
         len(is_usable),
         sum(is_usable),
@@ -128,5 +132,6 @@ def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
         left_out=read.left_out,
         unread=tuple(name for name in raw.available if name not in read.columns),
         has_instructions=INSTRUCTION in raw.available,
+        texts=len(before) - len(told),
         with_system_only=sum(len(b) == 1 and b[0][0] == "system" for b in told),
     )

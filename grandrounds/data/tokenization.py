@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from grandrounds.data.chat import apart, chat_format, rendered
-from grandrounds.data.conversations import Turn
+from grandrounds.data.chat import apart, chat_format, put_first, rendered
+from grandrounds.data.conversations import PLAIN_TEXT, Turn
 from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.prompts import build_prompt, response_text
 from grandrounds.errors import ConfigError, DataError
@@ -134,6 +134,28 @@ def check_room(template: str, conversations: int, examples: int, with_system_onl
         )
 
 
+def is_text(example: Example) -> bool:
+    """Whether an example is plain text."""
+    return example.before == PLAIN_TEXT
+
+
+def check_text(template: str, texts: int, examples: int) -> None:
+    """Raise `DataError` if plain text is to be asked in a prompt, or questions without one."""
+    if texts and template != "text":
+        raise DataError(
+            f"{texts:,} of {examples:,} examples are plain text, without question: set "
+            'data.prompt-template = "text", which trains on all of a text without a prompt; or '
+            "name the columns in data.question-column and data.answer-column."
+        )
+    if texts < examples and template == "text":
+        raise DataError(
+            f"{examples - texts:,} of {examples:,} examples have a question, and "
+            'data.prompt-template = "text" trains on plain text, without a prompt: set "alpaca" or '
+            '"chat", or name the column of texts in data.answer-column and leave '
+            'data.question-column empty ("").'
+        )
+
+
 def answer_token_ids(tokenizer: Any, template: str, answers: Sequence[str]) -> list[list[int]]:
     """Return the answers' tokens as they follow a prompt, without their end."""
     if not answers:
@@ -182,7 +204,7 @@ def tokenize_examples(
     ------
     DataError
         If a conversation has several turns or a system prompt and the template has room for one
-        question.
+        question; if the examples are plain text and the template is not `text`, or the reverse.
     """
     if alone:
         given = len(examples)
@@ -195,6 +217,9 @@ def tokenize_examples(
             unlearnable=found.unlearnable + given - len(places),
             positions=tuple(places[p] for p in found.positions),
         )
+    check_text(template, sum(map(is_text, examples)), len(examples))
+    if template == "text":
+        return _tokenized_texts(examples, tokenizer, seq_length)
     prompts = _prompt_ids(examples, tokenizer, template)
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
     end = end_token_ids(tokenizer, template) if examples else ()
@@ -217,6 +242,20 @@ def tokenize_examples(
     return TokenizedExamples(tuple(kept), *counts, tuple(positions))
 
 
+def _tokenized_texts(
+    examples: Sequence[Example], tokenizer: Any, seq_length: int
+) -> TokenizedExamples:
+    """Return plain texts, of which all is learned but the first token, which nothing predicts."""
+    first, end = put_first(tokenizer), tokenizer.eos_token_id
+    kept, truncated = [], 0
+    texts = [example.answer for example in examples]
+    for said in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ():
+        ids = (*first, *said, end)
+        truncated += len(ids) > seq_length
+        kept.append(TokenizedExample(ids[:seq_length], max(1, len(first))))
+    return TokenizedExamples(tuple(kept), truncated, 0, positions=tuple(range(len(kept))))
+
+
 def _prompt_ids(examples: Sequence[Example], tokenizer: Any, template: str) -> list[list[int]]:
     """Return the tokens before the answers of examples."""
     if is_own(template) and "instruction" in own_prompt(template).names:
@@ -234,7 +273,8 @@ def _prompt_ids(examples: Sequence[Example], tokenizer: Any, template: str) -> l
 def _is_rendered(example: Example, tokenizer: Any, template: str) -> bool:
     """Whether a template can render an example and its answers."""
     try:
-        [prompt] = _prompt_ids([example], tokenizer, template)
+        check_text(template, int(is_text(example)), 1)
+        [prompt] = _prompt_ids([example], tokenizer, template) if template != "text" else [[]]
         answer_token_ids(tokenizer, template, [example.answer])
         _earlier_answers(example, prompt, tokenizer)
     except (ConfigError, DataError):

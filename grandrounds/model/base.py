@@ -148,8 +148,10 @@ def _advice(name: str) -> str:
     if Path(name).is_dir():
         return "Check the files of this folder, copy it again"
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
+    repository, revision = hub_name(name)
+    download = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     hub = (
-        "The hub is disabled (HF_HUB_OFFLINE): unset it"
+        f"The hub is disabled (HF_HUB_OFFLINE): unset it, download the base before ({download})"
         if offline
         else "Check the name and the network, run `hf auth login` for a gated model"
     )

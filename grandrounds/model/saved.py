@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grandrounds.config.bases import hub_name
 from grandrounds.errors import ModelError, first_line
 from grandrounds.model.foreign import ADVICE, is_plain, read_weights
 from grandrounds.model.lora import LoraSpec, adapter_layout
@@ -94,10 +95,10 @@ def fits(folder: Path, spec: LoraSpec, base: str) -> bool:
         needed, targets = adapter_layout(base, spec)
     except ModelError:
         return False
-    return first_mismatch(_of_the_text(adapter_shapes(folder), targets), needed) is None
+    return first_mismatch(of_the_text(adapter_shapes(folder), targets), needed) is None
 
 
-def _of_the_text(shapes: Shapes, targets: Targets) -> Shapes:
+def of_the_text(shapes: Shapes, targets: Targets) -> Shapes:
     """Return an adapter's tensors without those outside a composite base's text model, such as its
     vision tower: they change no text."""
     if targets.excluded is None:
@@ -112,7 +113,7 @@ def check_fit(folder: Path, spec: LoraSpec, base: str) -> None:
         needed, targets = adapter_layout(base, spec)
     except ModelError as error:
         raise ModelError(f"the adapter {folder} does not fit the base {base!r}: {error}") from error
-    check_shapes(folder, _of_the_text(adapter_shapes(folder), targets), needed, base)
+    check_shapes(folder, of_the_text(adapter_shapes(folder), targets), needed, base)
 
 
 def check_shapes(folder: Path, found: Shapes, needed: Shapes, base: str) -> None:
@@ -148,3 +149,36 @@ def read_adapter(folder: Path) -> Adapter:
     """Return a saved adapter in float32."""
     tensors = read_weights(weights_of(folder))
     return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def from_hub(source: str) -> Path:
+    """Return the folder of an adapter in the Hub's cache, where it is downloaded if need be.
+
+    Parameters
+    ----------
+    source : str
+        `owner/name`, with `@` and the revision where one is wanted.
+
+    Raises
+    ------
+    ModelError
+        If it is no name on the Hub, or is neither in the cache nor can be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, revision = hub_name(source)
+    if source.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"the adapter {source!r}: there is no such folder, and it is no name on the Hub "
+            "(owner/name@revision)."
+        )
+    files = ["adapter_config.json", WEIGHTS, PICKLE]
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=files)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"the adapter {source!r} is not in the cache, and cannot be downloaded "
+            f"({first_line(error)}). Check the name and the network, unset HF_HUB_OFFLINE, or give "
+            "a local folder."
+        ) from error
+    return Path(folder)

@@ -134,6 +134,7 @@ def summary_of(
         ),
         "budget_spent": sorted(map(str, gone)),
         "sites": told,
+        **({"continued_from": config.lora.from_adapter_sha256} if config.lora.is_continued else {}),
     }
 
 

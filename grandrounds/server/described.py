@@ -76,6 +76,28 @@ def leaderboard_text(config: Config, sites: Sites = ()) -> str:
     return f"not comparable: {reasons}" if reasons else ""
 
 
+def start_text(config: Config) -> str:
+    """Return the saved adapter from which a run goes on, with its hash; empty if it is drawn."""
+    lora = config.lora
+    if not lora.is_continued:
+        return ""
+    sha256 = f"sha256 {lora.from_adapter_sha256}" if lora.from_adapter_sha256 else "hash unknown"
+    return f"{place_name(lora.from_adapter) or 'a saved adapter'}, {sha256}"
+
+
+def named_start(config: Config) -> dict[str, str]:
+    """Return the same as plan.json has it: place and hash."""
+    lora = config.lora
+    return {"place": place_name(lora.from_adapter), "sha256": lora.from_adapter_sha256}
+
+
+def before_training(config: Config) -> str:
+    """Return what the held-out loss of round 0 is of."""
+    if config.lora.is_continued:
+        return f"the adapter from which the run goes on ({start_text(config)})"
+    return "the untrained base"
+
+
 def is_of_the_formulary(config: Config, sites: Sites = ()) -> bool:
     """Whether the run trains on the formulary's fictional drugs."""
     named = config.static.name == FORMULARY and not with_own_data(sites)

@@ -79,7 +79,11 @@ class Exchange:
         """
         config = {"round": round_number, messages.RUN: self.run, **parcel.config}
         return Message(
-            messages.content(arrays=parcel.arrays, config={**config, **(instruction or {})}),
+            messages.content(
+                arrays=parcel.arrays,
+                config={**config, **(instruction or {})},
+                start=parcel.start,
+            ),
             node,
             kind,
             ttl=max(DEFAULT_TTL, 2 * self.timeout_seconds),

@@ -117,6 +117,11 @@ def not_covered(section: Section, name: Callable[[str], str] = str) -> list[str]
     if without := section.get("sites_without_guarantee"):
         names = ", ".join(name(str(site)) for site in without[:MOST_SITES])
         lines.append(f"The data of {counted(len(without), 'site')} without a guarantee: {names}.")
+    if section.get("continued_from"):
+        lines.append(
+            "What the adapter from which the run went on had learned: its own training spent its "
+            "own epsilon, or guarantees nothing."
+        )
     if unit_of(section) == PATIENT:
         lines.append("A patient with records at several sites: there the epsilons add up.")
     else:

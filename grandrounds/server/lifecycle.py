@@ -16,6 +16,7 @@ from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
 from grandrounds.model.base import stored_bits
 from grandrounds.model.lora import LoraSpec, adapter_layout
+from grandrounds.server import saved_start
 from grandrounds.server.admitted import (
     admitted_examples,
     admitted_names,
@@ -23,6 +24,7 @@ from grandrounds.server.admitted import (
     revoked_nodes,
 )
 from grandrounds.server.aggregation.make import filled_in, make_rule
+from grandrounds.server.described import named_start
 from grandrounds.server.directory import RunDirectory, default_run_directory, environment
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
@@ -62,13 +64,20 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     spec = LoraSpec.of(config)
     shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes, examiners_of(grid))
-    is_new = directory is None
+    is_new, continued = directory is None, None
+    if config.lora.is_continued and directory is None:
+        continued = saved_start.start_of(config, shapes, targets)
+        config = saved_start.with_hash(config, continued)
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))
         directory = RunDirectory.create(path, config)
     if is_new:
         directory.hold()
-    start = started_adapter(shapes, federation.seed, {})
+    if config.lora.is_continued and not is_new:
+        continued = saved_start.kept(directory.path, config, shapes)
+    elif continued is not None:
+        saved_start.keep(directory.path, continued)
+    start = started_adapter(shapes, federation.seed, {}) if continued is None else continued
     rule = make_rule(filled_in(config))
     if resumed is None:
         state = State(0, start, secrets.token_hex(8))
@@ -77,10 +86,12 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         state, before = resumed.state, list(resumed.sites)
         state.adapter = in_order(state.adapter, shapes, resumed.saved.folder)
         began = in_order(resumed.saved.start, filter(is_magnitude, shapes), resumed.saved.folder)
-        start = started_adapter(shapes, federation.seed, began)
+        if continued is None:
+            start = started_adapter(shapes, federation.seed, began)
         rule.restore(resumed.saved.rule)
         restore(directory, resumed)
-    directory.write_json("environment.json", environment())
+    begun = {"from-adapter-sha256": config.lora.from_adapter_sha256} if continued else {}
+    directory.write_json("environment.json", {**environment(), **begun})
     described = {**plan.as_dict(), "target-modules": list(targets.modules)}
     if targets.frozen:
         described["frozen-modules"] = list(targets.frozen)
@@ -88,6 +99,8 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         described["stored-bits"] = bits
     if missing := unmatched(spec.target_modules, targets.modules):
         described["target-modules-without-match"] = missing
+    if continued:
+        described["from-adapter"] = named_start(config)
     directory.write_json("plan.json", described)
     run = Run(
         config=config,
@@ -112,6 +125,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         ),
         listener=listener,
         evaluation_cohort=evaluation_cohort_of(config),
+        continued=continued,
         shapes=shapes,
     )
     resumed_after = state.round if resumed else None

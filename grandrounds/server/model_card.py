@@ -22,6 +22,7 @@ from grandrounds.server.described import (
     data_text,
     examples_text,
     is_fictional,
+    start_text,
     with_own_data,
 )
 from grandrounds.server.listeners.start_rows import defence
@@ -73,7 +74,7 @@ class Findings:
     """What is known about a checkpoint beyond its configuration."""
 
     base_held_out_loss: float | None = None
-    """Nats per answer token before training."""
+    """Nats per answer token before training: of the base, or of a saved adapter on it."""
     data: Mapping[str, Any] | None = None
     """`data` of summary.json: the examples at the sites."""
     accuracies: Sequence[Accuracy] = ()
@@ -218,7 +219,8 @@ def _facts(
     mu = f" (mu {strategy.proximal_mu:g})" if strategy.name == "fedprox" else ""
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
     if held_out_loss is not None and found.base_held_out_loss is not None:
-        loss += f" (base {found.base_held_out_loss:.4f})"
+        before = "start" if lora.is_continued else "base"
+        loss += f" ({before} {found.base_held_out_loss:.4f})"
     codecs = config.communication
     earlier = schedules.told(config.federation.earlier_schedules)
     commits = [
@@ -253,6 +255,8 @@ def _facts(
         ("seed", str(config.federation.seed)),
         *_prompt_rows(config),
     ]
+    if saved := start_text(config):
+        rows.insert(3, ("continued from", _cell(saved)))
     if found.data:
         about = "about " if are_real(found.sites) else ""
         told = examples_text(found.data["train-examples"], found.data["held-out-examples"])
@@ -350,6 +354,11 @@ def _use(config: Config, merged: bool) -> str:
     template = config.data.prompt_template
     if is_own(template):
         return f"## Use\n\n```python\n{code}\n```\n\n{_own_use(template, merged)}"
+    if template == "text":
+        return (
+            f"## Use\n\n```python\n{code}\n```\n\nTrained on plain text, without a prompt: the "
+            "model continues a text, and ends it with the end-of-sequence token."
+        )
     ends = "the template's end of turn" if template == "chat" else "the end-of-sequence token"
     return (
         f"## Use\n\n```python\n{code}\n```\n\nPrompt template: `{template}`, as in "

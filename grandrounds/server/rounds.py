@@ -123,7 +123,7 @@ def train_masked(
     examples = run.roster.examples()
     for site, metrics in tally.good.items():
         metrics.setdefault("num-examples", examples[site])
-    run.sender.settle(parcels, tally.good)
+    run.settle(parcels, tally.good)
     run.rule.begin(now.number, run.state.adapter)
     start = ranks.start_of(
         next(iter(parcels.values())).received, known, config.federation.seed, now.number
@@ -135,7 +135,7 @@ def train_masked(
 
 
 def record_start(run: Run) -> None:
-    """Evaluate the untrained adapter, which equals the base, and write line 0."""
+    """Evaluate the adapter before training, and write line 0; a drawn one equals the base."""
     refused = run.roster.refusals()
     record = {"round": 0, **({"refused": refused} if refused else {})}
     if run.started_by:
@@ -170,8 +170,11 @@ def select_cohort(run: Run) -> Round:
 
 def parcels_for(run: Run, number: int, cohort: Iterable[int], *, trains: bool) -> dict[int, Parcel]:
     """Return the parcels that give the adapter to the connected sites of a cohort."""
-    there = [p for p in cohort if p in run.roster.cards]
-    return {p: run.sender.parcel(number, p, run.state.adapter, trains=trains) for p in there}
+    there, rounds = [p for p in cohort if p in run.roster.cards], number - trains
+    return {
+        p: run.beside(run.sender.parcel(number, p, run.state.adapter, trains=trains), p, rounds)
+        for p in there
+    }
 
 
 def addressed(run: Run, kind: str, number: int, parcels: dict[int, Parcel]) -> dict[int, Message]:
@@ -246,7 +249,7 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
         add(site, *update)
     for site in tally.failed:
         tally.good.pop(site, None)
-    run.sender.settle(parcels, tally.good)
+    run.settle(parcels, tally.good)
     return tally
 
 
@@ -346,7 +349,7 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
 
     outgoing = addressed(run, MessageType.EVALUATE, number, parcels)
     tally = run.exchange.ask("evaluate", outgoing, use)
-    run.sender.settle(parcels, tally.good)
+    run.settle(parcels, tally.good)
     tally.failed |= dict.fromkeys(set(cohort) - parcels.keys(), NOT_THERE)
     run.state.count_failures(tally)
     return told.held_out_loss(tally.good.values()), tally
@@ -473,7 +476,7 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
         loss, tally = evaluate(run)
         if now.number == 0 and tally.failed and not tally.good:
             why = tally.reasons(run.roster.names)
-            raise RoundError(f"No site could evaluate the untrained adapter. {why}")
+            raise RoundError(f"No site could evaluate the adapter before training. {why}")
         record["held-out-loss"] = loss
         losses = told.site_losses(tally.good)
         record[told.MEDIAN_LOSS] = statistics.median(losses.values()) if losses else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grandrounds
@@ -18,7 +18,7 @@ from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
 from grandrounds.server.roll_call import Roster
 from grandrounds.wire.adapter import Adapter, Shapes, is_magnitude
-from grandrounds.wire.downlink import Sender
+from grandrounds.wire.downlink import Parcel, Sender
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.told import deciding_loss, in_custody, total_of_sites
@@ -57,6 +57,8 @@ class State:
     """L2 norms of the updates used in each of the last `NORM_ROUNDS` rounds, before any bound."""
     seconds: float = 0.0
     """Wall-clock time of all finished rounds."""
+    start_holders: set[int] = field(default_factory=set)
+    """Sites that have received the saved adapter from which the run goes on."""
 
     def count_failures(self, tally: Tally) -> None:
         """Count the unused replies of an exchange, and the base models loaded for it."""
@@ -93,6 +95,7 @@ class State:
             "norms": self.norms,
             "seconds": self.seconds,
             "record": record,
+            **({"start-holders": sorted(self.start_holders)} if self.start_holders else {}),
         }
 
     @classmethod
@@ -116,6 +119,7 @@ class State:
             late_replies=int(data.get("late-replies", 0)),
             norms=[[float(n) for n in norms] for norms in data.get("norms", [])],
             seconds=float(data["seconds"]),
+            start_holders={int(p) for p in data.get("start-holders", ())},
         )
 
 
@@ -145,6 +149,8 @@ class Run:
     listener: Listener
     evaluation_cohort: list[int]
     """The sites that evaluate the held-out loss."""
+    continued: Adapter | None = None
+    """The saved adapter from which training goes on; None if it was drawn from the seed."""
     shapes: Shapes = field(default_factory=dict)
     """Shapes of the adapter's tensors at the configured rank, in the model's order."""
     started_by: Sequence[int] = ()
@@ -169,6 +175,25 @@ class Run:
         if is_new:
             self.directory.write_json("sites.json", list(self.roster.introduced.values()))
         return is_new
+
+    def beside(self, parcel: Parcel, site: int, rounds: int) -> Parcel:
+        """Return a message with the run's saved start beside it, if the site needs it.
+
+        Parameters
+        ----------
+        rounds : int
+            Rounds in which the adapter of the message has been trained.
+        """
+        if self.continued is None or not rounds or site in self.state.start_holders:
+            return parcel
+        return replace(parcel, start=self.sender.exact(self.continued).arrays)
+
+    def settle(self, parcels: Mapping[int, Parcel], good: Collection[int]) -> None:
+        """Record which sites replied well, and so hold what they were sent."""
+        self.sender.settle(parcels, good)
+        if self.continued is not None:
+            self.state.start_holders |= parcels.keys() & set(good)
+            self.state.start_holders -= parcels.keys() - set(good)
 
     def accept(self, round_number: int, adapter: Adapter, tally: Tally) -> None:
         """Make a round's result the state of the run."""

@@ -230,6 +230,12 @@ def tokenized_site(
         tokenize_examples(side, tokenizer, template, seq_length, data.train_on, alone)
         for side in (split.train, split.held_out)
     )
+    if template == "text" and (cut := train.truncated + held_out.truncated) and not alone:
+        print(
+            f"grandrounds: site {partition_id}: {cut:,} texts are longer than train.seq-length = "
+            f"{seq_length} tokens: the rest of them is not trained on.",
+            file=sys.stderr,
+        )
     if shortened := train.shortened + held_out.shortened:
         print(
             f"grandrounds: site {partition_id}: of {shortened:,} answers the chat template of "

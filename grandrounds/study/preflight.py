@@ -19,7 +19,7 @@ from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.own_prompt import check_prompt, columns_apart
 from grandrounds.data.partitioning import Division, check_counts, check_gaps
 from grandrounds.data.survey import Survey, survey
-from grandrounds.data.tokenization import check_room
+from grandrounds.data.tokenization import check_room, check_text
 from grandrounds.errors import ModelError
 from grandrounds.model.architectures import (
     find_architecture,
@@ -29,6 +29,7 @@ from grandrounds.model.architectures import (
 from grandrounds.model.location import check_location
 from grandrounds.server.directory import check_vacant
 from grandrounds.site.private.rehearsal import mechanism_of
+from grandrounds.study.continued import check_start
 from grandrounds.study.plan.forecast import kept_rows, site_sizes
 from grandrounds.wire.guarantee import REHEARSAL
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of, examples_of_a_visit
@@ -68,7 +69,8 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
     RunDirectoryError
         If the run directory is not empty or cannot be made, or a run cannot be resumed.
     ModelError
-        If the base is a folder without a model, or a target is not one of its linear modules.
+        If the base is a folder without a model, or a target is not one of its linear modules, or a
+        saved adapter does not fit.
     DataError
         If the data are a file that is missing, damaged, without a column or without content, or
         cannot be divided among the sites.
@@ -77,7 +79,7 @@ def check(config: Config, from_round: int | None = None) -> list[str]:
     """
     check_prompt(config.data.prompt_template, config.data.system_prompt)
     damage = check_place(config, from_round)
-    unmatched = check_base(config)
+    unmatched = [*check_base(config), *check_start(config)]
     found = warnings(config, check_data(config))
     return [*damage, *unmatched, *found, *check_privacy(config)]
 
@@ -139,6 +141,7 @@ def check_data(config: Config) -> Survey | None:
     data, by = config.data, config.data.partition_by
     found = survey(config.static.name, data.question_column, data.answer_column, by)
     if found is not None:
+        check_text(data.prompt_template, found.texts, found.usable)
         alone = found.with_system_only
         check_room(data.prompt, found.conversations, found.usable, alone)
         if data.partitioner in ("natural", "dirichlet"):
@@ -199,7 +202,8 @@ def warnings(config: Config, found: Survey | None) -> list[str]:
 def _forms(config: Config, found: Survey) -> Iterator[str]:
     """Say in which form the data were found, and what of them is left out."""
     if found.form:
-        yield f"the data are read as {found.form} (data.question-column sets it)"
+        how = ", trained on as a whole and without a prompt" if found.texts else ""
+        yield f"the data are read as {found.form}{how} (data.question-column sets it)"
     if found.left_out:
         more = len(found.left_out) - MOST_NAMED
         named = "; ".join(found.left_out[:MOST_NAMED]) + (f"; and {more:,} more" * (more > 0))

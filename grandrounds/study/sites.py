@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from grandrounds.config import recipes
+from grandrounds.config.automatic import EMBEDDED_DATA
 from grandrounds.config.keys import Config
+from grandrounds.config.prompt import KEY
 from grandrounds.config.recipes import Layer
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
@@ -17,9 +19,10 @@ _COUNT, _FRACTION = "data.num-partitions", "strategy.fraction-train"
 def with_sites(
     layers: Sequence[Layer], sites_per_round: int | None = None, *, may_load: bool = False
 ) -> list[Layer]:
-    """Return the layers of a configuration, completed by the number of sites.
+    """Return the layers of a configuration, completed by what the data say.
 
-    `natural` partitions without a number of sites have one for each value of the column.
+    Plain text has no prompt; one that is set is an error then. `natural` partitions without a
+    number of sites have one for each value of the column.
 
     Parameters
     ----------
@@ -33,7 +36,7 @@ def with_sites(
     ConfigError
         If there are fewer sites than are to train in a round, or the number cannot be known.
     """
-    layers = list(layers)
+    layers = [*layers, *_without_prompt(layers)]
     values = recipes.complete(recipes.merged(layers))
     if values["data.partitioner"] == "natural" and not any(_COUNT in made for _, made in layers):
         named = (values[key] for key in _COLUMNS)
@@ -54,6 +57,22 @@ def with_sites(
         )
     fraction: dict[str, Scalar] = {_FRACTION: sites_per_round / sites, "strategy.fraction-fit": ""}
     return [*layers, ("--sites-per-round", fraction)]
+
+
+def _without_prompt(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """Yield a layer that leaves prompts out, if the data are plain text and no prompt is set."""
+    if any(KEY in made for _, made in layers):
+        return
+    from grandrounds.data.survey import survey
+
+    values = recipes.complete(recipes.merged(layers))
+    source, question, answer = (str(values[key]) for key in _COLUMNS[:3])
+    try:
+        found = survey(source, question, answer) if source not in EMBEDDED_DATA else None
+    except DataError:
+        return  # told with its reason when the data are checked
+    if found and found.texts:
+        yield "the data", {KEY: "text"}
 
 
 def names_of_sites(config: Config) -> SiteNames:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -139,6 +139,20 @@ def trained_part(change: Adapter, factors: str, ranks: slice) -> Adapter:
     }
 
 
+def adapter_sha256(adapter: Adapter) -> str:
+    """Return the SHA-256 of an adapter, whatever file and number format it was read from.
+
+    Of each tensor, in the order of their names: name, shape and float32 values in little-endian
+    order, each preceded by its length in bytes.
+    """
+    found = hashlib.sha256()
+    for name in sorted(adapter):
+        values = np.ascontiguousarray(adapter[name], dtype="<f4")
+        for part in (name.encode(), repr(values.shape).encode(), values.tobytes()):
+            found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()
+
+
 # --- Fresh adapters -------------------------------------------------------------------------------
 
 
@@ -216,13 +230,18 @@ class Ranks:
     by_module: bool = False
     """Whether modules have ranks of their own (`model.lora.rank-pattern`). An adapter then has
     them everywhere: no rule that stacks, and no ranks of sites."""
+    continued: bool = False
+    """Whether training goes on from a saved adapter, whose A no site can draw."""
 
     @classmethod
     def of(cls, config: Config) -> Ranks:
         """Return the ranks of a configured run."""
         strategy = STRATEGIES[config.strategy.name]
-        by_module = bool(config.lora.rank_pattern)
-        return cls(strategy, config.lora.peft_lora_r, config.max_rank, config.site_ranks, by_module)
+        lora, continued = config.lora, config.lora.is_continued
+        if continued:
+            strategy = replace(strategy, sends="AB")
+        rank, by_module = lora.peft_lora_r, bool(lora.rank_pattern)
+        return cls(strategy, rank, config.max_rank, config.site_ranks, by_module, continued)
 
     def of_adapter(self, adapter: Adapter) -> int:
         """Return the rank of an adapter of the run; the configured one if its modules differ."""
@@ -260,11 +279,12 @@ class Ranks:
         """Return the adapter's rank at the start of a round, if every earlier update arrived.
 
         The untrained adapter has the training rank. Its B is zero, so the first stack consists of
-        the cohort's adapters alone; every round adds as many ranks, up to `max_rank`.
+        the cohort's adapters alone; every round adds as many ranks, up to `max_rank`. A saved
+        adapter, from which training goes on, is the bottom of the stack.
         """
         if not self.strategy.stacks or round_number <= 1:
             return self.rank
-        return min(self.max_rank, (round_number - 1) * cohort * self.rank)
+        return min(self.max_rank, (self.continued + (round_number - 1) * cohort) * self.rank)
 
     def shapes_down(self, shapes: Shapes, rank: int) -> Shapes:
         """Return the shapes of the tensors that a site receives at this rank."""

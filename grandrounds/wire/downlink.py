@@ -62,6 +62,8 @@ class Parcel:
     """`codec`, `rank`, with DoRA `magnitudes`, and for a difference `holds` and `version`."""
     received: Adapter
     """The tensors that the site holds afterwards, as it decodes them."""
+    start: ArrayRecord | None = None
+    """The saved adapter from which the run goes on, if the site gets it beside a trained one."""
 
 
 @dataclass
@@ -175,6 +177,25 @@ class Sender:
             decoded = reference + decoded
         arrays = messages.to_payload(codec_name, payload)
         return Parcel(arrays, config, unflatten(decoded, shapes))
+
+
+def received_start(content: RecordDict, config: Config, shapes: Shapes) -> Adapter | None:
+    """Return the saved adapter that comes beside a trained one; None if none does.
+
+    Raises
+    ------
+    ReplyError
+        If it is not a float32 adapter of these shapes.
+    """
+    record = content.array_records.get(messages.START)
+    if record is None:
+        return None
+    expected = Ranks.of(config).configured(shapes)
+    if config.communication.downlink_codec == "none":
+        return messages.from_arrays(record, expected)
+    codec, count = codec_named("float32", config.communication), count_parameters(expected)
+    payload = messages.from_payload(record, "float32", codecs.encoded_bytes(codec, count))
+    return unflatten(codecs.decode(codec, payload, count), expected)
 
 
 def receive(

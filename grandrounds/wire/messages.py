@@ -4,6 +4,7 @@ server → site
     `query`               config {}                               → config: who the site is
     `query.magnitudes`    config {}                               → arrays: DoRA's start
     `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
+                          start: in a continued run, once
     `train.masked`        the same, masks: boxes                  → arrays: masked vector, metrics
     `train.keys`, `.shares`, `.confirm`, `.unmask`  arrays: one   → arrays: one (wire/masks/packed)
     `evaluate`            arrays: adapter                         → metrics: held-out loss
@@ -48,6 +49,10 @@ from grandrounds.wire.told import (
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 """The names of the three records in a message."""
+
+START = "start"
+"""Name of a further record: the saved adapter from which the run goes on, for a site that has not
+received it yet and gets a trained one."""
 
 CLIENT_APP_RAISED = 2
 """Flower's error code for an exception in a ClientApp."""
@@ -265,9 +270,12 @@ def content(
     arrays: ArrayRecord | None = None,
     config: Mapping[str, bool | int | float | str] | None = None,
     metrics: Mapping[str, float | int] | None = None,
+    start: ArrayRecord | None = None,
 ) -> RecordDict:
-    """Return a message's content from its three records, without those that are None."""
+    """Return a message's content from its records, without those that are None."""
     records: dict[str, ArrayRecord | ConfigRecord | MetricRecord] = {}
+    if start is not None:
+        records[START] = start
     if arrays is not None:
         records[ARRAYS] = arrays
     if config is not None:

@@ -40,6 +40,11 @@ class Message:
     key_bytes: int
     """Bytes of the tensors' names."""
 
+    def __add__(self, other: Message) -> Message:
+        """Return the size of a message with the tensors of both."""
+        tensor_bytes = self.tensor_bytes + other.tensor_bytes
+        return Message(tensor_bytes, self.key_bytes + other.key_bytes)
+
 
 EMPTY = Message(0, 0)
 """No tensors: both ends can draw them from the seed."""
@@ -138,7 +143,8 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     """Return the traffic of a configured run.
 
     The held-out loss is evaluated before the first round and after each. The formulary's exam is
-    held at the end, in float32.
+    held at the end, in float32. Where a run goes on from a saved adapter, a site's first message
+    has that one too, unless it is the same.
 
     Parameters
     ----------
@@ -165,11 +171,19 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
             ledger.add(EVALUATE_DOWN, message.tensor_bytes, message.key_bytes)
 
     judge(1)
+    holding = set(judges)  # of the saved adapter from which the run goes on
     largest_down, largest_up = [], []
     sent: list[Message] = []
     for number, chosen in enumerate(cohorts_of(config), 1):
         begun_with = ranks.begun_with(number, cohort)
         received = [down.message(site, number, ranks.carried(site, begun_with)) for site in chosen]
+        if ranks.continued and number > 1:
+            start = measure.down(how.downlink_codec, ranks.rank, exact=how.downlink_codec == "none")
+            received = [
+                message if site in holding else message + start
+                for site, message in zip(chosen, received, strict=True)
+            ]
+        holding.update(chosen)
         if config.is_masked:
             received, sent = masked(config, ledger, received, measure.values_up(number))
         else:

@@ -46,6 +46,8 @@ LEFT_OUT = {
     "static.dataset.revision",
     "data.train-on",
     "model.lora.use-rslora",
+    "model.lora.from-adapter",
+    "model.lora.from-adapter-sha256",
     "model.lora.rank-pattern",
     "model.lora.alpha-pattern",
     "data.template-date",

@@ -167,7 +167,6 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
         ({"model.name": ""}, ["model.name is empty"]),
         ({"static.dataset.name": ""}, ["static.dataset.name is empty"]),
         ({"model.lora.target-modules": ""}, ["target-modules is empty"]),
-        ({"data.question-column": ""}, ["question-column is empty"]),
         ({"data.answer-column": ""}, ["answer-column is empty"]),
     ],
 )

@@ -344,6 +344,7 @@ class TestWikidoc:
             assert report.held_out_examples >= 1
 
 
+@pytest.mark.slow
 def test_20_sites_of_a_large_file_are_loaded_in_seconds(tmp_path: Path) -> None:
     """33,955 rows as in FlowerTune's flashcards; about 1.5 s on one core, 10 s allowed."""
     make_rows(33_955).to_json(tmp_path / "rows.jsonl")

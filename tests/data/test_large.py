@@ -226,6 +226,20 @@ def test_examples_tokenised_on_demand_are_the_same(
     assert on_demand.unlearnable == at_once.unlearnable > (0 if seq_length < 64 else -1)
 
 
+def test_plain_text_is_the_same(tmp_path: Path, stored: Load, base: tuple[Any, Any]) -> None:
+    (path := tmp_path / "a.txt").write_text(
+        "\n\n".join(f"Fever {i % 9}.\nRest." for i in range(20))
+    )
+    rows = stored(path)
+    assert content(rows) == content(loaded(path))
+    columns = {"question_column": "input", "answer_column": "output"}
+    examples = split_rows(rows, Partition(3, 0, 1), held_out_fraction=0, **columns).train
+    at_once = tokenize_examples(tuple(examples), base[1], "text", 8)
+    assert OnDemand(examples, base[1], "text", 8)[:] == at_once.examples
+    with pytest.raises(DataError, match="9 of 9 examples are plain text"):
+        OnDemand(examples, base[1], "alpaca", 8)
+
+
 def test_turns_that_a_template_has_no_room_for_are_counted(
     tmp_path: Path, stored: Load, base: tuple[Any, Any]
 ) -> None:

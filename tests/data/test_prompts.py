@@ -54,12 +54,12 @@ def test_chat_without_a_chat_template_is_refused() -> None:
 
 
 def test_an_unknown_template_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="'vicuna' is unknown; allowed: alpaca, chat"):
+    with pytest.raises(ConfigError, match="'vicuna' is unknown; allowed: alpaca, chat, text"):
         build_prompt("vicuna", "x")
 
 
 def test_the_hash_tells_templates_apart(tiny_base: Path) -> None:
-    assert TEMPLATES == ("alpaca", "chat")
+    assert TEMPLATES == ("alpaca", "chat", "text")
     assert prompt_hash("alpaca") == prompt_hash("alpaca")
     assert len(prompt_hash("alpaca")) == 16
     hashes = {prompt_hash("alpaca")}

@@ -244,6 +244,7 @@ QUICK = ("missing", "shortened", "a flipped bit", "a link")
 @pytest.mark.parametrize(
     "damage", [d if d in QUICK else pytest.param(d, marks=pytest.mark.slow) for d in DAMAGES]
 )
+@pytest.mark.slow
 def test_a_damaged_run_goes_on_with_the_same_bits_or_is_refused_in_one_line(
     stopped: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

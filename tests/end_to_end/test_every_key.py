@@ -139,6 +139,8 @@ TESTED_ELSEWHERE = {
     "static.dataset.split": "tests/data/test_sources.py",
     "static.dataset.revision": "tests/data/test_sources.py",
     "data.train-on": "tests/data/test_chat.py",
+    "model.lora.from-adapter": "test_continued_runs.py",
+    "model.lora.from-adapter-sha256": "test_continued_runs.py",
     "model.lora.use-rslora": "tests/model/test_stabilised.py",
     "model.lora.peft-use-dora": "test_dora_runs.py",
     "model.lora.rank-pattern": "tests/end_to_end/test_own_ranks.py",
@@ -194,6 +196,7 @@ def test_every_key_is_covered_here_or_in_a_named_test() -> None:
 
 
 @pytest.mark.parametrize("key", [*OTHER_VALUE, *ALSO_OTHER, *IN_TWO_ROUNDS])
+@pytest.mark.slow
 def test_another_value_gives_another_adapter(
     settings: Settings, key: str, reference: Callable[[int], bytes]
 ) -> None:
@@ -280,6 +283,7 @@ def test_a_static_data_seed_starts_every_visit_at_the_same_examples(
 
 
 @pytest.mark.parametrize(("epochs", "examples", "steps"), [(1, 27, 7), (0.5, 14, 4), (2, 54, 14)])
+@pytest.mark.slow
 def test_max_steps_of_minus_one_counts_epochs(
     settings: Settings,
     visited: list[RecordedVisit],

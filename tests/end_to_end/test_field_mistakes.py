@@ -156,6 +156,7 @@ def test_field_mistake_02_repeating_the_first_examples_shows_in_the_coverage(
 # --- 3 --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_field_mistake_03_generation_stops_by_itself_after_training(tiny_base: Path) -> None:
     """With pad = eos, a tiny model memorises its answers and stops after them."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)

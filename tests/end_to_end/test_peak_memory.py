@@ -131,6 +131,7 @@ def measured_and_planned(
 @pytest.mark.parametrize(
     "shape", [pytest.param(DEEP, marks=pytest.mark.slow), WIDE], ids=["deep", "wide"]
 )
+@pytest.mark.slow
 def test_a_visit_without_padding_takes_what_is_planned_and_hardly_less(
     shape: dict[str, int], targets: list[str], chunk: int, checkpointing: bool
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_private_visit_takes_what_is_planned_by_microbatch(
 
 @pytest.mark.parametrize("padding_free", [True, False])
 @pytest.mark.parametrize("answers_only", [True, False])
+@pytest.mark.slow
 def test_other_means_take_no_more_than_planned(padding_free: bool, answers_only: bool) -> None:
     """A padded batch of examples that are all as long needs no mask, which the plan counts."""
     how = Forward(False, padding_free, answers_only, 0)

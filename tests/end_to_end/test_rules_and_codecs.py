@@ -86,6 +86,7 @@ QUICK = ("fedprox", "fedexp", "fedavgm", "krum", "ffa", "rolora", "product", "fl
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES],
 )
+@pytest.mark.slow
 def test_a_rule_learns_sends_what_was_planned_and_leaves_an_adapter_for_peft(
     name: str, finished: Callable[[str], Path], tiny_base: Path
 ) -> None:

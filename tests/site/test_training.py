@@ -373,6 +373,7 @@ def test_an_8_bit_optimizer_trains_on_the_cpu(tiny_base: Path, optimizer: str) -
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.slow
 def test_an_nf4_base_trains_on_the_cpu(tiny_base: Path, checkpointing: bool) -> None:
     lora = LoraSpec(16, 32.0, "all-linear", 0.0)
     resident = make(tiny_base, lora, quantization=4, checkpointing=checkpointing)

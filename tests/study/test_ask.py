@@ -109,6 +109,7 @@ def test_it_says_token_by_token_what_batched_generation_says(interview: Intervie
 
 
 @pytest.mark.parametrize("kind", ["bamba", "mamba"])
+@pytest.mark.slow
 def test_a_base_that_needs_positions_or_has_no_cache_answers_as_without_one(
     kind: str, tmp_path: Path
 ) -> None:

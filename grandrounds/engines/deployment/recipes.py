@@ -26,7 +26,13 @@ ENDING = ".signed.json"
 
 def deployed(*layers: Mapping[str, Scalar]) -> Config:
     """Return the configuration with which `grandrounds run --engine deployment` starts a recipe."""
-    return in_one_array(recipes.resolve({"data.partitioner": "iid"}, *layers))
+    config = in_one_array(recipes.resolve({"data.partitioner": "iid"}, *layers))
+    if config.lora.from_adapter and not config.lora.from_adapter_sha256:
+        raise ConfigError(
+            f"model.lora.from-adapter = {config.lora.from_adapter!r} without its hash, which is "
+            "what sites approve: set model.lora.from-adapter-sha256, as grandrounds plan prints it."
+        )
+    return config
 
 
 def sign_recipe(folder: Path, config: Config, target: Path) -> str:

@@ -16,6 +16,7 @@ from grandrounds.server.described import (
     cautions,
     data_text,
     leaderboard_text,
+    start_text,
 )
 from grandrounds.server.listeners import Facts
 from grandrounds.server.listeners.next_steps import short_path
@@ -77,6 +78,8 @@ def recipe_rows(config: Config) -> Rows:
         ),
         ("seed", str(config.federation.seed)),
     ]
+    if saved := start_text(config):
+        rows.insert(2, ("continued from", saved))
     if encoded := encoding(config):
         rows.append(("encoding", encoded))
     if screens := defence(config):

@@ -158,10 +158,13 @@ class Approvals:
 def check_approved(site: SiteFile, state: Path, config: Config, run: str) -> dict[str, Any]:
     """Return what the audit log says of a recipe's approval.
 
+    A recipe that goes on from a saved adapter always needs one: whoever chooses the adapter chooses
+    in part what an update tells, and only the drawn one is chosen by nobody.
+
     Raises
     ------
     ApprovalError
-        If the policy demands an approval that is missing; the recipe is listed as waiting.
+        If an approval is needed and missing; the recipe is listed as waiting.
     """
     approvals, recipe = Approvals(state), recipe_of(config)
     known = approvals.find(recipe.sha256)
@@ -171,7 +174,7 @@ def check_approved(site: SiteFile, state: Path, config: Config, run: str) -> dic
             "approved": known.approved,
             "signed-by": known.signed_by,
         }
-    if not site.policy.require_approval:
+    if not site.policy.require_approval and not config.lora.is_continued:
         return {"recipe": recipe.sha256}
     short = recipe.sha256[:SHORT]
     if known is None and not approvals.note(recipe, run):

@@ -227,6 +227,12 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
     """
     check_known(site, config.model.name)
     check_no_masks(config)
+    lora = config.lora
+    if lora.from_adapter and not lora.from_adapter_sha256:
+        raise PolicyError(
+            f"{_forbids(site)}: it goes on from a saved adapter without its hash. Set "
+            "model.lora.from-adapter-sha256; grandrounds run and grandrounds plan print it."
+        )
     if reasons := list(guarantee.objections(site, config)):
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
     targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config
@@ -115,7 +116,13 @@ class Reach:
         by_tau = 2 * step / rule.tau
         return rule.server_step * min(by_moment, by_tau)
 
-    def product(self, after_round: int, shape_a: tuple[int, int], rows_b: int) -> float:
+    def product(
+        self,
+        after_round: int,
+        shape_a: tuple[int, int],
+        rows_b: int,
+        saved: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    ) -> float:
         """Return the largest Frobenius norm of B A in a module after a round.
 
         For rules that recompute the factors in every round, so that single values say little.
@@ -125,7 +132,11 @@ class Reach:
         shape_a : (rank, in-features)
         rows_b : int
             Out-features.
+        saved : (A, B), optional
+            Factors of the saved adapter from which the run goes on; None: it drew its own.
         """
+        if saved is not None:
+            return self._product_from(after_round, *saved)
         rank, width = shape_a
         norm = 0.0
         for number in range(1, after_round + 1):
@@ -133,6 +144,23 @@ class Reach:
             moved_b = self.visit(number) * math.sqrt(rank * rows_b)
             norm_a = math.sqrt(rank / 3)  # uniform in 1 / sqrt(in-features)
             norm += moved_b * (norm_a + moved_a) + norm / norm_a * moved_a
+        return norm * self.stretch
+
+    def _product_from(
+        self, after_round: int, a: NDArray[np.float32], b: NDArray[np.float32]
+    ) -> float:
+        """Return the same where the factors were trained before.
+
+        B is as large as it was and what its visits add, or as the product asks for beside an A
+        whose rows are orthogonal and which the rule keeps near the one before.
+        """
+        norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+        norm = float(np.linalg.norm(b.astype(np.float64) @ a.astype(np.float64)))
+        for number in range(1, after_round + 1):
+            moved_a = self.visit(number) * math.sqrt(a.size)
+            moved_b = self.visit(number) * math.sqrt(b.size)
+            norm += moved_b * (norm_a + moved_a) + norm_b * moved_a
+            norm_b = max(norm_b + moved_b, norm * math.sqrt(len(a)) / norm_a)
         return norm * self.stretch
 
 

@@ -3,7 +3,8 @@
 A server that chooses the adapter chooses what a site's update tells: with A made of slices of the
 identity and B = 0, the update of B is a slice of the gradient itself. So a site accepts
 
-- before anything was trained: the run's start, which it draws itself from the seed;
+- before anything was trained: the run's start, which it draws itself from the seed, or the saved
+  adapter whose hash its operator has approved with the recipe;
 - afterwards: an adapter that the run can have reached from the start and from what the site
   accepted last, given rank, steps, learning rates, rule and codecs (see `reach`), whose B is not
   zero, and whose A has neither sparse nor nearly parallel rows.
@@ -30,6 +31,7 @@ from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import PolicyError
 from grandrounds.site.custody.reach import Reach
 from grandrounds.site.custody.request import Request
+from grandrounds.site.custody.saved_start import start_of
 from grandrounds.site.visit import MOST_ROUNDS
 from grandrounds.wire import downlink, messages
 from grandrounds.wire.adapter import (
@@ -96,8 +98,14 @@ class ReceivedAdapter:
         self.reach = Reach(config, steps)
         self.strategy = STRATEGIES[config.strategy.name]
 
-    def check(self, state: RecordDict) -> None:
+    def check(self, state: RecordDict, saved: Adapter | None = None) -> None:
         """Check the adapter against the run's start and the last accepted one.
+
+        Parameters
+        ----------
+        saved
+            The saved adapter from which the run goes on, whose hash was compared with the recipe's;
+            None: it starts from a drawn one.
 
         Raises
         ------
@@ -105,20 +113,21 @@ class ReceivedAdapter:
             If it is no plausible adapter of the run.
         """
         if self.after_round == 0:
-            self._check_start()
+            if saved is None:  # otherwise it is that one, by its hash
+                self._check_start()
             return
         if not any(self.adapter[name].any() for name in self.adapter if name.endswith(B)):
             raise PolicyError(self._told("its B is zero, as only the untrained one's is"))
         if not self.strategy.stacks:
-            self._check_rows()
+            self._check_rows(saved or {})
         if self.strategy.error_feedback:
-            self._check_distance(self._start(), 0, "the run's start")
+            self._check_distance(saved or self._start(), 0, "the run's start")
             if (accepted := self._accepted(state)) is not None:
                 last, before = accepted
                 what = f"the adapter that this site accepted after round {before}"
                 self._check_distance(last, before, what)
         else:
-            self._check_products()
+            self._check_products(saved)
 
     def remember(self, state: RecordDict) -> None:
         """Keep the adapter as the last accepted one, where the next is compared with it."""
@@ -132,8 +141,7 @@ class ReceivedAdapter:
     def _start(self) -> Adapter:
         """Return the adapter with which the run starts.
 
-        Drawn from the seed by everybody, with DoRA beside the norms of the site's base. A recipe
-        that named a warm start would be read here.
+        Drawn from the seed by everybody, with DoRA beside the norms of the site's base.
         """
         start = started_adapter(self.shapes, self.config.federation.seed, self.magnitudes)
         return {name: start[name] for name in self.adapter}
@@ -150,23 +158,16 @@ class ReceivedAdapter:
                 self._told(f"it is not the start that seed {self.config.federation.seed} gives")
             )
 
-    def _check_rows(self) -> None:
-        """Check that the rows of each A are neither sparse nor nearly parallel."""
+    def _check_rows(self, saved: Adapter) -> None:
+        """Check that the rows of each A are neither sparse nor nearly parallel.
+
+        But where those of the saved start are so, which the site's operator has approved.
+        """
         for name, tensor in self.adapter.items():
-            if factor_of(name) != "A":
+            if factor_of(name) != "A" or not (fault := _fault_of_rows(tensor)):
                 continue
-            values = tensor.astype(np.float64)  # (rank, in-features)
-            squares = (values**2).sum(axis=1)
-            fourth = (values**4).sum(axis=1) * values.shape[1]
-            ratios = np.divide(squares**2, fourth, out=np.zeros_like(squares), where=fourth > 0)
-            if (lowest := float(ratios.min())) < SPARSE:
-                raise PolicyError(
-                    self._told(f"a row of {_short(name)} is sparse ({lowest:.2g} of its width)")
-                )
-            if 2 * values.shape[0] <= values.shape[1]:
-                sizes = np.linalg.svd(values @ values.T, compute_uv=False, hermitian=True)
-                if sizes[-1] < PARALLEL**2 * sizes[0]:
-                    raise PolicyError(self._told(f"the rows of {_short(name)} are nearly parallel"))
+            if name not in saved or not _fault_of_rows(saved[name]):
+                raise PolicyError(self._told(fault.format(_short(name))))
 
     def _check_distance(self, other: Adapter, before: int, what: str) -> None:
         """Check that the run can have moved every value from another adapter to this one.
@@ -200,7 +201,7 @@ class ReceivedAdapter:
                         )
                     )
 
-    def _check_products(self) -> None:
+    def _check_products(self, saved: Adapter | None) -> None:
         """Check the norm of each module's product."""
         rounding = ROUNDING.get(self.config.communication.downlink_codec, 0.0)
         for module in modules(self.adapter):
@@ -208,7 +209,8 @@ class ReceivedAdapter:
             b = self.adapter[module + B].astype(np.float64)  # (out-features, rank)
             norm = math.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T)))))
             shape = self.shapes[module + A]
-            most = self.reach.product(self.after_round, (shape[0], shape[1]), len(b))
+            began = (saved[module + A], saved[module + B]) if saved else None
+            most = self.reach.product(self.after_round, (shape[0], shape[1]), len(b), began)
             noise = rounding * max(float(np.abs(a).max()), float(np.abs(b).max()))
             most += noise * math.sqrt(b.size) * float(np.linalg.norm(a))
             most += noise * math.sqrt(a.size) * float(np.linalg.norm(b))
@@ -294,15 +296,32 @@ def check_received(
     steps = own.arguments.max_steps
     if steps < 1:  # whole epochs, of as many examples as each site has
         steps = request.site.policy.max_steps_per_visit
-    after = after_round(request.kind, number)
-    received = ReceivedAdapter(adapter, own, shapes, after, steps, magnitudes)
-    received.check(kept)
+    rounds = after_round(request.kind, number)
+    before = adapter if rounds == 0 else None
+    saved = start_of(request.message.content, kept, own, shapes, before)
+    received = ReceivedAdapter(adapter, own, shapes, rounds, steps, magnitudes)
+    received.check(kept, saved)
     received.remember(kept)
 
 
 def after_round(kind: str, round_number: int) -> int:
     """Return the rounds that the adapter of a message has been trained in."""
     return round_number - 1 if kind == "train" else round_number
+
+
+def _fault_of_rows(tensor: NDArray[np.float32]) -> str:
+    """Return what is wrong with the rows of an A, with a place for its name; empty if nothing."""
+    values = tensor.astype(np.float64)  # (rank, in-features)
+    squares = (values**2).sum(axis=1)
+    fourth = (values**4).sum(axis=1) * values.shape[1]
+    ratios = np.divide(squares**2, fourth, out=np.zeros_like(squares), where=fourth > 0)
+    if (lowest := float(ratios.min())) < SPARSE:
+        return f"a row of {{}} is sparse ({lowest:.2g} of its width)"
+    if 2 * values.shape[0] <= values.shape[1]:
+        sizes = np.linalg.svd(values @ values.T, compute_uv=False, hermitian=True)
+        if sizes[-1] < PARALLEL**2 * sizes[0]:
+            return "the rows of {} are nearly parallel"
+    return ""
 
 
 def _is_near(one: NDArray[np.float32], other: NDArray[np.float32], tolerance: float) -> bool:

@@ -19,6 +19,7 @@ from grandrounds.site.custody import budget, kept_runs, order
 from grandrounds.site.custody.kept_runs import new_file, read_kept
 from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.state import REPLIES, STATES, SiteState
+from grandrounds.wire.messages import START
 
 ROUNDS_KEPT = 2
 """Rounds of a run whose replies are kept: the last, and the one before it."""
@@ -42,6 +43,8 @@ def digest_of(request: Request, config: Config) -> str:
         if name != _VERSION or config.communication.downlink == "incremental":
             add(name, value)
     for name, record in sorted(request.message.content.array_records.items()):
+        if name == START:  # the reply is the same with and without it
+            continue
         for key, array in record.items():
             add(name, key, array.dtype, tuple(array.shape), array.stype, array.data)
     return found.hexdigest()

@@ -361,7 +361,7 @@ def _check_together(site: SiteFile) -> None:
             "data.database and data.query belong together: set both or neither.",
         ),
         (
-            data.question_column == data.answer_column or not data.question_column.strip(),
+            data.question_column.strip() == data.answer_column.strip(),
             "data.question-column and data.answer-column must name two different columns.",
         ),
         *(

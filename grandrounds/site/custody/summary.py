@@ -38,6 +38,8 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
         f"    base {value['model.name']}, prompt {name_of(template)}, {kind} of rank "
         f"{rank} and alpha {alpha} on {value['model.lora.target-modules']}"
     )
+    if sha256 := recipe.values.get("model.lora.from-adapter-sha256"):
+        yield f"    goes on from a saved adapter, SHA-256 {sha256}"
     if is_own(template):
         yield f"    prompt template, SHA-256 {sha256_of(template)}:"
         yield from (f"      | {shown(line)}" for line in template.splitlines())

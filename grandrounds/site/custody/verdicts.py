@@ -15,7 +15,7 @@ class Verdict:
     """What the site does with a run's value of one key."""
 
     kind: str
-    """`bounded`, `listed`, `private`, `own`, `fixed` or `harmless`."""
+    """`bounded`, `listed`, `private`, `own`, `fixed`, `approved` or `harmless`."""
     by: tuple[str, ...] = ()
     """Keys of `[policy]` that bound or list it; of `[privacy]` where it is `private`."""
     why: str = ""
@@ -72,6 +72,11 @@ VERDICTS: dict[str, Verdict] = {
     "model.lora.rank-pattern": _bounded("max-rank", "min-lora-scale", "max-lora-scale"),
     "model.lora.alpha-pattern": _bounded("min-lora-scale", "max-lora-scale"),
     "model.lora.target-modules": _listed("target-modules"),
+    "model.lora.from-adapter": _harmless("a place on the server; the adapter counts by its hash"),
+    "model.lora.from-adapter-sha256": Verdict(
+        "approved",
+        why="the operator must have approved the recipe, whatever the policy says",
+    ),
     "model.lora.dropout": _harmless("random noise in training; the key allows at most 0.9"),
     "model.lora.peft-use-dora": _harmless(
         "one trained value more per output; the start is of the base's weights, not of the data"

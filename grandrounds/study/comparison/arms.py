@@ -24,11 +24,13 @@ from grandrounds.config.values import Scalar
 from grandrounds.data.rows import Joined
 from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
 from grandrounds.model import machine
+from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.resident import Resident, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.resumption import newest
+from grandrounds.server.saved_start import start_of
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.visit import Visit
@@ -136,7 +138,7 @@ def judge(
 
 def _untrained(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
     """Put the initial adapter on the base, which changes no output."""
-    _start(recipes.resolve(config.flat(), ORDINARY))
+    _start(recipes.resolve(config.flat(), ORDINARY), untrained=True)
     return {"example-visits": 0, "train-loss": None}
 
 
@@ -165,12 +167,21 @@ def examples_of_visits(config: Config) -> list[int]:
     return [examples_of_a_visit(config, len(site.train)) for site in sites]
 
 
-def _start(config: Config) -> Resident:
-    """Return the resident model with the initial adapter of this seed."""
+def _start(config: Config, *, untrained: bool = False) -> Resident:
+    """Return the resident model with the adapter from which an arm starts.
+
+    Parameters
+    ----------
+    untrained : bool
+        Whether it is the initial adapter of this seed although the recipe goes on from a saved one.
+    """
     resident = machine.prepare_model(config)
     shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    seed = config.federation.seed
-    set_adapter(resident, started_adapter(shapes, seed, resident.magnitudes))
+    start = started_adapter(shapes, config.federation.seed, resident.magnitudes)
+    if config.lora.is_continued and not untrained:
+        targets = adapter_layout(config.model.source, LoraSpec.of(config))[1]
+        start = start_of(config, shapes, targets)
+    set_adapter(resident, start)
     return resident
 
 

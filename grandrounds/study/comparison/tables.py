@@ -152,6 +152,11 @@ def notes(content: Json) -> list[str]:
         "visits on average",
         *reservations(content),
     ]
+    if sha256 := content.get("config", {}).get("model.lora.from-adapter-sha256"):
+        out.append(
+            f"all arms start from the saved adapter with sha256 {sha256}, but the base, which is "
+            "the bare base"
+        )
     if len(content["seeds"]) > 1:
         out.append("means and 95 % intervals (Student's t) over seeds; losses in nats per token")
     else:

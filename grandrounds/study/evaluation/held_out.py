@@ -36,6 +36,11 @@ def check_rows_are_here(run: RunDirectory, config: Config) -> None:
             "machine has none. Its held-out loss is in metrics.jsonl; to ask questions of your "
             "own, give --benchmark FILE."
         )
+    if config.data.prompt_template == "text":
+        raise ConfigError(
+            f"{run.path} was trained on plain text, so its held-out rows are no questions. Their "
+            "loss is in metrics.jsonl; to ask questions of your own, give --benchmark FILE."
+        )
     if not config.data.held_out_fraction:
         raise ConfigError(
             f"{run.path} held nothing out (data.held-out-fraction = 0), so there are no rows to "
@@ -68,7 +73,7 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     found: list[dict[str, int]] = []
     for site in range(config.data.num_partitions):
         _, split = split_site(rows, how, site)
-        items = [_item(0, example) for example in split.held_out]
+        items = [held_out_item(0, example) for example in split.held_out]
         fitting = tokenized(items, tokenizer, template, config.train.seq_length)
         kept = [item for item, fits in zip(items, fitting, strict=True) if fits is not None]
         by_site.append(kept)
@@ -104,7 +109,8 @@ def load_held_out(run: RunDirectory, config: Config, limit: int | None = None) -
     return Task(held_out_benchmark(len(items)), tuple(items[:limit]), source)
 
 
-def _item(row: int, example: Example) -> Item:
+def held_out_item(row: int, example: Example) -> Item:
+    """Return a held-out example as a question."""
     return Item(
         row=row,
         question=example.question,

@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from grandrounds.data.files import RawRows, read_file
-from grandrounds.data.places import FILE_ENDINGS
+from grandrounds.data.places import TABLE_ENDINGS
 from grandrounds.errors import ConfigError, DataError, first_line, nearest
 from grandrounds.study.evaluation.benchmarks import Benchmark, Item, Task, sampled
 from grandrounds.wire.names import one_line
@@ -112,7 +112,7 @@ def _stem(file: Path) -> str:
     """Return a file's name without its ending, fit for a file name."""
     lower = file.name.lower()
     ending = next(
-        (end for end in sorted(FILE_ENDINGS, key=len, reverse=True) if lower.endswith(end)), ""
+        (end for end in sorted(TABLE_ENDINGS, key=len, reverse=True) if lower.endswith(end)), ""
     )
     return re.sub(r"[^\w.-]+", "-", file.name[: len(file.name) - len(ending)]) or "exam"
 
@@ -232,10 +232,10 @@ def _read(file: Path) -> tuple[RawRows, _Layout]:
             else nearest(path.name, [p.name for p in path.parent.iterdir()])
         )
         raise DataError(f"{file}: no such file.{near} Give --benchmark a file that exists.")
-    if not path.name.lower().endswith(FILE_ENDINGS):
+    if not path.name.lower().endswith(TABLE_ENDINGS):
         raise DataError(
             f"{file}: files ending in {path.suffix!r} cannot be read; allowed: "
-            f"{', '.join(FILE_ENDINGS)}. Convert the file, or give it the ending of its format."
+            f"{', '.join(TABLE_ENDINGS)}. Convert the file, or give it the ending of its format."
         )
     try:
         layout = _Layout.of(read_file(path, str(file), lambda _: ()).available, str(file))

@@ -282,6 +282,7 @@ def _benchmarks_of_run(directory: RunDirectory, config: Config, base: str) -> tu
     if is_fictional(config, directory.read_json("sites.json") or []):
         return (config.static.name,)
     is_local = Path(config.static.name).is_absolute() and bool(config.data.held_out_fraction)
+    is_local = is_local and config.data.prompt_template != "text"  # which has no questions
     return (
         (HELD_OUT,)
         if is_local and not rows_are_elsewhere(directory, config)

@@ -28,6 +28,7 @@ from grandrounds.model.architectures import (
 )
 from grandrounds.model.memory import SiteMemory, precision_of, site_memory
 from grandrounds.model.patterns import ALPHA_PATTERN, RANK_PATTERN, Table, check_patterns
+from grandrounds.server.described import named_start
 from grandrounds.study.plan import privacy
 from grandrounds.wire.adapter import A, Shapes, at_rank, count_parameters
 from grandrounds.wire.schedule import cohorts_of, examples_of_a_visit
@@ -293,6 +294,7 @@ def as_dict(forecast: Forecast) -> Mapping[str, Any]:
         "sites": config.data.num_partitions,
         "cohort": config.cohort_size,
         "strategy": config.strategy.name,
+        **({"from-adapter": named_start(config)} if config.lora.is_continued else {}),
         "communication": forecast.plan.as_dict(),
         "site-memory-bytes": {**asdict(forecast.site), "total": forecast.site.total},
         "server-adapter-bytes": forecast.server_bytes,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from grandrounds.config.keys import Config
 from grandrounds.config.words import counted, with_own
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
-from grandrounds.server.described import cautions, data_text
+from grandrounds.server.described import cautions, data_text, start_text
 from grandrounds.study.plan import privacy
 from grandrounds.study.plan.forecast import Forecast, link_seconds
 from grandrounds.study.tables import NONE, Table, in_gib, in_mib, number, percent
@@ -152,6 +152,7 @@ def run_rows(forecast: Forecast) -> Rows:
             f"{f'{bits}-bit' if bits else config.model.dtype}{checkpointing.get(again, '')}",
         ),
         ("adapted", ", ".join(forecast.targets)),
+        *([("continued from", saved)] if (saved := start_text(config)) else []),
         ("data", data_text(config)),
         (
             "federation",

@@ -9,7 +9,7 @@ from typing import Any
 
 from grandrounds.config.words import counted
 from grandrounds.data.formulary import FORMULARY
-from grandrounds.server.described import is_of_the_formulary, leaderboard_text
+from grandrounds.server.described import before_training, is_of_the_formulary, leaderboard_text
 from grandrounds.server.listeners.plain import HELD_BY_NOBODY
 from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation.greedy import GREEDY
@@ -60,7 +60,8 @@ def loss_figure(run: RunFiles) -> Figure | None:
     rows = [(str(r), fixed(h, places), fixed(t, places)) for r, (h, t) in sorted(by_round.items())]
     judges = max((len(m.get("evaluated") or ()) for m in run.metrics), default=0)
     note = (
-        "Round 0 is the untrained base. Training loss: mean over the cohort during local training."
+        f"Round 0 is {before_training(run.config)}. Training loss: mean over the cohort during "
+        "local training."
     )
     if judged:
         note += f" Held-out loss: on the held-out examples of {counted(judges, 'fixed site')}."

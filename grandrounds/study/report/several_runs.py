@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES
 from grandrounds.config.words import NOT_TOLD
 from grandrounds.errors import ConfigError
+from grandrounds.server.described import before_training
 from grandrounds.study.report import cost, headline, provenance
 from grandrounds.study.report.charts import line_chart
 from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
@@ -141,7 +142,9 @@ def _curves(
         (str(r), *(fixed(v, decimals) for v in row)) for r, row in zip(rounds, shown, strict=True)
     ]
     svg = line_chart(title, series, axis, rounds[-1])
-    note = "Round 0 is the untrained base." if key == "held-out-loss" else ""
+    starts = {before_training(run.config) for run in named.values()}
+    first = starts.pop() if len(starts) == 1 else "what a run starts from: base or saved adapter"
+    note = f"Round 0 is {first}." if key == "held-out-loss" else ""
     return Figure(key, title, svg, note, Table(("round", *named), rows))
 
 

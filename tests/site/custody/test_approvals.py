@@ -57,6 +57,7 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
         "data.system-prompt": "Be brief.",
         "data.train-on": "last",
         "model.lora.use-rslora": True,
+        "model.lora.from-adapter-sha256": 64 * "a",
         "model.lora.rank-pattern": '{"q_proj": 4}',
         "model.lora.alpha-pattern": '{"q_proj": 4}',
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -18,7 +19,7 @@ import pytest
 
 from grandrounds.config import recipes
 from grandrounds.data import large
-from grandrounds.errors import DataError
+from grandrounds.errors import DataError, OwnDataError
 from grandrounds.site.custody import own_data
 from grandrounds.site.custody.own_data import own_identifiers, own_split
 from grandrounds.site.custody.own_run import examples_shown, localized, site_in_custody
@@ -312,3 +313,52 @@ def test_a_real_postgresql_server_is_read(tmp_path: Path, postgres: str) -> None
     with pytest.raises(DataError, match='relation "carts" does not exist') as caught:
         own_split(database_site(tmp_path / "c", reader, "SELECT question FROM carts"))
     assert "topsecret" not in str(caught.value)
+
+
+# --- The run's prompt -----------------------------------------------------------------------------
+
+APART = "{% if instruction %}[{{ instruction }}] {% endif %}{{ question }}: {{ answer }}"
+ROWS = [{"instruction": "Answer.", "input": q, "output": a} for q, a in CARDS]
+
+
+def shown(site: SiteFile, base: Path, **settings: Any) -> str:
+    config = recipes.resolve({"model.name": str(base), **settings})
+    return next(examples_shown(site, config, 1))
+
+
+def rows_site(tmp_path: Path, base: Path, rows: list[dict[str, str]], **changes: Any) -> SiteFile:
+    site = make_site(tmp_path / "site", {str(base): str(base)}, source="cards.jsonl", **changes)
+    (site.path.parent / "cards.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+    return site
+
+
+def test_a_runs_own_template_shows_instructions_that_others_leave_out(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    site = rows_site(tmp_path, tiny_base, ROWS)
+    said = shown(site, tiny_base, **{"data.prompt-template": APART})
+    assert said.startswith("[Answer.] What helps patient")
+    assert "Answer." not in shown(site, tiny_base)
+    plain, own = own_split(site), own_split(site, template=APART)
+    assert [e.apart[1] for e in own.held_out] == [e.question for e in plain.held_out]
+
+
+def test_identifiers_are_searched_in_what_the_template_shows(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    rows = [{**row, "instruction": "Answer dr.jane.doe@clinic.example."} for row in ROWS]
+    site = rows_site(tmp_path, tiny_base, rows)
+    assert not own_identifiers(site).counts
+    assert own_identifiers(site, template=APART).counts
+
+
+def test_a_site_of_plain_text_trains_on_the_whole_of_it(tmp_path: Path, tiny_base: Path) -> None:
+    rows = [{"note": f"Patient {i} drank tea."} for i in range(40)]
+    columns = {"data__question_column": "", "data__answer_column": "note"}
+    site = rows_site(tmp_path, tiny_base, rows, **columns)
+    said = shown(site, tiny_base, **{"data.prompt-template": "text"})
+    assert said.startswith("P⟦atient ")
+    assert said.endswith("drank tea.<eos>⟧")
+    with pytest.raises(OwnDataError) as caught:
+        shown(site, tiny_base)
+    assert "are plain text, without question" in str(caught.value.__cause__)

@@ -53,7 +53,8 @@ def refusals(
 def test_every_key_of_a_run_has_a_verdict_and_no_other_has() -> None:
     assert set(VERDICTS) == set(FIELD_OF_KEY)
     for key, verdict in VERDICTS.items():
-        assert verdict.kind in ("bounded", "listed", "private", "own", "fixed", "harmless"), key
+        kinds = ("bounded", "listed", "private", "own", "fixed", "approved", "harmless")
+        assert verdict.kind in kinds, key
         assert bool(verdict.by) == (verdict.kind in ("bounded", "listed", "private")), key
         assert bool(verdict.why) != bool(verdict.by), key
 
@@ -130,6 +131,18 @@ EXCEEDING: dict[str, tuple[dict[str, Any], str]] = {
     "max-rank of the stack": (
         {"strategy.name": "flora", "strategy.max-rank": 64, "strategy.proximal-mu": 0.0},
         "max-rank = 32, requested 80",
+    ),
+    "max-rank of a module": (
+        {"model.lora.rank-pattern": '{"q_proj": 64}'},
+        "max-rank = 32, requested 64",
+    ),
+    "min-lora-scale of a module": (
+        {"model.lora.alpha-pattern": '{"q_proj": 0.16}'},
+        "min-lora-scale = 0.1, requested 0.01",
+    ),
+    "max-lora-scale of a module": (
+        {"model.lora.rank-pattern": '{"q_proj": 1}'},
+        "max-lora-scale = 16, requested 32",
     ),
     "min-lora-scale": (
         {"model.lora.peft-lora-alpha": 1.6e-12},

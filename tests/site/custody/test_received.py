@@ -78,6 +78,7 @@ EVERY = 6
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.slow
 def test_no_honest_successor_is_refused(name: str) -> None:
     """25 messages a run: early and late rounds, sites that join late, evaluations. All runs of all
     rules are 12,000 messages."""
@@ -100,6 +101,11 @@ CUSTODY: dict[str, Settings] = {
     },
     "rolora int8": {"strategy.name": "rolora", "communication.downlink-codec": "int8"},
     "flora": {"strategy.name": "flora", "strategy.max-rank": 8},
+    "own ranks of modules": {
+        "strategy.name": "fedavg",
+        "model.lora.rank-pattern": '{"q_proj": 2}',
+        "model.lora.alpha-pattern": '{"v_proj": 16}',
+    },
     "product of site ranks": {"strategy.name": "product", "strategy.site-ranks": "4,2"},
 }
 

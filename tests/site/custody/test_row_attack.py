@@ -139,6 +139,7 @@ def test_no_row_is_recovered_through_a_sites_policy(tmp_path: Path, resident: Re
 
 
 @pytest.mark.parametrize("secret", [False, True], ids=["by the run's seed", "by the site's secret"])
+@pytest.mark.slow
 def test_the_order_of_the_examples_alone_decides_whether_a_row_is_recovered(
     resident: Resident, secret: bool
 ) -> None:

@@ -45,6 +45,7 @@ def test_rounds_compose() -> None:
 
 
 @pytest.mark.parametrize("target", [1.0, 8.0])
+@pytest.mark.slow
 def test_the_calibrated_noise_spends_the_target_and_no_more(target: float) -> None:
     noise = calibrated(target, 0.0336, 60, 1e-5)
     spent = epsilon_of(Mechanism(noise, 1.0, 0.0336, 1905, steps=60, visits=1, delta=1e-5))
@@ -113,6 +114,7 @@ def test_epsilon_is_that_of_the_library() -> None:
     assert epsilon_of(TEN_RELEASES) == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_epsilon_is_within_the_error_of_another_accountant() -> None:
     """Opacus 1.6's PRV accountant, whose own error is 0.01, says 1.8384 (recorded: it is no
     dependency)."""

@@ -178,6 +178,7 @@ def test_a_federation_of_one_site_is_that_site_alone(settings: Settings, tmp_pat
     assert alone == pytest.approx(federated, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_private_recipe_is_compared_with_itself_without_noise(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -241,6 +242,7 @@ def test_sites_of_unequal_rank_keep_their_ranks_when_one_is_left_out(
 @pytest.mark.parametrize(
     "name", ["flora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ffa", "rolora"))]
 )
+@pytest.mark.slow
 def test_rules_that_change_the_adapter_are_compared_with_ordinary_training(
     settings: Settings, tmp_path: Path, name: str
 ) -> None:
@@ -251,6 +253,7 @@ def test_rules_that_change_the_adapter_are_compared_with_ordinary_training(
         assert content["arms"][arm]["held-out-loss"]["mean"] < base
 
 
+@pytest.mark.slow
 def test_visits_in_epochs_are_the_cohorts_in_the_pool_too(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -422,6 +425,7 @@ def test_on_the_embedded_world_the_pool_learns_what_no_site_alone_can(tmp_path: 
     assert everywhere < private["federated"]  # a site alone cannot know what only others know
 
 
+@pytest.mark.slow
 def test_benchmarks_are_asked_of_every_arm_and_must_stay_the_same(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ TOTAL = 3 * MEDMCQA + 2 * PUBMEDQA
 @pytest.mark.parametrize(
     "after", [6, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 11))]
 )
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(
     ask: Callable[..., dict[str, Any]],
     tmp_path: Path,

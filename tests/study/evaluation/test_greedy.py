@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from grandrounds.data.examples import Example
+from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import find_checkpoint
 from grandrounds.site.local_data import site_of
 from grandrounds.study.evaluation.answers import AnswerFile
 from grandrounds.study.evaluation.benchmarks import Questions
-from grandrounds.study.evaluation.greedy import differs_in_numbers, exact_match, token_f1
-from grandrounds.study.evaluation.held_out import load_held_out
+from grandrounds.study.evaluation.greedy import (
+    differs_in_numbers,
+    exact_match,
+    token_f1,
+    tokenized,
+)
+from grandrounds.study.evaluation.held_out import held_out_item, load_held_out
 from grandrounds.study.evaluation.questions import Wanted, questions_for
 from grandrounds.study.evaluation.runner import evaluate
 from grandrounds.study.evaluation.tables import notes, tables
@@ -87,6 +95,24 @@ def test_the_rows_are_those_that_no_site_trained_on_and_sites_take_turns(run: Pa
     )
     for turn, prompt in enumerate(asked):
         assert tuple(prompt) in own[turn % 4]
+
+
+def test_rows_are_asked_in_the_prompt_of_training(tiny_base: Path) -> None:
+    """With the instruction apart where the template shows it, and after what was said before."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    told = (("system", "Be brief."),)
+    examples = [
+        Example("Explain. Fever", "Warmth.", (), ("Explain.", "Fever")),
+        Example("Why?", "So.", told),
+    ]
+    template = (
+        "{% if system %}<{{ system }}>{% endif %}{% if instruction %}[{{ instruction }}]"
+        "{% endif %}{{ question }}: {{ answer }}"
+    )
+    asked = tokenized([held_out_item(0, e) for e in examples], tokenizer, template, 500)
+    assert asked == list(tokenize_examples(examples, tokenizer, template, 500).examples)
+    assert asked[1] is not None
+    assert tokenizer.decode(asked[1].input_ids) == "<Be brief.>Why?: So.<eos>"
 
 
 def test_the_loss_is_the_held_out_loss_of_the_sites(run: Path, tmp_path: Path) -> None:
