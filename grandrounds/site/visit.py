@@ -31,6 +31,7 @@ from grandrounds.model.base import (
     device_and_dtype,
     quantization_config,
 )
+from grandrounds.model.lora import check_dequantizes
 from grandrounds.model.positions import check_examples, check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
@@ -239,7 +240,9 @@ def introduction(
     """
     device, dtype = device_and_dtype(config.model.dtype)
     # Fail here, before any training.
-    quantization_config(bits_of(machine.specs(config)[0]), dtype)
+    base, adapter = machine.specs(config)
+    quantization_config(bits_of(base), dtype)
+    check_dequantizes(adapter, bits_of(base), device)
     training.check_optimizer(config.train.optimizer)
     if mechanism:
         check_base(config)

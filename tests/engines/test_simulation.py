@@ -130,9 +130,13 @@ def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path
 
 
 def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Path) -> None:
-    """The repository itself as a Flower app, on a SuperLink of the test's own."""
+    """The repository itself as a Flower app, on a SuperLink of the test's own.
+
+    With DoRA, whose start is a kind of message of its own.
+    """
     from grandrounds.engines.simulation import SimulatedSites, run_simulation
 
+    settings = {**settings, "model.lora.peft-use-dora": True}
     simulated, home = tmp_path / "flwr", tmp_path / "home"
     overrides = {**settings, "run-directory": str(simulated)}
     polls: list[float] = []

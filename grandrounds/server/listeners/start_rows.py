@@ -54,7 +54,7 @@ def recipe_rows(config: Config) -> Rows:
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
             "adapter",
-            f"{'rs' * lora.use_rslora}LoRA "
+            f"{'DoRA, ' * lora.peft_use_dora}{'rs' * lora.use_rslora}LoRA "
             f"r {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
             f"alpha {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
             f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
