@@ -439,6 +439,16 @@ def train_metrics(
     }
 
 
+def without_figures(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
+    """Return the metrics of a masked visit: no figure of the site's data, unless it is noised.
+
+    The weight travels in the mask.
+    """
+    noised = ("train-loss",) if EPSILON in metrics else ()
+    kept = ("cursor", "base-loads", "process-id", EPSILON, *noised)
+    return {name: metrics[name] for name in kept if name in metrics}
+
+
 def process_facts() -> dict[str, int]:
     """Return this process's id, and how often it has loaded a base."""
     return {"base-loads": base_loads(), "process-id": PROCESS}

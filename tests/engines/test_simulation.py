@@ -80,6 +80,19 @@ def test_both_engines_give_the_same_adapter_bit_for_bit(settings: Settings, tmp_
     assert marked_processes() == []
 
 
+def test_both_engines_give_the_same_masked_sums(settings: Settings, tmp_path: Path) -> None:
+    """A site's keys and shares travel between processes in the state that Flower keeps."""
+    masked = {"secure-aggregation": "masked32", "strategy.fraction-train": 1.0}
+    settings = {**settings, **masked, "num-server-rounds": 1}
+    simulated = tmp_path / "simulated"
+    line = command({**settings, "run-directory": str(simulated)}, tmp_path)
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a rehearsal, since this machine holds the keys of all sites" in done.stdout
+    assert adapter_bytes(simulated) == adapter_bytes(play(settings))
+    assert marked_processes() == []
+
+
 def test_a_run_whose_sites_fail_has_an_exit_code_that_says_so(
     settings: Settings, tmp_path: Path
 ) -> None:
