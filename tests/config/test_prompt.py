@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from grandrounds.config.prompt import (
     sha256_of,
 )
 from grandrounds.errors import ConfigError
+from grandrounds.study.report.provenance import repeat_command
 
 TEXT = "Q: {{ question }}\nA: {{ answer }}\n"
 
@@ -52,6 +55,13 @@ def test_a_recipe_finds_its_template_beside_it(tmp_path: Path) -> None:
 def test_line_ends_and_marks_of_other_editors_change_no_hash(tmp_path: Path) -> None:
     (file := tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
     assert sha256_of(given(file)) == sha256_of(TEXT)
+
+
+def test_a_text_is_repeated_on_a_command_line() -> None:
+    config = recipes.resolve({KEY: TEXT, "data.system-prompt": "Be brief."})
+    words = shlex.split(repeat_command(config))
+    assignments = [word for before, word in pairwise(words) if before == "--set"]
+    assert recipes.resolve(recipes.parse_overrides(assignments)) == config
 
 
 FAULTS = {

@@ -18,10 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.errors import ConfigError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.saved import lora_spec
+from grandrounds.server import saved_start
+from grandrounds.server.aggregation.make import make_rule
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.tasks import Subject
+from grandrounds.wire.adapter import A, B
 from tests.runs import (
     GOOD_SITES,
     Settings,
@@ -33,8 +37,10 @@ from tests.runs import (
     summary_of,
 )
 
+RANKS = "model.lora.rank-pattern"
+
 OWN: Settings = {
-    "model.lora.rank-pattern": json.dumps({"layers.0.self_attn.q_proj": 2, "v_proj": 6}),
+    RANKS: json.dumps({"layers.0.self_attn.q_proj": 2, "v_proj": 6}),
     "model.lora.alpha-pattern": json.dumps({r"layers\.1\..*v_proj": 3}),
     "strategy.proximal-mu": 0.0,
     "strategy.weighting": "equal",
@@ -42,6 +48,8 @@ OWN: Settings = {
     "train.save-every-round": 1,
 }
 """Ranks 2, 4 and 6."""
+
+DORA: Settings = {"strategy.name": "fedavg", "model.lora.peft-use-dora": True}
 
 RULES: dict[str, Settings] = {
     "fedprox": {"strategy.proximal-mu": 0.01},
@@ -114,7 +122,7 @@ def test_peft_loads_a_checkpoint_and_gives_the_same_answers(
 
 @pytest.fixture
 def recorded(settings: Settings) -> tuple[Path, dict[int, list[dict[str, np.ndarray]]]]:
-    """A run of fedavg, and the updates of its sites by round."""
+    """A run of fedavg with DoRA, and the updates of its sites by round."""
     updates: dict[int, list[dict[str, np.ndarray]]] = {}
 
     def sites(message: Message, context: Context) -> Message:
@@ -125,7 +133,7 @@ def recorded(settings: Settings) -> tuple[Path, dict[int, list[dict[str, np.ndar
             updates.setdefault(number, []).append({n: a.numpy() for n, a in sent.items()})
         return reply
 
-    return play({**settings, **OWN, "strategy.name": "fedavg"}, sites), updates
+    return play({**settings, **OWN, **DORA}, sites), updates
 
 
 def test_the_mean_of_the_updates_is_that_of_float64(recorded: Any) -> None:
@@ -157,3 +165,54 @@ def test_the_recipe_of_a_run_keeps_its_tables(finished: Callable[[str], Path]) -
         "r = 4 (layers.0.self_attn.q_proj: 2, v_proj: 6), alpha = 8 (layers\\.1\\..*v_proj: 3)"
         in card
     )
+
+
+def test_a_stack_keeps_the_scale_of_each_module(settings: Settings) -> None:
+    """flora, of rank 8 after a round of two sites: alphas grow with the rank."""
+    how = {"strategy.name": "flora", "strategy.proximal-mu": 0.0, "strategy.max-rank": 10}
+    alphas = {"model.lora.alpha-pattern": '{"v_proj": 3}'}
+    run = play({**settings, **how, **alphas, "num-server-rounds": 1})
+    described = read_json(run / "peft_1" / "adapter_config.json")
+    assert (described["r"], described["lora_alpha"]) == (8, 16)
+    assert described["alpha_pattern"] == {"v_proj": 6}
+    assert summary_of(run)["communication_mib"] == summary_of(run)["planned_mib"]
+
+
+def test_the_product_rule_keeps_each_module_at_its_own_rank() -> None:
+    """Against the dense mean of B A in float64, truncated by SVD to the module's rank."""
+    rng = np.random.default_rng(3)
+    shapes = {"one": (2, 9, 7), "two": (5, 8, 11)}  # rank, in-features, out-features
+
+    def drawn() -> dict[str, np.ndarray]:
+        tensors = {}
+        for module, (rank, width, height) in shapes.items():
+            tensors[module + A] = rng.normal(size=(rank, width)).astype("f4")
+            tensors[module + B] = rng.normal(size=(height, rank)).astype("f4")
+        return tensors
+
+    start, changes, weights = drawn(), [drawn() for _ in range(3)], (3, 1, 6)
+    rule = make_rule(resolve({"strategy.name": "product", "strategy.proximal-mu": 0.0}).strategy)
+    rule.begin(1, start)
+    for site, (change, weight) in enumerate(zip(changes, weights, strict=True)):
+        rule.add(site, start, change, weight)
+    result = rule.result()
+    for module, (rank, _, _) in shapes.items():
+        products = [
+            (start[module + B].astype("f8") + c[module + B]) @ (start[module + A] + c[module + A])
+            for c in changes
+        ]
+        u, s, v = np.linalg.svd(np.average(products, axis=0, weights=weights))
+        expected = (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert result[module + A].shape == start[module + A].shape
+        found = result[module + B].astype("f8") @ result[module + A]
+        np.testing.assert_allclose(found, expected, atol=1e-5 * s[0])
+
+
+def test_another_run_goes_on_from_the_adapter_whatever_the_order_of_its_tables(
+    finished: Callable[[str], Path], settings: Settings
+) -> None:
+    saved = saved_start.read_start(str(finished("product")))
+    asked = {**settings, **OWN, RANKS: json.dumps({"v_proj": 6, "layers.0.self_attn.q_proj": 2})}
+    saved_start.check_settings(saved, resolve(asked))
+    with pytest.raises(ConfigError, match=r"of other settings: model\.lora\.rank-pattern"):
+        saved_start.check_settings(saved, resolve({**asked, f"{RANKS}.v_proj": 5}))

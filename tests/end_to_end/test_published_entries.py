@@ -121,13 +121,18 @@ ENTRIES = {
         settings={"strategy.name": "product", SCHEDULE: "linear", "model.lora.peft-lora-r": 4},
         adapted=EVERY,
     ),
-    "modules of which some match nothing, in 4 bits, on Qwen2.5": Entry(
+    "DoRA in 4 bits on modules of which some match nothing, on Qwen2.5": Entry(
         "Qwen/Qwen2.5-7B-Instruct",
         "qwen2",
         'model.lora.peft_lora_target_modules = ["q_proj", "W_pack", "v_proj"]\n'
-        f'{SCHEDULE} = "constant"\ntrain.training-arguments.warmup-steps = 2',
+        f'{SCHEDULE} = "constant"\ntrain.training-arguments.warmup-steps = 2\n'
+        "model.lora.peft_use_dora = true",
         usual=HYPHENS.replace("quantization = 0", "quantization = 4"),
-        settings={"train.training-arguments.warmup-steps": 0, "model.quantization": 4},
+        settings={
+            "train.training-arguments.warmup-steps": 0,
+            "model.quantization": 4,
+            "model.lora.peft-use-dora": True,
+        },
         said=("W_pack", "warmup-steps = 2 has no effect with lr-scheduler-type = 'constant'"),
     ),
     "Unsloth, a tracker, no federation and one site a round, on Gemma 2": Entry(
@@ -159,6 +164,21 @@ ENTRIES = {
         },
         said=("does not set bf16 and tf32", "rsLoRA r 4"),
     ),
+    "DoRA on all modules, on a Llama 3.1": Entry(
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "llama",
+        'model.lora.peft-use-dora = true\nmodel.lora.peft_lora_target_modules = "all"',
+        settings={"model.lora.peft-use-dora": True, "strategy.name": "fedavg"},
+        adapted=EVERY,
+        said=("DoRA, LoRA r 4, alpha 8",),
+    ),
+    "DoRA by its other name, on a SmolLM2": Entry(
+        "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+        "llama",
+        'model.lora.use_dora = true\nstrategy.use-flexlora = false\nmodel.lora.modules = "q_proj"',
+        settings={"model.lora.peft-use-dora": True},
+        adapted="q_proj",
+    ),
     "FlexLoRA as 1 on the fused modules of Phi-4 mini": Entry(
         "microsoft/Phi-4-mini-instruct",
         "phi3",
@@ -186,7 +206,7 @@ ENTRIES = {
     ),
 }
 
-SLOW = ("FlexLoRA as 1", "another task's", "a fraction on")
+SLOW = ("DoRA in 4 bits", "DoRA by its", "FlexLoRA as 1", "another task's", "a fraction on")
 
 
 def started(*words: object) -> Any:
@@ -269,6 +289,7 @@ def test_on_a_stand_in_of_its_base_an_entry_runs_to_the_end(
         (HYPHENS, "task.name = 'finance'", 2, "task.name = 'finance' cannot be honoured"),
         (HYPHENS, "model.lora.peft-init-lora-weights = 'olora'", 2, "OLoRA takes A and B from"),
         (HYPHENS, "use-flexlora = true\nstrategy.name = 'fedavg'", 2, "contradict each other"),
+        (HYPHENS, "use-flexlora = 1\nmodel.lora.peft-use-dora = true", 2, "does not go with"),
         (UNDERSCORES, "model.lora.peft-lora-r = 8", 2, "are the same key and contradict"),
     ],
 )

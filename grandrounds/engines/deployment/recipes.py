@@ -14,6 +14,7 @@ from grandrounds.config import recipes
 from grandrounds.config.digest import canonical, recipe_sha256
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
+from grandrounds.data.own_prompt import check_prompt
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.errors import ConfigError
@@ -27,6 +28,7 @@ ENDING = ".signed.json"
 def deployed(*layers: Mapping[str, Scalar]) -> Config:
     """Return the configuration with which `grandrounds run --engine deployment` starts a recipe."""
     config = in_one_array(recipes.resolve({"data.partitioner": "iid"}, *layers))
+    check_prompt(config.data.prompt_template, config.data.system_prompt)
     if config.lora.from_adapter and not config.lora.from_adapter_sha256:
         raise ConfigError(
             f"model.lora.from-adapter = {config.lora.from_adapter!r} without its hash, which is "

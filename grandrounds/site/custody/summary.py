@@ -30,7 +30,8 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     visit = f"{steps} steps" if steps != -1 else f"{value[f'{arguments}num-train-epochs']} epochs"
     accumulated = value[f"{arguments}gradient-accumulation-steps"]
     template = str(value["data.prompt-template"])
-    kind = "rsLoRA" if value["model.lora.use-rslora"] is True else "LoRA"
+    kind = "DoRA, " if value["model.lora.peft-use-dora"] is True else ""
+    kind += "rsLoRA" if value["model.lora.use-rslora"] is True else "LoRA"
     whose = f"signed by {recipe.signed_by}" if recipe.signed_by else "not signed"
     since = f", asked for by run {recipe.run} at {recipe.asked}" if recipe.run else ""
     yield f"    {whose}{since}"
@@ -42,7 +43,7 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
         yield f"    goes on from a saved adapter, SHA-256 {sha256}"
     if is_own(template):
         yield f"    prompt template, SHA-256 {sha256_of(template)}:"
-        yield from (f"      | {shown(line)}" for line in template.splitlines())
+        yield from (f"      | {_visible(line)}" for line in template.split("\n"))
     for key in (*PATTERNS, "data.system-prompt", "data.template-options"):
         if recipe.values.get(key):
             yield f"    {key} {shown(str(recipe.values[key]))}"
@@ -69,6 +70,11 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
             for key in keys
         )
         yield f"    from {last.sha256[:SHORT]}, approved {last.approved}: {changes}"
+
+
+def _visible(line: str) -> str:
+    """Return a line with what nobody sees escaped, such as marks that reverse its direction."""
+    return "".join(ascii(c)[1:-1] if not c.isprintable() and c != "\t" else c for c in line)
 
 
 def _named(key: str, value: object) -> str:

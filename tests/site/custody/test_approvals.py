@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from grandrounds.errors import ApprovalError, ConfigError
 from grandrounds.server import roll_call
 from grandrounds.site.custody.approvals import MOST_PENDING, Approvals, check_approved, recipe_of
 from grandrounds.site.custody.site_file import SiteFile
+from grandrounds.site.custody.summary import lines_of
 from tests.own_sites import make_site, sites_of
 from tests.places import ROOT
 from tests.runs import Settings, config_of, metrics_of, play
@@ -77,6 +80,24 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
     left_out = {*LEFT_OUT_IF, *of_private}
     assert set(canonical(recipes.resolve({}))) == full - left_out
     assert set(LEFT_OUT) <= set(FIELD_OF_KEY)
+
+
+def test_the_text_of_a_template_is_shown_to_who_approves_it(site: SiteFile) -> None:
+    text = "Be brief.\u202e\n{{ question }}\n{{ answer }}\n"
+    first = recipe_of(recipes.resolve({}))
+    recipe = recipe_of(recipes.resolve({"data.prompt-template": text}))
+    lines = list(lines_of(recipe, [replace(first, approved="2026-01-01")]))
+    name = f"own template {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    assert f"prompt {name}, LoRA" in lines[1]
+    assert lines[3:7] == [
+        "      | Be brief.\\u202e",
+        "      | {{ question }}",
+        "      | {{ answer }}",
+        "      | ",
+    ]
+    assert f"data.prompt-template: 'alpaca' → '{name}'" in lines[-1]
+    with pytest.raises(ConfigError, match="the place where the answer goes"):
+        deployed({"data.prompt-template": "{{ question }}"})
 
 
 def test_a_recipe_file_has_the_hash_of_its_run_wherever_it_runs(tmp_path: Path) -> None:

@@ -98,10 +98,12 @@ FAMILIES = ["qwen3", "gemma2", "phi3", "gpt2", "bloom", "mamba2"]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_is_on_bases_of_other_families(name: str) -> None:
-    """Fused and transposed projections, soft caps, ALiBi, and a state-space model."""
+    """Fused and transposed projections, soft caps, ALiBi, a state-space model; ranks by module."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(tiny_bases.config_of(tiny_bases.BASES[name])).float()
-    model = add_lora(base.requires_grad_(False), LoraSpec(4, 8.0, "all-linear", 0.0), name)
+    own = ((".*1.*", 3),)  # all modules of the second layer
+    spec = LoraSpec(4, 8.0, "all-linear", 0.0, rank_pattern=own)
+    model = add_lora(base.requires_grad_(False), spec, name)
     found = adapter_parameters(model)
     for tensor, parameter in found.items():
         if ".lora_B." in tensor:
