@@ -11,10 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.data.conversations import Turn
-from grandrounds.data.forms import APART
 from grandrounds.data.partitioning import Partition, check_column
 from grandrounds.data.rows import Rows
 from grandrounds.errors import DataError
+
+DIGEST_BYTES = 16
+"""Two of 10^8 texts are taken for equal with a probability of 10^-22."""
+
+Digests = NDArray[np.uint8]
+"""One for each of some examples, of (examples, `DIGEST_BYTES`)."""
+
+_NO_DIGESTS: Digests = np.zeros((0, DIGEST_BYTES), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Examples(Sequence[Example]):
         rows: Rows,
         columns: tuple[str, str],
         positions: NDArray[np.int64] | None = None,
+        digests: Digests | None = None,
     ) -> None:
         """Take some rows, by default all.
 
@@ -69,11 +77,13 @@ class Examples(Sequence[Example]):
         ----------
         columns
             Of the question and of the answer.
+        digests
+            Of what the examples say, where they are known.
         """
         self._rows, self._columns = rows, columns
-        self._parts = [rows[columns[0]], rows[columns[1]], rows.histories]
-        self._parts += [rows[APART]] if APART in rows.column_names else []
+        self._read = rows.reader(columns)
         self._positions = np.arange(len(rows)) if positions is None else positions
+        self.digests: Digests = _NO_DIGESTS if digests is None else digests
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -88,12 +98,11 @@ class Examples(Sequence[Example]):
         return self._example(self._positions[place])
 
     def _example(self, row: np.int64) -> Example:
-        place = int(row)
-        return example_of(*(part[place] for part in self._parts))
+        return example_of(*self._read(int(row)))
 
-    def select(self, positions: NDArray[np.int64]) -> Sequence[Example]:
+    def select(self, positions: NDArray[np.int64], digests: Digests) -> Sequence[Example]:
         """Return some of them: in memory unless their rows are stored."""
-        chosen = Examples(self._rows, self._columns, self._positions[positions])
+        chosen = Examples(self._rows, self._columns, self._positions[positions], digests)
         return chosen if self._rows.is_stored else tuple(chosen)
 
 
@@ -173,7 +182,7 @@ def split_rows(
     check_column(rows, "data.question-column", question_column)
     check_column(rows, "data.answer-column", answer_column)
     every = Examples(rows, (question_column, answer_column))
-    kept, empty_rows, questions = _cleaned(every)
+    kept, digests, empty_rows, questions = _cleaned(every)
     is_held_out = _chosen_to_hold_out(questions, held_out_fraction, partition)
     held_out_examples = int(is_held_out.sum())
     report = SiteReport(
@@ -191,8 +200,8 @@ def split_rows(
             "and data.answer-column, or lower data.held-out-fraction or data.num-partitions."
         )
     return SiteData(
-        train=every.select(kept[~is_held_out]),
-        held_out=every.select(kept[is_held_out]),
+        train=every.select(kept[~is_held_out], digests[~is_held_out]),
+        held_out=every.select(kept[is_held_out], digests[is_held_out]),
         report=report,
     )
 
@@ -209,37 +218,38 @@ def first_question(example: Example) -> str:
 
 def _cleaned(
     examples: Sequence[Example],
-) -> tuple[NDArray[np.int64], int, NDArray[np.int64]]:
-    """Return the positions of examples, the number of empty rows, and the examples' questions.
+) -> tuple[NDArray[np.int64], Digests, int, NDArray[np.int64]]:
+    """Return the positions of examples, their digests, the number of empty rows, and the examples'
+    questions.
 
     Of equal ones the first is kept. Questions are numbers, from 0, by first occurrence.
     """
-    texts = np.zeros((len(examples), _DIGEST_BYTES), np.uint8)
-    questions = np.zeros_like(texts)
+    texts, questions = (bytearray(DIGEST_BYTES * len(examples)) for _ in range(2))
     is_full = np.zeros(len(examples), bool)
     for position, example in enumerate(examples):
-        if example.question and example.answer:
+        asked, answer, before = example.question, example.answer, example.before
+        if asked and answer:
             is_full[position] = True
-            texts[position] = _digest((example.question, example.answer, example.before))
-            questions[position] = _digest(first_question(example))
+            place = slice(position * DIGEST_BYTES, (position + 1) * DIGEST_BYTES)
+            earlier = repr(before) if before else ""
+            texts[place] = _digest(f"{len(asked)} {len(answer)} {asked}{answer}{earlier}")
+            questions[place] = _digest(first_question(example))
     full = np.flatnonzero(is_full)
-    _, first = _numbered(texts[full])
-    kept = full[first]
-    numbers, _ = _numbered(questions[kept])
-    return kept, len(examples) - len(full), numbers
+    of_texts, of_questions = (
+        np.frombuffer(found, np.uint8).reshape(-1, DIGEST_BYTES)[full]
+        for found in (texts, questions)
+    )
+    _, first = _numbered(of_texts)
+    numbers, _ = _numbered(of_questions[first])
+    return full[first], of_texts[first], len(examples) - len(full), numbers
 
 
-_DIGEST_BYTES = 16
-"""Two of 10^8 texts are taken for equal with a probability of 10^-22."""
+def _digest(text: str) -> bytes:
+    """Return a digest of a text, which takes less memory than it does."""
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
 
-def _digest(said: object) -> NDArray[np.uint8]:
-    """Return a digest of texts, which takes less memory than they do."""
-    text = repr(said).encode()
-    return np.frombuffer(hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest(), np.uint8)
-
-
-def _numbered(digests: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _numbered(digests: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return each digest's number, from 0 by first occurrence, and where each occurs first."""
     if not len(digests):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

@@ -66,6 +66,9 @@ class WrittenFloat(float):
     """The number as it is written."""
 
 
+_DECODER = json.JSONDecoder(parse_float=WrittenFloat)
+
+
 def from_records(
     records: Iterable[tuple[int, dict[str, Any]]], choose: Choice, unit: str
 ) -> RawRows:
@@ -176,7 +179,7 @@ def json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[s
             continue
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            record = json.loads(text, parse_float=WrittenFloat)
+            record = _DECODER.decode(text)
         except json.JSONDecodeError as error:
             raise _no_json(source, number, error.msg, line.decode()) from error
         except UnicodeDecodeError as error:

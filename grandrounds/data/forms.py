@@ -27,7 +27,8 @@ part of the question."""
 USUAL = ("input", "output")
 """The columns of questions and answers if none are named. Other forms are looked for only then."""
 
-PREFERRED = ("chosen", "rejected")
+PROMPT, PREFERRED = "prompt", ("chosen", "rejected")
+"""Columns of preferences; the prompt may be in the other two."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Layout:
     def columns(self) -> tuple[str, ...]:
         """The columns to read."""
         instruction = (INSTRUCTION,) if self.question == ("input",) else ()
-        every = dict.fromkeys((*self.question, self.answer, *instruction))
+        both = PREFERRED if self.form == "preferences" else ()
+        every = dict.fromkeys((*self.question, self.answer, *instruction, *both))
         return tuple(name for name in every if name)
 
     def without_instruction(self) -> Layout:
@@ -86,7 +88,7 @@ def layout_of(available: Sequence[str], question: str, answer: str) -> Layout:
         if column in available:
             return Layout("conversations", (column,), "")
     if set(PREFERRED) <= set(available):
-        return Layout("preferences", ("prompt",), PREFERRED[0])
+        return Layout("preferences", (PROMPT,), PREFERRED[0])
     for asked, answered in (("prompt", "completion"), (INSTRUCTION, "output")):
         if {asked, answered} <= set(available):
             return Layout("pairs", (asked,), answered)

@@ -1,15 +1,18 @@
 """Reads sources that would fill the memory: their rows go to a spool on the disk.
 
-A source is read twice: first for what all rows decide together, its form and its columns, then row
-by row. The rows are those that `sources` gives of a small one.
+What all rows decide together, a source's form and its columns, is guessed from the first ones. If
+that is wrong, the source is read again. The rows are those that `sources` gives of a small one.
 """
 
 from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from grandrounds.data.read import (
     columns_read,
     instructions_of,
     labels_of,
+    no_answers,
     settled_layout,
     texts_of,
 )
@@ -29,6 +33,7 @@ from grandrounds.data.rows import Rows
 from grandrounds.data.spool import Spool
 from grandrounds.data.stored_rows import LabelBuilder, Labels, StoredRows, Table, packed
 from grandrounds.data.streams import chunks_of
+from grandrounds.errors import DataError
 
 STORED_BYTES = 32 * 2**20
 """Largest source whose rows are held in memory, where a run takes 1 GB for them."""
@@ -99,30 +104,62 @@ def stored(
     commit : str
         Of the hub's data set, where it is known.
     """
+    with suppress(DataError):  # a wrong guess, or what the second reading tells in its order
+        first = _Seen(columns)
+        deque(first.watching(islice(chunks(), 1)), maxlen=0)
+        guess, every = first.layout(source), _Seen(columns)
+        written = _written(every.watching(chunks()), source, columns, guess, needed_bytes)
+        if every.layout(source) == guess:
+            return written.rows(source, commit)
+    every = _Seen(columns)
+    deque(every.watching(chunks()), maxlen=0)
+    layout = every.layout(source)
+    return _written(chunks(), source, columns, layout, needed_bytes).rows(source, commit)
+
+
+@dataclass
+class _Written:
+    """A source on the disk."""
+
+    spool: Spool
+    columns: tuple[str, ...]
+    labels: dict[str, _Column]
+    left_out: int = 0
+    first_left_out: str = ""
+
+    def rows(self, source: str, commit: str) -> Rows:
+        """Return the rows; tell what is left out."""
+        left_out_note(source, self.left_out, len(self.spool), self.first_left_out)
+        settled = {
+            name: column.settled(f"{source}, column {name!r}")
+            for name, column in self.labels.items()
+        }
+        return StoredRows(Table(self.spool, self.columns, settled, commit))
+
+
+def _written(
+    chunks: Iterator[tuple[str, RawRows]],
+    source: str,
+    columns: tuple[str, ...],
+    layout: Layout,
+    needed_bytes: int,
+) -> _Written:
+    """Write all rows to a spool."""
     own = columns[:2] + (APART,) * (APART in columns)
-    layout = _layout(chunks, source, columns)
-    spool = Spool(needed_bytes, source)
     labels = {name: _Column() for name in columns if name not in own}
-    left_out, first_left_out = 0, ""
-    for file, raw in chunks():
+    found = _Written(Spool(needed_bytes, source), own, labels)
+    for file, raw in chunks:
         texts = texts_of(raw, source, layout)
         histories = texts.histories or [()] * len(texts.questions)
-        parts = texts.questions, texts.answers, histories
-        instructions = (
-            instructions_of(raw, source, columns, layout) if APART in own else [""] * len(histories)
-        )
-        for row in zip(*parts, instructions, strict=True):
-            spool.append(packed(*row))
+        apart = instructions_of(raw, source, columns, layout) if APART in own else repeat("")
+        rows = zip(texts.questions, texts.answers, histories, apart, strict=False)
+        found.spool.extend(map(packed, rows))
         for name, column in labels.items():
             column.add(file, raw.values[name])
-        left_out += len(texts.left_out)
-        first_left_out = first_left_out or next(iter(texts.left_out), "")
-    spool.finish()
-    left_out_note(source, left_out, len(spool), first_left_out)
-    settled = {
-        name: column.settled(f"{source}, column {name!r}") for name, column in labels.items()
-    }
-    return StoredRows(Table(spool, own, settled, commit))
+        found.left_out += len(texts.left_out)
+        found.first_left_out = found.first_left_out or next(iter(texts.left_out), "")
+    found.spool.finish()
+    return found
 
 
 def left_out_note(source: str, left_out: int, rows: int, first: str) -> None:
@@ -135,26 +172,37 @@ def left_out_note(source: str, left_out: int, rows: int, first: str) -> None:
         )
 
 
-def _layout(chunks: Chunks, source: str, columns: tuple[str, ...]) -> Layout:
-    """Return where questions and answers are, as the columns and the values of all rows show."""
-    choose, first = columns_read(columns), ""
-    of_files: dict[str, tuple[str, ...]] = {}
-    seen: dict[str, dict[Any, Any]] = {}  # of each column, the values that decide something
-    for file, raw in chunks():
-        first = first or file
-        of_files[file] = raw.available
-        for name, values in raw.values.items():
-            decisive = seen.setdefault(name, {})
-            if len(decisive) < _DECISIVE:
-                decisive |= {key: v for v in values if (key := _decisive(name, v)) is not None}
-    if of_files:
-        wanted = [name for name in choose(of_files[first]) if name in of_files[first]]
-        check_same_columns(of_files, wanted)
-    available = tuple(dict.fromkeys(name for names in of_files.values() for name in names))
-    evidence = {name: list(decisive.values()) for name, decisive in seen.items()}
-    return settled_layout(
-        RawRows(evidence, available, range(len(of_files)), "row"), source, columns
-    )
+class _Seen:
+    """What decides where questions and answers are, of the rows that were read."""
+
+    def __init__(self, columns: tuple[str, ...]) -> None:
+        self._columns = columns
+        self._of_files: dict[str, tuple[str, ...]] = {}
+        self._values: dict[str, dict[str, Any]] = {}
+
+    def watching(self, chunks: Iterable[tuple[str, RawRows]]) -> Iterator[tuple[str, RawRows]]:
+        """Yield what is read, and remember what decides."""
+        for file, raw in chunks:
+            self._of_files[file] = raw.available
+            for name, values in raw.values.items():
+                found = self._values.setdefault(name, {})
+                if len(found) < _DECISIVE:
+                    found |= {key: v for v in values if (key := _decisive(name, v)) is not None}
+            yield file, raw
+
+    def layout(self, source: str) -> Layout:
+        """Return where questions and answers are; raise `DataError` as `settled_layout` does."""
+        if self._of_files:
+            first = next(iter(self._of_files.values()))
+            wanted = [name for name in columns_read(self._columns)(first) if name in first]
+            check_same_columns(self._of_files, wanted)
+        available = tuple(dict.fromkeys(chain.from_iterable(self._of_files.values())))
+        values = {name: list(found.values()) for name, found in self._values.items()}
+        raw = RawRows(values, available, range(len(self._of_files)), "row")
+        layout = settled_layout(raw, source, self._columns)
+        if layout.form == "preferences":
+            raise no_answers(raw, source)
+        return layout
 
 
 def _decisive(name: str, value: Any) -> str | None:

@@ -7,7 +7,6 @@ them can be learned.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grandrounds.data.chat import rendered
-from grandrounds.data.examples import Example
+from grandrounds.data.examples import Digests, Example, Examples
 from grandrounds.data.own_prompt import is_own, own_prompt
 from grandrounds.data.prompts import build_prompt
 from grandrounds.data.tokenization import (
@@ -38,7 +37,7 @@ class OnDemand(Sequence[TokenizedExample]):
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Examples,
         tokenizer: Any,
         template: str,
         seq_length: int,
@@ -75,26 +74,23 @@ class OnDemand(Sequence[TokenizedExample]):
         how = self._tokenizer, self._template, self._seq_length, self._train_on
         return tokenize_examples([example], *how).examples
 
-    def update(self, digest: hashlib._Hash) -> None:
-        """Hash all that the examples say, in their order."""
-        for position in self._positions:
-            example = self._examples[position]
-            said = repr((example.question, example.answer, example.before, example.parts))
-            digest.update(f"{len(said)}\0{said}".encode())
+    @property
+    def digests(self) -> Digests:
+        """Of what the examples say, in their order."""
+        return self._examples.digests[self._positions]
 
     def _learnable(self) -> NDArray[np.int64]:
         """Return the positions of examples with an answer within the sequence length.
 
         A token covers a byte at least: most prompts need not be tokenised to know that they fit.
         """
-        texts = sum(map(is_text, self._examples))
-        check_text(self._template, texts, len(self._examples))
-        if texts:
-            return np.arange(texts)
         added = len(self._tokenizer("")["input_ids"]) + 1  # SentencePiece prepends a space
         learnable = np.ones(len(self._examples), bool)
-        in_vain = 0
+        texts = in_vain = 0
         for position, example in enumerate(self._examples):
+            if is_text(example):
+                texts += 1
+                continue
             text = self._prompt(example)
             if text is None:
                 in_vain += 1
@@ -102,6 +98,7 @@ class OnDemand(Sequence[TokenizedExample]):
             most = added + len(text.encode()) * (1 if text.isascii() else _MOST_BYTES)
             if most >= self._seq_length:
                 learnable[position] = bool(self._tokenized(example))
+        check_text(self._template, texts, len(self._examples))
         check_room(self._template, in_vain, len(self._examples))
         return np.flatnonzero(learnable)
 

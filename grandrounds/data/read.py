@@ -14,9 +14,18 @@ from grandrounds.data.conversations import (
     Unusable,
     conversation_of,
 )
-from grandrounds.data.files import Choice, RawRows, WrittenFloat
-from grandrounds.data.forms import APART, INSTRUCTION, Layout, layout_of, pairs
+from grandrounds.data.files import PEEKED_RECORDS, Choice, RawRows, WrittenFloat
+from grandrounds.data.forms import (
+    APART,
+    INSTRUCTION,
+    PREFERRED,
+    PROMPT,
+    Layout,
+    layout_of,
+    pairs,
+)
 from grandrounds.data.places import SOURCE_KEY
+from grandrounds.data.preferences import preferences_of
 from grandrounds.errors import DataError, nearest
 
 _INT64_END = 1 << 63
@@ -50,6 +59,8 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
         one row and the same as text in another.
     """
     layout = settled_layout(raw, source, columns)
+    if layout.form == "preferences":
+        raise no_answers(raw, source, f": {preferences_of(raw).counted}")
     (question, answer), kept = columns[:2], columns[2:]
     texts = texts_of(raw, source, layout)
     values: dict[str, list[Any]] = {question: texts.questions, answer: texts.answers}
@@ -83,7 +94,7 @@ def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layou
     Raises
     ------
     DataError
-        If there are no rows, a column is missing, or they are preferences.
+        If there are no rows, or a column is missing.
     """
     if not raw.places:
         raise DataError(
@@ -95,15 +106,35 @@ def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layou
     if APART in columns:
         layout = layout.without_instruction()
     if layout.form == "preferences":
-        raise DataError(
-            f"{source}: these are preferences (prompt, chosen, rejected), and a run trains on one "
-            "answer for each question. For the chosen ones write data.question-column=prompt "
-            "data.answer-column=chosen."
-        )
+        return layout
     answered = {layout.answer: "data.answer-column"} if layout.answer else {}
     keys = dict.fromkeys(layout.question, "data.question-column") | answered
     _check_columns(raw.available, source, keys | dict.fromkeys(kept, "data.partition-by"))
+    if late := [name for name in (*keys, *kept) if name not in raw.values]:
+        raise DataError(
+            f"{source}: the column {late[0]!r} is in none of the first {PEEKED_RECORDS} rows and "
+            "in later ones. The rows of a source need the same columns: make two files of it."
+        )
     return layout
+
+
+def no_answers(raw: RawRows, source: str, counted: str = "") -> DataError:
+    """Return the error for preferences, with their number where it is known."""
+    if any(isinstance(cell, list) for cell in raw.values[PREFERRED[0]]):
+        chosen = "data.question-column=chosen"
+    elif PROMPT in raw.available:
+        chosen = "data.question-column=prompt data.answer-column=chosen"
+    else:
+        chosen = ""
+    advice = (
+        f"For the chosen ones write {chosen}."
+        if chosen
+        else "For the chosen ones put their questions into a column of their own."
+    )
+    return DataError(
+        f"{source}: these are preferences (prompt, chosen, rejected){counted}. A run trains on one "
+        f"answer for each question. {advice}"
+    )
 
 
 def texts_of(raw: RawRows, source: str, layout: Layout) -> Texts:
@@ -112,7 +143,7 @@ def texts_of(raw: RawRows, source: str, layout: Layout) -> Texts:
         return Texts(*_conversations(raw, source, layout))
     questions = _joined(raw, source, layout.question)
     same = layout.question == (layout.answer,)
-    answers = questions if same else _texts(raw, source, layout.answer)
+    answers = questions if same else _texts(raw, source, layout.answer, "data.answer-column")
     histories = [PLAIN_TEXT] * len(answers) if layout.form == "text" else []
     return Texts(questions, answers, histories, ())
 
@@ -241,17 +272,17 @@ def _column_advice(key: str, name: str, available: Sequence[str]) -> str:
     return f" Did you mean {usual!r}? Write {key}={usual}."
 
 
-def _texts(raw: RawRows, source: str, name: str) -> list[str]:
-    """Return a column as text; missing values become empty strings."""
+def _texts(raw: RawRows, source: str, name: str, key: str = "data.question-column") -> list[str]:
+    """Return a column, which a key names, as text; missing values become empty strings."""
     return [
         value
         if isinstance(value, str) and value.isascii()
-        else _text(value, f"{source}, {raw.where(row)}, column {name!r}")
+        else _text(value, f"{source}, {raw.where(row)}, column {name!r}", key)
         for row, value in enumerate(raw.values[name])
     ]
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any, where: str, key: str) -> str:
     """Return one value as text; `where` starts the message of an error."""
     if value is None or value != value:  # NaN is the only number that differs from itself
         return ""
@@ -260,8 +291,7 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(
             f"{where}: the value is {described(value)}, but only text, numbers and missing values "
-            "are supported. Choose other columns with data.question-column and "
-            "data.answer-column, or convert these values to text."
+            f"are supported. {_as_text(value)}, or set {key} to another column."
         )
     try:
         value.encode()
@@ -271,6 +301,18 @@ def _text(value: Any, where: str) -> str:
             "Remove it from the source."
         ) from error
     return value
+
+
+def _as_text(value: Any) -> str:
+    """Return how to write a value as text."""
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        return "If these are turns of a conversation, name the column `messages`"
+    if isinstance(value, list):
+        alone = len(value) == 1
+        return "Write its text without the list" if alone else "Write its texts as one, or as rows"
+    if isinstance(value, Mapping):
+        return "Write the text of one of its keys as a column of its own"
+    return "Write it as text"
 
 
 def described(value: Any) -> str:

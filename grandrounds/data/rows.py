@@ -9,11 +9,12 @@ results. Importing that library takes longer than reading the formulary or a fil
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from grandrounds.data.conversations import Turn
+from grandrounds.data.forms import APART
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,6 +57,19 @@ class Rows:
     def histories(self) -> Sequence[tuple[Turn, ...]]:
         """What was said before the question of each row."""
         return self._histories or [()] * len(self)
+
+    def reader(self, names: tuple[str, str]) -> Callable[[int], tuple[Any, ...]]:
+        """Return what reads a row: its question, its answer, what was said before, and the
+        instruction where it is apart.
+
+        Parameters
+        ----------
+        names
+            Columns of the question and of the answer.
+        """
+        apart = [self[APART]] if APART in self.column_names else []
+        columns = [self[names[0]], self[names[1]], self.histories, *apart]
+        return lambda place: tuple(column[place] for column in columns)
 
     def unique(self, name: str) -> list[Any]:
         """Return the distinct values of a column, by first occurrence."""

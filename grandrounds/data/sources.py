@@ -17,6 +17,7 @@ from typing import Any
 from grandrounds.data.alone import columns_read_alone, rows_alone
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import (
+    Choice,
     RawRows,
     check_same_columns,
     from_records,
@@ -24,6 +25,7 @@ from grandrounds.data.files import (
     read_file,
     table_chunks,
 )
+from grandrounds.data.forms import PREFERRED
 from grandrounds.data.main_memory import check_fits
 from grandrounds.data.places import (
     BUILT_IN,
@@ -35,6 +37,7 @@ from grandrounds.data.places import (
     looks_like_path,
     unreadable,
 )
+from grandrounds.data.preferences import Preferences, columns_of_preferences, preferences_of
 from grandrounds.data.read import as_read, columns_read
 from grandrounds.data.rows import Rows
 from grandrounds.data.streams import CHUNK_ROWS
@@ -104,6 +107,29 @@ def load_rows(
     return _load_hub(source, columns, alone)
 
 
+def load_preferences(source: str) -> Preferences:
+    """Return the preferences of a data source; see `preferences`.
+
+    Raises
+    ------
+    DataError
+        If the source cannot be read, or lacks a column.
+    """
+    if looks_like_path(source):
+        raw = _read_all(source, files_of(source), columns_of_preferences, (), alone=False)
+    else:
+        rows = _hub_rows(source)
+        available = tuple(rows.column_names)
+        whole = rows.with_format("arrow")[:]
+        raw = from_table(whole, columns_of_preferences(available), available)
+    if missing := [name for name in PREFERRED if name not in raw.values]:
+        raise DataError(
+            f"{source}: there is no column {missing[0]!r}; preferences have the columns prompt, "
+            f"chosen and rejected, and these are: {', '.join(raw.available)}."
+        )
+    return preferences_of(raw)
+
+
 def rows_of(raw: RawRows, source: str, columns: tuple[str, ...], alone: bool = False) -> Rows:
     """Check that rows and columns exist, and convert their values to text."""
     if alone:
@@ -120,24 +146,9 @@ def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
 
 @lru_cache(maxsize=_CACHED_SOURCES)
 def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
-    import datasets
-
     from grandrounds.data.large import STORED_BYTES, left_out_note, stored
 
-    place = OnHub.of(source)
-    named = {"name": place.config} if place.config else {}
-    named |= {"revision": place.revision} if place.revision else {}
-    try:
-        with silent_downloads():
-            rows = datasets.load_dataset(place.name, split=place.split, **named)
-    except Exception as error:  # the hub, HTTP and builders raise unrelated types
-        raise DataError(
-            f"{SOURCE_KEY} = {source!r} is neither {BUILT_IN} nor a file that exists, and "
-            f"could not be loaded from the Hugging Face hub ({first_line(error)})."
-            f"{nearest(place.name, EMBEDDED)} Check the name, static.dataset.config and -split, "
-            f"the network and HF_HUB_OFFLINE, or set {SOURCE_KEY} to a local file "
-            f"({', '.join(FILE_ENDINGS)}) or to {BUILT_IN}."
-        ) from error
+    rows = _hub_rows(source)
     available = tuple(rows.column_names)
     choose = columns_read_alone(columns) if alone else columns_read(columns)
     if not alone and rows.data.nbytes > STORED_BYTES:
@@ -155,6 +166,27 @@ def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
     found = as_read(raw, source, columns)
     left_out_note(source, len(found.left_out), len(raw.places), next(iter(found.left_out), ""))
     return Rows(found.values, hub_commit(rows), found.histories)
+
+
+def _hub_rows(source: str) -> Any:
+    """Return a data set of the hub; raise `DataError` if it cannot be loaded."""
+    import datasets
+
+    place = OnHub.of(source)
+    named = {"name": place.config} if place.config else {}
+    named |= {"revision": place.revision} if place.revision else {}
+    try:
+        with silent_downloads():
+            rows = datasets.load_dataset(place.name, split=place.split, **named)
+    except Exception as error:  # the hub, HTTP and builders raise unrelated types
+        raise DataError(
+            f"{SOURCE_KEY} = {source!r} is neither {BUILT_IN} nor a file that exists, and "
+            f"could not be loaded from the Hugging Face hub ({first_line(error)})."
+            f"{nearest(place.name, EMBEDDED)} Check the name, static.dataset.config and -split, "
+            f"the network and HF_HUB_OFFLINE, or set {SOURCE_KEY} to a local file "
+            f"({', '.join(FILE_ENDINGS)}) or to {BUILT_IN}."
+        ) from error
+    return rows
 
 
 def hub_commit(rows: Any) -> str:
@@ -210,12 +242,18 @@ def read_files(
     DataError
         If a file is damaged, or one has other columns of questions and answers than the first.
     """
-    read = []
     choose = columns_read_alone(columns) if alone else columns_read(columns)
+    return _read_all(source, version, choose, columns[2:], alone=alone)
+
+
+def _read_all(
+    source: str, version: Version, choose: Choice, labels: Sequence[str], *, alone: bool
+) -> RawRows:
+    read = []
     for path, _, _ in version:
         name = source if len(version) == 1 else str(path)
         try:
-            raw = read_file(path, name, choose, () if alone else columns[2:])
+            raw = read_file(path, name, choose, () if alone else labels)
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise unreadable(name, error) from error
         read.append((name, raw))

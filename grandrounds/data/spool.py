@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import weakref
 from array import array
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -66,11 +67,13 @@ class Spool:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def append(self, record: bytes) -> None:
-        """Write the next record; raise `DataError` if the disk is full."""
+    def extend(self, records: Iterable[bytes]) -> None:
+        """Write the next records; raise `DataError` if the disk is full."""
+        written = list(records)
         with self._writing():
-            self._file.write(record)
-        self._ends.append(self._ends[-1] + len(record))
+            self._file.writelines(written)
+        for record in written:
+            self._ends.append(self._ends[-1] + len(record))
 
     def finish(self) -> None:
         """Write what is buffered; raise `DataError` if the disk is full."""

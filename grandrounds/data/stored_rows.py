@@ -6,11 +6,11 @@ each label.
 
 from __future__ import annotations
 
-import json
+import marshal
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,15 +56,14 @@ class Table:
         known, record = self._last
         if known == row:
             return record
-        question, answer, before, instruction = json.loads(self._spool[row])
-        record = question, answer, tuple((role, said) for role, said in before), instruction
+        record = cast(Record, marshal.loads(self._spool[row]))  # written by this process alone
         self._last = row, record
         return record
 
 
-def packed(*record: str | Sequence[Turn]) -> bytes:
-    """Return a `Record` as it is spooled."""
-    return json.dumps(record, ensure_ascii=False).encode()
+def packed(record: Record) -> bytes:
+    """Return a row as it is spooled."""
+    return marshal.dumps(record)
 
 
 class StoredRows(Rows):
@@ -97,6 +96,12 @@ class StoredRows(Rows):
     def histories(self) -> Sequence[tuple[Turn, ...]]:
         return _Column(self._table, self._index, 2)
 
+    def reader(self, names: tuple[str, str]) -> Callable[[int], tuple[Any, ...]]:
+        if names != self._table.columns[:2]:
+            return super().reader(names)
+        end, index, record = 3 + (APART in self._table.columns), self._index, self._table.record
+        return lambda place: record(int(index[place]))[:end]
+
     def shuffle(self, seed: int) -> Rows:
         return StoredRows(
             self._table, self._index[np.random.default_rng(seed).permutation(len(self))]
@@ -108,7 +113,7 @@ class StoredRows(Rows):
 
 
 class _Column(Sequence[Any]):
-    """One of the four parts of each row."""
+    """One of the parts of each row."""
 
     def __init__(self, table: Table, index: Index, part: int) -> None:
         self._table, self._index, self._part = table, index, part

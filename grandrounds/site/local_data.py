@@ -57,7 +57,7 @@ class Site:
         for side in (self.train, self.held_out):
             digest.update(f"{len(side)}\0".encode())
             if isinstance(side, OnDemand):
-                side.update(digest)
+                digest.update(side.digests.tobytes())
                 of_texts = True
                 continue
             for example in side:
@@ -224,8 +224,10 @@ def tokenized_site(
     tokenizer, template = dated_tokenizer(model_name, data), data.prompt
     if template == "chat":
         _note_format(model_name, tokenizer)
-    if isinstance(split.train, Examples) and not alone:
-        return _on_demand(split, partition_id, tokenizer, data, seq_length)
+    if isinstance(split.train, Examples) and isinstance(split.held_out, Examples):
+        how = tokenizer, template, seq_length, data.train_on
+        on_demand = OnDemand(split.train, *how), OnDemand(split.held_out, *how)
+        return _on_demand(split, partition_id, on_demand, seq_length)
     train, held_out = (
         tokenize_examples(side, tokenizer, template, seq_length, data.train_on, alone)
         for side in (split.train, split.held_out)
@@ -259,13 +261,10 @@ def tokenized_site(
 
 
 def _on_demand(
-    split: SiteData, partition_id: int, tokenizer: Any, data: DataConfig, seq_length: int
+    split: SiteData, partition_id: int, sides: tuple[OnDemand, OnDemand], seq_length: int
 ) -> Site:
     """Return a site whose examples are tokenised when a visit needs them."""
-    train, held_out = (
-        OnDemand(side, tokenizer, data.prompt, seq_length, data.train_on)
-        for side in (split.train, split.held_out)
-    )
+    train, held_out = sides
     if not train:
         raise _none_left(split, partition_id, seq_length)
     unlearnable = train.unlearnable + held_out.unlearnable

@@ -125,10 +125,40 @@ def test_preferences_are_no_answers(tmp_path: Path) -> None:
     assert found["chosen"] == [answer for _, answer in PAIRS]
 
 
-def test_a_dict_is_named_by_its_keys(tmp_path: Path) -> None:
-    rows = [{"input": "q", "output": {"text": ["a"], "answer_start": [3]}}]
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (["A."], "a list of length 1, but only text, numbers and missing values are supported. Wr"),
+        (["A.", "B."], "length 2, but .* supported. Write its texts as one, or as rows, or set da"),
+        ([], "the value is an empty list, but only text"),
+        ([{"role": "user", "content": "A?"}], "If these are turns of a conversation, name the co"),
+        ({"text": ["a"], "start": [3]}, "an object with the keys text, start, but .* one of its k"),
+    ],
+    ids=["a list of one", "a list", "an empty list", "turns", "an object"],
+)
+@pytest.mark.parametrize(("column", "key"), [("input", "question"), ("output", "answer")])
+def test_what_is_no_text_is_told_with_line_column_and_key(
+    tmp_path: Path, value: Any, told: str, column: str, key: str
+) -> None:
+    (path := tmp_path / "a.jsonl").write_text(lines([ROWS[0], {**ROWS[1], column: value}]))
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl, line 2, column '{column}': .*{told}"
+    ) as caught:
+        examples(path)
+    assert f"or set data.{key}-column to another column." in str(caught.value)
+
+
+def test_numbers_are_read_as_they_are_written_and_null_is_no_answer(tmp_path: Path) -> None:
+    answers = [3, 2.50, True, None, float("nan")]
+    rows = [{"input": f"A{i}?", "output": answer} for i, answer in enumerate(answers)]
     (path := tmp_path / "a.jsonl").write_text(lines(rows))
-    with pytest.raises(DataError, match="is an object with the keys text, answer_start, but only"):
+    assert [e.answer for e in examples(path)] == ["3", "2.5", "True"]
+
+
+def test_rows_after_the_first_hundred_may_have_no_other_columns(tmp_path: Path) -> None:
+    early = {"prompt": "A?", "completion": "B."}
+    (path := tmp_path / "a.jsonl").write_text(lines([early] * 100 + ROWS))
+    with pytest.raises(DataError, match="column 'input' is in none of the first 100 rows and in"):
         examples(path)
 
 
@@ -189,11 +219,3 @@ def test_the_chat_file_of_the_cases() -> None:
         "Define tachycardia.",
         "Define bradycardia.\n\nIn adults, please.",
     ]
-
-
-@needs_shared
-def test_the_alpaca_file_of_the_cases_loses_no_row() -> None:
-    found = examples(SHARED / "cases/alpaca.json")
-    assert len(found) == 8
-    assert found[0].question == "Name a symptom of flu."
-    assert found[1].question == "Summarise the note. Pt c/o cough x3d."
