@@ -14,7 +14,9 @@ from grandrounds.quiet import quiet_libraries
 from grandrounds.site import steps
 from grandrounds.site import visit as visits
 from grandrounds.site.custody.dispatch import at_site
+from grandrounds.site.masks import visit as masks
 from grandrounds.site.visit import Visit
+from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.messages import MAGNITUDES, answering, content, to_arrays
 
 quiet_libraries()  # also here: in Flower's simulation, Ray's workers import this module
@@ -44,6 +46,59 @@ def tell_magnitudes(visit: Visit) -> RecordDict:
 @at_site
 def train(visit: Visit) -> RecordDict:
     """Train the received adapter on the site's next examples; reply with its change."""
+    masks.check_kind(visit, masked=False)
+    change, metrics = trained(visit)
+    arrays = visits.encoded(visit, change)
+    visit.write_cursor()
+    return content(arrays=arrays, metrics=metrics)
+
+
+@app.train("masked")
+@answering
+@at_site
+def train_masked(visit: Visit) -> RecordDict:
+    """Train as in `train`; reply with the change in fixed point, under masks."""
+    masks.check_boxes(visit)
+    change, metrics = trained(visit)
+    reply = masks.masked(visit, change)
+    visit.write_cursor()
+    return RecordDict({**reply, **content(metrics=visits.without_figures(metrics))})
+
+
+@app.train("keys")
+@answering
+@at_site
+def keys(visit: Visit) -> RecordDict:
+    """Send fresh public keys for a masked sum."""
+    return masks.answer(visit, "keys")
+
+
+@app.train("shares")
+@answering
+@at_site
+def shares(visit: Visit) -> RecordDict:
+    """Send shares of the masks' secrets, sealed for each other site."""
+    return masks.answer(visit, "shares")
+
+
+@app.train("confirm")
+@answering
+@at_site
+def confirm(visit: Visit) -> RecordDict:
+    """Sign which sites are in the sum."""
+    return masks.answer(visit, "confirm")
+
+
+@app.train("unmask")
+@answering
+@at_site
+def unmask(visit: Visit) -> RecordDict:
+    """Reveal what removes the masks of the sum."""
+    return masks.answer(visit, "unmask")
+
+
+def trained(visit: Visit) -> tuple[Adapter, dict[str, float | int]]:
+    """Return the change of the adapter after the local steps, and the metrics of the visit."""
     batches = [] if visit.mechanism else visits.next_batches(visit)
     resident = machine.prepare_model(visit.config)
     received = visits.receive_adapter(visit, resident, trains=True)
@@ -54,13 +109,9 @@ def train(visit: Visit) -> RecordDict:
             result = visits.train(visit, resident, batches)
 
     change = visits.change_of(visit, resident, received)
-    arrays = visits.encoded(visit, change)
     if visit.mechanism:
-        metrics = visits.private_metrics(visit, visit.mechanism, noised_loss)
-    else:
-        metrics = visits.train_metrics(visit, result, change)
-    visit.write_cursor()
-    return content(arrays=arrays, metrics=metrics)
+        return change, visits.private_metrics(visit, visit.mechanism, noised_loss)
+    return change, visits.train_metrics(visit, result, change)
 
 
 @app.evaluate()

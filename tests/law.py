@@ -118,6 +118,7 @@ LIBRARIES: dict[str, set[str]] = {
 BESIDES = {
     "grandrounds.wire.masks.keys": {"cryptography"},
     "grandrounds.wire.masks.prg": {"cryptography"},
+    "grandrounds.wire.masks.rehearsal": {"cryptography"},
     "grandrounds.server.listeners.trackers": {"torch"},  # holds TensorBoard's writer
 }
 """Module → what it may load besides its room's."""

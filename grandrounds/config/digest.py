@@ -35,6 +35,7 @@ from which one goes on counts by its hash."""
 
 LEFT_OUT_IF: Mapping[str, Scalar] = {
     "earlier-schedules": "",
+    "secure-aggregation": "none",
     "model.revision": "",
     "model.lora.use-rslora": False,
     "model.lora.from-adapter-sha256": "",

@@ -69,6 +69,10 @@ class FederationConfig:
     """Consortium folder on the server, whose admissions bind each partition id to one Flower node.
     Empty: any node may claim any partition id. `grandrounds run --engine deployment` takes it from
     the connection."""
+    secure_aggregation: Annotated[str, OneOf(("none", "masked32", "masked16"))]
+    """Secure aggregation (beta, unreviewed): updates travel under masks, in fixed point of 32 or 16
+    bits, and the server learns their sum only. So far a rehearsal in process and in simulation,
+    where one machine holds all keys; a deployment refuses it. docs/masks.md."""
 
     @property
     def length(self) -> tuple[str, int]:
@@ -621,6 +625,11 @@ class Config:
     def is_private(self) -> bool:
         """Whether visits train by DP-SGD."""
         return self.privacy.unit_guarantee != "none"
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the server receives masked sums of updates."""
+        return self.federation.secure_aggregation != "none"
 
     @property
     def cohort_size(self) -> int:

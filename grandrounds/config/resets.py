@@ -60,8 +60,16 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
     preset = values.get("defence.preset")
     for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
         yield from reset(key, value, f"under defence.preset = {preset!r}")
-    if values.get("privacy.unit-guarantee") == "example":
+    is_private = values.get("privacy.unit-guarantee") == "example"
+    if is_private:
         yield from _private(values, reset)
+    if values.get("secure-aggregation", "none") != "none":
+        if not is_private:
+            why = "to masked sums: its step needs the length of each update"
+            yield from reset("strategy.name", "fedprox", why)
+        if values.get(f"{_ARGUMENTS}max-steps") != -1:
+            why = "to masked sums: the server sees no single update"
+            yield from reset("defence.largest-norm", 0.0, why)
     highest, default = (_number(flat.get(_HIGHEST)) for flat in (values, defaults))
     lowest = _number(defaults[_LOWEST])
     if 0 < highest < lowest:

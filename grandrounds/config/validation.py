@@ -22,6 +22,7 @@ from grandrounds.config.keys import (
     Config,
     table_meant,
 )
+from grandrounds.config.masked import masked_contradictions
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
@@ -360,6 +361,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _rule_contradictions(config)
     yield from _codec_contradictions(config)
     yield from privacy_contradictions(config)
+    yield from masked_contradictions(config)
 
 
 def idle_last_round(config: Config) -> str:

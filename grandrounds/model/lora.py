@@ -106,8 +106,23 @@ def add_lora(base: Any, spec: LoraSpec, name: str) -> Any:
     ModelError
         If a target cannot be adapted, PEFT fails, or a tensor has another rank than `spec`.
     """
+    if getattr(base, "is_loaded_in_8bit", False):
+        check_dequantizes(spec, 8, base.device)
     with without_bitsandbytes(needed=bool(getattr(base, "is_quantized", False))):
         return _adapted(base, spec, find_targets(base, spec.target_modules, name), name)
+
+
+def check_dequantizes(spec: LoraSpec, bits: int, device: torch.device) -> None:
+    """Raise `ModelError` where PEFT cannot take the norms of a quantised base for DoRA.
+
+    PEFT (0.21) moves an 8-bit weight to dequantise it, and on a CPU leaves it without its scales.
+    """
+    if spec.dora and bits == 8 and device.type == "cpu":
+        raise ModelError(
+            "model.quantization = 8 with model.lora.peft-use-dora = true runs on a GPU only: PEFT "
+            "cannot dequantise 8-bit weights on a CPU again and again. Set model.quantization = 4 "
+            "or 0, or train without DoRA."
+        )
 
 
 def _adapted(base: Any, spec: LoraSpec, targets: Targets, name: str) -> Any:

@@ -106,6 +106,8 @@ class Workload:
     """Bytes per element of a dropout mask: 1 on a GPU, 4 on a CPU; 0 without dropout."""
     own_ranks: Mapping[str, int] = field(default_factory=dict)
     """Name of a module → its rank where that is not r; the highest of all layers."""
+    dora: bool = False
+    """Whether each adapted module has DoRA's magnitudes."""
 
     @property
     def base_bytes(self) -> int:
@@ -161,7 +163,8 @@ class Workload:
         - A frozen linear module saves nothing but its weight; LLM.int8 saves its input
           (`int8_input_bytes`).
         - A factor A saves its input: shared by all modules that read it unless it is cast or
-          dropped out, otherwise one each. B saves N r elements. Dropout saves its mask.
+          dropped out, otherwise one each. B saves N r elements. Dropout saves its mask. DoRA scales
+          the outputs of the module and of B, and saves both; with dropout the module's weight too.
 
         Parameters
         ----------
@@ -192,13 +195,45 @@ class Workload:
             if module.name not in self.targets:
                 continue
             per_token += self.own_ranks.get(module.name, self.rank) * factor_input_bytes
+            if self.dora:
+                result_bytes = factor_input_bytes if self.dropout_mask_bytes else e
+                per_token += module.outputs * (result_bytes + factor_input_bytes)
             if copied:
                 per_token += module.inputs * factor_input_bytes
             elif is_new:
                 shared_inputs.add((source, module.inputs))
             if not (first and source == "first norm"):
                 per_token += module.inputs * self.dropout_mask_bytes
-        return batch.positions * (per_token + e * sum(width for _, width in shared_inputs))
+        saved = batch.positions * (per_token + e * sum(width for _, width in shared_inputs))
+        return saved + self.dropped_out_weight_bytes
+
+    def dora_bytes(self, checkpointing: bool) -> int:
+        """Return the peak bytes of the norm of W + s B A in one module; 0 without DoRA.
+
+        PEFT (0.19 to 0.21) puts the identity through A and B, 4 in^2, for B A, 4 in out, adds its
+        multiple to W, 8 in out, and converts W to float32 first, 4 in out more where it is not.
+        With checkpointing also the layer that is recomputed.
+        """
+        if not self.dora:
+            return 0
+        copies = 3 if self.precision.base_bytes == 4 and not self.precision.quantization else 4
+        adapted = [m for m in self.architecture.linears if m.name in self.targets]
+        most = max(4 * m.inputs * (m.inputs + copies * m.outputs) for m in adapted)
+        return most + (self.layer_bytes() if checkpointing else 0)
+
+    @property
+    def dropped_out_weight_bytes(self) -> int:
+        """The weights that DoRA's dropout keeps for the backward pass of one layer.
+
+        A dropped-out input needs a product of its own with W, converted to the type of the factors'
+        products unless W is float32.
+        """
+        a, precision = self.architecture, self.precision
+        exact = precision.base_bytes == 4 and not precision.quantization and not precision.autocast
+        if not self.dora or not self.dropout_mask_bytes or exact:
+            return 0
+        weights = sum(m.inputs * m.outputs for m in a.linears if m.name in self.targets)
+        return weights * precision.adapter_input_bytes
 
     @property
     def int8_input_bytes(self) -> int:
@@ -298,7 +333,7 @@ class SiteMemory:
     base: int
     """The frozen base."""
     adapter: int
-    """The adapter in float32, twice: as trained and as received. DoRA is not counted."""
+    """The adapter in float32, twice: as trained and as received."""
     gradient: int
     """The adapter's gradient, and that of FedProx's proximal term where there is one. In a private
     visit a gradient for each unit of a microbatch instead, and their sum in float64."""
@@ -307,7 +342,7 @@ class SiteMemory:
     activations: int
     """Tensors saved for the backward pass."""
     working: int
-    """The larger of `Workload.loss_bytes` and `Workload.backward_bytes`."""
+    """The largest of `Workload.loss_bytes`, `Workload.backward_bytes` and `Workload.dora_bytes`."""
     weight_copies: int
     """The largest linear weight, dequantised; bfloat16 copies of float32 weights."""
 
@@ -380,6 +415,7 @@ def workload_of(
         precision=precision,
         dropout_mask_bytes=1 if config.lora.dropout > 0 else 0,
         own_ranks=own_ranks,
+        dora=config.lora.peft_use_dora,
     )
 
 
@@ -413,7 +449,9 @@ def site_memory(
         gradient=count_parameters(trained) * gradient_bytes(config),
         optimizer=optimizer_bytes([math.prod(s) for s in trained.values()], train.optimizer),
         activations=activations,
-        working=max(loss, workload.backward_bytes(checkpointing)),
+        working=max(
+            loss, workload.backward_bytes(checkpointing), workload.dora_bytes(checkpointing)
+        ),
         weight_copies=workload.dequantized_bytes + workload.weight_copies_bytes(checkpointing),
     )
 

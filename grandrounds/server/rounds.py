@@ -18,12 +18,13 @@ from grandrounds.model.lora import peft_config
 from grandrounds.server import budgets
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
+from grandrounds.server.masks import exchanges
 from grandrounds.server.model_card import Findings, model_card
 from grandrounds.server.run import Run
 from grandrounds.server.updates import Updates
 from grandrounds.server.weights import claimed_examples, limited
 from grandrounds.wire import messages, told
-from grandrounds.wire.adapter import Adapter, magnitudes_of, shapes_of
+from grandrounds.wire.adapter import Adapter, magnitudes_of, shapes_of, unflatten
 from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.downlink import Parcel
@@ -65,7 +66,8 @@ def play_round(run: Run) -> None:
     now.trained = time.perf_counter()
     run.accept(now.number, adapter, tally)
     now.saves = now.saves or not budgets.are_enough(run.roster)  # the last one
-    run.state.note_norms([measured["update-norms"][str(p)] for p in tally.good])
+    if "update-norms" in measured:
+        run.state.note_norms([measured["update-norms"][str(p)] for p in tally.good])
     record = {**training_record(run, now, tally), **measured}
     if late := run.exchange.count_late():
         run.state.late_replies += late
@@ -85,10 +87,51 @@ def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
         The next adapter, the outcome at each site, and measurements of the updates.
     """
     parcels = parcels_for(run, now.number, now.cohort, trains=True)
+    if run.config.is_masked:
+        return train_masked(run, now, parcels)
     updates, product_error = collector(run, now, parcels)
     tally = receive(run, now, updates, product_error)
     adapter, measured = aggregate(run, now, tally)
     return adapter, tally, {**measured, **updates.report(), **product_error.report()}
+
+
+def train_masked(
+    run: Run, now: Round, parcels: dict[int, Parcel]
+) -> tuple[Adapter, Tally, dict[str, Any]]:
+    """Let the cohort train under masks; aggregate the mean of its changes as one update.
+
+    Nothing is measured of single updates, since the server has none.
+    """
+    config, limits = run.config, limits_of(run, now)
+    most = 1 if config.strategy.weighting == "equal" else max(limits.values(), default=1)
+    ranks, known = run.sender.ranks, dict(shapes_of(run.sender.start))
+    shapes = ranks.shapes_up(known, now.number, ranks.of_adapter(run.state.adapter))
+    outgoing = training_messages(run, now, parcels, exchanges.MASKED_KIND, most)
+
+    def tell(site: int, failure: str | None) -> None:
+        run.state.failed_replies += failure is not None
+        run.listener.on_reply(site, failure)
+
+    if not outgoing:
+        raise RoundError(f"Round {now.number}: no site of the cohort is connected.")
+    asked = exchanges.Asked(outgoing, now.learning_rate, shapes, most)
+    tally, found = exchanges.summed(config, run.exchange, asked, tell, run.roster.names)
+    for site in now.cohort:
+        if site not in parcels:
+            tally.failed[site] = NOT_THERE
+            tell(site, NOT_THERE)
+    examples = run.roster.examples()
+    for site, metrics in tally.good.items():
+        metrics.setdefault("num-examples", examples[site])
+    run.settle(parcels, tally.good)
+    run.rule.begin(now.number, run.state.adapter)
+    start = ranks.start_of(
+        next(iter(parcels.values())).received, known, config.federation.seed, now.number
+    )
+    run.rule.add(0, start, unflatten(found.mean, shapes), 1)
+    adapter, measured = aggregate(run, now, tally)
+    summed = {"sites": len(tally.good), "weight": found.weight, "values-cut": found.clipped}
+    return adapter, tally, {**measured, "masked-sum": summed}
 
 
 def record_start(run: Run) -> None:
@@ -175,20 +218,7 @@ def limits_of(run: Run, now: Round) -> dict[int, int]:
 def receive(run: Run, now: Round, updates: Updates, product_error: ProductError) -> Tally:
     """Let the cohort train; check each client update and aggregate it as it arrives."""
     parcels, cards, state = updates.parcels, run.roster.cards, run.state
-    outgoing = {
-        p: run.exchange.message(
-            cards[p].node_id,
-            MessageType.TRAIN,
-            now.number,
-            parcel,
-            {
-                "learning-rate": now.learning_rate,
-                **_cursor(run, p),
-                **cards[p].arithmetic,
-            },
-        )
-        for p, parcel in parcels.items()
-    }
+    outgoing = training_messages(run, now, parcels)
     run.rule.begin(now.number, state.adapter)
 
     def add(site: int, change: Adapter, weight: int) -> None:
@@ -221,6 +251,38 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
         tally.good.pop(site, None)
     run.settle(parcels, tally.good)
     return tally
+
+
+def training_messages(
+    run: Run,
+    now: Round,
+    parcels: Mapping[int, Parcel],
+    kind: str = MessageType.TRAIN,
+    most_weight: int = 0,
+) -> dict[int, Message]:
+    """Return the messages that let sites train.
+
+    Parameters
+    ----------
+    most_weight : int
+        Largest weight of a site in a masked sum; 0: the update is not masked.
+    """
+    cards = run.roster.cards
+    return {
+        p: run.exchange.message(
+            cards[p].node_id,
+            kind,
+            now.number,
+            parcel,
+            {
+                "learning-rate": now.learning_rate,
+                **_cursor(run, p),
+                **cards[p].arithmetic,
+                **(exchanges.instruction(most_weight) if most_weight else {}),
+            },
+        )
+        for p, parcel in parcels.items()
+    }
 
 
 def _cursor(run: Run, site: int) -> dict[str, int]:

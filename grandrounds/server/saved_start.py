@@ -216,7 +216,8 @@ def check_hash(saved: SavedStart, sha256: str) -> None:
 def check_settings(saved: SavedStart, config: Config) -> None:
     """Raise `ConfigError` if a recipe scales an adapter otherwise, or has another rank.
 
-    Target modules are compared as tensors, since one set of them has several names.
+    Target modules are compared as tensors, since one set of them has several names. PEFT sorts the
+    tables of ranks and alphas, whose order decides nothing (`model.patterns`).
     """
     own, asked = saved.spec, LoraSpec.of(config)
     wanted = saved.settings
@@ -224,8 +225,8 @@ def check_settings(saved: SavedStart, config: Config) -> None:
         "model.lora.peft-lora-r": own.rank != asked.rank,
         "model.lora.peft-lora-alpha": own.alpha != asked.alpha,
         "model.lora.use-rslora": own.stabilised != asked.stabilised,
-        "model.lora.rank-pattern": own.rank_pattern != asked.rank_pattern,
-        "model.lora.alpha-pattern": own.alpha_pattern != asked.alpha_pattern,
+        "model.lora.rank-pattern": dict(own.rank_pattern) != dict(asked.rank_pattern),
+        "model.lora.alpha-pattern": dict(own.alpha_pattern) != dict(asked.alpha_pattern),
     }
     told = {key: wanted[key] for key, differs in differing.items() if differs}
     if told:

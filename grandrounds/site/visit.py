@@ -31,6 +31,7 @@ from grandrounds.model.base import (
     device_and_dtype,
     quantization_config,
 )
+from grandrounds.model.lora import check_dequantizes
 from grandrounds.model.positions import check_examples, check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
@@ -239,7 +240,9 @@ def introduction(
     """
     device, dtype = device_and_dtype(config.model.dtype)
     # Fail here, before any training.
-    quantization_config(bits_of(machine.specs(config)[0]), dtype)
+    base, adapter = machine.specs(config)
+    quantization_config(bits_of(base), dtype)
+    check_dequantizes(adapter, bits_of(base), device)
     training.check_optimizer(config.train.optimizer)
     if mechanism:
         check_base(config)
@@ -434,6 +437,16 @@ def train_metrics(
         "coverage": min(1.0, visit.seen / num_examples),
         **process_facts(),
     }
+
+
+def without_figures(metrics: Mapping[str, float | int]) -> dict[str, float | int]:
+    """Return the metrics of a masked visit: no figure of the site's data, unless it is noised.
+
+    The weight travels in the mask.
+    """
+    noised = ("train-loss",) if EPSILON in metrics else ()
+    kept = ("cursor", "base-loads", "process-id", EPSILON, *noised)
+    return {name: metrics[name] for name in kept if name in metrics}
 
 
 def process_facts() -> dict[str, int]:

@@ -5,6 +5,8 @@ server → site
     `query.magnitudes`    config {}                               → arrays: DoRA's start
     `train`               arrays: adapter, config: round, ...     → arrays: change, metrics
                           start: in a continued run, once
+    `train.masked`        the same, masks: boxes                  → arrays: masked vector, metrics
+    `train.keys`, `.shares`, `.confirm`, `.unmask`  arrays: one   → arrays: one (wire/masks/packed)
     `evaluate`            arrays: adapter                         → metrics: held-out loss
     `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
 On an expected error a site replies with config {error, error-type}.

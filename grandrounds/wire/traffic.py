@@ -16,6 +16,9 @@ from grandrounds.wire.adapter import Ranks, Shapes, count_parameters, is_magnitu
 from grandrounds.wire.codecs import encoded_bytes
 from grandrounds.wire.codecs.codec import Codec, codec_named
 from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, Traffic
+from grandrounds.wire.masks import packed
+from grandrounds.wire.masks.attempt import MASKED, MASKS
+from grandrounds.wire.masks.fixed_point import numbers_of
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of
 
 TRAIN_DOWN, TRAIN_UP = "train.down", "train.up"
@@ -181,7 +184,10 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
                 for site, message in zip(chosen, received, strict=True)
             ]
         holding.update(chosen)
-        sent = [measure.up(number, ranks.carried(site, ranks.rank)) for site in chosen]
+        if config.is_masked:
+            received, sent = masked(config, ledger, received, measure.values_up(number))
+        else:
+            sent = [measure.up(number, ranks.carried(site, ranks.rank)) for site in chosen]
         for kind, group in ((TRAIN_DOWN, received), (TRAIN_UP, sent)):
             for message in group:
                 ledger.add(kind, message.tensor_bytes, message.key_bytes)
@@ -204,6 +210,34 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
         is_upper_bound=how.entropy_coding
         and (how.uplink_codec, how.downlink_codec) != ("none", "none"),
     )
+
+
+def masked(
+    config: Config, ledger: Ledger, received: list[Message], values: int
+) -> tuple[list[Message], list[Message]]:
+    """Return the messages that let sites train under masks, and their masked vectors.
+
+    The other four exchanges are added to the ledger.
+
+    Parameters
+    ----------
+    received
+        The messages with the adapter, one for each site.
+    values : int
+        Values of a change.
+    """
+    count = len(received)
+    sizes = packed.sizes(count)
+    for way, exchanges in (("down", sizes.down), ("up", sizes.up)):
+        for exchange, size in exchanges.items():
+            if way == "up" or exchange != MASKED:
+                for _ in range(count):
+                    ledger.add(f"{MASKS}.{way}", size + NPY_HEADER_BYTES, len(exchange))
+    boxes = sizes.down[MASKED] + NPY_HEADER_BYTES
+    both = [Message(m.tensor_bytes + boxes, m.key_bytes + len(MASKED)) for m in received]
+    numbers = numbers_of(config, config.train.learning_rate_max, count, values, 1)
+    vector = Message(numbers.size_bytes + NPY_HEADER_BYTES, len(MASKED))
+    return both, [vector] * count
 
 
 class _Measure:
@@ -229,6 +263,11 @@ class _Measure:
             lambda: self._ranks.shapes_up(self._shapes, round_number, rank),
             None if codec == "none" else codec,
         )
+
+    def values_up(self, round_number: int) -> int:
+        """Return the values of a client update at the adapter's rank."""
+        ranks = self._ranks
+        return count_parameters(ranks.shapes_up(self._shapes, round_number, ranks.rank))
 
     def _cached(
         self, key: tuple[object, ...], shapes: Callable[[], Shapes], codec: str | None

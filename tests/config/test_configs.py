@@ -27,6 +27,7 @@ LEADERBOARD = [name for name in COHORT_SIZES if not name.startswith("smollm2")]
 
 LEFT_OUT = {
     *(key for key in FIELD_OF_KEY if key.startswith("privacy.")),  # visits without a guarantee
+    "secure-aggregation",  # plain updates
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",
@@ -185,6 +186,7 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     assert config.data.partitioner in ("iid", "natural")
     assert not STRATEGIES[config.strategy.name].keys
     assert not config.is_private
+    assert not config.is_masked
     assert {config.communication.uplink_codec, config.communication.downlink_codec} == {"none"}
     assert (config.defence.update_norm_bound, config.defence.screens) == (0, False)
 

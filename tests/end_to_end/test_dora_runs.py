@@ -9,11 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType
+from peft import PeftModel
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
-from grandrounds.errors import EngineError, RoundError
-from grandrounds.wire.adapter import Adapter, is_magnitude
+from grandrounds.errors import EngineError, ModelError, RoundError
+from grandrounds.model.base import BaseSpec, base_loads, load_base
+from grandrounds.server.directory import find_checkpoint
+from grandrounds.study.ask import Interview
+from grandrounds.study.evaluation.models import Models
+from grandrounds.study.evaluation.tasks import Subject
+from grandrounds.study.export import export
+from grandrounds.wire.adapter import MAGNITUDE, Adapter, is_magnitude
 from grandrounds.wire.messages import MAGNITUDES, from_arrays
 from tests.end_to_end.sites import spoilt
 from tests.runs import (
@@ -170,3 +180,64 @@ def test_a_single_site_tells_the_start_alone_and_the_log_says_so(
         run = play({**settings, **one}, **{"num-server-rounds": 1})
     assert "with a single site nothing is compared" in caplog.text
     assert summary_of(run)["communication_mib"] == summary_of(run)["planned_mib"]
+
+
+# --- What is done with the adapter ----------------------------------------------------------------
+
+TOKENS = torch.arange(3, 27).reshape(2, 12)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model.eval()(TOKENS).logits
+    return logits
+
+
+def test_the_adapter_is_evaluated_asked_and_merged_as_peft_loads_it(
+    settings: Settings, tmp_path: Path, tiny_base: Path
+) -> None:
+    learned = {"train.learning-rate-max": 0.2, "train.learning-rate-min": 0.2}
+    run = play(settings, **{"num-server-rounds": 1}, **learned)
+    checkpoint = find_checkpoint(run)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    untuned = logits_of(base)
+    expected = logits_of(PeftModel.from_pretrained(base, checkpoint.folder))
+    assert (expected - untuned).abs().max() > 0.01
+    models = Models(
+        BaseSpec(str(tiny_base), 0, "float32"), (tuned := Subject("t", checkpoint.folder, "", ""),)
+    )
+    with models.asked(tuned) as model:
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+    with models.asked(Subject("base", None, "", "")) as model:
+        torch.testing.assert_close(logits_of(model), untuned, rtol=1e-4, atol=1e-5)
+    interview = Interview(checkpoint)
+    *_, answer = interview.answer("What helps?", tuned=True, max_tokens=4)
+    assert answer.end in ("cut", "stopped")
+    folder = export(checkpoint, merge=True, to=tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_base_in_4_bits_starts_at_its_dequantised_norms(settings: Settings) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = play(settings, **{"num-server-rounds": 1, "model.quantization": 4})
+    base = load_base(BaseSpec(settings["model.name"], 4, "float32"))
+    weights = {
+        f"base_model.model.{path}{MAGNITUDE}": dequantize_module_weight(module)
+        for path, module in base.named_modules()
+        if path.endswith(("q_proj", "v_proj"))
+    }
+    start = {name: norms for name, norms in state_of(run, 0).items() if is_magnitude(name)}
+    assert start.keys() == weights.keys()
+    for name, norms in start.items():
+        np.testing.assert_allclose(norms, weights[name].norm(dim=1).detach(), rtol=1e-6)
+    assert metrics_of(run)[1]["failed"] == {}
+
+
+def test_a_base_in_8_bits_on_a_cpu_is_refused_before_it_is_loaded(settings: Settings) -> None:
+    pytest.importorskip("bitsandbytes")
+    before = base_loads()
+    with pytest.raises(ModelError, match=r"quantization = 8 .* runs on a GPU only"):
+        play(settings, **{"model.quantization": 8})
+    assert base_loads() == before

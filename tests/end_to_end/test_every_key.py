@@ -92,6 +92,7 @@ TESTED_ELSEWHERE = {
     "resume-from": "the server's",
     "earlier-schedules": "test_longer_runs.py",
     "consortium": "tests/engines/deployment",
+    "secure-aggregation": "test_masked_runs.py",
     "model.quantization": "below, slow",
     "model.gradient-checkpointing": "below: same adapter, computed differently",
     "train.response-only-logits": "below: same adapter, computed differently",

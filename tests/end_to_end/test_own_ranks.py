@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.config.strategies import STRATEGIES
+from grandrounds.errors import ConfigError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.saved import lora_spec
+from grandrounds.server import saved_start
 from grandrounds.server.aggregation.make import make_rule
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.tasks import Subject
@@ -35,8 +37,10 @@ from tests.runs import (
     summary_of,
 )
 
+RANKS = "model.lora.rank-pattern"
+
 OWN: Settings = {
-    "model.lora.rank-pattern": json.dumps({"layers.0.self_attn.q_proj": 2, "v_proj": 6}),
+    RANKS: json.dumps({"layers.0.self_attn.q_proj": 2, "v_proj": 6}),
     "model.lora.alpha-pattern": json.dumps({r"layers\.1\..*v_proj": 3}),
     "strategy.proximal-mu": 0.0,
     "strategy.weighting": "equal",
@@ -202,3 +206,13 @@ def test_the_product_rule_keeps_each_module_at_its_own_rank() -> None:
         assert result[module + A].shape == start[module + A].shape
         found = result[module + B].astype("f8") @ result[module + A]
         np.testing.assert_allclose(found, expected, atol=1e-5 * s[0])
+
+
+def test_another_run_goes_on_from_the_adapter_whatever_the_order_of_its_tables(
+    finished: Callable[[str], Path], settings: Settings
+) -> None:
+    saved = saved_start.read_start(str(finished("product")))
+    asked = {**settings, **OWN, RANKS: json.dumps({"v_proj": 6, "layers.0.self_attn.q_proj": 2})}
+    saved_start.check_settings(saved, resolve(asked))
+    with pytest.raises(ConfigError, match=r"of other settings: model\.lora\.rank-pattern"):
+        saved_start.check_settings(saved, resolve({**asked, f"{RANKS}.v_proj": 5}))

@@ -65,6 +65,7 @@ def measured_and_planned(
     checkpointing: bool,
     dtype: torch.dtype = torch.float32,
     microbatch: int = 0,
+    dora: bool = False,
 ) -> tuple[int, int]:
     """Return the bytes that a visit takes beside the model, as counted and as planned.
 
@@ -76,7 +77,8 @@ def measured_and_planned(
     torch.manual_seed(0)
     config = LlamaConfig(**shape, num_attention_heads=4, pad_token_id=0)
     base = LlamaForCausalLM(config).to(dtype).requires_grad_(False)
-    model = get_peft_model(base, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=8, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
     parameters = [p for p in model.parameters() if p.requires_grad]
     resident = Resident(None, None, model, {})  # type: ignore[arg-type]
     checkpoint_activations(resident, checkpointing)
@@ -101,6 +103,7 @@ def measured_and_planned(
         "strategy.name": "fedprox",
         "strategy.proximal-mu": 0.01,
         "model.lora.peft-lora-r": 8,
+        "model.lora.peft-use-dora": dora,
         "train.batching": "padding-free" if how.padding_free else "padded",
         "train.response-only-logits": how.answers_only,
         "train.logits-chunk-tokens": how.chunk_tokens,
@@ -137,6 +140,15 @@ def test_a_visit_without_padding_takes_what_is_planned_and_hardly_less(
 ) -> None:
     how = Forward(False, padding_free=True, answers_only=True, chunk_tokens=chunk)
     measured, planned = measured_and_planned(shape, targets, how, checkpointing=checkpointing)
+    assert 0.99 <= planned / measured <= 1.12
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_visit_with_dora_takes_what_is_planned(checkpointing: bool) -> None:
+    how = Forward(False, padding_free=True, answers_only=True, chunk_tokens=64)
+    measured, planned = measured_and_planned(
+        WIDE, ALL_SEVEN, how, checkpointing=checkpointing, dora=True
+    )
     assert 0.99 <= planned / measured <= 1.12
 
 

@@ -170,6 +170,7 @@ ENTRIES = {
         'model.lora.peft-use-dora = true\nmodel.lora.peft_lora_target_modules = "all"',
         settings={"model.lora.peft-use-dora": True, "strategy.name": "fedavg"},
         adapted=EVERY,
+        said=("DoRA, LoRA r 4, alpha 8",),
     ),
     "DoRA by its other name, on a SmolLM2": Entry(
         "HuggingFaceTB/SmolLM2-1.7B-Instruct",

@@ -80,6 +80,19 @@ def test_both_engines_give_the_same_adapter_bit_for_bit(settings: Settings, tmp_
     assert marked_processes() == []
 
 
+def test_both_engines_give_the_same_masked_sums(settings: Settings, tmp_path: Path) -> None:
+    """A site's keys and shares travel between processes in the state that Flower keeps."""
+    masked = {"secure-aggregation": "masked32", "strategy.fraction-train": 1.0}
+    settings = {**settings, **masked, "num-server-rounds": 1}
+    simulated = tmp_path / "simulated"
+    line = command({**settings, "run-directory": str(simulated)}, tmp_path)
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a rehearsal, since this machine holds the keys of all sites" in done.stdout
+    assert adapter_bytes(simulated) == adapter_bytes(play(settings))
+    assert marked_processes() == []
+
+
 def test_a_run_whose_sites_fail_has_an_exit_code_that_says_so(
     settings: Settings, tmp_path: Path
 ) -> None:
@@ -117,9 +130,13 @@ def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path
 
 
 def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Path) -> None:
-    """The repository itself as a Flower app, on a SuperLink of the test's own."""
+    """The repository itself as a Flower app, on a SuperLink of the test's own.
+
+    With DoRA, whose start is a kind of message of its own.
+    """
     from grandrounds.engines.simulation import SimulatedSites, run_simulation
 
+    settings = {**settings, "model.lora.peft-use-dora": True}
     simulated, home = tmp_path / "flwr", tmp_path / "home"
     overrides = {**settings, "run-directory": str(simulated)}
     polls: list[float] = []

@@ -54,7 +54,7 @@ def recipe_rows(config: Config) -> Rows:
         ("base", f"{model.name}, {bits[model.quantization]}{checkpointing}"),
         (
             "adapter",
-            f"{'rs' * lora.use_rslora}LoRA "
+            f"{'DoRA, ' * lora.peft_use_dora}{'rs' * lora.use_rslora}LoRA "
             f"r {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
             f"alpha {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
             f"dropout {lora.dropout:g}, target modules: {lora.target_modules}",
@@ -84,6 +84,8 @@ def recipe_rows(config: Config) -> Rows:
         rows.append(("encoding", encoded))
     if screens := defence(config):
         rows.append(("defence", screens))
+    if config.is_masked:
+        rows.append(("masks", masks(config)))
     if idle := without_effect(config):
         rows.append(("no effect here", ", ".join(idle)))
     return rows
@@ -117,6 +119,14 @@ def defence(config: Config) -> str:
         parts.append(f"updates that stand out in one direction, beyond {spread}, left out")
     preset = f"preset {how.preset}: " if how.preset != "none" else ""
     return preset + ", ".join(parts)
+
+
+def masks(config: Config) -> str:
+    """Return how updates are summed, in words."""
+    return (
+        f"secure aggregation (beta, unreviewed), {config.federation.secure_aggregation}: a "
+        "rehearsal, since this machine holds the keys of all sites"
+    )
 
 
 def without_effect(config: Config) -> list[str]:

@@ -8,7 +8,7 @@ of others, it is a survivor all the same.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from grandrounds.errors import ReplyError, RoundError
 from grandrounds.wire.masks import keys, packed, shamir
 from grandrounds.wire.masks.agreement import Agreement, commitment, keys_text, sign_of
-from grandrounds.wire.masks.attempt import LEAST_COHORT, Attempt, threshold
+from grandrounds.wire.masks.attempt import KEY_BYTES, LEAST_COHORT, Attempt, threshold
 from grandrounds.wire.masks.fixed_point import FixedPoint
 from grandrounds.wire.masks.prg import Vector, add_mask
 from grandrounds.wire.masks.roster import Roster
@@ -29,7 +29,7 @@ class MaskedSum:
     attempt: Attempt
     roster: Roster
     numbers: FixedPoint
-    """Of the vectors; for at least as many sites as there are in the cohort."""
+    """Of the vectors."""
     received: bytes
     """Hash of the adapter and the instruction that the sites get."""
     _keys: dict[int, packed.SignedKeys] = field(default_factory=dict)
@@ -59,6 +59,7 @@ class MaskedSum:
     def key_list(self) -> bytes:
         """Return what `shares` sends to every site; raise `RoundError` if too few sent keys."""
         self._check_count("keys", self._keys, LEAST_COHORT)
+        self.numbers = replace(self.numbers, sites=len(self._keys))  # as the sites count them
         return packed.pack_key_list(self._keys)
 
     # --- Shares -----------------------------------------------------------------------------------
@@ -147,7 +148,7 @@ class MaskedSum:
 
     def _remove_pairs(self, total: Vector, owner: int, secret: bytes) -> None:
         """Remove the survivors' masks with a lost site, which nothing cancels."""
-        if len(secret) != keys.KEY_BYTES or keys.public_of(secret) != self._keys[owner].mask:
+        if len(secret) != KEY_BYTES or keys.public_of(secret) != self._keys[owner].mask:
             raise self._wrong_shares(owner)
         for site in sorted(self._survivors):
             key = self._agreement.pair_mask(secret, self._keys[site], (owner, site), self.received)

@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from grandrounds.errors import DataError, OwnDataError
 from grandrounds.model.base import base_loads
 from grandrounds.site.custody import answer as custody
+from grandrounds.site.custody import policy
 from grandrounds.site.custody.agent_client import forward
 from grandrounds.site.custody.faults import (
     keep_texts_off_the_terminal,
@@ -78,7 +79,9 @@ def _visit(message: Message, context: Context) -> Visit:
     if is_one_machine(context.node_config):
         return Visit.here(message.content, context)
     check_choice(context.node_config)
-    partition_id(context.node_config, parsed(context.run_config))
+    config = parsed(context.run_config)
+    policy.check_no_masks(config)
+    partition_id(context.node_config, config)
     try:
         return Visit.here(message.content, context)
     except DataError as error:

@@ -226,6 +226,7 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
         If the run's own prompt template is not valid.
     """
     check_known(site, config.model.name)
+    check_no_masks(config)
     lora = config.lora
     if lora.from_adapter and not lora.from_adapter_sha256:
         raise PolicyError(
@@ -239,6 +240,15 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
     check_run(site, asked, None)
     check_prompt(config.data.prompt_template, config.data.system_prompt)
     return asked
+
+
+def check_no_masks(config: Config) -> None:
+    """Raise `PolicyError` if a run's updates are to be masked, which no real site can do so far."""
+    if config.is_masked:
+        raise PolicyError(
+            f"secure-aggregation = {config.federation.secure_aggregation!r} is a rehearsal in "
+            'process and in simulation so far: sites take part with "none" only.'
+        )
 
 
 def check_run(site: SiteFile, asked: Asked, num_examples: int | None) -> None:

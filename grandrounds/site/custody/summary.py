@@ -30,7 +30,8 @@ def lines_of(recipe: Recipe, others: Sequence[Recipe]) -> Iterator[str]:
     visit = f"{steps} steps" if steps != -1 else f"{value[f'{arguments}num-train-epochs']} epochs"
     accumulated = value[f"{arguments}gradient-accumulation-steps"]
     template = str(value["data.prompt-template"])
-    kind = "rsLoRA" if value["model.lora.use-rslora"] is True else "LoRA"
+    kind = "DoRA, " if value["model.lora.peft-use-dora"] is True else ""
+    kind += "rsLoRA" if value["model.lora.use-rslora"] is True else "LoRA"
     whose = f"signed by {recipe.signed_by}" if recipe.signed_by else "not signed"
     since = f", asked for by run {recipe.run} at {recipe.asked}" if recipe.run else ""
     yield f"    {whose}{since}"

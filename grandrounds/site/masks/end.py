@@ -249,6 +249,19 @@ class SiteEnd:
         self._said(held, UNMASK, request, reply, shares={})
         return reply
 
+    def cohort(self, attempt: Attempt) -> int:
+        """Return the number of sites in the list of keys of an attempt.
+
+        Raises
+        ------
+        PolicyError
+            If the site has not received it.
+        """
+        held = self.store.read(attempt)
+        if held is None or not held.key_list:
+            raise PolicyError("This site has no list of keys for this attempt.")
+        return len(packed.key_list(held.key_list))
+
     # --- Checks -----------------------------------------------------------------------------------
 
     def _at(self, attempt: Attempt, exchange: str, request: bytes) -> tuple[Held, bytes | None]:

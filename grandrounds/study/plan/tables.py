@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from grandrounds.config.keys import Config
 from grandrounds.config.words import counted, with_own
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
 from grandrounds.server.described import cautions, data_text, start_text
@@ -11,6 +12,8 @@ from grandrounds.study.plan import privacy
 from grandrounds.study.plan.forecast import Forecast, link_seconds
 from grandrounds.study.tables import NONE, Table, in_gib, in_mib, number, percent
 from grandrounds.wire.adapter import count_parameters
+from grandrounds.wire.masks.attempt import threshold
+from grandrounds.wire.masks.fixed_point import RANGE_STEPS
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -98,12 +101,37 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
             f"coverage assumes sites of equal size: with {config.data.partitioner} partitions the "
             "sizes are unknown until the data are read"
         )
+    if config.is_masked:
+        lines += masked_notes(config)
     if forecast.privacy:
         lines += privacy.notes(forecast.privacy)
     elif config.is_private:
         lines.append(privacy.UNITS_UNKNOWN)
     if link:
         lines.append("a transfer is one message down and one up; latency and training are left out")
+    return lines
+
+
+def masked_notes(config: Config) -> list[str]:
+    """Return what masks change about a run."""
+    cohort = config.cohort_size
+    spare = cohort - threshold(cohort)
+    lost = (
+        f"{counted(spare, 'site')} of {cohort} may be lost in a round"
+        if spare
+        else (f"no site of {cohort} may be lost in a round")
+    )
+    lines = [
+        "secure aggregation (beta, unreviewed) is a rehearsal so far, in process and in "
+        f"simulation; {lost}, and no rule can look at single updates",
+    ]
+    arguments, optimizer = config.arguments, config.train.optimizer
+    if arguments.weight_decay > 0 or optimizer != "adamw_torch":
+        why = "weight decay" if arguments.weight_decay > 0 else optimizer
+        lines.append(
+            f"with {why} a value may leave the range that is known before, of {RANGE_STEPS:g} "
+            "learning rates a step: sites cut it, and the count travels in the mask (values-cut)"
+        )
     return lines
 
 

@@ -25,6 +25,18 @@ MOST_SITES = 256
 MOST_ATTEMPTS = 20
 """Attempts at one round, each with fresh keys."""
 
+KEY_BYTES = 32
+"""Of secrets, of public keys on Curve25519, and of everything derived from them."""
+
+TAG_BYTES = 16
+"""What a box adds to its content."""
+
+SIGNATURE_BYTES = 96
+"""r and s on P-384, of 48 bytes each: DER's length would vary."""
+
+MASKS = "masks"
+"""Record of the boxes, beside the adapter; and kind of the other four exchanges in the ledger."""
+
 DOMAIN = "grandrounds masks 1"
 """Begins every text that is bound or signed: nothing else that a key signs begins so."""
 

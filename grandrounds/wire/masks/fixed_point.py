@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grandrounds.config.keys import Config
 from grandrounds.errors import ReplyError
-from grandrounds.wire.masks.prg import Stream, Vector
+
+if TYPE_CHECKING:
+    from grandrounds.wire.masks.prg import Vector
 
 BITS = {"masked32": 32, "masked16": 16}
 """Codec → bits of a number."""
@@ -125,6 +128,8 @@ class FixedPoint:
         ReplyError
             If a value is not finite.
         """
+        from grandrounds.wire.masks.prg import Stream  # plans do without cryptography
+
         weight = min(weight, self.most_weight)
         factor = math.ldexp(weight / self.most_weight, self.fraction_bits)
         is_coarse = self.codec == "masked16"
@@ -186,3 +191,22 @@ class Sum:
     """Sum of the weights."""
     clipped: int
     """Values that the sites cut to the range, all sites together."""
+
+
+def numbers_of(
+    config: Config, learning_rate: float, sites: int, values: int, most_weight: int
+) -> FixedPoint:
+    """Return the fixed-point numbers of a round.
+
+    Parameters
+    ----------
+    learning_rate : float
+        The round's.
+    sites : int
+        Sites in the list of keys.
+    values : int
+        Values of a change.
+    """
+    largest = largest_change(learning_rate, config.arguments.max_steps)
+    codec = config.federation.secure_aggregation
+    return FixedPoint(codec, sites, values, largest, most_weight)

@@ -19,15 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from grandrounds.errors import ReplyError
-
-KEY_BYTES = 32
-"""Of secrets, of public keys on Curve25519, and of everything derived from them."""
-
-TAG_BYTES = 16
-"""What a box adds to its content."""
-
-SIGNATURE_BYTES = 96
-"""r and s on P-384, of 48 bytes each: DER's length would vary."""
+from grandrounds.wire.masks.attempt import KEY_BYTES, SIGNATURE_BYTES
 
 _NO_NONCE = bytes(12)
 

@@ -18,8 +18,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from grandrounds.errors import ReplyError
-from grandrounds.wire.masks.attempt import MOST_SITES
-from grandrounds.wire.masks.keys import KEY_BYTES, SIGNATURE_BYTES, TAG_BYTES
+from grandrounds.wire.masks.attempt import (
+    CONFIRM,
+    KEY_BYTES,
+    KEYS,
+    MASKED,
+    MOST_SITES,
+    SHARES,
+    SIGNATURE_BYTES,
+    TAG_BYTES,
+    UNMASK,
+)
 from grandrounds.wire.masks.shamir import SHARE_BYTES
 
 NUMBER_BYTES = 2
@@ -127,6 +136,34 @@ def opened(data: bytes, senders: Sequence[int]) -> dict[int, bytes]:
 def table_bytes(width: int, entries: int) -> int:
     """Return the bytes of a table."""
     return NUMBER_BYTES + entries * (NUMBER_BYTES + width)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the messages of one site in an attempt in which nobody is lost."""
+
+    down: dict[str, int]
+    """Exchange → bytes to the site; for `masked`, of the boxes alone."""
+    up: dict[str, int]
+    """Exchange → bytes from the site; without the masked vector."""
+
+
+def sizes(count: int) -> Sizes:
+    """Return the bytes of an attempt of `count` sites."""
+    return Sizes(
+        down={
+            SHARES: table_bytes(SIGNED_KEYS_BYTES, count),
+            MASKED: table_bytes(BOX_BYTES, count - 1),
+            CONFIRM: table_bytes(0, count),
+            UNMASK: table_bytes(SIGNATURE_BYTES, count),
+        },
+        up={
+            KEYS: SIGNED_KEYS_BYTES,
+            SHARES: COMMITMENT_BYTES + BOX_BYTES * (count - 1),
+            CONFIRM: SIGNATURE_BYTES,
+            UNMASK: SHARE_BYTES * count,
+        },
+    )
 
 
 def _pack(table: Mapping[int, bytes]) -> bytes:

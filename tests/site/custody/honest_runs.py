@@ -17,12 +17,16 @@ from grandrounds.site.custody.reach import adamw_reach
 from grandrounds.site.custody.received import ReceivedAdapter, after_round
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire.adapter import (
+    MAGNITUDE,
+    A,
     Adapter,
+    B,
     Ranks,
     Shapes,
-    drawn_adapter,
     factor_of,
+    is_magnitude,
     shapes_of,
+    started_adapter,
 )
 from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.downlink import Parcel, Sender
@@ -33,12 +37,14 @@ RANK, WIDTH, HEIGHT = 4, 48, 40
 PREFIX = "base_model.model.layers.0."
 
 
-def layout(rank: int) -> Shapes:
+def layout(rank: int, *, dora: bool = False) -> Shapes:
     """Return the shapes of an adapter on two modules."""
+    of_module: dict[str, tuple[int, ...]] = {A: (rank, WIDTH), B: (HEIGHT, rank)}
+    of_module |= {MAGNITUDE: (HEIGHT,)} if dora else {}
     return {
-        f"{PREFIX}{module}.lora_{factor}.weight": shape
+        f"{PREFIX}{module}{suffix}": shape
         for module in ("q_proj", "v_proj")
-        for factor, shape in (("A", (rank, WIDTH)), ("B", (HEIGHT, rank)))
+        for suffix, shape in of_module.items()
     }
 
 
@@ -72,8 +78,14 @@ class Honest:
     its own; `sparse`: most values hardly move; `steady`: in part common to all sites."""
 
     def __post_init__(self) -> None:
-        self.shapes = layout(self.config.lora.peft_lora_r)
-        self.start = drawn_adapter(self.shapes, self.config.federation.seed)
+        lora = self.config.lora
+        self.shapes = layout(lora.peft_lora_r, dora=lora.peft_use_dora)
+        self.magnitudes = {
+            name: np.linspace(0.5, 9, HEIGHT, dtype=np.float32)
+            for name in filter(is_magnitude, self.shapes)
+        }
+        seed = self.config.federation.seed
+        self.start = started_adapter(self.shapes, seed, self.magnitudes)
         self.ranks = Ranks.of(self.config)
         self.states = [RecordDict() for _ in range(self.config.data.num_partitions)]
         self.draw = np.random.default_rng(self.seed)
@@ -103,7 +115,8 @@ class Honest:
     def seen(self, adapter: Adapter, kind: str, number: int) -> ReceivedAdapter:
         """Return an adapter as a site checks it."""
         steps = self.config.arguments.max_steps
-        return ReceivedAdapter(adapter, self.config, self.shapes, after_round(kind, number), steps)
+        after = after_round(kind, number)
+        return ReceivedAdapter(adapter, self.config, self.shapes, after, steps, self.magnitudes)
 
     def _evaluated(
         self, sender: Sender, adapter: Adapter, number: int
@@ -115,7 +128,8 @@ class Honest:
 
     def _decoded(self, site: int, parcel: Parcel) -> Adapter:
         content = messages.content(arrays=parcel.arrays, config=parcel.config)
-        return downlink.receive(content, self.states[site], self.config, self.shapes)
+        state = self.states[site]
+        return downlink.receive(content, state, self.config, self.shapes, self.magnitudes)
 
     def _change(self, site: int, number: int, begun: Adapter) -> dict[str, Any]:
         rate = round_learning_rate_of(self.config, number)

@@ -614,5 +614,9 @@ def test_whoever_approves_a_recipe_sees_what_it_guarantees() -> None:
     recipe = Recipe("ab" * 32, recipes.resolve({**PRIVATE}).flat())
     lines = list(lines_of_recipe(recipe, []))
     assert "    private visits: a noise multiplier of 4.0, clipping norm 0.1" in lines
-    plain = Recipe("ab" * 32, recipes.resolve({}).flat())
+    variant = {"model.lora.peft-use-dora": True, "model.lora.rank-pattern": '{"q_proj": 4}'}
+    plain = Recipe("ab" * 32, recipes.resolve(variant).flat())
+    told = "\n".join(lines_of_recipe(plain, []))
+    assert "DoRA, LoRA of rank 16" in told
+    assert 'model.lora.rank-pattern {"q_proj": 4}' in told
     assert not any("private visits" in line for line in lines_of_recipe(plain, []))

@@ -17,7 +17,7 @@ from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import PolicyError
 from grandrounds.site.custody.reach import Reach, adamw_reach
 from grandrounds.site.custody.received import ReceivedAdapter, after_round
-from grandrounds.wire.adapter import Adapter, drawn_adapter, factor_of
+from grandrounds.wire.adapter import Adapter, drawn_adapter, factor_of, is_magnitude
 from tests.own_sites import sites_of
 from tests.runs import Settings, metrics_of, play
 from tests.site.custody.honest_runs import RANK, WIDTH, Honest, configured, layout
@@ -53,6 +53,8 @@ SETTINGS: dict[str, list[Settings]] = {
     "product": [{}, {"strategy.site-ranks": "4,2"}],
     "flora": [{}, {"strategy.max-rank": 8}],
     "fedtrimmedavg": [{"strategy.trimmed-share": 0.4}],
+    "fedavg": [{}, {"model.lora.peft-use-dora": True}],
+    "fedexp": [{}, {"model.lora.peft-use-dora": True}],
     **{
         name: [{}, {"strategy.server-learning-rate": 0.1}]
         for name in ("fedadam", "fedyogi", "fedadagrad")
@@ -101,6 +103,12 @@ CUSTODY: dict[str, Settings] = {
     },
     "rolora int8": {"strategy.name": "rolora", "communication.downlink-codec": "int8"},
     "flora": {"strategy.name": "flora", "strategy.max-rank": 8},
+    "dora int8": {
+        "strategy.name": "fedexp",
+        "model.lora.peft-use-dora": True,
+        "train.training-arguments.weight-decay": 0.1,
+        "communication.downlink-codec": "int8",
+    },
     "own ranks of modules": {
         "strategy.name": "fedavg",
         "model.lora.rank-pattern": '{"q_proj": 2}',
@@ -191,6 +199,20 @@ def test_an_adapter_that_was_made_up_is_refused(attack: str) -> None:
     factor, made, reason = ATTACKS[attack]
     with pytest.raises(PolicyError, match=reason):
         checked(with_factor(honest(), factor, made))
+
+
+def test_magnitudes_that_the_run_cannot_have_are_refused() -> None:
+    config = configured({"model.lora.peft-use-dora": True})
+    run = Honest(config, 0, "steady")
+    arrived = {n: r for p, kind, n, r in run.received() if (p, kind) == (0, "evaluate")}
+    for number, reason in ((0, "not the start"), (3, "a value of .*magnitude_vector differs")):
+        arrived[number].check(RecordDict())
+        changed = {
+            name: 1.1 * tensor if is_magnitude(name) else tensor
+            for name, tensor in arrived[number].adapter.items()
+        }
+        with pytest.raises(PolicyError, match=reason):
+            run.seen(changed, "evaluate", number).check(RecordDict())
 
 
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "B = 0"])

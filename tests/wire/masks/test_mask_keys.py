@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from grandrounds.errors import ReplyError
 from grandrounds.wire.masks import keys
 from grandrounds.wire.masks.agreement import Agreement
+from grandrounds.wire.masks.attempt import SIGNATURE_BYTES
 from grandrounds.wire.masks.packed import SignedKeys
 from grandrounds.wire.masks.prg import CHUNK_BYTES, Stream, add_mask
 from tests.masking import RECEIVED, attempt_at, identity
@@ -106,7 +107,7 @@ def test_mask_seed_has_256_bits() -> None:
 def test_signatures_have_one_length_and_bind_text_and_signer() -> None:
     text = attempt_at(3).bind("survivors", [0, 1, 2])
     signature = keys.sign(identity(0), text)
-    assert len(signature) == keys.SIGNATURE_BYTES
+    assert len(signature) == SIGNATURE_BYTES
     assert keys.is_signed(identity(0).public_key(), text, signature)
     assert not keys.is_signed(identity(1).public_key(), text, signature)
     assert not keys.is_signed(identity(0).public_key(), text + b"\0", signature)

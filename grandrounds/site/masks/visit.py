@@ -1,0 +1,106 @@
+"""The exchanges of a masked sum as visits, in a rehearsal: Flower's records to bytes and back."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import RecordDict
+
+from grandrounds.errors import PolicyError, ReplyError
+from grandrounds.site.masks.end import SiteEnd
+from grandrounds.site.masks.held import RehearsalStore
+from grandrounds.site.visit import Visit
+from grandrounds.wire import messages
+from grandrounds.wire.adapter import Adapter, flatten
+from grandrounds.wire.masks.attempt import (
+    CONFIRM,
+    KEYS,
+    LEAST_COHORT,
+    MASKED,
+    MASKS,
+    MOST_ATTEMPTS,
+    SHARES,
+    UNMASK,
+    Attempt,
+)
+from grandrounds.wire.masks.carried import (
+    ATTEMPT,
+    MOST_WEIGHT,
+    carried,
+    received_digest,
+    sent,
+)
+from grandrounds.wire.masks.fixed_point import COUNT_BITS, numbers_of
+from grandrounds.wire.masks.rehearsal import identity_of, roster_of_run
+
+
+def check_kind(visit: Visit, *, masked: bool) -> None:
+    """Raise `PolicyError` if a visit's kind is not that of its run: masks are not optional."""
+    if visit.config.is_masked != masked:
+        how = "masked" if visit.config.is_masked else "plain"
+        raise PolicyError(
+            f"This run's updates are {how} (secure-aggregation = "
+            f"{visit.config.federation.secure_aggregation!r}), and the server asked for another "
+            "kind."
+        )
+
+
+def answer(visit: Visit, exchange: str) -> RecordDict:
+    """Answer one of the four exchanges that need neither base nor data."""
+    end, attempt = _end_of(visit)
+    if exchange == KEYS:
+        reply = end.keys(attempt)
+    else:
+        request = carried(visit.content, exchange)
+        reply = {SHARES: end.shares, CONFIRM: end.confirm, UNMASK: end.unmask}[exchange](
+            attempt, request
+        )
+    return messages.content(arrays=sent(exchange, reply))
+
+
+def check_boxes(visit: Visit) -> None:
+    """Check what came with a request to train, before the site trains.
+
+    Raises
+    ------
+    ReplyError, PolicyError
+        If the boxes of the other sites do not open, or the exchange was answered before.
+    """
+    check_kind(visit, masked=True)
+    end, attempt = _end_of(visit)
+    if end.received(attempt, _boxes(visit), received_digest(visit.content)) is not None:
+        raise PolicyError("This site has answered for this attempt already.")
+
+
+def masked(visit: Visit, change: Adapter) -> RecordDict:
+    """Return the reply to a request to train: the change in fixed point, under its masks.
+
+    The weight is the number of training examples, or of declared units, and travels in the mask.
+    """
+    end, attempt = _end_of(visit)
+    most = messages.whole_number(visit.instruction, MOST_WEIGHT, 1, 2**COUNT_BITS - 1)
+    weight = visit.mechanism.declared_units if visit.mechanism else len(visit.site.train)
+    values = flatten(change)
+    numbers = numbers_of(visit.config, visit.rate, end.cohort(attempt), len(values), most)
+    vector = numbers.encode(values, weight)
+    reply = end.masked(attempt, _boxes(visit), received_digest(visit.content), vector)
+    return messages.content(
+        arrays=messages.to_payload(MASKED, np.frombuffer(reply, dtype=np.uint8))
+    )
+
+
+def _boxes(visit: Visit) -> bytes:
+    return carried(visit.content, MASKED, record=MASKS)
+
+
+def _end_of(visit: Visit) -> tuple[SiteEnd, Attempt]:
+    """Return the site's end in a rehearsal, and the attempt that a message is about."""
+    check_kind(visit, masked=True)
+    seed, site = visit.config.federation.seed, visit.site.partition_id
+    roster = roster_of_run(seed, visit.config.data.num_partitions)
+    store = RehearsalStore(visit.state)
+    end = SiteEnd(site, identity_of(seed, site), roster, LEAST_COHORT, store)
+    run = visit.instruction.get(messages.RUN)
+    if not isinstance(run, str):
+        raise ReplyError(f"run is {run!r}, not a key")
+    number = messages.whole_number(visit.instruction, ATTEMPT, 0, MOST_ATTEMPTS - 1)
+    return end, end.attempt(run, visit.round, number)
