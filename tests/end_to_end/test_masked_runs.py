@@ -43,7 +43,6 @@ ONE_ROUND: Settings = {
 PLAIN: Settings = {
     "secure-aggregation": "none",
     "strategy.fraction-train": 1.0,
-    "strategy.name": "fedprox",
     "defence.largest-norm": 0.0,
 }
 
@@ -86,6 +85,10 @@ def test_a_masked_run_is_that_of_plain_updates(
     assert furthest(masked, plain) < 1e-6
     for one, other in zip(metrics_of(masked), metrics_of(plain), strict=True):
         assert one["held-out-loss"] == pytest.approx(other["held-out-loss"], abs=1e-5)
+        if one["round"]:  # FedExP's step needs squared lengths
+            rate = other["server-learning-rate"]
+            assert one["server-learning-rate"] == pytest.approx(rate, rel=1e-5)
+            assert rate > 1
 
 
 def test_the_plan_is_the_ledger_to_the_byte(played: tuple[Path, list[Message]]) -> None:
