@@ -397,8 +397,6 @@ def _start_contradictions(config: Config) -> Iterator[str]:
             f"strategy.site-ranks = {config.strategy.site_ranks!r} gives some sites a part of the "
             f"adapter of {key}, which none can compare with its hash: leave site-ranks empty."
         )
-    if config.lora.peft_use_dora:
-        yield f"model.lora.peft-use-dora = true does not go with {key}: only plain LoRA goes on."
 
 
 def _rule_contradictions(config: Config) -> Iterator[str]:

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from math import inf
 
+from grandrounds.config.expressions import MOST_WAYS, ways
+
 Scalar = bool | int | float | str
 
 AUTO = "auto"
@@ -143,16 +145,21 @@ class Patterns:
         except (ValueError, re.error):
             return False
         kinds = (int,) if self.whole else (int, float)
-        return isinstance(table, dict) and all(
-            pattern and type(number) in kinds and self.numbers.admits(number)
-            for pattern, number in table.items()
+        return (
+            isinstance(table, dict)
+            and sum(map(ways, table)) <= MOST_WAYS
+            and all(
+                pattern and type(number) in kinds and self.numbers.admits(number)
+                for pattern, number in table.items()
+            )
         )
 
     def __str__(self) -> str:
         kind = "an integer" if self.whole else "a number"
         return (
             "a table of names of modules, or regular expressions of them, each with "
-            f"{kind} ({self.numbers}), such as {{q_proj = 4}}"
+            f"{kind} ({self.numbers}), such as {{q_proj = 4}}; an expression repeats characters "
+            "only, no groups, and about three times at most"
         )
 
 

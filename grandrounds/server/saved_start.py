@@ -37,7 +37,7 @@ from grandrounds.model.saved import (
 from grandrounds.model.targets import Targets
 from grandrounds.server.directory import find_checkpoint
 from grandrounds.storage import found, write_bytes, writing
-from grandrounds.wire.adapter import Adapter, Shapes, adapter_sha256, factor_of, shapes_of
+from grandrounds.wire.adapter import Adapter, B, Shapes, adapter_sha256, shapes_of
 
 KEY, HASH = "model.lora.from-adapter", "model.lora.from-adapter-sha256"
 
@@ -66,6 +66,7 @@ class SavedStart:
             "model.lora.peft-lora-r": spec.rank,
             "model.lora.peft-lora-alpha": spec.alpha,
             "model.lora.use-rslora": spec.stabilised,
+            "model.lora.peft-use-dora": spec.dora,
             "model.lora.target-modules": spec.target_modules,
             "model.lora.rank-pattern": table(spec.rank_pattern),
             "model.lora.alpha-pattern": table(spec.alpha_pattern),
@@ -79,7 +80,7 @@ def read_start(place: str) -> SavedStart:
     Raises
     ------
     ModelError
-        If there is none, or it is no plain LoRA, not trained, or not finite.
+        If there is none, or it is neither plain LoRA nor DoRA, not trained, or not finite.
     RunDirectoryError
         If it is a run directory without a checkpoint.
     """
@@ -88,9 +89,7 @@ def read_start(place: str) -> SavedStart:
         spec = lora_spec(folder)
     except ModelError as error:
         why = str(error).removesuffix(ADVICE).rstrip(" .")
-        raise ModelError(f"{KEY} = {place!r}: {why}. Only plain LoRA is continued.") from error
-    if spec.dora:
-        raise ModelError(f"{KEY} = {place!r} is a DoRA adapter. Only plain LoRA is continued.")
+        raise ModelError(f"{KEY} = {place!r}: {why}. Only LoRA and DoRA go on.") from error
     adapter = read_adapter(folder)
     for name, tensor in adapter.items():
         if not np.isfinite(tensor).all():
@@ -98,7 +97,7 @@ def read_start(place: str) -> SavedStart:
                 f"{KEY} = {place!r}: {name} holds values that are not finite. Choose an earlier "
                 "adapter."
             )
-    if not any(tensor.any() for name, tensor in adapter.items() if factor_of(name) == "B"):
+    if not any(tensor.any() for name, tensor in adapter.items() if name.endswith(B)):
         raise ModelError(
             f"{KEY} = {place!r}: B is zero in every module, so that nothing was trained yet. Leave "
             f"{KEY} empty to start afresh."
@@ -225,6 +224,7 @@ def check_settings(saved: SavedStart, config: Config) -> None:
         "model.lora.peft-lora-r": own.rank != asked.rank,
         "model.lora.peft-lora-alpha": own.alpha != asked.alpha,
         "model.lora.use-rslora": own.stabilised != asked.stabilised,
+        "model.lora.peft-use-dora": own.dora != asked.dora,
         "model.lora.rank-pattern": dict(own.rank_pattern) != dict(asked.rank_pattern),
         "model.lora.alpha-pattern": dict(own.alpha_pattern) != dict(asked.alpha_pattern),
     }

@@ -87,7 +87,7 @@ class Sender:
 
     def __post_init__(self) -> None:
         magnitudes, self._started_with = magnitudes_of(self.start), dict[str, int | str]()
-        if magnitudes:
+        if magnitudes and not self.ranks.continued:  # whose start the site has by its hash
             self._started_with[_MAGNITUDES] = magnitudes_hash(magnitudes)
 
     def parcel(self, round_number: int, partition: int, adapter: Adapter, trains: bool) -> Parcel:
@@ -226,8 +226,9 @@ def receive(
     """
     instruction = content.config_records.get(messages.CONFIG) or ConfigRecord()
     magnitudes = magnitudes or {}
-    _check_start(instruction, magnitudes)
     ranks, how = Ranks.of(config), config.communication
+    if not ranks.continued:
+        _check_start(instruction, magnitudes)
     name = str(instruction.get("codec"))
     allowed = {"none", how.downlink_codec}
     if how.downlink == "incremental":

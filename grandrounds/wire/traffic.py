@@ -159,7 +159,8 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     down = _Down(how, ranks.strategy.error_feedback, measure)
     ledger = Ledger()
     judges = evaluation_cohort_of(config)
-    if started := {name: shape for name, shape in shapes.items() if is_magnitude(name)}:
+    started = {name: shape for name, shape in shapes.items() if is_magnitude(name)}
+    if started and not ranks.continued:
         message = message_of(started, None)
         for _ in range(min(STARTERS, config.data.num_partitions)):
             ledger.add(MAGNITUDES_UP, message.tensor_bytes, message.key_bytes)

@@ -465,6 +465,7 @@ def test_a_table_of_ranks_keeps_its_order_however_it_is_written(tmp_path: Path) 
         ({f"{RANKS}.q_proj": True}, "each with an integer"),
         ({RANKS: "q_proj"}, r"such as \{q_proj = 4\}"),
         ({RANKS: '{"(q_proj": 4}'}, "regular expressions"),
+        ({RANKS: '{"(.*a)*_proj": 4}'}, "an expression repeats characters only, no groups"),
         ({"model.lora.alpha-pattern.q_proj": 0}, r"each with a number \(more than 0\)"),
         ({"model.lora.rank_pattern.q_proj": 4}, r"Write model\.lora\.rank-pattern\.q_proj=4"),
         ({f"{RANKS}.q_proj": 4, "strategy.name": "flora"}, "flora stacks the adapters of all"),

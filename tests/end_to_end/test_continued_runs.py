@@ -225,8 +225,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda a: with_tensors(a, lambda n, t: t[:, :8] if "q_proj.lora_A" in n else t),
         "does not fit the base.*has shape 4 x 8, and the base needs 4 x 32",
     ),
-    "no LoRA": (lambda a: altered(a, peft_type="LOHA"), "type LOHA, not LORA. Only plain LoRA"),
-    "DoRA": (lambda a: altered(a, use_dora=True), "is a DoRA adapter. Only plain LoRA"),
+    "no LoRA": (lambda a: altered(a, peft_type="LOHA"), "type LOHA, not LORA. Only LoRA and DoRA"),
+    "DoRA": (lambda a: altered(a, use_dora=True), "--set model.lora.peft-use-dora=true"),
     "gone": (lambda a: (a / WEIGHTS).unlink(), "has no adapter"),
     "damaged": (lambda a: (a / WEIGHTS).write_bytes(b"x" * 99), "is damaged"),
 }
@@ -311,6 +311,27 @@ def test_an_arm_starts_from_the_adapter_and_the_base_row_does_not(settings: Sett
         resident = arms._start(config, untrained=kind)
         moved = any(bool(p.any()) for n, p in resident.parameters.items() if ".lora_B." in n)
         assert moved is not kind
+
+
+@pytest.mark.usefixtures("by_the_runs_seed")
+def test_a_dora_adapter_goes_on_with_its_magnitudes(
+    settings: Settings, first: Path, tmp_path: Path
+) -> None:
+    """No site is asked for those of the base; sites in custody have the start by its hash."""
+    dora = {**settings, KEY: "", "model.lora.peft-use-dora": True, "num-server-rounds": 1}
+    before = play(dora, **{"run-directory": str(tmp_path / "dora")})
+    again = {**settings, **dora, KEY: str(before), "num-server-rounds": 2}
+    again[HASH] = sha256_of(before, "peft_1")
+    plain = play(again)
+    losses = [metrics_of(run)[i]["held-out-loss"] for run, i in ((before, -1), (plain, 0))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert summary_of(plain)["communication_mib"] == summary_of(plain)["planned_mib"]
+    own = {**again, "run-directory": str(tmp_path / "own"), "strategy.fraction-evaluate": 0.25}
+    sites = sites_of(own, tmp_path)
+    approve(sites, own)
+    run = play(own, grid=grid_of_sites(own, sites))
+    assert adapter_bytes(run) == adapter_bytes(plain)
+    assert summary_of(run)["communication_mib"] == summary_of(run)["planned_mib"]
 
 
 # --- At sites in their own custody ----------------------------------------------------------------
