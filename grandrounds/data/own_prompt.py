@@ -150,7 +150,8 @@ class OwnPrompt:
         plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         count = len(says_first) - len(plain)
         first = "".join(tokenizer.convert_ids_to_tokens(says_first[:count]))
-        prompt = re.sub(r"^[ \t]+(?=\{%)", "", self.before).removesuffix(self.lead)
+        # Jinja strips the blanks before a block only where it begins a line
+        prompt = re.sub(r"^[ \t]+(?=\{[%#](?!\+))", "", self.before).removesuffix(self.lead)
         values = {"first": first, "lead": self.lead, "said": self.system, "refused": _ONE_QUESTION}
         named = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
         return _CHAT.substitute(named, prompt=prompt, after=self.after)

@@ -222,13 +222,12 @@ def silent_downloads() -> Iterator[None]:
 @lru_cache(maxsize=_CACHED_SOURCES)
 def _load_files(source: str, version: Version, columns: tuple[str, ...], alone: bool) -> Rows:
     """Read files; their version is part of the cache key, so that changed ones are read again."""
-    from grandrounds.data.large import is_large, large_files, unpacked_bytes  # only here: NumPy
+    from grandrounds.data.large import is_large, large_files, total_bytes  # only here: NumPy
 
     if is_large(version):
         if not alone:
             return large_files(source, version, columns)
-        for path, _, size_bytes in version:
-            check_fits(str(path), unpacked_bytes(path, size_bytes), HELD_FACTOR, _HELD)
+        check_fits(source, total_bytes(version), HELD_FACTOR, _HELD)
     return rows_of(read_files(source, version, columns, alone), source, columns, alone)
 
 

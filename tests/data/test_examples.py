@@ -168,6 +168,14 @@ class TestPartitions:
         assert largest_share(0.2) > 0.5
         assert largest_share(1000.0) < 0.25
 
+    @pytest.mark.parametrize("name", PARTITIONERS)
+    def test_what_was_said_before_a_question_stays_with_it(self, name: str) -> None:
+        plain = make_rows()
+        said = [(("system", question),) for question in plain["input"]]
+        rows = Rows(plain.to_dict(), histories=said)
+        part = partition_rows(rows, Division(name, "label", 0.5), Partition(42, 1, SITES))
+        assert [before[0][1] for before in part.histories] == list(part["input"])
+
     def test_partitioning_prints_nothing_and_warns_of_nothing(
         self, capfd: pytest.CaptureFixture[str]
     ) -> None:

@@ -346,6 +346,17 @@ def test_the_chat_template_of_an_export_renders_the_same_text(name: str) -> None
         rendered(tokenizer, [*turns, ("user", "And?")], answering=True)
 
 
+@pytest.mark.parametrize("text", ["  {# a note #}{{ question }}", "\t{% if system %}{% endif %}x"])
+def test_blanks_before_a_block_are_no_text_in_either(text: str) -> None:
+    tokenizer = metaspace()
+    own = own_prompt(text + "{{ system }}{{ question }}\n\t{{ answer }}\n ")
+    tokenizer.chat_template = own.chat_template(tokenizer)
+    asked = f"<s>{own.prompt(tokenizer, 'Why?')}"
+    assert rendered(tokenizer, [("user", "Why?")], answering=True) == asked
+    turns = [("user", "Why?"), ("assistant", "So.")]
+    assert rendered(tokenizer, turns, answering=False) == f"{asked}So.\n "
+
+
 def test_the_hash_of_a_prompt_changes_with_text_system_prompt_and_tokens(tiny_base: Path) -> None:
     tokenizer = byte_level(tiny_base)
     texts = packaged("llama2"), packaged("llama2", "Be brief."), packaged("chatml")

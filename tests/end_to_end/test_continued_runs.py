@@ -289,6 +289,9 @@ def test_an_adapter_decides_what_nobody_has_set(
     saved_start.read_start.cache_clear()
     [warning] = check_start(other)
     assert "names the base 'some-one/else'" in warning
+    chat = {**settings, KEY: str(first), "model.lora.alpha-pattern": ""}
+    [warning] = check_start(recipes.resolve({**chat, "data.prompt-template": "chat"}))
+    assert warning.endswith("the adapter was trained with data.prompt-template = 'alpaca'")
 
 
 def test_the_command_plans_and_tells_what_it_goes_on_from(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -131,6 +132,30 @@ def test_a_merged_model_keeps_the_settings_of_its_base(trained: Path, tmp_path: 
     before, after = (load_file(f / "model.safetensors") for f in (base_path(), folder))
     assert before.keys() == after.keys()
     assert (before["model.embed_tokens.weight"] == after["model.embed_tokens.weight"]).all()
+
+
+def test_a_template_of_ones_own_holds_for_ask_evaluation_export_and_card(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    text = "{% if system %}<{{ system }}>\n{% endif %}Q: {{ question }}\nA: {{ answer }}"
+    own = {"data.prompt-template": text, "data.system-prompt": "Be brief."}
+    run = made_run(tmp_path / "run", tiny_base, {1: None}, **own)
+    chosen = find_checkpoint(run)
+    merged = exports.export(chosen, merge=True, to=tmp_path / "merged")
+    plain = AutoTokenizer.from_pretrained(merged)
+    turns = [{"role": "user", "content": "Why?"}]
+    said = plain.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert said == "<Be brief.>\nQ: Why?\nA:"
+    interview = Interview(chosen)
+    assert interview._template == find_target(str(run / "peft_1")).prompt_template
+    assert prompt_token_ids(interview._tokenizer, interview._template, ["Why?"]) == [
+        plain(said, add_special_tokens=False)["input_ids"]
+    ]
+    card = (exports.export(chosen, to=tmp_path / "adapter") / "README.md").read_text()
+    assert f"SHA-256 `{hashlib.sha256(text.encode()).hexdigest()}`" in card
+    assert f"```jinja\n{text}\n```" in card
+    assert "| system prompt | Be brief. |" in card
+    assert "chat template renders the same text" in (merged / "README.md").read_text()
 
 
 def test_what_a_run_sets_in_the_chat_template_holds_for_ask_export_evaluation_and_card(

@@ -18,6 +18,8 @@ from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.streams import is_read_by_rows
+from grandrounds.data.survey import SURVEYED_BYTES
 from grandrounds.errors import DataError, first_line
 from grandrounds.model import memory
 from grandrounds.model.architectures import (
@@ -162,6 +164,9 @@ def server_memory(config: Config, shapes: Shapes) -> int:
 # --- Data -----------------------------------------------------------------------------------------
 
 
+_BEGINNING_CHARACTERS = 1024
+
+
 def count_rows(source: str) -> int | None:
     """Count the rows of a data source; None if it would have to be loaded.
 
@@ -179,6 +184,8 @@ def count_rows(source: str) -> int | None:
     if not path.is_file() or not name.endswith((".json", ".jsonl", ".csv")):
         return None
     try:
+        if path.stat().st_size > SURVEYED_BYTES and not is_read_by_rows(path):
+            return None
         opened = gzip.open if path.suffix.lower() == ".gz" else open
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             return _rows_of(name, file)
@@ -192,10 +199,10 @@ def _rows_of(name: str, file: IO[str]) -> int:
     if name.endswith(".csv"):
         return max(0, sum(1 for row in csv.reader(file) if row) - 1)
     if name.endswith(".json"):
-        content = file.read()
+        content = file.read(_BEGINNING_CHARACTERS)
         if content.lstrip().startswith("["):
-            return len(json.loads(content))
-        return sum(1 for line in content.splitlines() if line.strip())
+            return len(json.loads(content + file.read()))
+        file.seek(0)
     return sum(1 for line in file if line.strip())
 
 
