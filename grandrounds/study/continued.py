@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from grandrounds.config import recipes
 from grandrounds.config.bases import hub_name
 from grandrounds.config.keys import Config
+from grandrounds.config.prompt import name_of
 from grandrounds.config.recipes import Layer
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ModelError
@@ -88,5 +90,28 @@ def check_start(config: Config) -> list[str]:
             raise
         return []  # told when the base is checked, or found out by the run
     saved_start.start_of(config, shapes, targets)
-    warning = saved_start.other_base(saved, config) if saved else ""
-    return [warning] if warning else []
+    said = [saved_start.other_base(saved, config) if saved else "", _other_prompt(config)]
+    return [warning for warning in said if warning]
+
+
+_PROMPT = ("data.prompt-template", "data.system-prompt", "data.template-options")
+
+
+def _other_prompt(config: Config) -> str:
+    """Return a warning if the run that trained an adapter asked in another prompt.
+
+    Empty if it is the same, or the adapter lies in no run directory.
+    """
+    path = found(config.lora.from_adapter)
+    runs = [folder for folder in (path, path and path.parent) if folder and _is_run(folder)]
+    if not runs:
+        return ""
+    before = recipes.resolve(recipes.load_recipe(runs[0] / "config.toml")).flat()
+    now = config.flat()
+    before[_PROMPT[0]], now[_PROMPT[0]] = (name_of(str(c[_PROMPT[0]])) for c in (before, now))
+    told = [f"{key} = {before[key]!r}" for key in _PROMPT if before[key] != now[key]]
+    return f"{KEY}: the adapter was trained with {' and '.join(told)}" if told else ""
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.toml").is_file()
