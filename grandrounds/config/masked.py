@@ -15,7 +15,6 @@ EACH = "it needs each site's update, and the server has their sum only"
 PRODUCTS = "the product of two factors is not linear in them, so that it cannot be summed masked"
 
 REFUSED_RULES = {
-    "fedexp": "its step needs the length of each site's update",
     "product": PRODUCTS,
     "flora": PRODUCTS,
     **dict.fromkeys(
@@ -23,9 +22,9 @@ REFUSED_RULES = {
         EACH,
     ),
 }
-"""Rule → why not. The others are functions of the mean."""
+"""Rule → why not. The others are functions of the mean, and fedexp of the sum of squares too."""
 
-INSTEAD = "use fedprox (the default of masked runs), ffa, rolora, fedavg, fedavgm or fedadam"
+INSTEAD = "use fedexp (the default), fedprox, ffa, rolora, fedavg, fedavgm or fedadam"
 
 
 def masked_contradictions(config: Config) -> Iterator[str]:

@@ -54,22 +54,18 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
         yield from reset("strategy.proximal-mu", 0.0, "to fedavg, which has no proximal term")
     if values.get("data.held-out-fraction") in (0, 0.0):
         yield from reset("strategy.fraction-evaluate", 0.0, "without held-out examples")
-    if values.get(f"{_ARGUMENTS}max-steps") == -1:
+    is_in_epochs = values.get(f"{_ARGUMENTS}max-steps") == -1
+    if is_in_epochs:
         why = "to visits of whole epochs, whose updates grow with a site's number of examples"
         yield from reset("defence.largest-norm", 0.0, why)
     preset = values.get("defence.preset")
     for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
         yield from reset(key, value, f"under defence.preset = {preset!r}")
-    is_private = values.get("privacy.unit-guarantee") == "example"
-    if is_private:
+    if values.get("privacy.unit-guarantee") == "example":
         yield from _private(values, reset)
-    if values.get("secure-aggregation", "none") != "none":
-        if not is_private:
-            why = "to masked sums: its step needs the length of each update"
-            yield from reset("strategy.name", "fedprox", why)
-        if values.get(f"{_ARGUMENTS}max-steps") != -1:
-            why = "to masked sums: the server sees no single update"
-            yield from reset("defence.largest-norm", 0.0, why)
+    if values.get("secure-aggregation", "none") != "none" and not is_in_epochs:
+        why = "to masked sums: the server sees no single update"
+        yield from reset("defence.largest-norm", 0.0, why)
     highest, default = (_number(flat.get(_HIGHEST)) for flat in (values, defaults))
     lowest = _number(defaults[_LOWEST])
     if 0 < highest < lowest:

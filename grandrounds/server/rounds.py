@@ -16,6 +16,7 @@ from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import ReplyError, RoundError
 from grandrounds.model.lora import peft_config
 from grandrounds.server import budgets
+from grandrounds.server.aggregation.fedexp import Extrapolation
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
 from grandrounds.server.masks import exchanges
@@ -128,7 +129,11 @@ def train_masked(
     start = ranks.start_of(
         next(iter(parcels.values())).received, known, config.federation.seed, now.number
     )
-    run.rule.add(0, start, unflatten(found.mean, shapes), 1)
+    mean = unflatten(found.mean, shapes)
+    if isinstance(run.rule, Extrapolation):
+        run.rule.add_mean(mean, found.square, found.squared_shares)
+    else:
+        run.rule.add(0, start, mean, 1)
     adapter, measured = aggregate(run, now, tally)
     summed = {"sites": len(tally.good), "weight": found.weight, "values-cut": found.clipped}
     return adapter, tally, {**measured, "masked-sum": summed}

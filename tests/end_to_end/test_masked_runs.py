@@ -33,10 +33,16 @@ from tests.runs import (
 
 MASKED: Settings = {"secure-aggregation": "masked32", "strategy.fraction-train": 1.0}
 
+ONE_ROUND: Settings = {
+    **MASKED,
+    "num-server-rounds": 1,
+    "train.training-arguments.max-steps": 1,
+    "strategy.fraction-evaluate": 0.0,
+}
+
 PLAIN: Settings = {
     "secure-aggregation": "none",
     "strategy.fraction-train": 1.0,
-    "strategy.name": "fedprox",
     "defence.largest-norm": 0.0,
 }
 
@@ -79,6 +85,9 @@ def test_a_masked_run_is_that_of_plain_updates(
     assert furthest(masked, plain) < 1e-6
     for one, other in zip(metrics_of(masked), metrics_of(plain), strict=True):
         assert one["held-out-loss"] == pytest.approx(other["held-out-loss"], abs=1e-5)
+        if one["round"]:  # FedExP's step needs squared lengths
+            rate = other["server-learning-rate"]
+            assert one["server-learning-rate"] == pytest.approx(rate, rel=1e-5)
 
 
 def test_the_plan_is_the_ledger_to_the_byte(played: tuple[Path, list[Message]]) -> None:
@@ -106,6 +115,51 @@ def test_metrics_do_not_bypass_the_mask(played: tuple[Path, list[Message]]) -> N
         assert not {"update-norms", "update-cosines", "weights"} & record.keys()
         assert record["masked-sum"]["sites"] == 4
         assert record["masked-sum"]["values-cut"] == 0
+
+
+def what_leaves(settings: Settings, cards: Path) -> list[tuple[Any, ...]]:
+    """Return all that leaves the sites while they train, but for the content of arrays."""
+    sent: list[Message] = []
+    play({**settings, **ONE_ROUND, "static.dataset.name": str(cards)}, noting(sent))
+    return [
+        (
+            message.metadata.message_type,
+            messages.tensor_sizes(message),
+            {
+                name: value
+                for name, value in message.content.metric_records.get("metrics", {}).items()
+                if name not in ("base-loads", "process-id")
+            },
+            dict(message.content.config_records),
+        )
+        for message in sent
+        if message.metadata.message_type.startswith("train")
+    ]
+
+
+def test_a_record_changes_nothing_but_masked_numbers(
+    settings: Settings, flashcards: Path, tmp_path: Path
+) -> None:
+    """Order, kinds, sizes and figures of all replies are the same with another answer in a row."""
+    lines = flashcards.read_text().splitlines(keepends=True)
+    other = tmp_path / "cards.jsonl"
+    other.write_text("".join([lines[0].replace("Rest, and", "Walk, and"), *lines[1:]]))
+    assert other.read_text() != flashcards.read_text()
+    first = what_leaves(settings, flashcards)
+    settings = {**settings, "run-directory": str(tmp_path / "second")}
+    assert what_leaves(settings, other) == first
+    assert len(first) == 5 * 4
+
+
+def test_the_plan_of_a_masked_run_tells_what_may_be_lost() -> None:
+    words = ["plan", "--plain", "--set", "secure-aggregation=masked16", "--sites-per-round", "5"]
+    words += ["--set", "train.training-arguments.weight-decay=0.1"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "masked16 up" in done.stdout
+    assert "1 site of 5 may be lost in a round" in done.stdout
+    assert "with weight decay a value may leave the range" in done.stdout
+    assert "the same run with other codecs" not in done.stdout
 
 
 def test_report_and_summary_do_without_what_nobody_knows(
@@ -177,12 +231,7 @@ def silent(kind: str, partitions: Collection[int]) -> Sites:
 def test_a_site_that_is_lost_anywhere_costs_at_most_its_own_update(
     settings: Settings, kind: str, survivors: int
 ) -> None:
-    one = {
-        "num-server-rounds": 1,
-        "train.training-arguments.max-steps": 1,
-        "strategy.fraction-evaluate": 0.0,
-    }
-    run = play({**settings, **MASKED, **one}, silent(kind, [2]))
+    run = play({**settings, **ONE_ROUND}, silent(kind, [2]))
     record = metrics_of(run)[-1]
     assert record["masked-sum"]["sites"] == survivors
     assert list(record["failed"]) == (["2"] if survivors == 3 else [])

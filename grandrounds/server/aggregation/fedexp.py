@@ -37,7 +37,8 @@ class Extrapolation(Average):
         """Start a round."""
         super().begin(round_number, adapter)
         self._weighted_squares: list[float] = []
-        self._weight = self._squared_weights = 0
+        self._weight = 0
+        self._squared_weights: float = 0  # exact as long as it is an integer
 
     def add(self, partition: int, received: Adapter, change: Adapter, weight: int) -> None:
         """Add one site's change to the sum, and its squared norm."""
@@ -45,6 +46,20 @@ class Extrapolation(Average):
         self._weighted_squares.append(weight * norm(change) ** 2)
         self._weight += weight
         self._squared_weights += weight**2
+
+    def add_mean(self, mean: Adapter, square: float, squared_shares: float) -> None:
+        """Add a round's mean of the changes, in the place of each of them.
+
+        Parameters
+        ----------
+        square : float
+            sum_i p_i |d_i|^2.
+        squared_shares : float
+            sum_i p_i^2.
+        """
+        super().add(0, {}, mean, 1)
+        self._weighted_squares, self._weight = [square], 1
+        self._squared_weights = squared_shares
 
     def result(self) -> Adapter:
         """Return the adapter plus eta times the mean of the changes."""

@@ -43,11 +43,7 @@ def tables(forecast: Forecast, link: Link | None) -> list[Table]:
             traffic_rows(forecast),
             "communication by FlowerTune's rule, exact unless a reply fails",
         ),
-        Table(
-            ("codec, both ways", "MiB", "with key names", "times smaller than configured"),
-            codec_rows(forecast),
-            "the same run with other codecs",
-        ),
+        *([] if config.is_masked else [codec_table(forecast)]),
         Table(
             ("part", *ways(forecast)),
             site_rows(forecast),
@@ -141,6 +137,7 @@ def masked_notes(config: Config) -> list[str]:
 def run_rows(forecast: Forecast) -> Rows:
     """Return the recipe in a few lines."""
     base, config, how = forecast.architecture, forecast.config, forecast.config.communication
+    up = config.federation.secure_aggregation if config.is_masked else how.uplink_codec
     shapes = "" if base.known_as == base.name else f", shapes of {base.known_as}"
     bits = config.model.quantization
     again = config.model.gradient_checkpointing
@@ -159,7 +156,7 @@ def run_rows(forecast: Forecast) -> Rows:
             f"{config.cohort_size} of {counted(config.data.num_partitions, 'site')} a round, "
             f"{counted(config.federation.num_server_rounds, 'round')}, {config.strategy.name}",
         ),
-        ("encoding", f"{how.uplink_codec} up, {how.downlink_codec} down ({how.downlink})"),
+        ("encoding", f"{up} up, {how.downlink_codec} down ({how.downlink})"),
         ("peak GPU memory of a site", peak_text(forecast)),
     ]
 
@@ -206,6 +203,12 @@ def traffic_rows(forecast: Forecast) -> Rows:
         ("mean per round", "", "", in_mib(total / plan.rounds), in_mib(named / plan.rounds)),
         ("total", "", "", in_mib(total), in_mib(named)),
     ]
+
+
+def codec_table(forecast: Forecast) -> Table:
+    """Return the table of a run with other codecs, which a masked one cannot have."""
+    columns = ("codec, both ways", "MiB", "with key names", "times smaller than configured")
+    return Table(columns, codec_rows(forecast), "the same run with other codecs")
 
 
 def codec_rows(forecast: Forecast) -> Rows:

@@ -32,7 +32,13 @@ COUNT_BITS = 32
 COUNTS = 2
 """Counts beside the values: the weight, and how many values were cut."""
 
+SQUARES = 2
+"""Counts more where the rule needs them: w |d|^2 and w^2, as shares of their largest values."""
+
 CHUNK_VALUES = 2**16
+
+_ONE = 2**COUNT_BITS - 1
+"""The share 1 as a count."""
 
 RANGE_STEPS = 4.0
 """Learning rates that one step of Adam moves a value by, at most, rounded up.
@@ -67,6 +73,8 @@ class FixedPoint:
     """Range R of a value; sites cut what lies beyond."""
     most_weight: int
     """Largest weight W of a site."""
+    has_squares: bool = False
+    """Whether the sums of w |d|^2 and w^2 travel too, as FedExP needs them."""
 
     def __post_init__(self) -> None:
         fits = self.sites >= 1 and self.values >= 1 and 1 <= self.most_weight < 2**COUNT_BITS
@@ -102,7 +110,7 @@ class FixedPoint:
     @property
     def length(self) -> int:
         """Numbers of a vector."""
-        return self.values + COUNTS * self.limbs
+        return self.values + (COUNTS + SQUARES * self.has_squares) * self.limbs
 
     @property
     def size_bytes(self) -> int:
@@ -136,13 +144,16 @@ class FixedPoint:
         stream = Stream(coins or os.urandom(32)) if is_coarse else None
         out = np.empty(self.length, dtype=self.dtype)
         signed = out.view(f"<i{self.dtype.itemsize}")
-        clipped = 0
+        clipped, square = 0, 0.0
         for start in range(0, self.values, CHUNK_VALUES):
             part = change[start : start + CHUNK_VALUES].astype(np.float64)
             if not np.isfinite(part).all():
                 raise ReplyError("the change of the adapter has values that are not finite")
             clipped += int(np.count_nonzero(np.abs(part) > self.largest_value))
             part.clip(-self.largest_value, self.largest_value, out=part)
+            if self.has_squares:
+                scaled = part / self.largest_value
+                square += float(scaled @ scaled) / self.values
             part *= factor
             if stream is not None:
                 drawn = np.empty(len(part), dtype="<u4")
@@ -152,7 +163,11 @@ class FixedPoint:
             else:
                 np.rint(part, out=part)
             signed[start : start + len(part)] = part
-        out[self.values :] = [*self._in_limbs(weight), *self._in_limbs(clipped)]
+        counts = [weight, clipped]
+        if self.has_squares:
+            share = weight / self.most_weight
+            counts += [int(share * square * _ONE), int(share * share * _ONE)]
+        out[self.values :] = [limb for count in counts for limb in self._in_limbs(count)]
         return out
 
     def decode(self, total: Vector) -> Sum:
@@ -163,14 +178,21 @@ class FixedPoint:
         ReplyError
             If the weights add up to nothing.
         """
-        weight, clipped = (
-            self._from_limbs(total[self.values + i * self.limbs :]) for i in range(COUNTS)
+        counts = range(COUNTS + SQUARES * self.has_squares)
+        weight, clipped, *squares = (
+            self._from_limbs(total[self.values + i * self.limbs :]) for i in counts
         )
         if not weight:
             raise ReplyError("the weights of a masked sum add up to 0")
         signed = total[: self.values].view(f"<i{self.dtype.itemsize}")
         unit = math.ldexp(self.most_weight / weight, -self.fraction_bits)
-        return Sum((signed * unit).astype(np.float32), weight, clipped)
+        mean = (signed * unit).astype(np.float32)
+        if not squares:
+            return Sum(mean, weight, clipped)
+        share = weight / self.most_weight
+        longest = self.values * self.largest_value**2
+        square, squared_shares = squares[0] / _ONE / share * longest, squares[1] / _ONE / share**2
+        return Sum(mean, weight, clipped, square, squared_shares)
 
     def _in_limbs(self, count: int) -> list[int]:
         size = self.limb_bits
@@ -191,6 +213,10 @@ class Sum:
     """Sum of the weights."""
     clipped: int
     """Values that the sites cut to the range, all sites together."""
+    square: float = 0.0
+    """Weighted mean of the squared lengths of the changes, where the numbers have squares."""
+    squared_shares: float = 0.0
+    """Sum of the squared shares of the weights, likewise."""
 
 
 def numbers_of(
@@ -209,4 +235,5 @@ def numbers_of(
     """
     largest = largest_change(learning_rate, config.arguments.max_steps)
     codec = config.federation.secure_aggregation
-    return FixedPoint(codec, sites, values, largest, most_weight)
+    squares = config.strategy.name == "fedexp"
+    return FixedPoint(codec, sites, values, largest, most_weight, squares)

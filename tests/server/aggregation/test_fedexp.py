@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grandrounds.server.aggregation.fedexp import Extrapolation
-from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.adapter import Adapter, flatten, shapes_of, unflatten
+from grandrounds.wire.masks.fixed_point import FixedPoint
 
 NAME = "m.lora_A.weight"
 
@@ -109,3 +110,19 @@ def test_the_order_of_arrival_changes_no_bit() -> None:
 def test_nothing_added_is_an_error() -> None:
     with pytest.raises(ValueError, match="no client update"):
         step([])
+
+
+def test_a_masked_sum_gives_the_step_of_its_updates() -> None:
+    """Four changes at right angles, of weights 1, 1, 2, 1: what the server gets is their sums."""
+    changes, weights = [adapter_of(*row) for row in np.eye(4) * 0.1], [1, 1, 2, 1]
+    expected, rate = step(list(zip(changes, weights, strict=True)))
+    assert rate > 1
+    numbers = FixedPoint("masked32", 4, 4, 0.5, 2, has_squares=True)
+    pairs = zip(changes, weights, strict=True)
+    found = numbers.decode(sum(numbers.encode(flatten(c), w) for c, w in pairs))
+    rule = Extrapolation("fedexp")
+    rule.begin(1, adapter_of(1, 1, 1, 1))
+    rule.add_mean(unflatten(found.mean, shapes_of(changes[0])), found.square, found.squared_shares)
+    for name, values in rule.result().items():
+        assert values == pytest.approx(expected[name], abs=1e-7)
+    assert rule.report()["server-learning-rate"] == pytest.approx(rate, rel=1e-6)

@@ -70,6 +70,27 @@ def test_16_bits_round_without_bias() -> None:
     assert (numbers.encode(change, 1)[:40_000] != drawn).any()  # the operating system's coins
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_squared_lengths_and_shares_travel_where_a_rule_needs_them(codec: str) -> None:
+    """Weights 1 and 3, changes (0.3, 0.4) and (0, 0.5): each of squared length 0.25."""
+    numbers = FixedPoint(codec, 20, 2, 1.0, 5, has_squares=True)
+    pairs = (([0.3, 0.4], 1), ([0.0, 0.5], 3))
+    vectors = [numbers.encode(np.array(change, np.float32), weight) for change, weight in pairs]
+    found = numbers.decode(summed(numbers, *vectors))
+    assert found.square == pytest.approx(0.25, abs=1e-7)
+    assert found.squared_shares == pytest.approx((1 + 9) / 16, abs=1e-7)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("sites", [3, 100, 256])
+def test_squares_do_not_overflow_at_most_sites(codec: str, sites: int) -> None:
+    numbers = FixedPoint(codec, sites, 2, 0.37, 10, has_squares=True)
+    vector = numbers.encode(np.array([0.37, -0.37], np.float32), 10)
+    found = numbers.decode(summed(numbers, *[vector] * sites))
+    assert found.square == pytest.approx(2 * 0.37**2, rel=1e-6)
+    assert found.squared_shares == pytest.approx(1 / sites, rel=1e-6)
+
+
 def test_a_weight_above_the_largest_one_counts_as_that() -> None:
     numbers = FixedPoint("masked32", 3, 1, 1.0, 10)
     change = np.array([0.25], np.float32)
