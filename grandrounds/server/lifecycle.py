@@ -65,7 +65,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes, examiners_of(grid))
     is_new, continued = directory is None, None
-    if config.lora.is_continued and directory is None:
+    if config.lora.is_continued and resumed is None:
         continued = saved_start.start_of(config, shapes, targets)
         config = saved_start.with_hash(config, continued)
     if directory is None:
@@ -73,10 +73,10 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         directory = RunDirectory.create(path, config)
     if is_new:
         directory.hold()
-    if config.lora.is_continued and not is_new:
-        continued = saved_start.kept(directory.path, config, shapes)
-    elif continued is not None:
+    if continued is not None:
         saved_start.keep(directory.path, continued)
+    elif config.lora.is_continued:
+        continued = saved_start.kept(directory.path, config, shapes)
     start = started_adapter(shapes, federation.seed, {}) if continued is None else continued
     rule = make_rule(filled_in(config))
     if resumed is None:

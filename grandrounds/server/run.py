@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -188,12 +188,19 @@ class Run:
             return parcel
         return replace(parcel, start=self.sender.exact(self.continued).arrays)
 
-    def settle(self, parcels: Mapping[int, Parcel], good: Collection[int]) -> None:
-        """Record which sites replied well, and so hold what they were sent."""
+    def settle(self, parcels: Mapping[int, Parcel], good: Mapping[int, object]) -> None:
+        """Record which sites replied well, and so hold what they were sent.
+
+        Parameters
+        ----------
+        good
+            Partition id → metrics of its reply. A site that tells nothing of an evaluation has not
+            looked at the adapter, and keeps nothing of it.
+        """
         self.sender.settle(parcels, good)
         if self.continued is not None:
-            self.state.start_holders |= parcels.keys() & set(good)
-            self.state.start_holders -= parcels.keys() - set(good)
+            self.state.start_holders |= {p for p in parcels if good.get(p)}
+            self.state.start_holders -= parcels.keys() - good.keys()
 
     def accept(self, round_number: int, adapter: Adapter, tally: Tally) -> None:
         """Make a round's result the state of the run."""

@@ -73,7 +73,6 @@ class SavedStart:
         }
 
 
-@lru_cache(maxsize=2)
 def read_start(place: str) -> SavedStart:
     """Return a saved adapter, in float32.
 
@@ -85,6 +84,13 @@ def read_start(place: str) -> SavedStart:
         If it is a run directory without a checkpoint.
     """
     folder = _folder(place)
+    files = (folder / "adapter_config.json", weights_of(folder))
+    return _read(place, folder, tuple(file.stat().st_mtime_ns for file in files))
+
+
+@lru_cache(maxsize=2)
+def _read(place: str, folder: Path, _times: tuple[int, ...]) -> SavedStart:
+    """Return a saved adapter, read once as long as its files stay as they are."""
     try:
         spec = lora_spec(folder)
     except ModelError as error:
@@ -103,7 +109,7 @@ def read_start(place: str) -> SavedStart:
             f"{KEY} empty to start afresh."
         )
     named = read_adapter_config(folder)
-    base, revision = named.get("base_model_name_or_path") or "", named.get("revision")
+    base, revision = str(named.get("base_model_name_or_path") or ""), named.get("revision")
     return SavedStart(
         place, spec, adapter, adapter_sha256(adapter), f"{base}@{revision}" if revision else base
     )
@@ -121,7 +127,6 @@ def _folder(place: str) -> Path:
             f"{KEY} = {place!r} is neither the folder of an adapter (with adapter_config.json) nor "
             "a run directory (with config.toml)."
         )
-    weights_of(path)
     return path
 
 

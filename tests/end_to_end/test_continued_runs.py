@@ -20,6 +20,7 @@ from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
 from grandrounds.engines.deployment.recipes import deployed
+from grandrounds.engines.deployment.set_up import with_value
 from grandrounds.errors import (
     ApprovalError,
     ConfigError,
@@ -39,6 +40,7 @@ from grandrounds.study.report import one_run
 from grandrounds.study.report.read import read_run
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import adapter_sha256
+from grandrounds.wire.schedule import cohort_of
 from tests.end_to_end.test_resume import outcome
 from tests.own_sites import sites_of
 from tests.runs import (
@@ -286,7 +288,6 @@ def test_an_adapter_decides_what_nobody_has_set(
         check_start(recipes.resolve(recipes.merged(layers)))
     altered(adapter, base_model_name_or_path="some-one/else")
     other = recipes.resolve({**settings, HASH: "", "seed": 2})
-    saved_start.read_start.cache_clear()
     [warning] = check_start(other)
     assert "names the base 'some-one/else'" in warning
     chat = {**settings, KEY: str(first), "model.lora.alpha-pattern": ""}
@@ -381,6 +382,21 @@ def test_a_site_goes_on_from_no_adapter_that_its_operator_has_not_approved(
         play({**short, HASH: ""}, grid=grid_of_sites({**short, HASH: ""}, sites))
     fresh = recipes.resolve({**short, KEY: "", HASH: ""})
     assert recipe_sha256(fresh) != waiting.sha256
+
+
+def test_a_site_that_keeps_its_loss_gets_the_start_with_its_first_visit(
+    settings: Settings, first: Path, tmp_path: Path
+) -> None:
+    """It does not look at the adapter of an evaluation, so that answering one keeps no start."""
+    own = {**settings, HASH: sha256_of(first), "strategy.fraction-evaluate": 1.0}
+    sites = sites_of(own, tmp_path)
+    approve(sites, own)
+    [late, *_] = cohort_of(recipes.resolve(own), 2)
+    file = sites[late].path
+    file.write_text(with_value(file.read_text(), "policy", "report-held-out-loss", False))
+    run = play(own, grid=grid_of_sites(own, sites))
+    assert summary_of(run)["failed_replies"] == 0
+    assert metrics_of(run)[0]["held-out-losses"].keys() == {"0", "1", "2", "3"} - {str(late)}
 
 
 def made_up(change: Callable[[str, Any], Any], record: str, number: int) -> Callable[..., Message]:
