@@ -157,8 +157,8 @@ def _array(content: bytes, source: str) -> list[Any]:
         raise _no_json(source, error.lineno, error.msg, line) from error
     except UnicodeDecodeError as error:
         raise _no_json(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
-    except RecursionError as error:
-        raise _no_json(source, 1, "nested too deeply") from error
+    except (RecursionError, ValueError) as error:
+        raise _no_json(source, 1, _limit(error)) from error
     return rows
 
 
@@ -184,10 +184,15 @@ def json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[s
             raise _no_json(source, number, error.msg, line.decode()) from error
         except UnicodeDecodeError as error:
             raise _no_json(source, number, "not UTF-8") from error
-        except RecursionError as error:
-            raise _no_json(source, number, "nested too deeply") from error
+        except (RecursionError, ValueError) as error:
+            raise _no_json(source, number, _limit(error)) from error
         _check_object(record, f"{source}, line {number}")
         yield number, record
+
+
+def _limit(error: Exception) -> str:
+    """Return which limit of Python's parser valid JSON exceeds."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 def _no_json(source: str, line_number: int, fault: str, line: str = "") -> DataError:

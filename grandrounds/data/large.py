@@ -23,6 +23,7 @@ from grandrounds.data.forms import APART, INSTRUCTION, Layout
 from grandrounds.data.places import Version, unreadable
 from grandrounds.data.read import (
     columns_read,
+    columns_used,
     instructions_of,
     labels_of,
     no_answers,
@@ -33,6 +34,7 @@ from grandrounds.data.rows import Rows
 from grandrounds.data.spool import Spool
 from grandrounds.data.stored_rows import LabelBuilder, Labels, StoredRows, Table, packed
 from grandrounds.data.streams import chunks_of
+from grandrounds.data.survey import SURVEYED_BYTES
 from grandrounds.errors import DataError
 
 STORED_BYTES = 32 * 2**20
@@ -40,6 +42,9 @@ STORED_BYTES = 32 * 2**20
 
 _PACKED = (".gz", ".parquet")
 _PACKED_FACTOR = 4
+
+MOST_NAMED = 5
+"""Columns that are named of those that nobody reads."""
 
 _DECISIVE = 3
 """Values of a column beyond which further ones decide nothing: blank and two instructions."""
@@ -80,7 +85,8 @@ def large_files(source: str, version: Version, columns: tuple[str, ...]) -> Rows
             except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
                 raise unreadable(name, error) from error
 
-    return stored(chunks, source, columns, total_bytes(version))
+    is_told = sum(size_bytes for _, _, size_bytes in version) > SURVEYED_BYTES
+    return stored(chunks, source, columns, total_bytes(version), is_told=is_told)
 
 
 def stored(
@@ -89,6 +95,8 @@ def stored(
     columns: tuple[str, ...],
     needed_bytes: int,
     commit: str = "",
+    *,
+    is_told: bool,
 ) -> Rows:
     """Store the rows of a source on the disk.
 
@@ -101,22 +109,26 @@ def stored(
         Room that they take, approximately.
     commit : str
         Of the hub's data set, where it is known.
+    is_told : bool
+        Whether to tell the form on stderr, as of a source that no survey has read before.
     """
-    found = None
+    found, every = None, _Seen(columns)
     with suppress(DataError):  # told by the second reading, if it was no wrong guess
-        found = _guessed(chunks, source, columns, needed_bytes)
+        found = _guessed(chunks, source, columns, needed_bytes, every)
     if found is None:
         every = _Seen(columns)
         deque(every.watching(chunks()), maxlen=0)
         found = _written(chunks(), source, columns, every.layout(source), needed_bytes)
+    if is_told:
+        form_note(source, every.layout(source), every.available, columns)
     return found.rows(source, commit)
 
 
 def _guessed(
-    chunks: Chunks, source: str, columns: tuple[str, ...], needed_bytes: int
+    chunks: Chunks, source: str, columns: tuple[str, ...], needed_bytes: int, every: _Seen
 ) -> _Written | None:
     """Write a source as its first rows have it; None if all rows together have another layout."""
-    first, every = _Seen(columns), _Seen(columns)
+    first = _Seen(columns)
     deque(first.watching(islice(chunks(), 1)), maxlen=0)
     layout = first.layout(source)
     found = _written(every.watching(chunks()), source, columns, layout, needed_bytes)
@@ -178,6 +190,18 @@ def left_out_note(source: str, left_out: int, rows: int, first: str) -> None:
         )
 
 
+def form_note(
+    source: str, layout: Layout, available: Sequence[str], columns: tuple[str, ...]
+) -> None:
+    """Tell on stderr in which form a source is read, and which of its columns nobody reads."""
+    used = columns_used(layout, columns)
+    unread = [name for name in available if name not in used]
+    found = [f"read as {layout.description}"] if layout.description else []
+    found += [f"columns that are not read: {', '.join(unread[:MOST_NAMED])}"] if unread else []
+    if found:
+        print(f"grandrounds: {source}: {'; '.join(found)}", file=sys.stderr)
+
+
 class _Seen:
     """What decides where questions and answers are, of the rows that were read."""
 
@@ -196,15 +220,19 @@ class _Seen:
                     found |= {key: v for v in values if (key := _decisive(name, v)) is not None}
             yield file, raw
 
+    @property
+    def available(self) -> tuple[str, ...]:
+        """All columns of the files."""
+        return tuple(dict.fromkeys(chain.from_iterable(self._of_files.values())))
+
     def layout(self, source: str) -> Layout:
         """Return where questions and answers are; raise `DataError` as `settled_layout` does."""
         if self._of_files:
             first = next(iter(self._of_files.values()))
             wanted = [name for name in columns_read(self._columns)(first) if name in first]
             check_same_columns(self._of_files, wanted)
-        available = tuple(dict.fromkeys(chain.from_iterable(self._of_files.values())))
         values = {name: list(found.values()) for name, found in self._values.items()}
-        raw = RawRows(values, available, range(len(self._of_files)), "row")
+        raw = RawRows(values, self.available, range(len(self._of_files)), "row")
         layout = settled_layout(raw, source, self._columns)
         if layout.form == "preferences":
             raise no_answers(raw, source)

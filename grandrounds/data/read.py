@@ -69,11 +69,16 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
         for name in kept
         if name not in (question, answer, APART)
     }
-    used = frozenset((*layout.question, layout.answer, *kept))
     if APART in columns:
         labels[APART] = instructions_of(raw, source, columns, layout)
-        used |= {INSTRUCTION}
+    used = columns_used(layout, columns)
     return Read(values | labels, texts.histories, layout.description, texts.left_out, used)
+
+
+def columns_used(layout: Layout, columns: tuple[str, ...]) -> frozenset[str]:
+    """Return the columns of a source whose content reaches somebody."""
+    asked = frozenset((*layout.question, layout.answer, *columns[2:]))
+    return asked | {INSTRUCTION} if APART in columns else asked
 
 
 @dataclass(frozen=True)
