@@ -20,7 +20,7 @@ import numpy as np
 
 from grandrounds.data.files import SEPARATORS, RawRows, check_same_columns, csv_labels
 from grandrounds.data.forms import APART, INSTRUCTION, Layout
-from grandrounds.data.places import Version, unreadable
+from grandrounds.data.places import SURVEYED_BYTES, Version, unreadable
 from grandrounds.data.read import (
     columns_read,
     columns_used,
@@ -34,7 +34,6 @@ from grandrounds.data.rows import Rows
 from grandrounds.data.spool import Spool
 from grandrounds.data.stored_rows import LabelBuilder, Labels, StoredRows, Table, packed
 from grandrounds.data.streams import chunks_of
-from grandrounds.data.survey import SURVEYED_BYTES
 from grandrounds.errors import DataError
 
 STORED_BYTES = 32 * 2**20

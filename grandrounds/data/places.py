@@ -28,6 +28,9 @@ beside data they describe them."""
 FILE_ENDINGS = (*TABLE_ENDINGS, *TEXT_ENDINGS)
 """Supported file names."""
 
+SURVEYED_BYTES = 64 * 2**20
+"""Largest local source that is read before a run (`survey`); a larger one is only looked up."""
+
 Version = tuple[tuple[Path, int, int], ...]
 """Files with modification time and length: another version of a source is read again."""
 

@@ -159,9 +159,7 @@ def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
             for raw in table_chunks(tables, read, available, CHUNK_ROWS):
                 yield source, raw
 
-        return stored(
-            chunks, source, columns, rows.data.nbytes, hub_commit(rows), is_told=True
-        )
+        return stored(chunks, source, columns, rows.data.nbytes, hub_commit(rows), is_told=True)
     raw = from_table(rows.with_format("arrow")[:], choose(available), available)
     if alone:
         return rows_alone(raw, columns)

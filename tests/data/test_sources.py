@@ -336,6 +336,12 @@ class TestMalformedFiles:
         content = '[\n{"input": "Fußpilz"}]'.encode("latin-1")
         assert "line 2: not valid JSON (not UTF-8)" in failure(write(tmp_path / "a.json", content))
 
+    def test_number_that_is_too_long(self, tmp_path: Path) -> None:
+        row = '{"input": "A?", "output": ' + "9" * 5000 + "}"
+        told = "not valid JSON (a number is too long)"
+        assert f"line 2: {told}" in failure(write(tmp_path / "a.jsonl", "\n" + row))
+        assert f"line 1: {told}" in failure(write(tmp_path / "a.json", f"[{row}]"))
+
     @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "12", "null"])
     def test_line_that_is_no_object(self, tmp_path: Path, line: str) -> None:
         message = failure(write(tmp_path / "a.jsonl", json_lines(ROWS) + line + "\n"))
