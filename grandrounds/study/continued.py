@@ -12,6 +12,7 @@ from grandrounds.config.prompt import name_of
 from grandrounds.config.recipes import Layer
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ModelError
+from grandrounds.quiet import quiet_libraries
 from grandrounds.storage import found
 
 KEY, HASH = "model.lora.from-adapter", "model.lora.from-adapter-sha256"
@@ -47,6 +48,7 @@ def with_start(
         return list(layers), []
     if elsewhere and given.get(HASH) and found(place) is None:
         return list(layers), []
+    quiet_libraries()
     from grandrounds.server.saved_start import check_hash, read_start
 
     saved = read_start(place)
@@ -77,6 +79,7 @@ def check_start(config: Config) -> list[str]:
     """
     if not config.lora.is_continued or config.federation.resume_from:
         return []
+    quiet_libraries()
     from grandrounds.model.lora import LoraSpec, adapter_layout
     from grandrounds.server import saved_start
 

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from grandrounds.data.rows import Joined, Rows
 from grandrounds.data.sources import load_rows
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.errors import DataError
+from tests.places import ROOT
 
 WARDS = ["2.10", "2.1", "02", "NA", "x"]
 ROWS: list[dict[str, Any]] = [
@@ -335,3 +338,48 @@ def test_joined_sequences_are_read_in_their_order() -> None:
         with pytest.raises(IndexError):
             joined[place]
     assert list(Joined[int]([])) == []
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import re, sys
+from pathlib import Path
+from grandrounds.data import large
+from grandrounds.data.examples import split_rows
+from grandrounds.data.partitioning import Division, Partition, partition_rows
+from grandrounds.data.sources import load_rows
+
+def peak_bytes(file):
+    columns = {"question_column": "input", "answer_column": "output"}
+    rows = load_rows(file, keep_columns=("ward",), **columns)
+    assert rows.is_stored
+    site = Partition(42, 0, 1)
+    own = partition_rows(rows, Division("iid", "", 0.5), site)
+    assert len(split_rows(own, site, held_out_fraction=0.1, **columns).train) > 0
+    told = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", told)[1]) * 1024
+
+small, big = sys.argv[1:]
+large.STORED_BYTES = 0
+print(-peak_bytes(small) + peak_bytes(big))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """40,000 rows of 1.2 kB: 48 MB of text, of which 6 MB of places and digests are held."""
+    row = {"output": "Rest. " * 190, "ward": "w"}
+    with (tmp_path / "big.jsonl").open("w") as file:
+        for i in range(40_000):
+            file.write(json.dumps({"input": f"What helps patient {i}?", **row}) + "\n")
+    write(tmp_path / "small.jsonl", [{"input": "A?", **row}, {"input": "B?", **row}])
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("small", "big")]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, *files],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    grown_bytes = int(done.stdout)
+    assert 0 < grown_bytes < 24e6

@@ -154,8 +154,8 @@ def notes(content: Json) -> list[str]:
     ]
     if sha256 := content.get("config", {}).get("model.lora.from-adapter-sha256"):
         out.append(
-            f"all arms start from the saved adapter with sha256 {sha256}, but the base, which is "
-            "the bare base"
+            "the base is the bare one; all other arms start from the saved adapter with sha256 "
+            f"{sha256}"
         )
     if len(content["seeds"]) > 1:
         out.append("means and 95 % intervals (Student's t) over seeds; losses in nats per token")
