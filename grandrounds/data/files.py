@@ -129,6 +129,8 @@ def check_same_columns(of_files: Mapping[str, Sequence[str]], wanted: Iterable[s
     first = next(iter(of_files))
     for name, available in of_files.items():
         if missing := sorted(set(wanted) - set(available)):
+            if not available:
+                raise DataError(f"{name}: it has no rows, or empty ones. Remove it.")
             raise DataError(
                 f"{name}: there is no column {missing[0]!r}, which {first} has; the columns "
                 f"are: {', '.join(available)}. The files of a source need the same columns."

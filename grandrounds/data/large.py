@@ -20,7 +20,7 @@ import numpy as np
 
 from grandrounds.data.files import SEPARATORS, RawRows, check_same_columns, csv_labels
 from grandrounds.data.forms import APART, INSTRUCTION, Layout
-from grandrounds.data.places import SURVEYED_BYTES, Version, unreadable
+from grandrounds.data.places import SURVEYED_BYTES, Version, name_in, unreadable
 from grandrounds.data.read import (
     columns_read,
     columns_used,
@@ -76,7 +76,7 @@ def large_files(source: str, version: Version, columns: tuple[str, ...]) -> Rows
 
     def chunks() -> Iterator[tuple[str, RawRows]]:
         for path, _, _ in version:
-            name = source if len(version) == 1 else str(path)
+            name = name_in(version, path, source)
             try:
                 for raw in chunks_of(path, name, columns_read(columns)):
                     files = ((path.name, len(raw.places)),) if len(version) > 1 else ()

@@ -35,6 +35,7 @@ from grandrounds.data.places import (
     Version,
     files_of,
     looks_like_path,
+    name_in,
     unreadable,
 )
 from grandrounds.data.preferences import Preferences, columns_of_preferences, preferences_of
@@ -251,7 +252,7 @@ def _read_all(
 ) -> RawRows:
     read = []
     for path, _, _ in version:
-        name = source if len(version) == 1 else str(path)
+        name = name_in(version, path, source)
         try:
             raw = read_file(path, name, choose, () if alone else labels)
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:

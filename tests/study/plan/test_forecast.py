@@ -19,10 +19,10 @@ from grandrounds.study.plan.forecast import (
     as_dict,
     by_codec,
     count_rows,
-    rows_of,
     forecast,
     link_seconds,
     reading,
+    rows_of,
     site_sizes,
 )
 from grandrounds.wire import schedule as sampling
