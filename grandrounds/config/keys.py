@@ -141,7 +141,7 @@ class LoraConfig:
     peft_use_dora: bool
     """DoRA (Liu et al., 2024): a vector of magnitudes for each module, trained beside A and B. Two
     sites tell where they start, once: the norms of the base's weights, which the server never
-    loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private runs."""
+    loads. Not with `ffa`, `rolora`, `product` and `flora`, nor in private or masked runs."""
 
     @property
     def is_continued(self) -> bool:

@@ -177,7 +177,7 @@ def test_report_and_summary_do_without_what_nobody_knows(
     "rule",
     [
         "ffa",
-        *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("rolora", "fedavgm", "fedadam")),
+        *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("rolora", "fedadam")),
     ],
 )
 def test_functions_of_the_mean_get_it(settings: Settings, tmp_path: Path, rule: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Message, MessageType
 
 from grandrounds.config.keys import Config
-from grandrounds.errors import RoundError
+from grandrounds.errors import ReplyError, RoundError
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.masks.masked_sum import MaskedSum
 from grandrounds.wire import messages
@@ -64,7 +64,8 @@ def summed(
     Raises
     ------
     RoundError
-        If too few sites take part for the masks to be removed, with all failures.
+        If too few sites take part for the masks to be removed, or what is left is no sum; with all
+        failures.
     """
     first = next(iter(asked.outgoing.values()))
     number = int(messages.instruction_of(first.content)["round"])  # type: ignore[arg-type]
@@ -118,5 +119,5 @@ def summed(
         each(CONFIRM, survivors, collected.take_signature)
         each(UNMASK, collected.signatures(), collected.take_opened)
         return tally, collected.numbers.decode(collected.total())
-    except RoundError as error:
+    except (RoundError, ReplyError) as error:
         raise RoundError(f"{error} {Tally(failed=failed).reasons(names)}".rstrip()) from error
