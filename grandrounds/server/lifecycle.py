@@ -28,11 +28,11 @@ from grandrounds.server.described import named_start
 from grandrounds.server.directory import RunDirectory, default_run_directory, environment
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
+from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
-from grandrounds.server.rounds import examine_formulary, examiners_of
 from grandrounds.server.run import Run, State, summary_of
 from grandrounds.wire.adapter import (
     Adapter,

@@ -1,26 +1,27 @@
-"""A round: cohort, send, receive, aggregate, evaluate, record."""
+"""A round: cohort, send, receive, aggregate, record."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, MessageType
-from flwr.serverapp import Grid
 
 from grandrounds.config.strategies import STRATEGIES
-from grandrounds.errors import ReplyError, RoundError
+from grandrounds.errors import RoundError
 from grandrounds.model.lora import peft_config
 from grandrounds.server import budgets
 from grandrounds.server.aggregation.fedexp import Extrapolation
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
+from grandrounds.server.judging import evaluate
 from grandrounds.server.masks import exchanges
 from grandrounds.server.model_card import Findings, model_card
+from grandrounds.server.parcels import NOT_THERE, parcels_for
 from grandrounds.server.run import Run
 from grandrounds.server.updates import Updates
 from grandrounds.server.weights import claimed_examples, limited
@@ -31,13 +32,6 @@ from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.schedule import cohort_of, round_learning_rate_of
-from grandrounds.wire.traffic import EXAMINERS
-
-NOT_THERE = "not connected"
-
-
-ExamResults = dict[str, dict[str, dict[str, int]]]
-"""Kind of facts → base or tuned → correct answers and questions, as in summary.json."""
 
 
 @dataclass
@@ -150,7 +144,7 @@ def record_start(run: Run) -> None:
     evaluate_and_record(run, now, record)
 
 
-# --- Cohort and send ------------------------------------------------------------------------------
+# --- Cohort ------------------------------------------------------------------------------
 
 
 def select_cohort(run: Run) -> Round:
@@ -171,24 +165,6 @@ def select_cohort(run: Run) -> Round:
         started=started,
         trained=started,
     )
-
-
-def parcels_for(run: Run, number: int, cohort: Iterable[int], *, trains: bool) -> dict[int, Parcel]:
-    """Return the parcels that give the adapter to the connected sites of a cohort."""
-    there, rounds = [p for p in cohort if p in run.roster.cards], number - trains
-    return {
-        p: run.beside(run.sender.parcel(number, p, run.state.adapter, trains=trains), p, rounds)
-        for p in there
-    }
-
-
-def addressed(run: Run, kind: str, number: int, parcels: dict[int, Parcel]) -> dict[int, Message]:
-    """Return the messages that carry parcels to sites that only evaluate."""
-    cards = run.roster.cards
-    return {
-        p: run.exchange.message(cards[p].node_id, kind, number, parcel, cards[p].arithmetic)
-        for p, parcel in parcels.items()
-    }
 
 
 # --- Receive and aggregate ------------------------------------------------------------------------
@@ -329,96 +305,6 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
             "round is dropped."
         )
     return adapter, run.rule.report()
-
-
-# --- Evaluate -------------------------------------------------------------------------------------
-
-
-def evaluate(run: Run) -> tuple[float | None, Tally]:
-    """Return the held-out loss in nats per answer token; None if no site told one.
-
-    The sites evaluate the adapter as they receive it.
-    """
-    number, cohort = run.state.round, run.evaluation_cohort
-    parcels = parcels_for(run, number, cohort, trains=False)
-
-    def use(site: int, reply: Message) -> messages.Metrics:
-        required = () if run.roster.cards[site].in_custody else messages.EVALUATE_METRICS
-        metrics = messages.metrics_of(reply, required)
-        examples = run.roster.held_out_of(site)
-        told_of = told.within(metrics, examples * run.config.train.seq_length, examples)
-        loss, most = told.site_losses({site: told_of}).get(site, 0.0), told.HIGHEST_LOSS
-        if loss > most:
-            raise ReplyError(f"its held-out loss is {loss:.3g} nats per token, above {most:g}")
-        return told_of
-
-    outgoing = addressed(run, MessageType.EVALUATE, number, parcels)
-    tally = run.exchange.ask("evaluate", outgoing, use)
-    run.settle(parcels, tally.good)
-    tally.failed |= dict.fromkeys(set(cohort) - parcels.keys(), NOT_THERE)
-    run.state.count_failures(tally)
-    return told.held_out_loss(tally.good.values()), tally
-
-
-def examine_formulary(run: Run) -> tuple[ExamResults | None, dict[str, ExamResults]]:
-    """Return the results of the formulary's exam, with and without the adapter.
-
-    The server has no base model: each count is the median of `EXAMINERS` sites. Where all sites are
-    this process, their answers are the same, and one is asked. The adapter is sent in float32, so
-    that the exam is of exactly what the checkpoint holds.
-
-    Returns
-    -------
-    tuple
-        The medians, None if no site answered; and if sites disagree, what each answered.
-    """
-    parcel, waiting = run.sender.exact(run.state.adapter), list(run.roster.cards)
-    wanted = examiners_of(run.exchange.grid)
-    good: dict[int, messages.Metrics] = {}
-    while waiting and (count := wanted - len(good)) > 0:
-        asked, waiting = waiting[:count], waiting[count:]
-        tally = run.exchange.ask(
-            "formulary",
-            addressed(run, f"{MessageType.EVALUATE}.formulary", 0, dict.fromkeys(asked, parcel)),
-            lambda _, reply: exam_results(messages.metrics_of(reply, messages.FORMULARY_METRICS)),
-        )
-        run.state.count_failures(tally)
-        good |= tally.good
-    if not good:
-        return None, {}
-    names = messages.FORMULARY_METRICS
-    median = {n: statistics.median_low(int(scores[n]) for scores in good.values()) for n in names}
-    disagree = any(scores[n] != median[n] for scores in good.values() for n in names)
-    return by_kind(median), {str(p): by_kind(good[p]) for p in sorted(good) if disagree}
-
-
-def examiners_of(grid: Grid) -> int:
-    """Return how many sites hold the formulary's exam; see `examine_formulary`."""
-    return 1 if getattr(grid, "in_one_process", False) else EXAMINERS
-
-
-def exam_results(scores: messages.Metrics) -> messages.Metrics:
-    """Return the results of an exam; raise `ReplyError` if more answers are correct than asked."""
-    for name in messages.FORMULARY_METRICS:
-        n = (
-            scores[f"{name.removesuffix('-correct')}-n"]
-            if name.endswith("-correct")
-            else messages.MANY
-        )
-        if scores[name] > n:
-            raise ReplyError(f"{name} is {scores[name]}, of {n} questions")
-    return scores
-
-
-def by_kind(scores: Mapping[str, float | int]) -> ExamResults:
-    """Return the counts of an exam as in summary.json."""
-    return {
-        kind: {
-            which: {count: int(scores[f"{kind}-{which}-{count}"]) for count in ("correct", "n")}
-            for which in ("base", "tuned")
-        }
-        for kind in ("public", "private")
-    }
 
 
 # --- Record ---------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from grandrounds.config.recipes import notes, of_before, resolve
 from grandrounds.engines.in_process import InProcessGrid
 from grandrounds.errors import RoundError
-from grandrounds.server import rounds
+from grandrounds.server import judging, rounds
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Tally
 from grandrounds.server.introductions import SiteCard
+from grandrounds.server.judging import examiners_of
 from grandrounds.server.listeners.plain import disagreement_text, limit_lines
 from grandrounds.server.listeners.start_rows import recipe_rows
-from grandrounds.server.rounds import examiners_of
 from grandrounds.server.run import Run, State
 from grandrounds.server.weights import claimed_examples
 from grandrounds.wire import messages, told
@@ -380,7 +380,7 @@ def test_a_reply_that_comes_after_its_round_is_left_out_and_counted() -> None:
 def evaluate(sites: Sites, cohort: list[int]) -> tuple[float | None, Tally, Run]:
     run = run_over(grid_of(sites, 4))
     run.evaluation_cohort = cohort
-    return *rounds.evaluate(run), run
+    return *judging.evaluate(run), run
 
 
 def test_held_out_loss_is_the_mean_over_tokens() -> None:
@@ -438,7 +438,7 @@ def test_the_first_site_that_answers_the_formularys_questions_is_enough() -> Non
         }
     )
     run = run_over(grid_of(sites, 4))
-    scores, by_site = rounds.examine_formulary(run)
+    scores, by_site = judging.examine_formulary(run)
     each = {"correct": 3, "n": 4}
     both = {"base": each, "tuned": each}
     assert (scores, by_site) == ({"public": both, "private": both}, {})
@@ -471,7 +471,7 @@ def test_the_exams_result_is_the_median_of_three_sites_that_answer() -> None:
     """One site that claims all of them had set the result: the first that answered."""
     told = [answering(300, 300), refuse, answering(99, 300), answering(101, 300)]
     sites = Sites({("evaluate.formulary", p): answer for p, answer in enumerate(told)})
-    scores, by_site = rounds.examine_formulary(run_over(Separate(sites, {}, 4)))
+    scores, by_site = judging.examine_formulary(run_over(Separate(sites, {}, 4)))
     assert scores is not None
     assert scores["private"]["tuned"] == {"correct": 101, "n": 300}
     assert [site for _, site, _ in sites.seen] == [0, 1, 2, 3]
@@ -487,7 +487,7 @@ def test_the_exams_result_is_the_median_of_three_sites_that_answer() -> None:
 
 def test_more_correct_answers_than_questions_are_a_failed_reply() -> None:
     sites = Sites({("evaluate.formulary", p): answering(5, 4) for p in range(4)})
-    assert rounds.examine_formulary(run_over(grid_of(sites, 4))) == (None, {})
+    assert judging.examine_formulary(run_over(grid_of(sites, 4))) == (None, {})
 
 
 def losing(loss: float, tokens: int) -> Behaviour:
@@ -538,17 +538,17 @@ def test_a_real_site_needs_to_tell_nothing_but_its_weight() -> None:
     assert np.array_equal(adapter["m.lora_A.weight"], START["m.lora_A.weight"] + 1)
     assert [("cursor" in said) for kind, _, said in sites.seen if kind == "train"] == [False, True]
     run.evaluation_cohort = [0, 1]
-    loss, tally = rounds.evaluate(run)
+    loss, tally = judging.evaluate(run)
     assert (loss, sorted(tally.good)) == (None, [0, 1])  # site 1 gives no weight here
 
 
 def test_the_formularys_questions_without_any_answer_are_none() -> None:
     sites = Sites({("evaluate.formulary", p): refuse for p in range(4)})
-    assert rounds.examine_formulary(run_over(grid_of(sites, 4))) == (None, {})
+    assert judging.examine_formulary(run_over(grid_of(sites, 4))) == (None, {})
 
 
 def test_every_site_that_fails_the_formularys_questions_is_counted() -> None:
     sites = Sites({("evaluate.formulary", p): refuse for p in range(4)})
     run = run_over(grid_of(sites, 4))
-    rounds.examine_formulary(run)
+    judging.examine_formulary(run)
     assert run.state.failed_replies == 4
