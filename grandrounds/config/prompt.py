@@ -55,7 +55,8 @@ class TemplateText(OneOf):
         return super().admits(value) or (isinstance(value, str) and is_usable_text(value))
 
     def __str__(self) -> str:
-        return f"{super().__str__()}, or the text of a template, which commands read from its file"
+        named = ", ".join(repr(name) for name in packaged())
+        return f"{super().__str__()}, {named}, or the file of a template, which commands read"
 
 
 def sha256_of(text: str) -> str:
@@ -121,6 +122,8 @@ def with_text(values: Mapping[str, Scalar], beside: Path | None = None) -> dict[
 
 def _found(named: str, beside: Path | None) -> Path:
     path = expanded(named)
+    if path.is_dir():
+        raise ConfigError(f"{KEY} = {named!r} is a folder: name a file of it.")
     if not path.is_file() and beside and not path.is_absolute() and (beside / path).is_file():
         return beside / path
     if not path.is_file():

@@ -129,6 +129,8 @@ def check_same_columns(of_files: Mapping[str, Sequence[str]], wanted: Iterable[s
     first = next(iter(of_files))
     for name, available in of_files.items():
         if missing := sorted(set(wanted) - set(available)):
+            if not available:
+                raise DataError(f"{name}: it has no rows, or empty ones. Remove it.")
             raise DataError(
                 f"{name}: there is no column {missing[0]!r}, which {first} has; the columns "
                 f"are: {', '.join(available)}. The files of a source need the same columns."
@@ -157,8 +159,8 @@ def _array(content: bytes, source: str) -> list[Any]:
         raise _no_json(source, error.lineno, error.msg, line) from error
     except UnicodeDecodeError as error:
         raise _no_json(source, content.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
-    except RecursionError as error:
-        raise _no_json(source, 1, "nested too deeply") from error
+    except (RecursionError, ValueError) as error:
+        raise _no_json(source, 1, _limit(error)) from error
     return rows
 
 
@@ -184,10 +186,15 @@ def json_lines(file: Iterable[bytes], source: str) -> Iterator[tuple[int, dict[s
             raise _no_json(source, number, error.msg, line.decode()) from error
         except UnicodeDecodeError as error:
             raise _no_json(source, number, "not UTF-8") from error
-        except RecursionError as error:
-            raise _no_json(source, number, "nested too deeply") from error
+        except (RecursionError, ValueError) as error:
+            raise _no_json(source, number, _limit(error)) from error
         _check_object(record, f"{source}, line {number}")
         yield number, record
+
+
+def _limit(error: Exception) -> str:
+    """Return which limit of Python's parser valid JSON exceeds."""
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 def _no_json(source: str, line_number: int, fault: str, line: str = "") -> DataError:

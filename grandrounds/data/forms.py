@@ -59,8 +59,10 @@ class Layout:
     def description(self) -> str:
         """The form in words; empty where it is what the configuration names."""
         named = " and ".join(self.question)
+        joined = f"{named} make the question"
+        apart = "the template shows the instruction apart"
         return {
-            "alpaca": f"Alpaca triples: {named} make the question",
+            "alpaca": f"Alpaca triples: {joined if len(self.question) > 1 else apart}",
             "conversations": f"conversations in the column {named}",
             "text": f"plain text in the column {named}",
         }.get(self.form, "")

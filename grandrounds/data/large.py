@@ -20,9 +20,10 @@ import numpy as np
 
 from grandrounds.data.files import SEPARATORS, RawRows, check_same_columns, csv_labels
 from grandrounds.data.forms import APART, INSTRUCTION, Layout
-from grandrounds.data.places import Version, unreadable
+from grandrounds.data.places import SURVEYED_BYTES, Version, name_in, unreadable
 from grandrounds.data.read import (
     columns_read,
+    columns_used,
     instructions_of,
     labels_of,
     no_answers,
@@ -40,6 +41,9 @@ STORED_BYTES = 32 * 2**20
 
 _PACKED = (".gz", ".parquet")
 _PACKED_FACTOR = 4
+
+MOST_NAMED = 5
+"""Columns that are named of those that nobody reads."""
 
 _DECISIVE = 3
 """Values of a column beyond which further ones decide nothing: blank and two instructions."""
@@ -72,7 +76,7 @@ def large_files(source: str, version: Version, columns: tuple[str, ...]) -> Rows
 
     def chunks() -> Iterator[tuple[str, RawRows]]:
         for path, _, _ in version:
-            name = source if len(version) == 1 else str(path)
+            name = name_in(version, path, source)
             try:
                 for raw in chunks_of(path, name, columns_read(columns)):
                     files = ((path.name, len(raw.places)),) if len(version) > 1 else ()
@@ -80,7 +84,8 @@ def large_files(source: str, version: Version, columns: tuple[str, ...]) -> Rows
             except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
                 raise unreadable(name, error) from error
 
-    return stored(chunks, source, columns, total_bytes(version))
+    is_told = sum(size_bytes for _, _, size_bytes in version) > SURVEYED_BYTES
+    return stored(chunks, source, columns, total_bytes(version), is_told=is_told)
 
 
 def stored(
@@ -89,6 +94,8 @@ def stored(
     columns: tuple[str, ...],
     needed_bytes: int,
     commit: str = "",
+    *,
+    is_told: bool,
 ) -> Rows:
     """Store the rows of a source on the disk.
 
@@ -101,22 +108,26 @@ def stored(
         Room that they take, approximately.
     commit : str
         Of the hub's data set, where it is known.
+    is_told : bool
+        Whether to tell the form on stderr, as of a source that no survey has read before.
     """
-    found = None
+    found, every = None, _Seen(columns)
     with suppress(DataError):  # told by the second reading, if it was no wrong guess
-        found = _guessed(chunks, source, columns, needed_bytes)
+        found = _guessed(chunks, source, columns, needed_bytes, every)
     if found is None:
         every = _Seen(columns)
         deque(every.watching(chunks()), maxlen=0)
         found = _written(chunks(), source, columns, every.layout(source), needed_bytes)
+    if is_told:
+        form_note(source, every.layout(source), every.available, columns)
     return found.rows(source, commit)
 
 
 def _guessed(
-    chunks: Chunks, source: str, columns: tuple[str, ...], needed_bytes: int
+    chunks: Chunks, source: str, columns: tuple[str, ...], needed_bytes: int, every: _Seen
 ) -> _Written | None:
     """Write a source as its first rows have it; None if all rows together have another layout."""
-    first, every = _Seen(columns), _Seen(columns)
+    first = _Seen(columns)
     deque(first.watching(islice(chunks(), 1)), maxlen=0)
     layout = first.layout(source)
     found = _written(every.watching(chunks()), source, columns, layout, needed_bytes)
@@ -178,6 +189,18 @@ def left_out_note(source: str, left_out: int, rows: int, first: str) -> None:
         )
 
 
+def form_note(
+    source: str, layout: Layout, available: Sequence[str], columns: tuple[str, ...]
+) -> None:
+    """Tell on stderr in which form a source is read, and which of its columns nobody reads."""
+    used = columns_used(layout, columns)
+    unread = [name for name in available if name not in used]
+    found = [f"read as {layout.description}"] if layout.description else []
+    found += [f"columns that are not read: {', '.join(unread[:MOST_NAMED])}"] if unread else []
+    if found:
+        print(f"grandrounds: {source}: {'; '.join(found)}", file=sys.stderr)
+
+
 class _Seen:
     """What decides where questions and answers are, of the rows that were read."""
 
@@ -196,15 +219,19 @@ class _Seen:
                     found |= {key: v for v in values if (key := _decisive(name, v)) is not None}
             yield file, raw
 
+    @property
+    def available(self) -> tuple[str, ...]:
+        """All columns of the files."""
+        return tuple(dict.fromkeys(chain.from_iterable(self._of_files.values())))
+
     def layout(self, source: str) -> Layout:
         """Return where questions and answers are; raise `DataError` as `settled_layout` does."""
         if self._of_files:
             first = next(iter(self._of_files.values()))
             wanted = [name for name in columns_read(self._columns)(first) if name in first]
             check_same_columns(self._of_files, wanted)
-        available = tuple(dict.fromkeys(chain.from_iterable(self._of_files.values())))
         values = {name: list(found.values()) for name, found in self._values.items()}
-        raw = RawRows(values, available, range(len(self._of_files)), "row")
+        raw = RawRows(values, self.available, range(len(self._of_files)), "row")
         layout = settled_layout(raw, source, self._columns)
         if layout.form == "preferences":
             raise no_answers(raw, source)

@@ -15,6 +15,7 @@ import itertools
 import json
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def own_prompt(template: str) -> OwnPrompt:
     if len(template) > MOST_CHARACTERS:
         raise _fault(f"it has {len(template):,} characters, of at most {MOST_CHARACTERS:,}")
     begins = _SYSTEM.match(template)
-    system = str(json.loads(begins[1])) if begins else ""
+    system = _system_of(begins[1]) if begins else ""
     text = template[begins.end() if begins else 0 :].removesuffix("\n")
     _check_answer(_parsed(text).body)
     places = list(_ANSWER.finditer(text))
@@ -272,13 +273,19 @@ def _check(node: Any, allowed: Sequence[str], depth: int = 0, *, conditions: boo
         if node.name not in allowed:
             known = ", ".join(allowed)
             hint = nearest(node.name, allowed)
-            raise _fault(f"{node.name!r} is unknown here; known are {known}{hint}", node.lineno)
+            raise _fault(
+                f"{node.name!r} is unknown here; known are {known}{'.' * bool(hint)}{hint}",
+                node.lineno,
+            )
     elif isinstance(node, nodes.Const):
         if not isinstance(node.value, str):
             raise _fault(f"{str(node.value)[:20]} is no text", node.lineno)
+        if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in node.value):
+            raise _fault("a text in it holds a control character: remove it", node.lineno)
     elif isinstance(node, nodes.Filter):
         if node.name != "trim" or node.args or node.kwargs or node.node is None:
-            raise _fault(f"the filter {node.name!r} is not allowed; trim is", node.lineno)
+            given = " with arguments" * (node.name == "trim")
+            raise _fault(f"the filter {node.name!r}{given} is not allowed; trim is", node.lineno)
     elif isinstance(node, nodes.If | nodes.CondExpr | nodes.Not | nodes.And | nodes.Or):
         if not conditions:
             raise _fault("what ends the answer depends on a condition", node.lineno)
@@ -310,6 +317,16 @@ def _check_rendered(made: OwnPrompt) -> None:
                 cases = (f"{n} is {'given' if n in filled else 'empty'}" for n in optional)
                 where = f" where {' and '.join(cases)}" if optional else ""
                 raise _fault(f"the {name} does not reach the prompt{where}")
+
+
+def _system_of(written: str) -> str:
+    """Return the system prompt that `DataConfig.prompt` has written before a template."""
+    try:
+        system = str(json.loads(written))
+        system.encode()
+    except (json.JSONDecodeError, UnicodeEncodeError) as error:
+        raise _fault("it sets the system prompt itself: use data.system-prompt", 1) from error
+    return system
 
 
 def _parsed(source: str) -> Any:
@@ -357,4 +374,5 @@ def _environment() -> Any:
 
 def _fault(what: str, line: int | None = None) -> ConfigError:
     where = f", line {line}" if line else ""
-    return ConfigError(f"The template of {KEY}{where}: {what}. See docs/data.md.")
+    end = "" if what.endswith("?") else "."
+    return ConfigError(f"The template of {KEY}{where}: {what}{end} See docs/data.md.")

@@ -28,6 +28,9 @@ beside data they describe them."""
 FILE_ENDINGS = (*TABLE_ENDINGS, *TEXT_ENDINGS)
 """Supported file names."""
 
+SURVEYED_BYTES = 64 * 2**20
+"""Largest local source that is read before a run (`survey`); a larger one is only looked up."""
+
 Version = tuple[tuple[Path, int, int], ...]
 """Files with modification time and length: another version of a source is read again."""
 
@@ -73,6 +76,11 @@ class OnHub:
         return f"{self.name}{config}{split}" + (f"@{self.revision}" if self.revision else "")
 
 
+def name_in(version: Version, path: Path, source: str) -> str:
+    """Return how messages call a file of a source: by the source's own name, if it is the file."""
+    return source if len(version) == 1 and path.name == Path(source).name else str(path)
+
+
 def looks_like_path(source: str) -> bool:
     """Whether a source is local, there or not, rather than a name on the hub."""
     return (
@@ -104,7 +112,7 @@ def files_of(source: str) -> Version:
         missing = next((path for path in paths if not path.is_file()), None)
         if missing is not None:
             raise DataError(
-                f"{source}: no such file.{_nearest_file(missing)} Set {SOURCE_KEY} to a file that "
+                f"{source}: {_absence(missing)} Set {SOURCE_KEY} to a file that "
                 f"exists ({allowed}), to the name of a hub data set or to {BUILT_IN}."
             )
         stats = [(path.resolve(), path.stat()) for path in paths]
@@ -124,19 +132,20 @@ def _paths(source: str, place: Path) -> list[Path]:
     allowed = ", ".join(FILE_ENDINGS)
     if place.is_dir():
         inside = [path for path in place.iterdir() if not path.name.startswith(".")]
-        paths = [path for path in inside if path.name.lower().endswith(FILE_ENDINGS)]
+        named = [path for path in inside if path.name.lower().endswith(FILE_ENDINGS)]
+        paths = [path for path in named if not path.is_dir()]
         if not paths:
             raise DataError(
                 f"{source}: this folder holds no file that can be read ({allowed}); set "
                 f"{SOURCE_KEY} to a file, or to a folder of such files."
             )
         tables = [path for path in paths if not path.name.lower().endswith(TEXT_ENDINGS)]
-        return sorted(path for path in tables or paths if path.is_file())
+        return sorted(tables or paths)
     if place.exists() or not _is_pattern(source):
         return [place]
     anchor = Path(place.anchor)
     matching = sorted(anchor.glob(str(place.relative_to(anchor))))
-    paths = [path for path in matching if path.is_file()]
+    paths = [path for path in matching if not path.is_dir()]
     if not paths:
         raise DataError(
             f"{source}: no file has such a name. Set {SOURCE_KEY} to a pattern, a folder or a file "
@@ -145,10 +154,13 @@ def _paths(source: str, place: Path) -> list[Path]:
     return paths
 
 
-def _nearest_file(path: Path) -> str:
+def _absence(path: Path) -> str:
+    """Say why a path is no file that can be read."""
+    if path.is_symlink() or path.exists():
+        return f"{path} is {'a broken link' if path.is_symlink() else 'no regular file'}."
     if not path.parent.is_dir():
-        return f" There is no folder {str(path.parent)!r} either."
-    return nearest(path.name, sorted(file.name for file in path.parent.iterdir()))
+        return f"no such file. There is no folder {str(path.parent)!r} either."
+    return "no such file." + nearest(path.name, sorted(file.name for file in path.parent.iterdir()))
 
 
 def unreadable(source: str, error: Exception) -> DataError:

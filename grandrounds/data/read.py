@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from grandrounds.data.conversations import (
+    COLUMNS as TURNS,
+)
+from grandrounds.data.conversations import (
     PLAIN_TEXT,
     Conversation,
     Turn,
@@ -69,11 +72,16 @@ def as_read(raw: RawRows, source: str, columns: tuple[str, ...]) -> Read:
         for name in kept
         if name not in (question, answer, APART)
     }
-    used = frozenset((*layout.question, layout.answer, *kept))
     if APART in columns:
         labels[APART] = instructions_of(raw, source, columns, layout)
-        used |= {INSTRUCTION}
+    used = columns_used(layout, columns)
     return Read(values | labels, texts.histories, layout.description, texts.left_out, used)
+
+
+def columns_used(layout: Layout, columns: tuple[str, ...]) -> frozenset[str]:
+    """Return the columns of a source whose content reaches somebody."""
+    asked = frozenset((*layout.question, layout.answer, *columns[2:]))
+    return asked | {INSTRUCTION} if APART in columns else asked
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layou
             f"needed. Choose another {SOURCE_KEY}."
         )
     (question, answer), kept = columns[:2], tuple(n for n in columns[2:] if n != APART)
-    layout = _settled(layout_of(raw.available, question, answer), raw, columns)
+    layout = _settled(layout_of(raw.available, question, answer), raw, source, columns)
     if APART in columns:
         layout = layout.without_instruction()
     if layout.form == "preferences":
@@ -215,14 +223,23 @@ def _joined(raw: RawRows, source: str, parts: Sequence[str]) -> list[str]:
     return [" ".join(text for text in row if text.strip()) for row in zip(*texts, strict=True)]
 
 
-def _settled(layout: Layout, raw: RawRows, columns: tuple[str, ...]) -> Layout:
+def _settled(layout: Layout, raw: RawRows, source: str, columns: tuple[str, ...]) -> Layout:
     """Return the layout that the values show: turns are lists, and instructions may differ.
 
     FlowerTune's medical data have one instruction for all rows, which it leaves out.
     """
     if layout.form == "conversations":
-        values = raw.values.get(layout.question[0], ())
-        return layout if any(isinstance(v, list) for v in values) else pairs(*columns[:2])
+        column = layout.question[0]
+        values = raw.values.get(column, ())
+        if any(isinstance(value, list) for value in values):
+            return layout
+        if column in TURNS and any(isinstance(value, str) for value in values):
+            raise DataError(
+                f"{source}: the column {column!r} holds text, not lists of turns with role and "
+                "content. Write the turns as JSON themselves, not as JSON in a text; a .csv or "
+                ".tsv file cannot hold them."
+            )
+        return pairs(*columns[:2])
     if layout.question != ("input",) or INSTRUCTION in columns:
         return layout
     texts = raw.values.get(INSTRUCTION, [])
@@ -248,6 +265,14 @@ def _check_columns(available: Sequence[str], source: str, wanted: Mapping[str, s
     wanted
         Column → key that names it.
     """
+    if not available:
+        raise DataError(f"{source}: it has no columns: its rows, if there are any, are empty.")
+    if len(available) == 1 and (other := next((s for s in ";|\t" if s in available[0]), "")):
+        raise DataError(
+            f"{source}: its one column is named {available[0]!r}, so that its values are separated "
+            f"by {other!r}, it seems. Values are separated by commas in .csv files and by tabs in "
+            ".tsv files: save it so."
+        )
     faults, advice = [], []
     for name, key in wanted.items():
         count = available.count(name)

@@ -35,10 +35,11 @@ from grandrounds.data.places import (
     Version,
     files_of,
     looks_like_path,
+    name_in,
     unreadable,
 )
 from grandrounds.data.preferences import Preferences, columns_of_preferences, preferences_of
-from grandrounds.data.read import as_read, columns_read
+from grandrounds.data.read import as_read, columns_read, settled_layout
 from grandrounds.data.rows import Rows
 from grandrounds.data.streams import CHUNK_ROWS
 from grandrounds.errors import DataError, first_line, nearest
@@ -146,7 +147,7 @@ def _load_embedded(source: str, columns: tuple[str, ...]) -> Rows:
 
 @lru_cache(maxsize=_CACHED_SOURCES)
 def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
-    from grandrounds.data.large import STORED_BYTES, left_out_note, stored
+    from grandrounds.data.large import STORED_BYTES, form_note, left_out_note, stored
 
     rows = _hub_rows(source)
     available = tuple(rows.column_names)
@@ -159,11 +160,12 @@ def _load_hub(source: str, columns: tuple[str, ...], alone: bool) -> Rows:
             for raw in table_chunks(tables, read, available, CHUNK_ROWS):
                 yield source, raw
 
-        return stored(chunks, source, columns, rows.data.nbytes, hub_commit(rows))
+        return stored(chunks, source, columns, rows.data.nbytes, hub_commit(rows), is_told=True)
     raw = from_table(rows.with_format("arrow")[:], choose(available), available)
     if alone:
         return rows_alone(raw, columns)
     found = as_read(raw, source, columns)
+    form_note(source, settled_layout(raw, source, columns), available, columns)
     left_out_note(source, len(found.left_out), len(raw.places), next(iter(found.left_out), ""))
     return Rows(found.values, hub_commit(rows), found.histories)
 
@@ -250,7 +252,7 @@ def _read_all(
 ) -> RawRows:
     read = []
     for path, _, _ in version:
-        name = source if len(version) == 1 else str(path)
+        name = name_in(version, path, source)
         try:
             raw = read_file(path, name, choose, () if alone else labels)
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:

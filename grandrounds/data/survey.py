@@ -9,20 +9,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from grandrounds.data.conversations import PLAIN_TEXT
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
-from grandrounds.data.forms import INSTRUCTION
-from grandrounds.data.places import FILE_ENDINGS, Version, files_of, looks_like_path
+from grandrounds.data.forms import APART, INSTRUCTION
+from grandrounds.data.own_prompt import columns_apart
+from grandrounds.data.places import FILE_ENDINGS, SURVEYED_BYTES, Version, files_of, looks_like_path
 from grandrounds.data.read import as_read, columns_read
 from grandrounds.data.sources import read_files
 from grandrounds.errors import DataError
-
-SURVEYED_BYTES = 64 * 2**20
-"""Largest source that is surveyed; a larger one is only looked up."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,17 @@ class Survey:
     """Those of `conversations` that have a system prompt before the question and nothing else."""
 
 
-def survey(source: str, question: str, answer: str, partition_by: str = "") -> Survey | None:
+def survey(
+    source: str, question: str, answer: str, partition_by: str = "", template: str = ""
+) -> Survey | None:
     """Return what a data source holds; None for a hub data set and a file that is too large.
 
     Parameters
     ----------
     question, answer, partition_by : str
         Columns; `partition_by` is empty if there is none.
+    template : str
+        `data.prompt-template`: one of one's own may show instructions apart from questions.
 
     Raises
     ------
@@ -66,7 +69,8 @@ def survey(source: str, question: str, answer: str, partition_by: str = "") -> S
         If a local file does not exist or cannot be read, lacks a column or has no row with a
         question and an answer.
     """
-    columns = (question, answer, *((partition_by,) if partition_by else ()))
+    labels = (partition_by,) if partition_by else ()
+    columns = (question, answer, *labels, *columns_apart(template))
     if source in EMBEDDED:
         return _survey_embedded(source, columns)
     if not looks_like_path(source):
@@ -97,9 +101,12 @@ def _survey_files(source: str, version: Version, columns: tuple[str, ...]) -> Su
 def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
     read = as_read(raw, source, columns)
     values, (question, answer) = read.values, columns[:2]
+    apart = values.get(APART, repeat(""))
     is_usable = [
-        bool(asked.strip() and answered.strip())
-        for asked, answered in zip(values[question], values[answer], strict=True)
+        bool((asked.strip() or instruction.strip()) and answered.strip())
+        for asked, answered, instruction in zip(
+            values[question], values[answer], apart, strict=False
+        )
     ]
     if not any(is_usable):
         if read.left_out:
@@ -114,7 +121,7 @@ def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
             f"answer ({answer!r}): {fault}; the columns are: {', '.join(raw.available)}. Set "
             "data.question-column and data.answer-column to the columns that hold them."
         )
-    labels = values[columns[2]] if len(columns) > 2 else []
+    labels = next((values[name] for name in columns[2:] if name != APART), [])
     found: Counter[Any] = Counter()
     for label, usable in zip(labels, is_usable, strict=False):
         if label is not None and str(label).strip():

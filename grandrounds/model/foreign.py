@@ -62,7 +62,12 @@ ADVICE = (
 
 
 def is_plain(config: Mapping[str, Any], folder: Path) -> bool:
-    """Return whether an adapter is plain LoRA or DoRA; False if PEFT must load it.
+    """Return whether an adapter is plain LoRA or DoRA; raise as `beyond_plain`."""
+    return not beyond_plain(config, folder)
+
+
+def beyond_plain(config: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the settings for which PEFT must load an adapter; none of plain LoRA or DoRA.
 
     Raises
     ------
@@ -73,23 +78,28 @@ def is_plain(config: Mapping[str, Any], folder: Path) -> bool:
     if kind != "LORA":
         raise ModelError(f"the adapter {folder} is of PEFT's type {kind}, not LORA. {ADVICE}")
     default = _defaults()
-    needs_peft = False
+    found = []
     for key, value in config.items():
         if key in ANY_VALUE or value == default.get(key) or not (value or key in default):
             continue
         if key == "init_lora_weights":
-            needs_peft |= _start_needs_peft(value, folder)
+            is_beyond = _start_needs_peft(value, folder)
         elif key == "exclude_modules" and keeps_to_the_text(value):
             continue
         elif key in BY_PEFT:
-            needs_peft |= bool(value) and value != default[key]
+            is_beyond = bool(value)
         elif value:
             what = REFUSED.get(key, f"an adapter with {key} = {str(value)[:40]}")
             raise ModelError(f"{folder} is {what}, which cannot be evaluated here. {ADVICE}")
+        else:
+            continue
+        found += [f"{key} = {str(value)[:40]}"] * is_beyond
     targets = config.get("target_modules")
     by_path = isinstance(targets, list) and any("." in str(target) for target in targets)
     by_default = targets is None and bool(config.get("r"))  # PEFT knows those of the architecture
-    return not (needs_peft or by_path or by_default or isinstance(targets, str))
+    if by_path or by_default or isinstance(targets, str):
+        found.append(f"target_modules = {str(targets)[:40]}")
+    return found
 
 
 def _start_needs_peft(start: object, folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from grandrounds.config.bases import hub_name
 from grandrounds.errors import ModelError, first_line
-from grandrounds.model.foreign import ADVICE, is_plain, read_weights
+from grandrounds.model.foreign import ADVICE, beyond_plain, read_weights
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.targets import Targets
 from grandrounds.wire.adapter import Adapter, Shapes
@@ -54,8 +54,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def lora_spec(folder: Path) -> LoraSpec:
     """Return rank, alpha and targets of a saved adapter; raise `ModelError` unless LoRA or DoRA."""
     config = read_adapter_config(folder)
-    if not is_plain(config, folder):
-        raise ModelError(f"the adapter {folder} is no plain LoRA. {ADVICE}")
+    if more := beyond_plain(config, folder):
+        raise ModelError(f"the adapter {folder} is no plain LoRA ({', '.join(more)}). {ADVICE}")
     targets = config.get("target_modules")
     if isinstance(targets, list):
         # PEFT saves a set, in arbitrary order

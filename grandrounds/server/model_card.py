@@ -235,9 +235,9 @@ def _facts(
             _cell(
                 f"{'DoRA, ' * lora.peft_use_dora}{'rsLoRA, ' * lora.use_rslora}"
                 f"r = {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
-                f"alpha = {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)}, "
+                f"alpha = {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)},"
             )
-            + f"on {', '.join(target_modules)}"
+            + f" on {', '.join(target_modules)}"
             + (f"; frozen: {frozen}" if frozen else ""),
         ),
         (

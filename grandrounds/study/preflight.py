@@ -139,7 +139,8 @@ def check_base(config: Config) -> list[str]:
 def check_data(config: Config) -> Survey | None:
     """Check the data and their division among the sites; None if they are not surveyed."""
     data, by = config.data, config.data.partition_by
-    found = survey(config.static.name, data.question_column, data.answer_column, by)
+    named = data.question_column, data.answer_column, by
+    found = survey(config.static.name, *named, data.prompt_template)
     if found is not None:
         check_text(data.prompt_template, found.texts, found.usable)
         alone = found.with_system_only
@@ -210,11 +211,9 @@ def _forms(config: Config, found: Survey) -> Iterator[str]:
         yield (
             f"{len(found.left_out):,} of {found.rows:,} conversations are not trained on: {named}"
         )
-    shows_them = bool(columns_apart(config.data.prompt_template))
-    unread = [name for name in found.unread if not (shows_them and name == INSTRUCTION)]
-    if unread and config.static.name not in EMBEDDED:
-        yield f"columns that are not read: {', '.join(unread[:MOST_NAMED])}"
-    if shows_them and not found.has_instructions:
+    if found.unread and config.static.name not in EMBEDDED:
+        yield f"columns that are not read: {', '.join(found.unread[:MOST_NAMED])}"
+    if columns_apart(config.data.prompt_template) and not found.has_instructions:
         yield (
             f"the prompt template shows an instruction, and the data have no column "
             f"{INSTRUCTION!r}: it is empty in every prompt"

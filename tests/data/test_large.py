@@ -171,6 +171,24 @@ def test_what_is_left_out_is_counted(
     )
 
 
+def test_form_and_unread_columns_are_told_of_what_no_survey_reads(
+    tmp_path: Path,
+    stored: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"instruction": f"{i}.", "input": "A?", "output": "B.", "note": "x"} for i in range(9)]
+    path = write(tmp_path / "a.jsonl", rows)
+    stored(path)
+    assert "read as" not in capfd.readouterr().err
+    monkeypatch.setattr(large, "SURVEYED_BYTES", 0)
+    stored(path)
+    assert capfd.readouterr().err.endswith(
+        "a.jsonl: read as Alpaca triples: instruction and input make the question; "
+        "columns that are not read: note\n"
+    )
+
+
 FAULTS: dict[str, list[dict[str, Any]]] = {
     "a value": [*ROWS, {"input": ["A?"], "output": "B."}],
     "a column": [{"question": "A?", "output": "B."}],

@@ -222,6 +222,8 @@ HOSTILE = {
     "open comments": "{#" * 4000,
     "open statements": "{%-" * 4000,
     "length": "x" * 40_000,
+    "half a character": r"{{ '\ud800' }}",
+    "a control character": r"{{ '\x1b' }}",
 }
 
 
@@ -231,6 +233,14 @@ def test_a_hostile_template_is_refused_at_once(text: str) -> None:
     with pytest.raises(ConfigError):
         own_prompt(text + "{{ question }}{{ answer }}")
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("said", [r"a\xb", r"\ud800", "a\nb\\"])
+def test_a_system_prompt_that_is_no_text_is_refused(said: str) -> None:
+    """Written as `DataConfig.prompt` does, by hand: as JSON it is broken, or half a character."""
+    written = f'{{% set system = "{said}" %}}\n{{{{ system }}}}{{{{ question }}}}{{{{ answer }}}}'
+    with pytest.raises(ConfigError):
+        own_prompt(written)
 
 
 def test_what_is_rendered_is_bounded() -> None:

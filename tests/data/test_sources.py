@@ -281,6 +281,26 @@ class TestMissingAndUnknownFiles:
         assert "this folder holds no file that can be read (.json" in failure(tmp_path)
         assert "no file has such a name" in failure(tmp_path / "*.csv")
 
+    def test_a_folders_links_and_files_without_rows_are_not_passed_over(
+        self, tmp_path: Path
+    ) -> None:
+        write(tmp_path / "a.jsonl", json_lines(ROWS))
+        (tmp_path / "b.jsonl").mkdir()
+        assert len(read(tmp_path)) == len(ROWS)
+        (tmp_path / "c.jsonl").symlink_to("nowhere")
+        assert "c.jsonl is a broken link" in failure(tmp_path)
+        (tmp_path / "c.jsonl").unlink()
+        write(tmp_path / "d.jsonl", "")
+        assert "d.jsonl: it has no rows" in failure(tmp_path)
+
+    def test_folder_of_folders_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").mkdir()
+        assert "holds no file that can be read" in failure(tmp_path)
+
+    def test_the_only_file_of_a_folder_is_named(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.jsonl", "{")
+        assert "a.jsonl, line 1" in failure(tmp_path)
+
     def test_home_of_an_unknown_user_is_one_line(self) -> None:
         assert "cannot be read" in failure("~no-such-user-here/a.jsonl")
 
@@ -311,6 +331,14 @@ class TestMalformedFiles:
         assert "the columns are: instruction, input, output, site." in message
         assert "Did you mean 'output'?" in message
 
+    def test_values_separated_by_semicolons(self, tmp_path: Path) -> None:
+        message = failure(write(tmp_path / "a.csv", "input;output\nA?;B.\n"))
+        assert "its values are separated by ';', it seems" in message
+
+    def test_turns_as_text(self, tmp_path: Path) -> None:
+        row = json.dumps({"messages": json.dumps([{"role": "user", "content": "A?"}])})
+        assert "'messages' holds text, not lists" in failure(write(tmp_path / "a.jsonl", row))
+
     def test_column_that_occurs_twice(self, tmp_path: Path) -> None:
         message = failure(write(tmp_path / "a.csv", "input,output,input\n1,2,3\n"))
         assert "2 columns named 'input'" in message
@@ -335,6 +363,12 @@ class TestMalformedFiles:
     def test_array_that_is_not_utf8(self, tmp_path: Path) -> None:
         content = '[\n{"input": "Fußpilz"}]'.encode("latin-1")
         assert "line 2: not valid JSON (not UTF-8)" in failure(write(tmp_path / "a.json", content))
+
+    def test_number_that_is_too_long(self, tmp_path: Path) -> None:
+        row = '{"input": "A?", "output": ' + "9" * 5000 + "}"
+        told = "not valid JSON (a number is too long)"
+        assert f"line 2: {told}" in failure(write(tmp_path / "a.jsonl", "\n" + row))
+        assert f"line 1: {told}" in failure(write(tmp_path / "a.json", f"[{row}]"))
 
     @pytest.mark.parametrize("line", ["[1, 2]", '"text"', "12", "null"])
     def test_line_that_is_no_object(self, tmp_path: Path, line: str) -> None:

@@ -159,7 +159,7 @@ def test_the_recipe_of_a_run_keeps_its_tables(finished: Callable[[str], Path]) -
     assert config.lora.ranks_by_pattern == {"layers.0.self_attn.q_proj": 2, "v_proj": 6}
     card = (finished("product") / "peft_3" / "README.md").read_text()
     assert (
-        "r = 4 (layers.0.self_attn.q_proj: 2, v_proj: 6), alpha = 8 (layers\\.1\\..*v_proj: 3)"
+        "r = 4 (layers.0.self_attn.q_proj: 2, v_proj: 6), alpha = 8 (layers\\.1\\..*v_proj: 3), on "
         in card
     )
 

@@ -105,6 +105,8 @@ def test_next_steps_keep_the_engine_say_when_they_start_anew_and_fit_the_data() 
     here = config(static__dataset__name="/home/me/cards.jsonl", model__name="org/real")
     assert steps(here, SIMULATED)[1] == "next: grandrounds evaluate /elsewhere/run"  # held-out rows
     assert steps(CARDS, SIMULATED)[-1].endswith(f"--model {REAL_BASE}")
+    goes_on = config(static__dataset__name="cards.jsonl", model__lora__from_adapter="/elsewhere/a")
+    assert steps(goes_on, SIMULATED)[-1].endswith("run --resume /elsewhere/run --rounds 8")
     assert steps(own, OWN, connection="trial")[-1].endswith("--connection trial")
     assert engine_options(OWN) == " --engine deployment --connection NAME"
     assert engine_options(SIMULATED) == ""

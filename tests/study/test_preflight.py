@@ -140,8 +140,34 @@ def test_a_last_round_that_trains_nothing_is_warned_of() -> None:
 
 
 def test_what_a_template_of_ones_own_lacks_is_told_before_a_run(tmp_path: Path) -> None:
-    shows = "{% if instruction %}{{ instruction }} {% endif %}{{ question }}: {{ answer }}"
-    found = warned(tmp_path, many(300), **{"data.prompt-template": shows})
+    found = warned(tmp_path, many(300), **{"data.prompt-template": SHOWS})
     assert any("the data have no column 'instruction'" in line for line in found)
     with pytest.raises(ConfigError, match="the question does not reach the prompt"):
         preflight.check(resolve({"data.prompt-template": "Tell me. {{ answer }}"}))
+
+
+SHOWS = "{% if instruction %}{{ instruction }} {% endif %}{{ question }}: {{ answer }}"
+"""A template that shows instructions apart from questions."""
+
+
+def warned_of_triples(tmp_path: Path, rows: list[tuple[str, str]], template: str) -> list[str]:
+    lines = [json.dumps({"instruction": i, "input": q, "output": "B."}) for i, q in rows]
+    (file := tmp_path / "triples.jsonl").write_text("\n".join(lines))
+    settings = {"static.dataset.name": str(file), "data.prompt-template": template}
+    return warned(tmp_path, [], **settings)
+
+
+def test_a_template_with_instructions_leaves_no_row_without_input_out(tmp_path: Path) -> None:
+    rows = [("Explain.", str(i) if i % 2 else "") for i in range(300)]
+    told = " ".join(warned_of_triples(tmp_path, rows, "alpaca"))
+    assert "not read: instruction" in told
+    assert "150 of 300 rows have no question" in told
+    assert warned_of_triples(tmp_path, rows, SHOWS) == []
+
+
+def test_alpaca_triples_are_told_as_the_template_shows_them(tmp_path: Path) -> None:
+    rows = [(f"{i % 2}.", str(i)) for i in range(300)]
+    [joined] = warned_of_triples(tmp_path, rows, "alpaca")
+    [apart] = warned_of_triples(tmp_path, rows, SHOWS)
+    assert "instruction and input make the question" in joined
+    assert "the template shows the instruction apart" in apart

@@ -50,7 +50,7 @@ def _next(directory: str, summary: Facts, config: Config, sites: Sites) -> list[
         has_rows = Path(config.static.name).is_absolute() and config.data.held_out_fraction
         asked = [f"grandrounds evaluate {directory}"] if has_rows and not are_real(sites) else []
         return [*asked, f'grandrounds ask {directory} "a question of yours"', look, longer]
-    if are_real(sites):  # each site names its bases itself
+    if are_real(sites) or config.lora.is_continued:  # sites name bases; an adapter fits only one
         return [look, longer]
     real = f"{again} --model {REAL_BASE}{engine}"
     return [look, f"train a real base, starting anew: {real}"]

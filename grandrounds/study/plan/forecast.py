@@ -12,14 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from grandrounds.config.codecs import COARSE_CODECS, CODECS
-from grandrounds.config.keys import Config
+from grandrounds.config.codecs import COARSE_CODECS, CODECS, EXACT_CODECS
+from grandrounds.config.keys import TRAIN, Config
 from grandrounds.config.recipes import LEADERBOARD_DATA
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.places import SURVEYED_BYTES, looks_like_path
 from grandrounds.data.streams import is_read_by_rows
-from grandrounds.data.survey import SURVEYED_BYTES
+from grandrounds.data.survey import survey
 from grandrounds.errors import DataError, first_line
 from grandrounds.model import memory
 from grandrounds.model.architectures import (
@@ -123,7 +124,7 @@ def forecast(
     )
     paths = [name.removeprefix("base_model.model.").removesuffix(A) for name in shapes if A in name]
     check_patterns(tables, paths, base.name)
-    counted = rows if rows is not None else count_rows(config.static.name)
+    counted = rows if rows is not None else rows_of(config)
     return Forecast(
         config=config,
         architecture=base,
@@ -165,6 +166,23 @@ def server_memory(config: Config, shapes: Shapes) -> int:
 
 
 _BEGINNING_CHARACTERS = 1024
+
+
+def rows_of(config: Config) -> int | None:
+    """Count the rows of a run's data; None if they would have to be loaded, or a part is chosen.
+
+    Raises
+    ------
+    DataError
+        If a local file cannot be read.
+    """
+    data, static = config.data, config.static
+    if not looks_like_path(static.name):
+        chosen = static.config or static.split != TRAIN
+        return None if chosen else count_rows(static.name)
+    named = data.question_column, data.answer_column, data.partition_by
+    found = survey(static.name, *named, data.prompt_template)
+    return count_rows(static.name) if found is None else found.rows
 
 
 def count_rows(source: str) -> int | None:
@@ -257,7 +275,8 @@ def kept_rows(rows: int, held_out_fraction: float) -> int:
 def by_codec(forecast: Forecast, codecs: tuple[str, ...]) -> dict[str, Plan]:
     """Return the run's traffic under each codec, both ways; coarse codecs with int4 down.
 
-    Coarse codecs are omitted for strategies without error feedback.
+    Coarse codecs are omitted for strategies without error feedback. A run that goes on from a saved
+    adapter has a lossless downlink.
     """
     config = forecast.config
     plans = {}
@@ -265,6 +284,8 @@ def by_codec(forecast: Forecast, codecs: tuple[str, ...]) -> dict[str, Plan]:
         down = "int4" if name in COARSE_CODECS else name
         if name in COARSE_CODECS and not STRATEGIES[config.strategy.name].error_feedback:
             continue
+        if config.lora.is_continued and down not in EXACT_CODECS:
+            down = "none"
         how = replace(
             config.communication, uplink_codec=name, downlink_codec=down, downlink="complete"
         )

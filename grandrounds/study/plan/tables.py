@@ -36,7 +36,8 @@ def tables(forecast: Forecast, link: Link | None) -> list[Table]:
         Table(
             ("module", "outputs x inputs", "layers", "parameters", "MiB"),
             module_rows(forecast),
-            f"adapter, rank {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}",
+            f"adapter, {'DoRA, ' * lora.peft_use_dora}"
+            f"rank {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}",
         ),
         Table(
             ("messages", "count", "MiB each, mean", "MiB", "with key names"),

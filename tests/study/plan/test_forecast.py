@@ -22,6 +22,7 @@ from grandrounds.study.plan.forecast import (
     forecast,
     link_seconds,
     reading,
+    rows_of,
     site_sizes,
 )
 from grandrounds.wire import schedule as sampling
@@ -67,6 +68,20 @@ def test_a_damaged_file_is_told_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"cannot be read: .* or use --rows"):
         count_rows(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_rows_are_those_that_a_run_reads(tmp_path: Path) -> None:
+    rows = [{"input": f"{i}?", "output": "B."} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps({"data": rows}))
+    (tmp_path / "b.tsv").write_text("input\toutput\n3?\tB.\n")
+    for name, count in (("a.json", 3), ("b.tsv", 1)):
+        assert rows_of(recipes.resolve({"static.dataset.name": str(tmp_path / name)})) == count
+
+
+def test_the_rows_of_a_part_of_a_hub_data_set_are_unknown() -> None:
+    named = {"static.dataset.name": "medalpaca/medical_meadow_medical_flashcards"}
+    assert rows_of(recipes.resolve(named)) == LEADERBOARD_ROWS
+    assert rows_of(recipes.resolve(named | {"static.dataset.split": "train[:1000]"})) is None
 
 
 def test_examples_and_coverage_of_the_jsl_recipe_by_hand() -> None:
@@ -144,6 +159,13 @@ def test_every_codec_is_offered_and_float32_costs_most() -> None:
 def test_rules_that_write_factors_anew_are_offered_no_coarse_codec() -> None:
     changes = {"strategy.name": "flora", "strategy.proximal-mu": 0.0}
     assert list(by_codec(forecast(configured(**changes)), ("int8", "sign", "topk"))) == ["int8"]
+
+
+def test_what_goes_on_from_an_adapter_is_offered_no_lossy_downlink() -> None:
+    saved = {"model.lora.from-adapter-sha256": "0" * 64, "model.lora.from-adapter": "a"}
+    start = {"num-server-rounds": 1, **saved}
+    offered = by_codec(forecast(recipes.resolve(start)), ("bf16", "float32", "topk"))
+    assert list(offered) == ["bf16 up, none down", "float32", "topk up, none down"]
 
 
 def test_transfer_times_by_hand() -> None:
