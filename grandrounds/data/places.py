@@ -35,7 +35,7 @@ Version = tuple[tuple[Path, int, int], ...]
 """Files with modification time and length: another version of a source is read again."""
 
 _ON_HUB = re.compile(
-    r"(?P<name>[^:\[@]+)(:(?P<config>[^\[@]+))?(\[(?P<split>.+)\])?(@(?P<revision>.+))?"
+    r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[^\[@]+))?(\[(?P<split>.+)\])?(@(?P<revision>.+))?"
 )
 
 
@@ -63,9 +63,9 @@ class OnHub:
         parts = _ON_HUB.fullmatch(source)
         if parts is None:
             raise DataError(
-                f"{SOURCE_KEY} = {source!r} names no data set on the hub: write its name alone; "
-                "configuration, split and revision have keys of their own (static.dataset.config, "
-                "-split, -revision)."
+                f"{SOURCE_KEY} = {source!r} is neither a file or folder that exists nor the name "
+                "of a data set on the hub (owner/name). Its configuration, split and revision have "
+                "keys of their own (static.dataset.config, -split, -revision)."
             )
         split = parts["split"] or "train"
         return cls(parts["name"], parts["config"] or "", split, parts["revision"] or "")

@@ -111,6 +111,11 @@ def settled_layout(raw: RawRows, source: str, columns: tuple[str, ...]) -> Layou
         )
     (question, answer), kept = columns[:2], tuple(n for n in columns[2:] if n != APART)
     layout = _settled(layout_of(raw.available, question, answer), raw, source, columns)
+    if question == answer and layout.form == "pairs":
+        raise DataError(
+            f"{source}: data.question-column and data.answer-column are both {answer!r}. For plain "
+            "text, trained on as a whole, leave the first one empty; else name two columns."
+        )
     if APART in columns:
         layout = layout.without_instruction()
     if layout.form == "preferences":

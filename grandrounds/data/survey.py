@@ -18,7 +18,14 @@ from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
 from grandrounds.data.forms import APART, INSTRUCTION
 from grandrounds.data.own_prompt import columns_apart
-from grandrounds.data.places import FILE_ENDINGS, SURVEYED_BYTES, Version, files_of, looks_like_path
+from grandrounds.data.places import (
+    FILE_ENDINGS,
+    SURVEYED_BYTES,
+    OnHub,
+    Version,
+    files_of,
+    looks_like_path,
+)
 from grandrounds.data.read import as_read, columns_read
 from grandrounds.data.sources import read_files
 from grandrounds.errors import DataError
@@ -66,8 +73,8 @@ def survey(
     Raises
     ------
     DataError
-        If a local file does not exist or cannot be read, lacks a column or has no row with a
-        question and an answer.
+        If a name can be no data set of the hub, or a local file does not exist, cannot be read,
+        lacks a column or has no row with a question and an answer.
     """
     labels = (partition_by,) if partition_by else ()
     columns = (question, answer, *labels, *columns_apart(template))
@@ -80,6 +87,7 @@ def survey(
                     f"{source}: no such file. Did you mean '{source}{ending}'? A name without an "
                     "ending is a data set on the Hugging Face hub."
                 )
+        OnHub.of(source)
         return None
     version = files_of(source)
     size = sum(size_bytes for _, _, size_bytes in version)

@@ -183,8 +183,8 @@ def open_session(run: Run) -> None:
         kept = " or keep their loss to themselves" if any(map(in_custody, there)) else ""
         raise DataError(
             f"None of the sites selected for held-out loss ({roster.names.listed(judges)}) has "
-            f"held-out examples: they have too little data{kept}. Raise data.held-out-fraction, "
-            "use more data, or set strategy.fraction-evaluate = 0."
+            f"held-out examples: they have too few different questions{kept}. Raise "
+            "data.held-out-fraction, use more data, or set strategy.fraction-evaluate = 0."
         )
     run.write_sites()
     run.listener.on_roll_call([dict(card.facts) for card in roster.cards.values()])

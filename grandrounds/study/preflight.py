@@ -240,8 +240,8 @@ def _passes(sites: list[Site]) -> Iterator[str]:
     advice = "use more data, fewer sites, or lower train.training-arguments.max-steps"
     if one.visit > MOST_PASSES_A_VISIT * one.train:
         yield (
-            f"a visit passes {one.visit / one.train:.0f} times over the {one.train} training "
-            f"examples of a site, which it will learn by heart (warned of above "
+            f"a visit passes {one.visit / one.train:.0f} times over the {_examples(one.train)} of a "
+            f"site, which it will learn by heart (warned of above "
             f"{MOST_PASSES_A_VISIT:g}): {advice}"
         )
         return
@@ -249,9 +249,13 @@ def _passes(sites: list[Site]) -> Iterator[str]:
     passes = most.visits * most.visit / most.train
     if passes > MOST_PASSES_A_RUN:
         yield (
-            f"the run passes {passes:.0f} times over the {most.train} training examples of a site "
+            f"the run passes {passes:.0f} times over the {_examples(most.train)} of a site "
             f"(warned of above {MOST_PASSES_A_RUN:g}): {advice} or num-server-rounds"
         )
+
+
+def _examples(count: int) -> str:
+    return f"{count} training example{'s' * (count != 1)}"
 
 
 def _held_out(config: Config, sites: list[Site]) -> Iterator[str]:
@@ -268,7 +272,7 @@ def _held_out(config: Config, sites: list[Site]) -> Iterator[str]:
     judged = sum(sites[number].held_out for number in judges)
     if judges and judged < LEAST_HELD_OUT:
         yield (
-            f"the held-out loss rests on {judged} examples of {len(judges)} of {len(sites)} sites "
+            f"the held-out loss rests on {judged} example{'s' * (judged != 1)} of {len(judges)} of {len(sites)} sites "
             f"(warned of below {LEAST_HELD_OUT}): raise strategy.fraction-evaluate or "
             "data.held-out-fraction"
         )

@@ -335,6 +335,14 @@ class TestMalformedFiles:
         message = failure(write(tmp_path / "a.csv", "input;output\nA?;B.\n"))
         assert "its values are separated by ';', it seems" in message
 
+    def test_one_column_of_both(self, tmp_path: Path) -> None:
+        message = failure(
+            write(tmp_path / "a.jsonl", json_lines(ROWS)),
+            question_column="input",
+            answer_column="input",
+        )
+        assert "are both 'input'. For plain text" in message
+
     def test_turns_as_text(self, tmp_path: Path) -> None:
         row = json.dumps({"messages": json.dumps([{"role": "user", "content": "A?"}])})
         assert "'messages' holds text, not lists" in failure(write(tmp_path / "a.jsonl", row))

@@ -10,7 +10,7 @@ import pytest
 
 from grandrounds.config.recipes import resolve
 from grandrounds.data.survey import Survey, survey
-from grandrounds.errors import ConfigError, ModelError, RunDirectoryError
+from grandrounds.errors import ConfigError, DataError, ModelError, RunDirectoryError
 from grandrounds.model.location import check_location
 from grandrounds.server.directory import check_vacant
 from grandrounds.study import preflight
@@ -103,6 +103,12 @@ def test_a_survey_counts_what_is_usable(tmp_path: Path) -> None:
 
 
 # --- Places ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["-", "my cards", "data/cards/march", "cards[train", "cards@"])
+def test_a_name_that_no_data_set_of_the_hub_has_is_told_at_once(name: str) -> None:
+    with pytest.raises(DataError, match="neither a file or folder that exists nor the name"):
+        preflight.check(resolve({"static.dataset.name": name}))
 
 
 @pytest.mark.parametrize("name", ["formulary", "org/base", "base"])

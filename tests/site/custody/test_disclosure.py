@@ -215,7 +215,9 @@ def test_the_held_out_loss_of_one_row_is_not_told(settings: Settings, tmp_path: 
     tokens, for any adapter."""
     settings = {**settings, **ONE_SITE, "data.held-out-fraction": 0.008}
     [site] = sites_of(settings, tmp_path, tell__min_held_out_examples=20)
-    with pytest.raises(DataError, match="too little data or keep their loss to themselves"):
+    with pytest.raises(
+        DataError, match="too few different questions or keep their loss to themselves"
+    ):
         run_of(settings, site)
 
     def one_row(visit: Visit) -> RecordDict:
