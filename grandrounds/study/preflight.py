@@ -240,8 +240,8 @@ def _passes(sites: list[Site]) -> Iterator[str]:
     advice = "use more data, fewer sites, or lower train.training-arguments.max-steps"
     if one.visit > MOST_PASSES_A_VISIT * one.train:
         yield (
-            f"a visit passes {one.visit / one.train:.0f} times over the {_examples(one.train)} of a "
-            f"site, which it will learn by heart (warned of above "
+            f"a visit passes {one.visit / one.train:.0f} times over the {_examples(one.train)} of "
+            "a site, which it will learn by heart (warned of above "
             f"{MOST_PASSES_A_VISIT:g}): {advice}"
         )
         return
@@ -272,7 +272,8 @@ def _held_out(config: Config, sites: list[Site]) -> Iterator[str]:
     judged = sum(sites[number].held_out for number in judges)
     if judges and judged < LEAST_HELD_OUT:
         yield (
-            f"the held-out loss rests on {judged} example{'s' * (judged != 1)} of {len(judges)} of {len(sites)} sites "
+            f"the held-out loss rests on {judged} example{'s' * (judged != 1)} of {len(judges)} "
+            f"of {len(sites)} sites "
             f"(warned of below {LEAST_HELD_OUT}): raise strategy.fraction-evaluate or "
             "data.held-out-fraction"
         )
