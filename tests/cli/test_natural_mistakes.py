@@ -268,7 +268,7 @@ def test_unsound_amounts_are_warned_of(shown: Shown) -> None:
     """Eight rows a ward, one of them held out: a visit of 5 steps of 16 passes 11 times over 7."""
     told = " ".join(shown("wards")["warnings"])
     assert "a visit passes 11 times over the 7 training examples of a site" in told
-    assert "the held-out loss rests on 1 examples of 1 of 5 sites" in told
+    assert "the held-out loss rests on 1 example of 1 of 5 sites" in told
 
 
 def test_a_default_that_does_not_apply_is_said(shown: Shown) -> None:

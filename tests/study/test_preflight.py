@@ -58,7 +58,7 @@ def test_sound_amounts_are_not_warned_of(tmp_path: Path) -> None:
 def test_a_visit_that_learns_by_heart(tmp_path: Path) -> None:
     """Two rows a site, one of them held out: a visit of 80 passes 80 times over one example."""
     passes, held_out, few = warned(tmp_path, many(4))
-    assert passes.startswith("a visit passes 80 times over the 1 training examples of a site")
+    assert passes.startswith("a visit passes 80 times over the 1 training example of a site")
     assert "(warned of above 5)" in passes
     assert held_out.startswith("50% of the examples are held out (warned of above 25%)")
     assert few.startswith("the held-out loss rests on 2 examples of 2 of 2 sites")
