@@ -50,7 +50,7 @@ class FederationConfig:
 
     prefix: ClassVar[str] = ""
 
-    num_server_rounds: Annotated[int, Range(1)]
+    num_server_rounds: Annotated[int, Range(1, 100_000)]
     """Training rounds. The learning rate decays over them from `train.learning-rate-max` to
     `train.learning-rate-min`. A resume may give another number, above the rounds played."""
     earlier_schedules: Annotated[str, Schedules()]

@@ -80,6 +80,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(
     [
         ("num-server-rounds", 0, "at least 1"),
         ("num-server-rounds", -3, "-3"),
+        ("num-server-rounds", 10**11, "at most 100000"),
         ("num-server-rounds", "many", "an integer"),
         ("num-server-rounds", 2.5, "an integer"),
         ("num-server-rounds", "true", "an integer"),

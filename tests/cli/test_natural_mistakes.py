@@ -60,7 +60,7 @@ BOTH: list[Mistake] = [
             "train.learning-rate-max=0.0001.",
             "2. Unknown configuration key 'batch_size'.",
             "per-device-train-batch-size=8.",
-            "3. num-server-rounds = 0 is not allowed: it must be at least 1.",
+            "3. num-server-rounds = 0 is not allowed: it must be at least 1, at most 100000.",
         ],
     ),
     ("foreign option", ["--lr", "1e-4"], 2, ["no option --lr. Write --set train.learning-rate-ma"]),

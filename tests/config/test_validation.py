@@ -311,7 +311,7 @@ def test_all_problems_are_told_at_once_in_one_line_each() -> None:
     starts = [
         "Unknown configuration key 'lr'. Did you mean 'train.learning-rate-max'?",
         "strategy.fraction-fit = 0.5 and strategy.fraction-train = 0.4 contradict",
-        "num-server-rounds = 0 is not allowed: it must be at least 1.",
+        "num-server-rounds = 0 is not allowed: it must be at least 1, at most 100000.",
         "train.learning-rate-max = 2.0 is not allowed: it must be more than 0, at most 1.",
         "strategy.proximal-mu = 0.1 does not apply to FedAvg",
     ]
