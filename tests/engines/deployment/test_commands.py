@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import stat
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +114,17 @@ def test_bad_input_gets_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def hooks_of_before() -> Iterator[None]:
+    """What `site serve` changes for its whole process is undone: tests after it read logs."""
+    before = sys.excepthook, sys.unraisablehook, threading.excepthook, warnings.showwarning
+    factory = logging.getLogRecordFactory()
+    yield
+    sys.excepthook, sys.unraisablehook, threading.excepthook, warnings.showwarning = before
+    logging.setLogRecordFactory(factory)
+
+
+@pytest.mark.usefixtures("hooks_of_before")
 def test_the_agent_tells_what_it_has_not_before_it_serves(tmp_path: Path) -> None:
     """Data and bases that cannot work are told at its start, not in the first round."""
     serve = ("site", "serve", "--config", tmp_path / "site" / "site.toml")

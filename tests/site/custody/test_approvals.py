@@ -70,9 +70,10 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
         "privacy.report-train-loss": True,
     }
     defended = {"defence.preset": "robust"}  # which needs to see honest updates, not their noise
+    masked = {"secure-aggregation": "masked32"}  # nor does the server see those
     full = {
         key
-        for also in (private, defended)
+        for also in (private, defended, masked)
         for key in canonical(recipes.resolve({**later, **also, "model.name": "someone/model"}))
     }
     assert full == set(FIELD_OF_KEY) - set(LEFT_OUT)
