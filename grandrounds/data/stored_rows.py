@@ -34,6 +34,10 @@ class Labels:
     numbers: NDArray[np.int32]
     """Each row's position in `values`."""
 
+    def of(self, row: int) -> Any:
+        """Return a row's value."""
+        return self.values[self.numbers[row]]
+
 
 class Table:
     """All rows of a source."""
@@ -78,11 +82,16 @@ class StoredRows(Rows):
         return len(self._index)
 
     def __getitem__(self, name: str) -> Sequence[Any]:
+        table = self._table
         if name == APART:
-            return _Column(self._table, self._index, 3)
-        if name in self._table.columns:
-            return _Column(self._table, self._index, self._table.columns.index(name))
-        return _LabelColumn(self._table.labels[name], self._index)
+            return self._part(3)
+        if name in table.columns:
+            return self._part(table.columns.index(name))
+        return _Column(self._index, table.labels[name].of)
+
+    def _part(self, number: int) -> _Column:
+        record = self._table.record
+        return _Column(self._index, lambda row: record(row)[number])
 
     @property
     def is_stored(self) -> bool:
@@ -94,7 +103,7 @@ class StoredRows(Rows):
 
     @property
     def histories(self) -> Sequence[tuple[Turn, ...]]:
-        return _Column(self._table, self._index, 2)
+        return self._part(2)
 
     def reader(self, names: tuple[str, str]) -> Callable[[int], tuple[Any, ...]]:
         if names != self._table.columns[:2]:
@@ -113,10 +122,10 @@ class StoredRows(Rows):
 
 
 class _Column(Sequence[Any]):
-    """One of the parts of each row."""
+    """A value of each row, read when it is asked for."""
 
-    def __init__(self, table: Table, index: Index, part: int) -> None:
-        self._table, self._index, self._part = table, index, part
+    def __init__(self, index: Index, value_of: Callable[[int], Any]) -> None:
+        self._index, self._value_of = index, value_of
 
     def __len__(self) -> int:
         return len(self._index)
@@ -127,26 +136,8 @@ class _Column(Sequence[Any]):
     def __getitem__(self, place: slice) -> list[Any]: ...
     def __getitem__(self, place: int | slice) -> Any:
         if isinstance(place, slice):
-            return [self._table.record(int(row))[self._part] for row in self._index[place]]
-        return self._table.record(int(self._index[place]))[self._part]
-
-
-class _LabelColumn(Sequence[Any]):
-    def __init__(self, labels: Labels, index: Index) -> None:
-        self._labels, self._index = labels, index
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @overload
-    def __getitem__(self, place: int) -> Any: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Any]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        values, numbers = self._labels.values, self._labels.numbers
-        if isinstance(place, slice):
-            return [values[numbers[row]] for row in self._index[place]]
-        return values[numbers[self._index[place]]]
+            return [self._value_of(int(row)) for row in self._index[place]]
+        return self._value_of(int(self._index[place]))
 
 
 class LabelBuilder:

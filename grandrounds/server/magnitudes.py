@@ -13,7 +13,7 @@ from flwr.app import Message
 from grandrounds.errors import EngineError, ReplyError
 from grandrounds.server.run import Run
 from grandrounds.wire import messages
-from grandrounds.wire.adapter import Adapter, magnitudes_hash
+from grandrounds.wire.adapter import Adapter, adapter_sha256
 from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.traffic import MAGNITUDES_UP, STARTERS
 
@@ -61,9 +61,11 @@ def ask_for_magnitudes(run: Run) -> Adapter:
             f"DoRA's magnitudes start as the norms of the base's weights, which {wanted} sites "
             f"must tell, and {len(told)} of {len(cards)} did. {reasons}"
         )
-    hashes = {site: magnitudes_hash(found) for site, found in told.items()}
+    hashes = {site: adapter_sha256(found) for site, found in told.items()}
     if len(set(hashes.values())) > 1:
-        sites = "; ".join(f"{names.with_number(s)} has {digest}" for s, digest in hashes.items())
+        sites = "; ".join(
+            f"{names.with_number(s)} has {digest[:16]}" for s, digest in hashes.items()
+        )
         raise EngineError(
             f"The sites do not have the same base: the norms of its weights, where DoRA's "
             f"magnitudes start, differ ({sites}; {_largest_difference(*told.values())}). Compare "

@@ -144,7 +144,7 @@ def record_start(run: Run) -> None:
     evaluate_and_record(run, now, record)
 
 
-# --- Cohort ------------------------------------------------------------------------------
+# --- Cohort ---------------------------------------------------------------------------------------
 
 
 def select_cohort(run: Run) -> Round:

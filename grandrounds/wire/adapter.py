@@ -185,15 +185,6 @@ def started_adapter(shapes: Shapes, seed: int, magnitudes: Adapter) -> Adapter:
     return {name: start[name] for name in shapes if name in start}
 
 
-def magnitudes_hash(magnitudes: Adapter) -> str:
-    """Return a hash of the magnitudes' start, by which server and sites compare it."""
-    digest = hashlib.sha256()
-    for name in sorted(magnitudes):
-        digest.update(f"{name}\0{magnitudes[name].size}\0".encode())
-        digest.update(np.ascontiguousarray(magnitudes[name], dtype="<f4").tobytes())
-    return digest.hexdigest()[:16]
-
-
 @lru_cache(maxsize=2)
 def _drawn(shapes: tuple[tuple[str, tuple[int, ...]], ...], *numbers: int) -> Adapter:
     drawn = initial_adapter(dict(shapes), adapter_generator(*numbers))

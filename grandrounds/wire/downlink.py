@@ -31,9 +31,9 @@ from grandrounds.wire.adapter import (
     Adapter,
     Ranks,
     Shapes,
+    adapter_sha256,
     count_parameters,
     flatten,
-    magnitudes_hash,
     magnitudes_of,
     of_factors,
     shapes_of,
@@ -88,7 +88,7 @@ class Sender:
     def __post_init__(self) -> None:
         magnitudes, self._started_with = magnitudes_of(self.start), dict[str, int | str]()
         if magnitudes and not self.ranks.continued:  # whose start the site has by its hash
-            self._started_with[_MAGNITUDES] = magnitudes_hash(magnitudes)
+            self._started_with[_MAGNITUDES] = adapter_sha256(magnitudes)
 
     def parcel(self, round_number: int, partition: int, adapter: Adapter, trains: bool) -> Parcel:
         """Return the message that gives a site the adapter.
@@ -266,12 +266,13 @@ def receive(
 
 def _check_start(instruction: ConfigRecord, magnitudes: Adapter) -> None:
     """Raise `ReplyError` unless DoRA's magnitudes start in the run as on this site's base."""
-    own = magnitudes_hash(magnitudes) if magnitudes else None
+    own = adapter_sha256(magnitudes) if magnitudes else None
     if (told := instruction.get(_MAGNITUDES)) != own:
         raise ReplyError(
-            f"the norms of this site's base, where DoRA's magnitudes start, have the hash {own}, "
-            f"and the run started with {str(told)[:40]}: the base's weights, or the precision of a "
-            "quantised base, differ from those of the sites that the run took them from"
+            "the norms of this site's base, where DoRA's magnitudes start, have the SHA-256 "
+            f"{str(own)[:16]}, and the run started with {str(told)[:16]}: the base's weights, or "
+            "the precision of a quantised base, differ from those of the sites that the run took "
+            "them from"
         )
 
 
