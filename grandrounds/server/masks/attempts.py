@@ -198,7 +198,7 @@ class Masks:
             first, tries = FIRST_ATTEMPT, MOST_TRIES
             if ride is not None and ride.nodes and ride.following.attempt.round == asked.number:
                 yield FIRST_ATTEMPT, ride.following
-                first += 1
+                first, tries = FIRST_ATTEMPT + 1, MOST_TRIES - 1
         for number in range(first, first + tries):
             yield number, None
 
