@@ -119,7 +119,7 @@ BESIDES = {
     "grandrounds.wire.masks.keys": {"cryptography"},
     "grandrounds.wire.masks.prg": {"cryptography"},
     "grandrounds.wire.masks.rehearsal": {"cryptography"},
-    "grandrounds.server.listeners.trackers": {"torch"},  # holds TensorBoard's writer
+    "grandrounds.server.listeners.tracker_libraries": {"torch"},  # holds TensorBoard's writer
 }
 """Module → what it may load besides its room's."""
 

@@ -130,7 +130,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     )
     resumed_after = state.round if resumed else None
     place = {"directory": str(directory.path), "resumed-after": resumed_after}
-    listener.on_plan({**described, **place})
+    listener.on_plan({**described, **place, "run": state.run})
     return run
 
 
