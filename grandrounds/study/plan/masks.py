@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from grandrounds.config.keys import Config
 from grandrounds.config.masked import EACH_RULE, PRODUCT_RULES
 from grandrounds.config.words import counted
@@ -29,6 +31,17 @@ def notes(config: Config) -> list[str]:
     ]
 
 
+def as_dict(config: Config) -> dict[str, Any]:
+    """Return the same for JSON."""
+    return {
+        "codec": config.federation.secure_aggregation,
+        "sites-that-may-be-lost": config.cohort_size - threshold(config.cohort_size),
+        "range-in-round-1": range_of_round_1(config),
+        "values-may-be-cut": bool(leaves_range(config)),
+        "still-told": still_told(config),
+    }
+
+
 def may_be_lost(cohort: int) -> str:
     """Return how many sites of a cohort a masked sum can do without."""
     spare = cohort - threshold(cohort)
@@ -49,9 +62,7 @@ def choice() -> str:
 
 def values_text(config: Config) -> str:
     """Return the range of a value, its resolution, and whether values are cut."""
-    rate, steps = round_learning_rate_of(config, 1), config.arguments.max_steps
-    bits = BITS[config.federation.secure_aggregation]
-    largest = largest_change(rate, steps)
+    bits, largest = BITS[config.federation.secure_aggregation], range_of_round_1(config)
     said = (
         f"masked values are integers of {bits} bits in a range of ±{largest:.3g} in round 1, "
         f"{RANGE_STEPS:g} learning rates a step"
@@ -62,6 +73,11 @@ def values_text(config: Config) -> str:
             "in the mask (values-cut)"
         )
     return f"{said}: AdamW without weight decay stays inside, and no value is cut"
+
+
+def range_of_round_1(config: Config) -> float:
+    """Return the largest value of a change in round 1, the widest range of the run."""
+    return largest_change(round_learning_rate_of(config, 1), config.arguments.max_steps)
 
 
 def leaves_range(config: Config) -> str:
