@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from grandrounds.wire.masks import keys
 from grandrounds.wire.masks.attempt import Attempt
@@ -29,7 +30,7 @@ class Agreement:
     key_list: bytes
     """As sent."""
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the list."""
         return hashlib.sha256(self.key_list).digest()
