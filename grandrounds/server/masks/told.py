@@ -38,4 +38,8 @@ def still_told(config: Config) -> str:
     ]
     if config.strategy.fraction_evaluate and not config.is_private:
         told.append("its held-out loss, if its policy lets it (rounded)")
+    if config.is_private:
+        told.append("the epsilon that it has spent")
+    if config.privacy.report_train_loss:
+        told.append("the noised training loss of a visit, if its policy lets it")
     return f"{', '.join(told[:-1])}, and {told[-1]}; message sizes are the same for all"

@@ -65,3 +65,6 @@ def test_what_a_server_still_gets_of_each_site_is_said() -> None:
     private = {"privacy.unit-guarantee": "example", "privacy.target-epsilon": 8.0}
     assert "held-out loss" not in notes(**private)
     assert "what the server still gets of each site: its introduction" in notes(**private)
+    assert "when it answers, and the epsilon that it has spent; message sizes" in notes(**private)
+    told = {**private, "privacy.report-train-loss": True}
+    assert "and the noised training loss of a visit, if its policy lets it" in notes(**told)
