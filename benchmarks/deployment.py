@@ -42,6 +42,7 @@ from tests.runs import Settings, metrics_of, summary_of
 
 FOLLOW_SECONDS = 0.01
 PARTS = ("polling", "transfer", "start")
+KINDS = {"agents": "with agents", "alone": "without"}
 
 
 @dataclass
@@ -178,7 +179,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         }
         kinds = {
             kind: play(place / kind, settings, given.rounds, agents=kind == "agents")
-            for kind in ("agents", "alone")
+            for kind in given.kinds
         }
     import torch
 
@@ -197,11 +198,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def table(r: dict[str, Any]) -> str:
     """Return the result in lines."""
+    kinds = {title: r[kind] for kind, title in KINDS.items() if kind in r}
+    [message_mib, *_] = [played["message_mib"] for played in kinds.values()]
     lines = [
         f"{r['architecture']}, {r['parameters'] / 1e6:,.1f} M parameters, {r['sites']} sites on "
         f"{r['cores']} cores, {r['steps']} steps of {r['batch']}, a message of "
-        f"{r['agents']['message_mib']:.2f} MiB; median of {r['rounds']} rounds",
-        f"{'seconds':<34}{'with agents':>14}{'without':>14}",
+        f"{message_mib:.2f} MiB; median of {r['rounds']} rounds",
+        f"{'seconds':<34}" + "".join(f"{title:>14}" for title in kinds),
     ]
     labels = {
         "round": "a round",
@@ -211,10 +214,10 @@ def table(r: dict[str, Any]) -> str:
         "start": "  process start and hand-over",
     }
     for name, label in labels.items():
-        with_agents, alone = (r[kind]["seconds"][name] for kind in ("agents", "alone"))
-        lines.append(f"{label:<34}{with_agents:>14.2f}{alone:>14.2f}")
-    loads = [f"{r[kind]['base_loads']}" for kind in ("agents", "alone")]
-    lines.append(f"{'base loads in the whole run':<34}{loads[0]:>14}{loads[1]:>14}")
+        seconds = "".join(f"{played['seconds'][name]:>14.2f}" for played in kinds.values())
+        lines.append(f"{label:<34}{seconds}")
+    loads = "".join(f"{played['base_loads']:>14}" for played in kinds.values())
+    lines.append(f"{'base loads in the whole run':<34}{loads}")
     return "\n".join(lines)
 
 
@@ -228,6 +231,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="at least 2; the first is start-up")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=KINDS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.rounds < 2:

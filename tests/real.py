@@ -17,6 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+from flwr.cli.flower_config import read_superlink_connection
+from flwr.cli.supernode.register import try_load_public_key
+from flwr.cli.utils import init_http_client_from_connection
+from flwr.proto.control_pb2 import RegisterNodeRequest
+
 from grandrounds.config import recipes
 from grandrounds.engines.deployment import admissions, joining, set_up
 from grandrounds.engines.deployment.superlink import in_one_array
@@ -212,11 +218,17 @@ class Consortium:
         wait_for(lambda: is_open(self.host, self.port), 20, self.log("gate"))
 
     def register(self, i: int) -> None:
-        """Register a site's key with the SuperLink."""
+        """Register a site's key with the SuperLink, as `flwr supernode register` does."""
         public = self.home / "admissions" / f"site-{i}.pub"
-        done = self.flwr("supernode", "register", str(public), "trial", "--name", f"site-{i}")
-        assert done.get("success"), done
-        admissions.note_node(public, int(done["node-id"]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FLWR_HOME", str(self.folder / "flwr"))
+            client = init_http_client_from_connection(read_superlink_connection("trial"))
+        try:
+            key = try_load_public_key(public)
+            asked = RegisterNodeRequest(public_key=key, name=f"site-{i}")
+            admissions.note_node(public, client.RegisterNode(request=asked).node_id)
+        finally:
+            client.close()
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Return the JSON output of a `flwr` command."""
