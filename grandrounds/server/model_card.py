@@ -28,6 +28,7 @@ from grandrounds.server.described import (
 )
 from grandrounds.server.listeners.start_rows import defence
 from grandrounds.server.listeners.trackers import settings_of
+from grandrounds.server.masks.told import masks_text, still_told
 from grandrounds.wire.messages import BASE_COMMIT, DATA_COMMIT
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
@@ -276,7 +277,7 @@ def _facts(
         ),
         ("held-out loss", loss),
         ("communication so far", f"{mib:,.2f} MiB (FlowerTune's counting rule)"),
-        ("codecs", f"{codecs.uplink_codec} up, {codecs.downlink_codec} down"),
+        ("codecs", f"{config.codec_up} up, {codecs.downlink_codec} down"),
         ("seed", str(config.federation.seed)),
         *_prompt_rows(config),
     ]
@@ -444,14 +445,14 @@ def _privacy(config: Config, found: Findings) -> str:
             kind = "A rehearsal of differential privacy"
         parts = [
             f"## Privacy\n\n{kind} of one {guarantees.unit_of(found.privacy)}, for each site by "
-            "itself. No secure aggregation: the server saw every site's noised update." + share,
+            f"itself. {_seen(config, found, 'noised update')}{share}",
             _table(("", ""), [(k, _cell(v)) for k, v in guarantees.guarantee_rows(found.privacy)]),
             "Not covered:\n\n" + "\n".join(f"- {line}" for line in covered),
         ]
     else:
         parts = [
-            "## Privacy\n\nNo differential privacy and no secure aggregation: the server saw every "
-            "site's update, and the weights may reveal the content of individual examples." + share
+            f"## Privacy\n\nNo differential privacy. {_seen(config, found, 'update')} The weights "
+            f"may reveal the content of individual examples.{share}"
         ]
     if found.audit:
         said = guarantees.verdict(found.audit)
@@ -460,6 +461,16 @@ def _privacy(config: Config, found: Findings) -> str:
             f"{said[0].upper()}{said[1:]}."
         )
     return "\n\n".join(parts)
+
+
+def _seen(config: Config, found: Findings, what: str) -> str:
+    """Return what the server saw of single sites."""
+    if not config.is_masked:
+        return f"Updates were not masked: the server saw every site's {what}."
+    return (
+        f"Updates were masked ({masks_text(config, found.sites)}). What the server got of each "
+        f"site: {still_told(config)}."
+    )
 
 
 def _limits(config: Config, found: Findings) -> str:

@@ -491,7 +491,7 @@ def test_the_card_says_what_a_reader_must_know(trained: Path, tmp_path: Path) ->
     assert "private | base | 69/300 | 23.0 | 18.6 to 28.1 |" in card
     assert "| data | formulary, 4 sites, iid |" in card
     assert f"(base {summary['held_out_loss']['first']:.4f})" in card
-    assert "No differential privacy and no secure aggregation" in card
+    assert "No differential privacy. Updates were not masked: the server saw every" in card
     assert "**not a medical device**" in card
     assert '"data.num-partitions" = 4\n' in card
     assert re.search(r"\| Comm. Costs \| \d+\.\d\d MB", card)
