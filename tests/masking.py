@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -57,6 +58,7 @@ class Rounds:
     attempt: Attempt = field(init=False)
     ends: dict[int, SiteEnd] = field(init=False)
     server: MaskedSum = field(init=False)
+    numbers: FixedPoint = field(init=False)
     vectors: dict[int, Vector] = field(init=False)
     """What each site sends, before it is masked."""
 
@@ -76,7 +78,8 @@ class Rounds:
         """Begin another attempt."""
         self.attempt = attempt
         numbers = FixedPoint(self.codec, self.count, self.values, 1.0, 1000)
-        self.server = MaskedSum(attempt, roster_of_sites(self.count), numbers, RECEIVED)
+        self.server = MaskedSum(attempt, roster_of_sites(self.count))
+        self.numbers = numbers
 
     def keys(self, sites: Collection[int] | None = None) -> bytes:
         """Let sites send their keys; return the list of keys."""
@@ -89,6 +92,7 @@ class Rounds:
         listed = self.server.key_list()
         for site in self.ends if sites is None else sites:
             self.server.take_shares(site, self.ends[site].shares(self.attempt, listed))
+        self.server.expect(self.numbers, RECEIVED)
         return self.server.linked()
 
     def masked(self, sites: Collection[int] | None = None) -> bytes:
@@ -151,3 +155,13 @@ def after_masked(count: int = 5) -> Rounds:
     rounds.shares()
     rounds.masked()
     return rounds
+
+
+def chi_square_of(vector: bytes) -> float:
+    """Return how far the bytes of a vector are from uniform, in standard deviations.
+
+    Pearson's statistic of 256 cells has mean 255 and variance 510.
+    """
+    counts = np.bincount(np.frombuffer(vector, np.uint8), minlength=256)
+    mean = len(vector) / 256
+    return float(((counts - mean) ** 2 / mean).sum() - 255) / math.sqrt(510)
