@@ -177,15 +177,23 @@ class Consortium:
 
     # --- Processes --------------------------------------------------------------------------------
 
-    def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a process whose output goes to `<name>.log`."""
+    def start(
+        self, name: str, command: Sequence[str], *, without: str = "", **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start a process whose output goes to `<name>.log`.
+
+        Parameters
+        ----------
+        without : str
+            A variable that its environment lacks.
+        """
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env={k: v for k, v in self.environment.items() if k != without},
                 cwd=self.folder,
                 start_new_session=True,
                 **options,
@@ -204,7 +212,7 @@ class Consortium:
             word.replace("127.0.0.1", self.host) if word == "127.0.0.1" else word
             for word in set_up.superlink_command(self.home, self.port)
         ]
-        self.start("superlink", command)
+        self.start("superlink", command, without="FLWR_SUPEREXEC_TASK_POLL_INTERVAL")
         wait_for(lambda: is_open(self.host, self.port + 1), 60, "the SuperLink does not listen")
 
     def start_gate(self) -> None:
