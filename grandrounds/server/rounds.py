@@ -20,6 +20,7 @@ from grandrounds.server.aggregation.product_error import ProductError, measured_
 from grandrounds.server.exchange import Tally
 from grandrounds.server.judging import evaluate
 from grandrounds.server.masks import exchanges
+from grandrounds.server.masks.rosters import roster_for
 from grandrounds.server.model_card import Findings, model_card
 from grandrounds.server.parcels import NOT_THERE, parcels_for
 from grandrounds.server.run import Run
@@ -109,7 +110,8 @@ def train_masked(
 
     if not outgoing:
         raise RoundError(f"Round {now.number}: no site of the cohort is connected.")
-    asked = exchanges.Asked(outgoing, now.learning_rate, shapes, most)
+    roster = roster_for(config, run.directory.path)
+    asked = exchanges.Asked(outgoing, now.learning_rate, shapes, most, roster)
     tally, found = exchanges.summed(config, run.exchange, asked, tell, run.roster.names)
     for site in now.cohort:
         if site not in parcels:
@@ -259,7 +261,7 @@ def training_messages(
                 "learning-rate": now.learning_rate,
                 **_cursor(run, p),
                 **cards[p].arithmetic,
-                **(exchanges.instruction(most_weight) if most_weight else {}),
+                **(exchanges.instruction(run.config, most_weight) if most_weight else {}),
             },
         )
         for p, parcel in parcels.items()

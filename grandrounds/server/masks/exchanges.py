@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import Message, MessageType
 
+from grandrounds.config.digest import recipe_sha256
 from grandrounds.config.keys import Config
 from grandrounds.errors import ReplyError, RoundError
 from grandrounds.server.exchange import Exchange, Tally
@@ -19,12 +20,13 @@ from grandrounds.wire.masks.attempt import CONFIRM, KEYS, MASKED, MASKS, SHARES,
 from grandrounds.wire.masks.carried import (
     ATTEMPT,
     MOST_WEIGHT,
+    RECIPE,
     carried,
     received_digest,
     sent,
 )
 from grandrounds.wire.masks.fixed_point import Sum, numbers_of
-from grandrounds.wire.masks.rehearsal import roster_of_run
+from grandrounds.wire.masks.roster import Roster
 from grandrounds.wire.names import SiteNames
 
 FIRST_ATTEMPT = 0
@@ -43,11 +45,12 @@ class Asked:
     """The tensors of a change."""
     most_weight: int
     """Largest weight of a site."""
+    roster: Roster
 
 
-def instruction(most_weight: int) -> dict[str, int]:
+def instruction(config: Config, most_weight: int) -> dict[str, int | str]:
     """Return what a request to train says besides, for a masked sum."""
-    return {ATTEMPT: FIRST_ATTEMPT, MOST_WEIGHT: most_weight}
+    return {ATTEMPT: FIRST_ATTEMPT, MOST_WEIGHT: most_weight, RECIPE: recipe_sha256(config)}
 
 
 def summed(
@@ -69,7 +72,7 @@ def summed(
     """
     first = next(iter(asked.outgoing.values()))
     number = int(messages.instruction_of(first.content)["round"])  # type: ignore[arg-type]
-    roster = roster_of_run(config.federation.seed, config.data.num_partitions)
+    roster = asked.roster
     attempt = Attempt(exchange.run, number, FIRST_ATTEMPT, roster.digest)
     values = count_parameters(asked.shapes)
     numbers = numbers_of(

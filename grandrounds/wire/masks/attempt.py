@@ -16,6 +16,12 @@ KEYS, SHARES, MASKED, CONFIRM, UNMASK = EXCHANGES = (
 )
 """The exchanges of an attempt, in their order."""
 
+KIND_OF = {exchange: f"train.{exchange}" for exchange in EXCHANGES}
+"""Exchange → kind of its message."""
+
+MASKED_KIND = KIND_OF[MASKED]
+"""The one of them with which a site trains."""
+
 LEAST_COHORT = 3
 """Sites in the smallest sum: of two, each would know the other's update."""
 

@@ -1,0 +1,94 @@
+"""A site's own end of masked sums: its agent key, the roster that it has accepted, and its state.
+
+The protocol is `grandrounds.site.masks.end`, the same as in process; what is a custody's own is who
+the site is, with whom it takes part, and that its attempts outlive the agent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import RecordDict
+
+from grandrounds.config.keys import Config
+from grandrounds.errors import PolicyError
+from grandrounds.site.custody.agent_key import IDENTITY, accepted
+from grandrounds.site.custody.kept_masks import CustodyStore
+from grandrounds.site.custody.request import Request
+from grandrounds.site.local_data import Site
+from grandrounds.site.masks import visit as masks
+from grandrounds.site.masks.end import SiteEnd
+from grandrounds.site.visit import Visit
+from grandrounds.wire.masks import packed
+from grandrounds.wire.masks.keys import read_private_key
+
+
+def end_at(request: Request) -> SiteEnd:
+    """Return the site's end of a run's masked sums.
+
+    Raises
+    ------
+    PolicyError
+        If the site has no agent key, or has accepted no roster that lists it.
+    ConfigError
+        If the roster or the key is damaged, or other users can read the key.
+    """
+    site = request.site
+    file, roster = site.path.parent / IDENTITY, accepted(site)
+    if not file.is_file():
+        raise PolicyError(
+            "This site has no agent key, which masked sums need: its operator makes one with "
+            "grandrounds site rotate-key."
+        )
+    if roster is None:
+        raise PolicyError(
+            "This site has accepted no roster of agent keys, which masked sums need: its operator "
+            "accepts the consortium's with grandrounds site accept-roster."
+        )
+    end = SiteEnd(
+        site.node.partition_id,
+        read_private_key(file),
+        roster,
+        site.secure.min_cohort,
+        CustodyStore(request.state),
+    )
+    end.attempt(request.run, 1, 0)  # the roster lists the site, with this key
+    return end
+
+
+def exchange_of(request: Request, own: Config) -> Visit:
+    """Return an exchange of a masked sum as a visit, without data."""
+    site = Site(request.site.node.partition_id, (), (), {})
+    return Visit(request.message.content, RecordDict(), own, site, end=request.end)
+
+
+def check_boxes(request: Request, own: Config) -> None:
+    """Check what came with a request to train, before anything is charged, counted or read.
+
+    Raises
+    ------
+    ReplyError, PolicyError
+        If the boxes of the other sites do not open, or another request of this attempt was
+        answered.
+    """
+    masks.check_boxes(exchange_of(request, own))
+    request.entry |= agreed(request)
+
+
+def agreed(request: Request) -> dict[str, Any]:
+    """Return what the audit log says of an attempt: its number, and the sites in each of its sets.
+
+    Sites are partition ids of the roster.
+    """
+    assert request.end is not None
+    attempt = masks.attempt_of(request.end, request.instruction)
+    held = request.end.store.read(attempt)
+    entry: dict[str, Any] = {
+        "attempt": attempt.number,
+        "roster": request.end.roster.serial,
+    }
+    if held is not None and held.key_list:
+        entry["cohort"] = list(packed.key_list(held.key_list))
+    if held is not None and held.survivors:
+        entry["survivors"] = list(held.survivors)
+    return entry
