@@ -1,4 +1,4 @@
-"""With whom a site takes part in masked sums, and as whom: its agent key, and the accepted roster."""
+"""With whom a site takes part in masked sums, and as whom: its agent key, its accepted roster."""
 
 from __future__ import annotations
 
