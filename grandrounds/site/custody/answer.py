@@ -36,8 +36,6 @@ from grandrounds.site.custody.disclosure import (
     EVALUATE,
     NO_ANSWER,
     QUERY,
-    Told,
-    disclosed,
     tells_loss,
     told_examples,
 )
@@ -258,11 +256,10 @@ def exchanged(request: Request, own: Config, function: Function) -> Message:
     """Return the answer to an exchange of a masked sum, which needs neither base nor data."""
     quota.check_questions(request.site, request.state, request.run)
     reply = visited(request, own_masks.exchange_of(request, own), function)
-    request.entry |= own_masks.agreed(request)
     quota.count_question(request.state, request.run)
-    request.entry["outcome"] = "answered"
-    rules = Told(request.site, {}, request.is_private)
-    return Message(disclosed(request.kind, reply.content, rules).content, reply_to=request.message)
+    request.entry |= {"outcome": "answered", **own_masks.agreed(request)}
+    request.entry |= own_masks.next_refused(reply.content)
+    return Message(own_masks.leaving(reply.content), reply_to=request.message)
 
 
 def without_loss(request: Request) -> Message:

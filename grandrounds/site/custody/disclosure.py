@@ -208,8 +208,8 @@ FIELDS = (
         for exchange, meaning in (
             (KEYS, "two public keys of one attempt at a masked sum, signed by the agent key"),
             (SHARES, "for each other site, sealed shares of what its masks are made of"),
-            (CONFIRM, "its signature over the sites whose vectors are in the sum"),
-            (UNMASK, "of each site one share, which removes masks of the sum"),
+            (CONFIRM, "its signature over the sites in the sum, and its keys of the next round"),
+            (UNMASK, "of each site one share, to remove the masks; its shares of the next round"),
         )
     ),
     *_fields(

@@ -19,7 +19,9 @@ from grandrounds.site.local_data import Site
 from grandrounds.site.masks import visit as masks
 from grandrounds.site.masks.end import SiteEnd
 from grandrounds.site.visit import Visit
+from grandrounds.wire import messages
 from grandrounds.wire.masks import packed
+from grandrounds.wire.masks.carried import NEXT
 from grandrounds.wire.masks.keys import read_private_key
 
 
@@ -83,12 +85,24 @@ def agreed(request: Request) -> dict[str, Any]:
     assert request.end is not None
     attempt = masks.attempt_of(request.end, request.instruction)
     held = request.end.store.read(attempt)
-    entry: dict[str, Any] = {
-        "attempt": attempt.number,
-        "roster": request.end.roster.serial,
-    }
+    entry: dict[str, Any] = {"attempt": attempt.number, "roster": request.end.roster.serial}
     if held is not None and held.key_list:
         entry["cohort"] = list(packed.key_list(held.key_list))
     if held is not None and held.survivors:
         entry["survivors"] = list(held.survivors)
     return entry
+
+
+def leaving(content: RecordDict) -> RecordDict:
+    """Return what leaves of the answer to an exchange: its array, and that of the next round."""
+    arrays, said = content.array_records, messages.instruction_of(content)
+    whole = RecordDict({name: arrays[name] for name in (messages.ARRAYS, NEXT) if name in arrays})
+    if NEXT in said:
+        whole.update(messages.content(config={NEXT: said[NEXT]}))  # type: ignore[dict-item]
+    return whole
+
+
+def next_refused(content: RecordDict) -> dict[str, str]:
+    """Return why the next round's part of an exchange was refused, for the audit log."""
+    said = messages.instruction_of(content)
+    return {"next-refused": str(said[NEXT])} if NEXT in said else {}

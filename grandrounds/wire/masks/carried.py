@@ -23,6 +23,10 @@ NOT_BOUND = ("cursor", messages.THREADS, messages.CPU_MATMUL, "version")
 """Parts of an instruction that differ from site to site, and the number of the server's message,
 which counts anew after a resume."""
 
+NEXT = "next"
+"""Config key of a message that the next round's part rides on, with the number of its attempt;
+record of that part's bytes, both ways; and config key of a reply, why that part was refused."""
+
 MOST_BYTES = table_bytes(SIGNED_KEYS_BYTES, MOST_SITES)
 """The longest request or reply that is no masked vector: a list of keys."""
 
