@@ -31,7 +31,7 @@ from grandrounds.site.custody import (
     replay,
 )
 from grandrounds.site.custody.approvals import check_approved
-from grandrounds.site.custody.counting import begin, check_quota
+from grandrounds.site.custody.counting import Begun, begin, check_quota
 from grandrounds.site.custody.disclosure import (
     EVALUATE,
     NO_ANSWER,
@@ -184,17 +184,17 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 6. Does the visit fit in memory, and in the privacy budget? What else needs no data?
     headroom.check_fits(own)
+    change = own_masks.ready_to_mask(request, config, own)
     asks_for_visits = request.trains or request.kind in (QUERY, KIND_OF[KEYS])
     if request.is_private and asks_for_visits:
         request.mechanism = guarantee.reserved(site, state, run, config)
-        if not (request.is_visit and budget.known_key(state, run, digest)):
+        is_charged = request.is_visit and budget.known_key(state, run, digest)
+        if not is_charged and change is None:
             budget.check_visit(budget.read(site, state), run)
     if request.is_private and request.kind == EVALUATE:
         return without_loss(request)
     if request.end and request.is_exchange:
         return exchanged(request, own, function)
-    if request.end and request.trains:
-        own_masks.check_boxes(request, own)
     request.touched = True
 
     # 7. The site's data, and the policy's limits that depend on their number.
@@ -216,7 +216,12 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 9. The visit.
     sizes = len(examples.train), visiting.arguments.max_steps * visiting.examples_per_step
-    begun = begin(request, config, digest, kept, sizes)
+    if change is None:
+        begun = begin(request, config, digest, kept, sizes)
+    else:
+        quota.check_questions(site, state, run)
+        quota.count_question(state, run)
+        begun, function = Begun(), own_masks.masked_again(change)
     visit = Visit(
         request.message.content,
         kept,
@@ -229,6 +234,7 @@ def _answered(request: Request, function: Function) -> Message:
         told_examples(site, examples.report),
     )
     reply = visited(request, visit, function)
+    own_masks.note_change(request, config, kept)
 
     # 10. What may be told of it.
     if request.kind == QUERY:
@@ -238,7 +244,9 @@ def _answered(request: Request, function: Function) -> Message:
     # 11. State and cached reply, both or neither.
     if request.is_visit:
         changed = any(before.get(name) is not record for name, record in kept.items())
-        replay.keep(request, replay.Answered(digest, kept if changed else None, reply))
+        replay.keep(
+            request, replay.Answered(digest, kept if changed else None, reply, change is None)
+        )
     else:
         quota.count_question(state, run)
     request.entry["outcome"] = "answered"

@@ -6,12 +6,16 @@ the site is, with whom it takes part, and that its attempts outlive the agent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from flwr.app import RecordDict
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from grandrounds.config.keys import Config
 from grandrounds.errors import PolicyError
+from grandrounds.site.custody import kept_runs, replay
 from grandrounds.site.custody.agent_key import IDENTITY, accepted
 from grandrounds.site.custody.kept_masks import CustodyStore
 from grandrounds.site.custody.request import Request
@@ -23,6 +27,8 @@ from grandrounds.wire import messages
 from grandrounds.wire.masks import packed
 from grandrounds.wire.masks.carried import NEXT
 from grandrounds.wire.masks.keys import read_private_key
+
+_CHANGE_OF = "grandrounds-change-of"
 
 
 def end_at(request: Request) -> SiteEnd:
@@ -64,8 +70,14 @@ def exchange_of(request: Request, own: Config) -> Visit:
     return Visit(request.message.content, RecordDict(), own, site, end=request.end)
 
 
-def check_boxes(request: Request, own: Config) -> None:
+def ready_to_mask(request: Request, config: Config, own: Config) -> NDArray[np.float32] | None:
     """Check what came with a request to train, before anything is charged, counted or read.
+
+    Returns
+    -------
+    array, optional
+        The change of a visit that was trained for an earlier attempt at the same sum. Masked once
+        more it tells nothing new, and the site is neither charged nor counted again.
 
     Raises
     ------
@@ -73,8 +85,33 @@ def check_boxes(request: Request, own: Config) -> None:
         If the boxes of the other sites do not open, or another request of this attempt was
         answered.
     """
+    if not (request.end and request.trains):
+        return None
     masks.check_boxes(exchange_of(request, own))
     request.entry |= agreed(request)
+    kept = kept_runs.load(request.state, request.run)
+    of = kept.config_records.get(_CHANGE_OF)
+    if of is None or of["digest"] != replay.digest_of(request, config, of_change=True):
+        return None
+    return kept.array_records[masks.CHANGE][masks.CHANGE].numpy()
+
+
+def note_change(request: Request, config: Config, kept: RecordDict) -> None:
+    """Note of which request the change is that the site keeps of a run."""
+    if request.end and request.trains:
+        digest = replay.digest_of(request, config, of_change=True)
+        kept.config_records[_CHANGE_OF] = ConfigRecord({"digest": digest})
+
+
+def masked_again(change: NDArray[np.float32]) -> Callable[[Visit], RecordDict]:
+    """Return what answers a request to train with a change that is there already."""
+
+    def answer(visit: Visit) -> RecordDict:
+        masks.check_boxes(visit)
+        reply = masks.masked(visit, {masks.CHANGE: change})
+        return RecordDict({**reply, **messages.content(metrics={})})
+
+    return answer
 
 
 def agreed(request: Request) -> dict[str, Any]:

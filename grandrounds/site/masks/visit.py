@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from grandrounds.errors import PolicyError, ReplyError
 from grandrounds.site.masks.end import SiteEnd
@@ -33,6 +33,9 @@ from grandrounds.wire.masks.carried import (
 )
 from grandrounds.wire.masks.fixed_point import COUNT_BITS, numbers_of
 from grandrounds.wire.masks.rehearsal import identity_of, roster_of_run
+
+CHANGE = "grandrounds-change"
+"""Record of what a site keeps of a run: the change that it has masked last, as one vector."""
 
 
 def check_kind(visit: Visit, *, masked: bool) -> None:
@@ -110,6 +113,8 @@ def masked(visit: Visit, change: Adapter) -> RecordDict:
     if visit.mechanism:
         weight = visit.mechanism.declared_units
     values = flatten(change)
+    if visit.end:  # another attempt masks the same change, for which nobody trains again
+        visit.state[CHANGE] = ArrayRecord({CHANGE: Array(values)})
     numbers = numbers_of(visit.config, visit.rate, end.cohort(attempt), len(values), most)
     vector = numbers.encode(values, weight)
     reply = end.masked(attempt, _boxes(visit), received_digest(visit.content), vector)

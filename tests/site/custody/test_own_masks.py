@@ -33,6 +33,7 @@ from grandrounds.wire.masks.attempt import (
     UNMASK,
 )
 from grandrounds.wire.masks.carried import ATTEMPT, MOST_WEIGHT, RECIPE, received_digest, sent
+from grandrounds.wire.masks.fixed_point import numbers_of
 from grandrounds.wire.masks.packed import SignedKeys
 from grandrounds.wire.masks.rehearsal import identity_of, roster_of_run
 from grandrounds.wire.schedule import round_learning_rate_of
@@ -113,7 +114,7 @@ class Hostile:
         give_keys(self.site, roster_of_sites(5), identity(0))
         self.rounds = Rounds(5)
         self.asking = Asking(self.site, self.settings)
-        self.trained = 0
+        self.trained = self.attempt = 0
         self.requests: dict[str, Message] = {}
 
     @property
@@ -130,7 +131,7 @@ class Hostile:
     def request(self, exchange: str, data: bytes = b"", *, kind: str = "", **said: Any) -> Message:
         """Return a message of an exchange."""
         config = recipes.resolve(self.settings)
-        instruction = {"round": 1, "run": "ab", ATTEMPT: 0}
+        instruction: dict[str, Any] = {"round": 1, "run": "ab", ATTEMPT: self.attempt}
         arrays = sent(exchange, data) if data else None
         if exchange == MASKED:
             instruction["learning-rate"] = round_learning_rate_of(config, 1)
@@ -181,7 +182,7 @@ class Hostile:
         for site in self.others:
             own = np.frombuffer(self.rounds.vector(site, self.received), np.uint8)
             self.rounds.server.take_masked(site, own)
-        self.rounds.server._survivors.add(0)
+        self.rounds.server.take_masked(0, np.frombuffer(vector, np.uint8))
         return vector
 
     def signed(self, survivors: list[int], by: tuple[int, ...] = (1, 2, 3, 4)) -> dict[int, bytes]:
@@ -387,6 +388,24 @@ def test_the_same_request_gets_the_same_bytes_and_no_second_visit(
         assert server.ask(MASKED, boxes) == vector
     assert server.trained == 2
     assert server.log()[-1]["outcome"] == "answered again"
+
+
+def test_another_attempt_masks_the_same_change_without_a_second_visit(server: Hostile) -> None:
+    """Neither a visit nor a charge is lost with an attempt, and other bytes leave."""
+    first = server.after_masked()
+    server.rounds.begin(attempt_at(5, number=1))
+    server.attempt = 1
+    assert server.after_masked() != first
+    assert server.trained == 1
+    own = server.ask(CONFIRM, packed.pack_sites(range(5)))
+    summing = server.rounds.server
+    for site, signature in {0: own, **server.signed([*range(5)])}.items():
+        summing.take_signature(site, signature)
+    summing.take_opened(0, server.ask(UNMASK, summing.signatures()))
+    sent_by_it = server.rounds.unmask(server.others) - server.rounds.plain(server.others)
+    config = recipes.resolve(server.settings)
+    numbers = numbers_of(config, round_learning_rate_of(config, 1), 5, 50, 1)
+    assert (sent_by_it == numbers.encode(np.full(50, 1e-4, np.float32), 1)).all()
 
 
 def test_no_second_sum_over_a_restart(server: Hostile) -> None:
