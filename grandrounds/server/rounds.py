@@ -148,7 +148,7 @@ def train_masked(
     run.settle(parcels, tally.good)
     if found is None:
         budgets.note(run.roster, tally)
-        tally.failed |= dict.fromkeys(tally.good, LOST)
+        tally.failed |= {site: outcome.silent.get(site, LOST) for site in tally.good}
         tally.good = {}
         return run.state.adapter, tally, outcome.record
     examples = run.roster.examples()
@@ -374,7 +374,7 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
     introduced = run.roster.introduced
     known = {p: int(facts["train-examples"]) for p, facts in introduced.items()}
     covered = sum(share * known[p] for p, share in state.coverage.items() if p in known)
-    tells_coverage = not tally.good.keys() - state.coverage.keys()
+    tells_coverage = tally.good and not tally.good.keys() - state.coverage.keys()
     seconds = [m.get("seconds") for m in good]
     return {
         "round": now.number,
