@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -176,3 +177,13 @@ def give_keys(site: SiteFile, roster: Roster, own: Identity) -> None:
     ]
     content = {"consortium": roster.consortium, "serial": roster.serial, "sites": entries}
     site.place(site.secure.roster).write_text(json.dumps({"content": content}))
+
+
+def chi_square_of(vector: bytes) -> float:
+    """Return how far the bytes of a vector are from uniform, in standard deviations.
+
+    Pearson's statistic of 256 cells has mean 255 and variance 510.
+    """
+    counts = np.bincount(np.frombuffer(vector, np.uint8), minlength=256)
+    mean = len(vector) / 256
+    return float(((counts - mean) ** 2 / mean).sum() - 255) / math.sqrt(510)

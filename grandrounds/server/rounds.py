@@ -14,6 +14,7 @@ from flwr.app import Message, MessageType
 
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import RoundError
+from grandrounds.model.licence import licence_of
 from grandrounds.model.lora import peft_config
 from grandrounds.server import budgets
 from grandrounds.server.aggregation.fedexp import Extrapolation
@@ -448,6 +449,9 @@ def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
     found = Findings(
         sites=sites,
         plan=run.directory.read_json("plan.json") or {},
+        lora=run.adapter_spec,
+        licence=licence_of(run.config.model.source),
+        failed_replies=state.failed_replies,
         privacy=budgets.summary_of(run.config, sites, run.roster.spent),
     )
     card = model_card(
