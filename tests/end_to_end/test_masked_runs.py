@@ -282,9 +282,9 @@ def test_report_summary_card_and_trackers_do_without_what_nobody_knows(
     assert "Values that sites cut to the range of the sum: 0." in html
     card = (run / summary_of(run)["adapter"] / "README.md").read_text()
     for told in (html, card):
-        assert "secure aggregation (beta, unreviewed), masked32: a rehearsal" in told
+        assert "secure aggregation (beta, unreviewed), masked32; a rehearsal" in told
     assert "| codecs | masked32 up, none down |" in card
-    assert "and its held-out loss, if its policy lets it (rounded); message sizes" in card
+    assert "and its held-out loss (rounded, if its policy lets it); message sizes" in card
     logged = figures_of(metrics_of(run)[-1])
     assert not {"train-loss", "coverage", "examples", "tokens"} & logged.keys()
     assert logged["good-replies"] == 4
