@@ -59,10 +59,9 @@ def loss_figure(run: RunFiles) -> Figure | None:
     places = decimals_of((v for pair in by_round.values() for v in pair), 4, least=3)
     rows = [(str(r), fixed(h, places), fixed(t, places)) for r, (h, t) in sorted(by_round.items())]
     judges = max((len(m.get("evaluated") or ()) for m in run.metrics), default=0)
-    note = (
-        f"Round 0 is {before_training(run.config)}. Training loss: mean over the cohort during "
-        "local training."
-    )
+    note = "Training loss: mean over the cohort during local training."
+    if judged and not judged[0][0]:
+        note = f"Round 0 is {before_training(run.config)}. {note}"
     if judged:
         note += f" Held-out loss: on the held-out examples of {counted(judges, 'fixed site')}."
     svg = line_chart(title, series, Axis("nats per answer token"), run.last_shown)
