@@ -16,6 +16,7 @@ from grandrounds.server.described import leaderboard_differences
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
+from grandrounds.server.masks.attempts import Masks
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.unfinished import TRAIN, Attempt, failures_of, traffic_of
 from grandrounds.wire.adapter import Adapter, Shapes, is_magnitude
@@ -159,6 +160,8 @@ class Run:
     """The sites that told where DoRA's magnitudes start, if they were asked in this process."""
     attempt: Attempt = field(default_factory=Attempt)
     """What was done since the last finished round."""
+    masks: Masks | None = None
+    """Attempts at masked sums, from the first masked round on."""
 
     @property
     def magnitudes(self) -> Shapes:

@@ -44,7 +44,7 @@ def uploaded(run: RunFiles) -> list[tuple[int, float]]:
 
 
 def is_recorded(run: RunFiles) -> bool:
-    """Whether every round recorded what was sent up, as versions after 0.1.0 do."""
+    """Whether every round recorded what was sent up; earlier versions did not."""
     return len(run.values("communication-up-mib")) == len(run.values("communication-mib"))
 
 
