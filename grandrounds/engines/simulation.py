@@ -29,6 +29,7 @@ import psutil
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import command
 from grandrounds.engines.flower import Link, ask, follow, quiet, require_alive, started
 from grandrounds.engines.watching import (
     Watcher,
@@ -103,8 +104,8 @@ def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: 
         if status != "completed" or summary.get("status") != "completed":
             why = why_it_ended(summary, reason, runtime / "run.log")
             kept = (
-                f"Finished rounds are kept: grandrounds run --resume {directory} "
-                "--engine simulation. "
+                "Finished rounds are kept: "
+                f"{command('grandrounds', 'run', '--resume', directory)} --engine simulation "
             ) * directory.exists()
             raise EngineError(
                 f"The simulation ended as {status}: {why} {kept}(Flower's logs: {runtime})"

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from grandrounds.config.words import command
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.own_prompt import is_own, own_prompt
@@ -408,8 +408,8 @@ def push(folder: Path, repository: str, api: Any = None) -> str:
         If the upload fails for any reason; the folder is kept, and the message names the command to
         retry.
     """
-    command = shlex.join(["hf", "upload", repository, str(folder), ".", "--private"])
-    again = f"the export is kept; retry with: {command}"
+    retry = command("hf", "upload", repository, folder, ".", "--private")
+    again = f"the export is kept; retry with: {retry}"
     try:
         if api is None:
             from huggingface_hub import HfApi
