@@ -89,6 +89,8 @@ def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
         for kind, phase in FAILED.items()
         for site, why in record.get(kind, {}).items()
     ]
+    if why := record.get("skipped"):
+        lines.insert(0, f"  skipped, the adapter stays: {why}")
     for who, why in record.get("refused", {}).items():
         lines.append(f"  {names.in_place_of_number(who)} cannot take part: {one_line(why)}")
     for site in record.get("budget-spent", ()):
