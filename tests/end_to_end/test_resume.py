@@ -59,11 +59,19 @@ def counted_apart(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def card_of(run: Path, record: Mapping[str, Any]) -> str:
-    """Return the card of a round's checkpoint without the communication, which is the record's."""
+    """Return the card of a round's checkpoint without what counts unfinished rounds.
+
+    The communication is the record's; no reply of a finished round fails here.
+    """
     card = (run / record["checkpoint"] / "README.md").read_text()
     sent = f"{record['communication-mib']:,.2f}"
     assert f"| communication so far | {sent} MiB" in card
-    return card.replace(sent, "")
+    before = [line for line in unfinished_of(run) if (line["after-round"] or 0) < record["round"]]
+    failed = (
+        f"failed replies so far | {sum(len(line.get(k, ())) for line in before for k in FAILED)}"
+    )
+    assert failed in card
+    return card.replace(sent, "").replace(failed, "")
 
 
 def outcome(run: Path) -> dict[str, Any]:
