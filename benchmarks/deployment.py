@@ -1,6 +1,7 @@
 """Rounds on Flower's deployment engine: real processes on this machine, with agents and without.
 
     python benchmarks/deployment.py --architecture 90m --sites 3 --rounds 4
+    python benchmarks/deployment.py --masks --rounds 11
 
 A SuperLink with TLS and node keys, a SuperNode for each site, and the same short run twice: each
 site with its agent, then each visit in the process that Flower starts for it. What a round takes
@@ -13,6 +14,9 @@ beyond the visit is told apart by what the processes print, each line timed as i
                SuperNode, less the visit; without an agent torch is imported here too, and the base
                is loaded within the visit
 
+With --masks the same run twice with agents, plain and under masks: what a masked round takes beyond
+a plain one.
+
 All sites share this machine's cores, so that visits take longer than on machines of their own. The
 first round is start-up and not counted.
 """
@@ -20,6 +24,7 @@ first round is start-up and not counted.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -69,7 +74,7 @@ class Follower:
         while True:
             last = self._ended.is_set()
             for log in self.logs:
-                if not log.exists():
+                if not log.exists() or log.stat().st_size == read.get(log, 0):
                     continue
                 with log.open("rb") as file:
                     file.seek(read.get(log, 0))
@@ -83,12 +88,9 @@ class Follower:
                 return
             time.sleep(FOLLOW_SECONDS)
 
-    def first(self, log: str, words: str, after: float) -> float:
-        """Return when a log said words for the first time after a moment; infinite: never."""
-        return next(
-            (t for t, name, line in self.lines if name == log and words in line and t > after),
-            float("inf"),
-        )
+    def times(self, log: str, words: str) -> list[float]:
+        """Return when a log said words, in order."""
+        return [t for t, name, line in self.lines if name == log and words in line]
 
 
 def parts_of(seen: Follower, sites: int, number: int, visits: dict[int, float]) -> dict[str, float]:
@@ -99,15 +101,15 @@ def parts_of(seen: Follower, sites: int, number: int, visits: dict[int, float]) 
     visits
         Site → seconds of its visit.
     """
-    begin = seen.first("run", f"round {number - 1}/", 0.0)
-    end = seen.first("run", f"round {number}/", begin)
+    begin, end = (seen.times("run", f"round {n}/")[0] for n in (number - 1, number))
     ways = []
     for site in range(sites):
         log = f"node{site}"
-        receiving = seen.first(log, "Receiving: train", begin)
-        received = seen.first(log, "Received successfully", receiving)
-        sending = seen.first(log, "Sending: train", received)
-        sent = seen.first(log, "Sent successfully", sending)
+        # By number: a SuperNode may ask before the run has told that the round before has ended.
+        receiving = seen.times(log, "Receiving: train")[number - 1]
+        received = min(t for t in seen.times(log, "Received successfully") if t >= receiving)
+        sending = seen.times(log, "Sending: train")[number - 1]
+        sent = min(t for t in seen.times(log, "Sent successfully") if t >= sending)
         ways.append((sent, receiving, received, sending, site))
     sent, receiving, received, sending, site = max(ways)
     return {
@@ -119,28 +121,58 @@ def parts_of(seen: Follower, sites: int, number: int, visits: dict[int, float]) 
     }
 
 
+def play_masked(folder: Path, settings: Settings, rounds: int) -> dict[str, Any]:
+    """Play a plain and a masked run with the same agents; return the seconds of their rounds."""
+    of_policy = {"policy__max_examples_per_visit": 10**6, "policy__max_runs_per_day": 2}
+    kinds = {"plain": {}, "masked": {"secure-aggregation": "masked32", "defence.largest-norm": 0.0}}
+    found: dict[str, Any] = {}
+    with Consortium(folder, settings, secure__min_cohort=3, **of_policy) as consortium:
+        consortium.share_roster()
+        consortium.start_all()
+        for kind, changes in kinds.items():
+            process = consortium.begin_run(folder / kind, rounds, **changes)
+            if consortium.finished(process, 3600) != 0:
+                sys.exit(f"deployment: the run failed:\n{consortium.log(kind)[-3000:]}")
+            lines = metrics_of(folder / kind)[2:]  # after start and the first round
+            found[kind] = [line["train-seconds"] for line in lines]
+            summary = summary_of(folder / kind)
+            assert summary["communication_mib"] == summary["planned_mib"]
+    exchanges = [line["masked-sum"]["exchanges"] for line in lines]
+    return {**found, "exchanges": exchanges}
+
+
 def play(folder: Path, settings: Settings, rounds: int, *, agents: bool) -> dict[str, Any]:
     """Play a run of one kind; return what was counted and timed."""
     with Consortium(folder, settings, policy__max_examples_per_visit=10**6) as consortium:
         consortium.start_all(agents=agents)
-        sites = len(consortium.sites)
-        logs = [folder / f"{name}.log" for name in ["run", *(f"node{i}" for i in range(sites))]]
         run = folder / "run"
-        with Follower(logs) as seen:
-            code = consortium.finished(consortium.begin_run(run, rounds), 3600)
-        if code != 0:
-            sys.exit(f"deployment: the run failed:\n{consortium.log('run')[-3000:]}")
-    lines = metrics_of(run)
-    counted = [line["round"] for line in lines[2:]]  # after start and the first round
-    parts = [parts_of(seen, sites, n, visit_seconds(consortium, n)) for n in counted]
-    summary = summary_of(run)
+        parts = timed_run(consortium, run, rounds)[1:]  # the first round is start-up
+    lines, summary = metrics_of(run), summary_of(run)
     return {
         "seconds": {name: statistics.median(p[name] for p in parts) for name in parts[0]},
         "rounds": parts,
         "base_loads": summary["base_loads"],
         "visits": sum(len(line["good"]) for line in lines[1:]),
-        "message_mib": summary["communication_mib"] / max(1, 2 * sites * rounds),
+        "message_mib": summary["communication_mib"] / max(1, 2 * len(consortium.sites) * rounds),
     }
+
+
+def timed_run(consortium: Consortium, run: Path, rounds: int) -> list[dict[str, float]]:
+    """Play the first run of a started consortium; return the parts of each of its rounds.
+
+    Parameters
+    ----------
+    run : Path
+        Run directory, called `run`.
+    """
+    sites = len(consortium.sites)
+    names = ["run", *(f"node{i}" for i in range(sites))]
+    with Follower([consortium.folder / f"{name}.log" for name in names]) as seen:
+        code = consortium.finished(consortium.begin_run(run, rounds), 3600)
+    if code != 0:
+        sys.exit(f"deployment: the run failed:\n{consortium.log('run')[-3000:]}")
+    numbers = range(1, rounds + 1)
+    return [parts_of(seen, sites, n, visit_seconds(consortium, n)) for n in numbers]
 
 
 def visit_seconds(consortium: Consortium, number: int) -> dict[int, float]:
@@ -176,12 +208,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "train.save-every-round": 1000,
             "seed": 42,
         }
-        kinds = {
+        kinds: dict[str, Any] = (
+            {"masks": play_masked(place / "masks", settings, given.rounds)} if given.masks else {}
+        )
+        kinds = kinds or {
             kind: play(place / kind, settings, given.rounds, agents=kind == "agents")
             for kind in ("agents", "alone")
         }
-    import torch
-
     return {
         "architecture": given.architecture,
         "parameters": parameters,
@@ -190,9 +223,24 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "steps": given.steps,
         "batch": given.batch,
         "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        "torch": importlib.metadata.version("torch"),
         **kinds,
     }
+
+
+def masked_table(r: dict[str, Any]) -> str:
+    """Return the seconds of plain and masked rounds, in lines."""
+    plain, masked = (statistics.median(r["masks"][kind]) for kind in ("plain", "masked"))
+    return "\n".join(
+        [
+            f"{r['architecture']}, {r['parameters'] / 1e6:,.1f} M parameters, {r['sites']} sites "
+            f"with agents on {r['cores']} cores; medians of {r['rounds']} rounds after the first",
+            f"{'a plain round, s':<34}{plain:>10.2f}",
+            f"{'a masked round, s':<34}{masked:>10.2f}",
+            f"{'beyond a plain one, s':<34}{masked - plain:>10.2f}",
+            f"{'exchanges a masked round':<34}{statistics.median(r['masks']['exchanges']):>10.0f}",
+        ]
+    )
 
 
 def table(r: dict[str, Any]) -> str:
@@ -228,12 +276,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="at least 2; the first is start-up")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--masks", action="store_true", help="plain and masked rounds, with agents")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.rounds < 2:
         parser.error("--rounds must be 2 or more")
     result = measure(given)
-    print(table(result))
+    print(masked_table(result) if given.masks else table(result))
     if given.out:
         given.out.write_text(json.dumps(result, indent=2) + "\n")
 
