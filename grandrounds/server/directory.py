@@ -53,6 +53,8 @@ from grandrounds.wire.told import deciding_loss
 
 SUMMARY = "summary.json"
 
+JOURNAL = "masks.json"
+
 
 class RunDirectory:
     """Reads and writes one run directory."""
@@ -291,6 +293,8 @@ class RunDirectory:
             for name in (states.METRICS, UNFINISHED, SUMMARY):
                 if (file := self.path / name).is_file():
                     shutil.copyfile(file, folder / name)
+            if (file := self.path / JOURNAL).is_file():
+                file.rename(folder / JOURNAL)  # of a round that is played anew
             written = (*states.checkpoints(self.path), *reversed(states.folders(self.path)))
             for beyond in written:
                 if states.round_of(beyond) > round_number:

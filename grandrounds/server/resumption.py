@@ -22,6 +22,7 @@ from grandrounds.config.values import Scalar
 from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, RunDirectoryError, first_line
 from grandrounds.server import states
+from grandrounds.server.described import are_real
 from grandrounds.server.directory import SUMMARY, RunDirectory, records_of
 from grandrounds.server.states import CONFIG, METRICS, SITES, SavedState
 from grandrounds.server.unfinished import AFTER, UNFINISHED, lines_of
@@ -141,8 +142,8 @@ def examine(
     Raises
     ------
     RunDirectoryError
-        If the run is completed and not given more rounds, its configuration differs otherwise, or
-        what a resume needs is damaged.
+        If the run is completed and not given more rounds, its configuration differs otherwise, it
+        would go back behind sums that real sites have masked, or what a resume needs is damaged.
     """
     path, rounds = directory.path, config.federation.num_server_rounds
     for name in WRITTEN:
@@ -187,6 +188,12 @@ def examine(
     if resolve(load_recipe(file)).federation.length != config.federation.length:
         content = to_toml(config.recipe()).encode()
     later = beyond or any(number > saved.round for number in states.rounds(path))
+    if later and from_round is not None and recorded.is_masked and are_real(sites):
+        raise RunDirectoryError(
+            f"{path} cannot go back to round {from_round}: its updates are masked, and its sites "
+            "have answered for the one sum of each later round. Start a new run, with "
+            "--from-adapter from one of its checkpoints."
+        )
     unfinished, about_unfinished = unfinished_of(path, saved.round + (not later))
     state.count_on(line for line in unfinished if line[AFTER] == saved.round)
     told = [*lost, *about_metrics, *about_sites, *notes, *_ledger(path), *about_unfinished]

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from grandrounds.config import recipes
-from grandrounds.errors import PolicyError, RoundError
+from grandrounds.errors import PolicyError, RoundError, RunDirectoryError
+from grandrounds.server import resumption
+from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners.trackers import figures_of
 from grandrounds.site.custody import policy
 from grandrounds.wire import messages
@@ -331,6 +333,19 @@ def test_a_resumed_run_goes_on_masked(settings: Settings, tmp_path: Path) -> Non
         play({**settings, **MASKED}, listener=interrupted_at("round", 2))
     resumed = play({**settings, **MASKED, "resume-from": settings["run-directory"]})
     assert adapter_bytes(resumed) == adapter_bytes(whole)
+
+
+def test_a_masked_run_of_real_sites_does_not_go_back(
+    played: tuple[Path, list[Message]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory.open(played[0])
+    config = recipes.resolve(recipes.load_recipe(played[0] / "config.toml"))
+    found = resumption.examine(directory, config, 2)
+    assert found is not None
+    assert found.has_later  # a rehearsal does: its sites are new in every process
+    monkeypatch.setattr(resumption, "are_real", lambda sites: len(sites) == 4)
+    with pytest.raises(RunDirectoryError, match=r"cannot go back to round 2: .*--from-adapter"):
+        resumption.examine(directory, config, 2)
 
 
 def test_a_site_without_an_agent_key_refuses_masked_runs(settings: Settings) -> None:

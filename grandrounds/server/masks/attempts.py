@@ -16,8 +16,8 @@ from flwr.app import Message
 
 from grandrounds.config.digest import recipe_sha256
 from grandrounds.config.keys import Config
-from grandrounds.errors import RoundError
-from grandrounds.server.directory import RunDirectory
+from grandrounds.errors import RoundError, RunDirectoryError, first_line
+from grandrounds.server.directory import JOURNAL, RunDirectory
 from grandrounds.server.exchange import Exchange, OnReply, Tally
 from grandrounds.server.masks.exchanges import NOT_ABOARD, Play
 from grandrounds.server.masks.masked_sum import MaskedSum
@@ -31,8 +31,6 @@ from grandrounds.wire.names import SiteNames
 
 MOST_TRIES = 3
 """Attempts at a round without a break; after them the run ends, and can be resumed."""
-
-JOURNAL = "masks.json"
 
 
 @dataclass(frozen=True)
@@ -218,9 +216,26 @@ class Masks:
             yield number, None
 
     def _before(self, number: int) -> dict[str, Any] | None:
-        """Return how far a round has come in a process before this one; None if not at all."""
+        """Return how far a round has come in a process before this one; None if not at all.
+
+        Raises
+        ------
+        RunDirectoryError
+            If the file is not what a run writes.
+        """
         found = self.directory.read_json(JOURNAL)
-        return found if found is not None and found["round"] == number else None
+        if found is None:
+            return None
+        try:
+            whole = {name: int(found[name]) for name in ("round", "attempt", "unmask-asked")}
+            sites = [int(site) for site in found["sites"]] if whole["unmask-asked"] else []
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunDirectoryError(
+                f"{self.directory.path / JOURNAL} is damaged ({type(error).__name__}: "
+                f"{first_line(error)}). Remove it, and resume: the round is tried from its first "
+                "attempt again."
+            ) from error
+        return {**whole, "sites": sites} if whole["round"] == number else None
 
     def _note(self, play: Play, *, unmask_asked: bool) -> None:
         """Write how far a round has come, before the sites are asked."""
