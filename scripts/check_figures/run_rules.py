@@ -8,6 +8,7 @@ import statistics
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from scripts.check_figures.page import Texts
@@ -435,7 +436,9 @@ DEFAULTS = flat(
 
 
 def text_of(value: object) -> str:
-    """Return a value as in TOML, strings without quotes."""
+    """Return a value as in TOML, strings without quotes; of a path only the last part."""
+    if isinstance(value, str) and value.startswith("/"):
+        return Path(value).name
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and float(f"{value:g}") == value:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from scripts.check_figures.page import Texts
 from scripts.check_figures.raw import Raw
-from scripts.check_figures.run_rules import cells, configured, exams, text_of, wilson
+from scripts.check_figures.run_rules import DEFAULTS, cells, configured, exams, text_of, wilson
 from scripts.check_figures.sheet import Cell, Sheet
 from scripts.check_figures.shown import of_duration
 
@@ -45,9 +45,11 @@ def check_several_page(texts: Texts, runs: Sequence[Raw]) -> Sheet:
         sheet.among(place, [raw.rounds + 1 for raw in runs])
     for place in sheet.under("table/recipe/Keys that differ/cell/"):
         row, _, column = place.rpartition("/")
-        if column != "0":
-            value = runs[int(column) - 1].config.get(sheet.texts.get(f"{row}/0", ""))
-            sheet.verbatim(place, text_of(value))
+        key = sheet.texts.get(f"{row}/0", "")
+        if column != "0" and key != "all keys":  # are the same
+            sheet.verbatim(place, text_of(runs[int(column) - 1].config.get(key)))
+        elif key in DEFAULTS:
+            sheet.verbatim(place, key)
     sheet.ticks()
     sheet.rest()
     return sheet
