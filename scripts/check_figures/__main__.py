@@ -26,8 +26,11 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="default: report.html in the first source")
     parser.add_argument("--calls", type=Path, help="recorded calls of a tracker, JSON lines")
     given = parser.parse_args()
+    page = given.page or given.sources[0] / "report.html"
+    if not page.is_file():
+        parser.error(f"{page} is not there: write it with grandrounds report, or give --page.")
     findings = 0
-    for name, sheet in check(given.sources, given.page, given.calls).items():
+    for name, sheet in check(given.sources, page, given.calls).items():
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(sheet.checked.items()) if n)
         print(f"{name}: {sheet.checked.total():,} figures right ({kinds})")
         for finding in sheet.findings:

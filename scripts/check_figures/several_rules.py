@@ -28,11 +28,10 @@ def check_several_page(texts: Texts, runs: Sequence[Raw]) -> Sheet:
     done = sum(raw.summary.get("status") == "completed" for raw in runs)
     sheet.want("head/subtitle", [len(runs)])
     sheet.want("head/status", [done, len(runs)])
-    tiles = [place for place in sheet.under("tile/") if place.endswith("/value")]
-    for place, raw in zip(tiles, runs, strict=True):
+    for name, raw in called(runs).items():
         judged = raw.series("held-out-loss")
-        sheet.want(place, [judged[-1][1]] if judged else [])
-        sheet.want(place.replace("/value", "/note"), status(raw))
+        sheet.want(f"tile/{name}/value", [judged[-1][1]] if judged else [])
+        sheet.want(f"tile/{name}/note", status(raw))
     for key, factor in CURVES.items():
         curve(sheet, runs, key, factor)
     accuracies(sheet, runs)
@@ -53,6 +52,14 @@ def check_several_page(texts: Texts, runs: Sequence[Raw]) -> Sheet:
     sheet.ticks()
     sheet.rest()
     return sheet
+
+
+def called(runs: Sequence[Raw]) -> dict[str, Raw]:
+    """Return runs by the name of their folder, with as much of the path as tells them apart."""
+    parts = 1
+    while len({raw.path.absolute().parts[-parts:] for raw in runs}) < len(runs):
+        parts += 1
+    return {"/".join(raw.path.absolute().parts[-parts:]): raw for raw in runs}
 
 
 def kinds_of(runs: Sequence[Raw]) -> list[str]:

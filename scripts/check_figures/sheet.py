@@ -142,7 +142,7 @@ class Sheet:
     def rest(self) -> None:
         """Report every number that no rule has explained."""
         version = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["version"]
-        if self.texts["footer"].startswith(f"Made by grandrounds {version}, "):
+        if self.texts.get("footer", "").startswith(f"Made by grandrounds {version}, "):
             self._seen.add("footer")  # the rest is the date of the page
         for place in self.texts:
             if "/column/" in place and place not in self._seen:
