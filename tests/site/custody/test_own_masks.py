@@ -15,8 +15,9 @@ from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit
+from grandrounds.site.custody import audit, budget, quota
 from grandrounds.site.custody.agent_key import IDENTITY
+from grandrounds.site.custody.state import opened
 from grandrounds.site.masks import visit as masks
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
@@ -98,13 +99,16 @@ class Hostile:
     The site's visit is not trained: its change is made up.
     """
 
-    def __init__(self, folder: Path, settings: Settings, **changes: Any) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, asked: Settings | None = None, **changes: Any
+    ) -> None:
         self.settings = {
             **settings,
             **MASKED_RUN,
             "data.num-partitions": 5,
             "strategy.name": "fedavg",
             "strategy.fraction-evaluate": 0.0,
+            **(asked or {}),
         }
         cards = str(settings["static.dataset.name"])
         numbers = {"node__partition_id": 0, "node__num_partitions": 5}
@@ -390,8 +394,21 @@ def test_the_same_request_gets_the_same_bytes_and_no_second_visit(
     assert server.log()[-1]["outcome"] == "answered again"
 
 
-def test_another_attempt_masks_the_same_change_without_a_second_visit(server: Hostile) -> None:
+PRIVATE: Settings = {
+    "privacy.unit-guarantee": "example",
+    "privacy.noise-multiplier": 4.0,
+    "privacy.clipping-norm": 0.1,
+}
+
+
+@pytest.mark.parametrize("require", ["masked", "example+masked"])
+def test_another_attempt_masks_the_same_change_without_a_second_visit(
+    settings: Settings, tmp_path: Path, require: str
+) -> None:
     """Neither a visit nor a charge is lost with an attempt, and other bytes leave."""
+    asked = PRIVATE if require == "example+masked" else {}
+    units = {"privacy__require": require, "privacy__declared_units": 100 if asked else 0}
+    server = Hostile(tmp_path / "site0", settings, asked, **units)
     first = server.after_masked()
     server.rounds.begin(attempt_at(5, number=1))
     server.attempt = 1
@@ -406,6 +423,10 @@ def test_another_attempt_masks_the_same_change_without_a_second_visit(server: Ho
     config = recipes.resolve(server.settings)
     numbers = numbers_of(config, round_learning_rate_of(config, 1), 5, 50, 1)
     assert (sent_by_it == numbers.encode(np.full(50, 1e-4, np.float32), 1)).all()
+    with opened(server.site.place("state")) as state:
+        assert quota.visits_today(state) == 1
+        charged = budget.read(server.site, state).runs
+    assert {run: found.visits for run, found in charged.items()} == ({"ab": 1} if asked else {})
 
 
 def test_no_second_sum_over_a_restart(server: Hostile) -> None:
