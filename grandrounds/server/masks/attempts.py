@@ -19,7 +19,7 @@ from grandrounds.config.keys import Config
 from grandrounds.errors import RoundError
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, OnReply, Tally
-from grandrounds.server.masks.exchanges import Play
+from grandrounds.server.masks.exchanges import NOT_ABOARD, Play
 from grandrounds.server.masks.masked_sum import MaskedSum
 from grandrounds.server.masks.ride import Ride
 from grandrounds.server.masks.rosters import roster_for
@@ -119,7 +119,7 @@ class Masks:
                 tally = self._until_confirmed(asked, play, aboard is not None, tell)
             except RoundError as error:
                 outcome.lost = f"{error} {Tally(failed=play.failed).reasons(names)}".rstrip()
-                failed |= play.failed
+                failed |= {p: why for p, why in play.failed.items() if why != NOT_ABOARD}
             else:
                 self._note(play, unmask_asked=True)
                 outcome.tally.good, outcome.is_burned, outcome.lost = tally.good, True, ""
