@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,18 @@ class Hostile:
         }
         cards = str(settings["static.dataset.name"])
         numbers = {"node__partition_id": 0, "node__num_partitions": 5}
-        changes = {**NEEDS_MASKS, **numbers, "policy__max_runs_per_day": 9, **changes}
+        changes = {**NEEDS_MASKS, **numbers, "policy__max_runs_per_day": 99, **changes}
         base = str(settings["model.name"])
         self.site = make_site(folder, {base: base}, cards, **changes)
         give_keys(self.site, roster_of_sites(5), identity(0))
-        self.rounds = Rounds(5)
         self.asking = Asking(self.site, self.settings)
-        self.trained = self.attempt = 0
-        self.requests: dict[str, Message] = {}
+        self.begin("ab")
+
+    def begin(self, run: str, attempt: int = 0) -> None:
+        """Begin another run, or another attempt at its first round."""
+        self.run, self.attempt, self.rounds = run, attempt, Rounds(5)
+        self.rounds.begin(attempt_at(5, run=run, number=attempt))
+        self.trained = 0
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -135,7 +140,7 @@ class Hostile:
     def request(self, exchange: str, data: bytes = b"", *, kind: str = "", **said: Any) -> Message:
         """Return a message of an exchange."""
         config = recipes.resolve(self.settings)
-        instruction: dict[str, Any] = {"round": 1, "run": "ab", ATTEMPT: self.attempt}
+        instruction: dict[str, Any] = {"round": 1, "run": self.run, ATTEMPT: self.attempt}
         arrays = sent(exchange, data) if data else None
         if exchange == MASKED:
             instruction["learning-rate"] = round_learning_rate_of(config, 1)
@@ -210,9 +215,16 @@ class Hostile:
         return audit.read(self.site.place(self.site.agent.state))
 
 
+@pytest.fixture(scope="module")
+def same_site(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Hostile:
+    return Hostile(tmp_path_factory.mktemp("hostile") / "site0", federation)
+
+
 @pytest.fixture
-def server(settings: Settings, tmp_path: Path) -> Hostile:
-    return Hostile(tmp_path / "site0", settings)
+def server(same_site: Hostile) -> Hostile:
+    """A run of its own at one site for all tests."""
+    same_site.begin(secrets.token_hex(4))
+    return same_site
 
 
 def own_key(server: Hostile) -> str:
@@ -384,7 +396,7 @@ def test_the_same_request_gets_the_same_bytes_and_no_second_visit(
         patched.setattr(custody.replay, "keep", killed)
         with pytest.raises(KeyboardInterrupt):
             server.ask(MASKED, boxes)
-    [held] = (server.site.place("state") / "replies").iterdir()
+    [held] = (server.site.place("state") / "replies").glob(f"{server.run}-*")
     vector = server.ask(MASKED, boxes)
     assert vector in held.read_bytes()
     assert server.trained == 2
@@ -410,10 +422,10 @@ def test_another_attempt_masks_the_same_change_without_a_second_visit(
     units = {"privacy__require": require, "privacy__declared_units": 100 if asked else 0}
     server = Hostile(tmp_path / "site0", settings, asked, **units)
     first = server.after_masked()
-    server.rounds.begin(attempt_at(5, number=1))
-    server.attempt = 1
-    assert server.after_masked() != first
     assert server.trained == 1
+    server.begin("ab", 1)
+    assert server.after_masked() != first
+    assert server.trained == 0
     own = server.ask(CONFIRM, packed.pack_sites(range(5)))
     summing = server.rounds.server
     for site, signature in {0: own, **server.signed([*range(5)])}.items():
@@ -432,8 +444,7 @@ def test_another_attempt_masks_the_same_change_without_a_second_visit(
 def test_no_second_sum_over_a_restart(server: Hostile) -> None:
     """The answer to `unmask` is on disk as the round's one sum before it leaves."""
     opened_once(server)
-    again = attempt_at(5, number=1)
-    assert "has answered for one sum of round 1" in server.refused(KEYS, **{ATTEMPT: again.number})
+    assert "has answered for one sum of round 1" in server.refused(KEYS, **{ATTEMPT: 1})
 
 
 # --- What a site requires -------------------------------------------------------------------------
@@ -463,7 +474,10 @@ def test_a_run_of_fewer_sites_than_min_cohort_is_refused_at_the_roll_call(
     assert server.asking("cd", kind="query").content  # of five
 
 
-def test_without_agent_key_or_roster_a_site_refuses_masked_runs(server: Hostile) -> None:
+def test_without_agent_key_or_roster_a_site_refuses_masked_runs(
+    settings: Settings, tmp_path: Path
+) -> None:
+    server = Hostile(tmp_path / "site0", settings)
     (server.site.path.parent / IDENTITY).rename(server.site.path.parent / "gone")
     assert "has no agent key" in told(server.asking)
     keys_file = server.site.path.parent / IDENTITY
