@@ -1,17 +1,20 @@
-"""Masked rounds on real agents, some of which are killed: SuperLink, TLS, node keys, on loopback.
+"""Masked rounds on real agents, some of which are killed: SuperLink, TLS, node keys.
 
     python benchmarks/masked_failures.py --sites 5
     python benchmarks/masked_failures.py --sites 3
 
 Of five sites one may be lost: in the first round one is killed before its shares, in the second
-another one in training; both come back, and the third round has all. Of three sites none may be
-lost: one is killed in training, the run ends and says why in one line, and goes on by `--resume`
-once the site is back. That no site has answered for two sums of a round is read from audit logs.
+another one in training; both come back, and the third round goes on with those whose keys are
+exchanged. Of three sites none may be lost: one is killed in training, the run ends and says why in
+one line, and goes on by `--resume` once the site is back. That no site has answered for two sums of
+a round is read from audit logs. Each SuperNode has a network namespace of its own where that is
+permitted (root and iproute2); else all are on loopback.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grandrounds.site.custody import audit
+from tests.engines.deployment.test_network import Network, can_make_namespaces
 from tests.real import FORMULARY, Consortium, rounds_done, wait_for
 from tests.runs import Settings, metrics_of
 
@@ -108,7 +112,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="masked-failures-") as scratch:
         folder = Path(scratch) / "c"
         run = folder / "run"
-        with Consortium(folder, settings, **policy) as consortium:
+        with contextlib.ExitStack() as opened:
+            places: dict[str, Any] = {}
+            if can_make_namespaces():
+                network = opened.enter_context(Network(given.sites))
+                places = {"host": network.host, "outside": network.inside}
+            print("network namespaces" if places else "loopback", flush=True)
+            consortium = opened.enter_context(Consortium(folder, settings, **places, **policy))
             consortium.share_roster()
             consortium.start_all()
             code = (of_five if given.sites == 5 else of_three)(consortium, run)
