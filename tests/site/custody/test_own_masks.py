@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
@@ -42,7 +42,7 @@ from grandrounds.wire.schedule import round_learning_rate_of
 from tests.asking import Asking
 from tests.masking import Rounds, attempt_at, give_keys, identity, roster_of_sites
 from tests.own_sites import make_site, sites_of
-from tests.runs import Settings, adapter_bytes, metrics_of, play, read_json
+from tests.runs import GOOD_SITES, Settings, adapter_bytes, metrics_of, play, read_json
 from tests.site.custody.test_custody import entries, grid_of_sites
 
 MASKED_RUN: Settings = {
@@ -60,10 +60,11 @@ NEEDS_MASKS: dict[str, Any] = {"privacy__require": "masked", "secure__min_cohort
 def test_sites_in_custody_sum_to_the_adapter_of_a_rehearsal(
     settings: Settings, tmp_path: Path
 ) -> None:
-    """Bit for bit, with the planned bytes; and nothing but arrays leaves with an update."""
+    """Bit for bit, with the planned bytes, and nothing but arrays leaves with an update. So does a
+    run whose server is killed once a site has answered for a sum, and that is resumed."""
     settings |= MASKED_RUN
     rehearsed = play(settings)
-    sites = sites_of(settings, tmp_path, **NEEDS_MASKS)
+    sites = sites_of(settings, tmp_path, policy__max_runs_per_day=2, **NEEDS_MASKS)
     seed = recipes.resolve(settings).federation.seed
     for i, site in enumerate(sites):
         give_keys(site, roster_of_run(seed, 4), identity_of(seed, i))
@@ -89,6 +90,20 @@ def test_sites_in_custody_sum_to_the_adapter_of_a_rehearsal(
         assert [line["survivors"] for line in lines if line["asked"] == KIND_OF[UNMASK]] == [
             [0, 1, 2, 3]
         ] * 2
+    cut = {**settings, "run-directory": str(tmp_path / "cut")}
+    with pytest.raises(KeyboardInterrupt):
+        play(cut, grid=grid_of_sites(cut, sites, killed_at_unmask))
+    resumed = {**cut, "resume-from": cut["run-directory"]}
+    assert adapter_bytes(play(resumed, grid=grid_of_sites(resumed, sites))) == adapter_bytes(run)
+    assert len(entries(sites[0], asked=KIND_OF[UNMASK], round=1, outcome="answered")) == 1 + 2
+
+
+def killed_at_unmask(message: Message, context: Context) -> Message:
+    """Answer as a site does; the server is killed before it has the answer to `unmask`."""
+    reply = GOOD_SITES(message, context)
+    if message.metadata.message_type == KIND_OF[UNMASK]:
+        raise KeyboardInterrupt
+    return reply
 
 
 # --- A hostile server -----------------------------------------------------------------------------
