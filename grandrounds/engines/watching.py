@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ clientapp = "{clientapp}:app"
 [tool.flwr.app.config]
 {config}"""
 """An app without code: Flower's processes import the installed package."""
+
+
+LOGS = "flower-logs"
+"""Folder of a run directory: the logs of Flower's programs where the run failed."""
+
+OF_OURS = "grandrounds.errors."
+"""In a traceback: the error is one of ours."""
 
 
 class Watcher:
@@ -112,3 +120,20 @@ def why_it_ended(summary: Mapping[str, Any], reason: str, log: Path) -> str:
     reason = reason.partition("\n")[0]
     told = summary.get("reason") or reason.partition("exception: ")[2] or reason
     return told or tail(log, lines=1) or "no reason given"
+
+
+def kept_logs(home: Path, directory: Path) -> str:
+    """Copy the logs of Flower's programs into the run directory; return a note of where they are.
+
+    A run that failed before its first measurement has no directory. Then the note is the end of the
+    run's log, unless the run failed with an error of ours, which says all that there is to say.
+    """
+    logs = sorted(home.glob("*.log"))
+    if logs and directory.is_dir():
+        target = directory / LOGS
+        target.mkdir(exist_ok=True)
+        for log in logs:
+            shutil.copyfile(log, target / log.name)
+        return f"(Flower's logs: {target})"
+    end = tail(home / "run.log")
+    return f"The end of Flower's log:\n{end}" if end and OF_OURS not in end else ""
