@@ -161,8 +161,17 @@ def ask(link: Link, *arguments: str) -> dict[str, Any]:
     if not answer.get("success"):
         said = str(answer.get("error-message", "")).splitlines()
         why = " ".join(line for line in said if line and not any(p in line for p in _PROGRESS))
-        raise EngineError(f"Flower refused `flwr {arguments[0]}`: {why or 'no reason given'}")
+        raise EngineError(
+            f"Flower refused `flwr {arguments[0]}`: {why or 'no reason given'}{_why_no_run(link)}"
+        )
     return answer
+
+
+def _why_no_run(link: Link) -> str:
+    """Return why a SuperLink of this run refused it, which Flower writes to its log only."""
+    log = tail(link.home / "superlink.log") if link.process else ""
+    found = re.findall(r"Could not start run: (.+)", log)
+    return f" {found[-1]}" if found else ""
 
 
 def follow(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PREFIX = "gr-"
 LOCK = "in-use"
+LONGEST_PLACE_BYTES = 24
 ENDING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
@@ -39,21 +40,24 @@ class Folder:
     """A folder of this command."""
 
     path: Path
-    """Its path. Short, since Ray keeps sockets in it, whose paths are limited to 107 bytes."""
+    """Its path."""
     lock: int
     """File descriptor that holds its lock, for a keeper to inherit."""
 
 
 def place() -> Path:
-    """Return where the folders are: `/tmp`, for its short name, or else the system's choice."""
-    short = Path("/tmp")
-    return short if short.is_dir() else Path(tempfile.gettempdir())
+    """Return where the folders are: the system's temporary folder, or `/tmp` if its name is long.
+
+    Ray keeps sockets below, whose paths are limited to 107 bytes, 83 of which are ours and Ray's.
+    """
+    usual, short = Path(tempfile.gettempdir()).resolve(), Path("/tmp")
+    return short if len(os.fsencode(usual)) > LONGEST_PLACE_BYTES and short.is_dir() else usual
 
 
 @contextlib.contextmanager
 def own_folder() -> Iterator[Folder]:
     """Make a folder; remove it, however the block ends."""
-    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place())).resolve()
+    path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place()))
     try:
         lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
         _locked(lock)
@@ -86,7 +90,7 @@ def left_behind() -> list[str]:
     A folder with processes in it stays, and its line says how to end them.
     """
     told = []
-    for path in sorted(place().resolve().glob(f"{PREFIX}*")):
+    for path in sorted(place().glob(f"{PREFIX}*")):
         with _unused(path) as is_ours:
             if not is_ours:
                 continue

@@ -13,7 +13,6 @@ absolute. `SystemExit` in a ServerApp counts as *completed* (Flower 1.41, 1.42).
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
 import urllib.request
@@ -24,6 +23,7 @@ from pathlib import Path
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import counted
 from grandrounds.engines.flower import Link, ask, follow, kept, quiet, require_alive
 from grandrounds.engines.folders import Folder, own_folder
 from grandrounds.engines.keeper import MARKER
@@ -39,6 +39,7 @@ from grandrounds.errors import EngineError
 from grandrounds.model.headroom import GPU_SHARE
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Listener
+from grandrounds.waiting import usable_cpus
 
 CONNECTION = "grandrounds"  # name of the SuperLink connection in config.toml
 POLL_SECONDS = 0.5
@@ -56,8 +57,8 @@ class SimulatedSites:
     gpus: float = 0
 
     def check(self) -> None:
-        """Raise `EngineError` if this machine cannot host a single site of that size."""
-        cpus, gpus = os.cpu_count() or 1, 0
+        """Raise `EngineError` if this process cannot host a single site of that size."""
+        cpus, gpus = usable_cpus(), 0
         if self.gpus:
             import torch  # only here: without GPUs this process needs no torch
 
@@ -66,8 +67,16 @@ class SimulatedSites:
         if self.count < 1 or self.cpus <= 0 or self.gpus < 0:
             raise EngineError(f"A simulation needs at least one site and some CPU, not {asked}.")
         if self.cpus > cpus or self.gpus > gpus:
-            there = f"{cpus} CPUs" + (f" and {gpus} usable GPUs" if self.gpus else "")
-            raise EngineError(f"This machine has {there}, not {asked}. Reserve less per site.")
+            there = counted(cpus, "CPU") + (f" and {gpus} usable GPUs" if self.gpus else "")
+            raise EngineError(f"This process may use {there}, not {asked}. Reserve less per site.")
+
+    @property
+    def resources(self) -> str:
+        """Flower's `--federation-config`. Ray's own count of CPUs ignores the affinity."""
+        return (
+            f"num-supernodes={self.count} client-resources-num-cpus={self.cpus} "
+            f"client-resources-num-gpus={self.gpus} init-args-num-cpus={usable_cpus()}"
+        )
 
     @property
     def gpu_share(self) -> float:
@@ -110,8 +119,8 @@ def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: 
 
 def default_cpus(num_threads: int) -> int:
     """Return the default CPUs per site: one for each of its threads, so that sites which run at
-    once do not share CPUs; at most those of this machine."""
-    return min(max(1, num_threads), os.cpu_count() or 1)
+    once do not share CPUs; at most those that this process may use."""
+    return min(max(1, num_threads), usable_cpus())
 
 
 def default_gpus() -> float:
@@ -157,11 +166,7 @@ def run_simulation(
     with superlink(folder, gpu_share=sites.gpu_share) as link:
         overrides_file = link.home / "overrides.toml"
         overrides_file.write_text(to_toml(overrides), encoding="utf-8")
-        resources = (
-            f"num-supernodes={sites.count} client-resources-num-cpus={sites.cpus} "
-            f"client-resources-num-gpus={sites.gpus}"
-        )
-        options = ("--federation-config", resources, "--run-config", str(overrides_file))
+        options = ("--federation-config", sites.resources, "--run-config", str(overrides_file))
         answer = ask(link, "run", str(app_dir.resolve()), CONNECTION, *options)
         # If this raises, the run ends with its SuperLink: `flwr stop` would only note it there.
         return follow(link, int(answer["run-id"]), on_poll, POLL_SECONDS)
