@@ -49,7 +49,7 @@ def measured(count: int, values: int, codec: str) -> dict[str, Any]:
     ]
     attempt = ends[0].attempt("ab", 1, 0)
     numbers = FixedPoint(codec, count, values, 0.05, 1000)
-    server = MaskedSum(attempt, roster, numbers, received)
+    server = MaskedSum(attempt, roster)
     site: dict[str, float] = {}
     others = ends[1:]
 
@@ -65,6 +65,7 @@ def measured(count: int, values: int, codec: str) -> dict[str, Any]:
     server.take_shares(0, own)
     for end in others:
         server.take_shares(end.site, end.shares(attempt, listed))
+    server.expect(numbers, received)
     boxes = server.boxes(0)
     change = np.random.default_rng(0).normal(0, 0.003, values).astype(np.float32)
     vector = first("fixed point", lambda: numbers.encode(change, 500))

@@ -57,6 +57,7 @@ class Rounds:
     attempt: Attempt = field(init=False)
     ends: dict[int, SiteEnd] = field(init=False)
     server: MaskedSum = field(init=False)
+    numbers: FixedPoint = field(init=False)
     vectors: dict[int, Vector] = field(init=False)
     """What each site sends, before it is masked."""
 
@@ -76,7 +77,8 @@ class Rounds:
         """Begin another attempt."""
         self.attempt = attempt
         numbers = FixedPoint(self.codec, self.count, self.values, 1.0, 1000)
-        self.server = MaskedSum(attempt, roster_of_sites(self.count), numbers, RECEIVED)
+        self.server = MaskedSum(attempt, roster_of_sites(self.count))
+        self.numbers = numbers
 
     def keys(self, sites: Collection[int] | None = None) -> bytes:
         """Let sites send their keys; return the list of keys."""
@@ -89,6 +91,7 @@ class Rounds:
         listed = self.server.key_list()
         for site in self.ends if sites is None else sites:
             self.server.take_shares(site, self.ends[site].shares(self.attempt, listed))
+        self.server.expect(self.numbers, RECEIVED)
         return self.server.linked()
 
     def masked(self, sites: Collection[int] | None = None) -> bytes:

@@ -6,6 +6,7 @@
     sites.json         the roll call
     metrics.jsonl      one line a round; line 0 is before training
     ledger.json        the traffic so far
+    masks.json         with masks, how far the last round's attempts came
     peft_<round>/      adapters that plain PEFT loads, each with a model card
     state/             the last two rounds and those of checkpoints, from which a run resumes
     summary.json       how the run ended; summary-<round>.json, where it then went on

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -19,7 +20,8 @@ from grandrounds.server.aggregation.fedexp import Extrapolation
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
 from grandrounds.server.judging import evaluate
-from grandrounds.server.masks import exchanges
+from grandrounds.server.masks.attempts import Asked, Masks
+from grandrounds.server.masks.exchanges import MASKED_KIND
 from grandrounds.server.model_card import Findings, model_card
 from grandrounds.server.parcels import NOT_THERE, parcels_for
 from grandrounds.server.run import Run
@@ -32,6 +34,8 @@ from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.downlink import Parcel
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.schedule import cohort_of, round_learning_rate_of
+
+LOST = "the round's masked sum was lost, and its update with it"
 
 
 @dataclass
@@ -71,6 +75,17 @@ def play_round(run: Run) -> None:
         record["refused"] = {f"site {p}": why for p, why in sorted(now.refused.items())}
     record |= budget_record(run)
     evaluate_and_record(run, now, record)
+    check_skipped(run)
+
+
+def check_skipped(run: Run) -> None:
+    """Raise `RoundError` if this round and the one before were skipped; a resume goes on."""
+    last = [record for record in run.directory.read_metrics() if record["round"]][-2:]
+    if len(last) == 2 and all("skipped" in record for record in last):
+        raise RoundError(
+            f"Rounds {last[0]['round']} and {last[1]['round']} both lost their masked sums: "
+            f"{last[1]['skipped']} Look at the sites named, and resume."
+        )
 
 
 def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
@@ -95,30 +110,50 @@ def train_masked(
 ) -> tuple[Adapter, Tally, dict[str, Any]]:
     """Let the cohort train under masks; aggregate the mean of its changes as one update.
 
-    Nothing is measured of single updates, since the server has none.
+    Nothing is measured of single updates, since the server has none. A round whose one sum is lost
+    is skipped: the adapter stays.
     """
     config, limits = run.config, limits_of(run, now)
     most = 1 if config.strategy.weighting == "equal" else max(limits.values(), default=1)
     ranks, known = run.sender.ranks, dict(shapes_of(run.sender.start))
     shapes = ranks.shapes_up(known, now.number, ranks.of_adapter(run.state.adapter))
-    outgoing = training_messages(run, now, parcels, exchanges.MASKED_KIND, most)
 
     def tell(site: int, failure: str | None) -> None:
         run.state.failed_replies += failure is not None
         run.listener.on_reply(site, failure)
 
-    if not outgoing:
+    if not parcels:
         raise RoundError(f"Round {now.number}: no site of the cohort is connected.")
-    asked = exchanges.Asked(outgoing, now.learning_rate, shapes, most)
-    tally, found = exchanges.summed(config, run.exchange, asked, tell, run.roster.names)
+    asked = Asked(
+        number=now.number,
+        messages=lambda said: training_messages(run, now, parcels, MASKED_KIND, said),
+        learning_rate=now.learning_rate,
+        shapes=shapes,
+        most_weight=most,
+        least=fewest(run, now, set()),
+        following=next_cohort(run, now.number + 1),
+    )
+    run.masks = run.masks or Masks(config, run.exchange, run.directory)
+    outcome = run.masks.summed(asked, tell, run.roster.names)
+    tally, found = outcome.tally, outcome.sum
     for site in now.cohort:
         if site not in parcels:
             tally.failed[site] = NOT_THERE
             tell(site, NOT_THERE)
+    if found is None and not outcome.is_burned:
+        run.roster.spent |= tally.spent
+        left = [site for site in now.cohort if site not in run.roster.spent]
+        budgets.check(run.roster, now.number, left)
+        raise RoundError(outcome.lost)
+    run.settle(parcels, tally.good)
+    if found is None:
+        budgets.note(run.roster, tally)
+        tally.failed |= dict.fromkeys(tally.good, LOST)
+        tally.good = {}
+        return run.state.adapter, tally, outcome.record
     examples = run.roster.examples()
     for site, metrics in tally.good.items():
         metrics.setdefault("num-examples", examples[site])
-    run.settle(parcels, tally.good)
     run.rule.begin(now.number, run.state.adapter)
     start = ranks.start_of(
         next(iter(parcels.values())).received, known, config.federation.seed, now.number
@@ -129,8 +164,17 @@ def train_masked(
     else:
         run.rule.add(0, start, mean, 1)
     adapter, measured = aggregate(run, now, tally)
-    summed = {"sites": len(tally.good), "weight": found.weight, "values-cut": found.clipped}
-    return adapter, tally, {**measured, "masked-sum": summed}
+    return adapter, tally, {**measured, **outcome.record}
+
+
+def next_cohort(run: Run, number: int) -> dict[int, int]:
+    """Return partition id → node of a cohort's known sites; empty after the last round."""
+    if number > run.config.federation.num_server_rounds:
+        return {}
+    cards, spent = run.roster.cards, run.roster.spent
+    return {
+        p: cards[p].node_id for p in cohort_of(run.config, number) if p in cards and p not in spent
+    }
 
 
 def record_start(run: Run) -> None:
@@ -239,14 +283,14 @@ def training_messages(
     now: Round,
     parcels: Mapping[int, Parcel],
     kind: str = MessageType.TRAIN,
-    most_weight: int = 0,
+    said: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[int, Message]:
     """Return the messages that let sites train.
 
     Parameters
     ----------
-    most_weight : int
-        Largest weight of a site in a masked sum; 0: the update is not masked.
+    said
+        What the instruction says besides, for a masked sum.
     """
     cards = run.roster.cards
     return {
@@ -259,7 +303,7 @@ def training_messages(
                 "learning-rate": now.learning_rate,
                 **_cursor(run, p),
                 **cards[p].arithmetic,
-                **(exchanges.instruction(most_weight) if most_weight else {}),
+                **said,
             },
         )
         for p, parcel in parcels.items()
@@ -276,6 +320,12 @@ def _cursor(run: Run, site: int) -> dict[str, int]:
     )
 
 
+def fewest(run: Run, now: Round, spent: Collection[int]) -> int:
+    """Return how many updates a round needs, without sites whose budget turned out to be spent."""
+    asked = len(now.cohort) - len(spent)
+    return math.ceil(run.config.strategy.min_reply_fraction * asked - 1e-9)
+
+
 def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, Any]]:
     """Return the next adapter, and what the rule reports about it.
 
@@ -285,9 +335,7 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
         If fewer than `strategy.min-reply-fraction` of the cohort sent a usable update (all failures
         are listed), or the aggregate is not finite.
     """
-    least = run.config.strategy.min_reply_fraction
-    asked = len(now.cohort) - len(tally.spent)
-    needed = math.ceil(least * asked - 1e-9)
+    needed = fewest(run, now, tally.spent)
     if not tally.good:
         run.roster.spent |= tally.spent
         budgets.check(run.roster, now.number, [])
@@ -295,7 +343,7 @@ def aggregate(run: Run, now: Round, tally: Tally) -> tuple[Adapter, dict[str, An
         raise RoundError(
             f"Round {now.number}: {len(tally.good)} of {len(now.cohort)} sites returned a valid "
             f"update, but at least {needed} are required (strategy.min-reply-fraction = "
-            f"{least:g}). {tally.reasons(run.roster.names)}"
+            f"{run.config.strategy.min_reply_fraction:g}). {tally.reasons(run.roster.names)}"
         )
     adapter = run.rule.result()
     if not all(map(all_finite, (*adapter.values(), *run.rule.state().values()))):

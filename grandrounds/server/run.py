@@ -16,6 +16,7 @@ from grandrounds.server.described import leaderboard_differences
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
+from grandrounds.server.masks.attempts import Masks
 from grandrounds.server.roll_call import Roster
 from grandrounds.wire.adapter import Adapter, Shapes, is_magnitude
 from grandrounds.wire.downlink import Parcel, Sender
@@ -155,6 +156,8 @@ class Run:
     """Shapes of the adapter's tensors at the configured rank, in the model's order."""
     started_by: Sequence[int] = ()
     """The sites that told where DoRA's magnitudes start, if they were asked in this process."""
+    masks: Masks | None = None
+    """Attempts at masked sums, from the first masked round on."""
 
     @property
     def magnitudes(self) -> Shapes:

@@ -7,6 +7,7 @@ server → site
                           start: in a continued run, once
     `train.masked`        the same, masks: boxes                  → arrays: masked vector, metrics
     `train.keys`, `.shares`, `.confirm`, `.unmask`  arrays: one   → arrays: one (wire/masks/packed)
+                          next: keys, shares of the next round    → next: the same
     `evaluate`            arrays: adapter                         → metrics: held-out loss
     `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
 On an expected error a site replies with config {error, error-type}.

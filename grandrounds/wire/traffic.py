@@ -6,7 +6,7 @@ the plan is the ledger that the run will have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from grandrounds.wire.codecs import encoded_bytes
 from grandrounds.wire.codecs.codec import Codec, codec_named
 from grandrounds.wire.ledger import MIB, NPY_HEADER_BYTES, Ledger, Traffic
 from grandrounds.wire.masks import packed
-from grandrounds.wire.masks.attempt import MASKED, MASKS
+from grandrounds.wire.masks.attempt import CONFIRM, KEYS, MASKED, MASKS, RIDES, SHARES, UNMASK
 from grandrounds.wire.masks.fixed_point import numbers_of
 from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of
 
@@ -175,7 +175,8 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     holding = set(judges)  # of the saved adapter from which the run goes on
     largest_down, largest_up = [], []
     sent: list[Message] = []
-    for number, chosen in enumerate(cohorts_of(config), 1):
+    cohorts = cohorts_of(config)
+    for number, (chosen, following) in enumerate(zip(cohorts, (*cohorts[1:], ()), strict=True), 1):
         begun_with = ranks.begun_with(number, cohort)
         received = [down.message(site, number, ranks.carried(site, begun_with)) for site in chosen]
         if ranks.continued and number > 1:
@@ -186,7 +187,10 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
             ]
         holding.update(chosen)
         if config.is_masked:
-            received, sent = masked(config, ledger, received, measure.values_up(number))
+            if number == 1:
+                exchange(ledger, (KEYS, SHARES), chosen, ())
+            exchange(ledger, (CONFIRM, UNMASK), chosen, following)
+            received, sent = masked(config, received, measure.values_up(number))
         else:
             sent = [measure.up(number, ranks.carried(site, ranks.rank)) for site in chosen]
         for kind, group in ((TRAIN_DOWN, received), (TRAIN_UP, sent)):
@@ -213,12 +217,38 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     )
 
 
+def exchange(
+    ledger: Ledger, exchanges: Sequence[str], chosen: Sequence[int], following: Sequence[int]
+) -> None:
+    """Add the exchanges of a masked sum that carry no adapter to the ledger.
+
+    Parameters
+    ----------
+    chosen, following
+        The cohort, and the one of the next round, whose keys and shares ride on its exchanges. A
+        site of the next one only gets a message of its own.
+    """
+    this, then = packed.sizes(len(chosen)), packed.sizes(len(following))
+    for way in ("down", "up"):
+        for kind in exchanges:
+            part = _bytes_of(getattr(this, way), kind)
+            rider = _bytes_of(getattr(then, way), RIDES.get(kind, ""))
+            for site in sorted({*chosen, *following}):
+                message = part if site in chosen else EMPTY
+                message += rider if site in following else EMPTY
+                if message.tensor_bytes:
+                    ledger.add(f"{MASKS}.{way}", message.tensor_bytes, message.key_bytes)
+
+
+def _bytes_of(sizes: Mapping[str, int], kind: str) -> Message:
+    """Return the size of one part of a message; `keys` is asked without bytes."""
+    return Message(sizes[kind] + NPY_HEADER_BYTES, len(kind)) if kind in sizes else EMPTY
+
+
 def masked(
-    config: Config, ledger: Ledger, received: list[Message], values: int
+    config: Config, received: list[Message], values: int
 ) -> tuple[list[Message], list[Message]]:
     """Return the messages that let sites train under masks, and their masked vectors.
-
-    The other four exchanges are added to the ledger.
 
     Parameters
     ----------
@@ -228,13 +258,7 @@ def masked(
         Values of a change.
     """
     count = len(received)
-    sizes = packed.sizes(count)
-    for way, exchanges in (("down", sizes.down), ("up", sizes.up)):
-        for exchange, size in exchanges.items():
-            if way == "up" or exchange != MASKED:
-                for _ in range(count):
-                    ledger.add(f"{MASKS}.{way}", size + NPY_HEADER_BYTES, len(exchange))
-    boxes = sizes.down[MASKED] + NPY_HEADER_BYTES
+    boxes = packed.sizes(count).down[MASKED] + NPY_HEADER_BYTES
     both = [Message(m.tensor_bytes + boxes, m.key_bytes + len(MASKED)) for m in received]
     numbers = numbers_of(config, config.train.learning_rate_max, count, values, 1)
     vector = Message(numbers.size_bytes + NPY_HEADER_BYTES, len(MASKED))

@@ -1,123 +1,153 @@
-"""The five exchanges of a masked round, from the server: one message to each site in each."""
+"""One attempt at a masked sum, from the server: one message to each site in each exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import Message, MessageType
 
-from grandrounds.config.keys import Config
 from grandrounds.errors import ReplyError, RoundError
-from grandrounds.server.exchange import Exchange, Tally
+from grandrounds.server.exchange import Exchange, OnReply, Tally
 from grandrounds.server.masks.masked_sum import MaskedSum
+from grandrounds.server.masks.ride import Ride
 from grandrounds.wire import messages
-from grandrounds.wire.adapter import Shapes, count_parameters
 from grandrounds.wire.downlink import Parcel
-from grandrounds.wire.masks.attempt import CONFIRM, KEYS, MASKED, MASKS, SHARES, UNMASK, Attempt
-from grandrounds.wire.masks.carried import (
-    ATTEMPT,
-    MOST_WEIGHT,
-    carried,
-    received_digest,
-    sent,
+from grandrounds.wire.masks.attempt import (
+    CONFIRM,
+    KEYS,
+    MASKED,
+    MASKS,
+    RIDES,
+    SHARES,
+    UNMASK,
 )
-from grandrounds.wire.masks.fixed_point import Sum, numbers_of
-from grandrounds.wire.masks.rehearsal import roster_of_run
-from grandrounds.wire.names import SiteNames
-
-FIRST_ATTEMPT = 0
+from grandrounds.wire.masks.carried import ATTEMPT, NEXT, carried, received_digest, sent
+from grandrounds.wire.masks.fixed_point import FixedPoint, Sum
 
 MASKED_KIND = f"{MessageType.TRAIN}.{MASKED}"
 
+NOT_ABOARD = "was not there when this round's keys were exchanged, on the round before"
 
-@dataclass(frozen=True)
-class Asked:
-    """A round's request to train, and what its sum is made of."""
+Take = Callable[[int, bytes], None]
 
-    outgoing: Mapping[int, Message]
+
+@dataclass
+class Play:
+    """An attempt, exchange by exchange; each raises `RoundError` if too few sites are left."""
+
+    exchange: Exchange
+    collected: MaskedSum
+    outgoing: dict[int, Message]
     """Partition id → message with adapter and instruction."""
-    learning_rate: float
-    shapes: Shapes
-    """The tensors of a change."""
-    most_weight: int
-    """Largest weight of a site."""
+    least: int
+    """Fewest sites whose sum the run can use."""
+    ride: Ride
+    failed: dict[int, str] = field(default_factory=dict)
+    """Partition id → why the site does not answer any more."""
+    spent: set[int] = field(default_factory=set)
+    """Those of them whose privacy budget is spent."""
+    waits: int = 0
+    """Exchanges so far: messages to several sites, and a wait for their replies."""
 
+    def keep_to(self, sites: Collection[int]) -> None:
+        """Ask these sites only."""
+        self.outgoing = {site: self.outgoing[site] for site in sites if site in self.outgoing}
 
-def instruction(most_weight: int) -> dict[str, int]:
-    """Return what a request to train says besides, for a masked sum."""
-    return {ATTEMPT: FIRST_ATTEMPT, MOST_WEIGHT: most_weight}
+    def agree(self) -> None:
+        """Let the sites exchange keys and shares, unless they have done so before."""
+        left = self.outgoing.keys()
+        self._ask(KEYS, left, b"", self.collected.take_keys)
+        request = self.collected.key_list(self.least)
+        self._ask(SHARES, left - self.failed.keys(), request, self.collected.take_shares)
 
+    def board(self) -> None:
+        """Begin with the keys and shares that rode on the round before."""
+        gone = set(self.collected.linked()) - self.outgoing.keys()
+        self.collected.leave_out(gone)
+        aboard = self.collected.linked(self.least)
+        self.failed |= dict.fromkeys(self.outgoing.keys() - set(aboard), NOT_ABOARD)
 
-def summed(
-    config: Config,
-    exchange: Exchange,
-    asked: Asked,
-    on_reply: Callable[[int, str | None], None],
-    names: SiteNames,
-) -> tuple[Tally, Sum]:
-    """Let the sites of a round train and add up; return their outcomes and the sum.
-
-    Sites that fail before their vectors are in the sum have failed; later ones are survivors.
-
-    Raises
-    ------
-    RoundError
-        If too few sites take part for the masks to be removed, or what is left is no sum; with all
-        failures.
-    """
-    first = next(iter(asked.outgoing.values()))
-    number = int(messages.instruction_of(first.content)["round"])  # type: ignore[arg-type]
-    roster = roster_of_run(config.federation.seed, config.data.num_partitions)
-    attempt = Attempt(exchange.run, number, FIRST_ATTEMPT, roster.digest)
-    values = count_parameters(asked.shapes)
-    numbers = numbers_of(
-        config, asked.learning_rate, len(asked.outgoing), values, asked.most_weight
-    )
-    collected = MaskedSum(attempt, roster, numbers, received_digest(first.content))
-    nodes = {site: message.metadata.dst_node_id for site, message in asked.outgoing.items()}
-    failed: dict[int, str] = {}
-
-    def each(kind: str, request: bytes, take: Callable[[int, bytes], None]) -> None:
-        """Play one of the four exchanges that carry no adapter."""
-        parcel = Parcel(sent(kind, request) if request else None, {}, {})
-        outgoing = {
-            site: exchange.message(
-                node, f"{MessageType.TRAIN}.{kind}", number, parcel, {ATTEMPT: FIRST_ATTEMPT}
-            )
-            for site, node in nodes.items()
-            if site not in failed
-        }
+    def train(self, numbers: FixedPoint, on_reply: OnReply) -> Tally:
+        """Let the sites train; add up their masked vectors."""
+        linked = self.collected.linked(self.least)
+        first = next(iter(self.outgoing.values()))
+        self.collected.expect(numbers, received_digest(first.content))
+        for site in linked:
+            self.outgoing[site].content[MASKS] = sent(MASKED, self.collected.boxes(site))
+        for site, why in self.failed.items():
+            on_reply(site, why)
+        most_bytes = self.collected.numbers.size_bytes
 
         def use(site: int, reply: Message) -> messages.Metrics:
-            take(site, carried(reply.content, kind))
+            metrics = messages.metrics_of(reply)
+            vector = carried(reply.content, MASKED, most_bytes)
+            self.collected.take_masked(site, np.frombuffer(vector, dtype=np.uint8))
+            return metrics
+
+        outgoing = {site: self.outgoing[site] for site in linked}
+        tally = self.exchange.ask(MessageType.TRAIN, outgoing, use, on_reply)
+        self.waits += 1
+        self.spent |= tally.spent
+        tally.failed |= self.failed
+        self.failed |= tally.failed
+        return tally
+
+    def confirm(self) -> None:
+        """Let the survivors sign who they are."""
+        survivors = self.collected.survivors(self.least)
+        left = self.outgoing.keys() - self.failed.keys()
+        self._ask(CONFIRM, left, survivors, self.collected.take_signature)
+        self.collected.signatures()
+
+    def unmask(self) -> Sum:
+        """Let the survivors reveal what removes the masks; return the sum.
+
+        Raises
+        ------
+        RoundError
+            If too few did, or what is left is no sum.
+        """
+        left = self.outgoing.keys() - self.failed.keys()
+        self._ask(UNMASK, left, self.collected.signatures(), self.collected.take_opened)
+        try:
+            return self.collected.numbers.decode(self.collected.total())
+        except ReplyError as error:
+            raise RoundError(f"Round {self.collected.attempt.round}: {error}") from error
+
+    def _ask(self, kind: str, sites: Collection[int], request: bytes, take: Take) -> None:
+        """Play an exchange that carries no adapter, and let the next round's ride on it."""
+        rides = RIDES.get(kind, "")
+        riders = self.ride.requests(rides) if rides else {}
+        this, following = self.collected.attempt, self.ride.following.attempt
+        outgoing = {}
+        for site in sites:
+            said = {ATTEMPT: this.number, **({NEXT: following.number} if site in riders else {})}
+            node = self.outgoing[site].metadata.dst_node_id
+            outgoing[site] = self._message(node, kind, this.round, request, said)
+            if riders.get(site):
+                outgoing[site].content[NEXT] = sent(rides, riders[site])
+        for site in sorted(riders.keys() - outgoing.keys()):
+            said = {ATTEMPT: following.number}
+            outgoing[site] = self._message(
+                self.ride.nodes[site], rides, following.round, riders[site], said
+            )
+
+        def use(site: int, reply: Message) -> messages.Metrics:
+            if site in sites:
+                take(site, carried(reply.content, kind))
+            if site in riders:
+                self.ride.take(site, rides, reply.content, rides=site in sites)
             return {}
 
-        failed.update(exchange.ask(MASKS, outgoing, use).failed)
+        tally = self.exchange.ask(MASKS, outgoing, use)
+        self.waits += 1
+        self.failed |= {site: why for site, why in tally.failed.items() if site in sites}
+        self.ride.failed |= {site: why for site, why in tally.failed.items() if site in riders}
 
-    def use_vector(site: int, reply: Message) -> messages.Metrics:
-        metrics = messages.metrics_of(reply)
-        vector = carried(reply.content, MASKED, collected.numbers.size_bytes)
-        collected.take_masked(site, np.frombuffer(vector, dtype=np.uint8))
-        return metrics
-
-    try:
-        each(KEYS, b"", collected.take_keys)
-        each(SHARES, collected.key_list(), collected.take_shares)
-        linked = collected.linked()
-        for site in linked:
-            asked.outgoing[site].content[MASKS] = sent(MASKED, collected.boxes(site))
-        for site in failed:
-            on_reply(site, failed[site])
-        tally = exchange.ask(
-            MessageType.TRAIN, {site: asked.outgoing[site] for site in linked}, use_vector, on_reply
-        )
-        tally.failed |= failed
-        failed.update(tally.failed)
-        survivors = collected.survivors()
-        each(CONFIRM, survivors, collected.take_signature)
-        each(UNMASK, collected.signatures(), collected.take_opened)
-        return tally, collected.numbers.decode(collected.total())
-    except (RoundError, ReplyError) as error:
-        raise RoundError(f"{error} {Tally(failed=failed).reasons(names)}".rstrip()) from error
+    def _message(
+        self, node: int, kind: str, number: int, request: bytes, said: Mapping[str, int]
+    ) -> Message:
+        parcel = Parcel(sent(kind, request) if request else None, {}, {})
+        return self.exchange.message(node, f"{MessageType.TRAIN}.{kind}", number, parcel, said)

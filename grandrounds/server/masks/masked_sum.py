@@ -28,10 +28,9 @@ class MaskedSum:
 
     attempt: Attempt
     roster: Roster
-    numbers: FixedPoint
-    """Of the vectors."""
-    received: bytes
-    """Hash of the adapter and the instruction that the sites get."""
+    received: bytes = b""
+    """Hash of the adapter and the instruction that the sites get, once they are known."""
+    _numbers: FixedPoint | None = None
     _keys: dict[int, packed.SignedKeys] = field(default_factory=dict)
     _dealt: dict[int, packed.Dealt] = field(default_factory=dict)
     _survivors: set[int] = field(default_factory=set)
@@ -47,20 +46,31 @@ class MaskedSum:
         Raises
         ------
         ReplyError
-            If the site is not in the roster, or has not signed them.
+            If the site is not in the roster or has not signed them, or if no other site could use
+            them: one site's keys would spoil the attempt of all.
         """
         found = packed.signed_keys(reply)
         member = self.roster.members.get(site)
         text = keys_text(self.attempt, site, found.box, found.mask)
         if member is None or not keys.is_signed(member.key, text, found.signature):
             raise ReplyError("its keys are not signed by the agent key that the roster has of it")
+        others = [one for other, one in self._keys.items() if other != site]
+        known = {key for one in others for key in (one.box, one.mask)}
+        if found.box == found.mask or {found.box, found.mask} & known:
+            raise ReplyError("it has sent the same key twice, or that of another site")
+        for key in (found.box, found.mask):
+            keys.agreed(keys.new_secret(), key, b"")  # raises if it is of low order
         self._keys[site] = found
 
-    def key_list(self) -> bytes:
+    def key_list(self, least: int = LEAST_COHORT) -> bytes:
         """Return what `shares` sends to every site; raise `RoundError` if too few sent keys."""
-        self._check_count("keys", self._keys, LEAST_COHORT)
-        self.numbers = replace(self.numbers, sites=len(self._keys))  # as the sites count them
+        self._check_count("keys", self._keys, max(least, LEAST_COHORT))
         return packed.pack_key_list(self._keys)
+
+    @property
+    def listed(self) -> list[int]:
+        """The sites in the list of keys."""
+        return sorted(self._keys)
 
     # --- Shares -----------------------------------------------------------------------------------
 
@@ -68,10 +78,26 @@ class MaskedSum:
         """Take a site's boxes; raise `ReplyError` if their number is not that of the others."""
         self._dealt[site] = packed.dealt(reply, self._keys.keys() - {site})
 
-    def linked(self) -> list[int]:
+    def leave_out(self, sites: Collection[int]) -> None:
+        """Leave out sites whose shares no other one has received yet: they count nowhere."""
+        for site in sites:
+            self._dealt.pop(site, None)
+
+    def linked(self, least: int = LEAST_COHORT) -> list[int]:
         """Return the sites that train; raise `RoundError` if too few sent their shares."""
-        self._check_count("shares", self._dealt, self._least)
+        self._check_count("shares", self._dealt, max(least, self._least))
         return sorted(self._dealt)
+
+    def expect(self, numbers: FixedPoint, received: bytes) -> None:
+        """Set what the vectors are made of, before the sites train."""
+        self._numbers = replace(numbers, sites=len(self._keys))  # as the sites count them
+        self.received = received
+
+    @property
+    def numbers(self) -> FixedPoint:
+        """Of the vectors."""
+        assert self._numbers is not None
+        return self._numbers
 
     def boxes(self, site: int) -> bytes:
         """Return what `masked` sends to a site: the boxes that the others have sealed for it."""
@@ -93,9 +119,9 @@ class MaskedSum:
         self._total += vector
         self._survivors.add(site)
 
-    def survivors(self) -> bytes:
+    def survivors(self, least: int = LEAST_COHORT) -> bytes:
         """Return what `confirm` sends; raise `RoundError` if too few sent their vectors."""
-        self._check_count("masked vectors", self._survivors, self._least)
+        self._check_count("masked vectors", self._survivors, max(least, self._least))
         return packed.pack_sites(self._survivors)
 
     # --- Confirmation and shares of the survivors -------------------------------------------------

@@ -35,7 +35,7 @@ class CustodyStore:
             for number, data, file in table.execute(
                 "select rowid, held, file from mask_attempts where run = ?", (attempt.run,)
             ).fetchall():
-                if is_over(held_of(data).attempt, attempt):
+                if is_over(held_of(data), attempt):
                     table.execute("delete from mask_attempts where rowid = ?", (number,))
                     gone.append(file)
             table.execute(

@@ -16,6 +16,9 @@ from grandrounds.wire.masks.attempt import UNMASK, Attempt
 _NAME = "grandrounds-masks"
 """Record of a node's state."""
 
+NO_ATTEMPT = -1
+"""Before the first attempt at a round."""
+
 _TEXTS = ("box_secret", "mask_secret", "seed", "key_list", "received")
 
 
@@ -65,19 +68,30 @@ def held_of(data: bytes) -> Held:
 
 @dataclass(frozen=True)
 class Kept:
-    """How far a run's attempts have come at a site: they only go on."""
+    """How far a run's attempts have come at a site: they only go on.
+
+    Two rounds are open at a time: the keys of the next one ride on the exchanges of the last.
+    """
 
     roster: bytes
     """SHA-256 of the roster that the run began with."""
     round: int
     number: int
-    """The newest attempt."""
+    """The newest attempt of the newest round."""
     summed: int = 0
     """The last round of which this site has answered `unmask`; 0: none."""
+    before: int = NO_ATTEMPT
+    """The newest attempt at the round before."""
 
     def packed(self) -> bytes:
         """Return it as JSON."""
         return json.dumps(dataclasses.asdict(self), default=bytes.hex).encode()
+
+    def newest(self, round_number: int) -> int:
+        """Return the newest attempt at one of the two open rounds, or at one not begun."""
+        if round_number == self.round - 1:
+            return self.before
+        return self.number if round_number == self.round else NO_ATTEMPT
 
 
 def kept_of(data: bytes) -> Kept:
@@ -92,8 +106,8 @@ def begun(kept: Kept | None, attempt: Attempt) -> Kept:
     Raises
     ------
     PolicyError
-        If the run began with another roster, the attempt is not newer than the last one, or the
-        round's sum was answered.
+        If the run began with another roster, the attempt is not newer than the last one at its
+        round, the round is older than the two open ones, or its sum was answered.
     """
     if kept is None:
         return Kept(attempt.roster, attempt.round, attempt.number)
@@ -107,12 +121,15 @@ def begun(kept: Kept | None, attempt: Attempt) -> Kept:
             f"This site has answered for one sum of round {attempt.round}, and answers for no "
             "other: skip the round."
         )
-    if (attempt.round, attempt.number) <= (kept.round, kept.number):
+    if attempt.round < kept.round - 1 or attempt.number <= kept.newest(attempt.round):
         raise PolicyError(
             f"Attempt {attempt.number} at round {attempt.round} is over: this site was asked for "
             f"attempt {kept.number} at round {kept.round} since."
         )
-    return replace(kept, round=attempt.round, number=attempt.number)
+    if attempt.round < kept.round:
+        return replace(kept, before=attempt.number)
+    before = kept.before if attempt.round == kept.round else kept.newest(attempt.round - 1)
+    return replace(kept, round=attempt.round, number=attempt.number, before=before)
 
 
 def summed(kept: Kept | None, attempt: Attempt) -> Kept:
@@ -121,21 +138,24 @@ def summed(kept: Kept | None, attempt: Attempt) -> Kept:
     Raises
     ------
     PolicyError
-        If the attempt is not the newest one, or the round's sum was answered.
+        If the attempt is not the newest one at its round, or the sum of this round or of a later
+        one was answered.
     """
-    if kept is None or (attempt.round, attempt.number) != (kept.round, kept.number):
+    if kept is None or attempt.number != kept.newest(attempt.round):
         raise PolicyError("This attempt is over: a later one has begun.")
     if attempt.round <= kept.summed:
-        raise PolicyError(f"This site has answered for a sum of round {attempt.round} already.")
+        raise PolicyError(f"This site has answered for a sum of round {kept.summed} already.")
     return replace(kept, summed=attempt.round)
 
 
-def is_over(held: Attempt, attempt: Attempt) -> bool:
+def is_over(held: Held, attempt: Attempt) -> bool:
     """Whether nothing more is kept of an attempt once another one begins.
 
-    The round before is kept, for a server that lost its last state.
+    What a server that lost its last state asks for again is kept: the round before, and the one
+    before that if its sum was answered, since the next round's keys come before this round's sum.
     """
-    return held.round < attempt.round - 1 or held.round == attempt.round
+    behind = attempt.round - held.attempt.round
+    return behind == 0 or behind > (2 if held.stage == UNMASK else 1)
 
 
 class Store(Protocol):
@@ -182,7 +202,7 @@ class RehearsalStore:
         """Keep a new attempt."""
         self._keep(begun(self._kept(held.attempt), held.attempt), held)
         for name in [name for name in self._record if name.startswith(f"{held.attempt.run}/")]:
-            if is_over(held_of(self._bytes(name)).attempt, held.attempt):
+            if is_over(held_of(self._bytes(name)), held.attempt):
                 del self._record[name]
         self._record[_place(held.attempt)] = held.packed()
 

@@ -18,6 +18,7 @@ from grandrounds.wire.masks.attempt import (
     MASKED,
     MASKS,
     MOST_ATTEMPTS,
+    RIDES,
     SHARES,
     UNMASK,
     Attempt,
@@ -25,6 +26,7 @@ from grandrounds.wire.masks.attempt import (
 from grandrounds.wire.masks.carried import (
     ATTEMPT,
     MOST_WEIGHT,
+    NEXT,
     carried,
     received_digest,
     sent,
@@ -47,14 +49,40 @@ def check_kind(visit: Visit, *, masked: bool) -> None:
 def answer(visit: Visit, exchange: str) -> RecordDict:
     """Answer one of the four exchanges that need neither base nor data."""
     end, attempt = _end_of(visit)
+    reply = messages.content(arrays=sent(exchange, _said(end, attempt, exchange, visit.content)))
+    if exchange in RIDES and NEXT in visit.instruction:
+        reply.update(_next_part(visit, end, attempt, RIDES[exchange]))
+    return reply
+
+
+def _said(
+    end: SiteEnd,
+    attempt: Attempt,
+    exchange: str,
+    content: RecordDict,
+    record: str = messages.ARRAYS,
+) -> bytes:
+    """Return the answer to one exchange, whose request is in one record of a message."""
     if exchange == KEYS:
-        reply = end.keys(attempt)
-    else:
-        request = carried(visit.content, exchange)
-        reply = {SHARES: end.shares, CONFIRM: end.confirm, UNMASK: end.unmask}[exchange](
-            attempt, request
-        )
-    return messages.content(arrays=sent(exchange, reply))
+        return end.keys(attempt)
+    request = carried(content, exchange, record=record)
+    answers = {SHARES: end.shares, CONFIRM: end.confirm, UNMASK: end.unmask}
+    return answers[exchange](attempt, request)
+
+
+def _next_part(visit: Visit, end: SiteEnd, attempt: Attempt, exchange: str) -> RecordDict:
+    """Return the part of a reply that is about the next round, answered as if it were alone.
+
+    This round's part has been answered, and a refusal of the next one does not take it back: the
+    server is told why, and begins the next round without it.
+    """
+    try:
+        number = messages.whole_number(visit.instruction, NEXT, 0, MOST_ATTEMPTS - 1)
+        following = end.attempt(attempt.run, attempt.round + 1, number)
+        part = _said(end, following, exchange, visit.content, NEXT)
+    except (PolicyError, ReplyError) as error:
+        return messages.content(config={NEXT: str(error)})
+    return RecordDict({NEXT: sent(exchange, part)})
 
 
 def check_boxes(visit: Visit) -> None:

@@ -16,6 +16,13 @@ KEYS, SHARES, MASKED, CONFIRM, UNMASK = EXCHANGES = (
 )
 """The exchanges of an attempt, in their order."""
 
+RIDES = {CONFIRM: KEYS, UNMASK: SHARES}
+"""Exchange → that of the next round which rides on it: a message with both parts, and a reply with
+both. A site answers each part as it would alone."""
+
+FIRST_ATTEMPT = 0
+"""Number of a round's first attempt, the only one whose keys and shares ride."""
+
 LEAST_COHORT = 3
 """Sites in the smallest sum: of two, each would know the other's update."""
 

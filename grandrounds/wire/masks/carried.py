@@ -15,6 +15,10 @@ from grandrounds.wire.masks.packed import SIGNED_KEYS_BYTES, table_bytes
 ATTEMPT, MOST_WEIGHT = "attempt", "most-weight"
 """Config keys: number of the attempt, and the largest weight of a site."""
 
+NEXT = "next"
+"""Config key of a message that the next round's part rides on, with the number of its attempt;
+record of that part's bytes, both ways; and config key of a reply, why that part was refused."""
+
 SITES_OWN = ("cursor", messages.THREADS, messages.CPU_MATMUL)
 """Parts of an instruction that differ from site to site."""
 
