@@ -11,7 +11,9 @@ import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import defaults, to_toml
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import is_utf8
 from grandrounds.engines.flower import tail
+from grandrounds.errors import ConfigError
 from grandrounds.server import states
 from grandrounds.server.directory import RunDirectory, default_run_directory
 from grandrounds.server.listeners import Listener
@@ -109,10 +111,21 @@ def mark_stopped(directory: RunDirectory) -> None:
 
 
 def with_run_directory(config: Config) -> tuple[dict[str, Scalar], Path]:
-    """Return the flat configuration with an absolute run directory, and the folder written to."""
+    """Return the flat configuration with an absolute run directory, and the folder written to.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is not UTF-8, as Flower's run config must be.
+    """
     new = Path(config.federation.run_directory or default_run_directory(config))
     flat = {**config.flat(), "run-directory": str(new.expanduser().absolute())}
-    return flat, Path(config.federation.resume_from or str(flat["run-directory"]))
+    directory = Path(config.federation.resume_from or str(flat["run-directory"]))
+    if not is_utf8(str(directory)):
+        raise ConfigError(
+            f"{directory} is not UTF-8, as Flower requires. Rename it, or leave out --engine."
+        )
+    return flat, directory
 
 
 def why_it_ended(summary: Mapping[str, Any], reason: str, log: Path) -> str:
