@@ -20,6 +20,7 @@ first round is start-up and not counted.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import re
@@ -69,7 +70,7 @@ class Follower:
         while True:
             last = self._ended.is_set()
             for log in self.logs:
-                if not log.exists():
+                if not log.exists() or log.stat().st_size == read.get(log, 0):
                     continue
                 with log.open("rb") as file:
                     file.seek(read.get(log, 0))
@@ -83,12 +84,9 @@ class Follower:
                 return
             time.sleep(FOLLOW_SECONDS)
 
-    def first(self, log: str, words: str, after: float) -> float:
-        """Return when a log said words for the first time after a moment; infinite: never."""
-        return next(
-            (t for t, name, line in self.lines if name == log and words in line and t > after),
-            float("inf"),
-        )
+    def times(self, log: str, words: str) -> list[float]:
+        """Return when a log said words, in order."""
+        return [t for t, name, line in self.lines if name == log and words in line]
 
 
 def parts_of(seen: Follower, sites: int, number: int, visits: dict[int, float]) -> dict[str, float]:
@@ -99,15 +97,15 @@ def parts_of(seen: Follower, sites: int, number: int, visits: dict[int, float]) 
     visits
         Site → seconds of its visit.
     """
-    begin = seen.first("run", f"round {number - 1}/", 0.0)
-    end = seen.first("run", f"round {number}/", begin)
+    begin, end = (seen.times("run", f"round {n}/")[0] for n in (number - 1, number))
     ways = []
     for site in range(sites):
         log = f"node{site}"
-        receiving = seen.first(log, "Receiving: train", begin)
-        received = seen.first(log, "Received successfully", receiving)
-        sending = seen.first(log, "Sending: train", received)
-        sent = seen.first(log, "Sent successfully", sending)
+        # By number: a SuperNode may ask before the run has told that the round before has ended.
+        receiving = seen.times(log, "Receiving: train")[number - 1]
+        received = min(t for t in seen.times(log, "Received successfully") if t >= receiving)
+        sending = seen.times(log, "Sending: train")[number - 1]
+        sent = min(t for t in seen.times(log, "Sent successfully") if t >= sending)
         ways.append((sent, receiving, received, sending, site))
     sent, receiving, received, sending, site = max(ways)
     return {
@@ -123,24 +121,34 @@ def play(folder: Path, settings: Settings, rounds: int, *, agents: bool) -> dict
     """Play a run of one kind; return what was counted and timed."""
     with Consortium(folder, settings, policy__max_examples_per_visit=10**6) as consortium:
         consortium.start_all(agents=agents)
-        sites = len(consortium.sites)
-        logs = [folder / f"{name}.log" for name in ["run", *(f"node{i}" for i in range(sites))]]
         run = folder / "run"
-        with Follower(logs) as seen:
-            code = consortium.finished(consortium.begin_run(run, rounds), 3600)
-        if code != 0:
-            sys.exit(f"deployment: the run failed:\n{consortium.log('run')[-3000:]}")
-    lines = metrics_of(run)
-    counted = [line["round"] for line in lines[2:]]  # after start and the first round
-    parts = [parts_of(seen, sites, n, visit_seconds(consortium, n)) for n in counted]
-    summary = summary_of(run)
+        parts = timed_run(consortium, run, rounds)[1:]  # the first round is start-up
+    lines, summary = metrics_of(run), summary_of(run)
     return {
         "seconds": {name: statistics.median(p[name] for p in parts) for name in parts[0]},
         "rounds": parts,
         "base_loads": summary["base_loads"],
         "visits": sum(len(line["good"]) for line in lines[1:]),
-        "message_mib": summary["communication_mib"] / max(1, 2 * sites * rounds),
+        "message_mib": summary["communication_mib"] / max(1, 2 * len(consortium.sites) * rounds),
     }
+
+
+def timed_run(consortium: Consortium, run: Path, rounds: int) -> list[dict[str, float]]:
+    """Play the first run of a started consortium; return the parts of each of its rounds.
+
+    Parameters
+    ----------
+    run : Path
+        Run directory, called `run`.
+    """
+    sites = len(consortium.sites)
+    names = ["run", *(f"node{i}" for i in range(sites))]
+    with Follower([consortium.folder / f"{name}.log" for name in names]) as seen:
+        code = consortium.finished(consortium.begin_run(run, rounds), 3600)
+    if code != 0:
+        sys.exit(f"deployment: the run failed:\n{consortium.log('run')[-3000:]}")
+    numbers = range(1, rounds + 1)
+    return [parts_of(seen, sites, n, visit_seconds(consortium, n)) for n in numbers]
 
 
 def visit_seconds(consortium: Consortium, number: int) -> dict[int, float]:
@@ -180,8 +188,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             kind: play(place / kind, settings, given.rounds, agents=kind == "agents")
             for kind in ("agents", "alone")
         }
-    import torch
-
     return {
         "architecture": given.architecture,
         "parameters": parameters,
@@ -190,7 +196,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "steps": given.steps,
         "batch": given.batch,
         "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        "torch": importlib.metadata.version("torch"),
         **kinds,
     }
 

@@ -60,7 +60,7 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
         raise KeyboardInterrupt(kept) from None
     except GrandRoundsError as error:
         kept = lifecycle.fail(run, "failed", str(error))
-        raise type(error)(f"{error} {kept[0].upper()}{kept[1:]}.") from error
+        raise type(error)(f"{error} {kept[0].upper()}{kept[1:]}") from error
     except Exception as error:
         lifecycle.fail(run, "failed", f"{type(error).__name__}: {error}")
         raise

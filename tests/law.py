@@ -119,7 +119,7 @@ BESIDES = {
     "grandrounds.wire.masks.keys": {"cryptography"},
     "grandrounds.wire.masks.prg": {"cryptography"},
     "grandrounds.wire.masks.rehearsal": {"cryptography"},
-    "grandrounds.server.listeners.trackers": {"torch"},  # holds TensorBoard's writer
+    "grandrounds.server.listeners.tracker_libraries": {"torch"},  # holds TensorBoard's writer
 }
 """Module → what it may load besides its room's."""
 
@@ -142,3 +142,29 @@ def loaded(text: str) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             found.add(str(node.module).partition(".")[0])
     return frozenset(found)
+
+
+BEFORE_A_WORD = re.compile(
+    r"(?:^|[\s(:`])(?:cp|(?:flwr|hf|wandb|trackio|tensorboard) [\w-]+|grandrounds "
+    r"(?:run|plan|compare|evaluate|report|export|ask|config|base|privacy|consortium|site))"
+    r"(?: [\w./=\0-]+)* (?:--[\w-]+=)?(?:[\w.-]+=)?[\"']?$"
+)
+"""The beginning of a command, up to a place where its next word stands (\\0: a word put in)."""
+
+
+def commands_by_hand(texts: dict[str, str]) -> Iterator[str]:
+    """Yield each f-string that puts a word into a command to copy without quoting it."""
+    for name, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.JoinedStr):
+                continue
+            before = ""
+            for part in node.values:
+                if isinstance(part, ast.Constant):
+                    before += str(part.value)
+                    continue
+                value = ast.unparse(part.value) if isinstance(part, ast.FormattedValue) else ""
+                is_quoted = value.startswith("command(") or value.isupper()
+                if BEFORE_A_WORD.search(before) and not is_quoted:
+                    yield f"{name}:{node.lineno}: {before}{{{value}}}"
+                before += "\0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -154,3 +155,13 @@ def after_masked(count: int = 5) -> Rounds:
     rounds.shares()
     rounds.masked()
     return rounds
+
+
+def chi_square_of(vector: bytes) -> float:
+    """Return how far the bytes of a vector are from uniform, in standard deviations.
+
+    Pearson's statistic of 256 cells has mean 255 and variance 510.
+    """
+    counts = np.bincount(np.frombuffer(vector, np.uint8), minlength=256)
+    mean = len(vector) / 256
+    return float(((counts - mean) ** 2 / mean).sum() - 255) / math.sqrt(510)

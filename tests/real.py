@@ -18,6 +18,11 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import pytest
+from flwr.cli.flower_config import read_superlink_connection
+from flwr.cli.supernode.register import try_load_public_key
+from flwr.cli.utils import init_http_client_from_connection
+from flwr.proto.control_pb2 import RegisterNodeRequest
 
 from grandrounds.config import recipes
 from grandrounds.engines.deployment import admissions, joining, set_up
@@ -186,15 +191,23 @@ class Consortium:
 
     # --- Processes --------------------------------------------------------------------------------
 
-    def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a process whose output goes to `<name>.log`."""
+    def start(
+        self, name: str, command: Sequence[str], *, without: str = "", **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start a process whose output goes to `<name>.log`.
+
+        Parameters
+        ----------
+        without : str
+            A variable that its environment lacks.
+        """
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
+                env={k: v for k, v in self.environment.items() if k != without},
                 cwd=self.folder,
                 start_new_session=True,
                 **options,
@@ -213,7 +226,7 @@ class Consortium:
             word.replace("127.0.0.1", self.host) if word == "127.0.0.1" else word
             for word in set_up.superlink_command(self.home, self.port)
         ]
-        self.start("superlink", command)
+        self.start("superlink", command, without="FLWR_SUPEREXEC_TASK_POLL_INTERVAL")
         wait_for(lambda: is_open(self.host, self.port + 1), 60, "the SuperLink does not listen")
 
     def start_gate(self) -> None:
@@ -227,11 +240,17 @@ class Consortium:
         wait_for(lambda: is_open(self.host, self.port), 20, self.log("gate"))
 
     def register(self, i: int) -> None:
-        """Register a site's key with the SuperLink."""
+        """Register a site's key with the SuperLink, as `flwr supernode register` does."""
         public = self.home / "admissions" / f"site-{i}.pub"
-        done = self.flwr("supernode", "register", str(public), "trial", "--name", f"site-{i}")
-        assert done.get("success"), done
-        admissions.note_node(public, int(done["node-id"]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FLWR_HOME", str(self.folder / "flwr"))
+            client = init_http_client_from_connection(read_superlink_connection("trial"))
+        try:
+            key = try_load_public_key(public)
+            asked = RegisterNodeRequest(public_key=key, name=f"site-{i}")
+            admissions.note_node(public, client.RegisterNode(request=asked).node_id)
+        finally:
+            client.close()
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Return the JSON output of a `flwr` command."""

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-from tests.law import HEAVY, PACKAGE, ROOMS, broken, libraries_out_of_place, sources
+from tests.law import (
+    HEAVY,
+    PACKAGE,
+    ROOMS,
+    broken,
+    commands_by_hand,
+    libraries_out_of_place,
+    sources,
+)
 
 
 def test_a_room_imports_only_from_rooms_to_its_left() -> None:
@@ -79,6 +87,28 @@ def test_a_planted_library_is_seen(name: str, line: str) -> None:
     texts = sources()
     found = list(libraries_out_of_place({**texts, name: f"{texts[name]}\n{line}\n"}))
     assert [one.partition(":")[0] for one in found] == [name]
+
+
+def test_a_command_to_copy_is_quoted_for_the_shell_by_one_function() -> None:
+    texts = sources()
+    assert list(commands_by_hand(texts)) == []
+    assert [name for name, text in texts.items() if "shlex" in text] == ["grandrounds.config.words"]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_by_hand"),
+    [
+        ("""f'resume: grandrounds run --resume {path}'""", True),
+        ("""f"then grandrounds run --set consortium='{folder}'\"""", True),
+        ("""f'(hf download {name} --revision {revision})'""", True),
+        ("""f'cp {copy} there'""", True),
+        ("""f'{command("cp", copy)} and grandrounds base fetch {REAL_BASE}'""", False),
+        ("""f'resume: {command("grandrounds", "run", "--resume", path)}'""", False),
+        ("""f'not what grandrounds report writes: {error}'""", False),
+    ],
+)
+def test_a_planted_command_by_hand_is_seen(line: str, is_by_hand: bool) -> None:
+    assert bool(list(commands_by_hand({"grandrounds.cli.run": line}))) == is_by_hand
 
 
 LONG_SIGNATURES = {

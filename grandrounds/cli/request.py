@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from grandrounds.config.words import command
 from grandrounds.errors import ConfigError
 
 
@@ -25,14 +26,15 @@ def chosen_recipe(positional: Path | None, option: Path | None) -> Path | None:
     if file.is_dir():
         if (file / "config.toml").is_file():
             raise ConfigError(
-                f"{file} is a run directory, not a recipe: give --resume {file} to continue that "
-                f"run, or {file / 'config.toml'} to repeat it."
+                f"{file} is a run directory, not a recipe: give {command('--resume', file)} to "
+                f"continue that run, or {command(file / 'config.toml')} to repeat it."
             )
         raise ConfigError(
             f"{file} is a folder; a recipe is a .toml file, such as those in configs/."
         )
     if file.name.lower().endswith(FILE_ENDINGS):
-        raise ConfigError(f"{file} is data, not a recipe (.toml): give it as --data {file}.")
+        data = command("--data", file)
+        raise ConfigError(f"{file} is data, not a recipe (.toml): give it as {data}")
     if not file.exists():
         raise ConfigError(f"{file} cannot be read: No such file or directory.{_nearest(file)}")
     return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 from contextlib import AbstractContextManager, suppress
@@ -17,6 +16,7 @@ from grandrounds.cli.options import Assignments, Model, Plain
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
+from grandrounds.config.words import command
 from grandrounds.engines.folders import ENDING
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.quiet import quiet_libraries
@@ -32,6 +32,8 @@ app = typer.Typer(
 SiteToml = Annotated[
     Path, typer.Option("--config", "-c", help="The site's site.toml.", metavar="site.toml")
 ]
+
+JOIN = "grandrounds site join ADMISSION --authority authority.pub"
 
 
 @app.command()
@@ -61,9 +63,8 @@ def init(
         f"1. send {folder / 'request.json'} to the consortium, and tell it the fingerprints over "
         "another channel",
         f"2. fill in {folder / 'site.toml'}: data, bases, policy",
-        "3. with the admission: grandrounds site join ADMISSION --authority authority.pub "
-        f"--config {folder / 'site.toml'}",
-        f"4. grandrounds site check --config {folder / 'site.toml'}",
+        f"3. with the admission: {JOIN} {command('--config', folder / 'site.toml')}",
+        f"4. {command('grandrounds', 'site', 'check', '--config', folder / 'site.toml')}",
     )
 
 
@@ -83,7 +84,7 @@ def join(
         f"{site.node.num_partitions}",
         f"signed by {keys.fingerprint(trusted)}: compare it with the consortium's own statement",
         f"server {site.node.superlink}",
-        "agent:     " + f"grandrounds site serve --config {config}",
+        "agent:     " + command("grandrounds", "site", "serve", "--config", config),
         "SuperNode: " + start_command(site),
         f"units: {config.absolute().parent / 'agent.service'}, supernode.service",
     )
@@ -106,8 +107,7 @@ def rotate_key(
     say(
         f"new node key: {keys.fingerprint(key)}; the present one stays in use until site join",
         f"1. send {request} to the consortium, and tell it the fingerprint over another channel",
-        "2. with the admission: grandrounds site join ADMISSION --authority authority.pub "
-        f"--config {config}",
+        f"2. with the admission: {JOIN} {command('--config', config)}",
         "3. restart the SuperNode",
     )
 
@@ -161,7 +161,7 @@ def start_command(site: SiteFile) -> str:
     """Return the shell command that starts a site's SuperNode."""
     from grandrounds.engines.deployment.set_up import supernode_command
 
-    return shlex.join(supernode_command(site))
+    return command(*supernode_command(site))
 
 
 @app.command()
@@ -263,7 +263,8 @@ def pending(config: SiteToml = Path("site.toml")) -> None:
     every = approvals.all()
     for recipe in approvals.pending():
         say(f"recipe {recipe.sha256}", *lines_of(recipe, every))
-        say(f"    approve: grandrounds site approve {recipe.sha256[:12]} --config {config}")
+        approve = command("grandrounds", "site", "approve", recipe.sha256[:12])
+        say(f"    approve: {approve} {command('--config', config)}")
     if not approvals.pending():
         say("no recipe waits for approval")
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from grandrounds.config.words import command
 from grandrounds.errors import ModelError, nearest
 from grandrounds.storage import found
 
@@ -126,7 +127,7 @@ def find_base(name: str) -> Path | None:
     if name in KNOWN_BASES:
         raise ModelError(
             f"The base {name!r} is not on this machine ({bases_folder() / name}): "
-            f"grandrounds base fetch {name}"
+            f"{command('grandrounds', 'base', 'fetch', name)}"
         )
     if name.lower() in KNOWN_BASES and found(name) is None:
         raise ModelError(f"{name!r} is not a base.{nearest(name.lower(), KNOWN_BASES)}")

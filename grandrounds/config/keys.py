@@ -632,6 +632,12 @@ class Config:
         return self.federation.secure_aggregation != "none"
 
     @property
+    def codec_up(self) -> str:
+        """The codec of updates: the masks', or `communication.uplink-codec`."""
+        masks = self.federation.secure_aggregation
+        return masks if self.is_masked else self.communication.uplink_codec
+
+    @property
     def cohort_size(self) -> int:
         """Number of sites that train in a round."""
         return share_of(self.strategy.fraction_train, self.data.num_partitions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
@@ -41,6 +42,17 @@ def is_utf8(path: str) -> bool:
 def shown(text: str) -> str:
     """Return a text with its control characters but tabs escaped: no terminal obeys them."""
     return "".join(repr(c)[1:-1] if c != "\t" and has_controls(c) else c for c in text)
+
+
+def command(*words: object) -> str:
+    """Return a command to copy, with its words quoted for a POSIX shell where they need it.
+
+    A path that starts with a dash is written so that it is not read as an option.
+    """
+    return shlex.join(
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+        for word in words
+    )
 
 
 def place_name(name: str) -> str:

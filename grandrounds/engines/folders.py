@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 import signal
 import tempfile
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grandrounds.config.words import counted
+from grandrounds.config.words import command, counted
 
 if TYPE_CHECKING:
     import psutil
@@ -98,11 +97,11 @@ def left_behind() -> list[str]:
                 shutil.rmtree(path, ignore_errors=True)
                 told.append(f"removed {path}, which a killed run had left")
                 continue
-            pids = " ".join(str(process.pid) for process in processes)
+            pids = [process.pid for process in processes]
             told.append(
                 f"a killed run has left {counted(len(processes), 'process', 'processes')} of "
-                f"{path}: {', '.join(map(_named, processes))}. To end them: kill -9 {pids}; "
-                f"then remove their folder: rm -r {shlex.quote(str(path))}"
+                f"{path}: {', '.join(map(_named, processes))}. To end them: "
+                f"{command('kill', '-9', *pids)}; then remove their folder: {command('rm', '-r', path)}"
             )
     return told
 

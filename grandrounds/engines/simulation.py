@@ -23,7 +23,7 @@ from pathlib import Path
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
-from grandrounds.config.words import counted
+from grandrounds.config.words import command, counted
 from grandrounds.engines.flower import Link, ask, follow, kept, quiet, require_alive
 from grandrounds.engines.folders import Folder, own_folder
 from grandrounds.engines.keeper import MARKER
@@ -108,8 +108,8 @@ def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: 
         if status != "completed" or summary.get("status") != "completed":
             why = why_it_ended(summary, reason, folder.path / "run.log")
             kept = (
-                f"Finished rounds are kept: grandrounds run --resume {directory} "
-                "--engine simulation. "
+                "Finished rounds are kept: "
+                f"{command('grandrounds', 'run', '--resume', directory)} --engine simulation "
             ) * directory.exists()
             logs = kept_logs(folder.path, directory)
             raise EngineError(f"The simulation ended as {status}: {why} {kept}{logs}".rstrip())

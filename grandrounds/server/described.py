@@ -11,7 +11,7 @@ from typing import Any
 from grandrounds.config import recipes
 from grandrounds.config.bases import REAL_BASE
 from grandrounds.config.keys import Config
-from grandrounds.config.words import NOT_TOLD, counted, place_name
+from grandrounds.config.words import NOT_TOLD, command, counted, place_name
 from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.wire.names import SOURCE
@@ -138,7 +138,7 @@ def engine_options(sites: Sites, summary: Mapping[str, Any] | None = None) -> st
     """
     known = summary or {}
     if connection := known.get("connection"):
-        return f" --engine deployment --connection {connection}"
+        return " " + command("--engine", "deployment", "--connection", connection)
     if engine := known.get("engine"):
         return f" --engine {engine}"
     return " --engine deployment --connection NAME" if are_real(sites) else ""

@@ -41,7 +41,7 @@ import grandrounds
 from grandrounds import storage, waiting
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import load_recipe, resolve, to_toml
-from grandrounds.config.words import counted
+from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, RunDirectoryError, first_line, nearest
 from grandrounds.server import states
 from grandrounds.storage import whole_folder, writing
@@ -309,10 +309,8 @@ def _writing(path: Path) -> AbstractContextManager[None]:
     def advice() -> str:
         if not has_finished_round(path):
             return "Free some space, or choose another place with --run-dir."
-        return (
-            f"Free some space; finished rounds are kept, and grandrounds run --resume {path} "
-            "continues from there."
-        )
+        resume = command("grandrounds", "run", "--resume", path)
+        return f"Free some space; finished rounds are kept, and {resume} continues from there."
 
     failures = (OSError, SafetensorError)
     return writing(f"The run directory {path}", advice, RunDirectoryError, failures)
@@ -339,7 +337,7 @@ def check_vacant(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunDirectoryError(
             f"{path} exists and is not an empty folder. Choose another run-directory, or "
-            f"continue that run with grandrounds run --resume {path}."
+            f"continue that run: {command('grandrounds', 'run', '--resume', path)}"
         )
     parent = next(folder for folder in (path, *path.parents) if folder.exists())
     if not parent.is_dir():
@@ -432,7 +430,7 @@ def find_checkpoint(run_directory: Path, which: str = "last") -> Checkpoint:
         raise RunDirectoryError(
             f"{run.path} has no checkpoint yet: {counted(done, 'round')} finished, and the first "
             f"is saved after round {first}. Wait for it, or resume a run that has ended: "
-            f"grandrounds run --resume {run.path}."
+            f"{command('grandrounds', 'run', '--resume', run.path)}"
         )
     number = _round(run, saved, which)
     folder = run.path / str(saved[number]["checkpoint"])

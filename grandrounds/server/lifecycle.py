@@ -12,6 +12,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from grandrounds.config.keys import Config
+from grandrounds.config.words import command
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
@@ -143,7 +144,7 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
     )
     resumed_after = state.round if resumed else None
     place = {"directory": str(directory.path), "resumed-after": resumed_after}
-    listener.on_plan({**described, **place})
+    listener.on_plan({**described, **place, "run": state.run})
     return run
 
 
@@ -237,7 +238,7 @@ def fail(run: Run, status: str, reason: str) -> str:
         return "no round was finished, and nothing is left behind"
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
     kept = "finished rounds are kept" if run.state.round else "no round was finished"
-    return f"{kept}; resume with grandrounds run --resume {run.directory.path}"
+    return f"{kept}; resume with {command('grandrounds', 'run', '--resume', run.directory.path)}"
 
 
 def check_same_sites(roster: Roster) -> None:

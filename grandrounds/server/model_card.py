@@ -16,6 +16,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.prompt import is_own, sha256_of
 from grandrounds.config.words import place_name, with_own
 from grandrounds.data.formulary import FORMULARY
+from grandrounds.model.lora import LoraSpec
 from grandrounds.server import guarantees
 from grandrounds.server.described import (
     are_real,
@@ -27,6 +28,7 @@ from grandrounds.server.described import (
 )
 from grandrounds.server.listeners.start_rows import defence
 from grandrounds.server.listeners.trackers import settings_of
+from grandrounds.server.masks.told import masks_text, still_told
 from grandrounds.wire.messages import BASE_COMMIT, DATA_COMMIT
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
@@ -41,6 +43,7 @@ FLOWERTUNE_BENCHMARKS = {
 """Benchmark → column of that table, in its order."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ONE_WORD = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Accuracy:
     """Mean token F1 of answers in the model's own words, a fraction; None: options were chosen."""
     f1_interval: tuple[float, float] | None = None
     """Its 95 % interval (Student's); None if all rows have the same F1."""
+    part: str = ""
+    """Part of the benchmark that was asked, such as `private`; empty for all of it."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,12 @@ class Findings:
     """Their introductions, as in sites.json. Their names stay out of the card."""
     plan: Mapping[str, Any] = field(default_factory=dict)
     """Content of plan.json: what is known of the base."""
+    lora: LoraSpec | None = None
+    """Rank and alpha in the files, which differ from the run's where adapters are stacked."""
+    licence: Mapping[str, str] = field(default_factory=dict)
+    """Licence of the base, as in the hub's metadata; empty if it is not known."""
     failed_replies: int | None = None
-    """Number of replies in the run that were not used."""
+    """Number of replies up to this checkpoint that were not used."""
     merged: str | None = None
     """For a merged model, what was merged into what; None for an adapter."""
     repository: str | None = None
@@ -139,7 +148,7 @@ def model_card(
         _privacy(config, found),
         _limits(config, found),
         _recipe(config),
-        _submission(config, mib, found),
+        _submission(config, round_number, mib, found),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -159,11 +168,10 @@ def _cell(text: str) -> str:
 
 def _metadata(config: Config, round_number: int, found: Findings) -> str:
     """Return the YAML that the hub reads: github.com/huggingface/hub-docs, modelcard.md."""
-    lines = []
-    known = KNOWN_BASES.get(config.model.name)
-    hub_name = known.hub_name if known else config.model.name
-    if _HUB_NAME.fullmatch(hub_name):
-        lines.append(f"base_model: {_yaml(hub_name)}")
+    licence = found.licence or {"license": "unknown"}
+    lines = [f"{key}: {_yaml(value)}" for key, value in licence.items()]
+    if base := _base_on_the_hub(config, found):
+        lines.append(f"base_model: {_yaml(base)}")
         lines.append(f"base_model_relation: {'finetune' if found.merged else 'adapter'}")
     lines.append(f"library_name: {'transformers' if found.merged else 'peft'}")
     lines.append("pipeline_tag: text-generation")
@@ -181,6 +189,7 @@ def _metadata(config: Config, round_number: int, found: Findings) -> str:
                 "    dataset:",
                 f"      type: {_yaml(a.benchmark)}",
                 f"      name: {_yaml(a.title)}",
+                *([f"      config: {_yaml(a.part)}"] if a.part else []),
                 "    metrics:",
                 "    - type: accuracy",
                 f"      value: {a.correct / a.n:.4f}",
@@ -190,6 +199,23 @@ def _metadata(config: Config, round_number: int, found: Findings) -> str:
                 told = _yaml(f"token F1 ({a.protocol}; {a.n} answers)")
                 lines += ["    - type: f1", f"      value: {a.f1:.4f}", f"      name: {told}"]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _base_on_the_hub(config: Config, found: Findings) -> str:
+    """Return the base's name on the hub; empty if it is none of the hub's.
+
+    A name of one word can also be that of a base of one's own; the hub's has a commit.
+    """
+    known = KNOWN_BASES.get(config.model.name)
+    name = known.hub_name if known else config.model.name
+    if _HUB_NAME.fullmatch(name):
+        return name
+    return name if _ONE_WORD.fullmatch(name) and _commit(found.sites, BASE_COMMIT) else ""
+
+
+def _commit(sites: Sequence[Mapping[str, Any]], fact: str) -> str:
+    """Return the commit that was read from the hub, as a site tells it; empty if none does."""
+    return next((str(site[fact]) for site in sites if site.get(fact)), "")
 
 
 def _yaml(text: str) -> str:
@@ -216,17 +242,18 @@ def _facts(
     if stored := found.plan.get("stored-bits"):
         bits = f"{stored} bits as published (bitsandbytes)"
     frozen = ", ".join(found.plan.get("frozen-modules", ()))
-    mu = f" (mu {strategy.proximal_mu:g})" if strategy.name == "fedprox" else ""
+    mu = f" (mu {strategy.proximal_mu:g})" if strategy.proximal_mu else ""
     loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
     if held_out_loss is not None and found.base_held_out_loss is not None:
         before = "start" if lora.is_continued else "base"
         loss += f" ({before} {found.base_held_out_loss:.4f})"
     codecs = config.communication
     earlier = schedules.told(config.federation.earlier_schedules)
-    commits = [
-        next((str(site[fact]) for site in found.sites if fact in site), "")
-        for fact in (BASE_COMMIT, DATA_COMMIT)
-    ]
+    commits = [_commit(found.sites, fact) for fact in (BASE_COMMIT, DATA_COMMIT)]
+    of_run = LoraSpec.of(config)
+    files = found.lora or of_run
+    stacked = f" (stacked; trained at {_rank_and_alpha(of_run)})"
+    stacked *= files.rank != of_run.rank
     rows = [
         ("base", f"{_shown(config.model.name)}{_at(config.model.revision, commits[0])}, {bits}"),
         ("data", _cell(data_text(config, found.sites)) + _at(config.static.revision, commits[1])),
@@ -234,8 +261,7 @@ def _facts(
             "adapter",
             _cell(
                 f"{'DoRA, ' * lora.peft_use_dora}{'rsLoRA, ' * lora.use_rslora}"
-                f"r = {with_own(lora.peft_lora_r, lora.ranks_by_pattern)}, "
-                f"alpha = {with_own(lora.peft_lora_alpha, lora.alphas_by_pattern)},"
+                f"{_rank_and_alpha(files)}{stacked},"
             )
             + f" on {', '.join(target_modules)}"
             + (f"; frozen: {frozen}" if frozen else ""),
@@ -251,7 +277,7 @@ def _facts(
         ),
         ("held-out loss", loss),
         ("communication so far", f"{mib:,.2f} MiB (FlowerTune's counting rule)"),
-        ("codecs", f"{codecs.uplink_codec} up, {codecs.downlink_codec} down"),
+        ("codecs", f"{config.codec_up} up, {codecs.downlink_codec} down"),
         ("seed", str(config.federation.seed)),
         *_prompt_rows(config),
     ]
@@ -262,8 +288,13 @@ def _facts(
         told = examples_text(found.data["train-examples"], found.data["held-out-examples"])
         rows.insert(2, ("examples", f"{about}{told}"))
     if found.failed_replies is not None:
-        rows.append(("failed replies of the run", str(found.failed_replies)))
+        rows.append(("failed replies so far", str(found.failed_replies)))
     return _table(("", ""), rows)
+
+
+def _rank_and_alpha(spec: LoraSpec) -> str:
+    rank, alpha = with_own(spec.rank, dict(spec.rank_pattern)), dict(spec.alpha_pattern)
+    return f"r = {rank}, alpha = {with_own(spec.alpha, alpha)}"
 
 
 def _at(revision: str, commit: str) -> str:
@@ -414,14 +445,14 @@ def _privacy(config: Config, found: Findings) -> str:
             kind = "A rehearsal of differential privacy"
         parts = [
             f"## Privacy\n\n{kind} of one {guarantees.unit_of(found.privacy)}, for each site by "
-            "itself. No secure aggregation: the server saw every site's noised update." + share,
+            f"itself. {_seen(config, found, 'noised update')}{share}",
             _table(("", ""), [(k, _cell(v)) for k, v in guarantees.guarantee_rows(found.privacy)]),
             "Not covered:\n\n" + "\n".join(f"- {line}" for line in covered),
         ]
     else:
         parts = [
-            "## Privacy\n\nNo differential privacy and no secure aggregation: the server saw every "
-            "site's update, and the weights may reveal the content of individual examples." + share
+            f"## Privacy\n\nNo differential privacy. {_seen(config, found, 'update')} The weights "
+            f"may reveal the content of individual examples.{share}"
         ]
     if found.audit:
         said = guarantees.verdict(found.audit)
@@ -430,6 +461,16 @@ def _privacy(config: Config, found: Findings) -> str:
             f"{said[0].upper()}{said[1:]}."
         )
     return "\n\n".join(parts)
+
+
+def _seen(config: Config, found: Findings, what: str) -> str:
+    """Return what the server saw of single sites."""
+    if not config.is_masked:
+        return f"Updates were not masked: the server saw every site's {what}."
+    return (
+        f"Updates were masked ({masks_text(config, found.sites)}). What the server got of each "
+        f"site: {still_told(config)}."
+    )
 
 
 def _limits(config: Config, found: Findings) -> str:
@@ -441,9 +482,21 @@ def _limits(config: Config, found: Findings) -> str:
     return (
         "## Limits of use\n\nResearch software, **not a medical device**: do not use its answers "
         "for decisions about patients. It may state falsehoods with confidence, and was not tested "
-        f"for safety, bias or languages other than those of its data.{invented} The licences of "
-        "the base and the data apply."
+        f"for safety, bias or languages other than those of its data.{invented}\n\n"
+        f"{_licences(found)}"
     )
+
+
+def _licences(found: Findings) -> str:
+    """Return what is known of the licences under which this may be used."""
+    told = found.licence
+    if not told:
+        return (
+            "The licences of the base and the data apply. That of the base was not found beside it "
+            "(hence `license: unknown`): look it up before publishing."
+        )
+    name = told.get("license_name", told["license"])
+    return f"The licences of the base ({name}) and the data apply."
 
 
 def _recipe(config: Config) -> str:
@@ -458,7 +511,7 @@ def _recipe(config: Config) -> str:
     )
 
 
-def _submission(config: Config, mib: float, found: Findings) -> str:
+def _submission(config: Config, round_number: int, mib: float, found: Findings) -> str:
     """Return the columns of FlowerTune's medical table; empty for data that sites brought."""
     if are_real(found.sites):
         return ""
@@ -480,7 +533,7 @@ def _submission(config: Config, mib: float, found: Findings) -> str:
         ("Average", f"{100 * sum(shares) / len(shares):.2f}" if whole else "-"),
         *((name, scores.get(b, "-")) for b, name in FLOWERTUNE_BENCHMARKS.items()),
         ("Checkpoint", found.repository or "-"),
-        ("Rounds", f"{config.federation.num_server_rounds}, {config.cohort_size} sites each"),
+        ("Rounds", f"{round_number}, {config.cohort_size} sites each"),
         ("Computed on", found.device or "-"),
     ]
     ask = "grandrounds evaluate RUN_DIR --protocol flowertune"

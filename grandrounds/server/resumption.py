@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.recipes import differences, load_recipe, resolve, to_toml
 from grandrounds.config.schedules import lengthened, same_until
 from grandrounds.config.values import Scalar
-from grandrounds.config.words import counted
+from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, RunDirectoryError, first_line
 from grandrounds.server import states
 from grandrounds.server.directory import SUMMARY, RunDirectory, records_of
@@ -195,7 +194,8 @@ def _nothing_left(path: Path, config: Config, rounds: int) -> str:
     done = f"{path} is a completed run of {counted(rounds, 'round')}; there is nothing to resume."
     if config.is_private:
         return f"{done} {_PRIVATE}"
-    return f"{done} To train longer: grandrounds run --resume {path} --rounds {2 * rounds}."
+    longer = command("grandrounds", "run", "--resume", path, "--rounds", 2 * rounds)
+    return f"{done} To train longer: {longer}"
 
 
 _PRIVATE = (
@@ -300,10 +300,8 @@ def _instead(path: Path, others: Sequence[int]) -> str:
     """Return what to do where a state cannot be used."""
     if others:
         listed = ", ".join(map(str, others))
-        return (
-            f"States are kept after rounds {listed}: grandrounds run --resume {path} --from-round "
-            f"{others[-1]} continues from the last of them."
-        )
+        last = command("grandrounds", "run", "--resume", path, "--from-round", others[-1])
+        return f"States are kept after rounds {listed}: {last} continues from the last of them."
     return f"Restore {path / states.FOLDER} from a copy, or start a new run.{_adapters(path)}"
 
 
@@ -361,7 +359,7 @@ def _require_own(path: Path, name: str, advice: str) -> None:
 
 
 def _restore_by(copy: Path, path: Path) -> str:
-    return f"Restore it: cp {shlex.quote(str(copy))} {shlex.quote(str(path / CONFIG))}"
+    return f"Restore it: {command('cp', copy, path / CONFIG)}"
 
 
 def _copy_of_config(path: Path) -> str:

@@ -14,6 +14,7 @@ from flwr.app import Message, MessageType
 
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import RoundError
+from grandrounds.model.licence import licence_of
 from grandrounds.model.lora import peft_config
 from grandrounds.server import budgets
 from grandrounds.server.aggregation.fedexp import Extrapolation
@@ -148,7 +149,7 @@ def train_masked(
     run.settle(parcels, tally.good)
     if found is None:
         budgets.note(run.roster, tally)
-        tally.failed |= dict.fromkeys(tally.good, LOST)
+        tally.failed |= {site: outcome.silent.get(site, LOST) for site in tally.good}
         tally.good = {}
         return run.state.adapter, tally, outcome.record
     examples = run.roster.examples()
@@ -374,7 +375,7 @@ def training_record(run: Run, now: Round, tally: Tally) -> dict[str, Any]:
     introduced = run.roster.introduced
     known = {p: int(facts["train-examples"]) for p, facts in introduced.items()}
     covered = sum(share * known[p] for p, share in state.coverage.items() if p in known)
-    tells_coverage = not tally.good.keys() - state.coverage.keys()
+    tells_coverage = tally.good and not tally.good.keys() - state.coverage.keys()
     seconds = [m.get("seconds") for m in good]
     return {
         "round": now.number,
@@ -448,6 +449,9 @@ def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
     found = Findings(
         sites=sites,
         plan=run.directory.read_json("plan.json") or {},
+        lora=run.adapter_spec,
+        licence=licence_of(run.config.model.source),
+        failed_replies=state.failed_replies,
         privacy=budgets.summary_of(run.config, sites, run.roster.spent),
     )
     card = model_card(

@@ -9,6 +9,7 @@ from typing import Any
 
 from grandrounds.config.bases import KNOWN_BASES, bases_here, folder_of
 from grandrounds.config.keys import Config
+from grandrounds.config.words import command
 from grandrounds.data.chat import NOT_A_PREFIX, chat_format
 from grandrounds.data.chat_settings import options_of, prints_today
 from grandrounds.data.formulary import FORMULARY, base_path
@@ -52,7 +53,8 @@ def place_of(name: str) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if name in KNOWN_BASES:
-        raise ModelError(f"The base {name!r} is not on this machine: grandrounds base fetch {name}")
+        fetch = command("grandrounds", "base", "fetch", name)
+        raise ModelError(f"The base {name!r} is not on this machine: {fetch}")
     names = [FORMULARY, *bases_here()]
     what = "has no config.json" if folder.is_dir() else "is no base here and no folder"
     raise ModelError(f"{name!r} {what}.{nearest(name, names)} Bases here: {', '.join(names)}.")

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from grandrounds.config.words import is_utf8
+from grandrounds.config.words import command, is_utf8
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.own_prompt import is_own, own_prompt
@@ -36,11 +35,13 @@ from grandrounds.model.base import (
     loading,
     model_location,
 )
+from grandrounds.model.licence import licence_of
 from grandrounds.model.lora import PEFT_PREFIX, module_of, without_weights
 from grandrounds.model.saved import WEIGHTS, check_fit, lora_spec, read_adapter
 from grandrounds.model.scoring import stop_tokens
 from grandrounds.model.targets import decoder_path, is_conv1d
 from grandrounds.model.tokenizers import set_in, tokenizer_of
+from grandrounds.server import budgets, states
 from grandrounds.server.directory import Checkpoint
 from grandrounds.server.guarantees import AUDIT
 from grandrounds.server.listeners.start_rows import device_of
@@ -51,6 +52,7 @@ from grandrounds.study.evaluation.answers import RESULT
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
 from grandrounds.wire.adapter import MAGNITUDE, A, Adapter
+from grandrounds.wire.guarantee import BUDGET_SPENT
 from grandrounds.wire.told import total_of_sites
 
 T = TypeVar("T")
@@ -294,12 +296,15 @@ def merged_text(quantization: int, rounding: Rounding) -> str:
 
 def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
     """Return what the run directory records about a checkpoint beyond its configuration."""
-    run = checkpoint.run
+    run, config = checkpoint.run, checkpoint.config
     summary = run.read_json("summary.json") or {}
     start = next((m for m in run.read_metrics() if m["round"] == 0), {})
     sites = run.read_json("sites.json") or []
     data = {key: total_of_sites(sites, key) for key in ("train-examples", "held-out-examples")}
     first = sites[0] if sites else {}
+    state = f"{states.FOLDER}/round-{checkpoint.round:06d}"
+    then = run.read_json(f"{state}/{states.SITES}")  # as the sites had told it by then
+    spent = [site["partition-id"] for site in then or () if site.get(BUDGET_SPENT)]
     device = f"{device_of(first)}: {first['precision']}" if first else None
     return Findings(
         base_held_out_loss=start.get("held-out-loss"),
@@ -308,11 +313,26 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
         device=device,
         sites=sites,
         plan=run.read_json("plan.json") or {},
-        failed_replies=summary.get("failed_replies"),
+        lora=lora_spec(checkpoint.folder),
+        licence=licence_of(config.model.source),
+        failed_replies=_failed_replies(checkpoint, run.read_json(f"{state}/state.json")),
         repository=repository,
-        privacy=summary.get("privacy"),
+        privacy=budgets.summary_of(config, then, spent) if then else summary.get("privacy"),
         audit=run.read_json(AUDIT),
     )
+
+
+def _failed_replies(checkpoint: Checkpoint, state: Mapping[str, Any] | None) -> int:
+    """Return the number of unused replies up to a checkpoint, as its state has it.
+
+    Without that state, as metrics.jsonl has it, which knows finished rounds only.
+    """
+    if state:
+        return int(state["failed-replies"])
+    records = checkpoint.run.read_metrics()
+    rounds = [record for record in records if record["round"] <= checkpoint.round]
+    kinds = ("failed", "evaluate-failed")
+    return sum(len(record.get(kind) or ()) for record in rounds for kind in kinds)
 
 
 def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
@@ -365,6 +385,7 @@ def _accuracies(protocol: str, row: dict[str, Any]) -> Iterator[Accuracy]:
             revision=str((row.get("source") or {}).get("revision", "")),
             f1=f1["mean"],
             f1_interval=tuple(f1["interval"]) if f1["interval"] else None,
+            part=part.get("group") or "",
         )
 
 
@@ -384,6 +405,7 @@ def _asked_at_the_sites(checkpoint: Checkpoint, summary: dict[str, Any]) -> Iter
                 correct=correct,
                 n=n,
                 interval=wilson_interval(correct, n),
+                part=kind,
             )
 
 
@@ -414,8 +436,8 @@ def push(folder: Path, repository: str, api: Any = None) -> str:
         If the upload fails for any reason; the folder is kept, and the message names the command to
         retry.
     """
-    command = shlex.join(["hf", "upload", repository, str(folder), ".", "--private"])
-    again = f"the export is kept; retry with: {command}"
+    retry = command("hf", "upload", repository, folder, ".", "--private")
+    again = f"the export is kept; retry with: {retry}"
     try:
         if api is None:
             from huggingface_hub import HfApi

@@ -253,6 +253,12 @@ def test_every_recipe_can_be_planned() -> None:
     assert int(totals["qwen2.5-7b-instruct"]) == 46_228
     rows = {name: r["reading"]["rows"] for name, r in results.items()}
     assert rows.pop("smollm2-135m-instruct") == 1_500
+    assert rows.pop("private-consortium") == 1_905
+    private = results["private-consortium"]
+    assert private["privacy"]["epsilon"][-1]["epsilon"] < 4.01
+    assert private["masks"]["values-may-be-cut"] is False
+    assert private["masks"]["sites-that-may-be-lost"] == 1
+    assert private["codecs"] == {}
     assert set(rows.values()) == {33_955}
 
 

@@ -12,6 +12,7 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import FIELD_OF_KEY, Config
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.values import Scalar
+from grandrounds.study.plan import masks
 from tests.places import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -22,12 +23,17 @@ COHORT_SIZES = {
     "mistral-7b-flowertune-baseline": 2,
     "smollm2-135m-laptop": 2,
     "smollm2-135m-instruct": 4,
+    "private-consortium": 5,
 }
-LEADERBOARD = [name for name in COHORT_SIZES if not name.startswith("smollm2")]
+PRIVATE = "private-consortium"
+"""The recipe with private visits and masks; updates of all others are plain."""
+
+LEADERBOARD = [name for name in COHORT_SIZES if not name.startswith(("smollm2", PRIVATE))]
+
+PRIVACY = {"secure-aggregation", *(key for key in FIELD_OF_KEY if key.startswith("privacy."))}
 
 LEFT_OUT = {
-    *(key for key in FIELD_OF_KEY if key.startswith("privacy.")),  # visits without a guarantee
-    "secure-aggregation",  # plain updates
+    *PRIVACY,
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",
@@ -176,7 +182,11 @@ def test_federation_in_the_header_is_one_that_flower_reads(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_key_that_matters_is_explicit(path: Path) -> None:
-    assert set(recipes.load_recipe(path)) == set(FIELD_OF_KEY) - LEFT_OUT
+    keys = set(FIELD_OF_KEY) - LEFT_OUT
+    if path.stem == PRIVATE:
+        unused = {"privacy.noise-multiplier", "privacy.sampling-rate", "privacy.report-train-loss"}
+        keys |= PRIVACY - unused | {"data.partition-by"}
+    assert set(recipes.load_recipe(path)) == keys
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -185,8 +195,7 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     assert config.arguments.max_steps > 0
     assert config.data.partitioner in ("iid", "natural")
     assert not STRATEGIES[config.strategy.name].keys
-    assert not config.is_private
-    assert not config.is_masked
+    assert config.is_private == config.is_masked == (path.stem == PRIVATE)
     assert {config.communication.uplink_codec, config.communication.downlink_codec} == {"none"}
     assert (config.defence.update_norm_bound, config.defence.screens) == (0, False)
 
@@ -205,7 +214,7 @@ def test_flower_fuses_the_file_with_our_defaults_to_the_same_configuration(path:
 @pytest.mark.parametrize(("name", "size"), COHORT_SIZES.items())
 def test_cohort_sizes(name: str, size: int) -> None:
     assert config_of(name).cohort_size == size
-    assert config_of(name).data.num_partitions == 20
+    assert config_of(name).data.num_partitions == (5 if name == PRIVATE else 20)
 
 
 @pytest.mark.parametrize("name", LEADERBOARD)
@@ -277,6 +286,15 @@ def test_jsl_recipe_has_the_published_numbers() -> None:
 def test_long_jsl_recipe_differs_in_rounds_only() -> None:
     short, long = config_of("jsl-medllama-3-8b"), config_of("jsl-medllama-3-8b-100-rounds")
     assert recipes.differences(short, long) == ["num-server-rounds: 10 → 100"]
+
+
+def test_the_private_consortium_hides_patients_and_masks_a_linear_rule() -> None:
+    """Noised B factors, summed under masks; no value can leave the masks' range."""
+    config = config_of(PRIVATE)
+    assert config.strategy.name == "ffa"
+    assert config.privacy.unit_guarantee == "example"
+    assert config.federation.secure_aggregation == "masked32"
+    assert masks.leaves_range(config) == ""
 
 
 def test_laptop_recipe_needs_neither_gpu_nor_bitsandbytes() -> None:

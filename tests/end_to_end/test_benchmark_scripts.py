@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 
+from grandrounds.config import recipes
 from grandrounds.config.keys import CODECS
+from grandrounds.model.lora import LoraSpec, adapter_layout
 from tests.conftest import write_flashcards
 from tests.places import ROOT
+from tests.runs import Settings
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import deployment
 
 pytestmark = pytest.mark.slow
 
@@ -77,15 +84,31 @@ def test_full_size_says_what_would_fit_where_memory_runs_out(tmp_path: Path) -> 
     assert "Memory ran out" in done.stderr, done.stderr
 
 
-def test_deployment_tells_what_a_round_is_made_of(tmp_path: Path) -> None:
-    quick = ("--architecture", "tiny", "--sites", "1", "--rounds", "2")
-    figures = result(tmp_path, "deployment.py", *quick)
-    for kind, loads in (("agents", 1), ("alone", 2)):
-        found = figures[kind]
-        assert found["base_loads"] == loads
-        parts = [found["seconds"][name] for name in ("visit", "polling", "transfer", "start")]
-        assert min(parts) > 0
-        assert sum(parts) == pytest.approx(found["seconds"]["round"])
+def test_deployment_plays_both_kinds_on_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is told of real processes: tests/engines/deployment/test_deployment.py."""
+    bases = []
+
+    def play(folder: Path, settings: Settings, rounds: int, *, agents: bool) -> dict[str, Any]:
+        config = recipes.resolve(settings)
+        assert adapter_layout(config.model.source, LoraSpec.of(config))
+        bases.append(config.model.name)
+        seconds = {"round": 4.0, "polling": 1.0, "transfer": 0.5, "start": 1.5, "visit": 1.0}
+        return {"seconds": seconds, "base_loads": 1 if agents else rounds, "message_mib": 0.25}
+
+    monkeypatch.setattr(deployment, "play", play)
+    out = tmp_path / "result.json"
+    quick = ("--architecture", "tiny", "--sites", "1", "--rounds", "3", "--out", str(out))
+    monkeypatch.setattr(sys, "argv", ["deployment.py", *quick])
+    deployment.main()
+    assert len(bases) == 2
+    assert len(set(bases)) == 1
+    figures = json.loads(out.read_text())
+    assert [figures[kind]["base_loads"] for kind in ("agents", "alone")] == [1, 3]
+    printed = capsys.readouterr().out
+    assert "a message of 0.25 MiB; median of 2 rounds" in printed
+    assert printed.splitlines()[-1].split()[-2:] == ["1", "3"]
 
 
 def test_server_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:

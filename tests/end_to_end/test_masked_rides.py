@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
+from typer.testing import CliRunner
 
 from grandrounds import client_app
+from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.errors import RoundError
+from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter
@@ -193,15 +196,22 @@ def test_a_round_is_tried_three_times_and_then_the_run_ends_and_can_go_on(five: 
 
 
 def test_a_round_whose_sum_is_lost_after_unmask_is_skipped_and_its_number_burned(
-    five: Settings,
+    five: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heard: list[tuple[str, int, int]] = []
     settings = {**five, "num-server-rounds": 3}
-    run = play(settings, noting(heard, crashing([1, 2], ("train.unmask", 2, 0))))
+    sites = noting(heard, crashing([1, 2], ("train.unmask", 2, 0)))
+    run = play(settings, sites, PlainReporter(recipes.resolve(settings)))
     skipped = metrics_of(run)[2]
+    told = capsys.readouterr().out
+    assert "skipped, the adapter stays: Round 2: 3 sites sent their opened shares" in told
+    assert "site 0 failed: the round's masked sum was lost" in told
+    assert "site 1 failed: the site failed (Flower's code 2): RuntimeError: disk broke" in told
     assert "3 sites sent their opened shares" in skipped["skipped"]
     assert skipped["good"] == []
+    assert skipped["coverage"] is None
     assert len(skipped["failed"]) == 5
+    assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
     assert rounds_of(run, "sites") == [5, 0, 5]
     assert rounds_of(run, "exchanges") == [5, 3, 5]
     assert {attempt for kind, number, attempt in heard if kind and number == 2} == {0}

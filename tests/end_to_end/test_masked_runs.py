@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from flwr.app import Context, Message
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
@@ -15,10 +22,15 @@ from typer.testing import CliRunner
 from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.errors import PolicyError, RoundError
+from grandrounds.server import lifecycle
+from grandrounds.server.listeners.trackers import figures_of
 from grandrounds.site.custody import policy
 from grandrounds.wire import messages
 from grandrounds.wire.ledger import Ledger
+from grandrounds.wire.masks import keys, shamir
+from grandrounds.wire.masks.fixed_point import FixedPoint
 from tests.end_to_end.sites import spoilt
+from tests.masking import chi_square_of
 from tests.runs import (
     GOOD_SITES,
     Settings,
@@ -68,13 +80,29 @@ def noting(sent: list[Message]) -> Sites:
     return sites
 
 
+PLAIN_VECTORS: list[np.ndarray] = []
+"""Of the run `played`: what its sites masked, in the order of their replies."""
+
+
 @pytest.fixture(scope="module")
 def played(
     federation: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Message]]:
     """A masked run of four sites and three rounds, and every message that left a site."""
-    folder, sent = tmp_path_factory.mktemp("masked") / "run", list[Message]()
-    return play({**federation, **MASKED, "run-directory": str(folder)}, noting(sent)), sent
+    folder, sent, encode = (
+        tmp_path_factory.mktemp("masked") / "run",
+        list[Message](),
+        FixedPoint.encode,
+    )
+
+    def noted(*given: Any) -> Any:
+        PLAIN_VECTORS.append((vector := encode(*given)).copy())
+        return vector
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FixedPoint, "encode", noted)
+        run = play({**federation, **MASKED, "run-directory": str(folder)}, noting(sent))
+    return run, sent
 
 
 def test_a_masked_run_is_that_of_plain_updates(
@@ -117,38 +145,108 @@ def test_metrics_do_not_bypass_the_mask(played: tuple[Path, list[Message]]) -> N
         assert record["masked-sum"]["values-cut"] == 0
 
 
-def what_leaves(settings: Settings, cards: Path) -> list[tuple[Any, ...]]:
-    """Return all that leaves the sites while they train, but for the content of arrays."""
+def test_what_a_server_sees_of_a_site_is_uniform_and_resembles_no_update(
+    played: tuple[Path, list[Message]],
+) -> None:
+    """Pearson's statistic of 256 cells has mean 255 and variance 510; r of d independent pairs has
+    a standard deviation of 1 / √d.
+    """
+    _, sent = played
+    vectors = [
+        messages.from_payload(message.content.array_records["arrays"], "masked", 10**6)
+        for message in sent
+        if message.metadata.message_type == "train.masked"
+    ]
+    seen = np.concatenate(vectors).view("<i4")
+    meant = np.concatenate(PLAIN_VECTORS).view("<i4")
+    assert abs(chi_square_of(seen.tobytes())) < 5 < chi_square_of(meant.tobytes())
+    assert abs(np.corrcoef(seen, meant)[0, 1]) < 4 / math.sqrt(len(meant))
+
+
+def arrays_of(message: Message) -> bytes:
+    """Return the content of a message's arrays."""
+    records = message.content.array_records.values()
+    return b"".join(array.data for record in records for array in record.values())
+
+
+@dataclass(frozen=True)
+class Left:
+    """A reply while sites train."""
+
+    told: tuple[Any, ...]
+    """All but the content of arrays: kind, sizes, figures, texts."""
+    arrays: bytes
+
+
+def what_leaves(settings: Settings, cards: Path) -> list[Left]:
+    """Return all that leaves the sites while they train for one round."""
     sent: list[Message] = []
     play({**settings, **ONE_ROUND, "static.dataset.name": str(cards)}, noting(sent))
     return [
-        (
-            message.metadata.message_type,
-            messages.tensor_sizes(message),
-            {
-                name: value
-                for name, value in message.content.metric_records.get("metrics", {}).items()
-                if name not in ("base-loads", "process-id")
-            },
-            dict(message.content.config_records),
+        Left(
+            (
+                message.metadata.message_type,
+                messages.tensor_sizes(message),
+                {
+                    name: value
+                    for name, value in message.content.metric_records.get("metrics", {}).items()
+                    if name not in ("base-loads", "process-id")
+                },
+                dict(message.content.config_records),
+            ),
+            arrays_of(message),
         )
         for message in sent
         if message.metadata.message_type.startswith("train")
     ]
 
 
-def test_a_record_changes_nothing_but_masked_numbers(
-    settings: Settings, flashcards: Path, tmp_path: Path
+@pytest.fixture
+def same_coins(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what begins the coins of keys, shares and signatures anew, and of the run's key."""
+    drawn = itertools.count()
+
+    def coins() -> bytes:
+        return hashlib.sha512(str(next(drawn)).encode()).digest()
+
+    def signed(identity: keys.Identity, text: bytes) -> bytes:
+        how = ec.ECDSA(hashes.SHA384(), deterministic_signing=True)
+        r, s = decode_dss_signature(identity.sign(text, how))
+        return r.to_bytes(48) + s.to_bytes(48)
+
+    def begin() -> None:
+        nonlocal drawn
+        drawn = itertools.count()
+
+    monkeypatch.setattr(keys, "new_secret", lambda: coins()[:32])
+    monkeypatch.setattr(keys, "sign", signed)
+    monkeypatch.setattr(shamir.secrets, "randbelow", lambda most: int.from_bytes(coins()) % most)
+    monkeypatch.setattr(lifecycle.secrets, "token_hex", lambda size: "ab" * size)
+    return begin
+
+
+def test_a_record_changes_nothing_but_one_masked_vector(
+    settings: Settings, flashcards: Path, tmp_path: Path, same_coins: Callable[[], None]
 ) -> None:
-    """Order, kinds, sizes and figures of all replies are the same with another answer in a row."""
+    """With the same coins, and another answer in a row of one site, its vector differs alone.
+
+    Order, kinds, sizes, figures and texts of all replies are the same, and so are the arrays of
+    keys, shares, confirmations and opened shares.
+    """
+    settings["train.training-arguments.per-device-train-batch-size"] = 32  # all rows of a site
     lines = flashcards.read_text().splitlines(keepends=True)
     other = tmp_path / "cards.jsonl"
     other.write_text("".join([lines[0].replace("Rest, and", "Walk, and"), *lines[1:]]))
     assert other.read_text() != flashcards.read_text()
     first = what_leaves(settings, flashcards)
+    same_coins()
     settings = {**settings, "run-directory": str(tmp_path / "second")}
-    assert what_leaves(settings, other) == first
+    second = what_leaves(settings, other)
     assert len(first) == 5 * 4
+    assert [one.told for one in first] == [one.told for one in second]
+    pairs = zip(first, second, strict=True)
+    differing = [one.told[0] for one, two in pairs if one.arrays != two.arrays]
+    assert differing == ["train.masked"]
 
 
 def test_the_plan_of_a_masked_run_tells_what_may_be_lost() -> None:
@@ -158,11 +256,12 @@ def test_the_plan_of_a_masked_run_tells_what_may_be_lost() -> None:
     assert done.exit_code == 0, done.output
     assert "masked16 up" in done.stdout
     assert "1 site of 5 may be lost in a round" in done.stdout
-    assert "with weight decay a value may leave the range" in done.stdout
+    assert "with weight decay a value may leave it; sites cut such values" in done.stdout
+    assert "defence.largest-norm = 0.0: its default 3.0 does not apply" in done.stdout
     assert "the same run with other codecs" not in done.stdout
 
 
-def test_report_and_summary_do_without_what_nobody_knows(
+def test_report_summary_card_and_trackers_do_without_what_nobody_knows(
     played: tuple[Path, list[Message]], tmp_path: Path
 ) -> None:
     run, _ = played
@@ -171,6 +270,24 @@ def test_report_and_summary_do_without_what_nobody_knows(
     assert done.exit_code == 0, done.output
     assert summary_of(run)["status"] == "completed"
     assert summary_of(run)["train_loss"] is None
+    html = page.read_text()
+    for gone in (
+        "Coverage by site",
+        "Norm of each client update",
+        "Cosine similarity",
+        "Training loss:",
+    ):
+        assert gone not in html
+    assert html.count("the server learned their sum, and no figure of a single one") == 2
+    assert "Values that sites cut to the range of the sum: 0." in html
+    card = (run / summary_of(run)["adapter"] / "README.md").read_text()
+    for told in (html, card):
+        assert "secure aggregation (beta, unreviewed), masked32: a rehearsal" in told
+    assert "| codecs | masked32 up, none down |" in card
+    assert "and its held-out loss, if its policy lets it (rounded); message sizes" in card
+    logged = figures_of(metrics_of(run)[-1])
+    assert not {"train-loss", "coverage", "examples", "tokens"} & logged.keys()
+    assert logged["good-replies"] == 4
 
 
 @pytest.mark.parametrize(

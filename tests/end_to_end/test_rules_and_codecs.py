@@ -176,6 +176,8 @@ def test_the_rank_of_flora_grows_to_its_maximum_and_is_reported(settings: Settin
     assert [line["truncation-error"] > 0 for line in lines] == [False, False, True]
     config = read_json(run / "peft_1" / "adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (8, 16)
+    card = (run / "peft_1" / "README.md").read_text()
+    assert "| adapter | r = 8, alpha = 16 (stacked; trained at r = 4, alpha = 8), on " in card
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def test_the_model_card_states_base_data_rounds_and_comparability(
     assert "after round 2 of 3" in card
     assert "Not comparable with the FlowerTune leaderboard" in card
     assert "4 partitions, not 20" in card
+    assert "license: unknown" in card
+    assert "| failed replies so far | 0 |" in card
     assert f"{metrics_of(finished)[2]['held-out-loss']:.4f} nats" in card
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from grandrounds.config import recipes
 from grandrounds.config.bases import REAL_BASE
@@ -110,6 +114,25 @@ def test_next_steps_keep_the_engine_say_when_they_start_anew_and_fit_the_data() 
     assert steps(own, OWN, connection="trial")[-1].endswith("--connection trial")
     assert engine_options(OWN) == " --engine deployment --connection NAME"
     assert engine_options(SIMULATED) == ""
+
+
+def test_the_next_commands_can_be_copied_whatever_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell splits them; a folder whose name starts with a dash is no option."""
+    monkeypatch.chdir(tmp_path)
+    own = config(static__dataset__name="cards.jsonl", model__name="org/real")
+    for name in ("ward 7's $HOME", "-first", 'a"b;c'):
+        where = {"directory": str(tmp_path / name), "connection": "o'clock"}
+        told = next_steps({**SUMMARY, **where}, own, SIMULATED)
+        words = [shlex.split(line.partition("grandrounds ")[2]) for line in told if "next:" in line]
+        folder = f"./{name}" if name.startswith("-") else name
+        assert [[one[0], folder in one] for one in words] == [
+            ["ask", True],
+            ["report", True],
+            ["run", True],
+        ]
+        assert words[-1][-4:] == ["--engine", "deployment", "--connection", "o'clock"]
 
 
 def test_private_facts_are_told_only_where_sites_hold_them() -> None:

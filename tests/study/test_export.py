@@ -491,7 +491,7 @@ def test_the_card_says_what_a_reader_must_know(trained: Path, tmp_path: Path) ->
     assert "private | base | 69/300 | 23.0 | 18.6 to 28.1 |" in card
     assert "| data | formulary, 4 sites, iid |" in card
     assert f"(base {summary['held_out_loss']['first']:.4f})" in card
-    assert "No differential privacy and no secure aggregation" in card
+    assert "No differential privacy. Updates were not masked: the server saw every" in card
     assert "**not a medical device**" in card
     assert '"data.num-partitions" = 4\n' in card
     assert re.search(r"\| Comm. Costs \| \d+\.\d\d MB", card)
@@ -514,11 +514,77 @@ def test_hugging_face_reads_the_metadata(trained: Path, tmp_path: Path) -> None:
     assert card.data.tags == ["lora", "federated-learning", "flower", "medical"]
     names = [result.dataset_name for result in card.data.eval_results]
     assert names == ["Formulary (fictional), private", "Formulary (fictional), public"]
+    parts = {result.dataset_config: result.metric_value for result in card.data.eval_results}
+    asked = json.loads((trained / "summary.json").read_text())["formulary"]
+    shares = {kind: asked[kind]["tuned"]["correct"] / asked[kind]["tuned"]["n"] for kind in asked}
+    assert parts == pytest.approx(shares, abs=1e-4)
+    assert len(card.data.to_dict()["model-index"][0]["results"]) == 2  # not taken for one
+    assert card.data.license == "apache-2.0"  # of the embedded base
+    assert card.data.base_model is None
     whole = recipes.resolve({"model.name": "Qwen/Qwen2.5-0.5B", "static.dataset.name": "a/b: c"})
     metadata = ModelCard(model_card(whole, ["q_proj"], 1, None, 1.0)).data
     assert metadata.base_model == "Qwen/Qwen2.5-0.5B"
     assert metadata.to_dict()["base_model_relation"] == "adapter"
     assert metadata.datasets is None  # no name of the hub
+    assert metadata.license == "unknown"
+
+
+@pytest.mark.parametrize(("facts", "base"), [({"base-commit": "a" * 40}, "gpt2"), ({}, None)])
+def test_a_base_of_one_word_is_the_hub_s_where_a_site_read_it_from_there(
+    facts: dict[str, str], base: str | None
+) -> None:
+    """Else it may be the short name of a base of one's own."""
+    from huggingface_hub import ModelCard
+
+    config = recipes.resolve({"model.name": "gpt2"})
+    found = Findings(sites=[{"partition-id": 0, **facts}])
+    assert ModelCard(model_card(config, ["c_attn"], 1, None, 1.0, found)).data.base_model == base
+
+
+@pytest.mark.parametrize(
+    ("name", "mu", "told"),
+    [("fedexp", 0.01, " (mu 0.01)"), ("krum", 0.5, " (mu 0.5)"), ("fedavg", 0.0, "")],
+)
+def test_mu_is_named_with_every_rule_that_has_a_proximal_term(
+    name: str, mu: float, told: str
+) -> None:
+    config = recipes.resolve({"strategy.name": name, "strategy.proximal-mu": mu})
+    assert f"| aggregation | {name}{told}, " in model_card(config, ["q_proj"], 1, None, 1.0)
+
+
+def test_a_stacked_adapter_s_card_has_rank_and_alpha_of_its_files(tmp_path: Path) -> None:
+    run = copy_of("flora", tmp_path)
+    card = (exports.export(find_checkpoint(run), to=tmp_path / "o") / "README.md").read_text()
+    saved = json.loads((tmp_path / "o" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (4, 128)
+    assert "| adapter | r = 4, alpha = 128 (stacked; trained at r = 1, alpha = 32), on " in card
+
+
+def test_the_card_of_an_early_checkpoint_states_its_own_cost(tmp_path: Path) -> None:
+    """The run of 4 rounds had 3 unused replies, one of them in the second round."""
+    run = copy_of("finished", tmp_path)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for number in (2, 3, 4):
+        records[number]["failed"] = {"1": "late"}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"failed_replies": 3}))
+
+    def card() -> str:
+        checkpoint = find_checkpoint(run, "2")
+        return exports._card(checkpoint, exports.findings(checkpoint), None)
+
+    mib = records[2]["communication-mib"]
+    assert mib < summary["communication_mib"]
+    assert f"| communication so far | {mib:,.2f} MiB" in card()
+    assert f"| Comm. Costs | {mib:,.2f} MB" in card()
+    assert "| Rounds | 2, 2 sites each |" in card()
+    assert "# LoRA adapter for formulary, after round 2 of 4\n" in card()
+    assert "| failed replies so far | 1 |" in card()
+    state = shutil.copytree(run / "state" / "round-000004", run / "state" / "round-000002")
+    content = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps(content | {"failed-replies": 2}))
+    assert "| failed replies so far | 2 |" in card()  # with those of a round that failed first
 
 
 def test_a_card_shows_no_local_path(made: Path, tmp_path: Path, tiny_base: Path) -> None:

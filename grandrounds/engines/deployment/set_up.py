@@ -10,7 +10,6 @@ from __future__ import annotations
 import getpass
 import json
 import re
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import grandrounds
 from grandrounds import storage
+from grandrounds.config.words import command
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.errors import ConfigError
 from grandrounds.site.custody import sequence
@@ -114,7 +114,7 @@ def init_consortium(folder: Path, name: str, host: str, port: int) -> Path:
         "calls": "|".join(FLEET_CALLS),
         "user": getpass.getuser(),
         "bin": str(Path(sys.executable).parent),
-        "command": shlex.join(superlink_command(folder, port)),
+        "command": command(*superlink_command(folder, port)),
     }
     for file in ("superlink.service", "gate.conf"):
         keys.write_new(folder / file, _filled(file, values).encode())
@@ -257,7 +257,7 @@ def units(site: SiteFile) -> dict[str, str]:
         "user": folder.owner(),
         "node_user": "flower",
         "bin": str(Path(sys.executable).parent),
-        "command": shlex.join(supernode_command(site)),
+        "command": command(*supernode_command(site)),
     }
     return {file: _filled(file, values) for file in ("agent.service", "supernode.service")}
 

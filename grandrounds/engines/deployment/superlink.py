@@ -18,6 +18,7 @@ from typing import Any
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import command
 from grandrounds.engines.deployment.admissions import check_revocations
 from grandrounds.engines.deployment.set_up import DATABASE
 from grandrounds.engines.deployment.tidy import rewritten
@@ -73,10 +74,10 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
         check_revocations(Path(folder))
     if untied := untied_sites(folder, config.data.num_partitions):
         sys.stdout.write(f"{untied}\n")
-    resume = (
-        "Finished rounds, if any, are kept; once the SuperLink runs again: grandrounds run "
-        f"--resume {directory} --engine deployment --connection {connection}"
-    ) + (f" --set consortium={folder}" if folder != default else "")
+    words = ["grandrounds", "run", "--resume", directory]
+    words += ["--engine", "deployment", "--connection", connection]
+    words += ["--set", f"consortium={folder}"] if folder != default else []
+    resume = f"Finished rounds, if any, are kept; once the SuperLink runs again: {command(*words)}"
     watcher = Watcher(directory, listener) if is_here else None
     with own_folder() as own, listener:
         home, log = own.path, own.path / "run.log"
@@ -117,9 +118,10 @@ def _tidy(folder: str, link: Link) -> None:
     try:
         rewritten(Path(folder) / DATABASE)
     except EngineError as error:
+        tidy = command("grandrounds", "consortium", "tidy", "--connection", link.connection)
         sys.stderr.write(
             f"grandrounds: the SuperLink's database may still contain updates: {error} Then: "
-            f"grandrounds consortium tidy --connection {link.connection} --dir {folder}\n"
+            f"{tidy} {command('--dir', Path(folder))}\n"
         )
 
 

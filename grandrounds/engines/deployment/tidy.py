@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from grandrounds.config.words import command
 from grandrounds.engines.deployment.set_up import DATABASE
 from grandrounds.engines.flower import Link, ask
 from grandrounds.errors import ConfigError, EngineError, first_line
@@ -52,7 +53,7 @@ def tidy(folder: Path, link: Link) -> Tidied:
     if going := [str(run["run-id"]) for run in runs if "finished" not in str(run["status"])]:
         raise EngineError(
             f"Run {', '.join(going)} is in progress and needs its messages: tidy up afterwards, or "
-            f"end it with flwr stop RUN_ID {link.connection}."
+            f"end it: {command('flwr', 'stop', 'RUN_ID', link.connection)}"
         )
     return rewritten(folder / DATABASE)
 

@@ -29,7 +29,8 @@ class Listener:
         """End with the run, however it ended."""
 
     def on_plan(self, plan: Facts) -> None:
-        """Handle plan.json with `directory` and `resumed-after` (None for a new run)."""
+        """Handle plan.json with `directory`, `resumed-after` (None for a new run) and, where the
+        run is played, its key as `run`."""
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
         """Handle the introductions of the participating sites, as in sites.json."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grandrounds.config.bases import REAL_BASE
 from grandrounds.config.keys import Config
+from grandrounds.config.words import command
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import Sites, are_real, engine_options, is_fictional
 from grandrounds.server.listeners import Facts
@@ -32,24 +32,26 @@ def next_steps(summary: Mapping[str, Any], config: Config, sites: Sites = ()) ->
             f"lowest held-out loss: {directory}/{best['adapter']} ({best['held_out_loss']:.4f})"
         )
     if summary["adapter"]:
-        lines += [f"next: {step}" for step in _next(shlex.quote(directory), summary, config, sites)]
+        lines += [f"next: {step}" for step in _next(Path(directory), summary, config, sites)]
     return lines
 
 
-def _next(directory: str, summary: Facts, config: Config, sites: Sites) -> list[str]:
-    again = f"grandrounds run --config {directory}/config.toml"
+def _next(directory: Path, summary: Facts, config: Config, sites: Sites) -> list[str]:
+    again = command("grandrounds", "run", "--config", directory / "config.toml")
     engine = engine_options(sites, summary)
     more = f"--rounds {2 * summary['rounds']}{engine}"
-    longer = f"train longer: grandrounds run --resume {directory} {more}"
+    longer = f"train longer: {command('grandrounds', 'run', '--resume', directory)} {more}"
     if config.is_private:  # its noise is calibrated for its rounds
         longer = f"train longer, starting anew: {again} {more}"
     if is_fictional(config, sites):
-        return [f"grandrounds evaluate {directory}", longer]
-    look = f"grandrounds report {directory} --open"
+        return [command("grandrounds", "evaluate", directory), longer]
+    look = command("grandrounds", "report", directory, "--open")
     if config.model.name != FORMULARY:
         has_rows = Path(config.static.name).is_absolute() and config.data.held_out_fraction
-        asked = [f"grandrounds evaluate {directory}"] if has_rows and not are_real(sites) else []
-        return [*asked, f'grandrounds ask {directory} "a question of yours"', look, longer]
+        is_asked = has_rows and not are_real(sites)
+        asked = [command("grandrounds", "evaluate", directory)] if is_asked else []
+        ask = f'{command("grandrounds", "ask", directory)} "a question of yours"'
+        return [*asked, ask, look, longer]
     if are_real(sites) or config.lora.is_continued:  # sites name bases; an adapter fits only one
         return [look, longer]
     real = f"{again} --model {REAL_BASE}{engine}"

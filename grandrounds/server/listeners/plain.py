@@ -77,6 +77,8 @@ def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     """Return the failed replies and refused sites of a round, one line each."""
     failed = {**record.get("failed", {}), **record.get("evaluate-failed", {})}
     lines = [f"  {names[int(site)]} failed: {one_line(why)}" for site, why in failed.items()]
+    if why := record.get("skipped"):
+        lines.insert(0, f"  skipped, the adapter stays: {why}")
     for who, why in record.get("refused", {}).items():
         lines.append(f"  {names.in_place_of_number(who)} cannot take part: {one_line(why)}")
     for site in record.get("budget-spent", ()):

@@ -20,6 +20,7 @@ from grandrounds.server.described import (
 )
 from grandrounds.server.listeners import Facts
 from grandrounds.server.listeners.next_steps import short_path
+from grandrounds.server.masks.told import masks_text
 from grandrounds.wire.names import names_of, one_line
 from grandrounds.wire.told import COUNTS, in_custody, total_of_sites
 
@@ -84,8 +85,6 @@ def recipe_rows(config: Config) -> Rows:
         rows.append(("encoding", encoded))
     if screens := defence(config):
         rows.append(("defence", screens))
-    if config.is_masked:
-        rows.append(("masks", masks(config)))
     if idle := without_effect(config):
         rows.append(("no effect here", ", ".join(idle)))
     return rows
@@ -94,14 +93,16 @@ def recipe_rows(config: Config) -> Rows:
 def encoding(config: Config) -> str:
     """Return how adapters are encoded, in words; empty for plain float32."""
     how = config.communication
-    if how.uplink_codec == how.downlink_codec == "none":
+    if config.codec_up == how.downlink_codec == "none":
         return ""
-    down = f"{how.downlink_codec} down"
+    down, used = f"{how.downlink_codec} down", [how.uplink_codec, how.downlink_codec]
     if how.downlink == "incremental":
+        used.append(how.catch_up_codec)
         down += f" ({how.catch_up_codec} for a site's first message)"
-    block = f", one scale per {how.block_size} values"
+    scaled = any(CODECS[name].scaled for name in used)
+    block = f", one scale per {how.block_size} values" * scaled
     entropy = ", Zstandard" if how.entropy_coding else ""
-    return f"{how.uplink_codec} up, {down}{block}{entropy}"
+    return f"{config.codec_up} up, {down}{block}{entropy}"
 
 
 def defence(config: Config) -> str:
@@ -119,14 +120,6 @@ def defence(config: Config) -> str:
         parts.append(f"updates that stand out in one direction, beyond {spread}, left out")
     preset = f"preset {how.preset}: " if how.preset != "none" else ""
     return preset + ", ".join(parts)
-
-
-def masks(config: Config) -> str:
-    """Return how updates are summed, in words."""
-    return (
-        f"secure aggregation (beta, unreviewed), {config.federation.secure_aggregation}: a "
-        "rehearsal, since this machine holds the keys of all sites"
-    )
 
 
 def without_effect(config: Config) -> list[str]:
@@ -186,13 +179,17 @@ def plan_rows(plan: Mapping[str, Any]) -> Rows:
 
 
 def data_rows(config: Config, sites: Sites) -> Rows:
-    """Return whose data are trained on, the sites' names, and what a reader must know of them."""
+    """Return whose data are trained on, the sites' names, how their updates are summed, and what a
+    reader must know of the data.
+    """
     rows = [("data", data_text(config, sites))]
     names = names_of(sites)
     if names:
         shown = [int(site["partition-id"]) for site in sites]
         more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
         rows.append(("names", names.listed(shown[:MOST_NAMES]) + more))
+    if summed := masks_text(config, sites):
+        rows.append(("masks", summed))
     if differs := leaderboard_text(config, sites):
         rows.append(("leaderboard", differs))
     return [*rows, *(("note", caution) for caution in cautions(config, sites))]

@@ -1,27 +1,25 @@
 """Logs a run to experiment trackers: TensorBoard, Weights & Biases, MLflow, Trackio.
 
 A tracker receives the recipe, and sums and means over the cohort after each round, but nothing
-about a single site. A tracker that fails is reported once and disabled; the run continues.
+about a single site. A tracker that fails, or does not answer in time, is reported once and
+disabled; the run continues.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from grandrounds.config.keys import PLACES, Config
 from grandrounds.config.values import Scalar, words_of
 from grandrounds.errors import ConfigError, first_line
 from grandrounds.server.listeners import Facts, Listener
-
-PROJECT = "grandrounds"
-"""Project or experiment, if the environment names none."""
+from grandrounds.server.listeners.tracker_libraries import TensorBoard, TrackedRun, Tracker
+from grandrounds.server.listeners.tracker_process import Apart
 
 FIGURES = (
     "train-loss",
@@ -42,142 +40,6 @@ FIGURES = (
 """The figures logged for a round, under their names in metrics.jsonl."""
 
 
-class Tracker(Protocol):
-    """One tracker of one run."""
-
-    def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Start, and return where to find the run; `resumed_after` is 0 for a new run."""
-
-    def log(self, round_number: int, figures: Mapping[str, float]) -> None:
-        """Log the figures of a round."""
-
-    def finish(self, completed: bool) -> None:
-        """Send what is left, and end."""
-
-
-class TensorBoard:
-    """Event files in the run directory, under `tensorboard/`."""
-
-    def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Start; for a resumed run, purge the rounds that are repeated."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = directory / "tensorboard"
-        purge = resumed_after + 1 if resumed_after else None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
-        rows = "".join(f"| {key} | `{value}` |\n" for key, value in settings.items())
-        self._writer.add_text("recipe", f"| key | value |\n|---|---|\n{rows}", resumed_after)
-        return f"tensorboard --logdir {folder}"
-
-    def log(self, round_number: int, figures: Mapping[str, float]) -> None:
-        """Write and flush, so that the run can be watched live."""
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, round_number)
-        self._writer.flush()
-
-    def finish(self, completed: bool) -> None:
-        """Close the file."""
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """Weights & Biases; respects WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
-
-    def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Start or continue the run; sends neither terminal output, code nor machine details."""
-        import wandb
-
-        self._run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=directory.name,
-            id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
-            resume="allow",
-            dir=str(directory),
-            config=dict(settings),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                save_code=False,
-                x_disable_meta=True,
-                x_disable_stats=True,
-                x_save_requirements=False,
-            ),
-        )
-        if self._run.offline:
-            return f"wandb sync {Path(self._run.dir).parent}"
-        return str(self._run.url)
-
-    def log(self, round_number: int, figures: Mapping[str, float]) -> None:
-        """Log with the round as the step."""
-        self._run.log(dict(figures), step=round_number)
-
-    def finish(self, completed: bool) -> None:
-        """Wait until everything is sent."""
-        self._run.finish(exit_code=0 if completed else 1)
-
-
-class MLflow:
-    """MLflow; respects MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME. A resume is a new run."""
-
-    def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Start a run named after the directory."""
-        import mlflow
-
-        self._mlflow: Any = mlflow
-        if "MLFLOW_EXPERIMENT_NAME" not in os.environ and "MLFLOW_EXPERIMENT_ID" not in os.environ:
-            mlflow.set_experiment(PROJECT)
-        run = mlflow.start_run(run_name=directory.name, log_system_metrics=False)
-        mlflow.log_params(dict(settings))
-        return f"MLflow at {mlflow.get_tracking_uri()}, run {run.info.run_id}"
-
-    def log(self, round_number: int, figures: Mapping[str, float]) -> None:
-        """Log with the round as the step."""
-        self._mlflow.log_metrics(dict(figures), step=round_number)
-
-    def finish(self, completed: bool) -> None:
-        """End the run with its status."""
-        self._mlflow.end_run("FINISHED" if completed else "FAILED")
-
-
-class Trackio:
-    """Trackio, on this machine; respects TRACKIO_PROJECT, TRACKIO_SPACE_ID and others."""
-
-    def start(self, directory: Path, settings: Mapping[str, Scalar], resumed_after: int) -> str:
-        """Start or continue the run named after the directory."""
-        import trackio
-
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        self._trackio: Any = trackio
-        trackio.init(
-            project=project,
-            name=directory.name,
-            config=dict(settings),
-            resume="allow" if resumed_after else "never",
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
-        return f"trackio show --project {project}"
-
-    def log(self, round_number: int, figures: Mapping[str, float]) -> None:
-        """Log with the round as the step."""
-        self._trackio.log(dict(figures), step=round_number)
-
-    def finish(self, completed: bool) -> None:
-        """Wait until everything is written."""
-        self._trackio.finish()
-
-
-TRACKERS: dict[str, Callable[[], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
-    "trackio": Trackio,
-}
-"""Name in `train.report-to`, which is also the required package → tracker."""
-
-
 def trackers_of(report_to: str) -> dict[str, Tracker]:
     """Return the trackers that `train.report-to` names, not yet started.
 
@@ -194,7 +56,7 @@ def trackers_of(report_to: str) -> dict[str, Tracker]:
             f"{'is' if len(missing) == 1 else 'are'} not installed: pip install "
             f'{" ".join(missing)}, or set train.report-to = "none".'
         )
-    return {name: TRACKERS[name]() for name in names}
+    return {name: TensorBoard() if name == "tensorboard" else Apart(name) for name in names}
 
 
 def settings_of(config: Config) -> dict[str, Scalar]:
@@ -240,10 +102,15 @@ class Tracked(Listener):
     def on_plan(self, plan: Facts) -> None:
         """Start the trackers."""
         self._listener.on_plan(plan)
-        directory, resumed_after = Path(plan["directory"]), plan.get("resumed-after") or 0
+        run = TrackedRun(
+            directory=Path(plan["directory"]),
+            key=plan["run"],
+            settings=self._settings,
+            resumed_after=plan["resumed-after"] or 0,
+        )
         for name, tracker in self._waiting.items():
             with self._kept_apart(name):
-                where = tracker.start(directory, self._settings, resumed_after)
+                where = tracker.start(run)
                 self._active[name] = tracker
                 print(f"reports to {name}: {where}", file=sys.stderr)
 

@@ -58,6 +58,8 @@ class Outcome:
     """What came of a round."""
 
     tally: Tally = field(default_factory=Tally)
+    silent: dict[int, str] = field(default_factory=dict)
+    """Survivors that did not answer to the end → why."""
     sum: Sum | None = None
     lost: str = ""
     """Why there is no sum."""
@@ -130,6 +132,7 @@ class Masks:
                 outcome.attempts += play.waits > 0
                 outcome.exchanges += play.waits
             if outcome.is_burned:
+                outcome.silent = {p: why for p, why in play.failed.items() if p not in failed}
                 self.ride, outcome.not_aboard = play.ride, play.ride.failed
                 break
         outcome.is_burned |= before is not None and before["unmask-asked"]

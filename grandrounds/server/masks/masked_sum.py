@@ -176,8 +176,9 @@ class MaskedSum:
         """Remove the survivors' masks with a lost site, which nothing cancels."""
         if len(secret) != KEY_BYTES or keys.public_of(secret) != self._keys[owner].mask:
             raise self._wrong_shares(owner)
+        agreement, opened = self._agreement, keys.opened(secret)
         for site in sorted(self._survivors):
-            key = self._agreement.pair_mask(secret, self._keys[site], (owner, site), self.received)
+            key = agreement.pair_mask(opened, self._keys[site], (owner, site), self.received)
             add_mask(total, key, -sign_of(site, owner))
 
     # --- Helpers ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from grandrounds import storage
 from grandrounds.config.digest import canonical, recipe_sha256
 from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import command
 from grandrounds.errors import ApprovalError, ConfigError, first_line
 from grandrounds.site.custody.site_file import SiteFile
 
@@ -182,9 +183,10 @@ def check_approved(site: SiteFile, state: Path, config: Config, run: str) -> dic
             f"waiting for approval: site {site.name!r} has {MOST_PENDING} recipes waiting and "
             "lists no more. Its operator: grandrounds site approve RECIPE."
         )
+    approve = command("grandrounds", "site", "approve", short)
     raise ApprovalError(
         f"waiting for approval: site {site.name!r} has not approved recipe {short} yet. Its "
-        f"operator: grandrounds site pending, then grandrounds site approve {short}."
+        f"operator: grandrounds site pending, then {approve}"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from grandrounds.config.words import command
 from grandrounds.errors import ConfigError, PolicyError
 from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.request import RUN_KEY
@@ -75,7 +76,7 @@ def check_run(site: SiteFile, state: SiteState, run: str) -> None:
 
 
 def _command(site: SiteFile, run: str) -> str:
-    return f"grandrounds site allow-run {run} --config {site.path.name}"
+    return command("grandrounds", "site", "allow-run", run, "--config", site.path.name)
 
 
 def check_visits(site: SiteFile, state: SiteState) -> None:

@@ -109,9 +109,10 @@ class SiteEnd:
         seeds = shamir.split(held.seed, least, points)
         masks = shamir.split(held.mask_secret, least, points)
         shares = {site: a + b for site, a, b in zip(listed, seeds, masks, strict=True)}
+        secret = keys.opened(held.box_secret)
         boxes = {
             other: keys.seal(
-                agreement.box_key(held.box_secret, listed[other], self.site, other),
+                agreement.box_key(secret, listed[other], self.site, other),
                 content,
                 agreement.box_text(self.site, other),
             )
@@ -164,11 +165,12 @@ class SiteEnd:
         shares = self._opened(held, request)
         linked = tuple(sorted(shares))
         agreement, listed = Agreement(attempt, held.key_list), packed.key_list(held.key_list)
+        secret = keys.opened(held.mask_secret)
         add_mask(vector, agreement.own_mask(held.seed, self.site, received), 1)
         for other in linked:
             if other != self.site:
                 pair = (self.site, other)
-                key = agreement.pair_mask(held.mask_secret, listed[other], pair, received)
+                key = agreement.pair_mask(secret, listed[other], pair, received)
                 add_mask(vector, key, sign_of(*pair))
         reply = vector.tobytes()
         after = replace(held, box_secret=b"", mask_secret=b"", seed=b"")
@@ -342,9 +344,9 @@ class SiteEnd:
         listed = packed.key_list(held.key_list)
         self._check_senders(held, sorted(boxes), listed)
         agreement = Agreement(held.attempt, held.key_list)
-        shares = dict(held.shares)
+        shares, secret = dict(held.shares), keys.opened(held.box_secret)
         for sender, box in boxes.items():
-            key = agreement.box_key(held.box_secret, listed[sender], sender, self.site)
+            key = agreement.box_key(secret, listed[sender], sender, self.site)
             content = keys.unseal(key, box, agreement.box_text(sender, self.site))
             if content is None:
                 raise PolicyError(

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from grandrounds.config.words import counted
+from grandrounds.server.masks.told import BETA
 from grandrounds.study.comparison.results import LOSS
-from grandrounds.study.comparison.units import BASE
+from grandrounds.study.comparison.units import BASE, FEDERATED, PRIVATE
 from grandrounds.wire.names import SiteNames, names_of
 
 Json = Mapping[str, Any]
@@ -56,7 +57,18 @@ def reservations(content: Json) -> list[str]:
             f"warning: {sites} with a single held-out example: p-values of {LOSS} over sites rest "
             "on single examples (raise data.held-out-fraction)"
         )
-    return said
+    return said + masked(content)
+
+
+def masked(content: Json) -> list[str]:
+    """Return which arms of a masked recipe are masked; empty for another recipe."""
+    if content.get("config", {}).get("secure-aggregation", "none") == "none":
+        return []
+    arms = " and ".join(arm for arm in (FEDERATED, PRIVATE) if arm in content["arms"])
+    plain = (
+        "; leave-one-out sums plain ones, which differs by rounding" if content["without"] else ""
+    )
+    return [f"the updates of {arms} are masked: {BETA}, a rehearsal{plain}"] if arms else []
 
 
 def visits_text(content: Json) -> str:

@@ -6,7 +6,6 @@ compare(config, Design(arms=["federated", "local"], seeds=[42, 43]), out=Path("c
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import grandrounds
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
-from grandrounds.config.words import counted
+from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import environment
 from grandrounds.server.introductions import SAME_IN_A_RUN
@@ -159,9 +158,9 @@ class Comparison:
 
     def command(self) -> str:
         """Return the command that continues this comparison, or repeats it in another folder."""
-        recipe, out = str(self.folder.path / "config.toml"), str(self.folder.path)
-        words = ["grandrounds", "compare", "--config", recipe]
-        return shlex.join([*words, *self.design.options(), "--out", out])
+        path, options = self.folder.path, self.design.options()
+        recipe = path / "config.toml"
+        return command("grandrounds", "compare", "--config", recipe, *options, "--out", path)
 
 
 def introductions(config: Config, seed: int) -> list[dict[str, Any]]:

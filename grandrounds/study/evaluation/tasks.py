@@ -15,6 +15,7 @@ from typing import Any
 
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import load_recipe, resolve
+from grandrounds.config.words import command
 from grandrounds.data.chat_settings import AS_IT_IS, ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, nearest
@@ -314,7 +315,8 @@ def _checkpoints(run: RunDirectory) -> tuple[Subject, ...]:
     if not roles:
         raise RunDirectoryError(
             f"{run.path} has no checkpoint in its summary.json. Let the run finish or resume it "
-            f"(grandrounds run --resume {run.path}), or evaluate the folder of one adapter."
+            f"({command('grandrounds', 'run', '--resume', run.path)}), or evaluate the folder of "
+            "one adapter."
         )
     return tuple(_adapter_subject(run.path / name, role) for name, role in roles.items())
 

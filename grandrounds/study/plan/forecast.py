@@ -32,7 +32,7 @@ from grandrounds.model.architectures import (
 from grandrounds.model.memory import SiteMemory, precision_of, site_memory
 from grandrounds.model.patterns import ALPHA_PATTERN, RANK_PATTERN, Table, check_patterns
 from grandrounds.server.described import named_start
-from grandrounds.study.plan import privacy
+from grandrounds.study.plan import masks, privacy
 from grandrounds.wire.adapter import A, Shapes, at_rank, count_parameters
 from grandrounds.wire.schedule import cohorts_of, examples_of_a_visit
 from grandrounds.wire.traffic import Plan, plan_config
@@ -78,8 +78,8 @@ class Forecast:
 
     @cached_property
     def codecs(self) -> dict[str, Plan]:
-        """The run's traffic under every codec; see `by_codec`."""
-        return by_codec(self, tuple(CODECS))
+        """The run's traffic under every codec; see `by_codec`. A masked run can have no other."""
+        return {} if self.config.is_masked else by_codec(self, tuple(CODECS))
 
     @cached_property
     def privacy(self) -> privacy.PrivacyPlan | None:
@@ -327,5 +327,6 @@ def as_dict(forecast: Forecast) -> Mapping[str, Any]:
         "site-memory-bytes": {**asdict(forecast.site), "total": forecast.site.total},
         "server-adapter-bytes": forecast.server_bytes,
         "reading": forecast.reading and asdict(forecast.reading),
+        **({"masks": masks.as_dict(config)} if config.is_masked else {}),
         **({"privacy": privacy.as_dict(forecast.privacy)} if forecast.privacy else {}),
     }

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from grandrounds.config.keys import Config
 from grandrounds.config.words import counted, with_own
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
 from grandrounds.server.described import cautions, data_text, start_text
-from grandrounds.study.plan import privacy
+from grandrounds.study.plan import masks, privacy
 from grandrounds.study.plan.forecast import Forecast, link_seconds
 from grandrounds.study.tables import NONE, Table, in_gib, in_mib, number, percent
 from grandrounds.wire.adapter import count_parameters
-from grandrounds.wire.masks.attempt import threshold
-from grandrounds.wire.masks.fixed_point import RANGE_STEPS
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -98,8 +95,7 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
             f"coverage assumes sites of equal size: with {config.data.partitioner} partitions the "
             "sizes are unknown until the data are read"
         )
-    if config.is_masked:
-        lines += masked_notes(config)
+    lines += masks.notes(config)
     if forecast.privacy:
         lines += privacy.notes(forecast.privacy)
     elif config.is_private:
@@ -109,36 +105,12 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
     return lines
 
 
-def masked_notes(config: Config) -> list[str]:
-    """Return what masks change about a run."""
-    cohort = config.cohort_size
-    spare = cohort - threshold(cohort)
-    lost = (
-        f"{counted(spare, 'site')} of {cohort} may be lost in a round"
-        if spare
-        else (f"no site of {cohort} may be lost in a round")
-    )
-    lines = [
-        "secure aggregation (beta, unreviewed) is a rehearsal so far, in process and in "
-        f"simulation; {lost}, and no rule can look at single updates",
-    ]
-    arguments, optimizer = config.arguments, config.train.optimizer
-    if arguments.weight_decay > 0 or optimizer != "adamw_torch":
-        why = "weight decay" if arguments.weight_decay > 0 else optimizer
-        lines.append(
-            f"with {why} a value may leave the range that is known before, of {RANGE_STEPS:g} "
-            "learning rates a step: sites cut it, and the count travels in the mask (values-cut)"
-        )
-    return lines
-
-
 # --- Rows -----------------------------------------------------------------------------------------
 
 
 def run_rows(forecast: Forecast) -> Rows:
     """Return the recipe in a few lines."""
     base, config, how = forecast.architecture, forecast.config, forecast.config.communication
-    up = config.federation.secure_aggregation if config.is_masked else how.uplink_codec
     shapes = "" if base.known_as == base.name else f", shapes of {base.known_as}"
     bits = config.model.quantization
     again = config.model.gradient_checkpointing
@@ -157,7 +129,7 @@ def run_rows(forecast: Forecast) -> Rows:
             f"{config.cohort_size} of {counted(config.data.num_partitions, 'site')} a round, "
             f"{counted(config.federation.num_server_rounds, 'round')}, {config.strategy.name}",
         ),
-        ("encoding", f"{up} up, {how.downlink_codec} down ({how.downlink})"),
+        ("encoding", f"{config.codec_up} up, {how.downlink_codec} down ({how.downlink})"),
         ("peak GPU memory of a site", peak_text(forecast)),
     ]
 

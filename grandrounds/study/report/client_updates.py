@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from grandrounds.config.words import counted
+from grandrounds.server.masks.told import SUM_ONLY
 from grandrounds.study.report.charts import Point, Series, line_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.learning import curve
 from grandrounds.study.report.read import RunFiles
 from grandrounds.study.report.svg import Axis, shortened
 from grandrounds.study.tables import Table, decimals_of, fixed, is_number, number, percent
-from grandrounds.wire.names import SiteNames
+from grandrounds.wire.names import SiteNames, one_line
 
 FAR = 2.0
 """An outlier's norm is above `FAR` times the round's median, or below 1 / `FAR` of it."""
@@ -26,13 +27,34 @@ def section(run: RunFiles) -> Section:
     """Return norms and cosines of the updates, and what the strategy reports."""
     error = aggregation_figure(run)
     notes = []
-    if run.trained and not error:
+    if run.trained and run.config.is_masked:
+        notes.append(
+            f"{SUM_ONLY} So there are neither norms nor cosines, nor an aggregation error."
+        )
+        notes += [cut_text(run), *skipped_rounds(run)]
+    elif run.trained and not error:
         notes.append(
             "This strategy has no aggregation error to measure: it does not average the LoRA "
             "factors separately."
         )
     figures = [*update_figures(run), *some(error, penalty_figure(run)), *rule_figures(run)]
     return Section("updates", "Client updates and aggregation", notes, figures)
+
+
+def cut_text(run: RunFiles) -> str:
+    """Return how many values the sites cut to the range of the masked sum, all together."""
+    sums = [line.get("masked-sum") or {} for line in run.trained]
+    cut = sum(int(one["values-cut"]) for one in sums if is_number(one.get("values-cut")))
+    return f"Values that sites cut to the range of the sum: {cut:,}. The count travels in the mask."
+
+
+def skipped_rounds(run: RunFiles) -> list[str]:
+    """Return the rounds whose masked sum was lost, with the reason."""
+    lost = [(line["round"], str(line["skipped"])) for line in run.trained if "skipped" in line]
+    return [
+        f"Round {number} was skipped, and the adapter stayed as it was: {one_line(why, 300)}"
+        for number, why in lost[:MOST_FLAGS]
+    ]
 
 
 # --- Outliers -------------------------------------------------------------------------------------

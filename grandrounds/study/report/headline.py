@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
-from grandrounds.config.words import NOT_TOLD, counted
+from grandrounds.config.words import NOT_TOLD, command, counted
 from grandrounds.data.common_and_rare import COMMON_AND_RARE
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import cautions, engine_options, with_own_data
@@ -95,7 +93,7 @@ def _course(run: RunFiles) -> list[str]:
     warned = [f"{said[0].upper()}{said[1:]}." for said in cautions(run.config, run.sites)]
     if run.status == "completed":
         return warned
-    resume = f"grandrounds run --resume {shlex.quote(str(run.path))}{engine_options(run.sites)}"
+    resume = command("grandrounds", "run", "--resume", run.path) + engine_options(run.sites)
     if run.status == "going":
         ago = duration(run.quiet_seconds)
         said = f"There is no summary yet. The last round was written {ago} before this page."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grandrounds.config.words import counted
+from grandrounds.config.words import command, counted
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import before_training, is_of_the_formulary, leaderboard_text
 from grandrounds.server.listeners.plain import HELD_BY_NOBODY
@@ -59,10 +58,9 @@ def loss_figure(run: RunFiles) -> Figure | None:
     places = decimals_of((v for pair in by_round.values() for v in pair), 4, least=3)
     rows = [(str(r), fixed(h, places), fixed(t, places)) for r, (h, t) in sorted(by_round.items())]
     judges = max((len(m.get("evaluated") or ()) for m in run.metrics), default=0)
-    note = (
-        f"Round 0 is {before_training(run.config)}. Training loss: mean over the cohort during "
-        "local training."
-    )
+    note = f"Round 0 is {before_training(run.config)}."
+    if trained:
+        note += " Training loss: mean over the cohort during local training."
     if judged:
         note += f" Held-out loss: on the held-out examples of {counted(judges, 'fixed site')}."
     svg = line_chart(title, series, Axis("nats per answer token"), run.last_shown)
@@ -238,8 +236,7 @@ def _single_checkpoint(run: RunFiles, chosen: Sequence[Score]) -> str:
     said = f" Only the checkpoint of round {number_of_round} ({model}) was evaluated"
     if not kept:
         return f"{said}; the run directory holds no other."
-    command = shlex.join(["grandrounds", "evaluate", str(kept[-1])])
-    return f"{said}. To evaluate another: {command}"
+    return f"{said}. To evaluate another: {command('grandrounds', 'evaluate', kept[-1])}"
 
 
 def _point(score: Score, round_number: int) -> Point:

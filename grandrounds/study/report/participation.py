@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grandrounds.config.words import NOT_TOLD, counted
+from grandrounds.server.masks.told import SUM_ONLY
 from grandrounds.study.report.charts import column_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.read import RunFiles
@@ -23,7 +24,10 @@ MOST_ROWS = 40
 def section(run: RunFiles) -> Section:
     """Return participation by site and round, and coverage by site."""
     figures = some(participation_figure(run), coverage_figure(run))
-    return Section("sites", "Participation", figures=figures)
+    notes = []
+    if run.config.is_masked and run.trained:
+        notes.append(f"{SUM_ONLY} So nobody knows how much of its data each site has used.")
+    return Section("sites", "Participation", notes, figures)
 
 
 def site_numbers(run: RunFiles) -> list[int]:
@@ -82,11 +86,11 @@ def coverage_figure(run: RunFiles) -> Figure | None:
     for line in run.trained:
         found = line.get("site-coverage") or {}
         told |= {int(s): float(share) for s, share in found.items() if is_number(share)}
+    if not told:
+        return None
     real = {int(s["partition-id"]) for s in run.sites if in_custody(s)}
     silent = real if not real & told.keys() else set()
     last = {s: told.get(s, 0.0) for s in site_numbers(run) if s not in silent}
-    if not run.trained or not last:
-        return None
     title = "Coverage by site"
     names = run.names
     said = {s: f"{names[s]}: {percent(share)} of its examples" for s, share in last.items()}

@@ -1,4 +1,4 @@
-"""Privacy: the guarantee of a run by site, what it does not cover, and the audit beside it."""
+"""Privacy: masks, the guarantee of a run by site, what it does not cover, and its audit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from grandrounds.server.guarantees import (
     unit_of,
     verdict,
 )
+from grandrounds.server.masks.told import masks_text, still_told
 from grandrounds.study.audit.words import table as audit_table
 from grandrounds.study.plan.privacy import meaning
 from grandrounds.study.report.charts import line_chart
@@ -26,8 +27,9 @@ from grandrounds.study.tables import Table, is_number
 
 
 def section(run: RunFiles) -> Section:
-    """Return guarantee and audit; empty for a run that has neither."""
-    notes, tables = [], []
+    """Return masks, guarantee and audit; empty for a run that has none of them."""
+    notes: list[str] = []
+    tables = [Table(("item", "value"), rows, "Masks")] if (rows := mask_rows(run)) else []
     if private := guarantee_of(run):
         tables.append(Table(("item", "value"), guarantee_rows(private, _named(run)), "Guarantee"))
         covered = [(line,) for line in not_covered(private, _named(run))]
@@ -40,6 +42,16 @@ def section(run: RunFiles) -> Section:
         notes += [f"Audit: {audit_line(run.audit)}.", _sentence(verdict(run.audit))]
         notes.append(f"The audit was {SYNTHETIC}.")
     return Section("privacy", "Privacy", notes, some(spent_figure(run)), tables)
+
+
+def mask_rows(run: RunFiles) -> list[tuple[str, ...]]:
+    """Return how updates were summed, and what the server got all the same."""
+    if not run.config.is_masked:
+        return []
+    return [
+        ("updates", masks_text(run.config, run.sites)),
+        ("the server still gets of each site", still_told(run.config)),
+    ]
 
 
 def guarantee_of(run: RunFiles) -> Mapping[str, Any]:

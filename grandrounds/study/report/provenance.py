@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grandrounds.config import automatic, recipes
 from grandrounds.config.keys import FIELD_OF_KEY, PLACES, Config
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import command
 from grandrounds.server.described import Sites, engine_options
 from grandrounds.server.listeners.start_rows import data_rows, recipe_rows
 from grandrounds.study.report.figures import Section
@@ -18,7 +18,7 @@ from grandrounds.study.tables import NONE, Table
 
 def sections(run: RunFiles) -> list[Section]:
     """Return how to reproduce a run, its recipe, and its versions and hashes."""
-    again = shlex.join(["grandrounds", "run", "--config", str(run.path / "config.toml")])
+    again = command("grandrounds", "run", "--config", run.path / "config.toml")
     commands = [
         ("From this run directory", again + engine_options(run.sites)),
         (
@@ -78,7 +78,7 @@ def repeat_command(config: Config) -> str:
         if isinstance(value, str) and recipes.parse_overrides([f"{key}={value}"])[key] == value:
             literal = value
         words += ["--set", f"{key}={literal}"]
-    return shlex.join(words)
+    return command(*words)
 
 
 def version_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

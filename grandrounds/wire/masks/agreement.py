@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from grandrounds.wire.masks import keys
 from grandrounds.wire.masks.attempt import Attempt
+from grandrounds.wire.masks.keys import Secret
 from grandrounds.wire.masks.packed import SignedKeys
 
 
@@ -29,7 +31,7 @@ class Agreement:
     key_list: bytes
     """As sent."""
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """SHA-256 of the list."""
         return hashlib.sha256(self.key_list).digest()
@@ -38,18 +40,18 @@ class Agreement:
         """Return what a box is bound to: each direction has a key of its own."""
         return self.attempt.bind("box", self.digest, sender, receiver)
 
-    def box_key(self, secret: bytes, other: SignedKeys, sender: int, receiver: int) -> bytes:
+    def box_key(self, secret: Secret, other: SignedKeys, sender: int, receiver: int) -> bytes:
         """Return the key of the box that a sender seals for a receiver."""
         return keys.agreed(secret, other.box, self.box_text(sender, receiver))
 
     def pair_mask(
-        self, secret: bytes, other: SignedKeys, pair: tuple[int, int], received: bytes
+        self, secret: Secret, other: SignedKeys, pair: tuple[int, int], received: bytes
     ) -> bytes:
         """Return the key of the mask between two sites.
 
         Parameters
         ----------
-        secret : bytes
+        secret
             The masks' secret of one of the two.
         other
             The signed keys of the other one.

@@ -26,6 +26,9 @@ _NO_NONCE = bytes(12)
 Identity = ec.EllipticCurvePrivateKey
 """A site's agent key."""
 
+Secret = bytes | X25519PrivateKey
+"""The secret of a key on Curve25519, or what `opened` makes of it."""
+
 Public = ec.EllipticCurvePublicKey
 
 
@@ -34,12 +37,17 @@ def new_secret() -> bytes:
     return os.urandom(KEY_BYTES)
 
 
+def opened(secret: bytes) -> X25519PrivateKey:
+    """Return a secret as what agrees on keys: for many keys at once, this is half of the work."""
+    return X25519PrivateKey.from_private_bytes(secret)
+
+
 def public_of(secret: bytes) -> bytes:
     """Return the public key on Curve25519 of a secret."""
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
-def agreed(secret: bytes, public: bytes, info: bytes) -> bytes:
+def agreed(secret: Secret, public: bytes, info: bytes) -> bytes:
     """Return the key that two ends agree on for one purpose.
 
     Parameters
@@ -56,7 +64,8 @@ def agreed(secret: bytes, public: bytes, info: bytes) -> bytes:
     """
     try:
         other = X25519PublicKey.from_public_bytes(public)
-        shared = X25519PrivateKey.from_private_bytes(secret).exchange(other)
+        own = opened(secret) if isinstance(secret, bytes) else secret
+        shared = own.exchange(other)
     except ValueError as error:
         raise ReplyError(
             "a public key is of low order, and no key can be agreed with it"

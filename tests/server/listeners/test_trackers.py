@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ from grandrounds.config import recipes
 from grandrounds.errors import ConfigError
 from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners import trackers as tracking
+from grandrounds.server.listeners.tracker_libraries import NAMES, TrackedRun
 from grandrounds.server.listeners.trackers import (
     FIGURES,
-    TRACKERS,
     Tracked,
     figures_of,
     settings_of,
@@ -40,8 +38,8 @@ class Recorder(Listener):
         if what == self.fails_at:
             raise ConnectionError("the server is away\nand more")
 
-    def start(self, directory: Path, settings: Mapping[str, Any], resumed_after: int) -> str:
-        self._tell("start", directory, resumed_after)
+    def start(self, run: TrackedRun) -> str:
+        self._tell("start", run.directory, run.key, run.resumed_after)
         print("chatter of a library")
         return "somewhere"
 
@@ -70,7 +68,7 @@ class Recorder(Listener):
 def play(listener: Any, rounds: int = 2, error: BaseException | None = None) -> None:
     """Tell a listener what a run tells."""
     with listener:
-        listener.on_plan({"directory": "/runs/first", "resumed-after": None})
+        listener.on_plan({"directory": "/runs/first", "resumed-after": None, "run": "k1"})
         listener.on_roll_call([])
         for number in range(rounds + 1):
             listener.on_round({"round": number, "held-out-loss": 1.0 / (number + 1)})
@@ -94,7 +92,7 @@ def test_the_listener_is_told_everything_and_the_tracker_its_rounds(
     play(run)
     assert [told[0] for told in listener.told] == ["plan", "roll-call", *["round"] * 3, "exit"]
     assert tracker.told == [
-        ("start", Path("/runs/first"), 0),
+        ("start", Path("/runs/first"), "k1", 0),
         ("log", 0, {"held-out-loss": 1.0}),
         ("log", 1, {"held-out-loss": 0.5}),
         ("log", 2, {"held-out-loss": pytest.approx(1 / 3)}),
@@ -204,9 +202,9 @@ def test_none_wraps_nothing() -> None:
 
 
 def test_every_name_that_the_configuration_allows_has_a_tracker() -> None:
-    for name in TRACKERS:
+    for name in NAMES:
         recipes.resolve({"train.report-to": name})
-    listed = ", ".join(map(repr, ("none", *TRACKERS)))
+    listed = ", ".join(map(repr, ("none", *NAMES)))
     with pytest.raises(ConfigError, match=f"one or more of {listed}, comma-separated"):
         recipes.resolve({"train.report-to": "x"})
 
@@ -258,83 +256,3 @@ def test_tensorboard_reads_the_curves_of_a_run_and_of_its_resumption(
     assert not (untold / "tensorboard").exists()
     weights = "peft_3/adapter_model.safetensors"
     assert (untold / weights).read_bytes() == (run / weights).read_bytes()
-
-
-# --- The others, by the calls that their documentation names --------------------------------------
-
-
-def fake(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> list[Any]:
-    """Put a module in a library's place which records its calls."""
-    calls: list[Any] = []
-    module = types.ModuleType(name)
-
-    def recording(function: str, result: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append((function, args, kwargs))
-            return result
-
-        return call
-
-    for function, result in functions.items():
-        setattr(module, function, recording(function, result))
-    monkeypatch.setitem(sys.modules, name, module)
-    return calls
-
-
-def told(name: str, resumed_after: int = 0) -> str:
-    """Tell a tracker of one round of a run; return where it says to look."""
-    tracker = TRACKERS[name]()
-    where = tracker.start(Path("/runs/first"), {"seed": 42}, resumed_after)
-    tracker.log(1, {"train-loss": 0.5})
-    tracker.finish(True)
-    return where
-
-
-def test_mlflow_is_told_parameters_and_metrics_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    run = types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
-    nothing = ("set_experiment", "log_params", "log_metrics", "end_run")
-    functions = {"start_run": run, "get_tracking_uri": "sqlite:///x", **dict.fromkeys(nothing)}
-    calls = fake(monkeypatch, "mlflow", **functions)
-    assert told("mlflow") == "MLflow at sqlite:///x, run abc"
-    assert calls == [
-        ("set_experiment", ("grandrounds",), {}),
-        ("start_run", (), {"run_name": "first", "log_system_metrics": False}),
-        ("log_params", ({"seed": 42},), {}),
-        ("get_tracking_uri", (), {}),
-        ("log_metrics", ({"train-loss": 0.5},), {"step": 1}),
-        ("end_run", ("FINISHED",), {}),
-    ]
-
-
-def test_trackio_goes_on_with_a_resumed_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRACKIO_PROJECT", raising=False)
-    calls = fake(monkeypatch, "trackio", init=None, log=None, finish=None)
-    assert told("trackio", resumed_after=2) == "trackio show --project grandrounds"
-    ((_, _, asked), log, finish) = calls
-    assert (asked["project"], asked["name"], asked["resume"]) == ("grandrounds", "first", "allow")
-    assert asked["config"] == {"seed": 42}
-    assert log == ("log", ({"train-loss": 0.5},), {"step": 1})
-    assert finish == ("finish", (), {})
-
-
-def test_wandb_is_sent_neither_terminal_nor_code_nor_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    done: list[Any] = []
-    run = types.SimpleNamespace(
-        offline=False,
-        url="https://wandb.ai/run",
-        log=lambda figures, step: done.append((figures, step)),
-        finish=lambda exit_code: done.append(exit_code),
-    )
-    calls = fake(monkeypatch, "wandb", init=run, Settings="settings")
-    assert told("wandb") == "https://wandb.ai/run"
-    (_, _, sent), (_, _, asked) = calls
-    assert sent["console"] == "off"
-    assert not sent["save_code"]
-    assert sent["disable_git"]
-    assert sent["x_disable_meta"]
-    assert (asked["name"], asked["resume"], len(asked["id"])) == ("first", "allow", 16)
-    assert done == [({"train-loss": 0.5}, 1), 0]

@@ -21,8 +21,9 @@ from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.arms import numbered_without
 from grandrounds.study.comparison.exams import exams_of
+from grandrounds.study.comparison.results import LOSS
 from grandrounds.study.comparison.runner import compare
-from grandrounds.study.comparison.tables import tables
+from grandrounds.study.comparison.tables import notes, tables
 from grandrounds.study.comparison.units import ARMS, PRIVATE, Design
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.schedule import cohort_of
@@ -214,6 +215,35 @@ def test_a_private_recipe_is_compared_with_itself_without_noise(
     spent = {row[0]: row[column] for row in shown.rows}
     assert spent["private"] == f"{told['epsilon']:.2f}"
     assert spent["federated"] == "none"
+
+
+@pytest.mark.slow
+def test_a_masked_recipe_is_compared_and_told_which_arms_are_masked(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Three of four sites are too few for masks once one is left out: those updates are plain."""
+    masked = {
+        "secure-aggregation": "masked32",
+        "strategy.fraction-train": 0.75,
+        "num-server-rounds": 1,
+    }
+    config = resolved(settings, **masked)
+    arms = ["federated", "leave-one-out", "local"]
+    content = played(config, tmp_path / "masked", arms=arms, seeds=[42])
+    plain = played(
+        resolved(settings, **{**masked, "secure-aggregation": "none", "defence.largest-norm": 0.0}),
+        tmp_path / "plain",
+        arms=arms,
+        seeds=[42],
+    )
+    for one, other in zip(content["joining"], plain["joining"], strict=True):
+        assert one["own"][LOSS]["mean"] == pytest.approx(other["own"][LOSS]["mean"], abs=1e-5)
+    [said] = [note for note in notes(content) if "masked" in note]
+    assert said == (
+        "the updates of federated are masked: secure aggregation (beta, unreviewed), a rehearsal; "
+        "leave-one-out sums plain ones, which differs by rounding"
+    )
+    assert not any("masked" in note for note in notes(plain))
 
 
 def test_the_federation_without_a_site_never_asks_it_and_keeps_its_cohort(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
 from grandrounds.errors import ReplyError
-from grandrounds.wire.masks.fixed_point import BITS, FixedPoint, largest_change
+from grandrounds.wire.masks.fixed_point import BITS, SURE_STEPS, FixedPoint, largest_change
 
 CODECS = tuple(BITS)
 
@@ -110,18 +111,47 @@ def test_weights_of_nothing_are_refused() -> None:
         numbers.decode(np.zeros(numbers.length, numbers.dtype))
 
 
+BETA1, BETA2 = 0.9, 0.999
+
+
+def bound_of_step(t: int) -> float:
+    """Return r(t), the most learning rates that step t of a fresh Adam moves a value by.
+
+    Adam moves it by m̂ / √v̂, m̂ = Σ (1 - b1) b1^k g_k / (1 - b1^t) and v̂ likewise of squares. By
+    Cauchy and Schwarz, Σ b1^k g_k = Σ (b1 / √b2)^k (√b2^k g_k) ≤ √(Σ q^k) √(Σ b2^k g_k²).
+    """
+    q = BETA1**2 / BETA2
+    of_moments = (1 - BETA1) / math.sqrt(1 - BETA2) * math.sqrt((1 - q**t) / (1 - q))
+    return of_moments * math.sqrt(1 - BETA2**t) / (1 - BETA1**t)
+
+
+def steps_of_adam(gradients: Iterable[float]) -> list[float]:
+    """Return how far Adam moves a value in each step, in learning rates."""
+    first = second = 0.0
+    moved = []
+    for step, gradient in enumerate(gradients, 1):
+        first = BETA1 * first + (1 - BETA1) * gradient
+        second = BETA2 * second + (1 - BETA2) * gradient**2
+        unbiased = first / (1 - BETA1**step), second / (1 - BETA2**step)
+        moved.append(unbiased[0] / math.sqrt(unbiased[1]))
+    return moved
+
+
 def test_adam_stays_within_the_range_that_is_known_before() -> None:
-    """Gradients that make Adam's steps largest: small ones, then one a thousand times larger."""
-    rate, steps, beta1, beta2 = 3e-3, 1000, 0.9, 0.999
-    first = second = moved = furthest = 0.0
-    for step in range(1, steps + 1):
-        gradient = 1.0 if step == steps else 1e-12
-        first = beta1 * first + (1 - beta1) * gradient
-        second = beta2 * second + (1 - beta2) * gradient**2
-        unbiased = first / (1 - beta1**step), second / (1 - beta2**step)
-        moved -= rate * unbiased[0] / math.sqrt(unbiased[1])
-        furthest = max(furthest, abs(moved))
-    assert furthest <= largest_change(rate, steps)
+    """Up to `SURE_STEPS` steps whatever the gradients: those that grow by b2 / b1 a step are worst.
+
+    Their last step is r(t) exactly, above the 3.16 of one gradient after none.
+    """
+    bounds = [bound_of_step(t) for t in range(1, SURE_STEPS + 2)]
+    assert sum(bounds[:-1]) <= largest_change(1.0, SURE_STEPS)
+    assert sum(bounds) > largest_change(1.0, SURE_STEPS + 1)
+    worst = steps_of_adam((BETA2 / BETA1) ** t for t in range(SURE_STEPS))
+    assert worst[-1] == pytest.approx(bounds[SURE_STEPS - 1])
+    assert worst[-1] > 5 > 3.17
+    sparse = steps_of_adam([1e-12] * (SURE_STEPS - 1) + [1.0])
+    for moved in (worst, sparse):
+        assert all(a <= b * (1 + 1e-9) for a, b in zip(moved, bounds, strict=False))
+        assert sum(moved) <= largest_change(1.0, SURE_STEPS)
 
 
 @pytest.mark.parametrize("changes", [{"sites": 0}, {"largest_value": 0.0}, {"most_weight": 2**32}])
