@@ -25,11 +25,12 @@ from flwr.cli.utils import init_http_client_from_connection
 from flwr.proto.control_pb2 import RegisterNodeRequest
 
 from grandrounds.config import recipes
-from grandrounds.engines.deployment import admissions, joining, set_up
+from grandrounds.engines.deployment import admissions, joining, rosters, set_up
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
 from grandrounds.engines.keeper import MARKER, marked_processes
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.wire.masks.roster import FILE
 from tests.own_sites import write_partition
 from tests.places import ROOT
 from tests.runs import Settings, metrics_of, options, play
@@ -132,6 +133,12 @@ class Consortium:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         for i in range(int(settings["data.num-partitions"])):
             self.sites.append(self._site(i, site_changes))
+
+    def share_roster(self) -> None:
+        """Sign the roster of the admitted sites; every site accepts it."""
+        rosters.write_roster(self.home)
+        for site in self.sites:
+            rosters.accept(site, rosters.offered(site, self.home / FILE))
 
     def _site(self, i: int, changes: Mapping[str, Any]) -> SiteFile:
         settings = self.settings

@@ -4,6 +4,7 @@
     plan.json          the planned traffic
     environment.json   versions and platform of the server
     sites.json         the roll call
+    roster.json        of a masked run on real sites: their agent keys
     metrics.jsonl      one line a round; line 0 is before training
     ledger.json        the traffic so far
     masks.json         with masks, how far the last round's attempts came

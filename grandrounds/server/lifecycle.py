@@ -33,6 +33,7 @@ from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_ch
 from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
+from grandrounds.server.masks.rosters import check_roster, keep_roster
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.run import Run, State, summary_of
@@ -70,6 +71,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
 
 def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> Run:
     federation, strategy = config.federation, config.strategy
+    check_roster(config)
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
     resumed = held_for_resume(directory, config) if directory else None
     if directory is not None:
@@ -87,6 +89,7 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
         undo.callback(directory.discard)
     if is_new:
         directory.hold()
+    keep_roster(config, directory.path)
     if continued is not None:
         saved_start.keep(directory.path, continued)
     elif config.lora.is_continued:

@@ -284,7 +284,7 @@ def training_messages(
     now: Round,
     parcels: Mapping[int, Parcel],
     kind: str = MessageType.TRAIN,
-    said: Mapping[str, int] = MappingProxyType({}),
+    said: Mapping[str, int | str] = MappingProxyType({}),
 ) -> dict[int, Message]:
     """Return the messages that let sites train.
 

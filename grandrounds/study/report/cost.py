@@ -45,16 +45,13 @@ def planned(run: RunFiles) -> list[tuple[int, float]]:
     """Return cumulative MiB of the plan, its totals spread evenly over the rounds."""
     totals = run.plan.get("totals") or {}
     rounds = run.planned_rounds
-    by_kind = {
-        kind: sum(t["tensor_bytes"] for k, t in totals.items() if k.startswith(kind)) / MIB
-        for kind in ("train", "evaluate")
-    }
+    trained, judged = (
+        sum(t["tensor_bytes"] for kind, t in totals.items() if kind.startswith(kinds)) / MIB
+        for kinds in (("train.", "masks."), ("evaluate.",))
+    )
     if not totals:
         return []
-    return [
-        (r, by_kind["train"] * r / rounds + by_kind["evaluate"] * (r + 1) / (rounds + 1))
-        for r in range(rounds + 1)
-    ]
+    return [(r, trained * r / rounds + judged * (r + 1) / (rounds + 1)) for r in range(rounds + 1)]
 
 
 def communication_figure(run: RunFiles) -> Figure | None:

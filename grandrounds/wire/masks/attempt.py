@@ -16,6 +16,12 @@ KEYS, SHARES, MASKED, CONFIRM, UNMASK = EXCHANGES = (
 )
 """The exchanges of an attempt, in their order."""
 
+KIND_OF = {exchange: f"train.{exchange}" for exchange in EXCHANGES}
+"""Exchange → kind of its message."""
+
+MASKED_KIND = KIND_OF[MASKED]
+"""The one of them with which a site trains."""
+
 RIDES = {CONFIRM: KEYS, UNMASK: SHARES}
 """Exchange → that of the next round which rides on it: a message with both parts, and a reply with
 both. A site answers each part as it would alone."""
