@@ -106,6 +106,9 @@ class Output:
         with self._guarded():
             self._stream.flush()
 
+    def close(self) -> None:
+        """Leave the stream open: a library that has kept this object may outlive the command."""
+
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         if self._is_gone:

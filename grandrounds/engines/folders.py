@@ -98,10 +98,11 @@ def left_behind() -> list[str]:
                 told.append(f"removed {path}, which a killed run had left")
                 continue
             pids = [process.pid for process in processes]
+            count = counted(len(processes), "process", "processes")
+            end, remove = command("kill", "-9", *pids), command("rm", "-r", path)
             told.append(
-                f"a killed run has left {counted(len(processes), 'process', 'processes')} of "
-                f"{path}: {', '.join(map(_named, processes))}. To end them: "
-                f"{command('kill', '-9', *pids)}; then remove their folder: {command('rm', '-r', path)}"
+                f"a killed run has left {count} of {path}: {', '.join(map(_named, processes))}. "
+                f"To end them: {end}; then remove their folder: {remove}"
             )
     return told
 
