@@ -1,4 +1,4 @@
-"""What a recipe with secure aggregation may not contain, each with the reason."""
+"""What a masked recipe may not contain, each with the reason."""
 
 from __future__ import annotations
 

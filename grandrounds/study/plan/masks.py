@@ -46,7 +46,10 @@ def may_be_lost(cohort: int) -> str:
     """Return how many sites of a cohort a masked sum can do without."""
     spare = cohort - threshold(cohort)
     lost = counted(spare, "site") if spare else "no site"
-    return f"{lost} of {cohort} may be lost in a round"
+    return (
+        f"{lost} of {cohort} may be lost in a round, and at a real site not more than its "
+        "min-cohort leaves (5 in the template of site.toml)"
+    )
 
 
 def choice() -> str:
