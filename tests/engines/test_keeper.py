@@ -38,7 +38,8 @@ def a_daemon(name):
     ctypes.memset(start, 0, end - start)
     if "stubborn" in sys.argv:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    pathlib.Path("../" + name).write_text(str(os.getpid()))
+    pathlib.Path("../new-" + name).write_text(str(os.getpid()))
+    os.rename("../new-" + name, "../" + name)
     time.sleep(600)
     os._exit(0)
 
