@@ -24,7 +24,7 @@ from grandrounds.server.masks.masked_sum import MaskedSum
 from grandrounds.server.masks.ride import Ride
 from grandrounds.server.masks.rosters import roster_for
 from grandrounds.wire.adapter import Shapes, count_parameters
-from grandrounds.wire.masks.attempt import FIRST_ATTEMPT, LEAST_COHORT, Attempt
+from grandrounds.wire.masks.attempt import FIRST_ATTEMPT, LEAST_COHORT, Attempt, given_up
 from grandrounds.wire.masks.carried import ATTEMPT, MOST_WEIGHT, RECIPE
 from grandrounds.wire.masks.fixed_point import Sum, numbers_of
 from grandrounds.wire.names import SiteNames
@@ -97,6 +97,8 @@ class Masks:
     directory: RunDirectory
     ride: Ride | None = None
     """What rode on the last round, for the next one."""
+    given: list[set[int]] = field(default_factory=list)
+    """Cohorts of the round's attempts that failed once sites had trained for them."""
 
     def summed(self, asked: Asked, on_reply: OnReply, names: SiteNames) -> Outcome:
         """Let the sites of a round train and add up, in as many attempts as it takes.
@@ -105,6 +107,7 @@ class Masks:
         The next attempt goes on without those that failed, unless they are needed.
         """
         outcome, failed, told = Outcome(), dict[int, str](), set[int]()
+        self.given = []
 
         def tell(site: int, failure: str | None) -> None:
             told.add(site)
@@ -120,6 +123,8 @@ class Masks:
             except RoundError as error:
                 outcome.lost = f"{error} {Tally(failed=play.failed).reasons(names)}".rstrip()
                 failed |= {p: why for p, why in play.failed.items() if why != NOT_ABOARD}
+                if play.collected.received:  # the sites were asked to train
+                    self.given.append(set(play.collected.listed))
             else:
                 self._note(play, unmask_asked=True)
                 outcome.tally.good, outcome.is_burned, outcome.lost = tally.good, True, ""
@@ -169,12 +174,17 @@ class Masks:
         spent: Collection[int],
         failed: Collection[int],
     ) -> Play:
-        """Return an attempt, without the sites that failed unless too few would be left."""
+        """Return an attempt, without the sites that failed unless too few would be left.
+
+        So few also that sites refuse, since an earlier attempt could still have a sum.
+        """
         instruction: dict[str, int | str] = {ATTEMPT: number, MOST_WEIGHT: asked.most_weight}
         instruction[RECIPE] = recipe_sha256(self.config)
         there = {s: m for s, m in asked.messages(instruction).items() if s not in spent}
         left = {site: message for site, message in there.items() if site not in failed}
-        enough = len(left) >= max(LEAST_COHORT, asked.least)
+        enough = len(left) >= max(LEAST_COHORT, asked.least) and all(
+            len(cohort & left.keys()) >= given_up(len(cohort)) for cohort in self.given
+        )
         roster = roster_for(self.config, self.directory.path)
         following = Attempt(self.exchange.run, asked.number + 1, FIRST_ATTEMPT, roster.digest)
         return Play(

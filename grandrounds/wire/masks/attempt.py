@@ -96,3 +96,13 @@ def threshold(sites: int) -> int:
     section 6.2).
     """
     return 2 * sites // 3 + 1
+
+
+def given_up(sites: int) -> int:
+    """Return how many sites of a cohort must have gone on until an attempt has no sum left.
+
+    A site that has begun a later attempt opens nothing of an earlier one. With so many gone on,
+    fewer than the threshold are left to open, even if less than a third of the cohort does both.
+    """
+    colluding = (sites - 1) // 3
+    return sites - threshold(sites) + colluding + 1
