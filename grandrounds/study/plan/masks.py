@@ -64,7 +64,7 @@ def choice() -> str:
 
 
 def values_text(config: Config) -> str:
-    """Return the range of a value, its resolution, and whether values are cut."""
+    """Return the range of a value, and whether values beyond it are to be cut."""
     bits, largest = BITS[config.federation.secure_aggregation], range_of_round_1(config)
     said = (
         f"masked values are integers of {bits} bits in a range of ±{largest:.3g} in round 1, "
