@@ -1,6 +1,7 @@
 """Rounds on Flower's deployment engine: real processes on this machine, with agents and without.
 
     python benchmarks/deployment.py --architecture 90m --sites 3 --rounds 4
+    python benchmarks/deployment.py --masks --rounds 11
 
 A SuperLink with TLS and node keys, a SuperNode for each site, and the same short run twice: each
 site with its agent, then each visit in the process that Flower starts for it. What a round takes
@@ -12,6 +13,9 @@ beyond the visit is told apart by what the processes print, each line timed as i
     start      Flower's process for the message, from its start until its reply is with the
                SuperNode, less the visit; without an agent torch is imported here too, and the base
                is loaded within the visit
+
+With --masks the same run twice with agents, plain and under masks: what a masked round takes beyond
+a plain one.
 
 All sites share this machine's cores, so that visits take longer than on machines of their own. The
 first round is start-up and not counted.
@@ -117,6 +121,26 @@ def parts_of(seen: Follower, sites: int, number: int, visits: dict[int, float]) 
     }
 
 
+def play_masked(folder: Path, settings: Settings, rounds: int) -> dict[str, Any]:
+    """Play a plain and a masked run with the same agents; return the seconds of their rounds."""
+    of_policy = {"policy__max_examples_per_visit": 10**6, "policy__max_runs_per_day": 2}
+    kinds = {"plain": {}, "masked": {"secure-aggregation": "masked32", "defence.largest-norm": 0.0}}
+    found: dict[str, Any] = {}
+    with Consortium(folder, settings, secure__min_cohort=3, **of_policy) as consortium:
+        consortium.share_roster()
+        consortium.start_all()
+        for kind, changes in kinds.items():
+            process = consortium.begin_run(folder / kind, rounds, **changes)
+            if consortium.finished(process, 3600) != 0:
+                sys.exit(f"deployment: the run failed:\n{consortium.log(kind)[-3000:]}")
+            lines = metrics_of(folder / kind)[2:]  # after start and the first round
+            found[kind] = [line["train-seconds"] for line in lines]
+            summary = summary_of(folder / kind)
+            assert summary["communication_mib"] == summary["planned_mib"]
+    exchanges = [line["masked-sum"]["exchanges"] for line in lines]
+    return {**found, "exchanges": exchanges}
+
+
 def play(folder: Path, settings: Settings, rounds: int, *, agents: bool) -> dict[str, Any]:
     """Play a run of one kind; return what was counted and timed."""
     with Consortium(folder, settings, policy__max_examples_per_visit=10**6) as consortium:
@@ -184,7 +208,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "train.save-every-round": 1000,
             "seed": 42,
         }
-        kinds = {
+        kinds: dict[str, Any] = (
+            {"masks": play_masked(place / "masks", settings, given.rounds)} if given.masks else {}
+        )
+        kinds = kinds or {
             kind: play(place / kind, settings, given.rounds, agents=kind == "agents")
             for kind in ("agents", "alone")
         }
@@ -199,6 +226,21 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "torch": importlib.metadata.version("torch"),
         **kinds,
     }
+
+
+def masked_table(r: dict[str, Any]) -> str:
+    """Return the seconds of plain and masked rounds, in lines."""
+    plain, masked = (statistics.median(r["masks"][kind]) for kind in ("plain", "masked"))
+    return "\n".join(
+        [
+            f"{r['architecture']}, {r['parameters'] / 1e6:,.1f} M parameters, {r['sites']} sites "
+            f"with agents on {r['cores']} cores; medians of {r['rounds']} rounds after the first",
+            f"{'a plain round, s':<34}{plain:>10.2f}",
+            f"{'a masked round, s':<34}{masked:>10.2f}",
+            f"{'beyond a plain one, s':<34}{masked - plain:>10.2f}",
+            f"{'exchanges a masked round':<34}{statistics.median(r['masks']['exchanges']):>10.0f}",
+        ]
+    )
 
 
 def table(r: dict[str, Any]) -> str:
@@ -234,12 +276,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="at least 2; the first is start-up")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--masks", action="store_true", help="plain and masked rounds, with agents")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if given.rounds < 2:
         parser.error("--rounds must be 2 or more")
     result = measure(given)
-    print(table(result))
+    print(masked_table(result) if given.masks else table(result))
     if given.out:
         given.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -62,7 +62,8 @@ def train_masked(visit: Visit) -> RecordDict:
     change, metrics = trained(visit)
     reply = masks.masked(visit, change)
     visit.write_cursor()
-    return RecordDict({**reply, **content(metrics=visits.without_figures(metrics))})
+    told = metrics if visit.end else visits.without_figures(metrics)  # a custody tells less itself
+    return RecordDict({**reply, **content(metrics=told)})
 
 
 @app.train("keys")
@@ -140,6 +141,11 @@ VISITS = {
     "query": introduce,
     MAGNITUDES: tell_magnitudes,
     "train": train,
+    "train.keys": keys,
+    "train.shares": shares,
+    "train.masked": train_masked,
+    "train.confirm": confirm,
+    "train.unmask": unmask,
     "evaluate": evaluate,
     "evaluate.formulary": examine,
 }

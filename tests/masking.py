@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,10 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import RecordDict
 
+from grandrounds.engines.deployment import keys
 from grandrounds.server.masks.masked_sum import MaskedSum
+from grandrounds.site.custody.agent_key import IDENTITY
+from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.masks.end import SiteEnd
 from grandrounds.site.masks.held import RehearsalStore, Store
 from grandrounds.wire.masks.attempt import Attempt
@@ -155,6 +159,24 @@ def after_masked(count: int = 5) -> Rounds:
     rounds.shares()
     rounds.masked()
     return rounds
+
+
+# --- In custody -----------------------------------------------------------------------------------
+
+
+def give_keys(site: SiteFile, roster: Roster, own: Identity) -> None:
+    """Give a site its agent key, and a roster as if its operator had accepted it."""
+    keys.write_private_key(site.path.parent / IDENTITY, own)
+    entries = [
+        {
+            "partition-id": number,
+            "name": one.name,
+            "agent-key": keys.public_text(one.key, one.name),
+        }
+        for number, one in roster.members.items()
+    ]
+    content = {"consortium": roster.consortium, "serial": roster.serial, "sites": entries}
+    site.place(site.secure.roster).write_text(json.dumps({"content": content}))
 
 
 def chi_square_of(vector: bytes) -> float:

@@ -17,12 +17,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+from flwr.cli.flower_config import read_superlink_connection
+from flwr.cli.supernode.register import try_load_public_key
+from flwr.cli.utils import init_http_client_from_connection
+from flwr.proto.control_pb2 import RegisterNodeRequest
+
 from grandrounds.config import recipes
-from grandrounds.engines.deployment import admissions, joining, set_up
+from grandrounds.engines.deployment import admissions, joining, rosters, set_up
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
 from grandrounds.engines.simulation import MARKER, end_processes
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.wire.masks.roster import FILE
 from tests.own_sites import write_partition
 from tests.places import ROOT
 from tests.runs import Settings, metrics_of, options, play
@@ -112,6 +119,12 @@ class Consortium:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         for i in range(int(settings["data.num-partitions"])):
             self.sites.append(self._site(i, site_changes))
+
+    def share_roster(self) -> None:
+        """Sign the roster of the admitted sites; every site accepts it."""
+        rosters.write_roster(self.home)
+        for site in self.sites:
+            rosters.accept(site, rosters.offered(site, self.home / FILE))
 
     def _site(self, i: int, changes: Mapping[str, Any]) -> SiteFile:
         settings = self.settings
@@ -220,11 +233,17 @@ class Consortium:
         wait_for(lambda: is_open(self.host, self.port), 20, self.log("gate"))
 
     def register(self, i: int) -> None:
-        """Register a site's key with the SuperLink."""
+        """Register a site's key with the SuperLink, as `flwr supernode register` does."""
         public = self.home / "admissions" / f"site-{i}.pub"
-        done = self.flwr("supernode", "register", str(public), "trial", "--name", f"site-{i}")
-        assert done.get("success"), done
-        admissions.note_node(public, int(done["node-id"]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FLWR_HOME", str(self.folder / "flwr"))
+            client = init_http_client_from_connection(read_superlink_connection("trial"))
+        try:
+            key = try_load_public_key(public)
+            asked = RegisterNodeRequest(public_key=key, name=f"site-{i}")
+            admissions.note_node(public, client.RegisterNode(request=asked).node_id)
+        finally:
+            client.close()
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Return the JSON output of a `flwr` command."""

@@ -117,6 +117,12 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def unfinished_of(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of unfinished.jsonl; none if no round was lost."""
+    file = run / "unfinished.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def adapter_bytes(run: Path, checkpoint: str = "") -> bytes:
     """Return the adapter file of a checkpoint, by default the last one."""
     folder = checkpoint or summary_of(run)["adapter"]

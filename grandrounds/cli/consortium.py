@@ -170,6 +170,7 @@ def revoke(
 def roster(directory: Folder = Path("consortium")) -> None:
     """Sign the roster of the admitted sites' agent keys, for `grandrounds site accept-roster`."""
     from grandrounds.engines.deployment import keys, rosters
+    from grandrounds.wire.masks.roster import FILE
 
     directory = storage.expanded(directory).absolute()
     found = rosters.write_roster(directory)
@@ -179,7 +180,7 @@ def roster(directory: Folder = Path("consortium")) -> None:
             f"site {number} {one.name!r}, agent key {keys.fingerprint(one.key)}"
             for number, one in sorted(found.members.items())
         ),
-        f"send {rosters.file_of(directory)} to every site, which accepts it with grandrounds site "
+        f"send {directory / FILE} to every site, which accepts it with grandrounds site "
         "accept-roster and compares the digest with the others",
     )
 

@@ -147,11 +147,6 @@ def run(
         raise ConfigError("--resume continues with the sites per round that the run started with.")
     settings = recipes.merged(layers)
     resolved = resolve_run(settings, resume, from_round)
-    if engine is Engine.deployment and resolved.is_masked:
-        raise ConfigError(
-            f"secure-aggregation = {resolved.federation.secure_aggregation!r} is a rehearsal in "
-            'process and in simulation so far: real sites refuse it. Set "none".'
-        )
     if engine is Engine.deployment and (idle := idle_last_round(resolved)):
         raise ConfigError(idle)
     check_prompt(resolved.data.prompt_template, resolved.data.system_prompt)

@@ -11,16 +11,16 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TaskID, TextColumn
 from rich.status import Status
-from rich.table import Table as RichTable
 
 from grandrounds.config.words import shown
 from grandrounds.errors import ConfigError
+from grandrounds.server.listeners import boxes
 
 REFRESHES_PER_SECOND = 8
 """Redraws of a spinner or bar: enough to be seen moving, too few to be felt beside training."""
@@ -124,17 +124,11 @@ class Screen:
             say(*lines)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table: boxed on a terminal, else aligned columns under a title."""
+        """Print a table: drawn on a terminal, else aligned columns under a title."""
         self.still()
         numeric = [all(map(_is_figure, cells)) for cells in zip(*rows, strict=True)]
         if self.is_rich:
-            drawn = RichTable(title=escape(title), title_justify="left")
-            for column, is_right in zip(columns, numeric, strict=True):
-                justify: Literal["left", "right"] = "right" if is_right else "left"
-                drawn.add_column(escape(column), overflow="fold", justify=justify)
-            for row in rows:
-                drawn.add_row(*map(escape, row))
-            self.console.print(drawn)
+            boxes.draw(self.console, title, columns, rows, numeric)
             return
         widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
         say(title)

@@ -137,7 +137,7 @@ def accept_roster(
     say(told, *found.changes)
     check_digest(rosters.digest_text(found.roster), digest)
     rosters.accept(site, found)
-    say(f"accepted: {rosters.file_of(site.path.parent)}")
+    say(f"accepted: {site.place(site.secure.roster)}")
 
 
 def check_digest(found: str, told: str | None) -> None:

@@ -24,7 +24,7 @@ def log(
     ] = Path("site.toml"),
     run: Annotated[str, typer.Option(help="Only this run: its key or the beginning of it.")] = "",
     kind: Annotated[
-        str, typer.Option(help="Only this kind of message: query, train, evaluate.")
+        str, typer.Option(help="Only this kind of message: query, train, train.masked, evaluate.")
     ] = "",
     outcome: Annotated[
         str, typer.Option(help="Only this outcome: answered, refused, failed, crashed.")
@@ -123,6 +123,12 @@ def _tensors(entry: Mapping[str, Any]) -> str:
 def _what(entry: Mapping[str, Any]) -> str:
     """Return the reason of a refusal, the place of a crash, and what was found in the data."""
     parts = [str(entry[key]) for key in ("reason", "error") if entry.get(key)]
+    if refused := entry.get("next-refused"):
+        parts.append(f"for the next round: {refused}")
+    for key, word in (("survivors", "in the sum"), ("cohort", "in the cohort")):
+        if isinstance(sites := entry.get(key), list):
+            parts.append(f"{counted(len(sites), 'site')} {word}")
+            break
     if isinstance(where := entry.get("where"), list) and where:
         parts.append(f"at {where[0]}")
     if messages := entry.get("messages"):

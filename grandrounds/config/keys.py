@@ -71,8 +71,8 @@ class FederationConfig:
     the connection."""
     secure_aggregation: Annotated[str, OneOf(("none", "masked32", "masked16"))]
     """Secure aggregation (beta, unreviewed): updates travel under masks, in fixed point of 32 or 16
-    bits, and the server learns their sum only. So far a rehearsal in process and in simulation,
-    where one machine holds all keys; a deployment refuses it. docs/masks.md."""
+    bits, and the server learns their sum only. In process and in simulation a rehearsal, where one
+    machine holds all keys. docs/masks.md."""
 
     @property
     def length(self) -> tuple[str, int]:

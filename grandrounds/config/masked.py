@@ -1,4 +1,4 @@
-"""What a recipe with secure aggregation may not contain, each with the reason."""
+"""What a masked recipe may not contain, each with the reason."""
 
 from __future__ import annotations
 
@@ -74,6 +74,13 @@ def masked_contradictions(config: Config) -> Iterator[str]:
             "the range of a value must be known before anybody trains, and steps counted in epochs "
             "differ from site to site",
             "set a number of steps",
+        ),
+        (
+            "train.learning-rate-min",
+            config.train.learning_rate_min,
+            config.train.learning_rate_min == 0,
+            "it is the learning rate of the last round, in which values would have a range of 0",
+            "set it above 0 (a tenth of train.learning-rate-max is usual)",
         ),
         (
             "model.lora.peft-use-dora",

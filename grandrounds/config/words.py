@@ -17,6 +17,15 @@ def percent(share: float, decimals: int = 1) -> str:
     return f"{shown:z,.{decimals}f} %"
 
 
+def beyond(value: float, limit: float, digits: int = 3) -> str:
+    """Return a value to `digits` significant digits, or as many as tell it from a limit."""
+    for more in range(digits, 18):
+        said = f"{value:.{more}g}"
+        if value == limit or (float(said) - limit) * (value - limit) > 0:
+            break
+    return said
+
+
 def counted(count: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural (`plural`, or with an s) unless it is 1."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

@@ -4,8 +4,10 @@
     plan.json          the planned traffic
     environment.json   versions and platform of the server
     sites.json         the roll call
+    roster.json        of a masked run on real sites: their agent keys
     metrics.jsonl      one line a round; line 0 is before training
     ledger.json        the traffic so far
+    unfinished.jsonl   what was sent in rounds that failed or were interrupted
     masks.json         with masks, how far the last round's attempts came
     peft_<round>/      adapters that plain PEFT loads, each with a model card
     state/             the last two rounds and those of checkpoints, from which a run resumes
@@ -44,6 +46,7 @@ from grandrounds.config.recipes import load_recipe, resolve, to_toml
 from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, RunDirectoryError, first_line, nearest
 from grandrounds.server import states
+from grandrounds.server.unfinished import UNFINISHED, text_of
 from grandrounds.storage import whole_folder, writing
 from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.told import deciding_loss
@@ -189,6 +192,19 @@ class RunDirectory:
                 f"{file} is not what a run writes ({first_line(error)})."
             ) from error
 
+    def append_unfinished(self, line: Mapping[str, Any]) -> None:
+        """Append one line to unfinished.jsonl."""
+        with _writing(self.path):
+            storage.append_text(self.path / UNFINISHED, text_of([line]).decode())
+
+    def write_unfinished(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write unfinished.jsonl anew; without a line there is no file."""
+        if not lines:
+            self.remove(UNFINISHED)
+            return
+        with _writing(self.path):
+            storage.write_bytes(self.path / UNFINISHED, text_of(lines))
+
     def save_checkpoint(
         self, round_number: int, adapter: Adapter, peft_config: Any, card: str
     ) -> Path:
@@ -263,15 +279,16 @@ class RunDirectory:
     def set_aside_after(self, round_number: int) -> Path:
         """Move what was written after a round into a new folder `aside-<n>`; return it.
 
-        The round's own metrics and checkpoint stay; metrics.jsonl and summary.json are copied. The
-        order of the moves leaves a run that can be resumed wherever it is cut short.
+        The round's own metrics and checkpoint stay; metrics.jsonl, unfinished.jsonl and
+        summary.json are copied. The order of the moves leaves a run that can be resumed wherever it
+        is cut short.
         """
         number = 1
         while (folder := self.path / f"aside-{number}").exists():
             number += 1
         with _writing(self.path):
             folder.mkdir()
-            for name in (states.METRICS, SUMMARY):
+            for name in (states.METRICS, UNFINISHED, SUMMARY):
                 if (file := self.path / name).is_file():
                     shutil.copyfile(file, folder / name)
             written = (*states.checkpoints(self.path), *reversed(states.folders(self.path)))

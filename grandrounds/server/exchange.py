@@ -44,6 +44,8 @@ class Tally:
     """Partition id → reason why its reply was not used."""
     spent: set[int] = field(default_factory=set)
     """Those of them whose privacy budget is spent."""
+    silent: set[int] = field(default_factory=set)
+    """Those of them that did not reply in time."""
 
     def reasons(self, names: SiteNames) -> str:
         """Return all failures, in one line."""
@@ -127,6 +129,7 @@ class Exchange:
         for partition in outgoing:
             if partition not in tally.good and partition not in tally.failed:
                 tally.failed[partition] = f"no reply within {self.timeout_seconds:g} s"
+                tally.silent.add(partition)
                 on_reply(partition, tally.failed[partition])
         return tally
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from grandrounds.config.words import beyond
 from grandrounds.errors import ReplyError
-from grandrounds.server.exchange import Tally
+from grandrounds.server.exchange import OnReply, Tally
 from grandrounds.server.parcels import NOT_THERE, addressed, parcels_for
 from grandrounds.server.run import Run
+from grandrounds.server.unfinished import EVALUATE, EXAM
 from grandrounds.wire import messages, told
 from grandrounds.wire.traffic import EXAMINERS
 
@@ -34,14 +36,18 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
         told_of = told.within(metrics, examples * run.config.train.seq_length, examples)
         loss, most = told.site_losses({site: told_of}).get(site, 0.0), told.HIGHEST_LOSS
         if loss > most:
-            raise ReplyError(f"its held-out loss is {loss:.3g} nats per token, above {most:g}")
+            raise ReplyError(
+                f"its held-out loss is {beyond(loss, most)} nats per token, above {most:g}"
+            )
         return told_of
 
-    outgoing = addressed(run, MessageType.EVALUATE, number, parcels)
-    tally = run.exchange.ask("evaluate", outgoing, use)
+    outgoing, tell = addressed(run, MessageType.EVALUATE, number, parcels), noting(run, EVALUATE)
+    tally = run.exchange.ask("evaluate", outgoing, use, tell)
     run.settle(parcels, tally.good)
-    tally.failed |= dict.fromkeys(set(cohort) - parcels.keys(), NOT_THERE)
-    run.state.count_failures(tally)
+    for site in sorted(set(cohort) - parcels.keys()):
+        tally.failed[site] = NOT_THERE
+        tell(site, NOT_THERE)
+    run.state.note_loads(tally)
     return told.held_out_loss(tally.good.values()), tally
 
 
@@ -66,8 +72,9 @@ def examine_formulary(run: Run) -> tuple[ExamResults | None, dict[str, ExamResul
             "formulary",
             addressed(run, f"{MessageType.EVALUATE}.formulary", 0, dict.fromkeys(asked, parcel)),
             lambda _, reply: exam_results(messages.metrics_of(reply, messages.FORMULARY_METRICS)),
+            noting(run, EXAM),
         )
-        run.state.count_failures(tally)
+        run.state.note_loads(tally)
         good |= tally.good
     if not good:
         return None, {}
@@ -75,6 +82,11 @@ def examine_formulary(run: Run) -> tuple[ExamResults | None, dict[str, ExamResul
     median = {n: statistics.median_low(int(scores[n]) for scores in good.values()) for n in names}
     disagree = any(scores[n] != median[n] for scores in good.values() for n in names)
     return by_kind(median), {str(p): by_kind(good[p]) for p in sorted(good) if disagree}
+
+
+def noting(run: Run, kind: str) -> OnReply:
+    """Return what counts the replies of one kind."""
+    return lambda site, failure: run.note_reply(kind, site, failure)
 
 
 def examiners_of(grid: Grid) -> int:

@@ -32,9 +32,11 @@ from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_ch
 from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
-from grandrounds.server.resumption import Resumption, examine, restore
+from grandrounds.server.masks.rosters import check_roster, keep_roster
+from grandrounds.server.resumption import Resumption, examine, restore, unfinished_of
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.run import Run, State, summary_of
+from grandrounds.server.unfinished import EXAM, Attempt
 from grandrounds.wire.adapter import (
     Adapter,
     Ranks,
@@ -60,6 +62,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         If the base's configuration is missing, or a target module matches nothing.
     """
     federation, strategy = config.federation, config.strategy
+    check_roster(config)
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
     resumed = held_for_resume(directory, config) if directory else None
     spec = LoraSpec.of(config)
@@ -74,6 +77,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         directory = RunDirectory.create(path, config)
     if is_new:
         directory.hold()
+    keep_roster(config, directory.path)
     if continued is not None:
         saved_start.keep(directory.path, continued)
     elif config.lora.is_continued:
@@ -83,6 +87,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     if resumed is None:
         state = State(0, start, secrets.token_hex(8))
         before = directory.read_json("sites.json") or []
+        state.count_on(unfinished_of(directory.path)[0])
     else:
         state, before = resumed.state, list(resumed.sites)
         state.adapter = in_order(state.adapter, shapes, resumed.saved.folder)
@@ -130,6 +135,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
         shapes=shapes,
     )
     resumed_after = state.round if resumed else None
+    run.attempt = Attempt.begin(resumed_after, state.ledger)
     place = {"directory": str(directory.path), "resumed-after": resumed_after}
     listener.on_plan({**described, **place, "run": state.run})
     return run
@@ -210,13 +216,15 @@ def finish(run: Run) -> dict[str, Any]:
         summary["formulary"] = scores
     if by_site:
         summary["formulary_by_site"] = by_site
+    if failed := run.attempt.failures(EXAM):
+        summary["formulary_failed"] = failed
     run.directory.write_json("summary.json", summary)
     run.listener.on_finished({**summary, "directory": str(run.directory.path)})
     return summary
 
 
 def fail(run: Run, status: str, reason: str) -> str:
-    """Write the summary of a run that ended early; return a note of what is kept.
+    """Write ledger and summary of a run that ended early; return a note of what is kept.
 
     Finished rounds and checkpoints are kept. A new run that ended before any measurement leaves no
     directory behind.
@@ -224,6 +232,10 @@ def fail(run: Run, status: str, reason: str) -> str:
     if run.is_new and not run.directory.read_metrics():
         run.directory.discard()
         return "no round was finished, and nothing is left behind"
+    run.directory.write_json("ledger.json", run.state.ledger.as_dict())
+    if line := run.attempt.record(run.state.ledger, status, reason):
+        run.directory.append_unfinished(line)
+        run.listener.on_unfinished(line)
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
     kept = "finished rounds are kept" if run.state.round else "no round was finished"
     return f"{kept}; resume with {command('grandrounds', 'run', '--resume', run.directory.path)}"

@@ -11,7 +11,9 @@ import logging
 from flwr.app import Message
 
 from grandrounds.errors import EngineError, ReplyError
+from grandrounds.server.judging import noting
 from grandrounds.server.run import Run
+from grandrounds.server.unfinished import MAGNITUDES
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter, adapter_sha256
 from grandrounds.wire.downlink import Parcel
@@ -51,8 +53,9 @@ def ask_for_magnitudes(run: Run) -> Adapter:
             )
             for site in asked
         }
-        tally = run.exchange.ask(MAGNITUDES_UP.removesuffix(".up"), outgoing, use)
-        run.state.count_failures(tally)
+        tell = noting(run, MAGNITUDES)
+        tally = run.exchange.ask(MAGNITUDES_UP.removesuffix(".up"), outgoing, use, tell)
+        run.state.note_loads(tally)
         failed |= tally.failed
     names = run.roster.names
     if len(told) < wanted:

@@ -437,7 +437,7 @@ def _chat_use(config: Config, merged: bool) -> str:
 def _privacy(config: Config, found: Findings) -> str:
     screens = defence(config)
     screened = f" Individual updates were screened ({screens})." if screens else ""
-    share = f"{screened} Share them only as the sites have agreed."
+    share = f"{screened} Share the weights only as the sites have agreed."
     if found.privacy:
         covered = guarantees.not_covered(found.privacy)
         kind = "Differential privacy"
@@ -468,7 +468,7 @@ def _seen(config: Config, found: Findings, what: str) -> str:
     if not config.is_masked:
         return f"Updates were not masked: the server saw every site's {what}."
     return (
-        f"Updates were masked ({masks_text(config, found.sites)}). What the server got of each "
+        f"Updates were masked: {masks_text(config, found.sites)}. What the server got of each "
         f"site: {still_told(config)}."
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from grandrounds.errors import ConfigError, RunDirectoryError, first_line
 from grandrounds.server import states
 from grandrounds.server.directory import SUMMARY, RunDirectory, records_of
 from grandrounds.server.states import CONFIG, METRICS, SITES, SavedState
+from grandrounds.server.unfinished import AFTER, UNFINISHED, lines_of
 from grandrounds.storage import read_toml
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.json"
 
-WRITTEN = (METRICS, SITES, LEDGER, SUMMARY, "plan.json", "environment.json")
+WRITTEN = (METRICS, SITES, LEDGER, UNFINISHED, SUMMARY, "plan.json", "environment.json")
 """Files of a run directory that a resume writes anew."""
 
 RESTORE = "Restore it from a copy, or start a new run."
@@ -48,6 +50,8 @@ class Resumption:
     """The lines of metrics.jsonl up to its round."""
     sites: Sequence[dict[str, Any]]
     """The content of sites.json."""
+    unfinished: Sequence[Mapping[str, Any]]
+    """The lines of unfinished.jsonl that still count."""
     recipe: bytes
     """The content of config.toml: with the length that the run now has."""
     notes: Sequence[str]
@@ -182,10 +186,21 @@ def examine(
     content = file.read_bytes()
     if resolve(load_recipe(file)).federation.length != config.federation.length:
         content = to_toml(config.recipe()).encode()
-    told = [*lost, *about_metrics, *about_sites, *notes, *_ledger(path)]
     later = beyond or any(number > saved.round for number in states.rounds(path))
+    unfinished, about_unfinished = unfinished_of(path, saved.round + (not later))
+    state.count_on(line for line in unfinished if line[AFTER] == saved.round)
+    told = [*lost, *about_metrics, *about_sites, *notes, *_ledger(path), *about_unfinished]
     return Resumption(
-        saved, state, records, sites, content, told, later, has_new_length, was_complete
+        saved=saved,
+        state=state,
+        records=records,
+        sites=sites,
+        unfinished=unfinished,
+        recipe=content,
+        notes=told,
+        has_later=later,
+        has_new_length=has_new_length,
+        was_complete=was_complete,
     )
 
 
@@ -229,6 +244,7 @@ def restore(directory: RunDirectory, found: Resumption) -> None:
     if found.has_new_length:
         directory.write_recipe(found.recipe)
     directory.restore(found.recipe, found.records)
+    directory.write_unfinished(found.unfinished)
     if found.saved.copies:
         directory.write_json(SITES, list(found.sites))
     directory.write_json(LEDGER, found.state.ledger.as_dict())
@@ -473,6 +489,31 @@ def _summary(path: Path) -> tuple[Mapping[str, Any], list[str]]:
         return found, []
     is_there = (path / SUMMARY).is_file()
     return {}, [f"{path / SUMMARY} was damaged; it is written anew"] * is_there
+
+
+def unfinished_of(path: Path, before: float = math.inf) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the lines of unfinished.jsonl that still count, and what was wrong with the file.
+
+    Parameters
+    ----------
+    before : int
+        Attempts after this round, or a later one, were set aside with it.
+    """
+    file, lines = path / UNFINISHED, list[dict[str, Any]]()
+    if not file.is_file():
+        return [], []
+    content, fault = file.read_bytes(), ""
+    for line in content.splitlines(keepends=True):
+        try:
+            lines += lines_of(line)
+        except (ValueError, RecursionError):
+            fault = (
+                f"{file} was damaged after its first {counted(len(lines), 'line')}: what was sent "
+                "in the unfinished rounds of the others is not counted"
+            )
+            break
+    kept = [line for line in lines if line[AFTER] is None or line[AFTER] < before]
+    return kept, [fault] * bool(fault)
 
 
 def _ledger(path: Path) -> list[str]:

@@ -20,12 +20,13 @@ from grandrounds.server import budgets
 from grandrounds.server.aggregation.fedexp import Extrapolation
 from grandrounds.server.aggregation.product_error import ProductError, measured_modules
 from grandrounds.server.exchange import Tally
-from grandrounds.server.judging import evaluate
+from grandrounds.server.judging import evaluate, noting
 from grandrounds.server.masks.attempts import Asked, Masks
 from grandrounds.server.masks.exchanges import MASKED_KIND
 from grandrounds.server.model_card import Findings, model_card
 from grandrounds.server.parcels import NOT_THERE, parcels_for
 from grandrounds.server.run import Run
+from grandrounds.server.unfinished import MAGNITUDES, TRAIN, Attempt
 from grandrounds.server.updates import Updates
 from grandrounds.server.weights import claimed_examples, limited
 from grandrounds.wire import messages, told
@@ -119,10 +120,7 @@ def train_masked(
     ranks, known = run.sender.ranks, dict(shapes_of(run.sender.start))
     shapes = ranks.shapes_up(known, now.number, ranks.of_adapter(run.state.adapter))
 
-    def tell(site: int, failure: str | None) -> None:
-        run.state.failed_replies += failure is not None
-        run.listener.on_reply(site, failure)
-
+    tell = noting(run, TRAIN)
     if not parcels:
         raise RoundError(f"Round {now.number}: no site of the cohort is connected.")
     asked = Asked(
@@ -149,6 +147,7 @@ def train_masked(
     run.settle(parcels, tally.good)
     if found is None:
         budgets.note(run.roster, tally)
+        run.state.failed_replies += len(tally.good)
         tally.failed |= {site: outcome.silent.get(site, LOST) for site in tally.good}
         tally.good = {}
         return run.state.adapter, tally, outcome.record
@@ -184,6 +183,8 @@ def record_start(run: Run) -> None:
     record = {"round": 0, **({"refused": refused} if refused else {})}
     if run.started_by:
         record["magnitudes-from"] = list(run.started_by)
+    if failed := run.attempt.failures(MAGNITUDES):
+        record[MAGNITUDES] = failed
     started = time.perf_counter()
     now = Round(0, 0.0, [], {}, saves=False, started=started, trained=started)
     evaluate_and_record(run, now, record)
@@ -201,6 +202,7 @@ def select_cohort(run: Run) -> Round:
     number, total = run.state.round + 1, run.config.federation.num_server_rounds
     cohort = [p for p in cohort_of(run.config, number) if p not in run.roster.spent]
     budgets.check(run.roster, number, cohort)
+    run.attempt.cohort = cohort
     return Round(
         number=number,
         learning_rate=round_learning_rate_of(run.config, number),
@@ -260,10 +262,7 @@ def receive(run: Run, now: Round, updates: Updates, product_error: ProductError)
             add(site, *update)
         return metrics
 
-    def tell(site: int, failure: str | None) -> None:
-        state.failed_replies += failure is not None
-        run.listener.on_reply(site, failure)
-
+    tell = noting(run, TRAIN)
     tally = run.exchange.ask(
         "train", outgoing, use, lambda p, why: None if updates.waits(p) else tell(p, why)
     )
@@ -284,7 +283,7 @@ def training_messages(
     now: Round,
     parcels: Mapping[int, Parcel],
     kind: str = MessageType.TRAIN,
-    said: Mapping[str, int] = MappingProxyType({}),
+    said: Mapping[str, int | str] = MappingProxyType({}),
 ) -> dict[int, Message]:
     """Return the messages that let sites train.
 
@@ -430,6 +429,7 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
     state.seconds += ended - now.started
     record |= {
         "communication-mib": state.ledger.mib,
+        "communication-up-mib": state.ledger.mib_of("up"),
         "seconds": ended - now.started,
         "train-seconds": now.trained - now.started,
         "evaluate-seconds": evaluated - now.trained,
@@ -437,6 +437,7 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
     sites = list(run.roster.introduced.values())
     start = magnitudes_of(run.sender.start)
     run.directory.save_state(state.adapter, state.to_json(record), run.rule.state(), sites, start)
+    run.attempt = Attempt.begin(now.number, state.ledger)
     run.directory.append_metrics(record)
     run.directory.write_json("ledger.json", state.ledger.as_dict())
     run.listener.on_round(record)

@@ -18,6 +18,7 @@ from grandrounds.server.exchange import Exchange, Tally
 from grandrounds.server.listeners import Listener
 from grandrounds.server.masks.attempts import Masks
 from grandrounds.server.roll_call import Roster
+from grandrounds.server.unfinished import TRAIN, Attempt, failures_of, traffic_of
 from grandrounds.wire.adapter import Adapter, Shapes, is_magnitude
 from grandrounds.wire.downlink import Parcel, Sender
 from grandrounds.wire.guarantee import EPSILON
@@ -61,16 +62,17 @@ class State:
     start_holders: set[int] = field(default_factory=set)
     """Sites that have received the saved adapter from which the run goes on."""
 
-    def count_failures(self, tally: Tally) -> None:
-        """Count the unused replies of an exchange, and the base models loaded for it."""
-        self.failed_replies += len(tally.failed)
-        self.note_loads(tally)
-
     def note_loads(self, tally: Tally) -> None:
         """Record how often the replying processes have loaded a base model."""
         for metrics in tally.good.values():
             if {"process-id", "base-loads"} <= metrics.keys():
                 self.base_loads[str(metrics["process-id"])] = int(metrics["base-loads"])
+
+    def count_on(self, unfinished: Iterable[Mapping[str, Any]]) -> None:
+        """Add what was sent, and what failed, in rounds that did not finish."""
+        for line in unfinished:
+            self.ledger.include(traffic_of(line))
+            self.failed_replies += failures_of(line)
 
     @property
     def earlier_norms(self) -> list[float]:
@@ -156,6 +158,8 @@ class Run:
     """Shapes of the adapter's tensors at the configured rank, in the model's order."""
     started_by: Sequence[int] = ()
     """The sites that told where DoRA's magnitudes start, if they were asked in this process."""
+    attempt: Attempt = field(default_factory=Attempt)
+    """What was done since the last finished round."""
     masks: Masks | None = None
     """Attempts at masked sums, from the first masked round on."""
 
@@ -171,6 +175,19 @@ class Run:
         What B A is scaled by stays the same.
         """
         return self.lora.at_rank(self.sender.ranks.of_adapter(self.state.adapter))
+
+    def note_reply(self, kind: str, site: int, failure: str | None) -> None:
+        """Count a reply, or the lack of one.
+
+        Parameters
+        ----------
+        kind : str
+            One of `KINDS` of `server.unfinished`.
+        """
+        self.attempt.note(kind, site, failure)
+        self.state.failed_replies += failure is not None
+        if kind == TRAIN:
+            self.listener.on_reply(site, failure)
 
     def write_sites(self) -> bool:
         """Write sites.json if an introduction is new; return whether one is."""

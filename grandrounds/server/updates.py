@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
 from grandrounds.config.keys import DefenceConfig, StrategyConfig
+from grandrounds.config.words import beyond
 from grandrounds.errors import ReplyError
 from grandrounds.server.aggregation import defence as bounds
 from grandrounds.server.exchange import OnReply
@@ -60,6 +61,7 @@ class Updates:
     _weights: dict[int, int] = field(default_factory=dict)
     _norms: dict[int, float] = field(default_factory=dict)
     _samples: dict[int, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
+    _rejected: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     def start_of(self, partition: int) -> Adapter:
         """Return the tensors that a site's change is relative to, at its training rank."""
@@ -151,6 +153,8 @@ class Updates:
         for partition in sorted(self._held):
             change = self._held.pop(partition)
             if partition in left_out:
+                if change is not None:
+                    self._rejected[partition] = sample(change)
                 failed[partition] = left_out[partition]
                 on_reply(partition, failed[partition])
                 continue
@@ -168,14 +172,15 @@ class Updates:
         if how.largest_spread:
             for p, spread in bounds.outlying(held, how.largest_spread).items():
                 reasons[p] = (
-                    f"its update lies farthest in a direction in which they spread {spread:.3g} "
-                    f"times as much as usual, above defence.largest-spread = {how.largest_spread:g}"
+                    "its update lies farthest in a direction in which they spread "
+                    f"{beyond(spread, how.largest_spread)} times as much as usual, above "
+                    f"defence.largest-spread = {how.largest_spread:g}"
                 )
         rest = {p: change for p, change in held.items() if p not in reasons}
         for p, cosine in bounds.screen(rest, how.min_cosine).items():
             reasons[p] = (
-                f"its update has a cosine of {cosine:.2f} to the mean of the "
-                f"others, below defence.min-cosine = {how.min_cosine:g}"
+                f"its update has a cosine of {beyond(cosine, how.min_cosine, 2)} to the mean of "
+                f"the others, below defence.min-cosine = {how.min_cosine:g}"
             )
         return reasons
 
@@ -188,20 +193,28 @@ class Updates:
         if self._bound is not None and self._bound < math.inf:
             report["norm-bound"] = self._bound
             report["updates-bounded"] = sum(norm > self._bound for norm in self._norms.values())
-        if len({len(values) for values, _ in self._samples.values()}) == 1:  # all of the same rank
+        of_all = (*(values for values, _ in self._samples.values()), *self._rejected.values())
+        if self._samples and len(set(map(len, of_all))) == 1:  # all of the same rank
             report["update-cosines"] = self._cosines()
         return report
 
     def _cosines(self) -> dict[str, float]:
-        partitions = sorted(self._samples)
-        rows = np.stack([self._samples[p][0] for p in partitions])
-        mean = np.array([self._samples[p][1] for p in partitions], dtype=np.float64) @ rows
-        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(mean)
-        dots = rows @ mean
-        return {
-            str(p): float(dot / length) if length > 0 else 0.0
-            for p, dot, length in zip(partitions, dots, lengths, strict=True)
-        }
+        """Return the cosine of each update, used or rejected, to the mean of the used ones."""
+        used = sorted(self._samples)
+        rows = np.stack([self._samples[p][0] for p in used])
+        mean = np.array([self._samples[p][1] for p in used], dtype=np.float64) @ rows
+        found = _cosines_to(mean, rows)
+        if self._rejected:
+            used += sorted(self._rejected)
+            found += _cosines_to(mean, np.stack([self._rejected[p] for p in used[len(found) :]]))
+        return {str(p): cosine for p, cosine in sorted(zip(used, found, strict=True))}
+
+
+def _cosines_to(mean: NDArray[np.float64], rows: NDArray[np.float32]) -> list[float]:
+    """Return the cosine of each row to the mean; 0 where one of them is 0."""
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(mean)
+    dots = rows @ mean
+    return [float(d / n) if n > 0 else 0.0 for d, n in zip(dots, lengths, strict=True)]
 
 
 def sample(change: Adapter) -> NDArray[np.float32]:

@@ -38,6 +38,7 @@ from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
+from grandrounds.site.masks.end import SiteEnd
 from grandrounds.site.private.accountant import epsilon_of
 from grandrounds.site.private.bases import check_base
 from grandrounds.site.private.coins import Coins, secret_coins
@@ -99,6 +100,10 @@ class Visit:
     """The visit trains by DP-SGD; None: without a guarantee."""
     coins: Coins | None = None
     """Secret coins of such a visit; None: fresh ones."""
+    end: SiteEnd | None = None
+    """The site's own end of masked sums; None: that of a rehearsal, if the run is masked."""
+    weight: int = 0
+    """What its update weighs in a masked sum; 0: its training examples."""
 
     @classmethod
     def here(cls, content: RecordDict, context: Context) -> Visit:

@@ -57,6 +57,31 @@ class Ledger:
             traffic.tensor_bytes += tensor_bytes
             traffic.key_bytes += key_bytes
 
+    def include(self, other: Ledger) -> None:
+        """Add all messages of another ledger."""
+        for kind, traffic in other.totals.items():
+            own = self.totals.setdefault(kind, Traffic())
+            own.messages += traffic.messages
+            own.tensor_bytes += traffic.tensor_bytes
+            own.key_bytes += traffic.key_bytes
+
+    def minus(self, earlier: Ledger) -> Ledger:
+        """Return the messages that were added since an earlier copy of this ledger."""
+        none, since = Traffic(), Ledger()
+        for kind, now in self.totals.items():
+            then = earlier.totals.get(kind, none)
+            if now != then:
+                since.totals[kind] = Traffic(
+                    now.messages - then.messages,
+                    now.tensor_bytes - then.tensor_bytes,
+                    now.key_bytes - then.key_bytes,
+                )
+        return since
+
+    def mib_of(self, way: str) -> float:
+        """All MiB of one direction, `up` or `down`."""
+        return sum(t.tensor_bytes for k, t in self.totals.items() if k.endswith(f".{way}")) / MIB
+
     @property
     def tensor_bytes(self) -> int:
         """All bytes so far by FlowerTune's rule."""

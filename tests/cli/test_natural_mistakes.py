@@ -87,7 +87,7 @@ BOTH: list[Mistake] = [
         2,
         ["recipes.toml cannot be read", "Did you mean recipe."],
     ),
-    ("data as recipe", ["cards.csv"], 2, ["is data, not a recipe", "--data cards.csv."]),
+    ("data as recipe", ["cards.csv"], 2, ["is data, not a recipe", "give it as --data cards.csv"]),
     ("folder as recipe", ["full"], 2, ["full is a folder; a recipe is a .toml file"]),
     ("two recipes", ["recipe.toml", "-c", "recipe.toml"], 2, ["are two recipes; give one."]),
     (

@@ -14,6 +14,7 @@ from grandrounds.cli import app
 from grandrounds.cli.screen import Screen, draws, lifetime
 from grandrounds.config.bases import FOLDER_VARIABLE
 from grandrounds.errors import ConfigError
+from grandrounds.server.listeners.boxes import draw
 
 
 def console(**environment: str) -> Console:
@@ -49,6 +50,17 @@ def test_no_color_leaves_no_colour() -> None:
     shown = console(NO_COLOR="1")
     shown.print("[red]site 3 failed[/red]")
     assert "\x1b[31m" not in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_narrow_terminal_splits_no_number() -> None:
+    columns, rows = ("model", "tokens", "MiB"), [("a base", "1,234,567,890", "12,345.67")]
+    for width, is_boxed in ((40, True), (30, False)):
+        shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+        draw(shown, "figures", columns, rows, (False, True, True))
+        text = shown.file.getvalue()  # type: ignore[attr-defined]
+        assert "1,234,567,890" in text
+        assert ("┃" in text) == is_boxed
+    assert text.splitlines()[1:] == ["  a base", "    tokens  1,234,567,890", "    MiB  12,345.67"]
 
 
 def test_json_is_all_of_standard_output_and_the_rest_goes_to_standard_error(

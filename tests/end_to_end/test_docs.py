@@ -201,6 +201,15 @@ def test_files_that_a_page_names_exist() -> None:
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+def test_masks_are_called_secure_with_their_state_only() -> None:
+    """Beta and unreviewed, in pages, messages and docstrings; the paper's title is its own."""
+    bare = re.compile(r"(?<!practical )secure aggregation(?! \(beta, unreviewed\))", re.IGNORECASE)
+    code = [*(ROOT / "grandrounds").rglob("*.py"), *(ROOT / "grandrounds").rglob("*.toml")]
+    for file in (*HAND_WRITTEN, *(ROOT / "docs").glob("*.md"), *code):
+        text = re.sub(r"\]\([^)]*\)|[\[\"#*]", "", file.read_text())  # links, quotes, comments
+        assert not bare.search(re.sub(r"\s+", " ", text)), file
+
+
 def interrupt_after_a_round(words: list[str], directory: Path, folder: Path) -> None:
     """Start a run, press Ctrl-C after its first round, and check its exit code."""
     command = [str(COMMANDS / words[0]), *words[1:]]

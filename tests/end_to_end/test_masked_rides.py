@@ -18,6 +18,7 @@ from grandrounds import client_app
 from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.errors import RoundError
+from grandrounds.server.exchange import Exchange
 from grandrounds.server.listeners.plain import PlainReporter
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
@@ -134,6 +135,28 @@ def test_a_site_that_missed_the_ride_sits_one_round_out(five: Settings) -> None:
     assert rounds_of(run, "exchanges") == [5, 3, 3]
     assert "disk broke" in sums(run)[0]["not-aboard"]["2"]
     assert "was not there when this round's keys" in metrics_of(run)[2]["failed"]["2"]
+
+
+def test_a_silent_site_is_not_waited_for_in_a_ride_and_comes_back_with_a_further_attempt(
+    five: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Site 4 is silent in round 1, and so not aboard in round 2; that round's attempt is lost."""
+    replies = Exchange.replies
+
+    def without_one(self: Exchange, outgoing: Any, *args: Any) -> Any:
+        for node, reply in replies(self, outgoing, *args):
+            if not (node == 5 and asked(outgoing[node]) == ("train.masked", 1, 0)):
+                yield node, reply
+
+    monkeypatch.setattr(Exchange, "replies", without_one)
+    heard: list[tuple[str, int, int]] = []
+    run = play(five, noting(heard, crashing([0, 1], ("train.masked", 2, 0))))
+    assert sums(run)[0]["not-aboard"] == {"4": "did not answer in the round before"}
+    assert heard.count(("train.shares", 2, 0)) == 0
+    assert heard.count(("train.keys", 2, 0)) == 0
+    # of the lost attempt's four sites three must go on: without 0 and 1 there would be two
+    assert rounds_of(run, "sites") == [4, 5]
+    assert rounds_of(run, "attempts") == [1, 2]
 
 
 def refused(content: RecordDict) -> None:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from flwr.app import Context, Message
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
@@ -22,12 +16,10 @@ from typer.testing import CliRunner
 from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.errors import PolicyError, RoundError
-from grandrounds.server import lifecycle
 from grandrounds.server.listeners.trackers import figures_of
 from grandrounds.site.custody import policy
 from grandrounds.wire import messages
 from grandrounds.wire.ledger import Ledger
-from grandrounds.wire.masks import keys, shamir
 from grandrounds.wire.masks.fixed_point import FixedPoint
 from tests.end_to_end.sites import spoilt
 from tests.masking import chi_square_of
@@ -42,6 +34,7 @@ from tests.runs import (
     read_json,
     summary_of,
 )
+from tests.transcripts import Left, left, with_same_coins
 
 MASKED: Settings = {"secure-aggregation": "masked32", "strategy.fraction-train": 1.0}
 
@@ -163,66 +156,17 @@ def test_what_a_server_sees_of_a_site_is_uniform_and_resembles_no_update(
     assert abs(np.corrcoef(seen, meant)[0, 1]) < 4 / math.sqrt(len(meant))
 
 
-def arrays_of(message: Message) -> bytes:
-    """Return the content of a message's arrays."""
-    records = message.content.array_records.values()
-    return b"".join(array.data for record in records for array in record.values())
-
-
-@dataclass(frozen=True)
-class Left:
-    """A reply while sites train."""
-
-    told: tuple[Any, ...]
-    """All but the content of arrays: kind, sizes, figures, texts."""
-    arrays: bytes
-
-
 def what_leaves(settings: Settings, cards: Path) -> list[Left]:
     """Return all that leaves the sites while they train for one round."""
     sent: list[Message] = []
     play({**settings, **ONE_ROUND, "static.dataset.name": str(cards)}, noting(sent))
-    return [
-        Left(
-            (
-                message.metadata.message_type,
-                messages.tensor_sizes(message),
-                {
-                    name: value
-                    for name, value in message.content.metric_records.get("metrics", {}).items()
-                    if name not in ("base-loads", "process-id")
-                },
-                dict(message.content.config_records),
-            ),
-            arrays_of(message),
-        )
-        for message in sent
-        if message.metadata.message_type.startswith("train")
-    ]
+    return [left(m) for m in sent if m.metadata.message_type.startswith("train")]
 
 
 @pytest.fixture
 def same_coins(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return what begins the coins of keys, shares and signatures anew, and of the run's key."""
-    drawn = itertools.count()
-
-    def coins() -> bytes:
-        return hashlib.sha512(str(next(drawn)).encode()).digest()
-
-    def signed(identity: keys.Identity, text: bytes) -> bytes:
-        how = ec.ECDSA(hashes.SHA384(), deterministic_signing=True)
-        r, s = decode_dss_signature(identity.sign(text, how))
-        return r.to_bytes(48) + s.to_bytes(48)
-
-    def begin() -> None:
-        nonlocal drawn
-        drawn = itertools.count()
-
-    monkeypatch.setattr(keys, "new_secret", lambda: coins()[:32])
-    monkeypatch.setattr(keys, "sign", signed)
-    monkeypatch.setattr(shamir.secrets, "randbelow", lambda most: int.from_bytes(coins()) % most)
-    monkeypatch.setattr(lifecycle.secrets, "token_hex", lambda size: "ab" * size)
-    return begin
+    """Return what begins the coins of keys, shares and signatures anew."""
+    return with_same_coins(monkeypatch)
 
 
 def test_a_record_changes_nothing_but_one_masked_vector(
@@ -282,9 +226,9 @@ def test_report_summary_card_and_trackers_do_without_what_nobody_knows(
     assert "Values that sites cut to the range of the sum: 0." in html
     card = (run / summary_of(run)["adapter"] / "README.md").read_text()
     for told in (html, card):
-        assert "secure aggregation (beta, unreviewed), masked32: a rehearsal" in told
+        assert "secure aggregation (beta, unreviewed), masked32; a rehearsal" in told
     assert "| codecs | masked32 up, none down |" in card
-    assert "and its held-out loss, if its policy lets it (rounded); message sizes" in card
+    assert "and its held-out loss (rounded, if its policy lets it); message sizes" in card
     logged = figures_of(metrics_of(run)[-1])
     assert not {"train-loss", "coverage", "examples", "tokens"} & logged.keys()
     assert logged["good-replies"] == 4
@@ -389,19 +333,7 @@ def test_a_resumed_run_goes_on_masked(settings: Settings, tmp_path: Path) -> Non
     assert adapter_bytes(resumed) == adapter_bytes(whole)
 
 
-def test_real_sites_refuse_masked_runs_so_far(settings: Settings) -> None:
+def test_a_site_without_an_agent_key_refuses_masked_runs(settings: Settings) -> None:
     config = recipes.resolve({**settings, **MASKED})
-    with pytest.raises(PolicyError, match="is a rehearsal in process and in simulation so far"):
+    with pytest.raises(PolicyError, match=r"needs the agent key and the roster of a site\.toml"):
         policy.check_no_masks(config)
-    words = [
-        "run",
-        "--engine",
-        "deployment",
-        "--connection",
-        "trial",
-        "--set",
-        "secure-aggregation=masked32",
-    ]
-    done: Any = CliRunner().invoke(app, words)
-    assert done.exit_code == 2
-    assert "real sites refuse it" in done.stderr

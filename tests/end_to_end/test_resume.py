@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,26 +32,75 @@ from tests.runs import (
     play,
     read_json,
     summary_of,
+    unfinished_of,
 )
+
+FAILED = ("failed", "evaluate-failed", "formulary-failed")
 
 
 def without_seconds(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if "seconds" not in name}
 
 
+def counted_apart(run: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics.jsonl in tensor bytes that leave out rounds that did not finish."""
+    lost = [line for line in unfinished_of(run) if (line["after-round"] or 0) < record["round"]]
+    sent = {
+        f"communication-{way}mib": sum(
+            traffic["tensor_bytes"]
+            for line in lost
+            for kind, traffic in line["totals"].items()
+            if kind.endswith(way.rstrip("-"))
+        )
+        for way in ("", "up-")
+    }
+    apart = {key: round(record[key] * 2**20) - lost for key, lost in sent.items()}
+    return without_seconds(record) | apart
+
+
+def card_of(run: Path, record: Mapping[str, Any]) -> str:
+    """Return the card of a round's checkpoint without what counts unfinished rounds.
+
+    The communication is the record's; no reply of a finished round fails here.
+    """
+    card = (run / record["checkpoint"] / "README.md").read_text()
+    sent = f"{record['communication-mib']:,.2f}"
+    assert f"| communication so far | {sent} MiB" in card
+    before = [line for line in unfinished_of(run) if (line["after-round"] or 0) < record["round"]]
+    failed = (
+        f"failed replies so far | {sum(len(line.get(k, ())) for line in before for k in FAILED)}"
+    )
+    assert failed in card
+    return card.replace(sent, "").replace(failed, "")
+
+
 def outcome(run: Path) -> dict[str, Any]:
-    """Return the contents of a run directory that must not depend on interruptions."""
-    summary = without_seconds(summary_of(run))
+    """Return the contents of a run directory that must not depend on interruptions.
+
+    What rounds that did not finish sent is taken out of the figures that count it.
+    """
+    lost, summary = unfinished_of(run), without_seconds(summary_of(run))
     for per_process in ("base_loads", "processes"):
         del summary[per_process]
+    ledger = read_json(run / "ledger.json")
+    assert summary.pop("communication_mib") == ledger["communication_mib"]
+    totals = {kind: Counter(traffic) for kind, traffic in ledger["totals"].items()}
+    for line in lost:
+        for kind, traffic in line["totals"].items():
+            totals[kind].subtract(traffic)
+        summary["failed_replies"] -= sum(len(line.get(k, ())) for k in FAILED)
     state = max((run / "state").glob("round-*"))  # a kill may leave the one before it behind
     return {
         "adapters": {
             f.parent.name: f.read_bytes() for f in run.glob("peft_*/adapter_model.safetensors")
         },
-        "cards": {f.parent.name: f.read_text() for f in run.glob("peft_*/README.md")},
-        "metrics": [without_seconds(record) for record in metrics_of(run)],
-        "ledger": read_json(run / "ledger.json"),
+        "cards": {
+            f"peft_{record['round']}": card_of(run, record)
+            for record in metrics_of(run)
+            if "checkpoint" in record
+        },
+        "metrics": [counted_apart(run, record) for record in metrics_of(run)],
+        "ledger": totals,
         "summary": summary,
         "state": (state.name, (state / "adapter.safetensors").read_bytes()),
         "partial": [f.name for f in run.rglob(".*")],
@@ -149,7 +199,7 @@ def test_a_run_interrupted_before_anything_was_measured_leaves_no_directory(
     assert not Path(settings["run-directory"]).exists()
 
 
-def test_a_run_that_failed_resumes_to_the_bit_when_the_sites_are_back(
+def test_a_run_that_failed_twice_resumes_to_the_bit_and_counts_what_it_sent(
     settings: Settings, whole: dict[str, Any]
 ) -> None:
     def sites(message: Message, context: Context) -> Message:
@@ -159,11 +209,22 @@ def test_a_run_that_failed_resumes_to_the_bit_when_the_sites_are_back(
             raise RuntimeError("no power")
         return GOOD_SITES(message, context)
 
-    with pytest.raises(RoundError):
-        play(settings, sites)
-    run = Path(settings["run-directory"])
-    assert summary_of(run)["status"] == "failed"
+    run, sent = Path(settings["run-directory"]), [0.0]
+    for again in ({}, {"resume-from": settings["run-directory"]}):
+        with pytest.raises(RoundError):
+            play(settings, sites, **again)
+        summary, ledger = summary_of(run), read_json(run / "ledger.json")
+        sent.append(summary["communication_mib"])
+        assert (summary["status"], summary["failed_replies"]) == ("failed", 3 * (len(sent) - 1))
+        assert ledger["communication_mib"] == sent[-1] > sent[-2]
+    first, second = unfinished_of(run)
+    assert first["after-round"] == second["after-round"] == 2
+    assert first["cohort"] == [int(site) for site in first["failed"]]
+    assert all(why.endswith("RuntimeError: no power") for why in first["failed"].values())
+    assert second["communication-mib"] == sent[2] - sent[1] > 0
+    assert metrics_of(run)[-1]["communication-mib"] == sent[1] - first["communication-mib"]
     assert outcome(resume(settings)) == whole
+    assert summary_of(run)["failed_replies"] == 6
 
 
 # --- Killed at every write ------------------------------------------------------------------------

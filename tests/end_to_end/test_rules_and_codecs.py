@@ -261,6 +261,7 @@ def test_a_site_with_an_inverted_update_is_excluded_and_reported(settings: Setti
         assert list(line["failed"]) == ["5"]
         assert "cosine of -" in line["failed"]["5"]
         assert "5" not in line["good"]
+        assert line["update-cosines"]["5"] < 0 < line["update-cosines"]["0"]
     assert summary_of(run)["failed_replies"] == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from grandrounds.config.words import beyond
 from grandrounds.server.aggregation.product_error import ProductError
 from grandrounds.server.updates import SAMPLED, sample
 
@@ -20,6 +21,13 @@ def test_the_sample_looks_at_every_rank() -> None:
     )
     assert set(seen[seen > 0].tolist()) == set(range(1, RANK))
     assert abs(len(seen) - SAMPLED) < 0.02 * SAMPLED
+
+
+def test_a_reason_tells_a_value_from_the_limit_that_it_misses() -> None:
+    assert beyond(0.0699, 0.07, 2) == "0.0699"
+    assert beyond(-0.98, 0.07, 2) == "-0.98"
+    assert beyond(3.00001, 3) == "3.00001"
+    assert beyond(0.5, 0.5) == "0.5"
 
 
 def test_small_updates_are_looked_at_whole() -> None:

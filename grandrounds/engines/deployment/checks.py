@@ -29,7 +29,7 @@ from grandrounds.engines.deployment import joining, keys, rosters
 from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
 from grandrounds.model import headroom
 from grandrounds.model.tokenizers import dated, tokenizer_of
-from grandrounds.site.custody import budget_report, policy, quota
+from grandrounds.site.custody import agent_key, budget_report, policy, quota
 from grandrounds.site.custody.identifiers import in_words
 from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_identifiers, own_split, units_alike
@@ -152,14 +152,13 @@ def _privacy(site: SiteFile) -> Iterator[Finding]:
     privacy = site.privacy
     if not privacy.declared_units:
         told = "no private visits (privacy.declared-units = 0)"
-        if privacy.require == "none":
-            yield Finding("ok", "privacy", told)
+        yield Finding("ok", "privacy", told)
         return
     accountant.check_installed()
     with opened(site.place(site.agent.state)) as state:
         budget = budget_report.report(site, state)
         split = own_split(site, private=True)
-    required = "every run" if privacy.require != "none" else "only runs that ask for it"
+    required = "every run" if privacy.requires_units else "only runs that ask for it"
     yield Finding(
         "ok" if budget["started"] and budget["epsilon-left"] > 0 else "warning",
         "privacy",
@@ -295,15 +294,29 @@ def _node_key(site: SiteFile) -> Iterator[Finding]:
 
 def _roster(site: SiteFile) -> Iterator[Finding]:
     """The agent keys that the site has accepted, and which of them were revoked since."""
-    if (roster := rosters.accepted(site)) is None:
+    secure, masked = site.secure, site.privacy.requires_masks
+    if (roster := agent_key.accepted(site)) is None:
+        if masked:
+            raise ConfigError(
+                f"privacy.require = {site.privacy.require!r}, but there is no "
+                f"{site.place(secure.roster)}: accept the consortium's roster (grandrounds site "
+                "accept-roster); until then the site takes part in no run."
+            )
         return
     if gone := rosters.revoked_members(site, roster):
         raise ConfigError(
-            f"{rosters.file_of(site.path.parent)} lists {', '.join(map(repr, gone))}, which the "
+            f"{site.place(secure.roster)} lists {', '.join(map(repr, gone))}, which the "
             "consortium has revoked: accept a new roster (grandrounds site accept-roster)."
         )
     text = f"serial {roster.serial}, {len(roster.members)} sites, {rosters.digest_text(roster)}"
     yield Finding("ok", "roster", text)
+    required = "every update masked" if masked else "masked sums where a run asks for them"
+    text = f"{required}, of {secure.min_cohort} sites or more (secure.min-cohort)"
+    if len(roster.members) < secure.min_cohort:
+        text += f", and the roster has {len(roster.members)}: no masked run is answered"
+        yield Finding("warning", "masks", text)
+    else:
+        yield Finding("ok", "masks", text)
 
 
 def _authority(site: SiteFile) -> Iterator[Finding]:

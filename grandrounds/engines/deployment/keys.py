@@ -25,6 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from grandrounds.errors import ConfigError
 from grandrounds.storage import read_bytes
+from grandrounds.wire.masks.keys import read_private_key as read_private_key
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -63,36 +64,6 @@ def write_new(path: Path, content: bytes, mode: int = 0o644) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from error
     with os.fdopen(handle, "wb") as file:
         file.write(content)
-
-
-def read_private_key(path: Path) -> PrivateKey:
-    """Return a private key in OpenSSH or PKCS #8 format.
-
-    Raises
-    ------
-    ConfigError
-        If other users can read it, it has a passphrase, or it is not an ECDSA key on P-384.
-    """
-    content = read_bytes(path)
-    if path.stat().st_mode & 0o077:
-        raise ConfigError(
-            f"{path} is readable by other users (mode {path.stat().st_mode & 0o777:o}): whoever "
-            f"holds it can act as this site. chmod 600 {path}"
-        )
-    try:
-        key = (
-            serialization.load_ssh_private_key(content, None)
-            if b"OPENSSH" in content[:64]
-            else serialization.load_pem_private_key(content, None)
-        )
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path} is not a private key without passphrase ({error}).") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise ConfigError(
-            f"{path} is not an ECDSA key on P-384, the curve of Flower's nodes. Create one with "
-            "grandrounds site init."
-        )
-    return key
 
 
 def public_text(key: PublicKey, comment: str = "") -> str:

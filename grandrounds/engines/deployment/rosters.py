@@ -17,6 +17,7 @@ from grandrounds.engines.deployment.joining import AUTHORITY, revocations
 from grandrounds.engines.deployment.set_up import AGENT_KEY, IDENTITY
 from grandrounds.errors import ConfigError
 from grandrounds.server.admitted import admission_of, consortium_of
+from grandrounds.site.custody.agent_key import accepted
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.together import replace_together
 from grandrounds.wire.masks.roster import FILE, Roster, roster_of
@@ -45,11 +46,6 @@ def write_roster(folder: Path) -> Roster:
     described["serial"] = next_serial(folder)
     storage.write_text(folder / FILE, signed.signed_text(described, authority))
     return roster_of(described, str(folder / FILE))
-
-
-def file_of(folder: Path) -> Path:
-    """Return the roster's file in the folder of a consortium or a site."""
-    return folder / FILE
 
 
 @dataclass(frozen=True)
@@ -114,21 +110,8 @@ def offered(site: SiteFile, file: Path) -> Offered:
 def accept(site: SiteFile, found: Offered) -> None:
     """Keep a roster as the site's own; raise `ConfigError` if it cannot be written."""
     folder = site.path.parent
-    replace_together(folder, {folder / FILE: storage.read_text(found.file)})
-
-
-def accepted(site: SiteFile) -> Roster | None:
-    """Return the roster that a site has accepted; None if there is none.
-
-    Raises
-    ------
-    ConfigError
-        If the file is damaged.
-    """
-    file = site.path.parent / FILE
-    if not file.is_file():
-        return None
-    return roster_of(storage.read_json(file).get("content") or {}, str(file))
+    place = site.place(site.secure.roster)
+    replace_together(folder, {place: storage.read_text(found.file)})
 
 
 def digest_text(roster: Roster) -> str:

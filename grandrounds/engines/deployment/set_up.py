@@ -22,15 +22,13 @@ from grandrounds.config.words import command
 from grandrounds.engines.deployment import keys, signed
 from grandrounds.errors import ConfigError
 from grandrounds.site.custody import sequence
+from grandrounds.site.custody.agent_key import IDENTITY as IDENTITY
 from grandrounds.site.custody.site_file import TEMPLATE, SiteFile
 
 TEMPLATES = Path(__file__).with_name("templates")
 
 DATABASE = "superlink.db"
 """File of a consortium: the SuperLink's database, through which all updates pass."""
-
-IDENTITY = "identity.key"
-"""File of a site: its agent key, with which it signs in masked sums."""
 
 AGENT_KEY = "agent-key"
 """Key of a request, an admission and a roster: the public half of it, in OpenSSH format."""

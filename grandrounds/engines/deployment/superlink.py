@@ -36,6 +36,7 @@ from grandrounds.errors import ConfigError, EngineError, nearest
 from grandrounds.server import admitted
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Listener
+from grandrounds.server.masks.rosters import check_roster
 from grandrounds.storage import read_toml
 
 POLL_SECONDS = 0.5
@@ -72,6 +73,14 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
         )
     if folder and Path(folder).is_dir():
         check_revocations(Path(folder))
+        federation = dataclasses.replace(config.federation, consortium=folder)
+        check_roster(dataclasses.replace(config, federation=federation))
+    if config.is_masked and not folder:
+        raise ConfigError(
+            f"secure-aggregation = {config.federation.secure_aggregation!r} needs the consortium's "
+            "folder, with the roster of the sites' agent keys, and there is none beside the "
+            "connection's certificate. If it is on the SuperLink's machine: --set consortium=FOLDER"
+        )
     if untied := untied_sites(folder, config.data.num_partitions):
         sys.stdout.write(f"{untied}\n")
     words = ["grandrounds", "run", "--resume", directory]
@@ -141,6 +150,8 @@ def in_one_array(config: Config) -> Config:
     up, down = (
         "float32" if name == "none" else name for name in (how.uplink_codec, how.downlink_codec)
     )
+    if config.is_masked:  # whose vectors are one array already
+        up = how.uplink_codec
     how = dataclasses.replace(how, uplink_codec=up, downlink_codec=down)
     return dataclasses.replace(config, communication=how)
 

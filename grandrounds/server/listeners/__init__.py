@@ -47,6 +47,9 @@ class Listener:
     def on_round(self, record: Facts) -> None:
         """Handle a finished round's line of metrics.jsonl."""
 
+    def on_unfinished(self, line: Facts) -> None:
+        """Handle the line of unfinished.jsonl of a round that failed or was interrupted."""
+
     def on_checkpoint(self, round_number: int, folder: str) -> None:
         """Handle the folder of a new PEFT checkpoint."""
 

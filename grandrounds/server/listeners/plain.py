@@ -8,7 +8,7 @@ from typing import Any
 
 from grandrounds.config import schedules
 from grandrounds.config.keys import Config
-from grandrounds.config.words import NOT_TOLD, counted, percent
+from grandrounds.config.words import NOT_TOLD, beyond, counted, percent
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import (
     Sites,
@@ -25,6 +25,7 @@ from grandrounds.server.listeners.start_rows import (
     recipe_rows,
     site_rows,
 )
+from grandrounds.server.unfinished import EVALUATE, MAGNITUDES, TRAIN
 from grandrounds.statistics import wilson_interval
 from grandrounds.wire.guarantee import LOSS_DEVIATION, REHEARSAL
 from grandrounds.wire.names import SiteNames, names_of, one_line
@@ -73,10 +74,21 @@ def checkpoint_line(folder: str) -> str:
     return f"  checkpoint: {short_path(folder)}"
 
 
+FAILED = {
+    MAGNITUDES: " to tell where the magnitudes start",
+    TRAIN: "",
+    EVALUATE: " in evaluation",
+}
+"""Key of a round's failed replies → in what a site failed."""
+
+
 def failure_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     """Return the failed replies and refused sites of a round, one line each."""
-    failed = {**record.get("failed", {}), **record.get("evaluate-failed", {})}
-    lines = [f"  {names[int(site)]} failed: {one_line(why)}" for site, why in failed.items()]
+    lines = [
+        f"  {names[int(site)]} failed{phase}: {one_line(why)}"
+        for kind, phase in FAILED.items()
+        for site, why in record.get(kind, {}).items()
+    ]
     if why := record.get("skipped"):
         lines.insert(0, f"  skipped, the adapter stays: {why}")
     for who, why in record.get("refused", {}).items():
@@ -120,7 +132,7 @@ def limit_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
         lines.append(f"  weight limited (strategy.largest-weight): {', '.join(limited)}")
     bound = record.get("norm-bound", math.inf)
     longer = [
-        f"{names[int(site)]}, {norm:.3g} long"
+        f"{names[int(site)]}, {beyond(norm, bound)} long"
         for site, norm in record.get("update-norms", {}).items()
         if norm > bound
     ]

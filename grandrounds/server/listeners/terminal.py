@@ -8,13 +8,12 @@ from typing import Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from grandrounds.config.keys import Config
 from grandrounds.server.described import cautions
-from grandrounds.server.listeners import Facts, Listener
+from grandrounds.server.listeners import Facts, Listener, boxes
 from grandrounds.server.listeners import plain as reporting
 from grandrounds.server.listeners.clock import Clock, time_text
 from grandrounds.server.listeners.next_steps import next_steps
@@ -158,18 +157,11 @@ class RichReporter(Listener):
         """Show the outcome in a table, and the next commands."""
         self.summary = summary
         self._progress.stop()
-        table = Table(title="result", show_header=False, title_justify="left")
         config, sites = self._config, self._present.sites
-        for name, value in reporting.summary_rows(summary, sites):
-            table.add_row(name, escape(value))
-        self._console.print(table)
+        boxes.draw(self._console, "result", (), reporting.summary_rows(summary, sites))
         if summary.get("formulary"):
-            scores = Table(title="formulary", title_justify="left")
-            for heading in ("facts", "base", "tuned"):
-                scores.add_column(heading)
-            for row in reporting.formulary_rows(summary["formulary"], config, sites):
-                scores.add_row(*row)
-            self._console.print(scores)
+            scores = reporting.formulary_rows(summary["formulary"], config, sites)
+            boxes.draw(self._console, "formulary", ("facts", "base", "tuned"), scores)
             if forgotten := reporting.forgetting_text(summary["formulary"], config):
                 self._console.print(f"[yellow]{forgotten}[/]")
         if disagreement := reporting.disagreement_text(summary):

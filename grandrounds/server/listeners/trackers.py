@@ -20,6 +20,7 @@ from grandrounds.errors import ConfigError, first_line
 from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners.tracker_libraries import TensorBoard, TrackedRun, Tracker
 from grandrounds.server.listeners.tracker_process import Apart
+from grandrounds.server.unfinished import AFTER, failures_of
 
 FIGURES = (
     "train-loss",
@@ -137,10 +138,21 @@ class Tracked(Listener):
     def on_round(self, record: Facts) -> None:
         """Log the round's figures."""
         self._listener.on_round(record)
-        figures = figures_of(record)
+        self._log(record["round"], figures_of(record))
+
+    def on_unfinished(self, line: Facts) -> None:
+        """Log what was sent in a round that did not finish, at the round before."""
+        self._listener.on_unfinished(line)
+        figures = {
+            "unfinished-communication-mib": float(line["communication-mib"]),
+            "unfinished-failed-replies": float(failures_of(line)),
+        }
+        self._log(line[AFTER] or 0, figures)
+
+    def _log(self, round_number: int, figures: Mapping[str, float]) -> None:
         for name, tracker in list(self._active.items()):
             with self._kept_apart(name):
-                tracker.log(record["round"], figures)
+                tracker.log(round_number, figures)
 
     @contextmanager
     def _kept_apart(self, name: str) -> Iterator[None]:

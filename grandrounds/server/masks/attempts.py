@@ -14,18 +14,19 @@ from typing import Any
 
 from flwr.app import Message
 
+from grandrounds.config.digest import recipe_sha256
 from grandrounds.config.keys import Config
 from grandrounds.errors import RoundError
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.exchange import Exchange, OnReply, Tally
-from grandrounds.server.masks.exchanges import Play
+from grandrounds.server.masks.exchanges import NOT_ABOARD, Play
 from grandrounds.server.masks.masked_sum import MaskedSum
 from grandrounds.server.masks.ride import Ride
+from grandrounds.server.masks.rosters import roster_for
 from grandrounds.wire.adapter import Shapes, count_parameters
-from grandrounds.wire.masks.attempt import FIRST_ATTEMPT, LEAST_COHORT, Attempt
-from grandrounds.wire.masks.carried import ATTEMPT, MOST_WEIGHT
+from grandrounds.wire.masks.attempt import FIRST_ATTEMPT, LEAST_COHORT, Attempt, given_up
+from grandrounds.wire.masks.carried import ATTEMPT, MOST_WEIGHT, RECIPE
 from grandrounds.wire.masks.fixed_point import Sum, numbers_of
-from grandrounds.wire.masks.rehearsal import roster_of_run
 from grandrounds.wire.names import SiteNames
 
 MOST_TRIES = 3
@@ -40,7 +41,7 @@ class Asked:
 
     number: int
     """The round."""
-    messages: Callable[[Mapping[str, int]], dict[int, Message]]
+    messages: Callable[[Mapping[str, int | str]], dict[int, Message]]
     """Instructions more → partition id → message with adapter and instruction."""
     learning_rate: float
     shapes: Shapes
@@ -96,6 +97,8 @@ class Masks:
     directory: RunDirectory
     ride: Ride | None = None
     """What rode on the last round, for the next one."""
+    given: list[set[int]] = field(default_factory=list)
+    """Cohorts of the round's attempts that failed once sites had trained for them."""
 
     def summed(self, asked: Asked, on_reply: OnReply, names: SiteNames) -> Outcome:
         """Let the sites of a round train and add up, in as many attempts as it takes.
@@ -104,6 +107,7 @@ class Masks:
         The next attempt goes on without those that failed, unless they are needed.
         """
         outcome, failed, told = Outcome(), dict[int, str](), set[int]()
+        self.given = []
 
         def tell(site: int, failure: str | None) -> None:
             told.add(site)
@@ -118,7 +122,9 @@ class Masks:
                 tally = self._until_confirmed(asked, play, aboard is not None, tell)
             except RoundError as error:
                 outcome.lost = f"{error} {Tally(failed=play.failed).reasons(names)}".rstrip()
-                failed |= play.failed
+                failed |= {p: why for p, why in play.failed.items() if why != NOT_ABOARD}
+                if play.collected.received:  # the sites were asked to train
+                    self.given.append(set(play.collected.listed))
             else:
                 self._note(play, unmask_asked=True)
                 outcome.tally.good, outcome.is_burned, outcome.lost = tally.good, True, ""
@@ -168,12 +174,18 @@ class Masks:
         spent: Collection[int],
         failed: Collection[int],
     ) -> Play:
-        """Return an attempt, without the sites that failed unless too few would be left."""
-        instruction = {ATTEMPT: number, MOST_WEIGHT: asked.most_weight}
+        """Return an attempt, without the sites that failed unless too few would be left.
+
+        So few also that sites refuse, since an earlier attempt could still have a sum.
+        """
+        instruction: dict[str, int | str] = {ATTEMPT: number, MOST_WEIGHT: asked.most_weight}
+        instruction[RECIPE] = recipe_sha256(self.config)
         there = {s: m for s, m in asked.messages(instruction).items() if s not in spent}
         left = {site: message for site, message in there.items() if site not in failed}
-        enough = len(left) >= max(LEAST_COHORT, asked.least)
-        roster = roster_of_run(self.config.federation.seed, self.config.data.num_partitions)
+        enough = len(left) >= max(LEAST_COHORT, asked.least) and all(
+            len(cohort & left.keys()) >= given_up(len(cohort)) for cohort in self.given
+        )
+        roster = roster_for(self.config, self.directory.path)
         following = Attempt(self.exchange.run, asked.number + 1, FIRST_ATTEMPT, roster.digest)
         return Play(
             self.exchange,

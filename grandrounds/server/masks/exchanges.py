@@ -48,6 +48,8 @@ class Play:
     """Partition id → why the site does not answer any more."""
     spent: set[int] = field(default_factory=set)
     """Those of them whose privacy budget is spent."""
+    silent: set[int] = field(default_factory=set)
+    """Those of them that did not reply in time."""
     waits: int = 0
     """Exchanges so far: messages to several sites, and a wait for their replies."""
 
@@ -90,6 +92,7 @@ class Play:
         tally = self.exchange.ask(MessageType.TRAIN, outgoing, use, on_reply)
         self.waits += 1
         self.spent |= tally.spent
+        self.silent |= tally.silent
         tally.failed |= self.failed
         self.failed |= tally.failed
         return tally
@@ -119,7 +122,7 @@ class Play:
     def _ask(self, kind: str, sites: Collection[int], request: bytes, take: Take) -> None:
         """Play an exchange that carries no adapter, and let the next round's ride on it."""
         rides = RIDES.get(kind, "")
-        riders = self.ride.requests(rides) if rides else {}
+        riders = self.ride.requests(rides, self.silent) if rides else {}
         this, following = self.collected.attempt, self.ride.following.attempt
         outgoing = {}
         for site in sites:
@@ -144,6 +147,7 @@ class Play:
         tally = self.exchange.ask(MASKS, outgoing, use)
         self.waits += 1
         self.failed |= {site: why for site, why in tally.failed.items() if site in sites}
+        self.silent |= tally.silent.intersection(sites)
         self.ride.failed |= {site: why for site, why in tally.failed.items() if site in riders}
 
     def _message(

@@ -6,7 +6,7 @@ adapter. Sites of the next cohort that are not in this round are asked in the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import RecordDict
@@ -18,6 +18,8 @@ from grandrounds.wire.masks.attempt import KEYS, SHARES
 from grandrounds.wire.masks.carried import NEXT, carried
 from grandrounds.wire.names import one_line
 
+SILENT = "did not answer in the round before"
+
 
 @dataclass
 class Ride:
@@ -26,15 +28,21 @@ class Ride:
     following: MaskedSum
     """The sum of the next round, which gets keys and shares here."""
     nodes: Mapping[int, int]
-    """Partition id → node, of the next cohort's sites that may be asked; none after the last
-    round."""
+    """Partition id → node, of the next cohort's sites; none after the last round."""
     failed: dict[int, str] = field(default_factory=dict)
     """Partition id → why the site is not aboard."""
 
-    def requests(self, exchange: str) -> dict[int, bytes]:
-        """Return partition id → what `keys` or `shares` of the next round sends; empty if lost."""
+    def requests(self, exchange: str, silent: Collection[int]) -> dict[int, bytes]:
+        """Return partition id → what `keys` or `shares` of the next round sends; empty if lost.
+
+        Parameters
+        ----------
+        silent
+            Sites that have not answered in this round: nobody waits for them once more.
+        """
         if exchange == KEYS:
-            return dict.fromkeys(self.nodes, b"")
+            self.failed |= dict.fromkeys(self.nodes.keys() & set(silent), SILENT)
+            return dict.fromkeys(self.nodes.keys() - set(silent), b"")
         try:
             request = self.following.key_list()
         except RoundError:

@@ -24,8 +24,8 @@ def masks_text(config: Config, sites: Sites = ()) -> str:
         return ""
     what = f"{BETA}, {config.federation.secure_aggregation}"
     if are_real(sites):
-        return f"{what}: the server learns the sum of a round's updates, and no single one"
-    return f"{what}: a rehearsal, since this machine holds the keys of all sites"
+        return f"{what}; the server learns the sum of a round's updates, and no single one"
+    return f"{what}; a rehearsal, since this machine holds the keys of all sites"
 
 
 def still_told(config: Config) -> str:
@@ -33,9 +33,14 @@ def still_told(config: Config) -> str:
     told = [
         "its introduction, with its training examples (rounded; of private visits the units that "
         "it declares)",
-        "in which rounds it takes part",
+        "the rounds in which it takes part",
         "when it answers",
     ]
-    if config.strategy.fraction_evaluate and not config.is_private:
-        told.append("its held-out loss, if its policy lets it (rounded)")
+    if config.strategy.fraction_evaluate:
+        how = "in a rehearsal only" if config.is_private else "rounded, if its policy lets it"
+        told.append(f"its held-out loss ({how})")
+    if config.is_private:
+        told.append("the epsilon that it has spent")
+    if config.privacy.report_train_loss:
+        told.append("the noised training loss of a visit, if its policy lets it")
     return f"{', '.join(told[:-1])}, and {told[-1]}; message sizes are the same for all"

@@ -24,14 +24,21 @@ from grandrounds.site.custody import (
     faults,
     guarantee,
     kept_runs,
+    own_masks,
     policy,
     quota,
     refusals,
     replay,
 )
 from grandrounds.site.custody.approvals import check_approved
-from grandrounds.site.custody.counting import begin, check_quota
-from grandrounds.site.custody.disclosure import EVALUATE, NO_ANSWER, QUERY, TRAIN, tells_loss
+from grandrounds.site.custody.counting import Begun, begin, check_quota
+from grandrounds.site.custody.disclosure import (
+    EVALUATE,
+    NO_ANSWER,
+    QUERY,
+    tells_loss,
+    told_examples,
+)
 from grandrounds.site.custody.own_base import base_folder, checked_base
 from grandrounds.site.custody.own_run import (
     admit,
@@ -48,6 +55,7 @@ from grandrounds.site.custody.telling import introduce, left, search, tensors_sh
 from grandrounds.site.visit import Visit, parsed, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.masks.attempt import KEYS, KIND_OF
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 from grandrounds.wire.told import HELD_OUT_LOSS
 
@@ -160,6 +168,8 @@ def _answered(request: Request, function: Function) -> Message:
     request.entry |= policy.check_recipe(site, config).as_dict()
     request.entry |= check_approved(site, state.folder, config, run)
     request.is_private = config.is_private
+    if config.is_masked:
+        request.end = own_masks.end_at(request)
 
     # 4. The base: known to the site, with the expected files.
     base = checked_base(site, config.model.name)
@@ -174,12 +184,17 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 6. Does the visit fit in memory, and in the privacy budget? What else needs no data?
     headroom.check_fits(own)
-    if request.is_private and request.kind in (QUERY, TRAIN):
+    change = own_masks.ready_to_mask(request, config, own)
+    asks_for_visits = request.trains or request.kind in (QUERY, KIND_OF[KEYS])
+    if request.is_private and asks_for_visits:
         request.mechanism = guarantee.reserved(site, state, run, config)
-        if not (request.is_visit and budget.known_key(state, run, digest)):
+        is_charged = request.is_visit and budget.known_key(state, run, digest)
+        if not is_charged and change is None:
             budget.check_visit(budget.read(site, state), run)
     if request.is_private and request.kind == EVALUATE:
         return without_loss(request)
+    if request.end and request.is_exchange:
+        return exchanged(request, own, function)
     request.touched = True
 
     # 7. The site's data, and the policy's limits that depend on their number.
@@ -201,7 +216,12 @@ def _answered(request: Request, function: Function) -> Message:
 
     # 9. The visit.
     sizes = len(examples.train), visiting.arguments.max_steps * visiting.examples_per_step
-    begun = begin(request, config, digest, kept, sizes)
+    if change is None:
+        begun = begin(request, config, digest, kept, sizes)
+    else:
+        quota.check_questions(site, state, run)
+        quota.count_question(state, run)
+        begun, function = Begun(), own_masks.masked_again(change)
     visit = Visit(
         request.message.content,
         kept,
@@ -210,8 +230,11 @@ def _answered(request: Request, function: Function) -> Message:
         begun.chosen,
         request.mechanism,
         begun.coins,
+        request.end,
+        told_examples(site, examples.report),
     )
     reply = visited(request, visit, function)
+    own_masks.note_change(request, config, kept)
 
     # 10. What may be told of it.
     if request.kind == QUERY:
@@ -221,7 +244,9 @@ def _answered(request: Request, function: Function) -> Message:
     # 11. State and cached reply, both or neither.
     if request.is_visit:
         changed = any(before.get(name) is not record for name, record in kept.items())
-        replay.keep(request, replay.Answered(digest, kept if changed else None, reply))
+        replay.keep(
+            request, replay.Answered(digest, kept if changed else None, reply, change is None)
+        )
     else:
         quota.count_question(state, run)
     request.entry["outcome"] = "answered"
@@ -233,6 +258,16 @@ def own_magnitudes(request: Request, own: Config) -> Adapter:
     if not (own.lora.peft_use_dora and request.is_visit):
         return {}
     return machine.prepare_model(own).magnitudes
+
+
+def exchanged(request: Request, own: Config, function: Function) -> Message:
+    """Return the answer to an exchange of a masked sum, which needs neither base nor data."""
+    quota.check_questions(request.site, request.state, request.run)
+    reply = visited(request, own_masks.exchange_of(request, own), function)
+    quota.count_question(request.state, request.run)
+    request.entry |= {"outcome": "answered", **own_masks.agreed(request)}
+    request.entry |= own_masks.next_refused(reply.content)
+    return Message(own_masks.leaving(reply.content), reply_to=request.message)
 
 
 def without_loss(request: Request) -> Message:

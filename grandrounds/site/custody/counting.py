@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flwr.app import MessageType, RecordDict
+from flwr.app import RecordDict
 
 from grandrounds.config.keys import Config
 from grandrounds.site.custody import budget, kept_runs, order, quota, replay
@@ -60,7 +60,7 @@ def begin(
     if not request.is_visit:
         return Begun()
     kept_runs.check_room(state)
-    trains, key, start = request.kind == MessageType.TRAIN, b"", None
+    trains, key, start = request.trains, b"", None
     with state.lasting():
         quota.check_run(site, state, run)
         quota.check_visits(site, state)

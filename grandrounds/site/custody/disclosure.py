@@ -18,6 +18,7 @@ from flwr.app import RecordDict
 
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import guarantee, messages
+from grandrounds.wire.masks.attempt import CONFIRM, KEYS, KIND_OF, MASKED_KIND, SHARES, UNMASK
 from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, MAGNITUDES, METRICS
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
@@ -182,6 +183,35 @@ FIELDS = (
     ),
     Field("seconds", TRAIN, METRICS, TELEMETRY, "seconds of the visit"),
     *_fields(TRAIN, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
+    Field(
+        "tensors",
+        MASKED_KIND,
+        ARRAYS,
+        AS_IT_IS,
+        "the change of the adapter, its weight and the count of values cut, under masks",
+        AS_IT_IS,
+    ),
+    Field("train-loss", MASKED_KIND, METRICS, OF_PRIVATE, "mean loss of the visit", NOISED),
+    *_fields(
+        MASKED_KIND,
+        METRICS,
+        OF_PRIVATE,
+        {
+            guarantee.EPSILON: "ε of the run's visits so far, this one included",
+            guarantee.VISITS_LEFT: "visits of the run that its budget still allows",
+        },
+        AS_IT_IS,
+    ),
+    *_fields(MASKED_KIND, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
+    *(
+        Field("tensors", KIND_OF[exchange], ARRAYS, AS_IT_IS, meaning, AS_IT_IS)
+        for exchange, meaning in (
+            (KEYS, "two public keys of one attempt at a masked sum, signed by the agent key"),
+            (SHARES, "for each other site, sealed shares of what its masks are made of"),
+            (CONFIRM, "its signature over the sites in the sum, and its keys of the next round"),
+            (UNMASK, "of each site one share, to remove the masks; its shares of the next round"),
+        )
+    ),
     *_fields(
         EVALUATE,
         METRICS,
@@ -233,6 +263,8 @@ FAILURE = {
 }
 """What a reply says instead of all this if the visit was refused or failed."""
 
+_WITH_TENSORS = {field.kind for field in FIELDS if field.record == ARRAYS}
+
 _BY_PLACE = {(field.kind, field.record, field.name): field for field in FIELDS}
 
 _OF_HELD_OUT = {
@@ -279,7 +311,7 @@ def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
     kind : str
         The message type.
     """
-    arrays = content.array_records.get(ARRAYS) if kind in (TRAIN, MAGNITUDES) else None
+    arrays = content.array_records.get(ARRAYS) if kind in _WITH_TENSORS else None
     facts = dict(content.config_records.get(CONFIG) or {})
     metrics = dict(content.metric_records.get(METRICS) or {})
     if kind == EVALUATE and metrics.get("tokens"):

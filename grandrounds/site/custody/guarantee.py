@@ -30,7 +30,7 @@ def objections(site: SiteFile, config: Config) -> Iterator[str]:
     """Yield why a site's `[privacy]` refuses a recipe; nothing here computes ε."""
     privacy, asked = site.privacy, config.privacy
     if not config.is_private:
-        if privacy.require != "none":
+        if privacy.requires_units:
             yield (
                 f"privacy.require = {privacy.require!r}, requested privacy.unit-guarantee = "
                 f'"none" (set it to "example", and privacy.target-epsilon)'

@@ -1,7 +1,8 @@
 """A site's attempts at masked sums in its custody: rows of `site.sqlite`, masked vectors in files.
 
 Whatever leaves the site is on disk before. `site forget-run` deletes attempts and vectors; which
-rounds were summed is never forgotten, since a second sum of a round gives away a single update.
+rounds were begun is never forgotten, and the site takes no part in them again, since a second sum
+of a round gives away a single update.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from grandrounds.errors import ConfigError, PolicyError
 from grandrounds.site.custody.kept_runs import new_file, read_kept
 from grandrounds.site.custody.state import REPLIES, SiteState
-from grandrounds.site.masks.held import Held, Kept, begun, held_of, is_over, kept_of, summed
+from grandrounds.site.masks.held import (
+    Held,
+    Kept,
+    begun,
+    held_of,
+    is_over,
+    kept_of,
+    summed,
+    with_earlier,
+)
 from grandrounds.wire.masks.attempt import UNMASK, Attempt
 
 _VECTOR = "vector"
@@ -31,16 +41,17 @@ class CustodyStore:
         attempt = held.attempt
         with self._state.lasting() as table:
             _keep(table, attempt.run, begun(_kept(table, attempt.run), attempt))
-            gone = []
+            gone, before = [], []
             for number, data, file in table.execute(
                 "select rowid, held, file from mask_attempts where run = ?", (attempt.run,)
             ).fetchall():
-                if is_over(held_of(data), attempt):
+                before.append(held_of(data))
+                if is_over(before[-1], attempt):
                     table.execute("delete from mask_attempts where rowid = ?", (number,))
                     gone.append(file)
             table.execute(
                 "insert into mask_attempts (run, round, number, held) values (?, ?, ?, ?)",
-                (attempt.run, attempt.round, attempt.number, held.packed()),
+                (attempt.run, attempt.round, attempt.number, with_earlier(held, before).packed()),
             )
         self._state.discard(gone)
         self._state.erase()

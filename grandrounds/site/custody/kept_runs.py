@@ -10,7 +10,7 @@ import json
 import secrets
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import RecordDict
@@ -22,6 +22,7 @@ from grandrounds.errors import ConfigError, PolicyError, first_line
 from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.custody.state_files import read_records, write_records
+from grandrounds.site.masks.held import kept_of
 
 KEPT_DAYS = 90
 """Days after its last visit for which a run is kept."""
@@ -161,7 +162,10 @@ def check_room(state: SiteState) -> None:
 
 
 def forget(state: SiteState, run: str) -> bool:
-    """Delete what is kept of a run; return whether there was anything. Quotas stay as they are."""
+    """Delete what is kept of a run; return whether there was anything.
+
+    Quotas stay as they are, and of masked sums which rounds were begun: they are over here.
+    """
     with state.lasting() as table:
         rows = table.execute(
             "select file from kept_runs where run = ? "
@@ -172,6 +176,10 @@ def forget(state: SiteState, run: str) -> bool:
         table.execute("delete from kept_runs where run = ?", (run,))
         table.execute("delete from requests where run = ?", (run,))
         table.execute("delete from mask_attempts where run = ?", (run,))
+        for (data,) in table.execute("select kept from mask_runs where run = ?", (run,)).fetchall():
+            kept = kept_of(data)
+            over = replace(kept, summed=kept.round).packed()
+            table.execute("update mask_runs set kept = ? where run = ?", (over, run))
     state.discard([row[0] for row in rows])
     return bool(rows)
 

@@ -11,16 +11,20 @@ from dataclasses import asdict, dataclass
 
 from flwr.app import ConfigRecord
 
+from grandrounds.config.digest import recipe_sha256
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY, Config
 from grandrounds.config.prompt import KEY, identities, identity_of
 from grandrounds.config.values import words_of
 from grandrounds.config.words import has_controls
 from grandrounds.data.own_prompt import check_prompt
 from grandrounds.errors import PolicyError, nearest
-from grandrounds.site.custody import guarantee
+from grandrounds.site.custody import agent_key, guarantee
+from grandrounds.site.custody.request import TRAINING
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Ranks
+from grandrounds.wire.masks.attempt import KIND_OF
+from grandrounds.wire.masks.carried import RECIPE
 from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 
 
@@ -226,14 +230,14 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
         If the run's own prompt template is not valid.
     """
     check_known(site, config.model.name)
-    check_no_masks(config)
     lora = config.lora
     if lora.from_adapter and not lora.from_adapter_sha256:
         raise PolicyError(
             f"{_forbids(site)}: it goes on from a saved adapter without its hash. Set "
             "model.lora.from-adapter-sha256; grandrounds run and grandrounds plan print it."
         )
-    if reasons := list(guarantee.objections(site, config)):
+    reasons = [*guarantee.objections(site, config), *agent_key.objections(site, config)]
+    if reasons:
         raise PolicyError(f"{_forbids(site)}: {'; '.join(reasons)}.")
     targets = tuple(name.removesuffix("?") for name in words_of(config.lora.target_modules))
     asked = asked_of(config, () if targets in CHOSEN_BY_BASE else targets, None)
@@ -243,11 +247,12 @@ def check_recipe(site: SiteFile, config: Config) -> Asked:
 
 
 def check_no_masks(config: Config) -> None:
-    """Raise `PolicyError` if a run's updates are to be masked, which no real site can do so far."""
+    """Raise `PolicyError` if updates are to be masked, where a site has no agent key."""
     if config.is_masked:
         raise PolicyError(
-            f"secure-aggregation = {config.federation.secure_aggregation!r} is a rehearsal in "
-            'process and in simulation so far: sites take part with "none" only.'
+            f"secure-aggregation = {config.federation.secure_aggregation!r} needs the agent key "
+            "and the roster of a site.toml, which this SuperNode has not: start it with agent= or "
+            "site= in its --node-config (grandrounds site supernode)."
         )
 
 
@@ -348,27 +353,42 @@ RATE_TOLERANCE = 1e-6
 def check_instruction(site: SiteFile, config: Config, kind: str, said: ConfigRecord) -> None:
     """Check that a message instructs what the run's configuration says.
 
+    That a plain update is never asked of a masked run is checked here, before anything is done.
+
     Parameters
     ----------
     kind : str
         The message's type.
     said
-        The instruction: round and learning rate.
+        The instruction: round and learning rate; of a masked sum the recipe's hash too.
 
     Raises
     ------
     PolicyError
-        If the round is not one of the run's, or has another learning rate in its schedule.
+        If the round is not one of the run's, or has another learning rate in its schedule, or the
+        run's updates are masked and the message asks for a plain one, or the other way round.
     ReplyError
         If either is missing in a message that trains.
     """
     if kind in ("query", messages.MAGNITUDES):
         return
-    number = messages.whole_number(said, "round", int(kind == "train"))
+    of_masks = kind in KIND_OF.values()
+    if (kind in TRAINING or of_masks) and of_masks != config.is_masked:
+        how = "masked" if config.is_masked else "plain"
+        raise PolicyError(
+            f"{_forbids(site)}: its updates are {how} (secure-aggregation = "
+            f"{config.federation.secure_aggregation!r}), and the server asked for {kind!r}."
+        )
+    number = messages.whole_number(said, "round", int(kind in TRAINING or of_masks))
     if number > (rounds := config.federation.num_server_rounds):
         raise PolicyError(f"{_forbids(site)}: round {number} of a run of {rounds} rounds.")
-    if kind != "train":
+    if kind not in TRAINING:
         return
+    if of_masks and said.get(RECIPE) != (own := recipe_sha256(config)):
+        raise PolicyError(
+            f"{_forbids(site)}: the message is of the recipe {str(said.get(RECIPE))[:64]!r}, and "
+            f"the run's configuration here is {own}: all sites of a sum train by one recipe."
+        )
     rate = messages.real_number(said, "learning-rate", 0.0, 1.0)
     planned = round_learning_rate_of(config, number)
     if not math.isclose(rate, planned, rel_tol=RATE_TOLERANCE):

@@ -30,7 +30,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import PolicyError
 from grandrounds.site.custody.reach import Reach
-from grandrounds.site.custody.request import Request
+from grandrounds.site.custody.request import TRAINING, Request
 from grandrounds.site.custody.saved_start import start_of
 from grandrounds.site.visit import MOST_ROUNDS
 from grandrounds.wire import downlink, messages
@@ -255,7 +255,7 @@ class ReceivedAdapter:
         )
 
 
-CHECKED = ("train", "evaluate")
+CHECKED = (*TRAINING, "evaluate")
 """Kinds of messages whose adapter is checked; the formulary's exam asks nothing about the data."""
 
 
@@ -306,7 +306,7 @@ def check_received(
 
 def after_round(kind: str, round_number: int) -> int:
     """Return the rounds that the adapter of a message has been trained in."""
-    return round_number - 1 if kind == "train" else round_number
+    return round_number - 1 if kind in TRAINING else round_number
 
 
 def _fault_of_rows(tensor: NDArray[np.float32]) -> str:

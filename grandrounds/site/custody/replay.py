@@ -19,6 +19,8 @@ from grandrounds.site.custody import budget, kept_runs, order
 from grandrounds.site.custody.kept_runs import new_file, read_kept
 from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.state import REPLIES, STATES, SiteState
+from grandrounds.wire.masks.attempt import MASKS
+from grandrounds.wire.masks.carried import ATTEMPT
 from grandrounds.wire.messages import START
 
 ROUNDS_KEPT = 2
@@ -29,8 +31,16 @@ _VERSION = "version"
 message builds on this one (`communication.downlink = "incremental"`)."""
 
 
-def digest_of(request: Request, config: Config) -> str:
-    """Return the SHA-256 of what a reply depends on: kind, instruction and tensors."""
+def digest_of(request: Request, config: Config, *, of_change: bool = False) -> str:
+    """Return the SHA-256 of what a reply depends on: kind, instruction and tensors.
+
+    Parameters
+    ----------
+    of_change : bool
+        Only what the change of the adapter depends on, which is the same in every attempt at a
+        masked sum.
+    """
+    of_masks = (ATTEMPT, MASKS) if of_change else ()
     found = hashlib.sha256()
 
     def add(*words: object) -> None:
@@ -40,10 +50,12 @@ def digest_of(request: Request, config: Config) -> str:
 
     add(request.kind)
     for name, value in sorted(request.instruction.items()):
+        if name in of_masks:
+            continue
         if name != _VERSION or config.communication.downlink == "incremental":
             add(name, value)
     for name, record in sorted(request.message.content.array_records.items()):
-        if name == START:  # the reply is the same with and without it
+        if name == START or name in of_masks:  # the reply is the same with and without a start
             continue
         for key, array in record.items():
             add(name, key, array.dtype, tuple(array.shape), array.stype, array.data)
@@ -108,6 +120,8 @@ class Answered:
     """What the site keeps of the run from now on; None: the same as before."""
     reply: Message
     """What the server gets."""
+    is_charged: bool = True
+    """Whether a private visit was charged for it."""
 
 
 def keep(request: Request, answered: Answered) -> None:
@@ -129,7 +143,7 @@ def keep(request: Request, answered: Answered) -> None:
             "do update set file = excluded.file, bytes = excluded.bytes, at = excluded.at",
             (run, answered.digest, request.round, request.kind, now, reply, reply_bytes),
         )
-        if request.mechanism:
+        if request.mechanism and answered.is_charged:
             budget.answered(table, run, answered.digest)
         old = table.execute(
             "select file from requests where run = ? and round <= ?",

@@ -9,16 +9,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, MessageType
 
 from grandrounds.errors import ReplyError
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
+from grandrounds.site.masks.end import SiteEnd
 from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.visit import MOST_ROUNDS
 from grandrounds.wire import messages
+from grandrounds.wire.masks.attempt import KIND_OF, MASKED_KIND
 
 RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
+
+TRAINING = (MessageType.TRAIN, MASKED_KIND)
+"""Kinds of messages for which a site trains."""
+
+EXCHANGED = tuple(kind for kind in KIND_OF.values() if kind != MASKED_KIND)
+"""Kinds of the exchanges of a masked sum for which it does not."""
 
 
 @dataclass
@@ -39,6 +47,8 @@ class Request:
     """Of a private run, as the site has fixed it."""
     is_private: bool = False
     """Whether the run's visits are private."""
+    end: SiteEnd | None = None
+    """The site's end of the run's masked sums; None: updates travel plain."""
     touched: bool = False
     """Whether the site's data were read for it: from then on a private run learns of a failure only
     that there was one."""
@@ -55,8 +65,19 @@ class Request:
 
     @property
     def is_visit(self) -> bool:
-        """Whether it trains or evaluates; otherwise it asks who the site is, or of its base."""
-        return self.kind not in ("query", messages.MAGNITUDES)
+        """Whether it trains or evaluates; otherwise it asks who the site is, or of its base, or is
+        an exchange of masks."""
+        return self.kind not in ("query", messages.MAGNITUDES) and not self.is_exchange
+
+    @property
+    def trains(self) -> bool:
+        """Whether the site trains for it."""
+        return self.kind in TRAINING
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether it is one of the four exchanges of a masked sum without training."""
+        return self.kind in EXCHANGED
 
     @property
     def instruction(self) -> ConfigRecord:

@@ -23,6 +23,13 @@ from grandrounds.errors import ConfigError, nearest
 from grandrounds.site.custody.together import finish
 from grandrounds.storage import expanded
 from grandrounds.wire.guarantee import PATIENT, RECORD
+from grandrounds.wire.masks.attempt import LEAST_COHORT, MOST_SITES
+
+UNITS, MASKED = ("example", "example+masked"), ("masked", "example+masked")
+"""Values of `privacy.require` with which visits must be private, and those with masks."""
+
+REQUIRED = ("none", "example", "masked", "example+masked")
+"""What a site may require of its visits."""
 
 TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
 
@@ -127,6 +134,16 @@ class Privacy:
     sequence_file: str
 
     @property
+    def requires_units(self) -> bool:
+        """Whether every visit must be private: differential privacy of each unit."""
+        return self.require in UNITS
+
+    @property
+    def requires_masks(self) -> bool:
+        """Whether every update must travel masked."""
+        return self.require in MASKED
+
+    @property
     def unit(self) -> str:
         """What a unit is: `patient` or `record`."""
         return PATIENT if self.unit_column else RECORD
@@ -135,6 +152,14 @@ class Privacy:
     def all_delta(self) -> float:
         """What the deltas of all runs together must stay below."""
         return 1 / (10 * max(1, self.declared_units))
+
+
+@dataclass(frozen=True)
+class Secure:
+    """With whom the site takes part in masked sums."""
+
+    min_cohort: Annotated[int, Range(LEAST_COHORT, MOST_SITES)]
+    roster: str
 
 
 @dataclass(frozen=True)
@@ -176,6 +201,7 @@ class SiteFile:
     policy: Policy
     tell: Tell
     privacy: Privacy
+    secure: Secure
     agent: Agent
     bases: Mapping[str, OwnBase]
     """Name of a base, as in a run's `model.name` → the site's copy."""
@@ -187,7 +213,7 @@ class SiteFile:
     @property
     def is_private(self) -> bool:
         """Whether the site makes private visits only."""
-        return self.privacy.require != "none"
+        return self.privacy.requires_units
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -202,6 +228,7 @@ SECTIONS: dict[str, Any] = {
     "policy": Policy,
     "tell": Tell,
     "privacy": Privacy,
+    "secure": Secure,
     "agent": Agent,
 }
 
@@ -297,29 +324,23 @@ def _bases(path: Path, table: Mapping[str, Any]) -> dict[str, OwnBase]:
     return bases
 
 
-REQUIRED = ("none", "example")
-"""What a site may require of its visits."""
-
-MASKED = ("masked", "example+masked")
-"""What it may not require yet."""
-
-
 def _privacy_problems(site: SiteFile) -> list[tuple[bool, str]]:
     """Return what may be wrong with `[privacy]`: whether it is, and the message."""
     privacy, data = site.privacy, site.data
-    why = (
-        "this version has no secure aggregation, which hides an update in the sum of several sites"
-        if privacy.require in MASKED
-        else f"allowed are {' and '.join(map(repr, REQUIRED))}.{nearest(privacy.require, REQUIRED)}"
-    )
     return [
         (
             privacy.require not in REQUIRED,
-            f"privacy.require = {privacy.require!r}: {why}. Set "
-            '"example" for differential privacy of each unit, or "none".',
+            f"privacy.require = {privacy.require!r} is none of "
+            f"{', '.join(map(repr, REQUIRED))}.{nearest(privacy.require, REQUIRED)}",
         ),
         (
-            privacy.require != "none" and not privacy.declared_units,
+            privacy.requires_masks and site.tell.figures == "exact",
+            f'privacy.require = {privacy.require!r} does not go with tell.figures = "exact": '
+            "exact losses and counts of this site would leave beside the sum that hides it. Set "
+            '"rounded".',
+        ),
+        (
+            privacy.requires_units and not privacy.declared_units,
             f"privacy.require = {privacy.require!r} needs privacy.declared-units: the number of "
             f"units ({privacy.unit}s) of the site, as it may be told in public. Round it.",
         ),

@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from grandrounds.data.embedded import EMBEDDED
 from grandrounds.site.custody import guarantee, order
-from grandrounds.site.custody.disclosure import TRAIN, Told, disclosed
+from grandrounds.site.custody.disclosure import Told, disclosed
 from grandrounds.site.custody.own_data import own_identifiers
 from grandrounds.site.custody.own_run import unusable
 from grandrounds.site.custody.request import Request
@@ -69,7 +69,7 @@ def introduce(request: Request, reply: Message, base: str, data_version: str) ->
 def told(request: Request, reply: Message, examples: Site) -> Message:
     """Return the part of a reply that may leave; all of its figures go to the audit log."""
     figures = dict(reply.content.metric_records.get(messages.METRICS) or {})
-    if request.is_private and request.kind == TRAIN:
+    if request.is_private and request.trains:
         used = guarantee.used(request.site, request.state, request.run)
         reply.content.metric_records[messages.METRICS].update(used)
         request.entry |= used

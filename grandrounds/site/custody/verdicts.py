@@ -60,7 +60,7 @@ VERDICTS: dict[str, Verdict] = {
     "run-directory": _AT_SERVER,
     "resume-from": _AT_SERVER,
     "consortium": _AT_SERVER,
-    "secure-aggregation": Verdict("fixed", why="sites refuse masked runs so far"),
+    "secure-aggregation": _private("require"),
     "model.name": Verdict("listed", ("bases",)),
     "model.revision": _own("the site has its own copy, with the hash in its file"),
     "model.quantization": _listed("quantizations"),

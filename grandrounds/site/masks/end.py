@@ -25,6 +25,7 @@ from grandrounds.wire.masks.attempt import (
     SHARES,
     UNMASK,
     Attempt,
+    given_up,
     threshold,
 )
 from grandrounds.wire.masks.packed import SignedKeys
@@ -95,8 +96,9 @@ class SiteEnd:
         Raises
         ------
         ReplyError, PolicyError
-            If the list of keys is malformed, too short, lacks this site's own keys, or has keys
-            that a site of the roster did not sign for this attempt.
+            If the list of keys is malformed, too short, lacks this site's own keys, has keys that
+            a site of the roster did not sign for this attempt, or lacks so many sites of an earlier
+            attempt that they could still give its sum.
         """
         held, answered = self._at(attempt, SHARES, request)
         if answered is not None:
@@ -104,6 +106,7 @@ class SiteEnd:
         listed = packed.key_list(request)
         self._check_count("list of keys", listed, LEAST_COHORT)
         self._check_keys(held, listed)
+        self._check_given_up(held, listed)
         agreement = Agreement(attempt, request)
         points, least = [site + 1 for site in listed], threshold(len(listed))
         seeds = shamir.split(held.seed, least, points)
@@ -336,6 +339,22 @@ class SiteEnd:
                 raise PolicyError(
                     f"The keys of {self.roster.name(site)} are not signed by its agent key for "
                     "this attempt."
+                )
+
+    def _check_given_up(self, held: Held, listed: Collection[int]) -> None:
+        """Raise `PolicyError` if an earlier attempt with this site's vector may still have a sum.
+
+        Otherwise a server could let one part of a cohort open the sum of an attempt, and the rest
+        that of another one: two sums of one round with the same update.
+        """
+        for cohort in held.earlier:
+            gone_on = len(set(cohort) & set(listed))
+            if gone_on < (least := given_up(len(cohort))):
+                raise PolicyError(
+                    f"This site has sent its vector in an earlier attempt at round "
+                    f"{held.attempt.round}, of {len(cohort)} sites, of which the list of keys has "
+                    f"{gone_on}: with fewer than {least} of them the earlier sum could still be "
+                    "had, and this would be a second one."
                 )
 
     def _opened(self, held: Held, request: bytes) -> dict[int, bytes]:

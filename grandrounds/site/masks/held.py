@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, RecordDict
 
 from grandrounds.errors import PolicyError
-from grandrounds.wire.masks.attempt import UNMASK, Attempt
+from grandrounds.wire.masks import packed
+from grandrounds.wire.masks.attempt import MASKED, UNMASK, Attempt
 
 _NAME = "grandrounds-masks"
 """Record of a node's state."""
@@ -42,6 +43,8 @@ class Held:
     received: bytes = b""
     """Hash of the adapter and the instruction that it trained with."""
     survivors: tuple[int, ...] = ()
+    earlier: tuple[tuple[int, ...], ...] = ()
+    """Cohorts of the earlier attempts at this round for which this site has sent its vector."""
     asked: Mapping[str, bytes] = field(default_factory=dict)
     """Exchange → SHA-256 of its request."""
     said: Mapping[str, bytes] = field(default_factory=dict)
@@ -59,6 +62,8 @@ def held_of(data: bytes) -> Held:
     whole: dict[str, Any] = {"stage": found["stage"]}
     whole |= {name: bytes.fromhex(found[name]) for name in _TEXTS}
     whole |= {name: tuple(found[name]) for name in ("linked", "survivors")}
+    # attempts of an earlier version do not say
+    whole["earlier"] = tuple(tuple(cohort) for cohort in found.get("earlier", ()))
     whole["shares"] = {int(site): bytes.fromhex(share) for site, share in found["shares"].items()}
     for name in ("asked", "said"):
         whole[name] = {exchange: bytes.fromhex(text) for exchange, text in found[name].items()}
@@ -118,8 +123,8 @@ def begun(kept: Kept | None, attempt: Attempt) -> Kept:
         )
     if attempt.round <= kept.summed:
         raise PolicyError(
-            f"This site has answered for one sum of round {attempt.round}, and answers for no "
-            "other: skip the round."
+            f"This site has answered for one sum of round {attempt.round}, or forgotten the run "
+            "since it began, and answers for no other: skip the round."
         )
     if attempt.round < kept.round - 1 or attempt.number <= kept.newest(attempt.round):
         raise PolicyError(
@@ -156,6 +161,16 @@ def is_over(held: Held, attempt: Attempt) -> bool:
     """
     behind = attempt.round - held.attempt.round
     return behind == 0 or behind > (2 if held.stage == UNMASK else 1)
+
+
+def with_earlier(held: Held, before: Iterable[Held]) -> Held:
+    """Return a new attempt that knows in which ones before, at its round, the vector was sent."""
+    cohorts = list(held.earlier)
+    for one in before:
+        if one.attempt.round == held.attempt.round:
+            sent = [tuple(packed.key_list(one.key_list))] if MASKED in one.asked else []
+            cohorts += [*one.earlier, *sent]
+    return replace(held, earlier=tuple(cohorts))
 
 
 class Store(Protocol):
@@ -201,10 +216,12 @@ class RehearsalStore:
     def begin(self, held: Held) -> None:
         """Keep a new attempt."""
         self._keep(begun(self._kept(held.attempt), held.attempt), held)
-        for name in [name for name in self._record if name.startswith(f"{held.attempt.run}/")]:
-            if is_over(held_of(self._bytes(name)), held.attempt):
+        names = [name for name in self._record if name.startswith(f"{held.attempt.run}/")]
+        before = {name: held_of(self._bytes(name)) for name in names}
+        for name, one in before.items():
+            if is_over(one, held.attempt):
                 del self._record[name]
-        self._record[_place(held.attempt)] = held.packed()
+        self._record[_place(held.attempt)] = with_earlier(held, before.values()).packed()
 
     def read(self, attempt: Attempt) -> Held | None:
         """Return an attempt."""

@@ -1,14 +1,14 @@
-"""The exchanges of a masked sum as visits, in a rehearsal: Flower's records to bytes and back."""
+"""The exchanges of a masked sum as visits: Flower's records to bytes and back."""
 
 from __future__ import annotations
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from grandrounds.errors import PolicyError, ReplyError
 from grandrounds.site.masks.end import SiteEnd
 from grandrounds.site.masks.held import RehearsalStore
-from grandrounds.site.visit import Visit
+from grandrounds.site.visit import MOST_ROUNDS, Visit
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter, flatten
 from grandrounds.wire.masks.attempt import (
@@ -33,6 +33,9 @@ from grandrounds.wire.masks.carried import (
 )
 from grandrounds.wire.masks.fixed_point import COUNT_BITS, numbers_of
 from grandrounds.wire.masks.rehearsal import identity_of, roster_of_run
+
+CHANGE = "grandrounds-change"
+"""Record of what a site keeps of a run: the change that it has masked last, as one vector."""
 
 
 def check_kind(visit: Visit, *, masked: bool) -> None:
@@ -91,12 +94,12 @@ def check_boxes(visit: Visit) -> None:
     Raises
     ------
     ReplyError, PolicyError
-        If the boxes of the other sites do not open, or the exchange was answered before.
+        If the boxes of the other sites do not open, or the exchange was answered for another
+        request.
     """
     check_kind(visit, masked=True)
     end, attempt = _end_of(visit)
-    if end.received(attempt, _boxes(visit), received_digest(visit.content)) is not None:
-        raise PolicyError("This site has answered for this attempt already.")
+    end.received(attempt, _boxes(visit), received_digest(visit.content))
 
 
 def masked(visit: Visit, change: Adapter) -> RecordDict:
@@ -106,8 +109,12 @@ def masked(visit: Visit, change: Adapter) -> RecordDict:
     """
     end, attempt = _end_of(visit)
     most = messages.whole_number(visit.instruction, MOST_WEIGHT, 1, 2**COUNT_BITS - 1)
-    weight = visit.mechanism.declared_units if visit.mechanism else len(visit.site.train)
+    weight = visit.weight or len(visit.site.train)
+    if visit.mechanism:
+        weight = visit.mechanism.declared_units
     values = flatten(change)
+    if visit.end:  # another attempt masks the same change, for which nobody trains again
+        visit.state[CHANGE] = ArrayRecord({CHANGE: Array(values)})
     numbers = numbers_of(visit.config, visit.rate, end.cohort(attempt), len(values), most)
     vector = numbers.encode(values, weight)
     reply = end.masked(attempt, _boxes(visit), received_digest(visit.content), vector)
@@ -121,14 +128,24 @@ def _boxes(visit: Visit) -> bytes:
 
 
 def _end_of(visit: Visit) -> tuple[SiteEnd, Attempt]:
-    """Return the site's end in a rehearsal, and the attempt that a message is about."""
+    """Return the site's end, its own or that of a rehearsal, and what attempt a message is of."""
     check_kind(visit, masked=True)
+    end = visit.end or _in_a_rehearsal(visit)
+    return end, attempt_of(end, visit.instruction)
+
+
+def attempt_of(end: SiteEnd, instruction: ConfigRecord) -> Attempt:
+    """Return the attempt that a message is about; raise `ReplyError` if it does not say."""
+    run = instruction.get(messages.RUN)
+    if not isinstance(run, str):
+        raise ReplyError(f"run is {run!r}, not a key")
+    round_number = messages.whole_number(instruction, "round", 1, MOST_ROUNDS)
+    number = messages.whole_number(instruction, ATTEMPT, 0, MOST_ATTEMPTS - 1)
+    return end.attempt(run, round_number, number)
+
+
+def _in_a_rehearsal(visit: Visit) -> SiteEnd:
     seed, site = visit.config.federation.seed, visit.site.partition_id
     roster = roster_of_run(seed, visit.config.data.num_partitions)
     store = RehearsalStore(visit.state)
-    end = SiteEnd(site, identity_of(seed, site), roster, LEAST_COHORT, store)
-    run = visit.instruction.get(messages.RUN)
-    if not isinstance(run, str):
-        raise ReplyError(f"run is {run!r}, not a key")
-    number = messages.whole_number(visit.instruction, ATTEMPT, 0, MOST_ATTEMPTS - 1)
-    return end, end.attempt(run, visit.round, number)
+    return SiteEnd(site, identity_of(seed, site), roster, LEAST_COHORT, store)

@@ -98,7 +98,7 @@ def audit_site(site: SiteFile, folder: Path, run: Config) -> SiteAudit:
     base, _ = machine.specs(own)
     spec = lora_spec(folder)
     check_fit(folder, spec, base.name)
-    is_private = run.is_private or site.privacy.require != "none"
+    is_private = run.is_private or site.is_private
     split = own_split(site, private=is_private, template=run.data.prompt_template)
     tokenizer = run_tokenizer(own)
 

@@ -46,7 +46,10 @@ def may_be_lost(cohort: int) -> str:
     """Return how many sites of a cohort a masked sum can do without."""
     spare = cohort - threshold(cohort)
     lost = counted(spare, "site") if spare else "no site"
-    return f"{lost} of {cohort} may be lost in a round"
+    return (
+        f"{lost} of {cohort} may be lost in a round, and at a real site not more than its "
+        "min-cohort leaves (5 in the template of site.toml)"
+    )
 
 
 def choice() -> str:
@@ -61,7 +64,7 @@ def choice() -> str:
 
 
 def values_text(config: Config) -> str:
-    """Return the range of a value, its resolution, and whether values are cut."""
+    """Return the range of a value, and whether values beyond it are to be cut."""
     bits, largest = BITS[config.federation.secure_aggregation], range_of_round_1(config)
     said = (
         f"masked values are integers of {bits} bits in a range of ±{largest:.3g} in round 1, "

@@ -71,6 +71,8 @@ class Update:
     """Of all updates of the round."""
     cohort: int
     """Number of updates of the round."""
+    is_used: bool = True
+    """Whether it was aggregated, not rejected by a screen."""
 
     @property
     def norm_ratio(self) -> float:
@@ -90,7 +92,10 @@ def measured(run: RunFiles, key: str) -> list[Update]:
         values = {int(s): float(v) for s, v in (line.get(key) or {}).items() if is_number(v)}
         if values:
             median = statistics.median(values.values())
-            found += [Update(line["round"], s, v, median, len(values)) for s, v in values.items()]
+            found += [
+                Update(line["round"], s, v, median, len(values), str(s) not in line["failed"])
+                for s, v in values.items()
+            ]
     return found
 
 
@@ -115,12 +120,24 @@ def _scatter(
     ]
 
 
-def _listed(outliers: Sequence[Update], describe: Callable[[Update], str], names: SiteNames) -> str:
-    if not outliers:
-        return "No outliers."
-    listed = "; ".join(f"{names[u.site]} in round {u.round} ({describe(u)})" for u in outliers[:5])
-    more = f"; and {len(outliers) - 5:,} more" if len(outliers) > 5 else ""
-    return f"Outliers: {listed}{more}."
+def _listed(
+    updates: Sequence[Update],
+    outliers: Sequence[Update],
+    describe: Callable[[Update], str],
+    names: SiteNames,
+) -> str:
+    """Return the outliers and the rejected updates, five of each."""
+    rejected = [u for u in updates if not u.is_used]
+    said = []
+    for what, listed in (("Outliers", outliers), ("Rejected by the screen", rejected)):
+        each = "; ".join(f"{names[u.site]} in round {u.round} ({describe(u)})" for u in listed[:5])
+        more = f"; and {len(listed) - 5:,} more" if len(listed) > 5 else ""
+        said += [f"{what}: {each}{more}."] if listed else []
+    return " ".join(said) or "No outliers."
+
+
+def _ringed(updates: Sequence[Update], outliers: Sequence[Update]) -> list[Update]:
+    return list(dict.fromkeys([*outliers, *(u for u in updates if not u.is_used)]))
 
 
 def update_figures(run: RunFiles) -> list[Figure]:
@@ -130,24 +147,26 @@ def update_figures(run: RunFiles) -> list[Figure]:
         outliers = [u for u in norms if u.norm_ratio > FAR]
         outliers.sort(key=lambda u: u.norm_ratio, reverse=True)
         note = _listed(
-            outliers, lambda u: f"{number(u.value / u.median, 2)} times the median", names
+            norms, outliers, lambda u: f"{number(u.value / u.median, 2)} times the median", names
         )
-        note += f" Ringed: more than {FAR:g} times the round's median, or less than half of it."
+        note += f" Ringed: more than {FAR:g} times the round's median, or less than half of it"
+        note += ", or rejected." if any(not u.is_used for u in norms) else "."
         if bound := run.config.defence.update_norm_bound:
             note += f" Norms above {bound:g} were clipped to it."
         counts = [line.get("updates-bounded") for line in run.trained if not bound]
         if scaled := sum(int(count) for count in counts if is_number(count)):
             note += f" Scaled down by defence.largest-norm: {counted(scaled, 'update')}."
         title = "Norm of each client update"
-        series = _scatter(norms, "norm", outliers, names)
+        series = _scatter(norms, "norm", _ringed(norms, outliers), names)
         svg = line_chart(title, series, Axis("L2 norm", log=True), run.last_shown)
         figures.append(Figure("update-norms", title, svg, note, _by_site(norms, "norm", names)))
     if cosines := measured(run, "update-cosines"):
         outliers = sorted((u for u in cosines if u.value < 0), key=lambda u: u.value)
-        note = _listed(outliers, lambda u: f"cosine {number(u.value, 2)}", names)
-        note += " Ringed: below 0, opposed to the mean update of the cohort."
+        note = _listed(cosines, outliers, lambda u: f"cosine {number(u.value, 2)}", names)
+        note += " Ringed: below 0, opposed to the mean of the updates used"
+        note += ", or rejected." if any(not u.is_used for u in cosines) else "."
         title = "Cosine similarity of each client update to the mean"
-        series = _scatter(cosines, "cosine", outliers, names)
+        series = _scatter(cosines, "cosine", _ringed(cosines, outliers), names)
         svg = line_chart(title, series, Axis("cosine to the mean", from_zero=True), run.last_shown)
         figures.append(
             Figure("update-cosines", title, svg, note, _by_site(cosines, "cosine", names))

@@ -74,14 +74,14 @@ class Measure:
     def interval(self, estimate: Json) -> Interval | None:
         """Return an interval as shown; None if there is none.
 
-        Student's interval does not know the range of a share: it is cut at 0 and 100 %, and for
-        the gain of a share at -100 and 100 points.
+        Student's interval does not know the range of a measure: that of a loss is cut at 0, that of
+        a share at 0 and 100 %, and that of the gain of a share at -100 and 100 points.
         """
         if not estimate.get("interval"):
             return None
         low, high = (self.factor * end for end in estimate["interval"])
         if self.key == LOSS:
-            return low, high
+            return low if is_gain(estimate) else max(low, 0.0), high
         return max(low, -self.factor if is_gain(estimate) else 0.0), min(high, self.factor)
 
     def decimals(self, estimates: Iterable[Json | None]) -> int:

@@ -169,7 +169,10 @@ def _sections(comparison: Json) -> list[Section]:
     if len(comparison["seeds"]) < 2:
         notes.append("One seed: there is no interval, and other seeds may give other results.")
     else:
-        notes.append("Whiskers: 95 % intervals over seeds (Student's t, cut at 0 and 100 %).")
+        notes.append(
+            "Whiskers: 95 % intervals over seeds (Student's t, cut where "
+            "a measure ends: at 0, and a share at 100 %)."
+        )
     if LOCAL_EVERYWHERE in arms_of(comparison):
         notes.append(
             "Local training gives each site a model of its own. Own part: it is evaluated on that "
@@ -334,10 +337,11 @@ def _table(comparison: Json) -> Table:
     for (name, arm), *own in zip(arms.items(), *cells, strict=True):
         runs = list(arm["seeds"].values())
         visits = sum(run["example-visits"] for run in runs) / max(1, len(runs))
+        failed = f"{sum(run.get('failed-replies') or 0 for run in runs):,}"
         took = duration(sum(run["seconds"] for run in runs))
-        rows.append((name, *own, number(round(visits)), str(len(runs)), took))
-    columns = ("arm", *(m.title for m in asked), "example visits", "seeds", "wall-clock time")
-    return Table(columns, rows, "Mean over seeds (95 % interval)")
+        rows.append((name, *own, number(round(visits)), failed, str(len(runs)), took))
+    columns = ("arm", *(m.title for m in asked), "example visits", "failed replies", "seeds")
+    return Table((*columns, "wall-clock time"), rows, "Mean over seeds (95 % interval)")
 
 
 def _tests(comparison: Json) -> Iterator[Table]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from grandrounds.server.unfinished import AFTER, failures_of
 from grandrounds.study.report.charts import Point, Series, column_chart, line_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.learning import curve
 from grandrounds.study.report.read import RunFiles
 from grandrounds.study.report.svg import Axis
 from grandrounds.study.tables import MIB, Table, duration, fixed, in_mib, is_number
+from grandrounds.wire.names import one_line
 
 
 def section(run: RunFiles) -> Section:
     """Return communication against the plan, time by phase, and messages by kind."""
-    ledger = ledger_table(run)
+    tables = [table for table in (ledger_table(run), unfinished_table(run)) if table]
     figures = some(communication_figure(run), seconds_figure(run))
-    return Section("cost", "Cost", figures=figures, tables=[ledger] if ledger else [])
+    return Section("cost", "Cost", figures=figures, tables=tables)
 
 
 # --- Communication --------------------------------------------------------------------------------
@@ -31,8 +33,8 @@ def traffic(content: Mapping[str, Any], way: str) -> int:
 
 def uploaded(run: RunFiles) -> list[tuple[int, float]]:
     """Return cumulative MiB sent up: as recorded, else the ledger's total divided by replies."""
-    if recorded := run.values("communication-up-mib"):
-        return recorded
+    if is_recorded(run):
+        return run.values("communication-up-mib")
     replies, so_far = 0, []
     for line in run.metrics:
         replies += len(line.get("update-norms") or line.get("good") or ())
@@ -41,20 +43,22 @@ def uploaded(run: RunFiles) -> list[tuple[int, float]]:
     return [(r, total * n / replies) for r, n in so_far] if replies else []
 
 
+def is_recorded(run: RunFiles) -> bool:
+    """Whether every round recorded what was sent up; earlier versions did not."""
+    return len(run.values("communication-up-mib")) == len(run.values("communication-mib"))
+
+
 def planned(run: RunFiles) -> list[tuple[int, float]]:
     """Return cumulative MiB of the plan, its totals spread evenly over the rounds."""
     totals = run.plan.get("totals") or {}
     rounds = run.planned_rounds
-    by_kind = {
-        kind: sum(t["tensor_bytes"] for k, t in totals.items() if k.startswith(kind)) / MIB
-        for kind in ("train", "evaluate")
-    }
+    trained, judged = (
+        sum(t["tensor_bytes"] for kind, t in totals.items() if kind.startswith(kinds)) / MIB
+        for kinds in (("train.", "masks."), ("evaluate.",))
+    )
     if not totals:
         return []
-    return [
-        (r, by_kind["train"] * r / rounds + by_kind["evaluate"] * (r + 1) / (rounds + 1))
-        for r in range(rounds + 1)
-    ]
+    return [(r, trained * r / rounds + judged * (r + 1) / (rounds + 1)) for r in range(rounds + 1)]
 
 
 def communication_figure(run: RunFiles) -> Figure | None:
@@ -81,7 +85,9 @@ def communication_figure(run: RunFiles) -> Figure | None:
         "MiB by FlowerTune's counting rule. Wide pale line: the planned total, spread evenly over "
         "the rounds; a run on plan stays inside it. A final exam after the last round is not shown."
     )
-    if up and not run.values("communication-up-mib"):
+    if run.unfinished:
+        note += " Messages of unfinished rounds are in the next finished one."
+    if up and not is_recorded(run):
         note += " Up and down: the ledger's totals, divided by the replies of each round."
     svg = line_chart(title, series, Axis("MiB", from_zero=True), run.last_shown)
     columns = ("round", "down", "up", "total", "planned total")
@@ -102,6 +108,26 @@ def ledger_table(run: RunFiles) -> Table | None:
         ]
         rows.append((kind, *cells))
     return Table(("kind", "sent", "MiB", "planned", "MiB"), rows, "Messages by kind")
+
+
+def unfinished_table(run: RunFiles) -> Table | None:
+    """Return what was sent in rounds that did not finish."""
+    if not run.unfinished:
+        return None
+    rows = []
+    for line in run.unfinished:
+        after = line[AFTER]
+        rows.append(
+            (
+                "none" if after is None else str(after),
+                fixed(line["communication-mib"], 2),
+                str(failures_of(line)),
+                f"{line['seconds']:.2f}",
+                one_line(line["reason"]),
+            )
+        )
+    columns = ("after round", "MiB", "failed replies", "seconds", "reason")
+    return Table(columns, rows, "Rounds that did not finish")
 
 
 # --- Time -----------------------------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from grandrounds.config.words import NOT_TOLD, command, counted
 from grandrounds.data.common_and_rare import COMMON_AND_RARE
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.server.described import cautions, engine_options, with_own_data
+from grandrounds.server.unfinished import EVALUATE, EXAM, MAGNITUDES, TRAIN
 from grandrounds.study.report.figures import Tile
 from grandrounds.study.report.learning import MEANING, Score, scores_by_questions
 from grandrounds.study.report.read import QUIET_SECONDS, RunFiles
@@ -110,15 +114,42 @@ def _course(run: RunFiles) -> list[str]:
 
 def failures(run: RunFiles) -> list[str]:
     """Return every client reply that was not used, with the reason."""
-    lines = []
+    lines = _failures_of(run, run.lost_after(None), "before round 0")
     for record in run.metrics:
-        for key, phase in (("failed", "training"), ("evaluate-failed", "evaluation")):
-            for site, why in (record.get(key) or {}).items():
-                who = run.names[int(site)]
-                lines.append(f"round {record['round']}, {who}, {phase}: {one_line(why)}")
+        number = record["round"]
+        lines += _failures_of(run, [record], f"round {number}")
+        what = f"round {number + 1}" if number < run.planned_rounds else f"after round {number}"
+        lines += _failures_of(run, run.lost_after(number), f"{what}, which did not finish")
+    lines += _failures_of(run, [{EXAM: run.summary.get("formulary_failed")}], "at the end")
     if len(lines) > MOST_FAILURES:
         lines[MOST_FAILURES:] = [f"and {len(lines) - MOST_FAILURES:,} more in metrics.jsonl"]
     return lines
+
+
+PHASES = {
+    MAGNITUDES: "start of magnitudes",
+    TRAIN: "training",
+    EVALUATE: "evaluation",
+    EXAM: "exam",
+}
+"""Key of failed replies → what failed."""
+
+
+def _failures_of(run: RunFiles, records: Iterable[Mapping[str, Any]], when: str) -> list[str]:
+    return [
+        f"{when}, {run.names[int(site)]}, {phase}: {one_line(why)}"
+        for record in records
+        for key, phase in PHASES.items()
+        for site, why in (record.get(key) or {}).items()
+    ]
+
+
+def visits(run: RunFiles) -> tuple[int, int, int]:
+    """Return how many visits were asked for, used and failed; the rest was of unfinished rounds."""
+    every = [*run.trained, *run.unfinished]
+    asked = sum(len(m.get("cohort") or ()) for m in every)
+    used = sum(len(m.get("good") or ()) for m in run.trained)
+    return asked, used, sum(len(m.get(TRAIN) or ()) for m in every)
 
 
 def tiles(run: RunFiles) -> list[Tile]:
@@ -138,11 +169,16 @@ def tiles(run: RunFiles) -> list[Tile]:
         found.append(Tile("coverage", percent(covered[-1][1]), note))
     elif run.trained:
         found.append(Tile("coverage", NOT_TOLD, "the sites keep it to themselves"))
-    asked = sum(len(m.get("cohort") or ()) for m in run.trained)
-    used = sum(len(m.get("good") or ()) for m in run.trained)
-    found.append(Tile("visits used", f"{used:,} of {asked:,}", f"{asked - used:,} failed"))
+    asked, used, failed = visits(run)
+    note = f"{failed:,} failed"
+    if dropped := asked - used - failed:
+        note += f", {dropped:,} in rounds that did not finish"
+    found.append(Tile("visits used", f"{used:,} of {asked:,}", note))
     device = run.summary.get("device") or (run.sites[0].get("device") if run.sites else None)
-    found.append(Tile("wall-clock time", duration(run.seconds), f"on {device}" if device else ""))
+    notes = [f"on {device}"] * bool(device)
+    if lost := sum(float(line["seconds"]) for line in run.unfinished):
+        notes.append(f"and {duration(lost)} in rounds that did not finish")
+    found.append(Tile("wall-clock time", duration(run.seconds), "; ".join(notes)))
     return found
 
 

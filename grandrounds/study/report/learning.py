@@ -58,14 +58,21 @@ def loss_figure(run: RunFiles) -> Figure | None:
     places = decimals_of((v for pair in by_round.values() for v in pair), 4, least=3)
     rows = [(str(r), fixed(h, places), fixed(t, places)) for r, (h, t) in sorted(by_round.items())]
     judges = max((len(m.get("evaluated") or ()) for m in run.metrics), default=0)
-    note = f"Round 0 is {before_training(run.config)}."
+    parts = []
+    if judged and not judged[0][0]:
+        parts.append(f"Round 0 is {before_training(run.config)}.")
     if trained:
-        note += " Training loss: mean over the cohort during local training."
+        parts.append("Training loss: mean over the cohort during local training.")
     if judged:
-        note += f" Held-out loss: on the held-out examples of {counted(judges, 'fixed site')}."
+        held_by = counted(judges, "fixed site")
+        parts.append(f"Held-out loss: on the held-out examples of {held_by}.")
     svg = line_chart(title, series, Axis("nats per answer token"), run.last_shown)
     return Figure(
-        "loss", title, svg, note, Table(("round", "held-out loss", "training loss"), rows)
+        "loss",
+        title,
+        svg,
+        " ".join(parts),
+        Table(("round", "held-out loss", "training loss"), rows),
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grandrounds.config.words import NOT_TOLD, counted
 from grandrounds.server.masks.told import SUM_ONLY
+from grandrounds.server.unfinished import TRAIN
 from grandrounds.study.report.charts import column_chart
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.read import RunFiles
@@ -39,11 +40,11 @@ def site_numbers(run: RunFiles) -> list[int]:
 def participation_figure(run: RunFiles) -> Figure | None:
     """Return which sites trained in which round, and which failed."""
     sites, rounds, names = site_numbers(run), run.last_shown, run.names
-    if not run.trained or not rounds:
+    if not (run.trained or run.unfinished) or not rounds:
         return None
     cells = []
     for line in run.trained:
-        failed: Mapping[str, str] = line.get("failed") or {}
+        failed: Mapping[str, str] = line.get(TRAIN) or {}
         for site in line.get("cohort") or ():
             if site in sites:
                 why = failed.get(str(site))
@@ -51,10 +52,13 @@ def participation_figure(run: RunFiles) -> Figure | None:
                 label = f"{names[site]}, round {line['round']}: {outcome}"
                 kind = "took" if why is None else "failed"
                 cells.append(Cell(site, line["round"], kind, label))
+    lost = Counter(int(site) for line in run.unfinished for site in line.get(TRAIN) or ())
+    cells += _lost_cells(run, sites)
     title = "Participation by site and round"
     svg = grid_chart(title, {s: names.cell(s) for s in sites}, rounds, cells, run.rounds)
     counts = Counter((cell.site, cell.kind) for cell in cells)
-    used, unused = (sum(cell.kind == kind for cell in cells) for kind in ("took", "failed"))
+    used = sum(cell.kind == "took" for cell in cells)
+    unused = sum(len(line.get(TRAIN) or ()) for line in run.trained)
     held = {int(s["partition-id"]): s for s in run.sites if is_number(s.get("partition-id"))}
     rows = [
         (
@@ -62,15 +66,35 @@ def participation_figure(run: RunFiles) -> Figure | None:
             _count(held.get(s), "train-examples"),
             _count(held.get(s), "held-out-examples"),
             str(counts[s, "took"]),
-            str(counts[s, "failed"]),
+            str(sum(str(s) in (line.get(TRAIN) or ()) for line in run.trained) + lost[s]),
         )
         for s in sites
     ]
     columns = ("site", "training examples", "held-out examples", "rounds", "failed")
-    note = f"{counted(used, 'client update')} used, {unused:,} failed."
+    note = f"{counted(used, 'client update')} used, {unused + lost.total():,} failed"
+    note += f", {lost.total():,} of them in rounds that did not finish." if lost else "."
     if any(map(in_custody, run.sites)):
         note += " Real sites round their examples."
     return Figure("participation", title, svg, note, Table(columns, rows))
+
+
+def _lost_cells(run: RunFiles, sites: Sequence[int]) -> list[Cell]:
+    """Return the failed visits of the round that ended the run, if it did not finish."""
+    number = run.rounds + 1
+    attempts = run.lost_after(run.rounds if run.metrics else None)
+    if not attempts or number > run.last_shown:
+        return []
+    failed: Mapping[str, str] = attempts[-1].get(TRAIN) or {}
+    return [
+        Cell(
+            int(site),
+            number,
+            "failed",
+            f"{run.names[int(site)]}, round {number}: failed: {one_line(why, 200)}",
+        )
+        for site, why in failed.items()
+        if int(site) in sites
+    ]
 
 
 def _count(site: Mapping[str, Any] | None, name: str) -> str:

@@ -17,9 +17,10 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.words import counted
 from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
-from grandrounds.server import states
+from grandrounds.server import resumption, states
 from grandrounds.server.directory import RunDirectory, records_of
 from grandrounds.server.guarantees import AUDIT
+from grandrounds.server.unfinished import AFTER
 from grandrounds.storage import sha256_of
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.tables import is_number
@@ -54,6 +55,8 @@ class RunFiles:
     """Of privacy, if the recipe was audited; else empty."""
     quiet_seconds: float
     """Since the last line of metrics was written."""
+    unfinished: Sequence[Mapping[str, Any]] = ()
+    """The lines of unfinished.jsonl: what was sent in rounds that failed or were interrupted."""
     unread: Sequence[str] = ()
     """Files that cannot be read and why, and what is shown in their place."""
 
@@ -81,6 +84,10 @@ class RunFiles:
     def last_shown(self) -> int:
         """The last round on the axes: the last one configured as long as the run may continue."""
         return self.rounds if self.status == "completed" else max(self.planned_rounds, self.rounds)
+
+    def lost_after(self, number: int | None) -> list[Mapping[str, Any]]:
+        """Return the unfinished rounds after a finished one; None: before any."""
+        return [line for line in self.unfinished if line[AFTER] == number]
 
     @property
     def seconds(self) -> float:
@@ -130,6 +137,7 @@ def read_run(path: Path) -> RunFiles:
         evaluations=_evaluations(path, unread),
         hashes=_hashes(path),
         audit=_read(path / AUDIT, dict, unread) or {},
+        unfinished=_unfinished(path, unread),
         quiet_seconds=max(0.0, time.time() - written.stat().st_mtime),
         unread=unread,
     )
@@ -177,6 +185,13 @@ def _intact_lines(file: Path) -> tuple[list[dict[str, Any]], str]:
     except (OSError, RecursionError) as error:
         return lines, first_line(error)
     return lines, ""
+
+
+def _unfinished(path: Path, unread: list[str]) -> list[dict[str, Any]]:
+    """Return the lines of unfinished.jsonl up to one that cannot be read."""
+    found, faults = resumption.unfinished_of(path)
+    unread += faults
+    return found
 
 
 def _sites(file: Path, unread: list[str]) -> list[dict[str, Any]]:

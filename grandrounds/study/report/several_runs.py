@@ -8,6 +8,7 @@ from grandrounds.config.keys import FIELD_OF_KEY, PLACES
 from grandrounds.config.words import NOT_TOLD
 from grandrounds.errors import ConfigError
 from grandrounds.server.described import before_training
+from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN
 from grandrounds.study.report import cost, headline, provenance
 from grandrounds.study.report.charts import line_chart
 from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
@@ -102,23 +103,47 @@ def _sections(named: dict[str, RunFiles]) -> list[Section]:
 
 
 def _cautions(named: dict[str, RunFiles]) -> list[str]:
-    """Return why some results of these runs are not comparable."""
-    keys = [
-        "static.dataset.name",
-        "model.name",
-        "seed",
-        "data.partitioner",
-        "data.num-partitions",
-        "data.held-out-fraction",
-        "data.prompt-template",
-    ]
-    flat = [run.config.flat() for run in named.values()]
+    """Return why some results of these runs are not comparable.
+
+    Sites tell no hash of their held-out examples: they are the same where the recipe draws them
+    alike, the same sites evaluated, and these introduced themselves alike.
+    """
+    runs = list(named.values())
+    if not any(run.values("held-out-loss") for run in runs):
+        return ["No run measured a held-out loss."]
+    flat = [run.config.flat() for run in runs]
+    keys = [key for key in FIELD_OF_KEY if key in JUDGING or key.startswith("data.")]
     differing = [key for key in keys if len({str(f[key]) for f in flat}) > 1]
+    if len({_judges(run) for run in runs}) > 1:
+        differing.append("the sites that evaluated")
+    elif told := _told_differently(runs):
+        differing.append(f"what these sites told at the roll call ({', '.join(told)})")
     if not differing:
         return ["All runs are evaluated on the same held-out examples."]
     return [
         f"The runs differ in {', '.join(differing)}, so their losses are on different examples or "
         "models: small differences between the curves mean little."
+    ]
+
+
+JUDGING = ("static.dataset.name", "static.dataset.revision", "model.name", "model.revision", "seed")
+"""Keys beside `data.*` that decide which examples are held out, and what is lost on them."""
+
+
+def _judges(run: RunFiles) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of sites whose loss a run tells, in whichever round."""
+    groups = {tuple(m["evaluated"]) for m in run.metrics if m.get("evaluated")}
+    return tuple(sorted(groups))
+
+
+def _told_differently(runs: Sequence[RunFiles]) -> list[str]:
+    """Return the facts in which the introductions of evaluating sites differ between runs."""
+    judges = {site for group in _judges(runs[0]) for site in group}
+    told = [{int(s["partition-id"]): s for s in run.sites} for run in runs]
+    return [
+        fact
+        for fact in (*SAME_IN_A_RUN, *SAME_IF_TOLD)
+        if any(len({str(of.get(site, {}).get(fact)) for of in told}) > 1 for site in judges)
     ]
 
 
@@ -189,7 +214,7 @@ def _results(named: dict[str, RunFiles]) -> Table:
         "up": lambda r: mib(cost.traffic(r.ledger, "up") / MIB),
         "down": lambda r: mib(cost.traffic(r.ledger, "down") / MIB),
         "coverage": _coverage,
-        "failed visits": lambda r: str(sum(len(m.get("failed") or ()) for m in r.metrics)),
+        "failed visits": lambda r: str(headline.visits(r)[2]),
         "wall-clock time": lambda r: duration(r.seconds),
     }
     rows = [(what, *(measure(r) for r in named.values())) for what, measure in measures.items()]

@@ -16,6 +16,12 @@ KEYS, SHARES, MASKED, CONFIRM, UNMASK = EXCHANGES = (
 )
 """The exchanges of an attempt, in their order."""
 
+KIND_OF = {exchange: f"train.{exchange}" for exchange in EXCHANGES}
+"""Exchange → kind of its message."""
+
+MASKED_KIND = KIND_OF[MASKED]
+"""The one of them with which a site trains."""
+
 RIDES = {CONFIRM: KEYS, UNMASK: SHARES}
 """Exchange → that of the next round which rides on it: a message with both parts, and a reply with
 both. A site answers each part as it would alone."""
@@ -90,3 +96,13 @@ def threshold(sites: int) -> int:
     section 6.2).
     """
     return 2 * sites // 3 + 1
+
+
+def given_up(sites: int) -> int:
+    """Return how many sites of a cohort must have gone on until an attempt has no sum left.
+
+    A site that has begun a later attempt opens nothing of an earlier one. With so many gone on,
+    fewer than the threshold are left to open, even if less than a third of the cohort does both.
+    """
+    colluding = (sites - 1) // 3
+    return sites - threshold(sites) + colluding + 1

@@ -15,12 +15,17 @@ from grandrounds.wire.masks.packed import SIGNED_KEYS_BYTES, table_bytes
 ATTEMPT, MOST_WEIGHT = "attempt", "most-weight"
 """Config keys: number of the attempt, and the largest weight of a site."""
 
+RECIPE = "recipe"
+"""Config key: hash of the run's recipe (`config.digest`), so that every site of a sum trains by the
+same one."""
+
+NOT_BOUND = ("cursor", messages.THREADS, messages.CPU_MATMUL, "version")
+"""Parts of an instruction that differ from site to site, and the number of the server's message,
+which counts anew after a resume."""
+
 NEXT = "next"
 """Config key of a message that the next round's part rides on, with the number of its attempt;
 record of that part's bytes, both ways; and config key of a reply, why that part was refused."""
-
-SITES_OWN = ("cursor", messages.THREADS, messages.CPU_MATMUL)
-"""Parts of an instruction that differ from site to site."""
 
 MOST_BYTES = table_bytes(SIGNED_KEYS_BYTES, MOST_SITES)
 """The longest request or reply that is no masked vector: a list of keys."""
@@ -43,7 +48,7 @@ def carried(
 def received_digest(content: RecordDict) -> bytes:
     """Return the SHA-256 of the adapter and the instruction, the same at server and sites.
 
-    Every part is preceded by its length; what is a site's own (`SITES_OWN`) is left out.
+    Every part is preceded by its length; what differs all the same (`NOT_BOUND`) is left out.
     """
     found = hashlib.sha256()
 
@@ -53,7 +58,7 @@ def received_digest(content: RecordDict) -> bytes:
             found.update(len(data).to_bytes(8) + data)
 
     for name, value in sorted(messages.instruction_of(content).items()):
-        if name not in SITES_OWN:
+        if name not in NOT_BOUND:
             add("instruction", name, value)
     arrays = content.array_records.get(messages.ARRAYS) or ArrayRecord()
     for name, array in arrays.items():

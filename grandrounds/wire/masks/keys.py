@@ -6,6 +6,7 @@ RFC 7748 (X25519), RFC 5869 (HKDF), RFC 8439 (ChaCha20-Poly1305), all from `cryp
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,7 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from grandrounds.errors import ReplyError
+from grandrounds.errors import ConfigError, ReplyError
+from grandrounds.storage import read_bytes
 from grandrounds.wire.masks.attempt import KEY_BYTES, SIGNATURE_BYTES
 
 _NO_NONCE = bytes(12)
@@ -119,6 +121,36 @@ def is_signed(public: Public, text: bytes, signature: bytes) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+def read_private_key(path: Path) -> Identity:
+    """Return a private key in OpenSSH or PKCS #8 format.
+
+    Raises
+    ------
+    ConfigError
+        If other users can read it, it has a passphrase, or it is not an ECDSA key on P-384.
+    """
+    content = read_bytes(path)
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(
+            f"{path} is readable by other users (mode {path.stat().st_mode & 0o777:o}): whoever "
+            f"holds it can act as this site. chmod 600 {path}"
+        )
+    try:
+        key = (
+            serialization.load_ssh_private_key(content, None)
+            if b"OPENSSH" in content[:64]
+            else serialization.load_pem_private_key(content, None)
+        )
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is not a private key without passphrase ({error}).") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError(
+            f"{path} is not an ECDSA key on P-384, the curve of Flower's nodes. Create one with "
+            "grandrounds site init."
+        )
+    return key
 
 
 def read_public(text: str) -> Public | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,14 @@ def test_an_agent_key_is_replaced_with_the_node_key_and_the_change_is_shown(
 def test_a_revoked_site_in_the_roster_is_told(consortium: Path, sites: list[SiteFile]) -> None:
     site = sites[0]
     assert list(_roster(site)) == []
+    must = replace(site, privacy=replace(site.privacy, require="masked"))
+    with pytest.raises(ConfigError, match=r"privacy.require = 'masked', but there is no .*roster"):
+        list(_roster(must))
     rosters.accept(site, rosters.offered(site, roster_file(consortium)))
-    [finding] = _roster(site)
-    assert finding.text.startswith("serial 4, 3 sites, SHA256:")
+    found, masks = _roster(site)
+    assert found.text.startswith("serial 4, 3 sites, SHA256:")
+    assert masks.level == "warning"
+    assert "of 5 sites or more (secure.min-cohort), and the roster has 3" in masks.text
     revoked = admissions.revoke(consortium, "site-2").parents[2] / "revoked.json"
     (site.path.parent / "revoked.json").write_bytes(revoked.read_bytes())
     with pytest.raises(ConfigError, match="lists 'site-2', which the consortium has revoked"):

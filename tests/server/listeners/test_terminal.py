@@ -130,7 +130,7 @@ def test_names_stand_in_the_lines_of_sites_that_fail_or_join(
         "good": [0],
         "cohort": [0, 3],
         "failed": {"3": "wrong tensors: missing ['[a]']"},
-        "evaluate-failed": {"2": "no reply within 5 s"},
+        "evaluate-failed": {"2": "no reply within 5 s", "3": "out of memory"},
         "communication-mib": 0.5,
         "seconds": 2.0,
     }
@@ -148,9 +148,10 @@ def test_names_stand_in_the_lines_of_sites_that_fail_or_join(
     text = console.export_text()
     assert "names        St [red]E" in text
     assert "Ward B joined: 8 examples for training" in text
-    assert text.count("St [red]E") == 2
+    assert text.count("St [red]E") == 3
     assert "St [red]E failed: wrong tensors: missing ['[a]']" in text
-    assert "site 2 failed: no reply within 5 s" in text
+    assert "St [red]E failed in evaluation: out of memory" in text
+    assert "site 2 failed in evaluation: no reply within 5 s" in text
 
 
 def test_the_moving_line_tells_round_site_step_and_time_left(

@@ -119,6 +119,17 @@ def test_nothing_of_a_single_site_is_told() -> None:
     assert not {"site-coverage", "update-norms", "update-cosines", "cohort"} & set(FIGURES)
 
 
+def test_a_round_that_did_not_finish_is_logged_at_the_round_before() -> None:
+    tracker = Recorder()
+    run, _ = wrapped(tensorboard=tracker)
+    play(run)
+    line = {"after-round": 2, "communication-mib": 1.5, "failed": {"0": "no power", "3": "so"}}
+    with run:
+        run.on_unfinished(line)
+    figures = {"unfinished-communication-mib": 1.5, "unfinished-failed-replies": 2.0}
+    assert ("log", 2, figures) in tracker.told
+
+
 def test_local_paths_are_told_by_their_last_part_only() -> None:
     settings = settings_of(
         recipes.resolve({"model.name": "/home/someone/base", "run-directory": "/home/someone/run"})

@@ -90,6 +90,17 @@ def test_a_run_that_was_forgotten_is_not_summed_again(folder: Path) -> None:
                 end.keys(attempt_at(4, number=number))
 
 
+def test_rounds_that_were_begun_are_over_once_a_run_was_forgotten(folder: Path) -> None:
+    """The site no longer knows which vectors it has sent, and for which cohort."""
+    with closing(SiteState(folder)) as state:
+        end_of(0, 4, CustodyStore(state)).keys(attempt_at(4, round_number=2))
+        assert kept_runs.forget(state, "ab")
+        end = end_of(0, 4, CustodyStore(state))
+        with pytest.raises(PolicyError, match="has answered for one sum of round 2, or forgotten"):
+            end.keys(attempt_at(4, round_number=2, number=1))
+        end.keys(attempt_at(4, round_number=3))
+
+
 def held_at(folder: Path) -> Held:
     [held] = [end.store.read(attempt_at(4)) for end in restarted(folder)]
     assert held is not None

@@ -15,7 +15,7 @@ from grandrounds.site.custody.state import SiteState
 from grandrounds.site.masks.held import NO_ATTEMPT, Kept, begun, kept_of, summed
 from grandrounds.wire.masks import keys, packed
 from grandrounds.wire.masks.agreement import keys_text
-from grandrounds.wire.masks.attempt import Attempt
+from grandrounds.wire.masks.attempt import Attempt, given_up, threshold
 from tests.masking import (
     RECEIVED,
     Rounds,
@@ -223,3 +223,29 @@ def test_the_server_takes_no_keys_that_no_other_site_could_use() -> None:
         server.take_keys(1, signed(fresh, bytes(32)))
     server.take_keys(0, known)
     assert server.listed == [0]
+
+
+def test_part_of_a_cohort_cannot_be_led_to_a_second_sum_of_the_same_round() -> None:
+    """Fourteen of twenty can open a sum; the other six are asked for one among themselves.
+
+    Without the refusal both sums would have the vectors of the six. With thirteen gone on, seven
+    are left and six may do both: one less than the fourteen that open the earlier sum.
+    """
+    now = after_masked(20)
+    now.begin(attempt_at(20, number=1))
+    few = now.keys(range(12))
+    with pytest.raises(PolicyError, match="of 20 sites, of which the list of keys has 12: with fe"):
+        now.ends[0].shares(now.attempt, few)
+    now.begin(attempt_at(20, number=2))  # it is not forgotten over another attempt
+    few = now.keys(range(12))
+    with pytest.raises(PolicyError, match="would be a second one"):
+        now.ends[0].shares(now.attempt, few)
+    now.keys(range(13))
+    now.shares(range(13))
+
+
+def test_an_attempt_that_is_given_up_has_no_sum_left_whoever_colludes() -> None:
+    for count in range(3, 257):
+        colluding = max(some for some in range(count) if 3 * some < count)
+        assert (count - given_up(count)) + colluding < threshold(count)
+        assert given_up(count) <= threshold(count)

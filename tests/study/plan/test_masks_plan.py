@@ -61,7 +61,11 @@ def test_what_may_leave_the_range_is_said_to_be_cut_and_counted(
 
 
 def test_what_a_server_still_gets_of_each_site_is_said() -> None:
-    assert "and its held-out loss, if its policy lets it (rounded); message sizes" in notes()
+    assert "and its held-out loss (rounded, if its policy lets it); message sizes" in notes()
     private = {"privacy.unit-guarantee": "example", "privacy.target-epsilon": 8.0}
-    assert "held-out loss" not in notes(**private)
+    assert "its held-out loss (in a rehearsal only)" in notes(**private)
+    assert "held-out loss" not in notes(**private, **{"strategy.fraction-evaluate": 0.0})
     assert "what the server still gets of each site: its introduction" in notes(**private)
+    assert "and the epsilon that it has spent; message sizes" in notes(**private)
+    told = {**private, "privacy.report-train-loss": True}
+    assert "and the noised training loss of a visit, if its policy lets it" in notes(**told)

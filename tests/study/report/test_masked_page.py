@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from grandrounds.study.report import cost
 from grandrounds.study.report.figures import Page
 from grandrounds.study.report.one_run import run_page
 from grandrounds.study.report.read import read_run
@@ -48,6 +49,15 @@ def test_what_nobody_knows_is_left_out_and_named(tmp_path: Path) -> None:
     assert next(tile.value for tile in page.tiles if tile.name == "coverage") == "not told"
 
 
+def test_the_planned_curve_has_the_bytes_of_the_masks(tmp_path: Path) -> None:
+    path = masked_run(tmp_path / "run")
+    plan = json.loads((path / "plan.json").read_text())
+    before = cost.planned(read_run(path))[-1][1]
+    plan["totals"] |= {"masks.up": {"messages": 48, "tensor_bytes": 2 * 2**20, "key_bytes": 0}}
+    (path / "plan.json").write_text(json.dumps(plan))
+    assert cost.planned(read_run(path))[-1][1] == before + 2
+
+
 def test_a_skipped_round_is_told_with_the_reason(tmp_path: Path) -> None:
     page = run_page(read_run(masked_run(tmp_path / "run")))
     said = "Round 3 was skipped, and the adapter stayed as it was: Round 3: the shares of"
@@ -61,7 +71,7 @@ def test_masks_are_told_under_privacy_with_what_the_server_still_gets(tmp_path: 
     page = run_page(read_run(masked_run(tmp_path / "run")))
     [table] = next(s for s in page.sections if s.key == "privacy").tables
     told = dict(table.rows)
-    assert told["updates"].startswith("secure aggregation (beta, unreviewed), masked32: a rehears")
+    assert told["updates"].startswith("secure aggregation (beta, unreviewed), masked32; a rehears")
     assert told["the server still gets of each site"].startswith("its introduction")
     plain = run_page(read_run(write_run(tmp_path / "plain")))
     assert not next(s for s in plain.sections if s.key == "privacy").tables

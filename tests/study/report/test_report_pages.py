@@ -95,6 +95,33 @@ def test_a_failed_run_says_what_failed_and_where(tmp_path: Path) -> None:
     assert page.failures == ["round 2, site 1, training: no reply within 5 s"]
 
 
+def test_rounds_that_did_not_finish_are_shown_and_their_failures_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", planned=8, status="failed", reason="Round 5: no power")
+    lost = {
+        "after-round": 4,
+        "reason": "Round 5: no power",
+        "cohort": [0, 1, 2],
+        "good": [0],
+        "failed": {"1": "no power", "2": "no power"},
+        "communication-mib": 1.25,
+        "totals": {"train.down": {"messages": 3, "tensor_bytes": 1310720, "key_bytes": 0}},
+        "seconds": 90.0,
+    }
+    (run / "unfinished.jsonl").write_text(json.dumps(lost) + "\n" + '{"after-round": 4}\n')
+    page = page_of(run)
+    assert "unfinished.jsonl was damaged after its first 1 line" in page.story[0]
+    shown = {t.name: (t.value, t.note) for t in page.tiles}
+    assert shown["visits used"] == ("11 of 15", "3 failed, 1 in rounds that did not finish")
+    assert shown["wall-clock time"][1].endswith("and 1 min 30 s in rounds that did not finish")
+    assert page.failures[1] == "round 5, which did not finish, site 1, training: no power"
+    table = next(t for t in section(page, "cost").tables if t.title == "Rounds that did not finish")
+    assert table.rows == [("4", "1.25", "2", "90.00", "Round 5: no power")]
+    figure = next(f for f in page.figures if f.key == "participation")
+    assert figure.note.endswith("3 failed, 2 of them in rounds that did not finish.")
+    assert [row[4] for row in figure.table.rows] == ["0", "2", "1", "0", "0", "0"]
+    assert "site 2, round 5: failed: no power" in figure.svg
+
+
 def test_the_end_of_a_summary_without_a_reason_is_told(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", planned=8, status="stopped"))
     assert page.status == "Stopped after 4 of 8 rounds"
@@ -140,8 +167,10 @@ def test_uploads_are_split_by_replies_unless_they_were_recorded(tmp_path: Path) 
     # 12 messages of half a MiB in the ledger, 11 replies with an update, 2 of them in round 2
     shares = [6 * n / 11 for n in (0, 3, 5, 8, 11)]
     assert [v for _, v in cost.uploaded(read_run(run))] == pytest.approx(shares)
-    set_metrics(run, communication_up_mib=1.5)
-    assert cost.uploaded(read_run(run)) == [(r, 1.5) for r in range(1, 5)]
+    file = run / "metrics.jsonl"
+    up = ', "communication-up-mib": 1.5}\n'
+    file.write_text(file.read_text().replace("}\n", up))
+    assert cost.uploaded(read_run(run)) == [(r, 1.5) for r in range(5)]
 
 
 def test_the_plan_ends_at_its_total(tmp_path: Path) -> None:
@@ -183,6 +212,15 @@ def test_an_update_that_stands_out_is_named_and_ringed(tmp_path: Path) -> None:
         assert figure.svg.count('class="ring"') == 1
         assert '<text x="' in figure.svg
         assert 'class="flag">site 4</text>' in figure.svg
+
+
+def test_an_update_that_a_screen_rejected_is_named_and_ringed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", rounds=1)
+    set_metrics(run, update_cosines={"3": 0.6, "4": 0.069, "5": 0.5}, failed={"4": "its update"})
+    [_, direction] = client_updates.update_figures(read_run(run))
+    assert direction.note.startswith("Rejected by the screen: site 4 in round 1 (cosine 0.069).")
+    assert direction.note.endswith("or rejected.")
+    assert direction.svg.count('class="ring"') == 1
 
 
 def test_updates_that_are_alike_do_not_stand_out(tmp_path: Path) -> None:
@@ -602,6 +640,33 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert "differ in seed" in section(page, "learning").notes[0]
 
 
+def test_runs_are_judged_alike_only_where_recipe_sites_and_their_answers_are_the_same(
+    tmp_path: Path,
+) -> None:
+    same = [write_run(tmp_path / name) for name in ("a", "b")]
+    others = {
+        "data.dirichlet-alpha, so": write_run(tmp_path / "c", **{"data__dirichlet_alpha": 0.1}),
+        "the sites that evaluated": write_run(tmp_path / "d"),
+        "at the roll call (held-out-examples)": write_run(tmp_path / "e"),
+    }
+    set_metrics(tmp_path / "d", evaluated=[0, 2])
+    sites = json.loads((tmp_path / "e/sites.json").read_text())
+    sites[1]["held-out-examples"] = 5
+    write(tmp_path / "e/sites.json", sites)
+
+    def caution(*paths: Path) -> str:
+        return section(several_page([read_run(p) for p in paths]), "learning").notes[0]
+
+    assert caution(*same) == "All runs are evaluated on the same held-out examples."
+    for said, run in others.items():
+        assert said in caution(same[0], run)
+    for path in same:
+        file = path / "metrics.jsonl"
+        file.write_text(file.read_text().replace('"held-out-loss"', '"unknown"'))
+    assert caution(*same) == "No run measured a held-out loss."
+    assert "Round 0" not in next(f for f in page_of(same[0]).figures if f.key == "loss").note
+
+
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / folder / "run")) for folder in ("x", "y")]
     assert list(names(runs)) == ["x/run", "y/run"]
@@ -678,11 +743,16 @@ def test_an_interval_of_a_share_ends_at_0_and_100(tmp_path: Path) -> None:
     content["arms"]["local"]["accuracy"]["private"] = {**estimate(0.02), "interval": [-0.1, 0.14]}
     wide = {"mean": 0.9, "interval": [-1.4, 3.2], "n": 2, "p": 0.1}
     content["joining"][0]["own"]["accuracy"]["private"] = wide
+    content["arms"]["base"]["held-out-loss"] = {**estimate(0.2), "interval": [-0.1, 0.5]}
+    runs = content["arms"]["base"]["seeds"]
+    content["arms"]["base"]["seeds"] = {s: {**r, "failed-replies": 3} for s, r in runs.items()}
     page = comparison_page(content, tmp_path / "comparison.json")
     [table] = section(page, "arms").tables
     shown = {row[0]: row[2] for row in table.rows}
     assert shown["base"] == "97.1 % (92.0 to 100.0)"
     assert shown["local, own part"] == "2.0 % (0.0 to 14.0)"
+    assert table.rows[0][1] == "0.200 (0.000 to 0.500)"
+    assert table.rows[0][table.columns.index("failed replies")] == "6"
     joined = table_of(page, "joining-local-own-private").rows[0]
     assert joined[1] == "90.0 points (-100.0 to 100.0)"
 
