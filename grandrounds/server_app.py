@@ -54,7 +54,7 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
             rounds.record_start(run)
         while run.state.round < config.federation.num_server_rounds:
             rounds.play_round(run)
-        return lifecycle.finish(run)
+        summary = lifecycle.finish(run)
     except KeyboardInterrupt:
         kept = lifecycle.fail(run, "stopped", "interrupted")
         raise KeyboardInterrupt(kept) from None
@@ -66,3 +66,5 @@ def federate(grid: Grid, config: Config, listener: Listener) -> dict[str, Any]:
         raise
     finally:
         run.directory.release()
+    listener.on_finished({**summary, "directory": str(run.directory.path)})
+    return summary

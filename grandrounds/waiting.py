@@ -1,4 +1,4 @@
-"""Lets idle CPU threads sleep instead of spinning.
+"""Lets idle CPU threads sleep instead of spinning, and counts the CPUs that threads may use.
 
 PyTorch's threads meet at the end of every product, and OpenMP's wait there in a busy loop. Beside
 other busy processes that loop takes the core that the last thread needs. OpenMP reads its settings
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 POLICY = "OMP_WAIT_POLICY"
 
@@ -34,3 +35,15 @@ def wait_passively() -> None:
 def is_too_late() -> bool:
     """Whether PyTorch had been loaded before, so that this process's idle threads spin."""
     return _is_too_late
+
+
+def usable_cpus(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of CPUs that this process may keep busy: its affinity, and the CPU quota of
+    its container (cgroup v2)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else min(count, max(1, int(quota) // int(period)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import pytest
 from flwr.cli.flower_config import read_superlink_connection
 from flwr.cli.supernode.register import try_load_public_key
@@ -27,7 +28,7 @@ from grandrounds.config import recipes
 from grandrounds.engines.deployment import admissions, joining, rosters, set_up
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
-from grandrounds.engines.simulation import MARKER, end_processes
+from grandrounds.engines.keeper import MARKER, marked_processes
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from grandrounds.wire.masks.roster import FILE
 from tests.own_sites import write_partition
@@ -48,6 +49,19 @@ FORMULARY: Settings = {
     "seed": 42,
 }
 """The embedded base and formulary on three sites."""
+
+
+def end_processes(marker: str) -> None:
+    """Kill every process that carries a marker, and wait until none is left."""
+
+    def are_gone() -> bool:
+        left = marked_processes(marker)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return not left
+
+    wait_for(are_gone, 20, f"processes of {marker} are left")
 
 
 def free_port(count: int = 1) -> int:

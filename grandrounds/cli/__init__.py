@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,11 +27,13 @@ from grandrounds.cli import (
     run,
     site,
 )
+from grandrounds.cli.output import CLOSED, guarded_output
 from grandrounds.cli.screen import lifetime
 from grandrounds.config.keys import ALIASES, FIELD_OF_KEY
 from grandrounds.config.recipes import OPTIONS
 from grandrounds.config.synonyms import MAX_STEPS, NO_KEY, PER_ROUND, key_meant, last_part
 from grandrounds.config.words import shown
+from grandrounds.engines.folders import ENDING
 from grandrounds.errors import ConfigError, GrandRoundsError
 
 NEEDED_TO_RUN = (
@@ -63,30 +64,53 @@ INTERRUPTED = 130
 @contextmanager
 def reported_in_one_line() -> Iterator[None]:
     """Print an expected failure as one line and exit with its code; a traceback means a bug."""
-    # SIGTERM is handled like Ctrl-C: child processes are ended and the summary is written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names and arrows are no reason to fail
-        sys.stdout.reconfigure(errors="replace")
+    with guarded_output() as output:
+        try:
+            with flushed():
+                yield
+        except GrandRoundsError as error:
+            told = "\n".join(map(shown, str(error).split("\n")))
+            print(f"grandrounds: {told}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as interrupt:
+            kept = f"; {interrupt}" if str(interrupt) else ""
+            if not output.error:
+                print(f"grandrounds: interrupted{kept}", file=sys.stderr)
+                raise typer.Exit(INTERRUPTED) from None
+            if kept or output.exit_code != CLOSED:  # `| head` is no news
+                print(f"grandrounds: {output.told}{kept}", file=sys.stderr)
+            raise typer.Exit(output.exit_code) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in NEEDED_TO_RUN:
+                raise
+            print(
+                f"grandrounds: this command needs {package}, which is not installed: "
+                'pip install "grandrounds[all]"',
+                file=sys.stderr,
+            )
+            raise typer.Exit(1) from None
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """Flush standard output at the end, since its failure may show only there."""
     try:
         yield
-    except GrandRoundsError as error:
-        told = "\n".join(map(shown, str(error).split("\n")))
-        print(f"grandrounds: {told}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt as interrupt:
-        what = f"; {interrupt}" if str(interrupt) else ""
-        print(f"grandrounds: interrupted{what}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in NEEDED_TO_RUN:
-            raise
-        print(
-            f"grandrounds: this command needs {package}, which is not installed: "
-            'pip install "grandrounds[all]"',
-            file=sys.stderr,
-        )
-        raise typer.Exit(1) from None
+    except click.exceptions.Exit:  # of a help page
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def end_in_order() -> None:
+    """Handle SIGTERM and SIGHUP as Ctrl-C: child processes are ended, the summary is written.
+
+    An ignored SIGHUP stays ignored: `nohup` asks for it.
+    """
+    for number in ENDING:
+        if number != signal.SIGINT and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def meant_option(error: click.NoSuchOption) -> str:
@@ -117,8 +141,14 @@ def misused(error: click.UsageError) -> str:
 class Commands(TyperGroup):
     """All commands, their expected failures reported in one line."""
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Parse the command line; the help page is printed here."""
+        with reported_in_one_line():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
+        end_in_order()
         with reported_in_one_line(), lifetime():
             try:
                 return super().invoke(ctx)

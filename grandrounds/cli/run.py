@@ -32,6 +32,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
 from grandrounds.data.own_prompt import check_prompt
+from grandrounds.engines.folders import left_behind
 from grandrounds.errors import ConfigError, ModelError
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.trackers import tracked, trackers_of
@@ -162,7 +163,7 @@ def run(
 
         warnings = preflight.check(resolved, from_round)
     tell([] if resume or quiet else [*recipes.notes(settings, file), *continued])
-    tell(warnings, "warning")
+    tell([*warnings, *left_behind()], "warning")
     if engine is Engine.deployment:
         from grandrounds.engines.deployment.superlink import in_one_array
 

@@ -17,6 +17,7 @@ from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.words import command
+from grandrounds.engines.folders import ENDING
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
@@ -284,8 +285,9 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
     agent = Agent(site, tell)
     for line in inventory(site):
         tell(line)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: agent.stop())
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: agent.stop())
     agent.serve()
 
 

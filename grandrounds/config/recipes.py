@@ -29,7 +29,7 @@ from grandrounds.config.prompt import with_text
 from grandrounds.config.resets import resets
 from grandrounds.config.validation import parse, settled, without_aliases
 from grandrounds.config.values import Scalar
-from grandrounds.config.words import counted, percent, place_name
+from grandrounds.config.words import counted, is_utf8, percent, place_name
 from grandrounds.errors import ConfigError
 from grandrounds.storage import found, read_toml
 
@@ -318,13 +318,22 @@ def resolve(*layers: Mapping[str, Scalar]) -> Config:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with absolute local paths, valid from any working directory."""
+    """Return the configuration with absolute local paths, valid from any working directory.
+
+    Raises
+    ------
+    ConfigError
+        If one is not UTF-8, as a recipe must be.
+    """
 
     def full(name: str) -> str:
         path = found(name) if name not in EMBEDDED_DATA else None
         if path is None and set(name) & set("*?"):  # a pattern of files
             path = Path(name).expanduser()
-        return str(path.absolute()) if path else name
+        whole = str(path.absolute()) if path else name
+        if not is_utf8(whole):
+            raise ConfigError(f"{whole} is not UTF-8, as a recipe must be. Rename it.")
+        return whole
 
     base, lora = config.model.name, config.lora
     start = full(lora.from_adapter) if lora.from_adapter else ""

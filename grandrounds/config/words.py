@@ -42,6 +42,12 @@ def has_controls(text: str) -> bool:
     return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
+def is_utf8(path: str) -> bool:
+    """Whether a path is UTF-8. On Linux a name may be any bytes; Python keeps others as
+    surrogates."""
+    return not any(unicodedata.category(character) == "Cs" for character in path)
+
+
 def shown(text: str) -> str:
     """Return a text with its control characters but tabs escaped: no terminal obeys them."""
     return "".join(repr(c)[1:-1] if c != "\t" and has_controls(c) else c for c in text)

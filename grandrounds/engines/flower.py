@@ -18,9 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from grandrounds.engines import keeper
+from grandrounds.engines.folders import Folder, uninterrupted
 from grandrounds.errors import EngineError
 
 COMMAND_TIMEOUT_SECONDS = 120.0  # a `flwr` command takes 1 to 2 seconds
+END_PATIENCE_SECONDS = 30.0
+"""How long a keeper may take to end all below it: SIGKILL follows SIGTERM after 5 s."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,13 @@ class Link:
     """How Flower's commands reach a SuperLink."""
 
     home: Path
-    """Folder of the logs; holds an empty folder `cwd`."""
+    """Folder of the logs."""
     environment: Mapping[str, str]
     """Environment of the commands; its `FLWR_HOME` holds the config.toml with the connection."""
     connection: str
     """Name of the connection in Flower's config.toml."""
     process: subprocess.Popen[bytes] | None = None
-    """The SuperLink, if it was started for this run."""
+    """The keeper of the SuperLink that was started for this run, if one was."""
 
 
 def quiet() -> dict[str, str]:
@@ -60,20 +66,12 @@ def tail(path: Path, lines: int = 20) -> str:
 def started(
     home: Path, environment: Mapping[str, str], log_name: str, command: Sequence[str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a Flower program until the block ends, with its output in a log."""
-    path = shutil.which(command[0], path=environment["PATH"])
-    if path is None:
-        raise EngineError(f"{command[0]!r} is not on PATH: pip install 'grandrounds[all]'")
-    with (home / log_name).open("wb") as log:
-        process = subprocess.Popen(
-            [path, *command[1:]],
-            env=dict(environment),
-            cwd=home / "cwd",  # empty, since Ray's actors import from here first
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal is for us alone
-        )
+    """Run a Flower program until the block ends, with its output in a log.
+
+    Nothing that it starts is ended with it: `kept` is for programs that start others.
+    """
+    words = [_found(command[0], environment), *command[1:]]
+    process = _popen(home, environment, log_name, words, stdin=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -81,13 +79,68 @@ def started(
         process.wait()
 
 
+@contextlib.contextmanager
+def kept(
+    folder: Folder, environment: Mapping[str, str], log_name: str, command: Sequence[str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a Flower program below a keeper, which is yielded; on exit, end all that it started.
+
+    Raises
+    ------
+    EngineError
+        If the program is not installed, or processes cannot be ended.
+    """
+    program = [_found(command[0], environment), *command[1:]]
+    words = [sys.executable, "-P", keeper.__file__, str(folder.path), *program]
+    inherited = {"stdin": subprocess.PIPE, "pass_fds": (folder.lock,)}
+    process = _popen(folder.path, environment, log_name, words, **inherited)
+    assert process.stdin is not None
+    try:
+        yield process
+    finally:
+        with uninterrupted():
+            process.terminate()
+            try:
+                process.wait(END_PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                left = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+                raise EngineError(
+                    f"Flower processes could not be ended; kill them by hand: {left}."
+                ) from None
+            finally:
+                process.stdin.close()  # only now: a keeper takes its end for that of the command
+
+
+def _found(program: str, environment: Mapping[str, str]) -> str:
+    path = shutil.which(program, path=environment["PATH"])
+    if path is None:
+        raise EngineError(f"{program!r} is not on PATH: pip install 'grandrounds[all]'")
+    return path
+
+
+def _popen(
+    home: Path, environment: Mapping[str, str], log_name: str, words: Sequence[str], **more: Any
+) -> subprocess.Popen[bytes]:
+    (home / "cwd").mkdir(exist_ok=True)
+    with (home / log_name).open("wb") as log:
+        return subprocess.Popen(
+            words,
+            env=dict(environment),
+            cwd=home / "cwd",  # empty, since Ray's actors import from here first
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            **more,
+        )
+
+
 def require_alive(link: Link, problem: str = "") -> None:
     """Raise `EngineError` for a problem with this run's own SuperLink, or if it has ended."""
     if link.process is not None and (code := link.process.poll()) is not None:
         problem = f"ended with code {code} (out of memory?)"
     if problem:
-        log = link.home / "superlink.log"
-        raise EngineError(f"Flower's SuperLink {problem}. Run again. End of {log}:\n{tail(log)}")
+        log = tail(link.home / "superlink.log")
+        raise EngineError(f"Flower's SuperLink {problem}. Run again. The end of its log:\n{log}")
 
 
 _PROGRESS = ("Using SuperLink:", "Listing all runs...")
@@ -108,8 +161,17 @@ def ask(link: Link, *arguments: str) -> dict[str, Any]:
     if not answer.get("success"):
         said = str(answer.get("error-message", "")).splitlines()
         why = " ".join(line for line in said if line and not any(p in line for p in _PROGRESS))
-        raise EngineError(f"Flower refused `flwr {arguments[0]}`: {why or 'no reason given'}")
+        raise EngineError(
+            f"Flower refused `flwr {arguments[0]}`: {why or 'no reason given'}{_why_no_run(link)}"
+        )
     return answer
+
+
+def _why_no_run(link: Link) -> str:
+    """Return why a SuperLink of this run refused it, which Flower writes to its log only."""
+    log = tail(link.home / "superlink.log") if link.process else ""
+    found = re.findall(r"Could not start run: (.+)", log)
+    return f" {found[-1]}" if found else ""
 
 
 def follow(

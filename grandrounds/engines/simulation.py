@@ -2,8 +2,9 @@
 
 Flower's own `flwr run` starts a SuperLink that outlives it, exits with 0 when the run failed, and
 only detaches on Ctrl-C. Here each run has its own SuperLink, with its own folder and port, and its
-outcome is read from `flwr list`. Every process started carries `MARKER` in its environment (Ray's
-daemons and actors inherit it), and all that carry it are ended before this module returns.
+outcome is read from `flwr list`. The SuperLink and all that comes of it live below a keeper
+(`engines/keeper.py`), which ends them before this module returns, and also if this process is
+killed; their folder is removed with them (`engines/folders.py`).
 
 The apps run with our environment in an empty folder, so paths in their configuration must be
 absolute. `SystemExit` in a ServerApp counts as *completed* (Flower 1.41, 1.42).
@@ -12,27 +13,23 @@ absolute. `SystemExit` in a ServerApp counts as *completed* (Flower 1.41, 1.42).
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import signal
 import socket
-import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
-from grandrounds.config.words import command
-from grandrounds.engines.flower import Link, ask, follow, quiet, require_alive, started
+from grandrounds.config.words import command, counted
+from grandrounds.engines.flower import Link, ask, follow, kept, quiet, require_alive
+from grandrounds.engines.folders import Folder, own_folder
+from grandrounds.engines.keeper import MARKER
 from grandrounds.engines.watching import (
     Watcher,
+    kept_logs,
     mark_stopped,
     why_it_ended,
     with_run_directory,
@@ -42,11 +39,10 @@ from grandrounds.errors import EngineError
 from grandrounds.model.headroom import GPU_SHARE
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Listener
+from grandrounds.waiting import usable_cpus
 
-MARKER = "GRANDROUNDS_RUNTIME"
 CONNECTION = "grandrounds"  # name of the SuperLink connection in config.toml
 POLL_SECONDS = 0.5
-END_PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ class SimulatedSites:
     gpus: float = 0
 
     def check(self) -> None:
-        """Raise `EngineError` if this machine cannot host a single site of that size."""
-        cpus, gpus = os.cpu_count() or 1, 0
+        """Raise `EngineError` if this process cannot host a single site of that size."""
+        cpus, gpus = usable_cpus(), 0
         if self.gpus:
             import torch  # only here: without GPUs this process needs no torch
 
@@ -71,8 +67,16 @@ class SimulatedSites:
         if self.count < 1 or self.cpus <= 0 or self.gpus < 0:
             raise EngineError(f"A simulation needs at least one site and some CPU, not {asked}.")
         if self.cpus > cpus or self.gpus > gpus:
-            there = f"{cpus} CPUs" + (f" and {gpus} usable GPUs" if self.gpus else "")
-            raise EngineError(f"This machine has {there}, not {asked}. Reserve less per site.")
+            there = counted(cpus, "CPU") + (f" and {gpus} usable GPUs" if self.gpus else "")
+            raise EngineError(f"This process may use {there}, not {asked}. Reserve less per site.")
+
+    @property
+    def resources(self) -> str:
+        """Flower's `--federation-config`. Ray's own count of CPUs ignores the affinity."""
+        return (
+            f"num-supernodes={self.count} client-resources-num-cpus={self.cpus} "
+            f"client-resources-num-gpus={self.gpus} init-args-num-cpus={usable_cpus()}"
+        )
 
     @property
     def gpu_share(self) -> float:
@@ -86,39 +90,37 @@ def simulate(config: Config, listener: Listener, client_cpus: int, client_gpus: 
     Raises
     ------
     EngineError
-        If the run did not complete. Flower's logs are then kept, and the message names them.
+        If the run did not complete. Flower's logs are then in the run directory, if there is one.
     """
     flat, directory = with_run_directory(config)
-    home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
-    app = write_app(home / "app")
-    runtime = home / "runtime"
-    watcher = Watcher(directory, listener)
     sites = SimulatedSites(config.data.num_partitions, client_cpus, client_gpus)
-    with listener:
+    watcher = Watcher(directory, listener)
+    with own_folder() as folder, listener:
+        app = write_app(folder.path / "app")
         try:
-            status, reason = run_simulation(app, flat, sites, runtime, watcher.look)
+            status, reason = run_simulation(app, flat, sites, folder, watcher.look)
         except KeyboardInterrupt:
             mark_stopped(RunDirectory(directory))
             raise
+        except EngineError as error:
+            raise EngineError(f"{error} {kept_logs(folder.path, directory)}".rstrip()) from error
         summary = watcher.summary()
         if status != "completed" or summary.get("status") != "completed":
-            why = why_it_ended(summary, reason, runtime / "run.log")
+            why = why_it_ended(summary, reason, folder.path / "run.log")
             kept = (
                 "Finished rounds are kept: "
                 f"{command('grandrounds', 'run', '--resume', directory)} --engine simulation "
             ) * directory.exists()
-            raise EngineError(
-                f"The simulation ended as {status}: {why} {kept}(Flower's logs: {runtime})"
-            )
+            logs = kept_logs(folder.path, directory)
+            raise EngineError(f"The simulation ended as {status}: {why} {kept}{logs}".rstrip())
         place = {"directory": str(directory), "engine": "simulation"}
         listener.on_finished({**summary, **place})
-    shutil.rmtree(home)
 
 
 def default_cpus(num_threads: int) -> int:
     """Return the default CPUs per site: one for each of its threads, so that sites which run at
-    once do not share CPUs; at most those of this machine."""
-    return min(max(1, num_threads), os.cpu_count() or 1)
+    once do not share CPUs; at most those that this process may use."""
+    return min(max(1, num_threads), usable_cpus())
 
 
 def default_gpus() -> float:
@@ -133,7 +135,7 @@ def run_simulation(
     app_dir: Path,
     overrides: Mapping[str, Scalar],
     sites: SimulatedSites,
-    home: Path,
+    folder: Folder,
     on_poll: Callable[[], None] = lambda: None,
 ) -> tuple[str, str]:
     """Run the Flower app in `app_dir` to its end; leave no process behind, however it ends.
@@ -144,8 +146,8 @@ def run_simulation(
         Folder whose `pyproject.toml` holds `[tool.flwr.app]`.
     overrides : Mapping[str, Scalar]
         Changes to `[tool.flwr.app.config]`, under dotted keys. Flower checks no types.
-    home : Path
-        Folder for this run only: Flower's configuration, `superlink.log` and `run.log`.
+    folder : Folder
+        For this run only: Flower's configuration, `superlink.log` and `run.log`.
     on_poll : Callable[[], None]
         Called about every `POLL_SECONDS` while the run lasts. An exception in it ends the run.
 
@@ -161,14 +163,10 @@ def run_simulation(
         Flower rejects the app, or a process cannot be ended.
     """
     sites.check()
-    with superlink(home, gpu_share=sites.gpu_share) as link:
+    with superlink(folder, gpu_share=sites.gpu_share) as link:
         overrides_file = link.home / "overrides.toml"
         overrides_file.write_text(to_toml(overrides), encoding="utf-8")
-        resources = (
-            f"num-supernodes={sites.count} client-resources-num-cpus={sites.cpus} "
-            f"client-resources-num-gpus={sites.gpus}"
-        )
-        options = ("--federation-config", resources, "--run-config", str(overrides_file))
+        options = ("--federation-config", sites.resources, "--run-config", str(overrides_file))
         answer = ask(link, "run", str(app_dir.resolve()), CONNECTION, *options)
         # If this raises, the run ends with its SuperLink: `flwr stop` would only note it there.
         return follow(link, int(answer["run-id"]), on_poll, POLL_SECONDS)
@@ -176,54 +174,40 @@ def run_simulation(
 
 @contextlib.contextmanager
 def superlink(
-    home: Path, start_timeout_seconds: float = 60, gpu_share: float = 1.0
+    folder: Folder, start_timeout_seconds: float = 60, gpu_share: float = 1.0
 ) -> Iterator[Link]:
-    """Run a SuperLink for simulations in `home`; on exit, end every process that it started.
+    """Run a SuperLink for simulations in a folder; on exit, end every process that it started.
 
     Parameters
     ----------
     gpu_share : float
         Fraction of a GPU's memory that each site may plan with.
     """
-    home = home.resolve()
-    (home / "cwd").mkdir(parents=True, exist_ok=True)
+    home = folder.path
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     (home / "config.toml").write_text(  # an explicit address: `flwr` starts no SuperLink itself
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', "utf-8"
     )
-    # Ray keeps its sockets there, and their paths are limited to about 100 characters.
-    ray_dir = tempfile.mkdtemp(prefix="gr-", dir="/tmp" if Path("/tmp").is_dir() else None)
-    environment = _environment(home, ray_dir, gpu_share)
+    environment = _environment(home, gpu_share)
     options = f"--insecure --simulation --host 127.0.0.1 --port {port}"
     command = ("flower-superlink", *options.split())
-    try:
-        with started(home, environment, "superlink.log", command) as process:
-            link = Link(home, environment, CONNECTION, process)
-            _wait_until_healthy(link, f"http://127.0.0.1:{port}/health", start_timeout_seconds)
-            yield link
-    finally:
-        in_main = threading.current_thread() is threading.main_thread()  # others get no signals
-        # A second Ctrl-C must not interrupt the clean-up, which takes a few seconds.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
-        try:
-            end_processes(ray_dir)
-            shutil.rmtree(ray_dir, ignore_errors=True)
-        finally:
-            if in_main:
-                signal.signal(signal.SIGINT, previous)
+    with kept(folder, environment, "superlink.log", command) as keeper:
+        link = Link(home, environment, CONNECTION, keeper)
+        _wait_until_healthy(link, f"http://127.0.0.1:{port}/health", start_timeout_seconds)
+        yield link
 
 
-def _environment(home: Path, ray_dir: str, gpu_share: float) -> dict[str, str]:
+def _environment(home: Path, gpu_share: float) -> dict[str, str]:
     """Return our environment, changed so that this run is isolated, quiet and local."""
     environment = {key: value for key, value in quiet().items() if key != "RAY_ADDRESS"}
     for name in ("NO_PROXY", "no_proxy"):
         environment[name] = f"{environment.get(name, '')},127.0.0.1"
     return environment | {
-        MARKER: ray_dir,
+        MARKER: str(home),
         "FLWR_HOME": str(home),
-        "RAY_TMPDIR": ray_dir,
+        "RAY_TMPDIR": str(home),
         GPU_SHARE: str(gpu_share),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
@@ -240,29 +224,3 @@ def _wait_until_healthy(link: Link, url: str, timeout_seconds: float) -> None:
         if time.monotonic() > deadline:
             require_alive(link, f"did not answer on {url} within {timeout_seconds:g} seconds")
         time.sleep(0.1)
-
-
-def end_processes(marker: str) -> None:
-    """End every process that carries `marker`, and verify that none is left."""
-    for kill in (False, True):
-        deadline = time.monotonic() + END_PATIENCE_SECONDS
-        while time.monotonic() < deadline:
-            if not (processes := marked_processes(marker)):
-                return
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill() if kill else process.terminate()
-            time.sleep(0.1)
-    pids = [process.pid for process in processes]
-    raise EngineError(f"Flower processes could not be ended; kill them by hand: {pids}.")
-
-
-def marked_processes(marker: str) -> list[psutil.Process]:
-    """Return the living processes that carry `marker` in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        # Other users' processes, and zombies, have no environment to read.
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARKER) == marker:
-                found.append(process)
-    return found

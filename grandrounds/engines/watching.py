@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import grandrounds
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import defaults, to_toml
 from grandrounds.config.values import Scalar
+from grandrounds.config.words import is_utf8
 from grandrounds.engines.flower import tail
+from grandrounds.errors import ConfigError
 from grandrounds.server import states
 from grandrounds.server.directory import RunDirectory, default_run_directory
 from grandrounds.server.listeners import Listener
@@ -32,6 +35,13 @@ clientapp = "{clientapp}:app"
 [tool.flwr.app.config]
 {config}"""
 """An app without code: Flower's processes import the installed package."""
+
+
+LOGS = "flower-logs"
+"""Folder of a run directory: the logs of Flower's programs where the run failed."""
+
+OF_OURS = "grandrounds.errors."
+"""In a traceback: the error is one of ours."""
 
 
 class Watcher:
@@ -101,10 +111,21 @@ def mark_stopped(directory: RunDirectory) -> None:
 
 
 def with_run_directory(config: Config) -> tuple[dict[str, Scalar], Path]:
-    """Return the flat configuration with an absolute run directory, and the folder written to."""
+    """Return the flat configuration with an absolute run directory, and the folder written to.
+
+    Raises
+    ------
+    ConfigError
+        If the folder is not UTF-8, as Flower's run config must be.
+    """
     new = Path(config.federation.run_directory or default_run_directory(config))
     flat = {**config.flat(), "run-directory": str(new.expanduser().absolute())}
-    return flat, Path(config.federation.resume_from or str(flat["run-directory"]))
+    directory = Path(config.federation.resume_from or str(flat["run-directory"]))
+    if not is_utf8(str(directory)):
+        raise ConfigError(
+            f"{directory} is not UTF-8, as Flower requires. Rename it, or leave out --engine."
+        )
+    return flat, directory
 
 
 def why_it_ended(summary: Mapping[str, Any], reason: str, log: Path) -> str:
@@ -112,3 +133,20 @@ def why_it_ended(summary: Mapping[str, Any], reason: str, log: Path) -> str:
     reason = reason.partition("\n")[0]
     told = summary.get("reason") or reason.partition("exception: ")[2] or reason
     return told or tail(log, lines=1) or "no reason given"
+
+
+def kept_logs(home: Path, directory: Path) -> str:
+    """Copy the logs of Flower's programs into the run directory; return a note of where they are.
+
+    A run that failed before its first measurement has no directory. Then the note is the end of the
+    run's log, unless the run failed with an error of ours, which says all that there is to say.
+    """
+    logs = sorted(home.glob("*.log"))
+    if logs and directory.is_dir():
+        target = directory / LOGS
+        target.mkdir(exist_ok=True)
+        for log in logs:
+            shutil.copyfile(log, target / log.name)
+        return f"(Flower's logs: {target})"
+    end = tail(home / "run.log")
+    return f"The end of Flower's log:\n{end}" if end and OF_OURS not in end else ""

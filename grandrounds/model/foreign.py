@@ -144,7 +144,8 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
         import safetensors.torch
 
         try:
-            tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(file)
+            # not `load_file`, which takes no path that is not UTF-8
+            tensors: dict[str, torch.Tensor] = safetensors.torch.load(file.read_bytes())
             return tensors
         except (OSError, safetensors.SafetensorError) as error:
             raise ModelError(f"{file} is damaged ({first_line(error)}). Copy it again.") from error

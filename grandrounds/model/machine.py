@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from grandrounds.model.base import (
 from grandrounds.model.lora import LoraSpec, base_parameters
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import Resident, compile_mlps, resident_model
+from grandrounds.waiting import usable_cpus
 from grandrounds.wire.adapter import Ranks
 from grandrounds.wire.messages import CPU_MATMUL, THREADS
 
@@ -116,18 +115,6 @@ def threads(config: Config) -> int:
 
 def _is_small(name: str) -> bool:
     return base_parameters(name) < SMALL_BASE_PARAMETERS
-
-
-def usable_cpus(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of CPUs that this process may keep busy: its affinity, and the CPU quota of
-    its container (cgroup v2)."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = (group / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return count
-    return count if quota == "max" else min(count, max(1, int(quota) // int(period)))
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ from grandrounds.wire.traffic import plan_config
 def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     """Open the run directory, and draw or load the adapter; loads no base model.
 
+    If that fails, or is interrupted, a new directory is removed again.
+
     Raises
     ------
     RunDirectoryError
@@ -61,10 +64,19 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     ModelError
         If the base's configuration is missing, or a target module matches nothing.
     """
+    with ExitStack() as undo:
+        run = _begun(grid, config, listener, undo)
+        undo.pop_all()
+    return run
+
+
+def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> Run:
     federation, strategy = config.federation, config.strategy
     check_roster(config)
     directory = RunDirectory.open(Path(federation.resume_from)) if federation.resume_from else None
     resumed = held_for_resume(directory, config) if directory else None
+    if directory is not None:
+        undo.callback(directory.release)
     spec = LoraSpec.of(config)
     shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes, examiners_of(grid))
@@ -75,6 +87,7 @@ def begin(grid: Grid, config: Config, listener: Listener) -> Run:
     if directory is None:
         path = Path(federation.run_directory or default_run_directory(config))
         directory = RunDirectory.create(path, config)
+        undo.callback(directory.discard)
     if is_new:
         directory.hold()
     keep_roster(config, directory.path)
@@ -219,7 +232,6 @@ def finish(run: Run) -> dict[str, Any]:
     if failed := run.attempt.failures(EXAM):
         summary["formulary_failed"] = failed
     run.directory.write_json("summary.json", summary)
-    run.listener.on_finished({**summary, "directory": str(run.directory.path)})
     return summary
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from grandrounds.config.words import command
+from grandrounds.config.words import command, is_utf8
 from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.data.own_prompt import is_own, own_prompt
@@ -97,6 +97,11 @@ def export(
     name = f"{'merged' if merge else 'peft'}_{checkpoint.round}"
     folder = (to or checkpoint.run.path / "export" / name).expanduser().absolute()
     _check_empty(folder)
+    if merge and not is_utf8(str(folder)):
+        raise RunDirectoryError(
+            f"{folder} is not UTF-8, and the libraries that write models take no such folder. "
+            "Choose another one with --to."
+        )
     adapter = read_adapter(checkpoint.folder)
     link = f"https://huggingface.co/{repository}" if repository else None
     found = findings(checkpoint, link)

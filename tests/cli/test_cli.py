@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -333,6 +334,36 @@ def test_ctrl_c_in_a_later_round_is_one_line_and_a_stopped_run(
     summary = json.loads((Path(settings["run-directory"]) / "summary.json").read_text())
     assert (summary["status"], summary["rounds"]) == ("stopped", 2)
     assert summary["adapter"] == "peft_2"
+
+
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [("plan", None), ("round 2/3", ("stopped", 2)), ("result", ("completed", 3))],
+    ids=["before it starts", "in its rounds", "after its end"],
+)
+def test_a_run_whose_output_nobody_reads_is_stopped_in_order(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, last: str, found: Any
+) -> None:
+    """As `grandrounds run | head`: nothing is taken from a certain line on."""
+    written: list[str] = []
+
+    def write(self: Any, text: str) -> int:
+        written.append(text)
+        if any(text.startswith(last) for text in written):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return len(text)
+
+    run = Path(settings["run-directory"])
+    runner = CliRunner()
+    with monkeypatch.context() as patch:
+        patch.setattr("click.testing._NamedTextIOWrapper.write", write)
+        result = runner.invoke(app, ["run", *options(settings)])
+    assert result.exit_code == 141
+    if found is None:
+        assert not run.exists()
+        return
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == found
 
 
 def test_ctrl_c_in_the_first_round_claims_no_finished_round(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,16 +13,17 @@ import pytest
 from grandrounds.config.recipes import to_toml
 from grandrounds.engines import simulation
 from grandrounds.engines.flower import tail
+from grandrounds.engines.folders import Folder, own_folder
+from grandrounds.engines.keeper import marked_processes
 from grandrounds.engines.simulation import (
-    MARKER,
     SimulatedSites,
     default_cpus,
-    end_processes,
-    marked_processes,
     run_simulation,
     superlink,
 )
 from grandrounds.errors import EngineError
+from grandrounds.waiting import usable_cpus
+from tests.processes import counted, short_folder
 
 PYPROJECT = """
 [project]
@@ -84,23 +83,24 @@ def toy_app(tmp_path: Path) -> Path:
     return app
 
 
-def processes_of(home: Path) -> list[psutil.Process]:
-    """Return the living processes whose FLWR_HOME is `home`."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get("FLWR_HOME") == str(home):
-                found.append(process)
-    return found
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
+    """A folder for Flower's processes: after the test none is left, nor the folder."""
+    with short_folder() as place, counted() as living:
+        monkeypatch.setattr("tempfile.tempdir", str(place))
+        with own_folder() as folder:
+            yield folder
+            assert living() == []
+        assert [*place.iterdir()] == []
 
 
-def clients_run(home: Path) -> bool:
-    """Return whether an actor of Ray is at work; its process then bears the method's name."""
-    names = []
-    for process in processes_of(home):
+def command_lines(folder: Folder) -> dict[psutil.Process, str]:
+    """Return the command lines of what runs for a folder; an actor at work bears its method's."""
+    found = {}
+    for process in marked_processes(str(folder.path)):
         with contextlib.suppress(psutil.Error):
-            names.append(" ".join(process.cmdline()))
-    return any("ClientAppActor.run" in name for name in names)
+            found[process] = " ".join(process.cmdline())
+    return found
 
 
 def test_overrides_reach_toml_with_their_types() -> None:
@@ -115,11 +115,11 @@ def test_tail_drops_colours_and_empty_lines(tmp_path: Path) -> None:
     assert tail(log, lines=2) == "INFO: second\nthird"
 
 
-def test_more_cpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
-    there = os.cpu_count() or 1
-    with pytest.raises(EngineError, match=rf"has {there} CPUs, not .* {there + 1} CPUs"):
-        run_simulation(tmp_path, {}, SimulatedSites(2, cpus=there + 1), tmp_path / "home")
-    assert not (tmp_path / "home").exists()
+def test_more_cpus_than_the_machine_has_are_refused(tmp_path: Path, folder: Folder) -> None:
+    there = usable_cpus()
+    with pytest.raises(EngineError, match=rf"use {there} CPUs?, not .* {there + 1} CPUs"):
+        run_simulation(tmp_path, {}, SimulatedSites(2, cpus=there + 1), folder)
+    assert not (folder.path / "superlink.log").exists()
 
 
 def test_impossible_resources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,66 +133,43 @@ def test_impossible_resources_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_site_reserves_a_cpu_for_each_of_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(simulation, "usable_cpus", lambda: 4)
     assert [default_cpus(threads) for threads in (0, 1, 3, 4, 64)] == [1, 1, 3, 4, 4]
 
 
-def test_marked_processes_are_ended_even_if_they_ignore_sigterm(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(simulation, "END_PATIENCE_SECONDS", 1.0)
-    stubborn = (
-        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
-        "print('up', flush=True); time.sleep(600)"
-    )
-    command = [sys.executable, "-c", stubborn]
-    with subprocess.Popen(command, env={MARKER: "test"}, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert len(marked_processes("test")) == 2
-        end_processes("test")
-    assert marked_processes("test") == []
+def test_a_cpu_that_the_process_may_not_use_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `taskset -c 0`, which Ray's own count does not see."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    assert default_cpus(2) == 1
+    with pytest.raises(EngineError, match="may use 1 CPU, not 4 sites, 2 CPUs"):
+        SimulatedSites(4, cpus=2).check()
+    assert "init-args-num-cpus=1" in SimulatedSites(4).resources
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_superlink_is_gone_after_use(tmp_path: Path) -> None:
-    with superlink(tmp_path / "home") as link:
-        assert link.process.poll() is None
-        assert processes_of(link.home)
-    assert processes_of(tmp_path / "home") == []
-    assert "Uvicorn running" in (tmp_path / "home" / "superlink.log").read_text()
-
-
-def test_superlink_that_does_not_come_up_in_time_is_an_error(tmp_path: Path) -> None:
+def test_superlink_that_does_not_come_up_in_time_is_an_error(folder: Folder) -> None:
     with (
         pytest.raises(EngineError, match=r"did not answer .* within 0 seconds"),
-        superlink(tmp_path, start_timeout_seconds=0),
+        superlink(folder, start_timeout_seconds=0),
     ):
         pytest.fail("came up")
-    assert processes_of(tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_refusal_of_flower_is_an_engine_error(tmp_path: Path, toy_app: Path) -> None:
-    with pytest.raises(EngineError, match=r"refused `flwr run`: (?s:.*)Invalid run configuration"):
-        run_simulation(toy_app, {"no-such-key": 1}, SimulatedSites(2), tmp_path / "home")
-    assert processes_of(tmp_path / "home") == []
+def test_a_wrong_key_is_an_engine_error_that_names_it(toy_app: Path, folder: Folder) -> None:
+    with pytest.raises(EngineError, match=r"refused `flwr run`: (?s:.*)Key 'no-such-key'"):
+        run_simulation(toy_app, {"no-such-key": 1}, SimulatedSites(2), folder)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_death_of_the_superlink_in_mid_run_is_an_error(tmp_path: Path, toy_app: Path) -> None:
-    home = tmp_path / "home"
-
+def test_death_of_the_superlink_in_mid_run_is_an_error(toy_app: Path, folder: Folder) -> None:
     def kill_when_clients_run() -> None:
-        if clients_run(home):
-            for process in processes_of(home):
-                if any("flower-superlink" in argument for argument in process.cmdline()):
+        lines = command_lines(folder)
+        if any("ClientAppActor.run" in line for line in lines.values()):
+            for process, line in lines.items():
+                if "flower-superlink --insecure" in line and "keeper" not in line:
                     process.kill()
 
-    with pytest.raises(EngineError, match=r"SuperLink ended with code -9 (?s:.*)Uvicorn running"):
-        run_simulation(toy_app, {}, SimulatedSites(3), home, kill_when_clients_run)
-    assert processes_of(home) == []
+    with pytest.raises(EngineError, match=r"SuperLink ended with code 137 (?s:.*)Uvicorn running"):
+        run_simulation(toy_app, {}, SimulatedSites(3), folder, kill_when_clients_run)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from grandrounds.config import recipes
 from grandrounds.config.recipes import to_toml
-from grandrounds.engines.simulation import MARKER
 from tests.places import ROOT
+from tests.processes import counted, short_folder
 from tests.runs import Settings, adapter_bytes, play, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -30,28 +29,15 @@ def command(settings: Settings, folder: Path, *arguments: str) -> list[str]:
     return [*run, "--config", str(recipe), *arguments]
 
 
-THIS_TEST = "GRANDROUNDS_THIS_TEST"
-
-
 @pytest.fixture(autouse=True)
-def mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what a test starts be told from what tests beside it start."""
-    monkeypatch.setenv(THIS_TEST, secrets.token_hex(8))
-
-
-def marked_processes() -> list[int]:
-    """Return the processes that a runtime of ours has started here and that still live."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        try:
-            its = process.environ()
-            if MARKER in its and its.get(THIS_TEST) == os.environ[THIS_TEST]:
-                found.append(process.pid)
-        except (psutil.Error, OSError):
-            continue
-    return found
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """However a test's simulations end: then no process of theirs is left, and no folder."""
+    with short_folder() as place, counted() as living:
+        monkeypatch.setenv("TMPDIR", str(place))
+        monkeypatch.setattr("tempfile.tempdir", str(place))
+        yield
+        assert living() == []
+        assert [*place.glob("gr-*")] == []
 
 
 def test_both_engines_give_the_same_adapter_bit_for_bit(settings: Settings, tmp_path: Path) -> None:
@@ -77,7 +63,6 @@ def test_both_engines_give_the_same_adapter_bit_for_bit(settings: Settings, tmp_
     for fact in ("train_loss", "held_out_loss", "communication_mib", "coverage"):
         assert other[fact] == summary[fact]
     assert other["base_loads"] == other["processes"]
-    assert marked_processes() == []
 
 
 def test_both_engines_give_the_same_masked_sums(settings: Settings, tmp_path: Path) -> None:
@@ -90,7 +75,6 @@ def test_both_engines_give_the_same_masked_sums(settings: Settings, tmp_path: Pa
     assert (done.returncode, done.stderr) == (0, "")
     assert "a rehearsal, since this machine holds the keys of all sites" in done.stdout
     assert adapter_bytes(simulated) == adapter_bytes(play(settings))
-    assert marked_processes() == []
 
 
 def test_a_run_whose_sites_fail_has_an_exit_code_that_says_so(
@@ -102,11 +86,15 @@ def test_a_run_whose_sites_fail_has_an_exit_code_that_says_so(
     assert done.stderr.count("\n") == 1
     assert "matches no linear module" in done.stderr
     assert not Path(settings["run-directory"]).exists()
-    assert marked_processes() == []
 
 
-def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path: Path) -> None:
-    """Interrupted after the first round and resumed in process: the adapter of a whole run."""
+def test_a_closed_terminal_ends_everything_and_the_run_resumes(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Ended after the first round and resumed in process: the adapter of a whole run.
+
+    Other signals take the same way (tests/engines/test_keeper.py).
+    """
     run = Path(settings["run-directory"])
     line = command({**settings, "num-server-rounds": 40}, tmp_path)
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -114,11 +102,10 @@ def test_ctrl_c_ends_everything_and_the_run_resumes(settings: Settings, tmp_path
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"interrupted" in error
-    assert marked_processes() == []
     summary = summary_of(run)
     assert summary["status"] == "stopped"
     finished = summary["rounds"]
@@ -134,19 +121,19 @@ def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Pat
 
     With DoRA, whose start is a kind of message of its own.
     """
+    from grandrounds.engines.folders import own_folder
     from grandrounds.engines.simulation import SimulatedSites, run_simulation
 
     settings = {**settings, "model.lora.peft-use-dora": True}
-    simulated, home = tmp_path / "flwr", tmp_path / "home"
+    simulated = tmp_path / "flwr"
     overrides = {**settings, "run-directory": str(simulated)}
     polls: list[float] = []
-    outcome = run_simulation(
-        ROOT, overrides, SimulatedSites(4), home, lambda: polls.append(time.monotonic())
-    )
-    assert outcome == ("completed", "")
-    assert len(polls) > 5
-    assert (home / "run.log").stat().st_size > 0
-    assert (home / "apps").is_dir()  # the bundle, without weights
-    assert marked_processes() == []
+    with own_folder() as folder:
+        outcome = run_simulation(
+            ROOT, overrides, SimulatedSites(4), folder, lambda: polls.append(time.monotonic())
+        )
+        assert outcome == ("completed", "")
+        assert len(polls) > 5
+        assert (folder.path / "run.log").stat().st_size > 0
+        assert (folder.path / "apps").is_dir()  # the bundle, without weights
     assert adapter_bytes(simulated, "peft_3") == adapter_bytes(play(settings), "peft_3")
-    assert os.environ.get(MARKER) is None

@@ -14,6 +14,7 @@ from grandrounds.config.recipes import resolve
 from grandrounds.errors import ModelError
 from grandrounds.model import machine, products
 from grandrounds.model.products import DEFAULT, ONEDNN, Probe, by_default_backwards, computed_by
+from grandrounds.waiting import usable_cpus
 
 FLOAT32 = {DEFAULT: 2.5e-7, ONEDNN: 3.9e-7}
 TWICE_AS_FAST = {DEFAULT: 2.0, ONEDNN: 1.0}
@@ -160,4 +161,4 @@ def test_a_containers_quota_limits_the_threads(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
     if quota:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert machine.usable_cpus(tmp_path) == cpus
+    assert usable_cpus(tmp_path) == cpus

@@ -304,6 +304,24 @@ def test_a_site_that_comes_back_as_another_node_gets_a_new_card() -> None:
     assert nodes_of(roster) == {0: 1, 1: 3}
 
 
+def test_a_simulation_with_too_few_nodes_is_refused_before_the_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`flwr run .` with two nodes, Flower's default; they are registered one after another."""
+
+    class InMemoryGrid(InProcessGrid):
+        polls = 0
+
+        def get_node_ids(self) -> Iterable[int]:
+            self.polls += 1
+            return list(range(1, min(self.polls, 2) + 1))
+
+    monkeypatch.setattr(roll_call, "SETTLED_SECONDS", 0.05)
+    advice = "2 nodes are connected, .*--federation-config 'num-supernodes=20'"
+    with pytest.raises(EngineError, match=advice):
+        Roster(20).wait(InMemoryGrid(Sites(), {}, 2), 600)
+
+
 def test_a_node_cannot_take_the_place_of_a_site_that_is_connected() -> None:
     sites = Sites({("query", 2): lambda m, _: introduce(m, 1)})
     grid, roster = introduced(sites, 3)

@@ -111,6 +111,11 @@ def accept(site: SiteFile, found: Offered) -> None:
     """Keep a roster as the site's own; raise `ConfigError` if it cannot be written."""
     folder = site.path.parent
     place = site.place(site.secure.roster)
+    if place.is_dir() or not place.parent.is_dir():  # before anything is left to put in place
+        raise ConfigError(
+            f"secure.roster = {site.secure.roster!r} in {site.path.name} must be a file in a "
+            f"folder that exists, such as {FILE!r}; {place} cannot be written."
+        )
     replace_together(folder, {place: storage.read_text(found.file)})
 
 

@@ -10,9 +10,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,10 @@ from grandrounds.engines.deployment.admissions import check_revocations
 from grandrounds.engines.deployment.set_up import DATABASE
 from grandrounds.engines.deployment.tidy import rewritten
 from grandrounds.engines.flower import Link, ask, follow, quiet
+from grandrounds.engines.folders import own_folder
 from grandrounds.engines.watching import (
     Watcher,
+    kept_logs,
     mark_stopped,
     why_it_ended,
     with_run_directory,
@@ -87,17 +87,11 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
     words += ["--engine", "deployment", "--connection", connection]
     words += ["--set", f"consortium={folder}"] if folder != default else []
     resume = f"Finished rounds, if any, are kept; once the SuperLink runs again: {command(*words)}"
-    home = Path(tempfile.mkdtemp(prefix="grandrounds-flower-"))
-    (home / "cwd").mkdir()
-    log = home / "run.log"
-    link = Link(home, quiet(), connection)
     watcher = Watcher(directory, listener) if is_here else None
-    with listener:
-        try:
-            run_id = _start(link, flat, home)
-        except EngineError:
-            shutil.rmtree(home)
-            raise
+    with own_folder() as own, listener:
+        home, log = own.path, own.path / "run.log"
+        link = Link(home, quiet(), connection)
+        run_id = _start(link, flat, home)
         try:
             look = watcher.look if watcher else _relay(log)
             status, reason = follow(link, run_id, look, POLL_SECONDS, PATIENCE_SECONDS)
@@ -116,11 +110,11 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
         if status != "completed" or (watcher and summary.get("status") != "completed"):
             why = why_it_ended(summary, reason, log)
             advice = f"{resume} " if directory.exists() or not is_here else ""
-            raise EngineError(f"The run ended as {status}: {why} {advice}(log: {log})")
+            logs = kept_logs(home, directory) if watcher else ""  # elsewhere, it has been shown
+            raise EngineError(f"The run ended as {status}: {why} {advice}{logs}".rstrip())
         if watcher:
             place = {"directory": str(directory), "connection": connection}
             listener.on_finished({**summary, **place})
-    shutil.rmtree(home)
 
 
 def _tidy(folder: str, link: Link) -> None:
@@ -194,9 +188,8 @@ def unregister(node: int, connection: str) -> None:
 def linked(connection: str) -> Iterator[Link]:
     """Yield a link to a SuperLink for a few commands; raise `ConfigError` if it is not known."""
     entry_of(connection)
-    with tempfile.TemporaryDirectory(prefix="grandrounds-flower-") as folder:
-        (Path(folder) / "cwd").mkdir()
-        yield Link(Path(folder), quiet(), connection)
+    with own_folder() as own:
+        yield Link(own.path, quiet(), connection)
 
 
 def _relay(log: Path) -> Callable[[], None]:

@@ -53,7 +53,10 @@ class MaskedSum:
         member = self.roster.members.get(site)
         text = keys_text(self.attempt, site, found.box, found.mask)
         if member is None or not keys.is_signed(member.key, text, found.signature):
-            raise ReplyError("its keys are not signed by the agent key that the roster has of it")
+            raise ReplyError(
+                "its keys are not signed by the agent key that the roster has of it; has it "
+                f"accepted this roster (serial {self.roster.serial})?"
+            )
         others = [one for other, one in self._keys.items() if other != site]
         known = {key for one in others for key in (one.box, one.mask)}
         if found.box == found.mask or {found.box, found.mask} & known:

@@ -61,4 +61,4 @@ def roster_for(config: Config, run: Path) -> Roster:
 
 @lru_cache(maxsize=2)
 def _read(file: Path) -> Roster:
-    return roster_of(storage.read_json(file).get("content") or {}, str(file))
+    return roster_of(storage.read_json(file).get("content"), str(file))

@@ -39,4 +39,4 @@ def accepted(site: SiteFile) -> Roster | None:
     file = site.place(site.secure.roster)
     if not file.is_file():
         return None
-    return roster_of(storage.read_json(file).get("content") or {}, str(file))
+    return roster_of(storage.read_json(file).get("content"), str(file))

@@ -262,7 +262,6 @@ def own_magnitudes(request: Request, own: Config) -> Adapter:
 
 def exchanged(request: Request, own: Config, function: Function) -> Message:
     """Return the answer to an exchange of a masked sum, which needs neither base nor data."""
-    quota.check_questions(request.site, request.state, request.run)
     reply = visited(request, own_masks.exchange_of(request, own), function)
     quota.count_question(request.state, request.run)
     request.entry |= {"outcome": "answered", **own_masks.agreed(request)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
@@ -20,6 +19,7 @@ from grandrounds.site.custody.own_base import base_location, base_sha256
 from grandrounds.site.custody.own_data import own_site, own_split, private_site
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.local_data import Site
+from grandrounds.waiting import usable_cpus
 from grandrounds.wire.adapter import Ranks, Shapes
 from grandrounds.wire.schedule import examples_of_a_visit
 
@@ -33,7 +33,7 @@ def localized(site: SiteFile, config: Config) -> Config:
         If the site has no base of that name.
     """
     policy.check_known(site, config.model.name)
-    threads = site.agent.num_threads or min(config.train.num_threads, os.cpu_count() or 1)
+    threads = site.agent.num_threads or min(config.train.num_threads, usable_cpus())
     compiles = config.arguments.torch_compile and site.agent.torch_compile
     return dataclasses.replace(
         config,

@@ -15,8 +15,8 @@ from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState
 
 MOST_QUESTIONS = 2000
-"""Roll calls and repeated requests of a run in progress in 24 hours: a roll call whenever the site
-returns."""
+"""Roll calls, repeated requests and exchanges of masks without training of a run in progress in 24
+hours: a roll call whenever the site returns."""
 
 MOST_QUESTIONS_OF_OTHERS = 200
 """Roll calls in 24 hours of all runs that have not visited in that time."""

@@ -19,6 +19,7 @@ from grandrounds.config.recipes import table_at
 from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.validation import check_value
 from grandrounds.config.values import OneOf, Range, words_of
+from grandrounds.config.words import has_controls
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.site.custody.together import finish
 from grandrounds.storage import expanded
@@ -258,6 +259,11 @@ def parse_site_file(path: Path, text: str) -> SiteFile:
     name = table.get("name", template["name"])
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"{path}: name = {name!r} must be a non-empty string.")
+    for section in (*SECTIONS, "bases"):
+        if not isinstance(table.get(section, {}), Mapping):
+            raise ConfigError(
+                f"{path}: {section} = {table[section]!r} must be a table: [{section}]."
+            )
     sections = {
         section: _section(path, section, made, table_at(table, section), template[section])
         for section, made in SECTIONS.items()
@@ -373,6 +379,10 @@ def _check_together(site: SiteFile) -> None:
     data, agent, policy, node = site.data, site.agent, site.policy, site.node
     by_tls = (agent.certificate, agent.key, agent.client_ca)
     problems = [
+        (
+            not site.secure.roster.strip() or has_controls(site.secure.roster),
+            f"secure.roster = {site.secure.roster!r} must be the path of a file.",
+        ),
         (
             bool(data.source) == bool(data.database),
             "set exactly one of data.source (a file) and data.database.",

@@ -72,7 +72,7 @@ def write_page(page: Page, file: Path) -> int:
     DataError
         If the file cannot be written, or exists and was not made by this command.
     """
-    content = html(page).encode()
+    content = html(page).encode(errors="backslashreplace")  # a folder's name may be no UTF-8
     with storage.writing(str(file), "Choose another place with --out.", DataError):
         if file.exists() and GENERATED.encode() not in file.read_bytes()[:2000]:
             raise DataError(

@@ -51,8 +51,8 @@ class Roster:
         return repr(self.members[site].name) if site in self.members else f"site {site}"
 
 
-def roster_of(content: Mapping[str, Any], where: str) -> Roster:
-    """Return the roster of a file's content.
+def roster_of(content: object, where: str) -> Roster:
+    """Return the roster of a file's content, whatever that is.
 
     Parameters
     ----------
@@ -64,8 +64,8 @@ def roster_of(content: Mapping[str, Any], where: str) -> Roster:
     ConfigError
         If something is missing, or a key or a partition id occurs twice.
     """
-    entries, serial = content.get("sites"), content.get("serial")
-    name = content.get("consortium")
+    found = content if isinstance(content, dict) else {}
+    entries, serial, name = (found.get(word) for word in ("sites", "serial", "consortium"))
     if not (isinstance(entries, list) and type(serial) is int and isinstance(name, str)):
         raise ConfigError(
             f"{where} is not a roster: it must hold consortium, serial and sites. Ask the "

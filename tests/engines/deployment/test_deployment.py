@@ -39,7 +39,7 @@ from tests.real import (
     rounds_done,
     wait_for,
 )
-from tests.runs import metrics_of, read_json, summary_of
+from tests.runs import adapter_bytes, metrics_of, read_json, summary_of
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -50,14 +50,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path) -> None:
     """TLS, node keys, one agent a site, four rounds: the same adapter as in process, bit for bit;
-    the base is loaded once at each site; plain PEFT loads the adapter. Then the SuperLink is killed
-    in the middle of a run: the exit code and one line say so, and how to go on. The resumption is a
-    new run of Flower's, told in the metrics, and ends with that adapter too. Last, a private run
-    until one site's budget ends, in which an agent and the SuperLink are killed."""
+    the base is loaded once at each site; plain PEFT loads the adapter. Then a masked run, in which
+    an agent and the SuperLink are killed while the sites answer for a sum: the exit code and one
+    line say so, and how to go on. The resumption ends with the adapter of a rehearsal. Last, a
+    private run until one site's budget ends, in which an agent and the SuperLink are killed, and
+    whose resumption is a new run of Flower's, told in the metrics."""
     settings = {**FORMULARY, "num-server-rounds": 4, "strategy.connect-timeout-seconds": 120}
     in_process(settings, tmp_path / "plain")
-    expected = adapter_of(tmp_path / "plain")
-    with Consortium(tmp_path / "c", settings, policy__max_runs_per_day=3) as consortium:
+    in_process({**settings, **MASKED}, tmp_path / "rehearsed")
+    expected = adapter_bytes(tmp_path / "plain")
+    few = {"policy__max_runs_per_day": 3, "secure__min_cohort": 3}
+    with Consortium(tmp_path / "c", settings, **few) as consortium:
+        consortium.share_roster()
         consortium.start_all()
         run = tmp_path / "c" / "run"
         assert_told_apart(deployment.timed_run(consortium, run, 4))
@@ -66,12 +70,13 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
         assert not any(b"NUMPY" in file.read_bytes() for file in files)  # no update is left
 
         cut = tmp_path / "c" / "cut"
-        process = consortium.begin_run(cut, 4)
-        wait_for(lambda: rounds_done(cut) >= 1 or process.poll() is not None, 120)
+        process = consortium.begin_run(cut, 1, **MASKED)
+        wait_for(lambda: sums(consortium, 1) or process.poll() is not None, 240)
         consortium.kill("superlink")
+        consortium.kill("agent1")
         assert consortium.finished(process) == 1
         of_the_cut = consortium.log("cut")
-        before = rounds_done(cut)
+        consortium.start_agent(1)
         consortium.start_superlink()
         resumed = consortium.resume_run(cut)
         assert consortium.finished(resumed) == 0, consortium.log("cut-resumed")
@@ -99,7 +104,7 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
         for s in (summary, plain)
     )
     assert abs(learned - in_one_process) <= 0.03
-    assert adapter_of(run) == expected
+    assert adapter_bytes(run) == expected
     base = AutoModelForCausalLM.from_pretrained(base_path())
     PeftModel.from_pretrained(base, run / "peft_4")
     for site in consortium.sites:
@@ -111,11 +116,31 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
     assert f"run --resume {cut} --engine deployment --connection trial" in of_the_cut
     assert "Traceback" not in of_the_cut
     lines = metrics_of(cut)[1:]
-    assert [line["round"] for line in lines] == [1, 2, 3, 4]
-    runs = [line["flower-run"] for line in lines]
-    assert len(set(runs[:before])) == 1
-    assert len(set(runs)) == 2
-    assert adapter_of(cut) == expected
+    assert [(line["round"], line["masked-sum"]["attempts"]) for line in lines] == [(1, 1)]
+    assert adapter_bytes(cut) == adapter_bytes(tmp_path / "rehearsed")
+    for i in range(3):
+        assert sums(consortium, 1, i) == [[0, 1, 2]]
+
+
+MASKED = {
+    "secure-aggregation": "masked32",
+    "strategy.weighting": "equal",  # sites tell rounded numbers of examples
+    "num-server-rounds": 1,
+}
+
+
+def sums(consortium: Consortium, number: int, site: int = 0) -> list[list[int]]:
+    """Return the different sets of survivors for which a site has answered in a round."""
+    folder = consortium.sites[site].place("state")
+    return [
+        list(survivors)
+        for survivors in {
+            tuple(line["survivors"])
+            for line in audit.read(folder)
+            if (line["asked"], line["outcome"], line["round"])
+            == ("train.unmask", "answered", number)
+        }
+    ]
 
 
 def assert_told_apart(rounds: list[dict[str, float]]) -> None:
@@ -124,11 +149,6 @@ def assert_told_apart(rounds: list[dict[str, float]]) -> None:
         assert parts["round"] == pytest.approx(sum(parts.values()) - parts["round"])
     for name in ("visit", "polling", "transfer", "start"):
         assert sum(parts[name] for parts in rounds) > 0, name
-
-
-def adapter_of(run: Path) -> bytes:
-    """Return the adapter at the end of a run of four rounds."""
-    return (run / "peft_4" / "adapter_model.safetensors").read_bytes()
 
 
 MECHANISM = Mechanism(8.0, 0.1, 16 / 500, 500, steps=12, visits=4, delta=1e-5)
@@ -197,6 +217,7 @@ def assert_private(consortium: Consortium, run: Path) -> None:
         assert private["epsilon_by_site"][site] == pytest.approx(epsilon_of(MECHANISM, visits))
     lines = metrics_of(run)
     assert [line["good"] for line in lines[1:]] == [[0, 1, 2], [0, 1, 2], [0, 1], [0, 1]]
+    assert len({line["flower-run"] for line in lines[1:]}) == 2
     assert "trains no more: its privacy budget is spent" in consortium.log("private-resumed")
 
 

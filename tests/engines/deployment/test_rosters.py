@@ -87,6 +87,16 @@ def test_an_old_roster_is_refused(consortium: Path, sites: list[SiteFile], tmp_p
         rosters.offered(sites[0], old)
 
 
+@pytest.mark.parametrize("place", [".", "no-such-folder/roster.json"])
+def test_a_place_that_cannot_be_written_is_told_and_the_site_stays_readable(
+    consortium: Path, sites: list[SiteFile], place: str
+) -> None:
+    site = replace(sites[0], secure=replace(sites[0].secure, roster=place))
+    with pytest.raises(ConfigError, match=r"secure\.roster = .* must be a file in a folder that"):
+        rosters.accept(site, rosters.offered(site, roster_file(consortium)))
+    assert read_site_file(site.path) == sites[0]
+
+
 def test_a_roster_without_the_site_is_refused(consortium: Path, sites: list[SiteFile]) -> None:
     file = roster_file(consortium)
     (sites[0].path.parent / set_up.IDENTITY).unlink()

@@ -9,25 +9,32 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.common.serde import context_to_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 
+from grandrounds.client_app import VISITS
 from grandrounds.config import recipes
+from grandrounds.config.digest import recipe_sha256
 from grandrounds.errors import ReplyError
 from grandrounds.server import introductions
 from grandrounds.site.custody import agent_client, audit
 from grandrounds.site.custody import frames as wire
 from grandrounds.wire import messages
+from grandrounds.wire.masks import packed
+from grandrounds.wire.masks.attempt import CONFIRM, KEYS, KIND_OF, MASKS, SHARES, UNMASK
+from grandrounds.wire.masks.attempt import MASKED as MASKED_EXCHANGE
+from grandrounds.wire.masks.carried import ATTEMPT, MOST_WEIGHT, RECIPE, carried, sent
 from tests.engines.deployment.test_agent import at, context_of, training_message
+from tests.masking import Rounds, give_keys, identity, roster_of_sites
 from tests.own_sites import sites_of
 from tests.runs import Settings
 
@@ -194,7 +201,8 @@ def structured(flat: Mapping[str, Any], visit: bytes, draw: random.Random) -> tu
     for key in draw.sample(sorted(flat), draw.randrange(3)):
         flat[key] = draw.choice([-1, 0, 2**62, 1e308, "", "../../etc/passwd", "x" * 5000, True])
     proto = ProtoMessage.FromString(visit)
-    proto.metadata.message_type = draw.choice(["train", "train", "evaluate", "query", "x" * 50])
+    if draw.random() < 0.5 or not proto.metadata.message_type.startswith("train."):
+        proto.metadata.message_type = draw.choice(["train", *VISITS, "x" * 50])
     for item in proto.content.items:
         if item.WhichOneof("value") == "config_record":
             for entry in item.config_record.items:
@@ -226,19 +234,65 @@ def structured(flat: Mapping[str, Any], visit: bytes, draw: random.Random) -> tu
     return packed, proto.SerializeToString()
 
 
-def requests(settings: Settings, site: Any) -> Iterator[bytes]:
-    """Yield what is sent: two thirds damaged bytes, one third whole with wrong values."""
+MASKED: Settings = {
+    "secure-aggregation": "masked32",
+    "strategy.name": "fedavg",
+    "strategy.fraction-train": 1.0,
+}
+
+
+def of_masks(settings: Settings, site: Any, own_keys: bytes) -> Iterator[Message]:
+    """Yield a message of each exchange of a masked sum; the first three are as they should be.
+
+    Parameters
+    ----------
+    own_keys : bytes
+        The site's answer to `keys`.
+    """
+    rounds = Rounds(4)
+    rounds.server.take_keys(0, own_keys)
+    listed = rounds.keys((1, 2, 3))
+    rounds.shares((1, 2, 3))
+    boxes = {i: dealt.boxes[0] for i, dealt in rounds.server._dealt.items()}
+    survivors, signed = packed.pack_sites(range(4)), dict.fromkeys(range(4), bytes(96))
+    said = {"round": 1, "run": "ab", ATTEMPT: 0}
+    for exchange, data in (
+        (KEYS, b""),
+        (SHARES, listed),
+        (MASKED_EXCHANGE, packed.pack_boxes(boxes)),
+        (CONFIRM, survivors),
+        (UNMASK, packed.pack_signatures(signed)),
+    ):
+        content = messages.content(arrays=sent(exchange, data) if data else None, config=said)
+        if exchange == MASKED_EXCHANGE:
+            content = training_message(settings, site).content
+            recipe = recipe_sha256(recipes.resolve(settings))
+            content.config_records[messages.CONFIG].update(
+                {ATTEMPT: 0, MOST_WEIGHT: 1, RECIPE: recipe}
+            )
+            content[MASKS] = sent(exchange, data)
+        yield Message(content, 1, KIND_OF[exchange])
+
+
+def requests(
+    settings: Settings, plain: Sequence[Message], masked: Sequence[Message]
+) -> Iterator[bytes]:
+    """Yield what is sent: two thirds damaged bytes, one third whole with wrong values.
+
+    Half of it is of masked sums.
+    """
     draw = random.Random(7)
-    context, flat = context_bytes(settings), recipes.resolve(settings).flat()
-    question, visit = (
-        message_to_proto(m).SerializeToString()
-        for m in (introductions.questions([1], "ab")[1], training_message(settings, site))
-    )
+    kinds = [
+        (recipes.resolve(of).flat(), [message_to_proto(m).SerializeToString() for m in those])
+        for of, those in ((settings, plain), ({**settings, **MASKED}, masked))
+    ]
+    contexts = [context_bytes(settings), context_bytes({**settings, **MASKED})]
     for i in range(MESSAGES):
+        flat, those = kinds[i % 2]
         if i % 3:
-            yield mutated((context, draw.choice((question, visit))), draw)
+            yield mutated((contexts[i % 2], draw.choice(those)), draw)
         else:
-            yield framed(*structured(flat, visit, draw))
+            yield framed(*structured(flat, draw.choice(those[1:]), draw))
 
 
 @pytest.mark.slow
@@ -250,7 +304,9 @@ def test_thousands_of_hostile_messages_do_no_harm(settings: Settings, tmp_path: 
         agent__max_message_mib=1,
         policy__max_visits_per_day=100_000,
         policy__max_runs_per_day=100_000,
+        secure__min_cohort=3,
     )
+    give_keys(site, roster_of_sites(4), identity(0))
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if "state" not in f.parts}
     command = [sys.executable, "-B", "-c", HARNESS, str(site.path)]  # no compiled modules either
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -259,14 +315,21 @@ def test_thousands_of_hostile_messages_do_no_harm(settings: Settings, tmp_path: 
             assert process.stdout.readline() == "ready\n"
             path = str(site.place(site.agent.socket))
             question = context_of(settings, {**at(site), "agent-wait-seconds": 30})
-            for message in (
-                introductions.questions([1], "ab")[1],
-                training_message(settings, site),
-            ):
+            plain = [introductions.questions([1], "ab")[1], training_message(settings, site)]
+            for message in (*plain, plain[1]):
                 messages.raise_failure(agent_client.forward(message, question))
+            of_masked = {**settings, **MASKED}
+            context = context_of(of_masked, {**at(site), "agent-wait-seconds": 30})
+            said = {"round": 1, "run": "ab", ATTEMPT: 0}
+            ask = Message(messages.content(config=said), 1, KIND_OF[KEYS])
+            reply = agent_client.forward(ask, context)
+            messages.raise_failure(reply)
+            masked = [*of_masks(of_masked, site, carried(reply.content, KEYS))]
+            for message in masked[:2]:
+                messages.raise_failure(agent_client.forward(message, context))
             process.send_signal(10)  # SIGUSR1: from now on files are watched
             at_start = int(process.stdout.readline())
-            for content in requests(settings, site):
+            for content in requests(settings, plain, masked):
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.settimeout(60)
                     connection.connect(path)

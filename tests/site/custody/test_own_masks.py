@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
 from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.site.custody import answer as custody
-from grandrounds.site.custody import audit
+from grandrounds.site.custody import audit, budget, quota
 from grandrounds.site.custody.agent_key import IDENTITY
+from grandrounds.site.custody.state import opened
 from grandrounds.site.masks import visit as masks
 from grandrounds.site.visit import Visit
 from grandrounds.wire import messages
@@ -40,7 +42,7 @@ from grandrounds.wire.schedule import round_learning_rate_of
 from tests.asking import Asking
 from tests.masking import Rounds, attempt_at, give_keys, identity, roster_of_sites
 from tests.own_sites import make_site, sites_of
-from tests.runs import Settings, adapter_bytes, metrics_of, play, read_json
+from tests.runs import GOOD_SITES, Settings, adapter_bytes, metrics_of, play, read_json
 from tests.site.custody.test_custody import entries, grid_of_sites
 
 MASKED_RUN: Settings = {
@@ -58,10 +60,11 @@ NEEDS_MASKS: dict[str, Any] = {"privacy__require": "masked", "secure__min_cohort
 def test_sites_in_custody_sum_to_the_adapter_of_a_rehearsal(
     settings: Settings, tmp_path: Path
 ) -> None:
-    """Bit for bit, with the planned bytes; and nothing but arrays leaves with an update."""
+    """Bit for bit, with the planned bytes, and nothing but arrays leaves with an update. So does a
+    run whose server is killed once a site has answered for a sum, and that is resumed."""
     settings |= MASKED_RUN
     rehearsed = play(settings)
-    sites = sites_of(settings, tmp_path, **NEEDS_MASKS)
+    sites = sites_of(settings, tmp_path, policy__max_runs_per_day=2, **NEEDS_MASKS)
     seed = recipes.resolve(settings).federation.seed
     for i, site in enumerate(sites):
         give_keys(site, roster_of_run(seed, 4), identity_of(seed, i))
@@ -87,6 +90,20 @@ def test_sites_in_custody_sum_to_the_adapter_of_a_rehearsal(
         assert [line["survivors"] for line in lines if line["asked"] == KIND_OF[UNMASK]] == [
             [0, 1, 2, 3]
         ] * 2
+    cut = {**settings, "run-directory": str(tmp_path / "cut")}
+    with pytest.raises(KeyboardInterrupt):
+        play(cut, grid=grid_of_sites(cut, sites, killed_at_unmask))
+    resumed = {**cut, "resume-from": cut["run-directory"]}
+    assert adapter_bytes(play(resumed, grid=grid_of_sites(resumed, sites))) == adapter_bytes(run)
+    assert len(entries(sites[0], asked=KIND_OF[UNMASK], round=1, outcome="answered")) == 1 + 2
+
+
+def killed_at_unmask(message: Message, context: Context) -> Message:
+    """Answer as a site does; the server is killed before it has the answer to `unmask`."""
+    reply = GOOD_SITES(message, context)
+    if message.metadata.message_type == KIND_OF[UNMASK]:
+        raise KeyboardInterrupt
+    return reply
 
 
 # --- A hostile server -----------------------------------------------------------------------------
@@ -98,24 +115,31 @@ class Hostile:
     The site's visit is not trained: its change is made up.
     """
 
-    def __init__(self, folder: Path, settings: Settings, **changes: Any) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, asked: Settings | None = None, **changes: Any
+    ) -> None:
         self.settings = {
             **settings,
             **MASKED_RUN,
             "data.num-partitions": 5,
             "strategy.name": "fedavg",
             "strategy.fraction-evaluate": 0.0,
+            **(asked or {}),
         }
         cards = str(settings["static.dataset.name"])
         numbers = {"node__partition_id": 0, "node__num_partitions": 5}
-        changes = {**NEEDS_MASKS, **numbers, "policy__max_runs_per_day": 9, **changes}
+        changes = {**NEEDS_MASKS, **numbers, "policy__max_runs_per_day": 99, **changes}
         base = str(settings["model.name"])
         self.site = make_site(folder, {base: base}, cards, **changes)
         give_keys(self.site, roster_of_sites(5), identity(0))
-        self.rounds = Rounds(5)
         self.asking = Asking(self.site, self.settings)
-        self.trained = self.attempt = 0
-        self.requests: dict[str, Message] = {}
+        self.begin("ab")
+
+    def begin(self, run: str, attempt: int = 0) -> None:
+        """Begin another run, or another attempt at its first round."""
+        self.run, self.attempt, self.rounds = run, attempt, Rounds(5)
+        self.rounds.begin(attempt_at(5, run=run, number=attempt))
+        self.trained = 0
 
     @property
     def others(self) -> tuple[int, ...]:
@@ -131,7 +155,7 @@ class Hostile:
     def request(self, exchange: str, data: bytes = b"", *, kind: str = "", **said: Any) -> Message:
         """Return a message of an exchange."""
         config = recipes.resolve(self.settings)
-        instruction: dict[str, Any] = {"round": 1, "run": "ab", ATTEMPT: self.attempt}
+        instruction: dict[str, Any] = {"round": 1, "run": self.run, ATTEMPT: self.attempt}
         arrays = sent(exchange, data) if data else None
         if exchange == MASKED:
             instruction["learning-rate"] = round_learning_rate_of(config, 1)
@@ -206,9 +230,16 @@ class Hostile:
         return audit.read(self.site.place(self.site.agent.state))
 
 
+@pytest.fixture(scope="module")
+def same_site(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> Hostile:
+    return Hostile(tmp_path_factory.mktemp("hostile") / "site0", federation)
+
+
 @pytest.fixture
-def server(settings: Settings, tmp_path: Path) -> Hostile:
-    return Hostile(tmp_path / "site0", settings)
+def server(same_site: Hostile) -> Hostile:
+    """A run of its own at one site for all tests."""
+    same_site.begin(secrets.token_hex(4))
+    return same_site
 
 
 def own_key(server: Hostile) -> str:
@@ -380,7 +411,7 @@ def test_the_same_request_gets_the_same_bytes_and_no_second_visit(
         patched.setattr(custody.replay, "keep", killed)
         with pytest.raises(KeyboardInterrupt):
             server.ask(MASKED, boxes)
-    [held] = (server.site.place("state") / "replies").iterdir()
+    [held] = (server.site.place("state") / "replies").glob(f"{server.run}-*")
     vector = server.ask(MASKED, boxes)
     assert vector in held.read_bytes()
     assert server.trained == 2
@@ -390,13 +421,26 @@ def test_the_same_request_gets_the_same_bytes_and_no_second_visit(
     assert server.log()[-1]["outcome"] == "answered again"
 
 
-def test_another_attempt_masks_the_same_change_without_a_second_visit(server: Hostile) -> None:
+PRIVATE: Settings = {
+    "privacy.unit-guarantee": "example",
+    "privacy.noise-multiplier": 4.0,
+    "privacy.clipping-norm": 0.1,
+}
+
+
+@pytest.mark.parametrize("require", ["masked", "example+masked"])
+def test_another_attempt_masks_the_same_change_without_a_second_visit(
+    settings: Settings, tmp_path: Path, require: str
+) -> None:
     """Neither a visit nor a charge is lost with an attempt, and other bytes leave."""
+    asked = PRIVATE if require == "example+masked" else {}
+    units = {"privacy__require": require, "privacy__declared_units": 100 if asked else 0}
+    server = Hostile(tmp_path / "site0", settings, asked, **units)
     first = server.after_masked()
-    server.rounds.begin(attempt_at(5, number=1))
-    server.attempt = 1
-    assert server.after_masked() != first
     assert server.trained == 1
+    server.begin("ab", 1)
+    assert server.after_masked() != first
+    assert server.trained == 0
     own = server.ask(CONFIRM, packed.pack_sites(range(5)))
     summing = server.rounds.server
     for site, signature in {0: own, **server.signed([*range(5)])}.items():
@@ -406,13 +450,16 @@ def test_another_attempt_masks_the_same_change_without_a_second_visit(server: Ho
     config = recipes.resolve(server.settings)
     numbers = numbers_of(config, round_learning_rate_of(config, 1), 5, 50, 1)
     assert (sent_by_it == numbers.encode(np.full(50, 1e-4, np.float32), 1)).all()
+    with opened(server.site.place("state")) as state:
+        assert quota.visits_today(state) == 1
+        charged = budget.read(server.site, state).runs
+    assert {run: found.visits for run, found in charged.items()} == ({"ab": 1} if asked else {})
 
 
 def test_no_second_sum_over_a_restart(server: Hostile) -> None:
     """The answer to `unmask` is on disk as the round's one sum before it leaves."""
     opened_once(server)
-    again = attempt_at(5, number=1)
-    assert "has answered for one sum of round 1" in server.refused(KEYS, **{ATTEMPT: again.number})
+    assert "has answered for one sum of round 1" in server.refused(KEYS, **{ATTEMPT: 1})
 
 
 # --- What a site requires -------------------------------------------------------------------------
@@ -442,7 +489,10 @@ def test_a_run_of_fewer_sites_than_min_cohort_is_refused_at_the_roll_call(
     assert server.asking("cd", kind="query").content  # of five
 
 
-def test_without_agent_key_or_roster_a_site_refuses_masked_runs(server: Hostile) -> None:
+def test_without_agent_key_or_roster_a_site_refuses_masked_runs(
+    settings: Settings, tmp_path: Path
+) -> None:
+    server = Hostile(tmp_path / "site0", settings)
     (server.site.path.parent / IDENTITY).rename(server.site.path.parent / "gone")
     assert "has no agent key" in told(server.asking)
     keys_file = server.site.path.parent / IDENTITY

@@ -47,6 +47,8 @@ WRONG = [
     ('data__query = "SELECT 1"', "data.database and data.query belong together"),
     ('data__answer-column = "input"', "must name two different columns"),
     ("node__partition-id = 5", "partition-id = 5 must be below node.num-partitions = 1"),
+    ('secure__roster = " "', "secure.roster = ' ' must be the path of a file"),
+    (r'secure__roster = "a\u0000"', "must be the path of a file"),
     ('agent__address = "127.0.0.1:9443"', "set exactly one of agent.socket"),
 ]
 
@@ -66,6 +68,13 @@ def test_what_is_wrong_is_told_with_the_file(tmp_path: Path, line: str, reason: 
     with pytest.raises(ConfigError, match=reason) as caught:
         read_site_file(site.path)
     assert str(site.path) in str(caught.value)
+
+
+def test_a_section_that_is_no_table_is_told_with_the_file(tmp_path: Path) -> None:
+    site = make_site(tmp_path, {"formulary": ""})
+    site.path.write_text("secure = 1")
+    with pytest.raises(ConfigError, match=r"site.toml: secure = 1 must be a table: \[secure\]"):
+        read_site_file(site.path)
 
 
 def test_bases_are_tables_of_path_and_hash(tmp_path: Path) -> None:

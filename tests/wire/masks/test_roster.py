@@ -37,6 +37,9 @@ def test_a_roster_has_its_keys_and_a_digest_of_all_of_them() -> None:
     "wrong",
     [
         {},
+        [1],
+        "x",
+        None,
         {"consortium": "x", "serial": True, "sites": []},
         content(2),
         content(257),
