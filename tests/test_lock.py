@@ -1,4 +1,4 @@
-"""requirements.lock holds one version of every dependency, within the ranges of pyproject.toml."""
+"""Locked versions lie within the ranges of pyproject.toml, which begin with versions that ran."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from packaging.markers import Marker
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -37,12 +38,26 @@ def locked() -> dict[str, list[tuple[Version, Marker | None]]]:
     return found
 
 
-def wanted() -> Iterator[Requirement]:
-    """Yield what the package, its extras and its build require."""
-    for line in PROJECT["build-system"]["requires"]:
-        yield Requirement(line)
+def of_the_extras() -> Iterator[Requirement]:
+    """Yield what the extras require."""
     for lines in PROJECT["project"]["optional-dependencies"].values():
         yield from (one for line in lines if (one := Requirement(line)).name != "grandrounds")
+
+
+def wanted() -> Iterator[Requirement]:
+    """Yield what the package, its extras and its build require."""
+    yield from map(Requirement, PROJECT["build-system"]["requires"])
+    yield from of_the_extras()
+
+
+def ran_at_floors() -> dict[str, tuple[SpecifierSet, Version]]:
+    """Return package → its range and the version that ran, as scripts/test-floors printed them."""
+    page = (ROOT / "docs" / "versions.md").read_text()
+    rows = re.findall(r"^\| (\S+) \| `(\S+)` \| (\S+) \|", page, re.MULTILINE)
+    return {
+        canonicalize_name(name): (SpecifierSet(text), Version(version))
+        for name, text, version in rows
+    }
 
 
 def ci_torch() -> Version:
@@ -64,6 +79,17 @@ def test_every_dependency_is_locked_within_its_range() -> None:
             assert version in requirement.specifier, (
                 f"{requirement}: {version}; run scripts/lock.py"
             )
+
+
+def test_every_range_begins_with_a_version_that_was_run() -> None:
+    """A floor that was changed without scripts/test-floors. torch is run as in CI."""
+    ran = ran_at_floors()
+    direct = {canonicalize_name(one.name): one.specifier for one in of_the_extras()}
+    assert ran.keys() == direct.keys()
+    for name, (specifier, version) in ran.items():
+        assert specifier == direct[name], f"{name}: run scripts/test-floors"
+        [floor] = (Version(one.version) for one in specifier if one.operator == ">=")
+        assert version == (ci_torch() if name == "torch" else floor), name
 
 
 def test_a_package_has_one_version_in_an_environment() -> None:

@@ -155,14 +155,14 @@ def test_superlink_that_does_not_come_up_in_time_is_an_error(folder: Folder) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_a_wrong_key_is_an_engine_error_that_names_it(toy_app: Path, folder: Folder) -> None:
     with pytest.raises(EngineError, match=r"refused `flwr run`: (?s:.*)Key 'no-such-key'"):
         run_simulation(toy_app, {"no-such-key": 1}, SimulatedSites(2), folder)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_death_of_the_superlink_in_mid_run_is_an_error(toy_app: Path, folder: Folder) -> None:
     def kill_when_clients_run() -> None:
         lines = command_lines(folder)

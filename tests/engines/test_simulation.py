@@ -18,7 +18,7 @@ from tests.places import ROOT
 from tests.processes import counted, short_folder
 from tests.runs import Settings, adapter_bytes, play, summary_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def command(settings: Settings, folder: Path, *arguments: str) -> list[str]:

@@ -18,7 +18,7 @@ from tests.real import FORMULARY, Consortium, has
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(not has("nginx"), reason="nginx is not installed (apt-get install nginx)"),
 ]
 
