@@ -76,13 +76,6 @@ def masked_contradictions(config: Config) -> Iterator[str]:
             "set a number of steps",
         ),
         (
-            "train.learning-rate-min",
-            config.train.learning_rate_min,
-            config.train.learning_rate_min == 0,
-            "it is the learning rate of the last round, in which values would have a range of 0",
-            "set it above 0 (a tenth of train.learning-rate-max is usual)",
-        ),
-        (
             "model.lora.peft-use-dora",
             config.lora.peft_use_dora,
             config.lora.peft_use_dora,

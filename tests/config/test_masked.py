@@ -28,7 +28,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     },
     "are random to whoever": {"communication.entropy-coding": True},
     "steps counted in epochs": {"train.training-arguments.max-steps": -1},
-    "values would have a range of 0": {"train.learning-rate-min": 0.0},
     "the range of its magnitudes": {
         "strategy.name": "fedavg",
         "strategy.proximal-mu": 0.0,

@@ -94,10 +94,11 @@ def check_boxes(visit: Visit) -> None:
     Raises
     ------
     ReplyError, PolicyError
-        If the boxes of the other sites do not open, or the exchange was answered for another
-        request.
+        If the boxes of the other sites do not open, the exchange was answered for another
+        request, or the instruction does not say the largest weight.
     """
     check_kind(visit, masked=True)
+    _most_weight(visit)
     end, attempt = _end_of(visit)
     end.received(attempt, _boxes(visit), received_digest(visit.content))
 
@@ -108,7 +109,7 @@ def masked(visit: Visit, change: Adapter) -> RecordDict:
     The weight is the number of training examples, or of declared units, and travels in the mask.
     """
     end, attempt = _end_of(visit)
-    most = messages.whole_number(visit.instruction, MOST_WEIGHT, 1, 2**COUNT_BITS - 1)
+    most = _most_weight(visit)
     weight = visit.weight or len(visit.site.train)
     if visit.mechanism:
         weight = visit.mechanism.declared_units
@@ -121,6 +122,11 @@ def masked(visit: Visit, change: Adapter) -> RecordDict:
     return messages.content(
         arrays=messages.to_payload(MASKED, np.frombuffer(reply, dtype=np.uint8))
     )
+
+
+def _most_weight(visit: Visit) -> int:
+    """Return the largest weight of a site; raise `ReplyError` if the message says none."""
+    return messages.whole_number(visit.instruction, MOST_WEIGHT, 1, 2**COUNT_BITS - 1)
 
 
 def _boxes(visit: Visit) -> bytes:

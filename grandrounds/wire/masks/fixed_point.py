@@ -242,7 +242,8 @@ def numbers_of(
     values : int
         Values of a change.
     """
-    largest = largest_change(learning_rate, config.arguments.max_steps)
+    # at a rate of 0, that of a last round, nothing moves, and any range holds it
+    largest = largest_change(learning_rate, config.arguments.max_steps) or 1.0
     codec = config.federation.secure_aggregation
     squares = config.strategy.name == "fedexp"
     return FixedPoint(codec, sites, values, largest, most_weight, squares)

@@ -360,6 +360,15 @@ def another_recipe(server: Hostile) -> str:
     return server.refused(MASKED, packed.pack_boxes(boxes), **{RECIPE: "0" * 64})
 
 
+def no_weight(server: Hostile) -> str:
+    """No largest weight: nothing is charged or trained for what cannot be answered."""
+    boxes = packed.pack_boxes(server.after_shares())
+    with pytest.raises(GrandRoundsError):
+        server.ask(MASKED, boxes, **{MOST_WEIGHT: 0})
+    assert not server.trained
+    return str(server.log()[-1]["reason"])
+
+
 def opened_once(server: Hostile) -> bytes:
     """Let the site answer for one sum."""
     server.after_masked()
@@ -387,6 +396,7 @@ ACTS = {
     downgrade: "its updates are masked .* and the server asked for 'train'",
     other_adapter: "'site-1' has not signed the survivors",
     another_recipe: "the message is of the recipe '0000",
+    no_weight: "most-weight",
 }
 
 

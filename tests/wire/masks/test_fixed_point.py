@@ -8,8 +8,15 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
+from grandrounds.config import recipes
 from grandrounds.errors import ReplyError
-from grandrounds.wire.masks.fixed_point import BITS, SURE_STEPS, FixedPoint, largest_change
+from grandrounds.wire.masks.fixed_point import (
+    BITS,
+    SURE_STEPS,
+    FixedPoint,
+    largest_change,
+    numbers_of,
+)
 
 CODECS = tuple(BITS)
 
@@ -159,3 +166,11 @@ def test_impossible_numbers_are_refused(changes: dict[str, float]) -> None:
     given = {"sites": 3, "values": 1, "largest_value": 1.0, "most_weight": 1, **changes}
     with pytest.raises(ValueError, match="no fixed-point numbers"):
         FixedPoint("masked32", **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("codec", BITS)
+def test_a_round_with_a_learning_rate_of_0_is_a_sum_of_nothing(codec: str) -> None:
+    config = recipes.resolve({"secure-aggregation": codec, "train.learning-rate-min": 0.0})
+    numbers = numbers_of(config, 0.0, 4, 10, 7)
+    found = numbers.decode(4 * numbers.encode(np.zeros(10, np.float32), 7))
+    assert (found.weight, found.clipped, found.mean.any()) == (28, 0, np.False_)
