@@ -191,13 +191,11 @@ def communication(sheet: Sheet, raw: Raw) -> None:
     down = [(r, dict(total)[r] - v) for r, v in up]
     sheet.marks("communication", [*total, *down, *up])
     totals, n = raw.plan["totals"], raw.planned
-    of_kind = {
-        kind: sum(t["tensor_bytes"] for k, t in totals.items() if k.startswith(kind)) / MIB
-        for kind in ("train", "evaluate")
-    }
-    plan = {
-        r: of_kind["train"] * r / n + of_kind["evaluate"] * (r + 1) / (n + 1) for r in range(n + 1)
-    }
+    trained, judged = (
+        sum(t["tensor_bytes"] for k, t in totals.items() if k.startswith(kinds)) / MIB
+        for kinds in (("train.", "masks."), ("evaluate.",))
+    )
+    plan = {r: trained * r / n + judged * (r + 1) / (n + 1) for r in range(n + 1)}
     rows: list[list[Cell]] = [
         [[r], cells(dict(down).get(r)), cells(dict(up).get(r)), [v], cells(plan.get(r))]
         for r, v in total
@@ -278,7 +276,7 @@ def participation(sheet: Sheet, raw: Raw) -> None:
 
 
 def coverage(sheet: Sheet, raw: Raw) -> None:
-    if not raw.trained:
+    if not any(line["site-coverage"] for line in raw.trained):  # under masks nobody tells one
         return
     told: dict[int, float] = dict.fromkeys(site_numbers(raw), 0.0)
     for line in raw.trained:
@@ -298,6 +296,9 @@ def coverage(sheet: Sheet, raw: Raw) -> None:
 
 
 def updates(sheet: Sheet, raw: Raw) -> None:
+    sums = [line["masked-sum"] for line in raw.trained if "masked-sum" in line]
+    if sums:
+        sheet.want("note/updates/1", [sum(one["values-cut"] for one in sums)])
     for key, what in (("update-norms", "norm"), ("update-cosines", "cosine")):
         rounds = {line["round"]: line for line in raw.trained if line.get(key)}
         if not rounds:
