@@ -111,7 +111,10 @@ def lines_of(content: bytes) -> list[dict[str, Any]]:
             if not isinstance(line[AFTER], int | None):
                 raise TypeError(f"{AFTER} is {line[AFTER]!r}")
             float(line["communication-mib"]), float(line["seconds"])
-            traffic_of(line), failures_of(line), line["cohort"], line["good"], line["reason"]
+            sites = [*line["cohort"], *line["good"]]
+            for kind in KINDS:
+                sites += dict(line.get(kind, {}))
+            traffic_of(line).mib, line["reason"], [int(site) for site in sites]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"line {i}: {type(error).__name__} {error}") from None
     return found
