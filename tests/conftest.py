@@ -157,9 +157,10 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ctrl_c_interrupts() -> None:
-    """Let Ctrl-C interrupt what tests start: in the background, shells have it ignored."""
+def signals_end_what_tests_start() -> None:
+    """Let Ctrl-C and SIGHUP end it: in the background, and under nohup, they are ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

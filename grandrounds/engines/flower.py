@@ -197,6 +197,8 @@ def follow(
         If the SuperLink does not answer, or has ended.
     """
     deadline = None
+    # What a SuperLink that has died had started is ended before its keeper ends and tells so.
+    patience_seconds = max(patience_seconds, END_PATIENCE_SECONDS if link.process else 0.0)
     command = ("flwr", "log", str(run_id), link.connection)
     while True:
         with started(link.home, link.environment, "run.log", command) as stream:

@@ -208,20 +208,26 @@ def test_a_natural_mistake_is_told_by_name_before_torch_is_imported(
     ids=" ".join,
 )
 def test_a_mistake_is_told_within_a_second_of_computing(desk: Path, call: list[str]) -> None:
-    """Processor time of a whole process: a busy machine makes it wait, not compute."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-m", "grandrounds", *call],
-        cwd=desk,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    """Processor time of a whole process: a busy machine makes it wait, not compute.
+
+    The least of three: two threads of one core take more of it than one alone.
+    """
+    seconds = []
+    while len(seconds) < 3 and min(seconds, default=1) >= 1:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "grandrounds", *call],
+            cwd=desk,
+            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1
 
 
 # --- What is right at the first try ---------------------------------------------------------------
