@@ -113,7 +113,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(name: str, tmp_path: Path) 
     check_resumed(run, RUNS / name, CAUGHT_UP[name])
 
 
-ADDED = {"weights", "held-out-loss-median", "held-out-losses"}
+ADDED = {"weights", "held-out-loss-median", "held-out-losses", "communication-up-mib"}
 """Keys of metrics.jsonl since these runs."""
 
 
