@@ -197,7 +197,7 @@ def follow(
         If the SuperLink does not answer, or has ended.
     """
     deadline = None
-    # What a SuperLink that has died had started is ended before its keeper ends and tells so.
+    # That a SuperLink has died shows only once its keeper has ended all that it started.
     patience_seconds = max(patience_seconds, END_PATIENCE_SECONDS if link.process else 0.0)
     command = ("flwr", "log", str(run_id), link.connection)
     while True:

@@ -34,10 +34,10 @@ from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
 from grandrounds.server.masks.rosters import check_roster, keep_roster
-from grandrounds.server.resumption import Resumption, examine, restore, unfinished_of
+from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.run import Run, State, summary_of
-from grandrounds.server.unfinished import EXAM, Attempt
+from grandrounds.server.unfinished import EXAM, Attempt, unfinished_of
 from grandrounds.wire.adapter import (
     Adapter,
     Ranks,

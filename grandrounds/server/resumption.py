@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from grandrounds.server import states
 from grandrounds.server.described import are_real
 from grandrounds.server.directory import SUMMARY, RunDirectory, records_of
 from grandrounds.server.states import CONFIG, METRICS, SITES, SavedState
-from grandrounds.server.unfinished import AFTER, UNFINISHED, lines_of
+from grandrounds.server.unfinished import AFTER, UNFINISHED, unfinished_of
 from grandrounds.storage import read_toml
 
 if TYPE_CHECKING:
@@ -496,31 +495,6 @@ def _summary(path: Path) -> tuple[Mapping[str, Any], list[str]]:
         return found, []
     is_there = (path / SUMMARY).is_file()
     return {}, [f"{path / SUMMARY} was damaged; it is written anew"] * is_there
-
-
-def unfinished_of(path: Path, before: float = math.inf) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the lines of unfinished.jsonl that still count, and what was wrong with the file.
-
-    Parameters
-    ----------
-    before : int
-        Attempts after this round, or a later one, were set aside with it.
-    """
-    file, lines = path / UNFINISHED, list[dict[str, Any]]()
-    if not file.is_file():
-        return [], []
-    content, fault = file.read_bytes(), ""
-    for line in content.splitlines(keepends=True):
-        try:
-            lines += lines_of(line)
-        except (ValueError, RecursionError):
-            fault = (
-                f"{file} was damaged after its first {counted(len(lines), 'line')}: what was sent "
-                "in the unfinished rounds of the others is not counted"
-            )
-            break
-    kept = [line for line in lines if line[AFTER] is None or line[AFTER] < before]
-    return kept, [fault] * bool(fault)
 
 
 def _ledger(path: Path) -> list[str]:

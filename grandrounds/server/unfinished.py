@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from grandrounds.config.words import counted
 from grandrounds.wire.ledger import Ledger, Traffic
 from grandrounds.wire.names import one_line
 
@@ -118,6 +121,31 @@ def lines_of(content: bytes) -> list[dict[str, Any]]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"line {i}: {type(error).__name__} {error}") from None
     return found
+
+
+def unfinished_of(path: Path, before: float = math.inf) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the lines of unfinished.jsonl that still count, and what was wrong with the file.
+
+    Parameters
+    ----------
+    before : int
+        Attempts after this round, or a later one, were set aside with it.
+    """
+    file, lines = path / UNFINISHED, list[dict[str, Any]]()
+    if not file.is_file():
+        return [], []
+    content, fault = file.read_bytes(), ""
+    for line in content.splitlines(keepends=True):
+        try:
+            lines += lines_of(line)
+        except (ValueError, RecursionError):
+            fault = (
+                f"{file} was damaged after its first {counted(len(lines), 'line')}: what was sent "
+                "in the unfinished rounds of the others is not counted"
+            )
+            break
+    kept = [line for line in lines if line[AFTER] is None or line[AFTER] < before]
+    return kept, [fault] * bool(fault)
 
 
 def text_of(lines: Sequence[Mapping[str, Any]]) -> bytes:

@@ -17,10 +17,10 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.config.words import counted
 from grandrounds.errors import GrandRoundsError, RunDirectoryError, first_line
-from grandrounds.server import resumption, states
+from grandrounds.server import states
 from grandrounds.server.directory import RunDirectory, records_of
 from grandrounds.server.guarantees import AUDIT
-from grandrounds.server.unfinished import AFTER
+from grandrounds.server.unfinished import AFTER, unfinished_of
 from grandrounds.storage import sha256_of
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.tables import is_number
@@ -189,7 +189,7 @@ def _intact_lines(file: Path) -> tuple[list[dict[str, Any]], str]:
 
 def _unfinished(path: Path, unread: list[str]) -> list[dict[str, Any]]:
     """Return the lines of unfinished.jsonl up to one that cannot be read."""
-    found, faults = resumption.unfinished_of(path)
+    found, faults = unfinished_of(path)
     unread += faults
     return found
 

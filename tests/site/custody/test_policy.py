@@ -73,7 +73,7 @@ def test_the_limits_that_verdicts_name_are_those_that_are_checked() -> None:
 def test_every_recipe_of_the_repository_passes_the_default_policy(
     site: SiteFile, path: Path
 ) -> None:
-    """Its rehearsal learns at the embedded base's rate, and the recipe says what sites allow."""
+    """But for the learning rate of private-consortium, which is the embedded base's: it says so."""
     found = refusals(site, recipes.load_recipe(path), 1000)
     if path.stem == "private-consortium":
         [refusal] = found
