@@ -13,7 +13,7 @@ import torch
 from grandrounds import waiting
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError
-from grandrounds.model import headroom, products
+from grandrounds.model import fused, headroom, products
 from grandrounds.model.architectures import FAMILIES
 from grandrounds.model.base import (
     BaseSpec,
@@ -84,7 +84,20 @@ def forward(config: Config) -> Forward:
         answers_only=train.response_only_logits and family is not None,
         chunk_tokens=train.logits_chunk_tokens,
         matmul=matmul(config),
+        fused=bool(fused_pieces(config)),
     )
+
+
+def fused_pieces(config: Config) -> tuple[str, ...]:
+    """Return what fused kernels compute in a visit on this machine, as far as they are proved.
+
+    None in a private visit, which splits gradients where PEFT's own modules take them, and none
+    where the MLPs are compiled.
+    """
+    off = config.train.fused_kernels == "off" or config.arguments.torch_compile
+    if off or config.is_private:
+        return ()
+    return fused.pieces_of(_model_type(config.model.source))
 
 
 def means(config: Config) -> str:
@@ -97,6 +110,8 @@ def means(config: Config) -> str:
         parts.append("gradient checkpointing")
     if config.arguments.torch_compile:
         parts.append("compiled MLPs")
+    if pieces := fused_pieces(config):
+        parts.append(f"fused {', '.join(pieces)}")
     return ", ".join(parts)
 
 

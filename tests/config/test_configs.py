@@ -41,6 +41,7 @@ LEFT_OUT = {
     "consortium",
     "train.num-threads",
     "train.cpu-matmul",
+    "train.fused-kernels",
     "train.report-to",
     "strategy.round-timeout-seconds",
     "strategy.min-sites",
