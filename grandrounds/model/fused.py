@@ -67,10 +67,12 @@ Patch = tuple[Any, Callable[..., Any]]
 
 
 def pieces_of(model_type: str) -> tuple[str, ...]:
-    """Return the pieces of a family that fused kernels compute on this machine, before proof."""
+    """Return the pieces of a family that fused kernels compute on this machine, but for those whose
+    proof has failed in this process."""
     if not torch.cuda.is_available() or model_type not in FAMILIES:
         return ()
-    return PIECES if has_liger() else (LORA,)
+    pieces = PIECES if has_liger() else (LORA,)
+    return tuple(piece for piece in pieces if (model_type, piece) not in _refused)
 
 
 def has_liger() -> bool:
@@ -93,6 +95,10 @@ class Fused:
     """The pieces in use."""
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     """Piece, or `none` → relative errors (Frobenius norm) of the proof."""
+
+    def has(self, piece: str) -> bool:
+        """Whether the model has what a piece replaces."""
+        return bool(self.rope if piece == ROPE else self.patches.get(piece))
 
     @contextmanager
     def standing_in(self, pieces: tuple[str, ...]) -> Iterator[None]:
@@ -117,6 +123,9 @@ class Fused:
                 else:
                     module.__dict__["forward"] = kept
 
+
+_refused: set[tuple[str, str]] = set()
+"""`model_type` and piece of failed proofs."""
 
 _known: WeakKeyDictionary[Any, Fused] = WeakKeyDictionary()
 """PEFT model → its fused forwards, proved."""
@@ -213,7 +222,7 @@ def _merged(function: Callable[..., torch.Tensor], module: Any, x: torch.Tensor)
 
 
 def _rotation(base: Any) -> tuple[Any, Callable[..., Any]] | None:
-    """Return the module of transformers that a base's attention is defined in, with Liger's RoPE."""
+    """Return the module of transformers that defines a base's attention, with Liger's RoPE."""
     from liger_kernel.ops import LigerRopeFunction
 
     module = sys.modules[type(base.get_decoder()).__module__]
@@ -272,9 +281,7 @@ def _compare(found: Fused, decoder: Any, factors: list[Any], bf16: bool) -> None
     own = _errors(_results(decoder, states, upstream, bf16), truth)
     found.errors["none"] = own
     proved: list[str] = []
-    for piece in PIECES:
-        if not found.patches.get(piece) and not (piece == ROPE and found.rope):
-            continue
+    for piece in filter(found.has, PIECES):
         try:
             with found.standing_in((piece,)):
                 errors = _errors(_results(decoder, states, upstream, bf16), truth)
@@ -284,10 +291,14 @@ def _compare(found: Fused, decoder: Any, factors: list[Any], bf16: bool) -> None
         found.errors[piece] = errors
         worse = {n: e for n, e in errors.items() if not e <= SLACK * own[n] + _FLOOR}
         if worse:
-            name, error = max(worse.items(), key=lambda item: item[1] / (own[item[0]] + _FLOOR))
-            _warn(piece, f"the error of {name} against float32 is {error:.2e}, {own[name]:.2e} without")
+            name = max(worse, key=lambda n: worse[n] / (own[n] + _FLOOR))
+            pair = f"{worse[name]:.2e}, {own[name]:.2e} without"
+            _warn(piece, f"the error of {name} against float32 is {pair}")
         else:
             proved.append(piece)
+    model_type = decoder.config.get_text_config().model_type
+    tried = [piece for piece in PIECES if found.has(piece)]
+    _refused.update((model_type, piece) for piece in tried if piece not in proved)
     found.proved = tuple(proved)
 
 
@@ -306,7 +317,7 @@ def _devices(model: Any) -> list[torch.device]:
 
 @contextmanager
 def _one_layer(model: Any) -> Iterator[Any]:
-    """Give the model's decoder with its first layer only, in evaluation mode, within the context."""
+    """Give the model's decoder with its first layer only, in evaluation mode, for a while."""
     decoder = model.get_base_model().get_decoder()
     layers, training = decoder.layers, model.training
     model.eval()
@@ -367,7 +378,7 @@ def _results(
 
 
 def _errors(found: list[torch.Tensor], truth: list[torch.Tensor]) -> dict[str, float]:
-    """Return the relative errors of output and gradients; of factors the root of the mean square."""
+    """Return the relative errors of output and gradients; of factors their root mean square."""
     output, of_input, *of_factors = (
         float((one.float() - exact).norm() / exact.norm())
         for one, exact in zip(found, truth, strict=True)
@@ -381,5 +392,5 @@ def _errors(found: list[torch.Tensor], truth: list[torch.Tensor]) -> dict[str, f
 
 
 def context(model: Any, wanted: bool, bf16: bool) -> Any:
-    """Return the context of `fused` if it is wanted and the model has an adapter, else a null one."""
+    """Return the context of `fused` if it is wanted and the model has an adapter, else none."""
     return fused(model, bf16) if wanted and hasattr(model, "get_base_model") else nullcontext()

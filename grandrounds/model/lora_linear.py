@@ -1,14 +1,13 @@
 """A frozen linear module with LoRA as one autograd function.
 
-PEFT adds s B A x beside W x + b as separate modules: a copy of W x + b, casts of float32 factors, a
-multiplication by s and a sum, each a launch of its own and most of them kept for the backward pass.
-Here
+PEFT adds s B A x to W x + b by separate modules: a copy of W x + b, casts of float32 factors, a
+multiplication by s and a sum, each a launch of its own. Here
 
     h = s x A^T,  y = x W^T + b + h B^T;    dh = s g B,  dx = g W + dh A,  dA = dh^T x,  dB = g^T h
 
 are five products forward and backward beside those with W. Only x and h are kept, the factors are
-cast once a pass for all modules together, and s is multiplied in float32 within a product. A 4-bit W
-(Dettmers et al., QLoRA, 2023, equation 5) is dequantised once forward and once backward.
+cast once a pass for all modules together, and s is multiplied in float32 within a product. A 4-bit
+W (Dettmers et al., QLoRA, 2023, equation 5) is dequantised once forward and once backward.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Frozen:
             return weight.detach()  # type: ignore[no-any-return]
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
 
     def keep(self, wanted: bool) -> None:
         """Keep W dequantised from now on, 2 bytes a value in bfloat16, or let go of it."""
@@ -89,7 +88,7 @@ class Factors:
 
 
 class _Lora(torch.autograd.Function):
-    """`lora_linear`; float32 factors are inputs for their gradients, and their casts for products."""
+    """`lora_linear`; float32 factors are inputs for their gradients, casts for products."""
 
     @staticmethod
     def forward(
@@ -184,8 +183,8 @@ def lora_linear(
     scale : float
         s.
     dropout : float
-        Probability with which a value of A's input is dropped; the mask is PEFT's for an equal state
-        of the GPU's generator.
+        Probability with which a value of A's input is dropped; the mask is PEFT's for an equal
+        state of the GPU's generator.
 
     Returns
     -------

@@ -13,11 +13,10 @@ import torch
 from grandrounds import waiting
 from grandrounds.config.keys import Config
 from grandrounds.errors import ModelError
-from grandrounds.model import fused, headroom, products
+from grandrounds.model import headroom, products
 from grandrounds.model.architectures import FAMILIES
 from grandrounds.model.base import (
     BaseSpec,
-    base_config,
     bits_of,
     device_and_dtype,
     stored_bits,
@@ -57,11 +56,6 @@ def precision(config: Config) -> str:
     return f"{text}, bfloat16 autocast" if autocast else text
 
 
-@lru_cache(maxsize=4)
-def _model_type(name: str) -> str:
-    return str(base_config(name).model_type)
-
-
 def forward(config: Config) -> Forward:
     """Return how batches go through the base on this machine.
 
@@ -70,7 +64,7 @@ def forward(config: Config) -> Forward:
     ModelError
         If padding-free batches are requested and the base's attention does not support them.
     """
-    train, model_type = config.train, _model_type(config.model.source)
+    train, model_type = config.train, headroom.model_type_of(config.model.source)
     family = FAMILIES.get(model_type)
     supported = family is not None and not family.attention_matrix
     if train.batching == "padding-free" and not supported:
@@ -84,20 +78,8 @@ def forward(config: Config) -> Forward:
         answers_only=train.response_only_logits and family is not None,
         chunk_tokens=train.logits_chunk_tokens,
         matmul=matmul(config),
-        fused=bool(fused_pieces(config)),
+        fused=bool(headroom.fused_pieces(config)),
     )
-
-
-def fused_pieces(config: Config) -> tuple[str, ...]:
-    """Return what fused kernels compute in a visit on this machine, as far as they are proved.
-
-    None in a private visit, which splits gradients where PEFT's own modules take them, and none
-    where the MLPs are compiled.
-    """
-    off = config.train.fused_kernels == "off" or config.arguments.torch_compile
-    if off or config.is_private:
-        return ()
-    return fused.pieces_of(_model_type(config.model.source))
 
 
 def means(config: Config) -> str:
@@ -106,11 +88,11 @@ def means(config: Config) -> str:
     grouped = "length-grouped" if config.train.batching == "auto" else config.train.batching
     parts = [f"{'padding-free' if how.padding_free else grouped} batches"]
     parts.append(f"logits of {'answers' if how.answers_only else 'all tokens'}")
-    if headroom.checkpoints_activations(config):
-        parts.append("gradient checkpointing")
+    if again := headroom.checkpoints_activations(config):
+        parts.append(headroom.checkpointing_text(again).removeprefix("with "))
     if config.arguments.torch_compile:
         parts.append("compiled MLPs")
-    if pieces := fused_pieces(config):
+    if pieces := headroom.fused_pieces(config):
         parts.append(f"fused {', '.join(pieces)}")
     return ", ".join(parts)
 

@@ -3,8 +3,9 @@
 Each term is a formula with its source; together they estimate the peak of PyTorch's allocations.
 The formulas count the tensors that the layers of transformers (5.24) save for the backward pass
 when LoRA factors are trained over a frozen base with SDPA attention, which materialises no matrix
-of tokens x tokens, and what fused kernels save in their place. tests/model/test_memory.py compares them with what small models save. Allocator
-fragmentation is not included. docs/planning.md compares totals with measured peaks.
+of tokens x tokens, and what fused kernels save in their place. tests/model/test_memory.py compares
+them with what small models save. Allocator fragmentation is not included. docs/planning.md compares
+totals with measured peaks.
 
 N is the number of tokens in a batch, padding included; h, i, V the hidden, intermediate and
 vocabulary sizes; q the width of all query heads together; r the adapter's rank; e the bytes per
@@ -233,7 +234,9 @@ class Workload:
     def _has_fused_lora(self) -> bool:
         """Whether adapted modules are computed by `model.lora_linear`, by its own conditions."""
         precision = self.precision
-        is_one_type = precision.base_bytes == precision.product_bytes == precision.adapter_input_bytes
+        is_one_type = (
+            precision.base_bytes == precision.product_bytes == precision.adapter_input_bytes
+        )
         left_to_peft = self.dora or precision.quantization == 8
         return "LoRA" in precision.fused and is_one_type and not left_to_peft
 

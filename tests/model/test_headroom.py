@@ -18,6 +18,7 @@ from grandrounds.config.keys import Config
 from grandrounds.data import main_memory
 from grandrounds.errors import ModelError
 from grandrounds.model import headroom
+from grandrounds.model.architectures import find_architecture
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec
 from grandrounds.model.resident import Resident, resident_model
@@ -28,7 +29,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headroom, "_fits_without", {})
+    monkeypatch.setattr(headroom, "_settled", {})
 
 
 @pytest.fixture
@@ -40,19 +41,40 @@ def having(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(headroom, "free_bytes", lambda: free)
 
 
-def needs(config: Config, *, checkpointing: bool) -> int:
+def needs(config: Config, *, checkpointing: bool | int) -> int:
     found = headroom.site_needs(config, checkpointing=checkpointing)
     assert found is not None
     return found.total
 
 
-@pytest.mark.parametrize(("free", "wanted"), [(1.2, False), (1.0, True)])
-def test_auto_checkpoints_only_where_a_visit_without_it_does_not_fit(
-    config: Config, monkeypatch: pytest.MonkeyPatch, free: float, wanted: bool
+@pytest.mark.parametrize("wanted", [False, 1, 3, True])
+def test_auto_checkpoints_as_few_layers_as_fit(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool | int
 ) -> None:
-    """With as much as planned it does not fit: an allocator wastes some."""
-    having(monkeypatch, int(free * needs(config, checkpointing=False)))
+    """Of four layers. With no more than planned it does not fit: an allocator wastes some."""
+    base = make_base(tmp_path / "deep", layers=4, hidden=64)
+    config = recipes.resolve({**settings, "model.name": str(base)})
+    planned = needs(config, checkpointing=wanted)
+    having(monkeypatch, int(planned / headroom.HEADROOM) + 1)
     assert headroom.checkpoints_activations(config) is wanted
+    headroom._settled.clear()
+    having(monkeypatch, planned)
+    more = headroom.checkpoints_activations(config)
+    assert more is True or int(more) > int(wanted)
+
+
+def test_running_out_steps_to_more_layers_until_all_are_checkpointed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32: 0, 16, 24, all. Without a plan for the family: all at once."""
+    llama = find_architecture("meta-llama/Meta-Llama-3-8B")
+    monkeypatch.setattr(headroom, "architecture_of", lambda name: llama)
+    steps: list[bool | int] = [False]
+    while steps[-1] is not True:
+        steps.append(headroom.more_layers(config, steps[-1]))
+    assert steps == [False, 16, 24, True]
+    monkeypatch.setattr(headroom, "architecture_of", lambda name: None)
+    assert headroom.more_layers(config, False) is True
 
 
 def test_what_is_set_is_not_questioned(
