@@ -145,8 +145,9 @@ def fused(model: Any, bf16: bool) -> Iterator[None]:
     """
     found = _known.get(model)
     if found is None:
-        found = _known[model] = prepared(model)
+        found = prepared(model)
         prove(found, model, bf16)
+        _known[model] = found
     with found.standing_in(found.proved):
         yield
 

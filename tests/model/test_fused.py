@@ -158,7 +158,7 @@ def test_the_loss_without_padding_and_its_gradient_are_the_same(checkpointing: b
             loss = answer_nll_sum(model, BATCH, 0, torch.device("cpu"), how)
             loss.backward()
         factors = [p for p in model.parameters() if p.requires_grad]
-        found.append((float(loss), torch.cat([p.grad.flatten() for p in factors])))  # type: ignore[union-attr]
+        found.append((float(loss.detach()), torch.cat([p.grad.flatten() for p in factors])))  # type: ignore[union-attr]
         model.zero_grad()
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert error(found[0][1], found[1][1]) < 1e-4
