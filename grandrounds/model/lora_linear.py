@@ -13,6 +13,7 @@ W (Dettmers et al., QLoRA, 2023, equation 5) is dequantised once forward and onc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,6 +88,19 @@ class Factors:
         return self._casts[self._places[id(parameter)]]
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen linear module with its factors."""
+
+    frozen: Frozen
+    a: torch.Tensor
+    """A: (r, inputs)."""
+    b: torch.Tensor
+    """B: (outputs, r)."""
+    factors: Factors
+    """Holds casts of A and B."""
+
+
 class _Lora(torch.autograd.Function):
     """`lora_linear`; float32 factors are inputs for their gradients, casts for products."""
 
@@ -96,34 +110,31 @@ class _Lora(torch.autograd.Function):
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        frozen: Frozen,
-        casts: tuple[torch.Tensor, torch.Tensor],
-        scale: float,
-        dropout: float,
+        module: Adapted,
+        how: tuple[float, float],
     ) -> torch.Tensor:
-        cast_a, cast_b = casts
+        cast_a, cast_b = (module.factors.cast(factor, x.dtype) for factor in (a, b))
+        scale, dropout = how
         rows = x.reshape(-1, x.shape[-1])  # (tokens, inputs)
         dropped, mask = rows, None
         if dropout:
             dropped, mask = torch.native_dropout(rows, dropout, True)
         nothing = rows.new_empty(1)  # not read where beta is 0
         h = torch.addmm(nothing, dropped, cast_a.t(), beta=0, alpha=scale)  # (tokens, r)
-        y = linear(rows, frozen.weight, frozen.bias).addmm_(h, cast_b.t())
+        y = linear(rows, module.frozen.weight, module.frozen.bias).addmm_(h, cast_b.t())
         ctx.save_for_backward(rows, mask, h, cast_a, cast_b)
-        ctx.frozen, ctx.scale, ctx.dropout = frozen, scale, dropout
+        ctx.frozen, ctx.how = module.frozen, how
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, mask, h, a, b = ctx.saved_tensors
-        (g,) = upstream
-        g = g.reshape(-1, g.shape[-1])  # (tokens, outputs)
-        dh = torch.addmm(g.new_empty(1), g, b, beta=0, alpha=ctx.scale)  # (tokens, r)
+        scale, dropout = ctx.how
+        g = upstream[0].reshape(-1, upstream[0].shape[-1])  # (tokens, outputs)
+        dh = torch.addmm(g.new_empty(1), g, b, beta=0, alpha=scale)  # (tokens, r)
         dx = da = db = None
-        undropped = 1 / (1 - ctx.dropout)
         if ctx.needs_input_grad[1]:
-            dropped = rows if mask is None else _masked(rows, mask, undropped)
-            da = _product(dh.t(), dropped)
+            da = _product(dh.t(), rows if mask is None else _masked(rows, mask, dropout))
         if ctx.needs_input_grad[2]:
             db = _product(g.t(), h)
         if ctx.needs_input_grad[0]:
@@ -131,14 +142,14 @@ class _Lora(torch.autograd.Function):
             if mask is None:
                 dx.addmm_(dh, a)
             else:
-                dx.add_(_masked(dh @ a, mask, undropped))
+                dx.add_(_masked(dh @ a, mask, dropout))
             dx = dx.view(*upstream[0].shape[:-1], dx.shape[-1])
-        return dx, da, db, None, None, None, None
+        return dx, da, db, None, None
 
 
-def _masked(x: torch.Tensor, mask: torch.Tensor, factor: float) -> torch.Tensor:
-    """Return x * mask * factor, as dropout computes it."""
-    return torch.ops.aten.native_dropout_backward(x, mask, factor)  # type: ignore[no-any-return]
+def _masked(x: torch.Tensor, mask: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Return x * mask / (1 - p), as dropout computes it."""
+    return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - dropout))  # type: ignore[no-any-return]
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -163,13 +174,7 @@ class _Plain(torch.autograd.Function):
 
 
 def lora_linear(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    frozen: Frozen,
-    factors: Factors,
-    scale: float,
-    dropout: float = 0.0,
+    x: torch.Tensor, module: Adapted, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
     """Return W x + bias + s B A dropout(x).
 
@@ -177,9 +182,6 @@ def lora_linear(
     ----------
     x : tensor of (..., inputs)
         In the type of the product with W.
-    a, b : tensors of (r, inputs) and (outputs, r)
-    factors
-        Holds casts of `a` and `b`.
     scale : float
         s.
     dropout : float
@@ -190,8 +192,8 @@ def lora_linear(
     -------
     tensor of (..., outputs), in the type of x.
     """
-    casts = factors.cast(a, x.dtype), factors.cast(b, x.dtype)
-    return _Lora.apply(x, a, b, frozen, casts, scale, dropout)  # type: ignore[no-any-return,no-untyped-call]
+    how = (scale, dropout)
+    return _Lora.apply(x, module.a, module.b, module, how)  # type: ignore[no-any-return,no-untyped-call]
 
 
 # --- Modules --------------------------------------------------------------------------------------
@@ -256,16 +258,16 @@ def _factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _lora_forward(layer: Any, frozen: Frozen, factors: Factors) -> Forward:
     (name,) = layer.lora_A
-    a, b = _factors_of(layer)
+    module = Adapted(frozen, *_factors_of(layer), factors)
     dropout = layer.lora_dropout[name]
     own = layer.forward
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         off = layer.disable_adapters or layer.merged or name not in layer.active_adapters
-        if off or args or kwargs or not _has_its_type(x, frozen, a):
+        if off or args or kwargs or not _has_its_type(x, frozen, module.a):
             return own(x, *args, **kwargs)  # type: ignore[no-any-return]
         dropped = getattr(dropout, "p", 0.0) if layer.training else 0.0
-        return lora_linear(x, a, b, frozen, factors, layer.scaling[name], dropped)
+        return lora_linear(x, module, layer.scaling[name], dropped)
 
     return forward
 

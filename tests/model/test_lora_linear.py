@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grandrounds.model import fused
-from grandrounds.model.lora_linear import Factors, Frozen, lora_forwards, lora_linear
+from grandrounds.model.lora_linear import Adapted, Factors, Frozen, lora_forwards, lora_linear
 from tests.tiny_models import tiny_bases
 
 SHAPE = {
@@ -143,22 +143,25 @@ def test_its_gradients_are_those_of_differences_in_float64() -> None:
     module = torch.nn.Linear(5, 7, dtype=torch.float64)
     frozen, x = Frozen(module.requires_grad_(False)), draw(2, 3, 5).requires_grad_()
     a, b = draw(2, 5).requires_grad_(), draw(7, 2).requires_grad_()
-    factors = Factors([a, b])
-    assert gradcheck(lambda x, a, b: lora_linear(x, a, b, frozen, factors, 1.5), (x, a, b))
+
+    def computed(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x, Adapted(frozen, a, b, Factors([a, b])), 1.5)
+
+    assert gradcheck(computed, (x, a, b))
 
     def dropped(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
-        return lora_linear(x, a, b, frozen, factors, 1.5, 0.4)
+        return lora_linear(x, Adapted(frozen, a, b, Factors([a, b])), 1.5, 0.4)
 
     assert gradcheck(dropped, (x, a, b))
-    assert not torch.equal(dropped(x, a, b), lora_linear(x, a, b, frozen, factors, 1.5))
+    assert not torch.equal(dropped(x, a, b), computed(x, a, b))
 
 
 def test_what_needs_no_gradient_gets_none() -> None:
     """`ffa` trains B alone, and the first layer's input is an embedding."""
     frozen = Frozen(torch.nn.Linear(5, 7).requires_grad_(False))
     x, a, b = torch.randn(4, 5), torch.randn(2, 5), torch.randn(7, 2, requires_grad=True)
-    lora_linear(x, a, b, frozen, Factors([a, b]), 1.0).sum().backward()
+    lora_linear(x, Adapted(frozen, a, b, Factors([a, b])), 1.0).sum().backward()
     assert b.grad is not None
     assert a.grad is None
     assert x.grad is None
