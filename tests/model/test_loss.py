@@ -20,7 +20,7 @@ from grandrounds.errors import ModelError
 from grandrounds.model import loss as losses
 from grandrounds.model import machine
 from grandrounds.model.architectures import FAMILIES
-from grandrounds.model.attention import takes_groups
+from grandrounds.model.attention_kernels import takes_groups
 from grandrounds.model.loss import Forward, Head, head_nll_sum
 
 CPU = torch.device("cpu")
