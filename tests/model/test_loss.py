@@ -137,6 +137,29 @@ def test_heads_stay_grouped_only_where_no_matrix_is_made(
     assert takes_groups(query) == grouped  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("device", "changes", "bucket_tokens"),
+    [
+        ("cuda", {}, machine.BUCKET_TOKENS),
+        ("cuda", {"model.quantization": 4}, machine.BUCKET_TOKENS),
+        ("cuda", {"model.quantization": 8}, 1),
+        ("cuda", {"train.batching": "length-grouped"}, 1),
+        ("cpu", {}, 1),
+    ],
+)
+def test_rows_have_tails_on_a_gpu_only(
+    device: str,
+    changes: dict[str, Any],
+    bucket_tokens: int,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = (torch.device(device), torch.bfloat16)
+    monkeypatch.setattr(machine, "device_and_dtype", lambda _: chosen)
+    config = recipes.resolve({**settings, **changes})
+    assert machine.forward(config).bucket_tokens == bucket_tokens
+
+
 @pytest.mark.parametrize("window", [4, 16, 64])
 def test_a_sliding_window_is_kept_within_each_sequence(window: int) -> None:
     """The longest example has 23 tokens: some windows are shorter, one is longer."""
