@@ -19,10 +19,12 @@ from grandrounds.cli import (
     compare,
     config,
     consortium,
+    documentation,
     evaluate,
     export,
     plan,
     privacy,
+    recipes,
     report,
     run,
     site,
@@ -195,6 +197,7 @@ def root(
 
 
 app.add_typer(base.app, name="base")
+app.add_typer(recipes.app, name="recipes")
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")
@@ -203,5 +206,6 @@ app.add_typer(study.app, name="study")
 for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
+    documentation.docs,
 ):
     app.command(cls=plan.PlanCommand if command is plan.plan else None)(command)
