@@ -10,7 +10,6 @@ import typer
 
 from grandrounds import storage
 from grandrounds.cli.options import Assignments
-from grandrounds.cli.request import chosen_recipe
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
@@ -18,6 +17,7 @@ from grandrounds.config.packaged import RECIPE_ENDING
 from grandrounds.config.words import command
 from grandrounds.errors import ConfigError, EngineError
 from grandrounds.server import admitted
+from grandrounds.study.chosen import chosen_recipe
 
 app = typer.Typer(
     no_args_is_help=True,

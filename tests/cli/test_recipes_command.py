@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from grandrounds.cli import app
-from grandrounds.cli.request import chosen_recipe
 from grandrounds.config import packaged
 from grandrounds.errors import ConfigError
+from grandrounds.study.chosen import chosen_recipe
 from tests.places import ROOT
 
 RECIPES = {path.stem for path in (ROOT / "configs").glob("*.toml")}
