@@ -19,10 +19,12 @@ from grandrounds.cli import (
     compare,
     config,
     consortium,
+    documentation,
     evaluate,
     export,
     plan,
     privacy,
+    recipes,
     report,
     run,
     site,
@@ -194,6 +196,7 @@ def root(
 
 
 app.add_typer(base.app, name="base")
+app.add_typer(recipes.app, name="recipes")
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")
@@ -201,5 +204,6 @@ app.add_typer(privacy.app, name="privacy")
 for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
+    documentation.docs,
 ):
     app.command(cls=plan.PlanCommand if command is plan.plan else None)(command)
