@@ -28,6 +28,7 @@ from grandrounds.cli import (
     report,
     run,
     site,
+    study,
 )
 from grandrounds.cli.output import CLOSED, guarded_output
 from grandrounds.cli.screen import lifetime
@@ -201,6 +202,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(study.app, name="study")
 for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
