@@ -46,6 +46,7 @@ class Layer:
 
     device: torch.device
     dtype: torch.dtype
+    """Type in which it is computed, autocast included."""
     heads: int
     key_value_heads: int
     head_size: int
@@ -77,8 +78,11 @@ class Path:
     largest_head: int | None = None
     """Largest head size, of queries and values alike, in multiples of 8; None: any."""
     windows: bool = True
+    """Whether it takes sliding windows."""
     soft_caps: bool = False
+    """Whether it takes soft-capped scores."""
     dropout: bool = True
+    """Whether it takes dropout of attention weights."""
     starts: bool = False
     """Whether it needs the starts of the sequences."""
 

@@ -140,8 +140,8 @@ def test_rows_train_as_eager_float32_does(
 
 @takes_rows
 def test_a_visit_counts_its_tails(tiny_base: Path) -> None:
-    """72 tokens a step: a multiple of 4 is at most a 16th, and 72 is one; with 9 fewer, 63, it is
-    2, and one token is added."""
+    """A tail is shorter than a 16th of its row: 72 tokens are a multiple of 4 as they are, and 63
+    get one more, to a multiple of 2."""
     resident = resident_model(BaseSpec(str(tiny_base), 0, "auto"), LORA)
     parameters = list(resident.parameters.values())
     how = Forward(True, True, True, 1024, bucket_tokens=256)
