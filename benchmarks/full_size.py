@@ -222,7 +222,7 @@ def worst_case(bench: Bench) -> dict[str, Any]:
 
     resident, config = bench.resident(), bench.config
     again = fitting.checkpoints_activations(config)
-    needs = fitting.site_needs(config, checkpointing=again)
+    needs = fitting.visit_needs(config)
     assert needs is not None
     batch = [TokenizedExample(tuple([5] * TOKENS), 1)] * BATCH
     how = training.VisitSettings(

@@ -89,8 +89,8 @@ class Fused:
     rope: tuple[Any, Callable[..., Any]] | None
     """The module of transformers that rotates queries and keys, and the function that stands in."""
     factors: Factors
-    weights: list[Frozen]
-    """All frozen weights behind fused forwards."""
+    weights: list[list[Frozen]]
+    """The frozen weights behind fused forwards, layer by layer."""
     proved: tuple[str, ...] = ()
     """The pieces in use."""
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -143,13 +143,31 @@ def fused(model: Any, bf16: bool) -> Iterator[None]:
     bf16 : bool
         Whether forward passes run under bfloat16 autocast.
     """
+    found = _proved(model, bf16)
+    with found.standing_in(found.proved):
+        yield
+
+
+def keep_weights(model: Any, layers: int, bf16: bool) -> None:
+    """Keep the 4-bit weights of a model's first layers dequantised, and let go of all others.
+
+    Only fused modules read them. `bf16` is as in `fused`.
+    """
+    found = _proved(model, bf16) if layers else _known.get(model)
+    if found is not None:
+        kept = layers if LORA in found.proved else 0
+        for place, weights in enumerate(found.weights):
+            for frozen in weights:
+                frozen.keep(place < kept)
+
+
+def _proved(model: Any, bf16: bool) -> Fused:
     found = _known.get(model)
     if found is None:
         found = prepared(model)
         prove(found, model, bf16)
         _known[model] = found
-    with found.standing_in(found.proved):
-        yield
+    return found
 
 
 def of_model(model: Any) -> Fused | None:
@@ -173,7 +191,16 @@ def prepared(model: Any) -> Fused:
         piece: [p for p in found if "forward" not in p[0].__dict__]  # nobody else's, as a hook's
         for piece, found in patches.items()
     }
-    return Fused(free, rope, factors, weights)
+    return Fused(free, rope, factors, _by_layer(base, weights))
+
+
+def _by_layer(base: Any, weights: list[Frozen]) -> list[list[Frozen]]:
+    """Return frozen weights grouped by the decoder's layers."""
+    of_module = {id(frozen.module): frozen for frozen in weights}
+    return [
+        [of_module[id(module)] for module in layer.modules() if id(module) in of_module]
+        for layer in base.get_decoder().layers
+    ]
 
 
 def _by_liger(base: Any, family: Family) -> dict[str, list[Patch]]:

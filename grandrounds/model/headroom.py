@@ -48,6 +48,9 @@ Result = TypeVar("Result")
 _settled: dict[Config, Checkpointing] = {}
 """Configuration with `auto` → which layers of a visit recompute their activations."""
 
+_kept: dict[Config, int] = {}
+"""Configuration → first layers whose 4-bit weights a visit keeps dequantised."""
+
 
 @lru_cache(maxsize=4)
 def architecture_of(name: str) -> Architecture | None:
@@ -95,17 +98,25 @@ def device_precision(config: Config) -> Precision:
     return Precision(bits, dtype.itemsize, autocast, grouped, pieces)
 
 
-def site_needs(config: Config, *, checkpointing: Checkpointing) -> SiteMemory | None:
+def site_needs(
+    config: Config, *, checkpointing: Checkpointing, kept_layers: int = 0
+) -> SiteMemory | None:
     """Return the planned memory of a visit on this machine, or None for an unknown family.
 
     The CUDA context is left out: it is already allocated when free memory is measured.
+    `kept_layers` is as in `site_memory`.
     """
     base = architecture_of(config.model.source)
     if base is None:
         return None
     targets = target_modules(base, config.lora.target_modules)
     needs = site_memory(
-        config, base, targets, device_precision(config), checkpointing=checkpointing
+        config,
+        base,
+        targets,
+        device_precision(config),
+        checkpointing=checkpointing,
+        kept_layers=kept_layers,
     )
     return dataclasses.replace(needs, cuda_context=0)
 
@@ -169,6 +180,40 @@ def _fewest(config: Config) -> Checkpointing:
     return True
 
 
+def kept_layers(config: Config) -> int:
+    """Return the number of first layers whose 4-bit weights a visit keeps dequantised.
+
+    Dequantising a weight at each use takes Python longer to start than a GPU to compute. As many as
+    fit beside all activations; none where the fused modules that read them are not used. Decided
+    once per configuration. The values are those of dequantising at each use.
+    """
+    if config not in _kept:
+        _kept[config] = _most_kept(config)
+    return _kept[config]
+
+
+def _most_kept(config: Config) -> int:
+    base, room = architecture_of(config.model.source), HEADROOM * free_bytes()
+    is_read = fused.LORA in fused_pieces(config)
+    four_bits = device_precision(config).quantization == 4
+    if base is None or not is_read or not four_bits or checkpoints_activations(config):
+        return 0
+    for layers in range(base.num_layers, 0, -1):
+        needs = site_needs(config, checkpointing=False, kept_layers=layers)
+        if needs is not None and needs.total <= room:
+            return layers
+    return 0
+
+
+def visit_needs(config: Config) -> SiteMemory | None:
+    """Return the planned memory of a visit as it is run on this machine; see `site_needs`."""
+    return site_needs(
+        config,
+        checkpointing=checkpoints_activations(config),
+        kept_layers=kept_layers(config),
+    )
+
+
 def more_layers(config: Config, checkpointing: Checkpointing) -> Checkpointing:
     """Return more layers to checkpoint after memory ran out: half of the rest, but at least a
     quarter of all, so that a visit is repeated three times at most."""
@@ -214,32 +259,42 @@ def check_fits(config: Config) -> None:
 def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -> Result:
     """Run a visit with as much gradient checkpointing as is configured, or needed.
 
-    If memory runs out under `auto`, the visit restarts with more layers checkpointed, and so do
-    later visits. The result is the same.
+    If memory runs out, the visit restarts without kept weights, and then under `auto` with more
+    layers checkpointed, and so do later visits. The result is the same.
 
     Raises
     ------
     ModelError
         If memory runs out; the message gives the plan and settings that would fit.
     """
-    checkpointing = checkpoints_activations(config)
-    while config.model.gradient_checkpointing == "auto" and checkpointing is not True:
-        checkpoint_activations(resident, checkpointing)
+    checkpointing, kept = checkpoints_activations(config), kept_layers(config)
+    is_auto = config.model.gradient_checkpointing == "auto" and can_checkpoint(config.model.source)
+    while kept or (is_auto and checkpointing is not True):
         received = [p.detach().clone() for p in resident.parameters.values()]
         try:
+            _arrange(config, resident, checkpointing, kept)
             return visit()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not can_checkpoint(config.model.source):
+            if not is_out_of_memory(error):
                 raise
-        checkpointing = _settled[config] = more_layers(config, checkpointing)
+        if kept:
+            kept = _kept[config] = 0
+        else:
+            checkpointing = _settled[config] = more_layers(config, checkpointing)
         with torch.no_grad():
             for parameter, before in zip(resident.parameters.values(), received, strict=True):
                 parameter.grad = None
                 parameter.copy_(before)
+        fused.keep_weights(resident.model, 0, config.arguments.bf16)
         _free_unused()
-    checkpoint_activations(resident, checkpointing)
     with explaining_out_of_memory(config, checkpointing):
+        _arrange(config, resident, checkpointing, kept)
         return visit()
+
+
+def _arrange(config: Config, resident: Resident, checkpointing: Checkpointing, kept: int) -> None:
+    checkpoint_activations(resident, checkpointing)
+    fused.keep_weights(resident.model, kept, config.arguments.bf16)
 
 
 def _free_unused() -> None:

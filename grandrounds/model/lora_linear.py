@@ -26,21 +26,22 @@ class Frozen:
     """The weight and bias of a frozen linear module, W of (outputs, inputs)."""
 
     def __init__(self, module: Any) -> None:
-        self._module = module
+        self.module = module
         self._is_quantized = type(module) is not torch.nn.Linear
         self._kept: torch.Tensor | None = None
+        self._state: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the product with it."""
         if not self._is_quantized:
-            return self._module.weight.dtype  # type: ignore[no-any-return]
-        return self._module.weight.quant_state.dtype  # type: ignore[no-any-return]
+            return self.module.weight.dtype  # type: ignore[no-any-return]
+        return self.module.weight.quant_state.dtype  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> torch.Tensor | None:
         """b: (outputs), in the type of the product."""
-        bias = self._module.bias
+        bias = self.module.bias
         return None if bias is None else bias.to(self.dtype)
 
     @property
@@ -48,18 +49,46 @@ class Frozen:
         """W, dequantised where it is stored in 4 bits."""
         if self._kept is not None:
             return self._kept
-        weight = self._module.weight
+        weight = self.module.weight
         if not self._is_quantized:
             return weight.detach()  # type: ignore[no-any-return]
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        if self._state is None:
+            self._state = _with_plain_scales(weight.quant_state)
+        return _dequantized(weight, self._state)
 
     def keep(self, wanted: bool) -> None:
-        """Keep W dequantised from now on, 2 bytes a value in bfloat16, or let go of it."""
-        self._kept = None
-        if wanted and self._is_quantized:
-            self._kept = self.weight
+        """Keep a 4-bit W dequantised from now on, or let go of it."""
+        if not wanted:
+            self._kept = None
+        elif self._is_quantized and self._kept is None:
+            self._kept = _dequantized(self.module.weight, self.module.weight.quant_state)
+            self._state = None
+
+
+def _dequantized(weight: Any, state: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
+
+
+def _with_plain_scales(state: Any) -> Any:
+    """Return bitsandbytes' state of a weight with its scales in float32, 4 bytes per 64 weights.
+
+    Under double quantisation they are stored in 8 bits, and dequantising them first takes as long
+    to start as the weight itself.
+    """
+    if not state.nested:
+        return state
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+
+    return QuantState(
+        absmax=(dequantize_blockwise(state.absmax, state.state2) + state.offset).float(),
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
 
 
 class Factors:

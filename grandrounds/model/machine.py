@@ -109,6 +109,8 @@ def means(config: Config) -> str:
         parts.append("compiled MLPs")
     if pieces := headroom.fused_pieces(config):
         parts.append(f"fused {', '.join(pieces)}")
+    if kept := headroom.kept_layers(config):
+        parts.append(f"4-bit weights of {kept} layers kept dequantised")
     return ", ".join(parts)
 
 

@@ -146,6 +146,21 @@ class Workload:
         largest = max(m.inputs * m.outputs for m in self.architecture.linears)
         return largest * self.precision.base_bytes
 
+    def kept_bytes(self, layers: int) -> int:
+        """Return the bytes of the first layers' linear weights, kept dequantised beside the base.
+
+        Of the other layers the largest, one at a time, and for fused modules each layer's scales in
+        float32, 4 bytes per 64 weights.
+        """
+        base, precision = self.architecture, self.precision
+        of_layer = base.linear_parameters // base.num_layers
+        total = of_layer * layers * precision.base_bytes
+        if layers < base.num_layers:
+            total += self.dequantized_bytes
+            if precision.quantization == 4 and self._has_fused_lora:
+                total += of_layer // 16 * (base.num_layers - layers)
+        return total
+
     def checkpointed_layers(self, checkpointing: Checkpointing) -> int:
         """Return how many first layers recompute their activations."""
         layers = self.architecture.num_layers
@@ -387,7 +402,8 @@ class SiteMemory:
     working: int
     """The largest of `Workload.loss_bytes`, `Workload.backward_bytes` and `Workload.dora_bytes`."""
     weight_copies: int
-    """The largest linear weight, dequantised; bfloat16 copies of float32 weights."""
+    """Dequantised linear weights: those that are kept, and the largest of the others; bfloat16
+    copies of float32 weights."""
 
     @property
     def total(self) -> int:
@@ -470,8 +486,15 @@ def site_memory(
     precision: Precision,
     *,
     checkpointing: Checkpointing,
+    kept_layers: int = 0,
 ) -> SiteMemory:
-    """Return the peak memory of a visit at the given precision, for batches of full length."""
+    """Return the peak memory of a visit at the given precision, for batches of full length.
+
+    Parameters
+    ----------
+    kept_layers : int
+        First layers whose 4-bit weights are kept dequantised.
+    """
     train = config.train
     asks = Ranks.of(config).strategy
     workload = workload_of(config, base, targets, precision)
@@ -496,7 +519,8 @@ def site_memory(
         working=max(
             loss, workload.backward_bytes(checkpointing), workload.dora_bytes(checkpointing)
         ),
-        weight_copies=workload.dequantized_bytes + workload.weight_copies_bytes(checkpointing),
+        weight_copies=workload.kept_bytes(kept_layers)
+        + workload.weight_copies_bytes(checkpointing),
     )
 
 

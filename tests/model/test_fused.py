@@ -196,6 +196,25 @@ def test_where_they_are_used_the_roll_call_says_so(
         assert "fused" not in machine.means(config)
 
 
+def test_weights_of_the_first_layers_are_kept_until_they_are_let_go() -> None:
+    model = llama_with_adapter()
+    fused.keep_weights(model, 0, bf16=False)
+    assert fused.of_model(model) is None  # nothing to let go of, and nothing proved for it
+    fused.keep_weights(model, 1, bf16=False)
+    found = fused.of_model(model)
+    assert found is not None
+    kept: list[bool] = []
+    for layer in found.weights:
+        for frozen in layer:
+            frozen.keep = lambda wanted: kept.append(wanted)  # type: ignore[method-assign]
+    fused.keep_weights(model, 1, bf16=False)
+    assert kept == [True] * 3 + [False] * 3
+    found.proved = ()
+    kept.clear()
+    fused.keep_weights(model, 2, bf16=False)
+    assert kept == [False] * 6
+
+
 def test_a_model_without_an_adapter_is_left_alone() -> None:
     base = llama()
     with warnings.catch_warnings(), attending(base, FUSED):

@@ -17,10 +17,11 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.data import main_memory
 from grandrounds.errors import ModelError
-from grandrounds.model import headroom
+from grandrounds.model import fused, headroom
 from grandrounds.model.architectures import find_architecture
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.memory import Precision
 from grandrounds.model.resident import Resident, resident_model
 from tests.conftest import make_base, write_flashcards
 
@@ -30,6 +31,7 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headroom, "_settled", {})
+    monkeypatch.setattr(headroom, "_kept", {})
 
 
 @pytest.fixture
@@ -61,6 +63,34 @@ def test_auto_checkpoints_as_few_layers_as_fit(
     having(monkeypatch, planned)
     more = headroom.checkpoints_activations(config)
     assert more is True or int(more) > int(wanted)
+
+
+def fused_on_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = (fused.LORA,)
+    precision = Precision(4, 2, True, True, frozenset(pieces))
+    monkeypatch.setattr(headroom, "fused_pieces", lambda config: pieces)
+    monkeypatch.setattr(headroom, "device_precision", lambda config: precision)
+
+
+def test_as_many_weights_are_kept_dequantised_as_fit_beside_all_activations(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "deep", layers=4, hidden=64)
+    flat = {**settings, "model.name": str(base)}
+    config = recipes.resolve(flat)
+    assert headroom.kept_layers(config) == 0  # of a base that is not in 4 bits
+    fused_on_four_bits(monkeypatch)
+    for layers in (4, 2, 0):
+        headroom._kept.clear()
+        headroom._settled.clear()
+        planned = headroom.site_needs(config, checkpointing=False, kept_layers=layers)
+        assert planned is not None
+        having(monkeypatch, int(planned.total / headroom.HEADROOM) + 1)
+        assert headroom.kept_layers(config) == layers
+        assert headroom.visit_needs(config) == planned
+    having(monkeypatch, 2**40)
+    again = recipes.resolve({**flat, "model.gradient-checkpointing": True})
+    assert headroom.kept_layers(again) == 0  # where memory is asked for, none is spent on speed
 
 
 def test_running_out_steps_to_more_layers_until_all_are_checkpointed(
@@ -175,6 +205,27 @@ def test_a_visit_that_runs_out_is_run_again_from_its_start_with_checkpointing(
         assert torch.equal(first, second)
     assert headroom.run_visit(config, resident, visit) == "done"
     assert checkpointing == [False, True, True]  # it is not tried in vain again
+
+
+def test_a_visit_that_runs_out_lets_go_of_kept_weights_first(
+    config: Config, resident: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    having(monkeypatch, 2**40)
+    fused_on_four_bits(monkeypatch)
+    kept: list[int] = []
+    monkeypatch.setattr(fused, "keep_weights", lambda model, layers, bf16: kept.append(layers))
+    tried: list[tuple[int, bool]] = []
+
+    def visit() -> str:
+        tried.append((kept[-1], resident.checkpoints_activations))
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert headroom.run_visit(config, resident, visit) == "done"
+    assert tried == [(2, False), (0, False), (0, True)]
+    assert headroom.run_visit(config, resident, visit) == "done"
+    assert tried[3:] == [(0, True)]
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(

@@ -96,13 +96,18 @@ def test_on_4_bit_weights_it_is_pefts_module() -> None:
     model = adapted(base)
     assert len(fused.prepared(model).patches[fused.LORA]) == 14  # those without LoRA too
     assert furthest(model) < 1e-5
-    found = fused.prepared(model)
-    dequantized = [frozen.weight for frozen in found.weights]
-    for frozen in found.weights:
+    layers = fused.prepared(model).weights
+    assert [len(weights) for weights in layers] == [7, 7]
+    for frozen in layers[0]:
+        before = frozen.weight
+        assert frozen.weight is not before
         frozen.keep(True)
         assert frozen.weight is frozen.weight
-    for frozen, before in zip(found.weights, dequantized, strict=True):
         assert torch.equal(frozen.weight, before)
+        exact = bitsandbytes.functional.dequantize_4bit(
+            frozen.module.weight.data, frozen.module.weight.quant_state
+        )
+        assert torch.equal(frozen.weight, exact)
         frozen.keep(False)
         assert frozen.weight is not frozen.weight
 

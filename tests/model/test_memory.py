@@ -219,6 +219,11 @@ def test_what_fused_kernels_and_grouped_heads_save_by_hand() -> None:
         workload, precision=dataclasses.replace(precision, fused=frozenset())
     )
     assert plain.layer_bytes() - workload.layer_bytes() == 8_192 * (2 * 8_192 + 28_672)
+    # 218,103,808 linear weights a layer: kept in two bytes, or their scales in 4 bytes per 64, and
+    # the largest of them, 4,096 x 14,336, for its product.
+    assert workload.kept_bytes(32) == 32 * 2 * 218_103_808
+    assert workload.kept_bytes(30) == 30 * 2 * 218_103_808 + 2 * 13_631_488 + 117_440_512
+    assert plain.kept_bytes(0) == 117_440_512
     repeated = dataclasses.replace(plain.precision, grouped_heads=False)
     more = dataclasses.replace(plain, precision=repeated).layer_bytes() - plain.layer_bytes()
     assert more == 8_192 * 2 * 2 * 3_072
