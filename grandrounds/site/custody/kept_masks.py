@@ -32,8 +32,9 @@ from grandrounds.wire.masks.attempt import UNMASK, Attempt
 _VECTOR = "vector"
 
 UNTRAINED_DAYS = 7
-"""Days for which an attempt is kept of a run that has not trained here: at most 1,400 of runs that no
-operator has allowed (`quota.MOST_QUESTIONS_OF_OTHERS`)."""
+"""Days for which an attempt is kept of a run that has not trained here.
+
+At most 1,400 are of runs that no operator has allowed (`quota.MOST_QUESTIONS_OF_OTHERS`)."""
 
 
 class CustodyStore:
