@@ -36,6 +36,7 @@ from grandrounds.model.positions import check_examples, check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
+from grandrounds.site.devices import group as devices
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.masks.end import SiteEnd
@@ -280,6 +281,12 @@ def _fingerprint(name: str) -> str:
     return base_fingerprint(name)
 
 
+def prepared(config: Config) -> Resident:
+    """Return this process's model; the processes of other devices load theirs meanwhile."""
+    devices.start(config)
+    return machine.prepare_model(config)
+
+
 def next_batches(visit: Visit) -> Batches:
     """Return the batches of a visit, made of the site's next examples."""
     config, site = visit.config, visit.site
@@ -327,13 +334,14 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     trained, settings = _trained(visit, resident), _settings(visit)
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
-    return headroom.run_visit(
-        config,
-        resident,
-        lambda: training.train_visit(
-            resident.model, list(trained.values()), batches, settings, pad, parts
-        ),
-    )
+
+    def trained_on_all() -> training.VisitResult:
+        group = devices.begun(config, resident, list(trained), pad)
+        return training.train_visit(
+            resident.model, list(trained.values()), batches, settings, pad, parts, group
+        )
+
+    return headroom.run_visit(config, resident, trained_on_all)
 
 
 def _trained(visit: Visit, resident: Resident) -> dict[str, torch.nn.Parameter]:
@@ -357,6 +365,7 @@ def _settings(visit: Visit) -> training.VisitSettings:
         proximal_mu=config.strategy.proximal_mu,
         forward=machine.forward(config),
         seed=sampling.visit_seed(config.federation.seed, visit.round, visit.site.partition_id),
+        shares=config.train.devices,
     )
 
 
@@ -463,13 +472,15 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
     """Return the summed loss in nats of the site's held-out examples, and their answer tokens."""
     nll_sum, tokens = 0.0, 0
     if site.held_out:
+        pad = run_tokenizer(config).pad_token_id
         nll_sum, tokens = training.held_out_loss(
             resident.model,
             site.held_out,
             config.arguments.per_device_train_batch_size,
-            run_tokenizer(config).pad_token_id,
+            pad,
             resident.device,
             machine.forward(config),
+            devices.begun(config, resident, [], pad),
         )
     if not math.isfinite(nll_sum):
         raise DataError(f"Site {site.partition_id}: the held-out loss is {nll_sum}.")
