@@ -88,8 +88,8 @@ def run(
     client_gpus: Annotated[
         float | None,
         typer.Option(
-            help="GPUs per site in the simulation; with 0.5, two sites share one. Default: 1 if "
-            "there is a GPU, else 0.",
+            help="GPUs per site in the simulation; with 0.5, two sites share one. As many sites "
+            "run at once as the GPUs allow. Default: `train.devices` if there is a GPU, else 0.",
             min=0.0,
         ),
     ] = None,
@@ -182,7 +182,7 @@ def run(
             from grandrounds.engines.simulation import default_cpus, default_gpus, simulate
 
             cpus = client_cpus or default_cpus(resolved.train.num_threads)
-            gpus = default_gpus() if client_gpus is None else client_gpus
+            gpus = default_gpus(resolved.train.devices) if client_gpus is None else client_gpus
             simulate(resolved, shown, cpus, gpus)
         elif engine is Engine.deployment:
             from grandrounds.engines.deployment.superlink import deploy
