@@ -83,7 +83,7 @@ class Group:
         self._others = [self._started(rank) for rank in range(1, count)]
         self._transport: Transport | None = None
         self._parameters: list[torch.nn.Parameter] = []
-        self.is_loading = False
+        self.loading: Config | None = None
 
     def _started(self, rank: int) -> Other:
         ours, theirs = socket.socketpair()
@@ -109,7 +109,7 @@ class Group:
         with self._ending_all():
             for other in self._others:
                 self._tell(other, do="load", config=config.flat())
-            self.is_loading = True
+            self.loading = config
 
     def begin(self, resident: Resident, trained: Sequence[str], pad_token_id: int) -> None:
         """Begin a visit with the adapter that is on the resident model.
@@ -127,7 +127,7 @@ class Group:
                         f"{_named(other)} has an adapter of {told:,} values, and rank 0 one of "
                         f"{values:,}: the files of the base have changed since. Run again."
                     )
-            self.is_loading = False
+            self.loading = None
             if self._transport is None:
                 self._transport = self._join()
             for other in self._others:
@@ -362,9 +362,11 @@ def start(config: Config) -> None:
     `train.devices = 1`."""
     global _group
     count = processes(config)
-    if _group and (_group.is_closed or _group.is_loading or _group.count != count):
+    if _group and (_group.is_closed or _group.count != count):
         end()
-    if count == 1:
+    if _group and _group.loading not in (None, config):  # for a visit that did not come
+        end()
+    if count == 1 or (_group and _group.loading):
         return
     if _group is None:
         _group = Group(count)
@@ -377,8 +379,7 @@ def begun(
     """Return the processes of a visit, ready for its passes; None with one device."""
     if processes(config) == 1:
         return None
-    if _group is None or not _group.is_loading:  # not started, or a pass has failed
-        start(config)
+    start(config)  # unless it was, and nothing has failed since
     assert _group is not None
     _group.begin(resident, trained, pad_token_id)
     return _group
