@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from grandrounds.config.keys import Config
 from grandrounds.config.words import counted, with_own
+from grandrounds.errors import documented
 from grandrounds.model.memory import (
     Precision,
     SiteMemory,
@@ -85,7 +86,8 @@ def side_by_side(planned: Mapping[str, Forecast], link: Link | None) -> Table:
 def notes(forecast: Forecast, link: Link | None) -> list[str]:
     """Return the assumptions behind the tables."""
     config = forecast.config
-    lines = ["memory is computed from formulas; docs/planning.md compares them with measurements"]
+    measured = f"{documented('planning')} compares them with measurements"
+    lines = [f"memory is computed from formulas; {measured}"]
     lines += cautions(config)
     if config.model.gradient_checkpointing == "auto":
         lines.append(
