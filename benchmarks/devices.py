@@ -112,11 +112,10 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for arm in ARMS:
             set_adapter(resident, adapter)
             others = group.begun(config, resident, names, 0) if arm == "devices" else None
+            how_now = dataclasses.replace(visits[arm], group=others)
             synchronize()
             began = time.perf_counter()
-            result = training.train_visit(
-                resident.model, parameters, batches, visits[arm], 0, None, others
-            )
+            result = training.train_visit(resident.model, parameters, batches, how_now, 0)
             synchronize()
             seconds[arm].append(time.perf_counter() - began)
             adapters[arm] = [p.detach().clone() for p in parameters]

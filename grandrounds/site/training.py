@@ -46,6 +46,8 @@ class VisitSettings:
     """Seed of dropout."""
     shares: int = 1
     """Shares into which each batch is divided; each is a pass of its own."""
+    group: Group | None = None
+    """The processes that share the passes, begun with the adapter of the visit; None: this one."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
 
@@ -77,7 +79,6 @@ def train_visit(
     settings: VisitSettings,
     pad_token_id: int,
     trained: Sequence[tuple[slice, ...]] | None = None,
-    group: Group | None = None,
 ) -> VisitResult:
     """Train an adapter in place on the batches, in order.
 
@@ -97,8 +98,6 @@ def train_visit(
         Tokenised examples; a last group smaller than `accumulation_steps` makes a step of its own.
     trained
         The trained part of each parameter; None: all of it.
-    group
-        The processes that share the passes, with the same adapter; None: this one alone.
     """
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -106,7 +105,7 @@ def train_visit(
     optimizer = make_optimizer(parameters, settings)
     device = parameters[0].device
     nll_sum, answer_tokens = 0.0, 0
-    size = settings.accumulation_steps
+    size, group = settings.accumulation_steps, settings.group
     plan = [
         passes(batches[i : i + size], settings.shares, settings.seed, step)
         for step, i in enumerate(range(0, len(batches), size))
@@ -269,7 +268,6 @@ def held_out_loss(
     examples: Sequence[TokenizedExample],
     batch_size: int,
     pad_token_id: int,
-    device: torch.device,
     forward: Forward,
     group: Group | None = None,
 ) -> tuple[float, int]:
@@ -278,6 +276,7 @@ def held_out_loss(
     Batches go to the processes of a group in turn; their sum is in the same order without one.
     """
     model.eval()
+    device = next(model.parameters()).device
     lengths = [len(e.input_ids) for e in examples]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches = [

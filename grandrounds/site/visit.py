@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
@@ -31,6 +32,7 @@ from grandrounds.model.base import (
     device_and_dtype,
     quantization_config,
 )
+from grandrounds.model.devices import processes
 from grandrounds.model.lora import check_dequantizes
 from grandrounds.model.positions import check_examples, check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
@@ -266,7 +268,7 @@ def introduction(
         "base": _fingerprint(name),
         **{key: commit for key, commit in commits.items() if commit},
         "prompt": prompt_hash(config.data.prompt, run_tokenizer(config)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": _devices(device, processes(config)),
         "precision": machine.precision(config),
         "means": machine.means(config),
         "torch": torch.__version__,
@@ -274,6 +276,12 @@ def introduction(
         messages.THREADS: machine.threads(config),
         messages.CPU_MATMUL: machine.matmul(config),
     }
+
+
+def _devices(device: torch.device, count: int) -> str:
+    """Return what visits train on, in words; GPUs of one machine are taken to be alike."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return name if count == 1 else f"{count} x {name}"
 
 
 @lru_cache(maxsize=4)
@@ -338,7 +346,12 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     def trained_on_all() -> training.VisitResult:
         group = devices.begun(config, resident, list(trained), pad)
         return training.train_visit(
-            resident.model, list(trained.values()), batches, settings, pad, parts, group
+            resident.model,
+            list(trained.values()),
+            batches,
+            dataclasses.replace(settings, group=group),
+            pad,
+            parts,
         )
 
     return headroom.run_visit(config, resident, trained_on_all)
@@ -478,7 +491,6 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
             site.held_out,
             config.arguments.per_device_train_batch_size,
             pad,
-            resident.device,
             machine.forward(config),
             devices.begun(config, resident, [], pad),
         )

@@ -79,11 +79,15 @@ class Group:
                 "train.devices = 1."
             )
         self.count = count
+        self.loading: Config | None = None
+        """The configuration whose base the others load, until a visit begins."""
         self._folder = Path(tempfile.mkdtemp(prefix="grandrounds-devices-"))
-        self._others = [self._started(rank) for rank in range(1, count)]
         self._transport: Transport | None = None
         self._parameters: list[torch.nn.Parameter] = []
-        self.loading: Config | None = None
+        self._others: list[Other] = []
+        with self._ending_all():
+            for rank in range(1, count):
+                self._others.append(self._started(rank))
 
     def _started(self, rank: int) -> Other:
         ours, theirs = socket.socketpair()
@@ -138,6 +142,9 @@ class Group:
                     checkpointing=resident.checkpoints_activations,
                     pad_token_id=pad_token_id,
                 )
+            for other in self._others:
+                self._told(other, PATIENCE_SECONDS)
+                self._tell(other, do="adapter")
             with self._naming_the_lost("the adapter"):
                 self._transport.to_others(flattened([*resident.parameters.values()]))
             self._parameters = [resident.parameters[name] for name in trained]

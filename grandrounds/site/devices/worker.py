@@ -53,14 +53,18 @@ class Worker:
         """Join the process group that rank 0 makes."""
         self._transport = joined(**how)
 
-    def visit(self, trained: list[str], checkpointing: bool, pad_token_id: int) -> None:
-        """Begin a visit: receive the whole adapter."""
+    def visit(self, trained: list[str], checkpointing: bool, pad_token_id: int) -> dict[str, Any]:
+        """Begin a visit that trains the parameters of these names; the reply tells that it may."""
         resident, self._pad = self._resident, pad_token_id
         checkpoint_activations(resident, checkpointing)
-        set_values([*resident.parameters.values()], self._transport.from_first)
         for name, parameter in resident.parameters.items():
             parameter.requires_grad_(name in trained)
         self._trained = [resident.parameters[name] for name in trained]
+        return {}
+
+    def adapter(self) -> None:
+        """Receive the whole adapter."""
+        set_values([*self._resident.parameters.values()], self._transport.from_first)
 
     def step(self) -> None:
         """Receive what the last step has changed."""

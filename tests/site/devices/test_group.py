@@ -87,7 +87,8 @@ def visited(
         parameter.requires_grad_(only in name)
     names = [name for name in resident.parameters if only in name]
     others = None if alone else group.begun(config, resident, names, PAD)
-    how = visit_settings(shares=config.train.devices, forward=machine.forward(config), **options)
+    forward = machine.forward(config)
+    how = visit_settings(shares=config.train.devices, forward=forward, group=others, **options)
     own = 0
 
     def counting(*arguments: Any) -> torch.Tensor:
@@ -104,7 +105,6 @@ def visited(
             how,
             PAD,
             [parts(name) for name in names] if parts else None,
-            others,
         )
     finally:
         training.backward = original  # type: ignore[attr-defined]
@@ -178,7 +178,7 @@ def test_the_held_out_loss_is_that_of_one_device(settings: Settings) -> None:
     others = group.begun(config, resident, [], PAD)
     assert others is not None
     how = machine.forward(config)
-    loss = (resident.model, EXAMPLES, 2, PAD, resident.device, how)
+    loss = (resident.model, EXAMPLES, 2, PAD, how)
     assert training.held_out_loss(*loss, others) == training.held_out_loss(*loss)
 
 
@@ -221,11 +221,11 @@ def failing(
         return loss
 
     monkeypatch.setattr(training, "backward", harming)
-    how = visit_settings(shares=2, forward=machine.forward(config))
+    how = visit_settings(shares=2, forward=machine.forward(config), group=others)
     long = [examples_of([60] * 64)]
     parameters = list(resident.parameters.values())
     with pytest.raises((ModelError, torch.OutOfMemoryError)) as caught:
-        training.train_visit(resident.model, parameters, long, how, PAD, None, others)
+        training.train_visit(resident.model, parameters, long, how, PAD)
     monkeypatch.setattr(training, "backward", passed)
     assert not process.is_running()
     return str(caught.value)
@@ -343,6 +343,7 @@ def test_a_run_on_two_devices_and_its_resume_have_the_bits_of_one(
     assert started == [2]  # the same processes for all visits of the run
     [site, *_] = read_json(both / "sites.json")
     assert "2 shares a batch on 2 devices" in site["means"]
+    assert site["device"] == "2 x CPU"
 
     with pytest.raises(KeyboardInterrupt):
         play(
