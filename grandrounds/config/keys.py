@@ -224,6 +224,11 @@ class TrainConfig:
     RoPE by Liger's kernels where `liger-kernel` is installed, each where a comparison with float32
     finds it as exact. Rounding differs. `off`: PyTorch's operations; so are private visits. See
     docs/performance.md."""
+    devices: Annotated[int, Range(1, 16)]
+    """Devices of one machine that a visit trains on, a process and a copy of the base on each. A
+    batch is divided into as many shares, whose gradients are added in order: a step keeps its
+    examples, and on fewer devices the result is the same, bit for bit. Not in private runs. See
+    docs/performance.md."""
     report_to: Annotated[str, SomeOf(("none", "tensorboard", "wandb", "mlflow", "trackio"))]
     """Experiment trackers to log each round to, comma-separated; each must be installed. They
     receive the recipe and cohort means, never per-site values. See docs/export.md."""

@@ -31,8 +31,21 @@ from grandrounds.model.base import (
     is_out_of_memory,
     stored_bits,
 )
-from grandrounds.model.memory import MIB, Checkpointing, Precision, SiteMemory, site_memory
-from grandrounds.model.resident import Resident, checkpoint_activations, resident_bytes
+from grandrounds.model.devices import processes
+from grandrounds.model.memory import (
+    MIB,
+    Checkpointing,
+    Precision,
+    SiteMemory,
+    share_size,
+    site_memory,
+)
+from grandrounds.model.resident import (
+    Resident,
+    checkpoint_activations,
+    keep_weights,
+    resident_bytes,
+)
 
 GIB = 2**30
 
@@ -132,6 +145,11 @@ def free_bytes() -> int:
     return min(ours, int(total * float(os.environ.get(GPU_SHARE, "1"))))
 
 
+def _free_for(config: Config) -> int:
+    """Return the bytes available to each process of a visit: those on a CPU share its memory."""
+    return free_bytes() // (1 if torch.cuda.is_available() else processes(config))
+
+
 def _process_bytes() -> int:
     """Return the bytes left under this process's address space limit (`ulimit -v`)."""
     process = psutil.Process()
@@ -172,7 +190,7 @@ def checkpoints_activations(config: Config) -> Checkpointing:
 
 def _fewest(config: Config) -> Checkpointing:
     """Return the fewest layers to checkpoint so that a visit fits; all of them if none do."""
-    base, room = architecture_of(config.model.source), HEADROOM * free_bytes()
+    base, room = architecture_of(config.model.source), HEADROOM * _free_for(config)
     for layers in range(base.num_layers if base else 0):
         needs = site_needs(config, checkpointing=layers)
         if needs is not None and needs.total <= room:
@@ -193,7 +211,7 @@ def kept_layers(config: Config) -> int:
 
 
 def _most_kept(config: Config) -> int:
-    base, room = architecture_of(config.model.source), HEADROOM * free_bytes()
+    base, room = architecture_of(config.model.source), HEADROOM * _free_for(config)
     is_read = fused.LORA in fused_pieces(config)
     four_bits = device_precision(config).quantization == 4
     if base is None or not is_read or not four_bits or checkpoints_activations(config):
@@ -244,7 +262,7 @@ def check_fits(config: Config) -> None:
         If it needs more than is free; the message gives both, and settings that would fit.
     """
     checkpointing = config.model.gradient_checkpointing is not False
-    needs, free = site_needs(config, checkpointing=checkpointing), free_bytes()
+    needs, free = site_needs(config, checkpointing=checkpointing), _free_for(config)
     if needs is None or needs.total <= free:
         return
     how = checkpointing_text(checkpointing)
@@ -285,7 +303,7 @@ def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -
             for parameter, before in zip(resident.parameters.values(), received, strict=True):
                 parameter.grad = None
                 parameter.copy_(before)
-        fused.keep_weights(resident.model, 0, config.arguments.bf16)
+        keep_weights(resident, 0, config.arguments.bf16)
         _free_unused()
     with explaining_out_of_memory(config, checkpointing):
         _arrange(config, resident, checkpointing, kept)
@@ -294,7 +312,7 @@ def run_visit(config: Config, resident: Resident, visit: Callable[[], Result]) -
 
 def _arrange(config: Config, resident: Resident, checkpointing: Checkpointing, kept: int) -> None:
     checkpoint_activations(resident, checkpointing)
-    fused.keep_weights(resident.model, kept, config.arguments.bf16)
+    keep_weights(resident, kept, config.arguments.bf16)
 
 
 def _free_unused() -> None:
@@ -307,7 +325,7 @@ def _free_unused() -> None:
 @contextmanager
 def explaining_out_of_memory(config: Config, checkpointing: Checkpointing) -> Iterator[None]:
     """Raise running out of memory as a `ModelError` with the plan and settings that would fit."""
-    free = free_bytes()
+    free = _free_for(config)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -320,10 +338,10 @@ def explaining_out_of_memory(config: Config, checkpointing: Checkpointing) -> It
 
 def _shortage(config: Config, checkpointing: Checkpointing, free: int, reason: str) -> str:
     """Return the message for running out of memory; `free` is what was available before."""
-    arguments = config.arguments
-    batch = f"{arguments.per_device_train_batch_size} x {config.train.seq_length} tokens"
+    what = "a batch" if config.train.devices == 1 else "a device's share"
+    batch = f"{what} of {share_size(config)} x {config.train.seq_length} tokens"
     how = checkpointing_text(checkpointing)
-    text = f"Memory ran out on a batch of {batch} {how} ({reason}). "
+    text = f"Memory ran out on {batch} {how} ({reason}). "
     available = f"{size_text(free)} available"
     needs = site_needs(config, checkpointing=checkpointing)
     if needs is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from grandrounds.model import fused
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.lora import LoraSpec, adapter_parameters, add_lora
 from grandrounds.model.magnitudes import base_magnitudes
@@ -26,6 +27,8 @@ class Resident:
     """Adapter parameters by the names under which PEFT saves them, in its order."""
     checkpointed_layers: int = 0
     """First layers whose activations are recomputed in the backward pass."""
+    kept_layers: int = 0
+    """First layers whose 4-bit weights are kept dequantised."""
     compiled: bool = False
     """Whether the MLPs are compiled."""
 
@@ -106,6 +109,12 @@ def _checkpointed_by_layer(base: Any) -> list[Any]:
     decoder = base.get_decoder()
     layers = list(getattr(decoder, "layers", None) or ())
     return layers if all(isinstance(one, GradientCheckpointingLayer) for one in layers) else []
+
+
+def keep_weights(resident: Resident, layers: int, bf16: bool) -> None:
+    """Keep the 4-bit weights of the first layers dequantised; see `fused.keep_weights`."""
+    fused.keep_weights(resident.model, layers, bf16)
+    resident.kept_layers = layers
 
 
 def compile_mlps(resident: Resident, wanted: bool) -> None:

@@ -42,6 +42,7 @@ LEFT_OUT = {
     "train.num-threads",
     "train.cpu-matmul",
     "train.fused-kernels",
+    "train.devices",
     "train.report-to",
     "strategy.round-timeout-seconds",
     "strategy.min-sites",
