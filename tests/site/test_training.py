@@ -34,6 +34,7 @@ from grandrounds.wire.schedule import VisitSchedule
 PAD = 0
 LEAN = Forward(bf16=True, padding_free=True, answers_only=True, chunk_tokens=5)
 LORA = LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
+CPU = torch.device("cpu")
 Batches = list[list[TokenizedExample]]
 
 
