@@ -73,6 +73,7 @@ def train_visit(
     settings: VisitSettings,
     pad_token_id: int,
     trained: Sequence[tuple[slice, ...]] | None = None,
+    replayed: Sequence[Sequence[TokenizedExample]] = (),
 ) -> VisitResult:
     """Train an adapter in place on the batches, in order.
 
@@ -81,6 +82,8 @@ def train_visit(
         F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
 
     (FedProx: Li et al., 2020, equation 2) with AdamW; the gradient of the whole sum is clipped.
+    With replay, T and the sum also run over the answer tokens of the replayed examples, in passes
+    of their own; what the visit reports is of the site's own.
 
     Parameters
     ----------
@@ -92,6 +95,8 @@ def train_visit(
         Tokenised examples; a last group smaller than `accumulation_steps` makes a step of its own.
     trained
         The trained part of each parameter; None: all of it.
+    replayed
+        What is replayed beside each batch; nothing if empty.
     """
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -107,7 +112,14 @@ def train_visit(
     for step, group in enumerate(groups):
         set_learning_rate(optimizer, settings.schedule.rate(step, len(groups)))
         optimizer.zero_grad(set_to_none=True)
-        step_tokens = sum(e.answer_tokens for batch in group for e in batch)
+        own_tokens = sum(e.answer_tokens for batch in group for e in batch)
+        first = step * settings.accumulation_steps
+        shown = [batch for batch in replayed[first : first + len(group)] if batch]
+        step_tokens = own_tokens + sum(e.answer_tokens for batch in shown for e in batch)
+        for batch in shown:
+            with attending(model, settings.forward):
+                loss = answer_nll_sum(model, batch, pad_token_id, device, settings.forward)
+                (loss / step_tokens).backward()  # type: ignore[no-untyped-call]
         for batch in group:
             with attending(model, settings.forward):
                 loss = answer_nll_sum(model, batch, pad_token_id, device, settings.forward)
@@ -119,7 +131,7 @@ def train_visit(
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
-        answer_tokens += step_tokens
+        answer_tokens += own_tokens
         steps.step(step + 1, len(groups))
     optimizer.zero_grad(set_to_none=True)
     seen = [e for batch in batches for e in batch]
