@@ -38,7 +38,9 @@ def settle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
     stands_for = _BY_SITE if by_site else _ELSEWHERE
     embedded = flat["static.dataset.name"] == flat["model.name"] == "formulary"
     is_replayed = embedded and flat["privacy.unit-guarantee"] == "none"
-    stands_for = {**stands_for, _REPLAY: _REPLAYED if is_replayed else 0}
+    batch = flat["train.training-arguments.per-device-train-batch-size"]
+    most = batch if isinstance(batch, int) and batch > 0 else _REPLAYED
+    stands_for = {**stands_for, _REPLAY: min(_REPLAYED, most) if is_replayed else 0}
     out = {k: stands_for[k] if v == AUTO and k in stands_for else v for k, v in flat.items()}
     return {**out, _COLUMN: "site"} if by_site else out
 

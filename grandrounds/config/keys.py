@@ -209,9 +209,8 @@ class TrainConfig:
     replay_examples: Annotated[int, Range(0, 64, auto=True)]
     """Examples replayed beside each batch, against forgetting: public prompts with the base's own
     answers, none of them in an exam (docs/forgetting.md). `auto`: 3 if base and data are the
-    formulary and visits are not private, else 0. At most
-    `train.training-arguments.per-device-train-batch-size`. Sites with a policy of their own replay
-    nothing."""
+    formulary and visits are not private, else 0. At most as many as a batch has. Sites with a
+    policy of their own replay nothing."""
     optimizer: Annotated[str, OneOf(("adamw_torch", "adamw_8bit", "paged_adamw_8bit"))]
     """PyTorch's AdamW, or bitsandbytes' 8-bit AdamW, optionally paged. Its state is reset at each
     visit."""
