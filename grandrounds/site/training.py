@@ -44,6 +44,8 @@ class VisitSettings:
     """Seed of dropout."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
+    replayed: Sequence[Sequence[TokenizedExample]] = ()
+    """What is replayed beside each batch; nothing if empty."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ def train_visit(
     settings: VisitSettings,
     pad_token_id: int,
     trained: Sequence[tuple[slice, ...]] | None = None,
-    replayed: Sequence[Sequence[TokenizedExample]] = (),
 ) -> VisitResult:
     """Train an adapter in place on the batches, in order.
 
@@ -95,8 +96,6 @@ def train_visit(
         Tokenised examples; a last group smaller than `accumulation_steps` makes a step of its own.
     trained
         The trained part of each parameter; None: all of it.
-    replayed
-        What is replayed beside each batch; nothing if empty.
     """
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -114,7 +113,7 @@ def train_visit(
         optimizer.zero_grad(set_to_none=True)
         own_tokens = sum(e.answer_tokens for batch in group for e in batch)
         first = step * settings.accumulation_steps
-        shown = [batch for batch in replayed[first : first + len(group)] if batch]
+        shown = settings.replayed[first : first + len(group)]
         step_tokens = own_tokens + sum(e.answer_tokens for batch in shown for e in batch)
         for batch in shown:
             with attending(model, settings.forward):

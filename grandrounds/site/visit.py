@@ -6,7 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -328,14 +328,14 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     trained, settings = _trained(visit, resident), _settings(visit)
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
-    shown = []
     if visit.chosen is None:  # a site with a policy of its own trains on its own examples alone
         shown = replayed(config, resident, visit.round, visit.site.partition_id, len(batches))
+        settings = replace(settings, replayed=shown)
     return headroom.run_visit(
         config,
         resident,
         lambda: training.train_visit(
-            resident.model, list(trained.values()), batches, settings, pad, parts, shown
+            resident.model, list(trained.values()), batches, settings, pad, parts
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,8 +120,8 @@ def test_a_step_takes_the_mean_over_own_and_replayed_tokens(settings: Settings) 
             optimizer = torch.optim.SGD(parameters, lr=1.0)
             patch.setattr(training, "make_optimizer", lambda *_: optimizer)
             patch.setattr(training, "set_learning_rate", lambda *_: None)
-            batches, replayed = [site.train[:own]], [site.train[own : own + shown]]
-            training.train_visit(resident.model, parameters, batches, how, 0, None, replayed)
+            beside = replace(how, replayed=[site.train[own : own + shown]] * (shown > 0))
+            training.train_visit(resident.model, parameters, [site.train[:own]], beside, 0)
         moved = [b - p.detach() for b, p in zip(before, parameters, strict=True)]
         with torch.no_grad():
             for p, b in zip(parameters, before, strict=True):
