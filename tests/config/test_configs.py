@@ -42,6 +42,7 @@ LEFT_OUT = {
     "train.num-threads",
     "train.replay-examples",
     "train.cpu-matmul",
+    "train.devices",
     "train.report-to",
     "strategy.round-timeout-seconds",
     "strategy.min-sites",
