@@ -5,8 +5,8 @@
 
 The base has random weights: times are those of trained ones, answers are not. DIR holds files of
 the benchmarks as `grandrounds evaluate --data` reads them; without it, questions are made up that
-are as long as MedMCQA's. A byte-level BPE of 6,144 tokens is trained on the questions themselves and
-cuts them about as coarsely as the tokenizers of real models do.
+are as long as MedMCQA's. A byte-level BPE of 6,144 tokens is trained on the questions themselves,
+and cuts them about as coarsely as the tokenizers of real models do.
 
 Arms: `default` is what `evaluate` does on this device; `batches of 16` asks with `--batch-size 16`,
 each order of the options by itself. They are compared answer by answer. `forecast` is what

@@ -190,7 +190,7 @@ def lines(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure; print a table, write JSON; exit with 1 if ours is further away than transformers'."""
+    """Measure; print a table, write JSON; end with 1 if ours is further away than transformers'."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter

@@ -211,7 +211,7 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Alternate the arms; return every figure. What fails after the rounds is listed in `failed`."""
+    """Alternate the arms; return every figure. What fails after the rounds is in `failed`."""
     import torch
 
     from grandrounds.model.base import base_loads, device_and_dtype
@@ -288,7 +288,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 def play_rounds(
     bench: Bench, arms: list[str], given: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Play the rounds, each followed by the other arms; return a row a round, and the last visits."""
+    """Play the rounds, each followed by the other arms; return rows, and the last visits."""
     rows: list[dict[str, Any]] = []
     visits: list[Any] = []
     for number in range(2, given.rounds + 2):

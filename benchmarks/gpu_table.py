@@ -89,7 +89,7 @@ def peak_table(rounds: dict[str, Any]) -> str:
         for row in rounds.get("peaks", ())
     ]
     heads = ("free memory", "checkpointing", "peak, GiB", "planned", "plan to peak")
-    return f"Full batches of {BATCH} × {TOKENS}:\n\n{rows_of(heads, rows)}" if rows else ""
+    return f"Full batches of {BATCH} x {TOKENS}:\n\n{rows_of(heads, rows)}" if rows else ""
 
 
 def profile_table(rounds: dict[str, Any]) -> str:

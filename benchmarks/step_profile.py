@@ -18,8 +18,8 @@ KINDS = {
     "dequantisation": r"dequant",
     "attention": r"flash|fmha|attn|attention|varlen",
     "optimizer": r"adam|multi_tensor|optimizer|foreach|lpnorm|clip_grad",
-    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|aten::(b?mm|addmm|baddbmm|linear"
-    r"|matmul|dot)\b|mkldnn|_4bit",
+    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|mkldnn|_4bit"
+    r"|aten::(b?mm|addmm|baddbmm|linear|matmul|dot)\b",
     "norms": r"rms|layer_?norm|meanops|rsqrt|pow_tensor|aten::(mean|pow|rsqrt)\b",
     "activation and rotation": r"silu|swiglu|rope|rotary|gelu|aten::(neg|cos|sin)\b",
     "copies and casts": r"copy|memcpy|memset|catarray|fill|index|gather|scatter|arange"
