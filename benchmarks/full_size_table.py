@@ -86,10 +86,10 @@ def table(r: dict[str, Any]) -> str:
 
 def peak_line(row: dict[str, Any]) -> str:
     """Return one measured peak against its plan."""
-    words = {True: "on", False: "off"}
+    again = {True: "on", False: "off"}.get(row["checkpointing"], row["checkpointing"])
     return (
         f"full batches of {BATCH} x {TOKENS}, memory {row.get('memory', 'as it is')}, "
-        f"checkpointing {words.get(row['checkpointing'], row['checkpointing'])}: peak {row['measured_gib']:.2f} "
-        f"GiB, planned {row['planned_gib']:.2f} (beside the base "
+        f"checkpointing {again}: peak {row['measured_gib']:.2f} GiB, planned "
+        f"{row['planned_gib']:.2f} (beside the base "
         f"{row['visit_measured_gib']:.2f} and {row['visit_planned_gib']:.2f})"
     )

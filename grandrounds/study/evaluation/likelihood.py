@@ -249,8 +249,9 @@ def answer_items(
     benchmark: Benchmark,
     items: Sequence[Item],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = 64,
     prompt_template: str = "alpaca",
+    shares_questions: bool = False,
 ) -> list[Answer]:
     """Return a model's answers to items of a benchmark, as loaded or `shuffled`.
 
@@ -258,10 +259,13 @@ def answer_items(
     ----------
     model : causal language model of transformers, or a PEFT model around one
         Put into evaluation mode for the call.
-    batch_size : int
-        Maximum number of prompts per forward pass.
+    batch_size : int or None
+        Maximum number of prompts per forward pass; None: see `grandrounds.model.prefill.prefill`.
     prompt_template : str
         See `build_prompt`.
+    shares_questions : bool
+        Whether items of the same row, which differ in the order of their options, are read with
+        their question once.
     """
     from grandrounds.model.scoring import option_log_likelihoods
 
@@ -271,6 +275,7 @@ def answer_items(
         [request.prompt for request in asked],
         [request.answers for request in asked],
         batch_size=batch_size,
+        families=[items[request.item].row for request in asked] if shares_questions else None,
     )
     by_item: list[dict[int, float]] = [{} for _ in items]
     for request, row in zip(asked, scores, strict=True):
