@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,14 @@ from bare_loops import (
 from full_size_figures import (
     GIB,
     flops_per_round,
+    held_gib,
+    parameters_in,
     peak_gib,
     peaks,
     product_flops_per_second,
     reset_peak,
+    saved,
+    told,
     worst_case,
 )
 from full_size_table import summary, table
@@ -171,13 +175,6 @@ class Bench:
 
         return profiled(lambda: headroom.run_visit(config, resident, visit), len(batches))
 
-    def let_go(self) -> None:
-        """Free the base."""
-        import grandrounds.model.resident as held
-
-        held._resident = None
-        free()
-
 
 def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
     """Take all steps of a round on the run's own model."""
@@ -211,7 +208,10 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Alternate the arms; return every figure. What fails after the rounds is in `failed`."""
+    """Alternate the arms; return every figure. What fails after the rounds is in `failed`.
+
+    With `--out` the figures so far are on disk after every step, in case there is no next.
+    """
     import torch
 
     from grandrounds.model.base import base_loads, device_and_dtype
@@ -227,16 +227,17 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             free()
             written = time.perf_counter() - started
         vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-        write_cards(work / "cards.jsonl", 12_000, vocabulary, given.lengths)
+        write_cards(work / "cards.jsonl", 6_000, vocabulary, given.lengths)
         started = time.perf_counter()
         bench = Bench(settings(base, work / "cards.jsonl", work / "run", given))
         bench.visits(1)
+        bench.resident()
+        synchronize()
+        loaded = time.perf_counter()
         bench.play_round()
+        start_up = time.perf_counter() - started
         if given.memory_gib:
             limit_memory(given.memory_gib)
-        start_up = time.perf_counter() - started
-        arms = [arm for arm in BARE if arm in given.arms]
-        rows, visits = play_rounds(bench, arms, given)
         cuda = device.type == "cuda"
         result: dict[str, Any] = {
             "architecture": given.architecture,
@@ -247,50 +248,66 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "rounds": given.rounds,
             "means": bench.means(),
             "write_seconds": written,
+            "load_seconds": loaded - started,
             "start_up_seconds": start_up,
-            "base_loads": base_loads(),
             "product_tflops": product_flops_per_second(dtype, device) / 1e12,
-            "rows": rows,
             "template": None,
             "failed": {},
         }
-        result |= summary(rows, arms, None, result["product_tflops"] * 1e12)
-        saved(result, given.out)
-
-        def template() -> dict[str, Any]:
-            bench.let_go()
-            reset_peak()
-            started = time.perf_counter()
-            for batches in visits[: given.template_visits]:
-                template_visit(base, batches, given.quantization, given.optimizer)
-            seconds = (time.perf_counter() - started) * 3 / given.template_visits
-            return {"seconds": seconds, "peak_gib": peak_gib()}
-
+        told(f"loaded in {result['load_seconds']:.1f} s, start-up {start_up:.1f} s")
+        arms = [arm for arm in BARE if arm in given.arms]
+        visits: list[Any] = []
+        for rows, latest in play_rounds(bench, arms, given):
+            visits = latest
+            result |= {"rows": rows, **summary(rows, arms, None, result["product_tflops"] * 1e12)}
+            saved(result, given.out)
+            told(f"round {len(rows)}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows[-1].items()))
+        result["base_loads"] = base_loads()
         parts: dict[str, Callable[[], Any]] = {
-            "memory": lambda: worst_case(bench.config, bench.resident()),
             **({"profile": lambda: bench.profile(visits[0])} if given.profile else {}),
+            "template": lambda: template(base, visits, given),
             **({"peaks": lambda: peaks(bench.config, bench.resident())} if given.peaks else {}),
-            **({"template": template} if "template" in given.arms else {}),
+            "memory": lambda: worst_case(bench.config, bench.resident()),
         }
+        if "template" not in given.arms:
+            del parts["template"]
+        if given.peaks:
+            del parts["memory"]  # the same step once more
         for name, part in parts.items():
             try:
                 result[name] = part()
             except Exception as error:
                 traceback.print_exc()
                 result["failed"][name] = f"{type(error).__name__}: {error}"
-                free()
+            free()
             saved(result, given.out)
+            told(f"{name} done")
         if result["template"]:
             result["template_to_ours"] = result["template"]["seconds"] / result["seconds"]["ours"]
+            saved(result, given.out)
     return result
+
+
+def template(base: Path, visits: list[Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of a round in the template's way, and its peak beside what is resident."""
+    free()
+    reset_peak()
+    held = held_gib()
+    started = time.perf_counter()
+    for batches in visits[: given.template_visits]:
+        template_visit(base, batches, given.quantization, given.optimizer)
+    seconds = (time.perf_counter() - started) * 3 / given.template_visits
+    return {"seconds": seconds, "peak_gib": peak_gib() - held}
 
 
 def play_rounds(
     bench: Bench, arms: list[str], given: argparse.Namespace
-) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Play the rounds, each followed by the other arms; return rows, and the last visits."""
+) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
+    """Play the rounds, the last ones followed by the other arms.
+
+    Yield a row for each round so far, and the visits of the last one.
+    """
     rows: list[dict[str, Any]] = []
-    visits: list[Any] = []
     for number in range(2, given.rounds + 2):
         visits = bench.visits(number)
         tokens = sum(len(e.input_ids) for v in visits for b in v for e in b)
@@ -301,26 +318,12 @@ def play_rounds(
         row["ours"] = line["seconds"]
         row["ours_visits"] = line["visit-seconds"]
         row["ours_peak_gib"] = peak_gib()
-        for arm in arms if number < given.arm_rounds + 2 else ():
+        rows.append(row)
+        for arm in arms if number > given.rounds + 1 - given.arm_rounds else ():
             started = time.perf_counter()
             bare_round(bench, arm, visits)
             row[arm] = time.perf_counter() - started
-        rows.append(row)
-    return rows, visits
-
-
-def parameters_in(base: Path) -> int:
-    """Return the number of parameters in a base's files."""
-    index = json.loads((base / "model.safetensors.index.json").read_text())
-    config = json.loads((base / "config.json").read_text())
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config["dtype"]]
-    return int(index["metadata"]["total_size"]) // width
-
-
-def saved(result: dict[str, Any], out: Path | None) -> None:
-    """Write what was measured so far."""
-    if out:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        yield rows, visits
 
 
 def limit_memory(gib: float) -> None:
@@ -351,7 +354,7 @@ def main() -> None:
     parser.add_argument("--quantization", type=int, choices=(0, 4, 8), default=0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=[*BARE, "template"])
-    parser.add_argument("--arm-rounds", type=int, default=1000, help="rounds with the bare loops")
+    parser.add_argument("--arm-rounds", type=int, default=99, help="last rounds with bare loops")
     parser.add_argument("--template-visits", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--batching", default="auto")

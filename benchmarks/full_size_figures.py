@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from bare_loops import BATCH, RATE, TOKENS, synchronize
@@ -122,3 +125,29 @@ def peak_gib() -> float:
     import torch
 
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def held_gib() -> float:
+    """Return the GPU's memory that is in use; 0 without one."""
+    import torch
+
+    return torch.cuda.memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def parameters_in(base: Path) -> int:
+    """Return the number of parameters in a base's files."""
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    config = json.loads((base / "config.json").read_text())
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config["dtype"]]
+    return int(index["metadata"]["total_size"]) // width
+
+
+def saved(result: dict[str, Any], out: Path | None) -> None:
+    """Write what was measured so far."""
+    if out:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def told(text: str) -> None:
+    """Say how far it is."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ def summary(
     def median(name: str) -> float:
         return statistics.median(row[name] for row in rows if name in row)
 
+    arms = [arm for arm in arms if any(arm in row for row in rows)]
     ours = median("ours")
     figures: dict[str, Any] = {
         "seconds": {name: median(name) for name in ("ours", "ours_visits", *arms)},

@@ -69,7 +69,7 @@ def round_table(
         f"A round: 3 visits of {STEPS} steps of {BATCH}, at most {TOKENS} tokens, "
         f"{rounds['rows'][-1]['tokens']:,} in the last round; {rounds['quantization'] or 'no'} "
         f"bits; {rounds['means']}. {rounds['utilisation']:.0%} of the measured "
-        f"{rounds['product_tflops']:.0f} TFLOP/s in the model's operations, "
+        f"{rounds['product_tflops']:.3g} TFLOP/s in the model's operations, "
         f"{rounds['tokens_per_second']:,.0f} tokens/s. Start-up with the load "
         f"{rounds['start_up_seconds']:.0f} s."
     )

@@ -204,17 +204,12 @@ def _copied(cache: Any) -> Any:
     return copied
 
 
-def branches(model: Any) -> bool:
-    """Whether stems of several lengths can be read for a model: its cache has no windows.
-
-    The padding after a stem counts as distance in a sliding window.
-    """
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ()
-    windowed = getattr(config, "sliding_window", None) and getattr(
-        config, "use_sliding_window", True
+def may_branch(cache: Any) -> bool:
+    """Whether a cache can be continued after padding of any width: it has no windows, in which
+    padding counts as distance, and no recurrent state."""
+    return type(cache) is DynamicCache and all(
+        type(layer) is DynamicLayer for layer in cache.layers
     )
-    return not windowed and all(kind == "full_attention" for kind in kinds)
 
 
 def extend(model: Any, batch: Prefilled, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

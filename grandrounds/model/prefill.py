@@ -26,12 +26,12 @@ import torch
 
 from grandrounds.model.cached import (
     Prefilled,
-    branches,
     cache_in,
     evaluating,
     extend,
     forked,
     holds_keys,
+    may_branch,
     read_batch,
     read_families,
     read_prefix,
@@ -66,6 +66,7 @@ EXACT_IN_LESS = 0.2
 """The same for coarser types and quantised weights."""
 
 _proven: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_families_proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def proven_layout(model: Any, longest_tokens: int) -> str:
@@ -110,9 +111,7 @@ def _probed(model: Any) -> str:
                 for prompt in prompts
             ]
         )
-        is_quantized = bool(getattr(model, "is_quantized", False))
-        least = EXACT_IN_LESS if is_quantized else EXACT.get(model.dtype, EXACT_IN_LESS)
-        most_apart = least * float(plain[:, 0].std())
+        most_apart = _most_apart(model, plain[:, 0])
 
         def agrees(rows: list[int], prefix_tokens: int, cache: Any) -> bool:
             found = read_batch(model, prompts, rows, prefix_tokens, cache)
@@ -128,6 +127,42 @@ def _probed(model: Any) -> str:
             return SINGLE
         cache = read_prefix(model, prefix, len(prompts[0]) + len(after))
         return SHARED if cache is None or agrees([0, 1], len(prefix), cache) else BATCHED
+
+
+def _most_apart(model: Any, logits: torch.Tensor) -> float:
+    """Return the largest difference of logits that is rounding."""
+    is_quantized = bool(getattr(model, "is_quantized", False))
+    least = EXACT_IN_LESS if is_quantized else EXACT.get(model.dtype, EXACT_IN_LESS)
+    return least * float(logits.std())
+
+
+def families_proven(model: Any) -> bool:
+    """Whether prompts read after a stem have the logits of single prompts; probed once a model.
+
+    Two families are read together, whose stems and prompts differ in length.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if base not in _families_proven:
+        most = model.config.get_text_config().vocab_size
+
+        def ids(step: int, count: int) -> list[int]:
+            return [3 + step * i % (most - 3) for i in range(1, count + 1)]
+
+        prompts = [ids(7, 9) + ids(11, 4), ids(7, 9) + ids(13, 2), ids(5, 4) + ids(3, 7)]
+        units = [Unit([0, 1], 9), Unit([2], 4)]
+        with evaluating(model):
+            plain = [read_whole(model, prompts, row).logits[0].float() for row in range(3)]
+            output = model(
+                input_ids=torch.tensor(prompts[:1], device=plain[0].device),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            if proven := may_branch(cache_in(output)):
+                found = read_families(model, prompts, units, 0, None).logits.float()
+                apart = float((found - torch.stack(plain)).abs().max())
+                proven = apart <= _most_apart(model, torch.stack(plain))
+        _families_proven[base] = proven
+    return _families_proven[base]
 
 
 def _has_cache(model: Any, ids: list[int]) -> bool:
@@ -191,7 +226,7 @@ def prefill(
         longest = max(len(prompts[row]) for row in rows)
         prefix_cache = read_prefix(model, prefix, longest + following_tokens) if prefix else None
         shared_tokens = len(prefix) if prefix_cache is not None else 0
-        if layout == SHARED and families is not None and branches(model):
+        if layout == SHARED and families is not None and families_proven(model):
             units, rows = stems(prompts, rows, families, shared_tokens)
             for chosen in batches(prompts, units, shared_tokens, limits):
                 yield read_families(model, prompts, chosen, shared_tokens, prefix_cache)
