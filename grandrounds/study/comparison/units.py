@@ -93,6 +93,11 @@ class Design:
         return words
 
 
+def default_arms(config: Config) -> tuple[str, ...]:
+    """Return the arms that are trained where none is asked for."""
+    return (FEDERATED, PRIVATE) if config.is_private else (FEDERATED, CENTRALISED, LOCAL)
+
+
 def check_arms(names: Sequence[str]) -> tuple[str, ...]:
     """Return the arms in the order of `ARMS`, each once.
 
