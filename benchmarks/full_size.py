@@ -236,8 +236,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         loaded = time.perf_counter()
         bench.play_round()
         start_up = time.perf_counter() - started
-        if given.memory_gib:
-            limit_memory(given.memory_gib)
         cuda = device.type == "cuda"
         result: dict[str, Any] = {
             "architecture": given.architecture,
@@ -254,6 +252,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "template": None,
             "failed": {},
         }
+        if given.memory_gib:
+            limit_memory(given.memory_gib)
         told(f"loaded in {result['load_seconds']:.1f} s, start-up {start_up:.1f} s")
         arms = [arm for arm in BARE if arm in given.arms]
         visits: list[Any] = []
