@@ -130,7 +130,11 @@ def run_in_process(config: Config, listener: Listener) -> None:
     quiet_libraries()
     from grandrounds import client_app, server_app
     from grandrounds.site import steps
+    from grandrounds.site.devices import group
 
     with listener, steps.watched(listener.on_step):
         grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-        server_app.federate(grid, config, listener)
+        try:
+            server_app.federate(grid, config, listener)
+        finally:
+            group.end()

@@ -41,6 +41,7 @@ LEFT_OUT = {
     "consortium",
     "train.num-threads",
     "train.cpu-matmul",
+    "train.devices",
     "train.report-to",
     "strategy.round-timeout-seconds",
     "strategy.min-sites",
