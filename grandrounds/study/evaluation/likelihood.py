@@ -251,9 +251,10 @@ def answer_items(
     *,
     batch_size: int | None = 64,
     prompt_template: str = "alpaca",
-    shares_questions: bool = False,
 ) -> list[Answer]:
     """Return a model's answers to items of a benchmark, as loaded or `shuffled`.
+
+    Items of the same row, which differ in the order of their options, have their question read once.
 
     Parameters
     ----------
@@ -263,19 +264,17 @@ def answer_items(
         Maximum number of prompts per forward pass; None: see `grandrounds.model.prefill.prefill`.
     prompt_template : str
         See `build_prompt`.
-    shares_questions : bool
-        Whether items of the same row, which differ in the order of their options, are read with
-        their question once.
     """
     from grandrounds.model.scoring import option_log_likelihoods
 
     asked = requests(benchmark, items, tokenizer, context_length(model.config), prompt_template)
+    rows = [items[request.item].row for request in asked]
     scores = option_log_likelihoods(
         model,
         [request.prompt for request in asked],
         [request.answers for request in asked],
         batch_size=batch_size,
-        families=[items[request.item].row for request in asked] if shares_questions else None,
+        families=rows if len({item.row for item in items}) < len(items) else None,
     )
     by_item: list[dict[int, float]] = [{} for _ in items]
     for request, row in zip(asked, scores, strict=True):

@@ -335,7 +335,6 @@ class _Examiner:
             items,
             batch_size=self._tasks.method.batch_size,
             prompt_template=self._tasks.target.prompt_template,
-            shares_questions=fills_passes(self._tasks.method),
         )
         return [
             {"row": item.row, **asdict(answer)} for item, answer in zip(items, found, strict=True)
