@@ -254,7 +254,7 @@ def answer_items(
 ) -> list[Answer]:
     """Return a model's answers to items of a benchmark, as loaded or `shuffled`.
 
-    Items of the same row, which differ in the order of their options, have their question read once.
+    Of items of one row, which differ in the order of their options, the question is read once.
 
     Parameters
     ----------
