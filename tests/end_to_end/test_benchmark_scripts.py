@@ -67,7 +67,7 @@ def test_devices_compares_two_processes_with_one(tmp_path: Path) -> None:
 def test_attention_compares_paths_and_tails(tmp_path: Path) -> None:
     figures = result(tmp_path, "attention.py", "--steps", "1")
     arms = {row["arm"]: row for row in figures["visits"]}
-    assert list(arms) == ["one a sequence", "one a layer", "with tails"]
+    assert list(arms) == ["one a sequence", "one a layer", "tails of 256"]
     assert arms["one a sequence"]["paths"] == ["sequence by sequence"]
     assert all(row["new_ms"] > 0 for row in arms.values())
     assert all(0 < row["gradient of keys"] < 0.01 for row in figures["errors"])
