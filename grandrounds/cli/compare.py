@@ -46,6 +46,9 @@ from grandrounds.study.sites import names_of_sites, with_sites
 DEFAULT_ARMS, DEFAULT_PRIVATE_ARMS = "federated,centralised,local", "federated,private"
 """The second for a recipe with a guarantee."""
 
+DEFAULT_PERSONAL_ARMS = "federated,personal,centralised,local"
+"""For a recipe with personal adapters."""
+
 
 def compare(
     recipe: Recipe = None,
@@ -66,9 +69,9 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Arms to train, comma-separated: federated, private, centralised, local, "
-            "leave-one-out; default: federated,centralised,local, and federated,private for a "
-            "recipe with a guarantee.",
+            help="Arms to train, comma-separated: federated, personal, private, centralised, "
+            "local, leave-one-out; default: federated,centralised,local, with personal for a "
+            "recipe with personal adapters, and federated,private for one with a guarantee.",
             metavar="NAMES",
         ),
     ] = None,
@@ -108,6 +111,7 @@ def compare(
     Adapter, recipe and number of training examples seen are the same in every arm; only the data
     differ: `federated` as configured, `centralised` on the pooled data, `local` at each site alone,
     `leave-one-out` without one site. Every arm is evaluated on each site's held-out examples.
+    `personal` is a recipe with `personalisation.name`: each site's own adapter.
     `private` is a recipe with `privacy.unit-guarantee`, and all other arms the same without noise.
 
     Examples:
@@ -137,8 +141,10 @@ def compare(
         if settings.pop(key, ""):
             raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
     resolved = recipes.with_absolute_paths(recipes.resolve(settings))
-    default = DEFAULT_PRIVATE_ARMS if resolved.is_private else DEFAULT_ARMS
+    default = DEFAULT_PERSONAL_ARMS if resolved.is_personal else DEFAULT_ARMS
+    default = DEFAULT_PRIVATE_ARMS if resolved.is_private else default
     asked = comparison.check_arms(list(words_of(default if arms is None else arms)))
+    comparison.check_personal(asked, resolved)
     comparison.check_private(asked, resolved)
     find_base(resolved.model.name)  # fails now if it is not fetched
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
