@@ -166,7 +166,8 @@ def _personal(facts: Mapping[str, Any]) -> str:
     }[facts["personalisation"]]
     text = (
         f"**A personal adapter**, for the site that made it: {made}; {facts['steps']} steps, "
-        f"weight {facts['weight']:g}. It can reveal that site's examples more than the federated one."
+        f"weight {facts['weight']:g}. It can reveal that site's examples more than the federated "
+        "one."
     )
     if facts.get("tokens"):
         own, federated = (facts[n] / facts["tokens"] for n in ("nll-sum", "federated-nll-sum"))
