@@ -1,7 +1,8 @@
 """A real language model on real data: what federated tuning gains, and what it costs.
 
     grandrounds base fetch smollm2-135m-instruct
-    python benchmarks/real_model.py --data ../shared/data --folder real-model --out real_model.json
+    python benchmarks/real_model.py real_model.jsonl --data ../shared/data --folder real-model
+    python benchmarks/real_model.py real_model.jsonl --table
 
 `--data` is a folder with `train/wikidoc_patient_information.jsonl.gz` (columns `input`, `output`)
 and `eval/` with medmcqa and pubmedqa. Parts:
@@ -13,258 +14,202 @@ and `eval/` with medmcqa and pubmedqa. Parts:
     formulary   the private facts of twenty sites taught to the same base
     forgetting  the same benchmarks and WikiDoc's held-out loss after the formulary
 
-It takes hours on a CPU. Everything finished is kept in `--folder`; the same command continues.
-`--stop-after N` ends after N units of work, for a machine that is shared.
+Hours on a CPU, minutes on a GPU, which is taken where there is one. Every finished cell is a line
+of the file; the same command continues, and `--seconds` limits it. `--jobs N` plays N cells at a
+time, each in a process with a base of its own. Tables: benchmarks/real_model_table.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from grandrounds.cli.screen import Screen, say
+from real_model_cells import ARMS, PARTS, Cell, Desk, Setup, cells, machine_of
+from real_model_table import show
+
+from grandrounds.cli.screen import say
 from grandrounds.config.bases import REAL_BASE, find_base
 from grandrounds.quiet import quiet_libraries
 
-PARTS = ("wikidoc", "benchmarks", "formulary", "forgetting")
-BENCHMARKS = ("medmcqa", "pubmedqa")
-WIKIDOC = Path("train", "wikidoc_patient_information.jsonl.gz")
 
-SETTING: dict[str, Any] = {
-    "model.lora.peft-lora-r": 16,
-    "model.lora.peft-lora-alpha": 32,
-    "model.lora.target-modules": "q_proj,v_proj",
-    "train.learning-rate-max": 1e-3,
-    "train.learning-rate-min": 1e-4,
-    "train.seq-length": 256,
-    "train.training-arguments.max-steps": 6,
-    "train.training-arguments.per-device-train-batch-size": 16,
-    "train.training-arguments.bf16": False,
-    "train.save-every-round": 5,
-    "strategy.name": "fedavg",
-    "strategy.proximal-mu": 0.0,
-    "strategy.cohorts": "balanced",
-    "data.prompt-template": "chat",
-}
-
-FORMULARY: dict[str, Any] = {
-    "static.dataset.name": "formulary",
-    "data.partitioner": "natural",
-    "data.partition-by": "site",
-    "data.num-partitions": 20,
-    "strategy.fraction-train": 0.2,
-}
+def work(desk: Desk, pipe: Connection) -> None:
+    """Play the cells that come through a pipe, until it is closed."""
+    quiet_libraries()
+    while True:
+        try:
+            cell: Cell = pipe.recv()
+        except EOFError:
+            return
+        started = time.perf_counter()
+        try:
+            result = desk.play(cell)
+            pipe.send({"result": result, "seconds": time.perf_counter() - started})
+        except Exception:  # told by the process that reads the pipe, which goes on
+            pipe.send({"error": traceback.format_exc()})
+            continue
+        pipe.send(machine_of(desk))
 
 
-class Enough(Exception):  # noqa: N818 - no error
-    """As many units of work are done as were asked for."""
+class Workers:
+    """Processes that play cells, and the file that takes their lines."""
+
+    def __init__(self, desk: Desk, file: Path, jobs: int) -> None:
+        self._desk, self._file, self._jobs = desk, file, jobs
+        self._processes: dict[Connection, Any] = {}
+        self._busy: dict[Connection, Cell] = {}
+        self.failed: list[Cell] = []
+
+    def play(self, todo: list[Cell], done: set[Cell], ends: float) -> list[Cell]:
+        """Play cells until a time; return those that were interrupted, without the failed ones."""
+        try:
+            while time.monotonic() < ends:
+                while len(self._busy) < self._jobs and (cell := self._next(todo, done)):
+                    todo.remove(cell)
+                    self._give(cell)
+                if not self._busy:
+                    break
+                left = min(ends - time.monotonic(), 3600)
+                for pipe in wait(list(self._busy), timeout=max(left, 0)):
+                    self._take(pipe, done)  # type: ignore[arg-type]
+            return list(self._busy.values())
+        finally:
+            for process in self._processes.values():
+                process.terminate()
+                process.join()
+
+    def _next(self, todo: list[Cell], done: set[Cell]) -> Cell | None:
+        ready = (c for c in todo if c.needs is None or c.needs in done)
+        return next(ready, None)
+
+    def _give(self, cell: Cell) -> None:
+        idle = [pipe for pipe in self._processes if pipe not in self._busy]
+        pipe = idle[0] if idle else self._start()
+        pipe.send(cell)
+        self._busy[pipe] = cell
+
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(self._desk, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes[ours] = process
+        return ours
+
+    def _take(self, pipe: Connection, done: set[Cell]) -> None:
+        """Write down a finished cell, or say why there is none."""
+        cell = self._busy.pop(pipe)
+        try:
+            told = pipe.recv()
+            machine = None if "error" in told else pipe.recv()
+        except EOFError:
+            process = self._processes.pop(pipe)
+            process.join()
+            told = {"error": f"its process ended with status {process.exitcode}"}
+        if "error" in told:
+            self.failed.append(cell)
+            say(f"failed: {cell.name}", told["error"].rstrip())
+            return
+        line = {
+            "cell": dataclasses.asdict(cell),
+            **told,
+            "machine": {**machine, "jobs": self._jobs},
+        }
+        with self._file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        done.add(cell)
+        say(f"done: {cell.name}, {told['seconds']:,.1f} s")
 
 
-class Counter:
-    """Counts finished units of work; raises `Enough` at the last one."""
-
-    def __init__(self, most: int | None) -> None:
-        self._left = most
-        self._started = time.perf_counter()
-
-    def done(self, what: str) -> None:
-        """Count one unit and say so."""
-        seconds = time.perf_counter() - self._started
-        self._started = time.perf_counter()
-        say(f"done: {what}, {seconds:,.0f} s")
-        if self._left is not None:
-            self._left -= 1
-            if self._left <= 0:
-                raise Enough
-
-    def listen(self, event: str, facts: Mapping[str, Any]) -> None:
-        """Listen to a comparison."""
-        if event == "finished":
-            self.done(facts["unit"])
+def read(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the file; one that was cut off by a kill is left out."""
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            say(f"left out: a damaged line of {file}")
 
 
-def config_of(given: argparse.Namespace, part: str) -> Any:
-    """Return the configuration of a part's federation."""
-    from grandrounds.config import recipes
-
-    own = {
-        "static.dataset.name": str(given.data / WIKIDOC),
-        "data.partitioner": "iid",
-        "data.num-partitions": given.sites,
-        "strategy.fraction-train": min(3, given.sites) / given.sites,
-        "strategy.fraction-evaluate": min(3, given.sites) / given.sites,
-        "num-server-rounds": given.rounds,
-    }
-    if part == "formulary":
-        own |= {**FORMULARY, "num-server-rounds": given.formulary_rounds}
-    settings = {**SETTING, **own, "model.name": given.model, "seed": given.seeds[0]}
-    settings |= {"data.prompt-template": given.template}
-    return recipes.with_absolute_paths(recipes.resolve(settings))
-
-
-def compared(given: argparse.Namespace, part: str, arms: tuple[str, ...], counter: Counter) -> Any:
-    """Return a comparison, continuing it where it was left."""
-    from grandrounds.study.comparison.runner import compare
-    from grandrounds.study.comparison.units import Design
-
-    seeds = given.seeds if part == "wikidoc" else given.seeds[:1]
-    folder = given.folder / part
-    return compare(config_of(given, part), Design(arms, seeds), folder, counter.listen)
-
-
-def run_of(given: argparse.Namespace, part: str) -> Path:
-    """Return the run directory of a part's federation with the first seed."""
-    return Path(given.folder, part, "runs", "federated", f"seed-{given.seeds[0]}")
-
-
-def benchmarked(given: argparse.Namespace, part: str, counter: Counter) -> Any:
-    """Return the evaluation of the base and of a federation's last adapter."""
-    from grandrounds.study.evaluation.benchmarks import load_questions
-    from grandrounds.study.evaluation.runner import evaluate
-    from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, find_target
-
-    run = run_of(given, part)
-    summary = json.loads((run / "summary.json").read_text())
-    questions = load_questions(BENCHMARKS, given.data / "eval", given.limit)
-    out = given.folder / f"{part}-evaluation"
-    file = out / "evaluation.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    target = find_target(str(run / summary["adapter"]), base=given.model)
-    tasks = EvaluationTasks(target, questions, Method(permutations=0), out)
-
-    def listen(event: str, facts: Mapping[str, Any]) -> None:
-        if event == "asked":
-            say(f"{facts['model']}, {facts['benchmark']}: {facts['asked']} asked")
-
-    content = evaluate(tasks, resume=out.is_dir(), listener=listen)
-    counter.done(f"MedMCQA and PubMedQA after {part}")
-    return content
-
-
-def forgotten(given: argparse.Namespace, counter: Counter) -> dict[str, float]:
-    """Return WikiDoc's held-out loss, in nats a token, of the base and after the formulary."""
-    from safetensors.numpy import load_file
-
-    from grandrounds.model import machine
-    from grandrounds.model.resident import set_adapter
-    from grandrounds.study.comparison.arms import judge
-    from grandrounds.wire.adapter import assemble, drawn_adapter
-
-    file = given.folder / "forgetting.json"
-    if file.is_file():
-        found: dict[str, float] = json.loads(file.read_text())
-        return found
-    config = config_of(given, "wikidoc")
-    resident = machine.prepare_model(config)
-    shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
-    run = run_of(given, "formulary")
-    folder = run / json.loads((run / "summary.json").read_text())["adapter"]
-    tuned = load_file(folder / "adapter_model.safetensors")
-    found = {}
-    for name, adapter in (
-        ("base", drawn_adapter(shapes, config.federation.seed)),
-        ("after the formulary", assemble(shapes, (tuned, 0))),
-    ):
-        set_adapter(resident, adapter)
-        sites = judge(resident, config, ())["held-out"].values()
-        found[name] = sum(s["nll-sum"] for s in sites) / sum(s["tokens"] for s in sites)
-    file.write_text(json.dumps(found, indent=2) + "\n")
-    counter.done("WikiDoc after the formulary")
-    return found
-
-
-# --- Tables ---------------------------------------------------------------------------------------
-
-
-def show_comparison(content: Any, screen: Screen) -> None:
-    """Print arms, gains and notes of a comparison."""
-    from grandrounds.study.comparison.tables import notes, tables
-
-    for table in tables(content)[:2]:
-        screen.table(table.title, table.columns, table.rows)
-    screen.notes(notes(content))
-
-
-def show_rounds(run: Path, screen: Screen) -> None:
-    """Print held-out loss and seconds of each round."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [
-        (str(line["round"]), f"{line['held-out-loss']:.3f}", f"{line.get('seconds', 0):.0f}")
-        for line in lines
-        if "held-out-loss" in line
-    ]
-    screen.table("rounds", ("round", "held-out loss", "seconds"), rows)
-
-
-def show_evaluation(content: Any, screen: Screen) -> None:
-    """Print accuracies with their intervals."""
-    from grandrounds.study.evaluation.tables import tables
-
-    table = tables(content)[0]
-    screen.table(table.title, table.columns, table.rows)
-    chance = "guessing reaches 25 % in MedMCQA, and the share of the commonest answer in PubMedQA"
-    screen.notes(["Wilson intervals, 95 %; vs base: Newcombe's, p by McNemar's test", chance])
-
-
-def work(given: argparse.Namespace, result: dict[str, Any], screen: Screen) -> None:
-    """Do the parts that were asked for, and fill the result."""
-    counter = Counter(given.stop_after)
-    if "wikidoc" in given.parts:
-        arms = tuple(arm for arm in ("federated", "centralised", "local") if arm in given.arms)
-        result["wikidoc"] = compared(given, "wikidoc", arms, counter)
-        show_rounds(run_of(given, "wikidoc"), screen)
-        show_comparison(result["wikidoc"], screen)
-    if "benchmarks" in given.parts:
-        result["benchmarks"] = benchmarked(given, "wikidoc", counter)
-        show_evaluation(result["benchmarks"], screen)
-    if "formulary" in given.parts:
-        result["formulary"] = compared(given, "formulary", ("federated",), counter)
-        show_rounds(run_of(given, "formulary"), screen)
-        show_comparison(result["formulary"], screen)
-    if "forgetting" in given.parts:
-        result["forgetting-benchmarks"] = benchmarked(given, "formulary", counter)
-        show_evaluation(result["forgetting-benchmarks"], screen)
-        result["forgetting"] = forgotten(given, counter)
-        rows = [(name, f"{loss:.3f}") for name, loss in result["forgetting"].items()]
-        screen.table("WikiDoc, held-out loss in nats a token", ("model", "loss"), rows)
+def begin(file: Path, setup: Setup) -> set[Cell]:
+    """Return the finished cells of the file, which is begun if it is new."""
+    before = list(read(file))
+    own = json.loads(json.dumps(dataclasses.asdict(setup)))
+    if not before:
+        file.write_text(json.dumps({"setup": own}) + "\n")
+    elif before[0]["setup"] != own:
+        sys.exit(f"{file} was begun with {before[0]['setup']}, not {own}: choose another file.")
+    return {Cell(**line["cell"]) for line in before if "cell" in line}
 
 
 def main() -> None:
-    """Work; print tables, write JSON."""
+    """Play what is missing, write a line for each cell, print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, default=Path("real-model"))
+    parser.add_argument("file", type=Path, help="one JSON line for each finished cell")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--folder", type=Path, default=Path("real-model"), help="runs in progress")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--arms", nargs="+", default=["federated", "centralised", "local"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--model", default=REAL_BASE)
+    parser.add_argument("--dtype", default="auto", help="bfloat16 on a GPU, else float32")
     parser.add_argument("--template", default="chat", help="prompt template of the training")
     parser.add_argument("--sites", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--formulary-rounds", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43])
     parser.add_argument("--limit", type=int, default=300, help="items of each benchmark")
-    parser.add_argument("--stop-after", type=int, default=None, help="units of work, then stop")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after these")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the file")
     given = parser.parse_args()
+    ends = time.monotonic() + given.seconds
+    failed: list[Cell] = []
+    if not given.table:
+        failed = play(given, ends)
+
+    show(list(read(given.file)))
+    sys.exit(1 if failed else 0)
+
+
+def play(given: argparse.Namespace, ends: float) -> list[Cell]:
+    """Play what is missing and say what is still missing then; return what failed."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if given.jobs > 1:  # before a process loads torch
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.jobs)))
     find_base(given.model)
-    quiet_libraries()
-    given.folder, given.data = given.folder.absolute(), given.data.absolute()
-    result: dict[str, Any] = {}
-    try:
-        work(given, result, Screen(plain=True))
-    except Enough:
-        say(f"stopped as asked; the same command continues in {given.folder}")
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
+    fields = [field.name for field in dataclasses.fields(Setup)]
+    named = {**vars(given), "seeds": tuple(given.seeds)}
+    setup = Setup(**{name: named[name] for name in fields})
+    desk = Desk(setup, given.data.absolute(), given.folder.absolute())
+    done = begin(given.file, setup)
+    todo = [cell for cell in cells(setup, given.parts, given.arms) if cell not in done]
+    # The adapter of a finished federation may lie on another machine.
+    lost = {c.needs for c in todo if c.needs in done and not desk.run(c.needs).is_dir()}
+    done, todo = done - lost, [*lost, *todo]
+    say(f"{len(todo)} cells to play, {len(done)} finished before")
+    workers = Workers(desk, given.file, given.jobs)
+    interrupted = workers.play(todo, done, ends)
+    for label, left in (
+        ("failed", workers.failed),
+        ("interrupted", interrupted),
+        ("missing", todo),
+    ):
+        if left:
+            say(f"{label}: {'; '.join(cell.name for cell in left)}")
+    if interrupted or todo:
+        say("the same command continues")
+    return workers.failed
 
 
 if __name__ == "__main__":

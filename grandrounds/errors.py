@@ -23,6 +23,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+DOCUMENTATION = "grandrounds docs"
+"""The command that prints the documentation, which every installation carries."""
+
 
 class GrandRoundsError(Exception):
     """An expected failure; the command line prints it as one line and exits with `exit_code`."""
@@ -84,6 +87,11 @@ class EngineError(GrandRoundsError):
 
 _ERRNO = re.compile(r"\[Errno -?\d+\] | ?\(os error \d+\)")
 """The number of an operating system's error, as Python and Rust write it."""
+
+
+def documented(page: str) -> str:
+    """Return the command that prints a page of the documentation, in backticks."""
+    return f"`{DOCUMENTATION} {page}`"
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -30,7 +30,8 @@ CONFIGURATION_HEAD = """# Configuration
 Every key, with its default. Defaults live in `[tool.flwr.app.config]` of pyproject.toml and nowhere
 else. Set a key
 
-- in a recipe: `grandrounds run --config recipe.toml`;
+- in a recipe: `grandrounds run --config recipe.toml`, or a packaged one by its name
+  (`grandrounds recipes list`);
 - on the command line: `grandrounds run --set num-server-rounds=10`;
 - through Flower: `flwr run . --run-config recipe.toml`, or `--run-config 'num-server-rounds=10'`.
 

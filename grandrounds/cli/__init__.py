@@ -19,13 +19,16 @@ from grandrounds.cli import (
     compare,
     config,
     consortium,
+    documentation,
     evaluate,
     export,
     plan,
     privacy,
+    recipes,
     report,
     run,
     site,
+    study,
 )
 from grandrounds.cli.output import CLOSED, guarded_output
 from grandrounds.cli.screen import lifetime
@@ -194,12 +197,15 @@ def root(
 
 
 app.add_typer(base.app, name="base")
+app.add_typer(recipes.app, name="recipes")
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(consortium.app, name="consortium")
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(study.app, name="study")
 for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
+    documentation.docs,
 ):
     app.command(cls=plan.PlanCommand if command is plan.plan else None)(command)

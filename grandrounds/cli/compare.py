@@ -30,7 +30,7 @@ from grandrounds.cli.options import (
     SitesPerRound,
     Verbose,
 )
-from grandrounds.cli.request import chosen_recipe, tell
+from grandrounds.cli.request import tell
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
@@ -39,15 +39,10 @@ from grandrounds.config.values import words_of
 from grandrounds.config.words import command
 from grandrounds.errors import ConfigError
 from grandrounds.quiet import quiet_libraries
+from grandrounds.study.chosen import chosen_recipe
 from grandrounds.study.comparison import units as comparison
 from grandrounds.study.continued import with_start
 from grandrounds.study.sites import names_of_sites, with_sites
-
-DEFAULT_ARMS, DEFAULT_PRIVATE_ARMS = "federated,centralised,local", "federated,private"
-"""The second for a recipe with a guarantee."""
-
-DEFAULT_PERSONAL_ARMS = "federated,personal,centralised,local"
-"""For a recipe with personal adapters."""
 
 
 def compare(
@@ -141,11 +136,9 @@ def compare(
         if settings.pop(key, ""):
             raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
     resolved = recipes.with_absolute_paths(recipes.resolve(settings))
-    default = DEFAULT_PERSONAL_ARMS if resolved.is_personal else DEFAULT_ARMS
-    default = DEFAULT_PRIVATE_ARMS if resolved.is_private else default
-    asked = comparison.check_arms(list(words_of(default if arms is None else arms)))
-    comparison.check_personal(asked, resolved)
-    comparison.check_private(asked, resolved)
+    named = comparison.default_arms(resolved) if arms is None else list(words_of(arms))
+    asked = comparison.check_arms(named)
+    comparison.check_recipe(asked, resolved)
     find_base(resolved.model.name)  # fails now if it is not fetched
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})

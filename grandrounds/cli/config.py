@@ -19,11 +19,12 @@ from grandrounds.cli.options import (
     Sites,
     SitesPerRound,
 )
-from grandrounds.cli.request import chosen_recipe, tell
+from grandrounds.cli.request import tell
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
 from grandrounds.config.keys import ALIASES, PLACES, table_of
 from grandrounds.config.recipes import Layer, to_toml
+from grandrounds.study.chosen import chosen_recipe
 from grandrounds.study.sites import with_sites
 
 app = typer.Typer(

@@ -13,9 +13,11 @@ from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
 from grandrounds.config.digest import recipe_sha256
+from grandrounds.config.packaged import RECIPE_ENDING
 from grandrounds.config.words import command
 from grandrounds.errors import ConfigError, EngineError
 from grandrounds.server import admitted
+from grandrounds.study.chosen import chosen_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -187,18 +189,26 @@ def roster(directory: Folder = Path("consortium")) -> None:
 
 @app.command()
 def sign_recipe(
-    recipe: Annotated[Path, typer.Argument(help="The recipe (.toml).")],
+    recipe: Annotated[
+        Path, typer.Argument(help="The recipe: a .toml file or a name in `recipes list`.")
+    ],
     assignments: Assignments = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; default: `RECIPE.signed.json`.")
+        Path | None,
+        typer.Option(
+            help="File to write; default: `RECIPE.signed.json` beside the recipe, for one of the "
+            "package in the current folder."
+        ),
     ] = None,
     directory: Folder = Path("consortium"),
 ) -> None:
     """Sign a recipe with the authority's key, for `grandrounds site approve`."""
     from grandrounds.engines.deployment import recipes as between
 
-    config = between.deployed(recipes.load_recipe(recipe), recipes.from_options(None, assignments))
-    target = out or recipe.with_suffix(between.ENDING)
+    file = chosen_recipe(recipe, None)
+    assert file is not None
+    config = between.deployed(recipes.load_recipe(file), recipes.from_options(None, assignments))
+    target = out or recipe.with_name(recipe.name.removesuffix(RECIPE_ENDING) + between.ENDING)
     signer = between.sign_recipe(storage.expanded(directory).absolute(), config, target)
     say(
         f"recipe {recipe_sha256(config)}, signed by {signer}: {target}",

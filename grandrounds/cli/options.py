@@ -13,8 +13,9 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         "-c",
-        help="Recipe from configs/, or pyproject.toml of a FlowerTune entry.",
-        metavar="FILE",
+        help="Recipe: a .toml file, a name in `recipes list`, or pyproject.toml of a FlowerTune "
+        "entry.",
+        metavar="NAME|FILE",
     ),
 ]
 

@@ -24,13 +24,13 @@ from grandrounds.cli.options import (
     SitesPerRound,
     Verbose,
 )
-from grandrounds.cli.request import chosen_recipe
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.validation import idle_last_round
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.storage import writing
+from grandrounds.study.chosen import chosen_recipe
 from grandrounds.study.continued import with_start
 from grandrounds.study.sites import with_sites
 

@@ -20,13 +20,13 @@ from grandrounds.cli.options import (
     Sites,
     SitesPerRound,
 )
-from grandrounds.cli.request import chosen_recipe
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.storage import write_json, write_text, writing
+from grandrounds.study.chosen import chosen_recipe
 from grandrounds.study.sites import with_sites
 
 app = typer.Typer(

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import webbrowser
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grandrounds.cli.screen import say
-from grandrounds.errors import ConfigError
+from grandrounds.study.report.written import write_report
 
 if TYPE_CHECKING:
     from grandrounds.study.report.figures import Page
-
-PAGE = "report.html"
-
-COMPARISON = "comparison.json"
 
 
 def report(
@@ -61,53 +56,15 @@ def report(
 
     - `grandrounds report comparisons/wards`
     """
-    file = (out or default_place(targets)).expanduser()
-    if file.is_dir():
-        raise ConfigError(f"--out {file} is a folder: give a file, such as {file / PAGE}.")
-    if find_spec("jinja2") is None:
-        raise ConfigError(
-            'a report needs jinja2, which is not installed: pip install "jinja2>=3.1"'
-        )
-    page = page_of(targets)
-    from grandrounds.study.report.page import write_page
-
-    size_bytes = write_page(page, file)
-    say(f"written: {file} ({size_bytes / 1000:,.0f} kB, {len(page.figures)} figures)")
+    written = write_report(targets, out)
+    page, file = written.page, written.file
+    for warning in written.warnings:
+        say(f"warning: {warning}")
+    say(f"written: {file} ({written.size_bytes / 1000:,.0f} kB, {len(page.figures)} figures)")
     if figures is not None:
         _write_figures(page, figures.expanduser())
     if open_page and not webbrowser.open(file.absolute().as_uri()):
         say(f"--open: no browser found; open {file.absolute()} in one.")
-
-
-def default_place(targets: list[Path]) -> Path:
-    """Return the default output file."""
-    if len(targets) > 1:
-        return Path(PAGE)
-    return (targets[0].parent if targets[0].suffix == ".json" else targets[0]) / PAGE
-
-
-def page_of(targets: list[Path]) -> Page:
-    """Return the page of one run, several runs or a comparison."""
-    from grandrounds.study.report.comparison_file import read_comparison
-    from grandrounds.study.report.comparison_page import comparison_page
-    from grandrounds.study.report.one_run import run_page
-    from grandrounds.study.report.read import read_run
-    from grandrounds.study.report.several_runs import several_page
-
-    compared = [t for t in targets if t.suffix == ".json" or (t / COMPARISON).is_file()]
-    if compared and len(targets) > 1:
-        raise ConfigError(
-            f"{compared[0]} is a comparison, which has its own page: give it alone, or give "
-            "run directories only."
-        )
-    if compared:
-        file = targets[0] if targets[0].suffix == ".json" else targets[0] / COMPARISON
-        return comparison_page(read_comparison(file), file)
-    runs = [read_run(target) for target in targets]
-    for run in runs:
-        for unread in run.unread:
-            say(f"warning: {run.path} is damaged; not readable: {unread}")
-    return run_page(runs[0]) if len(runs) == 1 else several_page(runs)
 
 
 def _write_figures(page: Page, folder: Path) -> None:

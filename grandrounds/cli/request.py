@@ -1,53 +1,9 @@
-"""What a command was asked for: its recipe, and what its reader should know before it starts."""
+"""What a command prints before it starts: notes and warnings."""
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-
-from grandrounds.config.words import command
-from grandrounds.errors import ConfigError
-
-
-def chosen_recipe(positional: Path | None, option: Path | None) -> Path | None:
-    """Return the recipe, given as an argument or as `--config`; raise `ConfigError` if it is none.
-
-    What is there in its place is told: a run directory, data, or a file with nearly that name.
-    """
-    if positional and option:
-        raise ConfigError(f"{positional} and --config {option} are two recipes; give one.")
-    file = positional or option
-    if file is None:
-        return None
-    from grandrounds.data.places import FILE_ENDINGS
-
-    if file.is_dir():
-        if (file / "config.toml").is_file():
-            raise ConfigError(
-                f"{file} is a run directory, not a recipe: give {command('--resume', file)} to "
-                f"continue that run, or {command(file / 'config.toml')} to repeat it."
-            )
-        raise ConfigError(
-            f"{file} is a folder; a recipe is a .toml file, such as those in configs/."
-        )
-    if file.name.lower().endswith(FILE_ENDINGS):
-        data = command("--data", file)
-        raise ConfigError(f"{file} is data, not a recipe (.toml): give it as {data}")
-    if not file.exists():
-        raise ConfigError(f"{file} cannot be read: No such file or directory.{_nearest(file)}")
-    return file
-
-
-def _nearest(file: Path) -> str:
-    """Return the recipe beside a missing one, or in configs/, that has nearly its name."""
-    for folder in (file.parent, Path("configs")):
-        found = {one.stem: str(one) for one in sorted(folder.glob("*.toml"))}
-        close = [stem for stem in found if stem.startswith(file.stem)]
-        if close := close or difflib.get_close_matches(file.stem, found, n=1, cutoff=0.6):
-            return f" Did you mean {found[close[0]]}?"
-    return " A recipe is a .toml file, such as those in configs/."
 
 
 def tell(lines: Iterable[str], kind: str = "note", *, aside: bool = False) -> None:

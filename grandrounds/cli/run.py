@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from grandrounds.api import played
+from grandrounds.api.asked import asked_for, resolved_run
 from grandrounds.cli.options import (
     AsJson,
     Assignments,
@@ -24,20 +25,15 @@ from grandrounds.cli.options import (
     SitesPerRound,
     Verbose,
 )
-from grandrounds.cli.request import chosen_recipe, tell
+from grandrounds.cli.request import tell
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
-from grandrounds.config.bases import find_base
 from grandrounds.config.keys import Config
 from grandrounds.config.validation import idle_last_round
-from grandrounds.config.values import Scalar
-from grandrounds.data.own_prompt import check_prompt
 from grandrounds.engines.folders import left_behind
-from grandrounds.errors import ConfigError, ModelError
+from grandrounds.errors import ConfigError
 from grandrounds.server.listeners import Listener
-from grandrounds.server.listeners.trackers import tracked, trackers_of
-from grandrounds.study.continued import with_start
-from grandrounds.study.sites import with_sites
+from grandrounds.study.chosen import chosen_recipe
 
 
 def run(
@@ -127,42 +123,44 @@ def run(
     if from_round is not None and resume is None:
         raise ConfigError("--from-round belongs to --resume DIR, the run that goes back.")
     file = chosen_recipe(recipe, config)
-    layers = recipes.layers_of(
-        file,
-        assignments,
-        model=model,
-        from_adapter=from_adapter,
-        data=data,
-        rounds=rounds,
-        sites=sites,
-        seed=seed,
-        run_dir=str(run_dir) if run_dir else None,
-    )
-    if engine is Engine.deployment and resume is None:  # real sites are none of the formulary's
-        layers = [("the engine", {"data.partitioner": "iid"}), *layers]
-    continued: list[str] = []
+    options: dict[str, Any] = {
+        "model": model,
+        "from_adapter": from_adapter,
+        "data": data,
+        "rounds": rounds,
+        "sites": sites,
+        "seed": seed,
+        "run_dir": str(run_dir) if run_dir else None,
+    }
+    settings = recipes.parse_overrides(assignments or [])
+    at_sites = engine is Engine.deployment
+    told: list[str] = []
     if resume is None:
-        layers, continued = with_start(layers, elsewhere=engine is Engine.deployment)
-        layers = with_sites(layers, sites_per_round, may_load=engine is not Engine.deployment)
-    elif sites_per_round is not None:
-        raise ConfigError("--resume continues with the sites per round that the run started with.")
-    settings = recipes.merged(layers)
-    resolved = resolve_run(settings, resume, from_round)
+        asked = asked_for(
+            file,
+            settings,
+            elsewhere=at_sites,
+            sites_per_round=sites_per_round,
+            **options,
+        )
+        resolved, told = asked.config, asked.all_notes()
+    else:
+        if sites_per_round is not None:
+            options["sites_per_round"] = sites_per_round
+        resolved = resolved_run(file, settings, resume, from_round, options)
     if engine is Engine.deployment and (idle := idle_last_round(resolved)):
         raise ConfigError(idle)
-    check_prompt(resolved.data.prompt_template, resolved.data.system_prompt)
-    find_base(resolved.model.name)  # fails now if it is not fetched
+    played.check_here(resolved)
     if (engine is Engine.deployment) != bool(connection):
         raise ConfigError(
             "--engine deployment and --connection NAME belong together: give both or neither."
         )
-    trackers_of(resolved.train.report_to)  # fails now if one is not installed
     warnings: list[str] = []
     if engine is not Engine.deployment:  # whose data, base and run directory are elsewhere
         from grandrounds.study import preflight
 
         warnings = preflight.check(resolved, from_round)
-    tell([] if resume or quiet else [*recipes.notes(settings, file), *continued])
+    tell([] if quiet else told)
     tell([*warnings, *left_behind()], "warning")
     if engine is Engine.deployment:
         from grandrounds.engines.deployment.superlink import in_one_array
@@ -176,60 +174,15 @@ def run(
             resumption.prepare(resolved, from_round)
     shown = reporter(resolved, screen)
     with shown:  # from here on, so that a terminal moves while libraries are imported
-        if resume is None and resolved.data.prompt_template == "chat":
-            resolved = with_day(resolved, at_sites=engine is Engine.deployment)
-        if engine is Engine.simulation:
-            from grandrounds.engines.simulation import default_cpus, default_gpus, simulate
-
-            cpus = client_cpus or default_cpus(resolved.train.num_threads)
-            gpus = default_gpus() if client_gpus is None else client_gpus
-            simulate(resolved, shown, cpus, gpus)
-        elif engine is Engine.deployment:
+        if resume is None:
+            resolved = played.with_day(resolved, at_sites=at_sites)
+        if at_sites:
             from grandrounds.engines.deployment.superlink import deploy
 
             deploy(resolved, shown, str(connection))
         else:
-            from grandrounds.engines.in_process import run_in_process
-
-            run_in_process(resolved, tracked(resolved, shown))
+            played.play(resolved, shown, engine, client_cpus, client_gpus)
     screen.emit(dict(shown.summary))
-
-
-def resolve_run(
-    settings: dict[str, Scalar], resume: Path | None, from_round: int | None = None
-) -> Config:
-    """Return the validated configuration of a new run, or of one that is resumed."""
-    if resume is None:
-        return recipes.with_absolute_paths(recipes.resolve(settings))
-    if "run-directory" in settings:
-        raise ConfigError("--resume writes to the run that it resumes; leave --run-dir out.")
-    from grandrounds.server.directory import RunDirectory
-    from grandrounds.server.resumption import continued, started_with
-
-    directory = RunDirectory.open(resume)
-    recipe = started_with(directory.path)
-    try:
-        recipes.resolve(recipe)  # alone: what is wrong with it is no fault of the options
-    except ConfigError as error:
-        raise ConfigError(f"{directory.path / 'config.toml'} was changed: {error}") from error
-    place = {"resume-from": str(directory.path)}
-    resumed = recipes.resolve(recipe, {"earlier-schedules": ""}, settings, place)
-    return continued(recipes.with_absolute_paths(resumed), from_round)
-
-
-def with_day(config: Config, *, at_sites: bool) -> Config:
-    """Return a new run's configuration with the day that its chat template prints.
-
-    Parameters
-    ----------
-    at_sites : bool
-        Whether the base is at the sites, perhaps only there; they refuse a run that lacks the day.
-    """
-    from grandrounds.model.tokenizers import dated
-
-    with suppress(*[ModelError] * at_sites):
-        return dated(config)
-    return config
 
 
 def reporter(config: Config, screen: Screen) -> Listener:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from grandrounds.config.values import OneOf, Scalar
 from grandrounds.config.words import has_controls
-from grandrounds.errors import ConfigError, nearest
+from grandrounds.errors import ConfigError, documented, nearest
 from grandrounds.storage import expanded, read_bytes
 
 KEY = "data.prompt-template"
@@ -149,7 +149,7 @@ def read_template(path: Path) -> str:
         raise ConfigError(f"{path}: byte {error.start + 1} is not UTF-8. Save it so.") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        raise ConfigError(f"{path} is empty: write a prompt template (docs/data.md).")
+        raise ConfigError(f"{path} is empty: write a prompt template ({documented('data')}).")
     if len(text) > MOST_CHARACTERS:
         raise ConfigError(
             f"{path} has {len(text):,} characters, of at most {MOST_CHARACTERS:,} that a prompt "
@@ -158,7 +158,7 @@ def read_template(path: Path) -> str:
     if not is_own(text):
         raise ConfigError(
             f"{path} has no place for question and answer: write {{{{ question }}}} and "
-            "{{ answer }} where they go (docs/data.md)."
+            f"{{{{ answer }}}} where they go ({documented('data')})."
         )
     if not is_usable_text(text):
         raise ConfigError(f"{path} holds a control character: remove it.")

@@ -97,7 +97,7 @@ def _read(path: Path) -> Entry | dict[str, Scalar]:
         if "build-system" in table or "project" in table:
             raise ConfigError(
                 f"{path} is a pyproject.toml without [tool.flwr.app.config], so no FlowerTune "
-                "entry. Give that of an entry, or a recipe such as those in configs/."
+                "entry. Give that of an entry, or a recipe (`grandrounds recipes list`)."
             )
         return flatten(table)
     if table_at(table, "project").get("name") == "grandrounds":
@@ -107,7 +107,7 @@ def _read(path: Path) -> Entry | dict[str, Scalar]:
         raise ConfigError(
             f"{path} is the pyproject.toml of another Flower app and no FlowerTune entry: its "
             f"[tool.flwr.app.config] has no key in {', '.join(f'{s}*' for s in ENTRY_SECTIONS)}. "
-            "Give that of an entry, or a recipe such as those in configs/."
+            "Give that of an entry, or a recipe (`grandrounds recipes list`)."
         )
     federations = table_at(table, "tool", "flwr", "federations")
     federation = table_at(federations, str(federations.get("default", "")))

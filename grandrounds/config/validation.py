@@ -40,7 +40,7 @@ from grandrounds.config.synonyms import (
     value_meant,
 )
 from grandrounds.config.values import AUTO, OneOf, Range, Scalar, words_of
-from grandrounds.errors import ConfigError, nearest
+from grandrounds.errors import ConfigError, documented, nearest
 from grandrounds.storage import found
 
 
@@ -124,12 +124,13 @@ def unknown_key(key: str, value: Scalar) -> str:
         return f"{told} Write {table}={json.dumps(value)}."
     meant = key_meant(key, _KEYS)
     if not meant:
-        return f"{told}{nearest(key, _KEYS)} docs/configuration.md lists all keys."
+        return f"{told}{nearest(key, _KEYS)} {documented('configuration')} lists all keys."
     written = pasted(ALIASES.get(meant, meant), _value_meant(meant, value, key))
     if meant.endswith("num-train-epochs"):
         written = f"{written} and {MAX_STEPS}=-1" if written else ""
-    advice = f"Write {written}." if written else "docs/configuration.md says what it takes."
-    return f"{told} Did you mean {meant!r}? {advice} docs/configuration.md lists all keys."
+    asked = documented("configuration")
+    advice = f"Write {written}." if written else f"{asked} says what it takes."
+    return f"{told} Did you mean {meant!r}? {advice} {asked} lists all keys."
 
 
 def pasted(key: str, value: Scalar) -> str:

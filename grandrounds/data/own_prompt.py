@@ -31,7 +31,7 @@ from grandrounds.data.chat import (
     until_special,
 )
 from grandrounds.data.forms import APART
-from grandrounds.errors import ConfigError, first_line, nearest
+from grandrounds.errors import ConfigError, documented, first_line, nearest
 
 KEY = "data.prompt-template"
 
@@ -375,4 +375,4 @@ def _environment() -> Any:
 def _fault(what: str, line: int | None = None) -> ConfigError:
     where = f", line {line}" if line else ""
     end = "" if what.endswith("?") else "."
-    return ConfigError(f"The template of {KEY}{where}: {what}{end} See docs/data.md.")
+    return ConfigError(f"The template of {KEY}{where}: {what}{end} See {documented('data')}.")

@@ -69,7 +69,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(
 ) -> None:
     line = complaint(command({**settings, key: 3}), 2)
     assert f"Unknown configuration key {key!r}." in line
-    assert "docs/configuration.md" in line
+    assert "`grandrounds docs configuration`" in line
     if suggested:
         assert f"Did you mean {suggested!r}?" in line
 

@@ -165,12 +165,32 @@ def test_real_model_compares_with_the_base(tiny_base: Path, tmp_path: Path) -> N
         (data / "eval" / f"{name}.jsonl").write_text(2 * (json.dumps(row) + "\n"))
     quick = (
         *("--data", str(data), "--folder", str(tmp_path / "work"), "--model", str(tiny_base)),
-        *("--template", "alpaca", "--sites", "2", "--rounds", "2", "--seeds", "1"),
-        *("--arms", "federated", "--parts", "wikidoc", "benchmarks"),
+        *("--template", "alpaca", "--sites", "2", "--rounds", "2", "--formulary-rounds", "1"),
+        *("--seeds", "1", "--jobs", "2"),
     )
-    figures = result(tmp_path, "real_model.py", *quick)
-    assert set(figures["wikidoc"]["arms"]) == {"base", "federated"}
-    assert {row["n"] for row in figures["benchmarks"]["rows"]} == {2}
+    file = tmp_path / "cells.jsonl"
+    command = [sys.executable, str(SCRIPTS / "real_model.py"), str(file), *quick]
+    stopped = subprocess.run(
+        [*command, "--seconds", "0"], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "missing: formulary plan, seed 1; formulary federated, seed 1; " in stopped.stdout
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    setup, *lines = map(json.loads, file.read_text().splitlines())
+    assert setup["setup"]["seeds"] == [1]
+    found = {(line["cell"]["part"], line["cell"]["what"]): line["result"] for line in lines}
+    assert found.keys() == {
+        *(("wikidoc", w) for w in ("plan", "base", "federated", "centralised", "local")),
+        *(("formulary", w) for w in ("plan", "base", "federated", "loss")),
+        *((part, "benchmarks") for part in ("wikidoc", "formulary")),
+    }
+    assert {row["n"] for row in found["wikidoc", "benchmarks"]["rows"]} == {2}
+    told = [found[cell]["held-out"] for cell in (("wikidoc", "base"), ("formulary", "loss"))]
+    assert told[0].keys() == told[1].keys() == {"0", "1"}
+    assert told[0] != told[1]
+    table = subprocess.run([*command, "--table"], check=True, capture_output=True, text=True)
+    assert table.stdout in done.stdout
+    assert "  local, everywhere " in table.stdout
+    assert "  after the formulary " in table.stdout
 
 
 def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from grandrounds.api.asked import resolved_run
 from grandrounds.cli import app
-from grandrounds.cli.run import resolve_run
 from grandrounds.config.recipes import load_recipe
 from grandrounds.errors import GrandRoundsError, RunDirectoryError
 from grandrounds.server import resumption, states
@@ -58,7 +58,7 @@ def run(stopped: Path, tmp_path: Path) -> Path:
 
 def resumed(run: Path, from_round: int | None = None) -> list[str]:
     """Make a run ready to go on, as the command does; return what is told."""
-    config = resolve_run({}, run)
+    config = resolved_run(None, None, run, None, {})
     told = resumption.check(config, from_round)
     resumption.prepare(config, from_round)
     return told

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grandrounds import server_app
-from grandrounds.cli.run import resolve_run
+from grandrounds.api.asked import resolved_run
 from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.errors import ApprovalError, PolicyError, RunDirectoryError
@@ -53,7 +53,7 @@ def run(short: Path, tmp_path: Path) -> Path:
 
 def longer(run: Path, rounds: int | None = None, from_round: int | None = None) -> Config:
     settings: Settings = {"num-server-rounds": rounds} if rounds else {}
-    return resolve_run(settings, run, from_round)
+    return resolved_run(None, settings, run, from_round, {})
 
 
 def go_on(config: Config, listener: Listener | None = None) -> Path:
@@ -160,7 +160,7 @@ def test_a_length_that_the_run_cannot_have_is_refused(
 ) -> None:
     before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
     with pytest.raises(RunDirectoryError, match=why):
-        resumption.check(resolve_run(changes, run))
+        resumption.check(resolved_run(None, changes, run, None, {}))
     assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
 
 

@@ -12,7 +12,7 @@ import huggingface_hub.constants
 import pytest
 from transformers import AutoTokenizer
 
-from grandrounds.cli.run import with_day
+from grandrounds.api.played import with_day
 from grandrounds.config import recipes
 from grandrounds.config.bases import hub_name
 from grandrounds.data.chat import rendered

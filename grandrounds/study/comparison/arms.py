@@ -399,23 +399,11 @@ def _run(
     server, sites : Config
         The configuration of the server, and of the sites.
     """
-
-    directory = RunDirectory(path)
     expected = examples_of_a_visit(sites, 1)  # where a private visit does not tell how many it drew
     saved, _ = newest(path)
     before = float(saved.data["seconds"]) if saved else 0.0
-    summary = directory.read_json("summary.json")
-    if not summary or summary["status"] != "completed":
-        place = {"run-directory": str(path), "resume-from": ""}
-        if saved:
-            place = {"run-directory": "", "resume-from": str(path)}
-        elif path.exists():  # stopped before the first checkpoint
-            shutil.rmtree(path)
-        grid = InProcessGrid(app, sites.flat(), server.data.num_partitions)
-        summary = server_app.federate(
-            grid, recipes.resolve(server.flat(), place), _Visits(on_visits, expected)
-        )
-    metrics = [m for m in directory.read_metrics() if "train-loss" in m]
+    summary = completed(server, sites, app, path, _Visits(on_visits, expected))
+    metrics = [m for m in RunDirectory(path).read_metrics() if "train-loss" in m]
     return {
         "adapter": load_file(path / summary["adapter"] / "adapter_model.safetensors"),
         "example-visits": sum(m["examples"] or expected * len(m["good"]) for m in metrics),
@@ -423,6 +411,23 @@ def _run(
         "failed-replies": summary["failed_replies"],
         "seconds-before": before,
     }
+
+
+def completed(
+    server: Config, sites: Config, app: ClientAppCall, path: Path, listener: Listener
+) -> Found:
+    """Return the summary of a run in a directory: play it, resume it, or find it completed."""
+    summary: Found | None = RunDirectory(path).read_json("summary.json")
+    if summary and summary["status"] == "completed":
+        return summary
+    place = {"run-directory": str(path), "resume-from": ""}
+    if newest(path)[0]:
+        place = {"run-directory": "", "resume-from": str(path)}
+    elif path.exists():  # stopped before the first checkpoint
+        shutil.rmtree(path)
+    grid = InProcessGrid(app, sites.flat(), server.data.num_partitions)
+    played: Found = server_app.federate(grid, recipes.resolve(server.flat(), place), listener)
+    return played
 
 
 _ARMS: dict[str, Callable[[Unit, Config, Path, OnVisits], Found]] = {

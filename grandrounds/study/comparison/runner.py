@@ -35,8 +35,7 @@ from grandrounds.study.comparison.units import (
     Design,
     Unit,
     check_leave_one_out,
-    check_personal,
-    check_private,
+    check_recipe,
 )
 from grandrounds.wire.names import NAME, names_of
 
@@ -101,8 +100,7 @@ class Comparison:
                 "data.held-out-fraction = 0 leaves no examples to evaluate the arms on: set a "
                 "share, for example 0.05."
             )
-        check_personal(design.arms, config)
-        check_private(design.arms, config)
+        check_recipe(design.arms, config)
         if LEAVE_ONE_OUT in design.arms:
             check_leave_one_out(config)
         self.config, self.design = config, design

@@ -97,6 +97,14 @@ class Design:
         return words
 
 
+def default_arms(config: Config) -> tuple[str, ...]:
+    """Return the arms that are trained where none is asked for."""
+    if config.is_private:
+        return FEDERATED, PRIVATE
+    personal = (PERSONAL,) if config.is_personal else ()
+    return (FEDERATED, *personal, CENTRALISED, LOCAL)
+
+
 def check_arms(names: Sequence[str]) -> tuple[str, ...]:
     """Return the arms in the order of `ARMS`, each once.
 
@@ -153,6 +161,18 @@ def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> li
             f"numbers from 0 to {num_sites - 1}, separated by commas{called}."
         )
     return sorted({site for site in found.values() if site is not None})
+
+
+def check_recipe(arms: Sequence[str], config: Config) -> None:
+    """Check that a recipe with personal adapters or a guarantee is compared as such, by its arm.
+
+    Raises
+    ------
+    ConfigError
+        As `check_personal` and `check_private`.
+    """
+    check_personal(arms, config)
+    check_private(arms, config)
 
 
 def check_personal(arms: Sequence[str], config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from grandrounds.config.words import counted, with_own
+from grandrounds.errors import documented
 from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
 from grandrounds.server.described import cautions, data_text, start_text
 from grandrounds.study.plan import masks, privacy
@@ -71,7 +72,8 @@ def side_by_side(planned: Mapping[str, Forecast], link: Link | None) -> Table:
 def notes(forecast: Forecast, link: Link | None) -> list[str]:
     """Return the assumptions behind the tables."""
     config = forecast.config
-    lines = ["memory is computed from formulas; docs/planning.md compares them with measurements"]
+    measured = f"{documented('planning')} compares them with measurements"
+    lines = [f"memory is computed from formulas; {measured}"]
     lines += cautions(config)
     if config.model.gradient_checkpointing == "auto":
         lines.append(
