@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ ANSWERS, LAST = "answers", "last"
 
 IGNORED_LABEL = -100
 """Label of every position that the loss ignores."""
+
+LARGEST_TAIL = 16
+"""A row's tail is shorter than a 16th of the row."""
 
 
 @dataclass(frozen=True)
@@ -341,20 +345,31 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def flatten(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
-    """Concatenate examples into a single row, without padding.
+def flatten(
+    examples: Sequence[TokenizedExample], pad_token_id: int = 0, bucket_tokens: int = 1
+) -> dict[str, Any]:
+    """Concatenate examples into a single row, without padding between them.
+
+    Parameters
+    ----------
+    bucket_tokens : int
+        The row ends in `tail_tokens` pad tokens, as sequences of their own, which no label is in.
 
     Returns
     -------
     dict
         `input_ids`, `position_ids` (from 0 in each example) and `labels`, each int64 of
-        (1, tokens), and `sequence_lengths`, the number of tokens of each example. Prompts have the
-        label `IGNORED_LABEL`, and so has the first token of each example, which nothing predicts.
+        (1, tokens); `sequence_lengths`, the number of tokens of each example; and their
+        `starts_of`, `sequence_starts`. Prompts have the label `IGNORED_LABEL`, and so has the first
+        token of each example, which nothing predicts.
     """
     import torch
 
     lengths = [len(e.input_ids) for e in examples]
-    ids = torch.cat([torch.tensor(e.input_ids) for e in examples])
+    rest = tail_tokens(sum(lengths), bucket_tokens)
+    ids = torch.cat(
+        [*(torch.tensor(e.input_ids) for e in examples), torch.full((rest,), pad_token_id)]
+    )
     labels = ids.clone()
     first = 0
     for example, length in zip(examples, lengths, strict=True):
@@ -362,10 +377,32 @@ def flatten(examples: Sequence[TokenizedExample]) -> dict[str, Any]:
         for start, stop in example.earlier:
             labels[first + start : first + stop] = ids[first + start : first + stop]
         first += length
+    labels[first:] = IGNORED_LABEL
+    while rest:  # none longer than the longest example: LongRoPE goes by the highest position
+        lengths.append(min(rest, max(lengths)))
+        rest -= lengths[-1]
     positions = torch.cat([torch.arange(length) for length in lengths])
     return {
         "input_ids": ids.unsqueeze(0),
         "position_ids": positions.unsqueeze(0),
         "labels": labels.unsqueeze(0),
         "sequence_lengths": lengths,
+        "sequence_starts": starts_of(lengths),
     }
+
+
+def starts_of(lengths: Sequence[int]) -> torch.Tensor:
+    """Return where each sequence of a row starts, and the row's end: int32 of (sequences + 1)."""
+    import torch
+
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def tail_tokens(tokens: int, bucket_tokens: int) -> int:
+    """Return how many tokens a row lacks to the next multiple of `bucket_tokens`.
+
+    The multiple is halved until the tail is shorter than a 16th of the row.
+    """
+    while bucket_tokens > 1 and LARGEST_TAIL * bucket_tokens > tokens:
+        bucket_tokens //= 2
+    return -tokens % bucket_tokens

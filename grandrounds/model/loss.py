@@ -36,6 +36,8 @@ class Forward:
     """Maximum number of answer tokens per chunk of logits; 0: one chunk."""
     matmul: str = DEFAULT
     """Library for float32 products on a CPU."""
+    bucket_tokens: int = 1
+    """Padding-free rows end in ignored tokens up to a multiple of this (`tail_tokens`); 1: none."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,11 @@ def answer_nll_sum(
         changes what another one gives; the means are written here.
     """
     model = _base_of(model)
-    inputs: dict[str, Any] = flatten(batch) if how.padding_free else collate(batch, pad_token_id)
+    inputs: dict[str, Any] = (
+        flatten(batch, pad_token_id, how.bucket_tokens)
+        if how.padding_free
+        else collate(batch, pad_token_id)
+    )
     labels = inputs.pop("labels").flatten()  # (batch * tokens)
     learned = (labels != IGNORED_LABEL).nonzero().squeeze(1)
     targets = labels[learned].to(device)  # (answer tokens)

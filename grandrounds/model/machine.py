@@ -32,6 +32,9 @@ from grandrounds.wire.messages import CPU_MATMUL, THREADS
 SMALL_BASE_PARAMETERS = 5_000_000
 """A smaller base trains with one CPU thread unless configured otherwise."""
 
+BUCKET_TOKENS = 256
+"""Token totals of padding-free rows on a GPU are multiples of this, of short rows of less."""
+
 _PROCESS_THREADS = torch.get_num_threads()
 
 
@@ -78,13 +81,25 @@ def forward(config: Config) -> Forward:
             f'train.batching = "padding-free": the attention of {model_type!r} models is not known '
             'to support it. Set "length-grouped" or "auto".'
         )
+    padding_free = supported and train.batching in ("auto", "padding-free")
     return Forward(
         bf16=config.arguments.bf16,
-        padding_free=supported and train.batching in ("auto", "padding-free"),
+        padding_free=padding_free,
         answers_only=train.response_only_logits and family is not None,
         chunk_tokens=train.logits_chunk_tokens,
         matmul=matmul(config),
+        bucket_tokens=_bucket_tokens(config) if padding_free else 1,
     )
+
+
+def _bucket_tokens(config: Config) -> int:
+    """Return to which multiple the tokens of a row are rounded up.
+
+    On a GPU, where the first pass over a new shape costs more. LLM.int8 finds outliers over all
+    tokens of a product, so that a tail would change the others' values.
+    """
+    on_gpu = device_and_dtype(config.model.dtype)[0].type == "cuda"
+    return BUCKET_TOKENS if on_gpu and bits_of(specs(config)[0]) != 8 else 1
 
 
 def means(config: Config) -> str:

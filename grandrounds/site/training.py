@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from grandrounds.data.tokenization import TokenizedExample
+from grandrounds.data.tokenization import TokenizedExample, tail_tokens
 from grandrounds.errors import ModelError
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.site import steps
@@ -61,7 +61,7 @@ class VisitResult:
     tokens: int
     """Tokens seen, without padding."""
     padding_tokens: int
-    """Padding tokens in the batches."""
+    """Padding tokens in the batches, tails of padding-free rows included."""
     seconds: float
     """Wall-clock time of the steps."""
 
@@ -124,7 +124,7 @@ def train_visit(
     optimizer.zero_grad(set_to_none=True)
     seen = [e for batch in batches for e in batch]
     tokens = sum(len(e.input_ids) for e in seen)
-    carried = sum(positions(batch, settings.forward.padding_free) for batch in batches)
+    carried = sum(positions(batch, settings.forward) for batch in batches)
     train_loss = float(nll_sum) / answer_tokens
     return VisitResult(
         train_loss=train_loss,
@@ -137,10 +137,12 @@ def train_visit(
     )
 
 
-def positions(batch: Sequence[TokenizedExample], padding_free: bool) -> int:
+def positions(batch: Sequence[TokenizedExample], forward: Forward) -> int:
     """Return the number of tokens of a batch in the model, padding included."""
     lengths = [len(e.input_ids) for e in batch]
-    return sum(lengths) if padding_free else len(batch) * max(lengths)
+    if not forward.padding_free:
+        return len(batch) * max(lengths)
+    return sum(lengths) + tail_tokens(sum(lengths), forward.bucket_tokens)
 
 
 @torch.no_grad()

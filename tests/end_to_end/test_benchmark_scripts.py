@@ -55,6 +55,15 @@ def test_neighbour_runs_every_arm_alone_and_beside_busy_processes(tmp_path: Path
     assert all(seconds > 0 for seconds in figures["medians"].values())
 
 
+def test_attention_compares_paths_and_tails(tmp_path: Path) -> None:
+    figures = result(tmp_path, "attention.py", "--steps", "1")
+    arms = {row["arm"]: row for row in figures["visits"]}
+    assert list(arms) == ["one a sequence", "one a layer", "with tails"]
+    assert arms["one a sequence"]["paths"] == ["sequence by sequence"]
+    assert all(row["new_ms"] > 0 for row in arms.values())
+    assert all(0 < row["gradient of keys"] < 0.01 for row in figures["errors"])
+
+
 def test_full_size_plays_whole_rounds_beside_bare_loops_and_the_templates_way(
     tmp_path: Path,
 ) -> None:

@@ -20,7 +20,7 @@ from grandrounds.errors import ModelError
 from grandrounds.model import loss as losses
 from grandrounds.model import machine
 from grandrounds.model.architectures import FAMILIES
-from grandrounds.model.attention import takes_groups
+from grandrounds.model.attention_kernels import takes_groups
 from grandrounds.model.loss import Forward, Head, head_nll_sum
 
 CPU = torch.device("cpu")
@@ -135,6 +135,29 @@ def test_heads_stay_grouped_only_where_no_matrix_is_made(
 ) -> None:
     query = SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype)
     assert takes_groups(query) == grouped  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "bucket_tokens"),
+    [
+        ("cuda", {}, machine.BUCKET_TOKENS),
+        ("cuda", {"model.quantization": 4}, machine.BUCKET_TOKENS),
+        ("cuda", {"model.quantization": 8}, 1),
+        ("cuda", {"train.batching": "length-grouped"}, 1),
+        ("cpu", {}, 1),
+    ],
+)
+def test_rows_have_tails_on_a_gpu_only(
+    device: str,
+    changes: dict[str, Any],
+    bucket_tokens: int,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = (torch.device(device), torch.bfloat16)
+    monkeypatch.setattr(machine, "device_and_dtype", lambda _: chosen)
+    config = recipes.resolve({**settings, **changes})
+    assert machine.forward(config).bucket_tokens == bucket_tokens
 
 
 @pytest.mark.parametrize("window", [4, 16, 64])

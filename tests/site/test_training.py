@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from grandrounds.data import tokenization
 from grandrounds.data.tokenization import TokenizedExample, collate
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec
@@ -289,13 +290,21 @@ def test_weight_decay_shrinks_by_rate_times_decay(tiny_base: Path) -> None:
         assert torch.allclose(a - b, 0.005 * w, atol=1e-6)
 
 
-def test_what_a_visit_counts(tiny_base: Path) -> None:
-    """Lengths 9, 14 | 6, 11: 40 tokens; padding 5 + 5 = 10, where there is any."""
+def test_what_a_visit_counts(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths 9, 14 | 6, 11: 40 tokens; padding 5 + 5 = 10, where there is any.
+
+    Rows of 23 and 17 tokens have no room for a tail below a 16th; if it may be as long as the row,
+    they are filled up to 32: 9 + 15 = 24.
+    """
     padded = dataclasses.replace(LEAN, padding_free=False)
-    for how, padding in ((LEAN, 0), (padded, 10)):
+    tailed = dataclasses.replace(LEAN, bucket_tokens=16)
+    for how, padding in ((LEAN, 0), (padded, 10), (tailed, 0)):
         _, result = visit(make(tiny_base), FOUR_BATCHES[:2], forward=how)
         assert (result.steps, result.examples, result.tokens) == (2, 4, 40)
         assert result.padding_tokens == padding
+    monkeypatch.setattr(tokenization, "LARGEST_TAIL", 1)
+    _, result = visit(make(tiny_base), FOUR_BATCHES[:2], forward=tailed)
+    assert (result.tokens, result.padding_tokens) == (40, 24)
     assert result.seconds > 0
 
 

@@ -188,7 +188,9 @@ def add_batch(
     -------
     float32 of (records): the mean loss of each over its answer tokens.
     """
-    forward, device = settings.training.forward, collected.parameters[0].device
+    # A tail would be a record of no unit.
+    forward = dataclasses.replace(settings.training.forward, bucket_tokens=1)
+    device = collected.parameters[0].device
     lengths = [len(record.input_ids) for record in batch.records]
     means = torch.zeros(len(batch.records), device=device)
     with attending(model, forward):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from grandrounds.data import tokenization
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.errors import ModelError
 from grandrounds.model.lora import LoraSpec, adapter_parameters, add_lora
@@ -149,6 +150,18 @@ def test_a_padding_free_batch_is_many_examples(resident: Resident) -> None:
         norms = units.gradients[0].flatten(1).norm(dim=1)
     assert len(norms) == 4
     assert len({round(float(n), 6) for n in norms}) == 4
+
+
+def test_a_private_visit_has_no_tail(resident: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tail would be a record of no unit, and is left out whatever the forward pass asks for."""
+    monkeypatch.setattr(tokenization, "LARGEST_TAIL", 1)
+    parameters = factors_of(resident, "AB")
+    forward = Forward(False, True, True, 0)
+    plain, tailed = (
+        clipped_sums(resident, parameters, UNITS, private_settings(forward=how))
+        for how in (forward, dataclasses.replace(forward, bucket_tokens=16))
+    )
+    assert all(map(torch.equal, plain, tailed))
 
 
 def test_microbatch_is_not_the_unit(resident: Resident) -> None:
