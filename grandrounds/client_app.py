@@ -102,7 +102,7 @@ def unmask(visit: Visit) -> RecordDict:
 def trained(visit: Visit) -> tuple[Adapter, dict[str, float | int]]:
     """Return the change of the adapter after the local steps, and the metrics of the visit."""
     batches = [] if visit.mechanism else visits.next_batches(visit)
-    resident = machine.prepare_model(visit.config)
+    resident = visits.prepared(visit.config)
     received = visits.receive_adapter(visit, resident, trains=True)
     with steps.visiting("training", visit.site.partition_id):
         if visit.mechanism:
@@ -131,7 +131,7 @@ def personalise(visit: Visit) -> RecordDict:
 @at_site
 def evaluate(visit: Visit) -> RecordDict:
     """Evaluate the loss of the received adapter on the site's held-out examples."""
-    resident = machine.prepare_model(visit.config)
+    resident = visits.prepared(visit.config)
     visits.receive_adapter(visit, resident, trains=False)
     with steps.visiting("held-out loss", visit.site.partition_id):
         return content(metrics=visits.evaluate(resident, visit.site, visit.config))

@@ -87,7 +87,7 @@ def play(
         from grandrounds.engines.simulation import default_cpus, default_gpus, simulate
 
         cpus = client_cpus or default_cpus(config.train.num_threads)
-        gpus = default_gpus() if client_gpus is None else client_gpus
+        gpus = default_gpus(config.train.devices) if client_gpus is None else client_gpus
         simulate(config, listener, cpus, gpus)
     else:
         from grandrounds.engines.in_process import run_in_process

@@ -84,8 +84,8 @@ def run(
     client_gpus: Annotated[
         float | None,
         typer.Option(
-            help="GPUs per site in the simulation; with 0.5, two sites share one. Default: 1 if "
-            "there is a GPU, else 0.",
+            help="GPUs per site in the simulation; with 0.5, two sites share one. As many sites "
+            "run at once as the GPUs allow. Default: `train.devices` if there is a GPU, else 0.",
             min=0.0,
         ),
     ] = None,

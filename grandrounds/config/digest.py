@@ -46,6 +46,7 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "model.lora.from-adapter-sha256": "",
     "model.lora.rank-pattern": "",
     "model.lora.alpha-pattern": "",
+    "train.devices": 1,
     "data.template-options": "",
     "data.system-prompt": "",
     "data.train-on": "answers",

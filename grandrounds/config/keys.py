@@ -220,6 +220,11 @@ class TrainConfig:
     `onednn`, which is refused where it computes in reduced precision. `auto`: oneDNN if a probe of
     0.2 s at the roll call finds it as exact and at least a fifth faster, for bases of 5 million
     parameters or more; a resumed run keeps the choice. See docs/performance.md."""
+    devices: Annotated[int, Range(1, 16)]
+    """Devices of one machine that a visit trains on, a process and a copy of the base on each. A
+    batch is divided into as many shares, whose gradients are added in order: a step keeps its
+    examples, and on fewer devices the result is the same, bit for bit. Not in private runs. See
+    docs/performance.md."""
     report_to: Annotated[str, SomeOf(("none", "tensorboard", "wandb", "mlflow", "trackio"))]
     """Experiment trackers to log each round to, comma-separated; each must be installed. They
     receive the recipe and cohort means, never per-site values. See docs/export.md."""

@@ -138,6 +138,13 @@ def refusals(config: Config) -> Iterator[Refusal]:
         'set "auto", "padding-free" or "padded"',
     )
     yield Refusal(
+        "train.devices",
+        train.devices,
+        train.devices > 1,
+        "a visit's gradients of single units stay in the process that clips them and adds noise",
+        "set 1",
+    )
+    yield Refusal(
         "train.dynamic-data-seed",
         train.dynamic_data_seed,
         not train.dynamic_data_seed,

@@ -43,6 +43,8 @@ _NAMES: dict[str, str] = {
     "max-seq-len max-tokens cutoff-len context-length block-size-tokens model-max-length",
     "train.optimizer": "optimizer optimiser optim",
     "train.num-threads": "threads num-threads n-threads cpus num-cpus",
+    "train.devices": "devices num-devices n-devices gpus num-gpus n-gpus n-gpu ngpu num-processes "
+    "nproc-per-node world-size",
     "train.report-to": "report-to tracker trackers wandb tensorboard mlflow trackio use-wandb",
     f"{_ARGUMENTS}per-device-train-batch-size": "batch-size batchsize train-batch-size "
     "per-device-batch-size per-device-train-batch-size micro-batch-size local-batch-size bs",

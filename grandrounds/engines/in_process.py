@@ -132,6 +132,7 @@ def run_in_process(config: Config, listener: Listener) -> None:
     quiet_libraries()
     from grandrounds import client_app, server_app
     from grandrounds.site import steps
+    from grandrounds.site.devices import group
 
     if config.is_personal:  # the sites keep their own adapters below it
         place = str(with_run_directory(config)[0]["run-directory"])
@@ -139,4 +140,7 @@ def run_in_process(config: Config, listener: Listener) -> None:
         config = dataclasses.replace(config, federation=federation)
     with listener, steps.watched(listener.on_step):
         grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
-        server_app.federate(grid, config, listener)
+        try:
+            server_app.federate(grid, config, listener)
+        finally:
+            group.end()

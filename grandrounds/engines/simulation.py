@@ -123,12 +123,13 @@ def default_cpus(num_threads: int) -> int:
     return min(max(1, num_threads), usable_cpus())
 
 
-def default_gpus() -> float:
-    """Return the default GPUs per site: 1 if there is a GPU, since Ray hides all of them from a
-    site with 0."""
+def default_gpus(devices: int = 1) -> float:
+    """Return the default GPUs per site: `train.devices`, or as many as there are, since Ray hides
+    all others from a site. Of N GPUs, N / `devices` sites run at once, each with a base of its own.
+    """
     import torch
 
-    return 1.0 if torch.cuda.is_available() else 0.0
+    return float(min(devices, torch.cuda.device_count())) if torch.cuda.is_available() else 0.0
 
 
 def run_simulation(

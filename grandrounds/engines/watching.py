@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,13 @@ from grandrounds.config.words import is_utf8
 from grandrounds.engines.flower import tail
 from grandrounds.errors import ConfigError
 from grandrounds.server import states
-from grandrounds.server.directory import RunDirectory, default_run_directory
+from grandrounds.server.directory import (
+    KEPT,
+    NONE_FINISHED,
+    RESUME_WITH,
+    RunDirectory,
+    default_run_directory,
+)
 from grandrounds.server.listeners import Listener
 
 APP = """[project]
@@ -39,6 +46,9 @@ clientapp = "{clientapp}:app"
 
 LOGS = "flower-logs"
 """Folder of a run directory: the logs of Flower's programs where the run failed."""
+
+KEPT_NOTE = re.compile(f" (?:{KEPT}|{NONE_FINISHED}){RESUME_WITH}.*", re.IGNORECASE)
+"""The last sentence of an error's text from the server: what is kept, and how to resume."""
 
 OF_OURS = "grandrounds.errors."
 """In a traceback: the error is one of ours."""
@@ -129,8 +139,11 @@ def with_run_directory(config: Config) -> tuple[dict[str, Scalar], Path]:
 
 
 def why_it_ended(summary: Mapping[str, Any], reason: str, log: Path) -> str:
-    """Return the cause that the run gave, else Flower's reason, else the last line of a log."""
-    reason = reason.partition("\n")[0]
+    """Return the cause that the run gave, else Flower's reason, else the last line of a log.
+
+    An error's text from the server ends with its own note of how to resume, which knows no engine.
+    """
+    reason = KEPT_NOTE.sub("", reason.partition("\n")[0])
     told = summary.get("reason") or reason.partition("exception: ")[2] or reason
     return told or tail(log, lines=1) or "no reason given"
 

@@ -29,7 +29,8 @@ from grandrounds.model.base import (
     is_out_of_memory,
     stored_bits,
 )
-from grandrounds.model.memory import MIB, Precision, SiteMemory, site_memory
+from grandrounds.model.devices import processes
+from grandrounds.model.memory import MIB, Precision, SiteMemory, share_size, site_memory
 from grandrounds.model.resident import Resident, checkpoint_activations, resident_bytes
 
 GIB = 2**30
@@ -99,6 +100,11 @@ def free_bytes() -> int:
     return min(ours, int(total * float(os.environ.get(GPU_SHARE, "1"))))
 
 
+def _free_for(config: Config) -> int:
+    """Return the bytes available to each process of a visit: those on a CPU share its memory."""
+    return free_bytes() // (1 if torch.cuda.is_available() else processes(config))
+
+
 def _process_bytes() -> int:
     """Return the bytes left under this process's address space limit (`ulimit -v`)."""
     process = psutil.Process()
@@ -133,7 +139,7 @@ def checkpoints_activations(config: Config) -> bool:
         return False
     if config not in _fits_without:
         needs = site_needs(config, checkpointing=False)
-        _fits_without[config] = needs is not None and needs.total <= HEADROOM * free_bytes()
+        _fits_without[config] = needs is not None and needs.total <= HEADROOM * _free_for(config)
     return not _fits_without[config]
 
 
@@ -149,7 +155,7 @@ def check_fits(config: Config) -> None:
         If it needs more than is free; the message gives both, and settings that would fit.
     """
     checkpointing = config.model.gradient_checkpointing is not False
-    needs, free = site_needs(config, checkpointing=checkpointing), free_bytes()
+    needs, free = site_needs(config, checkpointing=checkpointing), _free_for(config)
     if needs is None or needs.total <= free:
         return
     how = "with" if checkpointing else "without"
@@ -202,7 +208,7 @@ def _free_unused() -> None:
 @contextmanager
 def explaining_out_of_memory(config: Config, checkpointing: bool) -> Iterator[None]:
     """Raise running out of memory as a `ModelError` with the plan and settings that would fit."""
-    free = free_bytes()
+    free = _free_for(config)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -215,10 +221,10 @@ def explaining_out_of_memory(config: Config, checkpointing: bool) -> Iterator[No
 
 def _shortage(config: Config, checkpointing: bool, free: int, reason: str) -> str:
     """Return the message for running out of memory; `free` is what was available before."""
-    arguments = config.arguments
-    batch = f"{arguments.per_device_train_batch_size} x {config.train.seq_length} tokens"
+    what = "a batch" if config.train.devices == 1 else "a device's share"
+    batch = f"{what} of {share_size(config)} x {config.train.seq_length} tokens"
     how = "with" if checkpointing else "without"
-    text = f"Memory ran out on a batch of {batch} {how} gradient checkpointing ({reason}). "
+    text = f"Memory ran out on {batch} {how} gradient checkpointing ({reason}). "
     available = f"{size_text(free)} available"
     needs = site_needs(config, checkpointing=checkpointing)
     if needs is None:

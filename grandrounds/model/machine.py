@@ -12,6 +12,7 @@ import torch
 
 from grandrounds import waiting
 from grandrounds.config.keys import Config
+from grandrounds.config.words import counted
 from grandrounds.errors import ModelError
 from grandrounds.model import headroom, products
 from grandrounds.model.architectures import FAMILIES
@@ -22,6 +23,7 @@ from grandrounds.model.base import (
     device_and_dtype,
     stored_bits,
 )
+from grandrounds.model.devices import processes
 from grandrounds.model.lora import LoraSpec, base_parameters
 from grandrounds.model.loss import Forward
 from grandrounds.model.resident import Resident, compile_mlps, resident_model
@@ -108,6 +110,8 @@ def means(config: Config) -> str:
     grouped = "length-grouped" if config.train.batching == "auto" else config.train.batching
     parts = [f"{'padding-free' if how.padding_free else grouped} batches"]
     parts.append(f"logits of {'answers' if how.answers_only else 'all tokens'}")
+    if (shares := config.train.devices) > 1:
+        parts.append(f"{shares} shares a batch on {counted(processes(config), 'device')}")
     if headroom.checkpoints_activations(config):
         parts.append("gradient checkpointing")
     if config.arguments.torch_compile:

@@ -326,7 +326,8 @@ def _source(module: Linear) -> str:
 
 @dataclass(frozen=True)
 class SiteMemory:
-    """Bytes on a site's GPU at the peak of a visit."""
+    """Bytes on a site's GPU at the peak of a visit; with several devices, on rank 0's, which holds
+    most: only it has an optimizer, and all have a base and a share of the batch."""
 
     cuda_context: int
     """`CUDA_CONTEXT_BYTES`."""
@@ -335,8 +336,9 @@ class SiteMemory:
     adapter: int
     """The adapter in float32, twice: as trained and as received."""
     gradient: int
-    """The adapter's gradient, and that of FedProx's proximal term where there is one. In a private
-    visit a gradient for each unit of a microbatch instead, and their sum in float64."""
+    """The adapter's gradient, and that of FedProx's proximal term where there is one; with several
+    devices also the one that another has sent. In a private visit a gradient for each unit of a
+    microbatch instead, and their sum in float64."""
     optimizer: int
     """AdamW's moments."""
     activations: int
@@ -355,12 +357,14 @@ class SiteMemory:
 def gradient_bytes(config: Config) -> int:
     """Return the bytes per trained value of the gradients that are held beside activations.
 
-    Autograd's is held in float32, and so is the proximal term's. A private visit has none of its
-    own then, but one for each unit of the microbatch, and a sum in float64.
+    Autograd's is held in float32, and so are the proximal term's and one that is received. A
+    private visit has none of its own then, but one for each unit of the microbatch, and a sum in
+    float64.
     """
     if config.is_private:
         return 4 * config.arguments.per_device_train_batch_size + 8
-    return 8 if config.strategy.proximal_mu > 0 else 4
+    received = 4 if config.train.devices > 1 else 0
+    return (8 if config.strategy.proximal_mu > 0 else 4) + received
 
 
 def optimizer_bytes(tensors: Sequence[int], optimizer: str) -> int:
@@ -391,10 +395,15 @@ def precision_of(config: Config) -> Precision:
     return Precision(config.model.quantization, base_bytes, config.arguments.bf16)
 
 
+def share_size(config: Config) -> int:
+    """Return the most examples of full length in one pass: a batch, or a share of it."""
+    return -(-config.arguments.per_device_train_batch_size // config.train.devices)
+
+
 def workload_of(
     config: Config, base: Architecture, targets: Sequence[str], precision: Precision
 ) -> Workload:
-    """Return the workload of a visit, for batches of full length."""
+    """Return the workload of a pass in a visit: a batch of full length, or a share of one."""
     padding_free = config.train.batching in ("auto", "padding-free")
     rank, table = Ranks.of(config).resident, tuple(config.lora.ranks_by_pattern.items())
     own_ranks = dict[str, int]()
@@ -408,7 +417,7 @@ def workload_of(
         targets=targets,
         rank=rank,
         batch=Batch(
-            config.arguments.per_device_train_batch_size,
+            share_size(config),
             config.train.seq_length,
             padded=base.family.attention_matrix or not padding_free,
         ),

@@ -55,6 +55,10 @@ SUMMARY = "summary.json"
 
 JOURNAL = "masks.json"
 
+KEPT, NONE_FINISHED = "finished rounds are kept", "no round was finished"
+RESUME_WITH = "; resume with "
+"""Parts of the note on what is kept of a run that ended early."""
+
 
 class RunDirectory:
     """Reads and writes one run directory."""

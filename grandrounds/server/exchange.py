@@ -79,11 +79,15 @@ class Exchange:
 
         It outlives its round, so that late replies can be told from missing ones.
         """
-        config = {"round": round_number, messages.RUN: self.run, **parcel.config}
+        config: dict[str, bool | int | float | str] = {
+            **{"round": round_number, messages.RUN: self.run},
+            **parcel.config,
+            **(instruction or {}),
+        }
         return Message(
             messages.content(
                 arrays=parcel.arrays,
-                config={**config, **(instruction or {})},
+                config=config,
                 start=parcel.start,
             ),
             node,

@@ -27,7 +27,14 @@ from grandrounds.server.admitted import (
 )
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.described import named_start
-from grandrounds.server.directory import RunDirectory, default_run_directory, environment
+from grandrounds.server.directory import (
+    KEPT,
+    NONE_FINISHED,
+    RESUME_WITH,
+    RunDirectory,
+    default_run_directory,
+    environment,
+)
 from grandrounds.server.exchange import Exchange
 from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
 from grandrounds.server.judging import examine_formulary, examiners_of
@@ -254,8 +261,8 @@ def fail(run: Run, status: str, reason: str) -> str:
         run.directory.append_unfinished(line)
         run.listener.on_unfinished(line)
     run.directory.write_json("summary.json", {**summary_of(run, status), "reason": reason})
-    kept = "finished rounds are kept" if run.state.round else "no round was finished"
-    return f"{kept}; resume with {command('grandrounds', 'run', '--resume', run.directory.path)}"
+    kept = KEPT if run.state.round else NONE_FINISHED
+    return f"{kept}{RESUME_WITH}{command('grandrounds', 'run', '--resume', run.directory.path)}"
 
 
 def check_same_sites(roster: Roster) -> None:

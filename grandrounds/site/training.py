@@ -16,6 +16,8 @@ from grandrounds.data.tokenization import TokenizedExample, tail_tokens
 from grandrounds.errors import ModelError
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.site import steps
+from grandrounds.site.devices.group import Group
+from grandrounds.site.devices.shares import Pass, backward, passes
 from grandrounds.wire.schedule import VisitSchedule
 
 _paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
@@ -42,6 +44,10 @@ class VisitSettings:
     """How batches go through the model."""
     seed: int
     """Seed of dropout."""
+    shares: int = 1
+    """Shares into which each batch is divided; each is a pass of its own."""
+    group: Group | None = None
+    """The processes that share the passes, begun with the adapter of the visit; None: this one."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
 
@@ -99,37 +105,40 @@ def train_visit(
     optimizer = make_optimizer(parameters, settings)
     device = parameters[0].device
     nll_sum, answer_tokens = 0.0, 0
-    groups = [
-        batches[i : i + settings.accumulation_steps]
-        for i in range(0, len(batches), settings.accumulation_steps)
+    size, group = settings.accumulation_steps, settings.group
+    plan = [
+        passes(batches[i : i + size], settings.shares, settings.seed, step)
+        for step, i in enumerate(range(0, len(batches), size))
     ]
+
+    def own(one: Pass) -> torch.Tensor:
+        return backward(model, one, pad_token_id, device, settings.forward)
+
     model.train()
-    for step, group in enumerate(groups):
-        set_learning_rate(optimizer, settings.schedule.rate(step, len(groups)))
+    for step, of_step in enumerate(plan):
+        set_learning_rate(optimizer, settings.schedule.rate(step, len(plan)))
         optimizer.zero_grad(set_to_none=True)
-        step_tokens = sum(e.answer_tokens for batch in group for e in batch)
-        for batch in group:
-            with attending(model, settings.forward):
-                loss = answer_nll_sum(model, batch, pad_token_id, device, settings.forward)
-                (loss / step_tokens).backward()  # type: ignore[no-untyped-call]
-            nll_sum += loss.detach()  # type: ignore[assignment]
+        if group and step:
+            group.step()
+        for loss in group.losses(of_step, own) if group else map(own, of_step):
+            nll_sum += loss  # type: ignore[assignment]
         if trained is not None:
             keep_gradient(parameters, trained)
         add_proximal_gradient(parameters, received, settings.proximal_mu)
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
-        answer_tokens += step_tokens
-        steps.step(step + 1, len(groups))
+        answer_tokens += of_step[0].step_tokens
+        steps.step(step + 1, len(plan))
     optimizer.zero_grad(set_to_none=True)
     seen = [e for batch in batches for e in batch]
     tokens = sum(len(e.input_ids) for e in seen)
-    carried = sum(positions(batch, settings.forward) for batch in batches)
+    carried = sum(positions(one.examples, settings.forward) for of_step in plan for one in of_step)
     train_loss = float(nll_sum) / answer_tokens
     return VisitResult(
         train_loss=train_loss,
         proximal_penalty=proximal_penalty(parameters, received, settings.proximal_mu),
-        steps=len(groups),
+        steps=len(plan),
         examples=len(seen),
         tokens=tokens,
         padding_tokens=carried - tokens,
@@ -260,17 +269,27 @@ def held_out_loss(
     examples: Sequence[TokenizedExample],
     batch_size: int,
     pad_token_id: int,
-    device: torch.device,
     forward: Forward,
+    group: Group | None = None,
 ) -> tuple[float, int]:
-    """Return the summed negative log-likelihood (nats) and the number of answer tokens."""
+    """Return the summed negative log-likelihood (nats) and the number of answer tokens.
+
+    Batches go to the processes of a group in turn; their sum is in the same order without one.
+    """
     model.eval()
+    device = next(model.parameters()).device
     lengths = [len(e.input_ids) for e in examples]
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    total, answer_tokens = 0.0, 0
+    batches = [
+        [examples[place] for place in by_length[i : i + batch_size]]
+        for i in range(0, len(by_length), batch_size)
+    ]
+
+    def own(batch: Sequence[TokenizedExample]) -> float:
+        return float(answer_nll_sum(model, batch, pad_token_id, device, forward))
+
     with attending(model, forward):
-        for i in range(0, len(by_length), batch_size):
-            batch = [examples[place] for place in by_length[i : i + batch_size]]
-            total += float(answer_nll_sum(model, batch, pad_token_id, device, forward))
-            answer_tokens += sum(e.answer_tokens for e in batch)
-    return total, answer_tokens
+        total = 0.0
+        for nll in group.evaluated(batches, own) if group else map(own, batches):
+            total += nll
+    return total, sum(e.answer_tokens for e in examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
@@ -32,11 +33,13 @@ from grandrounds.model.base import (
     device_and_dtype,
     quantization_config,
 )
+from grandrounds.model.devices import processes
 from grandrounds.model.lora import check_dequantizes
 from grandrounds.model.positions import check_examples, check_length
 from grandrounds.model.resident import Resident, adapter_change, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
+from grandrounds.site.devices import group as devices
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.masks.end import SiteEnd
@@ -268,7 +271,7 @@ def introduction(
         "base": _fingerprint(name),
         **{key: commit for key, commit in commits.items() if commit},
         "prompt": prompt_hash(config.data.prompt, run_tokenizer(config)),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": _devices(device, processes(config)),
         "precision": machine.precision(config),
         "means": machine.means(config),
         "torch": torch.__version__,
@@ -278,9 +281,21 @@ def introduction(
     }
 
 
+def _devices(device: torch.device, count: int) -> str:
+    """Return what visits train on, in words; GPUs of one machine are taken to be alike."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return name if count == 1 else f"{count} x {name}"
+
+
 @lru_cache(maxsize=4)
 def _fingerprint(name: str) -> str:
     return base_fingerprint(name)
+
+
+def prepared(config: Config) -> Resident:
+    """Return this process's model; the processes of other devices load theirs meanwhile."""
+    devices.start(config)
+    return machine.prepare_model(config)
 
 
 def next_batches(visit: Visit) -> Batches:
@@ -330,13 +345,19 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     trained, settings = _trained(visit, resident), _settings(visit)
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
-    return headroom.run_visit(
-        config,
-        resident,
-        lambda: training.train_visit(
-            resident.model, list(trained.values()), batches, settings, pad, parts
-        ),
-    )
+
+    def trained_on_all() -> training.VisitResult:
+        group = devices.begun(config, resident, list(trained), pad)
+        return training.train_visit(
+            resident.model,
+            list(trained.values()),
+            batches,
+            dataclasses.replace(settings, group=group),
+            pad,
+            parts,
+        )
+
+    return headroom.run_visit(config, resident, trained_on_all)
 
 
 def _trained(visit: Visit, resident: Resident) -> dict[str, torch.nn.Parameter]:
@@ -360,6 +381,7 @@ def _settings(visit: Visit) -> training.VisitSettings:
         proximal_mu=config.strategy.proximal_mu,
         forward=machine.forward(config),
         seed=sampling.visit_seed(config.federation.seed, visit.round, visit.site.partition_id),
+        shares=config.train.devices,
     )
 
 
@@ -466,13 +488,14 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
     """Return the summed loss in nats of the site's held-out examples, and their answer tokens."""
     nll_sum, tokens = 0.0, 0
     if site.held_out:
+        pad = run_tokenizer(config).pad_token_id
         nll_sum, tokens = training.held_out_loss(
             resident.model,
             site.held_out,
             config.arguments.per_device_train_batch_size,
-            run_tokenizer(config).pad_token_id,
-            resident.device,
+            pad,
             machine.forward(config),
+            devices.begun(config, resident, [], pad),
         )
     if not math.isfinite(nll_sum):
         raise DataError(f"Site {site.partition_id}: the held-out loss is {nll_sum}.")

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ Gauge = Literal["nearest", "balanced"]
 
 Matrix = NDArray[np.float64]
 
-Term = tuple[float, NDArray[np.floating], NDArray[np.floating]]
+Term = tuple[float, NDArray[np.floating[Any]], NDArray[np.floating[Any]]]
 """(c, B, A): c B A."""
 
 
@@ -85,7 +85,7 @@ def best_product(terms: Sequence[Term], rank: int) -> BestProduct:
 
 
 def factors(
-    best: BestProduct, rank: int, anchor: NDArray[np.floating], gauge: Gauge = "nearest"
+    best: BestProduct, rank: int, anchor: NDArray[np.floating[Any]], gauge: Gauge = "nearest"
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return A (rank, in) and B (out, rank), whose product is `best`, in a gauge.
 

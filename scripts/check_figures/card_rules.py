@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from scripts.check_figures.raw import FAILED, Raw
-from scripts.check_figures.run_rules import configured, wilson
+from scripts.check_figures.run_rules import configured
+from scripts.check_figures.scores import wilson
 from scripts.check_figures.sheet import Sheet
 
 
@@ -21,6 +22,9 @@ def check_card(card: str, raw: Raw, folder: Path) -> Sheet:
     sheet.want("heading", [number, raw.planned])
     loss = line.get("held-out-loss")
     start = next((one["held-out-loss"] for one in raw.lines if one["round"] == 0 and loss), None)
+    spent: dict[str, float] = {}
+    for one in raw.trained[: raw.trained.index(line) + 1] if number else ():
+        spent |= one.get("epsilon") or {}
     for place, text in sheet.texts.items():
         row = place.removeprefix("row/")
         if row == "adapter":
@@ -36,6 +40,11 @@ def check_card(card: str, raw: Raw, folder: Path) -> Sheet:
             sheet.want(place, [mib, mib / 1024, 2, 20, 2, 30] if "^" in text else [mib, mib / 1024])
         elif row == "failed replies so far":
             sheet.want(place, [failures_until(raw, number)])
+        elif row == "epsilon spent":
+            sheet.want(place, [max(spent.values())])
+        elif row == "epsilon by site":
+            told = ((s, spent.get(str(s))) for s in sorted(s["partition-id"] for s in raw.sites))
+            sheet.want(place, [n for pair in told for n in pair if n is not None][:200])
         elif row == "Rounds":
             sheet.want(place, [number, len(raw.trained[0]["cohort"])])
         elif row.startswith("accuracy/"):

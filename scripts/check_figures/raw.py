@@ -33,6 +33,9 @@ class Raw:
     plan: Json
     sites: list[dict[str, Any]]
     environment: Json
+    evaluations: list[dict[str, Any]]
+    """Of the run and of its checkpoints, one for each protocol."""
+    audit: Json
 
     @property
     def trained(self) -> list[dict[str, Any]]:
@@ -51,7 +54,9 @@ class Raw:
         """Texts whose digits are no figures."""
         said = [self.path.name, str(self.path), Path(str(self.config["model.name"])).name]
         said.append(Path(str(self.config["static.dataset.name"])).name)
-        said += [site["name"] for site in self.sites if site.get("name")]
+        said += filter(None, (self.name_of(site["partition-id"]) for site in self.sites))
+        said += [row["title"] for one in self.evaluations for row in one["rows"]]
+        said.append(str((self.summary.get("privacy") or {}).get("accountant") or ""))
         for line in (*self.lines, *self.lost):
             for key in FAILED:
                 said += (line.get(key) or {}).values()
@@ -65,8 +70,12 @@ class Raw:
 
     def who(self, site: int) -> list[float]:
         """Return the numbers in how a site is called: none if it has a name."""
-        named = {s["partition-id"] for s in self.sites if s.get("name")}
-        return [] if site in named else [site]
+        return [] if self.name_of(site) else [site]
+
+    def name_of(self, site: int) -> str:
+        """Return a site's name; empty if that is its number."""
+        names = {s["partition-id"]: str(s.get("name") or "") for s in self.sites}
+        return names.get(site, "").removeprefix(f"site {site}")
 
     def sent(self, way: str = "") -> float:
         """Return the MiB of the ledger, all or those of one direction."""
@@ -97,6 +106,10 @@ def read(path: Path) -> Raw:
         text = file.read_text() if file.is_file() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]
 
+    evaluations: list[dict[str, Any]] = []
+    for folder in (path, *sorted(path.glob("peft_*"), key=lambda one: int(one.name[5:]))):
+        found = json_of(f"{folder.relative_to(path)}/evaluation/evaluation.json", None)
+        evaluations += evaluations_in(found) if found else []
     return Raw(
         path=path,
         config=flat(tomllib.loads((path / "config.toml").read_text())),
@@ -107,7 +120,14 @@ def read(path: Path) -> Raw:
         plan=json_of("plan.json", {}),
         sites=json_of("sites.json", []),
         environment=json_of("environment.json", {}),
+        evaluations=evaluations,
+        audit=json_of("privacy-audit.json", {}),
     )
+
+
+def evaluations_in(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the evaluations of an evaluation.json, one for each protocol."""
+    return content.get("evaluations") or [content]
 
 
 def flat(table: Json, before: str = "") -> dict[str, Any]:

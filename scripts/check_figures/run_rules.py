@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import statistics
 import tomllib
 from collections import Counter
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts.check_figures.page import Texts
+from scripts.check_figures.privacy_rules import privacy
 from scripts.check_figures.raw import MIB, PYPROJECT, Raw, flat, is_number
+from scripts.check_figures.scores import figures, losses, pairs, row_of
 from scripts.check_figures.sheet import Cell, Sheet
 from scripts.check_figures.shown import numbers_in, of_duration
-
-Z = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
 
 FAR = 2.0
 """A norm is an outlier above this many times the median of its round, or below its inverse."""
@@ -28,7 +26,7 @@ def check_run_page(texts: Texts, raw: Raw) -> Sheet:
     sheet = Sheet(texts, raw.names)
     for rule in (
         *(headline, failures, loss, accuracy, communication, messages, seconds),
-        *(participation, coverage, updates, rule_values, provenance),
+        *(participation, coverage, updates, rule_values, privacy, provenance),
     ):
         rule(sheet, raw)
     sheet.ticks()
@@ -36,24 +34,7 @@ def check_run_page(texts: Texts, raw: Raw) -> Sheet:
     return sheet
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share."""
-    share, z2 = correct / n, Z * Z
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 # --- Headline -------------------------------------------------------------------------------------
-
-
-def exams(raw: Raw) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return kind of facts → base or tuned → (correct, n), of the exam at the end of the run."""
-    asked = raw.summary.get("formulary") or {}
-    return {
-        kind: {which: (c["correct"], c["n"]) for which, c in of.items()}
-        for kind, of in asked.items()
-    }
 
 
 def headline(sheet: Sheet, raw: Raw) -> None:
@@ -62,23 +43,27 @@ def headline(sheet: Sheet, raw: Raw) -> None:
     sheet.want("head/subtitle", [sites])
     ended = raw.summary.get("status") == "completed"
     sheet.want("head/status", [raw.rounds] if ended else [raw.rounds, raw.planned])
-    judged, scores = raw.series("held-out-loss"), exams(raw)
-    said: list[float] = []
+    judged = raw.series("held-out-loss")
+    said: list[list[float]] = []
     if len(judged) > 1:
         first, last = judged[0][1], judged[-1][1]
-        said += [first, last] if f"{first:.3f}" != f"{last:.3f}" else [last]
-    shares = {kind: [100 * c / n for c, n in of.values()] for kind, of in scores.items()}
-    said += shares.get("private", [])
+        said.append([first, last] if f"{first:.3f}" != f"{last:.3f}" else [last])
+    forgot: list[float] = []
+    asked = pairs(raw)
+    for i, (name, base, tuned) in enumerate(asked):
+        drop = base.percent - tuned.percent if base else 0.0
+        if base and name == "public facts" and raw.config["model.name"] == "formulary":
+            forgot = [drop] if drop > 0 else []
+        elif base:
+            said.append([base.percent, tuned.percent])
+        if i < 4:
+            ends = [base.percent] if base else []
+            sheet.want(f"tile/{name}/value", [*ends, tuned.percent])
+            interval = [95, *tuned.interval] if tuned.interval else []
+            lost = [drop] if drop > 0.05 else []
+            sheet.want(f"tile/{name}/note", [*lost, *tuned.counts, *interval])
     if said:
-        lost = shares.get("public", [0.0, 0.0])
-        forgot = [lost[0] - lost[1]] if lost[0] > lost[1] else []
-        sheet.want("head/outcome", [raw.rounds, *said, *forgot])
-    for kind, ends in shares.items():
-        correct, n = scores[kind]["tuned"]
-        low, high = wilson(correct, n)
-        drop = [ends[0] - ends[1]] if ends[0] - ends[1] > 0.05 else []
-        sheet.want(f"tile/{kind} facts/value", ends)
-        sheet.want(f"tile/{kind} facts/note", [*drop, correct, n, 95, 100 * low, 100 * high])
+        sheet.want("head/outcome", [raw.rounds, *(v for part in said[:2] for v in part), *forgot])
     if judged:
         sheet.want("tile/held-out loss/value", [judged[0][1], judged[-1][1]])
         sheet.want("tile/held-out loss/note", [judged[0][0], judged[-1][0]])
@@ -147,26 +132,14 @@ def loss(sheet: Sheet, raw: Raw) -> None:
 
 
 def accuracy(sheet: Sheet, raw: Raw) -> None:
-    scores = exams(raw)
-    if not scores:
-        return
-    marks: list[list[float]] = []
-    rows: list[list[Cell]] = []
-    labels: list[float] = []
-    for of in scores.values():
-        for which, (correct, n) in of.items():
-            low, high = wilson(correct, n)
-            shown = [100 * correct / n, 100 * low, 100 * high]
-            labels += shown
-            model = [] if which == "base" else [raw.rounds]
-            rows.append([[], model, [correct, n], shown[:1], shown[1:]])
-            if model:
-                marks.append([*model, shown[0], correct, n, *shown[1:]])
-    sheet.marks("accuracy-1", marks)
-    sheet.table("figure/accuracy-1", rows)
     kept = [int(f.name[5:]) for f in raw.path.glob("peft_*")]
-    sheet.among("figure/accuracy-1/note", [95, 25, raw.rounds, *kept])
-    sheet.labels("accuracy-1", labels)
+    for number, drawn in enumerate(figures(raw), 1):
+        key = f"accuracy-{number}"
+        tuned = [score for score in drawn if score.round is not None]
+        sheet.marks(key, [[*score.digits, *score.shown] for score in tuned])
+        sheet.table(f"figure/{key}", [row_of(score) for score in drawn])
+        sheet.among(f"figure/{key}/note", [95, 25, raw.rounds, *kept, *losses(raw)])
+        sheet.labels(key, [value for score in drawn for value in score.shown])
 
 
 # --- Cost -----------------------------------------------------------------------------------------
@@ -261,7 +234,7 @@ def participation(sheet: Sheet, raw: Raw) -> None:
         of = {site["partition-id"]: site for site in raw.sites}
         rows: list[list[Cell]] = [
             [
-                of[s].get("name") or [s],
+                raw.name_of(s) or [s],
                 [of[s]["train-examples"]],
                 [of[s]["held-out-examples"]],
                 [took[s]],

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from scripts.check_figures.page import Texts
 from scripts.check_figures.raw import Raw
-from scripts.check_figures.run_rules import DEFAULTS, cells, configured, exams, text_of, wilson
+from scripts.check_figures.run_rules import DEFAULTS, cells, configured, text_of
+from scripts.check_figures.scores import Score, pairs, scores
 from scripts.check_figures.sheet import Cell, Sheet
 from scripts.check_figures.shown import of_duration
 
@@ -62,11 +63,6 @@ def called(runs: Sequence[Raw]) -> dict[str, Raw]:
     return {"/".join(raw.path.absolute().parts[-parts:]): raw for raw in runs}
 
 
-def kinds_of(runs: Sequence[Raw]) -> list[str]:
-    """Return the kinds of facts that any run was asked, in their order."""
-    return list(dict.fromkeys(kind for raw in runs for kind in exams(raw)))
-
-
 def status(raw: Raw) -> list[float]:
     ended = raw.summary.get("status") == "completed"
     return [raw.rounds] if ended else [raw.rounds, raw.planned]
@@ -89,19 +85,25 @@ def curve(sheet: Sheet, runs: Sequence[Raw], key: str, factor: float) -> None:
         sheet.want(f"figure/{key}/note", [0])
 
 
+def _round(score: Score) -> int:
+    return score.round or 0
+
+
 def accuracies(sheet: Sheet, runs: Sequence[Raw]) -> None:
     marks: list[list[float]] = []
     rows: list[list[Cell]] = []
     labels: list[float] = [95]
-    for kind in kinds_of(runs):
-        for raw in runs:
-            for which, (correct, n) in exams(raw).get(kind, {}).items():
-                low, high = wilson(correct, n)
-                shown = [100 * correct / n, correct, n, 100 * low, 100 * high]
-                model = [] if which == "base" else [raw.rounds]
-                marks.append([*model, *shown])
-                rows.append([[], [], model, shown])
-                labels.append(shown[0])
+    asked: list[dict[tuple[str, str, str], list[Score]]] = [{} for _ in runs]
+    for of, raw in zip(asked, runs, strict=True):
+        for score in scores(raw):
+            of.setdefault((score.protocol, score.benchmark, score.group), []).append(score)
+    for key in dict.fromkeys(key for of in asked for key in of):
+        for of in asked:
+            tuned = sorted((s for s in of.get(key, ()) if s.round is not None), key=_round)
+            for score in [*(s for s in of.get(key, ()) if s.model == "base"), *tuned[-1:]]:
+                marks.append([*score.digits, *score.shown])
+                rows.append([[], [], score.digits, score.shown])
+                labels.append(score.percent)
     if marks:
         sheet.marks("accuracy", marks)
         sheet.table("figure/accuracy", rows)
@@ -139,12 +141,13 @@ def side_by_side(sheet: Sheet, runs: Sequence[Raw]) -> None:
         ["failed visits", *(failed(raw) for raw in runs)],
         ["wall-clock time", *(took(raw) for raw in runs)],
     ]
-    for kind in sorted(kinds_of(runs)):  # what may be forgotten comes last
-        shares = [
-            [100 * c / n for c, n in exams(raw)[kind].values()] if kind in exams(raw) else "-"
-            for raw in runs
-        ]
-        rows.append([f"{kind} facts", *shares])
+    asked = [{name: (base, tuned) for name, base, tuned in pairs(raw)[:4]} for raw in runs]
+    for name in dict.fromkeys(name for of in asked for name in of):
+        shares: list[Cell] = []
+        for of in asked:
+            ends = of.get(name, ())
+            shares.append([one.percent for one in ends if one] or "-")
+        rows.append([name, *shares])
     sheet.table("table/table/", rows)
 
 

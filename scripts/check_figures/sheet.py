@@ -26,14 +26,15 @@ class Sheet:
     checked: Counter[str] = field(default_factory=Counter)
     """Kind of place → figures that are right."""
     findings: list[str] = field(default_factory=list)
-    _seen: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
+    """Places that a rule has checked."""
 
     def want(self, place: str, raw: Sequence[float]) -> None:
         """Check that a text holds these numbers, one each and in order."""
         if place not in self.texts:
             self.findings.append(f"{place} is missing: the raw files have {_listed(raw)}")
             return
-        self._seen.add(place)
+        self.seen.add(place)
         if agree(numbers_in(self.texts[place], self.names), raw):
             self._count(place, len(raw))
         else:
@@ -44,7 +45,7 @@ class Sheet:
     def among(self, place: str, raw: Iterable[float]) -> None:
         """Check that every number of a text is one of these."""
         values = list(raw)
-        self._seen.add(place)
+        self.seen.add(place)
         for shown in numbers_in(self.texts[place], self.names):
             if any(shown.shows(value) for value in values):
                 self._count(place, 1)
@@ -55,7 +56,7 @@ class Sheet:
 
     def verbatim(self, place: str, text: str) -> None:
         """Check that a text is this one."""
-        self._seen.add(place)
+        self.seen.add(place)
         said = self.texts.get(place)
         if said == text:
             self._count(place, len(numbers_in(text)))
@@ -66,7 +67,7 @@ class Sheet:
         """Check that the marks of a figure are these, in any order."""
         left = list(raw)
         for place in self.under(f"figure/{figure}/mark/"):
-            self._seen.add(place)
+            self.seen.add(place)
             shown = numbers_in(self.texts[place], self.names)
             match = next((values for values in left if agree(shown, values)), None)
             if match is None:
@@ -98,7 +99,7 @@ class Sheet:
             figure, key, kind, *where = place.split("/")
             if kind != "tick":
                 continue
-            self._seen.add(place)
+            self.seen.add(place)
             anchor, x, y, _ = where[0].split(",")
             if len(found := numbers_in(self.texts[place], self.names)) == 1:
                 axis, at = (f"y{x}", float(y)) if anchor == "end" else (f"x{y}", float(x))
@@ -143,12 +144,12 @@ class Sheet:
         """Report every number that no rule has explained."""
         version = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["version"]
         if self.texts.get("footer", "").startswith(f"Made by grandrounds {version}, "):
-            self._seen.add("footer")  # the rest is the date of the page
+            self.seen.add("footer")  # the rest is the date of the page
         for place in self.texts:
-            if "/column/" in place and place not in self._seen:
+            if "/column/" in place and place not in self.seen:
                 self.among(place, [95, 256])  # 95 % intervals, SHA-256
         for place, text in self.texts.items():
-            if place not in self._seen and numbers_in(text, self.names):
+            if place not in self.seen and numbers_in(text, self.names):
                 self.findings.append(f"{place}: no rule explains {text!r}")
 
     def _count(self, place: str, figures: int) -> None:

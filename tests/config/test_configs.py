@@ -42,6 +42,7 @@ LEFT_OUT = {
     "consortium",
     "train.num-threads",
     "train.cpu-matmul",
+    "train.devices",
     "train.report-to",
     "strategy.round-timeout-seconds",
     "strategy.min-sites",

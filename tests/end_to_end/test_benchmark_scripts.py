@@ -55,10 +55,19 @@ def test_neighbour_runs_every_arm_alone_and_beside_busy_processes(tmp_path: Path
     assert all(seconds > 0 for seconds in figures["medians"].values())
 
 
+def test_devices_compares_two_processes_with_one(tmp_path: Path) -> None:
+    quick = ("--architecture", "tiny", "--steps", "2", "--threads", "1", "--repeats", "1")
+    figures = result(tmp_path, "devices.py", *quick, "--dropout", "0.1")
+    arms = figures["arms"]
+    assert {arm for arm in arms if arms[arm]["same_bits"]} == {"shares", "again", "devices"}
+    assert arms["devices"]["train_loss"] == arms["shares"]["train_loss"]
+    assert figures["backend"] == "gloo"
+
+
 def test_attention_compares_paths_and_tails(tmp_path: Path) -> None:
     figures = result(tmp_path, "attention.py", "--steps", "1")
     arms = {row["arm"]: row for row in figures["visits"]}
-    assert list(arms) == ["one a sequence", "one a layer", "with tails"]
+    assert list(arms) == ["one a sequence", "one a layer", "tails of 256"]
     assert arms["one a sequence"]["paths"] == ["sequence by sequence"]
     assert all(row["new_ms"] > 0 for row in arms.values())
     assert all(0 < row["gradient of keys"] < 0.01 for row in figures["errors"])

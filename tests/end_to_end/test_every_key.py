@@ -101,6 +101,7 @@ TESTED_ELSEWHERE = {
     "train.save-every-round": "test_run_directory.py",
     "train.num-threads": "below",
     "train.cpu-matmul": "tests/model/test_products.py: no effect on a base as small as these",
+    "train.devices": "tests/site/devices",
     "train.report-to": "tests/server/listeners/test_trackers.py: the adapter is the same",
     "train.training-arguments.lr-scheduler-type": "with warmup-steps",
     "train.training-arguments.bf16": "for a GPU",

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from grandrounds.config import recipes
@@ -106,8 +105,8 @@ def test_a_checkpoint_loaded_with_peft_has_the_reported_held_out_loss(
                 partition,
             ).held_out
             pad = tokenizer_of(config.model.name).pad_token_id
-            device, forward = torch.device("cpu"), machine.forward(config)
-            more = training.held_out_loss(evaluated, held_out, 4, pad, device, forward)
+            forward = machine.forward(config)
+            more = training.held_out_loss(evaluated, held_out, 4, pad, forward)
             nll_sum, tokens = nll_sum + more[0], tokens + more[1]
         return nll_sum / tokens
 

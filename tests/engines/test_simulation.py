@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 
 from grandrounds.config import recipes
 from grandrounds.config.recipes import to_toml
+from grandrounds.engines.folders import own_folder
+from grandrounds.engines.simulation import SimulatedSites, run_simulation
+from grandrounds.engines.watching import write_app
 from tests.places import ROOT
 from tests.processes import counted, short_folder
 from tests.runs import Settings, adapter_bytes, play, summary_of
@@ -121,9 +125,6 @@ def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Pat
 
     With DoRA, whose start is a kind of message of its own.
     """
-    from grandrounds.engines.folders import own_folder
-    from grandrounds.engines.simulation import SimulatedSites, run_simulation
-
     settings = {**settings, "model.lora.peft-use-dora": True}
     simulated = tmp_path / "flwr"
     overrides = {**settings, "run-directory": str(simulated)}
@@ -137,3 +138,54 @@ def test_plain_flwr_run_gives_the_same_adapter(settings: Settings, tmp_path: Pat
         assert (folder.path / "run.log").stat().st_size > 0
         assert (folder.path / "apps").is_dir()  # the bundle, without weights
     assert adapter_bytes(simulated, "peft_3") == adapter_bytes(play(settings), "peft_3")
+
+
+NOTING = """
+import os
+from pathlib import Path
+from flwr.clientapp import ClientApp
+from grandrounds.client_app import app as ours
+from grandrounds.model.base import base_loads
+
+class Noting(ClientApp):
+    def __call__(self, message, context):
+        reply = ours(message, context)
+        note = f"{os.getpid()} {os.environ['CUDA_VISIBLE_DEVICES']} {base_loads()}\\n"
+        with Path(NOTES).open("a") as file:
+            file.write(note)
+        return reply
+
+app = Noting()
+"""
+"""A ClientApp that notes after each message: its process, the GPUs in its view, loaded bases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnTwoGpus(SimulatedSites):
+    """Sites of a machine with two GPUs, as Ray is told; PyTorch finds none."""
+
+    def check(self) -> None:
+        pass
+
+    @property
+    def resources(self) -> str:
+        sizes = "client-resources-num-cpus=1 client-resources-num-gpus=1"
+        return f"num-supernodes={self.count} {sizes} init-args-num-cpus=2 init-args-num-gpus=2"
+
+
+def test_sites_at_once_have_a_gpu_each_with_one_base(settings: Settings, tmp_path: Path) -> None:
+    """What each process takes on its GPU is decided by PyTorch, which sees no other one there."""
+    notes = tmp_path / "notes.txt"
+    settings = {**settings, "strategy.fraction-train": 1.0, "num-server-rounds": 2}
+    flat = {**recipes.resolve(settings).flat(), "run-directory": str(tmp_path / "simulated")}
+    with own_folder() as folder:
+        app = write_app(folder.path / "app", "noting")
+        (app / "noting.py").write_text(NOTING.replace("NOTES", repr(str(notes))))
+        sites = OnTwoGpus(4, gpus=1)
+        assert run_simulation(app, flat, sites, folder) == ("completed", "")
+    noted = {tuple(line.split()) for line in notes.read_text().splitlines()}
+    gpu_of = {process: gpu for process, gpu, _ in noted}
+    assert sorted(gpu_of.values()) == ["0", "1"]
+    assert {(process, gpu) for process, gpu, _ in noted} == {*gpu_of.items()}
+    assert {int(loads) for _, _, loads in noted} == {0, 1}  # 0: at the roll call
+    assert adapter_bytes(tmp_path / "simulated", "peft_2") == adapter_bytes(play(settings))

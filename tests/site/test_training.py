@@ -34,7 +34,6 @@ from grandrounds.wire.schedule import VisitSchedule
 PAD = 0
 LEAN = Forward(bf16=True, padding_free=True, answers_only=True, chunk_tokens=5)
 LORA = LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
-CPU = torch.device("cpu")
 Batches = list[list[TokenizedExample]]
 
 
@@ -359,7 +358,7 @@ def test_the_base_is_not_touched(tiny_base: Path) -> None:
 def test_held_out_loss_is_the_sum_over_answer_tokens(tiny_base: Path, batch_size: int) -> None:
     resident = make(tiny_base, LoraSpec(4, 8.0, "q_proj,v_proj", 0.5))
     resident.model.train()
-    loss, tokens = held_out_loss(resident.model, EXAMPLES, batch_size, PAD, CPU, LEAN)
+    loss, tokens = held_out_loss(resident.model, EXAMPLES, batch_size, PAD, LEAN)
     assert tokens == sum(len(e.input_ids) - e.prompt_tokens for e in EXAMPLES)
     with torch.no_grad():
         expected = float(resident.model.eval()(**collate(EXAMPLES, PAD)).loss) * tokens

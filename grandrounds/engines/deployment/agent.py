@@ -27,7 +27,7 @@ from grandrounds.engines.deployment.connections import Connections, Link, Told
 from grandrounds.engines.deployment.listening import listening
 from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import GrandRoundsError, ReplyError
-from grandrounds.site.custody import faults, refusals
+from grandrounds.site.custody import faults, kept_masks, refusals
 from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.node import SITE
 from grandrounds.site.custody.site_file import SiteFile
@@ -52,6 +52,7 @@ class Agent:
         self._wake: Callable[[], object] = lambda: None
         with opened(self._folder) as state:  # fails now if the folder is unusable
             state.tidy()
+            kept_masks.tidy(state)
 
     @property
     def _folder(self) -> Path:

@@ -34,7 +34,7 @@ from grandrounds.engines.watching import (
 )
 from grandrounds.errors import ConfigError, EngineError, nearest
 from grandrounds.server import admitted
-from grandrounds.server.directory import RunDirectory
+from grandrounds.server.directory import RESUME_WITH, RunDirectory
 from grandrounds.server.listeners import Listener
 from grandrounds.server.masks.rosters import check_roster
 from grandrounds.storage import read_toml
@@ -86,7 +86,7 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
     words = ["grandrounds", "run", "--resume", directory]
     words += ["--engine", "deployment", "--connection", connection]
     words += ["--set", f"consortium={folder}"] if folder != default else []
-    resume = f"Finished rounds, if any, are kept; once the SuperLink runs again: {command(*words)}"
+    kept, resume = "Finished rounds, if any, are kept", command(*words)
     watcher = Watcher(directory, listener) if is_here else None
     with own_folder() as own, listener:
         home, log = own.path, own.path / "run.log"
@@ -101,7 +101,8 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
                 mark_stopped(RunDirectory(directory))
             raise
         except EngineError as error:
-            raise EngineError(f"The SuperLink at {address} is lost ({error}). {resume}") from error
+            told = f"The SuperLink at {address} is lost ({error}). {kept}; once it runs again: "
+            raise EngineError(told + resume) from error
         _tidy(folder, link)
         if watcher and status == "completed" and not directory.exists():  # through a tunnel
             sys.stdout.write(f"completed; {directory} is on the SuperLink's machine\n")
@@ -109,7 +110,7 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
         summary = watcher.summary() if watcher else {}
         if status != "completed" or (watcher and summary.get("status") != "completed"):
             why = why_it_ended(summary, reason, log)
-            advice = f"{resume} " if directory.exists() or not is_here else ""
+            advice = f"{kept}{RESUME_WITH}{resume} " if directory.exists() or not is_here else ""
             logs = kept_logs(home, directory) if watcher else ""  # elsewhere, it has been shown
             raise EngineError(f"The run ended as {status}: {why} {advice}{logs}".rstrip())
         if watcher:

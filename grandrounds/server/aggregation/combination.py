@@ -72,7 +72,8 @@ class Combination(ComparableReplies):
 def squared_distances(gram: Matrix) -> Matrix:
     """Return |d_i - d_j|^2 from the inner products."""
     own = np.diag(gram)
-    return np.maximum(own[:, None] + own[None, :] - 2 * gram, 0.0)
+    squared: Matrix = np.maximum(own[:, None] + own[None, :] - 2 * gram, 0.0)
+    return squared
 
 
 def geometric_median(gram: Matrix, shares: Coefficients) -> Coefficients:

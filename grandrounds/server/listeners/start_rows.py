@@ -69,7 +69,8 @@ def recipe_rows(config: Config) -> Rows:
             "visit",
             f"{length}{warmup}, effective batch {config.examples_per_step} "
             f"({arguments.per_device_train_batch_size} x "
-            f"{arguments.gradient_accumulation_steps}), {train.optimizer}, "
+            f"{arguments.gradient_accumulation_steps})"
+            f"{f', in {train.devices} shares a batch' * (train.devices > 1)}, {train.optimizer}, "
             f"at most {train.seq_length} tokens",
         ),
         (

@@ -1,4 +1,4 @@
-"""Takes over the state of a site as version 0.1.0 and before wrote it: everything in tables."""
+"""Takes over the state of a site as earlier versions wrote it: everything in tables, or undated."""
 
 from __future__ import annotations
 
@@ -52,3 +52,11 @@ def take_over(table: sqlite3.Connection, folder: Path, states: str, now: float) 
         table.execute("drop table visits")
     table.execute("drop table if exists questions")
     table.execute("drop table if exists hashes")
+
+
+def date_attempts(table: sqlite3.Connection, now: float) -> None:
+    """Give attempts at masked sums, which once had no time, that of this moment."""
+    columns = {row[1] for row in table.execute("pragma table_info(mask_attempts)")}
+    if "at" not in columns:
+        table.execute("alter table mask_attempts add column at real not null default 0")
+    table.execute("update mask_attempts set at = ? where at = 0", (now,))

@@ -2,7 +2,8 @@
 
 Whatever leaves the site is on disk before. `site forget-run` deletes attempts and vectors; which
 rounds were begun is never forgotten, and the site takes no part in them again, since a second sum
-of a round gives away a single update.
+of a round gives away a single update. Attempts of a run that has never trained here go after
+`UNTRAINED_DAYS`: the site has sent no vector for any of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from grandrounds.errors import ConfigError, PolicyError
+from grandrounds.site.custody.clock import DAY_SECONDS
 from grandrounds.site.custody.kept_runs import new_file, read_kept
 from grandrounds.site.custody.state import REPLIES, SiteState
 from grandrounds.site.masks.held import (
@@ -29,6 +31,11 @@ from grandrounds.wire.masks.attempt import UNMASK, Attempt
 
 _VECTOR = "vector"
 
+UNTRAINED_DAYS = 7
+"""Days for which an attempt is kept of a run that has not trained here.
+
+At most 1,400 are of runs that no operator has allowed (`quota.MOST_QUESTIONS_OF_OTHERS`)."""
+
 
 class CustodyStore:
     """Attempts in a site's state (`Store`)."""
@@ -37,8 +44,8 @@ class CustodyStore:
         self._state = state
 
     def begin(self, held: Held) -> None:
-        """Keep a new attempt, if `begun` allows it; those that are over are erased."""
-        attempt = held.attempt
+        """Keep a new attempt, if `begun` allows it; those that are over or too old are erased."""
+        attempt, now = held.attempt, self._state.now()
         with self._state.lasting() as table:
             _keep(table, attempt.run, begun(_kept(table, attempt.run), attempt))
             gone, before = [], []
@@ -49,9 +56,11 @@ class CustodyStore:
                 if is_over(before[-1], attempt):
                     table.execute("delete from mask_attempts where rowid = ?", (number,))
                     gone.append(file)
+            _delete_untrained(table, now)
+            packed = with_earlier(held, before).packed()
             table.execute(
-                "insert into mask_attempts (run, round, number, held) values (?, ?, ?, ?)",
-                (attempt.run, attempt.round, attempt.number, with_earlier(held, before).packed()),
+                "insert into mask_attempts (run, round, number, held, at) values (?, ?, ?, ?, ?)",
+                (attempt.run, attempt.round, attempt.number, packed, now),
             )
         self._state.discard(gone)
         self._state.erase()
@@ -114,6 +123,20 @@ class CustodyStore:
             (attempt.run, attempt.round, attempt.number),
         ).fetchone()
         return found
+
+
+def tidy(state: SiteState) -> None:
+    """Delete the attempts of runs that have not trained here in time."""
+    with state.lasting() as table:
+        _delete_untrained(table, state.now())
+    state.erase()
+
+
+def _delete_untrained(table: sqlite3.Connection, now: float) -> None:
+    table.execute(
+        "delete from mask_attempts where at < ? and run not in (select run from kept_runs)",
+        (now - UNTRAINED_DAYS * DAY_SECONDS,),
+    )
 
 
 def _kept(table: sqlite3.Connection, run: str) -> Kept | None:

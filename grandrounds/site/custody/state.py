@@ -23,7 +23,7 @@ STATES, REPLIES = "states", "replies"
 _PARTIAL_SECONDS = 3600
 """Age at which a file that no transaction names was left by a crash."""
 
-VERSION = 3
+VERSION = 4
 
 TABLES = """
 create table if not exists clock (
@@ -58,7 +58,7 @@ create table if not exists reservations (
 );
 create table if not exists mask_attempts (
     run text not null, round integer not null, number integer not null, held blob not null,
-    file text not null default '', bytes integer not null default 0,
+    file text not null default '', bytes integer not null default 0, at real not null default 0,
     primary key (run, round, number)
 );
 create table if not exists mask_runs (run text primary key, kept blob not null);
@@ -166,6 +166,7 @@ class SiteState:
         self.table.executescript(TABLES)
         with self.lasting() as table:
             earlier_state.take_over(table, self.folder, STATES, self.now())
+            earlier_state.date_attempts(table, self.now())
             table.execute(f"pragma user_version = {VERSION}")
 
 

@@ -321,6 +321,7 @@ def as_dict(forecast: Forecast) -> Mapping[str, Any]:
         "rounds": config.federation.num_server_rounds,
         "sites": config.data.num_partitions,
         "cohort": config.cohort_size,
+        "devices": config.train.devices,
         "strategy": config.strategy.name,
         **({"from-adapter": named_start(config)} if config.lora.is_continued else {}),
         "communication": forecast.plan.as_dict(),

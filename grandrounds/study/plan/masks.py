@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from grandrounds.config.keys import Config
@@ -14,6 +15,7 @@ from grandrounds.wire.masks.fixed_point import (
     RANGE_STEPS,
     SURE_STEPS,
     largest_change,
+    numbers_of,
 )
 from grandrounds.wire.schedule import round_learning_rate_of
 
@@ -27,6 +29,7 @@ def notes(config: Config) -> list[str]:
         f"{may_be_lost(config.cohort_size)}",
         choice(),
         values_text(config),
+        *coarseness(config),
         f"what the server still gets of each site: {still_told(config)}",
     ]
 
@@ -37,6 +40,7 @@ def as_dict(config: Config) -> dict[str, Any]:
         "codec": config.federation.secure_aggregation,
         "sites-that-may-be-lost": config.cohort_size - threshold(config.cohort_size),
         "range-in-round-1": range_of_round_1(config),
+        "step-in-round-1": step_of_round_1(config),
         "values-may-be-cut": bool(leaves_range(config)),
         "still-told": still_told(config),
     }
@@ -78,9 +82,27 @@ def values_text(config: Config) -> str:
     return f"{said}: AdamW without weight decay stays inside, and no value is cut"
 
 
+def coarseness(config: Config) -> list[str]:
+    """Return to what `masked16` rounds a value; empty for `masked32`, which rounds little."""
+    if config.federation.secure_aggregation != "masked16":
+        return []
+    step = step_of_round_1(config)
+    return [
+        f"masked16 rounds values at random, unbiased, to multiples of {step:.2g} in round 1, "
+        f"{step / range_of_round_1(config):.2g} of the range, at the site of the largest weight, "
+        "and coarser at the others; steps of masked32 are 65,536 times finer"
+    ]
+
+
 def range_of_round_1(config: Config) -> float:
     """Return the largest value of a change in round 1, the widest range of the run."""
     return largest_change(round_learning_rate_of(config, 1), config.arguments.max_steps)
+
+
+def step_of_round_1(config: Config) -> float:
+    """Return the resolution of a value in round 1, at the site of the largest weight."""
+    numbers = numbers_of(config, round_learning_rate_of(config, 1), config.cohort_size, 1, 1)
+    return math.ldexp(1.0, -numbers.fraction_bits)
 
 
 def leaves_range(config: Config) -> str:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from grandrounds.config.keys import Config
 from grandrounds.config.words import counted, with_own
 from grandrounds.errors import documented
-from grandrounds.model.memory import Precision, SiteMemory, precision_of, site_memory
+from grandrounds.model.memory import (
+    Precision,
+    SiteMemory,
+    precision_of,
+    share_size,
+    site_memory,
+)
 from grandrounds.server.described import cautions, data_text, start_text
 from grandrounds.study.plan import masks, privacy
 from grandrounds.study.plan.forecast import Forecast, link_seconds
@@ -28,7 +35,8 @@ WITHOUT, WITH = "without checkpointing", "with checkpointing"
 def tables(forecast: Forecast, link: Link | None) -> list[Table]:
     """Return the tables of one recipe: the run, its messages, memory, data and time."""
     config, lora = forecast.config, forecast.config.lora
-    batch = f"{config.arguments.per_device_train_batch_size} x {config.train.seq_length} tokens"
+    passes = "batches" if config.train.devices == 1 else "shares"
+    batch = f"{passes} of {share_size(config)} x {config.train.seq_length} tokens"
     return [
         Table(("item", "value"), run_rows(forecast), "run"),
         Table(
@@ -46,16 +54,22 @@ def tables(forecast: Forecast, link: Link | None) -> list[Table]:
         Table(
             ("part", *ways(forecast)),
             site_rows(forecast),
-            f"GPU memory of one site, GiB, estimated for batches of {batch}",
+            f"GPU memory of {_of_site(config)}, GiB, estimated for {batch}",
         ),
         Table(
             ("base", "base alone", "peak with checkpointing", "peak without"),
             [(name, *map(in_gib, row.values())) for name, row in by_precision(forecast).items()],
-            "GPU memory of one site by precision of the base, GiB",
+            f"GPU memory of {_of_site(config)} by precision of the base, GiB",
         ),
         Table(("item", "value"), other_rows(forecast, link), "server, data and time"),
         *([privacy.table(forecast.privacy)] if forecast.privacy else []),
     ]
+
+
+def _of_site(config: Config) -> str:
+    """Return whose memory is planned: a site's, or that of each of its GPUs."""
+    devices = config.train.devices
+    return "one site" if devices == 1 else f"each of the {devices} GPUs of one site"
 
 
 def side_by_side(planned: Mapping[str, Forecast], link: Link | None) -> Table:
@@ -79,6 +93,12 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
         lines.append(
             'model.gradient-checkpointing = "auto" switches gradient checkpointing on if the peak '
             "without it does not fit in the free GPU memory"
+        )
+    if (devices := config.train.devices) > 1:
+        lines.append(
+            f"train.devices = {devices}: a batch of {config.arguments.per_device_train_batch_size} "
+            f"in {devices} shares, each GPU with a base of its own; the first one's memory is "
+            "planned, which also holds the optimizer. On fewer GPUs the shares take turns"
         )
     if forecast.plan.start_bytes:
         lines.append(
@@ -132,7 +152,10 @@ def run_rows(forecast: Forecast) -> Rows:
             f"{counted(config.federation.num_server_rounds, 'round')}, {config.strategy.name}",
         ),
         ("encoding", f"{config.codec_up} up, {how.downlink_codec} down ({how.downlink})"),
-        ("peak GPU memory of a site", peak_text(forecast)),
+        (
+            "peak GPU memory of a site" + (", each GPU" if config.train.devices > 1 else ""),
+            peak_text(forecast),
+        ),
     ]
 
 

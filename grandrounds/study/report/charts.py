@@ -68,7 +68,7 @@ class Reference:
     name: str
     value: float
     style: int
-    interval: Interval
+    interval: Interval | None
 
 
 # --- Legend and axes ------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def line_chart(
     points = [p for _, found in drawn for p in found]
     values = [p.y for p in points] + [r.value for r in references]
     values += [end for p in points for end in p.interval or ()]
-    values += [end for r in references for end in r.interval]
+    values += [end for r in references for end in r.interval or ()]
     entries = [(s.name, f"{s.form} {s.style}") for s, found in drawn if found and s.name]
     named, top = legend(entries + [(r.name, f"rule {r.style}") for r in references])
     top += LINE + 8
@@ -209,10 +209,11 @@ def line_chart(
 
 def _reference(reference: Reference, xs: Scale, ys: Scale) -> str:
     y = ys(reference.value)
-    bottom, top = map(ys, reference.interval)
-    band = box(xs.start, top, xs.end - xs.start, bottom - top)
-    across = _line(path([(xs.start, y), (xs.end, y)]), reference.style)
-    shown = element("path", d=band, class_="band") + across
+    shown = _line(path([(xs.start, y), (xs.end, y)]), reference.style)
+    if reference.interval:
+        bottom, top = map(ys, reference.interval)
+        band = box(xs.start, top, xs.end - xs.start, bottom - top)
+        shown = element("path", d=band, class_="band") + shown
     return element("g", shown, class_=f"s{reference.style % STYLES}")
 
 

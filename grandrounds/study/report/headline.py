@@ -190,7 +190,8 @@ def accuracy_tiles(run: RunFiles) -> list[Tile]:
     """Return base and last checkpoint on every benchmark, at most four tiles."""
     found = []
     for base, tuned, name in _pairs(run):
-        note = f"{tuned.counts}, 95 % interval {interval(tuned.interval)}"
+        note = tuned.counts
+        note += f", 95 % interval {interval(tuned.interval)}" if tuned.interval else ""
         value = percent(tuned.accuracy)
         lost = 0.0
         if base is not None:

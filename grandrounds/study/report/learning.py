@@ -16,7 +16,7 @@ from grandrounds.study.report.charts import Interval, Point, Reference, Series, 
 from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.read import RunFiles, checkpoints
 from grandrounds.study.report.svg import Axis
-from grandrounds.study.tables import Table, decimals_of, fixed, interval, number, percent
+from grandrounds.study.tables import NONE, Table, decimals_of, fixed, interval, number, percent
 
 MEANING = {
     "private": "private facts, held by single sites",
@@ -92,7 +92,8 @@ class Score:
     """None for token F1, a mean over answers."""
     n: int
     accuracy: float
-    interval: Interval
+    interval: Interval | None
+    """None where equal answers give none."""
 
     @property
     def round(self) -> int | None:
@@ -108,13 +109,13 @@ class Score:
     @property
     def words(self) -> str:
         """Share, counts and interval."""
-        return f"{percent(self.accuracy)} ({self.counts}; {interval(self.interval)} %)"
+        ends = f"; {interval(self.interval)} %" if self.interval else ""
+        return f"{percent(self.accuracy)} ({self.counts}{ends})"
 
     @property
-    def interval_percent(self) -> Interval:
+    def interval_percent(self) -> Interval | None:
         """The interval in percent."""
-        low, high = self.interval
-        return 100 * low, 100 * high
+        return (100 * self.interval[0], 100 * self.interval[1]) if self.interval else None
 
 
 def scores(run: RunFiles) -> list[Score]:
@@ -142,11 +143,8 @@ def _scores_of_row(protocol: str, row: Mapping[str, Any]) -> Iterable[Score]:
         yield Score(protocol, title, group, model, correct, n, float(part["accuracy"]), bounds)
     if is_greedy:
         f1 = row["f1"]
-        low, high = f1["interval"] or (f1["mean"], f1["mean"])
-        bounds = (float(low), float(high))
-        yield Score(
-            protocol, title, TOKEN_F1, model, None, int(row["n"]), float(f1["mean"]), bounds
-        )
+        ends = (float(f1["interval"][0]), float(f1["interval"][1])) if f1["interval"] else None
+        yield Score(protocol, title, TOKEN_F1, model, None, int(row["n"]), float(f1["mean"]), ends)
 
 
 def _formulary_scores(run: RunFiles) -> Iterable[Score]:
@@ -204,7 +202,7 @@ def _accuracy_figure(run: RunFiles, key: str, chosen: Sequence[Score]) -> Figure
             s.model,
             s.counts,
             percent(s.accuracy),
-            f"{interval(s.interval)} %",
+            f"{interval(s.interval)} %" if s.interval else NONE,
         )
         for s in chosen
     ]

@@ -49,7 +49,7 @@ def scale_table(largest: np.float32) -> Floats:
     at most (2**(1/12) - 1) / 2 = 3.0 % off.
     """
     exponents = (np.arange(256) - 255) / SCALES_PER_OCTAVE
-    table = (np.float64(largest) * np.exp2(exponents)).astype(np.float32)
+    table: Floats = (np.float64(largest) * np.exp2(exponents)).astype(np.float32)
     table[0] = 0.0
     return table
 

@@ -167,6 +167,28 @@ def test_a_superlink_elsewhere_needs_a_place_for_the_run(flower_home: Path) -> N
     assert "give its absolute path there with --run-dir" in line
 
 
+@pytest.mark.parametrize("kept", ["Finished rounds are kept", "No round was finished"])
+def test_a_run_elsewhere_that_fails_advises_once_how_to_resume(
+    flower_home: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    """The server's own note, which ends its error, names no engine and no connection."""
+    (flower_home / "config.toml").write_text(
+        '[superlink.trial]\naddress = "trial.example.org:8001"\n'
+    )
+    note = f"{kept}; resume with grandrounds run --resume /runs/a"
+    reason = f"ServerApp raised an exception: Round 3 has 1 good reply, of at least 2. {note}"
+    monkeypatch.setattr(deployment, "_start", lambda *_: 1)
+    monkeypatch.setattr(deployment, "follow", lambda *_: ("failed", f"{reason}\nand more"))
+    config = recipes.resolve({"run-directory": "/runs/a", "data.num-partitions": 3})
+    with pytest.raises(EngineError) as failed:
+        deployment.deploy(config, PlainReporter(config), "trial")
+    assert str(failed.value) == (
+        "The run ended as failed: Round 3 has 1 good reply, of at least 2. Finished rounds, if "
+        "any, are kept; resume with grandrounds run --resume /runs/a --engine deployment "
+        "--connection trial"
+    )
+
+
 @pytest.mark.parametrize(
     ("address", "here"),
     [

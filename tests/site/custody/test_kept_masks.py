@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grandrounds.config import recipes
 from grandrounds.errors import PolicyError
 from grandrounds.site.custody import kept_runs
-from grandrounds.site.custody.kept_masks import CustodyStore
+from grandrounds.site.custody.clock import DAY_SECONDS
+from grandrounds.site.custody.kept_masks import UNTRAINED_DAYS, CustodyStore, tidy
 from grandrounds.site.custody.state import REPLIES, SiteState
 from grandrounds.site.masks.end import SiteEnd
 from grandrounds.site.masks.held import Held
@@ -101,8 +103,9 @@ def test_rounds_that_were_begun_are_over_once_a_run_was_forgotten(folder: Path) 
         end.keys(attempt_at(4, round_number=3))
 
 
-def held_at(folder: Path) -> Held:
-    [held] = [end.store.read(attempt_at(4)) for end in restarted(folder)]
+def held_at(folder: Path, round_number: int = 1) -> Held:
+    attempt = attempt_at(4, round_number=round_number)
+    [held] = [end.store.read(attempt) for end in restarted(folder)]
     assert held is not None
     return held
 
@@ -186,6 +189,51 @@ def test_the_round_before_is_kept_and_earlier_ones_are_not(folder: Path) -> None
         end.keys(attempt_at(4, round_number=3, number=1))
         with pytest.raises(PolicyError, match="Attempt 0 at round 3 is over"):
             end.keys(attempt_at(4, round_number=3))
+
+
+def test_attempts_of_a_run_that_never_trained_go_after_seven_days_and_their_secrets_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that trained keeps its attempts; a round that was begun stays begun."""
+    now = SiteState.now
+    with closing(SiteState(folder)) as state:
+        end = end_of(0, 4, CustodyStore(state))
+        end.keys(attempt_at(4, run="cd"))
+        kept_runs.note_visit(state, "cd", recipes.resolve({}))
+        end.keys(attempt_at(4, round_number=2))
+    secret = held_at(folder, round_number=2).box_secret.hex().encode()
+
+    def attempts(days: float, another: str) -> list[str]:
+        monkeypatch.setattr(SiteState, "now", lambda state: now(state) + days * DAY_SECONDS)
+        with closing(SiteState(folder)) as state:
+            end_of(0, 4, CustodyStore(state)).keys(attempt_at(4, run=another))
+            rows = state.table.execute("select run from mask_attempts order by run").fetchall()
+        return [row[0] for row in rows]
+
+    assert attempts(UNTRAINED_DAYS - 0.1, "ef") == ["ab", "cd", "ef"]
+    assert secret in stored(folder)
+    assert attempts(UNTRAINED_DAYS + 0.1, "01") == ["01", "cd", "ef"]
+    assert secret not in stored(folder)
+    monkeypatch.setattr(SiteState, "now", lambda state: now(state) + 30 * DAY_SECONDS)
+    with closing(SiteState(folder)) as state:
+        tidy(state)
+        assert state.count("select count(*) from mask_attempts where run <> 'cd'") == 0
+    for end in restarted(folder):
+        with pytest.raises(PolicyError, match="Attempt 0 at round 2 is over"):
+            end.keys(attempt_at(4, round_number=2))
+        end.keys(attempt_at(4, round_number=2, number=1))
+
+
+def test_attempts_of_before_are_dated_when_the_state_is_taken_over(folder: Path) -> None:
+    with closing(SiteState(folder)) as state:
+        end_of(0, 4, CustodyStore(state)).keys(attempt_at(4))
+        state.table.execute("alter table mask_attempts drop column at")
+        state.table.execute("pragma user_version = 3")
+    with closing(SiteState(folder)) as state:
+        end_of(0, 4, CustodyStore(state)).keys(attempt_at(4, run="cd"))
+        rows = state.table.execute("select run, at from mask_attempts order by run").fetchall()
+        assert [row[0] for row in rows] == ["ab", "cd"]
+        assert 0 <= state.now() - rows[0][1] < 60
 
 
 def test_two_processes_cannot_both_answer(folder: Path) -> None:

@@ -25,6 +25,7 @@ from grandrounds.study.plan.forecast import (
     rows_of,
     site_sizes,
 )
+from grandrounds.study.plan.tables import notes, tables
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.traffic import Plan
@@ -209,3 +210,21 @@ def test_the_start_of_doras_magnitudes_is_planned_once_from_two_sites() -> None:
     assert plan.start_bytes == 2 * 32 * (4 * (4096 + 1024) + 2 * 128)
     assert plan.ledger.totals["magnitudes.up"].messages == 2
     assert forecast(configured()).plan.start_bytes == 0
+
+
+def test_a_plan_for_several_gpus_is_for_one_of_them() -> None:
+    """The activations of 8 of 16 examples and the whole base; the messages stay as they are."""
+    jsl = recipes.load_recipe(ROOT / "configs" / "jsl-medllama-3-8b.toml")
+    one, two = (forecast(recipes.resolve({**jsl, "train.devices": n})) for n in (1, 2))
+    assert two.site.base == one.site.base
+    assert two.site.activations * 2 == one.site.activations
+    assert two.plan.total_bytes == one.plan.total_bytes
+    assert (as_dict(one)["devices"], as_dict(two)["devices"]) == (1, 2)
+    titles = [table.title for table in tables(two, None)]
+    assert (
+        "GPU memory of each of the 2 GPUs of one site, GiB, estimated for shares of 8 x 512 tokens"
+        in titles
+    )
+    [note] = [line for line in notes(two, None) if "train.devices" in line]
+    assert "a batch of 16 in 2 shares" in note
+    assert not any("train.devices" in line for line in notes(one, None))

@@ -44,6 +44,22 @@ def test_the_range_of_a_value_is_said_and_that_nothing_is_cut() -> None:
     assert "stays inside, and no value is cut" in notes()
 
 
+def test_how_coarse_values_of_16_bits_are_is_said() -> None:
+    """Five sites have 32767 // 5 = 6553 steps for a range of 0.0717: 2^16 * 0.0717 = 4699 fit.
+
+    Twice as many do not, so a step is 2^-16 = 0.000015, which is 0.00021 of the range.
+    """
+    said = notes(**{"secure-aggregation": "masked16"})
+    assert "16 bits in a range of ±0.0717 in round 1" in said
+    assert "unbiased, to multiples of 1.5e-05 in round 1, 0.00021 of the range" in said
+    assert "multiples of" not in notes()
+    step = {
+        codec: masks.as_dict(recipes.resolve({"secure-aggregation": codec}))["step-in-round-1"]
+        for codec in ("masked16", "masked32")
+    }
+    assert step["masked16"] == step["masked32"] * 65536
+
+
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [

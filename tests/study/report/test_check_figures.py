@@ -10,13 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from grandrounds.cli import app
 from grandrounds.config.recipes import load_recipe, resolve
 from grandrounds.errors import RoundError
+from grandrounds.server.guarantees import AUDIT
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.tracker_libraries import TensorBoard, TrackedRun
 from grandrounds.server.listeners.trackers import Tracked
+from grandrounds.site.private.rehearsal import mechanism_of
+from grandrounds.study.audit.extraction import Extraction
+from grandrounds.study.audit.membership import membership
+from grandrounds.study.audit.one_run import most_that_shows, one_run_bound
+from grandrounds.study.audit.run import Audit
 from grandrounds.study.comparison.results import results
 from grandrounds.study.comparison.units import Unit
 from grandrounds.study.report.comparison_page import comparison_page
@@ -172,7 +181,9 @@ def play_tracked(settings: Settings, folder: Path, *how: Any, **changes: Any) ->
 
 @pytest.fixture(scope="module")
 def runs(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run that failed, the same when it was resumed, an interrupted one, and two of codecs."""
+    """One that failed, the same when it was resumed, an interrupted, a private, a masked one, and
+    two of codecs, of which one was evaluated.
+    """
     folder = tmp_path_factory.mktemp("runs")
     quick = {
         **federation,
@@ -200,11 +211,35 @@ def runs(federation: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict
         "defence.min-cosine": 0.0,
     }
     play_tracked(everybody, folder / "incremental", **coded)
+    private = {
+        "privacy.unit-guarantee": "example",
+        "privacy.noise-multiplier": 2.0,
+        "privacy.declared-units": 30,
+    }
+    play_tracked(everybody, folder / "private", **private)
+    (folder / "private" / AUDIT).write_text(json.dumps(audit_of(folder / "private")))
+    play_tracked(everybody, folder / "summed", **{"secure-aggregation": "masked32"})
+    words = ["evaluate", str(folder / "flora"), "--benchmarks", "held-out", "--limit", "6"]
+    assert CliRunner().invoke(app, words).exit_code == 0
     return {run.name: run for run in sorted(folder.iterdir()) if run.is_dir()}
 
 
+def audit_of(run: Path) -> dict[str, Any]:
+    """Return an audit of 40 canaries, with scores in the place of a model's."""
+    rng = np.random.default_rng(3)
+    is_in = np.arange(40) % 2 == 0
+    scores = rng.normal(size=40) + 2 * is_in
+    config = load_recipe(run / "config.toml")
+    mechanism = mechanism_of(resolve(config))
+    sides = Extraction(3, 20, 1.7, 4), Extraction(1, 20, 1.3, 1)
+    told = membership(scores, is_in)
+    delta = mechanism.delta
+    bound, most = one_run_bound(scores, is_in, delta), most_that_shows(40, delta)
+    return Audit(resolve(config), mechanism, 40, 20, bound, most, told, sides, bound, 1.0).as_dict()
+
+
 @pytest.mark.slow
-def test_every_figure_of_five_runs_is_right_and_every_planted_error_is_found(
+def test_every_figure_of_seven_runs_is_right_and_every_planted_error_is_found(
     runs: dict[str, Path],
 ) -> None:
     pytest.importorskip("tensorboard")
@@ -224,7 +259,28 @@ def test_every_figure_of_five_runs_is_right_and_every_planted_error_is_found(
     assert_finds_every_error(texts, lambda texts: check_several_page(texts, both))
     same = {**texts, "note/learning/0": "The runs differ in seed"}
     assert "are the same" in " ".join(check_several_page(same, both).findings)
-    assert [len(unfinished_of(run)) for run in runs.values()] == [1, 0, 0, 1, 1]
+    assert [len(unfinished_of(run)) for run in runs.values()] == [1, 0, 0, 1, 0, 1, 0]
+    assert_finds_errors_of_privacy(runs["private"])
+    texts = page_of(runs["private"])
+    assert {"tile/epsilon/value", "figure/epsilon/mark/1", "note/privacy/2"} <= texts.keys()
+    assert any("token F1" in text for text in page_of(runs["flora"]).values())
+
+
+def assert_finds_errors_of_privacy(run: Path) -> None:
+    """Assert that epsilons are found which are not those of noise, sites and the audit's counts."""
+    for name, right in {
+        "summary.json": r'("epsilon": )\d',
+        "metrics.jsonl": r'("epsilon": {"0": )\d',
+        "sites.json": r'("noise-multiplier": )\d',
+        AUDIT: r'("correct": )\d',
+    }.items():
+        file = run / name
+        content = file.read_text()
+        file.write_text(re.sub(right, r"\g<1>9", content, count=1))
+        assert file.read_text() != content
+        files = check([run])[f"{run}: raw files"]
+        assert any("epsilon" in finding for finding in files.findings), name
+        file.write_text(content)
 
 
 def assert_finds_errors_in_raw_files(run: Path) -> None:
