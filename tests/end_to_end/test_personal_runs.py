@@ -80,9 +80,7 @@ def test_plain_peft_scores_what_the_site_told(settings: Settings, name: str) -> 
     from grandrounds.model import machine
 
     reported = halves(site_of(config, 1).held_out, config.weights)[1]
-    total, tokens = held_out_loss(
-        model, reported, 4, 0, torch.device("cpu"), machine.forward(config)
-    )
+    total, tokens = held_out_loss(model, reported, 4, 0, machine.forward(config))
     assert total / tokens == pytest.approx(told["personal"], rel=1e-4)
 
 
