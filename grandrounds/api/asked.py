@@ -163,7 +163,8 @@ def resolved_run(
     if "run-directory" in changed:
         raise ConfigError("--resume writes to the run that it resumes; leave --run-dir out.")
     from grandrounds.server.directory import RunDirectory
-    from grandrounds.server.resumption import continued, started_with
+    from grandrounds.server.resumed_files import started_with
+    from grandrounds.server.resumption import continued
 
     directory = RunDirectory.open(resume)
     recipe = started_with(directory.path)

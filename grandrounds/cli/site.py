@@ -186,7 +186,8 @@ def check(
     asked = recipes.from_options(recipe, assignments)
     run = recipes.resolve(asked)
     quiet_libraries()
-    from grandrounds.engines.deployment.checks import Finding, all_findings
+    from grandrounds.engines.deployment.checks import all_findings
+    from grandrounds.engines.deployment.findings import Finding
 
     def tell(finding: Finding) -> None:
         say(f"{finding.level:<8}{finding.subject}: {finding.text}")

@@ -29,7 +29,7 @@ from grandrounds.model.resident import Resident, resident_model, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Facts, Listener
-from grandrounds.server.resumption import newest
+from grandrounds.server.resumed_files import newest
 from grandrounds.server.saved_start import start_of
 from grandrounds.site import personal
 from grandrounds.site import visit as visits
