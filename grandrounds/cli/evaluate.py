@@ -90,8 +90,12 @@ def evaluate(
         typer.Option(help="Bits per base weight: 0, 4 or 8; default: the run's, or 0."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts per batch; affects answers only by rounding.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Prompts per batch; affects answers only by rounding. Default: 16 on a CPU, as "
+            "many as fill a GPU."
+        ),
+    ] = None,
     limit: Limit = None,
     permutations: Annotated[
         int, typer.Option(help="Additional random orders of lettered options in `likelihood`.")
