@@ -23,6 +23,7 @@ from grandrounds.config.keys import (
     table_meant,
 )
 from grandrounds.config.masked import masked_contradictions
+from grandrounds.config.personal import personal_contradictions
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
@@ -370,6 +371,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _codec_contradictions(config)
     yield from privacy_contradictions(config)
     yield from masked_contradictions(config)
+    yield from personal_contradictions(config)
 
 
 def idle_last_round(config: Config) -> str:

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,8 @@ class Visit:
     """The site's own end of masked sums; None: that of a rehearsal, if the run is masked."""
     weight: int = 0
     """What its update weighs in a masked sum; 0: its training examples."""
+    folder: Path | None = None
+    """Where a rehearsal keeps personal adapters; None: in `state`."""
 
     @classmethod
     def here(cls, content: RecordDict, context: Context) -> Visit:

@@ -34,6 +34,7 @@ PRIVACY = {"secure-aggregation", *(key for key in FIELD_OF_KEY if key.startswith
 
 LEFT_OUT = {
     *PRIVACY,
+    *(key for key in FIELD_OF_KEY if key.startswith("personalisation.")),
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",

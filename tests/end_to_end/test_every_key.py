@@ -127,6 +127,11 @@ TESTED_ELSEWHERE = {
         ),
         "test_rules_and_codecs.py and tests/wire/test_downlink.py",
     ),
+    "personalisation.name": "test_personal_runs.py: what travels is as without",
+    **dict.fromkeys(
+        (f"personalisation.{key}" for key in ("steps", "learning-rate", "proximal-mu", "weights")),
+        "test_personal_runs.py",
+    ),
     "strategy.fraction-evaluate": "test_run_directory.py",
     "strategy.min-reply-fraction": "test_failing_sites.py",
     "strategy.round-timeout-seconds": "never cuts off a visit in process",
