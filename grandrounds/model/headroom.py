@@ -188,6 +188,12 @@ def checkpoints_activations(config: Config) -> Checkpointing:
     return _settled[config]
 
 
+def decide_again() -> None:
+    """Forget what was decided by the memory that was free; the next visit decides anew."""
+    _settled.clear()
+    _kept.clear()
+
+
 def _fewest(config: Config) -> Checkpointing:
     """Return the fewest layers to checkpoint so that a visit fits; all of them if none do."""
     base, room = architecture_of(config.model.source), HEADROOM * _free_for(config)
