@@ -36,13 +36,14 @@ from grandrounds.model.base import (
 from grandrounds.model.devices import processes
 from grandrounds.model.lora import check_dequantizes
 from grandrounds.model.positions import check_examples, check_length
-from grandrounds.model.resident import Resident, adapter_change, set_adapter
+from grandrounds.model.resident import Resident, adapter_change, adapter_of, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
 from grandrounds.site.devices import group as devices
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.masks.end import SiteEnd
+from grandrounds.site.own_part import OwnPart
 from grandrounds.site.private.accountant import epsilon_of
 from grandrounds.site.private.bases import check_base
 from grandrounds.site.private.coins import Coins, secret_coins
@@ -181,7 +182,18 @@ class Visit:
     def trained(self) -> tuple[str, slice]:
         """The factors (`A`, `B` or `AB`) and the ranks that this visit trains."""
         ranks = Ranks.of(self.config)
-        return ranks.strategy.trained(self.round), ranks.trained(self.site.partition_id)
+        return ranks.trained_factors(self.round), ranks.trained(self.site.partition_id)
+
+    @property
+    def sent(self) -> tuple[str, slice]:
+        """The factors and the ranks whose change travels; the rest of `trained` stays."""
+        ranks = Ranks.of(self.config)
+        return ranks.strategy.trained(self.round), ranks.sent(self.site.partition_id)
+
+    @property
+    def own_part(self) -> OwnPart:
+        """What the site trains in its visits and keeps; only if the run `keeps_a_part`."""
+        return OwnPart(self.config, self.site.partition_id, self.state, self.folder)
 
     def write_cursor(self) -> None:
         """Save the cursor for the next visit in the site's state."""
@@ -320,13 +332,17 @@ def next_batches(visit: Visit) -> Batches:
     return [[examples[i] for i in group] for group in groups]
 
 
-def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapter:
+def receive_adapter(
+    visit: Visit, resident: Resident, *, trains: bool, alone: bool = False
+) -> Adapter:
     """Check the received adapter and copy it into the model; return the resident adapter.
 
     Parameters
     ----------
     trains : bool
         Whether the site trains; otherwise it only evaluates.
+    alone : bool
+        Whether what the site keeps of its own is left out.
     """
     config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
@@ -335,6 +351,9 @@ def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapte
     received = downlink.receive(visit.content, visit.state, config, shapes, magnitudes)
     seed, trains_in = config.federation.seed, visit.round if trains else None
     adapter = Ranks.of(config).on_base(received, shapes, seed, trains_in)
+    if config.keeps_a_part and not alone:
+        number = messages.whole_number(visit.instruction, "round", 0, MOST_ROUNDS)
+        adapter = visit.own_part.beside(adapter, shapes, number - trains)
     set_adapter(resident, adapter)
     return adapter
 
@@ -420,8 +439,11 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> f
 
 
 def change_of(visit: Visit, resident: Resident, received: Adapter) -> Adapter:
-    """Return the trained part of a visit's change."""
-    return trained_part(adapter_change(resident, received), *visit.trained)
+    """Return the trained part of a visit's change that travels; what stays is kept here."""
+    if visit.config.keeps_a_part:
+        own = visit.own_part
+        own.write(visit.round, own.of(adapter_of(resident)))
+    return trained_part(adapter_change(resident, received), *visit.sent)
 
 
 def encoded(visit: Visit, change: Adapter) -> ArrayRecord:
