@@ -53,9 +53,9 @@ def evaluate(
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, formulary, "
-            "held-out (the rows that a run's sites held out); default: formulary for a run on it, "
-            "held-out for a run on a local file, else the first four.",
+            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, general, "
+            "formulary, held-out (the rows that a run's sites held out); default: formulary for a "
+            "run on it, held-out for a run on a local file, else the first four.",
             metavar="NAMES",
         ),
     ] = None,
@@ -90,8 +90,12 @@ def evaluate(
         typer.Option(help="Bits per base weight: 0, 4 or 8; default: the run's, or 0."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts per batch; affects answers only by rounding.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Prompts per batch; affects answers only by rounding. Default: 16 on a CPU, as "
+            "many as fill a GPU."
+        ),
+    ] = None,
     limit: Limit = None,
     permutations: Annotated[
         int, typer.Option(help="Additional random orders of lettered options in `likelihood`.")

@@ -207,6 +207,11 @@ class TrainConfig:
     logits_chunk_tokens: Annotated[int, Range(0)]
     """With `response-only-logits`: maximum number of answer tokens whose logits are held at once;
     0: no limit."""
+    replay_examples: Annotated[int, Range(0, 64, auto=True)]
+    """Examples replayed beside each batch, against forgetting: public prompts with the base's own
+    answers, none of them in an exam (docs/forgetting.md). `auto`: 3 if base and data are the
+    formulary and visits are not private, else 0. At most as many as a batch has. Sites with a
+    policy of their own replay nothing."""
     optimizer: Annotated[str, OneOf(("adamw_torch", "adamw_8bit", "paged_adamw_8bit"))]
     """PyTorch's AdamW, or bitsandbytes' 8-bit AdamW, optionally paged. Its state is reset at each
     visit."""

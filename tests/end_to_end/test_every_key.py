@@ -32,6 +32,7 @@ OTHER_VALUE: Settings = {
     "train.learning-rate-min": 0.001,
     "train.seq-length": 150,
     "train.optimizer": "adamw_8bit",
+    "train.replay-examples": 2,
     "train.batching": "length-grouped",  # which examples share a batch
     "train.training-arguments.per-device-train-batch-size": 3,
     "train.training-arguments.gradient-accumulation-steps": 2,

@@ -99,8 +99,9 @@ class Method:
     """One of `PROTOCOLS`, or `all`."""
     permutations: int = 3
     """Additional random option orders scored by `likelihood`."""
-    batch_size: int = 16
-    """Prompts per forward pass; affects answers by rounding only."""
+    batch_size: int | None = None
+    """Prompts per forward pass; None: 16 on a CPU, and on a GPU as many as fill it. Affects answers
+    by rounding only."""
     answer_tokens: int = 128
     """Maximum number of tokens that `greedy` generates for an answer."""
 
@@ -114,7 +115,7 @@ class Method:
             )
         if self.permutations < 0:
             raise ConfigError(f"permutations must be at least 0, got {self.permutations}")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch-size must be at least 1, got {self.batch_size}")
         if self.answer_tokens < 1:
             raise ConfigError(f"answer-tokens must be at least 1, got {self.answer_tokens}")
