@@ -177,6 +177,7 @@ def _train(visit: Visit, resident: Resident) -> int:
         max_grad_norm=arguments.max_grad_norm,
         proximal_mu=how.proximal_mu,
         forward=machine.forward(config),
+        replayed=visits.shown_beside(visit, resident, len(batches)),
         seed=sampling.visit_seed(config.federation.seed, number, site),
     )
     pad = run_tokenizer(config).pad_token_id

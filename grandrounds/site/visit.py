@@ -51,7 +51,7 @@ from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.private.rehearsal import mechanism_of, told_of
 from grandrounds.site.private.units import grouped
 from grandrounds.site.private.visit import PrivateSettings, train_private_visit
-from grandrounds.site.replay import replayed
+from grandrounds.site.replay import Shown, replayed
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
@@ -365,9 +365,8 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     trained, settings = _trained(visit, resident), _settings(visit)
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
-    if visit.chosen is None:  # a site with a policy of its own trains on its own examples alone
-        shown = replayed(config, resident, visit.round, visit.site.partition_id, len(batches))
-        settings = dataclasses.replace(settings, replayed=shown)
+    shown = shown_beside(visit, resident, len(batches))
+    settings = dataclasses.replace(settings, replayed=shown)
 
     def trained_on_all() -> training.VisitResult:
         group = devices.begun(config, resident, list(trained), pad)
@@ -381,6 +380,13 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
         )
 
     return headroom.run_visit(config, resident, trained_on_all)
+
+
+def shown_beside(visit: Visit, resident: Resident, batches: int) -> list[Shown]:
+    """Return what is replayed beside each batch; nothing at a site with a policy of its own."""
+    if visit.chosen is not None:  # such a site trains on its own examples alone
+        return []
+    return replayed(visit.config, resident, visit.round, visit.site.partition_id, batches)
 
 
 def _trained(visit: Visit, resident: Resident) -> dict[str, torch.nn.Parameter]:

@@ -165,8 +165,8 @@ def _models(comparison: Json) -> list[Section]:
     if "matrix" not in comparison:
         return []
     notes = [
-        "Own: a site's model on that site's part. Others': on all other sites' part. Everywhere: on "
-        "all. Spread: between the best and the worst site, each on its own part."
+        "Own: a site's model on that site's part. Others': on all other sites' part. Everywhere: "
+        "on all. Spread: between the best and the worst site, each on its own part."
     ]
     tables = [table for table in (spread(comparison), sites_and_models(comparison)) if table.rows]
     return [Section("models", "Sites and models", notes=notes, tables=tables)]

@@ -24,8 +24,8 @@ def section(run: RunFiles) -> Section:
     if mean := personal.get("mean"):
         worst, spread = personal["worst"], personal["spread"]
         notes.append(
-            f"Mean of the sites {mean['federated']:.4f} → {mean['personal']:.4f}, standard deviation "
-            f"over sites {spread['federated']:.4f} → {spread['personal']:.4f}; lower at "
+            f"Mean of the sites {mean['federated']:.4f} → {mean['personal']:.4f}, standard "
+            f"deviation over sites {spread['federated']:.4f} → {spread['personal']:.4f}; lower at "
             f"{personal['better']} and higher at {personal['worse']} sites. Worst site: "
             f"{names[worst['site']]}, {worst['federated']:.4f} → {worst['personal']:.4f}."
         )
