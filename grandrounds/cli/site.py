@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grandrounds import storage
-from grandrounds.cli import site_log
+from grandrounds.cli import site_export, site_log
 from grandrounds.cli.options import Assignments, Model, Plain
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
@@ -385,3 +385,4 @@ def audit_adapter(
 
 
 app.command()(site_log.log)
+app.command()(site_export.export)

@@ -102,6 +102,14 @@ def set_adapter(resident: Resident, adapter: Adapter) -> None:
         parameter.copy_(torch.tensor(adapter[name]))
 
 
+def adapter_of(resident: Resident) -> Adapter:
+    """Return a copy of the resident adapter, in float32."""
+    return {
+        name: parameter.detach().float().cpu().numpy().copy()
+        for name, parameter in resident.parameters.items()
+    }
+
+
 @torch.no_grad()
 def adapter_change(resident: Resident, received: Adapter) -> Adapter:
     """Return the resident adapter minus the received one, in float32."""

@@ -32,6 +32,7 @@ OTHER_VALUE: Settings = {
     "train.learning-rate-min": 0.001,
     "train.seq-length": 150,
     "train.optimizer": "adamw_8bit",
+    "train.replay-examples": 2,
     "train.batching": "length-grouped",  # which examples share a batch
     "train.training-arguments.per-device-train-batch-size": 3,
     "train.training-arguments.gradient-accumulation-steps": 2,
@@ -125,6 +126,11 @@ TESTED_ELSEWHERE = {
             "defence.preset",
         ),
         "test_rules_and_codecs.py and tests/wire/test_downlink.py",
+    ),
+    "personalisation.name": "test_personal_runs.py: what travels is as without",
+    **dict.fromkeys(
+        (f"personalisation.{key}" for key in ("steps", "learning-rate", "proximal-mu", "weights")),
+        "test_personal_runs.py",
     ),
     "strategy.fraction-evaluate": "test_run_directory.py",
     "strategy.min-reply-fraction": "test_failing_sites.py",

@@ -91,6 +91,7 @@ VERDICTS: dict[str, Verdict] = {
         "max-tokens-per-batch",
     ),
     "train.dynamic-data-seed": _own("the site's cursor moves forward, whatever the run asks"),
+    "train.replay-examples": _own("a site with a policy trains on its own examples alone"),
     "train.batching": _SAME,
     "train.response-only-logits": _SAME,
     "train.logits-chunk-tokens": _bounded("min-logits-chunk-tokens"),
