@@ -96,7 +96,13 @@ def asked_for(
         file = chosen_recipe(Path(source) if source is not None else None, None)
         asked = Asked(file, tuple(recipes.layers_of(file, None)))
     if elsewhere:  # real sites are none of the formulary's
-        asked = Asked(asked.file, (("the engine", {"data.partitioner": "iid"}), *asked.layers))
+        asked = Asked(
+            asked.file,
+            (
+                ("the engine", {"data.partitioner": "iid", "train.replay-examples": 0}),
+                *asked.layers,
+            ),
+        )
     return _completed(asked, settings, elsewhere=elsewhere, may_load=may_load, **options)
 
 

@@ -83,7 +83,8 @@ def compare(
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Additional benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa.",
+            help="Additional benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, "
+            "general.",
             metavar="NAMES",
         ),
     ] = None,

@@ -53,9 +53,9 @@ def evaluate(
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, formulary, "
-            "held-out (the rows that a run's sites held out); default: formulary for a run on it, "
-            "held-out for a run on a local file, else the first four.",
+            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, general, "
+            "formulary, held-out (the rows that a run's sites held out); default: formulary for a "
+            "run on it, held-out for a run on a local file, else the first four.",
             metavar="NAMES",
         ),
     ] = None,

@@ -225,7 +225,8 @@ def notes(content: Json) -> list[str]:
         before, after = (
             percent(content["arms"][arm]["accuracy"][kept[0]]["mean"]) for arm in (BASE, FEDERATED)
         )
-        out.append(f"forgetting: accuracy on public facts {before} before training, {after} after")
+        what = "public facts" if kept[0] == "public" else content["exams"][kept[0]]["title"].lower()
+        out.append(f"forgetting: accuracy on {what} {before} before training, {after} after")
     failed = sum(run.get("failed-replies", 0) for run in _runs(content))
     if failed:
         replies = counted(failed, "client reply", "client replies")
