@@ -210,13 +210,15 @@ class Group:
     def _add(self, row: torch.Tensor, found: Sequence[bool]) -> torch.Tensor:
         """Add a gradient to `.grad`, as autograd does; return the loss behind it."""
         *parts, loss = torch.split(row, [*(p.numel() for p in self._parameters), 1])
-        sums, added = [], []
+        sums: list[torch.Tensor] = []
+        added: list[torch.Tensor] = []
         for parameter, part, has in zip(self._parameters, parts, found, strict=True):
+            gradient = part.view_as(parameter)
             if has and parameter.grad is None:
-                parameter.grad = part.view_as(parameter).clone()
-            elif has:
+                parameter.grad = gradient.clone()
+            elif has and parameter.grad is not None:
                 sums.append(parameter.grad)
-                added.append(part.view_as(parameter))
+                added.append(gradient)
         if sums:
             torch._foreach_add_(sums, added)
         return loss.squeeze(0)
