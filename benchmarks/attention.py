@@ -8,7 +8,7 @@ of 6 steps of 16 examples as long as real ones, on random weights:
 
     one a sequence       rows without a tail
     one a layer          rows without a tail, on a GPU
-    with tails           rows that end at multiples of at most 256 tokens, as the project has them
+    tails of 256 ...     rows that end at multiples of at most so many tokens
 
 Each arm plays a visit to start with, two with new examples, and one of these a second time. The
 milliseconds are of a step. Examples differ from arm to arm: the time of 1,000 tokens compares them.
@@ -93,10 +93,12 @@ def visits(given: argparse.Namespace) -> list[dict[str, Any]]:
     device, dtype = device_and_dtype("auto")
     stored = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
-        write_base(given.architecture, Path(folder, "base"), str(device), stored)
+        base = given.base or Path(folder, "base")
+        if not given.base:
+            write_base(given.architecture, base, str(device), stored)
         config = recipes.resolve(
             {
-                "model.name": str(Path(folder, "base")),
+                "model.name": str(base),
                 "model.quantization": given.quantization,
                 "model.lora.target-modules": ",".join(TARGETS),
                 "model.lora.peft-lora-r": RANK,
@@ -109,8 +111,9 @@ def visits(given: argparse.Namespace) -> list[dict[str, Any]]:
     arms = {
         "one a sequence": (paths[-1:], plain),
         "one a layer": (paths, plain),
-        "with tails": (paths, how),
     }
+    for tokens in given.tails:
+        arms[f"tails of {tokens}"] = (paths, dataclasses.replace(how, bucket_tokens=tokens))
     draw, vocabulary, rows = random.Random(1), model_config(given.architecture).vocab_size, []
     for arm, (offered, forward) in arms.items():
         attention.PATHS = offered
@@ -147,6 +150,8 @@ def main() -> None:
     parser.add_argument("--architecture", default="tiny")
     parser.add_argument("--quantization", type=int, choices=(0, 4), default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--tails", type=int, nargs="*", default=[256])
+    parser.add_argument("--base", type=Path, help="a base of the architecture that is there")
     parser.add_argument("--scratch", type=Path, help="where the base is written")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

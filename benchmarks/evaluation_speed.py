@@ -141,7 +141,7 @@ def compare(
     SystemExit
         If the arms answer differently.
     """
-    from grandrounds.model.prefill import shared_prefix
+    from grandrounds.model.passes import shared_prefix
     from grandrounds.model.scoring import generate_greedily
 
     one_by_one(model, prompts[:2])  # the first calls of a process are slow

@@ -16,8 +16,9 @@ round in this one process on the same base:
               in 4 bits (FP4; products in float32, or in bfloat16 under autocast), gradient
               checkpointing always, padded batches, all logits
 
-The base has random weights; it is written to disk shard by shard and loaded by the project's own
-code. The first round is start-up and not counted.
+The base has random weights; it is written to disk and loaded by the project's own code. The first
+round is start-up and not counted. `--profile` and `--peaks` add a step by kind of work, and peaks
+against plans.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import os
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +50,24 @@ from bare_loops import (
     template_visit,
     whole_loss,
 )
+from full_size_figures import (
+    GIB,
+    flops_per_round,
+    held_gib,
+    parameters_in,
+    peak_gib,
+    peaks,
+    product_flops_per_second,
+    reset_peak,
+    saved,
+    told,
+    worst_case,
+)
 from full_size_table import summary, table
-from peak_memory import peak_bytes
 from random_base import SMALL, write_base, write_cards
+from step_profile import profiled
 
 SITES, SEED = 20, 1
-GIB = 2**30
 
 
 def settings(base: Path, data: Path, run: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -138,6 +153,28 @@ class Bench:
 
         return machine.prepare_model(self.config)
 
+    def means(self) -> str:
+        """Return the optimisations in use."""
+        from grandrounds.model import machine
+
+        return machine.means(self.config)
+
+    def profile(self, batches: list[Any]) -> dict[str, Any]:
+        """Return where the time of one visit goes."""
+        from grandrounds.model import headroom, machine
+        from grandrounds.site.training import VisitSettings, train_visit
+        from grandrounds.wire.schedule import VisitSchedule
+
+        resident, config = self.resident(), self.config
+        schedule, forward = VisitSchedule(RATE, 0), machine.forward(config)
+        how = VisitSettings(1, schedule, config.train.optimizer, 0.0, 1.0, 0.01, forward, 1)
+        parameters = list(resident.parameters.values())
+
+        def visit() -> None:
+            train_visit(resident.model, parameters, batches, how, 0)
+
+        return profiled(lambda: headroom.run_visit(config, resident, visit), len(batches))
+
 
 def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
     """Take all steps of a round on the run's own model."""
@@ -167,96 +204,14 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
     synchronize()
 
 
-# --- Figures --------------------------------------------------------------------------------------
-
-
-def flops_per_round(bench: Bench, visits: list[Any]) -> float:
-    """Return the floating-point operations that a round of these batches must take.
-
-    A frozen weight costs 2 operations a token forward and 2 for the gradient of its input; the
-    head only where an answer is predicted; attention 4 t q forward for the t tokens of a sequence
-    and twice that backward, half of it masked. Adapters, norms and anything computed again are left
-    out: it is the model's work, not the machine's.
-    """
-    from grandrounds.model.headroom import architecture_of
-
-    base = architecture_of(bench.config.model.name)
-    assert base is not None
-    examples = [e for batches in visits for batch in batches for e in batch]
-    tokens = sum(len(e.input_ids) for e in examples)
-    answers = sum(len(e.input_ids) - e.prompt_tokens for e in examples)
-    squares = sum(len(e.input_ids) ** 2 for e in examples)
-    heads = base.num_heads * base.head_dim * base.num_layers
-    head = base.vocabulary * base.hidden_size
-    return 4.0 * (base.linear_parameters * tokens + head * answers) + 6.0 * heads * squares
-
-
-def product_flops_per_second(dtype: Any, device: Any) -> float:
-    """Return the rate of a large matrix product on this device: the best of five."""
-    import torch
-
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        synchronize()
-        started = time.perf_counter()
-        a @ b
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best
-
-
-def worst_case(bench: Bench) -> dict[str, Any]:
-    """Return the peak memory of a step with every example of full length, and what was planned."""
-    import dataclasses
-
-    import torch
-
-    from grandrounds.data.tokenization import TokenizedExample
-    from grandrounds.model import headroom as fitting
-    from grandrounds.model import machine
-    from grandrounds.model.resident import resident_bytes
-    from grandrounds.site import training
-    from grandrounds.wire.schedule import VisitSchedule
-
-    resident, config = bench.resident(), bench.config
-    again = fitting.checkpoints_activations(config)
-    needs = fitting.site_needs(config, checkpointing=again)
-    assert needs is not None
-    batch = [TokenizedExample(tuple([5] * TOKENS), 1)] * BATCH
-    how = training.VisitSettings(
-        1,
-        VisitSchedule(RATE, 0),
-        config.train.optimizer,
-        0.0,
-        1.0,
-        0.01,
-        machine.forward(config),
-        1,
-    )
-    parameters = list(resident.parameters.values())
-
-    def step() -> None:
-        training.train_visit(resident.model, parameters, [batch], how, 0)
-
-    is_gpu = torch.cuda.is_available()
-    held = torch.cuda.memory_allocated() if is_gpu else resident_bytes()
-    measured = peak_bytes(lambda: fitting.run_visit(config, resident, step))
-    planned_before = needs.base + 4 * sum(p.numel() for p in parameters)
-    return {
-        "checkpointing": again,
-        "measured_gib": (held + measured) / GIB,
-        "planned_gib": needs.total / GIB,
-        "visit_measured_gib": measured / GIB,
-        "visit_planned_gib": (needs.total - planned_before) / GIB,
-        "parts_gib": {k: v / GIB for k, v in dataclasses.asdict(needs).items()},
-    }
+# --- Measuring ------------------------------------------------------------------------------------
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Alternate the arms; return every figure."""
-    import psutil
+    """Alternate the arms; return every figure. What fails after the rounds is in `failed`.
+
+    With `--out` the figures so far are on disk after every step, in case there is no next.
+    """
     import torch
 
     from grandrounds.model.base import base_loads, device_and_dtype
@@ -264,85 +219,111 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     device, dtype = device_and_dtype("auto")
     with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
         work = Path(folder)
-        stored = str(dtype).removeprefix("torch.")
-        parameters = write_base(given.architecture, work / "base", str(device), stored)
-        free()
-        vocabulary = json.loads((work / "base" / "config.json").read_text())["vocab_size"]
-        write_cards(work / "cards.jsonl", 12_000, vocabulary, given.lengths)
-        flat = settings(work / "base", work / "cards.jsonl", work / "run", given)
-        bench = Bench(flat)
+        base, written = given.base or work / "base", 0.0
+        if given.base is None:
+            started = time.perf_counter()
+            stored = str(dtype).removeprefix("torch.")
+            write_base(given.architecture, base, str(device), stored)
+            free()
+            written = time.perf_counter() - started
+        vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+        write_cards(work / "cards.jsonl", 6_000, vocabulary, given.lengths)
         started = time.perf_counter()
+        bench = Bench(settings(base, work / "cards.jsonl", work / "run", given))
         bench.visits(1)
+        bench.resident()
+        synchronize()
+        loaded = time.perf_counter()
         bench.play_round()
+        start_up = time.perf_counter() - started
+        cuda = device.type == "cuda"
+        result: dict[str, Any] = {
+            "architecture": given.architecture,
+            "parameters": parameters_in(base),
+            "quantization": given.quantization,
+            "device": torch.cuda.get_device_name() if cuda else f"CPU, {given.threads} threads",
+            "torch": torch.__version__,
+            "rounds": given.rounds,
+            "means": bench.means(),
+            "write_seconds": written,
+            "load_seconds": loaded - started,
+            "start_up_seconds": start_up,
+            "product_tflops": product_flops_per_second(dtype, device) / 1e12,
+            "template": None,
+            "failed": {},
+        }
         if given.memory_gib:
             limit_memory(given.memory_gib)
-        start_up = time.perf_counter() - started
+        told(f"loaded in {result['load_seconds']:.1f} s, start-up {start_up:.1f} s")
         arms = [arm for arm in BARE if arm in given.arms]
-        rows: list[dict[str, Any]] = []
-        for number in range(2, given.rounds + 2):
-            visits = bench.visits(number)
-            tokens = sum(len(e.input_ids) for v in visits for b in v for e in b)
-            row: dict[str, Any] = {"tokens": tokens, "flops": flops_per_round(bench, visits)}
-            reset_peak()
-            line = bench.play_round()
-            row["ours"] = line["seconds"]
-            row["ours_visits"] = line["visit-seconds"]
-            row["ours_peak_gib"] = peak_gib()
-            for arm in arms:
-                started = time.perf_counter()
-                bare_round(bench, arm, visits)
-                row[arm] = time.perf_counter() - started
-            rows.append(row)
-        loads = base_loads()
-        resident_memory = psutil.Process().memory_info().rss / GIB
-        memory = worst_case(bench)
-        rate = product_flops_per_second(dtype, device)
-        template = None
-        if "template" in given.arms:
-            import grandrounds.model.resident as held
-
-            held._resident = None
+        visits: list[Any] = []
+        for rows, latest in play_rounds(bench, arms, given):
+            visits = latest
+            result |= {"rows": rows, **summary(rows, arms, None, result["product_tflops"] * 1e12)}
+            saved(result, given.out)
+            told(f"round {len(rows)}: " + ", ".join(f"{k} {v:.2f}" for k, v in rows[-1].items()))
+        result["base_loads"] = base_loads()
+        parts: dict[str, Callable[[], Any]] = {
+            **({"profile": lambda: bench.profile(visits[0])} if given.profile else {}),
+            "template": lambda: template(base, visits, given),
+            **({"peaks": lambda: peaks(bench.config, bench.resident())} if given.peaks else {}),
+            "memory": lambda: worst_case(bench.config, bench.resident()),
+        }
+        if "template" not in given.arms:
+            del parts["template"]
+        if given.peaks:
+            del parts["memory"]  # the same step once more
+        for name, part in parts.items():
+            try:
+                result[name] = part()
+            except Exception as error:
+                traceback.print_exc()
+                result["failed"][name] = f"{type(error).__name__}: {error}"
             free()
-            reset_peak()
+            saved(result, given.out)
+            told(f"{name} done")
+        if result["template"]:
+            result["template_to_ours"] = result["template"]["seconds"] / result["seconds"]["ours"]
+            saved(result, given.out)
+    return result
+
+
+def template(base: Path, visits: list[Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of a round in the template's way, and its peak beside what is resident."""
+    free()
+    reset_peak()
+    held = held_gib()
+    started = time.perf_counter()
+    for batches in visits[: given.template_visits]:
+        template_visit(base, batches, given.quantization, given.optimizer)
+    seconds = (time.perf_counter() - started) * 3 / given.template_visits
+    return {"seconds": seconds, "peak_gib": peak_gib() - held}
+
+
+def play_rounds(
+    bench: Bench, arms: list[str], given: argparse.Namespace
+) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
+    """Play the rounds, the last ones followed by the other arms.
+
+    Yield a row for each round so far, and the visits of the last one.
+    """
+    rows: list[dict[str, Any]] = []
+    for number in range(2, given.rounds + 2):
+        visits = bench.visits(number)
+        tokens = sum(len(e.input_ids) for v in visits for b in v for e in b)
+        flops = flops_per_round(bench.config.model.name, visits)
+        row: dict[str, Any] = {"tokens": tokens, "flops": flops}
+        reset_peak()
+        line = bench.play_round()
+        row["ours"] = line["seconds"]
+        row["ours_visits"] = line["visit-seconds"]
+        row["ours_peak_gib"] = peak_gib()
+        rows.append(row)
+        for arm in arms if number > given.rounds + 1 - given.arm_rounds else ():
             started = time.perf_counter()
-            for batches in visits[: given.template_visits]:
-                template_visit(work / "base", batches, given.quantization, given.optimizer)
-            seconds = (time.perf_counter() - started) * 3 / given.template_visits
-            template = {"seconds": seconds, "peak_gib": peak_gib()}
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {given.threads} threads"
-    )
-    return {
-        "architecture": given.architecture,
-        "parameters": parameters,
-        "quantization": given.quantization,
-        "device": name,
-        "torch": torch.__version__,
-        "rounds": given.rounds,
-        "start_up_seconds": start_up,
-        "base_loads": loads,
-        "process_memory_gib": resident_memory,
-        "memory": memory,
-        "product_tflops": rate / 1e12,
-        "template": template,
-        "rows": rows,
-        **summary(rows, arms, template, rate),
-    }
-
-
-def reset_peak() -> None:
-    """Begin to count the peak of the GPU's memory anew."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gib() -> float:
-    """Return the peak of the GPU's memory; 0 without one."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+            bare_round(bench, arm, visits)
+            row[arm] = time.perf_counter() - started
+        yield rows, visits
 
 
 def limit_memory(gib: float) -> None:
@@ -373,6 +354,7 @@ def main() -> None:
     parser.add_argument("--quantization", type=int, choices=(0, 4, 8), default=0)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--arms", nargs="+", default=[*BARE, "template"])
+    parser.add_argument("--arm-rounds", type=int, default=99, help="last rounds with bare loops")
     parser.add_argument("--template-visits", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--batching", default="auto")
@@ -381,7 +363,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--lengths", type=Path, help="real question-answer pairs to be as long as")
     parser.add_argument("--memory-gib", type=float, help="have no more memory than this")
+    parser.add_argument("--peaks", action="store_true", help="with ample, half and scarce memory")
+    parser.add_argument("--profile", action="store_true", help="a step by kind of work")
     parser.add_argument("--scratch", type=Path, help="where the base is written")
+    parser.add_argument("--base", type=Path, help="a base that random_base.py wrote")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     import torch
@@ -396,8 +381,8 @@ def main() -> None:
     except GrandRoundsError as error:
         sys.exit(f"full_size: {error}")
     print(table(result))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
+    if result["failed"]:
+        sys.exit(f"full_size: failed: {result['failed']}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 from bare_loops import BARE, BATCH, STEPS, TOKENS
+from step_profile import profile_lines
 
 
 def summary(
@@ -14,8 +15,9 @@ def summary(
     """Return medians over the rounds, and ratios within each round."""
 
     def median(name: str) -> float:
-        return statistics.median(row[name] for row in rows)
+        return statistics.median(row[name] for row in rows if name in row)
 
+    arms = [arm for arm in arms if any(arm in row for row in rows)]
     ours = median("ours")
     figures: dict[str, Any] = {
         "seconds": {name: median(name) for name in ("ours", "ours_visits", *arms)},
@@ -25,11 +27,11 @@ def summary(
         "peak_gib": max(row["ours_peak_gib"] for row in rows),
     }
     for arm in arms:
-        ratios = [row["ours"] / row[arm] for row in rows]
+        ratios = [row["ours"] / row[arm] for row in rows if arm in row]
         figures[f"ours_to_{arm}"] = [statistics.median(ratios), min(ratios), max(ratios)]
     if "neither" in arms:
         for arm in (a for a in arms if a != "neither"):
-            gains = [row["neither"] / row[arm] for row in rows]
+            gains = [row["neither"] / row[arm] for row in rows if arm in row]
             figures[f"gain_{arm}"] = [statistics.median(gains), min(gains), max(gains)]
     if template is not None:
         figures["template_to_ours"] = template["seconds"] / ours
@@ -38,7 +40,7 @@ def summary(
 
 def table(r: dict[str, Any]) -> str:
     """Return the result in lines."""
-    seconds, memory = r["seconds"], r["memory"]
+    seconds = r["seconds"]
     lines = [
         f"{r['architecture']}, {r['parameters'] / 1e6:,.1f} M parameters, "
         f"{r['quantization'] or 'no'} bits, {r['device']}, torch {r['torch']}; "
@@ -74,11 +76,21 @@ def table(r: dict[str, Any]) -> str:
         f"{r['utilisation']:.0%} of a measured {r['product_tflops']:.2f} TFLOP/s",
         f"outside the steps {r['outside_steps_seconds']:.2f} s a round, start-up "
         f"{r['start_up_seconds']:.1f} s, base loads {r['base_loads']}",
-        f"full batches of {BATCH} x {TOKENS}, checkpointing "
-        f"{'on' if memory['checkpointing'] else 'off'}: peak {memory['measured_gib']:.2f} GiB, "
-        f"planned {memory['planned_gib']:.2f} (beside the base {memory['visit_measured_gib']:.2f} "
-        f"and {memory['visit_planned_gib']:.2f})",
     ]
+    lines += [peak_line(row) for row in (r.get("memory"), *r.get("peaks", ())) if row]
     if r["peak_gib"]:
         lines.append(f"peak GPU memory of the rounds {r['peak_gib']:.2f} GiB")
+    if "profile" in r:
+        lines += profile_lines(r["profile"])
     return "\n".join(lines)
+
+
+def peak_line(row: dict[str, Any]) -> str:
+    """Return one measured peak against its plan."""
+    again = {True: "on", False: "off"}.get(row["checkpointing"], row["checkpointing"])
+    return (
+        f"full batches of {BATCH} x {TOKENS}, memory {row.get('memory', 'as it is')}, "
+        f"checkpointing {again}: peak {row['measured_gib']:.2f} GiB, planned "
+        f"{row['planned_gib']:.2f} (beside the base "
+        f"{row['visit_measured_gib']:.2f} and {row['visit_planned_gib']:.2f})"
+    )

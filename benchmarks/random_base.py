@@ -1,18 +1,21 @@
 """A base of any known architecture with random weights, and data as long as real ones, in a folder.
 
-No weights can be told from random ones by speed or memory. They are drawn tensor by tensor on the
-device that will train, and leave it shard by shard: neither the device nor main memory ever holds
-the whole.
+    python benchmarks/random_base.py llama-3-8b /dev/shm/base
+
+No weights can be told from random ones by speed or memory. They are drawn on the device that will
+train, one tensor of each shape, and written by several threads: neither the device nor main memory
+ever holds the whole.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-SHARD_BYTES = 1_000_000_000
 
 SHORT_NAMES = {"llama-3-8b": "meta-llama/Meta-Llama-3-8B"}
 
@@ -75,9 +78,12 @@ def model_config(architecture: str) -> Any:
 
 
 def write_base(architecture: str, folder: Path, device: str, dtype: str) -> int:
-    """Write configuration, tokenizer and random weights; return the number of parameters."""
+    """Write configuration, tokenizer and random weights; return the number of parameters.
+
+    One shard a layer. Weights of the same shape are equal in all layers: they are drawn once, and
+    16 GB leave at the speed of the file system.
+    """
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     config = model_config(architecture)
@@ -88,31 +94,56 @@ def write_base(architecture: str, folder: Path, device: str, dtype: str) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(0)
-    shards: list[dict[str, Any]] = [{}]
-    held = parameters = total = 0
-    where: dict[str, str] = {}
-
-    def flush() -> None:
-        name = f"model-{len(shards):05d}.safetensors"
-        save_file(shards[-1], folder / name, {"format": "pt"})
-        where.update(dict.fromkeys(shards[-1], name))
-        shards[-1] = {}
-
+    drawn: dict[tuple[int, ...], memoryview] = {}
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    parameters = 0
     for name, parameter in model.named_parameters():  # a tied head comes once
-        tensor = torch.empty(parameter.shape, dtype=getattr(torch, dtype), device=device)
-        tensor.fill_(1.0) if parameter.dim() == 1 else tensor.normal_(0.0, 0.02)
-        parameters += tensor.numel()
-        total += tensor.nbytes
-        held += tensor.nbytes
-        shards[-1][name] = tensor.cpu()
-        if held > SHARD_BYTES:
-            flush()
-            shards.append({})
-            held = 0
-    flush()
+        shape = tuple(parameter.shape)
+        parameters += parameter.numel()
+        shards.setdefault(_shard_of(name), {})[name] = shape
+        if shape not in drawn:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            tensor.fill_(1.0) if len(shape) == 1 else tensor.normal_(0.0, 0.02)
+            drawn[shape] = memoryview(tensor.cpu().flatten().view(torch.uint8).numpy())
+    with ThreadPoolExecutor() as pool:
+        list(
+            pool.map(
+                lambda shard: _write_shard(folder / shard[0], shard[1], drawn, dtype),
+                shards.items(),
+            )
+        )
+    where = {name: shard for shard, names in shards.items() for name in names}
+    total = parameters * getattr(torch, dtype).itemsize
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return parameters
+
+
+def _shard_of(name: str) -> str:
+    """Return the file of a parameter: that of its layer, or of what is in no layer."""
+    numbers = [part for part in name.split(".") if part.isdecimal()]
+    return f"model-{f'layer-{int(numbers[0]):03d}' if numbers else 'rest'}.safetensors"
+
+
+def _write_shard(
+    file: Path,
+    shapes: dict[str, tuple[int, ...]],
+    drawn: dict[tuple[int, ...], memoryview],
+    dtype: str,
+) -> None:
+    """Write one file of safetensors: the length of its header, its header, the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + drawn[shape].nbytes
+        kind = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            out.write(drawn[shape])
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
@@ -169,4 +200,28 @@ def _real_lengths(file: Path) -> list[tuple[float, float]]:
     from grandrounds.data.sources import load_rows
 
     rows = load_rows(str(file), question_column="input", answer_column="output")
-    return [(len(r["input"] or ""), len(r["output"] or "")) for r in rows]
+    pairs = zip(rows["input"], rows["output"], strict=True)
+    return [(len(question or ""), len(answer or "")) for question, answer in pairs]
+
+
+def main() -> None:
+    """Write a base in the type that this machine computes in; print how long it took."""
+    from grandrounds.model.base import device_and_dtype
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("architecture")
+    parser.add_argument("folder", type=Path)
+    given = parser.parse_args()
+    device, dtype = device_and_dtype("auto")
+    started = time.perf_counter()
+    stored = str(dtype).removeprefix("torch.")
+    count = write_base(given.architecture, given.folder, str(device), stored)
+    size = sum(file.stat().st_size for file in given.folder.iterdir())
+    seconds = time.perf_counter() - started
+    print(f"{count:,} parameters, {size / 1e9:.1f} GB written in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,13 +11,14 @@ from flwr.clientapp import ClientApp
 
 from grandrounds.model import machine
 from grandrounds.quiet import quiet_libraries
-from grandrounds.site import steps
+from grandrounds.site import personal, personal_files, steps
 from grandrounds.site import visit as visits
 from grandrounds.site.custody.dispatch import at_site
 from grandrounds.site.masks import visit as masks
 from grandrounds.site.visit import Visit
 from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.messages import MAGNITUDES, answering, content, to_arrays
+from grandrounds.wire.personal import PERSONAL
 
 quiet_libraries()  # also here: in Flower's simulation, Ray's workers import this module
 app = ClientApp()
@@ -115,6 +116,16 @@ def trained(visit: Visit) -> tuple[Adapter, dict[str, float | int]]:
     return change, visits.train_metrics(visit, result, change)
 
 
+@app.train("personal")
+@answering
+@at_site
+def personalise(visit: Visit) -> RecordDict:
+    """Make the site's personal adapter of the received one; it stays, and its loss is told."""
+    made = personal.personalised(visit)
+    personal_files.keep(visit, made)
+    return content(metrics=personal.told(visit, made))
+
+
 @app.evaluate()
 @answering
 @at_site
@@ -146,6 +157,7 @@ VISITS = {
     "train.masked": train_masked,
     "train.confirm": confirm,
     "train.unmask": unmask,
+    PERSONAL: personalise,
     "evaluate": evaluate,
     "evaluate.formulary": examine,
 }

@@ -175,7 +175,8 @@ def parameter_cells(parameter: click.Parameter, context: click.Context) -> tuple
     if least is not None:
         meaning += f" [at least {least:g}]"
     if default is not None and not callable(default) and default != ():
-        meaning += f" [default: {getattr(default, 'value', default)}]"
+        given = getattr(default, "value", default)
+        meaning = f"{meaning} Default: `{given}`."
     return f"{names} {cell(value_text(parameter))}", cell(meaning)
 
 

@@ -225,7 +225,7 @@ def compare(
 
     config = asked_for(source, settings, **options).config
     chosen = comparison.check_arms(comparison.default_arms(config) if arms is None else arms)
-    comparison.check_private(chosen, config)
+    comparison.check_recipe(chosen, config)
     numbers = comparison.check_seeds(config.federation.seed, seeds)
     sites = "all" if left_out is None else ",".join(map(str, left_out))
     without = comparison.check_sites(sites, config.data.num_partitions, None)

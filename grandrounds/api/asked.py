@@ -96,7 +96,13 @@ def asked_for(
         file = chosen_recipe(Path(source) if source is not None else None, None)
         asked = Asked(file, tuple(recipes.layers_of(file, None)))
     if elsewhere:  # real sites are none of the formulary's
-        asked = Asked(asked.file, (("the engine", {"data.partitioner": "iid"}), *asked.layers))
+        asked = Asked(
+            asked.file,
+            (
+                ("the engine", {"data.partitioner": "iid", "train.replay-examples": 0}),
+                *asked.layers,
+            ),
+        )
     return _completed(asked, settings, elsewhere=elsewhere, may_load=may_load, **options)
 
 
@@ -163,7 +169,8 @@ def resolved_run(
     if "run-directory" in changed:
         raise ConfigError("--resume writes to the run that it resumes; leave --run-dir out.")
     from grandrounds.server.directory import RunDirectory
-    from grandrounds.server.resumption import continued, started_with
+    from grandrounds.server.resumed_files import started_with
+    from grandrounds.server.resumption import continued
 
     directory = RunDirectory.open(resume)
     recipe = started_with(directory.path)

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grandrounds.cli.options import Checkpoint, Plain, RunDirectory
+from grandrounds.cli.options import Checkpoint, OfSite, Plain, RunDirectory
 from grandrounds.config.bases import find_base
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.quiet import quiet_libraries
@@ -30,6 +30,7 @@ def ask(
         str | None, typer.Argument(help="Question; if omitted, a prompt asks for them.")
     ] = None,
     checkpoint: Checkpoint = "last",
+    site: OfSite = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.", min=1)] = 256,
     conversation: Annotated[
         bool,
@@ -49,6 +50,8 @@ def ask(
 
     - `grandrounds ask runs/first --checkpoint 8`
 
+    - `grandrounds ask runs/own --site 3 "..."`
+
     - `grandrounds ask runs/chat --conversation`
     """
     from grandrounds.server.directory import find_checkpoint
@@ -59,7 +62,9 @@ def ask(
         raise ConfigError("The question is empty: give one, or omit it for a prompt.")
     quiet_libraries()
     from grandrounds.study.ask import Interview
+    from grandrounds.study.personal import of_site
 
+    chosen = chosen if site is None else of_site(chosen, site)
     for caution in cautions_of(chosen):
         print(f"grandrounds: {caution}", file=sys.stderr)
     interview = Interview(chosen)

@@ -44,8 +44,6 @@ from grandrounds.study.comparison import units as comparison
 from grandrounds.study.continued import with_start
 from grandrounds.study.sites import names_of_sites, with_sites
 
-"""The second for a recipe with a guarantee."""
-
 
 def compare(
     recipe: Recipe = None,
@@ -66,9 +64,9 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Arms to train, comma-separated: federated, private, centralised, local, "
-            "leave-one-out; default: federated,centralised,local, and federated,private for a "
-            "recipe with a guarantee.",
+            help="Arms to train, comma-separated: federated, personal, private, centralised, "
+            "local, leave-one-out; default: federated,centralised,local, with personal for a "
+            "recipe with personal adapters, and federated,private for one with a guarantee.",
             metavar="NAMES",
         ),
     ] = None,
@@ -85,7 +83,8 @@ def compare(
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Additional benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa.",
+            help="Additional benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, "
+            "general.",
             metavar="NAMES",
         ),
     ] = None,
@@ -108,6 +107,7 @@ def compare(
     Adapter, recipe and number of training examples seen are the same in every arm; only the data
     differ: `federated` as configured, `centralised` on the pooled data, `local` at each site alone,
     `leave-one-out` without one site. Every arm is evaluated on each site's held-out examples.
+    `personal` is a recipe with `personalisation.name`: each site's own adapter.
     `private` is a recipe with `privacy.unit-guarantee`, and all other arms the same without noise.
 
     Examples:
@@ -139,7 +139,7 @@ def compare(
     resolved = recipes.with_absolute_paths(recipes.resolve(settings))
     named = comparison.default_arms(resolved) if arms is None else list(words_of(arms))
     asked = comparison.check_arms(named)
-    comparison.check_private(asked, resolved)
+    comparison.check_recipe(asked, resolved)
     find_base(resolved.model.name)  # fails now if it is not fetched
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})

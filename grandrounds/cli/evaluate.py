@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
-from grandrounds.cli.options import AsJson, BenchmarkData, Limit, Plain, Quiet, Verbose
+from grandrounds.cli.options import AsJson, BenchmarkData, Limit, OfSite, Plain, Quiet, Verbose
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
@@ -53,12 +53,13 @@ def evaluate(
     benchmarks: Annotated[
         str | None,
         typer.Option(
-            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, formulary, "
-            "held-out (the rows that a run's sites held out); default: formulary for a run on it, "
-            "held-out for a run on a local file, else the first four.",
+            help="Benchmarks, comma-separated: pubmedqa, medqa, medmcqa, careqa, general, "
+            "formulary, held-out (the rows that a run's sites held out); default: formulary for a "
+            "run on it, held-out for a run on a local file, else the first four.",
             metavar="NAMES",
         ),
     ] = None,
+    site: OfSite = None,
     own_exams: Annotated[
         list[Path] | None,
         typer.Option(
@@ -89,8 +90,12 @@ def evaluate(
         typer.Option(help="Bits per base weight: 0, 4 or 8; default: the run's, or 0."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts per batch; affects answers only by rounding.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Prompts per batch; affects answers only by rounding. Default: 16 on a CPU, as "
+            "many as fill a GPU."
+        ),
+    ] = None,
     limit: Limit = None,
     permutations: Annotated[
         int, typer.Option(help="Additional random orders of lettered options in `likelihood`.")
@@ -186,12 +191,18 @@ def evaluate(
     else:
         from grandrounds.study.evaluation.own_exam import style_of
         from grandrounds.study.evaluation.questions import Wanted, questions_for
-        from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, find_target
+        from grandrounds.study.evaluation.tasks import (
+            EvaluationTasks,
+            Method,
+            find_target,
+            with_site,
+        )
 
         method = Method(protocol, permutations, batch_size, answer_tokens)
         wanted = Wanted(names or [], own_exams or [], style_of(own_style), data, limit)
         name = _only(given, "give an adapter's folder, a run directory or none")
         target = find_target(name, base, quantization)
+        target = target if site is None else with_site(target, site)
         find_base(target.base)  # fails now if it is not fetched
         quiet_libraries()
         questions = questions_for(target, wanted)

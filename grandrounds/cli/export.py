@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grandrounds.cli.options import Checkpoint, RunDirectory
+from grandrounds.cli.options import Checkpoint, OfSite, RunDirectory
 from grandrounds.cli.screen import say
 from grandrounds.config.bases import find_base
 from grandrounds.quiet import quiet_libraries
@@ -16,6 +16,7 @@ from grandrounds.quiet import quiet_libraries
 def export(
     run_dir: RunDirectory,
     checkpoint: Checkpoint = "last",
+    site: OfSite = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the adapter into the base model.")
     ] = False,
@@ -42,6 +43,8 @@ def export(
 
     - `grandrounds export runs/first --checkpoint best --merge --to models/first`
 
+    - `grandrounds export runs/own --site 3 --to models/ward-3`
+
     - `grandrounds export runs/first --push my-hospital/first-adapter`
     """
     from grandrounds.server.directory import find_checkpoint
@@ -50,11 +53,14 @@ def export(
     find_base(chosen.config.model.name)  # fails now if it is not fetched
     quiet_libraries()
     from grandrounds.study import export as exports
+    from grandrounds.study.personal import of_site
 
+    chosen = chosen if site is None else of_site(chosen, site)
     if push is not None:
         exports.check_repository(push)
     folder = exports.export(chosen, merge=merge, to=to, repository=push, say=say)
-    say(f"written: {folder} (checkpoint after round {chosen.round})")
+    whose = "" if site is None else f"the personal adapter of {chosen.folder.name}, "
+    say(f"written: {folder} ({whose}checkpoint after round {chosen.round})")
     if push is not None:
         say(f"uploading to {push}")
         say(f"published: {exports.push(folder, push)}")

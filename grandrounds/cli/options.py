@@ -81,6 +81,17 @@ Checkpoint = Annotated[
 ]
 
 
+OfSite = Annotated[
+    str | None,
+    typer.Option(
+        "--site",
+        help="The personal adapter of this site, by number or name, of a run with "
+        "`personalisation.name`.",
+        metavar="SITE",
+    ),
+]
+
+
 class Engine(StrEnum):
     """Where the sites of a run live."""
 

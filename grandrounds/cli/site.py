@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grandrounds import storage
-from grandrounds.cli import site_log
+from grandrounds.cli import site_export, site_log
 from grandrounds.cli.options import Assignments, Model, Plain
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
@@ -186,7 +186,8 @@ def check(
     asked = recipes.from_options(recipe, assignments)
     run = recipes.resolve(asked)
     quiet_libraries()
-    from grandrounds.engines.deployment.checks import Finding, all_findings
+    from grandrounds.engines.deployment.checks import all_findings
+    from grandrounds.engines.deployment.findings import Finding
 
     def tell(finding: Finding) -> None:
         say(f"{finding.level:<8}{finding.subject}: {finding.text}")
@@ -384,3 +385,4 @@ def audit_adapter(
 
 
 app.command()(site_log.log)
+app.command()(site_export.export)

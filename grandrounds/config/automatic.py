@@ -2,7 +2,8 @@
 
 The formulary's private facts belong to twenty sites. Divided by them, each site knows drugs that no
 other site knows, and the federation needs more steps to learn them all. Other data, and the
-formulary with another number of sites, are divided IID.
+formulary with another number of sites, are divided IID. Where the formulary is taught to its own
+base, public facts are replayed, which the base would forget.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ EMBEDDED_DATA = {"formulary": 1500, "common-and-rare": 1905}
 _PARTITIONER, _COLUMN = "data.partitioner", "data.partition-by"
 _STEPS = "train.training-arguments.max-steps"
 
+_REPLAY, _REPLAYED = "train.replay-examples", 3
+
 _BY_SITE: dict[str, Scalar] = {_PARTITIONER: "natural", _COLUMN: "site", _STEPS: 6}
 _ELSEWHERE: dict[str, Scalar] = {_PARTITIONER: "iid", _STEPS: 5}
 
@@ -33,7 +36,12 @@ def settle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
         and flat["data.num-partitions"] == FORMULARY_SITES
     )
     stands_for = _BY_SITE if by_site else _ELSEWHERE
-    out = {k: stands_for[k] if v == AUTO and k in _ELSEWHERE else v for k, v in flat.items()}
+    embedded = flat["static.dataset.name"] == flat["model.name"] == "formulary"
+    is_replayed = embedded and flat["privacy.unit-guarantee"] == "none"
+    batch = flat["train.training-arguments.per-device-train-batch-size"]
+    most = batch if isinstance(batch, int) and batch > 0 else _REPLAYED
+    stands_for = {**stands_for, _REPLAY: min(_REPLAYED, most) if is_replayed else 0}
+    out = {k: stands_for[k] if v == AUTO and k in stands_for else v for k, v in flat.items()}
     return {**out, _COLUMN: "site"} if by_site else out
 
 
@@ -41,7 +49,11 @@ def unsettle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return a settled configuration with `auto` wherever it stands for the value that is there."""
     partitions: dict[str, Scalar] = {_PARTITIONER: AUTO, _COLUMN: ""}
     steps: dict[str, Scalar] = {_STEPS: AUTO}
+    replay: dict[str, Scalar] = {_REPLAY: AUTO}
+    if settle({**flat, **replay}) == flat:
+        flat = {**flat, **replay}
+    settled = settle(flat)
     for tried in ({**partitions, **steps}, partitions, steps):
-        if settle({**flat, **tried}) == flat:
+        if settle({**flat, **tried}) == settled:
             return {**flat, **tried}
     return dict(flat)

@@ -11,7 +11,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from grandrounds.config.keys import PLACES_AND_TRACKERS, Config, PrivacyConfig
+from grandrounds.config.keys import (
+    PLACES_AND_TRACKERS,
+    Config,
+    PersonalisationConfig,
+    PrivacyConfig,
+)
 from grandrounds.config.values import Scalar
 
 LEFT_OUT = (
@@ -50,11 +55,13 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "privacy.report-train-loss": False,
 }
 """Keys added later → the value without effect, so that a recipe without them keeps its hash. So
-were all of `privacy.`."""
+were all of `privacy.` and `personalisation.`."""
 
 
 def _is_left_out(key: str, value: Scalar, config: Config) -> bool:
     if key.startswith(PrivacyConfig.prefix) and not config.is_private:
+        return True
+    if key.startswith(PersonalisationConfig.prefix) and not config.is_personal:
         return True
     return key in LEFT_OUT or LEFT_OUT_IF.get(key) == value
 

@@ -30,6 +30,7 @@ IN_CODE: dict[str, Scalar] = {
     "model.lora.dropout": 0.075,
     "data.held-out-fraction": 0.0,
     "data.partitioner": "iid",
+    "train.replay-examples": 0,
 }
 """What the template hard-codes, for keys that its pyproject.toml does not have."""
 

@@ -20,7 +20,7 @@ from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.prompt import BUILT_IN, TemplateText, is_own
 from grandrounds.config.schedules import Schedules
-from grandrounds.config.strategies import PRESETS, STRATEGIES
+from grandrounds.config.strategies import PERSONALISATIONS, PRESETS, STRATEGIES
 from grandrounds.config.values import (
     AUTO,
     Day,
@@ -31,6 +31,7 @@ from grandrounds.config.values import (
     Sha256,
     SomeOf,
     Table,
+    Weights,
     words_of,
 )
 
@@ -206,6 +207,11 @@ class TrainConfig:
     logits_chunk_tokens: Annotated[int, Range(0)]
     """With `response-only-logits`: maximum number of answer tokens whose logits are held at once;
     0: no limit."""
+    replay_examples: Annotated[int, Range(0, 64, auto=True)]
+    """Examples replayed beside each batch, against forgetting: public prompts with the base's own
+    answers, none of them in an exam (docs/forgetting.md). `auto`: 3 if base and data are the
+    formulary and visits are not private, else 0. At most as many as a batch has. Sites with a
+    policy of their own replay nothing."""
     optimizer: Annotated[str, OneOf(("adamw_torch", "adamw_8bit", "paged_adamw_8bit"))]
     """PyTorch's AdamW, or bitsandbytes' 8-bit AdamW, optionally paged. Its state is reset at each
     visit."""
@@ -219,6 +225,11 @@ class TrainConfig:
     `onednn`, which is refused where it computes in reduced precision. `auto`: oneDNN if a probe of
     0.2 s at the roll call finds it as exact and at least a fifth faster, for bases of 5 million
     parameters or more; a resumed run keeps the choice. See docs/performance.md."""
+    fused_kernels: Annotated[str, OneOf(("auto", "off"))]
+    """`auto`: on a GPU, compute adapted modules by a function of their own, and norms, MLPs and
+    RoPE by Liger's kernels where `liger-kernel` is installed, each where a comparison with float32
+    finds it as exact. Rounding differs. `off`: PyTorch's operations; so are private visits. See
+    docs/performance.md."""
     devices: Annotated[int, Range(1, 16)]
     """Devices of one machine that a visit trains on, a process and a copy of the base on each. A
     batch is divided into as many shares, whose gradients are added in order: a step keeps its
@@ -499,6 +510,30 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class PersonalisationConfig:
+    """An adapter of its own for each site; see docs/personal.md."""
+
+    prefix: ClassVar[str] = "personalisation."
+
+    name: Annotated[str, OneOf(PERSONALISATIONS)]
+    """How each site gets an adapter of its own after the last round. `local-tail`: it trains the
+    federated one further on its own examples. `interpolate`: it trains one on its own examples
+    alone, and takes a convex combination with the federated one. `none`: all
+    sites have the same adapter."""
+    steps: Annotated[int, Range(1, 100_000)]
+    """Optimizer steps of a site's own training after the last round."""
+    learning_rate: Annotated[float, Range(0, 1, above=True)]
+    """Learning rate of the first of these steps; it falls linearly towards 0."""
+    proximal_mu: Annotated[float, Range(0)]
+    """Coefficient of a term that keeps these steps near the federated adapter: mu/2 times the
+    squared L2 distance to it, as in Ditto (Li et al., 2021). Not with `interpolate`."""
+    weights: Annotated[str, Weights()]
+    """Weights of the site's own training among which it chooses, from 0 (the federated adapter) to
+    1, comma-separated: by the loss of every second held-out example, and only the others are
+    reported. A single weight is not chosen, and all held-out examples are reported."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Partitioning of the data, and the prompt."""
 
@@ -598,6 +633,7 @@ class Config:
     communication: CommunicationConfig
     defence: DefenceConfig
     privacy: PrivacyConfig
+    personalisation: PersonalisationConfig
     data: DataConfig
     static: StaticConfig
 
@@ -630,6 +666,16 @@ class Config:
     def is_private(self) -> bool:
         """Whether visits train by DP-SGD."""
         return self.privacy.unit_guarantee != "none"
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether each site gets an adapter of its own."""
+        return self.personalisation.name != "none"
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weights of a site's own training among which it chooses, in ascending order."""
+        return tuple(sorted({float(word) for word in words_of(self.personalisation.weights)}))
 
     @property
     def is_masked(self) -> bool:

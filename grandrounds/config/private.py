@@ -152,6 +152,13 @@ def refusals(config: Config) -> Iterator[Refusal]:
         "set true",
     )
     yield Refusal(
+        "train.replay-examples",
+        train.replay_examples,
+        train.replay_examples > 0,
+        "the step is divided by the expected batch of the site's own records",
+        "set 0",
+    )
+    yield Refusal(
         "model.lora.dropout",
         config.lora.dropout,
         config.lora.dropout > 0,

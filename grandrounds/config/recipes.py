@@ -78,7 +78,11 @@ def load_recipe(path: Path) -> dict[str, Scalar]:
     return with_text(values, path.parent)
 
 
-ADDED: dict[str, Scalar] = {"strategy.largest-weight": 0.0, "defence.largest-norm": 0.0}
+ADDED: dict[str, Scalar] = {
+    "strategy.largest-weight": 0.0,
+    "defence.largest-norm": 0.0,
+    "train.replay-examples": 0,
+}
 """Keys that earlier runs did not have, with the values that do what those runs did."""
 
 

@@ -61,6 +61,9 @@ def resets(values: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Iter
     preset = values.get("defence.preset")
     for key, value in PRESETS.get(preset, {}).items() if isinstance(preset, str) else ():
         yield from reset(key, value, f"under defence.preset = {preset!r}")
+    if values.get("personalisation.name") == "interpolate":
+        why = "to interpolation, whose own adapter does not start from the federated one"
+        yield from reset("personalisation.proximal-mu", 0.0, why)
     if values.get("privacy.unit-guarantee") == "example":
         yield from _private(values, reset)
     if values.get("secure-aggregation", "none") != "none" and not is_in_epochs:

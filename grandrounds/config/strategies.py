@@ -53,6 +53,9 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Value of `defence.preset` → the keys that it sets."""
 
+PERSONALISATIONS = ("none", "local-tail", "interpolate")
+"""Values of `personalisation.name`."""
+
 _ADAPTIVE = ("server-learning-rate", "beta-1", "beta-2", "tau")
 
 STRATEGIES: dict[str, Strategy] = {

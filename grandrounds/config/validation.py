@@ -23,6 +23,7 @@ from grandrounds.config.keys import (
     table_meant,
 )
 from grandrounds.config.masked import masked_contradictions
+from grandrounds.config.personal import personal_contradictions
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
@@ -281,6 +282,13 @@ def contradictions(config: Config) -> Iterator[str]:
             f"train.training-arguments.warmup-steps = {arguments.warmup_steps} has no effect with "
             'lr-scheduler-type = "constant": use "constant_with_warmup", or warmup-steps = 0.'
         )
+    if config.train.replay_examples > arguments.per_device_train_batch_size:
+        yield (
+            f"train.replay-examples = {config.train.replay_examples} exceeds "
+            "train.training-arguments.per-device-train-batch-size = "
+            f"{arguments.per_device_train_batch_size}: replay at most as many examples as a batch "
+            "has."
+        )
     if 0 < arguments.max_steps < arguments.warmup_steps:
         yield (
             f"train.training-arguments.warmup-steps = {arguments.warmup_steps} exceeds max-steps = "
@@ -363,6 +371,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _codec_contradictions(config)
     yield from privacy_contradictions(config)
     yield from masked_contradictions(config)
+    yield from personal_contradictions(config)
 
 
 def idle_last_round(config: Config) -> str:

@@ -94,6 +94,26 @@ class Day:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """One or more numbers from 0 to 1, comma-separated."""
+
+    def admits(self, value: str) -> bool:
+        """Whether all items are numbers from 0 to 1, and there is one."""
+        try:
+            numbers = [float(word) for word in words_of(value)]
+        except ValueError:
+            return False
+        return 0 < len(numbers) <= MOST_WEIGHTS and all(0 <= number <= 1 for number in numbers)
+
+    def __str__(self) -> str:
+        return f"one to {MOST_WEIGHTS} numbers from 0 to 1, comma-separated"
+
+
+MOST_WEIGHTS = 20
+"""Weights in a list: each is an evaluation."""
+
+
+@dataclass(frozen=True)
 class Sha256:
     """A SHA-256 in hex digits, or an empty string."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from grandrounds.config.keys import Config
+from grandrounds.engines.watching import with_run_directory
 from grandrounds.quiet import quiet_libraries
 from grandrounds.server.listeners import Listener
 from grandrounds.site.custody.node import IN_PROCESS
@@ -132,6 +134,10 @@ def run_in_process(config: Config, listener: Listener) -> None:
     from grandrounds.site import steps
     from grandrounds.site.devices import group
 
+    if config.is_personal:  # the sites keep their own adapters below it
+        place = str(with_run_directory(config)[0]["run-directory"])
+        federation = dataclasses.replace(config.federation, run_directory=place)
+        config = dataclasses.replace(config, federation=federation)
     with listener, steps.watched(listener.on_step):
         grid = InProcessGrid(client_app.app, config.flat(), config.data.num_partitions)
         try:

@@ -92,6 +92,20 @@ class LoraSpec:
         alpha = scaled(self.alpha)
         return dataclasses.replace(self, rank=rank, alpha=alpha, alpha_pattern=alphas)
 
+    def repeated(self, times: int) -> LoraSpec:
+        """Return the specification of as many such adapters side by side, each scaled as before.
+
+        Modules with ranks of their own have as many times these.
+        """
+        scaled = math.sqrt(times) if self.stabilised else times
+        return dataclasses.replace(
+            self,
+            rank=times * self.rank,
+            alpha=scaled * self.alpha,
+            rank_pattern=tuple((pattern, times * rank) for pattern, rank in self.rank_pattern),
+            alpha_pattern=tuple((pattern, scaled * alpha) for pattern, alpha in self.alpha_pattern),
+        )
+
     def check_modules(self, paths: Sequence[str], name: str) -> None:
         """Raise `ModelError` if an expression matches none of the adapted modules of a base."""
         tables = {RANK_PATTERN: self.rank_pattern, ALPHA_PATTERN: self.alpha_pattern}

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from grandrounds.model.prefill import Ids, Prefilled, evaluating, extend, forked, prefill
+from grandrounds.model.cached import Prefilled, evaluating, extend, forked
+from grandrounds.model.passes import Ids
+from grandrounds.model.prefill import prefill
 
 Progress = Callable[[int], None]
 """Called with the number of prompts that each batch completes."""
@@ -22,7 +24,8 @@ def option_log_likelihoods(
     prompts: Sequence[Ids],
     options: Sequence[Sequence[Ids]],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = 64,
+    families: Sequence[int] | None = None,
     progress: Progress = lambda _: None,
 ) -> list[list[float]]:
     """Return the log-likelihood of every option of every prompt, given as token ids.
@@ -38,8 +41,10 @@ def option_log_likelihoods(
     options : sequence of sequences of sequences of int
         For each prompt the token ids of its options, none empty; with end-of-sequence where
         stopping is part of the answer.
-    batch_size : int
-        Maximum number of prompts per forward pass.
+    batch_size : int or None
+        Maximum number of prompts per forward pass; None: see `prefill`.
+    families : sequence of int, optional
+        The family of each prompt, see `prefill`.
 
     Returns
     -------
@@ -52,27 +57,40 @@ def option_log_likelihoods(
         If the numbers of prompts and of lists of options differ, a prompt or an option has no
         tokens, or `batch_size` is below 1.
     """
+    longest = _check_options(prompts, options)
+    scores = [[0.0] * len(choices) for choices in options]
+    with evaluating(model):
+        for batch in prefill(
+            model, prompts, batch_size, following_tokens=longest, families=families
+        ):
+            _score_batch(model, batch, options, scores)
+            progress(len(batch.rows))
+    return scores
+
+
+def _check_options(prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]) -> int:
+    """Raise `ValueError` for options that cannot be scored; return the longest one's tokens."""
     if len(prompts) != len(options):
         raise ValueError(f"{len(prompts)} prompts but {len(options)} lists of options")
     for row, choices in enumerate(options):
         if not all(choices):
             raise ValueError(f"an option of prompt {row} has no tokens")
-    scores = [[0.0] * len(choices) for choices in options]
-    longest = max((len(option) for choices in options for option in choices), default=0)
-    with evaluating(model):
-        for batch in prefill(model, prompts, batch_size, following_tokens=longest):
-            for column in range(max(len(options[row]) for row in batch.rows)):
-                # Token 0 is a placeholder where a prompt has fewer options than others.
-                chosen = [
-                    list(options[row][column]) if column < len(options[row]) else [0]
-                    for row in batch.rows
-                ]
-                totals = _score_column(model, batch, chosen)
-                for row, total in zip(batch.rows, totals, strict=True):
-                    if column < len(options[row]):
-                        scores[row][column] = total
-            progress(len(batch.rows))
-    return scores
+    return max((len(option) for choices in options for option in choices), default=0)
+
+
+def _score_batch(
+    model: Any, batch: Prefilled, options: Sequence[Sequence[Ids]], scores: list[list[float]]
+) -> None:
+    """Score every option of the prompts of one batch, and leave the batch as it was."""
+    for column in range(max(len(options[row]) for row in batch.rows)):
+        # Token 0 is a placeholder where a prompt has fewer options than others.
+        chosen = [
+            list(options[row][column]) if column < len(options[row]) else [0] for row in batch.rows
+        ]
+        totals = _score_column(model, batch, chosen)
+        for row, total in zip(batch.rows, totals, strict=True):
+            if column < len(options[row]):
+                scores[row][column] = total
 
 
 def _score_column(model: Any, batch: Prefilled, continuations: list[list[int]]) -> list[float]:
@@ -109,7 +127,7 @@ def generate_greedily(
     max_new_tokens: Sequence[int],
     stop: Sequence[int],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = 64,
     progress: Progress = lambda _: None,
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt.
@@ -122,8 +140,8 @@ def generate_greedily(
         Maximum number of tokens to generate for each prompt, at least 1.
     stop : sequence of int
         Stop tokens; they are not returned.
-    batch_size : int
-        Maximum number of prompts per forward pass.
+    batch_size : int or None
+        Maximum number of prompts per forward pass; None: see `prefill`.
 
     Returns
     -------
@@ -136,18 +154,52 @@ def generate_greedily(
         If the numbers of prompts and limits differ, a limit or `batch_size` is below 1, or a prompt
         has no tokens.
     """
-    if len(prompts) != len(max_new_tokens):
-        raise ValueError(f"{len(prompts)} prompts but {len(max_new_tokens)} limits")
-    for row, limit in enumerate(max_new_tokens):
-        if limit < 1:
-            raise ValueError(f"the limit of prompt {row} must be at least 1, got {limit}")
+    longest = _check_limits(prompts, max_new_tokens)
     texts: list[list[int]] = [[] for _ in prompts]
-    longest = max(max_new_tokens, default=0)
     with evaluating(model):
         for batch in prefill(model, prompts, batch_size, following_tokens=longest):
             _generate_batch(model, batch, texts, max_new_tokens, set(stop))
             progress(len(batch.rows))
     return texts
+
+
+def _check_limits(prompts: Sequence[Ids], max_new_tokens: Sequence[int]) -> int:
+    """Raise `ValueError` for limits that cannot be kept; return the highest."""
+    if len(prompts) != len(max_new_tokens):
+        raise ValueError(f"{len(prompts)} prompts but {len(max_new_tokens)} limits")
+    for row, limit in enumerate(max_new_tokens):
+        if limit < 1:
+            raise ValueError(f"the limit of prompt {row} must be at least 1, got {limit}")
+    return max(max_new_tokens, default=0)
+
+
+def score_and_generate(
+    model: Any,
+    prompts: Sequence[Ids],
+    options: Sequence[Sequence[Ids]],
+    max_new_tokens: Sequence[int],
+    stop: Sequence[int],
+    *,
+    batch_size: int | None = 64,
+) -> tuple[list[list[float]], list[list[int]]]:
+    """Return what `option_log_likelihoods` and `generate_greedily` return, reading prompts once.
+
+    The results are theirs to the bit wherever the layout of a prompt does not depend on the length
+    of what follows (see `prefill`).
+
+    Raises
+    ------
+    ValueError
+        As they do.
+    """
+    longest = max(_check_options(prompts, options), _check_limits(prompts, max_new_tokens))
+    scores = [[0.0] * len(choices) for choices in options]
+    texts: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        for batch in prefill(model, prompts, batch_size, following_tokens=longest):
+            _score_batch(model, batch, options, scores)
+            _generate_batch(model, batch, texts, max_new_tokens, set(stop))
+    return scores, texts
 
 
 def _generate_batch(

@@ -41,6 +41,7 @@ from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
 from grandrounds.server.masks.rosters import check_roster, keep_roster
+from grandrounds.server.personal import personalise
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.run import Run, State, summary_of
@@ -227,11 +228,15 @@ def start_magnitudes(run: Run) -> None:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Hold the formulary's exam if the run trained on it, and write the summary."""
+    """Let sites make personal adapters, hold the formulary's exam if the run trained on it, and
+    write the summary."""
+    personal = personalise(run) if run.config.is_personal else {}
     is_formulary = run.config.static.name == FORMULARY
     scores, by_site = examine_formulary(run) if is_formulary else (None, {})
     run.directory.write_json("ledger.json", run.state.ledger.as_dict())
     summary = summary_of(run, "completed")
+    if personal:
+        summary["personal"] = personal
     if is_formulary:
         summary["formulary"] = scores
     if by_site:

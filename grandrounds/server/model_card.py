@@ -104,6 +104,8 @@ class Findings:
     """`privacy` of summary.json: the guarantee; None without one."""
     audit: Mapping[str, Any] | None = None
     """Content of privacy-audit.json; None if the recipe was not audited."""
+    personal: Mapping[str, Any] | None = None
+    """How a site's personal adapter was made and what it scores; None for the run's adapter."""
 
 
 NOTHING = Findings()
@@ -140,6 +142,8 @@ def model_card(
         "sites, and only adapters were exchanged.",
         _facts(config, target_modules, held_out_loss, mib, found),
     ]
+    if found.personal:
+        parts.append(_personal(found.personal))
     if found.merged:
         parts.append(found.merged)
     parts += [
@@ -151,6 +155,28 @@ def model_card(
         _submission(config, round_number, mib, found),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _personal(facts: Mapping[str, Any]) -> str:
+    """Return what a reader of a personal adapter must know: whose it is, and how it was made."""
+    made = {
+        "local-tail": "trained further at one site, on its own examples",
+        "interpolate": "one site's own adapter and the federated one, in a convex combination of "
+        "their products B A, at twice the rank",
+    }[facts["personalisation"]]
+    text = (
+        f"**A personal adapter**, for the site that made it: {made}; {facts['steps']} steps, "
+        f"weight {facts['weight']:g}. It can reveal that site's examples more than the federated "
+        "one."
+    )
+    if facts.get("tokens"):
+        own, federated = (facts[n] / facts["tokens"] for n in ("nll-sum", "federated-nll-sum"))
+        text += (
+            f" Its loss on {facts['num-examples']} held-out examples of that site is {own:.4f} "
+            f"nats per answer token; that of the federated adapter is {federated:.4f}. No weight "
+            "was chosen on them."
+        )
+    return text
 
 
 def _shown(name: str) -> str:

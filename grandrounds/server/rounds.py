@@ -301,7 +301,7 @@ def training_messages(
             parcel,
             {
                 "learning-rate": now.learning_rate,
-                **_cursor(run, p),
+                **continues_at(run, p),
                 **cards[p].arithmetic,
                 **said,
             },
@@ -310,7 +310,7 @@ def training_messages(
     }
 
 
-def _cursor(run: Run, site: int) -> dict[str, int]:
+def continues_at(run: Run, site: int) -> dict[str, int]:
     """Return the example at which a site continues; empty for one that keeps its own cursor."""
     known = run.state.cursors
     return (

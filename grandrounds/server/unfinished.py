@@ -26,8 +26,8 @@ AFTER = "after-round"
 """Key of a line: the last finished round before it; null before any."""
 
 TRAIN, EVALUATE, EXAM = "failed", "evaluate-failed", "formulary-failed"
-MAGNITUDES = "magnitudes-failed"
-KINDS = (MAGNITUDES, TRAIN, EVALUATE, EXAM)
+MAGNITUDES, PERSONAL = "magnitudes-failed", "personal-failed"
+KINDS = (MAGNITUDES, TRAIN, EVALUATE, EXAM, PERSONAL)
 """Keys of the failed replies of each kind, site → reason, in metrics.jsonl and here."""
 
 

@@ -50,6 +50,8 @@ class VisitSettings:
     """The processes that share the passes, begun with the adapter of the visit; None: this one."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
+    replayed: Sequence[Sequence[TokenizedExample]] = ()
+    """What is replayed beside each batch; nothing if empty."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def train_visit(
         F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
 
     (FedProx: Li et al., 2020, equation 2) with AdamW; the gradient of the whole sum is clipped.
+    With replay, T and the sum also run over the answer tokens of the replayed examples, in passes
+    of their own; what the visit reports is of the site's own.
 
     Parameters
     ----------
@@ -107,7 +111,10 @@ def train_visit(
     nll_sum, answer_tokens = 0.0, 0
     size, group = settings.accumulation_steps, settings.group
     plan = [
-        passes(batches[i : i + size], settings.shares, settings.seed, step)
+        passes(
+            *(batches[i : i + size], settings.shares, settings.seed, step),
+            settings.replayed[i : i + size],
+        )
         for step, i in enumerate(range(0, len(batches), size))
     ]
 
@@ -120,20 +127,23 @@ def train_visit(
         optimizer.zero_grad(set_to_none=True)
         if group and step:
             group.step()
-        for loss in group.losses(of_step, own) if group else map(own, of_step):
-            nll_sum += loss  # type: ignore[assignment]
+        losses = group.losses(of_step, own) if group else map(own, of_step)
+        for one, loss in zip(of_step, losses, strict=True):
+            if one.own:
+                nll_sum += loss  # type: ignore[assignment]
+                answer_tokens += sum(e.answer_tokens for e in one.examples)
         if trained is not None:
             keep_gradient(parameters, trained)
         add_proximal_gradient(parameters, received, settings.proximal_mu)
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
-        answer_tokens += of_step[0].step_tokens
         steps.step(step + 1, len(plan))
     optimizer.zero_grad(set_to_none=True)
     seen = [e for batch in batches for e in batch]
     tokens = sum(len(e.input_ids) for e in seen)
-    carried = sum(positions(one.examples, settings.forward) for of_step in plan for one in of_step)
+    own_passes = [one for of_step in plan for one in of_step if one.own]
+    carried = sum(positions(one.examples, settings.forward) for one in own_passes)
     train_loss = float(nll_sum) / answer_tokens
     return VisitResult(
         train_loss=train_loss,

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.private.rehearsal import mechanism_of, told_of
 from grandrounds.site.private.units import grouped
 from grandrounds.site.private.visit import PrivateSettings, train_private_visit
+from grandrounds.site.replay import replayed
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
@@ -107,6 +109,8 @@ class Visit:
     """The site's own end of masked sums; None: that of a rehearsal, if the run is masked."""
     weight: int = 0
     """What its update weighs in a masked sum; 0: its training examples."""
+    folder: Path | None = None
+    """Where a rehearsal keeps personal adapters; None: in `state`."""
 
     @classmethod
     def here(cls, content: RecordDict, context: Context) -> Visit:
@@ -342,6 +346,9 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     trained, settings = _trained(visit, resident), _settings(visit)
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
+    if visit.chosen is None:  # a site with a policy of its own trains on its own examples alone
+        shown = replayed(config, resident, visit.round, visit.site.partition_id, len(batches))
+        settings = dataclasses.replace(settings, replayed=shown)
 
     def trained_on_all() -> training.VisitResult:
         group = devices.begun(config, resident, list(trained), pad)

@@ -17,7 +17,8 @@ from grandrounds.data.conversations import Turn
 from grandrounds.data.tokenization import conversation_token_ids, end_token_ids
 from grandrounds.errors import DataError
 from grandrounds.model.base import BaseSpec
-from grandrounds.model.prefill import Prefilled, extend, prefill
+from grandrounds.model.cached import Prefilled, extend
+from grandrounds.model.prefill import prefill
 from grandrounds.model.resident import resident_model, set_adapter
 from grandrounds.model.saved import check_fit, lora_spec, read_adapter
 from grandrounds.model.scoring import stop_tokens

@@ -46,11 +46,13 @@ from grandrounds.server.directory import Checkpoint
 from grandrounds.server.guarantees import AUDIT
 from grandrounds.server.listeners.start_rows import device_of
 from grandrounds.server.model_card import Accuracy, Findings, model_card
+from grandrounds.site.personal_files import FOLDER as SITES
 from grandrounds.statistics import wilson_interval
 from grandrounds.storage import whole_folder, writing
 from grandrounds.study.evaluation.answers import RESULT
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.verification import BASE, evaluations_in, faults_in
+from grandrounds.study.personal import facts_in
 from grandrounds.wire.adapter import MAGNITUDE, A, Adapter
 from grandrounds.wire.guarantee import BUDGET_SPENT
 from grandrounds.wire.told import total_of_sites
@@ -95,6 +97,8 @@ def export(
         If the run's evaluation.json has impossible figures.
     """
     name = f"{'merged' if merge else 'peft'}_{checkpoint.round}"
+    if is_of_a_site(checkpoint):
+        name = f"{'merged-' if merge else ''}{checkpoint.folder.name}"
     folder = (to or checkpoint.run.path / "export" / name).expanduser().absolute()
     _check_empty(folder)
     if merge and not is_utf8(str(folder)):
@@ -118,6 +122,11 @@ def export(
         (partial / "README.md").write_text(card, encoding="utf-8")
         _check_empty(folder)  # a merge takes minutes
     return folder
+
+
+def is_of_a_site(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the personal adapter of a site (`study.personal`)."""
+    return checkpoint.folder.parent.name == SITES
 
 
 def _check_empty(folder: Path) -> None:
@@ -319,6 +328,7 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
         repository=repository,
         privacy=budgets.summary_of(config, then, spent) if then else summary.get("privacy"),
         audit=run.read_json(AUDIT),
+        personal=facts_in(checkpoint.folder) if is_of_a_site(checkpoint) else None,
     )
 
 
@@ -343,7 +353,8 @@ def evaluated(checkpoint: Checkpoint) -> list[Accuracy]:
     DataError
         If a figure is impossible: a card with it would mislead.
     """
-    file = checkpoint.run.path / "evaluation" / RESULT
+    of_site = f"-{checkpoint.folder.name}" if is_of_a_site(checkpoint) else ""
+    file = checkpoint.run.path / f"evaluation{of_site}" / RESULT
     if not file.is_file():
         return []
     try:

@@ -8,6 +8,7 @@ server → site
     `train.masked`        the same, masks: boxes                  → arrays: masked vector, metrics
     `train.keys`, `.shares`, `.confirm`, `.unmask`  arrays: one   → arrays: one (wire/masks/packed)
                           next: keys, shares of the next round    → next: the same
+    `train.personal`      arrays: adapter, config: round, ...     → metrics: its held-out loss
     `evaluate`            arrays: adapter                         → metrics: held-out loss
     `evaluate.formulary`  arrays: adapter                         → metrics: correct answers
 On an expected error a site replies with config {error, error-type}.
@@ -39,6 +40,7 @@ from grandrounds.wire.codecs.finite import all_finite
 from grandrounds.wire.guarantee import EPSILON, GUARANTEE, VISITS_LEFT
 from grandrounds.wire.ledger import NPY_HEADER_BYTES
 from grandrounds.wire.names import NAME, SOURCE, one_line
+from grandrounds.wire.personal import FEDERATED_LOSS, FEDERATED_NLL, WEIGHT
 from grandrounds.wire.told import (
     BASE,
     COUNTS,
@@ -134,8 +136,14 @@ REAL = {
     "proximal-penalty": 1e30,
     "seconds": 1e9,
     EPSILON: 1e9,
+    WEIGHT: 1.0,
+    FEDERATED_NLL: 1e15,
+    FEDERATED_LOSS: HIGHEST_LOSS,
 }
 """Metrics that are numbers from 0 to this maximum."""
+
+PERSONAL_METRICS = ("steps",)
+"""Metrics that a reply to `train.personal` must have, unless the site is in its own custody."""
 
 INTRODUCTION_IN_CUSTODY: tuple[str, ...] = (
     *("partition-id", "train-examples", "version", "base", "prompt", "precision", "threads"),

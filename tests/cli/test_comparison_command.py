@@ -73,7 +73,7 @@ def test_a_comparison_prints_plain_lines_and_tables_and_exits_with_0(
     [
         (
             ["--arms", "federated,locl"],
-            "unknown arm 'locl'; allowed: federated, private, centralised, ",
+            "unknown arm 'locl'; allowed: federated, personal, private, centralised, ",
         ),
         (["--arms", "federated,locl"], "Did you mean 'local'?"),
         (["--seeds", "0"], "--seeds = 0: at least 1 seed is required"),

@@ -34,13 +34,16 @@ PRIVACY = {"secure-aggregation", *(key for key in FIELD_OF_KEY if key.startswith
 
 LEFT_OUT = {
     *PRIVACY,
+    *(key for key in FIELD_OF_KEY if key.startswith("personalisation.")),
     # of one run or one machine, not of a recipe
     "run-directory",
     "resume-from",
     "earlier-schedules",
     "consortium",
     "train.num-threads",
+    "train.replay-examples",
     "train.cpu-matmul",
+    "train.fused-kernels",
     "train.devices",
     "train.report-to",
     "strategy.round-timeout-seconds",
@@ -198,6 +201,7 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     assert not STRATEGIES[config.strategy.name].keys
     assert config.is_private == config.is_masked == (path.stem == PRIVATE)
     assert {config.communication.uplink_codec, config.communication.downlink_codec} == {"none"}
+    assert config.train.replay_examples == 0
     assert (config.defence.update_norm_bound, config.defence.screens) == (0, False)
 
 

@@ -133,6 +133,7 @@ PAGES = [
     "aggregation.md",
     "report.md",
     "compare.md",
+    "personal.md",
     "export.md",
     "deployment.md",
     "bases.md",

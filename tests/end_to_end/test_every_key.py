@@ -32,6 +32,7 @@ OTHER_VALUE: Settings = {
     "train.learning-rate-min": 0.001,
     "train.seq-length": 150,
     "train.optimizer": "adamw_8bit",
+    "train.replay-examples": 2,
     "train.batching": "length-grouped",  # which examples share a batch
     "train.training-arguments.per-device-train-batch-size": 3,
     "train.training-arguments.gradient-accumulation-steps": 2,
@@ -101,6 +102,7 @@ TESTED_ELSEWHERE = {
     "train.save-every-round": "test_run_directory.py",
     "train.num-threads": "below",
     "train.cpu-matmul": "tests/model/test_products.py: no effect on a base as small as these",
+    "train.fused-kernels": "for a GPU: tests/model/test_fused.py",
     "train.devices": "tests/site/devices",
     "train.report-to": "tests/server/listeners/test_trackers.py: the adapter is the same",
     "train.training-arguments.lr-scheduler-type": "with warmup-steps",
@@ -125,6 +127,11 @@ TESTED_ELSEWHERE = {
             "defence.preset",
         ),
         "test_rules_and_codecs.py and tests/wire/test_downlink.py",
+    ),
+    "personalisation.name": "test_personal_runs.py: what travels is as without",
+    **dict.fromkeys(
+        (f"personalisation.{key}" for key in ("steps", "learning-rate", "proximal-mu", "weights")),
+        "test_personal_runs.py",
     ),
     "strategy.fraction-evaluate": "test_run_directory.py",
     "strategy.min-reply-fraction": "test_failing_sites.py",

@@ -28,18 +28,10 @@ from transformers import (
 )
 
 from grandrounds.errors import ModelError
+from grandrounds.model.cached import evaluating, extend, forked
+from grandrounds.model.passes import MIN_SHARED_TOKENS, shared_prefix
 from grandrounds.model.positions import check_length, longrope_border
-from grandrounds.model.prefill import (
-    MIN_SHARED_TOKENS,
-    SHARED,
-    WHOLE,
-    evaluating,
-    extend,
-    forked,
-    prefill,
-    proven_layout,
-    shared_prefix,
-)
+from grandrounds.model.prefill import SHARED, WHOLE, prefill, proven_layout
 from grandrounds.model.scoring import option_log_likelihoods
 
 SHAPE = {
@@ -124,7 +116,7 @@ def test_a_cpu_reads_no_more_tokens_at_once_than_its_cache_holds(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [PREFIX + rest for rest in rests()]
-    monkeypatch.setattr("grandrounds.model.prefill.CPU_PASS_TOKENS", 60)
+    monkeypatch.setattr("grandrounds.model.passes.CPU_PASS_TOKENS", 60)
     with evaluating(llama):
         alone = {row: last_logits(llama, prompt) for row, prompt in enumerate(prompts)}
         read = recorded(llama, monkeypatch)

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import email.utils
-import http
-import http.client
-import socket
-import ssl
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-
-import httpx
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from grandrounds.config.keys import Config
 from grandrounds.config.words import counted
@@ -26,7 +14,9 @@ from grandrounds.data.chat_settings import ChatSettings
 from grandrounds.data.examples import Examples
 from grandrounds.data.tokenization import tokenize_examples
 from grandrounds.engines.deployment import joining, keys, rosters
-from grandrounds.errors import ConfigError, EngineError, GrandRoundsError, first_line
+from grandrounds.engines.deployment.findings import Finding, validity
+from grandrounds.engines.deployment.server_checks import check_server
+from grandrounds.errors import ConfigError, GrandRoundsError
 from grandrounds.model import headroom
 from grandrounds.model.tokenizers import dated, tokenizer_of
 from grandrounds.site.custody import agent_key, budget_report, policy, quota
@@ -43,29 +33,8 @@ from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import opened
 from grandrounds.site.private import accountant
 
-CLOCK_SECONDS = 5.0
-"""Flower rejects a node whose clock is further ahead of the server's."""
-
-CLOCK_BEHIND_SECONDS = 300.0
-"""Flower rejects a node whose clock is further behind."""
-
 MOST_TOKENISED = 10_000
 """Examples whose tokens are counted where a site holds more than fit in memory."""
-
-SOON_DAYS = 30
-CONNECT_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    level: str
-    """`ok`, `warning` or `error`."""
-    subject: str
-    """What was checked."""
-    text: str
-    """What was found, and what to do."""
 
 
 def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator[Finding]:
@@ -87,7 +56,7 @@ def check(site: SiteFile, config: Config, *, is_asked: bool = False) -> Iterator
         ("node key", _node_key),
         ("roster", _roster),
         ("authority", _authority),
-        ("server", _server),
+        ("server", check_server),
     ):
         try:
             yield from look(site)
@@ -326,104 +295,7 @@ def _authority(site: SiteFile) -> Iterator[Finding]:
             f"{file} is missing: the consortium's admission contains it (grandrounds site join)."
         )
     certificate = keys.read_certificate(file)
-    yield _validity("authority", "certificate authority", keys.days_left(certificate))
-
-
-def _validity(subject: str, what: str, days: float) -> Finding:
-    if days < 0:
-        return Finding("error", subject, f"the {what} expired {-days:.0f} days ago: renew it")
-    level = "warning" if days < SOON_DAYS else "ok"
-    return Finding(level, subject, f"the {what} is valid for {days:.0f} more days")
-
-
-# --- The server -----------------------------------------------------------------------------------
-
-
-def _server(site: SiteFile) -> Iterator[Finding]:
-    """Whether it answers, the certificate is valid, the clocks agree and it knows our key."""
-    host, _, port = site.node.superlink.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"node.superlink = {site.node.superlink!r} must be host:port.")
-    ca = site.place(site.node.root_certificates)
-    if not ca.is_file():
-        return  # already reported under authority
-    try:
-        status, ahead, certificate = _asked_over_tls(host.strip("[]"), int(port), ca)
-    except ssl.SSLCertVerificationError as error:
-        raise EngineError(
-            f"the certificate of {site.node.superlink} is not valid ({error.verify_message}): "
-            f"check that {ca.name} is the consortium's, that the certificate covers the name in "
-            "node.superlink, and that it has not expired"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise EngineError(
-            f"{site.node.superlink} cannot be reached ({first_line(error)}): check that the "
-            "SuperLink runs and that no firewall blocks that port"
-        ) from error
-    if status != http.HTTPStatus.OK:
-        raise EngineError(
-            f"{site.node.superlink} answers with status {status}: the SuperLink behind the gate "
-            "does not run or cannot be reached. Tell the consortium."
-        )
-    yield Finding("ok", "server", f"{site.node.superlink} answers, its certificate is valid")
-    yield _validity("server", "server's certificate", certificate)
-    yield _clock(ahead)
-    yield _accepted(site, ca)
-
-
-def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, float]:
-    """Return a server's health status, our clock's lead in seconds, and certificate days left."""
-    context = ssl.create_default_context(cafile=ca)
-    connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=context)
-    with closing(connection):
-        connection.connect()
-        peer = connection.sock.getpeercert()
-        expires = ssl.cert_time_to_seconds(str((peer or {})["notAfter"]))
-        connection.request("GET", "/health")
-        response = connection.getresponse()
-        stamp = response.getheader("Date")
-        response.read()
-    ahead = None
-    if stamp:
-        ahead = time.time() - email.utils.parsedate_to_datetime(stamp).timestamp()
-    return response.status, ahead, (expires - time.time()) / 86400
-
-
-def _clock(ahead: float | None) -> Finding:
-    if ahead is None:
-        return Finding("warning", "clock", "not compared: the server sends no time")
-    side = "ahead of" if ahead > 0 else "behind"
-    told = f"this machine's clock is {abs(ahead):.0f} s {side} the server's"
-    if not -CLOCK_BEHIND_SECONDS < ahead < CLOCK_SECONDS:
-        return Finding(
-            "error", "clock", f"{told}: Flower rejects its signatures. Set it (chrony, NTP)."
-        )
-    return Finding("ok", "clock", told)
-
-
-def _accepted(site: SiteFile, ca: Path) -> Finding:
-    """Activate and deactivate the node once, the only way to learn whether its key is known."""
-    key = keys.read_private_key(site.place(site.node.private_key))
-    public = public_key_to_bytes(key.public_key())
-    signing = NodeAuthHttpInterceptor(key, key.public_key())
-    try:
-        with FleetHttpClient.from_server_address(
-            site.node.superlink, False, str(ca), interceptors=[signing]
-        ) as client:
-            asked = ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)
-            node = client.ActivateNode(asked)
-            client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
-    except httpx.HTTPStatusError as error:
-        return Finding(
-            "error",
-            "registration",
-            f"the server rejects this node ({error.response.status_code}): its key is not "
-            "registered (grandrounds consortium admit), was revoked or replaced, or its SuperNode "
-            "is already connected",
-        )
-    except (httpx.HTTPError, socket.gaierror) as error:
-        return Finding("error", "registration", f"the server did not answer ({first_line(error)})")
-    return Finding("ok", "registration", "the server knows this site's key")
+    yield validity("authority", "certificate authority", keys.days_left(certificate))
 
 
 def all_findings(

@@ -27,7 +27,9 @@ ENDING = ".signed.json"
 
 def deployed(*layers: Mapping[str, Scalar]) -> Config:
     """Return the configuration with which `grandrounds run --engine deployment` starts a recipe."""
-    config = in_one_array(recipes.resolve({"data.partitioner": "iid"}, *layers))
+    config = in_one_array(
+        recipes.resolve({"data.partitioner": "iid", "train.replay-examples": 0}, *layers)
+    )
     check_prompt(config.data.prompt_template, config.data.system_prompt)
     if config.lora.from_adapter and not config.lora.from_adapter_sha256:
         raise ConfigError(

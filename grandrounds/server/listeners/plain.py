@@ -182,11 +182,28 @@ def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
         loads += counted(summary["processes"], "process", "processes")
     rows.append(("base loads", loads))
     rows.append(("seconds", f"{summary['seconds']:.1f}"))
+    if personal := summary.get("personal"):
+        rows.append(("personal adapters", personal_text(personal, names_of(sites))))
     if private := summary.get("privacy"):
         rows.append(("privacy", privacy_text(private)))
     if not summary["comparable_with_leaderboard"] and not are_real(sites):
         rows.append(("leaderboard", "not comparable with the leaderboard"))
     return rows
+
+
+def personal_text(personal: Mapping[str, Any], names: SiteNames) -> str:
+    """Return how many sites have an adapter of their own, and what it does there, in one line."""
+    made, failed = len(personal["sites"]), personal["failed"]
+    parts = [f"{made} of {counted(made + len(failed), 'site')} ({personal['name']})"]
+    if mean := personal.get("mean"):
+        worst = personal["worst"]
+        parts.append(
+            f"own held-out loss {mean['federated']:.4g} → {mean['personal']:.4g} (mean of sites), "
+            f"lower at {personal['better']} and higher at {personal['worse']}; worst "
+            f"{worst['federated']:.4g} → {worst['personal']:.4g} at {names[worst['site']]}"
+        )
+    parts += [f"none at {names[int(site)]}: {why}" for site, why in failed.items()]
+    return "; ".join(parts)
 
 
 def privacy_text(private: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ def recipe_rows(config: Config) -> Rows:
     )
     warmup = f", {arguments.warmup_steps} warm-up" if arguments.warmup_steps else ""
     mu = f", mu {strategy.proximal_mu:g}" if strategy.proximal_mu else ""
+    replay = f", {train.replay_examples} replayed a batch" * (train.replay_examples > 0)
     fewest = ""
     if strategy.fewest_replies > 1:
         least = max(
@@ -71,7 +72,7 @@ def recipe_rows(config: Config) -> Rows:
             f"({arguments.per_device_train_batch_size} x "
             f"{arguments.gradient_accumulation_steps})"
             f"{f', in {train.devices} shares a batch' * (train.devices > 1)}, {train.optimizer}, "
-            f"at most {train.seq_length} tokens",
+            f"at most {train.seq_length} tokens{replay}",
         ),
         (
             "learning rate",

@@ -52,6 +52,7 @@ from grandrounds.site.custody.request import Request
 from grandrounds.site.custody.site_file import read_site_file
 from grandrounds.site.custody.state import SiteState
 from grandrounds.site.custody.telling import introduce, left, search, tensors_sha256, told
+from grandrounds.site.personal import tail_config
 from grandrounds.site.visit import Visit, parsed, partition_id
 from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter
@@ -198,8 +199,9 @@ def _answered(request: Request, function: Function) -> Message:
     request.touched = True
 
     # 7. The site's data, and the policy's limits that depend on their number.
-    examples = site_in_custody(site, own, run)
+    examples = site_in_custody(site, own, run, keeps_held_out=request.personalises)
     visiting = in_whole_steps(site, own, examples.report)
+    visiting = tail_config(visiting) if request.personalises else visiting
     request.entry |= admit(site, config, visiting, len(examples.train)).as_dict()
     data_version = search(request, config.data.prompt_template)
 

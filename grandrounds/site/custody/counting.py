@@ -69,7 +69,7 @@ def begin(
         if trains and request.mechanism:
             visit = budget.Visiting(run, digest, request.round, request.mechanism)
             key = budget.charge(site, state, visit)
-        elif trains:
+        elif trains or request.personalises:
             start = replay.reserve(request, digest, *sizes)
     if key:
         budget.note_sequence(site, state)

@@ -21,9 +21,13 @@ from grandrounds.wire import guarantee, messages
 from grandrounds.wire.masks.attempt import CONFIRM, KEYS, KIND_OF, MASKED_KIND, SHARES, UNMASK
 from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, MAGNITUDES, METRICS
 from grandrounds.wire.names import NAME, SOURCE
+from grandrounds.wire.personal import FEDERATED_LOSS, FEDERATED_NLL, PERSONAL, WEIGHT
 from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
 
 QUERY, TRAIN, EVALUATE, EXAM = "query", "train", "evaluate", "evaluate.formulary"
+
+OF_LOSSES = {HELD_OUT_LOSS: "nll-sum", FEDERATED_LOSS: FEDERATED_NLL}
+"""Loss per answer token that is told → the summed loss that it is made of."""
 
 EXACT = "exact"
 """Value of `tell.figures` with which a site tells all figures exactly."""
@@ -231,6 +235,29 @@ FIELDS = (
         },
     ),
     *_fields(EVALUATE, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
+    *_fields(
+        PERSONAL,
+        METRICS,
+        ROUNDED,
+        {
+            HELD_OUT_LOSS: "mean loss of its personal adapter on the held-out examples reported",
+            FEDERATED_LOSS: "the same of the federated adapter that it received",
+            "num-examples": "held-out examples",
+        },
+    ),
+    *_fields(
+        PERSONAL,
+        METRICS,
+        ONLY_EXACT,
+        {
+            "nll-sum": "summed loss of its personal adapter",
+            FEDERATED_NLL: "summed loss of the federated adapter",
+            "tokens": "answer tokens of these examples",
+            WEIGHT: "weight of its own training that it chose",
+        },
+    ),
+    Field("steps", PERSONAL, METRICS, ONLY_EXACT, "optimizer steps of its own training", AS_IT_IS),
+    *_fields(PERSONAL, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
     *(
         Field(
             name,
@@ -270,6 +297,7 @@ _BY_PLACE = {(field.kind, field.record, field.name): field for field in FIELDS}
 _OF_HELD_OUT = {
     QUERY: {"held-out-examples"},
     EVALUATE: {HELD_OUT_LOSS, "num-examples", "nll-sum", "tokens"},
+    PERSONAL: {*OF_LOSSES, *OF_LOSSES.values(), "num-examples", "tokens", WEIGHT},
 }
 """Fields that leave only if the held-out loss may be told."""
 
@@ -314,8 +342,10 @@ def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
     arrays = content.array_records.get(ARRAYS) if kind in _WITH_TENSORS else None
     facts = dict(content.config_records.get(CONFIG) or {})
     metrics = dict(content.metric_records.get(METRICS) or {})
-    if kind == EVALUATE and metrics.get("tokens"):
-        metrics[HELD_OUT_LOSS] = float(metrics["nll-sum"]) / float(metrics["tokens"])  # type: ignore[arg-type]
+    if kind in (EVALUATE, PERSONAL) and metrics.get("tokens"):
+        tokens = float(metrics["tokens"])  # type: ignore[arg-type]
+        summed = {loss: nll for loss, nll in OF_LOSSES.items() if nll in metrics}
+        metrics |= {loss: float(metrics[nll]) / tokens for loss, nll in summed.items()}  # type: ignore[arg-type]
     told = {
         record: {
             name: _as_told(_BY_PLACE[kind, record, name], value, rules)
@@ -369,7 +399,8 @@ def _as_told(field: Field, value: Any, rules: Told) -> Any:
     if isinstance(value, float):
         return rounded_loss(value)
     training, held_out = _counts(site, rules.report)
-    return held_out if field.name == "held-out-examples" or field.kind == EVALUATE else training
+    of_held_out = field.name == "held-out-examples" or field.kind in (EVALUATE, PERSONAL)
+    return held_out if of_held_out else training
 
 
 def told_examples(site: SiteFile, report: Mapping[str, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from grandrounds.site.custody.faults import (
     telling_kinds_only,
 )
 from grandrounds.site.custody.node import AGENT, SITE, check_choice, is_one_machine
+from grandrounds.site.personal_files import rehearsal_folder
 from grandrounds.site.visit import PROCESS, Visit, parsed, partition_id
 
 FLOWERS_PROCESS = "flwr.supernode.runtime.run_clientapp"
@@ -77,7 +79,8 @@ def _visit(message: Message, context: Context) -> Visit:
         If a SuperNode cannot use the data. The reason may quote a row, and stays there.
     """
     if is_one_machine(context.node_config):
-        return Visit.here(message.content, context)
+        visit = Visit.here(message.content, context)
+        return dataclasses.replace(visit, folder=rehearsal_folder(visit.config))
     check_choice(context.node_config)
     config = parsed(context.run_config)
     policy.check_no_masks(config)

@@ -46,8 +46,14 @@ def localized(site: SiteFile, config: Config) -> Config:
     )
 
 
-def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
+def site_in_custody(site: SiteFile, own: Config, run: str, *, keeps_held_out: bool = False) -> Site:
     """Return the site's examples for a run with this configuration; with units if it is private.
+
+    Parameters
+    ----------
+    keeps_held_out : bool
+        Whether there are held-out examples although their loss may not be told: a weight is chosen
+        on them, which stays at the site.
 
     Raises
     ------
@@ -60,7 +66,7 @@ def site_in_custody(site: SiteFile, own: Config, run: str) -> Site:
         found = opened(site, own.model.name, own.data, own.train.seq_length, run)
     except DataError as error:
         raise unusable(site) from error
-    if site.policy.report_held_out_loss:
+    if site.policy.report_held_out_loss or keeps_held_out:
         return found
     return dataclasses.replace(found, held_out=(), report={**found.report, "held-out-examples": 0})
 

@@ -25,6 +25,7 @@ from grandrounds.wire import messages
 from grandrounds.wire.adapter import Ranks
 from grandrounds.wire.masks.attempt import KIND_OF
 from grandrounds.wire.masks.carried import RECIPE
+from grandrounds.wire.personal import PERSONAL
 from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
 
 
@@ -55,7 +56,7 @@ class Asked:
     rounds: int
     """Rounds of the run."""
     learning_rate: float
-    """The highest learning rate of all rounds."""
+    """The highest learning rate of all rounds, and of the training of a personal adapter."""
     least_learning_rate: float
     """The lowest one of all rounds, at the first step of the warm-up."""
     optimizer: str
@@ -82,6 +83,8 @@ class Asked:
     """Optimizer steps of one visit; None if that depends on the number of the site's examples."""
     examples: int | None = None
     """Examples of one visit, counting repeats; None likewise."""
+    tail_steps: int = 0
+    """Optimizer steps of a personal adapter's own training; 0: the run has none."""
     by_epochs: bool = False
     """Whether these two follow from the number of the site's examples, which is not told."""
 
@@ -110,6 +113,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         examples = examples_of_a_visit(config, num_examples or 0)
     least, greatest = lora.scales
     lowest = round_learning_rate_of(config, config.federation.num_server_rounds)
+    tail = config.personalisation if config.is_personal else None
     return Asked(
         base=config.model.name,
         quantization=str(config.model.quantization),
@@ -122,12 +126,12 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         scale=greatest,
         least_scale=least,
         rounds=config.federation.num_server_rounds,
-        learning_rate=train.learning_rate_max,
+        learning_rate=max(train.learning_rate_max, tail.learning_rate if tail else 0.0),
         least_learning_rate=lowest / (arguments.warmup_steps + 1),
         optimizer=train.optimizer,
         clipping_norm=arguments.max_grad_norm or math.inf,
         weight_decay=arguments.weight_decay,
-        proximal_mu=strategy.proximal_mu,
+        proximal_mu=max(strategy.proximal_mu, tail.proximal_mu if tail else 0.0),
         server_learning_rate=strategy.server_step,
         sequence_length=length,
         batch=batch,
@@ -136,6 +140,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         logits_chunk_tokens=train.logits_chunk_tokens or math.inf,
         steps=None if examples is None else math.ceil(examples / per_step),
         examples=examples,
+        tail_steps=tail.steps if tail else 0,
         by_epochs=arguments.max_steps < 1,
     )
 
@@ -144,6 +149,12 @@ CHOSEN_BY_BASE = (("auto",), ("all-linear",))
 """Target modules that only the base's architecture names."""
 
 Measure = Callable[[Asked], float | None]
+
+
+def most_of(steps: int | None, tail_steps: int) -> float | None:
+    """Return the steps of the longest training; None while they are not known."""
+    return max(steps or 0, tail_steps) or steps
+
 
 AT_LEAST: dict[str, Measure] = {
     "min-lora-scale": lambda asked: asked.least_scale,
@@ -168,7 +179,7 @@ AT_MOST: dict[str, Measure] = {
     "max-sequence-length": lambda asked: asked.sequence_length,
     "max-batch": lambda asked: asked.batch,
     "max-tokens-per-batch": lambda asked: asked.batch_tokens,
-    "max-steps-per-visit": lambda asked: asked.steps,
+    "max-steps-per-visit": lambda asked: most_of(asked.steps, asked.tail_steps),
     "max-examples-per-visit": lambda asked: asked.examples,
 }
 """Key of the policy → what it is an upper bound of."""
@@ -379,7 +390,13 @@ def check_instruction(site: SiteFile, config: Config, kind: str, said: ConfigRec
             f"{_forbids(site)}: its updates are {how} (secure-aggregation = "
             f"{config.federation.secure_aggregation!r}), and the server asked for {kind!r}."
         )
-    number = messages.whole_number(said, "round", int(kind in TRAINING or of_masks))
+    trains = kind in TRAINING or of_masks
+    if kind == PERSONAL and not config.is_personal:
+        raise PolicyError(
+            f"{_forbids(site)}: the server asked for {kind!r}, and the run's configuration has "
+            'personalisation.name = "none".'
+        )
+    number = messages.whole_number(said, "round", int(trains or kind == PERSONAL))
     if number > (rounds := config.federation.num_server_rounds):
         raise PolicyError(f"{_forbids(site)}: round {number} of a run of {rounds} rounds.")
     if kind not in TRAINING:

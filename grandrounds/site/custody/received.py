@@ -48,6 +48,7 @@ from grandrounds.wire.adapter import (
     unflatten,
 )
 from grandrounds.wire.low_rank import modules, truncate
+from grandrounds.wire.personal import PERSONAL
 
 SPARSE = 0.05
 """Smallest participation ratio of a row of A, (sum x^2)^2 / (n sum x^4): 1/n for a one-hot row,
@@ -255,7 +256,7 @@ class ReceivedAdapter:
         )
 
 
-CHECKED = (*TRAINING, "evaluate")
+CHECKED = (*TRAINING, "evaluate", PERSONAL)
 """Kinds of messages whose adapter is checked; the formulary's exam asks nothing about the data."""
 
 

@@ -19,6 +19,7 @@ from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.visit import MOST_ROUNDS
 from grandrounds.wire import messages
 from grandrounds.wire.masks.attempt import KIND_OF, MASKED_KIND
+from grandrounds.wire.personal import PERSONAL
 
 RUN_KEY = re.compile(r"[0-9a-f]{1,32}")
 
@@ -73,6 +74,11 @@ class Request:
     def trains(self) -> bool:
         """Whether the site trains for it."""
         return self.kind in TRAINING
+
+    @property
+    def personalises(self) -> bool:
+        """Whether the site makes its personal adapter for it, which stays here."""
+        return self.kind == PERSONAL
 
     @property
     def is_exchange(self) -> bool:

@@ -23,21 +23,30 @@ class Pass:
     """Answer tokens of the whole step, by which the loss is divided."""
     seed: int | None
     """Seed of its dropout; None: it goes on in the random numbers of the visit."""
+    own: bool = True
+    """Whether its examples are the site's own; otherwise they are replayed."""
 
 
 def passes(
-    batches: Sequence[Sequence[TokenizedExample]], shares: int, seed: int, step: int
+    batches: Sequence[Sequence[TokenizedExample]],
+    shares: int,
+    seed: int,
+    step: int,
+    replayed: Sequence[Sequence[TokenizedExample]] = (),
 ) -> list[Pass]:
-    """Return the passes of an optimizer step, in order.
+    """Return the passes of an optimizer step, in order: what is replayed, then the site's own.
 
     With several shares each pass has a seed of its own, which the number of processes does not
     change.
     """
-    tokens = sum(e.answer_tokens for batch in batches for e in batch)
+    tokens = sum(e.answer_tokens for batch in (*replayed, *batches) for e in batch)
     if shares == 1:
-        return [Pass(batch, tokens, None) for batch in batches]
+        shown = [Pass(batch, tokens, None, own=False) for batch in replayed]
+        return [*shown, *(Pass(batch, tokens, None) for batch in batches)]
     divided = [share for batch in batches for share in shares_of(batch, shares)]
-    return [Pass(share, tokens, _seed(seed, step, n)) for n, share in enumerate(divided)]
+    made = [Pass(share, tokens, _seed(seed, step, n)) for n, share in enumerate(divided)]
+    numbered = enumerate(replayed, len(made))
+    return [*(Pass(b, tokens, _seed(seed, step, n), own=False) for n, b in numbered), *made]
 
 
 def _seed(visit_seed: int, step: int, number: int) -> int:

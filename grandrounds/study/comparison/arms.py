@@ -25,14 +25,16 @@ from grandrounds.data.rows import Joined
 from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
 from grandrounds.model import machine
 from grandrounds.model.lora import LoraSpec, adapter_layout
-from grandrounds.model.resident import Resident, set_adapter
+from grandrounds.model.resident import Resident, resident_model, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Facts, Listener
-from grandrounds.server.resumption import newest
+from grandrounds.server.resumed_files import newest
 from grandrounds.server.saved_start import start_of
+from grandrounds.site import personal
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site, site_of
+from grandrounds.site.personal import halves
 from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.budget import local_examples, local_visits, pooled_visits
 from grandrounds.study.comparison.exams import Exam, sit
@@ -43,12 +45,21 @@ from grandrounds.study.comparison.units import (
     FEDERATIONS,
     LEAVE_ONE_OUT,
     LOCAL,
+    PERSONAL,
     PRIVATE,
     Unit,
 )
 from grandrounds.wire import messages
-from grandrounds.wire.adapter import assemble, started_adapter
-from grandrounds.wire.schedule import examples_of_a_visit, round_learning_rate_of
+from grandrounds.wire.adapter import (
+    Adapter,
+    Ranks,
+    assemble,
+    factor_of,
+    rank_of,
+    started_adapter,
+)
+from grandrounds.wire.personal import WEIGHT
+from grandrounds.wire.schedule import cohorts_of, examples_of_a_visit, round_learning_rate_of
 
 Found = dict[str, Any]
 OnVisits = Callable[[int], None]
@@ -78,6 +89,7 @@ ORDINARY: dict[str, Scalar] = {
     "defence.min-cosine": -1.0,
     "defence.largest-spread": 0.0,
     "defence.preset": "none",
+    "personalisation.name": "none",
 }
 """Settings of training without a federation: no aggregation strategy, codec, masks or defence."""
 
@@ -96,16 +108,25 @@ def run_unit(
     """
     started = time.perf_counter()
     config = recipes.resolve(config.flat(), {"seed": unit.seed})
+    weights = config.weights if config.is_personal else ()
+    if unit.arm != PERSONAL:
+        config = recipes.resolve(config.flat(), {"personalisation.name": "none"})
     trained = _ARMS[unit.arm](unit, config, run_path, on_visits)
     adapter = trained.pop("adapter", None)
     plain = config if adapter is not None else recipes.resolve(config.flat(), ORDINARY)
     resident = machine.prepare_model(plain)
+    if (lora := trained.pop("lora", None)) is not None:
+        resident = resident_model(resident.base_spec, lora)
     if adapter is not None:
         shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
         set_adapter(resident, assemble(shapes, (adapter, 0)))
     seconds = trained.pop("seconds-before", 0.0)
     sites = [site_of(config, k) for k in range(config.data.num_partitions)]
+    sites = [
+        dataclasses.replace(site, held_out=halves(site.held_out, weights)[1]) for site in sites
+    ]
     return {
+        **({"held-out-part": REPORTED} if len(weights) > 1 else {}),
         "arm": unit.arm,
         "seed": unit.seed,
         "site": unit.site,
@@ -132,6 +153,11 @@ def judge(
             exam.name: sit(exam, resident.model, tokenizer, config.data.prompt) for exam in exams
         },
     }
+
+
+REPORTED = "reported"
+"""Part of the held-out examples on which units are judged where personal adapters have a weight
+chosen on the rest."""
 
 
 # --- Without a federation -------------------------------------------------------------------------
@@ -257,6 +283,48 @@ def on_the_sites_of(private: Config) -> ClientAppCall:
     return call
 
 
+def _personally(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Make a site's personal adapter after the federation of the same seed.
+
+    That federation is the one of `federated`, which is trained once: what personal adapters need
+    travels in no round.
+    """
+    plain = recipes.resolve(config.flat(), {"personalisation.name": "none"})
+    found = _run(plain, plain, client_app.app, run_path, on_visits)
+    number, count = unit.site or 0, config.data.num_partitions
+    site, rounds = site_of(config, number), config.federation.num_server_rounds
+    after = examples_of_a_visit(config, len(site.train)) * sum(
+        number in cohort for cohort in cohorts_of(config)
+    )
+    made = personal.personalised(
+        Visit(_sent(found["adapter"], config, rounds, after), RecordDict(), config, site)
+    )
+    tail = config.personalisation.steps * config.examples_per_step
+    on_visits(tail)
+    visits_before = found["example-visits"]
+    share = visits_before * (number + 1) // count - visits_before * number // count
+    return {
+        "adapter": made.adapter,
+        "lora": made.lora,
+        "example-visits": share + tail,
+        "train-loss": found["train-loss"],
+        "weight": made.facts[WEIGHT],
+    }
+
+
+def _sent(adapter: Adapter, config: Config, number: int, cursor: int) -> RecordDict:
+    """Return what the server sends a site for its personal adapter."""
+    names = Ranks.of(config).strategy.sends
+    sent = {n: tensor for n, tensor in adapter.items() if factor_of(n) in names}
+    said: dict[str, int | str] = {
+        "round": number,
+        "cursor": cursor,
+        "codec": "none",
+        "rank": rank_of(sent),
+    }
+    return messages.content(arrays=messages.to_arrays(sent), config=said)
+
+
 def _without_one(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
     """Run the federation of all sites but one, with cohorts of the same size.
 
@@ -365,6 +433,7 @@ def completed(
 _ARMS: dict[str, Callable[[Unit, Config, Path, OnVisits], Found]] = {
     BASE: _untrained,
     FEDERATED: _federation,
+    PERSONAL: _personally,
     PRIVATE: _privately,
     CENTRALISED: _pool,
     LOCAL: _alone,

@@ -20,6 +20,8 @@ from grandrounds.study.evaluation.likelihood import answer_items
 LEARNED, KEPT, BENCHMARK = "learned", "kept", "benchmark"
 """What an exam measures: knowledge held by sites only, knowledge of the base, or anything else."""
 
+GENERAL = "general"
+"""The benchmark of general knowledge, which a base brings along."""
 
 _COMMON_AND_RARE = (
     ("common", "facts of many records", LEARNED),
@@ -84,7 +86,8 @@ def exams_of(config: Config, design: Design) -> list[Exam]:
     for name in design.benchmarks:
         benchmark = get_benchmark(name)
         items = load_items(benchmark, design.benchmark_data, design.limit)
-        exams.append(Exam(name, benchmark.title, BENCHMARK, benchmark, items, None))
+        measures = KEPT if name == GENERAL else BENCHMARK
+        exams.append(Exam(name, benchmark.title, measures, benchmark, items, None))
     return exams
 
 

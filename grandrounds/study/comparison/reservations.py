@@ -95,7 +95,7 @@ def without_verdicts(content: Json) -> dict[str, Any]:
     shown = copy.deepcopy(dict(content))
     if not few:
         return shown
-    for gain in shown["gains"]:
+    for gain in [*shown["gains"], *shown.get("personal-gains", [])]:
         if gain["measure"] in few:
             questions = (gain.get("over-questions") or {}).values()
             for test in (gain["over-seeds"], gain.get("over-sites"), *questions):

@@ -9,10 +9,12 @@ from typing import Any
 from grandrounds.statistics import compare_paired, counted, estimate, paired_test
 from grandrounds.study.comparison.units import (
     BASE,
+    BY_SITE,
     CENTRALISED,
     FEDERATED,
     LEAVE_ONE_OUT,
     LOCAL,
+    PERSONAL,
     PRIVATE,
     Unit,
 )
@@ -46,19 +48,33 @@ def measured(holder: Mapping[str, Any], measure: str) -> Any:
 
 def results(found: Found, exams: Exams) -> Json:
     """Return `arms`, `without`, `gains` and `joining`."""
-    names = (BASE, FEDERATED, PRIVATE, CENTRALISED, LOCAL)
+    names = (BASE, FEDERATED, PERSONAL, PRIVATE, CENTRALISED, LOCAL)
     arms = {arm: _by_seed(found, arm, exams) for arm in names}
     arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
     left_out = sorted({u.site for u in found if u.arm == LEAVE_ONE_OUT and u.site is not None})
     without = {k: _by_seed(found, LEAVE_ONE_OUT, exams, k) for k in left_out}
     federated = arms.get(FEDERATED, {})
+    personal = arms.get(PERSONAL, {})
     rivals = {arm: arms[arm] for arm in (BASE, PRIVATE, CENTRALISED, LOCAL) if arm in arms}
+    of_personal = {arm: arms[arm] for arm in (*rivals, FEDERATED) if arm in arms}
     return {
         "arms": {arm: _arm(by_seed) for arm, by_seed in arms.items()},
         "without": {str(k): _arm(by_seed) for k, by_seed in without.items()},
         "gains": [
             gain for arm, rival in rivals.items() for gain in _gains(arm, rival, federated, exams)
         ],
+        **(
+            {
+                "personal-gains": [
+                    gain
+                    for arm, rival in of_personal.items()
+                    for gain in _gains(arm, rival, personal, exams, ours=PERSONAL)
+                ],
+                "matrix": {arm: matrix(found, arm, exams) for arm in arms},
+            }
+            if personal
+            else {}
+        ),
         "joining": _joining(found, arms, exams),
     }
 
@@ -72,7 +88,7 @@ def _by_seed(found: Found, arm: str, exams: Exams, left_out: int | None = None) 
     out = {}
     for seed in sorted({unit.seed for unit in chosen}):
         of_seed = [chosen[u] for u in sorted(chosen, key=lambda u: u.site or 0) if u.seed == seed]
-        if arm != LOCAL:
+        if arm not in BY_SITE:
             out[str(seed)] = _one_adapter(of_seed[0], exams)
         elif len(of_seed) == of_seed[0]["num-sites"]:
             out[str(seed)] = _one_adapter_each(of_seed, exams)
@@ -204,18 +220,31 @@ def _estimates(runs: Sequence[Mapping[str, Any]]) -> Json:
 
 
 def _gains(
-    arm: str, rival: Mapping[str, Json], federated: Mapping[str, Json], exams: Exams
+    arm: str,
+    rival: Mapping[str, Json],
+    federated: Mapping[str, Json],
+    exams: Exams,
+    ours: str = FEDERATED,
 ) -> list[Json]:
-    """Return GAIN for held-out loss and every exam; for `local` also everywhere."""
+    """Return GAIN for held-out loss and every exam; also everywhere where sites have their own.
+
+    Parameters
+    ----------
+    federated
+        Results of the arm whose gain it is, `ours`, by seed.
+    """
+    sites_have_own = bool({arm, ours} & set(BY_SITE))
     pairs: dict[str, Pair] = {s: (rival[s], federated[s]) for s in federated if s in rival}
     gains = []
     for measure in (LOSS, *exams) if pairs else ():
-        also_everywhere = arm == LOCAL and (measure == LOSS or exams[measure]["by-site"])
+        also_everywhere = sites_have_own and (measure == LOSS or exams[measure]["by-site"])
         for where in (OWN, EVERYWHERE) if also_everywhere else (OWN,):
             questions = {
-                seed: _over_questions(*(one["answers"][measure] for one in pair))
+                seed: _over_questions(
+                    pair[0]["answers"][measure], pair[1]["answers"][measure], ours
+                )
                 for seed, pair in pairs.items()
-                if where == OWN and measure in pair[0]["answers"]
+                if where == OWN and all(measure in one["answers"] for one in pair)
             }
             judged = [_judged(pair, where) for pair in pairs.values()]
             gains.append(
@@ -252,17 +281,65 @@ def _over_sites(pairs: Sequence[Pair], measure: str, where: str) -> Json | None:
     return counted([statistics.fmean(gain(pair, measure) for pair in site) for site in at_sites])
 
 
-def _over_questions(rival: str, federated: str) -> Json:
+def _over_questions(rival: str, federated: str, ours: str = FEDERATED) -> Json:
     """Return McNemar's test over the questions of one seed."""
     pair = compare_paired([a == RIGHT for a in rival], [a == RIGHT for a in federated])
     return {
         "n": pair.n,
-        "only-federated": pair.only_second,
+        f"only-{ours}": pair.only_second,
         "only-rival": pair.only_first,
         "gain": pair.difference,
         "interval": list(pair.interval),
         "p": pair.p_value,
     }
+
+
+# --- Models by sites ------------------------------------------------------------------------------
+
+
+def matrix(found: Found, arm: str, exams: Exams) -> Json:
+    """Return MATRIX of an arm: how the model of each site does at each site.
+
+    Returns
+    -------
+    dict
+        For the held-out loss and each exam that is divided by site: `models`, model → site → mean
+        over seeds (of a shared adapter one model, `all`); `own`, `others` and `everywhere`, model →
+        the same at its own site, pooled over all other sites, and over all; of own the `worst`
+        site with its value, and `spread`, the difference between best and worst.
+    """
+    units = [(unit, made) for unit, made in found.items() if unit.arm == arm]
+    models: dict[str, list[Mapping[str, Any]]] = {}
+    for unit, made in sorted(units, key=lambda pair: (pair[0].site or 0, pair[0].seed)):
+        models.setdefault("all" if unit.site is None else str(unit.site), []).append(made)
+    sites = [int(site) for site in units[0][1]["held-out"]]
+    out: Json = {}
+    for measure in (LOSS, *(name for name, exam in exams.items() if exam["by-site"])):
+
+        def mean(made: Sequence[Mapping[str, Any]], *at: int, measure: str = measure) -> float:
+            return statistics.fmean(measured(figures(one, exams, *at), measure) for one in made)
+
+        at_sites = {
+            model: {str(site): mean(made, site) for site in sites} for model, made in models.items()
+        }
+        shared = at_sites.get("all")
+        own = shared or {model: at[model] for model, at in at_sites.items()}
+        value = max if measure == LOSS else min
+        worst = value(own, key=lambda site: own[site])
+        out[measure] = {
+            "models": at_sites,
+            "own": own,
+            "others": {}
+            if shared or len(sites) < 2
+            else {
+                model: mean(made, *(site for site in sites if site != int(model)))
+                for model, made in models.items()
+            },
+            "everywhere": {model: mean(made) for model, made in models.items()},
+            "worst": {"site": int(worst), "value": own[worst]},
+            "spread": max(own.values()) - min(own.values()),
+        }
+    return out
 
 
 def _joining(found: Found, arms: Mapping[str, Mapping[str, Json]], exams: Exams) -> list[Json]:

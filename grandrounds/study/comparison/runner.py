@@ -21,18 +21,21 @@ from grandrounds.server.introductions import SAME_IN_A_RUN
 from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import introduction
 from grandrounds.study.comparison import budget
-from grandrounds.study.comparison.arms import examples_of_visits, run_unit
+from grandrounds.study.comparison.arms import REPORTED, examples_of_visits, run_unit
 from grandrounds.study.comparison.exams import Exam, exams_of
 from grandrounds.study.comparison.folder import RESULT, ComparisonFolder
 from grandrounds.study.comparison.results import FORMAT, figures, results
 from grandrounds.study.comparison.units import (
     BASE,
+    BY_SITE,
+    FEDERATED,
     LEAVE_ONE_OUT,
     LOCAL,
+    PERSONAL,
     Design,
     Unit,
     check_leave_one_out,
-    check_private,
+    check_recipe,
 )
 from grandrounds.wire.names import NAME, names_of
 
@@ -76,13 +79,13 @@ def compare(
             unit,
             config,
             exams,
-            folder.run_path(unit),
+            folder.run_path(Unit(FEDERATED, unit.seed) if unit.arm == PERSONAL else unit),
             lambda count: listener("visited", {"count": count}),
         )
         folder.finish(unit, made)
         found[unit] = made
         content = comparison.write()
-        own = (unit.site,) if unit.arm == LOCAL and unit.site is not None else ()
+        own = (unit.site,) if unit.arm in BY_SITE and unit.site is not None else ()
         judged = {**figures(made, comparison.entries, *own), "seconds": made["seconds"]}
         listener("finished", {"unit": unit.title(comparison.names), "work": work[unit], **judged})
     return content
@@ -97,7 +100,7 @@ class Comparison:
                 "data.held-out-fraction = 0 leaves no examples to evaluate the arms on: set a "
                 "share, for example 0.05."
             )
-        check_private(design.arms, config)
+        check_recipe(design.arms, config)
         if LEAVE_ONE_OUT in design.arms:
             check_leave_one_out(config)
         self.config, self.design = config, design
@@ -111,11 +114,13 @@ class Comparison:
         ]
         self.names = names_of({"partition-id": k, **c} for k, c in enumerate(self.called))
         self.planned = list(design.units(config.data.num_partitions))
+        part = REPORTED if config.is_personal and len(config.weights) > 1 else None
         self.found = {
             unit: made
             for unit, made in self.folder.finished(self.planned).items()
             # An earlier version rounded the visits of a site alone to whole steps.
-            if unit.arm != LOCAL or made["example-visits"] == planned_visits(unit, config)
+            if (unit.arm != LOCAL or made["example-visits"] == planned_visits(unit, config))
+            and made.get("held-out-part") == part
         }
         asked = {exam.name: exam.fingerprint() for exam in self.exams}
         self.folder.begin(config)
@@ -212,6 +217,8 @@ def planned_visits(unit: Unit, config: Config) -> int:
     each = examples_of_visits(seeded)
     if unit.arm == LOCAL:
         return budget.local_examples(seeded, each)[unit.site or 0]
+    if unit.arm == PERSONAL:  # the federation before it is that of its own arm
+        return config.personalisation.steps * config.examples_per_step
     return 0 if unit.arm == BASE else sum(n for _, n in budget.pooled_visits(seeded, each))
 
 

@@ -15,6 +15,7 @@ from grandrounds.study.comparison.reservations import (
 from grandrounds.study.comparison.results import EVERYWHERE, LOSS, OWN, measured
 from grandrounds.study.comparison.units import (
     BASE,
+    BY_SITE,
     CENTRALISED,
     FEDERATED,
     LEAVE_ONE_OUT,
@@ -38,7 +39,15 @@ Json = Mapping[str, Any]
 def tables(content: Json) -> list[Table]:
     """Return the arms, the gain of the federation over each, and the gain of each site."""
     content = without_verdicts(content)
-    made = [_arms(content), _gains(content), _joining(content), _left_out(content)]
+    made = [
+        _arms(content),
+        _gains(content["gains"], "federation"),
+        _gains(content.get("personal-gains", []), "personal adapters"),
+        _spread(content),
+        _sites_and_models(content),
+        _joining(content),
+        _left_out(content),
+    ]
     return [table for table in made if table.rows]
 
 
@@ -46,8 +55,9 @@ def _arms(content: Json) -> Table:
     exams = list(content["exams"])
     rows = []
     arms = dict(content["arms"])
-    if LOCAL in arms and content["budget"]["sites"] > 1:
-        arms["local, everywhere"] = {**arms[LOCAL], **arms[LOCAL][EVERYWHERE]}
+    for arm in BY_SITE:
+        if arm in arms and content["budget"]["sites"] > 1:
+            arms[f"{arm}, everywhere"] = {**arms[arm], **arms[arm][EVERYWHERE]}
     names = site_names(content)
     arms |= {f"without {names[int(k)]}": a for k, a in content["without"].items()}
     for name, arm in arms.items():
@@ -68,9 +78,9 @@ def _epsilon(runs: Sequence[Json]) -> str:
     return f"{max(told):.2f}" if told else "none"
 
 
-def _gains(content: Json) -> Table:
+def _gains(gains: Sequence[Json], whose: str) -> Table:
     rows = []
-    for gain in content["gains"]:
+    for gain in gains:
         sites = gain["over-sites"]
         rows.append(
             (
@@ -82,8 +92,57 @@ def _gains(content: Json) -> Table:
                 p_text(sites["p"]) if sites else NONE,
             )
         )
+    better = "they are" if whose.endswith("s") else f"the {whose} is"
     columns = ("over", "measure", "gain", "p over seeds", "sites that gain", "p over sites")
-    return Table(columns, rows, "gain of the federation (positive: the federation is better)")
+    return Table(columns, rows, f"gain of the {whose} (positive: {better} better)")
+
+
+def _spread(content: Json) -> Table:
+    """Return how the sites of each arm differ on their own part: worst site and spread."""
+    names, rows = site_names(content), []
+    for arm, by_measure in content.get("matrix", {}).items():
+        for measure, found in by_measure.items():
+            own = found["own"].values()
+            rows.append(
+                (
+                    arm,
+                    measure,
+                    _level(sum(own) / len(own), measure),
+                    _level(found["worst"]["value"], measure),
+                    names[found["worst"]["site"]],
+                    _level(found["spread"], measure),
+                )
+            )
+    columns = ("arm", "measure", "mean of sites", "worst site", "which", "spread")
+    return Table(columns, rows, "own part of each site")
+
+
+def _sites_and_models(content: Json) -> Table:
+    """Return what the models that a site can have do on its own part, the others' and everywhere.
+
+    Of a shared model, what it does on the site's own part.
+    """
+    by_arm, names = content.get("matrix", {}), site_names(content)
+    measure = next(iter(_by_site(content)), LOSS)
+    found = {arm: by_measure[measure] for arm, by_measure in by_arm.items()}
+    columns, rows = ["site"], []
+    for arm in found:
+        columns += [f"{arm}, {where}" for where in (OWN, "others'", EVERYWHERE)][: _width(arm)]
+    for site in next(iter(found.values()))["own"] if found else ():
+        cells = [names.cell(int(site))]
+        for arm, of_arm in found.items():
+            parts = [of_arm["own"][site]]
+            if arm in BY_SITE:
+                parts += [of_arm["others"].get(site), of_arm["everywhere"][site]]
+            cells += [NONE if part is None else _level(part, measure) for part in parts]
+        rows.append(tuple(cells))
+    what = "held-out loss" if measure == LOSS else f"{measure} %"
+    return Table(columns, rows, f"sites and models: {what} (mean over seeds)")
+
+
+def _width(arm: str) -> int:
+    """Return how many columns an arm has: three where sites have models of their own, else one."""
+    return 3 if arm in BY_SITE else 1
 
 
 def _joining(content: Json) -> Table:
@@ -166,7 +225,8 @@ def notes(content: Json) -> list[str]:
         before, after = (
             percent(content["arms"][arm]["accuracy"][kept[0]]["mean"]) for arm in (BASE, FEDERATED)
         )
-        out.append(f"forgetting: accuracy on public facts {before} before training, {after} after")
+        what = "public facts" if kept[0] == "public" else content["exams"][kept[0]]["title"].lower()
+        out.append(f"forgetting: accuracy on {what} {before} before training, {after} after")
     failed = sum(run.get("failed-replies", 0) for run in _runs(content))
     if failed:
         replies = counted(failed, "client reply", "client replies")

@@ -15,20 +15,24 @@ from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.wire.names import SiteNames
 
-BASE, FEDERATED, PRIVATE, CENTRALISED, LOCAL, LEAVE_ONE_OUT = (
+BASE, FEDERATED, PERSONAL, PRIVATE, CENTRALISED, LOCAL, LEAVE_ONE_OUT = (
     "base",
     "federated",
+    "personal",
     "private",
     "centralised",
     "local",
     "leave-one-out",
 )
 
-ARMS = (FEDERATED, PRIVATE, CENTRALISED, LOCAL, LEAVE_ONE_OUT)
+ARMS = (FEDERATED, PERSONAL, PRIVATE, CENTRALISED, LOCAL, LEAVE_ONE_OUT)
 """Arms to choose from; `base` is always evaluated too."""
 
 FEDERATIONS = (FEDERATED, PRIVATE, LEAVE_ONE_OUT)
 """Arms whose units are whole runs."""
+
+BY_SITE = (PERSONAL, LOCAL)
+"""Arms with an adapter for each site."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Unit:
     """`base`, or one of `ARMS`."""
     seed: int
     site: int | None = None
-    """The site trained alone, or left out; None in the other arms."""
+    """The site trained alone, left out, or whose personal adapter it is; None in other arms."""
 
     @property
     def name(self) -> str:
@@ -74,7 +78,7 @@ class Design:
         for seed in self.seeds:
             yield Unit(BASE, seed)
             for arm in self.arms:
-                if arm == LOCAL:
+                if arm in BY_SITE:
                     yield from (Unit(arm, seed, site) for site in range(num_sites))
                 elif arm == LEAVE_ONE_OUT:
                     yield from (Unit(arm, seed, site) for site in self.left_out)
@@ -95,7 +99,10 @@ class Design:
 
 def default_arms(config: Config) -> tuple[str, ...]:
     """Return the arms that are trained where none is asked for."""
-    return (FEDERATED, PRIVATE) if config.is_private else (FEDERATED, CENTRALISED, LOCAL)
+    if config.is_private:
+        return FEDERATED, PRIVATE
+    personal = (PERSONAL,) if config.is_personal else ()
+    return (FEDERATED, *personal, CENTRALISED, LOCAL)
 
 
 def check_arms(names: Sequence[str]) -> tuple[str, ...]:
@@ -154,6 +161,44 @@ def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> li
             f"numbers from 0 to {num_sites - 1}, separated by commas{called}."
         )
     return sorted({site for site in found.values() if site is not None})
+
+
+def check_recipe(arms: Sequence[str], config: Config) -> None:
+    """Check that a recipe with personal adapters or a guarantee is compared as such, by its arm.
+
+    Raises
+    ------
+    ConfigError
+        As `check_personal` and `check_private`.
+    """
+    check_personal(arms, config)
+    check_private(arms, config)
+
+
+def check_personal(arms: Sequence[str], config: Config) -> None:
+    """Check that a recipe with personal adapters is compared as `personal`, and only such a one is.
+
+    Raises
+    ------
+    ConfigError
+        If it is not, or its other arms differ in more than the personal adapters.
+    """
+    if PERSONAL in arms and not config.is_personal:
+        raise ConfigError(
+            "arm 'personal' needs a recipe with personal adapters, which the other arms then go "
+            "without: --set personalisation.name=local-tail."
+        )
+    if config.is_personal and PERSONAL not in arms:
+        raise ConfigError(
+            f"the recipe has personal adapters (personalisation.name = "
+            f"{config.personalisation.name!r}): their arm is 'personal', and every other arm goes "
+            "without. Add it: --arms federated,personal,local."
+        )
+    if PERSONAL in arms and config.is_private:
+        raise ConfigError(
+            "arm 'personal' is not compared with a private recipe, whose sites tell no held-out "
+            "loss: leave privacy.unit-guarantee or personalisation.name out."
+        )
 
 
 def check_private(arms: Sequence[str], config: Config) -> None:

@@ -131,7 +131,7 @@ def answer_items(
     asked: Sequence[tuple[Item, TokenizedExample]],
     end: Sequence[int],
     limit: int,
-    batch_size: int,
+    batch_size: int | None,
 ) -> list[Answer]:
     """Return a model's answers to some items, with the loss of the reference answers.
 
@@ -144,23 +144,18 @@ def answer_items(
     limit : int
         Maximum number of tokens of an answer.
     """
-    from grandrounds.model.scoring import (
-        generate_greedily,
-        option_log_likelihoods,
-        stop_tokens,
-    )
+    from grandrounds.model.scoring import score_and_generate, stop_tokens
     from grandrounds.study.evaluation.likelihood import context_length
 
     items = [item for item, _ in asked]
     prompts = [example.input_ids[: example.prompt_tokens] for _, example in asked]
     references = [example.input_ids[example.prompt_tokens :] for _, example in asked]
-    scores = option_log_likelihoods(
-        model, prompts, [[reference] for reference in references], batch_size=batch_size
-    )
     context = context_length(model.config)
     limits = [max(1, min(limit, context - len(prompt))) for prompt in prompts]
     stop = stop_tokens(model, tokenizer, end)
-    outputs = generate_greedily(model, prompts, limits, stop, batch_size=batch_size)
+    scores, outputs = score_and_generate(
+        model, prompts, [[r] for r in references], limits, stop, batch_size=batch_size
+    )
     answers = []
     for item, output, most, (score,), reference in zip(
         items, outputs, limits, scores, references, strict=True

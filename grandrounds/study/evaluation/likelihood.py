@@ -249,28 +249,32 @@ def answer_items(
     benchmark: Benchmark,
     items: Sequence[Item],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = 64,
     prompt_template: str = "alpaca",
 ) -> list[Answer]:
     """Return a model's answers to items of a benchmark, as loaded or `shuffled`.
+
+    Of items of one row, which differ in the order of their options, the question is read once.
 
     Parameters
     ----------
     model : causal language model of transformers, or a PEFT model around one
         Put into evaluation mode for the call.
-    batch_size : int
-        Maximum number of prompts per forward pass.
+    batch_size : int or None
+        Maximum number of prompts per forward pass; None: see `grandrounds.model.prefill.prefill`.
     prompt_template : str
         See `build_prompt`.
     """
     from grandrounds.model.scoring import option_log_likelihoods
 
     asked = requests(benchmark, items, tokenizer, context_length(model.config), prompt_template)
+    rows = [items[request.item].row for request in asked]
     scores = option_log_likelihoods(
         model,
         [request.prompt for request in asked],
         [request.answers for request in asked],
         batch_size=batch_size,
+        families=rows if len({item.row for item in items}) < len(items) else None,
     )
     by_item: list[dict[int, float]] = [{} for _ in items]
     for request, row in zip(asked, scores, strict=True):

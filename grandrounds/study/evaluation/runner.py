@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from grandrounds.data.tokenization import TokenizedExample, end_token_ids
 from grandrounds.errors import DataError
 from grandrounds.model.base import (
@@ -25,6 +27,8 @@ from grandrounds.model.base import (
     bits_of,
     device_and_dtype,
 )
+from grandrounds.model.passes import CPU_BATCH
+from grandrounds.model.prefill import proven_layout
 from grandrounds.model.scoring import generate_greedily, stop_tokens
 from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.study.evaluation import flowertune, greedy, likelihood
@@ -41,7 +45,7 @@ from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.models import Models
 from grandrounds.study.evaluation.results import Answers, evaluation_of, write_flowertune_files
 from grandrounds.study.evaluation.sample import METHOD
-from grandrounds.study.evaluation.tasks import EvaluationTasks, Subject, Target
+from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, Subject, Target
 
 FLOWERTUNE_BATCH = 16
 """Items per batch in FlowerTune's rule for the answer length, whatever our own batch size."""
@@ -49,6 +53,10 @@ FLOWERTUNE_BATCH = 16
 BATCHES_AT_ONCE = 4
 """Batches per write of answers. Prefixes shared by prompts are computed once for all of them; with
 one batch per write, an evaluation takes up to a third longer."""
+
+GPU_PORTION = 256
+"""Items per write of answers where passes are filled by tokens, each in all orders of its options:
+a few passes."""
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Receives `asking` (model, benchmark, protocol, total, done), `answered` (count) after every write
@@ -169,6 +177,18 @@ def ask_all(tasks: EvaluationTasks, models: Models, tokenizer: Any, listener: Li
     return {(w.subject.name, w.task.benchmark.name, w.protocol): w.file for w in works}
 
 
+Asked = tuple[int, Item]
+"""An order of the options (0: as published) and the item as published."""
+
+
+def fills_passes(method: Method) -> bool:
+    """Whether passes are filled by tokens, with all orders of an item's options in the same one.
+
+    On a GPU, unless `--batch-size` asks for batches of so many prompts, an order at a time.
+    """
+    return method.batch_size is None and torch.cuda.is_available()
+
+
 @dataclass(frozen=True)
 class _Work:
     """One model, one benchmark, one protocol."""
@@ -190,20 +210,27 @@ class _Work:
         """Number of answers."""
         return self.orders * len(self.task.items)
 
-    def portions(self) -> Iterator[tuple[int, list[Item]]]:
-        """Yield unanswered items with their order, in portions of similar length, longest first."""
-        most = self.tasks.method.batch_size * BATCHES_AT_ONCE
+    def portions(self) -> Iterator[list[Asked]]:
+        """Yield unanswered items with an order, in portions of similar length, longest first."""
+        method, orders = self.tasks.method, range(self.orders)
+        together, most = [orders], GPU_PORTION
+        if not fills_passes(method):
+            together = [range(order, order + 1) for order in orders]
+            most = (method.batch_size or CPU_BATCH) * BATCHES_AT_ONCE
         by_length = sorted(self.task.items, key=_characters, reverse=True)
-        for order in range(self.orders):
+        done = self.file.records
+        for chosen in together:
             for first in range(0, len(by_length), most):
-                portion = by_length[first : first + most]
-                if left := [i for i in portion if (order, i.row) not in self.file.records]:
-                    yield order, left
+                portion = [(o, i) for i in by_length[first : first + most] for o in chosen]
+                if left := [
+                    (order, item) for order, item in portion if (order, item.row) not in done
+                ]:
+                    yield left
 
     def left(self) -> float:
         """Return how much there is left to answer, in a measure of time within one protocol."""
         generated = 0 if self.protocol == "likelihood" else self.tasks.method.answer_tokens
-        items = (item for _, portion in self.portions() for item in portion)
+        items = (item for portion in self.portions() for _, item in portion)
         return float(sum(_characters(item) + generated for item in items))
 
 
@@ -223,7 +250,7 @@ class _Examiner:
     def forecast(self, works: Sequence[_Work], listener: Listener) -> dict[str, Any]:
         """Answer a first portion of each benchmark and protocol; return the seconds for the rest.
 
-        The base is loaded before the clock starts.
+        The base is loaded, and its layout probed, before the clock starts.
         """
         seconds = 0.0
         groups: dict[tuple[str, str], list[_Work]] = {}
@@ -235,11 +262,12 @@ class _Examiner:
                 continue
             listener("asking", {**self._about(first), "done": len(first.file.records)})
             with self._models.asked(first.subject) as model:
+                proven_layout(model, 0)
                 before, started = sum(work.left() for work in group), time.perf_counter()
-                order, items = next(iter(first.portions()))
-                self._answer(first, model, order, items)
+                asked = next(iter(first.portions()))
+                self._answer(first, model, asked)
                 spent, after = time.perf_counter() - started, sum(work.left() for work in group)
-            listener("answered", {"count": len(items)})
+            listener("answered", {"count": len(asked)})
             seconds += spent * after / (before - after)
         return {"seconds": seconds}
 
@@ -255,9 +283,9 @@ class _Examiner:
         listener("asking", {**about, "done": len(work.file.records)})
         if len(work.file.records) < work.total:
             with self._models.asked(work.subject) as model:
-                for order, items in work.portions():
-                    self._answer(work, model, order, items)
-                    listener("answered", {"count": len(items)})
+                for portion in work.portions():
+                    self._answer(work, model, portion)
+                    listener("answered", {"count": len(portion)})
         truncated = sum(record["truncated"] for record in work.file.ordered())
         asked = work.total - before
         listener("asked", {**about, "done": before, "asked": asked, "truncated": truncated})
@@ -267,15 +295,17 @@ class _Examiner:
         about = {"model": work.subject.name, "benchmark": title, "protocol": work.protocol}
         return {**about, "total": work.total}
 
-    def _answer(self, work: _Work, model: Any, order: int, items: list[Item]) -> None:
+    def _answer(self, work: _Work, model: Any, asked: Sequence[Asked]) -> None:
         """Ask one portion, and write the answers down."""
+        items = [item for _, item in asked]
         if work.protocol == GREEDY:
             answered = self.write(model, work.task, items)
         elif work.protocol == "flowertune":
             answered = self.generate(model, work.task.benchmark, items)
         else:
-            answered = self.compare(model, work.task.benchmark, order, items)
-        work.file.append({"order": order, **record} for record in answered)
+            answered = self.compare(model, work.task.benchmark, asked)
+        pairs = zip(asked, answered, strict=True)
+        work.file.append({"order": order, **record} for (order, _), record in pairs)
 
     def write(self, model: Any, task: Task, items: list[Item]) -> list[Record]:
         """Return a model's own words for some items, and the loss of their reference answers."""
@@ -292,15 +322,17 @@ class _Examiner:
             {"row": item.row, **asdict(answer)} for item, answer in zip(items, found, strict=True)
         ]
 
-    def compare(
-        self, model: Any, benchmark: Benchmark, order: int, items: list[Item]
-    ) -> list[Record]:
-        """Return the likelihoods of the options of some items, in one of their orders."""
+    def compare(self, model: Any, benchmark: Benchmark, asked: Sequence[Asked]) -> list[Record]:
+        """Return the likelihoods of the options of some items, each in one of their orders."""
+        items = [
+            likelihood.shuffled(benchmark, [item], order)[0] if order else item
+            for order, item in asked
+        ]
         found = likelihood.answer_items(
             model,
             self._tokenizer,
             benchmark,
-            likelihood.shuffled(benchmark, items, order) if order else items,
+            items,
             batch_size=self._tasks.method.batch_size,
             prompt_template=self._tasks.target.prompt_template,
         )

@@ -21,11 +21,12 @@ from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import ConfigError, ModelError, RunDirectoryError, nearest
 from grandrounds.model.saved import read_adapter_config, weights_of
 from grandrounds.server.described import are_real, is_fictional
-from grandrounds.server.directory import RunDirectory
+from grandrounds.server.directory import RunDirectory, find_checkpoint
 from grandrounds.study.evaluation.benchmarks import HELD_OUT, MEDICAL, Questions, Task
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.likelihood import asks_in_own_prompt
 from grandrounds.study.evaluation.verification import BASE
+from grandrounds.study.personal import of_site
 
 PROTOCOLS = ("flowertune", "likelihood")
 """Evaluation protocols."""
@@ -98,8 +99,9 @@ class Method:
     """One of `PROTOCOLS`, or `all`."""
     permutations: int = 3
     """Additional random option orders scored by `likelihood`."""
-    batch_size: int = 16
-    """Prompts per forward pass; affects answers by rounding only."""
+    batch_size: int | None = None
+    """Prompts per forward pass; None: 16 on a CPU, and on a GPU as many as fill it. Affects answers
+    by rounding only."""
     answer_tokens: int = 128
     """Maximum number of tokens that `greedy` generates for an answer."""
 
@@ -113,7 +115,7 @@ class Method:
             )
         if self.permutations < 0:
             raise ConfigError(f"permutations must be at least 0, got {self.permutations}")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch-size must be at least 1, got {self.batch_size}")
         if self.answer_tokens < 1:
             raise ConfigError(f"answer-tokens must be at least 1, got {self.answer_tokens}")
@@ -319,6 +321,25 @@ def _checkpoints(run: RunDirectory) -> tuple[Subject, ...]:
             "one adapter."
         )
     return tuple(_adapter_subject(run.path / name, role) for name, role in roles.items())
+
+
+def with_site(target: Target, site: str) -> Target:
+    """Return a run's last checkpoint beside the personal adapter of one of its sites.
+
+    Raises
+    ------
+    ConfigError, RunDirectoryError
+        If the target is no run, or the site has no personal adapter in it.
+    """
+    if target.run is None or len(target.adapters) < 1:
+        raise ConfigError(f"--site {site} needs a run directory, whose sites have adapters.")
+    last = of_site(find_checkpoint(target.run.directory.path), site)
+    federated = next(one for one in target.adapters if one.role.startswith("last"))
+    return replace(
+        target,
+        adapters=(federated, _adapter_subject(last.folder, "personal adapter")),
+        out=target.out.with_name(f"evaluation-{last.folder.name}"),
+    )
 
 
 def _adapter_subject(folder: Path, role: str = "") -> Subject:

@@ -99,7 +99,7 @@ def _resolved(study: Study, recipe: Recipe) -> Config:
         config = configuration.with_absolute_paths(configuration.resolve(settings))
         arms = [arm for arm in recipe.arms if arm not in (RUN, units.BASE)]
         if arms:
-            units.check_private(arms, config)
+            units.check_recipe(arms, config)
         compared = [arm for arm in recipe.arms if arm != RUN]
         if compared and not config.data.held_out_fraction:
             raise ConfigError(

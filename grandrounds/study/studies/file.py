@@ -24,7 +24,7 @@ ARMS = (RUN, units.BASE, *(arm for arm in units.ARMS if arm != units.LEAVE_ONE_O
 
 _TOP = ("title", "seeds", "arms", "config", "settings", "recipes", "tables")
 _OF_RECIPE = ("seeds", "arms", "config")
-_OF_TABLE = ("name", "recipes", "columns")
+_OF_TABLE = ("name", "recipes", "arms", "columns")
 _OF_COLUMN = ("figure", "title", "minus", "over", "arm")
 
 
@@ -68,6 +68,8 @@ class TableOf:
     columns: tuple[Column, ...]
     recipes: tuple[str, ...]
     """Recipes of its rows, in this order."""
+    arms: tuple[str, ...] = ARMS
+    """Arms of its rows, as far as a recipe has them."""
 
 
 @dataclass(frozen=True)
@@ -212,10 +214,12 @@ def _table_of(table: Any, recipes: Mapping[str, Recipe], place: _Place) -> Table
             raise place.error(
                 "recipes", f"has {row!r}, which is no recipe here.{nearest(str(row), recipes)}"
             )
+    arms = _arms({"arms": table.get("arms", list(ARMS))}, place)
     columns = table.get("columns", [])
     if not isinstance(columns, list) or not columns:
         raise place.error("columns", 'is empty: list tables such as { figure = "private" }.')
-    return TableOf(name, tuple(_column(one, recipes, place) for one in columns), tuple(rows))
+    made = tuple(_column(one, recipes, place) for one in columns)
+    return TableOf(name, made, tuple(rows), arms)
 
 
 def _column(table: Any, recipes: Mapping[str, Recipe], at: _Place) -> Column:

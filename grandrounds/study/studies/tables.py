@@ -37,7 +37,7 @@ def tables_of(study: Study, cells: Sequence[Cell], lines: Lines) -> list[Table]:
 
 def _table(study: Study, table: TableOf, played: Played) -> Table:
     recipes = [study.recipes[name] for name in table.recipes]
-    pairs = [(recipe.name, arm) for recipe in recipes for arm in recipe.arms]
+    pairs = [(recipe.name, arm) for recipe in recipes for arm in recipe.arms if arm in table.arms]
     several_recipes, several_arms = len(recipes) > 1, len({arm for _, arm in pairs}) > 1
     fixed_arms = all(column.arm for column in table.columns)
     if fixed_arms:  # each column has an arm of its own: a row is a recipe

@@ -22,7 +22,7 @@ from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.data import large, sources
 from grandrounds.engines.deployment import checks, keys, set_up
-from grandrounds.engines.deployment.checks import Finding
+from grandrounds.engines.deployment.findings import Finding
 from grandrounds.site.custody.site_file import SiteFile, read_site_file
 from tests.own_sites import make_site, write_partition
 from tests.real import FORMULARY, free_port

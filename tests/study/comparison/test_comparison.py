@@ -45,7 +45,7 @@ def test_arms_come_in_their_own_order_and_once() -> None:
 )
 def test_an_unknown_arm_is_told_with_the_nearest(names: list[str], told: str) -> None:
     with pytest.raises(
-        ConfigError, match="allowed: federated, private, centralised, local"
+        ConfigError, match="allowed: federated, personal, private, centralised, local"
     ) as error:
         check_arms(names)
     assert told in str(error.value)
@@ -89,16 +89,18 @@ def test_leaving_one_out_needs_two_sites() -> None:
 
 def test_units_are_seed_by_seed_and_only_some_arms_have_sites() -> None:
     names = [unit.name for unit in Design(ARMS, [1, 2], [1]).units(2)]
-    assert names[:7] == [
+    assert names[:9] == [
         "base/seed-1",
         "federated/seed-1",
+        "personal/seed-1/site-0",
+        "personal/seed-1/site-1",
         "private/seed-1",
         "centralised/seed-1",
         "local/seed-1/site-0",
         "local/seed-1/site-1",
         "leave-one-out/seed-1/site-1",
     ]
-    assert len(names) == 14
+    assert len(names) == 18
 
 
 def test_a_private_recipe_is_the_arm_private_and_no_other_recipe_is() -> None:

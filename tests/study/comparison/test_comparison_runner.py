@@ -24,7 +24,7 @@ from grandrounds.study.comparison.exams import exams_of
 from grandrounds.study.comparison.results import LOSS
 from grandrounds.study.comparison.runner import compare
 from grandrounds.study.comparison.tables import notes, tables
-from grandrounds.study.comparison.units import ARMS, PRIVATE, Design
+from grandrounds.study.comparison.units import ARMS, PERSONAL, PRIVATE, Design
 from grandrounds.wire.ledger import Ledger
 from grandrounds.wire.schedule import cohort_of
 from tests.conftest import WORDS
@@ -33,7 +33,7 @@ Settings = dict[str, Any]
 
 SEEDS = [42, 43]
 
-WITHOUT_NOISE = tuple(arm for arm in ARMS if arm != PRIVATE)
+WITHOUT_NOISE = tuple(arm for arm in ARMS if arm not in (PRIVATE, PERSONAL))
 
 DESIGN = Design(WITHOUT_NOISE, SEEDS)
 
@@ -477,3 +477,68 @@ def test_benchmarks_are_asked_of_every_arm_and_must_stay_the_same(
     assert "--benchmarks medmcqa --benchmark-data" in content["command"]
     with pytest.raises(RunDirectoryError, match=r"in exams\.json medmcqa: was"):
         played(resolved(settings), tmp_path / "out", arms=arms, limit=3, **asked)
+
+
+# --- Personal adapters ----------------------------------------------------------------------------
+
+
+def test_personal_adapters_are_compared_on_what_no_weight_was_chosen_on(
+    settings: Settings, tmp_path: Path
+) -> None:
+    how = {
+        "personalisation.name": "local-tail",
+        "personalisation.steps": 2,
+        "data.held-out-fraction": 0.3,
+        "data.prompt-template": "alpaca",
+    }
+    config = resolved(settings, **how)
+    arms = ("federated", "personal", "local")
+    content = played(config, tmp_path / "c", arms=arms, seeds=[42], left_out=[])
+    plain = played(
+        resolved(settings, **{**how, "personalisation.name": "none"}),
+        tmp_path / "p",
+        arms=("federated",),
+        seeds=[42],
+        left_out=[],
+    )
+    sites = config.data.num_partitions
+    seed = content["arms"]["federated"]["seeds"]["42"]["sites"]
+    whole = plain["arms"]["federated"]["seeds"]["42"]["sites"]
+    assert all(seed[k]["tokens"] < whole[k]["tokens"] for k in seed)
+    assert all(
+        content["arms"][arm]["seeds"]["42"]["sites"][k]["tokens"] == seed[k]["tokens"]
+        for arm in arms
+        for k in seed
+    )
+    matrix = content["matrix"]["personal"][LOSS]
+    assert set(matrix["models"]) == {str(k) for k in range(sites)}
+    assert matrix["own"] == {k: at[k] for k, at in matrix["models"].items()}
+    assert matrix["worst"]["value"] == max(matrix["own"].values())
+    assert set(content["matrix"]["federated"][LOSS]["models"]) == {"all"}
+    gains = {(g["over"], g["measure"], g["where"]): g for g in content["personal-gains"]}
+    over = gains["federated", LOSS, "own"]["over-seeds"]["mean"]
+    own, all_own = (content["arms"][a][LOSS]["mean"] for a in ("personal", "federated"))
+    assert over == pytest.approx(all_own - own)
+    assert any("personal, own" in table.columns for table in tables(content))
+    again = played(config, tmp_path / "c", arms=arms, seeds=[42], left_out=[], listener=never)
+    assert figures(again) == figures(content)
+
+
+def never(event: str, facts: Any) -> None:
+    """Fail where a finished part is trained again."""
+    assert event == "planned"
+    assert facts["work"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arms", "changes", "said"),
+    [
+        (("personal",), {}, "needs a recipe with personal adapters"),
+        (("federated",), {"personalisation.name": "local-tail"}, "their arm is 'personal'"),
+    ],
+)
+def test_an_arm_of_personal_adapters_and_such_a_recipe_need_each_other(
+    settings: Settings, tmp_path: Path, arms: Any, changes: Settings, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        played(resolved(settings, **changes), tmp_path / "c", arms=arms)

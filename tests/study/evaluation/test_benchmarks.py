@@ -99,6 +99,7 @@ def test_published_sizes_are_those_of_the_leaderboard() -> None:
     sizes = {name: benchmark.expected_items for name, benchmark in benchmarks().items()}
     formulary = sizes.pop("formulary")
     common_and_rare = sizes.pop("common-and-rare")
+    assert sizes.pop("general") == len(load_items(get_benchmark("general"))) == 40
     assert sizes == {"pubmedqa": 500, "medqa": 1273, "medmcqa": 4183, "careqa": 5621}
     assert formulary == len(load_items(get_benchmark("formulary")))
     assert common_and_rare == len(load_items(get_benchmark("common-and-rare"))) == 228

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grandrounds.statistics import wilson_interval
-from grandrounds.study.evaluation import flowertune, likelihood
+from grandrounds.study.evaluation import flowertune, likelihood, runner
 from grandrounds.study.evaluation.answers import AnswerFile
 from grandrounds.study.evaluation.tables import notes, tables
 from grandrounds.study.evaluation.verification import evaluations_in, faults_in
@@ -143,6 +143,56 @@ def test_what_a_batch_computes_together_changes_no_answer(
     assert counts[:2] == counts[2:]
     name = "generation_medmcqa_base.jsonl"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+def test_orders_asked_together_are_answered_as_one_by_one(
+    ask: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a question is read once for all orders of its options; here it is made to be."""
+    apart = ask(protocol="all", batch_size=None, permutations=3)
+    monkeypatch.setattr(runner, "fills_passes", lambda method: True)
+    told = Told()
+    together = ask(
+        protocol="all", batch_size=None, permutations=3, out=tmp_path / "together", listener=told
+    )
+    name = "answers_base_medmcqa_likelihood.jsonl"
+    one, other = (AnswerFile(tmp_path / folder / name).records for folder in ("out", "together"))
+    assert list(one)[:2] == [(0, row) for _, row in list(one)[:2]]  # an order at a time
+    assert [order for order, _ in list(other)[:4]] == [0, 1, 2, 3]
+    assert one.keys() == other.keys()
+    for key, record in one.items():
+        assert other[key]["choice"] == record["choice"]
+        assert other[key]["log_likelihoods"] == pytest.approx(record["log_likelihoods"], abs=1e-4)
+    for before, after in zip(evaluations_in(apart), evaluations_in(together), strict=True):
+        assert [row["correct"] for row in after["rows"]] == [
+            row["correct"] for row in before["rows"]
+        ]
+    assert told.answered == MEDMCQA * (4 + 1) + PUBMEDQA * 2
+
+
+def test_orders_asked_together_go_on_where_they_stopped(
+    ask: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"benchmarks": ["medmcqa"], "batch_size": None, "permutations": 2}
+    whole = ask(**arguments)
+    file = tmp_path / "out" / "answers_base_medmcqa_likelihood.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-5]))
+    monkeypatch.setattr(runner, "fills_passes", lambda method: True)
+    told = Told()
+    again = ask(**arguments, resume=True, listener=told)
+    assert told.answered == 5
+    assert [row["correct"] for row in again["rows"]] == [row["correct"] for row in whole["rows"]]
+
+
+class Told:
+    """A listener that counts answers."""
+
+    answered = 0
+
+    def __call__(self, event: str, values: Mapping[str, Any]) -> None:
+        if event == "answered":
+            self.answered += values["count"]
 
 
 def test_formulary_parts_add_up_and_are_rows_of_the_table(tmp_path: Path) -> None:

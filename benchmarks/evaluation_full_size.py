@@ -1,0 +1,256 @@
+"""How long `grandrounds evaluate` takes on a base of full size, by both protocols.
+
+    python benchmarks/random_base.py llama-3-8b /dev/shm/base
+    python benchmarks/evaluation_full_size.py --base /dev/shm/base --quantization 4 [--data DIR]
+
+The base has random weights: times are those of trained ones, answers are not. DIR holds files of
+the benchmarks as `grandrounds evaluate --data` reads them; without it, questions are made up that
+are as long as MedMCQA's. A byte-level BPE of 6,144 tokens is trained on the questions themselves,
+and cuts them about as coarsely as the tokenizers of real models do.
+
+Arms: `default` is what `evaluate` does on this device; `batches of 16` asks with `--batch-size 16`,
+each order of the options by itself. They are compared answer by answer. `forecast` is what
+`evaluate` says after the first portions, against what the rest took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bare_loops import synchronize
+
+VOCABULARY = 6144
+QUESTION_CHARACTERS = (
+    7, 26, 32, 37, 41, 44, 49, 52, 56, 61, 65, 70, 74, 80, 88, 98, 114, 135, 168, 220, 567,
+)  # fmt: skip
+OPTION_CHARACTERS = (
+    1, 3, 6, 7, 9, 10, 11, 12, 14, 15, 16, 18, 19, 21, 23, 26, 29, 34, 41, 53, 134,
+)  # fmt: skip
+"""Quantiles 0, 5, ..., 100 % of 2,000 questions of MedMCQA's validation split, and of their
+options."""
+
+FULL_ITEMS = {"pubmedqa": 1000, "medqa": 1273, "medmcqa": 4183, "careqa": 5621}
+
+ARMS: dict[str, dict[str, Any]] = {"default": {}, "batches of 16": {"batch_size": 16}}
+
+
+def made_up_questions(file: Path, count: int) -> None:
+    """Write questions of invented words in the columns of MedMCQA, as long as real ones."""
+    from random_base import _quantile
+
+    draw = random.Random(2)
+    letters = "etaoinshrdlcumwfgypbvk"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 10))) for _ in range(4000)]
+
+    def text(quantiles: tuple[int, ...]) -> str:
+        length, found = _quantile(quantiles, draw.random()), ""
+        while len(found) < length:
+            found += f"{draw.choice(words)} "
+        return found.strip()
+
+    with file.open("w") as out:
+        for _ in range(count):
+            options = {key: text(OPTION_CHARACTERS) for key in ("opa", "opb", "opc", "opd")}
+            row = {"question": text(QUESTION_CHARACTERS), **options, "cop": draw.randrange(4)}
+            out.write(json.dumps(row) + "\n")
+
+
+def with_tokenizer(base: Path, folder: Path, texts: list[str]) -> Path:
+    """Return a folder with the weights of a base and a tokenizer that is trained on texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder.mkdir()
+    for file in base.resolve().iterdir():
+        if not file.name.startswith(("token", "special")):
+            (folder / file.name).symlink_to(file)
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(VOCABULARY, vocabulary),
+        special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def ask(tasks: Any, models: Any, tokenizer: Any) -> tuple[dict[str, Any], Any]:
+    """Ask everything; return seconds and the forecast, and the answers."""
+    from grandrounds.study.evaluation import runner
+    from grandrounds.study.evaluation.answers import open_folder
+
+    told: dict[str, float] = {}
+
+    def listen(event: str, values: Any) -> None:
+        if event == "forecast":
+            told.update(expected=values["seconds"], at=time.perf_counter())
+
+    open_folder(tasks.folder, {}, False)
+    started = time.perf_counter()
+    answers = runner.ask_all(tasks, models, tokenizer, listen)
+    synchronize()
+    ended = time.perf_counter()
+    figures = {
+        "seconds": ended - started,
+        "forecast_seconds": told["expected"],
+        "seconds_after_forecast": ended - told["at"],
+    }
+    return figures, answers
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds by arm, protocol and benchmark, and how the arms' answers differ."""
+    import torch
+
+    from grandrounds.model.tokenizers import tokenizer_of
+    from grandrounds.study.evaluation import flowertune, runner
+    from grandrounds.study.evaluation.benchmarks import load_questions
+    from grandrounds.study.evaluation.models import Models
+    from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, find_target
+
+    with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
+        work = Path(folder)
+        data = given.data
+        if data is None:
+            data = work / "data"
+            data.mkdir()
+            made_up_questions(data / "medmcqa.jsonl", given.limit)
+        questions = load_questions(given.benchmarks, data, given.limit)
+        texts = [
+            flowertune.build_prompt(task.benchmark, item)
+            for task in questions.tasks
+            for item in task.items
+        ]
+        base = with_tokenizer(given.base, work / "base", texts)
+        target = find_target("none", str(base), given.quantization)
+        models = Models(runner.spec_of(target), target.subjects)
+        started = time.perf_counter()
+        with models.asked(target.subjects[0]):
+            synchronize()
+        loading = time.perf_counter() - started
+        tokenizer = tokenizer_of(target.base, target.chat)
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        result: dict[str, Any] = {
+            "items": {task.benchmark.name: len(task.items) for task in questions.tasks},
+            "questions": str(given.data.name) if given.data else "made up",
+            "quantization": given.quantization,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "loading_seconds": loading,
+            "mean_prompt_tokens": sum(lengths) / len(lengths),
+            "rows": [],
+            "differences": [],
+        }
+        given_answers: dict[tuple[str, str], Any] = {}
+        for task in questions.tasks:
+            alone = type(questions)((task,), given.limit)
+            for protocol in ("likelihood", "flowertune"):
+                for arm in given.arms:
+                    method = Method(protocol=protocol, **ARMS[arm])
+                    out = work / f"{arm}-{task.benchmark.name}-{protocol}"
+                    tasks = EvaluationTasks(target, alone, method, out)
+                    figures, answers = ask(tasks, models, tokenizer)
+                    row = {"arm": arm, "benchmark": task.benchmark.name, "protocol": protocol}
+                    row["answers"] = sum(len(file.records) for file in answers.values())
+                    result["rows"].append({**row, **figures})
+                    (file,) = answers.values()
+                    given_answers[arm, protocol] = file.records
+                if len(given.arms) > 1:
+                    pair = [given_answers[arm, protocol] for arm in given.arms]
+                    named = {"benchmark": task.benchmark.name, "protocol": protocol}
+                    result["differences"].append({**named, **difference(*pair)})
+    seconds = {}
+    for arm in given.arms:
+        rows = [row for row in result["rows"] if row["arm"] == arm]
+        seconds[arm] = sum(row["seconds"] for row in rows)
+    result["seconds"] = seconds
+    return result
+
+
+def difference(one: dict[Any, Any], other: dict[Any, Any]) -> dict[str, Any]:
+    """Return how the answers of two arms differ."""
+    if set(one) != set(other):
+        raise SystemExit("evaluation_full_size: the arms answered different items")
+    pairs = [(record, other[key]) for key, record in one.items()]
+    key = "choice" if "choice" in pairs[0][0] else "output"
+    apart = [
+        abs(x - y)
+        for a, b in pairs
+        for x, y in zip(a.get("log_likelihoods", ()), b.get("log_likelihoods", ()), strict=True)
+    ]
+    return {
+        "answers": len(pairs),
+        "different_answers": sum(a[key] != b[key] for a, b in pairs),
+        "largest_log_likelihood_difference": max(apart, default=0.0),
+    }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """Return the result in lines."""
+    found = [
+        f"{sum(result['items'].values()):,} items ({result['questions']}), "
+        f"{result['mean_prompt_tokens']:.0f} tokens a prompt of FlowerTune's, "
+        f"{result['quantization'] or 'no'} bits, {result['device']}; base loaded in "
+        f"{result['loading_seconds']:.1f} s",
+        f"{'':<16}{'benchmark':<12}{'protocol':<14}{'answers':>9}{'seconds':>9}{'a second':>10}"
+        f"{'forecast':>10}{'took':>8}",
+    ]
+    for row in result["rows"]:
+        found.append(
+            f"{row['arm']:<16}{row['benchmark']:<12}{row['protocol']:<14}{row['answers']:>9,}"
+            f"{row['seconds']:>9.2f}{row['answers'] / row['seconds']:>10.0f}"
+            f"{row['forecast_seconds']:>10.2f}{row['seconds_after_forecast']:>8.2f}"
+        )
+    for row in result["differences"]:
+        found.append(
+            f"{row['benchmark']}, {row['protocol']}: {row['different_answers']} of "
+            f"{row['answers']:,} answers differ between the arms, log-likelihoods by at most "
+            f"{row['largest_log_likelihood_difference']:.2g}"
+        )
+    return found
+
+
+def main() -> None:
+    """Measure; print a table, write JSON."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--quantization", type=int, choices=(0, 4, 8), default=0)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--benchmarks", nargs="+", default=["medmcqa"], choices=list(FULL_ITEMS))
+    parser.add_argument("--limit", type=int, default=400)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    from grandrounds.errors import GrandRoundsError
+    from grandrounds.quiet import quiet_libraries
+
+    quiet_libraries()
+    try:
+        result = measure(given)
+    except GrandRoundsError as error:
+        sys.exit(f"evaluation_full_size: {error}")
+    print("\n".join(lines(result)))
+    if given.out:
+        given.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Prompts of a family read after one stem, against one prompt at a time."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grandrounds.model.cached import evaluating
+from grandrounds.model.passes import Limits, Unit, batches, groups, pass_limits
+from grandrounds.model.prefill import families_proven, prefill
+from grandrounds.model.scoring import (
+    generate_greedily,
+    option_log_likelihoods,
+    score_and_generate,
+)
+from tests.tiny_models import tiny_bases
+
+BRANCHING = (
+    *("llama", "qwen2", "qwen3", "phi3", "olmo2", "granite", "stablelm", "smollm3", "gpt_neox"),
+    *("gpt2", "falcon", "mixtral", "deepseek_v2"),
+)
+"""Architectures whose prompts share stems."""
+
+WHOLE = ("mistral", "gemma2", "lfm2_moe", "falcon_h1", "mpt", "jamba")
+"""Architectures with windows, recurrent state or positions by column, whose prompts do not."""
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    tiny = tiny_bases.BASES[name]
+    config = tiny_bases.config_of(tiny)
+    if name in ("mistral", "gemma2"):
+        config.sliding_window = 512  # no longer than the layouts of these prompts
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tiny_bases.randomise(model, tiny.query_norm)
+    return model
+
+
+def ids(draw: random.Random, count: int) -> list[int]:
+    return [draw.randint(3, 299) for _ in range(count)]
+
+
+def asked(preamble: int = 0) -> tuple[list[list[int]], list[int], list[list[list[int]]]]:
+    """Return prompts, their families, and options: stems of 30, 9 and no token in common."""
+    draw = random.Random(8)
+    start = ids(draw, preamble)
+    prompts, families = [], []
+    for family, (stem, members) in enumerate(((30, 4), (9, 3), (0, 2), (17, 1), (45, 4))):
+        common = ids(draw, stem)
+        for _ in range(members):
+            prompts.append([*start, *common, *ids(draw, draw.randint(1, 25))])
+            families.append(family)
+    order = list(range(len(prompts)))
+    draw.shuffle(order)
+    options = [[ids(draw, draw.randint(1, 3)) for _ in range(3)] for _ in prompts]
+    return [prompts[i] for i in order], [families[i] for i in order], options
+
+
+def shapes_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return a list that grows by the shape (batch, tokens) of whatever the model reads."""
+    shapes: list[tuple[int, ...]] = []
+    forward = model.forward
+
+    def recording(**inputs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", recording)
+    return shapes
+
+
+def tokens_read(shapes: list[tuple[int, ...]]) -> int:
+    return sum(rows * width for rows, width in shapes)
+
+
+@pytest.mark.parametrize("name", [*BRANCHING, *WHOLE])
+def test_scores_after_a_stem_equal_one_prompt_at_a_time(name: str) -> None:
+    model = model_of(name)
+    with evaluating(model):
+        assert families_proven(model) == (name in BRANCHING)
+    prompts, families, options = asked(preamble=12)
+    found = option_log_likelihoods(model, prompts, options, families=families, batch_size=16)
+    with torch.no_grad():
+        for prompt, choices, row in zip(prompts, options, found, strict=True):
+            for choice, score in zip(choices, row, strict=True):
+                logits = model(torch.tensor([prompt + choice]), use_cache=False).logits[0].double()
+                chosen = logits[len(prompt) - 1 : -1].log_softmax(-1)
+                alone = float(chosen.gather(1, torch.tensor([choice]).T).sum())
+                assert score == pytest.approx(alone, abs=2e-4)
+
+
+def test_a_stem_is_read_once_and_a_prompt_without_one_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("llama")
+    prompts, families, _ = asked()
+    with evaluating(model):
+        assert families_proven(model)
+        list(prefill(model, prompts[:1], 64, following_tokens=3))  # probes the layout
+        read = shapes_read(model, monkeypatch)
+        order = [
+            row
+            for batch in prefill(model, prompts, 64, following_tokens=3, families=families)
+            for row in batch.rows
+        ]
+    assert sorted(order) == list(range(len(prompts)))
+    # three stems, what 11 prompts have beyond them, and three prompts without one
+    assert [rows for rows, _ in read] == [3, 11, 3]
+    assert read[0][1] == 45
+    assert read[1][1] <= 25
+    apart = list[tuple[int, ...]](read)
+    read.clear()
+    with evaluating(model):
+        list(prefill(model, prompts, 64, following_tokens=3))
+    assert tokens_read(apart) < 0.8 * tokens_read(read)  # which shares the commonest start
+
+
+def test_a_start_that_only_one_family_has_is_no_prefix_of_all() -> None:
+    draw = random.Random(3)
+    stems = [ids(draw, 20) for _ in range(3)]
+    prompts = [[*stems[family], 5 + i] for i, family in enumerate((0, 0, 0, 1, 1, 2))]
+    families = [0, 0, 0, 1, 1, 2]
+    assert groups(prompts)[0][0] == [0, 1, 2]
+    assert groups(prompts, families) == [(list(range(6)), [])]
+
+
+def test_a_pass_is_filled_by_tokens_and_a_family_stays_together() -> None:
+    prompts = [[1] * tokens for tokens in (50, 50, 20, 20, 10, 10)]
+    units = [Unit([0, 1], 30), Unit([2, 3], 10), Unit([4, 5], 8)]
+
+    def read(limits: Limits) -> list[list[int]]:
+        return [
+            [row for unit in batch for row in unit.rows]
+            for batch in batches(prompts, list(units), 0, limits)
+        ]
+
+    assert read(Limits(99, 120)) == [[0, 1, 2, 3, 4, 5]]  # 6 rows of 20 columns after the stems
+    assert read(Limits(99, 80)) == [[0, 1, 2, 3], [4, 5]]
+    assert read(Limits(99, 120, cells=120)) == [[0, 1], [2, 3, 4, 5]]  # 4 x (10 + 10) in the cache
+    assert read(Limits(1, 1)) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_gpu_is_filled_to_its_free_memory_unless_a_number_of_prompts_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An 8B base takes 0.39 MB of cache, 0.15 of activations and 1.3 of logits a column."""
+    from transformers import LlamaConfig
+
+    class Weights:
+        device = torch.device("cuda")
+
+        def element_size(self) -> int:
+            return 2
+
+    class Model:
+        config = LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=4096,
+            intermediate_size=14_336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        )
+
+        def parameters(self) -> Any:
+            return iter([Weights()])
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60_000_000_000, 80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 6_000_000_000)
+    letters = pass_limits(Model(), None, 1)
+    assert letters.prompts > 1_000_000
+    assert letters.tokens == 16_384
+    cache, activations = 3 * 2 * 32 * 8 * 128 * 2, (3 * 14_336 + 8 * 4096) * 2
+    assert letters.cells == 32_000_000_000 // (cache + activations)
+    assert pass_limits(Model(), None, 9).cells == 32_000_000_000 // (
+        cache + activations + 128_256 * 10
+    )
+    assert pass_limits(Model(), 16, 1) == Limits(16, pass_limits(Model(), 16, 1).tokens)
+
+
+def test_scoring_and_generating_at_once_has_the_bits_of_both() -> None:
+    model = model_of("llama")
+    prompts, _, options = asked(preamble=12)
+    limits, stop = [1 + row % 5 for row in range(len(prompts))], list(range(3, 40))
+    scores, texts = score_and_generate(model, prompts, options, limits, stop, batch_size=4)
+    assert scores == option_log_likelihoods(model, prompts, options, batch_size=4)
+    assert texts == generate_greedily(model, prompts, limits, stop, batch_size=4)
+    assert len({len(text) for text in texts}) > 2
+    with pytest.raises(ValueError, match="14 prompts but 1 limits"):
+        score_and_generate(model, prompts, options, [1], stop)
