@@ -223,6 +223,8 @@ def test_arms_of_a_comparison_share_a_folder_and_have_figures_of_their_own(folde
     assert [line["arm"] for line in (base, federated, local)] == ["base", "federated", "local"]
     assert len({line["place"] for line in (base, federated, local)}) == 1
     assert base["bytes"] == local["bytes"] == {}
+    assert base["command"] == local["command"]
+    assert "compare --arms federated,local --set" in base["command"]
     assert federated["bytes"]["up"] > 0
     key = "everywhere-held-out-loss"
     assert federated["figures"][key] == federated["figures"]["held-out-loss"]
@@ -267,6 +269,11 @@ def test_processes_play_what_one_process_plays_and_end_when_theirs_is_killed(fol
             "[recipes.plain]",
             '[recipes.plain]\narms = ["private"]',
             "needs a recipe with a guarantee",
+        ),
+        (
+            "[recipes.plain]",
+            '[recipes.plain]\narms = ["personal"]',
+            "personalisation.name=local-tail",
         ),
         ("[recipes.plain]", '[recipes.plain]\narms = ["leave-one-out"]', "use grandrounds compare"),
         ("[recipes.plain]", '[recipes."int4 both ways"]', "have the same folder name"),
@@ -331,6 +338,18 @@ def test_two_commands_do_not_play_one_study(folder: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.toml")), ids=lambda f: f.stem)
 def test_every_packaged_study_resolves(file: Path) -> None:
     assert cells_of(read_study(file))
+
+
+PAGES = ("aggregation", "communication", "compare", "forgetting")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_the_tables_of_the_cells_that_were_played(name: str) -> None:
+    """To renew one: grandrounds study table studies/formulary.toml --into docs/NAME.md"""
+    found = read_study(ROOT / "studies" / "formulary.toml")
+    cells, lines = cells_of(found), Lines(found.folder)
+    page = ROOT / "docs" / f"{name}.md"
+    assert into_page(page, found, cells, lines) == (page.read_text(), 1)
 
 
 def test_a_study_reads_recipe_files_relative_to_itself(folder: Path) -> None:
