@@ -184,9 +184,10 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
     from grandrounds.model.loss import attending
 
     resident, how = bench.resident(), machine.forward(bench.config)
+    plain = dataclasses.replace(how, padding_free=False, fused=False)
     means = {
         "same": how,
-        "answers": dataclasses.replace(how, padding_free=False, chunk_tokens=0),
+        "answers": dataclasses.replace(plain, chunk_tokens=0),
     }.get(arm)
     for batches in visits:
         if arm == "grouped":
@@ -198,7 +199,7 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
                 return whole_loss(resident.model, batch, resident.device, how.bf16)
             return lean_loss(resident.model, batch, resident.device, means)
 
-        with attending(resident.model, means or dataclasses.replace(how, padding_free=False)):
+        with attending(resident.model, means or plain):
             parameters = list(resident.parameters.values())
             bare_visit(resident.model, parameters, batches, bench.config.train.optimizer, loss)
     synchronize()
