@@ -133,6 +133,45 @@ def test_a_kernel_that_fails_is_not_used_and_not_promised_again(
 
 
 @pytest.mark.usefixtures("_liger")
+@pytest.mark.parametrize("trained", ["lora_A", "lora_B"])
+def test_a_proof_needs_no_gradient_of_the_other_factor(trained: str) -> None:
+    """`ffa` trains B alone; where A alone is trained, B is 0 at first."""
+    model = llama_with_adapter()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(trained in name)
+            parameter.data.zero_()
+    found = fused.prepared(model)
+    fused.prove(found, model, bf16=False)
+    assert found.proved == PIECES
+    assert all(not p.any() for name, p in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.usefixtures("_liger")
+def test_layers_that_cannot_be_proved_compute_as_before_and_a_lack_of_memory_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama_with_adapter()
+
+    def raising(error: Exception) -> Any:
+        def copy(decoder: Any) -> Any:
+            raise error
+
+        return copy
+
+    monkeypatch.setattr(fused, "_in_float32", raising(TypeError("cannot be copied")))
+    found = fused.prepared(model)
+    with pytest.warns(
+        RuntimeWarning, match=r"no proof is possible \(TypeError: cannot be copied\)"
+    ):
+        fused.prove(found, model, bf16=False)
+    assert found.proved == ()
+    monkeypatch.setattr(fused, "_in_float32", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.prove(found, model, bf16=False)
+
+
+@pytest.mark.usefixtures("_liger")
 def test_the_proof_leaves_adapter_mode_and_random_numbers_as_they_were() -> None:
     model = llama_with_adapter()
     before = [p.detach().clone() for p in model.parameters()]
@@ -189,6 +228,7 @@ def test_where_they_are_used_the_roll_call_says_so(
     for off in (
         {"train.fused-kernels": "off"},
         {"train.training-arguments.torch-compile": True},
+        {"model.quantization": 8},
         private,
     ):
         config = recipes.resolve({**settings, **off})
