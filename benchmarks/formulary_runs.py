@@ -1,8 +1,7 @@
 """Runs of the embedded world for the comparisons of this folder; no script by itself.
 
 Private facts are known to single sites (partitioner `natural`), so that accuracy on them is what
-the federation taught. Each run is the product's own, in process, one thread, in a worker of its
-own; what is done already stands in the output file, is not done again, and is never lost.
+the federation taught. Each run is the product's own, in process, one thread.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ SETTING: dict[str, Any] = {
     "model.lora.target-modules": "all-linear",
     "train.learning-rate-max": 5e-3,
     "train.num-threads": 1,
+    "train.replay-examples": 0,
     "train.save-every-round": 1000,
 }
 """r = 16 on all linear modules, 4 of 20 sites a round; every site has its own drugs."""
@@ -73,35 +71,6 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def play_all(
-    arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], jobs: int, out: Path | None
-) -> dict[str, dict[int, dict[str, Any]]]:
-    """Return name → seed → what `play` returned, writing `out` after every run."""
-    kept = json.loads(out.read_text())["runs"] if out and out.is_file() else {}
-    done: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in arms}
-    for name in done:
-        if name in kept and kept[name]["settings"] == dict(arms[name]):
-            done[name] = {int(s): r for s, r in kept[name]["seeds"].items()}
-    missing = [(name, seed) for seed in seeds for name in arms if seed not in done[name]]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {
-            pool.submit(play, {**arms[name], "seed": seed}): (name, seed) for name, seed in missing
-        }
-        for future in as_completed(futures):
-            name, seed = futures[future]
-            done[name][seed] = future.result()
-            found = done[name][seed]
-            mib = found["up_mib"] + found["down_mib"]
-            print(f"{name}, seed {seed}: {found['private']:.1f} % at {mib:.2f} MiB", flush=True)
-            if out:
-                kept |= {
-                    arm: {"settings": dict(arms[arm]), "seeds": by_seed}
-                    for arm, by_seed in done.items()
-                }
-                out.write_text(json.dumps({"runs": kept}, indent=2))
-    return {name: {s: done[name][s] for s in seeds} for name in arms}
-
-
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and half the width of its 95 % interval (Student's t over seeds)."""
     from scipy.stats import t
@@ -111,8 +80,3 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     error = statistics.stdev(values) / math.sqrt(len(values))
     return mean, float(t.ppf(0.975, len(values) - 1)) * error
-
-
-def column(by_seed: Mapping[int, Mapping[str, float]], name: str) -> list[float]:
-    """Return one figure of an arm, by seed."""
-    return [by_seed[seed][name] for seed in sorted(by_seed)]

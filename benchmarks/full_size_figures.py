@@ -67,13 +67,13 @@ def peaks(config: Any, resident: Any) -> list[dict[str, Any]]:
     ample, scarce = (1.001 * end.total / headroom.HEADROOM for end in ends if end is not None)
     found, own = [], headroom.free_bytes
     for memory, free in (("ample", ample), ("half", (ample + scarce) / 2), ("scarce", scarce)):
-        headroom._fits_without.clear()
+        headroom.decide_again()
         headroom.free_bytes = lambda free=free: int(free)
         try:
             found.append({"memory": memory, "free_gib": free / GIB, **worst_case(auto, resident)})
         finally:
             headroom.free_bytes = own
-            headroom._fits_without.clear()
+            headroom.decide_again()
     return found
 
 
@@ -83,12 +83,12 @@ def worst_case(config: Any, resident: Any) -> dict[str, Any]:
 
     from grandrounds.data.tokenization import TokenizedExample
     from grandrounds.model import headroom, machine
-    from grandrounds.model.resident import resident_bytes
+    from grandrounds.model.resident import keep_weights, resident_bytes
     from grandrounds.site import training
     from grandrounds.wire.schedule import VisitSchedule
 
     again = headroom.checkpoints_activations(config)
-    needs = headroom.site_needs(config, checkpointing=again)
+    needs = headroom.visit_needs(config)
     assert needs is not None
     batch = [TokenizedExample(tuple([5] * TOKENS), 1)] * BATCH
     schedule, optimizer = VisitSchedule(RATE, 0), config.train.optimizer
@@ -98,6 +98,7 @@ def worst_case(config: Any, resident: Any) -> dict[str, Any]:
     def step() -> None:
         training.train_visit(resident.model, parameters, [batch], how, 0)
 
+    keep_weights(resident, 0, config.arguments.bf16)  # of an earlier visit
     is_gpu = torch.cuda.is_available()
     held = torch.cuda.memory_allocated() if is_gpu else resident_bytes()
     measured = peak_bytes(lambda: headroom.run_visit(config, resident, step))

@@ -81,7 +81,7 @@ def peak_table(rounds: dict[str, Any]) -> str:
     rows = [
         (
             row.get("memory", "as it is"),
-            str(CHECKPOINTING.get(row["checkpointing"], row["checkpointing"])),
+            _checkpointing(row["checkpointing"]),
             f"{row['measured_gib']:.2f}",
             f"{row['planned_gib']:.2f}",
             f"{row['planned_gib'] / row['measured_gib'] - 1:+.1%}",
@@ -90,6 +90,10 @@ def peak_table(rounds: dict[str, Any]) -> str:
     ]
     heads = ("free memory", "checkpointing", "peak, GiB", "planned", "plan to peak")
     return f"Full batches of {BATCH} x {TOKENS}:\n\n{rows_of(heads, rows)}" if rows else ""
+
+
+def _checkpointing(layers: bool | int) -> str:
+    return CHECKPOINTING[layers] if isinstance(layers, bool) else f"{layers} layers"
 
 
 def profile_table(rounds: dict[str, Any]) -> str:

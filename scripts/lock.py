@@ -3,10 +3,10 @@
 
     pip install uv && python scripts/lock.py
 
-The ranges are those of pyproject.toml, with all extras, and what builds the package. It holds for
-every platform and Python from 3.11. torch is left out, since its builds differ by accelerator and
-come from several indexes; so are the CUDA libraries that PyPI's build of it takes along. Versions
-already locked stay unless `--upgrade` is given.
+The ranges are those of pyproject.toml, with all extras but `gpu`, and what builds the package. It
+holds for every platform and Python from 3.11. torch is left out, since its builds differ by
+accelerator and come from several indexes; so are the CUDA libraries that PyPI's build of it takes
+along. Versions already locked stay unless `--upgrade` is given.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> None:
         wanted.write_text("\n".join([*build, "editables"]))  # hatchling's, of an editable install
         excluded.write_text("\n".join(CUDA))
         command = (
-            *("uv", "pip", "compile", ROOT / "pyproject.toml", wanted, "--all-extras"),
+            *("uv", "pip", "compile", ROOT / "pyproject.toml", wanted),
+            *("--extra", "all", "--extra", "dev"),  # not gpu: Triton belongs to CUDA's torch
             *("--universal", "--python-version", "3.11", "--generate-hashes", "--no-annotate"),
             *("--no-header", "--excludes", excluded, "--no-emit-package", "torch"),
             *("--output-file", LOCK, "--quiet", *["--upgrade"] * options.upgrade),

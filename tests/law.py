@@ -95,7 +95,7 @@ HEAVY = ("torch", "transformers", "flwr", "peft", "datasets", "numpy")
 NUMBERS = {"numpy", "safetensors", "scipy", "zstandard", "filelock"}
 MODELS = {
     *("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "datasets", "datasketch"),
-    *("flwr_datasets", "huggingface_hub", "pyarrow", "psutil", "gguf"),
+    *("flwr_datasets", "huggingface_hub", "liger_kernel", "pyarrow", "psutil", "gguf"),
 }
 FLOWER = {"flwr", "google", "httpx"}
 SCREEN = {"typer", "click", "rich", "jinja2"}

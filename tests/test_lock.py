@@ -39,8 +39,10 @@ def locked() -> dict[str, list[tuple[Version, Marker | None]]]:
 
 
 def of_the_extras() -> Iterator[Requirement]:
-    """Yield what the extras require."""
-    for lines in PROJECT["project"]["optional-dependencies"].values():
+    """Yield what the extras require, but for `gpu`: Triton's kernels belong to CUDA's torch."""
+    for extra, lines in PROJECT["project"]["optional-dependencies"].items():
+        if extra == "gpu":
+            continue
         yield from (one for line in lines if (one := Requirement(line)).name != "grandrounds")
 
 

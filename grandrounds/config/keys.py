@@ -225,6 +225,11 @@ class TrainConfig:
     `onednn`, which is refused where it computes in reduced precision. `auto`: oneDNN if a probe of
     0.2 s at the roll call finds it as exact and at least a fifth faster, for bases of 5 million
     parameters or more; a resumed run keeps the choice. See docs/performance.md."""
+    fused_kernels: Annotated[str, OneOf(("auto", "off"))]
+    """`auto`: on a GPU, compute adapted modules by a function of their own, and norms, MLPs and
+    RoPE by Liger's kernels where `liger-kernel` is installed, each where a comparison with float32
+    finds it as exact. Rounding differs. `off`: PyTorch's operations; so are private visits. See
+    docs/performance.md."""
     devices: Annotated[int, Range(1, 16)]
     """Devices of one machine that a visit trains on, a process and a copy of the base on each. A
     batch is divided into as many shares, whose gradients are added in order: a step keeps its

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,6 +64,13 @@ def no_progress_bars() -> None:
 def has_bfloat16() -> bool:
     """Whether there is a GPU with native bfloat16, not emulated."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def mixed_precision(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    """Return bfloat16 autocast if requested and supported by the GPU, else a null context."""
+    if bf16 and device.type == "cuda" and has_bfloat16():
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:

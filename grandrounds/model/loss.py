@@ -17,8 +17,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from grandrounds.data.tokenization import IGNORED_LABEL, TokenizedExample, collate, flatten
+from grandrounds.model import fused
 from grandrounds.model.attention import by_sequence
-from grandrounds.model.base import has_bfloat16
+from grandrounds.model.base import mixed_precision
 from grandrounds.model.products import DEFAULT, computed_by
 
 
@@ -38,6 +39,8 @@ class Forward:
     """Library for float32 products on a CPU."""
     bucket_tokens: int = 1
     """Padding-free rows end in ignored tokens up to a multiple of this (`tail_tokens`); 1: none."""
+    fused: bool = False
+    """Whether fused kernels compute what they are proved for (`model.fused`)."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,14 @@ class Head:
 
 @contextlib.contextmanager
 def attending(model: Any, how: Forward) -> Iterator[None]:
-    """Provide the context for forward and backward passes: attention, and the products' library.
+    """Provide the context for forward and backward passes: attention, and what computes products.
 
     Without it padding-free batches have the same loss, computed with a mask of all tokens x all
     tokens. Gradient checkpointing recomputes attention in the backward pass, so that pass needs the
     context too.
     """
     attention = by_sequence(_base_of(model)) if how.padding_free else contextlib.nullcontext()
-    with computed_by(how.matmul), attention:
+    with computed_by(how.matmul), fused.context(model, how.fused, how.bf16), attention:
         yield
 
 
@@ -219,10 +222,3 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[0], None, None, None, None
-
-
-def mixed_precision(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return bfloat16 autocast if requested and supported by the GPU, else a null context."""
-    if bf16 and device.type == "cuda" and has_bfloat16():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return contextlib.nullcontext()

@@ -18,7 +18,6 @@ from grandrounds.model import headroom, products
 from grandrounds.model.architectures import FAMILIES
 from grandrounds.model.base import (
     BaseSpec,
-    base_config,
     bits_of,
     device_and_dtype,
     stored_bits,
@@ -62,11 +61,6 @@ def precision(config: Config) -> str:
     return f"{text}, bfloat16 autocast" if autocast else text
 
 
-@lru_cache(maxsize=4)
-def _model_type(name: str) -> str:
-    return str(base_config(name).model_type)
-
-
 def forward(config: Config) -> Forward:
     """Return how batches go through the base on this machine.
 
@@ -75,7 +69,7 @@ def forward(config: Config) -> Forward:
     ModelError
         If padding-free batches are requested and the base's attention does not support them.
     """
-    train, model_type = config.train, _model_type(config.model.source)
+    train, model_type = config.train, headroom.model_type_of(config.model.source)
     family = FAMILIES.get(model_type)
     supported = family is not None and not family.attention_matrix
     if train.batching == "padding-free" and not supported:
@@ -91,6 +85,7 @@ def forward(config: Config) -> Forward:
         chunk_tokens=train.logits_chunk_tokens,
         matmul=matmul(config),
         bucket_tokens=_bucket_tokens(config) if padding_free else 1,
+        fused=bool(headroom.fused_pieces(config)),
     )
 
 
@@ -112,10 +107,14 @@ def means(config: Config) -> str:
     parts.append(f"logits of {'answers' if how.answers_only else 'all tokens'}")
     if (shares := config.train.devices) > 1:
         parts.append(f"{shares} shares a batch on {counted(processes(config), 'device')}")
-    if headroom.checkpoints_activations(config):
-        parts.append("gradient checkpointing")
+    if again := headroom.checkpoints_activations(config):
+        parts.append(headroom.checkpointing_text(again).removeprefix("with "))
     if config.arguments.torch_compile:
         parts.append("compiled MLPs")
+    if pieces := headroom.fused_pieces(config):
+        parts.append(f"fused {', '.join(pieces)}")
+    if kept := headroom.kept_layers(config):
+        parts.append(f"4-bit weights of {kept} layers kept dequantised")
     return ", ".join(parts)
 
 

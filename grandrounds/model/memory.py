@@ -3,8 +3,9 @@
 Each term is a formula with its source; together they estimate the peak of PyTorch's allocations.
 The formulas count the tensors that the layers of transformers (5.24) save for the backward pass
 when LoRA factors are trained over a frozen base with SDPA attention, which materialises no matrix
-of tokens x tokens. tests/model/test_memory.py compares them with what small models save. Allocator
-fragmentation is not included. docs/planning.md compares totals with measured peaks.
+of tokens x tokens, and what fused kernels save in their place. tests/model/test_memory.py compares
+them with what small models save. Allocator fragmentation is not included. docs/planning.md compares
+totals with measured peaks.
 
 N is the number of tokens in a batch, padding included; h, i, V the hidden, intermediate and
 vocabulary sizes; q the width of all query heads together; r the adapter's rank; e the bytes per
@@ -30,6 +31,10 @@ by GPU and driver."""
 NF4_BYTES_PER_WEIGHT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """4 bits, an 8-bit scale per 64 weights and a float32 per 256 scales, 4.127 bits in all: NF4 with
 double quantisation (Dettmers et al., QLoRA, 2023, section 3)."""
+
+Checkpointing = bool | int
+"""Which layers recompute their activations in the backward pass: True for all, False for none, or
+the number of first layers."""
 
 ADAMW_STATES = 2
 """First and second moment."""
@@ -57,6 +62,11 @@ class Precision:
     """Bytes per weight that is not quantised: 2 (bfloat16) or 4 (float32)."""
     autocast: bool
     """Whether matrix products run in bfloat16 regardless of the weights' type."""
+    grouped_heads: bool = False
+    """Whether attention without a mask reads keys and values of grouped heads as they are: a GPU's
+    kernels for two-byte types do, others have them repeated to all heads."""
+    fused: frozenset[str] = frozenset()
+    """What fused kernels compute, of `model.fused.PIECES`."""
 
     @property
     def product_bytes(self) -> int:
@@ -136,35 +146,58 @@ class Workload:
         largest = max(m.inputs * m.outputs for m in self.architecture.linears)
         return largest * self.precision.base_bytes
 
-    def weight_copies_bytes(self, checkpointing: bool) -> int:
+    def kept_bytes(self, layers: int) -> int:
+        """Return the bytes of the first layers' linear weights, kept dequantised beside the base.
+
+        Of the other layers the largest, one at a time, and for fused modules each layer's scales in
+        float32, 4 bytes per 64 weights.
+        """
+        base, precision = self.architecture, self.precision
+        of_layer = base.linear_parameters // base.num_layers
+        total = of_layer * layers * precision.base_bytes
+        if layers < base.num_layers:
+            total += self.dequantized_bytes
+            if precision.quantization == 4 and self._has_fused_lora:
+                total += of_layer // 16 * (base.num_layers - layers)
+        return total
+
+    def checkpointed_layers(self, checkpointing: Checkpointing) -> int:
+        """Return how many first layers recompute their activations."""
+        layers = self.architecture.num_layers
+        return layers if checkpointing is True else min(int(checkpointing), layers)
+
+    def weight_copies_bytes(self, checkpointing: Checkpointing) -> int:
         """Return the bytes of bfloat16 copies of float32 weights.
 
         Autocast copies a frozen weight for each product and keeps the copy for the backward pass:
-        all of them, or with checkpointing those of one layer and the head.
+        those of the head and of all layers that are not checkpointed, or of one that is.
         """
         base, precision = self.architecture, self.precision
         if not precision.autocast or precision.base_bytes == 2:
             return 0
         linear = 0 if precision.quantization else base.linear_parameters
-        layers = base.num_layers if checkpointing else 1
-        return 2 * (linear // layers + base.vocabulary * base.hidden_size)
+        layers = max(1, base.num_layers - self.checkpointed_layers(checkpointing))
+        of_linear = linear * layers // base.num_layers
+        return 2 * (of_linear + base.vocabulary * base.hidden_size)
 
     def layer_bytes(self, *, first: bool = False) -> int:
         """Return the bytes that one layer saves for the backward pass.
 
         - Norm: its input in float32 and the inverse root per token, 4 N (h + 1), two or four times
-          a layer; Qwen3 also normalises queries and keys.
-        - Attention: queries, keys and values repeated to all heads, and the output, 4 N q e; its
-          log-sum-exp, 4 N heads; the mask of a padded batch as a bias, examples x tokens^2 e.
-          Without padding the outputs of the sequences are concatenated, which adds one matrix where
-          an adapted module reads them. Where attention is soft-capped (Gemma 2), the matrices of
-          tokens x tokens: capped scores, and probabilities in float32 and in the product's type.
-        - MLP: act(gate) * up saves gate, act(gate) and up: 3 N i e.
+          a layer; Qwen3 also normalises queries and keys. Fused, the input as it is.
+        - Attention: queries, keys and values repeated to all heads, and the output, 4 N q e, or
+          2 N (q + k) e where heads stay grouped, k the width of the keys; its log-sum-exp,
+          4 N heads; the mask of a padded batch as a bias, examples x tokens^2 e. Without padding
+          the outputs of the sequences are concatenated, which adds one matrix where an adapted
+          module reads them. Where attention is soft-capped (Gemma 2), the matrices of tokens x
+          tokens: capped scores, and probabilities in float32 and in the product's type.
+        - MLP: act(gate) * up saves gate, act(gate) and up: 3 N i e. Fused, 2 N i e.
         - A frozen linear module saves nothing but its weight; LLM.int8 saves its input
           (`int8_input_bytes`).
         - A factor A saves its input: shared by all modules that read it unless it is cast or
-          dropped out, otherwise one each. B saves N r elements. Dropout saves its mask. DoRA scales
-          the outputs of the module and of B, and saves both; with dropout the module's weight too.
+          dropped out, otherwise one each; fused, what was dropped out is computed again. B saves
+          N r elements. Dropout saves its mask. DoRA scales the outputs of the module and of B, and
+          saves both; with dropout the module's weight too.
 
         Parameters
         ----------
@@ -174,17 +207,22 @@ class Workload:
         a, batch, precision = self.architecture, self.batch, self.precision
         e, factor_input_bytes = precision.product_bytes, precision.adapter_input_bytes
         queries, keys = a.num_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-        per_token = 4 * (a.hidden_size + 1) * (a.family.norms - first)
+        per_token = self._norm_bytes(a.hidden_size) * (a.family.norms - first)
         if a.family.head_norms:
-            per_token += 4 * (queries + keys + a.num_heads + a.num_key_value_heads)
+            per_token += a.num_heads * self._norm_bytes(a.head_dim)
+            per_token += a.num_key_value_heads * self._norm_bytes(a.head_dim)
         if a.family.attention_matrix:
             scores = batch.tokens * a.num_heads
             per_token += 3 * queries * e + scores * (e + 4 + (e if e != 4 else 0))
         else:
-            per_token += 4 * queries * e + 4 * a.num_heads
+            grouped = precision.grouped_heads and not batch.padded
+            per_token += 2 * (queries + (keys if grouped else queries)) * e + 4 * a.num_heads
             per_token += batch.tokens * e if batch.padded else 0
-        per_token += 3 * a.intermediate_size * e
-        copied = self.dropout_mask_bytes or factor_input_bytes != e or precision.autocast
+        per_token += (2 if "MLP" in precision.fused else 3) * a.intermediate_size * e
+        is_fused = self._has_fused_lora
+        # On other than 4-bit weights PEFT casts to float32, and autocast back.
+        is_cast = factor_input_bytes != e or (precision.autocast and precision.quantization != 4)
+        copied = not is_fused and (self.dropout_mask_bytes or is_cast)
         shared_inputs = set()
         for module in a.linears:
             source = _source(module)
@@ -202,24 +240,39 @@ class Workload:
                 per_token += module.inputs * factor_input_bytes
             elif is_new:
                 shared_inputs.add((source, module.inputs))
-            if not (first and source == "first norm"):
+            if is_fused or not (first and source == "first norm"):
                 per_token += module.inputs * self.dropout_mask_bytes
         saved = batch.positions * (per_token + e * sum(width for _, width in shared_inputs))
         return saved + self.dropped_out_weight_bytes
 
-    def dora_bytes(self, checkpointing: bool) -> int:
+    @property
+    def _has_fused_lora(self) -> bool:
+        """Whether adapted modules are computed by `model.lora_linear`, by its own conditions."""
+        precision = self.precision
+        is_one_type = (
+            precision.base_bytes == precision.product_bytes == precision.adapter_input_bytes
+        )
+        left_to_peft = self.dora or precision.quantization == 8
+        return "LoRA" in precision.fused and is_one_type and not left_to_peft
+
+    def _norm_bytes(self, width: int) -> int:
+        """Return the bytes per token that a norm over `width` values saves."""
+        return (self.precision.base_bytes if "norm" in self.precision.fused else 4) * width + 4
+
+    def dora_bytes(self, checkpointing: Checkpointing) -> int:
         """Return the peak bytes of the norm of W + s B A in one module; 0 without DoRA.
 
         PEFT (0.19 to 0.21) puts the identity through A and B, 4 in^2, for B A, 4 in out, adds its
         multiple to W, 8 in out, and converts W to float32 first, 4 in out more where it is not.
-        With checkpointing also the layer that is recomputed.
+        With checkpointing of all layers also the one that is recomputed.
         """
         if not self.dora:
             return 0
         copies = 3 if self.precision.base_bytes == 4 and not self.precision.quantization else 4
         adapted = [m for m in self.architecture.linears if m.name in self.targets]
         most = max(4 * m.inputs * (m.inputs + copies * m.outputs) for m in adapted)
-        return most + (self.layer_bytes() if checkpointing else 0)
+        is_recomputed = self.checkpointed_layers(checkpointing) == self.architecture.num_layers
+        return most + (self.layer_bytes() if is_recomputed else 0)
 
     @property
     def dropped_out_weight_bytes(self) -> int:
@@ -248,22 +301,21 @@ class Workload:
         width = sum(inputs for _, inputs in read)
         return self.batch.positions * width * self.precision.product_bytes
 
-    def saved_bytes(self, checkpointing: bool) -> int:
+    def saved_bytes(self, checkpointing: Checkpointing) -> int:
         """Return the bytes saved for the backward pass by all layers and the last norm.
 
-        With checkpointing each layer saves only its input, N h in the type of the residual stream
-        (Chen et al., Training deep nets with sublinear memory cost, 2016, section 4.1, one segment
-        a layer), and LLM.int8 its modules' inputs as well.
+        A checkpointed layer saves only its input, N h in the type of the residual stream (Chen et
+        al., Training deep nets with sublinear memory cost, 2016, section 4.1, one segment a layer),
+        and LLM.int8 its modules' inputs as well.
         """
-        n, h, layers = (
-            self.batch.positions,
-            self.architecture.hidden_size,
-            self.architecture.num_layers,
-        )
-        last_norm = 4 * n * (h + 1)
-        if checkpointing:
-            return layers * (n * h * self.precision.base_bytes + self.int8_input_bytes) + last_norm
-        return self.layer_bytes(first=True) + (layers - 1) * self.layer_bytes() + last_norm
+        n, h = self.batch.positions, self.architecture.hidden_size
+        again = self.checkpointed_layers(checkpointing)
+        whole = self.architecture.num_layers - again
+        total = again * (n * h * self.precision.base_bytes + self.int8_input_bytes)
+        if not again:
+            total += self.layer_bytes(first=True)
+            whole -= 1
+        return total + whole * self.layer_bytes() + n * self._norm_bytes(h)
 
     def loss_bytes(self, chunk_tokens: int | None) -> int:
         """Return the peak bytes of logits and loss when every token belongs to an answer.
@@ -289,21 +341,27 @@ class Workload:
         logits = held * v * ((4 if e == 4 else e + 4) + (4 if capped else 0))
         return logits + (2 * n + held) * self.architecture.hidden_size * e
 
-    def backward_bytes(self, checkpointing: bool) -> int:
-        """Return the peak bytes of gradients in one layer: 3 N i e in the MLP, 2 N h e along the
-        residual stream; with checkpointing also the layer that is recomputed."""
+    def backward_bytes(self, checkpointing: Checkpointing) -> int:
+        """Return the peak bytes of gradients in one layer: 3 N i e in the MLP, or N i e where the
+        fused one writes them over what it saved, and 2 N h e along the residual stream.
+
+        With checkpointing of all layers also the layer that is recomputed. Of only some, the last
+        layer is not, and those before are when it has been freed.
+        """
         n, h = self.batch.positions, self.architecture.hidden_size
         # The input of an adapted down_proj is freed before its factors' gradients are allocated.
         of_mlp = 2 if "down_proj" in self.targets else 3
+        if "MLP" in self.precision.fused:
+            of_mlp = 1
         total = (
             n
             * (of_mlp * self.architecture.intermediate_size + 2 * h)
             * self.precision.product_bytes
         )
-        if checkpointing:
-            total += self.layer_bytes() - 4 * n * (h + 1)  # the last norm's is freed before
-            if self.precision.base_bytes == 4:
-                total -= 4 * n * h  # a layer's input is its norm's
+        if self.checkpointed_layers(checkpointing) == self.architecture.num_layers:
+            total += self.layer_bytes() - n * self._norm_bytes(h)  # the last norm's is freed before
+            if self.precision.base_bytes == 4 or "norm" in self.precision.fused:
+                total -= self.precision.base_bytes * n * h  # a layer's input is its norm's
         return total
 
 
@@ -346,7 +404,8 @@ class SiteMemory:
     working: int
     """The largest of `Workload.loss_bytes`, `Workload.backward_bytes` and `Workload.dora_bytes`."""
     weight_copies: int
-    """The largest linear weight, dequantised; bfloat16 copies of float32 weights."""
+    """Dequantised linear weights: those that are kept, and the largest of the others; bfloat16
+    copies of float32 weights."""
 
     @property
     def total(self) -> int:
@@ -390,9 +449,10 @@ def optimizer_bytes(tensors: Sequence[int], optimizer: str) -> int:
 
 
 def precision_of(config: Config) -> Precision:
-    """Return the precision of a visit on a GPU with bfloat16."""
-    base_bytes = 4 if config.model.dtype == "float32" else 2
-    return Precision(config.model.quantization, base_bytes, config.arguments.bf16)
+    """Return the precision of a visit on a GPU with bfloat16, without fused kernels."""
+    base_bytes, autocast = 4 if config.model.dtype == "float32" else 2, config.arguments.bf16
+    grouped = autocast or base_bytes == 2
+    return Precision(config.model.quantization, base_bytes, autocast, grouped)
 
 
 def share_size(config: Config) -> int:
@@ -434,9 +494,16 @@ def site_memory(
     targets: Sequence[str],
     precision: Precision,
     *,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
+    kept_layers: int = 0,
 ) -> SiteMemory:
-    """Return the peak memory of a visit at the given precision, for batches of full length."""
+    """Return the peak memory of a visit at the given precision, for batches of full length.
+
+    Parameters
+    ----------
+    kept_layers : int
+        First layers whose 4-bit weights are kept dequantised.
+    """
     train = config.train
     asks = Ranks.of(config).strategy
     workload = workload_of(config, base, targets, precision)
@@ -447,7 +514,7 @@ def site_memory(
         (of_factors(shapes, asks.trained(number)) for number in (1, 2)), key=count_parameters
     )
     activations = workload.saved_bytes(checkpointing)
-    if checkpointing:
+    if workload.checkpointed_layers(checkpointing):
         # An input of the previous step waits for Python's garbage collector.
         activations += workload.batch.positions * base.hidden_size * precision.base_bytes
     loss = workload.loss_bytes(train.logits_chunk_tokens if train.response_only_logits else None)
@@ -461,7 +528,8 @@ def site_memory(
         working=max(
             loss, workload.backward_bytes(checkpointing), workload.dora_bytes(checkpointing)
         ),
-        weight_copies=workload.dequantized_bytes + workload.weight_copies_bytes(checkpointing),
+        weight_copies=workload.kept_bytes(kept_layers)
+        + workload.weight_copies_bytes(checkpointing),
     )
 
 

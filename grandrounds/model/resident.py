@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from grandrounds.model import fused
 from grandrounds.model.base import BaseSpec, load_base
 from grandrounds.model.lora import LoraSpec, adapter_parameters, add_lora
 from grandrounds.model.magnitudes import base_magnitudes
@@ -24,10 +25,17 @@ class Resident:
     """A peft.PeftModel."""
     parameters: dict[str, torch.nn.Parameter]
     """Adapter parameters by the names under which PEFT saves them, in its order."""
-    checkpoints_activations: bool = False
-    """Whether gradient checkpointing is on."""
+    checkpointed_layers: int = 0
+    """First layers whose activations are recomputed in the backward pass."""
+    kept_layers: int = 0
+    """First layers whose 4-bit weights are kept dequantised."""
     compiled: bool = False
     """Whether the MLPs are compiled."""
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether gradient checkpointing is on, in any layer."""
+        return self.checkpointed_layers > 0
 
     @property
     def device(self) -> torch.device:
@@ -66,19 +74,47 @@ def resident_model(base_spec: BaseSpec, lora_spec: LoraSpec) -> Resident:
     return _resident
 
 
-def checkpoint_activations(resident: Resident, wanted: bool) -> None:
-    """Turn gradient checkpointing on or off; it applies in training mode only."""
-    if wanted == resident.checkpoints_activations:
-        return
+def checkpoint_activations(resident: Resident, wanted: bool | int) -> None:
+    """Set which layers recompute their activations in the backward pass; in training mode only.
+
+    Parameters
+    ----------
+    wanted
+        True for all layers, False for none, or the number of first layers. These, not the last:
+        while a layer is recomputed, those after it have freed what they kept.
+    """
     base = resident.model.get_base_model()
+    layers = _checkpointed_by_layer(base)
+    count = len(layers) or 1  # a base whose layers cannot be told apart has all or nothing
+    wanted = count if wanted is True else min(int(wanted), count)
+    if wanted == resident.checkpointed_layers:
+        return
     # transformers 5.23 renamed it.
     name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-    if wanted:
-        enable = getattr(base, f"{name}_checkpointing_enable")
-        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
-    else:
+    if not wanted:
         getattr(base, f"{name}_checkpointing_disable")()
-    resident.checkpoints_activations = wanted
+    else:
+        if not resident.checkpointed_layers:
+            enable = getattr(base, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+        for place, layer in enumerate(layers):
+            layer.gradient_checkpointing = place < wanted
+    resident.checkpointed_layers = wanted
+
+
+def _checkpointed_by_layer(base: Any) -> list[Any]:
+    """Return the layers of a base that are checkpointed one by one, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = base.get_decoder()
+    layers = list(getattr(decoder, "layers", None) or ())
+    return layers if all(isinstance(one, GradientCheckpointingLayer) for one in layers) else []
+
+
+def keep_weights(resident: Resident, layers: int, bf16: bool) -> None:
+    """Keep the 4-bit weights of the first layers dequantised; see `fused.keep_weights`."""
+    fused.keep_weights(resident.model, layers, bf16)
+    resident.kept_layers = layers
 
 
 def compile_mlps(resident: Resident, wanted: bool) -> None:

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from scripts.check_figures.provenance_rules import configured
 from scripts.check_figures.raw import FAILED, Raw
-from scripts.check_figures.run_rules import configured
 from scripts.check_figures.scores import wilson
 from scripts.check_figures.sheet import Sheet
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from scripts.check_figures.card_rules import check_card
 from scripts.check_figures.comparison_rules import check_comparison_page
-from scripts.check_figures.evaluation_rules import check_evaluation, check_printed
+from scripts.check_figures.evaluation_rules import check_evaluation
 from scripts.check_figures.page import texts_of
+from scripts.check_figures.printed_rules import check_printed
 from scripts.check_figures.privacy_rules import audit_disagreements, guarantee_disagreements
 from scripts.check_figures.raw import disagreements, read
 from scripts.check_figures.run_rules import check_run_page

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scripts.check_figures.page import Texts
+from scripts.check_figures.provenance_rules import DEFAULTS, configured, text_of
 from scripts.check_figures.raw import Raw
-from scripts.check_figures.run_rules import DEFAULTS, cells, configured, text_of
+from scripts.check_figures.run_rules import cells
 from scripts.check_figures.scores import Score, pairs, scores
 from scripts.check_figures.sheet import Cell, Sheet
 from scripts.check_figures.shown import of_duration

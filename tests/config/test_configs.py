@@ -43,6 +43,7 @@ LEFT_OUT = {
     "train.num-threads",
     "train.replay-examples",
     "train.cpu-matmul",
+    "train.fused-kernels",
     "train.devices",
     "train.report-to",
     "strategy.round-timeout-seconds",

@@ -220,19 +220,6 @@ def test_masks_measures_site_server_and_bytes(tmp_path: Path) -> None:
         assert size["down"] + size["up"] + plain // 2 == plain + size["beyond_plain"]
 
 
-def test_communication_counts_both_ways_and_draws(tmp_path: Path) -> None:
-    picture = tmp_path / "curve.png"
-    quick = ("--rounds", "1", "--jobs", "1", "--seeds", "1")
-    figures = result(
-        tmp_path, "communication.py", *quick, "--arms", "float32", "int4", "--png", str(picture)
-    )
-    assert list(figures["runs"]) == ["float32", "int4"]
-    plain, encoded = figures["rows"]
-    assert plain["times_less"] == 1
-    assert encoded["times_less"] > 7
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 def test_real_model_compares_with_the_base(tiny_base: Path, tmp_path: Path) -> None:
     """The smallest form: a random base, two sites and two rounds on a few rows."""
     data, cards = tmp_path / "data", write_flashcards(tmp_path / "cards.jsonl", 60)
@@ -287,13 +274,6 @@ def test_cpu_visit_alternates_number_formats_and_libraries(tiny_base: Path, tmp_
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     assert all(min(pair) > 0 for pair in figures["rates"].values())
-
-
-def test_aggregation_compares_with_one_pool(tmp_path: Path) -> None:
-    quick = ("--rounds", "1", "--jobs", "1", "--seeds", "1", "--arms", "centralised", "fedavg")
-    pooled, federated = result(tmp_path, "aggregation.py", *quick)["rows"]
-    assert pooled["gap"] == 0
-    assert federated["gap"] == pooled["private"] - federated["private"]
 
 
 def test_hostile_sites_that_agree_are_screened_out_and_a_finished_run_is_kept(

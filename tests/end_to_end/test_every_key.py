@@ -102,6 +102,7 @@ TESTED_ELSEWHERE = {
     "train.save-every-round": "test_run_directory.py",
     "train.num-threads": "below",
     "train.cpu-matmul": "tests/model/test_products.py: no effect on a base as small as these",
+    "train.fused-kernels": "for a GPU: tests/model/test_fused.py",
     "train.devices": "tests/site/devices",
     "train.report-to": "tests/server/listeners/test_trackers.py: the adapter is the same",
     "train.training-arguments.lr-scheduler-type": "with warmup-steps",

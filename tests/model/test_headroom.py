@@ -17,9 +17,11 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.data import main_memory
 from grandrounds.errors import ModelError
-from grandrounds.model import headroom
+from grandrounds.model import fused, headroom
+from grandrounds.model.architectures import find_architecture
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec
+from grandrounds.model.memory import Precision
 from grandrounds.model.resident import Resident, resident_model
 from tests.conftest import make_base, write_flashcards
 
@@ -28,7 +30,8 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _undecided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headroom, "_fits_without", {})
+    monkeypatch.setattr(headroom, "_settled", {})
+    monkeypatch.setattr(headroom, "_kept", {})
 
 
 @pytest.fixture
@@ -40,19 +43,68 @@ def having(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(headroom, "free_bytes", lambda: free)
 
 
-def needs(config: Config, *, checkpointing: bool) -> int:
+def needs(config: Config, *, checkpointing: bool | int) -> int:
     found = headroom.site_needs(config, checkpointing=checkpointing)
     assert found is not None
     return found.total
 
 
-@pytest.mark.parametrize(("free", "wanted"), [(1.2, False), (1.0, True)])
-def test_auto_checkpoints_only_where_a_visit_without_it_does_not_fit(
-    config: Config, monkeypatch: pytest.MonkeyPatch, free: float, wanted: bool
+@pytest.mark.parametrize("wanted", [False, 1, 3, True])
+def test_auto_checkpoints_as_few_layers_as_fit(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool | int
 ) -> None:
-    """With as much as planned it does not fit: an allocator wastes some."""
-    having(monkeypatch, int(free * needs(config, checkpointing=False)))
+    """Of four layers. With no more than planned it does not fit: an allocator wastes some."""
+    base = make_base(tmp_path / "deep", layers=4, hidden=64)
+    config = recipes.resolve({**settings, "model.name": str(base)})
+    planned = needs(config, checkpointing=wanted)
+    having(monkeypatch, int(planned / headroom.HEADROOM) + 1)
     assert headroom.checkpoints_activations(config) is wanted
+    headroom._settled.clear()
+    having(monkeypatch, planned)
+    more = headroom.checkpoints_activations(config)
+    assert more is True or int(more) > int(wanted)
+
+
+def fused_on_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = (fused.LORA,)
+    precision = Precision(4, 2, True, True, frozenset(pieces))
+    monkeypatch.setattr(headroom, "fused_pieces", lambda config: pieces)
+    monkeypatch.setattr(headroom, "device_precision", lambda config: precision)
+
+
+def test_as_many_weights_are_kept_dequantised_as_fit_beside_all_activations(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(tmp_path / "deep", layers=4, hidden=64)
+    flat = {**settings, "model.name": str(base)}
+    config = recipes.resolve(flat)
+    assert headroom.kept_layers(config) == 0  # of a base that is not in 4 bits
+    fused_on_four_bits(monkeypatch)
+    for layers in (4, 2, 0):
+        headroom._kept.clear()
+        headroom._settled.clear()
+        planned = headroom.site_needs(config, checkpointing=False, kept_layers=layers)
+        assert planned is not None
+        having(monkeypatch, int(planned.total / headroom.HEADROOM) + 1)
+        assert headroom.kept_layers(config) == layers
+        assert headroom.visit_needs(config) == planned
+    having(monkeypatch, 2**40)
+    again = recipes.resolve({**flat, "model.gradient-checkpointing": True})
+    assert headroom.kept_layers(again) == 0  # where memory is asked for, none is spent on speed
+
+
+def test_running_out_steps_to_more_layers_until_all_are_checkpointed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32: 0, 16, 24, all. Without a plan for the family: all at once."""
+    llama = find_architecture("meta-llama/Meta-Llama-3-8B")
+    monkeypatch.setattr(headroom, "architecture_of", lambda name: llama)
+    steps: list[bool | int] = [False]
+    while steps[-1] is not True:
+        steps.append(headroom.more_layers(config, steps[-1]))
+    assert steps == [False, 16, 24, True]
+    monkeypatch.setattr(headroom, "architecture_of", lambda name: None)
+    assert headroom.more_layers(config, False) is True
 
 
 def test_what_is_set_is_not_questioned(
@@ -153,6 +205,27 @@ def test_a_visit_that_runs_out_is_run_again_from_its_start_with_checkpointing(
         assert torch.equal(first, second)
     assert headroom.run_visit(config, resident, visit) == "done"
     assert checkpointing == [False, True, True]  # it is not tried in vain again
+
+
+def test_a_visit_that_runs_out_lets_go_of_kept_weights_first(
+    config: Config, resident: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    having(monkeypatch, 2**40)
+    fused_on_four_bits(monkeypatch)
+    kept: list[int] = []
+    monkeypatch.setattr(fused, "keep_weights", lambda model, layers, bf16: kept.append(layers))
+    tried: list[tuple[int, bool]] = []
+
+    def visit() -> str:
+        tried.append((kept[-1], resident.checkpoints_activations))
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert headroom.run_visit(config, resident, visit) == "done"
+    assert tried == [(2, False), (0, False), (0, True)]
+    assert headroom.run_visit(config, resident, visit) == "done"
+    assert tried[3:] == [(0, True)]
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(

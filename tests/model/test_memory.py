@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grandrounds.config import recipes
+from grandrounds.model import fused
 from grandrounds.model.architectures import find_architecture, from_config
 from grandrounds.model.attention import by_sequence
 from grandrounds.model.memory import (
@@ -50,7 +51,7 @@ def counted_bytes(
     targets: list[str],
     precision: Precision,
     *,
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
     dropout: float = 0.0,
     with_loss: bool = False,
     padding_free: bool = False,
@@ -82,6 +83,8 @@ def counted_bytes(
     model.config.use_cache = False
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        for place, layer in enumerate(model.model.layers):
+            layer.gradient_checkpointing = checkpointing is True or place < checkpointing
     lora = LoraConfig(
         r=4, lora_dropout=dropout, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM"
     )
@@ -99,7 +102,8 @@ def counted_bytes(
     mask = torch.ones_like(tokens)
     mask[1, 30:] = 0
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision.autocast else None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    pieces = fused.prepared(model).standing_in(tuple(precision.fused))
+    with pieces, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with autocast or contextlib.nullcontext():
             if padding_free:
                 row = {"input_ids": tokens.view(1, -1), "sequence_lengths": [BATCH.tokens] * 4}
@@ -119,7 +123,7 @@ def predicted_bytes(
     targets: list[str],
     precision: Precision,
     *,
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
     dropout: float = 0.0,
     padding_free: bool = False,
     dora: bool = False,
@@ -130,7 +134,7 @@ def predicted_bytes(
         4,
         dataclasses.replace(BATCH, padded=not padding_free),
         precision,
-        dropout_mask_bytes=CPU_MASK_BYTES if dropout > 0 else 0,
+        dropout_mask_bytes=(1 if precision.fused else CPU_MASK_BYTES) if dropout > 0 else 0,
         dora=dora,
     )
     return workload.saved_bytes(checkpointing)
@@ -164,6 +168,82 @@ def test_what_dora_saves_is_predicted_within_2_percent(
 def test_with_checkpointing_only_the_inputs_of_layers_are_kept(precision: Precision) -> None:
     counted, config = counted_bytes("llama", ALL_SEVEN, precision, checkpointing=True)
     assert predicted_bytes(config, ALL_SEVEN, precision, checkpointing=True) == counted
+
+
+def test_of_the_other_layers_everything_is_kept() -> None:
+    for layers in (1, 2):
+        counted, config = counted_bytes("llama", ALL_SEVEN, MIXED, checkpointing=layers)
+        predicted = predicted_bytes(config, ALL_SEVEN, MIXED, checkpointing=layers)
+        assert predicted == pytest.approx(counted, rel=0.02)
+
+
+def test_checkpointed_layers_by_hand() -> None:
+    """Of Llama-3-8B's 32, k keep an input of 8,192 * 4,096 * 2 bytes; the last norm 4 bytes."""
+    workload = llama(MIXED)
+    layer, norm = workload.layer_bytes(), 4 * 8_192 * 4_097
+    for k in (1, 16, 31, 32):
+        assert workload.saved_bytes(k) == k * 67_108_864 + (32 - k) * layer + norm
+    assert workload.saved_bytes(True) == workload.saved_bytes(32)
+    assert workload.saved_bytes(False) == 31 * layer + workload.layer_bytes(first=True) + norm
+    # Where the last layer is kept, none is recomputed beside all that is kept.
+    assert workload.backward_bytes(31) == workload.backward_bytes(False)
+    assert workload.backward_bytes(32) > workload.backward_bytes(31)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ALL_SEVEN], ids=["q,v", "all"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_fused_lora_modules_save_is_predicted_within_2_percent(
+    targets: list[str], dropout: float
+) -> None:
+    """Their input as it is, and a byte for each value that dropout may drop."""
+    precision = dataclasses.replace(MIXED, fused=frozenset({fused.LORA}))
+    counted, config = counted_bytes("llama", targets, precision, dropout=dropout)
+    predicted = predicted_bytes(config, targets, precision, dropout=dropout)
+    assert predicted == pytest.approx(counted, rel=0.02)
+    assert predicted < predicted_bytes(config, targets, MIXED, dropout=dropout)
+
+
+def test_what_fused_kernels_and_grouped_heads_save_by_hand() -> None:
+    """A layer of Llama-3-8B in NF4 without padding, per token: two norms' inputs in two bytes with
+    an inverse root, 2 (8,192 + 4); queries, keys, values and output, 2 (2 * 4,096 + 2 * 1,024),
+    and 4 for each of 32 heads; gate and up, 2 * 2 * 14,336; the input of A, which q and v share,
+    8,192; and 2 r of each B's."""
+    pieces = frozenset(fused.PIECES)
+    precision = Precision(4, 2, autocast=True, grouped_heads=True, fused=pieces)
+    workload = dataclasses.replace(llama(precision), batch=Batch(16, 512, padded=False))
+    per_token = 16_392 + 20_480 + 128 + 57_344 + 8_192 + 32
+    assert workload.layer_bytes() == 8_192 * per_token
+    assert workload.layer_bytes(first=True) == 8_192 * (per_token - 8_196)
+    assert workload.backward_bytes(False) == 8_192 * (14_336 + 2 * 4_096) * 2
+    plain = dataclasses.replace(
+        workload, precision=dataclasses.replace(precision, fused=frozenset())
+    )
+    assert plain.layer_bytes() - workload.layer_bytes() == 8_192 * (2 * 8_192 + 28_672)
+    # 218,103,808 linear weights a layer: kept in two bytes, or their scales in 4 bytes per 64, and
+    # the largest of them, 4,096 x 14,336, for its product.
+    assert workload.kept_bytes(32) == 32 * 2 * 218_103_808
+    assert workload.kept_bytes(30) == 30 * 2 * 218_103_808 + 2 * 13_631_488 + 117_440_512
+    assert plain.kept_bytes(0) == 117_440_512
+    repeated = dataclasses.replace(plain.precision, grouped_heads=False)
+    more = dataclasses.replace(plain, precision=repeated).layer_bytes() - plain.layer_bytes()
+    assert more == 8_192 * 2 * 2 * 3_072
+
+
+@pytest.mark.parametrize(("checkpointing", "measured_gib"), [(False, 42.3), (True, 9.26)])
+def test_the_peak_measured_on_a_gpu_is_planned_within_5_percent(
+    checkpointing: bool, measured_gib: float
+) -> None:
+    """One H200 (docs/planning.md), without fused kernels."""
+    changes = {
+        "strategy.name": "fedprox",
+        "strategy.proximal-mu": 0.01,
+        "model.lora.dropout": 0.0,
+        "train.batching": "auto",
+        "train.response-only-logits": True,
+    }
+    planned = jsl(checkpointing=checkpointing, **changes)
+    gib = (planned.total - planned.cuda_context) / 2**30
+    assert gib == pytest.approx(measured_gib, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +387,7 @@ def jsl(*, checkpointing: bool = True, **changes: Any) -> SiteMemory:
         **changes,
     }
     config = recipes.resolve(settings)
-    precision = Precision(4, 2, True)
+    precision = Precision(4, 2, True, grouped_heads=True)
     return site_memory(config, LLAMA, ["q_proj", "v_proj"], precision, checkpointing=checkpointing)
 
 

@@ -34,6 +34,7 @@ from grandrounds.wire.schedule import VisitSchedule
 PAD = 0
 LEAN = Forward(bf16=True, padding_free=True, answers_only=True, chunk_tokens=5)
 LORA = LoraSpec(4, 8.0, "q_proj,v_proj", 0.0)
+CPU = torch.device("cpu")
 Batches = list[list[TokenizedExample]]
 
 
@@ -54,7 +55,7 @@ def make(
     tiny_base: Path,
     lora: LoraSpec = LORA,
     quantization: int = 0,
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
 ) -> Resident:
     """Return the tiny model with an adapter whose A and B are both random, the same each time."""
     spec = BaseSpec(str(tiny_base), quantization, "float32")
@@ -392,26 +393,36 @@ def test_an_nf4_base_trains_on_the_cpu(tiny_base: Path, checkpointing: bool) -> 
     assert last.train_loss < 0.95 * first.train_loss
 
 
-def test_gradient_checkpointing_changes_no_loss(tiny_base: Path) -> None:
-    plain, one = visit(make(tiny_base), FOUR_BATCHES)
-    kept, two = visit(make(tiny_base, checkpointing=True), FOUR_BATCHES)
-    assert one.train_loss == pytest.approx(two.train_loss, rel=1e-6)
-    for a, b in zip(plain, kept, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+@pytest.mark.parametrize("lora", [LORA, LoraSpec(4, 8.0, "all-linear", 0.2)], ids=["q,v", "all"])
+def test_gradient_checkpointing_of_some_or_all_layers_changes_no_bit(
+    tiny_base: Path, lora: LoraSpec
+) -> None:
+    """With dropout too, whose masks are drawn again."""
+    plain, one = visit(make(tiny_base, lora), FOUR_BATCHES)
+    for checkpointing in (1, True):
+        kept, two = visit(make(tiny_base, lora, checkpointing=checkpointing), FOUR_BATCHES)
+        assert one.train_loss == two.train_loss
+        assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
 
 
-def test_gradient_checkpointing_is_really_on(tiny_base: Path) -> None:
+def test_gradient_checkpointing_is_really_on_in_the_first_layers(tiny_base: Path) -> None:
     """A layer is computed twice in a step with it: forward, and again in the backward pass."""
     calls = {}
-    for checkpointing in (False, True):
+    for name, checkpointing in (("none", False), ("one", 1), ("all", True), ("none again", 0)):
         resident = make(tiny_base, checkpointing=checkpointing)
-        layer = resident.model.base_model.model.model.layers[0].mlp
-        count: list[int] = []
-        handle = layer.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        count = [0, 0]
+        handles = []
+        for place, layer in enumerate(resident.model.base_model.model.model.layers):
+
+            def note(*_: Any, place: int = place, count: list[int] = count) -> None:
+                count[place] += 1
+
+            handles.append(layer.mlp.register_forward_pre_hook(note))
         visit(resident, [EXAMPLES])
-        handle.remove()
-        calls[checkpointing] = len(count)
-    assert calls == {False: 1, True: 2}
+        for handle in handles:
+            handle.remove()
+        calls[name] = count
+    assert calls == {"none": [1, 1], "one": [2, 1], "all": [2, 2], "none again": [1, 1]}
 
 
 def test_a_paged_optimizer_used_again_begins_without_history(

@@ -98,6 +98,7 @@ VERDICTS: dict[str, Verdict] = {
     "train.optimizer": _listed("optimizers"),
     "train.num-threads": _own("at most one thread per core, and agent.num-threads where set"),
     "train.cpu-matmul": _SAME,
+    "train.fused-kernels": _SAME,
     "train.devices": _own("at most the GPUs in the agent's view, on a CPU its cores"),
     "train.report-to": _AT_SERVER,
     "train.training-arguments.output-dir": _ONE_VALUE,

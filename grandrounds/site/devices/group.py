@@ -139,7 +139,8 @@ class Group:
                     other,
                     do="visit",
                     trained=list(trained),
-                    checkpointing=resident.checkpoints_activations,
+                    checkpointed_layers=resident.checkpointed_layers,
+                    kept_layers=resident.kept_layers,
                     pad_token_id=pad_token_id,
                 )
             for other in self._others:

@@ -25,7 +25,7 @@ from grandrounds.errors import GrandRoundsError, first_line
 from grandrounds.model import machine
 from grandrounds.model.base import is_out_of_memory
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
-from grandrounds.model.resident import Resident, checkpoint_activations
+from grandrounds.model.resident import Resident, checkpoint_activations, keep_weights
 from grandrounds.quiet import quiet_libraries
 from grandrounds.site.devices.channel import Channel, unpacked
 from grandrounds.site.devices.shares import Pass, backward
@@ -53,10 +53,13 @@ class Worker:
         """Join the process group that rank 0 makes."""
         self._transport = joined(**how)
 
-    def visit(self, trained: list[str], checkpointing: bool, pad_token_id: int) -> dict[str, Any]:
+    def visit(
+        self, trained: list[str], checkpointed_layers: int, kept_layers: int, pad_token_id: int
+    ) -> dict[str, Any]:
         """Begin a visit that trains the parameters of these names; the reply tells that it may."""
         resident, self._pad = self._resident, pad_token_id
-        checkpoint_activations(resident, checkpointing)
+        checkpoint_activations(resident, checkpointed_layers)
+        keep_weights(resident, kept_layers, self._forward.bf16)
         for name, parameter in resident.parameters.items():
             parameter.requires_grad_(name in trained)
         self._trained = [resident.parameters[name] for name in trained]

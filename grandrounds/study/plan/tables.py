@@ -91,8 +91,8 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
     lines += cautions(config)
     if config.model.gradient_checkpointing == "auto":
         lines.append(
-            'model.gradient-checkpointing = "auto" switches gradient checkpointing on if the peak '
-            "without it does not fit in the free GPU memory"
+            'model.gradient-checkpointing = "auto" switches gradient checkpointing on in as few '
+            "layers as make the peak fit into the free GPU memory"
         )
     if (devices := config.train.devices) > 1:
         lines.append(
@@ -266,7 +266,8 @@ def by_precision(forecast: Forecast) -> dict[str, dict[str, int]]:
     """Return the bytes of the base and of both peaks, by precision of the base."""
     found = {}
     for bits, base_bytes, name in PRECISIONS:
-        precision = Precision(bits, base_bytes, forecast.config.arguments.bf16)
+        autocast = forecast.config.arguments.bf16
+        precision = Precision(bits, base_bytes, autocast, autocast or base_bytes == 2)
         with_it, without = (
             _site(forecast, precision, checkpointing) for checkpointing in (True, False)
         )

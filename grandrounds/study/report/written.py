@@ -46,7 +46,7 @@ def write_report(targets: Sequence[Path], out: Path | None = None) -> Written:
         raise ConfigError(f"--out {file} is a folder: give a file, such as {file / PAGE}.")
     if find_spec("jinja2") is None:
         raise ConfigError(
-            'a report needs jinja2, which is not installed: pip install "jinja2>=3.1"'
+            'a report needs jinja2, which is not installed: pip install "jinja2>=3.1.6"'
         )
     warnings: list[str] = []
     page = _page_of(targets, warnings)

@@ -93,6 +93,14 @@ def test_it_is_on_a_base_in_eight_bits_record_by_record(tiny_base: Path) -> None
     check_all(make(tiny_base, quantization=8), "AB", [(True, 0, False, 1)])
 
 
+def test_a_fused_module_would_not_go_unnoticed(resident: Resident) -> None:
+    """Private visits take PEFT's own modules. Fused ones do not give gradients to units."""
+    forward = Forward(False, True, True, 7, fused=True)
+    how = private_settings(microbatch=5, forward=forward)
+    with pytest.raises(ModelError, match=r"cannot be trained with privacy\.unit-guarantee"):
+        clipped_sums(resident, factors_of(resident, "AB"), UNITS, how)
+
+
 FAMILIES = ["qwen3", "gemma2", "phi3", "gpt2", "bloom", "mamba2"]
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from grandrounds.cli import app
 from scripts.check_figures.check import check
-from scripts.check_figures.evaluation_rules import TEXTS, check_evaluation, check_printed
+from scripts.check_figures.evaluation_rules import TEXTS, check_evaluation
+from scripts.check_figures.printed_rules import check_printed
 from scripts.check_figures.shown import numbers_in
 
 

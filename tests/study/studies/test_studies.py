@@ -333,6 +333,18 @@ def test_every_packaged_study_resolves(file: Path) -> None:
     assert cells_of(read_study(file))
 
 
+PAGES = ("aggregation", "communication", "compare", "forgetting")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_the_tables_of_the_cells_that_were_played(name: str) -> None:
+    """To renew one: grandrounds study table studies/formulary.toml --into docs/NAME.md"""
+    found = read_study(ROOT / "studies" / "formulary.toml")
+    cells, lines = cells_of(found), Lines(found.folder)
+    page = ROOT / "docs" / f"{name}.md"
+    assert into_page(page, found, cells, lines) == (page.read_text(), 1)
+
+
 def test_a_study_reads_recipe_files_relative_to_itself(folder: Path) -> None:
     edited(folder, "[recipes.plain]", '[recipes.plain]\nconfig = "nowhere.toml"')
     with pytest.raises(ConfigError, match=str(folder / "nowhere.toml")):
