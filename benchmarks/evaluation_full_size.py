@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bare_loops import synchronize
+from full_size_figures import saved
 
 VOCABULARY = 6144
 QUESTION_CHARACTERS = (
@@ -168,6 +169,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                     row = {"arm": arm, "benchmark": task.benchmark.name, "protocol": protocol}
                     row["answers"] = sum(len(file.records) for file in answers.values())
                     result["rows"].append({**row, **figures})
+                    saved(result, given.out)
                     (file,) = answers.values()
                     given_answers[arm, protocol] = file.records
                 if len(given.arms) > 1:
@@ -290,8 +292,7 @@ def main() -> None:
     except GrandRoundsError as error:
         sys.exit(f"evaluation_full_size: {error}")
     print("\n".join(lines(result)))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
+    saved(result, given.out)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def settings(base: Path, data: Path, run: Path, given: argparse.Namespace) -> di
         "train.seq-length": TOKENS,
         "train.optimizer": given.optimizer,
         "train.batching": given.batching,
+        "train.fused-kernels": given.fused,
         "train.training-arguments.torch-compile": given.compile,
         "train.training-arguments.max-steps": STEPS,
         "train.training-arguments.per-device-train-batch-size": BATCH,
@@ -361,6 +362,7 @@ def main() -> None:
     parser.add_argument("--batching", default="auto")
     parser.add_argument("--optimizer", default="adamw_torch")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fused", choices=("auto", "off"), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--lengths", type=Path, help="real question-answer pairs to be as long as")
     parser.add_argument("--memory-gib", type=float, help="have no more memory than this")
