@@ -57,6 +57,13 @@ def settings(base: Path, data: Path, given: argparse.Namespace) -> dict[str, Any
     }
 
 
+def backend(given: argparse.Namespace) -> str:
+    """Return what carries tensors between the processes."""
+    import torch
+
+    return "nccl" if torch.cuda.is_available() and not given.one_gpu else "gloo"
+
+
 def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return seconds of each arm, and how far its adapter is from that of `shares`."""
     import torch
@@ -88,6 +95,8 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     names, parameters = list(shapes), list(resident.parameters.values())
     group.begun(config, resident, names, 0)
     starting = time.perf_counter() - started
+    on, by = torch.cuda.get_device_name() if on_gpu else "CPU", backend(given)
+    print(f"{on}, {given.devices} processes by {by}, started in {starting:.1f} s", flush=True)
 
     site = open_site(config.static.name, config.data, config.model.name, TOKENS, 1, 0)
     examples = site.train[: given.steps * BATCH]
@@ -127,10 +136,10 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     largest = max(float(t.abs().max()) for t in moved)
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "device": on,
         "torch": torch.__version__,
         "devices": given.devices,
-        "backend": "gloo" if given.one_gpu or not on_gpu else "nccl",
+        "backend": by,
         "starting_seconds": starting,
         "tokens": sum(len(e.input_ids) for e in examples),
         "largest_change": largest,
@@ -167,8 +176,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = measured(given, Path(folder))
-    head = f"{figures['device']}, {figures['devices']} processes by {figures['backend']}"
-    print(f"{head}; {figures['tokens']:,} tokens, started in {figures['starting_seconds']:.1f} s")
+    print(f"a visit of {figures['tokens']:,} tokens, median of {given.repeats}:")
     for arm, row in figures["arms"].items():
         median = row["seconds"][len(row["seconds"]) // 2]
         same = "the bits of shares" if row["same_bits"] else "other bits"

@@ -10,7 +10,8 @@ and cuts them about as coarsely as the tokenizers of real models do.
 
 Arms: `default` is what `evaluate` does on this device; `batches of 16` asks with `--batch-size 16`,
 each order of the options by itself. They are compared answer by answer. `forecast` is what
-`evaluate` says after the first portions, against what the rest took.
+`evaluate` says after the first portions, against what the rest took. `--continuous` answers
+FlowerTune's prompts of the first benchmark by transformers' continuous batching too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bare_loops import synchronize
+from full_size_figures import saved
 
 VOCABULARY = 6144
 QUESTION_CHARACTERS = (
@@ -167,18 +169,52 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                     row = {"arm": arm, "benchmark": task.benchmark.name, "protocol": protocol}
                     row["answers"] = sum(len(file.records) for file in answers.values())
                     result["rows"].append({**row, **figures})
+                    saved(result, given.out)
                     (file,) = answers.values()
                     given_answers[arm, protocol] = file.records
                 if len(given.arms) > 1:
                     pair = [given_answers[arm, protocol] for arm in given.arms]
                     named = {"benchmark": task.benchmark.name, "protocol": protocol}
                     result["differences"].append({**named, **difference(*pair)})
+        if given.continuous:
+            with models.asked(target.subjects[0]) as model:
+                result["continuous"] = continuous(model, tokenizer, questions.tasks[0])
     seconds = {}
     for arm in given.arms:
         rows = [row for row in result["rows"] if row["arm"] == arm]
         seconds[arm] = sum(row["seconds"] for row in rows)
     result["seconds"] = seconds
     return result
+
+
+def continuous(model: Any, tokenizer: Any, task: Any, new_tokens: int = 2) -> dict[str, Any]:
+    """Return the seconds of two greedy tokens for each prompt, by us and by continuous batching."""
+    from transformers import GenerationConfig
+
+    from grandrounds.model.scoring import generate_greedily
+    from grandrounds.study.evaluation import flowertune
+
+    prompts = tokenizer(
+        [
+            flowertune.model_input(flowertune.build_prompt(task.benchmark, item))
+            for item in task.items
+        ]
+    )["input_ids"]
+    stop = tokenizer.eos_token_id
+    limits = [new_tokens] * len(prompts)
+    generate_greedily(model, prompts[:2], limits[:2], [stop], batch_size=None)
+    started = time.perf_counter()
+    ours = generate_greedily(model, prompts, limits, [stop], batch_size=None)
+    seconds = {"ours": time.perf_counter() - started}
+    how = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=0
+    )
+    started = time.perf_counter()
+    found = model.generate_batch(inputs=[list(ids) for ids in prompts], generation_config=how)
+    seconds["continuous"] = time.perf_counter() - started
+    said = [list(found[key].generated_tokens) for key in found]
+    different = sum([i for i in a if i != stop] != b for a, b in zip(said, ours, strict=True))
+    return {"prompts": len(prompts), "seconds": seconds, "different_answers": different}
 
 
 def difference(one: dict[Any, Any], other: dict[Any, Any]) -> dict[str, Any]:
@@ -221,6 +257,13 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"{row['answers']:,} answers differ between the arms, log-likelihoods by at most "
             f"{row['largest_log_likelihood_difference']:.2g}"
         )
+    if "continuous" in result:
+        row = result["continuous"]
+        found.append(
+            f"two tokens after {row['prompts']:,} prompts: {row['seconds']['ours']:.2f} s, by "
+            f"continuous batching {row['seconds']['continuous']:.2f} s, "
+            f"{row['different_answers']} answers differ"
+        )
     return found
 
 
@@ -236,6 +279,7 @@ def main() -> None:
     parser.add_argument("--benchmarks", nargs="+", default=["medmcqa"], choices=list(FULL_ITEMS))
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--continuous", action="store_true", help="transformers' way too")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -248,8 +292,7 @@ def main() -> None:
     except GrandRoundsError as error:
         sys.exit(f"evaluation_full_size: {error}")
     print("\n".join(lines(result)))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=2) + "\n")
+    saved(result, given.out)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Two layers of an architecture with random weights and an adapter that is not zero see 16 examples as
 long as real ones. The truth is transformers' eager attention in float32, without TF32, one example
 at a time, on the same weights, dequantised where they are in 4 bits. Beside it stand the project's
-own path, as a visit takes it on this device, the same with padding, and transformers' own way with
-padding in the model's type.
+own path, as a visit takes it on this device, the same without fused kernels, with padding too, and
+transformers' own way with padding, all in the types of the device.
 
 A loss near another's is no proof: errors are relative L2 norms of the gradient of all factors.
 """
@@ -143,7 +143,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     loss, gradient = truth_of(float32_model(resident), batch, device, answers)
     torch.backends.cuda.matmul.allow_tf32 = before
-    arms = {"ours": how, "ours, padded": dataclasses.replace(how, padding_free=False)}
+    plain = dataclasses.replace(how, fused=False)
+    arms = {
+        "ours": how,
+        "without fused kernels": plain,
+        "and padded": dataclasses.replace(plain, padding_free=False),
+    }
     rows = {}
     resident.model.train()
     for name, means in arms.items():

@@ -90,6 +90,7 @@ def settings(base: Path, data: Path, run: Path, given: argparse.Namespace) -> di
         "train.seq-length": TOKENS,
         "train.optimizer": given.optimizer,
         "train.batching": given.batching,
+        "train.fused-kernels": given.fused,
         "train.training-arguments.torch-compile": given.compile,
         "train.training-arguments.max-steps": STEPS,
         "train.training-arguments.per-device-train-batch-size": BATCH,
@@ -184,9 +185,10 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
     from grandrounds.model.loss import attending
 
     resident, how = bench.resident(), machine.forward(bench.config)
+    plain = dataclasses.replace(how, padding_free=False, fused=False)
     means = {
         "same": how,
-        "answers": dataclasses.replace(how, padding_free=False, chunk_tokens=0),
+        "answers": dataclasses.replace(plain, chunk_tokens=0),
     }.get(arm)
     for batches in visits:
         if arm == "grouped":
@@ -198,7 +200,7 @@ def bare_round(bench: Bench, arm: str, visits: list[Any]) -> None:
                 return whole_loss(resident.model, batch, resident.device, how.bf16)
             return lean_loss(resident.model, batch, resident.device, means)
 
-        with attending(resident.model, means or dataclasses.replace(how, padding_free=False)):
+        with attending(resident.model, means or plain):
             parameters = list(resident.parameters.values())
             bare_visit(resident.model, parameters, batches, bench.config.train.optimizer, loss)
     synchronize()
@@ -360,6 +362,7 @@ def main() -> None:
     parser.add_argument("--batching", default="auto")
     parser.add_argument("--optimizer", default="adamw_torch")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fused", choices=("auto", "off"), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--lengths", type=Path, help="real question-answer pairs to be as long as")
     parser.add_argument("--memory-gib", type=float, help="have no more memory than this")

@@ -53,10 +53,10 @@ def product_flops_per_second(dtype: Any, device: Any) -> float:
 
 
 def peaks(config: Any, resident: Any) -> list[dict[str, Any]]:
-    """Return measured and planned peaks where memory is ample, scarce, and half between.
+    """Return measured and planned peaks with the memory there is, ample, half-way and scarce.
 
-    The project decides by its own plan how much to checkpoint: only the free memory that it sees is
-    set, to what its plan needs without checkpointing, with it, and the mean of the two.
+    The project decides by its own plan what to checkpoint and to keep: only the free memory that it
+    sees is set, to what its plan needs without checkpointing, with it, and the mean of the two.
     """
     from grandrounds.model import headroom
 
@@ -65,7 +65,8 @@ def peaks(config: Any, resident: Any) -> list[dict[str, Any]]:
     )
     ends = [headroom.site_needs(auto, checkpointing=again) for again in (False, True)]
     ample, scarce = (1.001 * end.total / headroom.HEADROOM for end in ends if end is not None)
-    found, own = [], headroom.free_bytes
+    own = headroom.free_bytes
+    found = [{"memory": "as it is", "free_gib": own() / GIB, **worst_case(auto, resident)}]
     for memory, free in (("ample", ample), ("half", (ample + scarce) / 2), ("scarce", scarce)):
         headroom.decide_again()
         headroom.free_bytes = lambda free=free: int(free)
@@ -105,6 +106,7 @@ def worst_case(config: Any, resident: Any) -> dict[str, Any]:
     planned_before = needs.base + 4 * sum(p.numel() for p in parameters)
     return {
         "checkpointing": again,
+        "kept_layers": headroom.kept_layers(config),
         "measured_gib": (held + measured) / GIB,
         "planned_gib": needs.total / GIB,
         "visit_measured_gib": measured / GIB,

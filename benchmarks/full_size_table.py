@@ -85,9 +85,16 @@ def table(r: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def checkpointing_text(row: dict[str, Any]) -> str:
+    """Return which layers recompute their activations, and which keep their weights dequantised."""
+    layers = row["checkpointing"]
+    text = ("on" if layers else "off") if isinstance(layers, bool) else f"of {layers} layers"
+    return f"{text}, weights of {row['kept_layers']} kept" if row.get("kept_layers") else text
+
+
 def peak_line(row: dict[str, Any]) -> str:
     """Return one measured peak against its plan."""
-    again = {True: "on", False: "off"}.get(row["checkpointing"], row["checkpointing"])
+    again = checkpointing_text(row)
     return (
         f"full batches of {BATCH} x {TOKENS}, memory {row.get('memory', 'as it is')}, "
         f"checkpointing {again}: peak {row['measured_gib']:.2f} GiB, planned "

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bare_loops import BATCH, STEPS, TOKENS
-
-CHECKPOINTING = {True: "on", False: "off"}
+from full_size_table import checkpointing_text
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -81,7 +80,7 @@ def peak_table(rounds: dict[str, Any]) -> str:
     rows = [
         (
             row.get("memory", "as it is"),
-            _checkpointing(row["checkpointing"]),
+            checkpointing_text(row),
             f"{row['measured_gib']:.2f}",
             f"{row['planned_gib']:.2f}",
             f"{row['planned_gib'] / row['measured_gib'] - 1:+.1%}",
@@ -90,10 +89,6 @@ def peak_table(rounds: dict[str, Any]) -> str:
     ]
     heads = ("free memory", "checkpointing", "peak, GiB", "planned", "plan to peak")
     return f"Full batches of {BATCH} x {TOKENS}:\n\n{rows_of(heads, rows)}" if rows else ""
-
-
-def _checkpointing(layers: bool | int) -> str:
-    return CHECKPOINTING[layers] if isinstance(layers, bool) else f"{layers} layers"
 
 
 def profile_table(rounds: dict[str, Any]) -> str:

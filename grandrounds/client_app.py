@@ -143,7 +143,7 @@ def evaluate(visit: Visit) -> RecordDict:
 def examine(visit: Visit) -> RecordDict:
     """Hold the formulary's exam, with and without the received adapter."""
     resident = machine.prepare_model(visit.config)
-    visits.receive_adapter(visit, resident, trains=False)
+    visits.receive_adapter(visit, resident, trains=False, alone=True)
     with steps.visiting("formulary exam", visit.site.partition_id):
         return content(metrics=visits.examine(resident, visit.config))
 

@@ -62,8 +62,10 @@ def ask(
         raise ConfigError("The question is empty: give one, or omit it for a prompt.")
     quiet_libraries()
     from grandrounds.study.ask import Interview
-    from grandrounds.study.personal import of_site
+    from grandrounds.study.personal import check_whole, of_site
 
+    if site is None:
+        check_whole(chosen)
     chosen = chosen if site is None else of_site(chosen, site)
     for caution in cautions_of(chosen):
         print(f"grandrounds: {caution}", file=sys.stderr)

@@ -196,13 +196,14 @@ def evaluate(
             Method,
             find_target,
             with_site,
+            without_site,
         )
 
         method = Method(protocol, permutations, batch_size, answer_tokens)
         wanted = Wanted(names or [], own_exams or [], style_of(own_style), data, limit)
         name = _only(given, "give an adapter's folder, a run directory or none")
         target = find_target(name, base, quantization)
-        target = target if site is None else with_site(target, site)
+        target = without_site(target) if site is None else with_site(target, site)
         find_base(target.base)  # fails now if it is not fetched
         quiet_libraries()
         questions = questions_for(target, wanted)

@@ -53,8 +53,10 @@ def export(
     find_base(chosen.config.model.name)  # fails now if it is not fetched
     quiet_libraries()
     from grandrounds.study import export as exports
-    from grandrounds.study.personal import of_site
+    from grandrounds.study.personal import check_whole, of_site
 
+    if site is None:
+        check_whole(chosen)
     chosen = chosen if site is None else of_site(chosen, site)
     if push is not None:
         exports.check_repository(push)

@@ -518,8 +518,9 @@ class PersonalisationConfig:
     name: Annotated[str, OneOf(PERSONALISATIONS)]
     """How each site gets an adapter of its own after the last round. `local-tail`: it trains the
     federated one further on its own examples. `interpolate`: it trains one on its own examples
-    alone, and takes a convex combination with the federated one. `none`: all
-    sites have the same adapter."""
+    alone, and takes a convex combination with the federated one. `shared-a`: A is
+    shared and aggregated, B stays at the site. `dual`: a shared and a private adapter are trained
+    together, and only the shared one travels. `none`: all sites have the same adapter."""
     steps: Annotated[int, Range(1, 100_000)]
     """Optimizer steps of a site's own training after the last round."""
     learning_rate: Annotated[float, Range(0, 1, above=True)]
@@ -671,6 +672,11 @@ class Config:
     def is_personal(self) -> bool:
         """Whether each site gets an adapter of its own."""
         return self.personalisation.name != "none"
+
+    @property
+    def keeps_a_part(self) -> bool:
+        """Whether each site trains in its visits a part of the adapter that stays there."""
+        return self.personalisation.name in ("shared-a", "dual")
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -9,6 +9,9 @@ from grandrounds.config.strategies import STRATEGIES
 
 KEY = "personalisation.name"
 
+Contradiction = tuple[str, object, bool, str, str]
+"""Key, value, whether it is met, why it cannot be, and what to do."""
+
 
 def personal_contradictions(config: Config) -> Iterator[str]:
     """Yield every setting that does not go with the personal adapters of a recipe."""
@@ -44,6 +47,7 @@ def personal_contradictions(config: Config) -> Iterator[str]:
             "a weight of 0 alone gives every site the federated adapter",
             'add a weight above 0, or set personalisation.name = "none"',
         ),
+        *_of_parts(config),
     ):
         if is_met:
             shown = repr(value) if isinstance(value, str) else str(value).lower()
@@ -51,3 +55,46 @@ def personal_contradictions(config: Config) -> Iterator[str]:
                 f"{key} = {shown} does not go with {KEY} = {how.name!r}: {why}. "
                 f"{instead[0].upper()}{instead[1:]}."
             )
+
+
+def _of_parts(config: Config) -> Iterator[Contradiction]:
+    """Yield what does not go with a part of the adapter that is trained in visits and stays."""
+    if not config.keeps_a_part:
+        return
+    rule, name = config.strategy.name, config.personalisation.name
+    after = 'personalisation.name = "local-tail" or "interpolate", whose training comes afterwards'
+    yield (
+        "privacy.unit-guarantee",
+        config.privacy.unit_guarantee,
+        config.is_private,
+        "what stays at a site is trained without a guarantee, and what travels follows from it",
+        f"set {after}",
+    )
+    yield (
+        "secure-aggregation",
+        config.federation.secure_aggregation,
+        config.is_masked,
+        "masked sums are of whole adapters",
+        f"set {after}",
+    )
+    yield (
+        "strategy.name",
+        rule,
+        not STRATEGIES[rule].averages_tensors and not STRATEGIES[rule].stacks,
+        "it decides itself which factors travel, or recomputes both from their products",
+        "set fedavg, fedprox, fedexp or another rule that averages each tensor by itself",
+    )
+    yield (
+        "model.lora.from-adapter",
+        config.lora.from_adapter or config.lora.from_adapter_sha256,
+        config.lora.is_continued,
+        "the parts that stay start anew at each site, beside no adapter that all sites have",
+        'leave it out, or set personalisation.name = "local-tail"',
+    )
+    yield (
+        "model.lora.rank-pattern",
+        config.lora.rank_pattern,
+        name == "dual" and bool(config.lora.rank_pattern),
+        "the private adapter lies beside the shared one at one rank for all modules",
+        'leave it out, or set personalisation.name = "shared-a"',
+    )

@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 """Value of `defence.preset` → the keys that it sets."""
 
-PERSONALISATIONS = ("none", "local-tail", "interpolate")
+PERSONALISATIONS = ("none", "local-tail", "interpolate", "shared-a", "dual")
 """Values of `personalisation.name`."""
 
 _ADAPTIVE = ("server-learning-rate", "beta-1", "beta-2", "tau")

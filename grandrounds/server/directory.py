@@ -11,6 +11,7 @@
     masks.json         with masks, how far the last round's attempts came
     peft_<round>/      adapters that plain PEFT loads, each with a model card
     state/             the last two rounds and those of checkpoints, from which a run resumes
+    sites/             of a rehearsal with personal adapters: each site's own
     summary.json       how the run ended; summary-<round>.json, where it then went on
 
 Files and folders are written under a temporary name, flushed and renamed. safetensors, TOML and
@@ -49,6 +50,7 @@ from grandrounds.server import states
 from grandrounds.server.unfinished import UNFINISHED, text_of
 from grandrounds.storage import whole_folder, writing
 from grandrounds.wire.adapter import Adapter
+from grandrounds.wire.personal import PARTS
 from grandrounds.wire.told import deciding_loss
 
 SUMMARY = "summary.json"
@@ -281,6 +283,13 @@ class RunDirectory:
             for folder in (*states.checkpoints(self.path), *states.folders(self.path)):
                 if states.round_of(folder) > round_number:
                     storage.remove(folder)
+            for file in self._parts_after(round_number):
+                file.unlink()
+
+    def _parts_after(self, round_number: int) -> list[Path]:
+        """Return the files of what sites of a rehearsal kept of their own after later rounds."""
+        found = (self.path / PARTS).glob("site-*/[0-9]*.safetensors")
+        return [file for file in found if int(file.stem) > round_number]
 
     def set_aside_after(self, round_number: int) -> Path:
         """Move what was written after a round into a new folder `aside-<n>`; return it.
@@ -303,6 +312,10 @@ class RunDirectory:
             for beyond in written:
                 if states.round_of(beyond) > round_number:
                     beyond.rename(folder / beyond.name)
+            for file in self._parts_after(round_number):
+                place = folder / file.relative_to(self.path)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.rename(place)
             storage.flush_folder(folder)
             storage.flush_folder(self.path)
         return folder

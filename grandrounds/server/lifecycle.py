@@ -51,6 +51,7 @@ from grandrounds.wire.adapter import (
     Ranks,
     is_magnitude,
     magnitudes_of,
+    of_factors,
     started_adapter,
 )
 from grandrounds.wire.downlink import Sender
@@ -88,6 +89,9 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
     spec = LoraSpec.of(config)
     shapes, targets = adapter_layout(config.model.source, spec)
     plan = plan_config(config, shapes, examiners_of(grid))
+    ranks = Ranks.of(config)
+    if ranks.stays:  # the server never has more than what travels
+        shapes = of_factors(shapes, ranks.strategy.sends)
     is_new, continued = directory is None, None
     if config.lora.is_continued and resumed is None:
         continued = saved_start.start_of(config, shapes, targets)
@@ -138,7 +142,7 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
         targets=targets,
         state=state,
         rule=rule,
-        sender=Sender(Ranks.of(config), config.communication, start, federation.seed),
+        sender=Sender(ranks, config.communication, start, federation.seed),
         exchange=Exchange(grid, state.ledger, state.run, strategy.round_timeout_seconds),
         roster=Roster(
             config.data.num_partitions,
@@ -231,7 +235,7 @@ def finish(run: Run) -> dict[str, Any]:
     """Let sites make personal adapters, hold the formulary's exam if the run trained on it, and
     write the summary."""
     personal = personalise(run) if run.config.is_personal else {}
-    is_formulary = run.config.static.name == FORMULARY
+    is_formulary = run.config.static.name == FORMULARY and not run.sender.ranks.stays
     scores, by_site = examine_formulary(run) if is_formulary else (None, {})
     run.directory.write_json("ledger.json", run.state.ledger.as_dict())
     summary = summary_of(run, "completed")

@@ -163,6 +163,8 @@ def _personal(facts: Mapping[str, Any]) -> str:
         "local-tail": "trained further at one site, on its own examples",
         "interpolate": "one site's own adapter and the federated one, in a convex combination of "
         "their products B A, at twice the rank",
+        "shared-a": "A is shared by all sites, B is one site's own",
+        "dual": "the shared adapter and one site's private one, side by side at twice the rank",
     }[facts["personalisation"]]
     text = (
         f"**A personal adapter**, for the site that made it: {made}; {facts['steps']} steps, "

@@ -12,7 +12,6 @@ from typing import Any
 
 from flwr.app import Message, MessageType
 
-from grandrounds.config.strategies import STRATEGIES
 from grandrounds.errors import RoundError
 from grandrounds.model.licence import licence_of
 from grandrounds.model.lora import peft_config
@@ -230,7 +229,7 @@ def collector(run: Run, now: Round, parcels: dict[int, Parcel]) -> tuple[Updates
         codec_named(how.uplink_codec, how),
         run.state.earlier_norms,
     )
-    averages_factors = STRATEGIES[config.strategy.name].mean_of_factors
+    averages_factors = run.sender.ranks.strategy.mean_of_factors
     names = list(shapes_of(run.state.adapter))
     measures = averages_factors and (now.saves or now.number == 1)
     modules = measured_modules(names, len(parcels)) if measures else []

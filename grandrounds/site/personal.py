@@ -13,6 +13,10 @@ v = alpha v_i + (1 - alpha) w, and model interpolation of Mansour et al. (Three 
 Personalization, 2020). APFL adapts alpha by gradient steps in every round; here w is chosen from a
 list, once.
 
+`shared-a`, `dual`: what the site keeps (`own_part`) is trained further beside the last shared
+factors, which stay as they are, and the adapter is the point at w of the way, as for a tail. A site
+that never trained in a round starts from none.
+
 The weight w is the one with the lowest loss on every second held-out example; the others alone are
 reported. Nothing leaves but figures, and these no further than held-out losses do.
 """
@@ -34,7 +38,14 @@ from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site
 from grandrounds.site.visit import Visit
 from grandrounds.wire import schedule as sampling
-from grandrounds.wire.adapter import Adapter, shapes_of, started_adapter
+from grandrounds.wire.adapter import (
+    Adapter,
+    Ranks,
+    factor_of,
+    rank_index,
+    shapes_of,
+    started_adapter,
+)
 from grandrounds.wire.personal import FEDERATED_NLL, WEIGHT, moved, side_by_side
 
 
@@ -100,6 +111,10 @@ def personalised(visit: Visit) -> Personal:
         lora = lora.repeated(2)
         resident = resident_model(base, lora)
 
+    shared = received
+    if Ranks.of(config).has_private:  # the federated adapter is the shared one alone
+        shared = visits.receive_adapter(visit, resident, trains=False, alone=True)
+
     def mixed(weight: float) -> Adapter:
         if is_mixed:
             return side_by_side([(trained, weight), (received, 1.0 - weight)])
@@ -125,7 +140,7 @@ def personalised(visit: Visit) -> Personal:
     }
     adapter = mixed(weight)
     if reported:
-        federated, _ = judged(mixed(0.0), reported)
+        federated, _ = judged(shared if shared is not received else mixed(0.0), reported)
         own, tokens = judged(adapter, reported)
         facts |= {"nll-sum": own, FEDERATED_NLL: federated, "tokens": tokens}
     return Personal(adapter, lora, facts)
@@ -137,13 +152,22 @@ def _holding(site: Site, examples: Sequence[TokenizedExample]) -> Site:
 
 
 def _train(visit: Visit, resident: Resident) -> int:
-    """Train the whole resident adapter on the site's next examples; return the steps."""
+    """Train the resident adapter, or what stays here of it, on the site's next examples.
+
+    Returns
+    -------
+    The optimizer steps.
+    """
     config = tail_config(visit.config)
     how, arguments = config.personalisation, config.arguments
     batches = visits.next_batches(dataclasses.replace(visit, config=config))
-    parameters = list(resident.parameters.values())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    ranks = Ranks.of(config)
+    for name, parameter in resident.parameters.items():
+        parameter.requires_grad_(not ranks.stays or factor_of(name) in ranks.stays)
+    trained = {n: p for n, p in resident.parameters.items() if p.requires_grad}
+    parameters, parts = list(trained.values()), None
+    if ranks.has_private:
+        parts = [rank_index(name, ranks.private) for name in trained]
     number, site = visit.round, visit.site.partition_id
     settings = training.VisitSettings(
         accumulation_steps=arguments.gradient_accumulation_steps,
@@ -153,13 +177,14 @@ def _train(visit: Visit, resident: Resident) -> int:
         max_grad_norm=arguments.max_grad_norm,
         proximal_mu=how.proximal_mu,
         forward=machine.forward(config),
+        replayed=visits.shown_beside(visit, resident, len(batches)),
         seed=sampling.visit_seed(config.federation.seed, number, site),
     )
     pad = run_tokenizer(config).pad_token_id
     result = headroom.run_visit(
         config,
         resident,
-        lambda: training.train_visit(resident.model, parameters, batches, settings, pad),
+        lambda: training.train_visit(resident.model, parameters, batches, settings, pad, parts),
     )
     return result.steps
 

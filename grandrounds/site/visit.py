@@ -36,13 +36,14 @@ from grandrounds.model.base import (
 from grandrounds.model.devices import processes
 from grandrounds.model.lora import check_dequantizes
 from grandrounds.model.positions import check_examples, check_length
-from grandrounds.model.resident import Resident, adapter_change, set_adapter
+from grandrounds.model.resident import Resident, adapter_change, adapter_of, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.site import training
 from grandrounds.site.devices import group as devices
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.masks.end import SiteEnd
+from grandrounds.site.own_part import OwnPart
 from grandrounds.site.private.accountant import epsilon_of
 from grandrounds.site.private.bases import check_base
 from grandrounds.site.private.coins import Coins, secret_coins
@@ -50,7 +51,7 @@ from grandrounds.site.private.mechanism import Mechanism
 from grandrounds.site.private.rehearsal import mechanism_of, told_of
 from grandrounds.site.private.units import grouped
 from grandrounds.site.private.visit import PrivateSettings, train_private_visit
-from grandrounds.site.replay import replayed
+from grandrounds.site.replay import Shown, replayed
 from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
@@ -182,7 +183,18 @@ class Visit:
     def trained(self) -> tuple[str, slice]:
         """The factors (`A`, `B` or `AB`) and the ranks that this visit trains."""
         ranks = Ranks.of(self.config)
-        return ranks.strategy.trained(self.round), ranks.trained(self.site.partition_id)
+        return ranks.trained_factors(self.round), ranks.trained(self.site.partition_id)
+
+    @property
+    def sent(self) -> tuple[str, slice]:
+        """The factors and the ranks whose change travels; the rest of `trained` stays."""
+        ranks = Ranks.of(self.config)
+        return ranks.strategy.trained(self.round), ranks.sent(self.site.partition_id)
+
+    @property
+    def own_part(self) -> OwnPart:
+        """What the site trains in its visits and keeps; only if the run `keeps_a_part`."""
+        return OwnPart(self.config, self.site.partition_id, self.state, self.folder)
 
     def write_cursor(self) -> None:
         """Save the cursor for the next visit in the site's state."""
@@ -321,13 +333,17 @@ def next_batches(visit: Visit) -> Batches:
     return [[examples[i] for i in group] for group in groups]
 
 
-def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapter:
+def receive_adapter(
+    visit: Visit, resident: Resident, *, trains: bool, alone: bool = False
+) -> Adapter:
     """Check the received adapter and copy it into the model; return the resident adapter.
 
     Parameters
     ----------
     trains : bool
         Whether the site trains; otherwise it only evaluates.
+    alone : bool
+        Whether what the site keeps of its own is left out.
     """
     config = visit.config
     resident_shapes = {name: tuple(p.shape) for name, p in resident.parameters.items()}
@@ -336,6 +352,9 @@ def receive_adapter(visit: Visit, resident: Resident, *, trains: bool) -> Adapte
     received = downlink.receive(visit.content, visit.state, config, shapes, magnitudes)
     seed, trains_in = config.federation.seed, visit.round if trains else None
     adapter = Ranks.of(config).on_base(received, shapes, seed, trains_in)
+    if config.keeps_a_part and not alone:
+        number = messages.whole_number(visit.instruction, "round", 0, MOST_ROUNDS)
+        adapter = visit.own_part.beside(adapter, shapes, number - trains)
     set_adapter(resident, adapter)
     return adapter
 
@@ -346,9 +365,8 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     trained, settings = _trained(visit, resident), _settings(visit)
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
-    if visit.chosen is None:  # a site with a policy of its own trains on its own examples alone
-        shown = replayed(config, resident, visit.round, visit.site.partition_id, len(batches))
-        settings = dataclasses.replace(settings, replayed=shown)
+    shown = shown_beside(visit, resident, len(batches))
+    settings = dataclasses.replace(settings, replayed=shown)
 
     def trained_on_all() -> training.VisitResult:
         group = devices.begun(config, resident, list(trained), pad)
@@ -362,6 +380,13 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
         )
 
     return headroom.run_visit(config, resident, trained_on_all)
+
+
+def shown_beside(visit: Visit, resident: Resident, batches: int) -> list[Shown]:
+    """Return what is replayed beside each batch; nothing at a site with a policy of its own."""
+    if visit.chosen is not None:  # such a site trains on its own examples alone
+        return []
+    return replayed(visit.config, resident, visit.round, visit.site.partition_id, batches)
 
 
 def _trained(visit: Visit, resident: Resident) -> dict[str, torch.nn.Parameter]:
@@ -424,8 +449,11 @@ def train_privately(visit: Visit, mechanism: Mechanism, resident: Resident) -> f
 
 
 def change_of(visit: Visit, resident: Resident, received: Adapter) -> Adapter:
-    """Return the trained part of a visit's change."""
-    return trained_part(adapter_change(resident, received), *visit.trained)
+    """Return the trained part of a visit's change that travels; what stays is kept here."""
+    if visit.config.keeps_a_part:
+        own = visit.own_part
+        own.write(visit.round, own.of(adapter_of(resident)))
+    return trained_part(adapter_change(resident, received), *visit.sent)
 
 
 def encoded(visit: Visit, change: Adapter) -> ArrayRecord:

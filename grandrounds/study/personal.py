@@ -64,6 +64,20 @@ def of_site(checkpoint: Checkpoint, site: str) -> Checkpoint:
     return dataclasses.replace(checkpoint, folder=folder)
 
 
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` if a run has no whole adapter: A is shared, and each site has its B."""
+    config, path = checkpoint.config, checkpoint.run.path
+    if config.personalisation.name != "shared-a":
+        return
+    instead = "name a site (--site 0)"
+    if are_real(checkpoint.run.read_json("sites.json") or []):
+        instead = "each site has its own: grandrounds site export"
+    raise ConfigError(
+        f"{path} has no whole adapter: A is shared, and each site keeps its own B "
+        f'(personalisation.name = "shared-a"); {instead}.'
+    )
+
+
 def facts_in(folder: Path) -> dict[str, Any]:
     """Return how a personal adapter was made and what it scores, as its folder says.
 

@@ -223,6 +223,10 @@ class Ranks:
     them everywhere: no rule that stacks, and no ranks of sites."""
     continued: bool = False
     """Whether training goes on from a saved adapter, whose A no site can draw."""
+    stays: str = ""
+    """Factors that a site trains beside those that it sends, and keeps: `B` where A is shared."""
+    has_private: bool = False
+    """Whether a site trains a private adapter beside the shared one, in the last ranks."""
 
     @classmethod
     def of(cls, config: Config) -> Ranks:
@@ -231,8 +235,14 @@ class Ranks:
         lora, continued = config.lora, config.lora.is_continued
         if continued:
             strategy = replace(strategy, sends="AB")
+        stays, name = "", config.personalisation.name
+        if name == "shared-a":
+            # FedSA-LoRA (Guo et al., 2024): both factors are trained, only A travels.
+            strategy = replace(strategy, odd="A", even="A", sends="A", mean_of_factors=False)
+            stays = "B"
         rank, by_module = lora.peft_lora_r, bool(lora.rank_pattern)
-        return cls(strategy, rank, config.max_rank, config.site_ranks, by_module, continued)
+        mixed = config.max_rank, config.site_ranks
+        return cls(strategy, rank, *mixed, by_module, continued, stays, name == "dual")
 
     def of_adapter(self, adapter: Adapter) -> int:
         """Return the rank of an adapter of the run; the configured one if its modules differ."""
@@ -248,12 +258,27 @@ class Ranks:
     @property
     def resident(self) -> int:
         """Rank of the adapter on the base model."""
+        if self.has_private:
+            return 2 * self.rank
         return self.max_rank + self.rank if self.strategy.stacks else self.rank
 
     @property
     def highest_sent(self) -> int:
         """Highest rank at which the server sends the adapter."""
         return self.max_rank if self.strategy.stacks else self.rank
+
+    @property
+    def private(self) -> slice:
+        """Which ranks of the resident adapter are private; none but with a private adapter."""
+        return slice(self.rank, self.resident) if self.has_private else slice(0, 0)
+
+    def sent(self, site: int) -> slice:
+        """Return which ranks of the resident adapter a site sends: what it trains, if not less."""
+        return slice(0, self.rank) if self.has_private else self.trained(site)
+
+    def trained_factors(self, round_number: int) -> str:
+        """Return the factors that a site trains in a round, those that stay there included."""
+        return self.strategy.trained(round_number) + self.stays
 
     def trained(self, site: int) -> slice:
         """Return which ranks of the resident adapter a site trains."""
@@ -294,7 +319,7 @@ class Ranks:
     def on_base(
         self, received: Adapter, shapes: Shapes, seed: int, trains_in: int | None
     ) -> Adapter:
-        """Return the resident adapter for a received one.
+        """Return the resident adapter for a received one, without what a site keeps of its own.
 
         Parameters
         ----------

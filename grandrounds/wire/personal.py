@@ -14,6 +14,10 @@ from grandrounds.wire.adapter import Adapter, factor_of
 PERSONAL = "train.personal"
 """Kind of message after the last round: make the site's own adapter, and keep it."""
 
+PARTS = "sites/parts"
+"""Folder of the run directory of a rehearsal: what sites keep of their own, a file for each
+visit."""
+
 WEIGHT = "weight"
 """Metric of the reply: the weight of the site's own training, from 0 to 1."""
 

@@ -27,7 +27,7 @@ SETTINGS = ("quantization", "limit", "permutations", "answer_tokens")
 
 PUBLISHED = {
     **{"pubmedqa": 500, "medqa": 1273, "medmcqa": 4183, "careqa": 5621},
-    **{"formulary": 660, "common-and-rare": 228},
+    **{"formulary": 660, "common-and-rare": 228, "general": 40},
 }
 """Items of benchmarks, as in docs/evaluation.md."""
 

@@ -17,9 +17,13 @@ from transformers import AutoModelForCausalLM
 from grandrounds import client_app
 from grandrounds.config import recipes
 from grandrounds.errors import ConfigError
+from grandrounds.server.directory import find_checkpoint
 from grandrounds.site.local_data import site_of
+from grandrounds.site.own_part import needed_rounds
 from grandrounds.site.personal import halves
 from grandrounds.site.training import held_out_loss
+from grandrounds.study.export import export
+from grandrounds.study.personal import check_whole, of_site
 from grandrounds.wire.adapter import A, B
 from grandrounds.wire.personal import PERSONAL
 from tests.runs import (
@@ -151,9 +155,122 @@ def test_a_site_that_fails_keeps_none_and_is_named(settings: Settings) -> None:
     assert summary_of(run)["failed_replies"] == 1
 
 
+# --- Parts that are trained in the rounds and stay ------------------------------------------------
+
+PARTS = ("shared-a", "dual")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_stays_and_what_travels_is_planned_to_the_byte(
+    settings: Settings, name: str
+) -> None:
+    told: list[tuple[str, set[str], set[int]]] = []
+
+    def watched(message: Message, context: Context) -> Message:
+        reply = client_app.app(message, context)
+        for content in (message.content, reply.content):
+            for record in content.array_records.values():
+                ranks = {array.shape[0] for n, array in record.items() if n.endswith(A)}
+                factors = {A if n.endswith(A) else B for n in record}
+                told.append((message.metadata.message_type, factors, ranks))
+        return reply
+
+    how = {**settings, **TAIL, "personalisation.name": name}
+    run = play(how, watched)
+    rank = config_of(run).lora.peft_lora_r
+    assert told
+    assert all(ranks == {rank} for _, _, ranks in told)
+    assert all(factors == ({A} if name == "shared-a" else {A, B}) for _, factors, _ in told)
+    ledger = read_json(run / "ledger.json")["totals"]
+    assert ledger == read_json(run / "plan.json")["totals"]
+    assert ("formulary.down" in ledger) is False
+    assert len(set(own(run).values())) == config_of(run).data.num_partitions
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_run_whose_sites_keep_a_part_resumes_to_the_bit(
+    settings: Settings, name: str, tmp_path: Path
+) -> None:
+    how = {**settings, **TAIL, "personalisation.name": name, "train.save-every-round": 2}
+    whole = play({**how, "run-directory": str(tmp_path / "whole")})
+    run = Path(settings["run-directory"])
+    stopped = 0
+
+    def stopping(message: Message, context: Context) -> Message:
+        nonlocal stopped
+        reply = client_app.app(message, context)
+        if message.metadata.message_type == "train":
+            stopped += 1
+            if stopped == 6:  # the site has trained, and nobody knows
+                raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        play(how, stopping)
+    play({**how, "run-directory": "", "resume-from": str(run)})
+    assert own(run) == own(whole)
+    assert adapter_bytes(run) == adapter_bytes(whole)
+
+
+def test_a_private_adapter_lies_beside_the_shared_one(settings: Settings) -> None:
+    run = play({**settings, **TAIL, "personalisation.name": "dual"})
+    shared = load_file(run / summary_of(run)["adapter"] / "adapter_model.safetensors")
+    made = load_file(run / "sites" / "site-1" / "adapter_model.safetensors")
+    for name, tensor in shared.items():
+        rank = len(tensor) if name.endswith(A) else tensor.shape[1]
+        first = made[name][:rank] if name.endswith(A) else made[name][:, :rank]
+        np.testing.assert_array_equal(first, tensor)
+        second = made[name][rank:] if name.endswith(A) else made[name][:, rank:]
+        assert second.shape == tensor.shape
+        assert second.any()
+
+
+def test_the_server_of_shared_a_has_no_whole_adapter_and_says_so(settings: Settings) -> None:
+    run = play({**settings, **TAIL, "personalisation.name": "shared-a"})
+    saved = load_file(run / summary_of(run)["adapter"] / "adapter_model.safetensors")
+    assert all(name.endswith(A) for name in saved)
+    with pytest.raises(ConfigError, match="no whole adapter: A is shared") as caught:
+        check_whole(find_checkpoint(run))
+    assert "--site 0" in str(caught.value)
+    chosen = of_site(find_checkpoint(run), "2")
+    made = load_file(chosen.folder / "adapter_model.safetensors")
+    assert {name for name in made if name.endswith(A)} == set(saved)
+    assert all(np.array_equal(made[name], saved[name]) for name in saved)
+    card = export(chosen).joinpath("README.md").read_text()
+    assert "A is shared by all sites, B is one site's own" in card
+    with pytest.raises(ConfigError, match="is no site of this run"):
+        of_site(find_checkpoint(run), "77")
+
+
+def test_old_parts_go_and_those_that_a_resume_needs_stay() -> None:
+    assert needed_rounds([1, 2], 8) == {1, 2}
+    assert needed_rounds([1, 5, 7, 9, 12, 20, 23], 8) == {7, 12, 20, 23}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        *(
+            ({"personalisation.name": name, **changes}, said)
+            for name in PARTS
+            for changes, said in (
+                ({"strategy.name": "ffa"}, "strategy.name = 'ffa'"),
+                ({"strategy.name": "product"}, "recomputes both from their products"),
+                (
+                    {"secure-aggregation": "masked32", "strategy.fraction-train": 1.0},
+                    "of whole adapters",
+                ),
+                (
+                    {
+                        "privacy.unit-guarantee": "example",
+                        "privacy.target-epsilon": 4.0,
+                        "privacy.declared-units": 5000,
+                        "strategy.name": "fedprox",
+                    },
+                    "trained without a guarantee",
+                ),
+            )
+        ),
         ({"strategy.name": "flora"}, "strategy.name = 'flora'"),
         (
             {"personalisation.name": "interpolate", "personalisation.proximal-mu": 1.0},

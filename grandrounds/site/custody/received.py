@@ -117,7 +117,8 @@ class ReceivedAdapter:
             if saved is None:  # otherwise it is that one, by its hash
                 self._check_start()
             return
-        if not any(self.adapter[name].any() for name in self.adapter if name.endswith(B)):
+        of_b = [name for name in self.adapter if name.endswith(B)]  # none where A is shared
+        if of_b and not any(self.adapter[name].any() for name in of_b):
             raise PolicyError(self._told("its B is zero, as only the untrained one's is"))
         if not self.strategy.stacks:
             self._check_rows(saved or {})

@@ -211,14 +211,17 @@ class Group:
     def _add(self, row: torch.Tensor, found: Sequence[bool]) -> torch.Tensor:
         """Add a gradient to `.grad`, as autograd does; return the loss behind it."""
         *parts, loss = torch.split(row, [*(p.numel() for p in self._parameters), 1])
+        sums: list[torch.Tensor] = []
+        added: list[torch.Tensor] = []
         for parameter, part, has in zip(self._parameters, parts, found, strict=True):
-            if not has:
-                continue
             gradient = part.view_as(parameter)
-            if parameter.grad is None:
+            if has and parameter.grad is None:
                 parameter.grad = gradient.clone()
-            else:
-                parameter.grad += gradient
+            elif has and parameter.grad is not None:
+                sums.append(parameter.grad)
+                added.append(gradient)
+        if sums:
+            torch._foreach_add_(sums, added)
         return loss.squeeze(0)
 
     def evaluated(
@@ -318,8 +321,8 @@ class Group:
                 other.process.wait()
         self._others = []
         if self._transport is not None:
+            self._transport.leave()
             self._transport = None
-            distributed.destroy_process_group()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

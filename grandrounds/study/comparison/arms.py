@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from grandrounds.engines.in_process import ClientAppCall, InProcessGrid
 from grandrounds.model import machine
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.resident import Resident, resident_model, set_adapter
+from grandrounds.model.saved import lora_spec, read_adapter
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.listeners import Facts, Listener
@@ -35,6 +37,7 @@ from grandrounds.site import personal
 from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.personal import halves
+from grandrounds.site.personal_files import FACTS, FOLDER, site_folder
 from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.budget import local_examples, local_visits, pooled_visits
 from grandrounds.study.comparison.exams import Exam, sit
@@ -289,9 +292,11 @@ def _personally(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits)
     That federation is the one of `federated`, which is trained once: what personal adapters need
     travels in no round.
     """
+    if config.keeps_a_part:
+        return _kept_at_the_site(unit, config, run_path, on_visits)
     plain = recipes.resolve(config.flat(), {"personalisation.name": "none"})
     found = _run(plain, plain, client_app.app, run_path, on_visits)
-    number, count = unit.site or 0, config.data.num_partitions
+    number = unit.site or 0
     site, rounds = site_of(config, number), config.federation.num_server_rounds
     after = examples_of_a_visit(config, len(site.train)) * sum(
         number in cohort for cohort in cohorts_of(config)
@@ -299,17 +304,37 @@ def _personally(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits)
     made = personal.personalised(
         Visit(_sent(found["adapter"], config, rounds, after), RecordDict(), config, site)
     )
-    tail = config.personalisation.steps * config.examples_per_step
-    on_visits(tail)
-    visits_before = found["example-visits"]
-    share = visits_before * (number + 1) // count - visits_before * number // count
+    on_visits(config.personalisation.steps * config.examples_per_step)
     return {
         "adapter": made.adapter,
         "lora": made.lora,
-        "example-visits": share + tail,
+        "example-visits": _share(config, found["example-visits"], number),
         "train-loss": found["train-loss"],
         "weight": made.facts[WEIGHT],
     }
+
+
+def _kept_at_the_site(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits) -> Found:
+    """Run the federation with what its sites keep, once; return the adapter that a site made."""
+    at_sites = recipes.resolve(config.flat(), {"run-directory": str(run_path)})
+    found = _run(config, at_sites, client_app.app, run_path, on_visits)
+    number = unit.site or 0
+    folder = site_folder(run_path / FOLDER, number)
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return {
+        "adapter": read_adapter(folder),
+        "lora": lora_spec(folder),
+        "example-visits": _share(config, found["example-visits"], number),
+        "train-loss": found["train-loss"],
+        "weight": facts[WEIGHT],
+    }
+
+
+def _share(config: Config, visits_before: int, site: int) -> int:
+    """Return a site's share of the example visits of a federation, with those of its own after."""
+    count = config.data.num_partitions
+    share = visits_before * (site + 1) // count - visits_before * site // count
+    return share + config.personalisation.steps * config.examples_per_step
 
 
 def _sent(adapter: Adapter, config: Config, number: int, cursor: int) -> RecordDict:

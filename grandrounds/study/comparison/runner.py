@@ -79,7 +79,7 @@ def compare(
             unit,
             config,
             exams,
-            folder.run_path(Unit(FEDERATED, unit.seed) if unit.arm == PERSONAL else unit),
+            folder.run_path(run_of(unit, config)),
             lambda count: listener("visited", {"count": count}),
         )
         folder.finish(unit, made)
@@ -89,6 +89,17 @@ def compare(
         judged = {**figures(made, comparison.entries, *own), "seconds": made["seconds"]}
         listener("finished", {"unit": unit.title(comparison.names), "work": work[unit], **judged})
     return content
+
+
+def run_of(unit: Unit, config: Config) -> Unit:
+    """Return the unit whose run directory a unit uses.
+
+    Personal adapters follow the run of `federated`, unless what stays at the sites is trained in
+    the rounds: then one of their own, for all sites of a seed.
+    """
+    if unit.arm != PERSONAL:
+        return unit
+    return Unit(PERSONAL if config.keeps_a_part else FEDERATED, unit.seed)
 
 
 class Comparison:

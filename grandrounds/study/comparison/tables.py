@@ -43,8 +43,8 @@ def tables(content: Json) -> list[Table]:
         _arms(content),
         _gains(content["gains"], "federation"),
         _gains(content.get("personal-gains", []), "personal adapters"),
-        _spread(content),
-        _sites_and_models(content),
+        spread(content),
+        sites_and_models(content),
         _joining(content),
         _left_out(content),
     ]
@@ -97,7 +97,7 @@ def _gains(gains: Sequence[Json], whose: str) -> Table:
     return Table(columns, rows, f"gain of the {whose} (positive: {better} better)")
 
 
-def _spread(content: Json) -> Table:
+def spread(content: Json) -> Table:
     """Return how the sites of each arm differ on their own part: worst site and spread."""
     names, rows = site_names(content), []
     for arm, by_measure in content.get("matrix", {}).items():
@@ -117,7 +117,7 @@ def _spread(content: Json) -> Table:
     return Table(columns, rows, "own part of each site")
 
 
-def _sites_and_models(content: Json) -> Table:
+def sites_and_models(content: Json) -> Table:
     """Return what the models that a site can have do on its own part, the others' and everywhere.
 
     Of a shared model, what it does on the site's own part.

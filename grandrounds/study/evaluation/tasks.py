@@ -26,7 +26,7 @@ from grandrounds.study.evaluation.benchmarks import HELD_OUT, MEDICAL, Questions
 from grandrounds.study.evaluation.greedy import GREEDY
 from grandrounds.study.evaluation.likelihood import asks_in_own_prompt
 from grandrounds.study.evaluation.verification import BASE
-from grandrounds.study.personal import of_site
+from grandrounds.study.personal import check_whole, of_site
 
 PROTOCOLS = ("flowertune", "likelihood")
 """Evaluation protocols."""
@@ -334,12 +334,20 @@ def with_site(target: Target, site: str) -> Target:
     if target.run is None or len(target.adapters) < 1:
         raise ConfigError(f"--site {site} needs a run directory, whose sites have adapters.")
     last = of_site(find_checkpoint(target.run.directory.path), site)
-    federated = next(one for one in target.adapters if one.role.startswith("last"))
+    is_whole = target.run.config.personalisation.name != "shared-a"
+    shared = [one for one in target.adapters if one.role.startswith("last") and is_whole]
     return replace(
         target,
-        adapters=(federated, _adapter_subject(last.folder, "personal adapter")),
+        adapters=(*shared, _adapter_subject(last.folder, "personal adapter")),
         out=target.out.with_name(f"evaluation-{last.folder.name}"),
     )
+
+
+def without_site(target: Target) -> Target:
+    """Return a target as it is; raise `ConfigError` if its run has no adapter without a site's."""
+    if target.run is not None and target.run.config.personalisation.name == "shared-a":
+        check_whole(find_checkpoint(target.run.directory.path))
+    return target
 
 
 def _adapter_subject(folder: Path, role: str = "") -> Subject:

@@ -17,6 +17,7 @@ from grandrounds.study.comparison.units import (
     FEDERATED,
     LEAVE_ONE_OUT,
     LOCAL,
+    PERSONAL,
     PRIVATE,
 )
 from grandrounds.study.report.charts import Interval
@@ -24,6 +25,12 @@ from grandrounds.study.tables import NONE, decimals_of, fixed, is_number
 
 LOCAL_OWN, LOCAL_EVERYWHERE = "local, own part", "local, everywhere"
 """The local arm evaluated on each site's own questions, and on the questions of all sites."""
+
+PERSONAL_OWN, PERSONAL_EVERYWHERE = "personal, own part", "personal, everywhere"
+"""The same of personal adapters."""
+
+SHOWN = {LOCAL: (LOCAL_OWN, LOCAL_EVERYWHERE), PERSONAL: (PERSONAL_OWN, PERSONAL_EVERYWHERE)}
+"""Arm with an adapter for each site → how it is shown: on its own part and everywhere."""
 
 STYLE = {
     BASE: 4,
@@ -34,6 +41,9 @@ STYLE = {
     LOCAL_OWN: 2,
     LOCAL_EVERYWHERE: 6,
     LEAVE_ONE_OUT: 3,
+    PERSONAL: 3,
+    PERSONAL_OWN: 3,
+    PERSONAL_EVERYWHERE: 5,
 }
 """Arm → style of its marks."""
 
@@ -149,13 +159,14 @@ def measures(comparison: Json) -> dict[str, Measure]:
 
 
 def arms_of(comparison: Json) -> dict[str, Json]:
-    """Return the arms as shown: `local` twice, evaluated on its own part and everywhere."""
+    """Return the arms as shown; those with an adapter for each site twice, see `SHOWN`."""
     found: dict[str, Json] = {}
     for name, arm in comparison["arms"].items():
-        if name != LOCAL or not arm.get(EVERYWHERE):
+        if name not in SHOWN or not arm.get(EVERYWHERE):
             found[name] = arm
             continue
         sites = {s: of.get(EVERYWHERE) or {} for s, of in (arm.get("sites") or {}).items()}
-        found[LOCAL_OWN] = arm
-        found[LOCAL_EVERYWHERE] = {**arm[EVERYWHERE], "seeds": arm["seeds"], "sites": sites}
+        own, everywhere = SHOWN[name]
+        found[own] = arm
+        found[everywhere] = {**arm[EVERYWHERE], "seeds": arm["seeds"], "sites": sites}
     return found

@@ -16,6 +16,7 @@ from grandrounds.study.comparison.reservations import (
     without_verdicts,
 )
 from grandrounds.study.comparison.results import EVERYWHERE, LOSS, OWN
+from grandrounds.study.comparison.tables import sites_and_models, spread
 from grandrounds.study.comparison.units import BASE, FEDERATED, LEAVE_ONE_OUT, LOCAL
 from grandrounds.study.report.comparison_file import (
     LOCAL_EVERYWHERE,
@@ -159,6 +160,18 @@ def _sites_won(gain: Json) -> str:
     return f"{told}, equal at {equal}" if equal else told
 
 
+def _models(comparison: Json) -> list[Section]:
+    """Return the section on sites and models of a comparison with personal adapters."""
+    if "matrix" not in comparison:
+        return []
+    notes = [
+        "Own: a site's model on that site's part. Others': on all other sites' part. Everywhere: "
+        "on all. Spread: between the best and the worst site, each on its own part."
+    ]
+    tables = [table for table in (spread(comparison), sites_and_models(comparison)) if table.rows]
+    return [Section("models", "Sites and models", notes=notes, tables=tables)]
+
+
 def _sections(comparison: Json) -> list[Section]:
     asked = measures(comparison).values()
     notes = [
@@ -196,6 +209,7 @@ def _sections(comparison: Json) -> list[Section]:
         Section("arms", "Arms", notes=notes, figures=arms, tables=[_table(comparison)]),
         Section("joining", "Gain from joining", notes=joining_notes, figures=some(*joining)),
         Section("sites", "Results by site", figures=sites),
+        *_models(comparison),
         Section("tests", "Statistical tests", notes=[TESTS], tables=list(_tests(comparison))),
         Section("repeat", "Reproduce", commands=command),
         Section("recipe", "Recipe and versions", tables=_provenance(comparison)),

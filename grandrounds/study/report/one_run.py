@@ -10,6 +10,7 @@ from grandrounds.study.report import (
     headline,
     learning,
     participation,
+    personal,
     privacy,
     provenance,
 )
@@ -20,7 +21,7 @@ from grandrounds.study.report.read import RunFiles, folders
 
 def run_page(run: RunFiles) -> Page:
     """Return everything that a run directory records."""
-    parts = (learning, cost, participation, client_updates, privacy)
+    parts = (learning, personal, cost, participation, client_updates, privacy)
     base, data = place_name(run.config.model.name), data_text(run.config, run.sites)
     page = Page(
         title=headline.title(run),

@@ -59,16 +59,22 @@ class Cell:
         return f"{self.folder}/{'run' if self.arm == RUN else 'comparison'}"
 
     def command(self) -> str:
-        """Return the command that plays the cell alone, without the study."""
+        """Return the command that plays the cell, or its whole comparison, without the study."""
         settings = {**differing(self.config), "seed": self.seed}
         given = [w for k, v in settings.items() for w in ("--set", f"{k}={_toml(v)}")]
         if self.arm == RUN:
             return command("grandrounds", "run", *given)
-        return command("grandrounds", "compare", "--arms", self.arm, *given)
+        arms = ",".join(compared(self.recipe)) or units.FEDERATED
+        return command("grandrounds", "compare", "--arms", arms, *given)
 
     def set(self) -> dict[str, Scalar]:
         """Return its settings that differ from the packaged defaults."""
         return differing(self.config)
+
+
+def compared(recipe: Recipe) -> tuple[str, ...]:
+    """Return the arms that a recipe's comparison is asked for; the base is always evaluated."""
+    return tuple(arm for arm in recipe.arms if arm not in (RUN, units.BASE))
 
 
 def cells_of(study: Study) -> list[Cell]:
@@ -97,11 +103,9 @@ def _resolved(study: Study, recipe: Recipe) -> Config:
         layers, _ = with_start(recipe.layers)
         settings = configuration.merged(with_sites(layers, may_load=True))
         config = configuration.with_absolute_paths(configuration.resolve(settings))
-        arms = [arm for arm in recipe.arms if arm not in (RUN, units.BASE)]
-        if arms:
+        if arms := compared(recipe):
             units.check_recipe(arms, config)
-        compared = [arm for arm in recipe.arms if arm != RUN]
-        if compared and not config.data.held_out_fraction:
+        if set(recipe.arms) - {RUN} and not config.data.held_out_fraction:
             raise ConfigError(
                 "data.held-out-fraction = 0 leaves no examples to evaluate the arms on: set a "
                 'share, for example 0.05, or play arms = ["run"].'

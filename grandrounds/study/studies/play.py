@@ -22,9 +22,9 @@ from grandrounds.server.listeners import Listener
 from grandrounds.study.comparison import runner
 from grandrounds.study.comparison.arms import completed
 from grandrounds.study.comparison.folder import day_in
-from grandrounds.study.comparison.units import BASE, Design
+from grandrounds.study.comparison.units import Design
 from grandrounds.study.studies import figures
-from grandrounds.study.studies.cells import Cell, Line, Lines
+from grandrounds.study.studies.cells import Cell, Line, Lines, compared
 from grandrounds.study.studies.file import RUN
 
 Found = dict[str, Any]
@@ -122,7 +122,7 @@ def play_group(group: Sequence[Cell], folder: Path) -> list[Line]:
         config = dated(first.config, day_in(path) if recipe.is_file() else "")
         completed(config, config, client_app.app, path, Listener())
         return [_line(first, figures.of_run(path))]
-    asked = tuple(arm for arm in first.recipe.arms if arm not in (RUN, BASE))
+    asked = compared(first.recipe)
     config = dated(first.config, day_in(path))
     content = runner.compare(config, Design(asked, [first.seed]), path)
     return [_line(cell, figures.of_arm(path, content, cell.arm, cell.seed)) for cell in group]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import stat
 from contextlib import closing
 from pathlib import Path
@@ -75,6 +74,24 @@ def test_it_stays_in_the_state_folder_and_only_rounded_figures_leave(
     assert {"nll-sum", "weight", "steps"} <= set(line["kept"])
 
 
+@pytest.mark.usefixtures("by_the_runs_seed")
+@pytest.mark.parametrize("name", ["local-tail", "shared-a", "dual"])
+def test_agents_whose_state_is_read_anew_at_each_message_make_the_adapters_of_a_rehearsal(
+    settings: Settings, tmp_path: Path, name: str
+) -> None:
+    own = {**settings, **HOW, "personalisation.name": name}
+    rehearsal = play({**own, "run-directory": str(tmp_path / "rehearsal")})
+    sites = sites_of(own, tmp_path / "sites")
+    play(own, grid=grid_of_sites(own, sites))
+    for number, site in enumerate(sites):
+        folder = rehearsal / "sites" / f"site-{number}"
+        expected = load_file(folder / "adapter_model.safetensors")
+        _, adapter = kept_at(site)
+        assert adapter.keys() == expected.keys()
+        for tensor in expected:
+            np.testing.assert_array_equal(adapter[tensor], expected[tensor])
+
+
 def test_the_same_request_again_leaves_the_same_adapter(settings: Settings, tmp_path: Path) -> None:
     twice: list[tuple[Message, Message]] = []
 
@@ -145,4 +162,3 @@ def test_steps_beyond_the_policy_are_refused_before_any_training(
     with pytest.raises(Exception, match="max-steps-per-visit = 50"):
         play(own, grid=grid_of_sites(own, sites))
     assert not entries(sites[0], asked="train")
-    assert dataclasses.is_dataclass(sites[0])

@@ -524,6 +524,20 @@ def test_personal_adapters_are_compared_on_what_no_weight_was_chosen_on(
     assert figures(again) == figures(content)
 
 
+def test_sites_that_keep_a_part_share_one_run_of_their_own(
+    settings: Settings, tmp_path: Path
+) -> None:
+    how = {"personalisation.name": "dual", "personalisation.steps": 2}
+    config = resolved(settings, **how, **{"data.held-out-fraction": 0.3})
+    content = played(config, tmp_path / "c", arms=("personal",), seeds=[42], left_out=[])
+    run = tmp_path / "c" / "runs" / "personal" / "seed-42"
+    told = json.loads((run / "summary.json").read_text())["personal"]["sites"]
+    sites = content["arms"]["personal"]["seeds"]["42"]["sites"]
+    assert {k: of[LOSS] for k, of in sites.items()} == pytest.approx(
+        {k: of["personal"] for k, of in told.items()}, rel=1e-5
+    )
+
+
 def never(event: str, facts: Any) -> None:
     """Fail where a finished part is trained again."""
     assert event == "planned"

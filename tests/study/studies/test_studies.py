@@ -223,6 +223,8 @@ def test_arms_of_a_comparison_share_a_folder_and_have_figures_of_their_own(folde
     assert [line["arm"] for line in (base, federated, local)] == ["base", "federated", "local"]
     assert len({line["place"] for line in (base, federated, local)}) == 1
     assert base["bytes"] == local["bytes"] == {}
+    assert base["command"] == local["command"]
+    assert "compare --arms federated,local --set" in base["command"]
     assert federated["bytes"]["up"] > 0
     key = "everywhere-held-out-loss"
     assert federated["figures"][key] == federated["figures"]["held-out-loss"]
@@ -267,6 +269,11 @@ def test_processes_play_what_one_process_plays_and_end_when_theirs_is_killed(fol
             "[recipes.plain]",
             '[recipes.plain]\narms = ["private"]',
             "needs a recipe with a guarantee",
+        ),
+        (
+            "[recipes.plain]",
+            '[recipes.plain]\narms = ["personal"]',
+            "personalisation.name=local-tail",
         ),
         ("[recipes.plain]", '[recipes.plain]\narms = ["leave-one-out"]', "use grandrounds compare"),
         ("[recipes.plain]", '[recipes."int4 both ways"]', "have the same folder name"),
