@@ -262,6 +262,20 @@ def test_real_model_compares_with_the_base(tiny_base: Path, tmp_path: Path) -> N
     assert "  after the formulary " in table.stdout
 
 
+def test_cpu_visit_alternates_number_formats_and_libraries(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    cards = write_flashcards(tmp_path / "cards.jsonl", 60)
+    with gzip.open(tmp_path / "train" / "wikidoc_patient_information.jsonl.gz", "wb") as file:
+        file.write(cards.read_bytes())
+    quick = ("--model", str(tiny_base), "--template", "alpaca", "--steps", "1", "--repeats", "1")
+    figures = result(tmp_path, "cpu_visit.py", "--data", str(tmp_path), *quick)
+    losses = {arm: found["train_loss"] for arm, found in figures["medians"].items()}
+    assert losses["auto"] == losses["float32"]  # a base this small keeps the default library
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert all(min(pair) > 0 for pair in figures["rates"].values())
+
+
 def test_hostile_sites_that_agree_are_screened_out_and_a_finished_run_is_kept(
     tmp_path: Path,
 ) -> None:
