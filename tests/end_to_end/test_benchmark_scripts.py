@@ -55,6 +55,15 @@ def test_neighbour_runs_every_arm_alone_and_beside_busy_processes(tmp_path: Path
     assert all(seconds > 0 for seconds in figures["medians"].values())
 
 
+def test_fused_measures_steps_by_each_way_and_peaks(tmp_path: Path) -> None:
+    figures = result(tmp_path, "fused.py", "--architecture", "tiny")
+    assert figures["proved"] == ["LoRA"]
+    assert len(figures["steps"]) == 4
+    assert {(row["fused"], row["checkpointed"]) for row in figures["peaks"]} == {
+        (is_fused, layers) for is_fused in (True, False) for layers in (0, 1, 2)
+    }
+
+
 def test_devices_compares_two_processes_with_one(tmp_path: Path) -> None:
     quick = ("--architecture", "tiny", "--steps", "2", "--threads", "1", "--repeats", "1")
     figures = result(tmp_path, "devices.py", *quick, "--dropout", "0.1")
