@@ -18,12 +18,14 @@ prefixes on several levels; here keys and values are copied for each prompt):
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from grandrounds.model.base import is_out_of_memory
 from grandrounds.model.cached import (
     Prefilled,
     cache_in,
@@ -280,11 +282,29 @@ def prefill(
         longest = max(len(prompts[row]) for row in rows)
         prefix_cache = read_prefix(model, prefix, longest + following_tokens) if prefix else None
         shared_tokens = len(prefix) if prefix_cache is not None else 0
+        before: dict[str, Any] = {"prefix_tokens": shared_tokens, "prefix_cache": prefix_cache}
         if layout == SHARED and families is not None and families_proven(model):
             units, rows = stems(prompts, rows, families, shared_tokens)
             for chosen in batches(prompts, units, shared_tokens, limits):
-                yield read_families(model, prompts, chosen, shared_tokens, prefix_cache)
+                yield from _fitting(partial(read_families, model, prompts, **before), chosen)
         units = [Unit([row]) for row in rows]
         for chosen in batches(prompts, units, shared_tokens, limits):
             alone = [unit.rows[0] for unit in chosen]
-            yield read_batch(model, prompts, alone, shared_tokens, prefix_cache)
+            yield from _fitting(partial(read_batch, model, prompts, **before), alone)
+
+
+def _fitting(read: Callable[[list[Any]], Prefilled], chosen: list[Any]) -> Iterator[Prefilled]:
+    """Read a batch, or its halves one after the other where memory runs out."""
+    try:
+        found = read(chosen)
+    except (RuntimeError, MemoryError) as error:
+        if len(chosen) == 1 or not is_out_of_memory(error):
+            raise
+    else:
+        yield found
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(chosen) // 2
+    yield from _fitting(read, chosen[:half])
+    yield from _fitting(read, chosen[half:])

@@ -179,6 +179,32 @@ def test_a_gpu_is_filled_to_its_free_memory_unless_a_number_of_prompts_is_given(
     assert (found.tokens, found.cells, found.following) == (16_384, 32_000_000 // words, 9)
 
 
+def test_a_batch_that_does_not_fit_is_read_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    prompts, families, options = asked(preamble=12)
+    whole = option_log_likelihoods(model, prompts, options, families=families)
+    forward, refused = model.forward, list[int]()
+
+    def limited(**inputs: Any) -> Any:
+        if len(inputs["input_ids"]) > 4:
+            refused.append(len(inputs["input_ids"]))
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    found = option_log_likelihoods(model, prompts, options, families=families)
+    assert refused
+    for row, same in zip(found, whole, strict=True):
+        assert row == pytest.approx(same, abs=1e-4)
+
+    def broken(**inputs: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        option_log_likelihoods(model, prompts, options)
+
+
 def test_scoring_and_generating_at_once_has_the_bits_of_both() -> None:
     model = model_of("llama")
     prompts, _, options = asked(preamble=12)
