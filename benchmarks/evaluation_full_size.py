@@ -9,9 +9,10 @@ are as long as MedMCQA's. A byte-level BPE of 6,144 tokens is trained on the que
 and cuts them about as coarsely as the tokenizers of real models do.
 
 Arms: `default` is what `evaluate` does on this device; `batches of 16` asks with `--batch-size 16`,
-each order of the options by itself. They are compared answer by answer. `forecast` is what
-`evaluate` says after the first portions, against what the rest took. `--continuous` answers
-FlowerTune's prompts of the first benchmark by transformers' continuous batching too.
+each order of the options by itself; `as on a GPU` reads a question once for all orders, on a CPU
+too. The first two that are asked for are compared answer by answer. `forecast` is what `evaluate`
+says after the first portions, against what the rest took. `--continuous` answers FlowerTune's
+prompts of the first benchmark by transformers' continuous batching too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ options."""
 
 FULL_ITEMS = {"pubmedqa": 1000, "medqa": 1273, "medmcqa": 4183, "careqa": 5621}
 
-ARMS: dict[str, dict[str, Any]] = {"default": {}, "batches of 16": {"batch_size": 16}}
+AS_ON_A_GPU = "as on a GPU"
+ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "batches of 16": {"batch_size": 16},
+    AS_ON_A_GPU: {},
+}
 
 
 def made_up_questions(file: Path, count: int) -> None:
@@ -91,8 +97,13 @@ def with_tokenizer(base: Path, folder: Path, texts: list[str]) -> Path:
     return folder
 
 
-def ask(tasks: Any, models: Any, tokenizer: Any) -> tuple[dict[str, Any], Any]:
-    """Ask everything; return seconds and the forecast, and the answers."""
+def ask(
+    tasks: Any, models: Any, tokenizer: Any, together: bool = False
+) -> tuple[dict[str, Any], Any]:
+    """Ask everything; return seconds and the forecast, and the answers.
+
+    `together`: read questions once for all orders of their options, whatever the device.
+    """
     from grandrounds.study.evaluation import runner
     from grandrounds.study.evaluation.answers import open_folder
 
@@ -103,8 +114,14 @@ def ask(tasks: Any, models: Any, tokenizer: Any) -> tuple[dict[str, Any], Any]:
             told.update(expected=values["seconds"], at=time.perf_counter())
 
     open_folder(tasks.folder, {}, False)
+    own = runner.fills_passes
+    if together:
+        runner.fills_passes = lambda method: True
     started = time.perf_counter()
-    answers = runner.ask_all(tasks, models, tokenizer, listen)
+    try:
+        answers = runner.ask_all(tasks, models, tokenizer, listen)
+    finally:
+        runner.fills_passes = own
     synchronize()
     ended = time.perf_counter()
     figures = {
@@ -138,7 +155,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             for task in questions.tasks
             for item in task.items
         ]
-        base = with_tokenizer(given.base, work / "base", texts)
+        base = given.base
+        if not given.own_tokenizer:
+            base = with_tokenizer(base, work / "base", texts)
         target = find_target("none", str(base), given.quantization)
         models = Models(runner.spec_of(target), target.subjects)
         started = time.perf_counter()
@@ -165,7 +184,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                     method = Method(protocol=protocol, **ARMS[arm])
                     out = work / f"{arm}-{task.benchmark.name}-{protocol}"
                     tasks = EvaluationTasks(target, alone, method, out)
-                    figures, answers = ask(tasks, models, tokenizer)
+                    figures, answers = ask(tasks, models, tokenizer, arm == AS_ON_A_GPU)
                     row = {"arm": arm, "benchmark": task.benchmark.name, "protocol": protocol}
                     row["answers"] = sum(len(file.records) for file in answers.values())
                     result["rows"].append({**row, **figures})
@@ -173,7 +192,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                     (file,) = answers.values()
                     given_answers[arm, protocol] = file.records
                 if len(given.arms) > 1:
-                    pair = [given_answers[arm, protocol] for arm in given.arms]
+                    pair = [given_answers[arm, protocol] for arm in given.arms[:2]]
                     named = {"benchmark": task.benchmark.name, "protocol": protocol}
                     result["differences"].append({**named, **difference(*pair)})
         if given.continuous:
@@ -278,7 +297,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--benchmarks", nargs="+", default=["medmcqa"], choices=list(FULL_ITEMS))
     parser.add_argument("--limit", type=int, default=400)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:2], choices=list(ARMS))
+    parser.add_argument("--own-tokenizer", action="store_true", help="the base's, which is trained")
     parser.add_argument("--continuous", action="store_true", help="transformers' way too")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--out", type=Path)

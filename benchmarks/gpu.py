@@ -64,6 +64,7 @@ def parts_of(given: argparse.Namespace, work: Path, base: Path) -> list[Part]:
     template = ["--template-visits", "1", "--arms", "neither", "template"]
     asked = ["--base", str(base), *four, "--scratch", str(work)]
     asked += ["--limit", "24" if dry else str(given.limit)]
+    asked += ["--arms", "default", "as on a GPU"] if dry else []
     if given.data:
         asked += ["--data", str(given.data.resolve()), "--benchmarks", *given.benchmarks]
     paths = ["--architecture", given.architecture, *four, "--scratch", str(work)]

@@ -14,9 +14,9 @@ and `eval/` with medmcqa and pubmedqa. Parts:
     formulary   the private facts of twenty sites taught to the same base
     forgetting  the same benchmarks and WikiDoc's held-out loss after the formulary
 
-Hours on a CPU, minutes on a GPU, which is taken where there is one. Every finished cell is a line
-of the file; the same command continues, and `--seconds` limits it. `--jobs N` plays N cells at a
-time, each in a process with a base of its own. Tables: benchmarks/real_model_table.py.
+Hours on a CPU; a GPU is taken where there is one. Every finished cell is a line of the file; the
+same command continues, and `--seconds` limits it. `--jobs N` plays N cells at a time, each in a
+process with a base of its own. Tables: benchmarks/real_model_table.py.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class ModelConfig:
     GPU that supports it, else float32."""
     gradient_checkpointing: Annotated[bool | str, OneOf((True, False, "auto"))]
     """Recompute activations in the backward pass, which saves memory for about a third more time.
-    `auto`: only if a site's estimated peak memory exceeds what is free."""
+    `auto`: in as few layers as make a site's estimated peak memory fit into what is free."""
 
     @property
     def source(self) -> str:

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from grandrounds.errors import first_line
-from grandrounds.model.base import mixed_precision
+from grandrounds.model.base import is_out_of_memory, mixed_precision
 from grandrounds.model.lora_linear import Factors, Frozen, is_four_bits, lora_forwards
 
 NORM, MLP, ROPE, LORA = "norm", "MLP", "RoPE", "LoRA"
@@ -179,7 +179,7 @@ def prepared(model: Any) -> Fused:
     """Return the fused forwards of a PEFT model, unproved."""
     base = model.get_base_model()
     family = FAMILIES.get(base.config.get_text_config().model_type)
-    if family is None:
+    if family is None or getattr(base, "is_loaded_in_8bit", False):  # whose float32 is not known
         return Fused({}, None, Factors([]), [])
     forwards, factors, weights = lora_forwards(model)
     patches: dict[str, list[Patch]] = {LORA: forwards}
@@ -284,37 +284,47 @@ def prove(found: Fused, model: Any, bf16: bool) -> None:
         return
     with _one_layer(model) as decoder, torch.random.fork_rng(devices=_devices(model)):
         torch.manual_seed(0)
-        factors = [p for p in decoder.layers.parameters() if p.requires_grad]
-        held = [p.detach().clone() for p in factors]
+        factors = [p for name, p in decoder.layers.named_parameters() if ".lora_" in name]
+        drawn = [p for p in factors if p.dim() == 2]  # DoRA's magnitudes stay
+        held = [p.detach().clone() for p in drawn]
+        proved: list[str] = []
         try:
             with torch.no_grad():
-                for p in factors:  # B is 0 at first, and so is A's gradient
+                for p in drawn:  # B is 0 at first, and so is A's gradient
                     p.normal_(0.0, p.shape[-1] ** -0.5)
-            _compare(found, decoder, factors, bf16)
+            proved = _as_exact(found, decoder, bf16)
+        except Exception as error:  # layers that cannot be computed on their own raise anything
+            if is_out_of_memory(error):
+                raise
+            _warn("LoRA, norm, MLP and RoPE", f"no proof is possible ({_told(error)})")
         finally:
             with torch.no_grad():
-                for p, before in zip(factors, held, strict=True):
+                for p, before in zip(drawn, held, strict=True):
                     p.copy_(before)
     found.factors.renew()
+    model_type = model.get_base_model().config.get_text_config().model_type
+    tried = filter(found.has, PIECES)
+    _refused.update((model_type, piece) for piece in tried if piece not in proved)
+    found.proved = tuple(proved)
 
 
-def _compare(found: Fused, decoder: Any, factors: list[Any], bf16: bool) -> None:
-    device = factors[0].device
-    hidden = decoder.config.get_text_config().hidden_size
-    dtype = decoder.embed_tokens.weight.dtype
-    states = torch.randn(1, PROOF_TOKENS, hidden, device=device).to(dtype)
-    upstream = torch.randn(1, PROOF_TOKENS, hidden, device=device).to(dtype)
+def _as_exact(found: Fused, decoder: Any, bf16: bool) -> list[str]:
+    """Return the pieces that are as exact as without fused kernels; warn of the others."""
+    weight = decoder.embed_tokens.weight
+    shape = (1, PROOF_TOKENS, decoder.config.get_text_config().hidden_size)
+    states, upstream = (torch.randn(shape, device=weight.device).to(weight.dtype) for _ in "ab")
     with _exact_products():
         truth = _results(_in_float32(decoder), states.float(), upstream.float(), False)
-    own = _errors(_results(decoder, states, upstream, bf16), truth)
-    found.errors["none"] = own
+    own = found.errors["none"] = _errors(_results(decoder, states, upstream, bf16), truth)
     proved: list[str] = []
     for piece in filter(found.has, PIECES):
         try:
             with found.standing_in((piece,)):
                 errors = _errors(_results(decoder, states, upstream, bf16), truth)
         except Exception as error:  # a kernel that this machine cannot compile raises anything
-            _warn(piece, f"it fails here ({type(error).__name__}: {first_line(error)})")
+            if is_out_of_memory(error):
+                raise
+            _warn(piece, f"it fails here ({_told(error)})")
             continue
         found.errors[piece] = errors
         worse = {n: e for n, e in errors.items() if not e <= SLACK * own[n] + _FLOOR}
@@ -324,10 +334,11 @@ def _compare(found: Fused, decoder: Any, factors: list[Any], bf16: bool) -> None
             _warn(piece, f"the error of {name} against float32 is {pair}")
         else:
             proved.append(piece)
-    model_type = decoder.config.get_text_config().model_type
-    tried = [piece for piece in PIECES if found.has(piece)]
-    _refused.update((model_type, piece) for piece in tried if piece not in proved)
-    found.proved = tuple(proved)
+    return proved
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 _FLOOR = 2e-5

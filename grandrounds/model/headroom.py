@@ -92,11 +92,12 @@ def can_checkpoint(name: str) -> bool:
 def fused_pieces(config: Config) -> tuple[str, ...]:
     """Return what fused kernels compute in a visit on this machine, unless their proof fails.
 
-    None in a private visit, which takes gradients apart in PEFT's own modules, and none where the
-    MLPs are compiled.
+    None in a private visit, which takes gradients apart in PEFT's own modules, none where the MLPs
+    are compiled, and none with 8 bits.
     """
     off = config.train.fused_kernels == "off" or config.arguments.torch_compile
-    if off or config.is_private:
+    bits = stored_bits(config.model.source) or config.model.quantization
+    if off or config.is_private or bits == 8:
         return ()
     return fused.pieces_of(model_type_of(config.model.source))
 

@@ -248,7 +248,7 @@ def lora_forwards(model: Any) -> tuple[list[tuple[Any, Forward]], Factors, list[
         weights.append(frozen)
         forwards.append((layer, _lora_forward(layer, frozen, factors)))
     for module in model.modules():
-        if is_four_bits(module) and id(module) not in bases:
+        if _computes_as_stored(module) and id(module) not in bases:
             frozen = Frozen(module)
             weights.append(frozen)
             forwards.append((module, _plain_forward(module, frozen)))
@@ -265,7 +265,7 @@ def _adapted(model: Any) -> Iterator[tuple[Any, str]]:
         (name,) = layer.lora_A
         base = layer.base_layer
         is_plain = type(base) is torch.nn.Linear and base.weight.is_floating_point()
-        if (is_plain or is_four_bits(base)) and name not in layer.lora_variant:
+        if (is_plain or _computes_as_stored(base)) and name not in layer.lora_variant:
             a, b = layer.lora_A[name], layer.lora_B[name]
             if type(a) is type(b) is torch.nn.Linear and a.bias is None and b.bias is None:
                 yield layer, name
@@ -278,6 +278,13 @@ def is_four_bits(module: Any) -> bool:
         return False
     state = getattr(module.weight, "quant_state", None)
     return state is not None and tuple(state.shape) == (module.out_features, module.in_features)
+
+
+def _computes_as_stored(module: Any) -> bool:
+    """Whether a 4-bit module multiplies in the type that its weight was quantised from."""
+    if not is_four_bits(module):
+        return False
+    return module.compute_dtype in (None, module.weight.quant_state.dtype)
 
 
 def _factors_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:

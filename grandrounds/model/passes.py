@@ -7,29 +7,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 Ids = Sequence[int]
 
 MIN_SHARED_TOKENS = 8
 """A shorter prefix is not worth a separate pass."""
-
-CPU_PASS_TOKENS = 1024
-"""Maximum number of tokens per CPU thread in one pass, unless a single prompt has more. A few
-hundred reach the full rate; with many thousands activations outgrow the CPU's cache: a model of 6 M
-parameters took three times as long in passes of 50,000 tokens as in short ones."""
-
-CUDA_PASS_TOKENS = 16_384
-"""Maximum number of tokens in one pass on a GPU: enough for its full rate of products, at which one
-pass of an 8B base takes half a second."""
-
-CUDA_SHARE = 0.5
-"""Share of the free memory of a GPU that a pass may plan to fill."""
-
-CPU_BATCH = 16
-"""Prompts per pass on a CPU where the caller sets no number."""
 
 
 @dataclass(frozen=True)
@@ -41,49 +23,17 @@ class Limits:
     tokens: int
     """Prompts x columns that are read, padding included."""
     cells: int = sys.maxsize
-    """Prompts x columns with those that were read before, which the key-value cache holds."""
+    """Prompts x columns with those read before and those that follow, which the cache holds."""
+    following: int = 0
+    """Columns that may follow."""
 
     def hold(self, prompts: int, read_columns: int, before_columns: int) -> bool:
         """Whether a pass holds so many prompts of so many columns."""
         return (
             prompts <= self.prompts
             and prompts * read_columns <= self.tokens
-            and prompts * (read_columns + before_columns) <= self.cells
+            and prompts * (read_columns + before_columns + self.following) <= self.cells
         )
-
-
-def pass_limits(model: Any, batch_size: int | None, following_tokens: int) -> Limits:
-    """Return what one pass of a model may hold on its device.
-
-    A GPU is filled to `CUDA_PASS_TOKENS` unless `batch_size` is given, and to its free memory.
-    """
-    if next(model.parameters()).device.type == "cpu":
-        return Limits(batch_size or CPU_BATCH, CPU_PASS_TOKENS * torch.get_num_threads())
-    if batch_size is not None:
-        return Limits(batch_size, sys.maxsize)
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    share = CUDA_SHARE * (free - torch.cuda.memory_allocated())
-    cells = max(1, int(share / bytes_per_column(model, following_tokens)))
-    return Limits(sys.maxsize, CUDA_PASS_TOKENS, cells)
-
-
-def bytes_per_column(model: Any, following_tokens: int) -> float:
-    """Return an upper estimate of the bytes that a pass takes for each column of each prompt.
-
-    Keys and values of all layers, three times: those of the stems, a copy for each prompt, and the
-    longer copy in which a layer grows. The activations of one layer: three MLP widths and eight
-    hidden sizes. The logits of continuations, in the model's type and twice in float32, as if each
-    were a column wide; a prompt has more columns than it has following tokens.
-    """
-    config = model.config.get_text_config()
-    hidden, width = config.hidden_size, next(model.parameters()).element_size()
-    heads = getattr(config, "num_attention_heads", 1)
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    cache = 3 * 2 * config.num_hidden_layers * key_heads * head_size * width
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    logits = config.vocab_size * (width + 8) * (following_tokens > 1)
-    return float(cache + (3 * inner + 8 * hidden) * max(width, 2) + logits)
 
 
 @dataclass(frozen=True)

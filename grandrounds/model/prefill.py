@@ -18,15 +18,18 @@ prefixes on several levels; here keys and values are copied for each prompt):
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from grandrounds.model.base import is_out_of_memory
 from grandrounds.model.cached import (
     Prefilled,
     cache_in,
+    cache_of,
     evaluating,
     extend,
     forked,
@@ -40,10 +43,10 @@ from grandrounds.model.cached import (
 from grandrounds.model.passes import (
     MIN_SHARED_TOKENS,
     Ids,
+    Limits,
     Unit,
     batches,
     groups,
-    pass_limits,
     stems,
 )
 from grandrounds.model.positions import check_known, longrope_border
@@ -64,6 +67,21 @@ logits, that is rounding."""
 
 EXACT_IN_LESS = 0.2
 """The same for coarser types and quantised weights."""
+
+CPU_PASS_TOKENS = 1024
+"""Maximum number of tokens per CPU thread in one pass, unless a single prompt has more. A few
+hundred reach the full rate; with many thousands activations outgrow the CPU's cache: a model of 6 M
+parameters took three times as long in passes of 50,000 tokens as in short ones."""
+
+CUDA_PASS_TOKENS = 16_384
+"""Maximum number of tokens in one pass on a GPU: enough for its full rate of products, at which one
+pass of an 8B base takes half a second."""
+
+CUDA_SHARE = 0.5
+"""Share of the free memory of a GPU that a pass may plan to fill."""
+
+CPU_BATCH = 16
+"""Prompts per pass on a CPU where the caller sets no number."""
 
 _proven: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _families_proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -172,6 +190,44 @@ def _has_cache(model: Any, ids: list[int]) -> bool:
     return holds_keys(cache_in(output))
 
 
+def pass_limits(model: Any, batch_size: int | None, following_tokens: int) -> Limits:
+    """Return what one pass of a model may hold on its device, within `evaluating`.
+
+    A GPU is filled to `CUDA_PASS_TOKENS` unless `batch_size` is given, and to its free memory.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        return Limits(batch_size or CPU_BATCH, CPU_PASS_TOKENS * torch.get_num_threads())
+    if batch_size is not None:
+        return Limits(batch_size, sys.maxsize)
+    column = bytes_per_column(model, following_tokens)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    share = CUDA_SHARE * (free - torch.cuda.memory_allocated())
+    return Limits(sys.maxsize, CUDA_PASS_TOKENS, max(1, int(share / column)), following_tokens)
+
+
+def bytes_per_column(model: Any, following_tokens: int) -> int:
+    """Return an upper estimate of the bytes that a pass takes for each column of each prompt.
+
+    Keys and values of all layers, as two tokens leave them, three times: those of the stems, a copy
+    for each prompt, and the longer copy in which a layer grows. The activations of one layer: three
+    times its widest module's and eight hidden sizes. Where more than one token follows, the logits
+    of continuations, in the model's type and twice in float32, as if all columns had them.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    width, device = embedding.weight.element_size(), embedding.weight.device
+    output = model(
+        input_ids=torch.tensor([[3, 4]], device=device), use_cache=True, logits_to_keep=1
+    )
+    layers = [layer for layer in cache_of(output).layers if hasattr(layer, "keys")]
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // 2
+    linears = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    widest = max((m.out_features for m in linears), default=4 * embedding.weight.shape[1])
+    vocabulary = output.logits.shape[-1] if following_tokens > 1 else 0
+    active = (3 * widest + 8 * embedding.weight.shape[1]) * width
+    return int(3 * cached + active + vocabulary * (width + 8))
+
+
 def prefill(
     model: Any,
     prompts: Sequence[Ids],
@@ -226,11 +282,29 @@ def prefill(
         longest = max(len(prompts[row]) for row in rows)
         prefix_cache = read_prefix(model, prefix, longest + following_tokens) if prefix else None
         shared_tokens = len(prefix) if prefix_cache is not None else 0
+        before: dict[str, Any] = {"prefix_tokens": shared_tokens, "prefix_cache": prefix_cache}
         if layout == SHARED and families is not None and families_proven(model):
             units, rows = stems(prompts, rows, families, shared_tokens)
             for chosen in batches(prompts, units, shared_tokens, limits):
-                yield read_families(model, prompts, chosen, shared_tokens, prefix_cache)
+                yield from _fitting(partial(read_families, model, prompts, **before), chosen)
         units = [Unit([row]) for row in rows]
         for chosen in batches(prompts, units, shared_tokens, limits):
             alone = [unit.rows[0] for unit in chosen]
-            yield read_batch(model, prompts, alone, shared_tokens, prefix_cache)
+            yield from _fitting(partial(read_batch, model, prompts, **before), alone)
+
+
+def _fitting(read: Callable[[list[Any]], Prefilled], chosen: list[Any]) -> Iterator[Prefilled]:
+    """Read a batch, or its halves one after the other where memory runs out."""
+    try:
+        found = read(chosen)
+    except (RuntimeError, MemoryError) as error:
+        if len(chosen) == 1 or not is_out_of_memory(error):
+            raise
+    else:
+        yield found
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(chosen) // 2
+    yield from _fitting(read, chosen[:half])
+    yield from _fitting(read, chosen[half:])

@@ -20,6 +20,7 @@ COHORT_SIZES = {
     "jsl-medllama-3-8b": 3,
     "jsl-medllama-3-8b-100-rounds": 3,
     "qwen2.5-7b-instruct": 3,
+    "llama3.1-aloe-8b": 2,
     "mistral-7b-flowertune-baseline": 2,
     "smollm2-135m-laptop": 2,
     "smollm2-135m-instruct": 4,
@@ -27,6 +28,14 @@ COHORT_SIZES = {
 }
 PRIVATE = "private-consortium"
 """The recipe with private visits and masks; updates of all others are plain."""
+
+COMPRESSED = "llama3.1-aloe-8b"
+"""The recipe whose adapters are compressed both ways; all others send float32."""
+
+COMPRESSED_BY_US = (
+    *("communication.uplink-codec", "communication.downlink-codec"),
+    "train.optimizer",  # named in the entry's README only
+)
 
 LEADERBOARD = [name for name in COHORT_SIZES if not name.startswith(("smollm2", PRIVATE))]
 
@@ -142,6 +151,20 @@ ENTRIES: dict[str, dict[str, Scalar]] = {
         "strategy.fraction-fit": 0.15,
         "num-server-rounds": 100,
     },
+    "llama3.1-aloe-8b": {
+        "model.name": "HPAI-BSC/Llama3.1-Aloe-Beta-8B",
+        "model.lora.peft-lora-r": 32,
+        "model.lora.peft-lora-alpha": 128,
+        "train.save-every-round": 5,
+        "train.learning-rate-max": 1e-4,
+        "train.learning-rate-min": 1e-5,
+        "train.training-arguments.gradient-accumulation-steps": 2,
+        "train.training-arguments.logging-steps": 10,
+        "train.training-arguments.max-steps": 10,
+        "train.training-arguments.lr-scheduler-type": "constant",
+        "strategy.fraction-train": 0.1,
+        "num-server-rounds": 10,
+    },
 }
 """The rest of `[tool.flwr.app.config]` of the template and of the entry, as published."""
 
@@ -190,6 +213,8 @@ def test_every_key_that_matters_is_explicit(path: Path) -> None:
     if path.stem == PRIVATE:
         unused = {"privacy.noise-multiplier", "privacy.sampling-rate", "privacy.report-train-loss"}
         keys |= PRIVACY - unused | {"data.partition-by"}
+    if path.stem == COMPRESSED:
+        keys |= {f"communication.{key}" for key in ("downlink", "block-size", "entropy-coding")}
     assert set(recipes.load_recipe(path)) == keys
 
 
@@ -200,7 +225,8 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     assert config.data.partitioner in ("iid", "natural")
     assert not STRATEGIES[config.strategy.name].keys
     assert config.is_private == config.is_masked == (path.stem == PRIVATE)
-    assert {config.communication.uplink_codec, config.communication.downlink_codec} == {"none"}
+    codecs = {config.communication.uplink_codec, config.communication.downlink_codec}
+    assert codecs == {"ternary" if path.stem == COMPRESSED else "none"}
     assert config.train.replay_examples == 0
     assert (config.defence.update_norm_bound, config.defence.screens) == (0, False)
 
@@ -220,6 +246,14 @@ def test_flower_fuses_the_file_with_our_defaults_to_the_same_configuration(path:
 def test_cohort_sizes(name: str, size: int) -> None:
     assert config_of(name).cohort_size == size
     assert config_of(name).data.num_partitions == (5 if name == PRIVATE else 20)
+
+
+def test_the_compressed_recipe_is_planned_under_a_tenth_of_a_gigabyte() -> None:
+    from grandrounds.study.plan.forecast import forecast
+
+    plan = forecast(config_of(COMPRESSED)).plan
+    assert plan.total_bytes / 2**20 == pytest.approx(54.49, abs=0.01)  # as its header says
+    assert plan.total_bytes < 1e8
 
 
 @pytest.mark.parametrize("name", LEADERBOARD)
@@ -251,6 +285,7 @@ def test_recipe_is_the_published_entry_but_for_what_its_header_names(
         "model.gradient-checkpointing",  # only where memory asks for it
         "train.training-arguments.gradient-checkpointing",  # the same as the model's
         "train.batching",  # the template pads
+        *(COMPRESSED_BY_US if name == COMPRESSED else ()),
         *LEFT_OUT,
     }
     differing = {line.partition(":")[0] for line in recipes.differences(entry, ours)}

@@ -55,6 +55,15 @@ def test_neighbour_runs_every_arm_alone_and_beside_busy_processes(tmp_path: Path
     assert all(seconds > 0 for seconds in figures["medians"].values())
 
 
+def test_fused_measures_steps_by_each_way_and_peaks(tmp_path: Path) -> None:
+    figures = result(tmp_path, "fused.py", "--architecture", "tiny")
+    assert figures["proved"] == ["LoRA"]
+    assert len(figures["steps"]) == 4
+    assert {(row["fused"], row["checkpointed"]) for row in figures["peaks"]} == {
+        (is_fused, layers) for is_fused in (True, False) for layers in (0, 1, 2)
+    }
+
+
 def test_devices_compares_two_processes_with_one(tmp_path: Path) -> None:
     quick = ("--architecture", "tiny", "--steps", "2", "--threads", "1", "--repeats", "1")
     figures = result(tmp_path, "devices.py", *quick, "--dropout", "0.1")
@@ -260,6 +269,20 @@ def test_real_model_compares_with_the_base(tiny_base: Path, tmp_path: Path) -> N
     assert table.stdout in done.stdout
     assert "  local, everywhere " in table.stdout
     assert "  after the formulary " in table.stdout
+
+
+def test_cpu_visit_alternates_number_formats_and_libraries(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    cards = write_flashcards(tmp_path / "cards.jsonl", 60)
+    with gzip.open(tmp_path / "train" / "wikidoc_patient_information.jsonl.gz", "wb") as file:
+        file.write(cards.read_bytes())
+    quick = ("--model", str(tiny_base), "--template", "alpaca", "--steps", "1", "--repeats", "1")
+    figures = result(tmp_path, "cpu_visit.py", "--data", str(tmp_path), *quick)
+    losses = {arm: found["train_loss"] for arm, found in figures["medians"].items()}
+    assert losses["auto"] == losses["float32"]  # a base this small keeps the default library
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert all(min(pair) > 0 for pair in figures["rates"].values())
 
 
 def test_hostile_sites_that_agree_are_screened_out_and_a_finished_run_is_kept(

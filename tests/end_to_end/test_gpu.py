@@ -119,8 +119,10 @@ def test_rows_train_as_eager_float32_does(
         checkpoint_activations(resident, False)
         return float(loss.detach()), torch.cat(parts).double()
 
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     loss, exact = gradients("float32", Forward(False, False, False, 0), "eager")
+    torch.backends.cuda.matmul.allow_tf32 = before
 
     def off(bucket_tokens: int = 1) -> tuple[float, float]:
         how = Forward(True, True, True, 0, bucket_tokens=bucket_tokens)

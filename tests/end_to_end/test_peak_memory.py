@@ -62,7 +62,7 @@ def measured_and_planned(
     targets: list[str],
     how: Forward,
     *,
-    checkpointing: bool,
+    checkpointing: bool | int,
     dtype: torch.dtype = torch.float32,
     microbatch: int = 0,
     dora: bool = False,
@@ -128,7 +128,7 @@ def measured_and_planned(
     return counted(visit)[0], memory.total - there_before
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, 2, True])
 @pytest.mark.parametrize("chunk", [0, 64])
 @pytest.mark.parametrize("targets", [QUERY_VALUE, ALL_SEVEN], ids=["q,v", "all"])
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def measured_and_planned(
 )
 @pytest.mark.slow
 def test_a_visit_without_padding_takes_what_is_planned_and_hardly_less(
-    shape: dict[str, int], targets: list[str], chunk: int, checkpointing: bool
+    shape: dict[str, int], targets: list[str], chunk: int, checkpointing: bool | int
 ) -> None:
     how = Forward(False, padding_free=True, answers_only=True, chunk_tokens=chunk)
     measured, planned = measured_and_planned(shape, targets, how, checkpointing=checkpointing)

@@ -43,6 +43,13 @@ TAIL: Settings = {
     "personalisation.weights": "0,0.5,1",
 }
 
+PLAIN_ONLY = (
+    "strategy.name",
+    "train.training-arguments.max-grad-norm",
+    "defence.largest-norm",
+)
+"""Settings of the tests' runs that a private or masked run sets itself."""
+
 
 def own(run: Path) -> dict[str, bytes]:
     """Return the personal adapters in a run directory: site → the bytes of its tensors."""
@@ -154,6 +161,31 @@ def test_an_interrupted_end_is_resumed_to_the_bit(
     play({**how, "run-directory": "", "resume-from": str(run)})
     assert own(run) == own(whole)
     assert summary_of(run)["personal"] == summary_of(whole)["personal"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "privacy.unit-guarantee": "example",
+            "privacy.target-epsilon": 8.0,
+            "privacy.delta": 1e-4,
+            "privacy.declared-units": 400,
+            "train.batching": "padded",
+            "strategy.fraction-evaluate": 0.0,
+        },
+        {"secure-aggregation": "masked32", "strategy.fraction-train": 1.0},
+    ],
+    ids=["private", "masked"],
+)
+def test_private_and_masked_runs_have_them_too(settings: Settings, changes: Settings) -> None:
+    how = {**settings, **TAIL, "personalisation.name": "local-tail", "num-server-rounds": 1}
+    how = {key: value for key, value in how.items() if key not in PLAIN_ONLY}
+    run = play({**how, **changes})
+    personal = summary_of(run)["personal"]
+    assert len(set(own(run).values())) == len(personal["sites"]) > 2
+    told = {name for site in personal["sites"].values() for name in site}
+    assert told == ({"steps"} if config_of(run).is_private else told | {"personal", "weight"})
 
 
 def test_a_site_that_fails_keeps_none_and_is_named(settings: Settings) -> None:

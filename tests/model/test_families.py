@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grandrounds.model.cached import evaluating
-from grandrounds.model.passes import Limits, Unit, batches, groups, pass_limits
-from grandrounds.model.prefill import families_proven, prefill
+from grandrounds.model.passes import Limits, Unit, batches, groups
+from grandrounds.model.prefill import bytes_per_column, families_proven, pass_limits, prefill
 from grandrounds.model.scoring import (
     generate_greedily,
     option_log_likelihoods,
@@ -141,46 +141,68 @@ def test_a_pass_is_filled_by_tokens_and_a_family_stays_together() -> None:
     assert read(Limits(99, 120)) == [[0, 1, 2, 3, 4, 5]]  # 6 rows of 20 columns after the stems
     assert read(Limits(99, 80)) == [[0, 1, 2, 3], [4, 5]]
     assert read(Limits(99, 120, cells=120)) == [[0, 1], [2, 3, 4, 5]]  # 4 x (10 + 10) in the cache
+    assert read(Limits(99, 120, 120, following=20)) == [[0, 1], [2, 3], [4, 5]]
     assert read(Limits(1, 1)) == [[0, 1], [2, 3], [4, 5]]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4_text", "falcon_h1", "deepseek_v2"])
 def test_a_gpu_is_filled_to_its_free_memory_unless_a_number_of_prompts_is_given(
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An 8B base takes 0.39 MB of cache, 0.15 of activations and 1.3 of logits a column."""
-    from transformers import LlamaConfig
+    """Llama: 3 x (2 layers x 2 x 2 heads x 8) + 3 x 48 + 8 x 32 values, and 300 logits."""
+    model = model_of(name)
+    with evaluating(model):
+        letters, words = bytes_per_column(model, 1), bytes_per_column(model, 9)
+    assert words == letters + 300 * (4 + 8)
+    if name == "llama":
+        assert letters == 4 * (3 * 64 + 3 * 48 + 8 * 32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60_000_000, 80_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 6_000_000)
 
-    class Weights:
-        device = torch.device("cuda")
+    class OnGpu:
+        """The model, but for where its weights are said to be."""
 
-        def element_size(self) -> int:
-            return 2
-
-    class Model:
-        config = LlamaConfig(
-            vocab_size=128_256,
-            hidden_size=4096,
-            intermediate_size=14_336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
+        get_input_embeddings, get_output_embeddings, modules, __call__ = (
+            model.get_input_embeddings,
+            model.get_output_embeddings,
+            model.modules,
+            model.forward,
         )
 
         def parameters(self) -> Any:
-            return iter([Weights()])
+            return iter([torch.empty(1, device="meta")])
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60_000_000_000, 80_000_000_000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10_000_000_000)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 6_000_000_000)
-    letters = pass_limits(Model(), None, 1)
-    assert letters.prompts > 1_000_000
-    assert letters.tokens == 16_384
-    cache, activations = 3 * 2 * 32 * 8 * 128 * 2, (3 * 14_336 + 8 * 4096) * 2
-    assert letters.cells == 32_000_000_000 // (cache + activations)
-    assert pass_limits(Model(), None, 9).cells == 32_000_000_000 // (
-        cache + activations + 128_256 * 10
-    )
-    assert pass_limits(Model(), 16, 1) == Limits(16, pass_limits(Model(), 16, 1).tokens)
+    with evaluating(model):
+        found = pass_limits(OnGpu(), None, 9)
+        assert pass_limits(OnGpu(), 16, 9).prompts == 16
+    assert (found.tokens, found.cells, found.following) == (16_384, 32_000_000 // words, 9)
+
+
+def test_a_batch_that_does_not_fit_is_read_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    prompts, families, options = asked(preamble=12)
+    whole = option_log_likelihoods(model, prompts, options, families=families)
+    forward, refused = model.forward, list[int]()
+
+    def limited(**inputs: Any) -> Any:
+        if len(inputs["input_ids"]) > 4:
+            refused.append(len(inputs["input_ids"]))
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    found = option_log_likelihoods(model, prompts, options, families=families)
+    assert refused
+    for row, same in zip(found, whole, strict=True):
+        assert row == pytest.approx(same, abs=1e-4)
+
+    def broken(**inputs: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        option_log_likelihoods(model, prompts, options)
 
 
 def test_scoring_and_generating_at_once_has_the_bits_of_both() -> None:

@@ -19,6 +19,9 @@ from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.model import fused, headroom, machine
 from grandrounds.model.fused import LORA, MLP, NORM, PIECES, ROPE
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.model.resident import keep_weights
+from grandrounds.site.training import VisitSettings, train_visit
+from grandrounds.wire.schedule import VisitSchedule
 from tests import liger
 from tests.model.test_lora_linear import adapted, error, llama, results
 from tests.tiny_models import tiny_bases
@@ -133,6 +136,45 @@ def test_a_kernel_that_fails_is_not_used_and_not_promised_again(
 
 
 @pytest.mark.usefixtures("_liger")
+@pytest.mark.parametrize("trained", ["lora_A", "lora_B"])
+def test_a_proof_needs_no_gradient_of_the_other_factor(trained: str) -> None:
+    """`ffa` trains B alone; where A alone is trained, B is 0 at first."""
+    model = llama_with_adapter()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(trained in name)
+            parameter.data.zero_()
+    found = fused.prepared(model)
+    fused.prove(found, model, bf16=False)
+    assert found.proved == PIECES
+    assert all(not p.any() for name, p in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.usefixtures("_liger")
+def test_layers_that_cannot_be_proved_compute_as_before_and_a_lack_of_memory_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama_with_adapter()
+
+    def raising(error: Exception) -> Any:
+        def copy(decoder: Any) -> Any:
+            raise error
+
+        return copy
+
+    monkeypatch.setattr(fused, "_in_float32", raising(TypeError("cannot be copied")))
+    found = fused.prepared(model)
+    with pytest.warns(
+        RuntimeWarning, match=r"no proof is possible \(TypeError: cannot be copied\)"
+    ):
+        fused.prove(found, model, bf16=False)
+    assert found.proved == ()
+    monkeypatch.setattr(fused, "_in_float32", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.prove(found, model, bf16=False)
+
+
+@pytest.mark.usefixtures("_liger")
 def test_the_proof_leaves_adapter_mode_and_random_numbers_as_they_were() -> None:
     model = llama_with_adapter()
     before = [p.detach().clone() for p in model.parameters()]
@@ -189,6 +231,7 @@ def test_where_they_are_used_the_roll_call_says_so(
     for off in (
         {"train.fused-kernels": "off"},
         {"train.training-arguments.torch-compile": True},
+        {"model.quantization": 8},
         private,
     ):
         config = recipes.resolve({**settings, **off})
@@ -213,6 +256,47 @@ def test_weights_of_the_first_layers_are_kept_until_they_are_let_go() -> None:
     kept.clear()
     fused.keep_weights(model, 2, bf16=False)
     assert kept == [False] * 6
+
+
+@pytest.mark.usefixtures("_liger")
+def test_a_visit_on_four_bits_keeps_its_weights_and_trains_the_same_adapter(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: decided by memory, proved, kept, trained, and let go for a private visit."""
+    pytest.importorskip("bitsandbytes")
+    for name in ("_settled", "_kept"):
+        monkeypatch.setattr(headroom, name, {})
+    settings = {"model.name": str(tiny_base), "model.quantization": 4, "model.dtype": "float32"}
+    adapters = {}
+    for how in ("off", "auto"):
+        pieces = PIECES if how == "auto" else ()
+        monkeypatch.setattr(headroom, "fused_pieces", lambda config, pieces=pieces: pieces)
+        config = recipes.resolve({**settings, "train.fused-kernels": how})
+        resident = machine.prepare_model(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in resident.parameters.values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+        forward = machine.forward(config)
+        assert forward.fused is (how == "auto")
+        ways = VisitSettings(
+            1, VisitSchedule(1e-3, 0), "adamw_torch", 0.0, 1.0, 0.0, forward=forward, seed=1
+        )
+        parameters = list(resident.parameters.values())
+
+        def visit(resident: Any = resident, ways: Any = ways, parameters: Any = parameters) -> None:
+            train_visit(resident.model, parameters, [BATCH] * 3, ways, 0)
+
+        headroom.run_visit(config, resident, visit)
+        assert resident.kept_layers == (2 if how == "auto" else 0)
+        adapters[how] = torch.cat([p.detach().flatten().clone() for p in parameters])
+    found = fused.of_model(resident.model)
+    assert found is not None
+    assert found.proved == PIECES
+    assert all(frozen.weight is frozen.weight for layer in found.weights for frozen in layer)
+    assert 0 < error(adapters["auto"], adapters["off"]) < 1e-3
+    keep_weights(resident, 0, bf16=False)
+    assert all(frozen.weight is not frozen.weight for layer in found.weights for frozen in layer)
 
 
 def test_a_model_without_an_adapter_is_left_alone() -> None:

@@ -96,6 +96,9 @@ def test_on_4_bit_weights_it_is_pefts_module() -> None:
     model = adapted(base)
     assert len(fused.prepared(model).patches[fused.LORA]) == 14  # those without LoRA too
     assert furthest(model) < 1e-5
+    base.model.layers[1].mlp.up_proj.compute_dtype = torch.bfloat16  # not that of its weight
+    assert len(fused.prepared(model).patches[fused.LORA]) == 13
+    base.model.layers[1].mlp.up_proj.compute_dtype = torch.float32
     layers = fused.prepared(model).weights
     assert [len(weights) for weights in layers] == [7, 7]
     for frozen in layers[0]:

@@ -116,7 +116,7 @@ def test_a_cpu_reads_no_more_tokens_at_once_than_its_cache_holds(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [PREFIX + rest for rest in rests()]
-    monkeypatch.setattr("grandrounds.model.passes.CPU_PASS_TOKENS", 60)
+    monkeypatch.setattr("grandrounds.model.prefill.CPU_PASS_TOKENS", 60)
     with evaluating(llama):
         alone = {row: last_logits(llama, prompt) for row, prompt in enumerate(prompts)}
         read = recorded(llama, monkeypatch)

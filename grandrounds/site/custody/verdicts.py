@@ -144,6 +144,13 @@ VERDICTS: dict[str, Verdict] = {
     "strategy.num-malicious-nodes": _AT_SERVER,
     "strategy.num-nodes-to-select": _AT_SERVER,
     "strategy.trimmed-share": _AT_SERVER,
+    "personalisation.name": _harmless(
+        "what a site makes for itself stays there, and each factor that travels is checked"
+    ),
+    "personalisation.steps": _bounded("max-steps-per-visit"),
+    "personalisation.learning-rate": _bounded("max-learning-rate"),
+    "personalisation.proximal-mu": _bounded("max-proximal-mu"),
+    "personalisation.weights": _harmless("between no training of the site's own and all of it"),
     "communication.uplink-codec": _LESS,
     "communication.downlink-codec": _LESS,
     "communication.downlink": _LESS,

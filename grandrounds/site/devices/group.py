@@ -321,8 +321,8 @@ class Group:
                 other.process.wait()
         self._others = []
         if self._transport is not None:
+            self._transport.leave()
             self._transport = None
-            distributed.destroy_process_group()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

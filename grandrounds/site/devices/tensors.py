@@ -40,6 +40,16 @@ class Transport:
         distributed.recv(received, src=rank)
         return received.to(like.device)
 
+    def leave(self) -> None:
+        """Leave the process group, whose other processes may have ended.
+
+        NCCL's orderly end waits for them.
+        """
+        if self.backend == NCCL:
+            distributed.distributed_c10d._abort_process_group()
+        else:
+            distributed.destroy_process_group()
+
     def _carried(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.cpu() if self.backend == GLOO else tensor
 

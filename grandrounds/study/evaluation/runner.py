@@ -27,8 +27,7 @@ from grandrounds.model.base import (
     bits_of,
     device_and_dtype,
 )
-from grandrounds.model.passes import CPU_BATCH
-from grandrounds.model.prefill import proven_layout
+from grandrounds.model.prefill import CPU_BATCH, proven_layout
 from grandrounds.model.scoring import generate_greedily, stop_tokens
 from grandrounds.model.tokenizers import tokenizer_of
 from grandrounds.study.evaluation import flowertune, greedy, likelihood

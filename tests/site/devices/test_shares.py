@@ -15,6 +15,7 @@ from grandrounds.model import devices, headroom
 from grandrounds.model.memory import share_size
 from grandrounds.site.devices import group
 from grandrounds.site.devices.shares import passes, shares_of
+from grandrounds.site.devices.tensors import NCCL, Transport
 from tests.runs import Settings
 
 
@@ -128,3 +129,13 @@ def test_memory_is_planned_for_a_share(settings: Settings, monkeypatch: pytest.M
     monkeypatch.setattr(headroom, "free_bytes", lambda: 2 * least.total - 2)
     with pytest.raises(ModelError, match="does not fit into memory"):
         headroom.check_fits(two)
+
+
+def test_nccls_group_is_aborted_since_its_orderly_end_waits_for_the_dead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aborted: list[bool] = []
+    group_of = torch.distributed.distributed_c10d
+    monkeypatch.setattr(group_of, "_abort_process_group", lambda: aborted.append(True))
+    Transport(NCCL).leave()
+    assert aborted == [True]
