@@ -206,8 +206,8 @@ def examine(
     told = [*lost, *about_metrics, *about_sites, *notes, *about_ledger(path), *about_unfinished]
     if later and recorded.keeps_a_part and are_real(sites):
         told.append(
-            "what the sites keep of their own stays as their later visits left it; a new run starts "
-            "without it"
+            "what the sites keep of their own stays as their later visits left it; a new run "
+            "starts without it"
         )
     return Resumption(
         saved=saved,

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from grandrounds import client_app
 from grandrounds.config import recipes
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, RunDirectoryError
 from grandrounds.server.directory import RunDirectory
 from grandrounds.server.resumption import examine
 from grandrounds.site import personal_files
@@ -122,6 +122,11 @@ def test_export_writes_what_the_site_keeps(settings: Settings, tmp_path: Path) -
         assert facts["run"] == run
         with pytest.raises(ConfigError, match="keeps nothing of run 'zz'"):
             own_adapter.export(site, state, "zz", tmp_path / "other")
+        with pytest.raises(RunDirectoryError, match="Choose another folder"):
+            own_adapter.export(site, state, "", site.path / "mine")
+    mine = tmp_path / "mine"
+    assert stat.S_IMODE(mine.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in mine.iterdir()} == {0o600}
     written = load_file(tmp_path / "mine" / "adapter_model.safetensors")
     assert written.keys() == adapter.keys()
     for name, tensor in adapter.items():
