@@ -69,17 +69,18 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, *, replace: bool = False, mode: int = 0o777) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `target` when it has been filled without an error.
 
     A `target` with content is replaced if `replace`, else it is an `OSError` and left as it is.
-    Its files are as readable as the umask allows, whatever modes libraries wrote them with: nothing
-    secret belongs in it.
+    Its files are as readable as `mode` and the umask allow the folder, whatever modes libraries
+    wrote them with.
     """
     partial = _partial(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(mode)
         yield partial
         readable = partial.stat().st_mode & 0o666  # a new folder has what the umask leaves
         for file in partial.rglob("*"):

@@ -13,6 +13,7 @@ Importing it loads neither PyTorch nor Flower; a call loads what it needs. Expec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +96,10 @@ def run(
         raise ConfigError(f"engine = {engine!r} must be 'in-process' or 'simulation'.")
     if engine == "in-process" and (client_cpus is not None or client_gpus is not None):
         raise ConfigError("client_cpus and client_gpus belong to engine = 'simulation'.")
+    if client_cpus is not None and client_cpus < 1:
+        raise ConfigError(f"client_cpus = {client_cpus} must be at least 1.")
+    if client_gpus is not None and not 0 <= client_gpus < math.inf:
+        raise ConfigError(f"client_gpus = {client_gpus} must be at least 0.")
     place = None if resume is None else _place(resume)
     if run_dir is not None:
         options["run_dir"] = str(run_dir)
@@ -148,7 +153,7 @@ def evaluate(
     limit: int | None = None,
     base: str | None = None,
     quantization: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     permutations: int = 3,
     answer_tokens: int = 128,
     out: str | Path | None = None,
@@ -260,6 +265,8 @@ def plan(
     from grandrounds.study import preflight
     from grandrounds.study.plan.forecast import forecast
 
+    if rows is not None and rows < 1:
+        raise ConfigError(f"rows = {rows} must be at least 1.")
     config = asked_for(source, settings, may_load=False, **options).config
     warnings = preflight.check(config)
     return Plan(forecast(config, architecture=architecture, rows=rows), warnings)
@@ -277,11 +284,17 @@ def report(
     """
     from grandrounds.study.report.written import write_report
 
+    if not targets:
+        raise ConfigError("report has no target: give a run, several runs, or a comparison.")
     return write_report([_place(target) for target in targets], _path(out)).file
 
 
 def _place(target: str | Path | Run | Comparison) -> Path:
-    return Path(target) if isinstance(target, str | Path) else target.path
+    if isinstance(target, Run | Comparison):
+        return target.path
+    if not isinstance(target, str | Path):
+        raise ConfigError(f"{target!r} is no run: give a run, a comparison, or its directory.")
+    return Path(target)
 
 
 def _path(given: str | Path | None) -> Path | None:

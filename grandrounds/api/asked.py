@@ -92,6 +92,10 @@ def asked_for(
     """
     if isinstance(source, Asked):
         asked = source
+    elif source is not None and not isinstance(source, str | Path):
+        raise ConfigError(
+            f"{source!r} is no recipe: give a packaged recipe's name, a .toml file, or a recipe."
+        )
     else:
         file = chosen_recipe(Path(source) if source is not None else None, None)
         asked = Asked(file, tuple(recipes.layers_of(file, None)))
@@ -115,6 +119,8 @@ def _completed(
     sites_per_round: int | None = None,
     **options: Any,
 ) -> Asked:
+    if sites_per_round is not None and type(sites_per_round) is not int:
+        raise ConfigError(f"{SITES_PER_ROUND} = {sites_per_round!r} must be an integer.")
     layers = [*asked.layers, *given(settings, options)]
     layers, continued = with_start(layers, elsewhere=elsewhere)
     layers = with_sites(layers, sites_per_round, may_load=may_load and not elsewhere)
@@ -138,6 +144,10 @@ def given(settings: Mapping[str, Scalar] | None, options: Mapping[str, Any]) -> 
                 f"There is no option {name}.{nearest(name, known)} Options: {', '.join(known)}; "
                 "configuration keys go into `settings`."
             )
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(
+            f'settings = {settings!r} must be a mapping, such as {{"num-server-rounds": 4}}.'
+        )
     values = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
     kept = [("--set", recipes.flatten(settings))] if settings else []
     return [*kept, *recipes.layers_of(None, None, **values)]

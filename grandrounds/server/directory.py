@@ -288,8 +288,8 @@ class RunDirectory:
 
     def _parts_after(self, round_number: int) -> list[Path]:
         """Return the files of what sites of a rehearsal kept of their own after later rounds."""
-        found = (self.path / PARTS).glob("site-*/[0-9]*.safetensors")
-        return [file for file in found if int(file.stem) > round_number]
+        found = (self.path / PARTS).glob("site-*/*.safetensors")
+        return [f for f in found if f.stem.isdecimal() and int(f.stem) > round_number]
 
     def set_aside_after(self, round_number: int) -> Path:
         """Move what was written after a round into a new folder `aside-<n>`; return it.

@@ -204,6 +204,11 @@ def examine(
     unfinished, about_unfinished = unfinished_of(path, saved.round + (not later))
     state.count_on(line for line in unfinished if line[AFTER] == saved.round)
     told = [*lost, *about_metrics, *about_sites, *notes, *about_ledger(path), *about_unfinished]
+    if later and recorded.keeps_a_part and are_real(sites):
+        told.append(
+            "what the sites keep of their own stays as their later visits left it; a new run "
+            "starts without it"
+        )
     return Resumption(
         saved=saved,
         state=state,

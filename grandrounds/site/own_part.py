@@ -130,7 +130,7 @@ class OwnPart:
         return run / PARTS / f"site-{self.site}"
 
     def _files(self) -> list[Path]:
-        return sorted(self._place().glob("[0-9]*.safetensors"))
+        return sorted(f for f in self._place().glob("*.safetensors") if f.stem.isdecimal())
 
 
 def needed_rounds(rounds: Sequence[int], save_every: int) -> set[int]:

@@ -93,6 +93,7 @@ def write_folder(
     adapter: Adapter,
     facts: Mapping[str, Any],
     base: str | None = None,
+    mode: int = 0o777,
 ) -> None:
     """Write a personal adapter as PEFT loads it, atomically, in the place of an earlier one.
 
@@ -100,6 +101,8 @@ def write_folder(
     ----------
     base : str, optional
         What the saved adapter names as its base; the run's `model.name` by default.
+    mode : int
+        Of the folder, less the umask; its files are as readable.
     """
     spec = LoraSpec.of(config)
     shapes, targets = adapter_layout(config.model.source, spec)
@@ -109,7 +112,7 @@ def write_folder(
     for key, value in vars(described).items():
         if isinstance(value, set):  # whose order differs from process to process
             setattr(described, key, sorted(value))
-    with whole_folder(folder, replace=True) as partial:
+    with whole_folder(folder, replace=True, mode=mode) as partial:
         save_file(dict(adapter), partial / WEIGHTS, {"format": "pt"})
         described.save_pretrained(str(partial))
         storage.write_json(partial / FACTS, dict(facts))

@@ -24,7 +24,11 @@ def chosen_recipe(positional: Path | None, option: Path | None) -> Path | None:
     file = positional or option
     if file is None:
         return None
-    if file.is_dir():
+    try:
+        is_folder = file.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"{str(file)[:60]}... cannot be read: {error.strerror}.") from error
+    if is_folder:
         if (file / "config.toml").is_file():
             raise ConfigError(
                 f"{file} is a run directory, not a recipe: give {command('--resume', file)} to "

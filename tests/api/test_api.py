@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,25 @@ def test_no_text_of_a_table_is_markup() -> None:
     assert "<b>" not in shown
     assert "a &amp; b" in shown
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: gr.recipe(5), "5 is no recipe"),  # type: ignore[arg-type]
+        (lambda: gr.recipe("x" * 5000), "cannot be read: File name too long"),
+        (lambda: gr.recipe(None, "a=1"), "must be a mapping"),  # type: ignore[arg-type]
+        (lambda: gr.recipe(sites_per_round="a"), "sites_per_round = 'a' must be an integer"),
+        (lambda: gr.recipe(sites_per_round=2.5), "sites_per_round = 2.5 must be an integer"),
+        (lambda: gr.run(engine="simulation", client_cpus=0), "client_cpus = 0"),
+        (lambda: gr.run(engine="simulation", client_gpus=float("nan")), "client_gpus = nan"),
+        (lambda: gr.run(resume=5), "5 is no run"),  # type: ignore[arg-type]
+        (lambda: gr.evaluate(None), "None is no run"),  # type: ignore[arg-type]
+        (lambda: gr.compare(seeds=1.5), "--seeds = 1.5"),  # type: ignore[arg-type]
+        (lambda: gr.plan(rows=-1), "rows = -1"),
+        (lambda: gr.report(), "no target"),
+    ],
+)
+def test_what_no_call_takes_is_told_in_one_line(call: Callable[[], object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        call()

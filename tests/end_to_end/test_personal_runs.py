@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from grandrounds import client_app
 from grandrounds.config import recipes
 from grandrounds.errors import ConfigError
-from grandrounds.server.directory import find_checkpoint
+from grandrounds.server.directory import RunDirectory, find_checkpoint
 from grandrounds.site.local_data import site_of
-from grandrounds.site.own_part import needed_rounds
+from grandrounds.site.own_part import OwnPart, needed_rounds
 from grandrounds.site.personal import halves
 from grandrounds.site.training import held_out_loss
 from grandrounds.study.export import export
@@ -75,6 +75,20 @@ def test_every_site_has_its_own_and_what_travels_is_as_without(
     assert ledger == read_json(run / "plan.json")["totals"]
     assert ledger["personal.down"]["messages"] == sites
     assert "personal.up" not in ledger
+
+
+def test_a_copy_beside_the_parts_of_a_site_is_none_of_them(
+    settings: Settings, tmp_path: Path
+) -> None:
+    how = {**TAIL, "personalisation.name": "dual", "run-directory": str(tmp_path / "own")}
+    run = play(settings, **how)
+    before = own(run)
+    (run / "sites" / "parts" / "site-0" / "000001 (copy).safetensors").touch()
+    config = recipes.resolve({**settings, **how})
+    OwnPart(config, 0, RecordDict(), run / "sites").read(99)
+    directory = RunDirectory(run)
+    assert all(file.stem.isdecimal() for file in directory._parts_after(0))
+    assert own(run) == before
 
 
 @pytest.mark.parametrize("name", NAMES)

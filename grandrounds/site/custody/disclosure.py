@@ -350,7 +350,7 @@ def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
         record: {
             name: _as_told(_BY_PLACE[kind, record, name], value, rules)
             for name, value in values.items()
-            if _leaves(_BY_PLACE.get((kind, record, name)), rules)
+            if _leaves(_BY_PLACE.get((kind, record, name)), rules, metrics)
         }
         for record, values in ((CONFIG, facts), (METRICS, metrics))
     }
@@ -366,7 +366,7 @@ def disclosed(kind: str, content: RecordDict, rules: Told) -> Disclosed:
     )
 
 
-def _leaves(field: Field | None, rules: Told) -> bool:
+def _leaves(field: Field | None, rules: Told, metrics: Mapping[str, Any]) -> bool:
     """Whether a field leaves under the site's policy."""
     if field is None:
         return False
@@ -374,15 +374,26 @@ def _leaves(field: Field | None, rules: Told) -> bool:
     if rules.is_private:
         opted = {TELEMETRY: site.tell.telemetry, NOISED: rules.tells_loss}
         return field.private != NEVER and opted.get(field.private, True)
-    if field.name in _OF_HELD_OUT.get(field.kind, ()) and not tells_loss(
-        site, rules.report["held-out-examples"]
-    ):
-        return False
+    if field.name in _OF_HELD_OUT.get(field.kind, ()):
+        held_out = rules.report["held-out-examples"]
+        if field.kind == PERSONAL:
+            held_out = _fewest_told(held_out, metrics)
+        if not tells_loss(site, held_out):
+            return False
     if field.told == TELEMETRY:
         return site.tell.telemetry
     if field.told == ONLY_EXACT:
         return site.tell.figures == EXACT
     return field.told != OF_PRIVATE
+
+
+def _fewest_told(held_out: int, metrics: Mapping[str, Any]) -> int:
+    """Return the number of the fewest held-out examples whose loss a personal adapter's tells.
+
+    The loss is that of the reported ones; with the loss of all, it tells that of the others.
+    """
+    reported = int(metrics.get("num-examples", 0))
+    return min(reported, held_out - reported or reported)
 
 
 def _as_told(field: Field, value: Any, rules: Told) -> Any:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grandrounds import storage
 from grandrounds.config.keys import Config
 from grandrounds.config.recipes import resolve
 from grandrounds.config.words import counted
@@ -21,6 +22,8 @@ from grandrounds.wire.adapter import Adapter
 def export(site: SiteFile, state: SiteState, run: str, to: Path) -> dict[str, Any]:
     """Write the site's personal adapter of a run into a new or empty folder; return its facts.
 
+    Only the owner can read the folder: the adapter may have memorised rows of the site.
+
     Parameters
     ----------
     run : str
@@ -31,7 +34,7 @@ def export(site: SiteFile, state: SiteState, run: str, to: Path) -> dict[str, An
     ConfigError
         If the site has no personal adapter of the run, or several runs are meant.
     RunDirectoryError
-        If the folder is not empty.
+        If the folder is not empty, or cannot be written.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RunDirectoryError(
@@ -46,7 +49,9 @@ def export(site: SiteFile, state: SiteState, run: str, to: Path) -> dict[str, An
         )
     config = pinned(state, key)
     adapter, facts = found
-    personal_files.write_folder(to, localized(site, config), adapter, facts, config.model.name)
+    own, base = localized(site, config), config.model.name
+    with storage.writing(str(to), "Choose another folder with --to.", RunDirectoryError):
+        personal_files.write_folder(to, own, adapter, facts, base, mode=0o700)
     return {**facts, "run": key}
 
 

@@ -450,7 +450,8 @@ def completed(
         place = {"run-directory": "", "resume-from": str(path)}
     elif path.exists():  # stopped before the first checkpoint
         shutil.rmtree(path)
-    grid = InProcessGrid(app, sites.flat(), server.data.num_partitions)
+    where = {**sites.flat(), **place}  # sites keep personal adapters there
+    grid = InProcessGrid(app, where, server.data.num_partitions)
     played: Found = server_app.federate(grid, recipes.resolve(server.flat(), place), listener)
     return played
 

@@ -124,7 +124,7 @@ def check_arms(names: Sequence[str]) -> tuple[str, ...]:
 
 def check_seeds(first: int, count: int) -> list[int]:
     """Return `count` seeds, starting at `first`; raise `ConfigError` for a count below 1."""
-    if count < 1:
+    if type(count) is not int or count < 1:
         raise ConfigError(f"--seeds = {count}: at least 1 seed is required, and 2 for intervals.")
     return list(range(first, first + count))
 

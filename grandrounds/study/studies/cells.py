@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from grandrounds.study.sites import with_sites
 from grandrounds.study.studies.file import RUN, Recipe, Study
 
 CELLS = "cells.jsonl"
-_NEEDED = {"cell": str, "recipe": str, "arm": str, "seed": int, "hash": str, "figures": dict}
+_NEEDED = {
+    **{"cell": str, "recipe": str, "arm": str, "seed": int, "hash": str},
+    **{"figures": dict, "seconds": int | float},
+}
 
 Line = Mapping[str, Any]
 """One line of cells.jsonl."""
@@ -159,6 +163,16 @@ def chosen(cells: Sequence[Cell], only: Iterable[str]) -> list[Cell]:
     return [cell for cell in cells if not only or cell.name in kept]
 
 
+def _is_whole(line: Line) -> bool:
+    """Whether a line has all that tables and lists read of it."""
+    if not all(isinstance(line.get(key), kind) for key, kind in _NEEDED.items()):
+        return False
+    sent = line.get("bytes") or {}
+    counts = [sent.get(way) for way in ("up", "down")] if isinstance(sent, dict) else [None]
+    numbers = [line["seconds"], *line["figures"].values(), *(counts if sent else [])]
+    return all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+
+
 class Lines:
     """cells.jsonl of a study directory."""
 
@@ -174,7 +188,7 @@ class Lines:
         text = storage.read_text(self.file) if self.file.is_file() else ""
         whole, _, self.torn = text.rpartition("\n")
         self.lines = [
-            self._line(number, line) for number, line in enumerate(whole.splitlines(), 1) if line
+            self._line(number, line) for number, line in enumerate(whole.split("\n"), 1) if line
         ]
 
     def _line(self, number: int, text: str) -> Line:
@@ -182,9 +196,7 @@ class Lines:
             line = json.loads(text)
         except ValueError:
             line = None
-        if not isinstance(line, dict) or not all(
-            isinstance(line.get(key), kind) for key, kind in _NEEDED.items()
-        ):
+        if not isinstance(line, dict) or not _is_whole(line):
             raise RunDirectoryError(
                 f"{self.file}, line {number}, is damaged: it is not the record of a cell. Remove "
                 "the line; its cell is then read again from its folder, or played anew."

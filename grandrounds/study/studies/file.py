@@ -22,6 +22,9 @@ RUN = "run"
 ARMS = (RUN, units.BASE, *(arm for arm in units.ARMS if arm != units.LEAVE_ONE_OUT))
 """Arms of a cell. `leave-one-out` has an adapter for each site left out: `grandrounds compare`."""
 
+_LONGEST = 100
+"""Characters of a recipe's folder name."""
+
 _TOP = ("title", "seeds", "arms", "config", "settings", "recipes", "tables")
 _OF_RECIPE = ("seeds", "arms", "config")
 _OF_TABLE = ("name", "recipes", "arms", "columns")
@@ -136,6 +139,12 @@ def read_study(file: Path) -> Study:
                 f"recipes.{recipe.name}",
                 f"and recipes.{other} have the same folder name {recipe.slug!r}: rename one.",
             )
+        if len(recipe.slug) > _LONGEST:
+            raise place.error(
+                f"recipes.{recipe.name}",
+                f"has a name of {len(recipe.slug)} characters, which names a folder: give at most "
+                f"{_LONGEST}.",
+            )
     title = table.get("title", file.stem)
     if not isinstance(title, str):
         raise place.error("title", f"= {title!r} must be a string.")
@@ -209,8 +218,10 @@ def _table_of(table: Any, recipes: Mapping[str, Recipe], place: _Place) -> Table
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9-]+", name):
         raise place.error("name", f"= {name!r} must be lower-case letters, digits and dashes.")
     rows = table.get("recipes", list(recipes))
+    if not isinstance(rows, list):
+        raise place.error("recipes", f"= {rows!r} must be a list of recipes here.")
     for row in rows:
-        if row not in recipes:
+        if row not in list(recipes):
             raise place.error(
                 "recipes", f"has {row!r}, which is no recipe here.{nearest(str(row), recipes)}"
             )

@@ -89,6 +89,11 @@ def _locked(folder: Path) -> Iterator[None]:
         raise RunDirectoryError(
             f"{folder} is being played by another process. Wait for it, or give another --out."
         ) from None
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{lock.lock_file} cannot be locked: {error.strerror}. Move it away, or give another "
+            "--out."
+        ) from error
     try:
         yield
     finally:

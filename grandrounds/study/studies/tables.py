@@ -69,7 +69,8 @@ def _cell(column: Column, recipe: str, arm: str, played: Played) -> str:
     if not seeds:
         return NONE
     if column.over:
-        return fixed(sum(rival[s] for s in seeds) / sum(own[s] for s in seeds), 1)
+        divisor = sum(own[s] for s in seeds)
+        return fixed(sum(rival[s] for s in seeds) / divisor, 1) if divisor else NONE
     return _with_interval(
         column.figure, {s: own[s] - rival[s] for s in seeds}, paired_test, sign=True
     )

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 
 from grandrounds import client_app
 from grandrounds.config import recipes
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, RunDirectoryError
+from grandrounds.server.directory import RunDirectory
+from grandrounds.server.resumption import examine
 from grandrounds.site import personal_files
 from grandrounds.site.custody import kept_runs, own_adapter
 from grandrounds.site.custody.site_file import SiteFile
@@ -120,6 +122,11 @@ def test_export_writes_what_the_site_keeps(settings: Settings, tmp_path: Path) -
         assert facts["run"] == run
         with pytest.raises(ConfigError, match="keeps nothing of run 'zz'"):
             own_adapter.export(site, state, "zz", tmp_path / "other")
+        with pytest.raises(RunDirectoryError, match="Choose another folder"):
+            own_adapter.export(site, state, "", site.path / "mine")
+    mine = tmp_path / "mine"
+    assert stat.S_IMODE(mine.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in mine.iterdir()} == {0o600}
     written = load_file(tmp_path / "mine" / "adapter_model.safetensors")
     assert written.keys() == adapter.keys()
     for name, tensor in adapter.items():
@@ -136,6 +143,22 @@ def test_a_site_whose_policy_keeps_losses_chooses_and_tells_none(
     (line,) = entries(sites[0], asked=PERSONAL)
     assert line["figures"]["tokens"] > 0
     assert "weight" in line["figures"]
+
+
+@pytest.mark.parametrize(("least", "is_told"), [(6, False), (5, True)])
+def test_the_loss_of_fewer_examples_than_the_policy_allows_is_not_told(
+    settings: Settings, tmp_path: Path, least: int, is_told: bool
+) -> None:
+    """A weight is chosen on 5 of 11 held-out examples, and the loss is of the other 6:
+    it and the loss of all, which a round asks for, tell that of the 5."""
+    own = {**settings, **HOW, "data.num-partitions": 1, "data.held-out-fraction": 0.09}
+    own |= {"strategy.fraction-train": 1.0}
+    sites = sites_of(own, tmp_path / "sites", tell__min_held_out_examples=least)
+    run = play(own, grid=grid_of_sites(own, sites))
+    (line,) = entries(sites[0], asked=PERSONAL)
+    assert line["figures"]["num-examples"] == 6
+    assert ("held-out-loss" in line["left"]["told"]) is is_told
+    assert ("personal" in summary_of(run)["personal"]["sites"]["0"]) is is_told
 
 
 def test_a_run_without_personal_adapters_cannot_ask_for_one(
@@ -162,3 +185,15 @@ def test_steps_beyond_the_policy_are_refused_before_any_training(
     with pytest.raises(Exception, match="max-steps-per-visit = 50"):
         play(own, grid=grid_of_sites(own, sites))
     assert not entries(sites[0], asked="train")
+
+
+def test_going_back_says_that_the_sites_keep_their_later_parts(
+    settings: Settings, tmp_path: Path
+) -> None:
+    own = {**settings, **HOW, "personalisation.name": "dual", "train.save-every-round": 1}
+    sites = sites_of(own, tmp_path / "sites")
+    run = play(own, grid=grid_of_sites(own, sites))
+    config = recipes.resolve({**own, "run-directory": "", "resume-from": str(run)})
+    found = examine(RunDirectory(run), config, from_round=1)
+    assert found is not None
+    assert "as their later visits left it" in found.notes[-1]

@@ -283,6 +283,9 @@ def test_processes_play_what_one_process_plays_and_end_when_theirs_is_killed(fol
         ("seeds = [1, 2]", "seads = [1]", "Did you mean 'seeds'?"),
         ('minus = "plain"', 'minus = "plan"', "Did you mean 'plain'?"),
         ('name = "codecs"', 'name = "Codecs of it"', "must be lower-case"),
+        ('name = "codecs"', 'name = "codecs"\nrecipes = 5', "= 5 must be a list of recipes"),
+        ('name = "codecs"', 'name = "codecs"\nrecipes = [{}]', "has {}, which is no recipe"),
+        ("[recipes.plain]", f"[recipes.{'a' * 300}]", "at most 100"),
         ('figure = "bytes", title = "MiB"', 'title = "MiB"', "figure is missing"),
         ("[recipes.plain]", "[recipes.plain", "is not valid TOML"),
     ],
@@ -306,13 +309,58 @@ def test_what_cannot_be_asked_of_a_study_is_one_line(folder: Path) -> None:
     assert "has no table of" in failure(study("table", file, "--into", folder / "page.md"))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"cell": "plain/run/seed-1"}'])
+WHOLE = {
+    **{"cell": "plain/run/seed-1", "recipe": "plain", "arm": "run", "seed": 1, "hash": "0"},
+    **{"figures": {"held-out-loss": 1.0}, "seconds": 1.0, "bytes": {"up": 1, "down": 1}},
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[]", '{"cell": "plain/run/seed-1"}'),
+        *(
+            json.dumps({**WHOLE, **other})
+            for other in (
+                {"seconds": None},
+                {"figures": {"held-out-loss": "1"}},
+                {"figures": {"held-out-loss": float("nan")}},
+                {"bytes": {"up": 1}},
+                {"bytes": 5},
+            )
+        ),
+    ],
+)
 def test_a_damaged_line_is_named_by_its_number(folder: Path, line: str) -> None:
     (folder / "study").mkdir()
     (folder / "study" / "cells.jsonl").write_text(f"{line}\n")
     for verb in ("run", "table", "status"):
         told = failure(study(verb, folder / "study.toml"))
         assert "cells.jsonl, line 1, is damaged" in told
+
+
+def test_a_line_may_have_every_character_of_a_name(tmp_path: Path) -> None:
+    """U+2028 ends a line for `str.splitlines`, and not in JSON."""
+    lines = Lines(tmp_path)
+    lines.append({**WHOLE, "recipe": "a\u2028b\x85"})
+    assert Lines(tmp_path).lines == lines.lines
+
+
+def test_the_run_of_a_personal_recipe_keeps_its_adapters_in_its_folder(folder: Path) -> None:
+    edited(
+        folder,
+        "[recipes.plain]",
+        '[recipes.plain]\npersonalisation.name = "local-tail"\npersonalisation.steps = 1',
+    )
+    _, cells = opened(folder)
+    assert play(cells[:1], folder / "study") == []
+    (written,) = (folder / "study").glob("cells/plain/seed-1-*/run/sites/site-0/personal.json")
+    assert read_json(written)["steps"] == 1
+
+
+def test_a_folder_that_cannot_be_locked_is_told(folder: Path) -> None:
+    (folder / "study" / ".lock").mkdir(parents=True)
+    assert ".lock cannot be locked" in failure(study("run", folder / "study.toml"))
 
 
 def test_a_figure_that_no_cell_has_is_told_with_those_there_are(folder: Path) -> None:
