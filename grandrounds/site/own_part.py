@@ -36,10 +36,12 @@ from grandrounds.wire.adapter import (
     drawn_adapter,
     factor_of,
     rank_index,
+    shapes_of,
 )
 from grandrounds.wire.personal import PARTS
 
 _RECORD = "grandrounds-own-part"
+_INSTEAD = "Restore it from a copy, or start a new run."
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,20 @@ class OwnPart:
             The whole adapter's tensors at its configured rank.
         after_round : int
             The last round whose visit may have left the part.
+
+        Raises
+        ------
+        DataError
+            If the part cannot be read, or is of another adapter.
         """
         ranks, seed = Ranks.of(self.config), self.config.federation.seed
         part = self.read(after_round)
+        own = {n: s for n, s in shapes.items() if not ranks.stays or factor_of(n) in ranks.stays}
+        if part is not None and shapes_of(part) != own:
+            raise DataError(
+                f"What site {self.site} keeps of its own{self._named(after_round)} has other "
+                f"tensors than this run's adapter. {_INSTEAD}"
+            )
         if ranks.stays:
             return {**adapter, **(part or {})}
         fresh = drawn_adapter(shapes, seed, 0, self.site)
@@ -94,15 +107,15 @@ class OwnPart:
         if self.folder is None:
             record = self.state.array_records.get(_RECORD)
             return None if record is None else {n: array.numpy() for n, array in record.items()}
-        files = [file for file in self._files() if int(file.stem) <= after_round]
-        if not files:
+        file = self._file(after_round)
+        if file is None:
             return None
         try:
-            found: Adapter = load_file(files[-1])
+            found: Adapter = load_file(file)
         except (OSError, SafetensorError) as error:
             raise DataError(
-                f"{files[-1]}, what site {self.site} keeps of its own, cannot be read "
-                f"({first_line(error)}). Restore it from a copy, or start a new run."
+                f"{file}, what site {self.site} keeps of its own, cannot be read "
+                f"({first_line(error)}). {_INSTEAD}"
             ) from error
         return found
 
@@ -124,6 +137,15 @@ class OwnPart:
         for file in self._files():
             if int(file.stem) not in needed:
                 file.unlink()
+
+    def _file(self, after_round: int) -> Path | None:
+        """Return the file of the last visit up to a round; None before any."""
+        files = [file for file in self._files() if int(file.stem) <= after_round]
+        return files[-1] if files else None
+
+    def _named(self, after_round: int) -> str:
+        """Return where a part of a rehearsal lies, in brackets."""
+        return "" if self.folder is None else f" ({self._file(after_round)})"
 
     def _place(self) -> Path:
         run = Path() if self.folder is None else self.folder.parent

@@ -88,8 +88,10 @@ def facts_in(folder: Path) -> dict[str, Any]:
     """
     file = folder / FACTS
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return dict(found)
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+        if missing := {"personalisation", "round"} - found.keys():
+            raise ValueError(f"it has no {min(missing)!r}")
+        return found
     except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{file} cannot be read ({first_line(error)}).") from error
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds import client_app
 from grandrounds.config import recipes
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, DataError
+from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.server.directory import RunDirectory, find_checkpoint
 from grandrounds.site.local_data import site_of
 from grandrounds.site.own_part import OwnPart, needed_rounds
@@ -75,6 +76,19 @@ def test_every_site_has_its_own_and_what_travels_is_as_without(
     assert ledger == read_json(run / "plan.json")["totals"]
     assert ledger["personal.down"]["messages"] == sites
     assert "personal.up" not in ledger
+
+
+def test_a_part_of_another_adapter_is_not_trained_on(settings: Settings, tmp_path: Path) -> None:
+    """A shorter A would be put beside the shared one, in fewer ranks, and nobody told."""
+    how = {**TAIL, "personalisation.name": "dual", "run-directory": str(tmp_path / "own")}
+    config = recipes.resolve({**settings, **how})
+    shapes, _ = adapter_layout(config.model.source, LoraSpec.of(config))
+    kept = OwnPart(config, 0, RecordDict(), tmp_path / "own" / "sites")
+    part = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    name = next(iter(part))
+    kept.write(1, {**part, name: part[name][:1].copy()})
+    with pytest.raises(DataError, match=r"site-0/000001\.safetensors\) has other tensors"):
+        kept.beside({}, shapes, 1)
 
 
 def test_a_copy_beside_the_parts_of_a_site_is_none_of_them(
