@@ -57,7 +57,9 @@ class OwnPart:
     folder: Path | None = None
     """Where a rehearsal keeps personal adapters; None: in `state`."""
 
-    def beside(self, adapter: Adapter, shapes: Shapes, after_round: int) -> Adapter:
+    def beside(
+        self, adapter: Adapter, shapes: Shapes, after_round: int, *, has_trained: bool = False
+    ) -> Adapter:
         """Return a resident adapter with the site's own part in it.
 
         Parameters
@@ -68,14 +70,21 @@ class OwnPart:
             The whole adapter's tensors at its configured rank.
         after_round : int
             The last round whose visit may have left the part.
+        has_trained : bool
+            Whether the site has trained up to that round, so that there is one in a rehearsal.
 
         Raises
         ------
         DataError
-            If the part cannot be read, or is of another adapter.
+            If the part cannot be read, is of another adapter, or is gone.
         """
         ranks, seed = Ranks.of(self.config), self.config.federation.seed
         part = self.read(after_round)
+        if part is None and has_trained and self.folder is not None:
+            raise DataError(
+                f"{self._place()} has nothing of a round up to {after_round}, though site "
+                f"{self.site} has trained. {_INSTEAD}"
+            )
         own = {n: s for n, s in shapes.items() if not ranks.stays or factor_of(n) in ranks.stays}
         if part is not None and shapes_of(part) != own:
             raise DataError(

@@ -354,7 +354,8 @@ def receive_adapter(
     adapter = Ranks.of(config).on_base(received, shapes, seed, trains_in)
     if config.keeps_a_part and not alone:
         number = messages.whole_number(visit.instruction, "round", 0, MOST_ROUNDS)
-        adapter = visit.own_part.beside(adapter, shapes, number - trains)
+        has_trained = bool(visit.instruction.get("cursor"))
+        adapter = visit.own_part.beside(adapter, shapes, number - trains, has_trained=has_trained)
     set_adapter(resident, adapter)
     return adapter
 

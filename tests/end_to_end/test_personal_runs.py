@@ -89,6 +89,8 @@ def test_a_part_of_another_adapter_is_not_trained_on(settings: Settings, tmp_pat
     kept.write(1, {**part, name: part[name][:1].copy()})
     with pytest.raises(DataError, match=r"site-0/000001\.safetensors\) has other tensors"):
         kept.beside({}, shapes, 1)
+    with pytest.raises(DataError, match=r"site-0 has nothing of a round up to 0, though site 0"):
+        kept.beside({}, shapes, 0, has_trained=True)
 
 
 def test_a_copy_beside_the_parts_of_a_site_is_none_of_them(
