@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grandrounds.api import played
-from grandrounds.api.asked import Asked, asked_for, resolved_run
+from grandrounds.api.asked import Asked, asked_for, check_options, resolved_run
 from grandrounds.api.results import Comparison, Evaluation, Plan, Run
 from grandrounds.config.bases import find_base
 from grandrounds.config.values import Scalar
@@ -56,6 +56,7 @@ def recipe(
     ConfigError
         If a key, value or option is not allowed; all problems are told at once.
     """
+    check_options(options)
     return asked_for(source, settings, **options)
 
 
@@ -92,6 +93,7 @@ def run(
         If the configuration, data or base cannot be used, or a round fails; finished rounds are
         kept.
     """
+    check_options(options)
     if engine not in ("in-process", "simulation"):
         raise ConfigError(f"engine = {engine!r} must be 'in-process' or 'simulation'.")
     if engine == "in-process" and (client_cpus is not None or client_gpus is not None):
@@ -102,7 +104,7 @@ def run(
         raise ConfigError(f"client_gpus = {client_gpus} must be at least 0.")
     place = None if resume is None else _place(resume)
     if run_dir is not None:
-        options["run_dir"] = str(run_dir)
+        options["run_dir"] = str(_place(run_dir))
     if place is None:
         if from_round is not None:
             raise ConfigError("from_round belongs to resume, the run that goes back.")
@@ -139,7 +141,7 @@ def open_run(path: str | Path) -> Run:
     """
     from grandrounds.server.directory import RunDirectory
 
-    return Run(RunDirectory.open(Path(path)).path)
+    return Run(RunDirectory.open(_place(path)).path)
 
 
 def evaluate(
@@ -228,6 +230,7 @@ def compare(
     from grandrounds.quiet import quiet_libraries
     from grandrounds.study.comparison import units as comparison
 
+    check_options(options)
     config = asked_for(source, settings, **options).config
     chosen = comparison.check_arms(comparison.default_arms(config) if arms is None else arms)
     comparison.check_recipe(chosen, config)
@@ -267,6 +270,7 @@ def plan(
 
     if rows is not None and rows < 1:
         raise ConfigError(f"rows = {rows} must be at least 1.")
+    check_options(options)
     config = asked_for(source, settings, may_load=False, **options).config
     warnings = preflight.check(config)
     return Plan(forecast(config, architecture=architecture, rows=rows), warnings)

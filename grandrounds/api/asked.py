@@ -129,6 +129,17 @@ def _completed(
     return found
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if there is no such option."""
+    known = (*OPTIONS, SITES_PER_ROUND)
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"There is no option {name}.{nearest(name, known)} Options: {', '.join(known)}; "
+                "configuration keys go into `settings`."
+            )
+
+
 def given(settings: Mapping[str, Scalar] | None, options: Mapping[str, Any]) -> list[Layer]:
     """Return keys and options that were given as layers.
 
@@ -137,13 +148,7 @@ def given(settings: Mapping[str, Scalar] | None, options: Mapping[str, Any]) -> 
     ConfigError
         If there is no such option.
     """
-    for name in options:
-        if name not in OPTIONS:
-            known = (*OPTIONS, SITES_PER_ROUND)
-            raise ConfigError(
-                f"There is no option {name}.{nearest(name, known)} Options: {', '.join(known)}; "
-                "configuration keys go into `settings`."
-            )
+    check_options(options)
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(
             f'settings = {settings!r} must be a mapping, such as {{"num-server-rounds": 4}}.'

@@ -62,6 +62,8 @@ def run(
 
     - `grandrounds study run studies/aggregation.toml --only fedavg --jobs 2 --seconds 600`
     """
+    if seconds is not None and not seconds < float("inf"):
+        raise ConfigError(f"--seconds = {seconds:g} must be a number of seconds.")
     screen = Screen(plain, quiet=quiet)
     screen.working("reading the study")
     _, cells, folder, lines = _opened(file, out)

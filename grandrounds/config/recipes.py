@@ -146,7 +146,12 @@ def flatten(
     for name, value in table.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{key}.", joins_lists=joins_lists)
+            below = flatten(value, f"{key}.", joins_lists=joins_lists)
+            if twice := sorted(flat.keys() & below):
+                raise ConfigError(f"{twice[0]} is set twice in one file: as a key and in a table.")
+            flat |= below
+        elif key in flat:
+            raise ConfigError(f"{key} is set twice in one file: as a key and in a table.")
         elif isinstance(value, bool | int | float | str):
             flat[key] = value
         elif key in DAYS and isinstance(value, datetime.date):  # as TOML writes it

@@ -16,8 +16,8 @@ _LISTED = " `grandrounds recipes list` shows those of the package."
 def chosen_recipe(positional: Path | None, option: Path | None) -> Path | None:
     """Return the recipe, given as an argument or as `--config`; raise `ConfigError` if it is none.
 
-    A name without an ending, where no file has it, is that of a packaged recipe. What is there in
-    its place is told: a run directory, data, or a file with nearly that name.
+    A name without an ending, where no file or run has it, is that of a packaged recipe. What is
+    there in its place is told: a run directory, data, or a file with nearly that name.
     """
     if positional and option:
         raise ConfigError(f"{positional} and --config {option} are two recipes; give one.")
@@ -34,6 +34,8 @@ def chosen_recipe(positional: Path | None, option: Path | None) -> Path | None:
                 f"{file} is a run directory, not a recipe: give {command('--resume', file)} to "
                 f"continue that run, or {command(file / 'config.toml')} to repeat it."
             )
+        if str(file) in packaged_recipes():
+            return packaged_recipes()[str(file)].path
         raise ConfigError(f"{file} is a folder; a recipe is a .toml file.{_LISTED}")
     if file.name.lower().endswith(FILE_ENDINGS):
         data = command("--data", file)

@@ -107,6 +107,10 @@ def test_a_recipe_is_changed_without_being_touched() -> None:
         (lambda: gr.recipe("jsl-medllama"), "Did you mean"),
         (lambda: gr.recipe(settings={"lr": 1e-3}), "train.learning-rate-max"),
         (lambda: gr.recipe(round=3), "There is no option round. Did you mean 'rounds'?"),
+        (lambda: gr.recipe(elsewhere=True), "There is no option elsewhere."),
+        (lambda: gr.plan(may_load=3), "There is no option may_load."),
+        (lambda: gr.run(run_dir=5), "5 is no run"),  # type: ignore[arg-type]
+        (lambda: gr.open_run(5), "5 is no run"),  # type: ignore[arg-type]
         (lambda: gr.run(engine="deployment"), "engine = 'deployment' must be"),  # type: ignore[arg-type]
         (lambda: gr.run(client_cpus=2), "belong to engine = 'simulation'"),
         (lambda: gr.compare(arms=["federatd"]), "Did you mean 'federated'?"),

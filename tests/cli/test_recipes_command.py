@@ -49,6 +49,16 @@ def test_a_file_of_the_same_name_goes_first(
     assert chosen_recipe(Path("qwen2.5-7b-instruct"), None) == Path("qwen2.5-7b-instruct")
 
 
+def test_a_folder_of_the_same_name_hides_no_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("qwen2.5-7b-instruct").mkdir()
+    assert chosen_recipe(Path("qwen2.5-7b-instruct"), None) == (
+        ROOT / "configs" / "qwen2.5-7b-instruct.toml"
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

@@ -478,3 +478,14 @@ def test_a_table_of_ranks_keeps_its_order_however_it_is_written(tmp_path: Path) 
 def test_tables_of_ranks_that_cannot_be_are_refused(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         recipes.resolve(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"train.devices" = 2\n[train]\ndevices = 3\n', 'train.devices = 2\n"train.devices" = 3\n'],
+)
+def test_a_key_that_is_set_twice_is_told(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"train.devices is set twice in one file"):
+        load_recipe(file)
