@@ -42,6 +42,7 @@ def test_every_source_of_a_key_is_named(tmp_path: Path) -> None:
         "strategy.proximal-mu": "reset",
         "data.partitioner": "auto",
         "train.training-arguments.max-steps": "auto",
+        "train.replay-examples": "auto",
     }
     assert shown["num-server-rounds"] == {"value": 3, "default": 24, "from": "--rounds"}
     [note] = json.loads(result.stdout)["notes"]

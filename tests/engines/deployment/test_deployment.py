@@ -56,6 +56,7 @@ def test_three_sites_with_agents_learn_what_they_learn_in_process(tmp_path: Path
     private run until one site's budget ends, in which an agent and the SuperLink are killed, and
     whose resumption is a new run of Flower's, told in the metrics."""
     settings = {**FORMULARY, "num-server-rounds": 4, "strategy.connect-timeout-seconds": 120}
+    settings["train.replay-examples"] = 0  # a site with a policy replays nothing
     in_process(settings, tmp_path / "plain")
     in_process({**settings, **MASKED}, tmp_path / "rehearsed")
     expected = adapter_bytes(tmp_path / "plain")

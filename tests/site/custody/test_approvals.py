@@ -71,14 +71,15 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
     }
     defended = {"defence.preset": "robust"}  # which needs to see honest updates, not their noise
     masked = {"secure-aggregation": "masked32"}  # nor does the server see those
+    own = {"train.devices": 2, "personalisation.name": "local-tail"}
     full = {
         key
-        for also in (private, defended, masked)
+        for also in (private, defended, masked, own)
         for key in canonical(recipes.resolve({**later, **also, "model.name": "someone/model"}))
     }
     assert full == set(FIELD_OF_KEY) - set(LEFT_OUT)
-    of_private = {key for key in FIELD_OF_KEY if key.startswith("privacy.")}
-    left_out = {*LEFT_OUT_IF, *of_private}
+    of_sections = {key for key in FIELD_OF_KEY if key.startswith(("privacy.", "personalisation."))}
+    left_out = {*LEFT_OUT_IF, *of_sections}
     assert set(canonical(recipes.resolve({}))) == full - left_out
     assert set(LEFT_OUT) <= set(FIELD_OF_KEY)
 
