@@ -168,8 +168,8 @@ def evaluate(
     target
         A run, its directory, a checkpoint, an adapter's folder, or `none` for the base alone.
     benchmarks
-        Of `pubmedqa`, `medqa`, `medmcqa`, `careqa`, `formulary` and `held-out`; None: the
-        target's own.
+        Of `pubmedqa`, `medqa`, `medmcqa`, `careqa`, `general`, `formulary` and `held-out`; None:
+        the target's own.
     exams
         Files of own questions, asked in the style `texts` or `letters`.
     protocol
@@ -214,7 +214,8 @@ def compare(
     Parameters
     ----------
     arms
-        Of `federated`, `centralised`, `local`, `leave-one-out` and `private`.
+        Of `federated`, `private`, `personal`, `centralised`, `local` and `leave-one-out`; None:
+        what suits the recipe.
     seeds
         Number of consecutive seeds, from the recipe's on.
     left_out
@@ -276,9 +277,7 @@ def plan(
     return Plan(forecast(config, architecture=architecture, rows=rows), warnings)
 
 
-def report(
-    *targets: str | Path | Run | Comparison, out: str | Path | None = None, open_page: bool = False
-) -> Path:
+def report(*targets: str | Path | Run | Comparison, out: str | Path | None = None) -> Path:
     """Write one self-contained HTML page of a run, several runs or a comparison; return its file.
 
     Raises

@@ -60,6 +60,7 @@ class Asked:
 
     def change(self, settings: Mapping[str, Scalar] | None = None, **options: Any) -> Asked:
         """Return this recipe with other keys and options; see `grandrounds.recipe`."""
+        check_options(options)
         return _completed(Asked(self.file, self.layers), settings, **options)
 
     def to_toml(self) -> str:

@@ -34,10 +34,8 @@ from grandrounds.cli.request import tell
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.bases import find_base
-from grandrounds.config.keys import PLACES
 from grandrounds.config.values import words_of
 from grandrounds.config.words import command
-from grandrounds.errors import ConfigError
 from grandrounds.quiet import quiet_libraries
 from grandrounds.study.chosen import chosen_recipe
 from grandrounds.study.comparison import units as comparison
@@ -133,9 +131,6 @@ def compare(
     )
     layers, continued = with_start(layers)
     settings = recipes.merged(with_sites(layers, sites_per_round, may_load=True))
-    for key in PLACES:
-        if settings.pop(key, ""):
-            raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
     resolved = recipes.with_absolute_paths(recipes.resolve(settings))
     named = comparison.default_arms(resolved) if arms is None else list(words_of(arms))
     asked = comparison.check_arms(named)

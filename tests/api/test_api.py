@@ -113,6 +113,8 @@ def test_a_recipe_is_changed_without_being_touched() -> None:
         (lambda: gr.open_run(5), "5 is no run"),  # type: ignore[arg-type]
         (lambda: gr.run(engine="deployment"), "engine = 'deployment' must be"),  # type: ignore[arg-type]
         (lambda: gr.run(client_cpus=2), "belong to engine = 'simulation'"),
+        (lambda: gr.recipe().change(elsewhere=True), "There is no option elsewhere."),
+        (lambda: gr.compare(settings={"run-directory": "r"}), "run-directory is for single runs"),
         (lambda: gr.compare(arms=["federatd"]), "Did you mean 'federated'?"),
         (lambda: gr.evaluate("none", base="formulary", benchmarks=["medqua"]), "medqa"),
     ],

@@ -254,6 +254,15 @@ def test_the_compressed_recipe_is_planned_under_a_tenth_of_a_gigabyte() -> None:
     plan = forecast(config_of(COMPRESSED)).plan
     assert plan.total_bytes / 2**20 == pytest.approx(54.49, abs=0.01)  # as its header says
     assert plan.total_bytes < 1e8
+    published = {  # as its header says, too
+        "strategy.name": "fedavg",
+        "communication.uplink-codec": "none",
+        "communication.downlink-codec": "none",
+        "communication.downlink": "complete",
+    }
+    recipe = recipes.load_recipe(ROOT / "configs" / f"{COMPRESSED}.toml")
+    entry = forecast(recipes.resolve(recipe, published)).plan
+    assert entry.total_bytes_with_key_names / 2**20 == pytest.approx(2080.93, abs=0.005)
 
 
 @pytest.mark.parametrize("name", LEADERBOARD)

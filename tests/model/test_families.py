@@ -17,6 +17,7 @@ from grandrounds.model.scoring import (
     option_log_likelihoods,
     score_and_generate,
 )
+from tests.model.test_prefill import recorded
 from tests.tiny_models import tiny_bases
 
 BRANCHING = (
@@ -60,19 +61,6 @@ def asked(preamble: int = 0) -> tuple[list[list[int]], list[int], list[list[list
     return [prompts[i] for i in order], [families[i] for i in order], options
 
 
-def shapes_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Return a list that grows by the shape (batch, tokens) of whatever the model reads."""
-    shapes: list[tuple[int, ...]] = []
-    forward = model.forward
-
-    def recording(**inputs: Any) -> Any:
-        shapes.append(tuple(inputs["input_ids"].shape))
-        return forward(**inputs)
-
-    monkeypatch.setattr(model, "forward", recording)
-    return shapes
-
-
 def tokens_read(shapes: list[tuple[int, ...]]) -> int:
     return sum(rows * width for rows, width in shapes)
 
@@ -101,7 +89,7 @@ def test_a_stem_is_read_once_and_a_prompt_without_one_whole(
     with evaluating(model):
         assert families_proven(model)
         list(prefill(model, prompts[:1], 64, following_tokens=3))  # probes the layout
-        read = shapes_read(model, monkeypatch)
+        read = recorded(model, monkeypatch)
         order = [
             row
             for batch in prefill(model, prompts, 64, following_tokens=3, families=families)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grandrounds.config.keys import Config
+from grandrounds.config.keys import PLACES, Config
 from grandrounds.config.values import words_of
 from grandrounds.errors import ConfigError, nearest
 from grandrounds.wire.names import SiteNames
@@ -164,13 +164,17 @@ def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> li
 
 
 def check_recipe(arms: Sequence[str], config: Config) -> None:
-    """Check that a recipe with personal adapters or a guarantee is compared as such, by its arm.
+    """Check that a recipe has no place of a single run, and that personal adapters or a guarantee
+    are compared as such, by their arm.
 
     Raises
     ------
     ConfigError
-        As `check_personal` and `check_private`.
+        If it has one, and as `check_personal` and `check_private`.
     """
+    for key in PLACES:
+        if config.flat()[key]:
+            raise ConfigError(f"{key} is for single runs: give the comparison's folder as --out.")
     check_personal(arms, config)
     check_private(arms, config)
 
