@@ -81,9 +81,13 @@ def communication_figure(run: RunFiles) -> Figure | None:
         (str(r), *(fixed(mib, 2) for mib in (downs.get(r), ups.get(r), v, plans.get(r))))
         for r, v in total
     ]
+    last = "a final exam"
+    if run.config.is_personal:
+        last += ", the adapter for personal ones"
     note = (
         "MiB by FlowerTune's counting rule. Wide pale line: the planned total, spread evenly over "
-        "the rounds; a run on plan stays inside it. A final exam after the last round is not shown."
+        f"the rounds; a run on plan stays inside it. What follows the last round ({last}) is not "
+        "shown."
     )
     if run.unfinished:
         note += " Messages of unfinished rounds are in the next finished one."
