@@ -54,6 +54,7 @@ def test_a_run_is_an_object_with_its_files(run: results.Run) -> None:
     assert "2 of 2" in shown
 
 
+@pytest.mark.slow
 def test_it_gives_the_bits_of_the_command(run: results.Run, tmp_path: Path) -> None:
     words = [f"--set={key}={value}" for key, value in SMALL.items()]
     command = ["run", "--rounds", "2", "--run-dir", str(tmp_path / "same"), "-q", *words]
@@ -64,6 +65,7 @@ def test_it_gives_the_bits_of_the_command(run: results.Run, tmp_path: Path) -> N
     assert (same.adapter / weights).read_bytes() == (run.adapter / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_more_rounds(tmp_path: Path) -> None:
     started = gr.run(settings=SMALL, rounds=1, run_dir=tmp_path / "run", progress=False)
     longer = gr.run(resume=started, rounds=2, progress=False)
@@ -75,6 +77,7 @@ def test_a_run_goes_on_to_more_rounds(tmp_path: Path) -> None:
         gr.run(from_round=1)
 
 
+@pytest.mark.slow
 def test_progress_is_printed_or_goes_to_a_listener(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_missing_run_is_told(tmp_path: Path) -> None:
         gr.open_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_evaluation_plan_and_report_show_what_the_commands_print(
     run: results.Run, tmp_path: Path
 ) -> None:

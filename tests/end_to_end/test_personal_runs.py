@@ -36,6 +36,8 @@ from tests.runs import (
     summary_of,
 )
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("local-tail", "interpolate")
 
 TAIL: Settings = {

@@ -301,6 +301,8 @@ import sys, time
 from grandrounds.config import recipes
 from grandrounds.model import devices
 from grandrounds.site.devices import group
+
+pytestmark = pytest.mark.slow
 devices.usable_cpus = lambda: 2
 group.start(recipes.resolve({"train.devices": 2, "train.num-threads": 1}))
 [other] = group._group._others
