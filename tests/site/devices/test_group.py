@@ -302,7 +302,6 @@ from grandrounds.config import recipes
 from grandrounds.model import devices
 from grandrounds.site.devices import group
 
-pytestmark = pytest.mark.slow
 devices.usable_cpus = lambda: 2
 group.start(recipes.resolve({"train.devices": 2, "train.num-threads": 1}))
 [other] = group._group._others
@@ -313,14 +312,12 @@ time.sleep(600)
 
 @pytest.mark.slow
 def test_nothing_is_left_of_a_killed_site(tmp_path: Path) -> None:
-    site = subprocess.Popen([sys.executable, "-c", SITE], stdout=subprocess.PIPE, text=True)
-    assert site.stdout is not None
-    pid, folder = site.stdout.readline().split()
-    other = psutil.Process(int(pid))
-    assert Path(folder).is_dir()
-    os.kill(site.pid, signal.SIGKILL)
-    site.wait()
-    site.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", SITE], stdout=subprocess.PIPE, text=True) as site:
+        assert site.stdout is not None
+        pid, folder = site.stdout.readline().split()
+        other = psutil.Process(int(pid))
+        assert Path(folder).is_dir()
+        os.kill(site.pid, signal.SIGKILL)
     wait_for(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, 60)
     assert not Path(folder).exists()
 
