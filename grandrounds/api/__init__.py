@@ -221,6 +221,7 @@ def compare(
     arms: Sequence[str] | None = None,
     seeds: int = 1,
     left_out: Sequence[int | str] | None = None,
+    equal_visits: bool = False,
     benchmarks: Sequence[str] = (),
     benchmark_data: str | Path | None = None,
     limit: int | None = None,
@@ -239,6 +240,9 @@ def compare(
         Number of consecutive seeds, from the recipe's on.
     left_out
         Numbers or names of the sites that `leave-one-out` leaves out; None: all, one by one.
+    equal_visits
+        Whether `personal` follows fewer rounds, so that with the sites' own steps it makes no more
+        example visits than the other arms.
     benchmarks, benchmark_data, limit
         Further benchmarks, the folder of their files, and the maximum number of items of each.
     out
@@ -262,6 +266,7 @@ def compare(
         given.names("benchmarks", benchmarks, "medqa"),
         given.path_or_none("benchmark_data", benchmark_data),
         given.integer_or_none("limit", limit, 1),
+        given.truth("equal_visits", equal_visits),
     )
     place = given.path_or_none("out", out)
     made = compared.prepared(asked, wanted, place, option="left_out")

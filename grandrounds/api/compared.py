@@ -37,6 +37,8 @@ class Wanted:
     """Folder of the benchmarks' files."""
     limit: int | None = None
     """Maximum number of items of each benchmark."""
+    equal_visits: bool = False
+    """Whether `personal` makes no more example visits than the other arms."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def prepared(
     config = asked.config
     chosen = units.check_arms(units.default_arms(config) if wanted.arms is None else wanted.arms)
     units.check_recipe(chosen, config)
+    if wanted.equal_visits:
+        units.check_equal_visits(chosen)
     find_base(config.model.name)  # fails now if it is not fetched
     numbers = units.check_seeds(config.federation.seed, wanted.seeds)
     recipes.resolve(config.flat(), {"seed": numbers[-1]})
@@ -99,7 +103,7 @@ def prepared(
     are_named = any(not word.isdigit() for word in words if word != "all")
     called = names_of_sites(config) if are_named else None
     without = units.check_sites(wanted.left_out, config.data.num_partitions, called, option)
-    further = wanted.benchmarks, wanted.benchmark_data, wanted.limit
+    further = wanted.benchmarks, wanted.benchmark_data, wanted.limit, wanted.equal_visits
     design = units.Design(chosen, numbers, without, *further)
     from grandrounds.study import preflight
 

@@ -43,6 +43,13 @@ def text_or_none(name: str, value: Any) -> str | None:
     return None if value is None else text(name, value)
 
 
+def truth(name: str, value: Any) -> bool:
+    """Return True or False; raise `ConfigError` if it is neither."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} = {value!r} must be True or False.")
+    return value
+
+
 def names(name: str, value: Any, example: str) -> list[str]:
     """Return a list of strings; a single string, whose letters it would be, is refused."""
     listed = _listed(value)

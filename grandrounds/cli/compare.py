@@ -76,6 +76,14 @@ def compare(
             "numbers or names, comma-separated."
         ),
     ] = "all",
+    equal_visits: Annotated[
+        bool,
+        typer.Option(
+            "--equal-visits",
+            help="Let `personal` follow a federation of fewer rounds, so that with the sites' own "
+            "steps it makes no more example visits than the other arms.",
+        ),
+    ] = False,
     benchmarks: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +136,7 @@ def compare(
         sites=num_sites,
     )
     further = list(words_of(benchmarks or ""))
-    wanted = compared.Wanted(words, seeds, sites, further, benchmark_data, limit)
+    wanted = compared.Wanted(words, seeds, sites, further, benchmark_data, limit, equal_visits)
     made = compared.prepared(asked, wanted, out)
     tell([] if quiet else asked.all_notes())
     tell(made.warnings, "warning")
