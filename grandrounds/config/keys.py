@@ -339,6 +339,9 @@ class StrategyConfig:
     site_ranks: str
     """`product`: training ranks of sites 0, 1, 2, ..., comma-separated and repeated cyclically, for
     example `16,8,4`. Empty: the rank of the adapter."""
+    ridge: Annotated[float, Range(0, 100)]
+    """`lora-fair`: ridge of the correction of B, relative to the mean eigenvalue of the mean A's
+    Gram matrix; larger values keep B nearer to the mean. 0: least squares."""
     server_learning_rate: Annotated[float, Range(0)]
     """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`: server learning rate; 0: 1 for `fedavgm`,
     `tau` for the others."""

@@ -29,13 +29,14 @@ REFUSED_RULES = {
     "bulyan": CHOOSES,
     "product": QUADRATIC,
     "flora": QUADRATIC,
+    "lora-fair": QUADRATIC,
 }
-"""Rule → why not. `fedavg`, `fedprox`, `fedavgm`, `ffa` and `rolora` are linear in the updates, so
-that noise averages out; `fedmedian` and `fedtrimmedavg` average most of each coordinate. ffa is the
+"""Rule → why not. `fedavg`, `fedprox`, `fedavgm`, `ffa`, `fedsvd` and `rolora` are linear in the
+updates, so that noise averages out; `fedmedian` and `fedtrimmedavg` average most of each coordinate. ffa is the
 default: B alone has half of the values, and so less noise."""
 
 INSTEAD = (
-    "use ffa (the default of private runs), rolora, fedavg, fedprox, fedavgm, fedmedian or "
+    "use ffa (the default of private runs), fedsvd, rolora, fedavg, fedprox, fedavgm, fedmedian or "
     "fedtrimmedavg"
 )
 

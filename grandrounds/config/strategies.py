@@ -79,5 +79,7 @@ STRATEGIES: dict[str, Strategy] = {
         keeps_replies=True, error_feedback=False, mixed_ranks=True, keys=("site-ranks",)
     ),
     "flora": Strategy(keeps_replies=True, error_feedback=False, stacks=True, keys=("max-rank",)),
+    "lora-fair": Strategy(keeps_replies=True, error_feedback=False, keys=("ridge",)),
+    "fedsvd": Strategy(odd="B", even="B", error_feedback=False),
 }
 """Name → requirements."""

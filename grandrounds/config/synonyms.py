@@ -163,6 +163,7 @@ _VALUES: dict[str, dict[str, Scalar]] = {
         "adagrad": "fedadagrad",
         **dict.fromkeys(("momentum", "fedavgmomentum"), "fedavgm"),
         "flexlora": "product",
+        **dict.fromkeys(("fair", "lorafair"), "lora-fair"),
         "ffalora": "ffa",
     },
     "train.optimizer": {

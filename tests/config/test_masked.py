@@ -54,6 +54,7 @@ def test_robust_rules_with_masks_are_refused_and_functions_of_the_mean_are_not(r
         "fedavg",
         "fedprox",
         "ffa",
+        "fedsvd",
         "rolora",
         "fedavgm",
         "fedadam",

@@ -162,6 +162,8 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
                 ("rolora", "it freezes a factor"),
                 ("product", "it recomputes A and B"),
                 ("flora", "it recomputes A and B"),
+                ("lora-fair", "it recomputes A and B"),
+                ("fedsvd", "it recomputes A and B"),
             )
         ),
         ({"model.name": ""}, ["model.name is empty"]),

@@ -182,7 +182,13 @@ def test_the_rank_of_flora_grows_to_its_maximum_and_is_reported(settings: Settin
 
 @pytest.mark.parametrize(
     "name",
-    ["fedavgm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flora", "rolora", "product"))],
+    [
+        "fedavgm",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("flora", "rolora", "product", "lora-fair", "fedsvd")
+        ),
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_bit(
     name: str, settings: Settings, tmp_path: Path

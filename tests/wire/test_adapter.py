@@ -35,6 +35,8 @@ def of_rank(rank: int, value: float) -> dict[str, np.ndarray]:
         ("fedavg", {A, B}, {A, B}, {A, B}),
         ("ffa", {B}, {B}, {B}),
         ("rolora", {A, B}, {B}, {A}),
+        ("fedsvd", {A, B}, {B}, {B}),
+        ("lora-fair", {A, B}, {A, B}, {A, B}),
         ("product", {A, B}, {A, B}, {A, B}),
     ],
 )
