@@ -21,7 +21,9 @@ EACH_RULE = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "geome
 REFUSED_RULES = dict.fromkeys(PRODUCT_RULES, PRODUCTS) | dict.fromkeys(EACH_RULE, EACH)
 """Rule → why not. The others are functions of the mean, and fedexp of the sum of squares too."""
 
-INSTEAD = "use fedexp (the default), fedprox, ffa, fedsvd, rolora, fedavg, fedavgm or fedadam"
+INSTEAD = (
+    "use fedexp (the default), fedprox, ffa, fedsvd, rolora, la-lora, fedavg, fedavgm or fedadam"
+)
 
 
 def masked_contradictions(config: Config) -> Iterator[str]:

@@ -164,6 +164,7 @@ _VALUES: dict[str, dict[str, Scalar]] = {
         **dict.fromkeys(("momentum", "fedavgmomentum"), "fedavgm"),
         "flexlora": "product",
         **dict.fromkeys(("fair", "lorafair"), "lora-fair"),
+        "lalora": "la-lora",
         "ffalora": "ffa",
     },
     "train.optimizer": {

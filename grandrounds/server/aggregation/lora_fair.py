@@ -103,7 +103,8 @@ def corrected(summed: Sequence[Term], b: Matrix, a: NDArray[np.float32], ridge: 
         residual += share * b_i.astype(np.float64) @ (a_i.astype(np.float64) @ right)
     penalised = gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
     # A of linearly dependent rows has no unique solution without a ridge: the shortest
-    return b + np.linalg.lstsq(penalised, residual.T, rcond=None)[0].T
+    moved: Matrix = b + np.linalg.lstsq(penalised, residual.T, rcond=None)[0].T
+    return moved
 
 
 def square(summed: Sequence[Term]) -> float:

@@ -10,6 +10,8 @@ from typing import cast
 
 from grandrounds.config.keys import Config, StrategyConfig
 from grandrounds.errors import ConfigError, nearest
+from grandrounds.server.aggregation.fedavg import Average
+from grandrounds.server.aggregation.outer import Nesterov
 from grandrounds.server.aggregation.rule import Rule
 
 
@@ -29,7 +31,10 @@ def make_rule(config: StrategyConfig) -> Rule:
         raise ConfigError(
             f"strategy.name = {name!r} is not an aggregation rule.{nearest(name, files)}"
         )
-    return cast(Rule, module.make(config))  # type: ignore[union-attr]
+    rule = cast(Rule, module.make(config))  # type: ignore[union-attr]
+    if config.outer_nesterov:
+        return Nesterov(cast(Average, rule), config)
+    return rule
 
 
 def filled_in(config: Config) -> StrategyConfig:

@@ -92,7 +92,10 @@ class Reach:
         moved, velocity = 0.0, 0.0
         for number in range(1, after_round + 1):
             step = self.visit(number) if factor in strategy.trained(number) else 0.0
-            if rule.name == "fedavgm":
+            if rule.outer_nesterov and step:
+                velocity = rule.server_momentum * velocity + step
+                step = rule.server_step * (step + rule.server_momentum * velocity)
+            elif rule.name == "fedavgm":
                 velocity = rule.server_momentum * velocity + step
                 step = rule.server_step * velocity
             elif rule.server_step and step:

@@ -30,7 +30,7 @@ CONFIG = replace(
     tau=1e-3,
 )
 
-AVERAGING = ("fedavg", "fedprox")
+AVERAGING = ("fedavg", "fedprox", "la-lora")
 OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 COMBINING = ("geomedian", "nnm")

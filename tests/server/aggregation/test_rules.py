@@ -108,7 +108,7 @@ def test_a_reply_of_another_rank_is_refused_by_rules_that_cannot_use_it(name: st
         rule.add(0, lower, lower, 1)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox"])
+@pytest.mark.parametrize("name", AVERAGING)
 def test_the_average_is_the_weighted_mean(name: str) -> None:
     adapter, replies = a_round(4)
     result = play(make_rule(named(name)), adapter, replies)
@@ -157,7 +157,9 @@ def test_training_one_factor_makes_the_mean_of_the_models_exact(
         assert result[frozen].tobytes() == adapter[frozen].tobytes()
 
 
-@pytest.mark.parametrize(("name", "round_number"), [("ffa", 1), ("rolora", 1), ("rolora", 2), ("fedsvd", 2)])
+@pytest.mark.parametrize(
+    ("name", "round_number"), [("ffa", 1), ("rolora", 1), ("rolora", 2), ("fedsvd", 2)]
+)
 def test_a_reply_with_what_is_not_trained_is_refused(name: str, round_number: int) -> None:
     adapter, [(change, weight), *_] = a_round(8)
     rule = make_rule(named(name))
