@@ -146,9 +146,7 @@ VERDICTS: dict[str, Verdict] = {
     "strategy.num-malicious-nodes": _AT_SERVER,
     "strategy.num-nodes-to-select": _AT_SERVER,
     "strategy.trimmed-share": _AT_SERVER,
-    "personalisation.name": _harmless(
-        "what a site makes for itself stays there, and each factor that travels is checked"
-    ),
+    "personalisation.name": _listed("personal-adapters"),
     "personalisation.steps": _bounded("max-steps-per-visit"),
     "personalisation.learning-rate": _bounded("max-learning-rate"),
     "personalisation.proximal-mu": _bounded("max-proximal-mu"),
