@@ -52,7 +52,8 @@ class Cell:
     @property
     def hash(self) -> str:
         """Hash of the settings that differ from the frozen ones, 16 hexadecimal digits."""
-        return hash_of(hashed(self.config))
+        equal: dict[str, Scalar] = {"equal-visits": True} if self.recipe.equal_visits else {}
+        return hash_of({**hashed(self.config), **equal})
 
     @property
     def folder(self) -> str:
@@ -71,7 +72,8 @@ class Cell:
         if self.arm == RUN:
             return command("grandrounds", "run", *given)
         arms = ",".join(compared(self.recipe)) or units.FEDERATED
-        return command("grandrounds", "compare", "--arms", arms, *given)
+        equal = ["--equal-visits"] if self.recipe.equal_visits else []
+        return command("grandrounds", "compare", "--arms", arms, *equal, *given)
 
     def set(self) -> dict[str, Scalar]:
         """Return its settings that differ from the packaged defaults."""

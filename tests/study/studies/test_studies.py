@@ -124,6 +124,24 @@ def test_cells_that_were_played_for_the_pages_are_not_played_again() -> None:
     assert not [cell.name for cell in cells if lines.has_changed(cell)]
 
 
+def test_equal_visits_are_part_of_a_cell(folder: Path) -> None:
+    how = 'arms = ["federated", "personal"]\npersonalisation.name = "local-tail"'
+    edited(folder, "[recipes.plain]", f"[recipes.plain]\n{how}")
+    added = opened(folder)[1][0]
+    edited(folder, how, f"{how}\nequal-visits = true")
+    equal = opened(folder)[1][0]
+    assert added.hash != equal.hash
+    assert "--arms federated,personal --equal-visits" in equal.command()
+    assert "--equal-visits" not in added.command()
+    edited(folder, "equal-visits = true", 'equal-visits = "yes"')
+    with pytest.raises(ConfigError, match=r"plain\.equal-visits = 'yes' must be true or false"):
+        opened(folder)
+    edited(folder, '"federated", "personal"', '"federated"')
+    edited(folder, 'equal-visits = "yes"', "equal-visits = true")
+    with pytest.raises(ConfigError, match="equal-visits = true needs the arm personal"):
+        opened(folder)
+
+
 def test_a_study_is_played_once_and_told_in_a_table(folder: Path) -> None:
     first = study("run", folder / "study.toml", "--only", "plain")
     assert first.exit_code == 0, first.output
