@@ -50,6 +50,8 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "data.template-options": "",
     "data.system-prompt": "",
     "data.train-on": "answers",
+    "strategy.ridge": 0.01,
+    "strategy.outer-nesterov": False,
     "defence.largest-spread": 0.0,
     "defence.preset": "none",
     "privacy.report-train-loss": False,
