@@ -137,6 +137,8 @@ PAGES = [
     "export.md",
     "deployment.md",
     "bases.md",
+    "leaderboard-entry.md",
+    "serving.md",
 ]
 
 
