@@ -49,6 +49,7 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "train.devices": 1,
     "data.template-options": "",
     "data.system-prompt": "",
+    "data.subgroup-columns": "",
     "data.train-on": "answers",
     "defence.largest-spread": 0.0,
     "defence.preset": "none",
