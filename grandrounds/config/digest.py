@@ -51,6 +51,8 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "data.system-prompt": "",
     "data.subgroup-columns": "",
     "data.train-on": "answers",
+    "strategy.ridge": 0.01,
+    "strategy.outer-nesterov": False,
     "defence.largest-spread": 0.0,
     "defence.preset": "none",
     "privacy.report-train-loss": False,

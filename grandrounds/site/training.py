@@ -52,6 +52,8 @@ class VisitSettings:
     """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
     replayed: Sequence[Sequence[TokenizedExample]] = ()
     """What is replayed beside each batch; nothing if empty."""
+    turns: Sequence[Sequence[bool]] = ()
+    """Which parameters a step trains, step by step in turn; all if empty."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def train_visit(
         F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
 
     (FedProx: Li et al., 2020, equation 2) with AdamW; the gradient of the whole sum is clipped.
+    With `turns`, a step moves some of the parameters, and AdamW's moments of the others rest too.
     With replay, T and the sum also run over the answer tokens of the replayed examples, in passes
     of their own; what the visit reports is of the site's own.
 
@@ -132,6 +135,8 @@ def train_visit(
             if one.own:
                 nll_sum += loss  # type: ignore[assignment]
                 answer_tokens += sum(e.answer_tokens for e in one.examples)
+        if settings.turns:
+            rest(parameters, settings.turns[step % len(settings.turns)])
         if trained is not None:
             keep_gradient(parameters, trained)
         add_proximal_gradient(parameters, received, settings.proximal_mu)
@@ -162,6 +167,13 @@ def positions(batch: Sequence[TokenizedExample], forward: Forward) -> int:
     if not forward.padding_free:
         return len(batch) * max(lengths)
     return sum(lengths) + tail_tokens(sum(lengths), forward.bucket_tokens)
+
+
+def rest(parameters: Sequence[torch.nn.Parameter], moves: Sequence[bool]) -> None:
+    """Take the gradient of the parameters that rest in a step, whose values and moments stay."""
+    for parameter, does in zip(parameters, moves, strict=True):
+        if not does:
+            parameter.grad = None
 
 
 @torch.no_grad()

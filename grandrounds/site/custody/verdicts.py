@@ -136,6 +136,8 @@ VERDICTS: dict[str, Verdict] = {
     "strategy.largest-weight": _AT_SERVER,
     "strategy.max-rank": _bounded("max-rank"),
     "strategy.site-ranks": _bounded("max-rank"),
+    "strategy.ridge": _AT_SERVER,
+    "strategy.outer-nesterov": _AT_SERVER,
     "strategy.server-learning-rate": _bounded("max-server-learning-rate"),
     "strategy.server-momentum": _AT_SERVER,
     "strategy.beta-1": _AT_SERVER,

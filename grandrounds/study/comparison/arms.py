@@ -84,6 +84,7 @@ ORDINARY: dict[str, Scalar] = {
     "strategy.name": "fedavg",
     "strategy.proximal-mu": 0.0,
     "strategy.site-ranks": "",
+    "strategy.outer-nesterov": False,
     "communication.uplink-codec": "none",
     "communication.downlink-codec": "none",
     "communication.downlink": "complete",
