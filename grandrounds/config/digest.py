@@ -49,6 +49,7 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "train.devices": 1,
     "data.template-options": "",
     "data.system-prompt": "",
+    "data.subgroup-columns": "",
     "data.train-on": "answers",
     "strategy.ridge": 0.01,
     "strategy.outer-nesterov": False,
