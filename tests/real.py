@@ -105,6 +105,8 @@ class Consortium:
         self.port = free_port(2)
         self.marker = f"test-{secrets.token_hex(4)}"
         self.home = set_up.init_consortium(folder / "consortium", "trial", host, self.port)
+        if not gate:
+            local.without_gate(self.home, f"{host}:{self.port + 1}")
         (folder / "flwr").mkdir()
         entry = (self.home / "flower-config.toml").read_text().replace("127.0.0.1", host)
         (folder / "flwr" / "config.toml").write_text(entry)
@@ -137,8 +139,7 @@ class Consortium:
         name = str(settings["model.name"])
         local.fill_in(folder / "site.toml", named, {name: "" if name == "formulary" else name})
         count = int(settings["data.num-partitions"])
-        superlink = "" if self.gate else f"{self.host}:{self.port + 1}"
-        return local.joined_site(self.home, folder, (i, count), superlink)
+        return local.joined_site(self.home, folder, (i, count))
 
     @property
     def environment(self) -> dict[str, str]:

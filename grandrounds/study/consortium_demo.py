@@ -42,6 +42,8 @@ from grandrounds.wire import messages
 LEAST_ROWS = 120
 """Rows of a site: the default policy refuses runs below 100 training examples."""
 
+INDENT = " " * 16
+MOST_OF_A_LINE = 160
 WIDTHS = (60, 110)
 """Columns between which lines are wrapped."""
 
@@ -86,18 +88,19 @@ class Teller:
         self._say("", f"{text} [{self.seconds:.0f} s]")
 
     def line(self, text: str, name: str = "") -> None:
-        """Print a line below a heading, under a name if it has one."""
-        label = f"  {name:<14}" if name else "  "
-        self._say(
-            *textwrap.wrap(
-                text,
-                self._width,
-                initial_indent=label,
-                subsequent_indent=" " * len(label),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+        """Print a line below a heading, beside a name or below the line that has one."""
+        self.labelled(f"  {name:<14}{text}" if name else f"{INDENT}{text}")
+
+    def labelled(self, text: str) -> None:
+        """Print a line that begins with its own label."""
+        lines = textwrap.wrap(
+            text,
+            self._width,
+            subsequent_indent=INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
+        self._say(*lines)
 
 
 class Progress(Listener):
@@ -110,13 +113,13 @@ class Progress(Listener):
 
     def on_roll_call(self, sites: Sequence[Facts]) -> None:
         """Tell who introduced itself."""
-        self._teller.line(f"roll call: {', '.join(str(site['name']) for site in sites)}")
+        self._teller.line(", ".join(str(site["name"]) for site in sites), "roll call")
 
     def on_round(self, record: Facts) -> None:
         """Tell a finished round."""
         if record["round"] == 1:
             self.first_seconds = self._teller.seconds
-        self._teller.line(round_line(record, self._rounds))
+        self._teller.labelled(f"  {round_line(record, self._rounds)}")
 
 
 def check_rows(sites: int) -> None:
@@ -159,9 +162,8 @@ def demonstrate(
         consortium, superlink = local.start_superlink(running, home)
         _tell_server(teller, consortium, superlink.port + 1)
         teller.head(f"2. {counted(sites, 'hospital')}: keys, rows, policy, admission")
-        address = f"{local.HOST}:{superlink.port + 1}"
         joined = [
-            _new_site(teller, consortium, home / name, (number, sites), config, address)
+            _new_site(teller, consortium, home / name, (number, sites), config)
             for number, name in enumerate(names)
         ]
         _approve(teller, consortium, home, config, joined)
@@ -184,7 +186,7 @@ def demonstrate(
             *site_status.words(site_status.look(joined[0])),
             *consortium_status.words(consortium_status.look(consortium, None)),
         ):
-            teller.line(text)
+            teller.labelled(f"  {text}")
         teller.head("8. The result")
         _tell_result(teller, home / "run", report, progress)
 
@@ -208,7 +210,6 @@ def _new_site(
     folder: Path,
     number: tuple[int, int],
     config: Config,
-    superlink: str,
 ) -> SiteFile:
     """Set up a site with rows of the formulary and the default policy, and join it."""
     name = folder.name
@@ -217,7 +218,7 @@ def _new_site(
     (folder / "cards.jsonl").chmod(0o600)
     own = {"data.source": "cards.jsonl", "policy.require-approval": True}
     local.fill_in(folder / "site.toml", own, {FORMULARY: ""})
-    site = local.joined_site(consortium, folder, number, superlink)
+    site = local.joined_site(consortium, folder, number)
     key = keys.read_private_key(site.place(site.node.private_key)).public_key()
     teller.line(f"{rows:,} rows; node key {keys.fingerprint(key)}", name)
     return site
@@ -305,7 +306,7 @@ def _tell_parties(teller: Teller, run: Path, sites: Sequence[SiteFile]) -> None:
     entries = audit.read(state)
     teller.line(f"its audit log, {counted(len(entries), 'line')}:")
     for entry in entries:
-        teller.line(f"  {site_status.visit_text(entry)[:200]}")
+        teller.line(f"- {site_status.visit_text(entry)[:MOST_OF_A_LINE]}")
     verdict = audit.verified(state)
     whole = "broken" if verdict.broken else "whole: every line continues the one before it"
     teller.line(f"the log is {whole}")

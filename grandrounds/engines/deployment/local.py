@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grandrounds import storage
 from grandrounds.config.keys import Config
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.sources import load_rows
@@ -113,7 +114,13 @@ def fill_in(file: Path, values: Mapping[str, Any], bases: Mapping[str, str]) -> 
     file.write_text(text, encoding="utf-8")
 
 
-def joined_site(home: Path, folder: Path, number: tuple[int, int], superlink: str) -> SiteFile:
+def without_gate(home: Path, superlink: str) -> None:
+    """Let the admissions of a consortium name its SuperLink, host:port, in place of the gate."""
+    described = storage.read_json(home / "consortium.json")
+    storage.write_json(home / "consortium.json", {**described, "superlink": superlink})
+
+
+def joined_site(home: Path, folder: Path, number: tuple[int, int]) -> SiteFile:
     """Admit a site of this machine to a consortium of this machine, and join with the admission.
 
     Parameters
@@ -122,14 +129,10 @@ def joined_site(home: Path, folder: Path, number: tuple[int, int], superlink: st
         Folder of the consortium, and of the site, which `init_site` has made.
     number : tuple of int
         Its partition id, and the number of sites.
-    superlink : str
-        Where the SuperLink is reached, host:port, if not through the gate; empty: through it.
     """
     admission = admissions.admit(home, folder / "request.json", *number)
     file = folder / "site.toml"
     joining.join(read_site_file(file), admission, home / "authority.pub")
-    if superlink:
-        fill_in(file, {"node.superlink": superlink}, {})
     return read_site_file(file)
 
 
@@ -251,6 +254,7 @@ def start_superlink(running: Processes, home: Path) -> tuple[Path, Program]:
     def command(port: int) -> list[str]:
         shutil.rmtree(folder, ignore_errors=True)
         set_up.init_consortium(folder, NAME, HOST, port)
+        without_gate(folder, f"{HOST}:{port + 1}")
         entry = (folder / "flower-config.toml").read_text(encoding="utf-8")
         (home / "flwr" / "config.toml").write_text(entry, encoding="utf-8")
         return set_up.superlink_command(folder, port)

@@ -77,7 +77,7 @@ def check_server(site: SiteFile) -> Iterator[Finding]:
     yield Finding("ok", "server", f"{site.node.superlink} answers, its certificate is valid")
     yield validity("server", "server's certificate", certificate)
     yield _clock(ahead)
-    yield _accepted(site, ca)
+    yield accepted(site, ca)
 
 
 def asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, float]:
@@ -110,7 +110,7 @@ def _clock(ahead: float | None) -> Finding:
     return Finding("ok", "clock", told)
 
 
-def _accepted(site: SiteFile, ca: Path) -> Finding:
+def accepted(site: SiteFile, ca: Path) -> Finding:
     """Whether the server knows the site's key, or its SuperNode is connected with it."""
     try:
         status = activation(site, ca)

@@ -32,12 +32,12 @@ from grandrounds.engines.watching import (
     with_run_directory,
     write_app,
 )
-from grandrounds.errors import ConfigError, EngineError, nearest
+from grandrounds.errors import ConfigError, EngineError, first_line, nearest
 from grandrounds.server import admitted
 from grandrounds.server.directory import RESUME_WITH, RunDirectory
 from grandrounds.server.listeners import Listener
 from grandrounds.server.masks.rosters import check_roster
-from grandrounds.storage import read_toml, write_json, writing
+from grandrounds.storage import read_toml, write_json
 
 POLL_SECONDS = 0.5
 LAST_RUN = "last-run.json"
@@ -95,7 +95,7 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
         home, log = own.path, own.path / "run.log"
         link = Link(home, quiet(), connection)
         run_id = _start(link, flat, home)
-        if is_here and folder:
+        if is_here and folder and Path(folder).is_dir():
             _note_run(Path(folder), directory, run_id)
         try:
             look = watcher.look if watcher else _relay(log)
@@ -168,8 +168,13 @@ def _start(link: Link, flat: Mapping[str, Scalar], home: Path) -> int:
 def _note_run(folder: Path, directory: Path, run_id: int) -> None:
     """Record the consortium's last run for `grandrounds consortium status`."""
     noted = {"directory": str(directory), "flower-run": str(run_id), "started": timestamp()}
-    with writing(str(folder / LAST_RUN), "Run this as the consortium's user.", ConfigError):
+    try:
         write_json(folder / LAST_RUN, noted)
+    except OSError as error:  # the run has begun, and does not need the file
+        sys.stderr.write(
+            f"grandrounds: {folder / LAST_RUN} cannot be written ({first_line(error)}): "
+            "grandrounds consortium status will not know this run\n"
+        )
 
 
 def register(public_key: Path, name: str, connection: str) -> int:
