@@ -50,6 +50,8 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "data.template-options": "",
     "data.system-prompt": "",
     "data.train-on": "answers",
+    "strategy.rank-decay": 1.0,
+    "strategy.rank-penalty": 1e-3,
     "strategy.ridge": 0.01,
     "strategy.outer-nesterov": False,
     "defence.largest-spread": 0.0,

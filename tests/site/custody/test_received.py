@@ -52,6 +52,7 @@ FED_BACK: list[Settings] = [
 SETTINGS: dict[str, list[Settings]] = {
     "product": [{}, {"strategy.site-ranks": "4,2"}],
     "flora": [{}, {"strategy.max-rank": 8}],
+    "hetlora": [{"strategy.site-ranks": "4,2"}, {"strategy.rank-decay": 0.75}],
     "fedtrimmedavg": [{"strategy.trimmed-share": 0.4}],
     "ffa": [{}, {"strategy.outer-nesterov": True}],
     "fedavg": [{}, {"model.lora.peft-use-dora": True}],
