@@ -117,6 +117,13 @@ CUSTODY: dict[str, Settings] = {
         "model.lora.alpha-pattern": '{"v_proj": 16}',
     },
     "product of site ranks": {"strategy.name": "product", "strategy.site-ranks": "4,2"},
+    "fedsvd int8": {"strategy.name": "fedsvd", "communication.downlink-codec": "int8"},
+    "hetlora that prunes": {
+        "strategy.name": "hetlora",
+        "strategy.site-ranks": "4,2",
+        "strategy.rank-decay": 0.75,
+        "strategy.rank-penalty": 3.0,
+    },
 }
 
 
