@@ -179,6 +179,8 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
             f"{key} = {value!r} has the wrong type: it must be {allowed}.{_advice(key, value)}"
             f"{NOT_HONOURED.get(key, '')}"
         )
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{key} = {value!r} is not allowed: it has a NUL character.")
     for rule in rules:
         if not rule.admits(value):
             suggestion = _advice(key, value)
