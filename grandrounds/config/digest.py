@@ -49,6 +49,7 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "train.devices": 1,
     "data.template-options": "",
     "data.system-prompt": "",
+    "data.subgroup-columns": "",
     "data.train-on": "answers",
     "strategy.rank-decay": 1.0,
     "strategy.rank-penalty": 1e-3,

@@ -593,6 +593,10 @@ class DataConfig:
     Empty: what the template says without one."""
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
+    subgroup_columns: str
+    """Columns, comma-separated, by whose values the held-out loss is told after the last round, for
+    subgroups of at least 10 held-out examples at a site. A site with a policy tells only columns
+    that `tell.subgroup-columns` of its site.toml names too."""
     question_column: str
     """Column holding the question; empty: the answer column holds plain text. Several,
     comma-separated, are joined by a space: `instruction,input` for Alpaca's format. A column of
@@ -705,6 +709,11 @@ class Config:
     def weights(self) -> tuple[float, ...]:
         """Weights of a site's own training among which it chooses, in ascending order."""
         return tuple(sorted({float(word) for word in words_of(self.personalisation.weights)}))
+
+    @property
+    def subgroup_columns(self) -> tuple[str, ...]:
+        """Columns by whose values the held-out loss is told."""
+        return tuple(words_of(self.data.subgroup_columns))
 
     @property
     def is_masked(self) -> bool:

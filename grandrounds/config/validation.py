@@ -232,6 +232,9 @@ def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
     return _parts(_hints(SECTIONS[section])[field])
 
 
+MOST_COLUMNS = 5
+"""Columns of subgroups of a run."""
+
 NOT_HONOURED = {
     "train.training-arguments.fp16": " Half precision would need loss scaling; set"
     " train.training-arguments.bf16 = true, or neither for float32.",
@@ -300,6 +303,17 @@ def contradictions(config: Config) -> Iterator[str]:
         yield (
             f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} needs held-out examples: "
             "set data.held-out-fraction (0.05 is usual), or strategy.fraction-evaluate = 0."
+        )
+    columns = config.subgroup_columns
+    if len(set(columns)) < len(columns) or len(columns) > MOST_COLUMNS:
+        yield (
+            f"data.subgroup-columns = {data.subgroup_columns!r} must be up to {MOST_COLUMNS} "
+            "different columns, separated by commas."
+        )
+    if columns and config.is_private:
+        yield (
+            f"data.subgroup-columns = {data.subgroup_columns!r} does not go with "
+            "privacy.unit-guarantee: losses by subgroup would be told without noise. Leave it out."
         )
     if data.partitioner in ("dirichlet", "natural") and not data.partition_by:
         yield f'data.partitioner = "{data.partitioner}" needs data.partition-by, a column name.'

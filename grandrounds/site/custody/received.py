@@ -49,6 +49,7 @@ from grandrounds.wire.adapter import (
 )
 from grandrounds.wire.low_rank import cut, modules, truncate
 from grandrounds.wire.personal import PERSONAL
+from grandrounds.wire.subgroups import SUBGROUPS
 
 SPARSE = 0.05
 """Smallest participation ratio of a row of A, (sum x^2)^2 / (n sum x^4): 1/n for a one-hot row,
@@ -258,7 +259,7 @@ class ReceivedAdapter:
         )
 
 
-CHECKED = (*TRAINING, "evaluate", PERSONAL)
+CHECKED = (*TRAINING, "evaluate", SUBGROUPS, PERSONAL)
 """Kinds of messages whose adapter is checked; the formulary's exam asks nothing about the data."""
 
 

@@ -179,6 +179,7 @@ VERDICTS: dict[str, Verdict] = {
     "data.partitioner": _OWN_DATA,
     "data.partition-by": _OWN_DATA,
     "data.dirichlet-alpha": _OWN_DATA,
+    "data.subgroup-columns": _own("of these, only what tell.subgroup-columns of site.toml names"),
     "data.held-out-fraction": _OWN_DATA,
     "data.prompt-template": _listed("prompt-templates"),
     "data.template-date": _harmless("a date in the prompt, of ten characters"),
