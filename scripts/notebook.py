@@ -4,8 +4,8 @@
     scripts/notebook.py notebooks/own_data.ipynb
 
 Without Jupyter: a cell's last expression is shown as its `_repr_html_` and `repr`, as a notebook
-shows it. Cells run in a fresh folder, or in `--folder`, whose own path is stored as `.`. The first
-exception ends the script.
+shows it. Cells run in a fresh folder, or in `--folder`, whose own path is stored as `.`, and that of
+the fetched bases as `bases`. The first exception ends the script.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stack.enter_context(contextlib.chdir(folder))
         notebook["cells"] = execute(notebook["cells"])
         here = str(Path.cwd())
-    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True).replace(here, ".")
+    from grandrounds.config.bases import bases_folder
+
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+    text = text.replace(here, ".").replace(str(bases_folder()), "bases")
     out.write_text(text + "\n", encoding="utf-8")
 
 
