@@ -170,8 +170,10 @@ if __name__ == "__main__":
     import trl
 
     print(f"trl {trl.__version__}, torch {torch.__version__}, {PAIRS} pairs, beta {BETA}")
-    print(f"{'reference':>10}{'normalised':>12}{'loss':>10}{'difference':>12}"
-          f"{'gradient':>12}{'difference':>12}")
+    print(
+        f"{'reference':>10}{'normalised':>12}{'loss':>10}{'difference':>12}"
+        f"{'gradient':>12}{'difference':>12}"
+    )
     for found in differences():
         print(
             f"{found.reference:>10}{found.length_normalised!s:>12}{found.loss:10.6f}"

@@ -40,7 +40,8 @@ def settle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
     )
     stands_for = _BY_SITE if by_site else _ELSEWHERE
     embedded = flat["static.dataset.name"] == flat["model.name"] == "formulary"
-    is_replayed = embedded and flat["privacy.unit-guarantee"] == "none"
+    has_answers = flat["train.objective"] != "dpo"
+    is_replayed = embedded and has_answers and flat["privacy.unit-guarantee"] == "none"
     batch = flat["train.training-arguments.per-device-train-batch-size"]
     most = batch if isinstance(batch, int) and batch > 0 else _REPLAYED
     stands_for = {**stands_for, _REPLAY: min(_REPLAYED, most) if is_replayed else 0}
