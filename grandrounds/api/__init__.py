@@ -206,6 +206,7 @@ def compare(
     arms: Sequence[str] | None = None,
     seeds: int = 1,
     left_out: Sequence[int] | None = None,
+    equal_visits: bool = False,
     out: str | Path | None = None,
     **options: Any,
 ) -> Comparison:
@@ -220,6 +221,9 @@ def compare(
         Number of consecutive seeds, from the recipe's on.
     left_out
         Sites that `leave-one-out` leaves out; None: all.
+    equal_visits
+        Whether `personal` follows fewer rounds, so that with the sites' own steps it makes no more
+        example visits than the other arms.
     out
         A new folder, or one to continue.
 
@@ -245,7 +249,7 @@ def compare(
     from grandrounds.study.comparison.folder import day_in
 
     folder = _path(out) or runner.default_folder(config)
-    design = comparison.Design(chosen, numbers, without)
+    design = comparison.Design(chosen, numbers, without, equal_visits=equal_visits)
     return Comparison(folder, runner.compare(dated(config, day_in(folder)), design, folder))
 
 

@@ -78,6 +78,14 @@ def compare(
             "numbers or names, comma-separated."
         ),
     ] = "all",
+    equal_visits: Annotated[
+        bool,
+        typer.Option(
+            "--equal-visits",
+            help="Let `personal` follow a federation of fewer rounds, so that with the sites' own "
+            "steps it makes no more example visits than the other arms.",
+        ),
+    ] = False,
     benchmarks: Annotated[
         str | None,
         typer.Option(
@@ -135,6 +143,8 @@ def compare(
     named = comparison.default_arms(resolved) if arms is None else list(words_of(arms))
     asked = comparison.check_arms(named)
     comparison.check_recipe(asked, resolved)
+    if equal_visits:
+        comparison.check_equal_visits(asked)
     find_base(resolved.model.name)  # fails now if it is not fetched
     numbers = comparison.check_seeds(resolved.federation.seed, seeds)
     recipes.resolve(resolved.flat(), {"seed": numbers[-1]})
@@ -142,7 +152,7 @@ def compare(
     called = names_of_sites(resolved) if are_named else None
     left_out = comparison.check_sites(sites, resolved.data.num_partitions, called)
     names = list(words_of(benchmarks or ""))
-    design = comparison.Design(asked, numbers, left_out, names, benchmark_data, limit)
+    design = comparison.Design(asked, numbers, left_out, names, benchmark_data, limit, equal_visits)
     from grandrounds.study import preflight
 
     warnings = preflight.check(resolved)

@@ -305,6 +305,10 @@ class TrainingArguments:
     """No effect: every checkpoint is kept."""
 
 
+USUAL_OUTER_RATE = 0.7
+"""Server learning rate of `strategy.outer-nesterov`: that of DiLoCo's experiments."""
+
+
 @dataclass(frozen=True)
 class StrategyConfig:
     """Site selection and aggregation."""
@@ -353,11 +357,17 @@ class StrategyConfig:
     site_ranks: str
     """`product`: training ranks of sites 0, 1, 2, ..., comma-separated and repeated cyclically, for
     example `16,8,4`. Empty: the rank of the adapter."""
+    ridge: Annotated[float, Range(0, 100)]
+    """`lora-fair`: ridge of the correction of B, relative to the mean eigenvalue of the mean A's
+    Gram matrix; larger values keep B nearer to the mean. 0: least squares."""
+    outer_nesterov: bool
+    """Follow the mean of the updates with Nesterov's momentum at the server, as DiLoCo does
+    (`server-learning-rate`, `server-momentum`): `fedavg`, `fedprox`, `ffa`, `rolora`, `la-lora`."""
     server_learning_rate: Annotated[float, Range(0)]
-    """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`: server learning rate; 0: 1 for `fedavgm`,
-    `tau` for the others."""
+    """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`, `outer-nesterov`: server learning rate; 0: 1
+    for `fedavgm`, 0.7 for `outer-nesterov`, `tau` for the others."""
     server_momentum: Annotated[float, Range(0, 0.9999)]
-    """`fedavgm`: server momentum."""
+    """`fedavgm`, `outer-nesterov`: server momentum."""
     beta_1: Annotated[float, Range(0, 0.9999)]
     """`fedadam`, `fedyogi`: decay rate of the first moment."""
     beta_2: Annotated[float, Range(0, 0.9999)]
@@ -421,6 +431,8 @@ class StrategyConfig:
     @property
     def server_step(self) -> float:
         """Learning rate of an adaptive rule at the server, or of momentum; 0 for other rules."""
+        if self.outer_nesterov:
+            return self.server_learning_rate or USUAL_OUTER_RATE
         keys = STRATEGIES[self.name].keys
         if "server-learning-rate" not in keys:
             return 0.0

@@ -472,6 +472,17 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             f"train.training-arguments.weight-decay = {config.arguments.weight_decay:g} would "
             "shrink the stack that flora keeps frozen; set it to 0."
         )
+    if strategy.outer_nesterov and not STRATEGIES[name].outer:
+        able = ", ".join(rule for rule, asks in STRATEGIES.items() if asks.outer)
+        yield (
+            f"strategy.outer-nesterov = true does not go with strategy.name = {name!r}, whose step "
+            f"is not the mean of the updates: set one of {able}, or outer-nesterov = false."
+        )
+    if STRATEGIES[name].in_turn and config.arguments.max_steps == 1:
+        yield (
+            f"train.training-arguments.max-steps = 1 would train B alone under {name}, which "
+            "trains B and A in turn by step: use at least 2."
+        )
     if 0 < cohort < needed:
         yield (
             f"strategy.name = {name!r} needs at least {needed} updates per round with its "

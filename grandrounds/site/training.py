@@ -55,6 +55,8 @@ class VisitSettings:
     """What is replayed beside each batch; nothing if empty."""
     preferring: Preferring | None = None
     """How the examples count, which are preferences; None: they have one answer each."""
+    turns: Sequence[Sequence[bool]] = ()
+    """Which parameters a step trains, step by step in turn; all if empty."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def train_visit(
         F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
 
     (FedProx: Li et al., 2020, equation 2) with AdamW; the gradient of the whole sum is clipped.
+    With `turns`, a step moves some of the parameters, and AdamW's moments of the others rest too.
     With replay, T and the sum also run over the answer tokens of the replayed examples, in passes
     of their own; what the visit reports is of the site's own. Of preferences the first term is the
     mean loss of their pairs (`model.pair_loss`).
@@ -138,6 +141,8 @@ def train_visit(
             if one.own:
                 nll_sum += loss  # type: ignore[assignment]
                 terms += sum(e.terms for e in one.examples)
+        if settings.turns:
+            rest(parameters, settings.turns[step % len(settings.turns)])
         if trained is not None:
             keep_gradient(parameters, trained)
         add_proximal_gradient(parameters, received, settings.proximal_mu)
@@ -168,6 +173,13 @@ def positions(batch: Sequence[TokenizedExample], forward: Forward) -> int:
     if not forward.padding_free:
         return len(lengths) * max(lengths)
     return sum(lengths) + tail_tokens(sum(lengths), forward.bucket_tokens)
+
+
+def rest(parameters: Sequence[torch.nn.Parameter], moves: Sequence[bool]) -> None:
+    """Take the gradient of the parameters that rest in a step, whose values and moments stay."""
+    for parameter, does in zip(parameters, moves, strict=True):
+        if not does:
+            parameter.grad = None
 
 
 @torch.no_grad()

@@ -367,7 +367,11 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
     shown = shown_beside(visit, resident, len(batches))
-    settings = dataclasses.replace(settings, replayed=shown)
+    turns = [
+        [factor_of(name) in factors for name in trained]
+        for factors in Ranks.of(config).turns(visit.round)
+    ]
+    settings = dataclasses.replace(settings, replayed=shown, turns=turns)
 
     def trained_on_all() -> training.VisitResult:
         group = devices.begun(config, resident, list(trained), pad)

@@ -280,6 +280,10 @@ class Ranks:
         """Return the factors that a site trains in a round, those that stay there included."""
         return self.strategy.trained(round_number) + self.stays
 
+    def turns(self, round_number: int) -> tuple[str, ...]:
+        """Return the factors that the steps of a visit train, step by step in turn."""
+        return ("B", "A") if self.strategy.in_turn else (self.trained_factors(round_number),)
+
     def trained(self, site: int) -> slice:
         """Return which ranks of the resident adapter a site trains."""
         if self.strategy.stacks:

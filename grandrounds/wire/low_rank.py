@@ -15,6 +15,7 @@ start from the factors and depend on this choice, the gauge:
             matrices whose rows lie in the row space of P_r it is the nearest to Z, and
             B = U S (Z V)^-1. Singular values of Z V below `FLOOR` of the largest are raised to
             that, so that B stays bounded; the product stays exact.
+`orthonormal` B = U S, A = V^T: the rows of A are orthonormal.
 
 Where P has a lower rank than requested, the remaining rows of A continue along the anchor and B is
 zero there: if both factors were zero, no gradient could ever reach them.
@@ -37,7 +38,7 @@ FLOOR = 0.05
 NOISE = float(np.finfo(np.float32).eps)
 """Singular values below this fraction of the largest are rounding error of float32 factors."""
 
-Gauge = Literal["nearest", "balanced"]
+Gauge = Literal["nearest", "balanced", "orthonormal"]
 
 Matrix = NDArray[np.float64]
 
@@ -97,7 +98,7 @@ def factors(
         Rows of A; at most those of the anchor for the gauge `nearest`.
     anchor : array of (rows, in)
         What A should be close to; with more rows than `rank`, only up to a rotation.
-    gauge : {"nearest", "balanced"}
+    gauge : {"nearest", "balanced", "orthonormal"}
         See the module's docstring.
     """
     found = len(best.right)
@@ -111,6 +112,8 @@ def factors(
         roots = np.sqrt(best.singular_values)
         a = np.concatenate([roots[:, None] * best.right, sizes[:, None] * more])
         b = best.left / roots
+    elif gauge == "orthonormal":
+        a, b = np.concatenate([best.right, more]), best.left
     else:
         rows = np.concatenate([best.right, more])
         turn, scales, back = np.linalg.svd(anchor @ rows.T, full_matrices=False)

@@ -105,6 +105,7 @@ LEFT_OUT = {
     "data.dirichlet-alpha",
     # of other aggregation rules, of codecs and of what is switched off
     *(f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),
+    "strategy.outer-nesterov",
     "communication.downlink",
     "communication.catch-up-codec",
     "communication.block-size",

@@ -531,8 +531,7 @@ class TestHub:
         assert done.stdout.count("\n") == 1
         assert (
             "'someone/cards' is neither built-in data (formulary, formulary-preferences, "
-            "common-and-rare) nor a file"
-            in done.stdout
+            "common-and-rare) nor a file" in done.stdout
         )
 
 

@@ -104,7 +104,7 @@ def test_every_message_of_a_run_is_counted() -> None:
     assert plan.adapter_parameters == 16
 
 
-def test_ffa_sends_one_factor_both_ways_and_rolora_both_down_and_one_up() -> None:
+def test_ffa_sends_one_factor_both_ways_and_rolora_and_fedsvd_both_down_and_one_up() -> None:
     """B alone is 168 bytes, A alone 152. rolora sends B up in rounds 1 and 3, A in round 2."""
 
     def up_and_down(rule: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -113,6 +113,7 @@ def test_ffa_sends_one_factor_both_ways_and_rolora_both_down_and_one_up() -> Non
 
     assert up_and_down("ffa") == ((168,) * 3, (168,) * 3)
     assert up_and_down("rolora") == ((320,) * 3, (168, 152, 168))
+    assert up_and_down("fedsvd") == ((320,) * 3, (168,) * 3)
 
 
 def test_floras_stack_grows_with_the_cohort_up_to_its_highest_rank() -> None:

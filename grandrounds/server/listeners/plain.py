@@ -257,6 +257,14 @@ def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:
                 f"{100 * cut['last']:.2g} % in the last{rank}",
             )
         )
+    if left := measured.get("correction_error"):
+        rows.append(
+            (
+                "aggregation error",
+                f"left by the correction of B: {100 * left['first']:.2g} % of the update in round "
+                f"1, {100 * left['last']:.2g} % in the last",
+            )
+        )
     if step := measured.get("server_learning_rate"):
         rows.append(
             ("server step", f"{step['first']:.2f} in round 1, {step['last']:.2f} at the end")

@@ -37,6 +37,7 @@ FIGURES = (
     "product-error-of-update",
     "server-learning-rate",
     "truncation-error",
+    "correction-error",
     "seconds",
     "train-seconds",
     "evaluate-seconds",

@@ -136,6 +136,8 @@ VERDICTS: dict[str, Verdict] = {
     "strategy.largest-weight": _AT_SERVER,
     "strategy.max-rank": _bounded("max-rank"),
     "strategy.site-ranks": _bounded("max-rank"),
+    "strategy.ridge": _AT_SERVER,
+    "strategy.outer-nesterov": _AT_SERVER,
     "strategy.server-learning-rate": _bounded("max-server-learning-rate"),
     "strategy.server-momentum": _AT_SERVER,
     "strategy.beta-1": _AT_SERVER,
@@ -144,9 +146,7 @@ VERDICTS: dict[str, Verdict] = {
     "strategy.num-malicious-nodes": _AT_SERVER,
     "strategy.num-nodes-to-select": _AT_SERVER,
     "strategy.trimmed-share": _AT_SERVER,
-    "personalisation.name": _harmless(
-        "what a site makes for itself stays there, and each factor that travels is checked"
-    ),
+    "personalisation.name": _listed("personal-adapters"),
     "personalisation.steps": _bounded("max-steps-per-visit"),
     "personalisation.learning-rate": _bounded("max-learning-rate"),
     "personalisation.proximal-mu": _bounded("max-proximal-mu"),

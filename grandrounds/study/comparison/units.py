@@ -72,6 +72,9 @@ class Design:
     """Folder with the files of the benchmarks; None: from the hub."""
     limit: int | None = None
     """Evaluate only the first so many items of each benchmark."""
+    equal_visits: bool = False
+    """Whether `personal` follows a federation of fewer rounds, so that both make no more example
+    visits than the other arms."""
 
     def units(self, num_sites: int) -> Iterator[Unit]:
         """Yield every unit, seed by seed, so that results of the first seed come early."""
@@ -88,6 +91,8 @@ class Design:
     def options(self) -> list[str]:
         """Return the options of `grandrounds compare` that give this design."""
         words = ["--arms", ",".join(self.arms), "--seeds", str(len(self.seeds))]
+        if self.equal_visits:
+            words += ["--equal-visits"]
         if LEAVE_ONE_OUT in self.arms:
             words += ["--sites", ",".join(map(str, self.left_out))]
         if self.benchmarks:
@@ -202,6 +207,15 @@ def check_personal(arms: Sequence[str], config: Config) -> None:
         raise ConfigError(
             "arm 'personal' is not compared with a private recipe, whose sites tell no held-out "
             "loss: leave privacy.unit-guarantee or personalisation.name out."
+        )
+
+
+def check_equal_visits(arms: Sequence[str]) -> None:
+    """Raise `ConfigError` if visits are to be made equal without the arm whose visits differ."""
+    if PERSONAL not in arms:
+        raise ConfigError(
+            "--equal-visits is for the arm 'personal', whose federation then has fewer rounds; all "
+            f"other arms make equally many visits as it is. Asked for: {', '.join(arms)}."
         )
 
 

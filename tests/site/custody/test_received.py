@@ -53,6 +53,7 @@ SETTINGS: dict[str, list[Settings]] = {
     "product": [{}, {"strategy.site-ranks": "4,2"}],
     "flora": [{}, {"strategy.max-rank": 8}],
     "fedtrimmedavg": [{"strategy.trimmed-share": 0.4}],
+    "ffa": [{}, {"strategy.outer-nesterov": True}],
     "fedavg": [{}, {"model.lora.peft-use-dora": True}],
     "fedexp": [{}, {"model.lora.peft-use-dora": True}],
     **{
