@@ -24,8 +24,8 @@ from grandrounds.model import machine
 from grandrounds.model.lora import adapter_parameters
 from grandrounds.model.resident import Resident, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
-from grandrounds.site.devices.shares import passes
 from grandrounds.site.devices.shares import backward as backward_of
+from grandrounds.site.devices.shares import passes
 from grandrounds.site.local_data import site_of
 from grandrounds.site.preferences import against_reference
 from grandrounds.wire.adapter import Adapter

@@ -121,7 +121,7 @@ def _check_columns(
 
 
 def rows_of_pairs(raw: RawRows, source: str, columns: tuple[str, ...], commit: str = "") -> Rows:
-    """Return the rows of a source of preferences; tell what is left out; errors as of `pairs_of`."""
+    """Return a source of preferences as rows; tell what is left out. Errors as of `pairs_of`."""
     found = pairs_of(raw, source, columns)
     if found.left_out:
         print(
