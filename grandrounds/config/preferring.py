@@ -63,6 +63,13 @@ def preference_contradictions(config: Config) -> Iterator[str]:
             'set "none"',
         ),
         (
+            "data.subgroup-columns",
+            config.data.subgroup_columns,
+            bool(config.data.subgroup_columns),
+            "losses by subgroup are of answers",
+            "leave it out",
+        ),
+        (
             "train.replay-examples",
             train.replay_examples,
             train.replay_examples > 0,

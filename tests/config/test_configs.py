@@ -87,6 +87,7 @@ LEFT_OUT = {
     "data.template-date",
     "data.template-options",
     "data.system-prompt",
+    "data.subgroup-columns",
     # one value allowed, or the same as another key
     "train.training-arguments.output-dir",
     "train.training-arguments.learning-rate",

@@ -35,6 +35,7 @@ def test_the_packaged_preferences_are_divided_as_the_formulary_is_and_replay_not
         ("static.dataset.name", "formulary", 'Set "formulary-preferences".'),
         ("secure-aggregation", "masked32", "masked sums have not been tested with it"),
         ("personalisation.name", "local-tail", "personal adapters are trained and chosen by"),
+        ("data.subgroup-columns", "site", "losses by subgroup are of answers. Leave it out."),
         ("train.replay-examples", 2, "the reference already holds the model to the base. Set 0."),
         ("train.devices", 2, "its processes share the loss of answers only. Set 1."),
         ("data.prompt-template", "text", "both answers of a preference follow a prompt"),

@@ -134,13 +134,17 @@ def check_seeds(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> list[int]:
+def check_sites(
+    text: str, num_sites: int, names: SiteNames | None = None, option: str = "--sites"
+) -> list[int]:
     """Return the sites named by `all`, `3`, `0,3,5` or `ward b,0`.
 
     Parameters
     ----------
     names : SiteNames, optional
         What the sites are called; upper and lower case are the same.
+    option : str
+        What the caller calls the text, for errors.
 
     Raises
     ------
@@ -162,8 +166,8 @@ def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> li
     if wrong or not words:
         called = f", or names: {', '.join(labels.values())}" if labels else ""
         raise ConfigError(
-            f"--sites {text!r}: {wrong[0] if wrong else 'nothing'} is not a site; allowed: all, or "
-            f"numbers from 0 to {num_sites - 1}, separated by commas{called}."
+            f"{option} {text!r}: {wrong[0] if wrong else 'nothing'} is not a site; allowed: "
+            f"all, or numbers from 0 to {num_sites - 1}, separated by commas{called}."
         )
     return sorted({site for site in found.values() if site is not None})
 
