@@ -51,6 +51,8 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "data.system-prompt": "",
     "data.subgroup-columns": "",
     "data.train-on": "answers",
+    "strategy.rank-decay": 1.0,
+    "strategy.rank-penalty": 1e-3,
     "strategy.ridge": 0.01,
     "strategy.outer-nesterov": False,
     "defence.largest-spread": 0.0,

@@ -341,8 +341,14 @@ class StrategyConfig:
     """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
     times the rank."""
     site_ranks: str
-    """`product`: training ranks of sites 0, 1, 2, ..., comma-separated and repeated cyclically, for
-    example `16,8,4`. Empty: the rank of the adapter."""
+    """`product`, `hetlora`: training ranks of sites 0, 1, 2, ..., comma-separated and repeated
+    cyclically, for example `16,8,4`. Empty: the rank of the adapter."""
+    rank_decay: Annotated[float, Range(0, 1, above=True)]
+    """`hetlora`: share of its ranks that a site keeps when it prunes the last ones, rounded down;
+    1: no site prunes. The byte counts of the plan are then upper bounds."""
+    rank_penalty: Annotated[float, Range(0)]
+    """`hetlora` with `rank-decay` below 1: weight of the norms of the ranks that a site would prune
+    next, in its training loss."""
     ridge: Annotated[float, Range(0, 100)]
     """`lora-fair`: ridge of the correction of B, relative to the mean eigenvalue of the mean A's
     Gram matrix; larger values keep B nearer to the mean. 0: least squares."""
@@ -369,6 +375,11 @@ class StrategyConfig:
     trimmed_share: Annotated[float, Range(0, 0.49)]
     """`fedtrimmedavg`: fraction of values trimmed at each end, per coordinate; rounded down to
     whole updates."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether sites may prune ranks during the run."""
+        return "rank-decay" in STRATEGIES[self.name].keys and self.rank_decay < 1
 
     @property
     def needed_replies(self) -> int:

@@ -16,7 +16,16 @@ PRODUCTS = "the product of two factors is not linear in them, so that it cannot 
 
 PRODUCT_RULES = ("product", "flora", "lora-fair")
 
-EACH_RULE = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "geomedian", "nnm")
+EACH_RULE = (
+    "fedmedian",
+    "fedtrimmedavg",
+    "krum",
+    "multikrum",
+    "bulyan",
+    "geomedian",
+    "nnm",
+    "hetlora",
+)
 
 REFUSED_RULES = dict.fromkeys(PRODUCT_RULES, PRODUCTS) | dict.fromkeys(EACH_RULE, EACH)
 """Rule → why not. The others are functions of the mean, and fedexp of the sum of squares too."""

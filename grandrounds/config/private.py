@@ -18,6 +18,7 @@ CHOOSES = (
     "leaves out the averaging that takes noise away"
 )
 IN_TURN = "a private step clips and releases the gradients of A and B together, not in turn"
+BY_NORM = "it weights sites by the norms of their models, which are mostly noise"
 ADAPTIVE = "its step divides by a running root of squares, to which noise adds and signal does not"
 
 REFUSED_RULES = {
@@ -32,6 +33,7 @@ REFUSED_RULES = {
     "flora": QUADRATIC,
     "lora-fair": QUADRATIC,
     "la-lora": IN_TURN,
+    "hetlora": BY_NORM,
 }
 """Rule → why not. `fedavg`, `fedprox`, `fedavgm`, `ffa`, `fedsvd` and `rolora` are linear in the
 updates, so that noise averages out, also under `outer-nesterov`; `fedmedian` and `fedtrimmedavg`

@@ -35,6 +35,8 @@ class Strategy:
     """Whether a visit trains B and A in turn, B in its first step."""
     outer: bool = False
     """Whether the mean can be followed with Nesterov's momentum (`outer-nesterov`)."""
+    cuts: bool = False
+    """Whether a site of a lower rank receives the first ranks, not the strongest directions."""
     keys: tuple[str, ...] = ()
     """Keys of `strategy.` that are specific to this rule."""
 
@@ -87,6 +89,13 @@ STRATEGIES: dict[str, Strategy] = {
         keeps_replies=True, error_feedback=False, mixed_ranks=True, keys=("site-ranks",)
     ),
     "flora": Strategy(keeps_replies=True, error_feedback=False, stacks=True, keys=("max-rank",)),
+    "hetlora": Strategy(
+        keeps_replies=True,
+        error_feedback=False,
+        mixed_ranks=True,
+        cuts=True,
+        keys=("site-ranks", "rank-decay", "rank-penalty"),
+    ),
     "lora-fair": Strategy(keeps_replies=True, error_feedback=False, keys=("ridge",)),
     "fedsvd": Strategy(odd="B", even="B", error_feedback=False),
 }

@@ -384,6 +384,7 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     yield from _start_contradictions(config)
     yield from _rule_contradictions(config)
+    yield from _pruning_contradictions(config)
     yield from _codec_contradictions(config)
     yield from privacy_contradictions(config)
     yield from masked_contradictions(config)
@@ -431,9 +432,10 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
     name, needed = strategy.name, strategy.needed_replies
     ranks = words_of(strategy.site_ranks)
     mixed = [rule for rule, requires in STRATEGIES.items() if requires.mixed_ranks]
+    allowed = " or ".join(f'"{rule}"' for rule in mixed)
     if ranks and name not in mixed:
         yield (
-            f'strategy.site-ranks needs strategy.name = "{mixed[0]}": {name} averages tensors of '
+            f"strategy.site-ranks needs strategy.name = {allowed}: {name} averages tensors of "
             "equal shape. Change the rule, or leave site-ranks empty."
         )
     if not all(r.isascii() and r.isdigit() and 1 <= int(r) <= rank for r in ranks):
@@ -508,6 +510,56 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             "strategy.trimmed-share = 0 trims nothing: use a fraction above 0, or "
             'strategy.name = "fedavg".'
         )
+
+
+def _pruning_contradictions(config: Config) -> Iterator[str]:
+    """Yield settings that do not go with sites that prune their ranks."""
+    if not config.strategy.prunes:
+        return
+    how, lora, screens = config.personalisation, config.lora, config.defence
+    for key, value, is_met, why, instead in (
+        (
+            "model.lora.rank-pattern",
+            repr(lora.rank_pattern),
+            bool(lora.rank_pattern),
+            "a site prunes to one rank for all modules",
+            "leave it out",
+        ),
+        (
+            "model.lora.from-adapter",
+            repr(lora.from_adapter or lora.from_adapter_sha256),
+            lora.is_continued,
+            "a site that pruned could not compare its part with the saved adapter's hash",
+            "leave it out",
+        ),
+        (
+            "defence.min-cosine",
+            f"{screens.min_cosine:g}",
+            screens.min_cosine > -1,
+            "updates of different ranks cannot be compared",
+            "set -1",
+        ),
+        (
+            "defence.largest-spread",
+            f"{screens.largest_spread:g}",
+            screens.largest_spread > 0,
+            "updates of different ranks cannot be compared",
+            "set 0",
+        ),
+        (
+            "personalisation.name",
+            repr(how.name),
+            config.is_personal,
+            "a site's own adapter has the run's rank",
+            'set "none"',
+        ),
+    ):
+        if is_met:
+            yield (
+                f"{key} = {value} does not go with strategy.rank-decay = "
+                f"{config.strategy.rank_decay:g}: {why}. {instead[0].upper()}{instead[1:]}, or "
+                "rank-decay = 1."
+            )
 
 
 def _codec_contradictions(config: Config) -> Iterator[str]:

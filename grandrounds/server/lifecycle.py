@@ -143,7 +143,7 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
         targets=targets,
         state=state,
         rule=rule,
-        sender=Sender(ranks, config.communication, start, federation.seed),
+        sender=Sender(ranks, config.communication, start, federation.seed, rule.ranks()),
         exchange=Exchange(grid, state.ledger, state.run, strategy.round_timeout_seconds),
         roster=Roster(
             config.data.num_partitions,

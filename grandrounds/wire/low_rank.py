@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.wire.adapter import A, Adapter, B
+from grandrounds.wire.adapter import A, Adapter, B, rank_index
 
 FLOOR = 0.05
 """Smallest singular value of an A of the nearest gauge, relative to its largest."""
@@ -151,6 +151,14 @@ def truncate(adapter: Adapter, rank: int, gauge: Gauge = "nearest") -> Adapter:
                 best_product([(1.0, b, a)], rank), rank, a, gauge
             )
     return out
+
+
+def cut(adapter: Adapter, rank: int) -> Adapter:
+    """Return the first ranks of an adapter: what a site of lower rank receives under HetLoRA."""
+    return {
+        name: np.ascontiguousarray(tensor[rank_index(name, slice(0, rank))])
+        for name, tensor in adapter.items()
+    }
 
 
 def relative_error(best: Sequence[BestProduct]) -> float:

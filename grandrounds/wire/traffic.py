@@ -68,7 +68,7 @@ class Plan:
     last_updates_bytes: int
     """All messages from training sites in the last round."""
     is_upper_bound: bool = False
-    """Whether entropy coding may make messages smaller than planned."""
+    """Whether entropy coding or pruned ranks may make messages smaller than planned."""
 
     @property
     def total_bytes(self) -> int:
@@ -224,8 +224,8 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
         down_bytes=tuple(largest_down),
         up_bytes=tuple(largest_up),
         last_updates_bytes=sum(message.tensor_bytes for message in sent),
-        is_upper_bound=how.entropy_coding
-        and (how.uplink_codec, how.downlink_codec) != ("none", "none"),
+        is_upper_bound=config.strategy.prunes
+        or (how.entropy_coding and (how.uplink_codec, how.downlink_codec) != ("none", "none")),
     )
 
 

@@ -186,6 +186,19 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
             {"strategy.name": "lora-fair", **PRIVATE},
             ["does not go with privacy.unit-guarantee: it multiplies the sites' factors"],
         ),
+        (
+            {"strategy.name": "hetlora", **PRIVATE},
+            ["does not go with privacy.unit-guarantee: it weights sites by the norms"],
+        ),
+        *(
+            ({"strategy.name": "hetlora", "strategy.rank-decay": 0.9, **more}, [why])
+            for more, why in (
+                ({"model.lora.rank-pattern": '{"q_proj": 4}'}, "one rank for all modules"),
+                ({"defence.min-cosine": 0.0}, "updates of different ranks"),
+                ({"defence.largest-spread": 1.4}, "updates of different ranks"),
+                ({"personalisation.name": "local-tail"}, "has the run's rank"),
+            )
+        ),
         ({"strategy.name": "lora-fair", "communication.uplink-codec": "ternary"}, ["lora-fair"]),
         ({"strategy.name": "fedsvd", "communication.uplink-codec": "sign"}, ["fedsvd"]),
         *(

@@ -31,6 +31,7 @@ EXTRAS: dict[str, Settings] = {
     "fedavg": {"strategy.proximal-mu": 0.0},
     "fedtrimmedavg": {"strategy.trimmed-share": 0.34},
     "product": {"strategy.site-ranks": "4,2"},
+    "hetlora": {"strategy.site-ranks": "4,2"},
     "nesterov": {
         "strategy.name": "rolora",
         "strategy.outer-nesterov": True,
@@ -197,7 +198,7 @@ def test_the_rank_of_flora_grows_to_its_maximum_and_is_reported(settings: Settin
         "fedavgm",
         *(
             pytest.param(n, marks=pytest.mark.slow)
-            for n in ("flora", "rolora", "product", "lora-fair", "fedsvd", WITH_NESTEROV)
+            for n in ("flora", "rolora", "product", "lora-fair", "fedsvd", "hetlora", WITH_NESTEROV)
         ),
     ],
 )
@@ -213,6 +214,36 @@ def test_an_interrupted_run_goes_on_to_the_bit(
         play({**settings, **changes}, listener=interrupted_at("round", 2))
     resumed = play({**settings, **changes, "resume-from": settings["run-directory"]})
     assert adapter_bytes(whole) == adapter_bytes(resumed)
+
+
+PRUNING: Settings = {
+    "strategy.name": "hetlora",
+    "strategy.rank-decay": 0.75,
+    "strategy.rank-penalty": 3.0,
+    "strategy.fraction-train": 1.0,
+    "train.save-every-round": 1,
+}
+
+
+@pytest.mark.slow
+def test_sites_that_prune_go_on_with_fewer_ranks_and_bytes_also_after_a_resume(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Rank 4, pruned to 3, 2 and 1. In round 1 B is zero, and nothing can be less."""
+    whole = play({**settings, **PRUNING, "run-directory": str(tmp_path / "whole")})
+    with pytest.raises(KeyboardInterrupt):
+        play({**settings, **PRUNING}, listener=interrupted_at("round", 2))
+    resumed = play({**settings, **PRUNING, "resume-from": settings["run-directory"]})
+    assert adapter_bytes(whole) == adapter_bytes(resumed)
+    ranks = [line["site-rank"] for line in metrics_of(whole)[1:]]
+    assert ranks[:2] == [4, 4]
+    assert ranks[2] < 4
+    assert ranks == [line["site-rank"] for line in metrics_of(resumed)[1:]]
+    summary = summary_of(whole)
+    assert summary["communication_mib"] < summary["planned_mib"]
+    assert read_json(whole / "plan.json")["upper-bound"]
+    assert summary["aggregation"]["site_rank"]["first"] == 4
+    assert summary["failed_replies"] == 0
 
 
 EVERYBODY = {

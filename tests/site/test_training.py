@@ -486,3 +486,23 @@ def test_a_resting_parameter_is_not_decayed_either(tiny_base: Path) -> None:
     assert result.proximal_penalty > 0
     for b, one, before in zip(is_b, found, start, strict=True):
         assert torch.equal(one, before) == (not b)
+
+
+def test_the_penalty_of_the_ranks_to_prune_has_the_gradient_of_autograd() -> None:
+    """lambda ||A[2:4]|| ||B[:, 2:4]||, on a layer that is not square; a B of zero has none."""
+    draw = torch.Generator().manual_seed(1)
+    a, b = (torch.nn.Parameter(torch.randn(s, generator=draw)) for s in ((4, 7), (5, 4)))
+    (0.3 * a[2:4].norm() * b[:, 2:4].norm()).backward()
+    expected = [p.grad.clone() for p in (a, b) if p.grad is not None]
+    for p in (a, b):
+        p.grad = torch.zeros_like(p)
+    training.add_rank_gradient([a, b], [(0, 1, 2, 4)], 0.3)
+    for p, gradient in zip((a, b), expected, strict=True):
+        assert torch.allclose(p.grad, gradient, atol=1e-6)
+        assert gradient.abs().max() > 0.01
+    with torch.no_grad():
+        b.zero_()
+    a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+    training.add_rank_gradient([a, b], [(0, 1, 2, 4)], 0.3)
+    assert not a.grad.any()
+    assert not b.grad.any()

@@ -66,6 +66,14 @@ def test_ranks_repeat_over_the_sites() -> None:
     assert ranks("flora").carried(3, 12) == 12  # the stack as it is
 
 
+def test_a_site_that_pruned_trains_the_ranks_that_it_was_sent() -> None:
+    assert ranks("hetlora", 16).trained(0) == adapters.EVERYTHING
+    assert ranks("hetlora", 16).trained(0, 12) == slice(0, 12)
+    assert ranks("hetlora", 16, 16, 8, 4).trained(1, 3) == slice(0, 3)
+    assert ranks("hetlora", 16, 16, 8, 4).trained(1, 16) == slice(0, 4)
+    assert [adapters.kept_ranks(rank, 0.9) for rank in (16, 2, 1)] == [14, 1, 1]
+
+
 def test_a_stack_grows_by_the_cohort_up_to_its_bound() -> None:
     """Rank 4, two sites a round: the untrained adapter of rank 4, then 8, 16, cut at 20."""
     stacked = [ranks("flora", 4, 20).begun_with(number, 2) for number in range(1, 6)]

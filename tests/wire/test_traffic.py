@@ -132,6 +132,14 @@ def test_sites_of_a_lower_rank_send_and_receive_less() -> None:
     assert totals["evaluate.down"].tensor_bytes == 8 * 320
 
 
+def test_where_sites_prune_their_ranks_the_plan_is_an_upper_bound() -> None:
+    mixed = {"strategy.name": "hetlora", "strategy.site-ranks": "2,1"}
+    plan = plan_of(SHAPES, 1, 4, 4, **mixed)
+    assert plan.ledger.totals["train.down"].tensor_bytes == 1216
+    assert not plan.is_upper_bound
+    assert plan_of(SHAPES, 1, 4, 4, **mixed, **{"strategy.rank-decay": 0.5}).is_upper_bound
+
+
 def test_encoded_the_untrained_adapter_costs_nothing() -> None:
     """bf16: 1 + 32 bytes and a header of 128, 161. One site, two rounds, and held-out loss before
     round 1 and after both: down none + 161, held-out none + 161 + 161, up 2 * 161."""

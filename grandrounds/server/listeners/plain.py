@@ -259,6 +259,9 @@ def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:
                 f"1, {100 * left['last']:.2g} % in the last",
             )
         )
+    if site := measured.get("site_rank"):
+        first, last = site["first"], site["last"]
+        rows.append(("mean rank of sites", f"{first:.1f} in round 1, {last:.1f} in the last"))
     if step := measured.get("server_learning_rate"):
         rows.append(
             ("server step", f"{step['first']:.2f} in round 1, {step['last']:.2f} at the end")

@@ -136,6 +136,8 @@ VERDICTS: dict[str, Verdict] = {
     "strategy.largest-weight": _AT_SERVER,
     "strategy.max-rank": _bounded("max-rank"),
     "strategy.site-ranks": _bounded("max-rank"),
+    "strategy.rank-decay": _harmless("how many ranks a site goes on with: fewer, never more"),
+    "strategy.rank-penalty": _harmless("it draws ranks towards zero, which AdamW's bound covers"),
     "strategy.ridge": _AT_SERVER,
     "strategy.outer-nesterov": _AT_SERVER,
     "strategy.server-learning-rate": _bounded("max-server-learning-rate"),

@@ -34,7 +34,7 @@ AVERAGING = ("fedavg", "fedprox", "la-lora")
 OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 COMBINING = ("geomedian", "nnm")
-BY_PRODUCT = ("product", "flora", "lora-fair")
+BY_PRODUCT = ("product", "flora", "lora-fair", "hetlora")
 OF_B = ("ffa", "rolora", "fedsvd")
 """Rules that train B alone in round 1."""
 
