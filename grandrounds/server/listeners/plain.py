@@ -237,10 +237,10 @@ def subgroups_text(found: Mapping[str, Any]) -> str:
     """Return the held-out losses by subgroup in one line, the highest first."""
     groups = found["groups"]
     losses = sorted(((of["held-out-loss"], name) for name, of in groups.items()), reverse=True)
-    shown = ", ".join(f"{name} {loss:.4f}" for loss, name in losses[:MOST_SUBGROUPS])
+    shown = ", ".join(f"{name}: {loss:.4f}" for loss, name in losses[:MOST_SUBGROUPS])
     more = f", {len(losses) - MOST_SUBGROUPS} more" if len(losses) > MOST_SUBGROUPS else ""
     silent = len(found["silent"])
-    parts = [f"held-out loss {shown}{more}" if losses else ""]
+    parts = [f"held-out loss, highest first: {shown}{more}" if losses else ""]
     parts.append(f"none told by {counted(silent, 'site')}" if silent else "")
     parts.append(f"{counted(len(found['failed']), 'site')} failed" if found["failed"] else "")
     return "; ".join(part for part in parts if part)
