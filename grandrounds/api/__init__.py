@@ -20,15 +20,15 @@ from typing import Any, Literal
 
 from grandrounds.api import played
 from grandrounds.api.asked import Asked, asked_for, check_options, resolved_run
-from grandrounds.api.results import Comparison, Evaluation, Plan, Run
+from grandrounds.api.results import Comparison, Evaluation, Filed, Plan, Run
 from grandrounds.config.bases import find_base
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
 from grandrounds.server.listeners import Listener
 
 __all__ = [
-    *("Asked", "Comparison", "Evaluation", "Plan", "Run"),
-    *("compare", "evaluate", "open_run", "plan", "recipe", "report", "run"),
+    *("Asked", "Comparison", "Evaluation", "Filed", "Plan", "Run"),
+    *("compare", "dossier", "evaluate", "open_run", "plan", "recipe", "report", "run"),
 ]
 
 Settings = Mapping[str, Scalar]
@@ -290,6 +290,25 @@ def report(*targets: str | Path | Run | Comparison, out: str | Path | None = Non
     if not targets:
         raise ConfigError("report has no target: give a run, several runs, or a comparison.")
     return write_report([_place(target) for target in targets], _path(out)).file
+
+
+def dossier(target: str | Path | Run, out: str | Path | None = None) -> Filed:
+    """Write what an ethics board needs of a run, as a page and as JSON; see `grandrounds dossier`.
+
+    Parameters
+    ----------
+    out
+        The page, by default `dossier.html` in the run; the JSON is written beside it.
+
+    Raises
+    ------
+    GrandRoundsError
+        If the run has not ended or is damaged, or a file cannot be written.
+    """
+    from grandrounds.study.dossier.written import write_dossier
+
+    written = write_dossier(_place(target), _path(out))
+    return Filed(written.file, written.run, written.dossier)
 
 
 def _place(target: str | Path | Run | Comparison) -> Path:
