@@ -11,8 +11,10 @@ and cuts them about as coarsely as the tokenizers of real models do.
 Arms: `default` is what `evaluate` does on this device; `batches of 16` asks with `--batch-size 16`,
 each order of the options by itself; `as on a GPU` reads a question once for all orders, on a CPU
 too. The first two that are asked for are compared answer by answer. `forecast` is what `evaluate`
-says after the first portions, against what the rest took. `--continuous` answers FlowerTune's
-prompts of the first benchmark by transformers' continuous batching too.
+says after the first portions, against what the rest took. `passes` and `tokens read` count what the
+base was given, padding included; `--no-cache` reads as for a base that is refused its cache.
+`--continuous` answers FlowerTune's prompts of the first benchmark by transformers' continuous
+batching too.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +101,54 @@ def with_tokenizer(base: Path, folder: Path, texts: list[str]) -> Path:
     return folder
 
 
+@contextmanager
+def counted(model: Any) -> Iterator[dict[str, int]]:
+    """Yield passes and tokens read, which grow with every forward pass of a model."""
+    counts = {"passes": 0, "tokens_read": 0}
+
+    def count(_: Any, arguments: Any, named: dict[str, Any]) -> None:
+        counts["passes"] += 1
+        counts["tokens_read"] += named["input_ids"].numel()
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def gpus_passes() -> Iterator[None]:
+    """Fill passes on a CPU as on a GPU with ample memory, questions once for all orders."""
+    from grandrounds.model import passes, prefill
+    from grandrounds.study.evaluation import runner
+
+    fills, limits = runner.fills_passes, prefill.pass_limits
+    runner.fills_passes = lambda method: True
+    if not on_gpu():
+        prefill.pass_limits = lambda model, batch_size, *_: passes.Limits(
+            batch_size or sys.maxsize,
+            prefill.CUDA_PASS_TOKENS,
+            enough=prefill.CUDA_ENOUGH_TOKENS,
+        )
+    try:
+        yield
+    finally:
+        runner.fills_passes, prefill.pass_limits = fills, limits
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def ask(
     tasks: Any, models: Any, tokenizer: Any, together: bool = False
 ) -> tuple[dict[str, Any], Any]:
-    """Ask everything; return seconds and the forecast, and the answers.
+    """Ask everything; return seconds, counts and the forecast, and the answers.
 
-    `together`: read questions once for all orders of their options, whatever the device.
+    `together`: fill passes, and read questions once for all orders, whatever the device.
     """
     from grandrounds.study.evaluation import runner
     from grandrounds.study.evaluation.answers import open_folder
@@ -114,17 +160,15 @@ def ask(
             told.update(expected=values["seconds"], at=time.perf_counter())
 
     open_folder(tasks.folder, {}, False)
-    own = runner.fills_passes
-    if together:
-        runner.fills_passes = lambda method: True
-    started = time.perf_counter()
-    try:
+    with models.asked(tasks.target.subjects[0]) as model:
+        counting = counted(model)
+    with counting as counts, gpus_passes() if together else nullcontext():
+        started = time.perf_counter()
         answers = runner.ask_all(tasks, models, tokenizer, listen)
-    finally:
-        runner.fills_passes = own
-    synchronize()
-    ended = time.perf_counter()
+        synchronize()
+        ended = time.perf_counter()
     figures = {
+        **counts,
         "seconds": ended - started,
         "forecast_seconds": told["expected"],
         "seconds_after_forecast": ended - told["at"],
@@ -136,6 +180,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Return seconds by arm, protocol and benchmark, and how the arms' answers differ."""
     import torch
 
+    from grandrounds.model import prefill
     from grandrounds.model.tokenizers import tokenizer_of
     from grandrounds.study.evaluation import flowertune, runner
     from grandrounds.study.evaluation.benchmarks import load_questions
@@ -161,8 +206,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         target = find_target("none", str(base), given.quantization)
         models = Models(runner.spec_of(target), target.subjects)
         started = time.perf_counter()
-        with models.asked(target.subjects[0]):
+        with models.asked(target.subjects[0]) as model:
             synchronize()
+            if given.no_cache:
+                prefill._proven[model] = prefill.WHOLE
         loading = time.perf_counter() - started
         tokenizer = tokenizer_of(target.base, target.chat)
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
@@ -262,13 +309,14 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{result['quantization'] or 'no'} bits, {result['device']}; base loaded in "
         f"{result['loading_seconds']:.1f} s",
         f"{'':<16}{'benchmark':<12}{'protocol':<14}{'answers':>9}{'seconds':>9}{'a second':>10}"
-        f"{'forecast':>10}{'took':>8}",
+        f"{'forecast':>10}{'took':>8}{'passes':>9}{'tokens read':>13}",
     ]
     for row in result["rows"]:
         found.append(
             f"{row['arm']:<16}{row['benchmark']:<12}{row['protocol']:<14}{row['answers']:>9,}"
             f"{row['seconds']:>9.2f}{row['answers'] / row['seconds']:>10.0f}"
             f"{row['forecast_seconds']:>10.2f}{row['seconds_after_forecast']:>8.2f}"
+            f"{row['passes']:>9,}{row['tokens_read']:>13,}"
         )
     for row in result["differences"]:
         found.append(
@@ -299,6 +347,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=400)
     parser.add_argument("--arms", nargs="+", default=list(ARMS)[:2], choices=list(ARMS))
     parser.add_argument("--own-tokenizer", action="store_true", help="the base's, which is trained")
+    parser.add_argument("--no-cache", action="store_true", help="as if its cache were refused")
     parser.add_argument("--continuous", action="store_true", help="transformers' way too")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--out", type=Path)

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from grandrounds.model import machine
 from grandrounds.quiet import quiet_libraries
-from grandrounds.site import personal, personal_files, steps
+from grandrounds.site import personal, personal_files, steps, subgroups
 from grandrounds.site import visit as visits
 from grandrounds.site.custody.dispatch import at_site
 from grandrounds.site.masks import visit as masks
@@ -19,6 +19,7 @@ from grandrounds.site.visit import Visit
 from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.messages import MAGNITUDES, answering, content, to_arrays
 from grandrounds.wire.personal import PERSONAL
+from grandrounds.wire.subgroups import SUBGROUPS
 
 quiet_libraries()  # also here: in Flower's simulation, Ray's workers import this module
 app = ClientApp()
@@ -137,6 +138,17 @@ def evaluate(visit: Visit) -> RecordDict:
         return content(metrics=visits.evaluate(resident, visit.site, visit.config))
 
 
+@app.evaluate("subgroups")
+@answering
+@at_site
+def evaluate_subgroups(visit: Visit) -> RecordDict:
+    """Evaluate the received adapter on each subgroup of the held-out examples that may be told."""
+    resident = visits.prepared(visit.config)
+    visits.receive_adapter(visit, resident, trains=False)
+    with steps.visiting("held-out loss by subgroup", visit.site.partition_id):
+        return subgroups.evaluate(visit, resident)
+
+
 @app.evaluate("formulary")
 @answering
 @at_site
@@ -159,6 +171,7 @@ VISITS = {
     "train.unmask": unmask,
     PERSONAL: personalise,
     "evaluate": evaluate,
+    SUBGROUPS: evaluate_subgroups,
     "evaluate.formulary": examine,
 }
 """Kind of message → function, for a site's agent."""

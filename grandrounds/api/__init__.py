@@ -13,18 +13,17 @@ Importing it loads neither PyTorch nor Flower; a call loads what it needs. Expec
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from grandrounds.api import played
+from grandrounds.api import compared, evaluated, given, planned, played
 from grandrounds.api.asked import Asked, asked_for, check_options, resolved_run
+from grandrounds.api.progress import Clock, comparison_line, evaluation_line
 from grandrounds.api.results import Comparison, Evaluation, Filed, Plan, Run
-from grandrounds.config.bases import find_base
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
-from grandrounds.server.listeners import Listener
+from grandrounds.server.listeners import Facts, Listener
 
 __all__ = [
     *("Asked", "Comparison", "Evaluation", "Filed", "Plan", "Run"),
@@ -98,13 +97,14 @@ def run(
         raise ConfigError(f"engine = {engine!r} must be 'in-process' or 'simulation'.")
     if engine == "in-process" and (client_cpus is not None or client_gpus is not None):
         raise ConfigError("client_cpus and client_gpus belong to engine = 'simulation'.")
-    if client_cpus is not None and client_cpus < 1:
-        raise ConfigError(f"client_cpus = {client_cpus} must be at least 1.")
-    if client_gpus is not None and not 0 <= client_gpus < math.inf:
-        raise ConfigError(f"client_gpus = {client_gpus} must be at least 0.")
-    place = None if resume is None else _place(resume)
+    client_cpus = given.integer_or_none("client_cpus", client_cpus, 1)
+    client_gpus = given.number_or_none("client_gpus", client_gpus)
+    from_round = given.integer_or_none("from_round", from_round, 0)
+    if not isinstance(progress, bool | Listener):
+        raise ConfigError(f"progress = {progress!r} must be True, False or a Listener.")
+    place = None if resume is None else _place("resume", resume)
     if run_dir is not None:
-        options["run_dir"] = str(_place(run_dir))
+        options["run_dir"] = str(given.path("run_dir", run_dir))
     if place is None:
         if from_round is not None:
             raise ConfigError("from_round belongs to resume, the run that goes back.")
@@ -121,8 +121,8 @@ def run(
     if resume is None:
         config = played.with_day(config)
     if progress is True:
-        _print(notes, "note")
-        _print(warnings, "warning")
+        _print(notes, "note: ")
+        _print(warnings, "warning: ")
         from grandrounds.server.listeners.plain import PlainReporter
 
         progress = PlainReporter(config)
@@ -141,7 +141,7 @@ def open_run(path: str | Path) -> Run:
     """
     from grandrounds.server.directory import RunDirectory
 
-    return Run(RunDirectory.open(_place(path)).path)
+    return Run(RunDirectory.open(_place("path", path)).path)
 
 
 def evaluate(
@@ -158,8 +158,10 @@ def evaluate(
     batch_size: int | None = None,
     permutations: int = 3,
     answer_tokens: int = 128,
+    site: str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    progress: bool = True,
 ) -> Evaluation:
     """Ask a run's adapters, or one adapter, and their base; see `grandrounds evaluate --help`.
 
@@ -174,29 +176,42 @@ def evaluate(
         Files of own questions, asked in the style `texts` or `letters`.
     protocol
         `likelihood`, `flowertune` or `all`.
+    site
+        Number or name of a site whose personal adapter is asked beside the run's.
+    progress
+        Whether a line is printed per model and benchmark.
 
     Raises
     ------
     GrandRoundsError
         If base, adapter or questions cannot be used.
     """
-    from grandrounds.quiet import quiet_libraries
+    names = [] if benchmarks is None else given.names("benchmarks", benchmarks, "medqa")
+    files = given.paths("exams", exams, "exam.csv")
+    place = str(_place("target", target))
+    folder, result = given.path_or_none("data", data), given.path_or_none("out", out)
+    limit = given.integer_or_none("limit", limit, 1)
     from grandrounds.study.evaluation.benchmarks import check_names
     from grandrounds.study.evaluation.own_exam import style_of
-    from grandrounds.study.evaluation.questions import Wanted, questions_for
-    from grandrounds.study.evaluation.tasks import EvaluationTasks, Method, find_target
+    from grandrounds.study.evaluation.questions import Wanted
+    from grandrounds.study.evaluation.tasks import Method
 
-    method = Method(protocol, permutations, batch_size, answer_tokens)
-    names = check_names(list(benchmarks)) if benchmarks else []
-    files = [Path(exam) for exam in exams]
-    wanted = Wanted(names, files, style_of(exam_style), _path(data), limit)
-    found = find_target(str(_place(target)), base, quantization)
-    find_base(found.base)
-    quiet_libraries()
-    tasks = EvaluationTasks(found, questions_for(found, wanted), method, _path(out))
-    from grandrounds.study.evaluation import runner
+    method = Method(
+        given.text("protocol", protocol),
+        given.integer("permutations", permutations, 0),
+        given.integer_or_none("batch_size", batch_size, 1),
+        given.integer("answer_tokens", answer_tokens, 1),
+    )
+    style = style_of(given.text("exam_style", exam_style))
+    wanted = Wanted(check_names(names), files, style, folder, limit)
+    base, site = given.text_or_none("base", base), given.text_or_none("site", site)
+    models = evaluated.target_of(place, base, quantization, site)
+    tasks = evaluated.prepared(models, wanted, method, result)
 
-    return Evaluation(tasks.folder, runner.evaluate(tasks, resume=resume))
+    def listen(event: str, facts: Facts) -> None:
+        _print([evaluation_line(event, facts)] * progress)
+
+    return evaluated.play(tasks, listen, resume=resume)
 
 
 def compare(
@@ -205,8 +220,13 @@ def compare(
     *,
     arms: Sequence[str] | None = None,
     seeds: int = 1,
-    left_out: Sequence[int] | None = None,
+    left_out: Sequence[int | str] | None = None,
+    equal_visits: bool = False,
+    benchmarks: Sequence[str] = (),
+    benchmark_data: str | Path | None = None,
+    limit: int | None = None,
     out: str | Path | None = None,
+    progress: bool = True,
     **options: Any,
 ) -> Comparison:
     """Measure what federation gains, and for which sites; see `grandrounds compare --help`.
@@ -219,34 +239,47 @@ def compare(
     seeds
         Number of consecutive seeds, from the recipe's on.
     left_out
-        Sites that `leave-one-out` leaves out; None: all.
+        Numbers or names of the sites that `leave-one-out` leaves out; None: all, one by one.
+    equal_visits
+        Whether `personal` follows fewer rounds, so that with the sites' own steps it makes no more
+        example visits than the other arms.
+    benchmarks, benchmark_data, limit
+        Further benchmarks, the folder of their files, and the maximum number of items of each.
     out
         A new folder, or one to continue.
+    progress
+        Whether notes and a line per part are printed.
 
     Raises
     ------
     GrandRoundsError
         If an arm cannot be trained or evaluated; finished parts are kept.
     """
-    from grandrounds.quiet import quiet_libraries
-    from grandrounds.study.comparison import units as comparison
-
     check_options(options)
-    config = asked_for(source, settings, **options).config
-    chosen = comparison.check_arms(comparison.default_arms(config) if arms is None else arms)
-    comparison.check_recipe(chosen, config)
-    numbers = comparison.check_seeds(config.federation.seed, seeds)
-    sites = "all" if left_out is None else ",".join(map(str, left_out))
-    without = comparison.check_sites(sites, config.data.num_partitions, None)
-    played.checked(config)
-    quiet_libraries()
-    from grandrounds.model.tokenizers import dated
-    from grandrounds.study.comparison import runner
-    from grandrounds.study.comparison.folder import day_in
+    named = None if arms is None else given.names("arms", arms, "local")
+    without = None if left_out is None else given.sites("left_out", left_out)
+    asked = asked_for(source, settings, **options)
+    wanted = compared.Wanted(
+        named,
+        given.integer("seeds", seeds, 1),
+        "all" if without is None else ",".join(without),
+        given.names("benchmarks", benchmarks, "medqa"),
+        given.path_or_none("benchmark_data", benchmark_data),
+        given.integer_or_none("limit", limit, 1),
+        given.truth("equal_visits", equal_visits),
+    )
+    place = given.path_or_none("out", out)
+    made = compared.prepared(asked, wanted, place, option="left_out")
+    if progress:
+        _print(asked.all_notes(), "note: ")
+        _print(made.warnings, "warning: ")
+    clock = Clock()
 
-    folder = _path(out) or runner.default_folder(config)
-    design = comparison.Design(chosen, numbers, without)
-    return Comparison(folder, runner.compare(dated(config, day_in(folder)), design, folder))
+    def listen(event: str, facts: Facts) -> None:
+        clock(event, facts)
+        _print([comparison_line(event, facts, clock)] * progress)
+
+    return made.play(listen)
 
 
 def plan(
@@ -266,15 +299,12 @@ def plan(
     rows
         Number of rows, for data that cannot be counted.
     """
-    from grandrounds.study import preflight
-    from grandrounds.study.plan.forecast import forecast
-
-    if rows is not None and rows < 1:
-        raise ConfigError(f"rows = {rows} must be at least 1.")
+    rows = given.integer_or_none("rows", rows, 1)
+    architecture = given.text_or_none("architecture", architecture)
     check_options(options)
-    config = asked_for(source, settings, may_load=False, **options).config
-    warnings = preflight.check(config)
-    return Plan(forecast(config, architecture=architecture, rows=rows), warnings)
+    return planned.planned(
+        asked_for(source, settings, may_load=False, **options), architecture, rows
+    )
 
 
 def report(*targets: str | Path | Run | Comparison, out: str | Path | None = None) -> Path:
@@ -282,14 +312,17 @@ def report(*targets: str | Path | Run | Comparison, out: str | Path | None = Non
 
     Raises
     ------
-    GrandRoundsError
+    ConfigError, DataError, RunDirectoryError
         If a target cannot be read, or jinja2 is not installed.
     """
     from grandrounds.study.report.written import write_report
 
     if not targets:
         raise ConfigError("report has no target: give a run, several runs, or a comparison.")
-    return write_report([_place(target) for target in targets], _path(out)).file
+    places = [_place("target", target) for target in targets]
+    written = write_report(places, given.path_or_none("out", out))
+    _print(written.warnings, "warning: ")
+    return written.file
 
 
 def dossier(target: str | Path | Run, out: str | Path | None = None) -> Filed:
@@ -302,27 +335,23 @@ def dossier(target: str | Path | Run, out: str | Path | None = None) -> Filed:
 
     Raises
     ------
-    GrandRoundsError
+    ConfigError, DataError, RunDirectoryError
         If the run has not ended or is damaged, or a file cannot be written.
     """
     from grandrounds.study.dossier.written import write_dossier
 
-    written = write_dossier(_place(target), _path(out))
+    written = write_dossier(_place("target", target), given.path_or_none("out", out))
     return Filed(written.file, written.run, written.dossier)
 
 
-def _place(target: str | Path | Run | Comparison) -> Path:
+def _place(name: str, target: str | Path | Run | Comparison) -> Path:
     if isinstance(target, Run | Comparison):
         return target.path
     if not isinstance(target, str | Path):
         raise ConfigError(f"{target!r} is no run: give a run, a comparison, or its directory.")
-    return Path(target)
+    return given.path(name, target)
 
 
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
-
-
-def _print(lines: Sequence[str], kind: str) -> None:
-    for line in lines:
-        print(f"{kind}: {line}", flush=True)
+def _print(lines: Sequence[str], lead: str = "") -> None:
+    for line in filter(None, lines):
+        print(f"{lead}{line}", flush=True)

@@ -14,6 +14,9 @@ from grandrounds.config import recipes
 from grandrounds.config.keys import Config
 from grandrounds.study.tables import Table
 
+OVERLAP = "overlap.json"
+"""File with the findings of `grandrounds evaluate --check-overlap`."""
+
 if TYPE_CHECKING:
     from grandrounds.server.directory import RunDirectory
     from grandrounds.study.dossier.lines import Dossier
@@ -100,20 +103,25 @@ class Evaluation:
 
     def tables(self) -> list[Table]:
         """Return what `grandrounds evaluate` prints."""
-        return [table for table, _ in self._shown()]
+        return [table for tables, _ in self.shown() for table in tables]
 
-    def _shown(self) -> Iterator[tuple[Table, list[str]]]:
+    def shown(self) -> Iterator[tuple[list[Table], list[str]]]:
+        """Yield the tables of each protocol, with the notes that no earlier one had."""
         from grandrounds.study.evaluation.tables import notes, tables
-        from grandrounds.study.evaluation.verification import evaluations_in
+        from grandrounds.study.evaluation.verification import evaluations_in, read_result
 
+        file = self.path / OVERLAP
+        overlap = read_result(file) if file.is_file() else None
+        told: set[str] = set()
         for evaluation in evaluations_in(dict(self.content)):
-            for number, table in enumerate(tables(evaluation)):
-                yield table, [] if number else notes(evaluation, None)
+            new = [note for note in notes(evaluation, overlap) if note not in told]
+            yield tables(evaluation), new
+            told.update(new)
 
     def _repr_html_(self) -> str:
-        found = list(self._shown())
-        told = dict.fromkeys(note for _, notes in found for note in notes)
-        return as_html([table for table, _ in found], list(told))
+        found = list(self.shown())
+        every = [table for tables, _ in found for table in tables]
+        return as_html(every, [note for _, notes in found for note in notes])
 
 
 @dataclass(frozen=True)
@@ -130,10 +138,14 @@ class Comparison:
 
         return tables(dict(self.content))
 
-    def _repr_html_(self) -> str:
+    def notes(self) -> list[str]:
+        """Return what a reader must know to interpret the tables."""
         from grandrounds.study.comparison.tables import notes
 
-        return as_html(self.tables(), notes(dict(self.content)))
+        return notes(dict(self.content))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables(), self.notes())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Nothing heavy is imported before the arguments have been validated.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import TaskProgressColumn, TextColumn
 
+from grandrounds.api import compared
+from grandrounds.api.asked import asked_for
+from grandrounds.api.progress import Clock, comparison_line
 from grandrounds.cli.options import (
     AsJson,
     Assignments,
@@ -33,14 +35,10 @@ from grandrounds.cli.options import (
 from grandrounds.cli.request import tell
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
-from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
 from grandrounds.config.words import command
-from grandrounds.quiet import quiet_libraries
 from grandrounds.study.chosen import chosen_recipe
 from grandrounds.study.comparison import units as comparison
-from grandrounds.study.continued import with_start
-from grandrounds.study.sites import names_of_sites, with_sites
 
 
 def compare(
@@ -78,6 +76,14 @@ def compare(
             "numbers or names, comma-separated."
         ),
     ] = "all",
+    equal_visits: Annotated[
+        bool,
+        typer.Option(
+            "--equal-visits",
+            help="Let `personal` follow a federation of fewer rounds, so that with the sites' own "
+            "steps it makes no more example visits than the other arms.",
+        ),
+    ] = False,
     benchmarks: Annotated[
         str | None,
         typer.Option(
@@ -118,57 +124,37 @@ def compare(
     """
     screen = Screen(plain, verbose=verbose, quiet=quiet, as_json=as_json)
     screen.working("reading the configuration")
-    if arms is not None:
-        comparison.check_arms(list(words_of(arms)))
-    file = chosen_recipe(recipe, config)
-    layers = recipes.layers_of(
-        *(file, assignments),
+    words = None if arms is None else comparison.check_arms(list(words_of(arms)))
+    asked = asked_for(
+        chosen_recipe(recipe, config),
+        recipes.parse_overrides(assignments or []),
+        sites_per_round=sites_per_round,
         model=model,
         from_adapter=from_adapter,
         data=data,
         rounds=rounds,
         sites=num_sites,
     )
-    layers, continued = with_start(layers)
-    settings = recipes.merged(with_sites(layers, sites_per_round, may_load=True))
-    resolved = recipes.with_absolute_paths(recipes.resolve(settings))
-    named = comparison.default_arms(resolved) if arms is None else list(words_of(arms))
-    asked = comparison.check_arms(named)
-    comparison.check_recipe(asked, resolved)
-    find_base(resolved.model.name)  # fails now if it is not fetched
-    numbers = comparison.check_seeds(resolved.federation.seed, seeds)
-    recipes.resolve(resolved.flat(), {"seed": numbers[-1]})
-    are_named = any(not word.isdigit() for word in words_of(sites) if word != "all")
-    called = names_of_sites(resolved) if are_named else None
-    left_out = comparison.check_sites(sites, resolved.data.num_partitions, called)
-    names = list(words_of(benchmarks or ""))
-    design = comparison.Design(asked, numbers, left_out, names, benchmark_data, limit)
-    from grandrounds.study import preflight
-
-    warnings = preflight.check(resolved)
-    tell([] if quiet else [*recipes.notes(settings, file), *continued])
-    tell(warnings, "warning")
-    quiet_libraries()
+    further = list(words_of(benchmarks or ""))
+    wanted = compared.Wanted(words, seeds, sites, further, benchmark_data, limit, equal_visits)
+    made = compared.prepared(asked, wanted, out)
+    tell([] if quiet else asked.all_notes())
+    tell(made.warnings, "warning")
     screen.working("importing the libraries")
-    from grandrounds.model.tokenizers import dated
-    from grandrounds.study.comparison import runner as comparison_runner
-    from grandrounds.study.comparison.folder import RESULT, day_in
-    from grandrounds.study.comparison.tables import notes, tables
-
-    folder = out or comparison_runner.default_folder(resolved)
-    resolved = dated(resolved, day_in(folder))
     with progress(screen) as listener:
         try:
-            content = comparison_runner.compare(resolved, design, folder, listener)
+            result = made.play(listener)
         except KeyboardInterrupt:
-            same = command("--out", folder)
+            same = command("--out", made.folder)
             kept = f"finished parts are kept; the same command with {same} continues"
             raise KeyboardInterrupt(kept) from None
-    for table in tables(content):
+    from grandrounds.study.comparison.folder import RESULT
+
+    for table in result.tables():
         screen.table(table.title, table.columns, table.rows)
-    screen.notes(notes(content))
-    screen.tell(f"written: {folder}/{RESULT}")
-    screen.emit(content)
+    screen.notes(result.notes())
+    screen.tell(f"written: {made.folder}/{RESULT}")
+    screen.emit(dict(result.content))
 
 
 @contextmanager
@@ -182,55 +168,9 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
             clock(event, facts)
             bar.update(task, total=max(1, clock.planned), completed=clock.work, left=clock.left())
             bar.update(task, description=f"{clock.done}/{clock.units} parts")
-            if line := _line(event, facts, clock):
+            if line := comparison_line(event, facts, clock):
                 screen.tell(line)
             if event == "visited" and facts["count"]:
                 screen.detail(f"  visited: {facts['count']:,} examples")
 
         yield listen
-
-
-class Clock:
-    """Counts finished work in training examples, and estimates the time left from it."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.units = self.done = 0
-        self.planned = self.work = self._finished = 0.0
-        self._has_trained = False  # loading the base says nothing about the time of the rest
-
-    def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
-        """Count one event."""
-        if event == "planned":
-            self.started = time.monotonic()
-            self.units, self.done, self.planned = facts["units"], facts["kept"], facts["work"]
-        elif event == "visited":
-            self.work += facts["count"]
-            self._has_trained = self._has_trained or facts["count"] > 0
-        else:
-            self.done += 1
-            self._finished += facts["work"]
-            self.work = self._finished  # as planned, including what failed or was resumed
-
-    def left(self) -> str:
-        """Return `about 3 min left`; empty while there is nothing to estimate from."""
-        if not self._has_trained or self.work >= self.planned:
-            return ""
-        spent = time.monotonic() - self.started
-        seconds = spent * (self.planned - self.work) / self.work
-        return (
-            f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
-        )
-
-
-def _line(event: str, facts: Mapping[str, Any], clock: Clock) -> str:
-    """Return the line for an event; empty if it only moves the bar."""
-    if event == "planned":
-        kept = f", {facts['kept']} finished before" if facts["kept"] else ""
-        return f"comparison in {facts['directory']}: {facts['units']} parts{kept}"
-    if event == "visited":
-        return ""
-    parts = [f"{clock.done}/{clock.units}  {facts['unit']}: loss {facts['held-out-loss']:.3f}"]
-    parts += [f"{name} {100 * right:.1f} %" for name, right in facts["accuracy"].items()]
-    parts += [f"{facts['seconds']:.1f} s", clock.left()]
-    return "  ".join(part for part in parts if part)

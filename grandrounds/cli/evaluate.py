@@ -5,7 +5,6 @@ Nothing heavy is imported before the arguments have been validated.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,11 @@ import typer
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn
 
+from grandrounds.api import evaluated
+from grandrounds.api.progress import evaluation_line
+from grandrounds.api.results import OVERLAP
 from grandrounds.cli.options import AsJson, BenchmarkData, Limit, OfSite, Plain, Quiet, Verbose
 from grandrounds.cli.screen import Screen, say
-from grandrounds.config.bases import find_base
 from grandrounds.config.values import words_of
 from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, DataError
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from grandrounds.study.evaluation.benchmarks import Questions
     from grandrounds.study.evaluation.flowertune import Generation
     from grandrounds.study.evaluation.tasks import EvaluationTasks
-
-OVERLAP = "overlap.json"
-"""File with the findings of `--check-overlap`."""
 
 
 def evaluate(
@@ -190,24 +188,14 @@ def evaluate(
         _check_overlap(training, questions, out, columns, screen)
     else:
         from grandrounds.study.evaluation.own_exam import style_of
-        from grandrounds.study.evaluation.questions import Wanted, questions_for
-        from grandrounds.study.evaluation.tasks import (
-            EvaluationTasks,
-            Method,
-            find_target,
-            with_site,
-            without_site,
-        )
+        from grandrounds.study.evaluation.questions import Wanted
+        from grandrounds.study.evaluation.tasks import Method
 
         method = Method(protocol, permutations, batch_size, answer_tokens)
         wanted = Wanted(names or [], own_exams or [], style_of(own_style), data, limit)
         name = _only(given, "give an adapter's folder, a run directory or none")
-        target = find_target(name, base, quantization)
-        target = without_site(target) if site is None else with_site(target, site)
-        find_base(target.base)  # fails now if it is not fetched
-        quiet_libraries()
-        questions = questions_for(target, wanted)
-        _evaluate(EvaluationTasks(target, questions, method, out), resume, screen)
+        target = evaluated.target_of(name, base, quantization, site)
+        _evaluate(evaluated.prepared(target, wanted, method, out), resume, screen)
 
 
 def _names(benchmarks: str | None) -> list[str] | None:
@@ -240,31 +228,22 @@ def _files(given: Sequence[str], option: str) -> list[Path]:
 def _evaluate(tasks: EvaluationTasks, resume: bool, screen: Screen) -> None:
     """Evaluate, then show tables, notes and the output file."""
     screen.working("importing the libraries")
-    from grandrounds.study.evaluation import runner
-    from grandrounds.study.evaluation.tables import notes, tables
-    from grandrounds.study.evaluation.verification import evaluations_in
-
     if told_first := tasks.assumption:
         screen.notes([told_first])
     with progress(screen) as listener:
-        content = runner.evaluate(tasks, resume=resume, listener=listener)
-    found = tasks.folder / OVERLAP
-    overlap = _read_json(found) if found.is_file() else None
-    told: set[str] = set()
-    for evaluation in evaluations_in(content):
-        for table in tables(evaluation):
+        result = evaluated.play(tasks, listener, resume=resume)
+    for tables, notes in result.shown():
+        for table in tables:
             screen.table(table.title, table.columns, table.rows)
-        new = [note for note in notes(evaluation, overlap) if note not in told]
-        screen.notes(new)
-        told.update(new)
-    screen.tell(f"written: {tasks.folder}/evaluation.json")
-    screen.emit(content)
+        screen.notes(notes)
+    screen.tell(f"written: {result.path}/evaluation.json")
+    screen.emit(dict(result.content))
 
 
 @contextmanager
 def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
     """Yield a listener for `runner.evaluate`: a forecast, a line per benchmark, and a bar."""
-    from grandrounds.server.listeners.clock import Clock, time_text
+    from grandrounds.server.listeners.clock import Clock
     from grandrounds.server.listeners.terminal import TimeLeft
 
     clock = Clock(1)  # of the whole evaluation
@@ -277,18 +256,10 @@ def progress(screen: Screen) -> Iterator[Callable[[str, Mapping[str, Any]], None
             elif event == "answered":
                 bar.advance(task, facts["count"])
                 screen.detail(f"  {facts['count']:,} answered")
-            elif event == "forecast":
-                if facts["seconds"]:
-                    clock.expect(facts["seconds"])
-                    about = time_text(facts["seconds"])
-                    screen.tell(f"about {about} to go, from the first batch of each benchmark")
-            elif event == "asked":
-                cut = f", {facts['truncated']:,} prompts truncated" if facts["truncated"] else ""
-                kept = f", {facts['done']:,} kept from before" if facts["done"] else ""
-                screen.tell(
-                    f"{facts['protocol']}  {facts['model']}  {facts['benchmark']}: "
-                    f"{facts['asked']:,} asked{kept}{cut}"
-                )
+            elif event == "forecast" and facts["seconds"]:
+                clock.expect(facts["seconds"])
+            if line := evaluation_line(event, facts):
+                screen.tell(line)
 
         yield listen
 
@@ -362,8 +333,10 @@ def _recorded(file: Path) -> tuple[Generation, ...]:
 
 
 def _is_evaluation(file: Path) -> bool:
+    from grandrounds.study.evaluation.verification import read_result
+
     try:
-        content = _read_json(file)
+        content = read_result(file)
     except DataError:
         return False
     return isinstance(content, dict) and bool({"rows", "evaluations"} & content.keys())
@@ -378,12 +351,12 @@ def _recorded_accuracy(file: Path) -> str | None:
 
 def _verify(files: Sequence[Path], screen: Screen) -> None:
     """Print the faults of result files; exit with code 1 if there are any."""
-    from grandrounds.study.evaluation.verification import faults_in
+    from grandrounds.study.evaluation.verification import faults_in, read_result
 
     found: dict[str, list[str]] = {}
     for file in files:
         _refuse_recorded(file)
-        faults = faults_in(_read_json(file))
+        faults = faults_in(read_result(file))
         found[str(file)] = faults
         screen.still()
         say(f"{file}: {counted(len(faults), 'fault') if faults else 'no fault found'}")
@@ -452,12 +425,3 @@ def _check_overlap(
 
 SHOWN = 10
 """Matches printed per benchmark; the file has all of them."""
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{file} is not valid JSON ({error})") from error

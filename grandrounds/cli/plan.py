@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from grandrounds.api.asked import asked_for
+from grandrounds.api.planned import planned as planned_run
 from grandrounds.cli.options import (
     Assignments,
     ConfigFile,
@@ -27,12 +29,9 @@ from grandrounds.cli.options import (
 from grandrounds.cli.screen import Screen
 from grandrounds.config import recipes
 from grandrounds.config.validation import idle_last_round
-from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.storage import writing
 from grandrounds.study.chosen import chosen_recipe
-from grandrounds.study.continued import with_start
-from grandrounds.study.sites import with_sites
 
 if TYPE_CHECKING:
     from grandrounds.study.plan.forecast import Forecast
@@ -133,27 +132,26 @@ def plan(
     if not compare:
         config = chosen_recipe(files.pop(0) if files else None, config)
     link = _link(uplink_mbps, downlink_mbps)
-    own = recipes.layers_of(
-        *(None, assignments),
-        model=model,
-        from_adapter=from_adapter,
-        data=data,
-        rounds=rounds,
-        sites=sites,
-        run_dir=str(run_dir) if run_dir else None,
-    )
+    options: dict[str, Any] = {
+        "model": model,
+        "from_adapter": from_adapter,
+        "data": data,
+        "rounds": rounds,
+        "sites": sites,
+        "sites_per_round": sites_per_round,
+        "run_dir": str(run_dir) if run_dir else None,
+    }
+    keys = recipes.parse_overrides(assignments or [])
+    at_sites = engine is Engine.deployment
     planned: dict[str, Forecast] = {}
     told: dict[str, list[str]] = {}
     for file in [config, *files]:
-        read = recipes.layers_of(chosen_recipe(file, None), None)
-        layers, continued = with_start([*read, *own], elsewhere=engine is Engine.deployment)
-        settings = recipes.merged(with_sites(layers, sites_per_round))
-        name = _label(file, planned)
-        if engine is Engine.deployment:
-            refuse_idle(settings)
-        notes_of = [*recipes.notes(settings, file), *continued]
-        planned[name], warnings = _forecast(settings, architecture, rows)
-        told[name] = [*notes_of, *warnings]
+        asked = asked_for(file, keys, elsewhere=at_sites, may_load=False, **options)
+        if at_sites and (idle := idle_last_round(asked.config)):
+            raise ConfigError(idle)
+        name = _label(asked.file, planned)
+        made = planned_run(asked, architecture, rows)
+        planned[name], told[name] = made.forecast, [*asked.all_notes(), *made.warnings]
     described = {
         name: {**_described(f, link), "warnings": told[name]} for name, f in planned.items()
     }
@@ -171,12 +169,6 @@ def plan(
     screen.notes([line for lines in told.values() for line in lines])
     if json_file is not None:
         screen.tell(f"written: {json_file}")
-
-
-def refuse_idle(settings: Mapping[str, Scalar]) -> None:
-    """Raise `ConfigError` if the last round of a recipe would train nothing."""
-    if idle := idle_last_round(recipes.resolve(settings)):
-        raise ConfigError(idle)
 
 
 def _link(uplink_mbps: float | None, downlink_mbps: float | None) -> tuple[float, float] | None:
@@ -197,18 +189,6 @@ def _label(file: Path | None, taken: Mapping[str, Any]) -> str:
     if file is None:
         return "packaged"
     return file.stem if file.stem not in (*taken, "pyproject") else str(file)
-
-
-def _forecast(
-    settings: dict[str, Scalar], architecture: str | None, rows: int | None
-) -> tuple[Forecast, list[str]]:
-    """Plan a recipe; return the warnings too."""
-    config = recipes.with_absolute_paths(recipes.resolve(settings))
-    from grandrounds.study import preflight
-    from grandrounds.study.plan.forecast import forecast
-
-    warnings = preflight.check(config)
-    return forecast(config, architecture=architecture, rows=rows), warnings
 
 
 def _write(file: Path, content: Any) -> None:

@@ -291,6 +291,10 @@ class TrainingArguments:
     """No effect: every checkpoint is kept."""
 
 
+USUAL_OUTER_RATE = 0.7
+"""Server learning rate of `strategy.outer-nesterov`: that of DiLoCo's experiments."""
+
+
 @dataclass(frozen=True)
 class StrategyConfig:
     """Site selection and aggregation."""
@@ -337,13 +341,25 @@ class StrategyConfig:
     """`flora`: maximum rank of the stacked adapter, which is truncated by SVD beyond it; 0: four
     times the rank."""
     site_ranks: str
-    """`product`: training ranks of sites 0, 1, 2, ..., comma-separated and repeated cyclically, for
-    example `16,8,4`. Empty: the rank of the adapter."""
+    """`product`, `hetlora`: training ranks of sites 0, 1, 2, ..., comma-separated and repeated
+    cyclically, for example `16,8,4`. Empty: the rank of the adapter."""
+    rank_decay: Annotated[float, Range(0, 1, above=True)]
+    """`hetlora`: share of its ranks that a site keeps when it prunes the last ones, rounded down;
+    1: no site prunes. The byte counts of the plan are then upper bounds."""
+    rank_penalty: Annotated[float, Range(0)]
+    """`hetlora` with `rank-decay` below 1: weight of the norms of the ranks that a site would prune
+    next, in its training loss."""
+    ridge: Annotated[float, Range(0, 100)]
+    """`lora-fair`: ridge of the correction of B, relative to the mean eigenvalue of the mean A's
+    Gram matrix; larger values keep B nearer to the mean. 0: least squares."""
+    outer_nesterov: bool
+    """Follow the mean of the updates with Nesterov's momentum at the server, as DiLoCo does
+    (`server-learning-rate`, `server-momentum`): `fedavg`, `fedprox`, `ffa`, `rolora`, `la-lora`."""
     server_learning_rate: Annotated[float, Range(0)]
-    """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`: server learning rate; 0: 1 for `fedavgm`,
-    `tau` for the others."""
+    """`fedavgm`, `fedadam`, `fedyogi`, `fedadagrad`, `outer-nesterov`: server learning rate; 0: 1
+    for `fedavgm`, 0.7 for `outer-nesterov`, `tau` for the others."""
     server_momentum: Annotated[float, Range(0, 0.9999)]
-    """`fedavgm`: server momentum."""
+    """`fedavgm`, `outer-nesterov`: server momentum."""
     beta_1: Annotated[float, Range(0, 0.9999)]
     """`fedadam`, `fedyogi`: decay rate of the first moment."""
     beta_2: Annotated[float, Range(0, 0.9999)]
@@ -359,6 +375,11 @@ class StrategyConfig:
     trimmed_share: Annotated[float, Range(0, 0.49)]
     """`fedtrimmedavg`: fraction of values trimmed at each end, per coordinate; rounded down to
     whole updates."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether sites may prune ranks during the run."""
+        return "rank-decay" in STRATEGIES[self.name].keys and self.rank_decay < 1
 
     @property
     def needed_replies(self) -> int:
@@ -407,6 +428,8 @@ class StrategyConfig:
     @property
     def server_step(self) -> float:
         """Learning rate of an adaptive rule at the server, or of momentum; 0 for other rules."""
+        if self.outer_nesterov:
+            return self.server_learning_rate or USUAL_OUTER_RATE
         keys = STRATEGIES[self.name].keys
         if "server-learning-rate" not in keys:
             return 0.0
@@ -570,6 +593,10 @@ class DataConfig:
     Empty: what the template says without one."""
     train_on: Annotated[str, OneOf(("answers", "last"))]
     """What is learned of a conversation: all `answers` of the assistant, or the `last`."""
+    subgroup_columns: str
+    """Columns, comma-separated, by whose values the held-out loss is told after the last round, for
+    subgroups of at least 10 held-out examples at a site. A site with a policy tells only columns
+    that `tell.subgroup-columns` of its site.toml names too."""
     question_column: str
     """Column holding the question; empty: the answer column holds plain text. Several,
     comma-separated, are joined by a space: `instruction,input` for Alpaca's format. A column of
@@ -682,6 +709,11 @@ class Config:
     def weights(self) -> tuple[float, ...]:
         """Weights of a site's own training among which it chooses, in ascending order."""
         return tuple(sorted({float(word) for word in words_of(self.personalisation.weights)}))
+
+    @property
+    def subgroup_columns(self) -> tuple[str, ...]:
+        """Columns by whose values the held-out loss is told."""
+        return tuple(words_of(self.data.subgroup_columns))
 
     @property
     def is_masked(self) -> bool:

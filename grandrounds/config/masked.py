@@ -14,14 +14,25 @@ LEAST_COHORT, MOST_SITES = 3, 256
 EACH = "it needs each site's update, and the server has their sum only"
 PRODUCTS = "the product of two factors is not linear in them, so that it cannot be summed masked"
 
-PRODUCT_RULES = ("product", "flora")
+PRODUCT_RULES = ("product", "flora", "lora-fair")
 
-EACH_RULE = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "geomedian", "nnm")
+EACH_RULE = (
+    "fedmedian",
+    "fedtrimmedavg",
+    "krum",
+    "multikrum",
+    "bulyan",
+    "geomedian",
+    "nnm",
+    "hetlora",
+)
 
 REFUSED_RULES = dict.fromkeys(PRODUCT_RULES, PRODUCTS) | dict.fromkeys(EACH_RULE, EACH)
 """Rule → why not. The others are functions of the mean, and fedexp of the sum of squares too."""
 
-INSTEAD = "use fedexp (the default), fedprox, ffa, rolora, fedavg, fedavgm or fedadam"
+INSTEAD = (
+    "use fedexp (the default), fedprox, ffa, fedsvd, rolora, la-lora, fedavg, fedavgm or fedadam"
+)
 
 
 def masked_contradictions(config: Config) -> Iterator[str]:

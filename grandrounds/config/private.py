@@ -17,6 +17,8 @@ CHOOSES = (
     "it chooses among updates by the distances between them, which are those of their noise, and "
     "leaves out the averaging that takes noise away"
 )
+IN_TURN = "a private step clips and releases the gradients of A and B together, not in turn"
+BY_NORM = "it weights sites by the norms of their models, which are mostly noise"
 ADAPTIVE = "its step divides by a running root of squares, to which noise adds and signal does not"
 
 REFUSED_RULES = {
@@ -29,13 +31,17 @@ REFUSED_RULES = {
     "bulyan": CHOOSES,
     "product": QUADRATIC,
     "flora": QUADRATIC,
+    "lora-fair": QUADRATIC,
+    "la-lora": IN_TURN,
+    "hetlora": BY_NORM,
 }
-"""Rule → why not. `fedavg`, `fedprox`, `fedavgm`, `ffa` and `rolora` are linear in the updates, so
-that noise averages out; `fedmedian` and `fedtrimmedavg` average most of each coordinate. ffa is the
-default: B alone has half of the values, and so less noise."""
+"""Rule → why not. `fedavg`, `fedprox`, `fedavgm`, `ffa`, `fedsvd` and `rolora` are linear in the
+updates, so that noise averages out, also under `outer-nesterov`; `fedmedian` and `fedtrimmedavg`
+average most of each coordinate. ffa is the default: B alone has half of the values, and so less
+noise."""
 
 INSTEAD = (
-    "use ffa (the default of private runs), rolora, fedavg, fedprox, fedavgm, fedmedian or "
+    "use ffa (the default of private runs), fedsvd, rolora, fedavg, fedprox, fedavgm, fedmedian or "
     "fedtrimmedavg"
 )
 

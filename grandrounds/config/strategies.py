@@ -31,6 +31,12 @@ class Strategy:
     that the rank grows from round to round."""
     mixed_ranks: bool = False
     """Whether sites may train at a lower rank than the adapter's."""
+    in_turn: bool = False
+    """Whether a visit trains B and A in turn, B in its first step."""
+    outer: bool = False
+    """Whether the mean can be followed with Nesterov's momentum (`outer-nesterov`)."""
+    cuts: bool = False
+    """Whether a site of a lower rank receives the first ranks, not the strongest directions."""
     keys: tuple[str, ...] = ()
     """Keys of `strategy.` that are specific to this rule."""
 
@@ -56,11 +62,14 @@ PRESETS: dict[str, dict[str, float]] = {
 PERSONALISATIONS = ("none", "local-tail", "interpolate", "shared-a", "dual")
 """Values of `personalisation.name`."""
 
+OUTER_KEYS = ("server-learning-rate", "server-momentum")
+"""Keys of `strategy.` that `outer-nesterov` reads."""
+
 _ADAPTIVE = ("server-learning-rate", "beta-1", "beta-2", "tau")
 
 STRATEGIES: dict[str, Strategy] = {
-    "fedavg": Strategy(mean_of_factors=True),
-    "fedprox": Strategy(mean_of_factors=True),
+    "fedavg": Strategy(mean_of_factors=True, outer=True),
+    "fedprox": Strategy(mean_of_factors=True, outer=True),
     "fedexp": Strategy(mean_of_factors=True),
     "fedavgm": Strategy(keeps_replies=True, keys=("server-learning-rate", "server-momentum")),
     "fedadam": Strategy(keeps_replies=True, keys=_ADAPTIVE),
@@ -73,11 +82,21 @@ STRATEGIES: dict[str, Strategy] = {
     "bulyan": Strategy(keeps_replies=True, keys=("num-malicious-nodes",)),
     "geomedian": Strategy(keeps_replies=True),
     "nnm": Strategy(keeps_replies=True, keys=("num-malicious-nodes",)),
-    "ffa": Strategy(odd="B", even="B", sends="B"),
-    "rolora": Strategy(odd="B", even="A"),
+    "ffa": Strategy(odd="B", even="B", sends="B", outer=True),
+    "rolora": Strategy(odd="B", even="A", outer=True),
+    "la-lora": Strategy(mean_of_factors=True, in_turn=True, outer=True),
     "product": Strategy(
         keeps_replies=True, error_feedback=False, mixed_ranks=True, keys=("site-ranks",)
     ),
     "flora": Strategy(keeps_replies=True, error_feedback=False, stacks=True, keys=("max-rank",)),
+    "hetlora": Strategy(
+        keeps_replies=True,
+        error_feedback=False,
+        mixed_ranks=True,
+        cuts=True,
+        keys=("site-ranks", "rank-decay", "rank-penalty"),
+    ),
+    "lora-fair": Strategy(keeps_replies=True, error_feedback=False, keys=("ridge",)),
+    "fedsvd": Strategy(odd="B", even="B", error_feedback=False),
 }
 """Name → requirements."""

@@ -163,6 +163,8 @@ _VALUES: dict[str, dict[str, Scalar]] = {
         "adagrad": "fedadagrad",
         **dict.fromkeys(("momentum", "fedavgmomentum"), "fedavgm"),
         "flexlora": "product",
+        **dict.fromkeys(("fair", "lorafair"), "lora-fair"),
+        "lalora": "la-lora",
         "ffalora": "ffa",
     },
     "train.optimizer": {

@@ -179,6 +179,8 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
             f"{key} = {value!r} has the wrong type: it must be {allowed}.{_advice(key, value)}"
             f"{NOT_HONOURED.get(key, '')}"
         )
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{key} = {value!r} is not allowed: it has a NUL character.")
     for rule in rules:
         if not rule.admits(value):
             suggestion = _advice(key, value)
@@ -229,6 +231,9 @@ def _rules(key: str) -> tuple[tuple[type, ...], list[Any]]:
     section, field = FIELD_OF_KEY[ALIASES.get(key, key)]
     return _parts(_hints(SECTIONS[section])[field])
 
+
+MOST_COLUMNS = 5
+"""Columns of subgroups of a run."""
 
 NOT_HONOURED = {
     "train.training-arguments.fp16": " Half precision would need loss scaling; set"
@@ -299,6 +304,17 @@ def contradictions(config: Config) -> Iterator[str]:
             f"strategy.fraction-evaluate = {strategy.fraction_evaluate:g} needs held-out examples: "
             "set data.held-out-fraction (0.05 is usual), or strategy.fraction-evaluate = 0."
         )
+    columns = config.subgroup_columns
+    if len(set(columns)) < len(columns) or len(columns) > MOST_COLUMNS:
+        yield (
+            f"data.subgroup-columns = {data.subgroup_columns!r} must be up to {MOST_COLUMNS} "
+            "different columns, separated by commas."
+        )
+    if columns and config.is_private:
+        yield (
+            f"data.subgroup-columns = {data.subgroup_columns!r} does not go with "
+            "privacy.unit-guarantee: losses by subgroup would be told without noise. Leave it out."
+        )
     if data.partitioner in ("dirichlet", "natural") and not data.partition_by:
         yield f'data.partitioner = "{data.partitioner}" needs data.partition-by, a column name.'
     if data.prompt_template != "chat":
@@ -368,6 +384,7 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     yield from _start_contradictions(config)
     yield from _rule_contradictions(config)
+    yield from _pruning_contradictions(config)
     yield from _codec_contradictions(config)
     yield from privacy_contradictions(config)
     yield from masked_contradictions(config)
@@ -415,9 +432,10 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
     name, needed = strategy.name, strategy.needed_replies
     ranks = words_of(strategy.site_ranks)
     mixed = [rule for rule, requires in STRATEGIES.items() if requires.mixed_ranks]
+    allowed = " or ".join(f'"{rule}"' for rule in mixed)
     if ranks and name not in mixed:
         yield (
-            f'strategy.site-ranks needs strategy.name = "{mixed[0]}": {name} averages tensors of '
+            f"strategy.site-ranks needs strategy.name = {allowed}: {name} averages tensors of "
             "equal shape. Change the rule, or leave site-ranks empty."
         )
     if not all(r.isascii() and r.isdigit() and 1 <= int(r) <= rank for r in ranks):
@@ -470,6 +488,17 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             f"train.training-arguments.weight-decay = {config.arguments.weight_decay:g} would "
             "shrink the stack that flora keeps frozen; set it to 0."
         )
+    if strategy.outer_nesterov and not STRATEGIES[name].outer:
+        able = ", ".join(rule for rule, asks in STRATEGIES.items() if asks.outer)
+        yield (
+            f"strategy.outer-nesterov = true does not go with strategy.name = {name!r}, whose step "
+            f"is not the mean of the updates: set one of {able}, or outer-nesterov = false."
+        )
+    if STRATEGIES[name].in_turn and config.arguments.max_steps == 1:
+        yield (
+            f"train.training-arguments.max-steps = 1 would train B alone under {name}, which "
+            "trains B and A in turn by step: use at least 2."
+        )
     if 0 < cohort < needed:
         yield (
             f"strategy.name = {name!r} needs at least {needed} updates per round with its "
@@ -481,6 +510,56 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             "strategy.trimmed-share = 0 trims nothing: use a fraction above 0, or "
             'strategy.name = "fedavg".'
         )
+
+
+def _pruning_contradictions(config: Config) -> Iterator[str]:
+    """Yield settings that do not go with sites that prune their ranks."""
+    if not config.strategy.prunes:
+        return
+    how, lora, screens = config.personalisation, config.lora, config.defence
+    for key, value, is_met, why, instead in (
+        (
+            "model.lora.rank-pattern",
+            repr(lora.rank_pattern),
+            bool(lora.rank_pattern),
+            "a site prunes to one rank for all modules",
+            "leave it out",
+        ),
+        (
+            "model.lora.from-adapter",
+            repr(lora.from_adapter or lora.from_adapter_sha256),
+            lora.is_continued,
+            "a site that pruned could not compare its part with the saved adapter's hash",
+            "leave it out",
+        ),
+        (
+            "defence.min-cosine",
+            f"{screens.min_cosine:g}",
+            screens.min_cosine > -1,
+            "updates of different ranks cannot be compared",
+            "set -1",
+        ),
+        (
+            "defence.largest-spread",
+            f"{screens.largest_spread:g}",
+            screens.largest_spread > 0,
+            "updates of different ranks cannot be compared",
+            "set 0",
+        ),
+        (
+            "personalisation.name",
+            repr(how.name),
+            config.is_personal,
+            "a site's own adapter has the run's rank",
+            'set "none"',
+        ),
+    ):
+        if is_met:
+            yield (
+                f"{key} = {value} does not go with strategy.rank-decay = "
+                f"{config.strategy.rank_decay:g}: {why}. {instead[0].upper()}{instead[1:]}, or "
+                "rank-decay = 1."
+            )
 
 
 def _codec_contradictions(config: Config) -> Iterator[str]:

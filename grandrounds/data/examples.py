@@ -136,6 +136,8 @@ class SiteData:
     report: SiteReport
     units: tuple[int, ...] = ()
     """Number of each training example's unit, from 0; empty: examples have no units."""
+    held_out_rows: tuple[int, ...] = ()
+    """Position of each held-out example among the site's rows; empty: divided by units."""
 
 
 def split_rows(
@@ -203,6 +205,7 @@ def split_rows(
         train=every.select(kept[~is_held_out], digests[~is_held_out]),
         held_out=every.select(kept[is_held_out], digests[is_held_out]),
         report=report,
+        held_out_rows=tuple(kept[is_held_out].tolist()),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from grandrounds.errors import ModelError
@@ -32,7 +33,8 @@ class Prefilled:
     attention_mask: torch.Tensor
     """1 for tokens, 0 for padding: (batch, columns)."""
     ids: torch.Tensor | None = None
-    """Without a cache, the tokens so far, (1, tokens): each continuation reads them again."""
+    """Without a cache, the tokens so far, padded on the right, (batch, columns): each continuation
+    reads them again."""
 
 
 @contextmanager
@@ -145,11 +147,25 @@ def _read(
     return output, mask
 
 
-def read_whole(model: Any, prompts: Sequence[Ids], row: int) -> Prefilled:
-    """Process one prompt without a cache."""
-    ids = torch.tensor([list(prompts[row])], device=next(model.parameters()).device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, -1]
-    return Prefilled([row], logits, None, torch.ones_like(ids), ids)
+def read_whole(model: Any, prompts: Sequence[Ids], rows: list[int]) -> Prefilled:
+    """Process prompts without a cache, padded on the right: no token sees what comes after it."""
+    chosen = [torch.tensor(list(prompts[row])) for row in rows]
+    ids = pad_sequence(chosen, batch_first=True)
+    mask = pad_sequence([torch.ones_like(one) for one in chosen], batch_first=True)
+    device = next(model.parameters()).device
+    ids, mask = ids.to(device), mask.to(device)
+    last = mask.sum(dim=1, keepdim=True) - 1  # (batch, 1)
+    return Prefilled(rows, _logits_at(model, ids, last)[:, 0], None, mask, ids)
+
+
+def _logits_at(model: Any, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the logits at some columns of each prompt: (batch, columns, vocabulary)."""
+    if len(ids) == 1:  # no padding
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits[:, columns[0]]
+    kept, places = torch.unique(columns, return_inverse=True)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits
+    return logits[torch.arange(len(ids), device=ids.device).unsqueeze(1), places]
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
@@ -229,9 +245,7 @@ def extend(model: Any, batch: Prefilled, tokens: torch.Tensor, mask: torch.Tenso
     tensor of (batch, columns, vocabulary)
     """
     if batch.ids is not None:
-        batch.ids = torch.cat([batch.ids, tokens], dim=1)
-        whole: torch.Tensor = model(input_ids=batch.ids, use_cache=False).logits
-        return whole[:, -tokens.shape[1] :]
+        return _read_again(model, batch, batch.ids, tokens, mask)
     done = batch.attention_mask.sum(dim=1, keepdim=True)
     batch.attention_mask = torch.cat([batch.attention_mask, mask], dim=1)
     output = model(
@@ -244,3 +258,17 @@ def extend(model: Any, batch: Prefilled, tokens: torch.Tensor, mask: torch.Tenso
     batch.cache = cache_of(output)
     logits: torch.Tensor = output.logits
     return logits
+
+
+def _read_again(
+    model: Any, batch: Prefilled, ids: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Append tokens to the prompts of a batch without a cache, each after its last one."""
+    done = batch.attention_mask.sum(dim=1, keepdim=True)
+    places = done + torch.arange(tokens.shape[1], device=ids.device)  # (batch, columns)
+    room = torch.zeros_like(tokens)
+    longest = int((done + mask.sum(dim=1, keepdim=True)).max())
+    batch.ids = torch.cat([ids, room], dim=1).scatter(1, places, tokens)[:, :longest]
+    whole = torch.cat([batch.attention_mask, room], dim=1).scatter(1, places, mask)
+    batch.attention_mask = whole[:, :longest]
+    return _logits_at(model, batch.ids, places.clamp(max=longest - 1))

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 Ids = Sequence[int]
 
+MOST_PADDING = 1 / 32
+"""Share of the tokens of a pass that may be padding once it has `Limits.enough` of them."""
+
 MIN_SHARED_TOKENS = 8
 """A shorter prefix is not worth a separate pass."""
 
@@ -26,6 +29,9 @@ class Limits:
     """Prompts x columns with those read before and those that follow, which the cache holds."""
     following: int = 0
     """Columns that may follow."""
+    enough: int = sys.maxsize
+    """Tokens read at which a pass takes no more prompts whose padding is not worth it: more than
+    `MOST_PADDING` of the tokens read."""
 
     def hold(self, prompts: int, read_columns: int, before_columns: int) -> bool:
         """Whether a pass holds so many prompts of so many columns."""
@@ -34,6 +40,11 @@ class Limits:
             and prompts * read_columns <= self.tokens
             and prompts * (read_columns + before_columns + self.following) <= self.cells
         )
+
+    def is_full(self, read: int, read_with_more: int, real_with_more: int) -> bool:
+        """Whether a pass has enough tokens, and more prompts would be padded too much."""
+        padding = read_with_more - real_with_more
+        return read >= self.enough and padding > MOST_PADDING * read_with_more
 
 
 @dataclass(frozen=True)
@@ -51,16 +62,23 @@ def batches(
     """Yield the units in batches, those with the longest prompts first."""
     units.sort(key=lambda unit: -max(len(prompts[row]) for row in unit.rows))
     chosen: list[Unit] = []
-    stem = width = count = 0
+    stem = width = count = real = 0
     for unit in units:
-        longest = max(len(prompts[row]) for row in unit.rows) - shared_tokens - unit.stem_tokens
-        most_stem, most_width = max(stem, unit.stem_tokens), max(width, longest)
+        lengths = [len(prompts[row]) - shared_tokens - unit.stem_tokens for row in unit.rows]
+        own = unit.stem_tokens + sum(lengths)
+        most_stem, most_width = max(stem, unit.stem_tokens), max(width, *lengths)
         more = count + len(unit.rows)
-        if chosen and not limits.hold(more, most_width, shared_tokens + most_stem):
+        read = len(chosen) * stem + count * width
+        with_more = (len(chosen) + 1) * most_stem + more * most_width
+        if chosen and (
+            not limits.hold(more, most_width, shared_tokens + most_stem)
+            or limits.is_full(read, with_more, real + own)
+        ):
             yield chosen
-            chosen, more, most_stem, most_width = [], len(unit.rows), unit.stem_tokens, longest
+            chosen, more, real = [], len(unit.rows), 0
+            most_stem, most_width = unit.stem_tokens, max(lengths)
         chosen.append(unit)
-        stem, width, count = most_stem, most_width, more
+        stem, width, count, real = most_stem, most_width, more, real + own
     if chosen:
         yield chosen
 

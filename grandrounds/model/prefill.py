@@ -29,7 +29,6 @@ from grandrounds.model.base import is_out_of_memory
 from grandrounds.model.cached import (
     Prefilled,
     cache_in,
-    cache_of,
     evaluating,
     extend,
     forked,
@@ -50,23 +49,27 @@ from grandrounds.model.passes import (
     stems,
 )
 from grandrounds.model.positions import check_known, longrope_border
+from grandrounds.model.rounding import differ_by_rounding, rerounded
 
-SHARED, BATCHED, SINGLE, WHOLE = "shared", "batched", "single", "whole"
-"""Layouts: with a shared prefix, padded on the left, one prompt at a time, or one at a time and
-read again with each continuation."""
+SHARED, BATCHED, SINGLE, WHOLE, ALONE = "shared", "batched", "single", "whole", "alone"
+"""Layouts: with a shared prefix, padded on the left, one prompt at a time; without a cache, prompts
+are padded on the right, or one at a time, and read again with each continuation."""
 
 _READ = {
     BATCHED: "with a shared prefix; prompts are read whole",
     SINGLE: "with padded prompts; prompts are read one at a time",
     WHOLE: "from its cache, or has none; prompts are read again with each continuation",
+    ALONE: "from its cache and with padded prompts; prompts are read one at a time, and again with "
+    "each continuation",
 }
 
 EXACT = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Type of the weights → largest difference between two layouts, in standard deviations of the
 logits, that is rounding."""
 
-EXACT_IN_LESS = 0.2
-"""The same for coarser types and quantised weights."""
+EXACT_IF_QUANTIZED = 0.2
+"""The same for quantised weights, which kernels dequantise in different ways. In coarser types, and
+beyond this, `rounding` tells what is rounding."""
 
 CPU_PASS_TOKENS = 1024
 """Maximum number of tokens per CPU thread in one pass, unless a single prompt has more. A few
@@ -76,6 +79,9 @@ parameters took three times as long in passes of 50,000 tokens as in short ones.
 CUDA_PASS_TOKENS = 16_384
 """Maximum number of tokens in one pass on a GPU: enough for its full rate of products, at which one
 pass of an 8B base takes half a second."""
+
+CUDA_ENOUGH_TOKENS = 2048
+"""Tokens at which a pass of an 8B base takes a GPU longer than Python takes to start it."""
 
 CUDA_SHARE = 0.5
 """Share of the free memory of a GPU that a pass may plan to fill."""
@@ -120,38 +126,57 @@ def _probed(model: Any) -> str:
     after = [3 + 5 * i % (most - 3) for i in range(3)]
     with evaluating(model):
         device = next(model.parameters()).device
-        # without a cache: (prompts, 1 + 3, vocabulary), the last of a prompt and what follows
-        plain = torch.stack(
-            [
-                model(input_ids=torch.tensor([[*prompt, *after]], device=device), use_cache=False)
-                .logits[0, len(prompt) - 1 :]
-                .float()
-                for prompt in prompts
-            ]
-        )
-        most_apart = _most_apart(model, plain[:, 0])
 
-        def agrees(rows: list[int], prefix_tokens: int, cache: Any) -> bool:
-            found = read_batch(model, prompts, rows, prefix_tokens, cache)
+        def read(prompt: list[int]) -> torch.Tensor:
+            ids = torch.tensor([[*prompt, *after]], device=device)
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+            return logits[0, len(prompt) - 1 :].float()
+
+        # without a cache: (prompts, 1 + 3, vocabulary), the last of a prompt and what follows
+        plain = torch.stack([read(prompt) for prompt in prompts])
+        agree = _agreement(model, plain[:, 0])
+
+        def again(rows: list[int]) -> torch.Tensor:
+            with rerounded(model):
+                return torch.stack([read(prompts[row]) for row in rows])
+
+        def agrees(rows: list[int], found: Prefilled) -> bool:
             following = torch.tensor([after] * len(rows), device=device)
             for _ in range(2):  # as for two options
                 continued = extend(model, forked(found), following, torch.ones_like(following))
             logits = torch.cat([found.logits.unsqueeze(1), continued], dim=1).float()
-            return float((logits - plain[rows]).abs().max()) <= most_apart
+            return agree(logits, plain[rows], partial(again, rows))
 
-        if not _has_cache(model, prefix) or not all(agrees([row], 0, None) for row in (0, 1)):
-            return WHOLE
-        if not agrees([0, 1], 0, None):
+        def cached(rows: list[int], prefix_tokens: int = 0, cache: Any = None) -> bool:
+            return agrees(rows, read_batch(model, prompts, rows, prefix_tokens, cache))
+
+        both = [0, 1]
+        if not _has_cache(model, prefix) or not all(cached([row]) for row in both):
+            return WHOLE if agrees(both, read_whole(model, prompts, both)) else ALONE
+        if not cached(both):
             return SINGLE
         cache = read_prefix(model, prefix, len(prompts[0]) + len(after))
-        return SHARED if cache is None or agrees([0, 1], len(prefix), cache) else BATCHED
+        return SHARED if cache is None or cached(both, len(prefix), cache) else BATCHED
 
 
-def _most_apart(model: Any, logits: torch.Tensor) -> float:
-    """Return the largest difference of logits that is rounding."""
+Agreement = Callable[[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]], bool]
+"""Whether logits are the plain ones but for rounding; a function of them and of plain ones that are
+`rerounded`."""
+
+
+def _agreement(model: Any, logits: torch.Tensor) -> Agreement:
+    """Return what tells whether a model's logits agree; `logits` give their scale."""
     is_quantized = bool(getattr(model, "is_quantized", False))
-    least = EXACT_IN_LESS if is_quantized else EXACT.get(model.dtype, EXACT_IN_LESS)
-    return least * float(logits.std())
+    share = EXACT_IF_QUANTIZED if is_quantized else EXACT.get(model.dtype, 0.0)
+    most = share * float(logits.std())
+    is_coarse = is_quantized or model.dtype not in EXACT
+
+    def agree(found: torch.Tensor, plain: torch.Tensor, noise: Callable[[], torch.Tensor]) -> bool:
+        if float((found - plain).abs().max()) <= most:
+            return True
+        return is_coarse and differ_by_rounding(found, plain, noise)
+
+    return agree
 
 
 def families_proven(model: Any) -> bool:
@@ -169,16 +194,25 @@ def families_proven(model: Any) -> bool:
         prompts = [ids(7, 9) + ids(11, 4), ids(7, 9) + ids(13, 2), ids(5, 4) + ids(3, 7)]
         units = [Unit([0, 1], 9), Unit([2], 4)]
         with evaluating(model):
-            plain = [read_whole(model, prompts, row).logits[0].float() for row in range(3)]
+
+            def read() -> torch.Tensor:
+                rows = range(len(prompts))
+                found = [read_whole(model, prompts, [row]).logits[0].float() for row in rows]
+                return torch.stack(found)
+
+            def again() -> torch.Tensor:
+                with rerounded(model):
+                    return read()
+
+            plain = read()
             output = model(
-                input_ids=torch.tensor(prompts[:1], device=plain[0].device),
+                input_ids=torch.tensor(prompts[:1], device=plain.device),
                 use_cache=True,
                 logits_to_keep=1,
             )
             if proven := may_branch(cache_in(output)):
                 found = read_families(model, prompts, units, 0, None).logits.float()
-                apart = float((found - torch.stack(plain)).abs().max())
-                proven = apart <= _most_apart(model, torch.stack(plain))
+                proven = _agreement(model, plain)(found, plain, again)
         _families_proven[base] = proven
     return _families_proven[base]
 
@@ -190,7 +224,9 @@ def _has_cache(model: Any, ids: list[int]) -> bool:
     return holds_keys(cache_in(output))
 
 
-def pass_limits(model: Any, batch_size: int | None, following_tokens: int) -> Limits:
+def pass_limits(
+    model: Any, batch_size: int | None, following_tokens: int, is_cached: bool = True
+) -> Limits:
     """Return what one pass of a model may hold on its device, within `evaluating`.
 
     A GPU is filled to `CUDA_PASS_TOKENS` unless `batch_size` is given, and to its free memory.
@@ -199,19 +235,20 @@ def pass_limits(model: Any, batch_size: int | None, following_tokens: int) -> Li
         return Limits(batch_size or CPU_BATCH, CPU_PASS_TOKENS * torch.get_num_threads())
     if batch_size is not None:
         return Limits(batch_size, sys.maxsize)
-    column = bytes_per_column(model, following_tokens)
+    column = bytes_per_column(model, following_tokens, is_cached)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     share = CUDA_SHARE * (free - torch.cuda.memory_allocated())
-    return Limits(sys.maxsize, CUDA_PASS_TOKENS, max(1, int(share / column)), following_tokens)
+    cells = max(1, int(share / column))
+    return Limits(sys.maxsize, CUDA_PASS_TOKENS, cells, following_tokens, CUDA_ENOUGH_TOKENS)
 
 
-def bytes_per_column(model: Any, following_tokens: int) -> int:
+def bytes_per_column(model: Any, following_tokens: int, is_cached: bool = True) -> int:
     """Return an upper estimate of the bytes that a pass takes for each column of each prompt.
 
     Keys and values of all layers, as two tokens leave them, three times: those of the stems, a copy
     for each prompt, and the longer copy in which a layer grows. The activations of one layer: three
-    times its widest module's and eight hidden sizes. Where more than one token follows, the logits
-    of continuations, in the model's type and twice in float32, as if all columns had them.
+    times its widest module's and eight hidden sizes. Where more than one token follows, or without
+    a cache, the logits, in the model's type and twice in float32, as if all columns had them.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -219,11 +256,11 @@ def bytes_per_column(model: Any, following_tokens: int) -> int:
     output = model(
         input_ids=torch.tensor([[3, 4]], device=device), use_cache=True, logits_to_keep=1
     )
-    layers = [layer for layer in cache_of(output).layers if hasattr(layer, "keys")]
+    layers = [layer for layer in getattr(cache_in(output), "layers", ()) if hasattr(layer, "keys")]
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // 2
     linears = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     widest = max((m.out_features for m in linears), default=4 * embedding.weight.shape[1])
-    vocabulary = output.logits.shape[-1] if following_tokens > 1 else 0
+    vocabulary = output.logits.shape[-1] if following_tokens > 1 or not is_cached else 0
     active = (3 * widest + 8 * embedding.weight.shape[1]) * width
     return int(3 * cached + active + vocabulary * (width + 8))
 
@@ -274,10 +311,15 @@ def prefill(
     if not prompts:
         return
     layout = proven_layout(model, max(map(len, prompts)) + following_tokens)
-    if layout == WHOLE:
-        yield from (read_whole(model, prompts, row) for row in whole)
+    is_cached = layout not in (WHOLE, ALONE)
+    limits = pass_limits(
+        model, 1 if layout in (SINGLE, ALONE) else batch_size, following_tokens, is_cached
+    )
+    if not is_cached:
+        for chosen in batches(prompts, [Unit([row]) for row in whole], 0, limits):
+            alone = [unit.rows[0] for unit in chosen]
+            yield from _fitting(partial(read_whole, model, prompts), alone)
         return
-    limits = pass_limits(model, 1 if layout == SINGLE else batch_size, following_tokens)
     for rows, prefix in groups(prompts, families) if layout == SHARED else [(whole, [])]:
         longest = max(len(prompts[row]) for row in rows)
         prefix_cache = read_prefix(model, prefix, longest + following_tokens) if prefix else None

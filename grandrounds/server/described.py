@@ -111,6 +111,20 @@ def is_fictional(config: Config, sites: Sites = ()) -> bool:
 
 def cautions(config: Config, sites: Sites = ()) -> list[str]:
     """Return what a reader of any answer or figure of this run must know about base and data."""
+    return [*_of_base_and_data(config, sites), *_of_replay(config, sites)]
+
+
+def _of_replay(config: Config, sites: Sites) -> list[str]:
+    real, count = sum(map(in_custody, sites)), config.train.replay_examples
+    if not count or not real:
+        return []
+    return [
+        f"train.replay-examples = {count} has no effect at {counted(real, 'site')} with a policy: "
+        "only a site's own examples train there"
+    ]
+
+
+def _of_base_and_data(config: Config, sites: Sites) -> list[str]:
     fictional = is_fictional(config, sites)
     if config.model.name == FORMULARY and not fictional:
         return [NO_ENGLISH]

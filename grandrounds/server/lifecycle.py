@@ -46,6 +46,7 @@ from grandrounds.server.personal import personalise
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
 from grandrounds.server.run import Run, State, summary_of
+from grandrounds.server.subgroups import tell_subgroups
 from grandrounds.server.unfinished import EXAM, Attempt, unfinished_of
 from grandrounds.wire.adapter import (
     Adapter,
@@ -144,7 +145,7 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
         targets=targets,
         state=state,
         rule=rule,
-        sender=Sender(ranks, config.communication, start, federation.seed),
+        sender=Sender(ranks, config.communication, start, federation.seed, rule.ranks()),
         exchange=Exchange(grid, state.ledger, state.run, strategy.round_timeout_seconds),
         roster=Roster(
             config.data.num_partitions,
@@ -237,12 +238,15 @@ def finish(run: Run) -> dict[str, Any]:
     """Let sites make personal adapters, hold the formulary's exam if the run trained on it, and
     write the summary."""
     personal = personalise(run) if run.config.is_personal else {}
+    told = tell_subgroups(run) if run.config.subgroup_columns else {}
     is_formulary = run.config.static.name == FORMULARY and not run.sender.ranks.stays
     scores, by_site = examine_formulary(run) if is_formulary else (None, {})
     run.directory.write_json("ledger.json", run.state.ledger.as_dict())
     summary = summary_of(run, "completed")
     if personal:
         summary["personal"] = personal
+    if told:
+        summary["subgroups"] = told
     if is_formulary:
         summary["formulary"] = scores
     if by_site:

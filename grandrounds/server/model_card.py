@@ -104,6 +104,8 @@ class Findings:
     """`privacy` of summary.json: the guarantee; None without one."""
     audit: Mapping[str, Any] | None = None
     """Content of privacy-audit.json; None if the recipe was not audited."""
+    subgroups: Mapping[str, Any] | None = None
+    """`subgroups` of summary.json, if they are of this adapter; None without any."""
     personal: Mapping[str, Any] | None = None
     """How a site's personal adapter was made and what it scores; None for the run's adapter."""
 
@@ -148,6 +150,7 @@ def model_card(
         parts.append(found.merged)
     parts += [
         _accuracy_part(found.accuracies),
+        _subgroups(found.subgroups),
         _use(config, merged=bool(found.merged)),
         _privacy(config, found),
         _limits(config, found),
@@ -155,6 +158,23 @@ def model_card(
         _submission(config, round_number, mib, found),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _subgroups(found: Mapping[str, Any] | None) -> str:
+    """Return the held-out loss by subgroup; empty if none was told."""
+    if not found or not found["groups"]:
+        return ""
+    rows = "\n".join(
+        f"| {name.replace('|', '/')} | {of['held-out-loss']:.4f} | {of['held-out-examples']:,} | "
+        f"{len(of['sites'])} |"
+        for name, of in found["groups"].items()
+    )
+    return (
+        "## Subgroups\n\nHeld-out loss in nats per answer token, as the sites tell it, of "
+        "subgroups with at least 10 held-out examples at a site. A subgroup that is missing has "
+        "not been measured.\n\n| subgroup | held-out loss | held-out examples | sites |\n"
+        f"| --- | --- | --- | --- |\n{rows}"
+    )
 
 
 def _personal(facts: Mapping[str, Any]) -> str:

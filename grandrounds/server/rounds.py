@@ -103,6 +103,7 @@ def train(run: Run, now: Round) -> tuple[Adapter, Tally, dict[str, Any]]:
     updates, product_error = collector(run, now, parcels)
     tally = receive(run, now, updates, product_error)
     adapter, measured = aggregate(run, now, tally)
+    run.sender.pruned = run.rule.ranks()
     return adapter, tally, {**measured, **updates.report(), **product_error.report()}
 
 

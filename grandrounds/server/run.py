@@ -295,7 +295,13 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
         else None,
         "aggregation": {
             name.replace("-", "_"): ends(values)
-            for name in ("truncation-error", "rank", "server-learning-rate")
+            for name in (
+                "truncation-error",
+                "correction-error",
+                "rank",
+                "site-rank",
+                "server-learning-rate",
+            )
             if (values := [m[name] for m in trained if name in m])
         },
         "coverage": trained[-1]["coverage"] if trained else 0.0,

@@ -27,7 +27,8 @@ AFTER = "after-round"
 
 TRAIN, EVALUATE, EXAM = "failed", "evaluate-failed", "formulary-failed"
 MAGNITUDES, PERSONAL = "magnitudes-failed", "personal-failed"
-KINDS = (MAGNITUDES, TRAIN, EVALUATE, EXAM, PERSONAL)
+SUBGROUPS = "subgroups-failed"
+KINDS = (MAGNITUDES, TRAIN, EVALUATE, EXAM, PERSONAL, SUBGROUPS)
 """Keys of the failed replies of each kind, site → reason, in metrics.jsonl and here."""
 
 

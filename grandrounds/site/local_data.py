@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 from grandrounds.config.keys import Config, DataConfig
+from grandrounds.config.values import words_of
 from grandrounds.data.chat import NOT_A_PREFIX, chat_format
 from grandrounds.data.examples import Examples, SiteData, split_rows
 from grandrounds.data.on_demand import OnDemand
@@ -23,6 +24,7 @@ from grandrounds.errors import DataError
 from grandrounds.model.tokenizers import dated_tokenizer
 from grandrounds.site.private.units import UnitRule, split_by_unit
 from grandrounds.wire.names import clean_name
+from grandrounds.wire.subgroups import LEAST, tellable
 from grandrounds.wire.told import OF_TEXTS
 
 
@@ -46,6 +48,10 @@ class Site:
     """Commit of the hub's data set, where it is known."""
     units: tuple[int, ...] = ()
     """Number of each training example's unit, from 0; empty: visits are not private."""
+    held_out_rows: tuple[int, ...] = ()
+    """Position of each held-out example among the site's rows; empty where they are not known."""
+    subgroups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name → positions among the held-out examples, of the subgroups whose loss may be told."""
 
     @cached_property
     def tag(self) -> str:
@@ -127,7 +133,8 @@ def rows_of_run(config: Config) -> Rows:
 
 
 def _rows(source: str, data: DataConfig, unit_column: str = "") -> Rows:
-    columns = (data.partition_by, unit_column, *columns_apart(data.prompt_template))
+    subgroups = words_of(data.subgroup_columns)
+    columns = (data.partition_by, unit_column, *subgroups, *columns_apart(data.prompt_template))
     return load_rows(
         source,
         question_column=data.question_column,
@@ -146,9 +153,34 @@ def _open(
     own_rows, split = split_site(rows, source, partition_id)
     site = tokenized_site(split, partition_id, source.model_name, data, source.seq_length)
     site = replace(site, data_commit=rows.commit)
+    site = with_subgroups(site, own_rows, words_of(data.subgroup_columns))
     if data.partitioner != "natural":
         return site
     return replace(site, name=natural_name(data.partition_by, own_rows[data.partition_by][0]))
+
+
+def with_subgroups(site: Site, own_rows: Rows, columns: Sequence[str], least: int = LEAST) -> Site:
+    """Return a site with the subgroups of its held-out examples that may be told.
+
+    Parameters
+    ----------
+    least : int
+        Examples below which nothing is told.
+
+    Raises
+    ------
+    DataError
+        If the rows are on the disk, where examples are read one by one.
+    """
+    if not columns or not site.held_out:
+        return site
+    if own_rows.is_stored:
+        raise DataError(
+            f"data.subgroup-columns = {','.join(columns)!r}: of data that are too large for the "
+            "memory no subgroups are told. Leave it out, or use fewer rows."
+        )
+    values = {c: [own_rows[c][row] for row in site.held_out_rows] for c in columns}
+    return replace(site, subgroups=tellable(values, least))
 
 
 def split_site(rows: Rows, source: Source, partition_id: int) -> tuple[Rows, SiteData]:
@@ -257,7 +289,12 @@ def tokenized_site(
     report = _report(split, len(train.examples), len(held_out.examples), unlearnable)
     report["truncated"] = train.truncated + held_out.truncated
     units = _renumbered([split.units[i] for i in train.positions]) if split.units else ()
-    return Site(partition_id, train.examples, held_out.examples, report, units=units)
+    places = split.held_out_rows and tuple(split.held_out_rows[i] for i in held_out.positions)
+    return Site(
+        *(partition_id, train.examples, held_out.examples, report),
+        units=units,
+        held_out_rows=places,
+    )
 
 
 def _on_demand(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from grandrounds.config.keys import Config
 from grandrounds.data.formulary import FORMULARY
@@ -69,13 +70,19 @@ def _cards(tokenizer: Any, template: str) -> Shown:
     return _joined(tokenizer, template, [str(row["input"]) for row in rows], answers)
 
 
-@lru_cache(maxsize=2)
+_ANSWERS: WeakKeyDictionary[Any, dict[tuple[Any, str], Shown]] = WeakKeyDictionary()
+"""Model → tokenizer and template → what it answered. Weak: nothing here keeps a base loaded."""
+
+
 def _answered(model: Any, tokenizer: Any, template: str) -> Shown:
-    prompts = prompt_token_ids(tokenizer, template, PROMPTS)
-    limits, stop = [ANSWER_TOKENS] * len(prompts), end_token_ids(tokenizer, template)
-    with model.disable_adapter():
-        answers = generate_greedily(model, prompts, limits, stop, batch_size=8)
-    return _joined(tokenizer, template, PROMPTS, answers)
+    known = _ANSWERS.setdefault(model, {})
+    if (tokenizer, template) not in known:
+        prompts = prompt_token_ids(tokenizer, template, PROMPTS)
+        limits, stop = [ANSWER_TOKENS] * len(prompts), end_token_ids(tokenizer, template)
+        with model.disable_adapter():
+            answers = generate_greedily(model, prompts, limits, stop, batch_size=8)
+        known[tokenizer, template] = _joined(tokenizer, template, PROMPTS, answers)
+    return known[tokenizer, template]
 
 
 def _joined(tokenizer: Any, template: str, asked: Any, answers: list[list[int]]) -> Shown:

@@ -24,6 +24,10 @@ _paged: list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]] = []
 """Paged optimizers made so far: at most two, for strategies that alternate the factors."""
 
 
+Tail = tuple[int, int, int, int]
+"""Positions of a module's A and B among the parameters; first rank, and the one after the last."""
+
+
 @dataclass(frozen=True)
 class VisitSettings:
     """How a visit trains."""
@@ -52,6 +56,12 @@ class VisitSettings:
     """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
     replayed: Sequence[Sequence[TokenizedExample]] = ()
     """What is replayed beside each batch; nothing if empty."""
+    turns: Sequence[Sequence[bool]] = ()
+    """Which parameters a step trains, step by step in turn; all if empty."""
+    rank_penalty: float = 0.0
+    """Weight of the norms of `tails`: HetLoRA's lambda."""
+    tails: Sequence[Tail] = ()
+    """Ranks that the site would prune next; none if empty."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ def train_visit(
         F(w) = - (1/T) sum_t log p(t) + mu/2 ||w - w_round||^2
 
     (FedProx: Li et al., 2020, equation 2) with AdamW; the gradient of the whole sum is clipped.
+    With `turns`, a step moves some of the parameters, and AdamW's moments of the others rest too.
     With replay, T and the sum also run over the answer tokens of the replayed examples, in passes
     of their own; what the visit reports is of the site's own.
 
@@ -132,9 +143,12 @@ def train_visit(
             if one.own:
                 nll_sum += loss  # type: ignore[assignment]
                 answer_tokens += sum(e.answer_tokens for e in one.examples)
+        if settings.turns:
+            rest(parameters, settings.turns[step % len(settings.turns)])
         if trained is not None:
             keep_gradient(parameters, trained)
         add_proximal_gradient(parameters, received, settings.proximal_mu)
+        add_rank_gradient(parameters, settings.tails, settings.rank_penalty)
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
@@ -164,6 +178,13 @@ def positions(batch: Sequence[TokenizedExample], forward: Forward) -> int:
     return sum(lengths) + tail_tokens(sum(lengths), forward.bucket_tokens)
 
 
+def rest(parameters: Sequence[torch.nn.Parameter], moves: Sequence[bool]) -> None:
+    """Take the gradient of the parameters that rest in a step, whose values and moments stay."""
+    for parameter, does in zip(parameters, moves, strict=True):
+        if not does:
+            parameter.grad = None
+
+
 @torch.no_grad()
 def keep_gradient(
     parameters: Sequence[torch.nn.Parameter], trained: Sequence[tuple[slice, ...]]
@@ -187,6 +208,26 @@ def add_proximal_gradient(
     moved = [(p, r) for p, r in zip(parameters, received, strict=True) if p.grad is not None]
     distance = torch._foreach_sub([p for p, _ in moved], [r for _, r in moved])
     torch._foreach_add_([p.grad for p, _ in moved if p.grad is not None], distance, alpha=mu)
+
+
+@torch.no_grad()
+def add_rank_gradient(
+    parameters: Sequence[torch.nn.Parameter], tails: Sequence[Tail], weight: float
+) -> None:
+    """Add the gradient of weight * sum ||A_t|| ||B_t|| over the tails to `.grad`.
+
+    d/dB_t = weight ||A_t|| B_t / ||B_t||, and the other way round; 0 where B_t is zero (HetLoRA:
+    Cho et al., 2024, section 3.2).
+    """
+    for place_a, place_b, first, stop in tails:
+        a, b = parameters[place_a], parameters[place_b]
+        if a.grad is None or b.grad is None:
+            continue
+        tail_a, tail_b = a[first:stop], b[:, first:stop]
+        norm_a, norm_b = tail_a.norm(), tail_b.norm()
+        if norm_a > 0 and norm_b > 0:
+            a.grad[first:stop] += weight * norm_b / norm_a * tail_a
+            b.grad[:, first:stop] += weight * norm_a / norm_b * tail_b
 
 
 @torch.no_grad()

@@ -56,9 +56,12 @@ from grandrounds.wire import downlink, messages, uplink
 from grandrounds.wire import schedule as sampling
 from grandrounds.wire.adapter import (
     EVERYTHING,
+    A,
     Adapter,
+    B,
     Ranks,
     factor_of,
+    kept_ranks,
     rank_index,
     trained_part,
 )
@@ -182,14 +185,21 @@ class Visit:
     @property
     def trained(self) -> tuple[str, slice]:
         """The factors (`A`, `B` or `AB`) and the ranks that this visit trains."""
-        ranks = Ranks.of(self.config)
-        return ranks.trained_factors(self.round), ranks.trained(self.site.partition_id)
+        ranks, site = Ranks.of(self.config), self.site.partition_id
+        return ranks.trained_factors(self.round), ranks.trained(site, self._received)
 
     @property
     def sent(self) -> tuple[str, slice]:
         """The factors and the ranks whose change travels; the rest of `trained` stays."""
-        ranks = Ranks.of(self.config)
-        return ranks.strategy.trained(self.round), ranks.sent(self.site.partition_id)
+        ranks, site = Ranks.of(self.config), self.site.partition_id
+        return ranks.strategy.trained(self.round), ranks.sent(site, self._received)
+
+    @property
+    def _received(self) -> int:
+        """The rank of the message, where sites may prune theirs; else 0."""
+        if not self.config.strategy.prunes:
+            return 0
+        return messages.whole_number(self.instruction, "rank", 1, self.config.lora.peft_lora_r)
 
     @property
     def own_part(self) -> OwnPart:
@@ -367,7 +377,12 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
     parts = None if ranks == EVERYTHING else [rank_index(name, ranks) for name in trained]
     pad = run_tokenizer(config).pad_token_id
     shown = shown_beside(visit, resident, len(batches))
-    settings = dataclasses.replace(settings, replayed=shown)
+    turns = [
+        [factor_of(name) in factors for name in trained]
+        for factors in Ranks.of(config).turns(visit.round)
+    ]
+    tails = _tails(config, list(trained), ranks)
+    settings = dataclasses.replace(settings, replayed=shown, turns=turns, tails=tails)
 
     def trained_on_all() -> training.VisitResult:
         group = devices.begun(config, resident, list(trained), pad)
@@ -381,6 +396,19 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
         )
 
     return headroom.run_visit(config, resident, trained_on_all)
+
+
+def _tails(config: Config, names: list[str], ranks: slice) -> list[training.Tail]:
+    """Return the ranks that a site would prune next, where it may."""
+    if not config.strategy.prunes:
+        return []
+    rank = config.lora.peft_lora_r if ranks == EVERYTHING else ranks.stop
+    first = kept_ranks(rank, config.strategy.rank_decay)
+    return [
+        (names.index(name), names.index(name.removesuffix(A) + B), first, rank)
+        for name in names
+        if name.endswith(A)
+    ]
 
 
 def shown_beside(visit: Visit, resident: Resident, batches: int) -> list[Shown]:
@@ -409,6 +437,7 @@ def _settings(visit: Visit) -> training.VisitSettings:
         weight_decay=arguments.weight_decay,
         max_grad_norm=arguments.max_grad_norm,
         proximal_mu=config.strategy.proximal_mu,
+        rank_penalty=config.strategy.rank_penalty,
         forward=machine.forward(config),
         seed=sampling.visit_seed(config.federation.seed, visit.round, visit.site.partition_id),
         shares=config.train.devices,

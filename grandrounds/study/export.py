@@ -328,8 +328,14 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
         repository=repository,
         privacy=budgets.summary_of(config, then, spent) if then else summary.get("privacy"),
         audit=run.read_json(AUDIT),
+        subgroups=summary.get("subgroups") if _is_the_runs_last(checkpoint) else None,
         personal=facts_in(checkpoint.folder) if is_of_a_site(checkpoint) else None,
     )
+
+
+def _is_the_runs_last(checkpoint: Checkpoint) -> bool:
+    """Whether it is the adapter that was evaluated after the last round."""
+    return checkpoint.is_last and not is_of_a_site(checkpoint)
 
 
 def _failed_replies(checkpoint: Checkpoint, state: Mapping[str, Any] | None) -> int:

@@ -82,6 +82,14 @@ def rank_of(adapter: Adapter) -> int:
     return int(tensor.shape[0] if factor_of(name) == "A" else tensor.shape[-1])
 
 
+def kept_ranks(rank: int, decay: float) -> int:
+    """Return how many of its ranks a site keeps if it prunes: the share, rounded down, at least 1.
+
+    (HetLoRA: Cho et al., 2024, section 3.2.)
+    """
+    return max(1, int(decay * rank))
+
+
 def count_parameters(shapes: Shapes) -> int:
     """Return the number of parameters in tensors of these shapes."""
     return sum(int(np.prod(shape)) for shape in shapes.values())
@@ -272,19 +280,30 @@ class Ranks:
         """Which ranks of the resident adapter are private; none but with a private adapter."""
         return slice(self.rank, self.resident) if self.has_private else slice(0, 0)
 
-    def sent(self, site: int) -> slice:
+    def sent(self, site: int, received: int = 0) -> slice:
         """Return which ranks of the resident adapter a site sends: what it trains, if not less."""
-        return slice(0, self.rank) if self.has_private else self.trained(site)
+        return slice(0, self.rank) if self.has_private else self.trained(site, received)
 
     def trained_factors(self, round_number: int) -> str:
         """Return the factors that a site trains in a round, those that stay there included."""
         return self.strategy.trained(round_number) + self.stays
 
-    def trained(self, site: int) -> slice:
-        """Return which ranks of the resident adapter a site trains."""
+    def turns(self, round_number: int) -> tuple[str, ...]:
+        """Return the factors that the steps of a visit train, step by step in turn."""
+        return ("B", "A") if self.strategy.in_turn else (self.trained_factors(round_number),)
+
+    def trained(self, site: int, received: int = 0) -> slice:
+        """Return which ranks of the resident adapter a site trains.
+
+        Parameters
+        ----------
+        received : int
+            The rank that it was sent, if that may be lower than its own; 0: its own.
+        """
         if self.strategy.stacks:
             return slice(self.max_rank, self.max_rank + self.rank)
         rank = self.carried(site, self.rank)
+        rank = min(rank, received or rank)
         return EVERYTHING if rank == self.rank else slice(0, rank)
 
     def carried(self, site: int, whole: int) -> int:

@@ -42,7 +42,7 @@ from grandrounds.wire.adapter import (
 )
 from grandrounds.wire.codecs.codec import codec_named
 from grandrounds.wire.codecs.finite import all_finite
-from grandrounds.wire.low_rank import truncate
+from grandrounds.wire.low_rank import cut, truncate
 from grandrounds.wire.schedule import downlink_generator
 
 _HELD = "grandrounds-held"
@@ -77,6 +77,8 @@ class Sender:
     """The initial adapter: the sites draw its factors, and compute its magnitudes."""
     seed: int
     """The run's seed."""
+    pruned: Mapping[int, int] = field(default_factory=dict)
+    """Partition → the rank that a site has pruned itself to."""
     _held: dict[int, tuple[int, Vector]] = field(default_factory=dict)
     """Partition → version and values of what it holds (`incremental`)."""
     _shared: dict[tuple[int, int, int], Parcel] = field(default_factory=dict)
@@ -100,6 +102,8 @@ class Sender:
         """
         own = self.ranks.of_adapter(adapter)
         rank = self.ranks.carried(partition, own) if trains else own
+        if trains:
+            rank = min(rank, self.pruned.get(partition, rank))
         if self.how.downlink == "incremental":
             sent = self._sent(adapter, rank)
             held = self._held.get(partition)
@@ -142,7 +146,7 @@ class Sender:
     def _sent(self, adapter: Adapter, rank: int) -> Adapter:
         """Return the tensors that travel, at a site's rank."""
         if rank != self.ranks.of_adapter(adapter):
-            adapter = truncate(adapter, rank)
+            adapter = (cut if self.ranks.strategy.cuts else truncate)(adapter, rank)
         # in the order of the initial adapter, which the sites use too
         return {n: adapter[n] for n in of_factors(shapes_of(self.start), self.ranks.strategy.sends)}
 

@@ -15,6 +15,7 @@ start from the factors and depend on this choice, the gauge:
             matrices whose rows lie in the row space of P_r it is the nearest to Z, and
             B = U S (Z V)^-1. Singular values of Z V below `FLOOR` of the largest are raised to
             that, so that B stays bounded; the product stays exact.
+`orthonormal` B = U S, A = V^T: the rows of A are orthonormal.
 
 Where P has a lower rank than requested, the remaining rows of A continue along the anchor and B is
 zero there: if both factors were zero, no gradient could ever reach them.
@@ -29,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from grandrounds.wire.adapter import A, Adapter, B
+from grandrounds.wire.adapter import A, Adapter, B, rank_index
 
 FLOOR = 0.05
 """Smallest singular value of an A of the nearest gauge, relative to its largest."""
@@ -37,7 +38,7 @@ FLOOR = 0.05
 NOISE = float(np.finfo(np.float32).eps)
 """Singular values below this fraction of the largest are rounding error of float32 factors."""
 
-Gauge = Literal["nearest", "balanced"]
+Gauge = Literal["nearest", "balanced", "orthonormal"]
 
 Matrix = NDArray[np.float64]
 
@@ -97,7 +98,7 @@ def factors(
         Rows of A; at most those of the anchor for the gauge `nearest`.
     anchor : array of (rows, in)
         What A should be close to; with more rows than `rank`, only up to a rotation.
-    gauge : {"nearest", "balanced"}
+    gauge : {"nearest", "balanced", "orthonormal"}
         See the module's docstring.
     """
     found = len(best.right)
@@ -111,6 +112,8 @@ def factors(
         roots = np.sqrt(best.singular_values)
         a = np.concatenate([roots[:, None] * best.right, sizes[:, None] * more])
         b = best.left / roots
+    elif gauge == "orthonormal":
+        a, b = np.concatenate([best.right, more]), best.left
     else:
         rows = np.concatenate([best.right, more])
         turn, scales, back = np.linalg.svd(anchor @ rows.T, full_matrices=False)
@@ -148,6 +151,14 @@ def truncate(adapter: Adapter, rank: int, gauge: Gauge = "nearest") -> Adapter:
                 best_product([(1.0, b, a)], rank), rank, a, gauge
             )
     return out
+
+
+def cut(adapter: Adapter, rank: int) -> Adapter:
+    """Return the first ranks of an adapter: what a site of lower rank receives under HetLoRA."""
+    return {
+        name: np.ascontiguousarray(tensor[rank_index(name, slice(0, rank))])
+        for name, tensor in adapter.items()
+    }
 
 
 def relative_error(best: Sequence[BestProduct]) -> float:

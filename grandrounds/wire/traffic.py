@@ -23,7 +23,7 @@ from grandrounds.wire.schedule import cohorts_of, evaluation_cohort_of
 
 TRAIN_DOWN, TRAIN_UP = "train.down", "train.up"
 EVALUATE_DOWN, FORMULARY_DOWN = "evaluate.down", "formulary.down"
-PERSONAL_DOWN = "personal.down"
+PERSONAL_DOWN, SUBGROUPS_DOWN = "personal.down", "subgroups.down"
 
 MAGNITUDES_UP = "magnitudes.up"
 """Kind of message with which a site tells where DoRA's magnitudes start."""
@@ -68,7 +68,7 @@ class Plan:
     last_updates_bytes: int
     """All messages from training sites in the last round."""
     is_upper_bound: bool = False
-    """Whether entropy coding may make messages smaller than planned."""
+    """Whether entropy coding or pruned ranks may make messages smaller than planned."""
 
     @property
     def total_bytes(self) -> int:
@@ -144,9 +144,9 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
     """Return the traffic of a configured run.
 
     The held-out loss is evaluated before the first round and after each. At the end, in float32,
-    every site is sent what its personal adapter is made of, and the formulary's exam is held. Where
-    a run goes on from a saved adapter, a site's first message has that one too, unless it is the
-    same.
+    every site is sent what its personal adapter is made of, and once more for losses by subgroup,
+    and the formulary's exam is held. Where a run goes on from a saved adapter, a site's first
+    message has that one too, unless it is the same.
 
     Parameters
     ----------
@@ -202,14 +202,16 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
         largest_up.append(max(m.tensor_bytes for m in sent))
         judge(number + 1)
     in_one = how.downlink_codec == "float32"
-    if config.is_personal:
+    at_the_end = [PERSONAL_DOWN] * config.is_personal
+    at_the_end += [SUBGROUPS_DOWN] * bool(config.subgroup_columns)
+    for kind in at_the_end:
         rank = ranks.begun_with(len(largest_down) + 1, cohort)
         message = measure.down(how.downlink_codec, rank, exact=not in_one)
         for site in range(config.data.num_partitions):
             both = message
             if ranks.continued and site not in holding:
                 both += measure.down(how.downlink_codec, ranks.rank, exact=not in_one)
-            ledger.add(PERSONAL_DOWN, both.tensor_bytes, both.key_bytes)
+            ledger.add(kind, both.tensor_bytes, both.key_bytes)
     if config.static.name == FORMULARY and not ranks.stays:  # an exam of a whole adapter
         rank = ranks.begun_with(len(largest_down) + 1, cohort)
         message = measure.down(how.downlink_codec, rank, exact=not in_one)
@@ -222,8 +224,8 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
         down_bytes=tuple(largest_down),
         up_bytes=tuple(largest_up),
         last_updates_bytes=sum(message.tensor_bytes for message in sent),
-        is_upper_bound=how.entropy_coding
-        and (how.uplink_codec, how.downlink_codec) != ("none", "none"),
+        is_upper_bound=config.strategy.prunes
+        or (how.entropy_coding and (how.uplink_codec, how.downlink_codec) != ("none", "none")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def test_a_recipe_is_changed_without_being_touched() -> None:
         (lambda: gr.recipe(round=3), "There is no option round. Did you mean 'rounds'?"),
         (lambda: gr.recipe(elsewhere=True), "There is no option elsewhere."),
         (lambda: gr.plan(may_load=3), "There is no option may_load."),
-        (lambda: gr.run(run_dir=5), "5 is no run"),  # type: ignore[arg-type]
+        (lambda: gr.run(run_dir=5), "run_dir = 5 must be a path"),  # type: ignore[arg-type]
         (lambda: gr.open_run(5), "5 is no run"),  # type: ignore[arg-type]
         (lambda: gr.run(engine="deployment"), "engine = 'deployment' must be"),  # type: ignore[arg-type]
         (lambda: gr.run(client_cpus=2), "belong to engine = 'simulation'"),
@@ -134,9 +135,10 @@ def test_a_missing_run_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_evaluation_plan_and_report_show_what_the_commands_print(
-    run: results.Run, tmp_path: Path
+    run: results.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = gr.evaluate(run, limit=20, out=tmp_path / "evaluation")
+    assert "likelihood  peft_2  Formulary" in capsys.readouterr().out
     assert (asked.path / "evaluation.json").is_file()
     assert "<table>" in asked._repr_html_()
     assert [table.title for table in asked.tables()]
@@ -149,19 +151,19 @@ def test_evaluation_plan_and_report_show_what_the_commands_print(
 
 
 @pytest.mark.slow
-def test_a_comparison_is_an_object(tmp_path: Path) -> None:
-    found = gr.compare(
-        settings=SMALL,
-        rounds=1,
-        sites=3,
-        sites_per_round=2,
-        arms=["federated", "local"],
-        out=tmp_path / "compared",
-    )
+def test_a_comparison_is_an_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same: dict[str, Any] = {"arms": ["federated", "local"]}
+    small: dict[str, Any] = {"settings": SMALL, "rounds": 1, "sites": 3, "sites_per_round": 2}
+    found = gr.compare(**small, **same, out=tmp_path / "compared")
     assert (found.path / "comparison.json").is_file()
     assert {row[0] for row in found.tables()[0].rows} >= {"federated", "local"}
     assert "<table>" in found._repr_html_()
     assert "<html" in gr.report(found).read_text()
+    said = capsys.readouterr().out
+    assert re.search(r"^5/5  local, seed 42, .*: loss ", said, re.MULTILINE)
+    again = gr.compare(found.path / "config.toml", **same, out=found.path, progress=False)
+    assert again.content["arms"] == found.content["arms"]
+    assert capsys.readouterr().out == ""
 
 
 def test_no_text_of_a_table_is_markup() -> None:
@@ -184,9 +186,27 @@ def test_no_text_of_a_table_is_markup() -> None:
         (lambda: gr.run(engine="simulation", client_gpus=float("nan")), "client_gpus = nan"),
         (lambda: gr.run(resume=5), "5 is no run"),  # type: ignore[arg-type]
         (lambda: gr.evaluate(None), "None is no run"),  # type: ignore[arg-type]
-        (lambda: gr.compare(seeds=1.5), "--seeds = 1.5"),  # type: ignore[arg-type]
+        (lambda: gr.compare(seeds=1.5), "seeds = 1.5 must be an integer"),  # type: ignore[arg-type]
         (lambda: gr.plan(rows=-1), "rows = -1"),
+        (lambda: gr.plan(rows=True), "rows = True must be an integer of at least 1"),
+        (lambda: gr.plan(architecture=5), "architecture = 5 must be a string"),  # type: ignore[arg-type]
         (lambda: gr.report(), "no target"),
+        (lambda: gr.report("r", out=5), "out = 5 must be a path"),  # type: ignore[arg-type]
+        (lambda: gr.run(progress=5), "progress = 5 must be True, False"),  # type: ignore[arg-type]
+        (lambda: gr.run(run_dir="a\0b"), r"run_dir = 'a.x00b' has a NUL character"),
+        (lambda: gr.run(settings={"run-directory": "a\0"}), r"run-directory = 'a.x00' is not"),
+        (lambda: gr.open_run("a\0b"), r"path = 'a.x00b' has a NUL character"),
+        (lambda: gr.compare(out="a\0b"), r"out = 'a.x00b' has a NUL character"),
+        (lambda: gr.compare(seeds=[-1]), r"seeds = \[-1\] must be an integer of at least 1"),  # type: ignore[arg-type]
+        (lambda: gr.compare(arms="local"), r"arms = 'local' must be a list of names, such"),
+        (lambda: gr.compare(left_out=5), r"left_out = 5 must be a list of sites"),  # type: ignore[arg-type]
+        (lambda: gr.compare(left_out=[99]), "left_out '99': 99 is not a site; allowed: all, or"),
+        (lambda: gr.evaluate("none", benchmarks=5), "benchmarks = 5 must be a list"),  # type: ignore[arg-type]
+        (lambda: gr.evaluate("none", benchmarks="medqa"), "benchmarks = 'medqa' must be a list"),
+        (lambda: gr.evaluate("none", exams="exam.csv"), "exams = 'exam.csv' must be a list"),
+        (lambda: gr.evaluate("none", limit="5"), "limit = '5' must be an integer"),  # type: ignore[arg-type]
+        (lambda: gr.evaluate("none", protocol=5), "protocol = 5 must be a string"),  # type: ignore[arg-type]
+        (lambda: gr.evaluate("none"), "target 'none' needs a base model"),
     ],
 )
 def test_what_no_call_takes_is_told_in_one_line(call: Callable[[], object], told: str) -> None:

@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from grandrounds.api.progress import Clock
 from grandrounds.cli import app
-from grandrounds.cli.compare import Clock
 from grandrounds.study.comparison import runner as comparison_runner
 from tests.runs import Settings, options
 
@@ -112,7 +112,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 def test_the_time_left_goes_by_the_work_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("grandrounds.cli.compare.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("grandrounds.api.progress.time.monotonic", lambda: now[0])
     clock = Clock()
     clock("planned", {"units": 2, "kept": 0, "work": 40.0})
     assert clock.left() == ""

@@ -98,6 +98,18 @@ def test_recipes_are_compared_side_by_side_in_the_order_given() -> None:
         assert row(output, "total, MiB").startswith("7,809.38 216.24")
 
 
+def test_several_recipes_go_by_name() -> None:
+    output = plan("jsl-medllama-3-8b", "qwen2.5-7b-instruct").stdout
+    assert row(output, "cohort x rounds") == "3 x 10 3 x 100"
+
+
+def test_real_sites_are_planned_as_their_run_is_started() -> None:
+    """Real sites are none of the formulary's: no partitioner of ours, nothing replayed."""
+    output = plan("--engine", "deployment").stdout
+    assert row(output, "data") == "formulary, 20 sites, iid"
+    assert row(output, "examples seen") == "7,680, repeats included"
+
+
 def set_checkpointing(value: str) -> list[str]:
     return ["--set", f"model.gradient-checkpointing={value}"]
 

@@ -72,6 +72,7 @@ LEFT_OUT = {
     "data.template-date",
     "data.template-options",
     "data.system-prompt",
+    "data.subgroup-columns",
     # one value allowed, or the same as another key
     "train.training-arguments.output-dir",
     "train.training-arguments.learning-rate",
@@ -90,6 +91,7 @@ LEFT_OUT = {
     "data.dirichlet-alpha",
     # of other aggregation rules, of codecs and of what is switched off
     *(f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),
+    "strategy.outer-nesterov",
     "communication.downlink",
     "communication.catch-up-codec",
     "communication.block-size",

@@ -54,6 +54,8 @@ def test_robust_rules_with_masks_are_refused_and_functions_of_the_mean_are_not(r
         "fedavg",
         "fedprox",
         "ffa",
+        "fedsvd",
+        "la-lora",
         "rolora",
         "fedavgm",
         "fedadam",

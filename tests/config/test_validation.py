@@ -12,6 +12,7 @@ from grandrounds.errors import ConfigError
 from grandrounds.wire.schedule import cohort_of, evaluation_cohort_of
 
 ARGUMENTS = "train.training-arguments."
+PRIVATE: dict[str, Scalar] = {"privacy.unit-guarantee": "example", "privacy.target-epsilon": 8.0}
 
 
 def refused(values: dict[str, Scalar]) -> str:
@@ -162,7 +163,47 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
                 ("rolora", "it freezes a factor"),
                 ("product", "it recomputes A and B"),
                 ("flora", "it recomputes A and B"),
+                ("lora-fair", "it recomputes A and B"),
+                ("fedsvd", "it recomputes A and B"),
             )
+        ),
+        *(
+            (
+                {"strategy.outer-nesterov": True, "strategy.name": name},
+                [f"does not go with strategy.name = {name!r}", "set one of fedavg, fedprox, ffa"],
+            )
+            for name in ("fedexp", "product", "fedsvd", "fedavgm")
+        ),
+        (
+            {"strategy.name": "la-lora", ARGUMENTS + "max-steps": 1},
+            ["max-steps = 1 would train B alone under la-lora"],
+        ),
+        (
+            {"strategy.name": "la-lora", **PRIVATE},
+            ["does not go with privacy.unit-guarantee: a private step clips and releases"],
+        ),
+        (
+            {"strategy.name": "lora-fair", **PRIVATE},
+            ["does not go with privacy.unit-guarantee: it multiplies the sites' factors"],
+        ),
+        (
+            {"strategy.name": "hetlora", **PRIVATE},
+            ["does not go with privacy.unit-guarantee: it weights sites by the norms"],
+        ),
+        *(
+            ({"strategy.name": "hetlora", "strategy.rank-decay": 0.9, **more}, [why])
+            for more, why in (
+                ({"model.lora.rank-pattern": '{"q_proj": 4}'}, "one rank for all modules"),
+                ({"defence.min-cosine": 0.0}, "updates of different ranks"),
+                ({"defence.largest-spread": 1.4}, "updates of different ranks"),
+                ({"personalisation.name": "local-tail"}, "has the run's rank"),
+            )
+        ),
+        ({"strategy.name": "lora-fair", "communication.uplink-codec": "ternary"}, ["lora-fair"]),
+        ({"strategy.name": "fedsvd", "communication.uplink-codec": "sign"}, ["fedsvd"]),
+        *(
+            ({"strategy.name": name, "personalisation.name": "shared-a"}, [name])
+            for name in ("lora-fair", "fedsvd")
         ),
         ({"model.name": ""}, ["model.name is empty"]),
         ({"static.dataset.name": ""}, ["static.dataset.name is empty"]),

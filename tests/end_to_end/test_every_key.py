@@ -116,6 +116,7 @@ TESTED_ELSEWHERE = {
         (f"strategy.{key}" for asks in STRATEGIES.values() for key in asks.keys),
         "test_rules_and_codecs.py and tests/server/aggregation",
     ),
+    "strategy.outer-nesterov": "test_rules_and_codecs.py and tests/server/aggregation",
     **dict.fromkeys(
         (
             "communication.downlink-codec",

@@ -240,7 +240,10 @@ def test_report_summary_card_and_trackers_do_without_what_nobody_knows(
     "rule",
     [
         "ffa",
-        *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("rolora", "fedadam")),
+        *(
+            pytest.param(rule, marks=pytest.mark.slow)
+            for rule in ("rolora", "fedsvd", "la-lora", "fedadam")
+        ),
     ],
 )
 def test_functions_of_the_mean_get_it(settings: Settings, tmp_path: Path, rule: str) -> None:

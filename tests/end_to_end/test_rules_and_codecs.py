@@ -31,6 +31,12 @@ EXTRAS: dict[str, Settings] = {
     "fedavg": {"strategy.proximal-mu": 0.0},
     "fedtrimmedavg": {"strategy.trimmed-share": 0.34},
     "product": {"strategy.site-ranks": "4,2"},
+    "hetlora": {"strategy.site-ranks": "4,2"},
+    "nesterov": {
+        "strategy.name": "rolora",
+        "strategy.outer-nesterov": True,
+        "strategy.server-momentum": 0.5,
+    },
 }
 
 
@@ -78,13 +84,19 @@ def finished(
     return played
 
 
+WITH_NESTEROV = "nesterov"
+"""Name here of `strategy.outer-nesterov`, which is no rule."""
+
 QUICK = ("fedprox", "fedexp", "fedavgm", "krum", "ffa", "rolora", "product", "flora")
 """Rules that the default test run plays in full; CI plays the others too."""
 
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES],
+    [
+        n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
+        for n in (*STRATEGIES, WITH_NESTEROV)
+    ],
 )
 @pytest.mark.slow
 def test_a_rule_learns_sends_what_was_planned_and_leaves_an_adapter_for_peft(
@@ -182,20 +194,56 @@ def test_the_rank_of_flora_grows_to_its_maximum_and_is_reported(settings: Settin
 
 @pytest.mark.parametrize(
     "name",
-    ["fedavgm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flora", "rolora", "product"))],
+    [
+        "fedavgm",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("flora", "rolora", "product", "lora-fair", "fedsvd", "hetlora", WITH_NESTEROV)
+        ),
+    ],
 )
 def test_an_interrupted_run_goes_on_to_the_bit(
     name: str, settings: Settings, tmp_path: Path
 ) -> None:
     # with all-linear, tensors are not in alphabetical order
     changes = {**of_rule(name), **of_encoding("int4"), "model.lora.target-modules": "all-linear"}
-    if STRATEGIES[name].error_feedback:
+    if STRATEGIES[str(changes["strategy.name"])].error_feedback:
         changes["communication.uplink-codec"] = "none"  # error feedback is lost with the process
     whole = play({**settings, **changes, "run-directory": str(tmp_path / "whole")})
     with pytest.raises(KeyboardInterrupt):
         play({**settings, **changes}, listener=interrupted_at("round", 2))
     resumed = play({**settings, **changes, "resume-from": settings["run-directory"]})
     assert adapter_bytes(whole) == adapter_bytes(resumed)
+
+
+PRUNING: Settings = {
+    "strategy.name": "hetlora",
+    "strategy.rank-decay": 0.75,
+    "strategy.rank-penalty": 3.0,
+    "strategy.fraction-train": 1.0,
+    "train.save-every-round": 1,
+}
+
+
+@pytest.mark.slow
+def test_sites_that_prune_go_on_with_fewer_ranks_and_bytes_also_after_a_resume(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Rank 4, pruned to 3, 2 and 1. In round 1 B is zero, and nothing can be less."""
+    whole = play({**settings, **PRUNING, "run-directory": str(tmp_path / "whole")})
+    with pytest.raises(KeyboardInterrupt):
+        play({**settings, **PRUNING}, listener=interrupted_at("round", 2))
+    resumed = play({**settings, **PRUNING, "resume-from": settings["run-directory"]})
+    assert adapter_bytes(whole) == adapter_bytes(resumed)
+    ranks = [line["site-rank"] for line in metrics_of(whole)[1:]]
+    assert ranks[:2] == [4, 4]
+    assert ranks[2] < 4
+    assert ranks == [line["site-rank"] for line in metrics_of(resumed)[1:]]
+    summary = summary_of(whole)
+    assert summary["communication_mib"] < summary["planned_mib"]
+    assert read_json(whole / "plan.json")["upper-bound"]
+    assert summary["aggregation"]["site_rank"]["first"] == 4
+    assert summary["failed_replies"] == 0
 
 
 EVERYBODY = {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from grandrounds.model import prefill
 from grandrounds.model.cached import evaluating
 from grandrounds.model.passes import Limits, Unit, batches, groups
-from grandrounds.model.prefill import bytes_per_column, families_proven, pass_limits, prefill
+from grandrounds.model.prefill import ALONE, SHARED, bytes_per_column, families_proven, pass_limits
+from grandrounds.model.prefill import WHOLE as WHOLE_PROMPTS
 from grandrounds.model.scoring import (
     generate_greedily,
     option_log_likelihoods,
@@ -88,11 +91,11 @@ def test_a_stem_is_read_once_and_a_prompt_without_one_whole(
     prompts, families, _ = asked()
     with evaluating(model):
         assert families_proven(model)
-        list(prefill(model, prompts[:1], 64, following_tokens=3))  # probes the layout
+        list(prefill.prefill(model, prompts[:1], 64, following_tokens=3))  # probes the layout
         read = recorded(model, monkeypatch)
         order = [
             row
-            for batch in prefill(model, prompts, 64, following_tokens=3, families=families)
+            for batch in prefill.prefill(model, prompts, 64, following_tokens=3, families=families)
             for row in batch.rows
         ]
     assert sorted(order) == list(range(len(prompts)))
@@ -103,7 +106,7 @@ def test_a_stem_is_read_once_and_a_prompt_without_one_whole(
     apart = list[tuple[int, ...]](read)
     read.clear()
     with evaluating(model):
-        list(prefill(model, prompts, 64, following_tokens=3))
+        list(prefill.prefill(model, prompts, 64, following_tokens=3))
     assert tokens_read(apart) < 0.8 * tokens_read(read)  # which shares the commonest start
 
 
@@ -131,6 +134,20 @@ def test_a_pass_is_filled_by_tokens_and_a_family_stays_together() -> None:
     assert read(Limits(99, 120, cells=120)) == [[0, 1], [2, 3, 4, 5]]  # 4 x (10 + 10) in the cache
     assert read(Limits(99, 120, 120, following=20)) == [[0, 1], [2, 3], [4, 5]]
     assert read(Limits(1, 1)) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_pass_with_enough_tokens_takes_no_prompts_that_are_mostly_padding() -> None:
+    prompts = [[1] * tokens for tokens in (50, 49, 48, 47, 10, 10, 9, 2)]
+
+    def read(enough: int) -> list[list[int]]:
+        units, limits = [Unit([row]) for row in range(len(prompts))], Limits(99, 999, enough=enough)
+        return [[unit.rows[0] for unit in batch] for batch in batches(prompts, units, 0, limits)]
+
+    assert read(999) == [list(range(8))]
+    # 47 is padded too: 6 of 4 x 50, less than 1 of 32. 10 would be: 46 of 5 x 50.
+    assert read(150) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert read(30) == [[0, 1, 2, 3], [4, 5, 6], [7]]  # 2: 9 of 4 x 10
+    assert read(201) == [list(range(5)), [5, 6, 7]]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4_text", "falcon_h1", "deepseek_v2"])
@@ -165,6 +182,65 @@ def test_a_gpu_is_filled_to_its_free_memory_unless_a_number_of_prompts_is_given(
         found = pass_limits(OnGpu(), None, 9)
         assert pass_limits(OnGpu(), 16, 9).prompts == 16
     assert (found.tokens, found.cells, found.following) == (16_384, 32_000_000 // words, 9)
+    assert found.enough == 2048
+
+
+def test_without_keys_and_values_a_pass_may_hold_the_logits_of_all_its_tokens() -> None:
+    model = model_of("mamba")
+    with evaluating(model):
+        cached, whole = (bytes_per_column(model, 1, is_cached) for is_cached in (True, False))
+    assert whole == cached + 300 * (4 + 8)
+
+
+GPU = Limits(sys.maxsize, 16_384, enough=2048)
+
+
+@pytest.mark.parametrize("layout", [SHARED, WHOLE_PROMPTS])
+def test_filled_passes_read_fewer_tokens_in_fewer_passes_than_batches_of_16_do(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 questions in four orders, as `evaluate` asks them on a GPU and as it did before."""
+    model, draw = model_of("llama"), random.Random(9)
+    families = [family for family in range(60) for _ in range(4)]
+    questions = [ids(draw, draw.choice((12, 20, 30, 60))) for _ in range(60)]
+    prompts = [[*questions[family], *ids(draw, 25)] for family in families]
+    options = [[[3 + letter] for letter in range(4)] for _ in prompts]
+    monkeypatch.setitem(prefill._proven, model, layout)
+    read = recorded(model, monkeypatch)
+    before = []
+    for order in range(4):
+        before += option_log_likelihoods(model, prompts[order::4], options[order::4], batch_size=16)
+    old_passes, old_tokens = len(read), tokens_read(read)
+    read.clear()
+    monkeypatch.setattr(prefill, "pass_limits", lambda *_: GPU)
+    found = option_log_likelihoods(model, prompts, options, batch_size=None, families=families)
+    assert len(read) < old_passes
+    assert tokens_read(read) <= old_tokens
+    assert max(width for _, width in read) <= 85
+    for order in range(4):
+        for row, same in zip(found[order::4], before[60 * order :], strict=False):
+            assert row == pytest.approx(same, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "llama"])
+def test_prompts_without_a_cache_are_read_in_batches_as_one_at_a_time(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(name)
+    prompts, _, options = asked()
+    limits, stop = [1 + row % 5 for row in range(len(prompts))], list(range(3, 40))
+    found, passes = [], []
+    for layout in (WHOLE_PROMPTS, ALONE):
+        monkeypatch.setitem(prefill._proven, model, layout)
+        read = recorded(model, monkeypatch)
+        scores = option_log_likelihoods(model, prompts, options)
+        texts = generate_greedily(model, prompts, limits, stop)
+        found.append((scores, texts))
+        passes.append(len(read))
+    assert passes[0] < passes[1] / 3
+    assert found[0][1] == found[1][1]
+    for row, same in zip(found[0][0], found[1][0], strict=True):
+        assert row == pytest.approx(same, abs=1e-4)
 
 
 def test_a_batch_that_does_not_fit_is_read_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_no_leaderboard_is_named_where_sites_brought_their_data() -> None:
 
 def test_the_embedded_base_on_other_data_is_said_to_read_no_english() -> None:
     assert cautions(config(), SIMULATED) == []
-    for run, sites in ((CARDS, SIMULATED), (config(), OWN)):
+    for run, sites in ((CARDS, SIMULATED), (config(train__replay_examples=0), OWN)):
         (caution,) = cautions(run, sites)
         assert "never read English" in caution
         assert f"--model {REAL_BASE}" in caution
@@ -92,6 +92,15 @@ def test_the_embedded_base_on_other_data_is_said_to_read_no_english() -> None:
     (fictional,) = cautions(config(model__name="org/real"), SIMULATED)
     assert "fictional drugs" in fictional
     assert "--data" in fictional
+
+
+def test_sites_that_replay_nothing_are_told_where_a_recipe_asks_for_it() -> None:
+    asked = config(train__replay_examples=2)
+    assert [said for said in cautions(asked, [*SIMULATED[:1], *OWN[1:]]) if "replay" in said] == [
+        "train.replay-examples = 2 has no effect at 2 sites with a policy: only a site's own "
+        "examples train there"
+    ]
+    assert cautions(asked, SIMULATED) == []
 
 
 def test_next_steps_keep_the_engine_say_when_they_start_anew_and_fit_the_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def test_another_base_answers_general_prompts_itself(settings: Settings) -> None
     many = replay.replayed(config, resident, 1, 0, 30)  # 60 of 40: none three times
     drawn = [e.input_ids for batch in many for e in batch]
     assert max(map(drawn.count, drawn)) == 2
+
+
+def test_what_a_base_answered_does_not_keep_it_loaded(settings: Settings) -> None:
+    config = recipes.resolve({**settings, KEY: 2})
+    resident = machine.prepare_model(config)
+    known = replay.public_examples(config, resident)
+    assert replay.public_examples(config, resident) is known  # answered once
+
+    class Model:
+        """Stands for another base, which nothing else holds."""
+
+    other = Model()
+    replay._ANSWERS[other] = {}
+    count = len(replay._ANSWERS)
+    del other
+    gc.collect()
+    assert len(replay._ANSWERS) == count - 1
 
 
 def test_replay_changes_the_adapter_but_not_what_is_counted(

@@ -438,3 +438,71 @@ def test_a_paged_optimizer_used_again_begins_without_history(
     assert [optimizer for _, optimizer in training._paged] == [made]
     for first, second in zip(new, again, strict=True):
         assert torch.equal(first, second)
+
+
+def test_parameters_that_take_turns_move_in_their_own_steps_by_adamw_of_those(
+    tiny_base: Path,
+) -> None:
+    """Four steps, B in 1 and 3, A in 2 and 4: AdamW alone on each factor's own gradients, at the
+    values that the other has by then, gives the same bits."""
+    resident = make(tiny_base)
+    names = list(resident.parameters)
+    is_b = [".lora_B." in name for name in names]
+    turns = [is_b, [not b for b in is_b]]
+    found, _ = visit(resident, FOUR_BATCHES, turns=turns)
+    alone = make(tiny_base)
+    start = weights(alone)
+    parameters = list(alone.parameters.values())
+    optimizers = [
+        torch.optim.AdamW(
+            [p for p, moves in zip(parameters, turn, strict=True) if moves],
+            lr=1e-2,
+            weight_decay=0.0,
+            fused=True,
+        )
+        for turn in turns
+    ]
+    plan = VisitSchedule(1e-2, 0)
+    alone.model.train()
+    for step, batch in enumerate(FOUR_BATCHES):
+        optimizer = optimizers[step % 2]
+        training.set_learning_rate(optimizer, plan.rate(step, 4))
+        for p in parameters:
+            p.grad = None
+        torch.manual_seed(5)
+        loss = training.answer_nll_sum(alone.model, batch, PAD, CPU, LEAN)
+        (loss / sum(e.answer_tokens for e in batch)).backward()
+        optimizer.step()
+    for name, one, other, before in zip(names, found, weights(alone), start, strict=True):
+        assert torch.allclose(one, other, atol=1e-6), name
+        assert not torch.equal(one, before)
+
+
+def test_a_resting_parameter_is_not_decayed_either(tiny_base: Path) -> None:
+    resident = make(tiny_base)
+    start = weights(resident)
+    is_b = [".lora_B." in name for name in resident.parameters]
+    found, result = visit(resident, FOUR_BATCHES, turns=[is_b], weight_decay=0.1, proximal_mu=0.5)
+    assert result.proximal_penalty > 0
+    for b, one, before in zip(is_b, found, start, strict=True):
+        assert torch.equal(one, before) == (not b)
+
+
+def test_the_penalty_of_the_ranks_to_prune_has_the_gradient_of_autograd() -> None:
+    """lambda ||A[2:4]|| ||B[:, 2:4]||, on a layer that is not square; a B of zero has none."""
+    draw = torch.Generator().manual_seed(1)
+    a, b = (torch.nn.Parameter(torch.randn(s, generator=draw)) for s in ((4, 7), (5, 4)))
+    (0.3 * a[2:4].norm() * b[:, 2:4].norm()).backward()
+    expected = [p.grad.clone() for p in (a, b) if p.grad is not None]
+    for p in (a, b):
+        p.grad = torch.zeros_like(p)
+    training.add_rank_gradient([a, b], [(0, 1, 2, 4)], 0.3)
+    for p, gradient in zip((a, b), expected, strict=True):
+        assert torch.allclose(p.grad, gradient, atol=1e-6)
+        assert gradient.abs().max() > 0.01
+    with torch.no_grad():
+        b.zero_()
+    a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+    training.add_rank_gradient([a, b], [(0, 1, 2, 4)], 0.3)
+    assert not a.grad.any()
+    assert not b.grad.any()

@@ -35,6 +35,9 @@ def of_rank(rank: int, value: float) -> dict[str, np.ndarray]:
         ("fedavg", {A, B}, {A, B}, {A, B}),
         ("ffa", {B}, {B}, {B}),
         ("rolora", {A, B}, {B}, {A}),
+        ("fedsvd", {A, B}, {B}, {B}),
+        ("lora-fair", {A, B}, {A, B}, {A, B}),
+        ("la-lora", {A, B}, {A, B}, {A, B}),
         ("product", {A, B}, {A, B}, {A, B}),
     ],
 )
@@ -42,6 +45,12 @@ def test_a_rule_sends_its_factors(rule: str, down: set[str], odd: set[str], even
     assert set(ranks(rule).shapes_down(SHAPES, 4)) == down
     assert set(ranks(rule).shapes_up(SHAPES, 1, 4)) == odd
     assert set(ranks(rule).shapes_up(SHAPES, 2, 4)) == even
+
+
+def test_la_lora_trains_b_and_a_in_turn_by_step_and_other_rules_all_that_they_send() -> None:
+    assert ranks("la-lora").turns(1) == ranks("la-lora").turns(2) == ("B", "A")
+    assert [ranks("rolora").turns(number) for number in (1, 2)] == [("B",), ("A",)]
+    assert ranks("fedavg").turns(1) == ("AB",)
 
 
 def test_a_lower_rank_has_fewer_rows_of_a_and_columns_of_b() -> None:
@@ -55,6 +64,14 @@ def test_ranks_repeat_over_the_sites() -> None:
     assert [mixed.carried(site, 16) for site in range(4)] == [8, 4, 8, 4]
     assert ranks("product", 16).carried(3, 16) == 16
     assert ranks("flora").carried(3, 12) == 12  # the stack as it is
+
+
+def test_a_site_that_pruned_trains_the_ranks_that_it_was_sent() -> None:
+    assert ranks("hetlora", 16).trained(0) == adapters.EVERYTHING
+    assert ranks("hetlora", 16).trained(0, 12) == slice(0, 12)
+    assert ranks("hetlora", 16, 16, 8, 4).trained(1, 3) == slice(0, 3)
+    assert ranks("hetlora", 16, 16, 8, 4).trained(1, 16) == slice(0, 4)
+    assert [adapters.kept_ranks(rank, 0.9) for rank in (16, 2, 1)] == [14, 1, 1]
 
 
 def test_a_stack_grows_by_the_cohort_up_to_its_bound() -> None:

@@ -104,7 +104,7 @@ def test_every_message_of_a_run_is_counted() -> None:
     assert plan.adapter_parameters == 16
 
 
-def test_ffa_sends_one_factor_both_ways_and_rolora_both_down_and_one_up() -> None:
+def test_ffa_sends_one_factor_both_ways_and_rolora_and_fedsvd_both_down_and_one_up() -> None:
     """B alone is 168 bytes, A alone 152. rolora sends B up in rounds 1 and 3, A in round 2."""
 
     def up_and_down(rule: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -113,6 +113,7 @@ def test_ffa_sends_one_factor_both_ways_and_rolora_both_down_and_one_up() -> Non
 
     assert up_and_down("ffa") == ((168,) * 3, (168,) * 3)
     assert up_and_down("rolora") == ((320,) * 3, (168, 152, 168))
+    assert up_and_down("fedsvd") == ((320,) * 3, (168,) * 3)
 
 
 def test_floras_stack_grows_with_the_cohort_up_to_its_highest_rank() -> None:
@@ -129,6 +130,14 @@ def test_sites_of_a_lower_rank_send_and_receive_less() -> None:
     totals = plan.ledger.totals
     assert totals["train.down"].tensor_bytes == totals["train.up"].tensor_bytes == 1216
     assert totals["evaluate.down"].tensor_bytes == 8 * 320
+
+
+def test_where_sites_prune_their_ranks_the_plan_is_an_upper_bound() -> None:
+    mixed = {"strategy.name": "hetlora", "strategy.site-ranks": "2,1"}
+    plan = plan_of(SHAPES, 1, 4, 4, **mixed)
+    assert plan.ledger.totals["train.down"].tensor_bytes == 1216
+    assert not plan.is_upper_bound
+    assert plan_of(SHAPES, 1, 4, 4, **mixed, **{"strategy.rank-decay": 0.5}).is_upper_bound
 
 
 def test_encoded_the_untrained_adapter_costs_nothing() -> None:

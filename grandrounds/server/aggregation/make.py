@@ -10,11 +10,13 @@ from typing import cast
 
 from grandrounds.config.keys import Config, StrategyConfig
 from grandrounds.errors import ConfigError, nearest
+from grandrounds.server.aggregation.fedavg import Average
+from grandrounds.server.aggregation.outer import Nesterov
 from grandrounds.server.aggregation.rule import Rule
 
 
 def make_rule(config: StrategyConfig) -> Rule:
-    """Return a new rule, built by `make` in the file `<config.name>.py` of this folder.
+    """Return a new rule, built by `make` in the file of its name, with `_` for `-`.
 
     Raises
     ------
@@ -23,12 +25,16 @@ def make_rule(config: StrategyConfig) -> Rule:
     """
     name = config.name
     files = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    module = importlib.import_module(f"{__package__}.{name}") if name in files else None
+    file = name.replace("-", "_")
+    module = importlib.import_module(f"{__package__}.{file}") if file in files else None
     if not hasattr(module, "make"):
         raise ConfigError(
             f"strategy.name = {name!r} is not an aggregation rule.{nearest(name, files)}"
         )
-    return cast(Rule, module.make(config))  # type: ignore[union-attr]
+    rule = cast(Rule, module.make(config))  # type: ignore[union-attr]
+    if config.outer_nesterov:
+        return Nesterov(cast(Average, rule), config)
+    return rule
 
 
 def filled_in(config: Config) -> StrategyConfig:

@@ -58,6 +58,10 @@ class Rule(ABC):
         """Return the figures of the last result, for the round's metrics."""
         return {}
 
+    def ranks(self) -> dict[int, int]:
+        """Return the ranks of the sites, by partition, that the rule has lowered for good."""
+        return {}
+
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the state that a resume restores; `{}` for a stateless rule."""
         return {}

@@ -184,6 +184,8 @@ def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
     rows.append(("seconds", f"{summary['seconds']:.1f}"))
     if personal := summary.get("personal"):
         rows.append(("personal adapters", personal_text(personal, names_of(sites))))
+    if found := summary.get("subgroups"):
+        rows.append(("subgroups", subgroups_text(found)))
     if private := summary.get("privacy"):
         rows.append(("privacy", privacy_text(private)))
     if not summary["comparable_with_leaderboard"] and not are_real(sites):
@@ -204,6 +206,23 @@ def personal_text(personal: Mapping[str, Any], names: SiteNames) -> str:
         )
     parts += [f"none at {names[int(site)]}: {why}" for site, why in failed.items()]
     return "; ".join(parts)
+
+
+def subgroups_text(found: Mapping[str, Any]) -> str:
+    """Return the held-out losses by subgroup in one line, the highest first."""
+    groups = found["groups"]
+    losses = sorted(((of["held-out-loss"], name) for name, of in groups.items()), reverse=True)
+    shown = ", ".join(f"{name} {loss:.4f}" for loss, name in losses[:MOST_SUBGROUPS])
+    more = f", {len(losses) - MOST_SUBGROUPS} more" if len(losses) > MOST_SUBGROUPS else ""
+    silent = len(found["silent"])
+    parts = [f"held-out loss {shown}{more}" if losses else ""]
+    parts.append(f"none told by {counted(silent, 'site')}" if silent else "")
+    parts.append(f"{counted(len(found['failed']), 'site')} failed" if found["failed"] else "")
+    return "; ".join(part for part in parts if part)
+
+
+MOST_SUBGROUPS = 6
+"""Subgroups whose losses are listed at a run's end."""
 
 
 def privacy_text(private: Mapping[str, Any]) -> str:
@@ -232,6 +251,17 @@ def aggregation_rows(measured: Mapping[str, Mapping[str, float]]) -> Rows:
                 f"{100 * cut['last']:.2g} % in the last{rank}",
             )
         )
+    if left := measured.get("correction_error"):
+        rows.append(
+            (
+                "aggregation error",
+                f"left by the correction of B: {100 * left['first']:.2g} % of the update in round "
+                f"1, {100 * left['last']:.2g} % in the last",
+            )
+        )
+    if site := measured.get("site_rank"):
+        first, last = site["first"], site["last"]
+        rows.append(("mean rank of sites", f"{first:.1f} in round 1, {last:.1f} in the last"))
     if step := measured.get("server_learning_rate"):
         rows.append(
             ("server step", f"{step['first']:.2f} in round 1, {step['last']:.2f} at the end")

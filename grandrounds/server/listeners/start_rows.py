@@ -9,7 +9,7 @@ from typing import Any
 from grandrounds.config import recipes, schedules
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.keys import Config, rounded_up
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.strategies import OUTER_KEYS, STRATEGIES
 from grandrounds.config.words import NOT_TOLD, counted, with_own
 from grandrounds.server.described import (
     Sites,
@@ -132,7 +132,8 @@ def without_effect(config: Config) -> list[str]:
     if config.arguments.max_steps > 0:
         names.append("train.training-arguments.num-train-epochs")
     everyones = {key for asks in STRATEGIES.values() for key in asks.keys}
-    unread = everyones.difference(STRATEGIES[config.strategy.name].keys)
+    read = OUTER_KEYS if config.strategy.outer_nesterov else ()
+    unread = everyones.difference(STRATEGIES[config.strategy.name].keys, read)
     names += [f"strategy.{key}" for key in sorted(unread)]
     how = config.communication
     codecs = {how.uplink_codec, how.downlink_codec}

@@ -34,6 +34,7 @@ FIGURES = (
     "product-error-of-update",
     "server-learning-rate",
     "truncation-error",
+    "correction-error",
     "seconds",
     "train-seconds",
     "evaluate-seconds",

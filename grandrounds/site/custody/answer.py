@@ -58,6 +58,7 @@ from grandrounds.wire import messages
 from grandrounds.wire.adapter import Adapter
 from grandrounds.wire.masks.attempt import KEYS, KIND_OF
 from grandrounds.wire.messages import CLIENT_APP_RAISED
+from grandrounds.wire.subgroups import SUBGROUPS
 from grandrounds.wire.told import HELD_OUT_LOSS
 
 Function = Callable[[Visit], RecordDict]
@@ -192,7 +193,7 @@ def _answered(request: Request, function: Function) -> Message:
         is_charged = request.is_visit and budget.known_key(state, run, digest)
         if not is_charged and change is None:
             budget.check_visit(budget.read(site, state), run)
-    if request.is_private and request.kind == EVALUATE:
+    if request.is_private and request.kind in (EVALUATE, SUBGROUPS):
         return without_loss(request)
     if request.end and request.is_exchange:
         return exchanged(request, own, function)
@@ -206,7 +207,10 @@ def _answered(request: Request, function: Function) -> Message:
     data_version = search(request, config.data.prompt_template)
 
     # 8. The received adapter: plausible? Nothing is asked of it for a loss that may not be told.
-    if request.kind == EVALUATE and not tells_loss(site, len(examples.held_out)):
+    asks_loss = request.kind in (EVALUATE, SUBGROUPS)
+    if asks_loss and not tells_loss(site, len(examples.held_out)):
+        return without_loss(request)
+    if request.kind == SUBGROUPS and not examples.subgroups:
         return without_loss(request)
     if request.is_visit:
         request.entry["sha256-in"] = tensors_sha256(request.message)

@@ -17,11 +17,12 @@ from typing import Any
 from flwr.app import RecordDict
 
 from grandrounds.site.custody.site_file import SiteFile
-from grandrounds.wire import guarantee, messages
+from grandrounds.wire import guarantee, messages, subgroups
 from grandrounds.wire.masks.attempt import CONFIRM, KEYS, KIND_OF, MASKED_KIND, SHARES, UNMASK
 from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, MAGNITUDES, METRICS
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.personal import FEDERATED_LOSS, FEDERATED_NLL, PERSONAL, WEIGHT
+from grandrounds.wire.subgroups import SUBGROUPS
 from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
 
 QUERY, TRAIN, EVALUATE, EXAM = "query", "train", "evaluate", "evaluate.formulary"
@@ -235,6 +236,32 @@ FIELDS = (
         },
     ),
     *_fields(EVALUATE, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
+    Field(
+        subgroups.NAMES,
+        SUBGROUPS,
+        CONFIG,
+        AS_IT_IS,
+        "values of columns that the run and `subgroup-columns` name, with enough held-out examples",
+    ),
+    *_fields(
+        SUBGROUPS,
+        METRICS,
+        ROUNDED,
+        {
+            subgroups.LOSSES: "mean loss per answer token of each of these subgroups",
+            subgroups.EXAMPLES: "held-out examples of each",
+        },
+    ),
+    *_fields(
+        SUBGROUPS,
+        METRICS,
+        ONLY_EXACT,
+        {
+            subgroups.NLL_SUMS: "summed loss of each",
+            subgroups.TOKENS: "answer tokens of each",
+        },
+    ),
+    *_fields(SUBGROUPS, METRICS, TELEMETRY, _PROCESS, TELEMETRY),
     *_fields(
         PERSONAL,
         METRICS,
@@ -297,6 +324,7 @@ _BY_PLACE = {(field.kind, field.record, field.name): field for field in FIELDS}
 _OF_HELD_OUT = {
     QUERY: {"held-out-examples"},
     EVALUATE: {HELD_OUT_LOSS, "num-examples", "nll-sum", "tokens"},
+    SUBGROUPS: {subgroups.NAMES, *subgroups.FIGURES},
     PERSONAL: {*OF_LOSSES, *OF_LOSSES.values(), "num-examples", "tokens", WEIGHT},
 }
 """Fields that leave only if the held-out loss may be told."""
@@ -407,6 +435,9 @@ def _as_told(field: Field, value: Any, rules: Told) -> Any:
         return site.privacy.declared_units if field.private == DECLARED else value
     if field.told != ROUNDED or site.tell.figures == EXACT:
         return value
+    if isinstance(value, list):
+        of = rounded_loss if field.name == subgroups.LOSSES else rounded_count
+        return [of(one) for one in value]
     if isinstance(value, float):
         return rounded_loss(value)
     training, held_out = _counts(site, rules.report)

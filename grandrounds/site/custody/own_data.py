@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any
 
 from grandrounds.config.keys import DataConfig
+from grandrounds.config.values import words_of
 from grandrounds.data.alone import columns_read_alone
 from grandrounds.data.embedded import EMBEDDED
 from grandrounds.data.examples import SiteData, split_rows
@@ -25,8 +26,9 @@ from grandrounds.errors import DataError, first_line
 from grandrounds.site.custody import order
 from grandrounds.site.custody.identifiers import CERTAIN, count_identifiers, fingerprint
 from grandrounds.site.custody.site_file import Node, OwnData, SiteFile
-from grandrounds.site.local_data import Site, tokenized_site
+from grandrounds.site.local_data import Site, tokenized_site, with_subgroups
 from grandrounds.site.private.units import UnitRule, alike, split_by_unit, unit_name
+from grandrounds.wire.subgroups import LEAST
 
 
 def own_site(
@@ -40,7 +42,7 @@ def own_site(
     Parameters
     ----------
     prompt : DataConfig
-        Of the run: only the prompt is read.
+        Of the run: only the prompt and the columns of subgroups are read.
     run : str
         The run's key; see `database_rows`.
 
@@ -50,7 +52,11 @@ def own_site(
         If the source cannot be used, or has no training example.
     """
     how, template = _split_of(site, private=False), prompt.prompt_template
-    return _tokenized(_rows(site, run, template=template), how, model_name, prompt, seq_length)
+    rows = _rows(site, run, template=template)
+    found = _tokenized(rows, how, model_name, prompt, seq_length)
+    allowed = words_of(site.tell.subgroup_columns)
+    columns = [name for name in words_of(prompt.subgroup_columns) if name in allowed]
+    return with_subgroups(found, rows, columns, max(LEAST, site.tell.min_held_out_examples))
 
 
 def private_site(
@@ -183,7 +189,8 @@ def _all_said(split: SiteData) -> Iterator[str]:
 
 def _rows(site: SiteFile, run: str, *, private: bool = False, template: str = "") -> Rows:
     data, unit = site.data, site.privacy.unit_column
-    kept = (*([unit] if unit else []), *columns_apart(template))
+    subgroups = () if private else words_of(site.tell.subgroup_columns)
+    kept = tuple(dict.fromkeys((*([unit] if unit else []), *subgroups, *columns_apart(template))))
     columns = (data.question_column, data.answer_column, *kept)
     if data.database:
         return database_rows(Query(data.database, data.query, columns, alone=private), run)

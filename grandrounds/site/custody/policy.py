@@ -45,6 +45,8 @@ class Asked:
     """Length of what the run adds to the chat template: system prompt and options."""
     strategy: str
     """`strategy.name` of the run."""
+    personal_adapter: str
+    """`personalisation.name` of the run."""
     target_modules: tuple[str, ...]
     """The adapted modules."""
     rank: int
@@ -121,6 +123,7 @@ def asked_of(config: Config, targets: Sequence[str], num_examples: int | None) -
         prompt_template=identity_of(config.data.prompt_template),
         prompt_characters=len(config.data.system_prompt) + len(config.data.template_options),
         strategy=strategy.name,
+        personal_adapter=config.personalisation.name,
         target_modules=tuple(targets),
         rank=max(Ranks.of(config).resident, lora.highest_rank),
         scale=greatest,
@@ -196,6 +199,7 @@ ONE_OF: dict[str, Callable[[Asked], tuple[str, ...]]] = {
     "prompt-templates": lambda asked: (asked.prompt_template,),
     "target-modules": lambda asked: asked.target_modules,
     "strategies": lambda asked: (asked.strategy,),
+    "personal-adapters": lambda asked: (asked.personal_adapter,),
     "optimizers": lambda asked: (asked.optimizer,),
     "dtypes": lambda asked: (asked.dtype,),
     "quantizations": lambda asked: (asked.quantization,),

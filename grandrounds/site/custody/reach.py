@@ -33,6 +33,9 @@ COARSE = 3.0
 """The same for codecs of at most 2 bits a value and for topk, which can save up a whole run's
 change of a value and send it at once."""
 
+ORTHONORMAL = 1.0
+"""Largest singular value of an A with orthonormal rows, which `fedsvd` makes."""
+
 _BETA_1, _BETA_2 = 0.9, 0.999
 _MOST_STEPS = 2000
 """Steps for which the bound is computed; longer visits are extrapolated by its limit, 3.2."""
@@ -89,7 +92,10 @@ class Reach:
         moved, velocity = 0.0, 0.0
         for number in range(1, after_round + 1):
             step = self.visit(number) if factor in strategy.trained(number) else 0.0
-            if rule.name == "fedavgm":
+            if rule.outer_nesterov and step:
+                velocity = rule.server_momentum * velocity + step
+                step = rule.server_step * (step + rule.server_momentum * velocity)
+            elif rule.name == "fedavgm":
                 velocity = rule.server_momentum * velocity + step
                 step = rule.server_step * velocity
             elif rule.server_step and step:
@@ -143,7 +149,7 @@ class Reach:
             moved_a = self.visit(number) * math.sqrt(rank * width)
             moved_b = self.visit(number) * math.sqrt(rank * rows_b)
             norm_a = math.sqrt(rank / 3)  # uniform in 1 / sqrt(in-features)
-            norm += moved_b * (norm_a + moved_a) + norm / norm_a * moved_a
+            norm += moved_b * (max(ORTHONORMAL, norm_a) + moved_a) + norm / norm_a * moved_a
         return norm * self.stretch
 
     def _product_from(
@@ -159,7 +165,7 @@ class Reach:
         for number in range(1, after_round + 1):
             moved_a = self.visit(number) * math.sqrt(a.size)
             moved_b = self.visit(number) * math.sqrt(b.size)
-            norm += moved_b * (norm_a + moved_a) + norm_b * moved_a
+            norm += moved_b * (max(ORTHONORMAL, norm_a) + moved_a) + norm_b * moved_a
             norm_b = max(norm_b + moved_b, norm * math.sqrt(len(a)) / norm_a)
         return norm * self.stretch
 

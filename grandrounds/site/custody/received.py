@@ -47,8 +47,9 @@ from grandrounds.wire.adapter import (
     started_adapter,
     unflatten,
 )
-from grandrounds.wire.low_rank import modules, truncate
+from grandrounds.wire.low_rank import cut, modules, truncate
 from grandrounds.wire.personal import PERSONAL
+from grandrounds.wire.subgroups import SUBGROUPS
 
 SPARSE = 0.05
 """Smallest participation ratio of a row of A, (sum x^2)^2 / (n sum x^4): 1/n for a one-hot row,
@@ -153,7 +154,8 @@ class ReceivedAdapter:
         if not self.strategy.error_feedback:  # the adapter itself is encoded, not a difference
             tolerance = ROUNDING.get(self.config.communication.downlink_codec, 0.0)
         if (rank := rank_of(self.adapter)) != rank_of(start):  # SVD: up to the signs of rows
-            start, tolerance = truncate(start, rank), tolerance + RELATIVE
+            lower = cut if self.strategy.cuts else truncate
+            start, tolerance = lower(start, rank), tolerance + RELATIVE
         largest = max(float(np.abs(tensor).max()) for tensor in start.values())
         if not all(_is_near(self.adapter[n], start[n], tolerance * largest) for n in start):
             raise PolicyError(
@@ -257,7 +259,7 @@ class ReceivedAdapter:
         )
 
 
-CHECKED = (*TRAINING, "evaluate", PERSONAL)
+CHECKED = (*TRAINING, "evaluate", SUBGROUPS, PERSONAL)
 """Kinds of messages whose adapter is checked; the formulary's exam asks nothing about the data."""
 
 

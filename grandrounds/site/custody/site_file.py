@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from grandrounds.config.prompt import BUILT_IN, is_listable, packaged
 from grandrounds.config.recipes import table_at
-from grandrounds.config.strategies import STRATEGIES
+from grandrounds.config.strategies import PERSONALISATIONS, STRATEGIES
 from grandrounds.config.validation import check_value
 from grandrounds.config.values import OneOf, Range, words_of
 from grandrounds.config.words import has_controls
@@ -36,6 +36,7 @@ TEMPLATE = Path(__file__).with_name("templates") / "site.toml"
 
 LISTS = {
     "strategies": tuple(STRATEGIES),
+    "personal-adapters": PERSONALISATIONS,
     "optimizers": ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"),
     "dtypes": ("auto", "float32", "bfloat16"),
     "quantizations": ("0", "4", "8"),
@@ -76,6 +77,7 @@ class Policy:
     prompt_templates: str
     target_modules: str
     strategies: str
+    personal_adapters: str
     optimizers: str
     dtypes: str
     quantizations: str
@@ -112,6 +114,7 @@ class Tell:
 
     figures: Annotated[str, OneOf(("rounded", "exact"))]
     min_held_out_examples: Annotated[int, Range(1)]
+    subgroup_columns: str
     telemetry: bool
 
 

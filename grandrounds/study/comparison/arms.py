@@ -84,6 +84,7 @@ ORDINARY: dict[str, Scalar] = {
     "strategy.name": "fedavg",
     "strategy.proximal-mu": 0.0,
     "strategy.site-ranks": "",
+    "strategy.outer-nesterov": False,
     "communication.uplink-codec": "none",
     "communication.downlink-codec": "none",
     "communication.downlink": "complete",
@@ -135,6 +136,7 @@ def run_unit(
         "site": unit.site,
         "num-sites": config.data.num_partitions,
         "run": f"runs/{unit.name}" if unit.arm in FEDERATIONS else None,
+        **({ROUNDS: config.federation.num_server_rounds} if unit.arm == PERSONAL else {}),
         **trained,
         **judge(resident, plain, sites, exams),
         "seconds": seconds + time.perf_counter() - started,
@@ -157,6 +159,9 @@ def judge(
         },
     }
 
+
+ROUNDS = "rounds"
+"""Rounds of the federation before a personal adapter."""
 
 REPORTED = "reported"
 """Part of the held-out examples on which units are judged where personal adapters have a weight
@@ -290,7 +295,7 @@ def _personally(unit: Unit, config: Config, run_path: Path, on_visits: OnVisits)
     """Make a site's personal adapter after the federation of the same seed.
 
     That federation is the one of `federated`, which is trained once: what personal adapters need
-    travels in no round.
+    travels in no round. With equal visits it has fewer rounds, and is one of their own.
     """
     if config.keeps_a_part:
         return _kept_at_the_site(unit, config, run_path, on_visits)

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from grandrounds.config.keys import Config
+from grandrounds.errors import ConfigError
 from grandrounds.wire.schedule import cohort_of
 
 Visits = list[tuple[int, int]]
@@ -55,6 +56,32 @@ def local_visits(config: Config, total: int, visit_examples: int) -> Visits:
         )
         for visit in range(count)
     ]
+
+
+def rounds_before(config: Config, each: Sequence[int]) -> int:
+    """Return the rounds after which personal adapters come out of the federation's example visits.
+
+    The most rounds whose visits make, with `personalisation.steps` at every site, no more example
+    visits than all rounds of the recipe.
+
+    Raises
+    ------
+    ConfigError
+        If that leaves no round.
+    """
+    counts = [count for _, count in pooled_visits(config, each)]
+    tails = config.personalisation.steps * config.examples_per_step * len(each)
+    left = sum(counts) - tails
+    rounds = sum(end <= left for end in accumulate(counts))
+    if not rounds:
+        most = (sum(counts) - counts[0]) // (config.examples_per_step * len(each))
+        raise ConfigError(
+            f"personalisation.steps = {config.personalisation.steps} at {len(each)} sites make "
+            f"{tails:,} example visits, the {len(counts)} rounds of the federation "
+            f"{sum(counts):,}: --equal-visits would leave no round. "
+            + (f"Set at most {most}." if most else "Raise num-server-rounds.")
+        )
+    return rounds
 
 
 def visits_of_a_site(config: Config) -> float:

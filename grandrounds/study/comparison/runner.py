@@ -7,7 +7,7 @@ compare(config, Design(arms=["federated", "local"], seeds=[42, 43]), out=Path("c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from grandrounds.server.introductions import SAME_IN_A_RUN
 from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import introduction
 from grandrounds.study.comparison import budget
-from grandrounds.study.comparison.arms import REPORTED, examples_of_visits, run_unit
-from grandrounds.study.comparison.exams import Exam, exams_of
+from grandrounds.study.comparison.arms import REPORTED, ROUNDS, examples_of_visits, run_unit
+from grandrounds.study.comparison.exams import exams_of
 from grandrounds.study.comparison.folder import RESULT, ComparisonFolder
 from grandrounds.study.comparison.results import FORMAT, figures, results
 from grandrounds.study.comparison.units import (
@@ -34,6 +34,7 @@ from grandrounds.study.comparison.units import (
     PERSONAL,
     Design,
     Unit,
+    check_equal_visits,
     check_leave_one_out,
     check_recipe,
 )
@@ -63,7 +64,7 @@ def compare(
     """
     comparison = Comparison(config, design, out)
     folder, exams, found = comparison.folder, comparison.exams, comparison.found
-    work = {unit: planned_work(unit, config, exams) for unit in comparison.planned}
+    work = {unit: comparison.planned_work(unit) for unit in comparison.planned}
     listener(
         "planned",
         {
@@ -77,9 +78,9 @@ def compare(
     for unit in [unit for unit in work if unit not in found]:
         made = run_unit(
             unit,
-            config,
+            comparison.recipe_of(unit),
             exams,
-            folder.run_path(run_of(unit, config)),
+            folder.run_path(comparison.run_of(unit)),
             lambda count: listener("visited", {"count": count}),
         )
         folder.finish(unit, made)
@@ -89,17 +90,6 @@ def compare(
         judged = {**figures(made, comparison.entries, *own), "seconds": made["seconds"]}
         listener("finished", {"unit": unit.title(comparison.names), "work": work[unit], **judged})
     return content
-
-
-def run_of(unit: Unit, config: Config) -> Unit:
-    """Return the unit whose run directory a unit uses.
-
-    Personal adapters follow the run of `federated`, unless what stays at the sites is trained in
-    the rounds: then one of their own, for all sites of a seed.
-    """
-    if unit.arm != PERSONAL:
-        return unit
-    return Unit(PERSONAL if config.keeps_a_part else FEDERATED, unit.seed)
 
 
 class Comparison:
@@ -114,6 +104,10 @@ class Comparison:
         check_recipe(design.arms, config)
         if LEAVE_ONE_OUT in design.arms:
             check_leave_one_out(config)
+        self.rounds = config.federation.num_server_rounds
+        if design.equal_visits:
+            check_equal_visits(design.arms)
+            self.rounds = budget.rounds_before(config, examples_of_visits(config))
         self.config, self.design = config, design
         self.folder = ComparisonFolder.open(out, config)
         self.exams = exams_of(config, design)
@@ -132,6 +126,7 @@ class Comparison:
             # An earlier version rounded the visits of a site alone to whole steps.
             if (unit.arm != LOCAL or made["example-visits"] == planned_visits(unit, config))
             and made.get("held-out-part") == part
+            and made.get(ROUNDS, config.federation.num_server_rounds) == self.rounds_of(unit)
         }
         asked = {exam.name: exam.fingerprint() for exam in self.exams}
         self.folder.begin(config)
@@ -139,6 +134,41 @@ class Comparison:
         self.folder.check_same("exams.json", {"asked": asked}, "exams")
         self.environment = environment()
         self.folder.write_json("environment.json", self.environment)
+
+    def rounds_of(self, unit: Unit) -> int:
+        """Return the rounds of a unit's federation: before `personal`, fewer with equal visits."""
+        return self.rounds if unit.arm == PERSONAL else self.config.federation.num_server_rounds
+
+    def recipe_of(self, unit: Unit) -> Config:
+        """Return the configuration of a unit, but for its seed."""
+        if (rounds := self.rounds_of(unit)) == self.config.federation.num_server_rounds:
+            return self.config
+        return recipes.resolve(self.config.flat(), {"num-server-rounds": rounds})
+
+    def run_of(self, unit: Unit) -> Unit:
+        """Return the unit whose run directory a unit uses.
+
+        Personal adapters follow the run of `federated`, unless what stays at the sites is trained
+        in the rounds, or there are fewer rounds: then one of their own, for all sites of a seed.
+        """
+        if unit.arm != PERSONAL:
+            return unit
+        if self.rounds_of(unit) != self.config.federation.num_server_rounds:
+            return Unit(f"{PERSONAL}-{self.rounds}-rounds", unit.seed)
+        return Unit(PERSONAL if self.config.keeps_a_part else FEDERATED, unit.seed)
+
+    def planned_work(self, unit: Unit) -> float:
+        """Return the cost of a unit in example visits; an example or question judged costs half.
+
+        The half was measured on the embedded base, and is good enough to estimate the time left.
+        """
+        config = recipes.resolve(self.recipe_of(unit).flat(), {"seed": unit.seed})
+        sites = [site_of(config, k) for k in range(config.data.num_partitions)]
+        judged = sum(len(exam.items) for exam in self.exams) + sum(len(s.held_out) for s in sites)
+        run, visits = self.run_of(unit), planned_visits(unit, config)
+        if unit.arm == PERSONAL and unit.site == 0 and run.arm != FEDERATED:
+            visits += planned_visits(Unit(FEDERATED, unit.seed), config)
+        return visits + judged / 2
 
     def write(self) -> dict[str, Any]:
         """Write comparison.json as far as there are results, and return it."""
@@ -154,7 +184,10 @@ class Comparison:
             "seeds": list(self.design.seeds),
             "config": self.config.recipe(),
             "environment": self.environment,
-            "budget": budget.entry(self.config, examples_of_visits(self.config)),
+            "budget": {
+                **budget.entry(self.config, examples_of_visits(self.config)),
+                **({"personal-rounds": self.rounds} if self.design.equal_visits else {}),
+            },
             "sites": [
                 {
                     "site": k,
@@ -209,17 +242,6 @@ def introductions(config: Config, seed: int) -> list[dict[str, Any]]:
     return [
         {"site": k, **{name: card[name] for name in SAME_IN_A_RUN}} for k, card in enumerate(cards)
     ]
-
-
-def planned_work(unit: Unit, config: Config, exams: Sequence[Exam]) -> float:
-    """Return the cost of a unit in example visits; evaluating an example or question costs half.
-
-    The half was measured on the embedded base, and is good enough to estimate the time left.
-    """
-    seeded = recipes.resolve(config.flat(), {"seed": unit.seed})
-    sites = [site_of(seeded, k) for k in range(config.data.num_partitions)]
-    judged = sum(len(exam.items) for exam in exams) + sum(len(site.held_out) for site in sites)
-    return planned_visits(unit, config) + judged / 2
 
 
 def planned_visits(unit: Unit, config: Config) -> int:

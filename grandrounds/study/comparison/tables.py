@@ -216,6 +216,11 @@ def notes(content: Json) -> list[str]:
             "the base is the bare one; all other arms start from the saved adapter with sha256 "
             f"{sha256}"
         )
+    if (rounds := budget.get("personal-rounds")) is not None:
+        out.append(
+            f"personal comes after {rounds} of the {budget['rounds']} rounds: the sites' own steps "
+            "come out of the federation's example visits (--equal-visits)"
+        )
     if len(content["seeds"]) > 1:
         out.append("means and 95 % intervals (Student's t) over seeds; losses in nats per token")
     else:

@@ -72,6 +72,9 @@ class Design:
     """Folder with the files of the benchmarks; None: from the hub."""
     limit: int | None = None
     """Evaluate only the first so many items of each benchmark."""
+    equal_visits: bool = False
+    """Whether `personal` follows a federation of fewer rounds, so that both make no more example
+    visits than the other arms."""
 
     def units(self, num_sites: int) -> Iterator[Unit]:
         """Yield every unit, seed by seed, so that results of the first seed come early."""
@@ -88,6 +91,8 @@ class Design:
     def options(self) -> list[str]:
         """Return the options of `grandrounds compare` that give this design."""
         words = ["--arms", ",".join(self.arms), "--seeds", str(len(self.seeds))]
+        if self.equal_visits:
+            words += ["--equal-visits"]
         if LEAVE_ONE_OUT in self.arms:
             words += ["--sites", ",".join(map(str, self.left_out))]
         if self.benchmarks:
@@ -129,13 +134,17 @@ def check_seeds(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> list[int]:
+def check_sites(
+    text: str, num_sites: int, names: SiteNames | None = None, option: str = "--sites"
+) -> list[int]:
     """Return the sites named by `all`, `3`, `0,3,5` or `ward b,0`.
 
     Parameters
     ----------
     names : SiteNames, optional
         What the sites are called; upper and lower case are the same.
+    option : str
+        What the caller calls the text, for errors.
 
     Raises
     ------
@@ -157,8 +166,8 @@ def check_sites(text: str, num_sites: int, names: SiteNames | None = None) -> li
     if wrong or not words:
         called = f", or names: {', '.join(labels.values())}" if labels else ""
         raise ConfigError(
-            f"--sites {text!r}: {wrong[0] if wrong else 'nothing'} is not a site; allowed: all, or "
-            f"numbers from 0 to {num_sites - 1}, separated by commas{called}."
+            f"{option} {text!r}: {wrong[0] if wrong else 'nothing'} is not a site; allowed: "
+            f"all, or numbers from 0 to {num_sites - 1}, separated by commas{called}."
         )
     return sorted({site for site in found.values() if site is not None})
 
@@ -202,6 +211,15 @@ def check_personal(arms: Sequence[str], config: Config) -> None:
         raise ConfigError(
             "arm 'personal' is not compared with a private recipe, whose sites tell no held-out "
             "loss: leave privacy.unit-guarantee or personalisation.name out."
+        )
+
+
+def check_equal_visits(arms: Sequence[str]) -> None:
+    """Raise `ConfigError` if visits are to be made equal without the arm whose visits differ."""
+    if PERSONAL not in arms:
+        raise ConfigError(
+            "--equal-visits is for the arm 'personal', whose federation then has fewer rounds; all "
+            f"other arms make equally many visits as it is. Asked for: {', '.join(arms)}."
         )
 
 

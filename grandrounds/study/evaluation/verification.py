@@ -32,14 +32,16 @@ under `evaluations`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from grandrounds.errors import nearest
+from grandrounds.errors import DataError, nearest
 from grandrounds.statistics import wilson_interval
 from grandrounds.study.evaluation import flowertune, likelihood
 from grandrounds.study.evaluation.benchmarks import (
@@ -410,3 +412,13 @@ def _decimals(value: float) -> int:
 def _rounds_to(exact: float, written: float) -> bool:
     """Return whether `exact` rounds to `written`."""
     return abs(exact - written) <= 0.5 * 10.0 ** -_decimals(written) + 1e-12
+
+
+def read_result(file: Path) -> Any:
+    """Return the content of a JSON file; raise `DataError` if it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{file} is not valid JSON ({error})") from error

@@ -153,7 +153,8 @@ def server_memory(config: Config, shapes: Shapes) -> int:
         shapes = at_rank(shapes, config.max_rank)
     remembers = config.communication.downlink == "incremental"
     holds = config.defence.screens
-    return memory.server_bytes(
+    velocity = 4 * count_parameters(shapes) if config.strategy.outer_nesterov else 0
+    return velocity + memory.server_bytes(
         count_parameters(shapes),
         cohort=config.cohort_size,
         keeps_replies=rule.keeps_replies or holds,

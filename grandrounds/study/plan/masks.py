@@ -61,7 +61,7 @@ def choice() -> str:
     return (
         f"masks or robust rules is a choice: {', '.join(EACH_RULE)}, norm bounds and screens "
         "(defence.) need each site's update, which the server does not have under masks, so that "
-        f"a site can send any numbers. Refused too: {' and '.join(PRODUCT_RULES)}, since the "
+        f"a site can send any numbers. Refused too: {', '.join(PRODUCT_RULES)}, since the "
         "product of two factors cannot be summed masked; uplink codecs, since masked vectors have "
         "one of their own; incremental downlink, since masks are bound to one message for all"
     )

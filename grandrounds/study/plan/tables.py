@@ -106,7 +106,8 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
             "where DoRA's magnitudes start; FlowerTune's figures have no such message"
         )
     if forecast.plan.is_upper_bound:
-        lines.append("sizes are upper bounds: entropy coding can only make messages smaller")
+        what = "ranks that sites prune" if config.strategy.prunes else "entropy coding"
+        lines.append(f"sizes are upper bounds: {what} can only make messages smaller")
     if forecast.reading is None:
         lines.append(
             f"the number of rows of {config.static.name} is unknown: pass --rows to plan examples "

@@ -193,6 +193,7 @@ ERRORS = {
     "product-error-of-update": "relative to the round's update",
     "product-error": "relative to the adapter",
     "truncation-error": "rank truncation",
+    "correction-error": "left by the correction, relative to the round's update",
 }
 """Key of metrics.jsonl → its name in the figure."""
 
@@ -216,6 +217,11 @@ def aggregation_figure(run: RunFiles) -> Figure | None:
     if "truncation-error" in found:
         notes.append(
             "The sum of the updates has a higher rank than the adapter: the part truncated."
+        )
+    if "correction-error" in found:
+        notes.append(
+            "What remains between the mean of the sites' models and the next adapter, whose B is "
+            "corrected for the mean A."
         )
     rounds = sorted({r for values in found.values() for r, _ in values})
     rows = [

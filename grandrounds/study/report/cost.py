@@ -84,6 +84,8 @@ def communication_figure(run: RunFiles) -> Figure | None:
     last = "a final exam"
     if run.config.is_personal:
         last += ", the adapter for personal ones"
+    if run.config.subgroup_columns:
+        last += ", the adapter for losses by subgroup"
     note = (
         "MiB by FlowerTune's counting rule. Wide pale line: the planned total, spread evenly over "
         f"the rounds; a run on plan stays inside it. What follows the last round ({last}) is not "

@@ -13,6 +13,7 @@ from grandrounds.study.report import (
     personal,
     privacy,
     provenance,
+    subgroups,
 )
 from grandrounds.study.report.figures import Page, Tile
 from grandrounds.study.report.places import published
@@ -21,7 +22,7 @@ from grandrounds.study.report.read import RunFiles, folders
 
 def run_page(run: RunFiles) -> Page:
     """Return everything that a run directory records."""
-    parts = (learning, personal, cost, participation, client_updates, privacy)
+    parts = (learning, personal, subgroups, cost, participation, client_updates, privacy)
     base, data = place_name(run.config.model.name), data_text(run.config, run.sites)
     page = Page(
         title=headline.title(run),

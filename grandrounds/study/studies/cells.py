@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from grandrounds.study.sites import with_sites
 from grandrounds.study.studies.file import RUN, Recipe, Study
 
 CELLS = "cells.jsonl"
+_FROZEN = Path(__file__).with_name("frozen.json")
 _NEEDED = {
     **{"cell": str, "recipe": str, "arm": str, "seed": int, "hash": str},
     **{"figures": dict, "seconds": int | float},
@@ -49,8 +51,9 @@ class Cell:
 
     @property
     def hash(self) -> str:
-        """Hash of every setting with its value, 16 hexadecimal digits."""
-        return hash_of(computing(self.config))
+        """Hash of the settings that differ from the frozen ones, 16 hexadecimal digits."""
+        equal: dict[str, Scalar] = {"equal-visits": True} if self.recipe.equal_visits else {}
+        return hash_of({**hashed(self.config), **equal})
 
     @property
     def folder(self) -> str:
@@ -69,7 +72,8 @@ class Cell:
         if self.arm == RUN:
             return command("grandrounds", "run", *given)
         arms = ",".join(compared(self.recipe)) or units.FEDERATED
-        return command("grandrounds", "compare", "--arms", arms, *given)
+        equal = ["--equal-visits"] if self.recipe.equal_visits else []
+        return command("grandrounds", "compare", "--arms", arms, *equal, *given)
 
     def set(self) -> dict[str, Scalar]:
         """Return its settings that differ from the packaged defaults."""
@@ -129,6 +133,28 @@ def differing(config: Config) -> dict[str, Scalar]:
     """Return the settings that decide a result and differ from the packaged defaults."""
     default = configuration.defaults()
     return {k: v for k, v in computing(config).items() if v != default[k]}
+
+
+def hashed(config: Config) -> dict[str, Scalar]:
+    """Return the settings that a cell's hash covers: those that differ from `frozen`.
+
+    So a key that is added later, with a default that does what runs did before, changes no hash,
+    and a packaged default that is changed later changes those of all cells that use it.
+    """
+    before = {**configuration.defaults(), **frozen()}
+    return {k: v for k, v in computing(config).items() if v != before[k]}
+
+
+@cache
+def frozen() -> Mapping[str, Scalar]:
+    """Return frozen.json: every key with the value that stands in no hash.
+
+    For most keys that is the packaged default at the time when hashes were frozen, which may be
+    `auto`: what it stands for is then covered. A key that is added later stands there with the
+    value that does what runs did before it came. A value is never changed.
+    """
+    found: dict[str, Scalar] = storage.read_json(_FROZEN)
+    return found
 
 
 def hash_of(settings: Mapping[str, Scalar]) -> str:

@@ -25,8 +25,8 @@ ARMS = (RUN, units.BASE, *(arm for arm in units.ARMS if arm != units.LEAVE_ONE_O
 _LONGEST = 100
 """Characters of a recipe's folder name."""
 
-_TOP = ("title", "seeds", "arms", "config", "settings", "recipes", "tables")
-_OF_RECIPE = ("seeds", "arms", "config")
+_TOP = ("title", "seeds", "arms", "config", "equal-visits", "settings", "recipes", "tables")
+_OF_RECIPE = ("seeds", "arms", "config", "equal-visits")
 _OF_TABLE = ("name", "recipes", "arms", "columns")
 _OF_COLUMN = ("figure", "title", "minus", "over", "arm")
 
@@ -40,6 +40,8 @@ class Recipe:
     """Settings by their source: its recipe file, those of the study, its own."""
     seeds: tuple[int, ...]
     arms: tuple[str, ...]
+    equal_visits: bool = False
+    """As `grandrounds compare --equal-visits`."""
 
     @property
     def slug(self) -> str:
@@ -169,7 +171,12 @@ def _recipe(name: str, own: Mapping[str, Any], shared: Layer, at: _Place) -> Rec
         layers.append((f"recipe {path}", configuration.load_recipe(path)))
     settings = {key: value for key, value in own.items() if key not in _OF_RECIPE}
     layers += [shared, _settings(settings, place)]
-    return Recipe(name, tuple(layers), _seeds(own, place), _arms(own, place))
+    arms, equal = _arms(own, place), own.get("equal-visits", False)
+    if not isinstance(equal, bool):
+        raise place.error("equal-visits", f"= {equal!r} must be true or false.")
+    if equal and units.PERSONAL not in arms:
+        raise place.error("equal-visits", "= true needs the arm personal: add it to arms.")
+    return Recipe(name, tuple(layers), _seeds(own, place), arms, equal)
 
 
 def _settings(table: Mapping[str, Any], place: _Place) -> Layer:

@@ -129,7 +129,8 @@ def play_group(group: Sequence[Cell], folder: Path) -> list[Line]:
         return [_line(first, figures.of_run(path))]
     asked = compared(first.recipe)
     config = dated(first.config, day_in(path))
-    content = runner.compare(config, Design(asked, [first.seed]), path)
+    design = Design(asked, [first.seed], equal_visits=first.recipe.equal_visits)
+    content = runner.compare(config, design, path)
     return [_line(cell, figures.of_arm(path, content, cell.arm, cell.seed)) for cell in group]
 
 

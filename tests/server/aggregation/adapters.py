@@ -30,11 +30,13 @@ CONFIG = replace(
     tau=1e-3,
 )
 
-AVERAGING = ("fedavg", "fedprox")
+AVERAGING = ("fedavg", "fedprox", "la-lora")
 OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad")
 ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 COMBINING = ("geomedian", "nnm")
-BY_PRODUCT = ("product", "flora")
+BY_PRODUCT = ("product", "flora", "lora-fair", "hetlora")
+OF_B = ("ffa", "rolora", "fedsvd")
+"""Rules that train B alone in round 1."""
 
 
 def named(name: str, **changed: Any) -> StrategyConfig:

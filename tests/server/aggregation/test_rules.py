@@ -14,6 +14,7 @@ from tests.server.aggregation.adapters import (
     BY_PRODUCT,
     COMBINING,
     LAYERS,
+    OF_B,
     OPTIMIZERS,
     ROBUST,
     distance,
@@ -41,20 +42,20 @@ def only(replies: Replies, factor: str) -> Replies:
     return [({n: x for n, x in change.items() if factor in n}, w) for change, w in replies]
 
 
-@pytest.mark.parametrize("name", [*ALL_NAMES, "ffa", "rolora"])
+@pytest.mark.parametrize("name", [*ALL_NAMES, *OF_B])
 def test_the_order_of_arrival_changes_no_bit(name: str) -> None:
     adapter, replies = a_round(1)
-    if name in ("ffa", "rolora"):
+    if name in OF_B:
         replies = only(replies, "lora_B")
     forwards = play(make_rule(named(name)), adapter, replies)
     shuffled = play(make_rule(named(name)), adapter, replies, order=[5, 0, 7, 2, 6, 1, 4, 3])
     assert same(forwards, shuffled)
 
 
-@pytest.mark.parametrize("name", [*ALL_NAMES, "ffa", "rolora"])
+@pytest.mark.parametrize("name", [*ALL_NAMES, *OF_B])
 def test_a_result_has_all_names_in_float32_and_leaves_its_inputs_alone(name: str) -> None:
     adapter, replies = a_round(2)
-    if name in ("ffa", "rolora"):
+    if name in OF_B:
         replies = only(replies, "lora_B")
     for tensors in (adapter, *(change for change, _ in replies)):
         for tensor in tensors.values():
@@ -68,7 +69,7 @@ def test_a_result_has_all_names_in_float32_and_leaves_its_inputs_alone(name: str
     assert distance(result, adapter) > 0 if name != "flora" else True
 
 
-@pytest.mark.parametrize("name", [*ALL_NAMES, "ffa", "rolora"])
+@pytest.mark.parametrize("name", [*ALL_NAMES, *OF_B])
 def test_a_round_without_replies_is_refused(name: str) -> None:
     rule = make_rule(named(name))
     rule.begin(1, random_adapter(np.random.default_rng(0)))
@@ -107,7 +108,7 @@ def test_a_reply_of_another_rank_is_refused_by_rules_that_cannot_use_it(name: st
         rule.add(0, lower, lower, 1)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox"])
+@pytest.mark.parametrize("name", AVERAGING)
 def test_the_average_is_the_weighted_mean(name: str) -> None:
     adapter, replies = a_round(4)
     result = play(make_rule(named(name)), adapter, replies)
@@ -156,7 +157,9 @@ def test_training_one_factor_makes_the_mean_of_the_models_exact(
         assert result[frozen].tobytes() == adapter[frozen].tobytes()
 
 
-@pytest.mark.parametrize(("name", "round_number"), [("ffa", 1), ("rolora", 1), ("rolora", 2)])
+@pytest.mark.parametrize(
+    ("name", "round_number"), [("ffa", 1), ("rolora", 1), ("rolora", 2), ("fedsvd", 2)]
+)
 def test_a_reply_with_what_is_not_trained_is_refused(name: str, round_number: int) -> None:
     adapter, [(change, weight), *_] = a_round(8)
     rule = make_rule(named(name))

@@ -109,6 +109,7 @@ class Honest:
                 sent = self._sent(p, number, change)
                 rule.add(p, begun, sent, 10 + p)
             adapter = rule.result()
+            sender.pruned = rule.ranks()
             sender.settle(parcels, cohort)
             yield from self._evaluated(sender, adapter, number)
 

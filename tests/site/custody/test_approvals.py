@@ -71,7 +71,7 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
     }
     defended = {"defence.preset": "robust"}  # which needs to see honest updates, not their noise
     masked = {"secure-aggregation": "masked32"}  # nor does the server see those
-    own = {"train.devices": 2, "personalisation.name": "local-tail"}
+    own = {"train.devices": 2, "personalisation.name": "local-tail", "data.subgroup-columns": "sex"}
     full = {
         key
         for also in (private, defended, masked, own)

@@ -39,17 +39,18 @@ from grandrounds.study.export import findings
 from grandrounds.study.report.one_run import run_page
 from grandrounds.study.report.read import read_run
 from grandrounds.study.report.several_runs import several_page
-from grandrounds.wire import messages
+from grandrounds.wire import messages, subgroups
 from tests.asking import made_up
 from tests.own_sites import sites_of
 from tests.runs import Settings, grid_of, metrics_of, play, summary_of
 
 
 def test_the_server_reads_all_that_a_site_tells() -> None:
-    """The server drops facts and metrics that it does not know."""
+    """The server drops facts and metrics that it does not know; `server.subgroups` reads lists."""
     told = {field.name for field in FIELDS if field.record == "metrics"}
-    assert told <= messages.TOLD
-    assert {field.name for field in FIELDS if field.record == "config"} <= messages.FACTS
+    assert told <= {*messages.TOLD, *subgroups.FIGURES}
+    facts = {field.name for field in FIELDS if field.record == "config"}
+    assert facts <= {*messages.FACTS, subgroups.NAMES}
 
 
 ONE_SITE: Settings = {

@@ -187,6 +187,17 @@ def test_steps_beyond_the_policy_are_refused_before_any_training(
     assert not entries(sites[0], asked="train")
 
 
+def test_a_policy_refuses_personal_adapters_and_logs_it(settings: Settings, tmp_path: Path) -> None:
+    own = {**settings, **HOW}
+    sites = sites_of(own, tmp_path / "sites", policy__personal_adapters="none")
+    why = "personal-adapters = 'none', requested 'interpolate'"
+    with pytest.raises(Exception, match=why):
+        play(own, grid=grid_of_sites(own, sites))
+    (line,) = entries(sites[0])
+    assert (line["asked"], line["outcome"]) == ("query", "refused")
+    assert line["reason"].endswith(f"forbids this run: {why}.")
+
+
 def test_going_back_says_that_the_sites_keep_their_later_parts(
     settings: Settings, tmp_path: Path
 ) -> None:

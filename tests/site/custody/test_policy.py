@@ -125,6 +125,10 @@ EXCEEDING: dict[str, tuple[dict[str, Any], str]] = {
     "quantizations": ({"model.quantization": 4}, "quantizations = '0,8', requested '4'"),
     "dtypes": ({"model.dtype": "float32"}, "dtypes = 'auto', requested 'float32'"),
     "strategies": ({"strategy.name": "fedmedian"}, "strategies = 'fedexp', requested 'fedmedian'"),
+    "personal-adapters": (
+        {"personalisation.name": "shared-a"},
+        "personal-adapters = 'none', requested 'shared-a'",
+    ),
     "optimizers": (
         {"train.optimizer": "adamw_8bit"},
         "optimizers = 'adamw_torch', requested 'adamw_8bit'",
@@ -227,6 +231,7 @@ NARROWED = {
     "quantizations": "0,8",
     "dtypes": "auto",
     "strategies": "fedexp",
+    "personal-adapters": "none",
     "optimizers": "adamw_torch",
     "prompt-templates": "alpaca",
     "target-modules": "q_proj",

@@ -52,7 +52,9 @@ FED_BACK: list[Settings] = [
 SETTINGS: dict[str, list[Settings]] = {
     "product": [{}, {"strategy.site-ranks": "4,2"}],
     "flora": [{}, {"strategy.max-rank": 8}],
+    "hetlora": [{"strategy.site-ranks": "4,2"}, {"strategy.rank-decay": 0.75}],
     "fedtrimmedavg": [{"strategy.trimmed-share": 0.4}],
+    "ffa": [{}, {"strategy.outer-nesterov": True}],
     "fedavg": [{}, {"model.lora.peft-use-dora": True}],
     "fedexp": [{}, {"model.lora.peft-use-dora": True}],
     **{
@@ -115,6 +117,13 @@ CUSTODY: dict[str, Settings] = {
         "model.lora.alpha-pattern": '{"v_proj": 16}',
     },
     "product of site ranks": {"strategy.name": "product", "strategy.site-ranks": "4,2"},
+    "fedsvd int8": {"strategy.name": "fedsvd", "communication.downlink-codec": "int8"},
+    "hetlora that prunes": {
+        "strategy.name": "hetlora",
+        "strategy.site-ranks": "4,2",
+        "strategy.rank-decay": 0.75,
+        "strategy.rank-penalty": 3.0,
+    },
 }
 
 

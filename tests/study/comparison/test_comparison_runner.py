@@ -538,6 +538,42 @@ def test_sites_that_keep_a_part_share_one_run_of_their_own(
     )
 
 
+def test_with_equal_visits_the_tail_comes_out_of_the_rounds(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """4 rounds of 2 sites make 8 visits of 2 steps; 1 step at each of 4 sites makes 4 steps, which
+    is one round: 3 rounds are left, with the same sum."""
+    how = {
+        **{"personalisation.name": "local-tail", "personalisation.steps": 1},
+        **{"data.num-partitions": 4, "strategy.fraction-train": 0.5, "num-server-rounds": 4},
+        **{"train.training-arguments.max-steps": 2, "data.held-out-fraction": 0.3},
+    }
+    config, arms = resolved(settings, **how), ("federated", "personal")
+    asked = {"arms": arms, "seeds": [42], "left_out": []}
+    plain = played(config, tmp_path / "c", **asked)
+    content = played(config, tmp_path / "c", **asked, equal_visits=True)
+    per_step = config.examples_per_step
+    for of, personal in ((plain, 20), (content, 16)):
+        made = {arm: of["arms"][arm]["seeds"]["42"]["example-visits"] for arm in arms}
+        assert made == {"federated": 16 * per_step, "personal": personal * per_step}
+    assert content["arms"]["federated"] == plain["arms"]["federated"]
+    [run] = (tmp_path / "c" / "runs").glob("personal-*/seed-42")
+    assert run.parent.name == "personal-3-rounds"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4  # with the start's loss
+    assert "personal comes after 3 of the 4 rounds" in " ".join(notes(content))
+    assert "--equal-visits" in content["command"]
+    again = played(config, tmp_path / "c", **asked, equal_visits=True, listener=never)
+    assert figures(again) == figures(content)
+    for changes, said in (
+        ({"personalisation.steps": 4}, r"make \d+ example visits.*leave no round. Set at most 3"),
+        ({"personalisation.name": "none"}, "is for the arm 'personal'"),
+    ):
+        few = resolved(settings, **{**how, **changes})
+        some = arms if few.is_personal else arms[:1]
+        with pytest.raises(ConfigError, match=said):
+            played(few, tmp_path / "d", **{**asked, "arms": some}, equal_visits=True)
+
+
 def never(event: str, facts: Any) -> None:
     """Fail where a finished part is trained again."""
     assert event == "planned"

@@ -19,7 +19,7 @@ from grandrounds.cli import app
 from grandrounds.config import recipes
 from grandrounds.errors import ConfigError, RunDirectoryError
 from grandrounds.study.studies import play as playing
-from grandrounds.study.studies.cells import Cell, Lines, cells_of, chosen
+from grandrounds.study.studies.cells import Cell, Lines, cells_of, chosen, computing, frozen
 from grandrounds.study.studies.file import RUN, Study, read_study
 from grandrounds.study.studies.play import play
 from grandrounds.study.studies.tables import into_page, markdown, tables_of
@@ -97,6 +97,49 @@ def test_cells_are_recipes_by_seeds_by_arms_the_first_seeds_first(folder: Path) 
         "plain/local/seed-2",
     ]
     assert len({cell.hash for cell in cells}) == 2  # the seed is in the name
+
+
+def test_every_key_is_frozen() -> None:
+    """A new key: add it to frozen.json with the value that does what runs did before it came."""
+    assert frozen().keys() == computing(recipes.resolve({})).keys()
+
+
+def test_a_key_added_later_changes_no_hash_and_a_changed_default_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cells = opened(folder)
+    key = "strategy.server-momentum"
+    before = {k: v for k, v in frozen().items() if k != key}
+    with monkeypatch.context() as patch:  # the key has come since
+        patch.setattr("grandrounds.study.studies.cells.frozen", lambda: before)
+        assert [cell.hash for cell in opened(folder)[1]] == [cell.hash for cell in cells]
+    packaged = {**recipes.defaults(), key: 0.8}
+    monkeypatch.setattr("grandrounds.config.recipes._defaults", lambda: packaged)
+    assert not {cell.hash for cell in opened(folder)[1]} & {cell.hash for cell in cells}
+
+
+def test_cells_that_were_played_for_the_pages_are_not_played_again() -> None:
+    file = ROOT / "studies/formulary.toml"
+    lines, cells = Lines(file.with_suffix("")), cells_of(read_study(file))
+    assert not [cell.name for cell in cells if lines.has_changed(cell)]
+
+
+def test_equal_visits_are_part_of_a_cell(folder: Path) -> None:
+    how = 'arms = ["federated", "personal"]\npersonalisation.name = "local-tail"'
+    edited(folder, "[recipes.plain]", f"[recipes.plain]\n{how}")
+    added = opened(folder)[1][0]
+    edited(folder, how, f"{how}\nequal-visits = true")
+    equal = opened(folder)[1][0]
+    assert added.hash != equal.hash
+    assert "--arms federated,personal --equal-visits" in equal.command()
+    assert "--equal-visits" not in added.command()
+    edited(folder, "equal-visits = true", 'equal-visits = "yes"')
+    with pytest.raises(ConfigError, match=r"plain\.equal-visits = 'yes' must be true or false"):
+        opened(folder)
+    edited(folder, '"federated", "personal"', '"federated"')
+    edited(folder, 'equal-visits = "yes"', "equal-visits = true")
+    with pytest.raises(ConfigError, match="equal-visits = true needs the arm personal"):
+        opened(folder)
 
 
 def test_a_study_is_played_once_and_told_in_a_table(folder: Path) -> None:
