@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from grandrounds.study.plan.forecast import Forecast
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run directory: completed, failed or in progress. Its files are read at each use."""
 
@@ -80,6 +80,9 @@ class Run:
 
         return find_checkpoint(self.path, str(which)).folder
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         from grandrounds.study.report.read import read_run
 
@@ -93,7 +96,7 @@ class Run:
         return as_html([Table(("run", ""), rows)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """An evaluation.json: models by questions by protocols, with intervals."""
 
@@ -118,13 +121,16 @@ class Evaluation:
             yield tables(evaluation), new
             told.update(new)
 
+    def __repr__(self) -> str:
+        return f"Evaluation({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         found = list(self.shown())
         every = [table for tables, _ in found for table in tables]
         return as_html(every, [note for _, notes in found for note in notes])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """A comparison.json: arms by seeds, with what each site gains."""
 
@@ -144,11 +150,14 @@ class Comparison:
 
         return notes(dict(self.content))
 
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         return as_html(self.tables(), self.notes())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a run will send, and what memory and data it takes; nothing was loaded."""
 
@@ -172,6 +181,9 @@ class Plan:
         from grandrounds.study.plan.tables import tables
 
         return list(tables(self.forecast, None))
+
+    def __repr__(self) -> str:
+        return f"Plan({self.total_mib:,.2f} MiB)"
 
     def _repr_html_(self) -> str:
         from grandrounds.study.plan.tables import notes
