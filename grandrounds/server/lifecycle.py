@@ -13,7 +13,6 @@ from flwr.serverapp import Grid
 
 from grandrounds.config.keys import Config
 from grandrounds.config.words import command
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
 from grandrounds.model.base import stored_bits
@@ -239,7 +238,7 @@ def finish(run: Run) -> dict[str, Any]:
     write the summary."""
     personal = personalise(run) if run.config.is_personal else {}
     told = tell_subgroups(run) if run.config.subgroup_columns else {}
-    is_formulary = run.config.static.name == FORMULARY and not run.sender.ranks.stays
+    is_formulary = run.config.is_on_formulary and not run.sender.ranks.stays
     scores, by_site = examine_formulary(run) if is_formulary else (None, {})
     run.directory.write_json("ledger.json", run.state.ledger.as_dict())
     summary = summary_of(run, "completed")
