@@ -4,8 +4,8 @@
     scripts/notebook.py notebooks/own_data.ipynb
 
 Without Jupyter: a cell's last expression is shown as its `_repr_html_` and `repr`, as a notebook
-shows it. Cells run in a fresh folder, or in `--folder`, whose own path is stored as `.`, and that of
-the fetched bases as `bases`. The first exception ends the script.
+shows it. Cells run in a fresh folder, or in `--folder`. Its path is stored as `.`, and that of the
+fetched bases as `bases`. The first exception ends the script.
 """
 
 from __future__ import annotations
