@@ -19,6 +19,8 @@ OVERLAP = "overlap.json"
 
 if TYPE_CHECKING:
     from grandrounds.server.directory import RunDirectory
+    from grandrounds.study.dossier.lines import Dossier
+    from grandrounds.study.dossier.verify import Verdict
     from grandrounds.study.plan.forecast import Forecast
 
 
@@ -187,3 +189,48 @@ class Plan:
         from grandrounds.study.plan.tables import notes
 
         return as_html(self.tables(), [*notes(self.forecast, None), *self.warnings])
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A dossier that was written."""
+
+    path: Path
+    """The page; its JSON lies beside it."""
+    run: Path
+    """The run directory."""
+    dossier: Dossier
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The dossier as its JSON has it: sections of lines, guidelines, files, SBOM, digest."""
+        return self.dossier.as_dict()
+
+    def verify(self) -> Verdict:
+        """Compare the page as it lies there with the run's files: `holds`, else `findings`.
+
+        Raises
+        ------
+        DataError
+            If the page is no dossier any more.
+        """
+        from grandrounds.study.dossier.verify import verify
+
+        return verify(self.run, self.path)
+
+    def tables(self) -> list[Table]:
+        """Return the sections as tables of item, value and source."""
+        return [
+            Table(
+                ("item", "value", "from"),
+                [
+                    (one.item, one.value, "; ".join(f"{s.file} {s.at}" for s in one.sources))
+                    for one in section.lines
+                ],
+                section.title,
+            )
+            for section in self.dossier.sections
+        ]
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables(), [f"Digest: {self.content['digest']}"])

@@ -40,6 +40,7 @@ from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
 from grandrounds.server.masks.rosters import check_roster, keep_roster
+from grandrounds.server.packages import PACKAGES, installed
 from grandrounds.server.personal import personalise
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
@@ -123,6 +124,7 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
         restore(directory, resumed)
     begun = {"from-adapter-sha256": config.lora.from_adapter_sha256} if continued else {}
     directory.write_json("environment.json", {**environment(), **begun})
+    directory.write_json(PACKAGES, {"packages": installed()})
     described = {**plan.as_dict(), "target-modules": list(targets.modules)}
     if targets.frozen:
         described["frozen-modules"] = list(targets.frozen)
