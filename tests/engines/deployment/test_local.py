@@ -52,23 +52,18 @@ def python(code: str, *words: object) -> list[str]:
 
 
 def test_a_program_whose_port_was_taken_meanwhile_is_started_on_another(
-    running: local.Processes,
+    running: local.Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        ports = [taken.getsockname()[1]]
-
-        def command(port: int) -> list[str]:
-            return python(SERVER, ports.pop() if ports else port)
-
-        def is_up(program: local.Program) -> bool:
-            return "up" in running.said(program)
-
-        program = running.finish(running.begin("server", command), is_up)
-    assert program.attempt == 2
-    assert local.is_open("127.0.0.1", program.port) is False  # it is bound and does not listen
-    assert "address already in use" in running.said(program)
+        ports = [taken.getsockname()[1], local.free_port(2)]
+        monkeypatch.setattr(local, "free_port", lambda _: ports.pop(0))
+        begun = running.begin("server", lambda port: python(SERVER, port))
+        program = running.finish(begun, lambda one: "up" in running.said(one))
+    assert (begun.attempt, program.attempt) == (1, 2)
+    assert program.port != begun.port
+    assert "already in use" in running.said(program)
 
 
 @pytest.mark.parametrize(
