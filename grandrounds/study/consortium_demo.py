@@ -38,6 +38,7 @@ from grandrounds.site.custody.approvals import Approvals
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.study.report.written import write_report
 from grandrounds.wire import messages
+from grandrounds.wire.names import one_line
 
 LEAST_ROWS = 120
 """Rows of a site: the default policy refuses runs below 100 training examples."""
@@ -307,7 +308,7 @@ def _tell_parties(teller: Teller, run: Path, sites: Sequence[SiteFile]) -> None:
     entries = audit.read(state)
     teller.line(f"its audit log, {counted(len(entries), 'line')}:")
     for entry in entries:
-        teller.line(f"- {site_status.visit_text(entry)[:MOST_OF_A_LINE]}")
+        teller.line(f"- {one_line(site_status.visit_text(entry), MOST_OF_A_LINE)}")
     verdict = audit.verified(state)
     whole = "broken" if verdict.broken else "whole: every line continues the one before it"
     teller.line(f"the log is {whole}")
