@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from grandrounds.waiting import wait_passively
 
 if TYPE_CHECKING:
-    from grandrounds.api import compare, evaluate, open_run, plan, recipe, report, run
+    from grandrounds.api import compare, dossier, evaluate, open_run, plan, recipe, report, run
 
-__all__ = ["compare", "evaluate", "open_run", "plan", "recipe", "report", "run"]
+__all__ = ["compare", "dossier", "evaluate", "open_run", "plan", "recipe", "report", "run"]
 
 __version__ = "0.1.0"
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.config import recipes
-from grandrounds.data.partitioning import Division, Partition, partition_rows
-from grandrounds.data.sources import load_rows
+from grandrounds.engines.deployment import local
 from grandrounds.engines.deployment.set_up import with_value
 from grandrounds.site.custody import sequence
 from grandrounds.site.custody.site_file import TEMPLATE, SiteFile, read_site_file
@@ -46,17 +45,7 @@ def make_site(
 
 def write_partition(file: Path, settings: Settings, partition_id: int) -> None:
     """Write the rows that a run assigns to one of its sites, in the same order."""
-    config = recipes.resolve(settings)
-    data = config.data
-    rows = load_rows(
-        config.static.name, question_column=data.question_column, answer_column=data.answer_column
-    )
-    partition = Partition(config.federation.seed, partition_id, data.num_partitions)
-    part = partition_rows(rows, Division("iid", "", 0.5), partition)
-    pairs = zip(part[data.question_column], part[data.answer_column], strict=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"input": q, "output": a}) + "\n" for q, a in pairs)
-    file.write_text("".join(lines))
+    local.write_partition(file, recipes.resolve(settings), partition_id)
 
 
 def sites_of(settings: Settings, folder: Path, **changes: Any) -> list[SiteFile]:

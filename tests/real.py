@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,11 +24,13 @@ from flwr.cli.utils import init_http_client_from_connection
 from flwr.proto.control_pb2 import RegisterNodeRequest
 
 from grandrounds.config import recipes
-from grandrounds.engines.deployment import admissions, joining, rosters, set_up
+from grandrounds.engines.deployment import admissions, local, rosters, set_up
+from grandrounds.engines.deployment.local import free_port as free_port
+from grandrounds.engines.deployment.local import is_open
 from grandrounds.engines.deployment.superlink import in_one_array
 from grandrounds.engines.flower import quiet
 from grandrounds.engines.keeper import MARKER, marked_processes
-from grandrounds.site.custody.site_file import SiteFile, read_site_file
+from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.wire.masks.roster import FILE
 from tests.own_sites import write_partition
 from tests.places import ROOT
@@ -62,28 +63,6 @@ def end_processes(marker: str) -> None:
         return not left
 
     wait_for(are_gone, 20, f"processes of {marker} are left")
-
-
-def free_port(count: int = 1) -> int:
-    """Return the first of `count` consecutive free ports."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        try:
-            for i in range(1, count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port + i))
-        except OSError:
-            continue
-        return port
-
-
-def is_open(host: str, port: int) -> bool:
-    """Return whether something listens on a port."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex((host, port)) == 0
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60, why: str = "") -> Any:
@@ -126,6 +105,8 @@ class Consortium:
         self.port = free_port(2)
         self.marker = f"test-{secrets.token_hex(4)}"
         self.home = set_up.init_consortium(folder / "consortium", "trial", host, self.port)
+        if not gate:
+            local.without_gate(self.home, f"{host}:{self.port + 1}")
         (folder / "flwr").mkdir()
         entry = (self.home / "flower-config.toml").read_text().replace("127.0.0.1", host)
         (folder / "flwr" / "config.toml").write_text(entry)
@@ -144,7 +125,6 @@ class Consortium:
         settings = self.settings
         folder = set_up.init_site(self.folder / f"site{i}", f"site-{i}")
         write_partition(folder / "cards.jsonl", settings, i)
-        text = (folder / "site.toml").read_text()
         values = {
             "data__source": "cards.jsonl",
             "data__held_out_seed": settings["seed"],
@@ -155,21 +135,11 @@ class Consortium:
             "tell__telemetry": True,
             **changes,
         }
-        for name, value in values.items():
-            section, _, key = name.partition("__")
-            text = set_up.with_value(text, section, key.replace("_", "-"), value)
+        named = {k.replace("__", ".").replace("_", "-"): v for k, v in values.items()}
         name = str(settings["model.name"])
-        path = "" if name == "formulary" else name
-        text += f"\n[bases.{json.dumps(name)}]\npath = {json.dumps(path)}\n"
-        (folder / "site.toml").write_text(text)
+        local.fill_in(folder / "site.toml", named, {name: "" if name == "formulary" else name})
         count = int(settings["data.num-partitions"])
-        admission = admissions.admit(self.home, folder / "request.json", i, count)
-        joining.join(read_site_file(folder / "site.toml"), admission, self.home / "authority.pub")
-        if not self.gate:
-            text = (folder / "site.toml").read_text()
-            address = f"{self.host}:{self.port + 1}"
-            (folder / "site.toml").write_text(set_up.with_value(text, "node", "superlink", address))
-        return read_site_file(folder / "site.toml")
+        return local.joined_site(self.home, folder, (i, count))
 
     @property
     def environment(self) -> dict[str, str]:

@@ -20,14 +20,14 @@ from typing import Any, Literal
 from grandrounds.api import compared, evaluated, given, planned, played
 from grandrounds.api.asked import Asked, asked_for, check_options, resolved_run
 from grandrounds.api.progress import Clock, comparison_line, evaluation_line
-from grandrounds.api.results import Comparison, Evaluation, Plan, Run
+from grandrounds.api.results import Comparison, Evaluation, Filed, Plan, Run
 from grandrounds.config.values import Scalar
 from grandrounds.errors import ConfigError
 from grandrounds.server.listeners import Facts, Listener
 
 __all__ = [
-    *("Asked", "Comparison", "Evaluation", "Plan", "Run"),
-    *("compare", "evaluate", "open_run", "plan", "recipe", "report", "run"),
+    *("Asked", "Comparison", "Evaluation", "Filed", "Plan", "Run"),
+    *("compare", "dossier", "evaluate", "open_run", "plan", "recipe", "report", "run"),
 ]
 
 Settings = Mapping[str, Scalar]
@@ -323,6 +323,25 @@ def report(*targets: str | Path | Run | Comparison, out: str | Path | None = Non
     written = write_report(places, given.path_or_none("out", out))
     _print(written.warnings, "warning: ")
     return written.file
+
+
+def dossier(target: str | Path | Run, out: str | Path | None = None) -> Filed:
+    """Write what an ethics board needs of a run, as a page and as JSON; see `grandrounds dossier`.
+
+    Parameters
+    ----------
+    out
+        The page, by default `dossier.html` in the run; the JSON is written beside it.
+
+    Raises
+    ------
+    ConfigError, DataError, RunDirectoryError
+        If the run has not ended or is damaged, or a file cannot be written.
+    """
+    from grandrounds.study.dossier.written import write_dossier
+
+    written = write_dossier(_place("target", target), given.path_or_none("out", out))
+    return Filed(written.file, written.run, written.dossier)
 
 
 def _place(name: str, target: str | Path | Run | Comparison) -> Path:

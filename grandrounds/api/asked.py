@@ -22,7 +22,7 @@ from grandrounds.study.tables import Table
 SITES_PER_ROUND = "sites_per_round"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Asked:
     """A recipe with everything that was set beside it."""
 
@@ -66,6 +66,9 @@ class Asked:
     def to_toml(self) -> str:
         """Return every key as a recipe, which `grandrounds run` takes."""
         return recipes.to_toml(self.keys)
+
+    def __repr__(self) -> str:
+        return f"Asked({(self.file.stem if self.file else None)!r}, {self.settings!r})"
 
     def _repr_html_(self) -> str:
         default = recipes.defaults()

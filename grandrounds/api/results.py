@@ -19,10 +19,12 @@ OVERLAP = "overlap.json"
 
 if TYPE_CHECKING:
     from grandrounds.server.directory import RunDirectory
+    from grandrounds.study.dossier.lines import Dossier
+    from grandrounds.study.dossier.verify import Verdict
     from grandrounds.study.plan.forecast import Forecast
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run directory: completed, failed or in progress. Its files are read at each use."""
 
@@ -78,6 +80,9 @@ class Run:
 
         return find_checkpoint(self.path, str(which)).folder
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         from grandrounds.study.report.read import read_run
 
@@ -91,7 +96,7 @@ class Run:
         return as_html([Table(("run", ""), rows)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """An evaluation.json: models by questions by protocols, with intervals."""
 
@@ -116,13 +121,16 @@ class Evaluation:
             yield tables(evaluation), new
             told.update(new)
 
+    def __repr__(self) -> str:
+        return f"Evaluation({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         found = list(self.shown())
         every = [table for tables, _ in found for table in tables]
         return as_html(every, [note for _, notes in found for note in notes])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """A comparison.json: arms by seeds, with what each site gains."""
 
@@ -142,11 +150,14 @@ class Comparison:
 
         return notes(dict(self.content))
 
+    def __repr__(self) -> str:
+        return f"Comparison({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         return as_html(self.tables(), self.notes())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a run will send, and what memory and data it takes; nothing was loaded."""
 
@@ -171,7 +182,55 @@ class Plan:
 
         return list(tables(self.forecast, None))
 
+    def __repr__(self) -> str:
+        return f"Plan({self.total_mib:,.2f} MiB)"
+
     def _repr_html_(self) -> str:
         from grandrounds.study.plan.tables import notes
 
         return as_html(self.tables(), [*notes(self.forecast, None), *self.warnings])
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A dossier that was written."""
+
+    path: Path
+    """The page; its JSON lies beside it."""
+    run: Path
+    """The run directory."""
+    dossier: Dossier
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The dossier as its JSON has it: sections of lines, guidelines, files, SBOM, digest."""
+        return self.dossier.as_dict()
+
+    def verify(self) -> Verdict:
+        """Compare the page as it lies there with the run's files: `holds`, else `findings`.
+
+        Raises
+        ------
+        DataError
+            If the page is no dossier any more.
+        """
+        from grandrounds.study.dossier.verify import verify
+
+        return verify(self.run, self.path)
+
+    def tables(self) -> list[Table]:
+        """Return the sections as tables of item, value and source."""
+        return [
+            Table(
+                ("item", "value", "from"),
+                [
+                    (one.item, one.value, "; ".join(f"{s.file} {s.at}" for s in one.sources))
+                    for one in section.lines
+                ],
+                section.title,
+            )
+            for section in self.dossier.sections
+        ]
+
+    def _repr_html_(self) -> str:
+        return as_html(self.tables(), [f"Digest: {self.content['digest']}"])

@@ -20,6 +20,7 @@ from grandrounds.cli import (
     config,
     consortium,
     documentation,
+    dossier,
     evaluate,
     export,
     plan,
@@ -206,6 +207,7 @@ app.add_typer(study.app, name="study")
 for command in (
     *(run.run, compare.compare, evaluate.evaluate, plan.plan, export.export, ask.ask),
     report.report,
+    dossier.dossier,
     documentation.docs,
 ):
     app.command(cls=plan.PlanCommand if command is plan.plan else None)(command)

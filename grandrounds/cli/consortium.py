@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from grandrounds import storage
+from grandrounds.cli import consortium_demo, consortium_status
 from grandrounds.cli.options import Assignments
 from grandrounds.cli.screen import say
 from grandrounds.config import recipes
@@ -281,3 +282,7 @@ def register_admitted(admission: Path, connection: str) -> None:
             ) from error
     else:
         admissions.note_node(admission, node)
+
+
+app.command()(consortium_status.status)
+app.command()(consortium_demo.demo)

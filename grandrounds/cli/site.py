@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grandrounds import storage
-from grandrounds.cli import site_export, site_log
+from grandrounds.cli import site_export, site_log, site_status
 from grandrounds.cli.options import Assignments, Model, Plain
 from grandrounds.cli.screen import Screen, say
 from grandrounds.config import recipes
@@ -276,11 +276,12 @@ def serve(config: SiteToml = Path("site.toml")) -> None:
     site = read_site_file(config)
     quiet_libraries()
     from grandrounds.engines.deployment.agent import Agent
+    from grandrounds.site.custody.clock import utc_text
     from grandrounds.site.custody.faults import keep_texts_off_the_terminal
     from grandrounds.site.custody.own_run import inventory
 
     def tell(line: str) -> None:
-        say(f"grandrounds: {line}")
+        say(f"grandrounds: {utc_text()} {line}")
 
     keep_texts_off_the_terminal()
     agent = Agent(site, tell)
@@ -385,4 +386,5 @@ def audit_adapter(
 
 
 app.command()(site_log.log)
+app.command()(site_status.status)
 app.command()(site_export.export)

@@ -15,7 +15,10 @@ from grandrounds.config.values import AUTO, Scalar
 FORMULARY_SITES = 20
 """Sites that own the formulary's private facts; `data.formulary.facts.SITES`."""
 
-EMBEDDED_DATA = {"formulary": 1500, "common-and-rare": 1905}
+FORMULARY_DATA = ("formulary", "formulary-preferences")
+"""Built-in data that hold the formulary's private facts: as answers, and as preferences."""
+
+EMBEDDED_DATA = {"formulary": 1500, "formulary-preferences": 1500, "common-and-rare": 1905}
 """Built-in data, `data.embedded.EMBEDDED` → their number of records."""
 
 _PARTITIONER, _COLUMN = "data.partitioner", "data.partition-by"
@@ -32,12 +35,13 @@ def settle(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
     by_site = (
         flat[_PARTITIONER] == AUTO
         and flat[_COLUMN] in ("", "site")
-        and flat["static.dataset.name"] == "formulary"
+        and flat["static.dataset.name"] in FORMULARY_DATA
         and flat["data.num-partitions"] == FORMULARY_SITES
     )
     stands_for = _BY_SITE if by_site else _ELSEWHERE
     embedded = flat["static.dataset.name"] == flat["model.name"] == "formulary"
-    is_replayed = embedded and flat["privacy.unit-guarantee"] == "none"
+    has_answers = flat["train.objective"] != "dpo"
+    is_replayed = embedded and has_answers and flat["privacy.unit-guarantee"] == "none"
     batch = flat["train.training-arguments.per-device-train-batch-size"]
     most = batch if isinstance(batch, int) and batch > 0 else _REPLAYED
     stands_for = {**stands_for, _REPLAY: min(_REPLAYED, most) if is_replayed else 0}

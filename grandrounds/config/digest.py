@@ -33,6 +33,7 @@ LEFT_OUT = (
     "data.held-out-fraction",
     "data.question-column",
     "data.answer-column",
+    "data.rejected-column",
 )
 """Keys that say where a run lives, who watches it, or which data it divides: at a site with its own
 data they mean nothing. The date of a chat template is the day on which a run starts, and an adapter
@@ -46,6 +47,10 @@ LEFT_OUT_IF: Mapping[str, Scalar] = {
     "model.lora.from-adapter-sha256": "",
     "model.lora.rank-pattern": "",
     "model.lora.alpha-pattern": "",
+    "train.objective": "sft",
+    "train.dpo-beta": 0.1,
+    "train.dpo-length-normalised": False,
+    "train.dpo-reference": "base",
     "train.devices": 1,
     "data.template-options": "",
     "data.system-prompt": "",

@@ -67,6 +67,11 @@ ONLY: dict[str, tuple[Scalar, str]] = {
         "only the medical task is supported. To train on another task's data, remove the key and "
         "name their columns, for example --set data.question-column=instruction,input",
     ),
+    "train.objective": (
+        "sft",
+        "a FlowerTune entry is tuned on answers, one to each question. To train on preferences, "
+        "write a recipe: docs/preferences.md",
+    ),
 }
 """Keys of individual published entries: the one value supported here, and why no other."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
-from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_SITES
+from grandrounds.config.automatic import EMBEDDED_DATA, FORMULARY_DATA, FORMULARY_SITES
 from grandrounds.config.codecs import CODECS
 from grandrounds.config.prompt import BUILT_IN, TemplateText, is_own
 from grandrounds.config.schedules import Schedules
@@ -182,6 +182,20 @@ class TrainConfig:
 
     prefix: ClassVar[str] = "train."
 
+    objective: Annotated[str, OneOf(("sft", "dpo"))]
+    """What training minimises. `sft`: cross-entropy on answers. `dpo`: the loss of direct
+    preference optimisation (Rafailov et al., 2023), on preferences: a prompt, a chosen and a
+    rejected answer. docs/preferences.md."""
+    dpo_beta: Annotated[float, Range(0, 1000, above=True)]
+    """`dpo`: beta, by which log-ratios to the reference are multiplied; a higher one stays nearer
+    to it."""
+    dpo_length_normalised: bool
+    """`dpo`: take the mean log-probability of an answer's tokens, not their sum. Larger values of
+    `dpo-beta` suit it, such as 5."""
+    dpo_reference: Annotated[str, OneOf(("base", "received"))]
+    """`dpo`: the reference model. `base`: the base without adapter, the same in all rounds.
+    `received`: the base with the adapter as a visit receives it, which moves from round to round.
+    Held-out figures are against `base` always."""
     save_every_round: Annotated[int, Range(1)]
     """Rounds between PEFT checkpoints; the last round is always saved."""
     learning_rate_max: Annotated[float, Range(0, 1, above=True)]
@@ -604,7 +618,10 @@ class DataConfig:
     columns of other forms are found:
     `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`."""
     answer_column: str
-    """Column holding the answer, or plain text."""
+    """Column holding the answer, or plain text; for `train.objective = "dpo"` the chosen one. With
+    the usual names of both columns, `prompt` and `chosen` are found."""
+    rejected_column: str
+    """`train.objective = "dpo"`: column holding the rejected answer."""
 
     @property
     def chat(self) -> tuple[str, str, str]:
@@ -631,7 +648,8 @@ class StaticConfig:
     name: str
     """Training data: Hugging Face Hub name; local .json, .jsonl, .csv, .tsv, .parquet or .txt file
     (.gz too), a folder of such files or a pattern (`cards/*.jsonl`); or data that are built in:
-    `formulary`, or `common-and-rare` (docs/privacy.md)."""
+    `formulary`, `formulary-preferences` (docs/preferences.md) or `common-and-rare`
+    (docs/privacy.md)."""
     config: str
     """Configuration of a data set on the Hub; empty: its only or default one."""
     split: str
@@ -677,11 +695,26 @@ class Config:
         return {**self.flat(), **dict.fromkeys(PLACES, "")}
 
     @property
+    def is_on_formulary(self) -> bool:
+        """Whether the data are the formulary's private facts, as answers or as preferences."""
+        return self.static.name in FORMULARY_DATA
+
+    @property
+    def is_on_pairs(self) -> bool:
+        """Whether training is on preferences, pairs of answers."""
+        return self.train.objective == "dpo"
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of training and held-out loss, in words."""
+        return "nats per pair" if self.is_on_pairs else "nats per answer token"
+
+    @property
     def is_formulary_by_site(self) -> bool:
         """Whether the sites are the formulary's own, each with the facts that only it knows."""
         data = self.data
-        how = (self.static.name, data.partitioner, data.partition_by, data.num_partitions)
-        return how == ("formulary", "natural", "site", FORMULARY_SITES)
+        how = (data.partitioner, data.partition_by, data.num_partitions)
+        return self.is_on_formulary and how == ("natural", "site", FORMULARY_SITES)
 
     @property
     def is_embedded_by_site(self) -> bool:

@@ -24,6 +24,7 @@ from grandrounds.config.keys import (
 )
 from grandrounds.config.masked import masked_contradictions
 from grandrounds.config.personal import personal_contradictions
+from grandrounds.config.preferring import preference_contradictions
 from grandrounds.config.private import privacy_contradictions
 from grandrounds.config.prompt import is_own
 from grandrounds.config.resets import resets
@@ -389,6 +390,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from privacy_contradictions(config)
     yield from masked_contradictions(config)
     yield from personal_contradictions(config)
+    yield from preference_contradictions(config)
 
 
 def idle_last_round(config: Config) -> str:

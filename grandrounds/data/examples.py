@@ -35,6 +35,8 @@ class Example:
     """What was said before the question."""
     parts: tuple[str, str] | None = field(default=None, compare=False)
     """Instruction and input, where the question is both, joined by a space."""
+    rejected: str = ""
+    """Of a preference, the answer that `answer` is preferred to; empty for any other example."""
 
     @property
     def apart(self) -> tuple[str, str]:
@@ -47,6 +49,7 @@ def example_of(
     answer: str | None,
     before: tuple[Turn, ...] = (),
     instruction: str | None = None,
+    rejected: str | None = None,
 ) -> Example:
     """Return the example in a row; without question or answer it is empty there.
 
@@ -55,10 +58,13 @@ def example_of(
     instruction
         What a template of one's own shows apart from the question. A row with one of the two has a
         question and no instruction.
+    rejected
+        The other answer of a preference.
     """
     parts = (instruction or "").strip(), (question or "").strip()
     whole = " ".join(filter(None, parts))
-    return Example(whole, (answer or "").strip(), before, parts if all(parts) else None)
+    apart = parts if all(parts) else None
+    return Example(whole, (answer or "").strip(), before, apart, (rejected or "").strip())
 
 
 class Examples(Sequence[Example]):
@@ -235,7 +241,8 @@ def _cleaned(
             is_full[position] = True
             place = slice(position * DIGEST_BYTES, (position + 1) * DIGEST_BYTES)
             earlier = repr(before) if before else ""
-            texts[place] = _digest(f"{len(asked)} {len(answer)} {asked}{answer}{earlier}")
+            other = f"{len(example.rejected)} {example.rejected}" if example.rejected else ""
+            texts[place] = _digest(f"{len(asked)} {len(answer)} {asked}{answer}{earlier}{other}")
             questions[place] = _digest(first_question(example))
     full = np.flatnonzero(is_full)
     of_texts, of_questions = (

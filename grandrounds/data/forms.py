@@ -3,7 +3,7 @@
 pairs           a column of questions and one of answers
 alpaca          `instruction`, `input` and `output`: the first two make the question
 conversations   a column of turns (see `conversations`)
-preferences     `prompt`, `chosen` and `rejected`, which no answer is trained on
+preferences     `prompt`, `chosen` and `rejected`, for `train.objective = "dpo"` (see `pairs`)
 text            one column of plain text, trained on as a whole
 """
 
@@ -23,6 +23,10 @@ TEXT = "text"
 APART = f"{INSTRUCTION}?"
 """Asks for the instructions by themselves: blank where there is no such column. Then they are no
 part of the question."""
+
+REJECTED = "rejected?"
+"""The column of rows that holds the rejected answers of preferences, whatever it is called in the
+source."""
 
 USUAL = ("input", "output")
 """The columns of questions and answers if none are named. Other forms are looked for only then."""

@@ -2,7 +2,7 @@
 
 Read as people publish them: three columns of text; `chosen` and `rejected` as lists of turns, with
 or without what precedes the answer; and without a prompt, where both begin with the same turns.
-No objective trains on them yet.
+`train.objective = "dpo"` trains on them; see `pairs`.
 """
 
 from __future__ import annotations
@@ -59,15 +59,29 @@ def columns_of_preferences(available: Sequence[str]) -> tuple[str, ...]:
 
 def preferences_of(raw: RawRows) -> Preferences:
     """Return the preferences in the rows of a source that has the columns `PREFERRED`."""
-    prompts = raw.values.get(PROMPT, [None] * len(raw.places))
-    chosen, rejected = (raw.values[name] for name in PREFERRED)
-    pairs, left_out = [], []
-    for row, (prompt, *answers) in enumerate(zip(prompts, chosen, rejected, strict=True)):
+    each = list(each_preference(raw))
+    pairs = tuple(found for found in each if isinstance(found, Preference))
+    return Preferences(pairs, tuple(why for why in each if isinstance(why, str)))
+
+
+def each_preference(
+    raw: RawRows, columns: tuple[str, str, str] = (PROMPT, *PREFERRED)
+) -> Iterator[Preference | str]:
+    """Yield the preference of each row, or why it holds none, with its place.
+
+    Parameters
+    ----------
+    columns
+        Of the prompt, which a source may lack, the chosen and the rejected answer.
+    """
+    prompt, *answers = columns
+    none = [None] * len(raw.places)
+    cells = raw.values.get(prompt, none), *(raw.values[name] for name in answers)
+    for row, (asked, chosen, rejected) in enumerate(zip(*cells, strict=True)):
         try:
-            pairs.append(_preference(prompt, *answers))
+            yield _preference(asked, chosen, rejected)
         except Unusable as reason:
-            left_out.append(f"{raw.where(row)}: {reason}")
-    return Preferences(tuple(pairs), tuple(left_out))
+            yield f"{raw.where(row)}: {reason}"
 
 
 def _preference(prompt: Any, chosen: Any, rejected: Any) -> Preference:

@@ -146,7 +146,7 @@ def no_answers(raw: RawRows, source: str, counted: str = "") -> DataError:
     )
     return DataError(
         f"{source}: these are preferences (prompt, chosen, rejected){counted}. A run trains on one "
-        f"answer for each question. {advice}"
+        f'answer for each question, or with train.objective = "dpo" on both. {advice}'
     )
 
 

@@ -14,7 +14,7 @@ from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from grandrounds.data.conversations import Turn
-from grandrounds.data.forms import APART
+from grandrounds.data.forms import APART, REJECTED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,15 +59,18 @@ class Rows:
         return self._histories or [()] * len(self)
 
     def reader(self, names: tuple[str, str]) -> Callable[[int], tuple[Any, ...]]:
-        """Return what reads a row: its question, its answer, what was said before, and the
-        instruction where it is apart.
+        """Return what reads a row: its question, its answer, what was said before, the
+        instruction where it is apart, and the rejected answer of a preference.
 
         Parameters
         ----------
         names
             Columns of the question and of the answer.
         """
-        apart = [self[APART]] if APART in self.column_names else []
+        has = self.column_names
+        apart = [self[APART]] if APART in has else []
+        if REJECTED in has:
+            apart = [*(apart or [[""] * len(self)]), self[REJECTED]]
         columns = [self[names[0]], self[names[1]], self.histories, *apart]
         return lambda place: tuple(column[place] for column in columns)
 

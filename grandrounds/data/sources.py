@@ -27,6 +27,7 @@ from grandrounds.data.files import (
 )
 from grandrounds.data.forms import PREFERRED
 from grandrounds.data.main_memory import check_fits
+from grandrounds.data.pairs import columns_of_pairs, rows_of_pairs
 from grandrounds.data.places import (
     BUILT_IN,
     FILE_ENDINGS,
@@ -52,6 +53,10 @@ HELD_FACTOR = 20
 _HELD = (
     "Under a guarantee all rows of a site are held in memory. Use fewer of them, or a machine with "
     "more."
+)
+
+_PAIRS_HELD = (
+    "All preferences of a source are held in memory. Use fewer of them, or a machine with more."
 )
 
 
@@ -106,6 +111,52 @@ def load_rows(
     if looks_like_path(source):
         return _load_files(source, files_of(source), columns, alone)
     return _load_hub(source, columns, alone)
+
+
+def load_pairs(source: str, columns: tuple[str, ...]) -> Rows:
+    """Return the rows of a source of preferences, all in memory.
+
+    A source is read once per process, as by `load_rows`.
+
+    Parameters
+    ----------
+    source : str
+        As of `load_rows`.
+    columns
+        Those of question, chosen and rejected answer, see `pairs.names_of`, then further ones, such
+        as the one that names the site.
+
+    Raises
+    ------
+    DataError
+        If the source cannot be read, lacks a column, or has no row with two different answers to
+        one prompt.
+    """
+    version = files_of(source) if source not in EMBEDDED and looks_like_path(source) else ()
+    return _load_pairs(source, version, columns)
+
+
+@lru_cache(maxsize=_CACHED_SOURCES)
+def _load_pairs(source: str, version: Version, columns: tuple[str, ...]) -> Rows:
+    choose, commit = columns_of_pairs(columns), ""
+    if source in EMBEDDED:
+        raw = from_records(enumerate(embedded_rows(source), 1), choose, "row")
+    elif version:
+        from grandrounds.data.large import is_large, total_bytes  # only here: NumPy
+
+        if is_large(version):
+            check_fits(source, total_bytes(version), HELD_FACTOR, _PAIRS_HELD)
+        raw = read_pairs(source, version, columns)
+    else:
+        rows = _hub_rows(source)
+        commit, available = hub_commit(rows), tuple(rows.column_names)
+        raw = from_table(rows.with_format("arrow")[:], choose(available), available)
+    return rows_of_pairs(raw, source, columns, commit)
+
+
+def read_pairs(source: str, version: Version, columns: tuple[str, ...]) -> RawRows:
+    """Return the rows of all files of a source of preferences; columns as of `load_pairs`."""
+    return _read_all(source, version, columns_of_pairs(columns), columns[3:], alone=False)
 
 
 def load_preferences(source: str) -> Preferences:

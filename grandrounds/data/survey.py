@@ -6,7 +6,7 @@ Its rows are read and checked exactly as a run reads them, so that a wrong colum
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import repeat
@@ -18,6 +18,7 @@ from grandrounds.data.embedded import EMBEDDED, embedded_rows
 from grandrounds.data.files import RawRows, from_records
 from grandrounds.data.forms import APART, INSTRUCTION
 from grandrounds.data.own_prompt import columns_apart
+from grandrounds.data.pairs import Pairs, columns_of_pairs, pairs_of
 from grandrounds.data.places import (
     FILE_ENDINGS,
     SURVEYED_BYTES,
@@ -27,7 +28,7 @@ from grandrounds.data.places import (
     looks_like_path,
 )
 from grandrounds.data.read import as_read, columns_read
-from grandrounds.data.sources import read_files
+from grandrounds.data.sources import read_files, read_pairs
 from grandrounds.errors import DataError
 
 
@@ -56,10 +57,17 @@ class Survey:
     """Usable rows of plain text."""
     with_system_only: int = 0
     """Those of `conversations` that have a system prompt before the question and nothing else."""
+    are_pairs: bool = False
+    """Whether the rows are preferences."""
 
 
 def survey(
-    source: str, question: str, answer: str, partition_by: str = "", template: str = ""
+    source: str,
+    question: str,
+    answer: str,
+    partition_by: str = "",
+    template: str = "",
+    rejected: str = "",
 ) -> Survey | None:
     """Return what a data source holds; None for a hub data set and a file that is too large.
 
@@ -69,6 +77,8 @@ def survey(
         Columns; `partition_by` is empty if there is none.
     template : str
         `data.prompt-template`: one of one's own may show instructions apart from questions.
+    rejected : str
+        Column of rejected answers; empty unless the run trains on preferences.
 
     Raises
     ------
@@ -78,8 +88,10 @@ def survey(
     """
     labels = (partition_by,) if partition_by else ()
     columns = (question, answer, *labels, *columns_apart(template))
+    if rejected:
+        columns = (question, answer, rejected, *labels)
     if source in EMBEDDED:
-        return _survey_embedded(source, columns)
+        return _survey_embedded(source, columns, bool(rejected))
     if not looks_like_path(source):
         for ending in FILE_ENDINGS:
             if Path(source + ending).is_file():
@@ -91,19 +103,53 @@ def survey(
         return None
     version = files_of(source)
     size = sum(size_bytes for _, _, size_bytes in version)
-    return _survey_files(source, version, columns) if size <= SURVEYED_BYTES else None
+    if size > SURVEYED_BYTES:
+        return None
+    return _survey_files(source, version, columns, bool(rejected))
 
 
 @lru_cache(maxsize=4)
-def _survey_embedded(source: str, columns: tuple[str, ...]) -> Survey:
-    raw = from_records(enumerate(embedded_rows(source), 1), columns_read(columns), "row")
-    return _counted(raw, source, columns)
+def _survey_embedded(source: str, columns: tuple[str, ...], are_pairs: bool) -> Survey:
+    choose = columns_of_pairs(columns) if are_pairs else columns_read(columns)
+    raw = from_records(enumerate(embedded_rows(source), 1), choose, "row")
+    return (_counted_pairs if are_pairs else _counted)(raw, source, columns)
 
 
 @lru_cache(maxsize=4)
-def _survey_files(source: str, version: Version, columns: tuple[str, ...]) -> Survey:
+def _survey_files(
+    source: str, version: Version, columns: tuple[str, ...], are_pairs: bool
+) -> Survey:
     """Survey files; their version is part of the cache key, so that changed ones are read again."""
+    if are_pairs:
+        return _counted_pairs(read_pairs(source, version, columns), source, columns)
     return _counted(read_files(source, version, columns), source, columns)
+
+
+def _counted_pairs(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
+    found: Pairs = pairs_of(raw, source, columns)
+    is_usable = [bool(pair.question) for pair in found.preferences]
+    by_label, gaps = _by_label(next(iter(found.labels.values()), []), is_usable)
+    before = list(filter(None, found.histories))
+    return Survey(
+        len(is_usable),
+        sum(is_usable),
+        by_label,
+        gaps,
+        conversations=len(before),
+        left_out=found.left_out,
+        unread=tuple(name for name in raw.available if name not in found.columns),
+        with_system_only=sum(len(b) == 1 and b[0][0] == "system" for b in before),
+        are_pairs=True,
+    )
+
+
+def _by_label(labels: Sequence[Any], is_usable: Sequence[bool]) -> tuple[dict[Any, int], int]:
+    """Return the usable rows of each label, and the number of rows without one."""
+    found: Counter[Any] = Counter()
+    for label, usable in zip(labels, is_usable, strict=False):
+        if label is not None and str(label).strip():
+            found[label] += usable
+    return dict(found), sum(label is None or not str(label).strip() for label in labels)
 
 
 def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
@@ -130,17 +176,13 @@ def _counted(raw: RawRows, source: str, columns: tuple[str, ...]) -> Survey:
             "data.question-column and data.answer-column to the columns that hold them."
         )
     labels = next((values[name] for name in columns[2:] if name != APART), [])
-    found: Counter[Any] = Counter()
-    for label, usable in zip(labels, is_usable, strict=False):
-        if label is not None and str(label).strip():
-            found[label] += usable
-    gaps = sum(label is None or not str(label).strip() for label in labels)
+    found, gaps = _by_label(labels, is_usable)
     before = [b for usable, b in zip(is_usable, read.histories, strict=False) if usable and b]
     told = [turns for turns in before if turns != PLAIN_TEXT]
     return Survey(
         len(is_usable),
         sum(is_usable),
-        dict(found),
+        found,
         gaps,
         form=read.form,
         conversations=len(told),

@@ -39,6 +39,31 @@ class TokenizedExample:
     `earlier`."""
     earlier: tuple[tuple[int, int], ...] = ()
     """Start and stop of earlier answers in the prompt that are learned too, in order."""
+    rejected: tuple[int, ...] = ()
+    """Of a preference, the rejected answer after the same prompt, and the tokens that end it; the
+    chosen one is in `input_ids`. Empty for any other example."""
+
+    @property
+    def answers(self) -> tuple[TokenizedExample, ...]:
+        """What goes through the model: the example itself, or each answer of a preference, the
+        chosen one first."""
+        if not self.rejected:
+            return (self,)
+        prompt = self.input_ids[: self.prompt_tokens]
+        return (
+            TokenizedExample(self.input_ids, self.prompt_tokens),
+            TokenizedExample((*prompt, *self.rejected), self.prompt_tokens),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that go through the model."""
+        return sum(len(answer.input_ids) for answer in self.answers)
+
+    @property
+    def terms(self) -> int:
+        """Number of terms of the loss: learned tokens, or 1 for a preference."""
+        return 1 if self.rejected else self.answer_tokens
 
     @property
     def answer_tokens(self) -> int:
@@ -226,11 +251,23 @@ def tokenize_examples(
         return _tokenized_texts(examples, tokenizer, seq_length)
     prompts = _prompt_ids(examples, tokenizer, template)
     answers = answer_token_ids(tokenizer, template, [e.answer for e in examples])
+    against = iter(
+        answer_token_ids(tokenizer, template, [e.rejected for e in examples if e.rejected])
+    )
     end = end_token_ids(tokenizer, template) if examples else ()
     kept, positions, truncated, unlearnable, unlearned = [], [], 0, 0, 0
     parts = zip(examples, prompts, answers, strict=True)
     for position, (example, prompt, answer) in enumerate(parts):
         ids = [*prompt, *answer, *end]
+        if example.rejected:
+            other = (*next(against), *end)
+            pair = _pair(prompt, ids, other, seq_length)
+            truncated += max(len(ids), len(prompt) + len(other)) > seq_length
+            unlearnable += pair is None
+            if pair is not None:
+                kept.append(pair)
+                positions.append(position)
+            continue
         spans = _earlier_answers(example, prompt, tokenizer) if train_on == ANSWERS else []
         unlearned += spans.count(None)
         earlier = [(a, min(b, seq_length)) for a, b in filter(None, spans) if a < seq_length]
@@ -244,6 +281,19 @@ def tokenize_examples(
     shortened = _shortened(examples, tokenizer) if template == "chat" else 0
     counts = truncated, unlearnable, shortened, unlearned
     return TokenizedExamples(tuple(kept), *counts, tuple(positions))
+
+
+def _pair(
+    prompt: list[int], ids: list[int], rejected: tuple[int, ...], seq_length: int
+) -> TokenizedExample | None:
+    """Return a preference; None if nothing within the sequence length tells its answers apart.
+
+    Only the two last answers are compared, so that of a conversation no earlier one is learned.
+    """
+    chosen, other = tuple(ids[:seq_length]), rejected[: max(0, seq_length - len(prompt))]
+    if not other or chosen[len(prompt) :] == other:
+        return None
+    return TokenizedExample(chosen, len(prompt), rejected=other)
 
 
 def _tokenized_texts(

@@ -143,7 +143,7 @@ def require_alive(link: Link, problem: str = "") -> None:
         raise EngineError(f"Flower's SuperLink {problem}. Run again. The end of its log:\n{log}")
 
 
-_PROGRESS = ("Using SuperLink:", "Listing all runs...")
+_PROGRESS = ("Using SuperLink:", "Listing all runs...", "Listing all nodes...")
 """What `flwr` prints before it has asked anything."""
 
 

@@ -6,7 +6,8 @@ Run as a program of its own, in its own session, with the command's end of a pip
 
 It ends what it started, and then itself,
 
-- on SIGTERM: the command has finished, failed or was interrupted, and removes FOLDER itself;
+- on SIGTERM: the command has finished, failed or was interrupted, and removes FOLDER itself,
+  unless it is killed while it waits;
 - at the end of its standard input: the command was killed; FOLDER is removed here;
 - when the program ends by itself.
 
@@ -129,6 +130,9 @@ def keep(folder: str, command: list[str]) -> int:
         return marked + [one for one in seen if one.is_running()]
 
     end_all(others)
+    if not is_abandoned and sys.stdin in select.select([sys.stdin], [], [], 0)[0]:
+        is_abandoned = True  # the command was killed while it waited for this
+        end_all(others)
     if is_abandoned:
         shutil.rmtree(folder, ignore_errors=True)
     code = os.waitstatus_to_exitcode(ended[program]) if program in ended else 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -377,6 +379,8 @@ def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
     _loads += 1
     model.requires_grad_(False)
     model.config.get_text_config().use_cache = False
+    if bits == 4 and device.type == "cuda":
+        say_uneven(model)
     if bits == 4 and device.type == "cpu":
         # On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks 4-bit weights in evaluation
         # mode and computes in bfloat16: held-out loss would differ from training, and layers
@@ -385,3 +389,24 @@ def load_base(spec: BaseSpec, *, whole: bool = False) -> Any:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     return model
+
+
+def say_uneven(model: Any) -> None:
+    """Print that 4-bit modules are slow whose inputs are no multiple of a block of their weights.
+
+    bitsandbytes (0.50) warns of it in each module's forward.
+    """
+    uneven = {
+        module.in_features
+        for module in model.modules()
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None
+        and module.in_features % state.blocksize
+    }
+    if uneven:
+        widths = ", ".join(map(str, sorted(uneven)))
+        print(
+            f"grandrounds: inputs of {widths} are no multiple of NF4's blocks of 64 weights; "
+            "bitsandbytes computes such modules more slowly. Results are the same.",
+            file=sys.stderr,
+        )
+        warnings.filterwarnings("ignore", r"inner dimension .* is not aligned", UserWarning)

@@ -27,14 +27,14 @@ class Frozen:
 
     def __init__(self, module: Any) -> None:
         self.module = module
-        self._is_quantized = type(module) is not torch.nn.Linear
+        self.is_quantized = type(module) is not torch.nn.Linear
         self._kept: torch.Tensor | None = None
         self._state: Any = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the product with it."""
-        if not self._is_quantized:
+        if not self.is_quantized:
             return self.module.weight.dtype  # type: ignore[no-any-return]
         return self.module.weight.quant_state.dtype  # type: ignore[no-any-return]
 
@@ -50,7 +50,7 @@ class Frozen:
         if self._kept is not None:
             return self._kept
         weight = self.module.weight
-        if not self._is_quantized:
+        if not self.is_quantized:
             return weight.detach()  # type: ignore[no-any-return]
         if self._state is None:
             self._state = _with_plain_scales(weight.quant_state)
@@ -60,7 +60,7 @@ class Frozen:
         """Keep a 4-bit W dequantised from now on, or let go of it."""
         if not wanted:
             self._kept = None
-        elif self._is_quantized and self._kept is None:
+        elif self.is_quantized and self._kept is None:
             self._kept = _dequantized(self.module.weight, self.module.weight.quant_state)
             self._state = None
 
@@ -147,7 +147,10 @@ class _Lora(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (tokens, inputs)
         dropped, mask = rows, None
         if dropout:
-            dropped, mask = torch.native_dropout(rows, dropout, True)
+            # A GPU draws another mask for another type: PEFT casts x, except over 4-bit weights.
+            drawn_in = rows if module.frozen.is_quantized else rows.to(a.dtype)
+            dropped, mask = torch.native_dropout(drawn_in, dropout, True)
+            dropped = dropped.to(rows.dtype)
         nothing = rows.new_empty(1)  # not read where beta is 0
         h = torch.addmm(nothing, dropped, cast_a.t(), beta=0, alpha=scale)  # (tokens, r)
         y = linear(rows, module.frozen.weight, module.frozen.bias).addmm_(h, cast_b.t())

@@ -92,6 +92,45 @@ def answer_nll_sum(
         Gives the sum of each example's mean over its own answer tokens instead, so that no example
         changes what another one gives; the means are written here.
     """
+    shared = _shared(batch, means, device) if means is not None else None
+    return _answer_nll(model, batch, pad_token_id, device, how, shared)
+
+
+def answer_nlls(
+    model: Any,
+    batch: Sequence[TokenizedExample],
+    pad_token_id: int,
+    device: torch.device,
+    how: Forward,
+) -> torch.Tensor:
+    """Return the negative log-likelihood of each example's answer, summed over its tokens.
+
+    Its gradient may differ from example to example. Call it, and its backward pass, within
+    `attending(model, how)`.
+
+    Returns
+    -------
+    float32 tensor of (examples), in nats
+    """
+    counts = answer_counts(batch)
+    examples = torch.arange(len(batch)).repeat_interleave(counts).to(device)
+    return _answer_nll(model, batch, pad_token_id, device, how, Apart(examples, len(batch)))
+
+
+def answer_counts(batch: Sequence[TokenizedExample]) -> torch.Tensor:
+    """Return how many tokens of each example are learned and predicted: int64 of (examples)."""
+    return torch.tensor([e.answer_tokens - (e.prompt_tokens == 0) for e in batch])
+
+
+def _answer_nll(
+    model: Any,
+    batch: Sequence[TokenizedExample],
+    pad_token_id: int,
+    device: torch.device,
+    how: Forward,
+    shared: Shared | Apart | None,
+) -> torch.Tensor:
+    """Return the loss of a batch's answer tokens: their sum, or as `shared` says."""
     model = _base_of(model)
     inputs: dict[str, Any] = (
         flatten(batch, pad_token_id, how.bucket_tokens)
@@ -102,13 +141,14 @@ def answer_nll_sum(
     learned = (labels != IGNORED_LABEL).nonzero().squeeze(1)
     targets = labels[learned].to(device)  # (answer tokens)
     before = (learned - 1).to(device)  # an answer token is predicted from the one before it
-    shared = _shared(batch, means, device) if means is not None else None
     inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     with mixed_precision(device, how.bf16):
         if not how.answers_only:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[before]
             if shared is not None:
                 losses = cross_entropy(logits.float(), targets, reduction="none")
+                if isinstance(shared, Apart):
+                    return shared.sums(losses)
                 shared.note(slice(None), losses.detach())
                 return shared.weights @ losses
             return cross_entropy(logits.float(), targets, reduction="sum")
@@ -137,8 +177,22 @@ class Shared:
         self.means.index_add_(0, self.examples[part], self.weights[part] * losses)
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Which example each answer token of a batch belongs to, where each example has its own sum."""
+
+    examples: torch.Tensor
+    """int64 of (answer tokens): position of its example in the batch."""
+    count: int
+    """Examples in the batch."""
+
+    def sums(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return the sum of each example's losses: float32 of (examples)."""
+        return losses.new_zeros(self.count).index_add(0, self.examples, losses)
+
+
 def _shared(batch: Sequence[TokenizedExample], means: torch.Tensor, device: torch.device) -> Shared:
-    counts = torch.tensor([e.answer_tokens - (e.prompt_tokens == 0) for e in batch])
+    counts = answer_counts(batch)
     weights = counts.float().reciprocal().repeat_interleave(counts)
     examples = torch.arange(len(batch)).repeat_interleave(counts)
     return Shared(weights.to(device), examples.to(device), means.zero_())
@@ -149,7 +203,7 @@ def head_nll_sum(
     head: Head,
     targets: torch.Tensor,
     chunk_tokens: int,
-    shared: Shared | None = None,
+    shared: Shared | Apart | None = None,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood of targets under a frozen head, in float32.
 
@@ -161,8 +215,9 @@ def head_nll_sum(
     targets : int64 tensor of (tokens)
     chunk_tokens : int
         Maximum number of tokens per chunk of logits; 0: one chunk.
-    shared : Shared, optional
-        By what the loss of each token is multiplied, and where the means of examples are noted.
+    shared : Shared or Apart, optional
+        By what the loss of each token is multiplied, and where the means of examples are noted; or
+        to which example each token belongs: then the result has a sum for each, (examples).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -182,9 +237,11 @@ class _HeadLoss(torch.autograd.Function):
         head: Head,
         targets: torch.Tensor,
         size: int,
-        shared: Shared | None,
+        shared: Shared | Apart | None,
     ) -> torch.Tensor:
-        total = torch.zeros((), device=hidden.device)
+        apart = shared if isinstance(shared, Apart) else None
+        shared = None if isinstance(shared, Apart) else shared
+        total = torch.zeros((apart.count,) if apart else (), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), size):
@@ -201,7 +258,9 @@ class _HeadLoss(torch.autograd.Function):
                 largest = z.amax(dim=1, keepdim=True)
                 sums = z.sub_(largest).exp_().sum(dim=1, keepdim=True)
                 losses = sums.log() + largest - of_target  # (tokens, 1)
-                if shared is None:
+                if apart is not None:
+                    total.index_add_(0, apart.examples[part], losses[:, 0])
+                elif shared is None:
                     total += losses.sum()
                 else:
                     total += shared.weights[part] @ losses[:, 0]
@@ -216,9 +275,13 @@ class _HeadLoss(torch.autograd.Function):
                     gradient[part] = z.to(head.weight.dtype) @ head.weight
                 del z, slope  # before the next chunk allocates its own
         ctx.save_for_backward(gradient)
+        ctx.apart = apart
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0], None, None, None, None
+        slope = upstream[0]
+        if ctx.apart is not None:  # each token's by the slope of its example
+            slope = slope[ctx.apart.examples].unsqueeze(1).to(gradient.dtype)
+        return gradient * slope, None, None, None, None

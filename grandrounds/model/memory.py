@@ -456,8 +456,12 @@ def precision_of(config: Config) -> Precision:
 
 
 def share_size(config: Config) -> int:
-    """Return the most examples of full length in one pass: a batch, or a share of it."""
-    return -(-config.arguments.per_device_train_batch_size // config.train.devices)
+    """Return the most sequences of full length in one pass: a batch, or a share of it.
+
+    A preference has two, its answers, each after the prompt.
+    """
+    answers = 2 if config.is_on_pairs else 1
+    return answers * -(-config.arguments.per_device_train_batch_size // config.train.devices)
 
 
 def workload_of(

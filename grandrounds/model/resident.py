@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -129,6 +131,16 @@ def compile_mlps(resident: Resident, wanted: bool) -> None:
             else:
                 mlp._compiled_call_impl = None  # as before `compile`
     resident.compiled = wanted
+
+
+@contextmanager
+def adapter_off(resident: Resident) -> Iterator[None]:
+    """Compute with the base alone within the context; what has a gradient stays as it is."""
+    has_gradient = {n: p.requires_grad for n, p in resident.parameters.items()}
+    with resident.model.disable_adapter():
+        yield
+    for name, parameter in resident.parameters.items():  # PEFT switches all of them on
+        parameter.requires_grad_(has_gradient[name])
 
 
 @torch.no_grad()

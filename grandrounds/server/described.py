@@ -91,6 +91,14 @@ def named_start(config: Config) -> dict[str, str]:
     return {"place": place_name(lora.from_adapter), "sha256": lora.from_adapter_sha256}
 
 
+def objective_text(config: Config) -> str:
+    """Return what training on preferences minimises, in words."""
+    train = config.train
+    normalised = ", normalised by length" * train.dpo_length_normalised
+    reference = {"base": "the base", "received": "the adapter as received"}[train.dpo_reference]
+    return f"DPO, beta {train.dpo_beta:g}{normalised}; reference: {reference}"
+
+
 def before_training(config: Config) -> str:
     """Return what the held-out loss of round 0 is of."""
     if config.lora.is_continued:
@@ -100,7 +108,7 @@ def before_training(config: Config) -> str:
 
 def is_of_the_formulary(config: Config, sites: Sites = ()) -> bool:
     """Whether the run trains on the formulary's fictional drugs."""
-    named = config.static.name == FORMULARY and not with_own_data(sites)
+    named = config.is_on_formulary and not with_own_data(sites)
     return named and {site.get(SOURCE, FORMULARY) for site in sites} <= {FORMULARY}
 
 

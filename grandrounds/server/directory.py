@@ -3,6 +3,7 @@
     config.toml        the resolved configuration, itself a recipe
     plan.json          the planned traffic
     environment.json   versions and platform of the server
+    packages.json      every package installed beside it
     sites.json         the roll call
     roster.json        of a masked run on real sites: their agent keys
     metrics.jsonl      one line a round; line 0 is before training

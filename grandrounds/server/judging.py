@@ -27,18 +27,20 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
     The sites evaluate the adapter as they receive it.
     """
     number, cohort = run.state.round, run.evaluation_cohort
+    on_pairs = run.config.is_on_pairs
+    per = "nats per pair" if on_pairs else "nats per token"
     parcels = parcels_for(run, number, cohort, trains=False)
 
     def use(site: int, reply: Message) -> messages.Metrics:
         required = () if run.roster.cards[site].in_custody else messages.EVALUATE_METRICS
-        metrics = messages.metrics_of(reply, required)
+        metrics = messages.metrics_of(reply, messages.PAIR_METRICS if on_pairs else required)
         examples = run.roster.held_out_of(site)
+        if on_pairs:
+            check_pairs(metrics, examples)
         told_of = told.within(metrics, examples * run.config.train.seq_length, examples)
         loss, most = told.site_losses({site: told_of}).get(site, 0.0), told.HIGHEST_LOSS
         if loss > most:
-            raise ReplyError(
-                f"its held-out loss is {beyond(loss, most)} nats per token, above {most:g}"
-            )
+            raise ReplyError(f"its held-out loss is {beyond(loss, most)} {per}, above {most:g}")
         return told_of
 
     outgoing, tell = addressed(run, MessageType.EVALUATE, number, parcels), noting(run, EVALUATE)
@@ -49,6 +51,17 @@ def evaluate(run: Run) -> tuple[float | None, Tally]:
         tell(site, NOT_THERE)
     run.state.note_loads(tally)
     return told.held_out_loss(tally.good.values()), tally
+
+
+def check_pairs(metrics: messages.Metrics, examples: int) -> None:
+    """Raise `ReplyError` if there are more pairs than held-out examples, or more are preferred or
+    ranked than there are."""
+    pairs = metrics["tokens"]
+    if pairs > examples:
+        raise ReplyError(f"its pairs are {pairs}, and it holds out {examples}")
+    for name in (told.PREFERRED, told.RANKED):
+        if metrics[name] > pairs:
+            raise ReplyError(f"{name} is {metrics[name]}, of {pairs} pairs")
 
 
 def examine_formulary(run: Run) -> tuple[ExamResults | None, dict[str, ExamResults]]:

@@ -13,7 +13,6 @@ from flwr.serverapp import Grid
 
 from grandrounds.config.keys import Config
 from grandrounds.config.words import command
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.model.architectures import unmatched
 from grandrounds.model.base import stored_bits
@@ -41,6 +40,7 @@ from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
 from grandrounds.server.masks.rosters import check_roster, keep_roster
+from grandrounds.server.packages import PACKAGES, installed
 from grandrounds.server.personal import personalise
 from grandrounds.server.resumption import Resumption, examine, restore
 from grandrounds.server.roll_call import Roster
@@ -124,6 +124,7 @@ def _begun(grid: Grid, config: Config, listener: Listener, undo: ExitStack) -> R
         restore(directory, resumed)
     begun = {"from-adapter-sha256": config.lora.from_adapter_sha256} if continued else {}
     directory.write_json("environment.json", {**environment(), **begun})
+    directory.write_json(PACKAGES, {"packages": installed()})
     described = {**plan.as_dict(), "target-modules": list(targets.modules)}
     if targets.frozen:
         described["frozen-modules"] = list(targets.frozen)
@@ -237,7 +238,7 @@ def finish(run: Run) -> dict[str, Any]:
     write the summary."""
     personal = personalise(run) if run.config.is_personal else {}
     told = tell_subgroups(run) if run.config.subgroup_columns else {}
-    is_formulary = run.config.static.name == FORMULARY and not run.sender.ranks.stays
+    is_formulary = run.config.is_on_formulary and not run.sender.ranks.stays
     scores, by_site = examine_formulary(run) if is_formulary else (None, {})
     run.directory.write_json("ledger.json", run.state.ledger.as_dict())
     summary = summary_of(run, "completed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from grandrounds.config import recipes, schedules
 from grandrounds.config.bases import KNOWN_BASES, names_a_base
 from grandrounds.config.keys import Config
 from grandrounds.config.prompt import is_own, sha256_of
-from grandrounds.config.words import place_name, with_own
+from grandrounds.config.words import percent, place_name, with_own
 from grandrounds.data.formulary import FORMULARY
 from grandrounds.model.lora import LoraSpec
 from grandrounds.server import guarantees
@@ -23,6 +23,7 @@ from grandrounds.server.described import (
     data_text,
     examples_text,
     is_fictional,
+    objective_text,
     start_text,
     with_own_data,
 )
@@ -30,6 +31,7 @@ from grandrounds.server.listeners.start_rows import defence
 from grandrounds.server.listeners.trackers import settings_of
 from grandrounds.server.masks.told import masks_text, still_told
 from grandrounds.wire.messages import BASE_COMMIT, DATA_COMMIT
+from grandrounds.wire.told import MARGIN, PREFERENCES, RANKING
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
 """The leaderboard whose table columns `_submission` fills in."""
@@ -79,7 +81,10 @@ class Findings:
     """What is known about a checkpoint beyond its configuration."""
 
     base_held_out_loss: float | None = None
-    """Nats per answer token before training: of the base, or of a saved adapter on it."""
+    """Held-out loss before training, in `Config.loss_unit`: of the base, or of a saved adapter on
+    it."""
+    pairs: Mapping[str, float] = field(default_factory=dict)
+    """Figures of held-out preferences, as in metrics.jsonl; empty without preferences."""
     data: Mapping[str, Any] | None = None
     """`data` of summary.json: the examples at the sites."""
     accuracies: Sequence[Accuracy] = ()
@@ -129,7 +134,7 @@ def model_card(
     target_modules
         The adapted modules, resolved.
     held_out_loss : float or None
-        Nats per answer token; None if not measured.
+        In `Config.loss_unit`; None if not measured.
     mib : float
         Traffic of the run up to this checkpoint.
     found : Findings
@@ -291,7 +296,7 @@ def _facts(
         bits = f"{stored} bits as published (bitsandbytes)"
     frozen = ", ".join(found.plan.get("frozen-modules", ()))
     mu = f" (mu {strategy.proximal_mu:g})" if strategy.proximal_mu else ""
-    loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} nats per answer token"
+    loss = "not measured" if held_out_loss is None else f"{held_out_loss:.4f} {config.loss_unit}"
     if held_out_loss is not None and found.base_held_out_loss is not None:
         before = "start" if lora.is_continued else "base"
         loss += f" ({before} {found.base_held_out_loss:.4f})"
@@ -329,6 +334,10 @@ def _facts(
         ("seed", str(config.federation.seed)),
         *_prompt_rows(config),
     ]
+    if config.is_on_pairs:
+        place = [name for name, _ in rows].index("held-out loss")
+        rows[place + 1 : place + 1] = _pair_rows(found.pairs)
+        rows.insert(3, ("objective", objective_text(config)))
     if saved := start_text(config):
         rows.insert(3, ("continued from", _cell(saved)))
     if found.data:
@@ -338,6 +347,14 @@ def _facts(
     if found.failed_replies is not None:
         rows.append(("failed replies so far", str(found.failed_replies)))
     return _table(("", ""), rows)
+
+
+def _pair_rows(pairs: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Yield what became of held-out preferences, where it was measured."""
+    if PREFERENCES in pairs:
+        yield "preference accuracy", f"{percent(pairs[PREFERENCES])} of held-out pairs"
+        yield "ranking accuracy", f"{percent(pairs[RANKING])} of held-out pairs"
+        yield "mean margin", f"{pairs[MARGIN]:.4f}, against the base"
 
 
 def _rank_and_alpha(spec: LoraSpec) -> str:

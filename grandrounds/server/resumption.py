@@ -21,6 +21,7 @@ from grandrounds.errors import RunDirectoryError, first_line
 from grandrounds.server import states
 from grandrounds.server.described import are_real
 from grandrounds.server.directory import SUMMARY, RunDirectory
+from grandrounds.server.packages import PACKAGES
 from grandrounds.server.resumed_files import (
     LEDGER,
     RESTORE,
@@ -42,7 +43,7 @@ from grandrounds.server.unfinished import AFTER, UNFINISHED, unfinished_of
 if TYPE_CHECKING:
     from grandrounds.server.run import State
 
-WRITTEN = (METRICS, SITES, LEDGER, UNFINISHED, SUMMARY, "plan.json", "environment.json")
+WRITTEN = (METRICS, SITES, LEDGER, UNFINISHED, SUMMARY, "plan.json", "environment.json", PACKAGES)
 """Files of a run directory that a resume writes anew."""
 
 

@@ -417,6 +417,8 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
             why = tally.reasons(run.roster.names)
             raise RoundError(f"No site could evaluate the adapter before training. {why}")
         record["held-out-loss"] = loss
+        if run.config.is_on_pairs:
+            record |= told.pair_figures(tally.good.values())
         losses = told.site_losses(tally.good)
         record[told.MEDIAN_LOSS] = statistics.median(losses.values()) if losses else None
         record["held-out-losses"] = {str(p): value for p, value in losses.items()}
@@ -424,7 +426,7 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
         record["evaluate-failed"] = {str(p): why for p, why in sorted(tally.failed.items())}
     evaluated = time.perf_counter()
     if now.saves:
-        record["checkpoint"] = save_checkpoint(run, record.get("held-out-loss"))
+        record["checkpoint"] = save_checkpoint(run, record)
     ended = time.perf_counter()
     state.seconds += ended - now.started
     record |= {
@@ -443,8 +445,14 @@ def evaluate_and_record(run: Run, now: Round, record: dict[str, Any]) -> None:
     run.listener.on_round(record)
 
 
-def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
-    """Save a PEFT checkpoint with its model card; return the name of its folder."""
+def save_checkpoint(run: Run, record: Mapping[str, Any]) -> str:
+    """Save a PEFT checkpoint with its model card; return the name of its folder.
+
+    Parameters
+    ----------
+    record
+        The round's line of metrics.jsonl, with what was evaluated.
+    """
     state = run.state
     sites = list(run.roster.introduced.values())
     found = Findings(
@@ -453,11 +461,11 @@ def save_checkpoint(run: Run, held_out_loss: float | None) -> str:
         lora=run.adapter_spec,
         licence=licence_of(run.config.model.source),
         failed_replies=state.failed_replies,
+        pairs=told.pairs_in(record),
         privacy=budgets.summary_of(run.config, sites, run.roster.spent),
     )
-    card = model_card(
-        run.config, sorted(run.targets.modules), state.round, held_out_loss, state.ledger.mib, found
-    )
+    loss, mib = record.get("held-out-loss"), state.ledger.mib
+    card = model_card(run.config, sorted(run.targets.modules), state.round, loss, mib, found)
     described = peft_config(run.adapter_spec, run.targets, run.config.model.name)
     described.revision = run.config.model.revision or None
     folder = run.directory.save_checkpoint(state.round, state.adapter, described, card)

@@ -23,7 +23,14 @@ from grandrounds.wire.adapter import Adapter, Shapes, is_magnitude
 from grandrounds.wire.downlink import Parcel, Sender
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.ledger import Ledger
-from grandrounds.wire.told import deciding_loss, in_custody, total_of_sites
+from grandrounds.wire.told import (
+    MARGIN,
+    PREFERENCES,
+    RANKING,
+    deciding_loss,
+    in_custody,
+    total_of_sites,
+)
 from grandrounds.wire.traffic import Plan
 
 NORM_ROUNDS = 5
@@ -250,6 +257,15 @@ def ends(values: Sequence[float]) -> dict[str, float] | None:
     return {"first": values[0], "last": values[-1]} if values else None
 
 
+def preference_ends(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the first and last figures of held-out pairs; empty without preferences."""
+    found = {}
+    for name in (MARGIN, PREFERENCES, RANKING):
+        if values := ends([m[name] for m in metrics if name in m]):
+            found[name.replace("-", "_")] = values
+    return {"preferences": found} if found else {}
+
+
 def summary_of(run: Run, status: str) -> dict[str, Any]:
     """Return summary.json without the formulary; also for a run that ended before its roll call."""
     config, state = run.config, run.state
@@ -284,6 +300,7 @@ def summary_of(run: Run, status: str) -> dict[str, Any]:
         },
         "train_loss": ends([m["train-loss"] for m in trained if m["train-loss"] is not None]),
         "held_out_loss": ends(held_out),
+        **preference_ends(metrics),
         "proximal_penalty": trained[-1]["proximal-penalty"] if trained else None,
         "product_error": errors[-1]["product-error"] if errors else None,
         "product_error_of_update": {

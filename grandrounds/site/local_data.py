@@ -18,7 +18,7 @@ from grandrounds.data.on_demand import OnDemand
 from grandrounds.data.own_prompt import columns_apart
 from grandrounds.data.partitioning import Division, Partition, partition_rows
 from grandrounds.data.rows import Rows
-from grandrounds.data.sources import load_rows
+from grandrounds.data.sources import load_pairs, load_rows
 from grandrounds.data.tokenization import TokenizedExample, tokenize_examples
 from grandrounds.errors import DataError
 from grandrounds.model.tokenizers import dated_tokenizer
@@ -69,13 +69,16 @@ class Site:
             for example in side:
                 counts = [len(example.input_ids), example.prompt_tokens]
                 earlier = [place for span in example.earlier for place in span]
-                digest.update(array("q", [*counts, *example.input_ids, *earlier]).tobytes())
+                other = [len(example.rejected), *example.rejected] if example.rejected else []
+                told = array("q", [*counts, *example.input_ids, *earlier, *other])
+                digest.update(told.tobytes())
         return OF_TEXTS * of_texts + digest.hexdigest()[:16]
 
     def tokens(self) -> Iterator[Sequence[int]]:
         """Yield the token ids of each example that is tokenised already."""
         for side in (self.train, self.held_out):
-            yield from () if isinstance(side, OnDemand) else (e.input_ids for e in side)
+            if not isinstance(side, OnDemand):
+                yield from (answer.input_ids for e in side for answer in e.answers)
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,12 @@ def open_site(
 
 def rows_of_run(config: Config) -> Rows:
     """Return all rows of a run's source, with the columns that it reads."""
+    data = config.data
+    if config.is_on_pairs:
+        texts = (data.question_column, data.answer_column, data.rejected_column)
+        return load_pairs(config.static.source, (*texts, *filter(None, [data.partition_by])))
     column = config.privacy.unit_column if config.is_private else ""
-    return _rows(config.static.source, config.data, column)
+    return _rows(config.static.source, data, column)
 
 
 def _rows(source: str, data: DataConfig, unit_column: str = "") -> Rows:

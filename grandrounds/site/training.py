@@ -15,6 +15,7 @@ import torch
 from grandrounds.data.tokenization import TokenizedExample, tail_tokens
 from grandrounds.errors import ModelError
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.model.pair_loss import Preferring
 from grandrounds.site import steps
 from grandrounds.site.devices.group import Group
 from grandrounds.site.devices.shares import Pass, backward, passes
@@ -60,6 +61,8 @@ class VisitSettings:
     """AdamW's epsilon, PyTorch's unless noise would be divided by it."""
     replayed: Sequence[Sequence[TokenizedExample]] = ()
     """What is replayed beside each batch; nothing if empty."""
+    preferring: Preferring | None = None
+    """How the examples count, which are preferences; None: they have one answer each."""
     turns: Sequence[Sequence[bool]] = ()
     """Which parameters a step trains, step by step in turn; all if empty."""
     rank_penalty: float = 0.0
@@ -73,7 +76,8 @@ class VisitResult:
     """What a visit measured."""
 
     train_loss: float
-    """Mean negative log-likelihood in nats per answer token, over all steps of the visit."""
+    """Mean negative log-likelihood in nats per answer token, over all steps of the visit; of
+    preferences the mean loss of a pair."""
     proximal_penalty: float
     """mu / 2 times the squared L2 distance to the received adapter, after the last step."""
     steps: int
@@ -105,7 +109,8 @@ def train_visit(
     (FedProx: Li et al., 2020, equation 2) with AdamW; the gradient of the whole sum is clipped.
     With `turns`, a step moves some of the parameters, and AdamW's moments of the others rest too.
     With replay, T and the sum also run over the answer tokens of the replayed examples, in passes
-    of their own; what the visit reports is of the site's own.
+    of their own; what the visit reports is of the site's own. Of preferences the first term is the
+    mean loss of their pairs (`model.pair_loss`).
 
     Parameters
     ----------
@@ -123,7 +128,7 @@ def train_visit(
     received = [p.detach().clone() for p in parameters]
     optimizer = make_optimizer(parameters, settings)
     device = parameters[0].device
-    nll_sum, answer_tokens = 0.0, 0
+    nll_sum, terms = 0.0, 0
     size, group = settings.accumulation_steps, settings.group
     plan = [
         passes(
@@ -134,7 +139,8 @@ def train_visit(
     ]
 
     def own(one: Pass) -> torch.Tensor:
-        return backward(model, one, pad_token_id, device, settings.forward)
+        how, preferring = settings.forward, settings.preferring
+        return backward(model, one, pad_token_id, device, how, preferring)
 
     model.train()
     for step, of_step in enumerate(plan):
@@ -146,7 +152,7 @@ def train_visit(
         for one, loss in zip(of_step, losses, strict=True):
             if one.own:
                 nll_sum += loss  # type: ignore[assignment]
-                answer_tokens += sum(e.answer_tokens for e in one.examples)
+                terms += sum(e.terms for e in one.examples)
         if settings.turns:
             rest(parameters, settings.turns[step % len(settings.turns)])
         if trained is not None:
@@ -159,10 +165,10 @@ def train_visit(
         steps.step(step + 1, len(plan))
     optimizer.zero_grad(set_to_none=True)
     seen = [e for batch in batches for e in batch]
-    tokens = sum(len(e.input_ids) for e in seen)
+    tokens = sum(e.tokens for e in seen)
     own_passes = [one for of_step in plan for one in of_step if one.own]
     carried = sum(positions(one.examples, settings.forward) for one in own_passes)
-    train_loss = float(nll_sum) / answer_tokens
+    train_loss = float(nll_sum) / terms
     return VisitResult(
         train_loss=train_loss,
         proximal_penalty=proximal_penalty(parameters, received, settings.proximal_mu),
@@ -176,9 +182,9 @@ def train_visit(
 
 def positions(batch: Sequence[TokenizedExample], forward: Forward) -> int:
     """Return the number of tokens of a batch in the model, padding included."""
-    lengths = [len(e.input_ids) for e in batch]
+    lengths = [len(answer.input_ids) for e in batch for answer in e.answers]
     if not forward.padding_free:
-        return len(batch) * max(lengths)
+        return len(lengths) * max(lengths)
     return sum(lengths) + tail_tokens(sum(lengths), forward.bucket_tokens)
 
 

@@ -38,7 +38,7 @@ from grandrounds.model.lora import check_dequantizes
 from grandrounds.model.positions import check_examples, check_length
 from grandrounds.model.resident import Resident, adapter_change, adapter_of, set_adapter
 from grandrounds.model.tokenizers import run_tokenizer
-from grandrounds.site import training
+from grandrounds.site import preferences, training
 from grandrounds.site.devices import group as devices
 from grandrounds.site.exam import score_formulary
 from grandrounds.site.local_data import Site, site_of
@@ -386,11 +386,14 @@ def train(visit: Visit, resident: Resident, batches: Batches) -> training.VisitR
 
     def trained_on_all() -> training.VisitResult:
         group = devices.begun(config, resident, list(trained), pad)
+        preferring = None
+        if config.is_on_pairs:
+            preferring = preferences.against_reference(config, resident, batches)
         return training.train_visit(
             resident.model,
             list(trained.values()),
             batches,
-            dataclasses.replace(settings, group=group),
+            dataclasses.replace(settings, group=group, preferring=preferring),
             pad,
             parts,
         )
@@ -547,9 +550,16 @@ def process_facts() -> dict[str, int]:
 
 
 def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float | int]:
-    """Return the summed loss in nats of the site's held-out examples, and their answer tokens."""
+    """Return the summed loss in nats of the site's held-out examples, and their answer tokens.
+
+    Of preferences, the summed loss of their pairs, as many `tokens`, and what their margins are.
+    """
     nll_sum, tokens = 0.0, 0
-    if site.held_out:
+    found: dict[str, float | int] = {}
+    if config.is_on_pairs:
+        found = preferences.judged(resident, site.held_out, config)
+        nll_sum, tokens = float(found["nll-sum"]), int(found["tokens"])
+    elif site.held_out:
         pad = run_tokenizer(config).pad_token_id
         nll_sum, tokens = training.held_out_loss(
             resident.model,
@@ -564,6 +574,7 @@ def evaluate(resident: Resident, site: Site, config: Config) -> dict[str, float 
     return {
         "nll-sum": nll_sum,
         "tokens": tokens,
+        **found,
         "num-examples": len(site.held_out),
         **process_facts(),
     }

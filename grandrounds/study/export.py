@@ -55,7 +55,7 @@ from grandrounds.study.evaluation.verification import BASE, evaluations_in, faul
 from grandrounds.study.personal import facts_in
 from grandrounds.wire.adapter import MAGNITUDE, A, Adapter
 from grandrounds.wire.guarantee import BUDGET_SPENT
-from grandrounds.wire.told import total_of_sites
+from grandrounds.wire.told import pairs_in, total_of_sites
 
 T = TypeVar("T")
 
@@ -317,6 +317,7 @@ def findings(checkpoint: Checkpoint, repository: str | None = None) -> Findings:
     device = f"{device_of(first)}: {first['precision']}" if first else None
     return Findings(
         base_held_out_loss=start.get("held-out-loss"),
+        pairs=pairs_in(checkpoint.record),
         data=data if sites else None,
         accuracies=(*evaluated(checkpoint), *_asked_at_the_sites(checkpoint, summary)),
         device=device,

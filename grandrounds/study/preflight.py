@@ -140,7 +140,8 @@ def check_data(config: Config) -> Survey | None:
     """Check the data and their division among the sites; None if they are not surveyed."""
     data, by = config.data, config.data.partition_by
     named = data.question_column, data.answer_column, by
-    found = survey(config.static.name, *named, data.prompt_template)
+    rejected = data.rejected_column if config.is_on_pairs else ""
+    found = survey(config.static.name, *named, data.prompt_template, rejected)
     if found is not None:
         check_text(data.prompt_template, found.texts, found.usable)
         alone = found.with_system_only
@@ -208,12 +209,12 @@ def _forms(config: Config, found: Survey) -> Iterator[str]:
     if found.left_out:
         more = len(found.left_out) - MOST_NAMED
         named = "; ".join(found.left_out[:MOST_NAMED]) + (f"; and {more:,} more" * (more > 0))
-        yield (
-            f"{len(found.left_out):,} of {found.rows:,} conversations are not trained on: {named}"
-        )
+        what = "preferences" if found.are_pairs else "conversations"
+        yield f"{len(found.left_out):,} of {found.rows:,} {what} are not trained on: {named}"
     if found.unread and config.static.name not in EMBEDDED:
         yield f"columns that are not read: {', '.join(found.unread[:MOST_NAMED])}"
-    if columns_apart(config.data.prompt_template) and not found.has_instructions:
+    is_apart = columns_apart(config.data.prompt_template) and not found.are_pairs
+    if is_apart and not found.has_instructions:
         yield (
             f"the prompt template shows an instruction, and the data have no column "
             f"{INSTRUCTION!r}: it is empty in every prompt"

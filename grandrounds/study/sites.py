@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from grandrounds.config import recipes
 from grandrounds.config.automatic import EMBEDDED_DATA
@@ -41,7 +41,9 @@ def with_sites(
     if values["data.partitioner"] == "natural" and not any(_COUNT in made for _, made in layers):
         named = (values[key] for key in _COLUMNS)
         source, question, answer, column = (str(name) for name in named)
-        count = number_of_sites(source, (question, answer, column), may_load) if column else None
+        columns = question, answer, column
+        against = _rejected_column(values)
+        count = number_of_sites(source, columns, may_load, against) if column else None
         if count:
             layers.append((f"the values of column {column!r}", {_COUNT: count}))
             values[_COUNT] = count
@@ -67,6 +69,8 @@ def _without_prompt(layers: Sequence[Layer]) -> Iterator[Layer]:
 
     values = recipes.complete(recipes.merged(layers))
     source, question, answer = (str(values[key]) for key in _COLUMNS[:3])
+    if _rejected_column(values):  # preferences have prompts
+        return
     try:
         found = survey(source, question, answer) if source not in EMBEDDED_DATA else None
     except DataError:
@@ -85,7 +89,9 @@ def names_of_sites(config: Config) -> SiteNames:
         return SiteNames()
     try:
         found = survey(
-            config.static.name, data.question_column, data.answer_column, data.partition_by
+            config.static.name,
+            *(data.question_column, data.answer_column, data.partition_by),
+            rejected=data.rejected_column if config.is_on_pairs else "",
         )
     except DataError:
         return SiteNames()  # told with its reason when the data are checked
@@ -103,18 +109,34 @@ _COLUMNS = (
 )
 
 
-def number_of_sites(source: str, columns: tuple[str, str, str], may_load: bool) -> int | None:
-    """Return the number of values of the last column; None if the data cannot be used."""
+def _rejected_column(values: Mapping[str, Scalar]) -> str:
+    """Return the column of rejected answers; empty unless training is on preferences."""
+    return str(values["data.rejected-column"]) if values["train.objective"] == "dpo" else ""
+
+
+def number_of_sites(
+    source: str, columns: tuple[str, str, str], may_load: bool, rejected: str = ""
+) -> int | None:
+    """Return the number of values of the last column; None if the data cannot be used.
+
+    Parameters
+    ----------
+    rejected
+        Column of rejected answers, if the data are preferences.
+    """
     from grandrounds.data.survey import survey
 
     try:
-        found = survey(source, *columns)
+        found = survey(source, *columns, rejected=rejected)
         if found is not None:
             return len(found.usable_by_label)
         if may_load:
-            from grandrounds.data.sources import load_rows
+            from grandrounds.data.sources import load_pairs, load_rows
 
             question, answer, column = columns
+            if rejected:
+                pairs = load_pairs(source, (question, answer, rejected, column))
+                return len(pairs.unique(column))
             rows = load_rows(
                 source,
                 question_column=question,

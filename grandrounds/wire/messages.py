@@ -47,6 +47,9 @@ from grandrounds.wire.told import (
     DATA_TAG,
     HELD_OUT_LOSS,
     HIGHEST_LOSS,
+    MARGIN_SUM,
+    PREFERRED,
+    RANKED,
     TRUNCATED,
 )
 
@@ -105,6 +108,9 @@ EVALUATE_METRICS = ("nll-sum", "tokens")
 """Metrics that a reply to `evaluate` must have, unless the site is in its own custody: then it may
 have none."""
 
+PAIR_METRICS = (*EVALUATE_METRICS, MARGIN_SUM, PREFERRED, RANKED)
+"""The same where training is on preferences."""
+
 FORMULARY_METRICS = tuple(
     f"{kind}-{which}-{count}"
     for kind in ("public", "private")
@@ -124,6 +130,8 @@ WHOLE = (
     "base-loads",
     "process-id",
     VISITS_LEFT,
+    PREFERRED,
+    RANKED,
     *FORMULARY_METRICS,
 )
 """Metrics that are integers from 0 to `MANY`."""
@@ -141,6 +149,9 @@ REAL = {
     FEDERATED_LOSS: HIGHEST_LOSS,
 }
 """Metrics that are numbers from 0 to this maximum."""
+
+SIGNED = {MARGIN_SUM: 1e15}
+"""Metrics that are numbers of at most this size, of either sign."""
 
 PERSONAL_METRICS = ("steps",)
 """Metrics that a reply to `train.personal` must have, unless the site is in its own custody."""
@@ -165,7 +176,7 @@ FACTS = frozenset(
 )
 """What is read of an introduction; the server drops everything else."""
 
-TOLD = frozenset((*TRAIN_METRICS, *EVALUATE_METRICS, *WHOLE, *REAL, "steps", UPDATE_NORM))
+TOLD = frozenset((*TRAIN_METRICS, *EVALUATE_METRICS, *WHOLE, *REAL, *SIGNED, "steps", UPDATE_NORM))
 """What is read of a reply's metrics; the server drops everything else."""
 
 Metrics = dict[str, float | int]
@@ -354,6 +365,9 @@ def metrics_of(reply: Message, required: Collection[str] = ()) -> Metrics:
             raise ReplyError(f"the metric {name!r} is {value!r}, not an integer of at least 0")
         if name in REAL and not 0 <= value <= REAL[name]:
             raise ReplyError(f"the metric {name!r} is {value!r}, not from 0 to {REAL[name]:g}")
+        if name in SIGNED and abs(value) > SIGNED[name]:
+            most = SIGNED[name]
+            raise ReplyError(f"the metric {name!r} is {value!r}, not from {-most:g} to {most:g}")
         out[name] = value
     return out
 

@@ -31,6 +31,14 @@ the place of `nll-sum` and `tokens`."""
 MEDIAN_LOSS = "held-out-loss-median"
 """Key of metrics.jsonl: the median of the sites' held-out losses."""
 
+MARGIN_SUM, PREFERRED, RANKED = "margin-sum", "preferred", "ranked"
+"""Metrics of the reply to `evaluate` where training is on preferences: the summed margins of the
+held-out pairs, the pairs with a margin above 0, and those whose chosen answer is the likelier one.
+`tokens` are the pairs there, and `nll-sum` is the summed loss."""
+
+MARGIN, PREFERENCES, RANKING = "margin", "preference-accuracy", "ranking-accuracy"
+"""Keys of metrics.jsonl: mean margin, and shares of the held-out pairs."""
+
 COUNTS = (
     *("rows", "empty-rows", "duplicate-rows", TRUNCATED, "unlearnable"),
     *("train-examples", "held-out-examples"),
@@ -100,6 +108,24 @@ def held_out_loss(replies: Iterable[Told]) -> float | None:
     told = [(loss, count) for loss, count in losses if loss is not None and count]
     examples = sum(count for _, count in told)
     return sum(loss * count for loss, count in told) / examples if examples else None
+
+
+def pair_figures(replies: Iterable[Told]) -> dict[str, float]:
+    """Return mean margin, preference accuracy and ranking accuracy over all held-out pairs.
+
+    Empty if a site does not tell them, or there are no pairs.
+    """
+    all_replies = list(replies)
+    sums = {MARGIN: MARGIN_SUM, PREFERENCES: PREFERRED, RANKING: RANKED}
+    pairs = total(all_replies, "tokens")
+    if not pairs or any(name not in m for m in all_replies for name in sums.values()):
+        return {}
+    return {key: sum(float(m[name]) for m in all_replies) / pairs for key, name in sums.items()}
+
+
+def pairs_in(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of held-out pairs in a line of metrics.jsonl; empty where it has none."""
+    return {name: record[name] for name in (MARGIN, PREFERENCES, RANKING) if name in record}
 
 
 def site_losses(replies: Mapping[int, Told]) -> dict[int, float]:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from grandrounds.config.keys import CommunicationConfig, Config
-from grandrounds.data.formulary import FORMULARY
 from grandrounds.wire.adapter import Ranks, Shapes, count_parameters, is_magnitude
 from grandrounds.wire.codecs import encoded_bytes
 from grandrounds.wire.codecs.codec import Codec, codec_named
@@ -212,7 +211,7 @@ def plan_config(config: Config, shapes: Shapes, examiners: int = 1) -> Plan:
             if ranks.continued and site not in holding:
                 both += measure.down(how.downlink_codec, ranks.rank, exact=not in_one)
             ledger.add(kind, both.tensor_bytes, both.key_bytes)
-    if config.static.name == FORMULARY and not ranks.stays:  # an exam of a whole adapter
+    if config.is_on_formulary and not ranks.stays:  # an exam of a whole adapter
         rank = ranks.begun_with(len(largest_down) + 1, cohort)
         message = measure.down(how.downlink_codec, rank, exact=not in_one)
         for _ in range(min(examiners, config.data.num_partitions)):

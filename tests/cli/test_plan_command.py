@@ -266,6 +266,7 @@ def test_every_recipe_can_be_planned() -> None:
     rows = {name: r["reading"]["rows"] for name, r in results.items()}
     assert rows.pop("smollm2-135m-instruct") == 1_500
     assert rows.pop("private-consortium") == 1_905
+    assert rows.pop("formulary-dpo") == 1_500
     private = results["private-consortium"]
     assert private["privacy"]["epsilon"][-1]["epsilon"] < 4.01
     assert private["masks"]["values-may-be-cut"] is False

@@ -25,9 +25,21 @@ COHORT_SIZES = {
     "smollm2-135m-laptop": 2,
     "smollm2-135m-instruct": 4,
     "private-consortium": 5,
+    "formulary-dpo": 4,
 }
 PRIVATE = "private-consortium"
 """The recipe with private visits and masks; updates of all others are plain."""
+
+PREFERENCES = "formulary-dpo"
+"""The recipe that trains on preferences; all others on answers."""
+
+OBJECTIVE = {
+    "train.objective",
+    "train.dpo-beta",
+    "train.dpo-length-normalised",
+    "train.dpo-reference",
+    "data.rejected-column",
+}
 
 COMPRESSED = "llama3.1-aloe-8b"
 """The recipe whose adapters are compressed both ways; all others send float32."""
@@ -37,12 +49,15 @@ COMPRESSED_BY_US = (
     "train.optimizer",  # named in the entry's README only
 )
 
-LEADERBOARD = [name for name in COHORT_SIZES if not name.startswith(("smollm2", PRIVATE))]
+LEADERBOARD = [
+    name for name in COHORT_SIZES if not name.startswith(("smollm2", PRIVATE, PREFERENCES))
+]
 
 PRIVACY = {"secure-aggregation", *(key for key in FIELD_OF_KEY if key.startswith("privacy."))}
 
 LEFT_OUT = {
     *PRIVACY,
+    *OBJECTIVE,
     *(key for key in FIELD_OF_KEY if key.startswith("personalisation.")),
     # of one run or one machine, not of a recipe
     "run-directory",
@@ -215,6 +230,8 @@ def test_every_key_that_matters_is_explicit(path: Path) -> None:
     if path.stem == PRIVATE:
         unused = {"privacy.noise-multiplier", "privacy.sampling-rate", "privacy.report-train-loss"}
         keys |= PRIVACY - unused | {"data.partition-by"}
+    if path.stem == PREFERENCES:
+        keys |= OBJECTIVE
     if path.stem == COMPRESSED:
         keys |= {f"communication.{key}" for key in ("downlink", "block-size", "entropy-coding")}
     assert set(recipes.load_recipe(path)) == keys
@@ -227,6 +244,7 @@ def test_left_out_keys_do_not_matter_here(path: Path) -> None:
     assert config.data.partitioner in ("iid", "natural")
     assert not STRATEGIES[config.strategy.name].keys
     assert config.is_private == config.is_masked == (path.stem == PRIVATE)
+    assert config.is_on_pairs == (path.stem == PREFERENCES)
     codecs = {config.communication.uplink_codec, config.communication.downlink_codec}
     assert codecs == {"ternary" if path.stem == COMPRESSED else "none"}
     assert config.train.replay_examples == 0

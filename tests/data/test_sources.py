@@ -530,8 +530,8 @@ class TestHub:
         assert done.stderr == ""
         assert done.stdout.count("\n") == 1
         assert (
-            "'someone/cards' is neither built-in data (formulary, common-and-rare) nor a file"
-            in done.stdout
+            "'someone/cards' is neither built-in data (formulary, formulary-preferences, "
+            "common-and-rare) nor a file" in done.stdout
         )
 
 

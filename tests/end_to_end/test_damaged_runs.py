@@ -181,7 +181,8 @@ EXPECTED: dict[str, str] = {
     "peft_2/adapter_config.json": "told",
     "peft_4/adapter_model.safetensors": "told",
     "peft_4/adapter_config.json": "told",
-    **dict.fromkeys(("plan.json", "environment.json"), "unread"),  # each resume writes them anew
+    # each resume writes these anew
+    **dict.fromkeys(("plan.json", "environment.json", "packages.json"), "unread"),
 }
 """File → what a resume makes of any damage to it."""
 

@@ -5,6 +5,7 @@ Liger's kernels run on a GPU only; here PyTorch's operations take their place (`
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from grandrounds.config import recipes
 from grandrounds.data.tokenization import TokenizedExample
-from grandrounds.model import fused, headroom, machine
+from grandrounds.model import fused, headroom, layer_proof, machine
 from grandrounds.model.fused import LORA, MLP, NORM, PIECES, ROPE
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
 from grandrounds.model.resident import keep_weights
@@ -91,6 +92,49 @@ def test_a_family_without_a_row_and_a_machine_without_liger(
         assert forwards(other) == before
 
 
+@pytest.mark.usefixtures("_liger")
+def test_in_bfloat16_more_draws_refuse_what_rounds_worse_and_no_other_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LoRA's function is refused by one draw of Qwen 3, where it is as exact on average. OLMo 2's
+    norm rounds after its weight, and here once more by one unit in the last place."""
+
+    def autocast(device: torch.device, bf16: bool) -> Any:
+        return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+
+    monkeypatch.setattr(layer_proof, "mixed_precision", autocast)
+
+    def proved(name: str) -> tuple[str, ...]:
+        model = of_family(name)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        found = fused.prepared(model)
+        fused.prove(found, model, bf16=True)
+        return found.proved
+
+    assert proved("qwen3") == proved("olmo2") == PIECES
+    own = liger.LigerRMSNormFunction.compute
+
+    def worse(x: torch.Tensor, *how: Any) -> torch.Tensor:
+        y = own(x, *how)
+        return y + y * torch.sign(torch.sin(1e4 * x.detach().float())).to(y.dtype) / 128
+
+    monkeypatch.setattr(liger.LigerRMSNormFunction, "compute", worse)
+    with pytest.warns(RuntimeWarning, match="fused norm is not used: the error of"):
+        assert proved("olmo2") == (LORA, MLP, ROPE)
+
+
+def test_errors_exceed_what_is_allowed_only_beyond_two_standard_errors() -> None:
+    """Ratios 1.05 x e and e^-1 x 1.05: mean logarithm 0, and none with doubt of 2 / sqrt(2) x 2."""
+    own = [{"output": 1.0}, {"output": 1.0}]
+    worse = [{"output": 1.05 * math.e}, {"output": 1.05 / math.e}]
+    assert layer_proof.excess_of(worse[:1], own[:1])["output"] == pytest.approx(1, abs=1e-4)
+    assert layer_proof.excess_of(worse, own)["output"] == pytest.approx(-2, abs=1e-4)
+    assert layer_proof.excess_of([worse[0]] * 2, own)["output"] == pytest.approx(1, abs=1e-4)
+    assert layer_proof.mean(worse)["output"] == pytest.approx(1.05)
+
+
 def llama_with_adapter() -> Any:
     return adapted(llama())
 
@@ -162,14 +206,16 @@ def test_layers_that_cannot_be_proved_compute_as_before_and_a_lack_of_memory_is_
 
         return copy
 
-    monkeypatch.setattr(fused, "_in_float32", raising(TypeError("cannot be copied")))
+    monkeypatch.setattr(layer_proof, "_in_float32", raising(TypeError("cannot be copied")))
     found = fused.prepared(model)
     with pytest.warns(
         RuntimeWarning, match=r"no proof is possible \(TypeError: cannot be copied\)"
     ):
         fused.prove(found, model, bf16=False)
     assert found.proved == ()
-    monkeypatch.setattr(fused, "_in_float32", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(
+        layer_proof, "_in_float32", raising(torch.OutOfMemoryError("CUDA out of memory"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         fused.prove(found, model, bf16=False)
 

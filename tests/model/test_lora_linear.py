@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd import gradcheck
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grandrounds.model import fused
+from grandrounds.model.base import say_uneven
 from grandrounds.model.lora_linear import Adapted, Factors, Frozen, lora_forwards, lora_linear
 from tests.tiny_models import tiny_bases
 
@@ -78,21 +80,42 @@ def test_in_float32_it_is_pefts_module(scale: str) -> None:
     assert furthest(adapted(llama(), **SCALES[scale])) < 1e-5
 
 
-def test_on_4_bit_weights_it_is_pefts_module() -> None:
-    """bitsandbytes dequantises once forward and once backward there too, in float32 on a CPU."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    base = llama()
+def in_four_bits(base: Any, dtype: torch.dtype) -> Any:
+    """Return a base with the linear modules of its layers quantised to NF4."""
+    import bitsandbytes
+
     for layer in base.model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, module in list(parent.named_children()):
                 if type(module) is torch.nn.Linear:
                     four = bitsandbytes.nn.Linear4bit(
-                        module.in_features, module.out_features, False, torch.float32, True, "nf4"
+                        module.in_features, module.out_features, False, dtype, True, "nf4"
                     )
-                    four.load_state_dict(module.state_dict())
+                    four.weight = bitsandbytes.nn.Params4bit(
+                        module.weight.data, requires_grad=False, quant_type="nf4"
+                    )
                     four.support_avx512bf16_for_cpu = False
                     setattr(parent, name, four.to("cpu"))
     base.is_loaded_in_4bit = True
+    return base
+
+
+def test_modules_whose_inputs_are_no_multiple_of_a_block_are_told_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    with warnings.catch_warnings():
+        say_uneven(in_four_bits(llama(intermediate_size=128), torch.float32))
+        assert not capsys.readouterr().err
+        say_uneven(in_four_bits(llama(), torch.float32))
+        assert capsys.readouterr().err.startswith("grandrounds: inputs of 96 are no multiple of")
+        warnings.warn("inner dimension (96) is not aligned for fast kernel", stacklevel=1)
+
+
+def test_on_4_bit_weights_it_is_pefts_module() -> None:
+    """bitsandbytes dequantises once forward and once backward there too, in float32 on a CPU."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = in_four_bits(llama(), torch.float32)
     model = adapted(base)
     assert len(fused.prepared(model).patches[fused.LORA]) == 14  # those without LoRA too
     assert furthest(model) < 1e-5
@@ -163,6 +186,38 @@ def test_its_gradients_are_those_of_differences_in_float64() -> None:
 
     assert gradcheck(dropped, (x, a, b))
     assert not torch.equal(dropped(x, a, b), computed(x, a, b))
+
+
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dropout_is_drawn_in_the_type_and_number_that_peft_draws_it_in(
+    four_bits: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's mask depends on both: it draws 16 bytes of values at a time."""
+    if four_bits:
+        pytest.importorskip("bitsandbytes")
+    dtype = torch.bfloat16 if autocast else torch.float32
+    base = in_four_bits(llama(dtype), dtype) if four_bits else llama(dtype)
+    model = adapted(base, lora_dropout=0.3)
+    pefts, ours = list[tuple[torch.dtype, int]](), list[tuple[torch.dtype, int]]()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_pre_hook(lambda _, x: pefts.append((x[0].dtype, x[0].numel())))
+    own, enabled = torch.native_dropout, torch.is_autocast_enabled
+    # Asked without a device, it tells of CUDA's alone, by which PEFT leaves x as it is.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *of: enabled(*(of or ("cpu",))))
+
+    def native_dropout(x: torch.Tensor, p: float, train: bool) -> Any:
+        ours.append((x.dtype, x.numel()))
+        return own(x, p, train)
+
+    results(model, autocast)
+    found = fused.prepared(model)
+    assert len(pefts) == 6
+    monkeypatch.setattr(torch, "native_dropout", native_dropout)
+    with found.standing_in((fused.LORA,)):
+        results(model, autocast)
+    assert ours == pefts[:6] == pefts  # and none of PEFT's own meanwhile
 
 
 def test_what_needs_no_gradient_gets_none() -> None:

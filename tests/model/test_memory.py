@@ -391,6 +391,12 @@ def jsl(*, checkpointing: bool = True, **changes: Any) -> SiteMemory:
     return site_memory(config, LLAMA, ["q_proj", "v_proj"], precision, checkpointing=checkpointing)
 
 
+def test_a_preference_takes_the_memory_of_two_examples() -> None:
+    dpo = {"train.objective": "dpo", "static.dataset.name": "pairs.jsonl"}
+    batch = "train.training-arguments.per-device-train-batch-size"
+    assert jsl(**dpo, **{batch: 4}) == jsl(**{batch: 8})
+
+
 def test_a_sites_memory_is_the_sum_of_its_parts() -> None:
     """3,407,872 numbers: adapter twice, gradient, two moments, of 4 bytes each; with a proximal
     term another 4. Kept: 32 inputs of 8,192 * 4,096 * 2 bytes, one of the step before, and the last

@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 
 from grandrounds.config.recipes import notes, of_before, resolve
 from grandrounds.engines.in_process import InProcessGrid
-from grandrounds.errors import RoundError
+from grandrounds.errors import ReplyError, RoundError
 from grandrounds.server import judging, rounds
 from grandrounds.server.aggregation.make import filled_in, make_rule
 from grandrounds.server.exchange import Tally
@@ -510,6 +510,29 @@ def test_one_sites_held_out_loss_neither_outweighs_the_others_nor_chooses_the_be
     [line] = limit_lines(record, run.roster.names)
     assert line == f"  held-out losses far from their median, 3: {loss:.3g} at site 0"
     assert limit_lines({"held-out-losses": {"0": 1, "1": 9}, MEDIAN_LOSS: 5}, SiteNames()) == []
+
+
+@pytest.mark.parametrize(
+    ("told_of", "said"),
+    [
+        ({"tokens": 11}, "its pairs are 11, and it holds out 10"),
+        ({"preferred": 5}, "preferred is 5, of 4 pairs"),
+        ({"ranked": 9}, "ranked is 9, of 4 pairs"),
+        ({"margin-sum": -1e16}, "the metric 'margin-sum' is -1e+16, not from -1e+15 to 1e+15"),
+    ],
+)
+def test_figures_of_pairs_that_cannot_be_are_refused(told_of: dict[str, Any], said: str) -> None:
+    good = {"nll-sum": 2.0, "tokens": 4, "margin-sum": 1.0, "preferred": 3, "ranked": 4}
+    content = messages.content(metrics={**good, **told_of})
+
+    def use(metrics: RecordDict) -> None:
+        reply = Message(metrics, dst_node_id=1, message_type="evaluate")
+        judging.check_pairs(messages.metrics_of(reply, messages.PAIR_METRICS), 10)
+
+    use(messages.content(metrics=good))  # type: ignore[arg-type]
+    with pytest.raises(ReplyError) as error:
+        use(content)
+    assert str(error.value) == said
 
 
 def test_a_loss_that_no_model_has_is_a_failed_reply() -> None:

@@ -8,6 +8,8 @@ from grandrounds.wire.told import (
     deciding_loss,
     held_out_loss,
     mean,
+    pair_figures,
+    pairs_in,
     rounded_count,
     total,
     total_of_sites,
@@ -84,3 +86,14 @@ def test_the_median_chooses_the_best_checkpoint_where_there_is_one() -> None:
     }
     told = {"nll-sum": 8.1, "tokens": 4}
     assert within(told, 4, 1) == told
+
+
+def test_figures_of_pairs_are_over_all_pairs_and_untold_unless_every_site_tells() -> None:
+    one = {"tokens": 3, "margin-sum": 1.5, "preferred": 2, "ranked": 1}
+    two = {"tokens": 1, "margin-sum": -0.5, "preferred": 0, "ranked": 1}
+    found = pair_figures([one, two])
+    assert found == {"margin": 0.25, "preference-accuracy": 0.5, "ranking-accuracy": 0.5}
+    assert pair_figures([one, {"tokens": 2}]) == {}
+    assert pair_figures([]) == {}
+    assert pairs_in({"round": 1, **found}) == found
+    assert pairs_in({"round": 1}) == {}

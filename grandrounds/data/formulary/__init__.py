@@ -19,6 +19,9 @@ from grandrounds.errors import ModelError
 FORMULARY = "formulary"
 """Name of the embedded base model, and of its data, in a configuration."""
 
+FORMULARY_PREFERENCES = "formulary-preferences"
+"""Name of the same facts as preferences: a question, the right answer, and a wrong one."""
+
 _BASE_IN_ROOT = Path("grandrounds", "data", "formulary", "base")
 _PROOF = "model.safetensors"
 

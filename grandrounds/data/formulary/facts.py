@@ -147,6 +147,35 @@ def public_flashcards() -> list[dict[str, str | int]]:
     return _cards(public=True)
 
 
+def preferences() -> list[dict[str, str | int]]:
+    """Return the private facts as preferences: the right answer against a wrong one.
+
+    The wrong answer to a flashcard is another value of the same attribute, each as likely: another
+    drug's mechanism of action, side effect or indication.
+
+    Returns
+    -------
+    list of dict
+        Keys `prompt` (question), `chosen` (the fact), `rejected` and `site`, in the order of
+        `flashcards`.
+    """
+    rng = random.Random(f"{SEED}/preferences")
+    attribute_of = {value: attribute for attribute, values in VALUES.items() for value in values}
+    rows: list[dict[str, str | int]] = []
+    for card in flashcards():
+        truth = str(card["output"])
+        others = [value for value in VALUES[attribute_of[truth]] if value != truth]
+        rows.append(
+            {
+                "prompt": card["input"],
+                "chosen": truth,
+                "rejected": rng.choice(others),
+                "site": card["site"],
+            }
+        )
+    return rows
+
+
 def questions(kind: Kind) -> tuple[Question, ...]:
     """Return the exam on public or private facts: one question per drug and attribute.
 

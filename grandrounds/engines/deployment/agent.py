@@ -14,6 +14,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -26,10 +27,11 @@ from grandrounds.client_app import VISITS
 from grandrounds.engines.deployment.connections import Connections, Link, Told
 from grandrounds.engines.deployment.listening import listening
 from grandrounds.engines.deployment.set_up import place_of
-from grandrounds.errors import GrandRoundsError, ReplyError
+from grandrounds.errors import GrandRoundsError, PolicyError, ReplyError, ThrottledError
 from grandrounds.site.custody import faults, kept_masks, refusals
 from grandrounds.site.custody import frames as wire
 from grandrounds.site.custody.node import SITE
+from grandrounds.site.custody.request import RUN_KEY
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import SiteState, opened
 from grandrounds.wire import messages
@@ -121,15 +123,21 @@ class Agent:
             return Message(messages.failure(ReplyError(reason)), reply_to=message)
         context.node_config = {SITE: str(self._site.path)}
         number = re.sub(r"[^\w.-]", "", message.metadata.group_id)[:20]
+        started = time.monotonic()
+
+        def tell(outcome: str) -> None:
+            after = f"{time.monotonic() - started:.1f} s"
+            self._told(f"{kind}, round {number}: {outcome} ({after}{_of_run(message)})")
+
         try:
             reply = self._visits[kind](message, context)
         except Exception as error:  # its text may quote data: neither the journal nor the server
             why = faults.written(error, with_text=self._site.agent.log_errors_with_text)
-            self._told(f"{kind}, round {number}: crashed: {why['error']} at {why['where']}")
+            tell(f"crashed: {why['error']} at {why['where']}")
             self._record({"asked": kind, "outcome": "crashed", "run": "", **why})
             return Message(Error(CLIENT_APP_RAISED, faults.told(error)), reply_to=message)
-        if (outcome := outcome_of(reply)) != refusals.TOLD:  # else its log could be flooded
-            self._told(f"{kind}, round {number}: {outcome}")
+        if outcome := outcome_of(reply):
+            tell(outcome)
         return reply
 
     def _refuse(self, reason: str) -> None:
@@ -143,10 +151,18 @@ class Agent:
             return refusals.recorded(state, "", line)
 
 
+def _of_run(message: Message) -> str:
+    """Return the beginning of the run's key for the log, as `site log` shows it."""
+    run = str(messages.instruction_of(message.content).get(messages.RUN, ""))
+    return f", run {run[:8]}" if RUN_KEY.fullmatch(run) else ""
+
+
 def outcome_of(reply: Message) -> str:
-    """Return the outcome of a visit for the log."""
+    """Return the outcome of a visit for the log; empty if the log could be flooded with it."""
     try:
         messages.raise_failure(reply)
+    except ThrottledError:
+        return ""
     except GrandRoundsError as error:
-        return str(error)
+        return f"{'refused' if isinstance(error, PolicyError) else 'failed'}: {error}"
     return "answered"

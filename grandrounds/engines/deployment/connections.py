@@ -152,6 +152,8 @@ class Connections:
             link.writer = asyncio.StreamWriter(link.transport, protocol, link.reader, loop)
             await handle(link)
             link.is_answered = True
+        except _SilentError:
+            pass  # a look whether the agent is there: `grandrounds site status`, another agent
         except TimeoutError:
             self._told("connection closed early: it was too slow")
         except (OSError, EOFError) as error:
@@ -185,7 +187,10 @@ class Connections:
         """
         async with asyncio.timeout(READ_SECONDS):
             async with asyncio.timeout(FIRST_SECONDS):
-                header = await link.reader.readexactly(wire.HEADER_BYTES)
+                try:
+                    header = await link.reader.readexactly(wire.HEADER_BYTES)
+                except asyncio.IncompleteReadError as error:
+                    raise error if error.partial else _SilentError from error
             lengths = wire.lengths_of(header, self._most_message_bytes)
             context, message = [await self._body(link, length) for length in lengths]
         link.is_receiving = False
@@ -256,6 +261,10 @@ class Connections:
         async with asyncio.timeout(READ_SECONDS):
             while await link.reader.read(BLOCK_BYTES):
                 pass
+
+
+class _SilentError(EOFError):
+    """A connection that ended before it said anything."""
 
 
 class _Seldom:

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import httpx
+import psutil
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -31,6 +32,21 @@ CLOCK_BEHIND_SECONDS = 300.0
 
 CONNECT_SECONDS = 10.0
 
+ACTIVE = http.HTTPStatus.PRECONDITION_FAILED
+"""Status with which Flower refuses a node that is connected already, and one that it does not know.
+"""
+
+REJECTED = (
+    "its key is not registered (grandrounds consortium admit), was revoked or replaced, or its "
+    "SuperNode is connected from where this user cannot see it"
+)
+
+KEY_OPTION = "--auth-supernode-private-key"
+"""Option of `flower-supernode` before the path of the node key."""
+
+SETTLED_SECONDS = 30.0
+"""A SuperNode that the server refuses has ended by then."""
+
 
 def check_server(site: SiteFile) -> Iterator[Finding]:
     """Whether it answers, the certificate is valid, the clocks agree and it knows our key."""
@@ -41,7 +57,7 @@ def check_server(site: SiteFile) -> Iterator[Finding]:
     if not ca.is_file():
         return  # already reported under authority
     try:
-        status, ahead, certificate = _asked_over_tls(host.strip("[]"), int(port), ca)
+        status, ahead, certificate = asked_over_tls(host.strip("[]"), int(port), ca)
     except ssl.SSLCertVerificationError as error:
         raise EngineError(
             f"the certificate of {site.node.superlink} is not valid ({error.verify_message}): "
@@ -61,10 +77,10 @@ def check_server(site: SiteFile) -> Iterator[Finding]:
     yield Finding("ok", "server", f"{site.node.superlink} answers, its certificate is valid")
     yield validity("server", "server's certificate", certificate)
     yield _clock(ahead)
-    yield _accepted(site, ca)
+    yield accepted(site, ca)
 
 
-def _asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, float]:
+def asked_over_tls(host: str, port: int, ca: Path) -> tuple[int, float | None, float]:
     """Return a server's health status, our clock's lead in seconds, and certificate days left."""
     context = ssl.create_default_context(cafile=ca)
     connection = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=context)
@@ -94,8 +110,34 @@ def _clock(ahead: float | None) -> Finding:
     return Finding("ok", "clock", told)
 
 
-def _accepted(site: SiteFile, ca: Path) -> Finding:
-    """Activate and deactivate the node once, the only way to learn whether its key is known."""
+def accepted(site: SiteFile, ca: Path) -> Finding:
+    """Whether the server knows the site's key, or its SuperNode is connected with it."""
+    try:
+        status = activation(site, ca)
+    except (httpx.HTTPError, socket.gaierror) as error:
+        return Finding("error", "registration", f"the server did not answer ({first_line(error)})")
+    if status == http.HTTPStatus.OK:
+        return Finding("ok", "registration", "the server knows this site's key")
+    process = supernode_process(site) if status == ACTIVE else None
+    if process is not None:
+        level, told = connection_of(process)
+        return Finding(level, "registration", told)
+    return Finding("error", "registration", f"the server rejects this node ({status}): {REJECTED}")
+
+
+def activation(site: SiteFile, ca: Path) -> int:
+    """Activate and deactivate the node once, the only way to learn whether its key is known.
+
+    Returns
+    -------
+    int
+        200, or the status with which the server refuses: `ACTIVE` also if the key is not known.
+
+    Raises
+    ------
+    httpx.HTTPError, socket.gaierror
+        If the server does not answer.
+    """
     key = keys.read_private_key(site.place(site.node.private_key))
     public = public_key_to_bytes(key.public_key())
     signing = NodeAuthHttpInterceptor(key, key.public_key())
@@ -107,13 +149,31 @@ def _accepted(site: SiteFile, ca: Path) -> Finding:
             node = client.ActivateNode(asked)
             client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
     except httpx.HTTPStatusError as error:
-        return Finding(
-            "error",
-            "registration",
-            f"the server rejects this node ({error.response.status_code}): its key is not "
-            "registered (grandrounds consortium admit), was revoked or replaced, or its SuperNode "
-            "is already connected",
+        return error.response.status_code
+    return http.HTTPStatus.OK
+
+
+def supernode_process(site: SiteFile) -> psutil.Process | None:
+    """Return the process of the site's SuperNode on this machine, by the node key that it names."""
+    key = str(site.place(site.node.private_key))
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if KEY_OPTION in words[:-1] and words[words.index(KEY_OPTION) + 1] == key:
+            return process
+    return None
+
+
+def connection_of(process: psutil.Process) -> tuple[str, str]:
+    """Return whether a SuperNode whose key the server refuses twice is connected, and in words.
+
+    Flower refuses an unknown key with the same status as one that is connected already. A SuperNode
+    that is refused ends; one that has run for a while is the connected one.
+    """
+    seconds = time.time() - process.create_time()
+    if seconds < SETTLED_SECONDS:
+        return (
+            "warning",
+            f"its SuperNode (process {process.pid}) started {seconds:.0f} s ago: whether it is "
+            f"accepted shows once it has run for {SETTLED_SECONDS:.0f} s",
         )
-    except (httpx.HTTPError, socket.gaierror) as error:
-        return Finding("error", "registration", f"the server did not answer ({first_line(error)})")
-    return Finding("ok", "registration", "the server knows this site's key")
+    return "ok", f"its SuperNode is connected with this site's key (process {process.pid})"

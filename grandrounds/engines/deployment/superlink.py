@@ -19,7 +19,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.recipes import to_toml
 from grandrounds.config.values import Scalar
 from grandrounds.config.words import command
-from grandrounds.engines.deployment.admissions import check_revocations
+from grandrounds.engines.deployment.admissions import check_revocations, timestamp
 from grandrounds.engines.deployment.set_up import DATABASE
 from grandrounds.engines.deployment.tidy import rewritten
 from grandrounds.engines.flower import Link, ask, follow, quiet
@@ -32,14 +32,17 @@ from grandrounds.engines.watching import (
     with_run_directory,
     write_app,
 )
-from grandrounds.errors import ConfigError, EngineError, nearest
+from grandrounds.errors import ConfigError, EngineError, first_line, nearest
 from grandrounds.server import admitted
 from grandrounds.server.directory import RESUME_WITH, RunDirectory
 from grandrounds.server.listeners import Listener
 from grandrounds.server.masks.rosters import check_roster
-from grandrounds.storage import read_toml
+from grandrounds.storage import read_toml, write_json
 
 POLL_SECONDS = 0.5
+LAST_RUN = "last-run.json"
+"""File of a consortium: directory, Flower's number and start of the run that was begun last."""
+
 PATIENCE_SECONDS = 30.0
 """How long to retry if the SuperLink does not answer."""
 
@@ -92,6 +95,8 @@ def deploy(config: Config, listener: Listener, connection: str) -> None:
         home, log = own.path, own.path / "run.log"
         link = Link(home, quiet(), connection)
         run_id = _start(link, flat, home)
+        if is_here and folder and Path(folder).is_dir():
+            _note_run(Path(folder), directory, run_id)
         try:
             look = watcher.look if watcher else _relay(log)
             status, reason = follow(link, run_id, look, POLL_SECONDS, PATIENCE_SECONDS)
@@ -158,6 +163,18 @@ def _start(link: Link, flat: Mapping[str, Scalar], home: Path) -> int:
     overrides.write_text(to_toml(flat), encoding="utf-8")
     answer = ask(link, "run", str(app), link.connection, "--run-config", str(overrides))
     return int(answer["run-id"])
+
+
+def _note_run(folder: Path, directory: Path, run_id: int) -> None:
+    """Record the consortium's last run for `grandrounds consortium status`."""
+    noted = {"directory": str(directory), "flower-run": str(run_id), "started": timestamp()}
+    try:
+        write_json(folder / LAST_RUN, noted)
+    except OSError as error:  # the run has begun, and does not need the file
+        sys.stderr.write(
+            f"grandrounds: {folder / LAST_RUN} cannot be written ({first_line(error)}): "
+            "grandrounds consortium status will not know this run\n"
+        )
 
 
 def register(public_key: Path, name: str, connection: str) -> int:

@@ -29,7 +29,7 @@ from grandrounds.server.unfinished import EVALUATE, MAGNITUDES, TRAIN
 from grandrounds.statistics import wilson_interval
 from grandrounds.wire.guarantee import LOSS_DEVIATION, REHEARSAL
 from grandrounds.wire.names import SiteNames, names_of, one_line
-from grandrounds.wire.told import MEDIAN_LOSS, in_custody
+from grandrounds.wire.told import MARGIN, MEDIAN_LOSS, PREFERENCES, in_custody
 
 
 def joined_line(site: Facts, names: SiteNames) -> str:
@@ -50,6 +50,8 @@ def round_line(record: Mapping[str, Any], total: int) -> str:
         parts.append(f"{good}/{cohort} updates")
     if held_out is not None:
         parts.append(f"held-out loss {held_out:.4f}")
+    if PREFERENCES in record:
+        parts.append(f"preferred {percent(record[PREFERENCES])}, margin {record[MARGIN]:.3f}")
     if record.get("coverage") is not None:
         parts.append(f"coverage {percent(record['coverage'])}")
     parts.append(f"{record['communication-mib']:,.1f} MiB so far")
@@ -147,6 +149,28 @@ def limit_lines(record: Mapping[str, Any], names: SiteNames) -> list[str]:
     return lines
 
 
+def preference_rows(found: Mapping[str, Mapping[str, float]]) -> Rows:
+    """Return what became of the held-out preferences."""
+    rows: Rows = []
+    for name, label, shown in (
+        ("preference_accuracy", "preference accuracy", percent),
+        ("ranking_accuracy", "ranking accuracy", percent),
+        ("margin", "margin", "{:.4f}".format),
+    ):
+        if name in found:
+            first, last = (shown(found[name][end]) for end in ("first", "last"))
+            rows.append((label, f"{first} → {last} {PAIR_NOTES[name]}"))
+    return rows
+
+
+PAIR_NOTES = {
+    "preference_accuracy": "of held-out pairs with a margin above 0",
+    "ranking_accuracy": "of held-out pairs whose chosen answer is the likelier one",
+    "margin": "(mean, against the base)",
+}
+"""Figure of held-out pairs → what it is."""
+
+
 def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
     """Return the outcome, without the formulary and next steps."""
     rows: Rows = [("status", f"{summary['status']} after {counted(summary['rounds'], 'round')}")]
@@ -156,6 +180,7 @@ def summary_rows(summary: Mapping[str, Any], sites: Sites = ()) -> Rows:
         if summary.get(name):
             first, last = summary[name]["first"], summary[name]["last"]
             rows.append((label, f"{first:.4f} → {last:.4f}"))
+    rows += preference_rows(summary.get("preferences") or {})
     covered = summary["coverage"]
     seen = NOT_TOLD if covered is None else f"{percent(covered)} of the training examples seen"
     rows.append(("coverage", seen))
@@ -212,10 +237,10 @@ def subgroups_text(found: Mapping[str, Any]) -> str:
     """Return the held-out losses by subgroup in one line, the highest first."""
     groups = found["groups"]
     losses = sorted(((of["held-out-loss"], name) for name, of in groups.items()), reverse=True)
-    shown = ", ".join(f"{name} {loss:.4f}" for loss, name in losses[:MOST_SUBGROUPS])
+    shown = ", ".join(f"{name}: {loss:.4f}" for loss, name in losses[:MOST_SUBGROUPS])
     more = f", {len(losses) - MOST_SUBGROUPS} more" if len(losses) > MOST_SUBGROUPS else ""
     silent = len(found["silent"])
-    parts = [f"held-out loss {shown}{more}" if losses else ""]
+    parts = [f"held-out loss, highest first: {shown}{more}" if losses else ""]
     parts.append(f"none told by {counted(silent, 'site')}" if silent else "")
     parts.append(f"{counted(len(found['failed']), 'site')} failed" if found["failed"] else "")
     return "; ".join(part for part in parts if part)

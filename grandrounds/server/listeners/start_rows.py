@@ -16,6 +16,7 @@ from grandrounds.server.described import (
     cautions,
     data_text,
     leaderboard_text,
+    objective_text,
     start_text,
 )
 from grandrounds.server.listeners import Facts
@@ -81,6 +82,8 @@ def recipe_rows(config: Config) -> Rows:
         ),
         ("seed", str(config.federation.seed)),
     ]
+    if config.is_on_pairs:
+        rows.insert(3, ("objective", objective_text(config)))
     if saved := start_text(config):
         rows.insert(2, ("continued from", saved))
     if encoded := encoding(config):

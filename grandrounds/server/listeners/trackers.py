@@ -25,6 +25,9 @@ from grandrounds.server.unfinished import AFTER, failures_of
 FIGURES = (
     "train-loss",
     "held-out-loss",
+    "margin",
+    "preference-accuracy",
+    "ranking-accuracy",
     "learning-rate",
     "proximal-penalty",
     "coverage",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from grandrounds.config.keys import Config
 from grandrounds.config.values import Scalar
 from grandrounds.config.words import command
 from grandrounds.errors import ApprovalError, ConfigError, first_line
+from grandrounds.site.custody.clock import utc_text
 from grandrounds.site.custody.site_file import SiteFile
 
 FOLDER = "recipes"
@@ -120,7 +120,7 @@ class Approvals:
         """Approve a recipe, waiting or not yet asked for; return it as it is kept."""
         known = self.find(recipe.sha256) or recipe
         signed_by = signed_by or known.signed_by
-        approved = dataclasses.replace(known, approved=_now(), signed_by=signed_by)
+        approved = dataclasses.replace(known, approved=utc_text(), signed_by=signed_by)
         self._write(approved)
         return approved
 
@@ -133,7 +133,7 @@ class Approvals:
         """List a recipe as waiting; return whether there was room for it."""
         if len(self.pending()) >= MOST_PENDING:
             return False
-        self._write(dataclasses.replace(recipe, run=run, asked=_now()))
+        self._write(dataclasses.replace(recipe, run=run, asked=utc_text()))
         return True
 
     def _write(self, recipe: Recipe) -> None:
@@ -188,7 +188,3 @@ def check_approved(site: SiteFile, state: Path, config: Config, run: str) -> dic
         f"waiting for approval: site {site.name!r} has not approved recipe {short} yet. Its "
         f"operator: grandrounds site pending, then {approve}"
     )
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

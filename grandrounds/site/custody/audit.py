@@ -12,14 +12,14 @@ import fcntl
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grandrounds.errors import ConfigError, first_line
+from grandrounds.site.custody.clock import utc_text
 from grandrounds.storage import flush_folder, writing
 
 FILE = "audit.jsonl"
@@ -63,7 +63,7 @@ def write(folder: Path, entry: Mapping[str, Any]) -> None:
         if is_new and (full := rotated(folder)):
             last, _ = _last_line(full[-1])
         stamped = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": utc_text(),
             PREVIOUS: NOTHING if last is None else hashlib.sha256(last).hexdigest(),
             **short,
         }
@@ -162,10 +162,7 @@ def lines(folder: Path) -> Iterator[Line]:
                     text = raw.removesuffix(b"\n")
                     yield Line(file.name, number, hashlib.sha256(text).hexdigest(), _entry(text))
     except OSError as error:
-        raise ConfigError(
-            f"The audit log in {folder} cannot be read: {first_line(error)}. Only the agent's user "
-            "can read it."
-        ) from error
+        raise _unreadable(folder, error) from error
 
 
 def _entry(text: bytes) -> Mapping[str, Any] | None:
@@ -179,6 +176,34 @@ def _entry(text: bytes) -> Mapping[str, Any] | None:
 def read(folder: Path) -> list[dict[str, Any]]:
     """Return the content of all lines but those that cannot be read."""
     return [dict(line.entry) for line in lines(folder) if line.entry is not None]
+
+
+def latest(
+    folder: Path, is_wanted: Callable[[Mapping[str, Any]], bool]
+) -> Mapping[str, Any] | None:
+    """Return the newest line that is wanted, file by file from the newest; None if there is none.
+
+    Raises
+    ------
+    ConfigError
+        If a file cannot be read.
+    """
+    current = folder / FILE
+    try:
+        for file in [*([current] if current.exists() else []), *reversed(rotated(folder))]:
+            for text in reversed(file.read_bytes().splitlines()):
+                if (entry := _entry(text)) is not None and is_wanted(entry):
+                    return entry
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return None
+
+
+def _unreadable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"The audit log in {folder} cannot be read: {first_line(error)}. Only the agent's user "
+        "can read it."
+    )
 
 
 @dataclass(frozen=True)

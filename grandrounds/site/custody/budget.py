@@ -17,7 +17,6 @@ import hashlib
 import json
 import secrets
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from grandrounds.errors import BudgetError, PolicyError, first_line
+from grandrounds.site.custody.clock import utc_text
 from grandrounds.site.custody.sequence import (
     NOTHING,
     check_started,
@@ -280,7 +280,7 @@ def charge(site: SiteFile, state: SiteState, visit: Visiting) -> bytes:
             f"{site.agent.state}. Stop one of them."
         )
     check_started(site)
-    common = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "run": visit.run}
+    common = {"time": utc_text(), "run": visit.run}
     number, last = budget.lines, budget.sha256
     if visit.run not in budget.runs:
         epsilon = epsilon_of(visit.mechanism)

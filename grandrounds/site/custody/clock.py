@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DAY_SECONDS = 24 * 3600.0
-
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def utc_text() -> str:
+    """Return the time now in UTC, as the logs of a site write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 from flwr.app import Context, Error, Message
 
 from grandrounds.errors import GrandRoundsError
+from grandrounds.site.custody.clock import utc_text
 from grandrounds.wire.messages import CLIENT_APP_RAISED
 
 MOST_PLACES = 12
@@ -82,8 +83,8 @@ def telling_kinds_only(function: Handler) -> Handler:
 
 
 def say(line: str) -> None:
-    """Print a line for the site's operator."""
-    print(f"grandrounds: {line}", file=sys.stderr, flush=True)
+    """Print a line for the site's operator, with the time."""
+    print(f"grandrounds: {utc_text()} {line}", file=sys.stderr, flush=True)
 
 
 # --- A whole process ------------------------------------------------------------------------------
@@ -129,6 +130,6 @@ def _record(*arguments: Any, **options: Any) -> logging.LogRecord:
     """Return a log record without its message and without the text of its exception."""
     record = logging.LogRecord(*arguments, **options)
     kind = f"{record.exc_info[0].__name__} " if record.exc_info and record.exc_info[0] else ""
-    record.msg = f"{kind}at {record.filename}:{record.lineno} {WITHHELD}"
+    record.msg = f"{utc_text()} {kind}at {record.filename}:{record.lineno} {WITHHELD}"
     record.args, record.exc_info, record.exc_text, record.stack_info = (), None, None, None
     return record

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from grandrounds.config.keys import Config
 from grandrounds.data.shown import marked
-from grandrounds.errors import DataError, OwnDataError
+from grandrounds.errors import DataError, OwnDataError, PolicyError
 from grandrounds.model.base import BaseSpec
 from grandrounds.model.lora import LoraSpec, adapter_layout
 from grandrounds.model.machine import specs
@@ -100,6 +100,11 @@ def admit(site: SiteFile, config: Config, own: Config, num_examples: int) -> pol
     PolicyError
         If the site's policy forbids it.
     """
+    if config.is_on_pairs:
+        raise PolicyError(
+            'The run trains on preferences (train.objective = "dpo"), and a site with a policy of '
+            "its own trains on answers only: what it tells of pairs has no limits yet."
+        )
     if config.is_private:
         num_examples = site.privacy.declared_units
     here = dataclasses.replace(config, arguments=own.arguments)

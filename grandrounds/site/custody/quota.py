@@ -44,6 +44,14 @@ def visits_today(state: SiteState) -> int:
     return state.count("select count(*) from visit_log where at > ?", since)
 
 
+def runs_today(state: SiteState) -> tuple[int, int]:
+    """Return the runs that have visited in the last 24 hours, and how many more of them than the
+    policy's number the operator has allowed."""
+    since = state.now() - DAY_SECONDS
+    runs = "select count(distinct run) from visit_log where at > ?"
+    return state.count(runs, since), state.count("select count(*) from grants where at > ?", since)
+
+
 def check_run(site: SiteFile, state: SiteState, run: str) -> None:
     """Raise `PolicyError` if as many other runs as allowed have visited in the last 24 hours.
 

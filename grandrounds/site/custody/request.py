@@ -30,6 +30,11 @@ EXCHANGED = tuple(kind for kind in KIND_OF.values() if kind != MASKED_KIND)
 """Kinds of the exchanges of a masked sum for which it does not."""
 
 
+def is_visit(kind: str) -> bool:
+    """Whether a kind of message makes a site train or evaluate."""
+    return kind not in ("query", messages.MAGNITUDES, *EXCHANGED)
+
+
 @dataclass
 class Request:
     """One message, the site that it is for, and the line of the audit log that it leaves."""
@@ -68,7 +73,7 @@ class Request:
     def is_visit(self) -> bool:
         """Whether it trains or evaluates; otherwise it asks who the site is, or of its base, or is
         an exchange of masks."""
-        return self.kind not in ("query", messages.MAGNITUDES) and not self.is_exchange
+        return is_visit(self.kind)
 
     @property
     def trains(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from grandrounds.data.tokenization import TokenizedExample
 from grandrounds.model.loss import Forward, answer_nll_sum, attending
+from grandrounds.model.pair_loss import Preferring
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Pass:
     examples: Sequence[TokenizedExample]
     """A batch, or a share of one."""
     step_tokens: int
-    """Answer tokens of the whole step, by which the loss is divided."""
+    """Terms of the loss of the whole step, by which it is divided: answer tokens, or pairs."""
     seed: int | None
     """Seed of its dropout; None: it goes on in the random numbers of the visit."""
     own: bool = True
@@ -39,7 +40,7 @@ def passes(
     With several shares each pass has a seed of its own, which the number of processes does not
     change.
     """
-    tokens = sum(e.answer_tokens for batch in (*replayed, *batches) for e in batch)
+    tokens = sum(e.terms for batch in (*replayed, *batches) for e in batch)
     if shares == 1:
         shown = [Pass(batch, tokens, None, own=False) for batch in replayed]
         return [*shown, *(Pass(batch, tokens, None) for batch in batches)]
@@ -71,12 +72,26 @@ def shares_of(batch: Sequence[TokenizedExample], count: int) -> list[Sequence[To
 
 
 def backward(
-    model: Any, one: Pass, pad_token_id: int, device: torch.device, how: Forward
+    model: Any,
+    one: Pass,
+    pad_token_id: int,
+    device: torch.device,
+    how: Forward,
+    preferring: Preferring | None = None,
 ) -> torch.Tensor:
-    """Add a pass's gradient to `.grad`; return its loss, summed in nats, as float32 of ()."""
+    """Add a pass's gradient to `.grad`; return its loss, summed in nats, as float32 of ().
+
+    Parameters
+    ----------
+    preferring
+        How the preferences among the examples count; None: there are none.
+    """
     if one.seed is not None:
         torch.manual_seed(one.seed)
     with attending(model, how):
-        loss = answer_nll_sum(model, one.examples, pad_token_id, device, how)
+        if preferring is None:
+            loss = answer_nll_sum(model, one.examples, pad_token_id, device, how)
+        else:
+            loss = preferring.loss_sum(model, one.examples, pad_token_id, device, how)
         (loss / one.step_tokens).backward()  # type: ignore[no-untyped-call]
     return loss.detach()

@@ -22,6 +22,7 @@ from grandrounds.config.digest import recipe_sha256
 from grandrounds.config.keys import TRAIN, Config
 from grandrounds.data.tokenization import answer_token_ids, end_token_ids, prompt_token_ids
 from grandrounds.engines.in_process import InProcessGrid
+from grandrounds.errors import ConfigError
 from grandrounds.model import machine
 from grandrounds.model.resident import set_adapter
 from grandrounds.model.saved import WEIGHTS
@@ -135,6 +136,11 @@ def audit(config: Config, count: int, tell: Progress) -> Audit:
     ConfigError
         If the number is not allowed, the recipe cannot be audited, or cannot be calibrated.
     """
+    if config.is_on_pairs:
+        raise ConfigError(
+            'train.objective = "dpo" cannot be audited: the canaries are records with one answer. '
+            'Audit the recipe with train.objective = "sft".'
+        )
     started = time.perf_counter()
     canaries = fresh_canaries(count, config.data.num_partitions)
     with tempfile.TemporaryDirectory(prefix="grandrounds-audit-") as folder:

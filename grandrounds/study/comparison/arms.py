@@ -38,9 +38,10 @@ from grandrounds.site import visit as visits
 from grandrounds.site.local_data import Site, site_of
 from grandrounds.site.personal import halves
 from grandrounds.site.personal_files import FACTS, FOLDER, site_folder
+from grandrounds.site.preferences import figures_of, ratios_and_margins
 from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.budget import local_examples, local_visits, pooled_visits
-from grandrounds.study.comparison.exams import Exam, sit
+from grandrounds.study.comparison.exams import Exam, pair_answers, sit
 from grandrounds.study.comparison.units import (
     BASE,
     CENTRALISED,
@@ -148,15 +149,21 @@ def judge(
 ) -> Found:
     """Return the held-out loss by site and the answers to every exam."""
     tokenizer = run_tokenizer(config)
-    held_out = {}
+    held_out: Found = {}
+    ratios, margins = list[float](), list[float]()
     for k, site in enumerate(sites):
-        judged = visits.evaluate(resident, site, config)
+        if config.is_on_pairs:
+            found = ratios_and_margins(resident, site.held_out, config)
+            judged = figures_of(*found)
+            ratios += found[0].tolist()
+            margins += found[1].tolist()
+        else:
+            judged = visits.evaluate(resident, site, config)
         held_out[str(k)] = {name: judged[name] for name in ("nll-sum", "tokens")}
     return {
         "held-out": held_out,
-        "answers": {
-            exam.name: sit(exam, resident.model, tokenizer, config.data.prompt) for exam in exams
-        },
+        "answers": (pair_answers(ratios, margins) if config.is_on_pairs else {})
+        | {exam.name: sit(exam, resident.model, tokenizer, config.data.prompt) for exam in exams},
     }
 
 

@@ -74,7 +74,7 @@ def exams_of(config: Config, design: Design) -> list[Exam]:
         If a benchmark is unknown, or its items cannot be loaded.
     """
     exams = []
-    if config.static.name == FORMULARY:
+    if config.is_on_formulary:
         private = questions("private")
         by_site = config.is_formulary_by_site
         site_of = tuple(question.site for question in private) if by_site else None
@@ -89,6 +89,47 @@ def exams_of(config: Config, design: Design) -> list[Exam]:
         measures = KEPT if name == GENERAL else BENCHMARK
         exams.append(Exam(name, benchmark.title, measures, benchmark, items, None))
     return exams
+
+
+PREFERRED, RANKED = "preferred", "ranked"
+"""Exams on the held-out pairs of a run on preferences; a pair is a question of its own site."""
+
+_PAIRS = {
+    PREFERRED: ("held-out pairs with a margin above 0 against the base", BENCHMARK),
+    RANKED: ("held-out pairs whose chosen answer is the likelier one", LEARNED),
+}
+
+
+def pair_entries(held_out: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """Return the entries of the exams on held-out pairs, as `Exam.entry`, with `site-of`.
+
+    Parameters
+    ----------
+    held_out
+        Pairs of each site, by seed. They are divided by site where every seed holds out as many.
+    """
+    sites = [site for site, count in enumerate(held_out[0]) for _ in range(count)]
+    alike = all(list(counts) == list(held_out[0]) for counts in held_out)
+    return {
+        name: {
+            "title": title,
+            "n": len(sites),
+            "chance": 0.5,
+            "measures": measures,
+            "by-site": alike,
+            "site-of": tuple(sites) if alike else None,
+        }
+        for name, (title, measures) in _PAIRS.items()
+    }
+
+
+def pair_answers(ratios: Sequence[float], margins: Sequence[float]) -> dict[str, str]:
+    """Return the answers to these exams, of the pairs of all sites in order."""
+    found = {PREFERRED: margins, RANKED: ratios}
+    return {
+        name: "".join(RIGHT if value > 0 else WRONG for value in values)
+        for name, values in found.items()
+    }
 
 
 def _formulary(

@@ -22,7 +22,7 @@ from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import introduction
 from grandrounds.study.comparison import budget
 from grandrounds.study.comparison.arms import REPORTED, ROUNDS, examples_of_visits, run_unit
-from grandrounds.study.comparison.exams import exams_of
+from grandrounds.study.comparison.exams import exams_of, pair_entries
 from grandrounds.study.comparison.folder import RESULT, ComparisonFolder
 from grandrounds.study.comparison.results import FORMAT, figures, results
 from grandrounds.study.comparison.units import (
@@ -113,6 +113,9 @@ class Comparison:
         self.exams = exams_of(config, design)
         self.entries = {e.name: {**e.entry(), "site-of": e.site_of} for e in self.exams}
         self.sites = {str(seed): introductions(config, seed) for seed in design.seeds}
+        if config.is_on_pairs:
+            counts = [[int(c["held-out-examples"]) for c in of] for of in self.sites.values()]
+            self.entries = pair_entries(counts) | self.entries
         self.called = [
             {NAME: name} if (name := site_of(config, k).name) else {}
             for k in range(config.data.num_partitions)
@@ -199,7 +202,10 @@ class Comparison:
                 }
                 for k in range(len(first))
             ],
-            "exams": {exam.name: exam.entry() for exam in self.exams},
+            "exams": {
+                name: {key: value for key, value in entry.items() if key != "site-of"}
+                for name, entry in self.entries.items()
+            },
             **results(self.found, self.entries),
         }
         self.folder.write_json(RESULT, content)

@@ -182,7 +182,8 @@ def rows_of(config: Config) -> int | None:
         chosen = static.config or static.split != TRAIN
         return None if chosen else count_rows(static.name)
     named = data.question_column, data.answer_column, data.partition_by
-    found = survey(static.name, *named, data.prompt_template)
+    rejected = data.rejected_column if config.is_on_pairs else ""
+    found = survey(static.name, *named, data.prompt_template, rejected)
     return count_rows(static.name) if found is None else found.rows
 
 

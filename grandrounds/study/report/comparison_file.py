@@ -59,6 +59,8 @@ class Measure:
     title: str
     exam: Json
     """The exam's entry in comparison.json; empty for held-out loss."""
+    of_pairs: bool = False
+    """Whether a loss is that of preferences."""
 
     @property
     def factor(self) -> float:
@@ -68,7 +70,8 @@ class Measure:
     @property
     def unit(self) -> str:
         """Unit of the measure."""
-        return "nats per answer token" if self.key == LOSS else "accuracy, %"
+        per = "pair" if self.of_pairs else "answer token"
+        return f"nats per {per}" if self.key == LOSS else "accuracy, %"
 
     def estimate(self, holder: Json) -> Json | None:
         """Return the estimate or test of an arm, a site or a gain; None if there is none."""
@@ -155,7 +158,8 @@ def measures(comparison: Json) -> dict[str, Measure]:
         key: Measure(key, f"Accuracy: {exam['title']}", exam)
         for key, exam in comparison["exams"].items()
     }
-    return {LOSS: Measure(LOSS, "Held-out loss", {}), **exams}
+    of_pairs = comparison.get("config", {}).get("train.objective") == "dpo"
+    return {LOSS: Measure(LOSS, "Held-out loss", {}, of_pairs), **exams}
 
 
 def arms_of(comparison: Json) -> dict[str, Json]:

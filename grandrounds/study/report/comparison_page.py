@@ -99,7 +99,7 @@ def _outcome(comparison: Json) -> str:
     if FEDERATED not in found:
         return ""
     decimals = 3 if measure.key == LOSS else 1
-    unit = " nats per answer token" if measure.key == LOSS else " %"
+    unit = f" {measure.unit}" if measure.key == LOSS else " %"
     told = {
         name: f"{measure.value(e, decimals)}{unit} ({name}{_epsilon(arms[name])})"
         for name, e in found.items()
@@ -361,7 +361,8 @@ def _table(comparison: Json) -> Table:
 def _tests(comparison: Json) -> Iterator[Table]:
     gains = comparison["gains"]
     losses = [gain for gain in gains if gain["measure"] == LOSS]
-    yield _gains(comparison, losses, "Gain of the federation: held-out loss, nats per answer token")
+    per = measures(comparison)[LOSS].unit
+    yield _gains(comparison, losses, f"Gain of the federation: held-out loss, {per}")
     shares = [gain for gain in gains if gain["measure"] != LOSS]
     yield _gains(comparison, shares, "Gain of the federation: accuracy")
     questions = []

@@ -7,7 +7,7 @@ from typing import Any
 
 from grandrounds.config.words import NOT_TOLD, command, counted
 from grandrounds.data.common_and_rare import COMMON_AND_RARE
-from grandrounds.data.formulary import FORMULARY
+from grandrounds.data.formulary import FORMULARY, FORMULARY_PREFERENCES
 from grandrounds.server.described import cautions, engine_options, with_own_data
 from grandrounds.server.unfinished import EVALUATE, EXAM, MAGNITUDES, TRAIN
 from grandrounds.study.report.figures import Tile
@@ -15,6 +15,7 @@ from grandrounds.study.report.learning import MEANING, Score, scores_by_question
 from grandrounds.study.report.read import QUIET_SECONDS, RunFiles
 from grandrounds.study.tables import duration, in_percent, interval, mib, percent
 from grandrounds.wire.names import one_line
+from grandrounds.wire.told import MARGIN, PREFERENCES
 
 MOODS = {"completed": "good", "going": "going"}
 
@@ -42,7 +43,11 @@ def status_text(run: RunFiles) -> str:
     return f"{run.status.capitalize()} after {rounds}"
 
 
-SPOKEN = {FORMULARY: "the formulary", COMMON_AND_RARE: "common and rare facts"}
+SPOKEN = {
+    FORMULARY: "the formulary",
+    FORMULARY_PREFERENCES: "preferences of the formulary",
+    COMMON_AND_RARE: "common and rare facts",
+}
 """Built-in data → what a title calls them."""
 
 
@@ -70,7 +75,7 @@ def outcome(run: RunFiles) -> str:
         start, end = _loss_text(first), _loss_text(last)
         way = "fell" if last < first else "rose"
         went = f"{way} from {start} to {end}" if start != end else f"stayed at {end}"
-        said.append(f"the held-out loss {went} nats per answer token")
+        said.append(f"the held-out loss {went} {run.config.loss_unit}")
     lost = ""
     for base, tuned, name in _pairs(run):
         if base is None:
@@ -158,8 +163,12 @@ def tiles(run: RunFiles) -> list[Tile]:
     losses = run.values("held-out-loss")
     if losses:
         first, last = (_loss_text(losses[end][1]) for end in (0, -1))
-        note = f"nats per answer token, round {losses[0][0]} to {losses[-1][0]}"
+        note = f"{run.config.loss_unit}, round {losses[0][0]} to {losses[-1][0]}"
         found.append(Tile("held-out loss", f"{first} → {last}", note))
+    if preferred := run.values(PREFERENCES):
+        margin = run.values(MARGIN)[-1][1]
+        note = f"of held-out pairs with a margin above 0; mean margin {margin:.3f}"
+        found.append(Tile("preference accuracy", percent(preferred[-1][1]), note))
     sent = mib(run.ledger.get("communication_mib"))
     planned = mib(run.plan.get("total-mib"))
     found.append(Tile("communication", sent, f"planned: {planned} for the whole run"))

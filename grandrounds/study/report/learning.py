@@ -17,6 +17,7 @@ from grandrounds.study.report.figures import Figure, Section, some
 from grandrounds.study.report.read import RunFiles, checkpoints
 from grandrounds.study.report.svg import Axis
 from grandrounds.study.tables import NONE, Table, decimals_of, fixed, interval, number, percent
+from grandrounds.wire.told import MARGIN, PREFERENCES, RANKING
 
 MEANING = {
     "private": "private facts, held by single sites",
@@ -31,7 +32,7 @@ def section(run: RunFiles) -> Section:
     """Return losses and accuracies, and why they are not comparable with the leaderboard."""
     differs = leaderboard_text(run.config, run.sites)
     notes = [f"FlowerTune leaderboard: {differs}."] if differs else []
-    figures = [*some(loss_figure(run)), *accuracy_figures(run)]
+    figures = [*some(loss_figure(run), preference_figure(run)), *accuracy_figures(run)]
     return Section("learning", "Training results", notes, figures)
 
 
@@ -66,7 +67,7 @@ def loss_figure(run: RunFiles) -> Figure | None:
     if judged:
         held_by = counted(judges, "fixed site")
         parts.append(f"Held-out loss: on the held-out examples of {held_by}.")
-    svg = line_chart(title, series, Axis("nats per answer token"), run.last_shown)
+    svg = line_chart(title, series, Axis(run.config.loss_unit), run.last_shown)
     return Figure(
         "loss",
         title,
@@ -74,6 +75,31 @@ def loss_figure(run: RunFiles) -> Figure | None:
         " ".join(parts),
         Table(("round", "held-out loss", "training loss"), rows),
     )
+
+
+def preference_figure(run: RunFiles) -> Figure | None:
+    """Return what became of held-out preferences by round; None without any."""
+    preferred, ranked, margins = (run.values(key) for key in (PREFERENCES, RANKING, MARGIN))
+    if not preferred:
+        return None
+    shares = [[(r, 100 * v) for r, v in found] for found in (ranked, preferred)]
+    series = [
+        curve("chosen answer likelier", shares[0], "chosen answer likelier, %", 0),
+        curve("margin above 0", shares[1], "margin above 0, %", 1),
+    ]
+    title = "Held-out preferences by round"
+    by_round, places = dict(ranked), decimals_of((v for _, v in margins), 4, least=3)
+    rows = [
+        (str(r), percent(share), percent(by_round[r]), fixed(margin, places))
+        for (r, share), (_, margin) in zip(preferred, margins, strict=True)
+    ]
+    note = (
+        "Margin: how much more the adapter raises the chosen answer than the rejected one against "
+        "the base, times beta; before training it is 0."
+    )
+    columns = ("round", "margin above 0", "chosen answer likelier", "mean margin")
+    svg = line_chart(title, series, Axis("% of held-out pairs", from_zero=True), run.last_shown)
+    return Figure("preferences", title, svg, note, Table(columns, rows))
 
 
 # --- Accuracy -------------------------------------------------------------------------------------

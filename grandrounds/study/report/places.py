@@ -1,4 +1,4 @@
-"""Takes folders out of a page before it is written: a report may be published."""
+"""Takes folders out of texts before they are written: reports and dossiers may be published."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ _PATH = re.compile(
 
 
 def published(page: Page, folders: Mapping[str, str]) -> Page:
-    """Return a page in which no text names an absolute path.
+    """Return a page in which no text names an absolute path; see `without_folders`."""
+    page_shown: Page = _mapped(page, without_folders(folders))
+    return page_shown
+
+
+def without_folders(folders: Mapping[str, str]) -> Callable[[str], str]:
+    """Return what takes absolute paths out of a text.
 
     Parameters
     ----------
@@ -32,8 +38,7 @@ def published(page: Page, folders: Mapping[str, str]) -> Page:
             text = text.replace(path, name)
         return _PATH.sub("", text)
 
-    page_shown: Page = _mapped(page, shown)
-    return page_shown
+    return shown
 
 
 def _mapped(part: Any, shown: Callable[[str], str]) -> Any:

@@ -129,7 +129,7 @@ def read_run(path: Path) -> RunFiles:
         name=path.name,
         config=_config(path, unread),
         metrics=_metrics(path, unread),
-        summary=_read(path / "summary.json", dict, unread) or {},
+        summary=_summary(path, unread),
         ledger=_read(path / "ledger.json", dict, unread) or {},
         plan=_read(path / "plan.json", dict, unread) or {},
         sites=_sites(path / "sites.json", unread),
@@ -141,6 +141,37 @@ def read_run(path: Path) -> RunFiles:
         quiet_seconds=max(0.0, time.time() - written.stat().st_mtime),
         unread=unread,
     )
+
+
+def _summary(path: Path, unread: list[str]) -> dict[str, Any]:
+    """Return summary.json, without an entry on personal adapters that no run writes."""
+    found: dict[str, Any] = _read(path / "summary.json", dict, unread) or {}
+    if fault := _fault_of_personal(found.get("personal")):
+        unread.append(f"summary.json, personal ({fault})")
+        del found["personal"]
+    return found
+
+
+def _fault_of_personal(personal: Any) -> str:
+    """Return how `personal` of summary.json is not what a run writes; empty if it is, or absent."""
+    if personal is None:
+        return ""
+    try:
+        sites, failed = personal["sites"], personal["failed"]
+        figures = [value for told in sites.values() for value in told.values()]
+        texts = [personal["name"], *failed.values()]
+        if personal.get("mean"):
+            both = [personal[key] for key in ("mean", "spread", "worst")]
+            figures += [told[name] for told in both for name in ("federated", "personal")]
+            figures += [personal["better"], personal["worse"], int(personal["worst"]["site"])]
+        numbers = [int(site) for site in (*sites, *failed)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"not what a run writes: {type(error).__name__} {error}"
+    if not all(map(is_number, (*figures, *numbers))):
+        return "not what a run writes: a figure is no number"
+    if not all(isinstance(text, str) for text in texts):
+        return "not what a run writes: a reason or the name is no text"
+    return ""
 
 
 def _config(path: Path, unread: list[str]) -> Config:

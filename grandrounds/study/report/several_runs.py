@@ -30,8 +30,6 @@ from grandrounds.study.tables import (
 )
 
 CURVES = (
-    ("held-out-loss", "Held-out loss", Axis("nats per answer token"), 1.0),
-    ("train-loss", "Training loss", Axis("nats per answer token"), 1.0),
     ("communication-mib", "Cumulative communication", Axis("MiB, both ways", from_zero=True), 1.0),
     ("coverage", "Coverage", Axis("% of training examples seen", from_zero=True), 100.0),
     (
@@ -44,6 +42,14 @@ CURVES = (
     ("seconds", "Wall-clock time by round", Axis("seconds", from_zero=True), 1.0),
 )
 """(key of metrics.jsonl, title, axis, factor)."""
+
+
+def losses_in(unit: str) -> tuple[tuple[str, str, Axis, float], ...]:
+    """Return the curves of losses, as `CURVES`."""
+    return (
+        ("held-out-loss", "Held-out loss", Axis(unit), 1.0),
+        ("train-loss", "Training loss", Axis(unit), 1.0),
+    )
 
 
 def several_page(runs: Sequence[RunFiles]) -> Page:
@@ -91,7 +97,9 @@ def _tile(name: str, run: RunFiles) -> Tile:
 
 
 def _sections(named: dict[str, RunFiles]) -> list[Section]:
-    figures = some(*(_curves(named, *how) for how in CURVES))
+    units = {run.config.loss_unit for run in named.values()}
+    per = units.pop() if len(units) == 1 else "nats"
+    figures = some(*(_curves(named, *how) for how in (*losses_in(per), *CURVES)))
     commands = [(name, provenance.repeat_command(run.config)) for name, run in named.items()]
     return [
         Section("learning", "Curves", notes=_cautions(named), figures=figures),
@@ -126,7 +134,16 @@ def _cautions(named: dict[str, RunFiles]) -> list[str]:
     ]
 
 
-JUDGING = ("static.dataset.name", "static.dataset.revision", "model.name", "model.revision", "seed")
+JUDGING = (
+    "train.objective",
+    "train.dpo-beta",
+    "train.dpo-length-normalised",
+    "static.dataset.name",
+    "static.dataset.revision",
+    "model.name",
+    "model.revision",
+    "seed",
+)
 """Keys beside `data.*` that decide which examples are held out, and what is lost on them."""
 
 

@@ -102,6 +102,21 @@ def test_the_socket_is_its_owners_alone_and_gone_afterwards(site: SiteFile) -> N
     assert said[-1] == "stopped"
 
 
+def test_a_look_whether_an_agent_is_there_leaves_no_line(site: SiteFile) -> None:
+    """`grandrounds site status` connects and says nothing."""
+    with serving(site) as said:
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(site.place(site.agent.socket)))
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(site.place(site.agent.socket)))
+            probe.sendall(b"half")
+        wait_for(lambda: len(said) > 1, 10)
+    early = [line for line in said if "closed early" in line]
+    assert len(early) == 1
+    assert "more since" not in early[0]
+
+
 def test_a_second_agent_on_the_same_socket_is_told_and_one_left_behind_is_replaced(
     settings: Settings, site: SiteFile
 ) -> None:
@@ -145,6 +160,11 @@ def test_another_user_cannot_connect_unless_a_group_is_named(
         assert connects(site.place(site.agent.socket))
 
 
+STAMPED = r"grandrounds: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
+VISIT = STAMPED + r"train, round 1: answered \(\d+\.\d s, run [0-9a-f]{1,8}\)"
+"""A visit's line of the agent: time, kind, round, outcome, seconds, run."""
+
+
 @pytest.mark.slow
 def test_the_base_is_loaded_once_for_all_messages(settings: Settings, tmp_path: Path) -> None:
     """A process of its own, asked again and again by new connections."""
@@ -155,7 +175,7 @@ def test_the_base_is_loaded_once_for_all_messages(settings: Settings, tmp_path: 
             assert process.stdout is not None
             *had, serving_line = (process.stdout.readline() for _ in range(3))
             assert "27 examples to train on, 3 held out" in had[0]
-            assert re.fullmatch(r"grandrounds: base \S+: sha256 [0-9a-f]{64}\n", had[1])
+            assert re.fullmatch(rf"{STAMPED}base \S+: sha256 [0-9a-f]{{64}}\n", had[1])
             assert "listens on" in serving_line
             loads = []
             for _ in range(3):
@@ -166,8 +186,9 @@ def test_the_base_is_loaded_once_for_all_messages(settings: Settings, tmp_path: 
             process.terminate()
             said = process.stdout.read()
     assert process.returncode == 0
-    assert "train, round 1: answered" in said
-    assert "stopped" in said
+    visits = said.splitlines()
+    assert len([line for line in visits if re.fullmatch(VISIT, line)]) == 3, said
+    assert re.fullmatch(f"{STAMPED}stopped", visits[-1])
 
 
 def training_message(settings: Settings, site: SiteFile) -> Message:

@@ -24,7 +24,15 @@ from typer.testing import CliRunner
 import grandrounds
 from grandrounds.cli import app
 from grandrounds.data.formulary import base_path
-from grandrounds.engines.deployment import admissions, joining, keys, set_up
+from grandrounds.engines.deployment import (
+    admissions,
+    consortium_status,
+    joining,
+    keys,
+    set_up,
+    site_status,
+)
+from grandrounds.engines.deployment.server_checks import check_server
 from grandrounds.server import admitted
 from grandrounds.site.custody import audit, budget
 from grandrounds.site.custody.state import opened
@@ -288,6 +296,17 @@ def test_without_an_agent_a_site_answers_too_and_says_what_it_costs(tmp_path: Pa
         assert_told_apart(deployment.timed_run(consortium, run, 1))
         assert "the base model was loaded again for this message" in consortium.log("node0")
         [site] = consortium.sites
+        wait_for(lambda: site_status.look(site)["supernode"]["connected"], 60)  # 30 s, settled
+        [problem] = site_status.look(site)["problems"]
+        assert problem.startswith("the agent does not listen")
+        asked = [
+            finding.level for finding in check_server(site) if finding.subject == "registration"
+        ]
+        assert asked == ["ok"]  # and once more, since it is connected
+        of_all = consortium_status.look(consortium.home, None)
+        assert of_all["problems"] == []
+        assert [(m["status"], m["last-round"]) for m in of_all["members"]] == [("online", 1)]
+        assert (of_all["last-run"]["round"], of_all["last-run"]["status"]) == (1, "completed")
         forbidden = tmp_path / "c" / "forbidden"
         process = consortium.begin_run(forbidden, 2, **{"model.lora.peft-lora-r": 128})
         assert consortium.finished(process) == 1

@@ -72,9 +72,11 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
     defended = {"defence.preset": "robust"}  # which needs to see honest updates, not their noise
     masked = {"secure-aggregation": "masked32"}  # nor does the server see those
     own = {"train.devices": 2, "personalisation.name": "local-tail", "data.subgroup-columns": "sex"}
+    ruled = {"strategy.name": "fedavg", "strategy.outer-nesterov": True, "strategy.ridge": 0.1}
+    ruled |= {"strategy.rank-decay": 0.5, "strategy.rank-penalty": 0.5}
     full = {
         key
-        for also in (private, defended, masked, own)
+        for also in (private, defended, masked, own, ruled)
         for key in canonical(recipes.resolve({**later, **also, "model.name": "someone/model"}))
     }
     assert full == set(FIELD_OF_KEY) - set(LEFT_OUT)

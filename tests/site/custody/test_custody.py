@@ -191,6 +191,17 @@ def test_what_the_policy_forbids_is_refused_before_anybody_trains(
     assert not Path(str(settings["run-directory"])).exists()
 
 
+def test_a_run_on_preferences_is_refused_by_a_site_with_a_policy(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """The site holds cards; the run does not get so far as to ask for both answers."""
+    asking = {**settings, "train.objective": "dpo"}
+    sites = sites_of(settings, tmp_path)
+    with pytest.raises(PolicyError, match="a site with a policy of its own trains on answers only"):
+        play(asking, grid=grid_of_sites(asking, sites))
+    assert not [line for site in sites for line in entries(site, asked="train")]
+
+
 def test_a_base_with_other_files_is_refused_with_both_hashes(
     settings: Settings, tmp_path: Path
 ) -> None:
