@@ -2,7 +2,7 @@
 """Play the tutorials: every command of their pages, in order, in a fresh folder and offline.
 
     scripts/tutorials.py                   all of them
-    scripts/tutorials.py quickstart        some of them, by the names of their pages
+    scripts/tutorials.py own-data          some of them, by the names of their pages
 
 Every `bash` and `python` block of a page is run as it stands, without network where a new network
 namespace is permitted, else without the model hub. A comment above a block says why one is not run,
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TUTORIALS = ("quickstart", "leaderboard-entry")
+TUTORIALS = ("quickstart", "own-data", "leaderboard-entry", "three-hospitals")
 """Pages of docs/, in the order of the site."""
 
 _BLOCK = re.compile(

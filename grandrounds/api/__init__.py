@@ -208,6 +208,8 @@ def evaluate(
     models = evaluated.target_of(place, base, quantization, site)
     tasks = evaluated.prepared(models, wanted, method, result)
 
+    _print([tasks.assumption] * progress)
+
     def listen(event: str, facts: Facts) -> None:
         _print([evaluation_line(event, facts)] * progress)
 

@@ -261,6 +261,9 @@ COLUMN_NAMES = {
 }
 """Key of a column → what files usually call it, the likeliest first."""
 
+_OF_TEXTS = ("data.question-column", "data.answer-column")
+"""Keys with a column of their own. Others are named by partitioning, units and subgroups."""
+
 
 def _check_columns(available: Sequence[str], source: str, wanted: Mapping[str, str]) -> None:
     """Raise one `DataError` for all columns that are missing or occur more than once.
@@ -298,7 +301,8 @@ def _column_advice(key: str, name: str, available: Sequence[str]) -> str:
     lower = {one.strip().lower(): one for one in reversed(available)}
     usual = next((lower[one] for one in COLUMN_NAMES[key] if one in lower), None)
     if not usual or nearest(name, available):
-        return f"{nearest(name, available)} Set {key} to a column that occurs once."
+        where = key if key in _OF_TEXTS else "the key that names it"
+        return f"{nearest(name, available)} Set {where} to a column that occurs once."
     return f" Did you mean {usual!r}? Write {key}={usual}."
 
 

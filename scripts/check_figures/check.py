@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scripts.check_figures.card_rules import check_card
 from scripts.check_figures.comparison_rules import check_comparison_page
+from scripts.check_figures.dossier_rules import DOSSIER, check_dossier
 from scripts.check_figures.evaluation_rules import check_evaluation
 from scripts.check_figures.page import texts_of
 from scripts.check_figures.printed_rules import check_printed
@@ -58,6 +59,8 @@ def check(
         ]
         files = Sheet({}, findings=wrong)
         found[f"{raw.path}: raw files"] = files
+        if (raw.path / DOSSIER).is_file():
+            found[f"{raw.path / DOSSIER}"] = check_dossier(raw.path)
         for folder in sorted(raw.path.glob("peft_*")):
             card = folder / "README.md"
             if card.is_file():

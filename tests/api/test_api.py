@@ -53,6 +53,7 @@ def test_a_run_is_an_object_with_its_files(run: results.Run) -> None:
     shown = run._repr_html_()
     assert "completed" in shown
     assert "2 of 2" in shown
+    assert repr(run) == f"Run('{run.path}')"
 
 
 @pytest.mark.slow
@@ -102,6 +103,7 @@ def test_a_recipe_is_changed_without_being_touched() -> None:
     assert changed.keys["strategy.proximal-mu"] == 0.1
     assert (changed.keys["num-server-rounds"], recipe.keys["num-server-rounds"]) == (4, 10)
     assert "num-server-rounds</td><td>4<" in changed._repr_html_()
+    assert repr(changed).startswith("Asked('jsl-medllama-3-8b', {")
     assert gr.plan(changed).total_mib * 10 == pytest.approx(gr.plan(recipe).total_mib * 4)
 
 
@@ -148,6 +150,8 @@ def test_evaluation_plan_and_report_show_what_the_commands_print(
     assert plan.total_mib == pytest.approx(run.summary["communication_mib"])
     assert plan.content["communication"]
     assert "communication" in plan._repr_html_()
+    assert repr(plan) == f"Plan({plan.total_mib:,.2f} MiB)"
+    assert repr(asked) == f"Evaluation('{asked.path}')"
 
 
 @pytest.mark.slow

@@ -148,6 +148,13 @@ TESTED_ELSEWHERE = {
     "static.dataset.split": "tests/data/test_sources.py",
     "static.dataset.revision": "tests/data/test_sources.py",
     "data.train-on": "tests/data/test_chat.py",
+    "data.rejected-column": "tests/data/test_pairs.py",
+    "data.subgroup-columns": "tests/server/test_told_subgroups.py",
+    **dict.fromkeys(
+        (f"train.{k}" for k in ("objective", "dpo-length-normalised", "dpo-reference")),
+        "test_preference_runs.py",
+    ),
+    "train.dpo-beta": "tests/model/test_pair_loss.py",
     "model.lora.from-adapter": "test_continued_runs.py",
     "model.lora.from-adapter-sha256": "test_continued_runs.py",
     "model.lora.use-rslora": "tests/model/test_stabilised.py",

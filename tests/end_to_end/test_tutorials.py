@@ -57,9 +57,12 @@ def test_an_entry_is_planned_and_rehearsed_and_a_base_that_is_not_here_is_counte
     tmp_path: Path,
 ) -> None:
     """The first run's page is played command by command in test_docs.py."""
-    said = script("tutorials.py", "leaderboard-entry", bases=tmp_path)
+    said = script("tutorials.py", "leaderboard-entry", "own-data", bases=tmp_path)
     assert "completed after 2 rounds" in said
-    assert said.splitlines()[-1] == "leaderboard-entry: 2 blocks run, 4 not run"
+    assert said.splitlines()[-2:] == [
+        "leaderboard-entry: 2 blocks run, 4 not run",
+        "own-data: 1 blocks run, 5 not run",
+    ]
 
 
 @pytest.mark.slow

@@ -140,6 +140,8 @@ def test_fedprox_adds_its_gradient_to_that_of_pairs(tiny_base: Path) -> None:
     assert LORA.dropout == 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of TRL's own arguments
 def test_loss_and_gradient_are_those_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -19,8 +19,9 @@ from grandrounds.wire.names import one_line
 PARTS = (
     *(trained.run_section, trained.base_section, trained.data_section, trained.recipe_section),
     *(shared.approval_section, shared.left_section, protected.privacy_section),
-    *(results.evaluation_section, results.sites_section, results.forgetting_section),
-    *(results.personal_section, results.checkpoints_section),
+    *(results.losses_section, results.evaluation_section),
+    *(results.sites_section, results.subgroups_section),
+    *(results.forgetting_section, results.personal_section, results.checkpoints_section),
     *(software.versions_section, software.packages_section),
 )
 

@@ -33,8 +33,8 @@ ITEMS: Sequence[tuple[str, str, Sequence[str]]] = (
     (TRIPOD, "sources of the data for training and evaluation", ("data", "evaluation")),
     (TRIPOD, "rows left out, duplicates and truncated answers", ("data",)),
     (TRIPOD, "development: fine-tuning, its steps and hyperparameters", ("recipe",)),
-    (TRIPOD, "inference settings of the evaluation", ("evaluation",)),
-    (TRIPOD, "metrics, and how answers were scored", ("evaluation",)),
+    (TRIPOD, "inference settings of the evaluation", ("evaluation/how, ",)),
+    (TRIPOD, "metrics, and how answers were scored", ("losses", "evaluation")),
     (TRIPOD, "comparison with another model: the base", ("evaluation", "forgetting")),
     (TRIPOD, "performance with intervals", ("evaluation",)),
     (TRIPOD, "examples and questions in each analysis", ("data", "evaluation")),
@@ -58,7 +58,8 @@ ITEMS: Sequence[tuple[str, str, Sequence[str]]] = (
     (TRIPOD, "interpretation, fairness and limitations", ()),
     (TRIPOD, "handling of poor or missing input in use, and expertise that users need", ()),
     (FUTURE, "General 2: data protection and security", ("approval", "left", "privacy")),
-    (FUTURE, "Universality: evaluation at several sites", ("sites", "personal")),
+    (FUTURE, "Universality: evaluation at several sites", ("sites", "personal/mean")),
+    (FUTURE, "Fairness: evaluation by groups of patients", ("subgroups",)),
     (FUTURE, "Traceability: technical documentation", ("base", "data", "recipe", "versions")),
     (FUTURE, "Traceability: logs of use, of the training", ("left", "checkpoints")),
     (FUTURE, "Robustness: what is lost by tuning", ("forgetting",)),
@@ -66,7 +67,6 @@ ITEMS: Sequence[tuple[str, str, Sequence[str]]] = (
     (FUTURE, "General: involvement of stakeholders, regulation, ethics, society", ()),
     (FUTURE, "Fairness: sources of bias", ()),
     (FUTURE, "Fairness 2: attributes of individuals and data", ()),
-    (FUTURE, "Fairness: evaluation by groups of patients", ()),
     (FUTURE, "Universality: clinical settings", ()),
     (FUTURE, "Traceability: risk management, quality control, audits, governance", ()),
     (FUTURE, "Usability: users' needs, training, experience, clinical utility", ()),
@@ -74,18 +74,22 @@ ITEMS: Sequence[tuple[str, str, Sequence[str]]] = (
     (FUTURE, "Robustness 2: representative training data", ()),
     (FUTURE, "Explainability: needs and evaluation", ()),
 )
-"""(guideline, item, keys of the sections that answer it; none: only people can)."""
+"""(guideline, item, what answers it: keys of sections, with how an item begins where not any will
+do; none: only people can)."""
 
 
 def answers(sections: Collection[Section]) -> list[Answer]:
-    """Return every item with its state: answered where one of its sections has a recorded line.
+    """Return every item with its state: answered where a recorded line is there for it."""
+    recorded = [(s.key, one.item) for s in sections for one in s.lines if one.is_recorded]
 
-    A section whose every line says `not recorded` answers nothing.
-    """
-    recorded = {s.key for s in sections if any(one.is_recorded for one in s.lines)}
+    def is_there(key: str) -> bool:
+        section, _, begins = key.partition("/")
+        return any(of == section and item.startswith(begins) for of, item in recorded)
+
     found = []
     for guideline, item, keys in ITEMS:
-        by = tuple(key for key in keys if key in recorded)
+        by = [key for key in keys if is_there(key)]
         state = "open" if not keys else "answered" if by else "not recorded"
-        found.append(Answer(guideline, item, by or tuple(keys), state))
+        named = tuple(key.partition("/")[0] for key in by or keys)
+        found.append(Answer(guideline, item, named, state))
     return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grandrounds.config.recipes import flatten
 from grandrounds.config.words import command
 from grandrounds.errors import RunDirectoryError, first_line
 from grandrounds.server.described import engine_options
@@ -25,6 +27,10 @@ NEEDED = (CONFIG, METRICS, SITES, LEDGER, PLAN, ENVIRONMENT)
 
 EACH = "*"
 """Part of a pointer that stands for every entry of a list."""
+
+
+ABSENT = " (not in the file)"
+"""End of a key that config.toml lacks, since its version had none: what that version did."""
 
 
 @dataclass(frozen=True)
@@ -180,11 +186,15 @@ class Record:
         ]
 
     def key(self, key: str) -> Fact:
-        """Return a configuration key's value; a key that config.toml lacks has its default."""
-        if CONFIG not in self.files:
-            self._read(CONFIG)
-        source = Source(CONFIG, self.files[CONFIG][0], key)
-        return Fact(self.run.config.flat()[key], source)
+        """Return a configuration key's value; its place says if config.toml lacks the key."""
+        at = key if key in self._written else f"{key}{ABSENT}"
+        return Fact(self.run.config.flat()[key], Source(CONFIG, self.files[CONFIG][0], at))
+
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        """The keys in config.toml: that of an earlier version lacks some."""
+        content = self._read(CONFIG) or b""
+        return frozenset(flatten(tomllib.loads(content.decode())))
 
     def whole(self, name: str) -> Source:
         """Return a file as a source; its hash is empty if it is not there."""

@@ -20,23 +20,24 @@ GENERAL = "general"
 WILSON = "95 % interval: Wilson's, from the counts"
 
 
+def losses_section(record: Record) -> Section:
+    """Return the held-out loss before training and after the last round."""
+    return Section("losses", "Held-out loss", list(_losses(record)))
+
+
 def evaluation_section(record: Record) -> Section:
-    """Return losses, the exam at the end, and every row of the evaluations with the base's."""
+    """Return the exam at the end, and every row of the evaluations with the base's."""
     holds_facts = is_of_the_formulary(record.run.config, record.run.sites)
     groups = ("private", "public") if holds_facts else ("public",)
-    lines = [*_losses(record), *_exam(record, groups)]
-    found = False
+    lines, found = list(_exam(record, groups)), False
     for evaluation in _evaluations(record):
         found = True
         lines += _settings(record, evaluation)
         for row in evaluation["rows"].facts():
             lines += _row(row, _place(evaluation))
     if not found:
-        lines.append(
-            open_line(
-                "answers to benchmarks", "grandrounds evaluate RUN_DIR", record.json(EVALUATION)
-            )
-        )
+        would, looked = "grandrounds evaluate RUN_DIR", record.json(EVALUATION)
+        lines.append(open_line("answers to benchmarks", would, looked))
     return Section("evaluation", "Evaluation", lines)
 
 
@@ -149,6 +150,27 @@ def sites_section(record: Record) -> Section:
         sources = [before, fact] if start else [fact]
         lines.append(line(f"{record.name(site)}, held-out loss", f"{start}{end}", *sources))
     return Section("sites", "Sites one by one", lines)
+
+
+def subgroups_section(record: Record) -> Section:
+    """Return the held-out loss by subgroup, where the run names columns of subgroups."""
+    columns, found = record.key("data.subgroup-columns"), record.summary["subgroups"]
+    if not found:
+        would = "a run with data.subgroup-columns, at sites whose policy names them"
+        return Section("subgroups", "Subgroups", [open_line("losses by subgroup", would, columns)])
+    lines = [line("columns", ", ".join(map(str, found["columns"].listed())), found["columns"])]
+    for name, fact in found["groups"].entries():
+        loss, count = fact["held-out-loss"].number(), fact["held-out-examples"].whole()
+        sites = counted(len(fact["sites"].listed()), "site")
+        value = f"{loss:.4f} nats per answer token, {counted(count, 'example')} at {sites}"
+        lines.append(line(name, value, fact))
+    silent, failed = found["silent"], found["failed"]
+    told = ", ".join(record.name(str(site)) for site in silent.listed())
+    lines.append(line("sites that told none", told or "none", silent))
+    lines += [
+        line(f"{record.name(site)} failed", why.text(), why) for site, why in failed.entries()
+    ]
+    return Section("subgroups", "Subgroups", lines)
 
 
 def forgetting_section(record: Record) -> Section:

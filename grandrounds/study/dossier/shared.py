@@ -9,8 +9,10 @@ from grandrounds.config.words import counted
 from grandrounds.server.unfinished import KINDS
 from grandrounds.study.dossier.lines import Line, Section, line, open_line
 from grandrounds.study.dossier.record import CONFIG, EACH, LEDGER, PLAN, Fact, Record, Source
-from grandrounds.wire.masks.roster import FILE as ROSTER
 from grandrounds.wire.told import in_custody
+
+ROSTER = "roster.json"
+"""As wire/masks/roster.py names it, which loads cryptography."""
 
 UP = "train.up"
 """Kind of message in the ledger: a site's update."""

@@ -10,9 +10,15 @@ from grandrounds.study.dossier.lines import Line, Section, line, open_line, pres
 from grandrounds.study.dossier.record import PLAN, Fact, Record
 from grandrounds.study.report.provenance import differing, value_text
 from grandrounds.study.tables import duration
-from grandrounds.wire.messages import BASE_COMMIT, DATA_COMMIT
 from grandrounds.wire.names import SOURCE
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG
+from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody
+
+BASE_COMMIT, DATA_COMMIT = "base-commit", "data-commit"
+"""Facts of an introduction, as wire/messages.py names them, which loads Flower."""
+
+ROUNDED = (
+    "as told: a site in its own custody rounds its counts, unless its policy tells them exactly"
+)
 
 
 def run_section(record: Record) -> Section:
@@ -80,14 +86,17 @@ def data_section(record: Record) -> Section:
     commits = record.sites.each(DATA_COMMIT)
     if commits.listed():
         lines.append(line("commit that was loaded", ", ".join(commits.listed()), commits))
+    rounded = ROUNDED if any(map(in_custody, record.run.sites)) else ""
     for name, fact in summary.entries():
         value = f"{fact.whole():,}" if fact else NOT_TOLD
-        lines.append(line("sites" if name == "sites" else f"all sites: {name}", value, fact))
+        item, how = ("sites", "") if name == "sites" else (f"all sites: {name}", rounded)
+        lines.append(line(item, value, fact, how=how * bool(fact)))
     for site in record.sites.facts():
         keys = [key for key in (*COUNTS, DATA_TAG, SOURCE) if key in site.mapping()]
         value = ", ".join(f"{key} {site[key].value}" for key in keys)
         number = site["partition-id"].whole()
-        lines.append(line(record.name(number), value or NOT_TOLD, site))
+        how = ROUNDED if in_custody(site.mapping()) else ""
+        lines.append(line(record.name(number), value or NOT_TOLD, site, how=how))
     return Section("data", "Data", lines)
 
 

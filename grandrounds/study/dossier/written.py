@@ -29,16 +29,22 @@ class Written:
 
 
 def run_in(target: Path) -> Path:
-    """Return the run directory that a target is, or that a consortium's folder holds.
+    """Return the run directory that a target is, or that a consortium ran last.
 
     Raises
     ------
     RunDirectoryError
-        If a consortium's folder holds none, or several.
+        If a consortium's folder names no last run, and holds no run or several.
     """
     target = target.expanduser()
     if not (target / "consortium.json").is_file() or (target / "config.toml").is_file():
         return target
+    from grandrounds.engines.deployment.superlink import LAST_RUN
+
+    if (last := target / LAST_RUN).is_file():
+        named = storage.read_json(last).get("directory")
+        if isinstance(named, str) and (Path(named) / "config.toml").is_file():
+            return Path(named)
     runs = sorted(file.parent for file in target.glob("*/config.toml"))
     if len(runs) == 1:
         return runs[0]

@@ -8,6 +8,9 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from grandrounds.study.dossier.verify import verify
 from grandrounds.study.dossier.written import write_dossier
 from grandrounds.study.report.one_run import run_page
 from grandrounds.study.report.read import read_run
+from scripts.check_figures.dossier_rules import check_dossier
 from tests.runs import Settings, copy_of, play
 from tests.study.report.run_files import evaluation, write, write_run
 
@@ -104,7 +108,9 @@ def full(tmp_path: Path) -> Path:
 def resolved(run: Path, file: str, at: str) -> Any:
     """Follow a pointer by rules of its own; an error if it leads nowhere."""
     text = (run / file).read_text() if file.endswith((".json", ".jsonl")) else ""
-    if not at or file == "config.toml":
+    if file == "config.toml" and at:
+        return at.endswith(" (not in the file)") or tomllib.loads((run / file).read_text())[at]
+    if not at:
         return True
     number, _, pointer = at.removeprefix("line ").partition(" ") if at[0] == "l" else ("", "", at)
     if number == "*":
@@ -164,7 +170,7 @@ def test_what_a_line_says_is_what_the_files_say(full: Path) -> None:
         "evaluation: Formulary (fictional), private, likelihood, base": (
             "50 of 100, 50.0 % (40.0 to 60.0 %)"
         ),
-        "evaluation: held-out loss, round 4": "0.4000 nats per answer token",
+        "losses: held-out loss, round 4": "0.4000 nats per answer token",
         "sites: worst site, held-out loss of round 4": "site 1, 1.2500 nats per answer token",
         "sites: site 0, held-out loss": "1.0000 in round 0 → 0.2000 in round 4",
         "personal: worst site, federated → personal": "site 0, 1.5000 → 1.0000",
@@ -192,18 +198,20 @@ def test_what_is_missing_says_what_would_record_it(tmp_path: Path) -> None:
     assert "installed packages" in missing
     assert "policy hashes" in missing
     states = {(a.item, a.state) for a in found.answers}
-    assert ("performance with intervals", "answered") in states  # by the held-out loss
+    assert ("performance with intervals", NOT_RECORDED) in states
+    assert ("metrics, and how answers were scored", "answered") in states  # by the held-out loss
+    assert ("Universality: evaluation at several sites", NOT_RECORDED) in states
     assert ("ethics approval and informed consent, or their waiver", "open") in states
 
 
 def test_an_item_is_answered_only_by_a_recorded_line(tmp_path: Path) -> None:
-    """Without a loss, an exam or an evaluation nothing answers for performance."""
+    """Without a loss, an exam or an evaluation nothing answers for metrics."""
     run = write_run(tmp_path / "silent")
     file = run / "metrics.jsonl"
     lines = [json.loads(line) | {"held-out-loss": None} for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     states = {a.item: a.state for a in dossier_of(run).answers}
-    assert states["performance with intervals"] == NOT_RECORDED
+    assert states["metrics, and how answers were scored"] == NOT_RECORDED
     assert states["name and version of the language model"] == "answered"
 
 
@@ -230,6 +238,29 @@ def test_real_sites_are_told_from_a_rehearsal_and_the_roster_is_shown(tmp_path: 
     assert "masked32" in said["privacy: masked sums"]
     assert said["base: SHA-256 of its files at the sites"] == "cd" * 32
     assert not any("bytes" in v for k, v in said.items() if k.startswith("left: ward"))
+
+
+def test_losses_by_subgroup_are_told(full: Path) -> None:
+    group = {"held-out-loss": 0.75, "held-out-examples": 24, "sites": [0, 1]}
+    found = {"columns": ["sex"], "groups": {"sex = f": group}, "silent": [3], "failed": {"2": "x"}}
+    changed(full / "summary.json", subgroups=found)
+    said = lines_of(full)
+    assert said["subgroups: sex = f"] == "0.7500 nats per answer token, 24 examples at 2 sites"
+    assert said["subgroups: sites that told none"] == "site 3"
+    assert said["subgroups: site 2 failed"] == "x"
+    assert said["evaluation: how, likelihood"] == "no settings"
+    states = {a.item: a.state for a in dossier_of(full).answers}
+    assert states["Fairness: evaluation by groups of patients"] == "answered"
+
+
+def test_writing_a_dossier_loads_neither_pytorch_nor_flower(full: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from grandrounds.study.dossier.written import "
+        f"write_dossier; write_dossier(Path({str(full)!r})); "
+        "print([m for m in ('torch', 'flwr', 'cryptography') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_bill_of_materials_has_every_package(full: Path) -> None:
@@ -310,7 +341,7 @@ def test_a_changed_file_is_refuted_with_the_line_that_it_changes(full: Path) -> 
         assert refuted.exit_code == 1
         assert "file metrics.jsonl: SHA-256 was " in refuted.stdout
         assert (
-            "line Evaluation, held-out loss, round 4: was '0.4000 nats per answer token', "
+            "line Held-out loss, held-out loss, round 4: was '0.4000 nats per answer token', "
             "is '0.3000 nats per answer token'"
         ) in refuted.stdout
         assert refuted.stderr.count("\n") == 1
@@ -384,6 +415,20 @@ def test_what_is_no_dossier_is_told_in_one_line(full: Path, text: str, tmp_path:
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
     assert "is not a dossier that grandrounds wrote" in result.stderr
+
+
+def test_other_rules_find_the_same_figures_and_an_edited_one(full: Path, tmp_path: Path) -> None:
+    """scripts/check_figures shares nothing with the package."""
+    for run in (full, copy_of("finished", tmp_path)):
+        file = write_dossier(run).json_file
+        sheet = check_dossier(run)
+        assert sheet.findings == []
+        assert sum(sheet.checked.values()) > 80
+        text = file.read_text()
+        for old, new in (("0.4000 nats", "0.4100 nats"), ('"/rounds"', '"/raunds"')):
+            if old in text:
+                file.write_text(text.replace(old, new))
+                assert check_dossier(run).findings
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -535,6 +580,9 @@ def test_a_consortium_is_its_only_run(full: Path, tmp_path: Path) -> None:
     assert verify(folder, folder / "run" / "dossier.html").holds
     shutil.copytree(full, folder / "second")
     assert "a dossier is of one run" in refused(folder)
+    write(folder / "last-run.json", {"directory": str(folder / "second")})
+    assert dossier(folder).exit_code == 0
+    assert (folder / "second" / "dossier.html").is_file()
 
 
 # --- The Python API, and a run from beginning to end ----------------------------------------------
