@@ -253,6 +253,7 @@ def _tell_refusals(teller: Teller, site: SiteFile, config: Config, home: Path) -
         site, node=dataclasses.replace(site.node, private_key=str(stranger))
     )
     status = activation(posing, site.place(site.node.root_certificates))
+    stranger.unlink()
     if status == 200:
         raise EngineError("The server has accepted a node key that nobody admitted.")
     teller.line("asked to connect with a node key that nobody admitted:", "the server")
