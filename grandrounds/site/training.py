@@ -244,10 +244,8 @@ def proximal_penalty(
     parameters: Sequence[torch.nn.Parameter], received: Sequence[torch.Tensor], mu: float
 ) -> float:
     """Return mu/2 ||w - w_round||^2."""
-    squared = sum(
-        float((p - r).double().square().sum()) for p, r in zip(parameters, received, strict=True)
-    )
-    return 0.5 * mu * squared
+    squares = [(p - r).double().square().sum() for p, r in zip(parameters, received, strict=True)]
+    return 0.5 * mu * float(sum(torch.stack(squares).tolist()))  # read from a GPU at once
 
 
 def make_optimizer(
