@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TUTORIALS = ("quickstart", "own-data", "leaderboard-entry")
+TUTORIALS = ("quickstart", "own-data", "leaderboard-entry", "three-hospitals")
 """Pages of docs/, in the order of the site."""
 
 _BLOCK = re.compile(

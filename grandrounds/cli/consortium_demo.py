@@ -13,11 +13,13 @@ import typer
 from grandrounds import storage
 from grandrounds.cli.screen import say
 from grandrounds.engines.folders import left_behind, own_folder, uninterrupted
-from grandrounds.errors import ConfigError
+from grandrounds.errors import ConfigError, EngineError
 from grandrounds.quiet import quiet_libraries
 
 KEPT = Path("consortium-demo")
 """Where it is kept by default."""
+
+LOST = "The folder is removed, with the logs of all processes; --keep keeps it."
 
 
 def demo(
@@ -61,7 +63,10 @@ def demo(
         home = place or own.path / "demo"
         say(f"a consortium of {sites} hospitals on this machine, in {home}")
         with _removed_unless(keep, home):
-            consortium_demo.demonstrate(own, home, sites, rounds, say)
+            try:
+                consortium_demo.demonstrate(own, home, sites, rounds, say)
+            except EngineError as error:
+                raise EngineError(f"{error} {'' if keep else LOST}".rstrip()) from error
         say("", "all processes have ended")
         if keep:
             say(f"kept: {home}", *(f"  {line}" for line in consortium_demo.next_commands(home)))

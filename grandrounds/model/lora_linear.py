@@ -51,7 +51,7 @@ class Frozen:
             return self._kept
         weight = self.module.weight
         if not self.is_quantized:
-            return weight.detach()  # type: ignore[no-any-return]
+            return weight  # type: ignore[no-any-return]
         if self._state is None:
             self._state = _with_plain_scales(weight.quant_state)
         return _dequantized(weight, self._state)
@@ -104,11 +104,10 @@ class Factors:
         """Cast again at the next use; call it before each pass, as the factors may have changed."""
         self._is_stale = True
 
-    @torch.no_grad()
     def cast(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return a factor in a type; the factor itself if it has it."""
+        """Return a factor in a type; the factor itself if it has it. Call it without gradients."""
         if parameter.dtype == dtype:
-            return parameter.detach()
+            return parameter
         if self._is_stale or self._casts[0].dtype != dtype:
             # New tensors each time: those of an earlier pass may still wait for its backward pass.
             self._casts = [torch.empty_like(p, dtype=dtype) for p in self._parameters]

@@ -68,6 +68,17 @@ def attending(model: Any, how: Forward) -> Iterator[None]:
         yield
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a device, without waiting for what a GPU still has to do.
+
+    A copy from pageable memory waits for it: Python could not start the next step's kernels before
+    the last step's have run.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def _base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -113,7 +124,7 @@ def answer_nlls(
     float32 tensor of (examples), in nats
     """
     counts = answer_counts(batch)
-    examples = torch.arange(len(batch)).repeat_interleave(counts).to(device)
+    examples = sent(torch.arange(len(batch)).repeat_interleave(counts), device)
     return _answer_nll(model, batch, pad_token_id, device, how, Apart(examples, len(batch)))
 
 
@@ -139,9 +150,9 @@ def _answer_nll(
     )
     labels = inputs.pop("labels").flatten()  # (batch * tokens)
     learned = (labels != IGNORED_LABEL).nonzero().squeeze(1)
-    targets = labels[learned].to(device)  # (answer tokens)
-    before = (learned - 1).to(device)  # an answer token is predicted from the one before it
-    inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    targets = sent(labels[learned], device)  # (answer tokens)
+    before = sent(learned - 1, device)  # an answer token is predicted from the one before it
+    inputs = {n: sent(v, device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     with mixed_precision(device, how.bf16):
         if not how.answers_only:
             logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[before]
@@ -195,7 +206,7 @@ def _shared(batch: Sequence[TokenizedExample], means: torch.Tensor, device: torc
     counts = answer_counts(batch)
     weights = counts.float().reciprocal().repeat_interleave(counts)
     examples = torch.arange(len(batch)).repeat_interleave(counts)
-    return Shared(weights.to(device), examples.to(device), means.zero_())
+    return Shared(sent(weights, device), sent(examples, device), means.zero_())
 
 
 def head_nll_sum(

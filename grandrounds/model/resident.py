@@ -137,10 +137,12 @@ def compile_mlps(resident: Resident, wanted: bool) -> None:
 def adapter_off(resident: Resident) -> Iterator[None]:
     """Compute with the base alone within the context; what has a gradient stays as it is."""
     has_gradient = {n: p.requires_grad for n, p in resident.parameters.items()}
-    with resident.model.disable_adapter():
-        yield
-    for name, parameter in resident.parameters.items():  # PEFT switches all of them on
-        parameter.requires_grad_(has_gradient[name])
+    try:
+        with resident.model.disable_adapter():
+            yield
+    finally:
+        for name, parameter in resident.parameters.items():  # PEFT switches all of them on
+            parameter.requires_grad_(has_gradient[name])
 
 
 @torch.no_grad()

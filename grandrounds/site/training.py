@@ -29,6 +29,10 @@ Tail = tuple[int, int, int, int]
 """Positions of a module's A and B among the parameters; first rank, and the one after the last."""
 
 
+LEAST_NORM = 1e-12
+"""Smallest norm by which the ranks of a tail are divided; a tail of zeros gives zeros."""
+
+
 @dataclass(frozen=True)
 class VisitSettings:
     """How a visit trains."""
@@ -231,9 +235,8 @@ def add_rank_gradient(
             continue
         tail_a, tail_b = a[first:stop], b[:, first:stop]
         norm_a, norm_b = tail_a.norm(), tail_b.norm()
-        if norm_a > 0 and norm_b > 0:
-            a.grad[first:stop] += weight * norm_b / norm_a * tail_a
-            b.grad[:, first:stop] += weight * norm_a / norm_b * tail_b
+        a.grad[first:stop] += weight * norm_b / norm_a.clamp_min(LEAST_NORM) * tail_a
+        b.grad[:, first:stop] += weight * norm_a / norm_b.clamp_min(LEAST_NORM) * tail_b
 
 
 @torch.no_grad()
@@ -241,10 +244,8 @@ def proximal_penalty(
     parameters: Sequence[torch.nn.Parameter], received: Sequence[torch.Tensor], mu: float
 ) -> float:
     """Return mu/2 ||w - w_round||^2."""
-    squared = sum(
-        float((p - r).double().square().sum()) for p, r in zip(parameters, received, strict=True)
-    )
-    return 0.5 * mu * squared
+    squares = [(p - r).double().square().sum() for p, r in zip(parameters, received, strict=True)]
+    return 0.5 * mu * float(sum(torch.stack(squares).tolist()))  # read from a GPU at once
 
 
 def make_optimizer(

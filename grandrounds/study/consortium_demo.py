@@ -29,7 +29,7 @@ from grandrounds.engines.deployment import recipes as between
 from grandrounds.engines.deployment.server_checks import activation
 from grandrounds.engines.deployment.superlink import deploy
 from grandrounds.engines.folders import Folder
-from grandrounds.errors import ConfigError, EngineError, GrandRoundsError
+from grandrounds.errors import ConfigError, EngineError, PolicyError
 from grandrounds.server.introductions import questions
 from grandrounds.server.listeners import Facts, Listener
 from grandrounds.server.listeners.plain import round_line
@@ -38,6 +38,7 @@ from grandrounds.site.custody.approvals import Approvals
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.study.report.written import write_report
 from grandrounds.wire import messages
+from grandrounds.wire.names import one_line
 
 LEAST_ROWS = 120
 """Rows of a site: the default policy refuses runs below 100 training examples."""
@@ -252,6 +253,7 @@ def _tell_refusals(teller: Teller, site: SiteFile, config: Config, home: Path) -
         site, node=dataclasses.replace(site.node, private_key=str(stranger))
     )
     status = activation(posing, site.place(site.node.root_certificates))
+    stranger.unlink()
     if status == 200:
         raise EngineError("The server has accepted a node key that nobody admitted.")
     teller.line("asked to connect with a node key that nobody admitted:", "the server")
@@ -265,6 +267,8 @@ def refusal(site: SiteFile, flat: Mapping[str, Scalar]) -> str:
     ------
     EngineError
         If it answers, or cannot be asked.
+    GrandRoundsError
+        If it fails for another reason.
     """
     # Flower's runtimes set these before an app starts; Message() reads them.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
@@ -274,9 +278,7 @@ def refusal(site: SiteFile, flat: Mapping[str, Scalar]) -> str:
     reply = agent_client.forward(message, context)
     try:
         messages.raise_failure(reply)
-    except EngineError:
-        raise
-    except GrandRoundsError as error:
+    except PolicyError as error:
         return str(error)
     raise EngineError(f"{site.name} has answered what its policy forbids.")
 
@@ -294,7 +296,8 @@ def _tell_parties(teller: Teller, run: Path, sites: Sequence[SiteFile]) -> None:
         "the server",
     )
     teller.line(f"counts, rounded: examples of {examples}")
-    held_out = ", ".join(f"{loss:.2f}" for loss in last["held-out-losses"].values())
+    losses = [f"{loss:.2f}" for loss in last.get("held-out-losses", {}).values()]
+    held_out = ", ".join(losses) or "not told (tell.min-held-out-examples)"
     teller.line(
         f"losses, rounded: training {last['train-loss']:.2f}, held-out {held_out}; no row, no "
         "count of tokens, no seconds of a visit"
@@ -306,7 +309,7 @@ def _tell_parties(teller: Teller, run: Path, sites: Sequence[SiteFile]) -> None:
     entries = audit.read(state)
     teller.line(f"its audit log, {counted(len(entries), 'line')}:")
     for entry in entries:
-        teller.line(f"- {site_status.visit_text(entry)[:MOST_OF_A_LINE]}")
+        teller.line(f"- {one_line(site_status.visit_text(entry), MOST_OF_A_LINE)}")
     verdict = audit.verified(state)
     whole = "broken" if verdict.broken else "whole: every line continues the one before it"
     teller.line(f"the log is {whole}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,18 @@ def test_learned_tokens_are_the_labels_in_both_kinds_of_batches(byte_level: Any)
     assert len(kept) == sum(example.answer_tokens for example in examples)
     texts = "60 to 100 in adults.<|im_end|>About 110 to 160.<|im_end|>"
     assert tokenizer.decode(kept) == f"{texts}Rest.<|im_end|>{texts}"
+
+
+def test_of_a_conversation_with_two_answers_only_these_are_told_apart(byte_level: Any) -> None:
+    """Both follow all turns before; an earlier answer is in the prompt and not learned."""
+    tokenizer = with_template(byte_level, "chatml")
+    preferred = dataclasses.replace(CONVERSATION, rejected="No idea.")
+    [pair] = tokenize_examples([preferred], tokenizer, "chat", 500).examples
+    assert pair.earlier == ()
+    for answer, said in zip(pair.answers, (CONVERSATION.answer, "No idea."), strict=True):
+        learned = answer.input_ids[answer.prompt_tokens :]
+        assert tokenizer.decode(learned) == f"{said}<|im_end|>"
+        assert "60 to 100" in tokenizer.decode(answer.input_ids[: answer.prompt_tokens])
 
 
 def test_a_long_conversation_is_cut_after_an_answer_that_it_still_teaches(byte_level: Any) -> None:

@@ -48,6 +48,16 @@ def test_overhead_compares_the_same_steps(tmp_path: Path) -> None:
     )
 
 
+def test_host_time_tells_processor_time_and_functions(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "host_time.py"), "--layers", "2", "--repeats", "1"]
+    told = [
+        subprocess.run([*command, *more], check=True, capture_output=True, text=True, cwd=tmp_path)
+        for more in ([], ["--profile"])
+    ]
+    assert float(told[0].stdout.split()[2]) > 0
+    assert "lora_linear.py" in told[1].stdout
+
+
 def test_neighbour_runs_every_arm_alone_and_beside_busy_processes(tmp_path: Path) -> None:
     quick = ("--size", "tiny", "--rounds", "1", "--times", "1", "--threads", "1")
     figures = result(tmp_path, "neighbour.py", *quick, "--neighbours", "1", "--waiting", "asleep")

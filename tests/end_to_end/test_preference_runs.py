@@ -19,7 +19,7 @@ from grandrounds.server.listeners.plain import round_line, summary_rows
 from grandrounds.site.local_data import site_of
 from grandrounds.site.preferences import ratios_and_margins
 from grandrounds.study.comparison.runner import compare
-from grandrounds.study.comparison.tables import tables
+from grandrounds.study.comparison.tables import notes, tables
 from grandrounds.study.comparison.units import Design
 from grandrounds.study.report.one_run import run_page
 from grandrounds.study.report.read import read_run
@@ -144,3 +144,4 @@ def test_a_comparison_judges_its_arms_on_held_out_pairs(pairs: Settings, tmp_pat
         assert found[arm]["held-out-loss"]["mean"] < 0.65
     text = " ".join(str(table) for table in tables(content))
     assert "preferred %" in text
+    assert any("losses in nats per pair" in note for note in notes(content))

@@ -21,7 +21,7 @@ from grandrounds.model import loss as losses
 from grandrounds.model import machine
 from grandrounds.model.architectures import FAMILIES
 from grandrounds.model.attention_kernels import takes_groups
-from grandrounds.model.loss import Forward, Head, head_nll_sum
+from grandrounds.model.loss import Forward, Head, head_nll_sum, sent
 
 CPU = torch.device("cpu")
 PAD = 0
@@ -273,3 +273,24 @@ def test_bfloat16_hidden_states_lose_no_more_than_the_products_do() -> None:
 def test_no_answers_cost_nothing() -> None:
     nothing = head_nll_sum(torch.zeros(0, 4), Head(torch.ones(5, 4)), torch.zeros(0).long(), 0)
     assert float(nothing) == 0
+
+
+def test_inputs_reach_a_gpu_without_waiting_for_it_and_a_cpu_as_they_are() -> None:
+    """A copy from pageable memory would wait until all earlier kernels have run."""
+    told: list[Any] = []
+
+    class Tensor:
+        device = torch.device("cpu")
+
+        def pin_memory(self) -> Tensor:
+            told.append("pinned")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
+            told.append((device.type, non_blocking))
+            return self
+
+    sent(Tensor(), torch.device("cuda"))  # type: ignore[arg-type]
+    assert told == ["pinned", ("cuda", True)]
+    tensor = torch.arange(3)
+    assert sent(tensor, torch.device("cpu")) is tensor

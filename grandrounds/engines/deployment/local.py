@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,6 @@ POLL_SECONDS = 0.1
 ATTEMPTS = 3
 """How often a program is started on other ports where another process has taken its port."""
 
-IN_USE = re.compile(r"address already in use|EADDRINUSE|port is (already )?in use", re.IGNORECASE)
 MOST_SOCKET_BYTES = 100
 """Length of a Unix socket's path that every system allows."""
 
@@ -69,6 +68,14 @@ def is_open(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((host, port)) == 0
+
+
+def is_taken(port: int, count: int = 2) -> bool:
+    """Return whether a process listens on one of `count` consecutive ports of loopback.
+
+    Flower's programs end without a reason if their port is taken.
+    """
+    return any(is_open(HOST, port + i) for i in range(count))
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -195,7 +202,7 @@ class Processes:
         while True:
             ended = self.folder / launcher.ENDED / program.key
             if ended.exists():
-                if program.attempt == ATTEMPTS or not IN_USE.search(self.said(program)):
+                if program.attempt == ATTEMPTS or not is_taken(program.port):
                     raise EngineError(self._why(program, f"ended with code {ended.read_text()}"))
                 again = Program(program.name, program.command, free_port(2), program.attempt + 1)
                 program = self._start(again)
@@ -221,7 +228,12 @@ def processes(folder: Folder, home: Path) -> Iterator[Processes]:
     home : Path
         Folder of the consortium's parts; Flower's own is `flwr` below it, the logs are in `logs`.
     """
-    own = {MARKER: str(folder.path), "FLWR_HOME": str(home / "flwr"), "HF_HUB_OFFLINE": "1"}
+    own = {
+        MARKER: str(folder.path),
+        "FLWR_HOME": str(home / "flwr"),
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(folder.path),  # where a keeper finds what a killed command leaves
+    }
     for name in ("flwr", "logs"):
         (home / name).mkdir(exist_ok=True)
     words = [sys.executable, "-P", launcher.__file__, str(folder.path)]
@@ -233,13 +245,16 @@ def processes(folder: Folder, home: Path) -> Iterator[Processes]:
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables of this process, which the commands that it starts inherit, meanwhile."""
     before = {name: os.environ.get(name) for name in values}
+    place = tempfile.tempdir
     os.environ.update(values)
+    tempfile.tempdir = None  # read anew
     try:
         yield
     finally:
+        tempfile.tempdir = place
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import ConfigError, GrandRoundsError, first_line
 from grandrounds.site.custody import audit, budget_report, quota
 from grandrounds.site.custody.request import is_visit
+from grandrounds.site.custody.sequence import START
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import FILE, SiteState, opened
 
@@ -65,7 +66,7 @@ def look(site: SiteFile) -> dict[str, Any]:
     with opened(folder) if is_known else nullcontext() as state:  # looking makes no folder
         found |= {"visits": _visits(site, state), "runs": _runs(site, state)}
         found["privacy"] = _privacy(site, state)
-    found["problems"] = _problems(found)
+    found["problems"] = list(_problems(found))
     return found
 
 
@@ -184,26 +185,30 @@ def _disk(site: SiteFile, folder: Path) -> dict[str, int]:
     }
 
 
-def _problems(found: Mapping[str, Any]) -> list[str]:
-    """Return what keeps a site from its next visit, one line each."""
+def _problems(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what keeps a site from its next visit, one line each."""
     agent, node, disk = found["agent"], found["supernode"], found["disk"]
-    privacy = found["privacy"] or {"why": "", "started": True, "epsilon-left": 1.0}
-    problems = {
-        f"the agent does not listen at {agent['place']} ({agent['why']}): start it (grandrounds "
-        "site serve)": not agent["listens"],
-        f"not connected: {node['why']}": not node["connected"] and not _seems_connected(node),
-        f"policy.max-visits-per-day = {found['visits']['limit']} is used up": not found["visits"][
-            "left"
-        ],
-        f"privacy: {privacy['why']}": bool(privacy["why"]),
-        "privacy: its budget has not been started (grandrounds privacy budget --start)": not (
-            privacy["why"] or privacy["started"]
-        ),
-        "privacy: its budget is spent": not privacy["why"] and privacy["epsilon-left"] <= 0,
-        f"disk: {disk['free-bytes'] / MIB:,.0f} MiB free, less than {LEAST_MESSAGES} of the "
-        "largest messages (agent.max-message-mib)": disk["free-bytes"] < disk["least-bytes"],
-    }
-    return [text for text, is_there in problems.items() if is_there]
+    visits, privacy = found["visits"], found["privacy"]
+    if not agent["listens"]:
+        yield (
+            f"the agent does not listen at {agent['place']} ({agent['why']}): start it "
+            "(grandrounds site serve)"
+        )
+    if not node["connected"] and not _seems_connected(node):
+        yield f"not connected: {node['why']}"
+    if not visits["left"]:
+        yield f"policy.max-visits-per-day = {visits['limit']} is used up"
+    if privacy and privacy["why"]:
+        yield f"privacy: {privacy['why']}"
+    elif privacy and not privacy["started"]:
+        yield f"privacy: the budget has not been started ({START})"
+    elif privacy and privacy["epsilon-left"] <= 0:
+        yield "privacy: the budget is spent"
+    if disk["free-bytes"] < disk["least-bytes"]:
+        yield (
+            f"disk: {disk['free-bytes'] / MIB:,.0f} MiB free, less than {LEAST_MESSAGES} of the "
+            "largest messages (agent.max-message-mib)"
+        )
 
 
 def _seems_connected(node: Mapping[str, Any]) -> bool:
@@ -250,10 +255,11 @@ def visit_text(entry: Mapping[str, Any] | None) -> str:
         return "none"
     run = str(entry.get("run", ""))[:8]
     asked = f"{entry.get('asked') or 'a message'}, round {entry.get('round', '-')}"
-    seconds = f" in {entry['seconds']:.1f} s" if "seconds" in entry else ""
+    seconds = entry.get("seconds")
+    after = f" in {seconds:.1f} s" if isinstance(seconds, int | float) else ""
     why = f": {entry['reason']}" if entry.get("reason") else ""
     of_run = f" of run {run}" if run else ""
-    return f"{entry.get('time')} {asked}{of_run}: {entry.get('outcome')}{seconds}{why}"
+    return f"{entry.get('time')} {asked}{of_run}: {entry.get('outcome')}{after}{why}"
 
 
 def _privacy_text(privacy: Mapping[str, Any] | None) -> str:

@@ -221,10 +221,12 @@ def notes(content: Json) -> list[str]:
             f"personal comes after {rounds} of the {budget['rounds']} rounds: the sites' own steps "
             "come out of the federation's example visits (--equal-visits)"
         )
+    on_pairs = content.get("config", {}).get("train.objective") == "dpo"
+    losses = f"losses in nats per {'pair' if on_pairs else 'token'}"
     if len(content["seeds"]) > 1:
-        out.append("means and 95 % intervals (Student's t) over seeds; losses in nats per token")
+        out.append(f"means and 95 % intervals (Student's t) over seeds; {losses}")
     else:
-        out.append("a single seed gives no interval: use --seeds 3; losses in nats per token")
+        out.append(f"a single seed gives no interval: use --seeds 3; {losses}")
     kept = [name for name, exam in content["exams"].items() if exam["measures"] == "kept"]
     if kept and BASE in content["arms"] and FEDERATED in content["arms"]:
         before, after = (

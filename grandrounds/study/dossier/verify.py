@@ -76,6 +76,8 @@ def _text_of(file: Path) -> str:
 
 def _content_of(file: Path, text: str) -> tuple[dict[str, Any], list[str]]:
     """Return the content of a page or a JSON file, and how that file was edited."""
+    from jinja2 import TemplateError
+
     from grandrounds.study.dossier.page import content_inside, html
 
     is_page = text.lstrip()[:1] == "<"
@@ -88,7 +90,14 @@ def _content_of(file: Path, text: str) -> tuple[dict[str, Any], list[str]]:
         _ = content["made-by"], content["digest"], list(_values(content))
         files = [(entry["sha256"], entry["bytes"]) for entry in content["files"].values()]
         _ = len(files)
-    except Exception as error:  # whatever an edited file makes of the template, it is no dossier
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        TemplateError,
+    ) as error:
         raise DataError(
             f"{file} is not a dossier that grandrounds wrote, or was edited so that it cannot be "
             f"read ({type(error).__name__}). Write it anew: grandrounds dossier RUN_DIR."

@@ -106,7 +106,7 @@ def notes(forecast: Forecast, link: Link | None) -> list[str]:
             "where DoRA's magnitudes start; FlowerTune's figures have no such message"
         )
     if forecast.plan.is_upper_bound:
-        what = "ranks that sites prune" if config.strategy.prunes else "entropy coding"
+        what = "pruned ranks" if config.strategy.prunes else "entropy coding"
         lines.append(f"sizes are upper bounds: {what} can only make messages smaller")
     if forecast.reading is None:
         lines.append(

@@ -19,6 +19,7 @@ from grandrounds.cli import app
 from grandrounds.engines.deployment import launcher, local
 from grandrounds.errors import ConfigError, EngineError
 from grandrounds.study import consortium_demo
+from tests.end_to_end.test_docs import shell_commands
 from tests.processes import counted, short_folder
 from tests.real import wait_for
 
@@ -52,23 +53,18 @@ def python(code: str, *words: object) -> list[str]:
 
 
 def test_a_program_whose_port_was_taken_meanwhile_is_started_on_another(
-    running: local.Processes,
+    running: local.Processes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        ports = [taken.getsockname()[1]]
-
-        def command(port: int) -> list[str]:
-            return python(SERVER, ports.pop() if ports else port)
-
-        def is_up(program: local.Program) -> bool:
-            return "up" in running.said(program)
-
-        program = running.finish(running.begin("server", command), is_up)
-    assert program.attempt == 2
-    assert local.is_open("127.0.0.1", program.port) is False  # it is bound and does not listen
-    assert "address already in use" in running.said(program)
+        ports = [taken.getsockname()[1], local.free_port(2)]
+        monkeypatch.setattr(local, "free_port", lambda _: ports.pop(0))
+        begun = running.begin("server", lambda port: python(SERVER, port))
+        program = running.finish(begun, lambda one: "up" in running.said(one))
+    assert (begun.attempt, program.attempt) == (1, 2)
+    assert program.port != begun.port
+    assert "already in use" in running.said(program)
 
 
 @pytest.mark.parametrize(
@@ -187,21 +183,25 @@ def test_of_a_killed_command_nothing_is_left(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_three_hospitals_on_one_machine_show_what_they_see_and_refuse(tmp_path: Path) -> None:
-    """All processes are real, the refusals are the agents', and nothing is left but the folder."""
+def test_three_hospitals_on_one_machine_as_the_tutorial_has_them() -> None:
+    """Its commands, line by line: all processes are real, the refusals are the agents', and
+    nothing is left but the folder."""
+    short, kept, *later = shell_commands("three-hospitals.md", "grandrounds")
+    assert short == ["grandrounds", "consortium", "demo"]
+    assert kept == [*short, "--keep", "--folder", "rehearsal"]
     with short_folder() as place, counted() as living:
-        home = place / "kept"
-        words = ["consortium", "demo", "--rounds", "1", "--keep", "--folder", str(home)]
-        done = subprocess.run(
-            [sys.executable, "-m", "grandrounds", *words],
-            env={**os.environ, "TMPDIR": str(place), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+        environment = {**os.environ, "TMPDIR": str(place), "COLUMNS": "200"}
+
+        def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", *words]
+            return subprocess.run(
+                command, env=environment, capture_output=True, text=True, cwd=place
+            )
+
+        done = run([*kept, "--rounds", "1"])
         assert done.returncode == 0, done.stdout + done.stderr
         assert living() == []
-        assert [file.name for file in place.iterdir()] == ["kept"]
+        assert [file.name for file in place.iterdir()] == ["rehearsal"]
         said = " ".join(done.stdout.split())
         for told in (
             "waiting for approval: site 'hospital-0' has not approved recipe",
@@ -216,14 +216,12 @@ def test_three_hospitals_on_one_machine_show_what_they_see_and_refuse(tmp_path: 
             "all processes have ended",
         ):
             assert told in said, (told, done.stdout)
-        assert " problem " not in done.stdout  # SuperNode and agents are connected
+        assert " problem " not in said  # SuperNode and agent are connected
         assert not done.stderr
+        home = place / "rehearsal"
         assert (home / "run" / "peft_1" / "adapter_model.safetensors").is_file()
-        assert (home / "run" / "report.html").is_file()
         rows = (home / "hospital-2" / "cards.jsonl").read_text().splitlines()
         assert len(rows) >= consortium_demo.LEAST_ROWS
-        log = CliRunner().invoke(
-            app, ["site", "log", "--verify", "--config", str(home / "hospital-0" / "site.toml")]
-        )
-        assert log.exit_code == 0, log.output
-        assert CliRunner().invoke(app, ["site", "status", str(home / "hospital-0")]).exit_code == 1
+        assert [run(words).returncode for words in later] == [0] * len(later)
+        assert run(["grandrounds", "site", "status", "rehearsal/hospital-0"]).returncode == 1
+        assert (home / "run" / "report.html").is_file()

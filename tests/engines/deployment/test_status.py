@@ -192,6 +192,22 @@ def test_what_is_used_up_keeps_a_site_from_its_next_visit(
     ]
 
 
+def test_a_privacy_budget_is_told_and_one_that_was_lost_is_a_problem(
+    member: SiteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked(monkeypatch, 412, process=600)
+    text = set_up.with_value(member.path.read_text(), "privacy", "declared-units", 500)
+    member.path.write_text(text)
+    with listening(member):
+        code, said = status(str(member.path))
+        assert code == 0, said
+        assert "privacy       epsilon 0.000 charged, 8.000 left of 8 for ever" in said
+        (member.path.parent / "state" / "budget.sequence").unlink()
+        code, said = status(str(member.path))
+    assert code == 1
+    assert "problem       privacy: the budget has not been started" in said
+
+
 # --- The consortium -------------------------------------------------------------------------------
 
 

@@ -74,9 +74,12 @@ def test_the_hash_covers_every_key_but_places_trackers_and_own_data() -> None:
     own = {"train.devices": 2, "personalisation.name": "local-tail", "data.subgroup-columns": "sex"}
     ruled = {"strategy.name": "fedavg", "strategy.outer-nesterov": True, "strategy.ridge": 0.1}
     ruled |= {"strategy.rank-decay": 0.5, "strategy.rank-penalty": 0.5}
+    preferred = {"train.objective": "dpo", "train.dpo-beta": 0.5, "train.replay-examples": 0}
+    preferred |= {"train.dpo-length-normalised": True, "train.dpo-reference": "received"}
+    preferred |= {"static.dataset.name": "formulary-preferences"}
     full = {
         key
-        for also in (private, defended, masked, own, ruled)
+        for also in (private, defended, masked, own, ruled, preferred)
         for key in canonical(recipes.resolve({**later, **also, "model.name": "someone/model"}))
     }
     assert full == set(FIELD_OF_KEY) - set(LEFT_OUT)

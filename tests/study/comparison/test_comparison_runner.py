@@ -538,6 +538,7 @@ def test_sites_that_keep_a_part_share_one_run_of_their_own(
     )
 
 
+@pytest.mark.slow
 def test_with_equal_visits_the_tail_comes_out_of_the_rounds(
     settings: Settings, tmp_path: Path
 ) -> None:

@@ -300,6 +300,7 @@ def test_losses_by_subgroup_are_told(full: Path) -> None:
     assert states["Fairness: evaluation by groups of patients"] == "answered"
 
 
+@pytest.mark.slow
 def test_writing_a_dossier_loads_neither_pytorch_nor_flower(full: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from grandrounds.study.dossier.written import "
