@@ -35,7 +35,8 @@ def dossier_of(path: Path) -> Dossier:
         If it is none, the run has not ended, or a file is damaged or not what a run writes.
     """
     record = record_of(path)
-    shown = without_folders(folders(record.run))
+    shown, names = without_folders(folders(record.run)), record.run.names
+    called = {name: names.with_number(site) for site, name in names.labels.items()}
 
     def published(section: Section) -> Section:
         """Return a section without folders, line breaks and characters that nobody sees."""
@@ -44,6 +45,10 @@ def dossier_of(path: Path) -> Dossier:
             for one in section.lines
         ]
         items = [one.item for one in lines]
+        for i, item in enumerate(items):
+            if item in called and items.index(item) < i:  # a site that is called like another line
+                items[i] = called[item]
+                lines[i] = replace(lines[i], item=items[i])
         if double := next((item for item in items if items.count(item) > 1), None):
             raise RunDirectoryError(
                 f"{record.run.path} has {double!r} twice under {section.title!r}: two entries of a "

@@ -13,6 +13,7 @@ from grandrounds.study.dossier.lines import Line, Section, line, open_line
 from grandrounds.study.dossier.record import Fact, Record, Source
 from grandrounds.study.report.read import EVALUATION, checkpoints
 from grandrounds.study.tables import interval, p_text, percent, points
+from grandrounds.wire.told import MARGIN, PREFERENCES, RANKING
 
 WEIGHTS = "adapter_model.safetensors"
 LOSSES = "held-out-losses"
@@ -48,8 +49,15 @@ def _losses(record: Record) -> Iterator[Line]:
         yield open_line("held-out loss", would, *record.metrics[-1:])
     for one in (told[0], told[-1]) if len(told) > 1 else told:
         fact = one["held-out-loss"]
-        value = f"{fact.number():.4f} nats per answer token"
-        yield line(f"held-out loss, round {one['round'].whole()}", value, fact)
+        when = f"round {one['round'].whole()}"
+        value = f"{fact.number():.4f} {record.run.config.loss_unit}"
+        yield line(f"held-out loss, {when}", value, fact)
+        for key in (PREFERENCES, RANKING):
+            if share := one[key]:
+                yield line(f"held-out pairs, {key}, {when}", percent(share.number()), share)
+        if margin := one[MARGIN]:
+            value = f"{margin.number():.4f}, mean"
+            yield line(f"held-out pairs, margin against the base, {when}", value, margin)
 
 
 def _exam(record: Record, groups: tuple[str, ...]) -> Iterator[Line]:
@@ -137,7 +145,8 @@ def sites_section(record: Record) -> Section:
     losses = {site: fact for site, fact in last.entries() if fact}
     worst = max(losses, key=lambda site: losses[site].number())
     number = told[-1]["round"].whole()
-    value = f"{record.name(worst)}, {losses[worst].number():.4f} nats per answer token"
+    unit = record.run.config.loss_unit
+    value = f"{record.name(worst)}, {losses[worst].number():.4f} {unit}"
     how = f"the highest of the {counted(len(losses), 'site')} that told one"
     lines = [
         line(f"worst site, held-out loss of round {number}", value, losses[worst], last, how=how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from grandrounds.config.digest import recipe_sha256
+from grandrounds.config.strategies import STRATEGIES
 from grandrounds.config.words import counted
 from grandrounds.server.unfinished import KINDS
 from grandrounds.study.dossier.lines import Line, Section, line, open_line
@@ -198,7 +199,10 @@ def _every_line(record: Record, *keys: str) -> Source:
 def _bytes_of_an_update(record: Record) -> int | None:
     """Return the bytes of an update; None where not all had the same, or some were not used."""
     config, traffic = record.run.config, record.json(LEDGER)["totals"][UP]
-    if not traffic or config.is_masked or config.strategy.site_ranks:
+    strategy = STRATEGIES[config.strategy.name]
+    if not traffic or config.is_masked or config.strategy.site_ranks or config.strategy.prunes:
+        return None
+    if strategy.odd != strategy.even:  # A and B differ in size
         return None
     if config.communication.entropy_coding or record.unfinished:
         return None

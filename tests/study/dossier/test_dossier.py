@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import grandrounds as gr
 from grandrounds.cli import app
+from grandrounds.config import recipes
 from grandrounds.engines.deployment import keys
 from grandrounds.errors import DataError, GrandRoundsError, RunDirectoryError
 from grandrounds.server.packages import PACKAGES, installed
@@ -187,6 +188,52 @@ def test_bytes_of_a_site_are_told_where_all_updates_were_used(tmp_path: Path) ->
     assert said["left: site 0"] == "2 updates (rounds 2, 4), 27,648 bytes; 5 losses (rounds 0 to 4)"
     assert said["evaluation: exam, private facts, base"] == "69 of 300, 23.0 % (18.6 to 28.1 %)"
     assert said["forgetting: facts that the base knew"] == "100.0 % → 100.0 %, 0.0 points"
+
+
+def test_figures_of_preferences_are_told_in_their_unit(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "pairs", **{"train.objective": "dpo"}, static__dataset__name="x")
+    file = run / "metrics.jsonl"
+    told = {"margin": -0.25, "preference-accuracy": 0.75, "ranking-accuracy": 0.5}
+    told |= {"held-out-loss": 0.625, "held-out-losses": {"0": 0.625}}
+    lines = [json.loads(line) | told for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = lines_of(run)
+    assert said["losses: held-out loss, round 4"] == "0.6250 nats per pair"
+    assert said["losses: held-out pairs, preference-accuracy, round 4"] == "75.0 %"
+    assert said["losses: held-out pairs, ranking-accuracy, round 0"] == "50.0 %"
+    assert said["losses: held-out pairs, margin against the base, round 4"] == "-0.2500, mean"
+    assert said["sites: worst site, held-out loss of round 4"] == "site 0, 0.6250 nats per pair"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"strategy.name": "rolora"}, {"strategy.name": "hetlora", "strategy.rank-decay": 0.5}],
+    ids=["A and B in turn", "pruned ranks"],
+)
+def test_bytes_of_a_site_are_not_told_where_updates_differ_in_size(
+    tmp_path: Path, changes: Settings
+) -> None:
+    """12 messages of half a MiB in the ledger, all used: their mean is no update's size."""
+    run = write_run(tmp_path / "differing", **changes)
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines[1:]:
+        line["good"] = line["cohort"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "bytes" not in lines_of(run)["left: site 0"]
+    equal = recipes.to_toml(recipes.resolve({"data.num-partitions": 6}).recipe())
+    (run / "config.toml").write_text(equal)
+    assert "bytes" in lines_of(run)["left: site 0"]
+
+
+def test_a_site_that_is_called_like_another_line_is_told_with_its_number(tmp_path: Path) -> None:
+    run = copy_of("finished", tmp_path)
+    sites = json.loads((run / "sites.json").read_text())
+    write(run / "sites.json", [{**sites[0], "name": "sites"}, *sites[1:]])
+    said = lines_of(run)
+    assert said["data: sites"] == str(len(sites))
+    assert said["data: sites (site 0)"].startswith("rows ")
+    assert said["left: sites"].startswith("2 updates (rounds 2, 4)")
 
 
 def test_what_is_missing_says_what_would_record_it(tmp_path: Path) -> None:
