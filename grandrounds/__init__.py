@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "dossier", "evaluate", "open_run", "plan", "recipe", "report", "run"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 wait_passively()  # before any module of this package loads PyTorch
 

@@ -4,7 +4,7 @@
     S_i = ||B_i A_i||_F over all modules
 
 Cho et al., Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models (EMNLP
-2024), section 3.2. A site of rank r receives the first r ranks of the adapter. The number of its
+2024). A site of rank r receives the first r ranks of the adapter. The number of its
 examples does not count: its norm does, so that sites whose update is sparse weigh less. A rank that
 no site of the round has would become zero in both factors, and never move again: it stays as it is.
 

@@ -5,7 +5,7 @@
            = B_mean + (P - B_mean A_next) A_next^T (A_next A_next^T + mu I)^-1
 
 Bian et al., LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement
-(ICCV 2025), equation 8. The paper maximises the cosine of P and (B_mean + D) A_next by gradient
+(ICCV 2025). The paper maximises the cosine of P and (B_mean + D) A_next by gradient
 descent, with a penalty lambda ||D||. Least squares has the same optimum without the penalty, up to
 the length that a cosine leaves open, and is solved exactly: mu = `ridge` times the mean eigenvalue
 of A_next A_next^T, so that the setting does not depend on the scale of A. The default is the
