@@ -165,13 +165,16 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_IN_CODE = str.maketrans("`|", "'/")
+
+
 def _subgroups(found: Mapping[str, Any] | None) -> str:
     """Return the held-out loss by subgroup; empty if none was told."""
     if not found or not found["groups"]:
         return ""
-    rows = "\n".join(
-        f"| {name.replace('|', '/')} | {of['held-out-loss']:.4f} | {of['held-out-examples']:,} | "
-        f"{len(of['sites'])} |"
+    rows = "\n".join(  # values of sites, as code: neither markup nor links
+        f"| `{name.translate(_IN_CODE)}` | {of['held-out-loss']:.4f} | "
+        f"{of['held-out-examples']:,} | {len(of['sites'])} |"
         for name, of in found["groups"].items()
     )
     return (

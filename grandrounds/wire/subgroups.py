@@ -52,14 +52,20 @@ def tellable(
     dict
         Name → positions among the held-out examples, the largest subgroups of a column first. Of a
         column either no example or at least `least` are in no subgroup told; two subgroups of
-        different columns are the same or differ in at least `least` examples.
+        different columns are the same or differ in at least `least` examples. Values that differ
+        only beyond the length of a name are not told: their subgroups would be one.
     """
     told: dict[str, tuple[int, ...]] = {}
     for column, values in columns.items():
         found: dict[str, list[int]] = {}
+        texts: dict[str, set[str]] = {}
         for place, value in enumerate(values):
             if name := named(column, value):
                 found.setdefault(name, []).append(place)
+                texts.setdefault(name, set()).add(" ".join(str(value).split()))
+        for name, meant in texts.items():
+            if name.endswith("…") and len(meant) > 1:
+                del found[name]
         large = sorted((n for n in found if len(found[n]) >= least), key=lambda n: -len(found[n]))
         while large and 0 < len(values) - sum(len(found[n]) for n in large) < least:
             large.pop()

@@ -72,8 +72,17 @@ def test_a_run_tells_subgroups_and_its_report_and_card_show_them(wide: Settings)
     assert [row[0] for row in table.rows] == ["sex = f", "sex = m"]
     config = recipes.resolve(wide)
     card = model_card(config, ["q_proj"], 1, 1.0, 1.0, Findings(subgroups=found))
-    assert f"| sex = f | {found['groups']['sex = f']['held-out-loss']:.4f} |" in card
+    assert f"| `sex = f` | {found['groups']['sex = f']['held-out-loss']:.4f} |" in card
     assert "## Subgroups" not in model_card(config, ["q_proj"], 1, 1.0, 1.0)
+
+
+def test_a_value_is_no_markup_in_the_card() -> None:
+    told = {"held-out-loss": 1.5, "held-out-examples": 20, "sites": [0]}
+    groups = dict.fromkeys(["ward = <img src=x>", "ward = [a](http://b)", "ward = `|b"], told)
+    config = recipes.resolve({})
+    card = model_card(config, ["q_proj"], 1, 1.0, 1.0, Findings(subgroups={"groups": groups}))
+    for name in ("ward = <img src=x>", "ward = [a](http://b)", "ward = '/b"):
+        assert f"\n| `{name}` | 1.5000 | 20 | 1 |" in card
 
 
 @pytest.mark.slow

@@ -35,3 +35,13 @@ def test_names_are_one_line_and_few() -> None:
     assert named("ward", "") == named("ward", None) == ""
     assert named("age", 0) == "age = 0"
     assert len(tellable({"x": [str(i // 10) for i in range(10 * MOST + 50)]})) == MOST
+
+
+def test_values_that_no_name_tells_apart_are_not_one_subgroup() -> None:
+    """Names end after 40 characters; a long value by itself is told, with an ellipsis."""
+    ward = "Department of internal medicine, ward north-"
+    alike = {"x": [ward + "east"] * 15 + [ward + "west"] * 15 + ["other"] * 20}
+    assert list(tellable(alike)) == ["x = other"]
+    assert len(tellable({"x": [ward + "east"] * 15 + ["other"] * 20})) == 2
+    spaced = {"x": [" A  B"] * 15 + ["A B"] * 15}
+    assert {name: len(places) for name, places in tellable(spaced).items()} == {"x = A B": 30}
