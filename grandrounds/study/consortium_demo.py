@@ -217,7 +217,11 @@ def _new_site(
     set_up.init_site(folder, name)
     rows = local.write_partition(folder / "cards.jsonl", config, number[0])
     (folder / "cards.jsonl").chmod(0o600)
-    own = {"data.source": "cards.jsonl", "policy.require-approval": True}
+    own = {
+        "data.source": "cards.jsonl",
+        "policy.require-approval": True,
+        "tell.policy-hash": True,
+    }
     local.fill_in(folder / "site.toml", own, {FORMULARY: ""})
     site = local.joined_site(consortium, folder, number)
     key = keys.read_private_key(site.place(site.node.private_key)).public_key()

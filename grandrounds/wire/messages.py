@@ -48,6 +48,7 @@ from grandrounds.wire.told import (
     HELD_OUT_LOSS,
     HIGHEST_LOSS,
     MARGIN_SUM,
+    POLICY,
     PREFERRED,
     RANKED,
     TRUNCATED,
@@ -171,7 +172,7 @@ INTRODUCTION: tuple[str, ...] = tuple(
 FACTS = frozenset(
     (
         *(*INTRODUCTION, TRUNCATED, NAME, SOURCE, BASE, BASE_COMMIT, DATA_COMMIT, DATA_TAG),
-        *("means", "torch", "python", CPU_MATMUL, *GUARANTEE),
+        *(POLICY, "means", "torch", "python", CPU_MATMUL, *GUARANTEE),
     )
 )
 """What is read of an introduction; the server drops everything else."""

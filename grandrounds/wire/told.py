@@ -17,6 +17,9 @@ DATA_TAG = "data-tag"
 """Key of an introduction: a hash of the site's examples, the same as long as they are. That of a
 real site is keyed by a secret of its own and differs from run to run."""
 
+POLICY = "policy-sha256"
+"""Key of an introduction: the SHA-256 of a real site's rules, if the site tells it."""
+
 OF_TEXTS = "t"
 """Beginning of the hash of a site that holds more than it tokenises beforehand: it is one of the
 texts, where others hash the tokens."""

@@ -27,6 +27,7 @@ from grandrounds.engines.deployment.set_up import place_of
 from grandrounds.errors import ConfigError, GrandRoundsError, first_line
 from grandrounds.site.custody import audit, budget_report, quota
 from grandrounds.site.custody.request import is_visit
+from grandrounds.site.custody.rules_hash import policy_sha256
 from grandrounds.site.custody.sequence import START
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.custody.state import FILE, SiteState, opened
@@ -57,6 +58,7 @@ def look(site: SiteFile) -> dict[str, Any]:
     found: dict[str, Any] = {
         "site": site.name,
         "site-file": str(site.path),
+        "policy-sha256": policy_sha256(site),
         "agent": _agent(site),
         "supernode": _supernode(site),
         "last-visit": _line(audit.latest(folder, _is_visit) if is_known else None),
@@ -236,6 +238,7 @@ def words(found: Mapping[str, Any]) -> list[str]:
             connected = f"runs ({runs_since}); {node['why']}"
     lines = [
         ("site", f"{found['site']} ({found['site-file']})"),
+        ("policy", f"SHA-256 {found['policy-sha256']}"),
         ("agent", f"listens at {agent['place']}" if agent["listens"] else f"off: {agent['why']}"),
         ("SuperNode", connected),
         ("last visit", visit_text(found["last-visit"])),

@@ -23,7 +23,7 @@ from grandrounds.wire.messages import ARRAYS, CONFIG, FORMULARY_METRICS, MAGNITU
 from grandrounds.wire.names import NAME, SOURCE
 from grandrounds.wire.personal import FEDERATED_LOSS, FEDERATED_NLL, PERSONAL, WEIGHT
 from grandrounds.wire.subgroups import SUBGROUPS
-from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, rounded_count, rounded_loss
+from grandrounds.wire.told import BASE, DATA_TAG, HELD_OUT_LOSS, POLICY, rounded_count, rounded_loss
 
 QUERY, TRAIN, EVALUATE, EXAM = "query", "train", "evaluate", "evaluate.formulary"
 
@@ -36,6 +36,8 @@ EXACT = "exact"
 AS_IT_IS, ROUNDED, ONLY_EXACT, TELEMETRY = "as it is", "rounded", "not told", "telemetry"
 
 OF_PRIVATE = "of private visits"
+
+WITH_HASH = "with the policy's hash"
 
 DECLARED, NOISED, NEVER = "declared", "noised", "never"
 """How a field of a private visit is told: as the declared number of units, noised if the policy
@@ -55,10 +57,12 @@ class Field:
     """Record of the reply."""
     told: str
     """`AS_IT_IS`, `ROUNDED`, `ONLY_EXACT` (only with `tell.figures = "exact"`), `TELEMETRY` (only
-    with `tell.telemetry = true`), or `OF_PRIVATE`, where other visits have no such field."""
+    with `tell.telemetry = true`), `WITH_HASH` (only with `tell.policy-hash = true`), or
+    `OF_PRIVATE`, where other visits have no such field."""
     meaning: str
     private: str = NEVER
-    """How it is told of a private visit: `AS_IT_IS`, `DECLARED`, `NOISED`, `TELEMETRY`, `NEVER`."""
+    """How it is told of a private visit: `AS_IT_IS`, `DECLARED`, `NOISED`, `TELEMETRY`,
+    `WITH_HASH`, `NEVER`."""
 
 
 def _fields(
@@ -144,6 +148,14 @@ FIELDS = (
         },
     ),
     Field("device", QUERY, CONFIG, TELEMETRY, "name of its GPU, or CPU", TELEMETRY),
+    Field(
+        POLICY,
+        QUERY,
+        CONFIG,
+        WITH_HASH,
+        "SHA-256 of `[policy]`, `[tell]`, `[privacy]` and `[secure]` of its site.toml",
+        WITH_HASH,
+    ),
     Field(
         "tensors",
         TRAIN,
@@ -400,7 +412,11 @@ def _leaves(field: Field | None, rules: Told, metrics: Mapping[str, Any]) -> boo
         return False
     site = rules.site
     if rules.is_private:
-        opted = {TELEMETRY: site.tell.telemetry, NOISED: rules.tells_loss}
+        opted = {
+            TELEMETRY: site.tell.telemetry,
+            WITH_HASH: site.tell.policy_hash,
+            NOISED: rules.tells_loss,
+        }
         return field.private != NEVER and opted.get(field.private, True)
     if field.name in _OF_HELD_OUT.get(field.kind, ()):
         held_out = rules.report["held-out-examples"]
@@ -410,6 +426,8 @@ def _leaves(field: Field | None, rules: Told, metrics: Mapping[str, Any]) -> boo
             return False
     if field.told == TELEMETRY:
         return site.tell.telemetry
+    if field.told == WITH_HASH:
+        return site.tell.policy_hash
     if field.told == ONLY_EXACT:
         return site.tell.figures == EXACT
     return field.told != OF_PRIVATE
@@ -464,6 +482,7 @@ _HOW = {
     ROUNDED: "rounded",
     ONLY_EXACT: 'only with `figures = "exact"`',
     TELEMETRY: "only with `telemetry = true`",
+    WITH_HASH: "only with `policy-hash = true`",
     OF_PRIVATE: "never",
 }
 
@@ -471,6 +490,7 @@ _HOW_PRIVATELY = {
     AS_IT_IS: "as it is",
     DECLARED: "`declared-units`",
     TELEMETRY: "only with `telemetry = true`",
+    WITH_HASH: "only with `policy-hash = true`",
     NOISED: "noised, only with `report-train-loss = true`",
     NEVER: "never",
 }

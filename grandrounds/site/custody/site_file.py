@@ -115,6 +115,7 @@ class Tell:
     figures: Annotated[str, OneOf(("rounded", "exact"))]
     min_held_out_examples: Annotated[int, Range(1)]
     subgroup_columns: str
+    policy_hash: bool
     telemetry: bool
 
 

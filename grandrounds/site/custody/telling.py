@@ -15,10 +15,11 @@ from grandrounds.site.custody.disclosure import Told, disclosed
 from grandrounds.site.custody.own_data import own_identifiers
 from grandrounds.site.custody.own_run import unusable
 from grandrounds.site.custody.request import Request
+from grandrounds.site.custody.rules_hash import policy_sha256
 from grandrounds.site.local_data import Site
 from grandrounds.wire import messages
 from grandrounds.wire.names import NAME, SOURCE
-from grandrounds.wire.told import BASE, DATA_TAG
+from grandrounds.wire.told import BASE, DATA_TAG, POLICY
 
 
 def search(request: Request, template: str) -> str:
@@ -51,12 +52,12 @@ def search(request: Request, template: str) -> str:
 
 
 def introduce(request: Request, reply: Message, base: str, data_version: str) -> None:
-    """Add the site's name, the base's hash, a public source and the data's tag to an introduction.
+    """Add the site's name, hashes of base and policy, a public source and the data's tag.
 
     The tag is the same as long as the data are, in one run, and says nothing else.
     """
     site, facts = request.site, reply.content.config_records[messages.CONFIG]
-    facts[NAME], facts[BASE] = site.name, base
+    facts[NAME], facts[BASE], facts[POLICY] = site.name, base, policy_sha256(site)
     secret = order.secret_of(request.state.folder)
     of_run = f"data {request.run} {data_version}".encode()
     facts[DATA_TAG] = hmac.digest(secret, of_run, "sha256").hex()[:16]

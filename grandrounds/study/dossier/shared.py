@@ -10,7 +10,7 @@ from grandrounds.config.words import counted
 from grandrounds.server.unfinished import KINDS
 from grandrounds.study.dossier.lines import Line, Section, line, open_line
 from grandrounds.study.dossier.record import CONFIG, EACH, LEDGER, PLAN, Fact, Record, Source
-from grandrounds.wire.told import in_custody
+from grandrounds.wire.told import POLICY, in_custody
 
 ROSTER = "roster.json"
 """As wire/masks/roster.py names it, which loads cryptography."""
@@ -39,9 +39,7 @@ def approval_section(record: Record) -> Section:
             how="those that tell base-content; the others ran in the server's process",
         ),
         *_roster(record),
-        open_line(
-            "policy hashes", "a site's policy does not leave it; its site.toml, at the site", sites
-        ),
+        *_policies(record),
         open_line(
             "approvals of the recipe",
             "each site's audit log: the recipe's hash, when it was approved, and the fingerprint "
@@ -55,6 +53,18 @@ def approval_section(record: Record) -> Section:
             named = record.run.names.in_place_of_number(who)
             lines.append(line(f"refused before {when}: {named}", why.text(), why))
     return Section("approval", "Approval", lines)
+
+
+def _policies(record: Record) -> Iterator[Line]:
+    """Yield the hash of each policy that was told, or what would record them."""
+    told = [site for site in record.sites.facts() if POLICY in site.mapping()]
+    for site in told:
+        name = record.name(site["partition-id"].whole())
+        how = "SHA-256 of the rules in its site.toml: grandrounds site status shows it at the site"
+        yield line(f"policy of {name}", site[POLICY].text(), site[POLICY], how=how)
+    if not told:
+        would = "sites with tell.policy-hash = true in their site.toml"
+        yield open_line("policy hashes", would, record.sites)
 
 
 def _roster(record: Record) -> Iterator[Line]:

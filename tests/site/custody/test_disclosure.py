@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ from grandrounds.site.custody import answer as custody
 from grandrounds.site.custody import audit
 from grandrounds.site.custody.disclosure import FAILURE, FIELDS
 from grandrounds.site.custody.node import SITE
+from grandrounds.site.custody.rules_hash import policy_sha256
 from grandrounds.site.custody.site_file import SiteFile
 from grandrounds.site.visit import Visit, introduction
 from grandrounds.study.export import findings
@@ -42,7 +44,7 @@ from grandrounds.study.report.several_runs import several_page
 from grandrounds.wire import messages, subgroups
 from tests.asking import made_up
 from tests.own_sites import sites_of
-from tests.runs import Settings, grid_of, metrics_of, play, summary_of
+from tests.runs import Settings, grid_of, metrics_of, play, read_json, summary_of
 
 
 def test_the_server_reads_all_that_a_site_tells() -> None:
@@ -71,10 +73,13 @@ def fields_of(reply: Message) -> set[tuple[str, str]]:
     return told
 
 
-def listed(kind: str, *, exact: bool = False, telemetry: bool = False) -> set[tuple[str, str]]:
+def listed(
+    kind: str, *, exact: bool = False, telemetry: bool = False, policy: bool = False
+) -> set[tuple[str, str]]:
     """Return (record, field) that the list lets leave."""
     how = {"as it is", "rounded"} | ({"not told"} if exact else set())
     how |= {"telemetry"} if telemetry else set()
+    how |= {"with the policy's hash"} if policy else set()
     return {
         (field.record, field.name) for field in FIELDS if field.kind == kind and field.told in how
     }
@@ -144,12 +149,17 @@ def test_every_field_that_leaves_is_listed_and_the_run_goes_without_the_others(
 
 def test_a_site_may_tell_everything(settings: Settings, tmp_path: Path) -> None:
     settings = {**settings, **ONE_SITE}
-    [site] = sites_of(settings, tmp_path, tell__figures="exact", tell__telemetry=True)
+    everything = {"tell__figures": "exact", "tell__telemetry": True, "tell__policy_hash": True}
+    [site] = sites_of(settings, tmp_path, **everything)
     loads = base_loads()  # of other tests in this process
     run, replies = run_of(settings, site)
     for kind, reply in replies.items():
-        told = listed(kind, exact=True, telemetry=True)
+        told = listed(kind, exact=True, telemetry=True, policy=True)
         assert fields_of(reply) == told - {("config", "data-source")}
+    [introduced] = read_json(run / "sites.json")
+    assert introduced["policy-sha256"] == policy_sha256(site)
+    strict = dataclasses.replace(site.policy, max_rank=1)
+    assert policy_sha256(dataclasses.replace(site, policy=strict)) != policy_sha256(site)
     summary = summary_of(run)
     assert summary["data"]["rows"] == 120
     assert summary["base_loads"] - loads <= summary["processes"] == 1

@@ -265,10 +265,12 @@ def test_an_item_is_answered_only_by_a_recorded_line(tmp_path: Path) -> None:
 def test_real_sites_are_told_from_a_rehearsal_and_the_roster_is_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", secure_aggregation="masked32")
     sites = json.loads((run / "sites.json").read_text())
+    assert lines_of(run)["approval: policy hashes"] == NOT_RECORDED
     own = [
         {**site, "base-content": "cd" * 32, "name": f"ward {site['partition-id']}"}
         for site in sites
     ]
+    own[1]["policy-sha256"] = "ab" * 32
     write(run / "sites.json", own)
     agents = [keys.new_key() for _ in own]
     listed = [
@@ -280,6 +282,8 @@ def test_real_sites_are_told_from_a_rehearsal_and_the_roster_is_shown(tmp_path: 
     said = lines_of(run)
     assert said["approval: sites in their own custody"].startswith("6 of 6: ward 0, ward 1")
     assert said["approval: roster of agent keys: serial"] == "3, of trial"
+    assert said["approval: policy of ward 1"] == "ab" * 32
+    assert "approval: policy hashes" not in said
     fingerprint = keys.fingerprint(agents[2].public_key())
     assert said["approval: agent key of ward 2"] == fingerprint
     assert "masked32" in said["privacy: masked sums"]
