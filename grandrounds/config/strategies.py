@@ -37,6 +37,8 @@ class Strategy:
     """Whether the mean can be followed with Nesterov's momentum (`outer-nesterov`)."""
     cuts: bool = False
     """Whether a site of a lower rank receives the first ranks, not the strongest directions."""
+    by_norm: bool = False
+    """Whether updates weigh by the norms of the sites' models, not by numbers of examples."""
     keys: tuple[str, ...] = ()
     """Keys of `strategy.` that are specific to this rule."""
 
@@ -94,6 +96,7 @@ STRATEGIES: dict[str, Strategy] = {
         error_feedback=False,
         mixed_ranks=True,
         cuts=True,
+        by_norm=True,
         keys=("site-ranks", "rank-decay", "rank-penalty"),
     ),
     "lora-fair": Strategy(keeps_replies=True, error_feedback=False, keys=("ridge",)),

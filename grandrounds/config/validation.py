@@ -501,6 +501,8 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             f"train.training-arguments.max-steps = 1 would train B alone under {name}, which "
             "trains B and A in turn by step: use at least 2."
         )
+    if STRATEGIES[name].by_norm:
+        yield from _idle_weights(config)
     if 0 < cohort < needed:
         yield (
             f"strategy.name = {name!r} needs at least {needed} updates per round with its "
@@ -512,6 +514,29 @@ def _rule_contradictions(config: Config) -> Iterator[str]:
             "strategy.trimmed-share = 0 trims nothing: use a fraction above 0, or "
             'strategy.name = "fedavg".'
         )
+
+
+def _idle_weights(config: Config) -> Iterator[str]:
+    """Yield what is set in vain under a rule that weighs updates by norms.
+
+    `largest-weight` has a limit by default, which has no effect there.
+    """
+    strategy, preset = config.strategy, config.defence.preset
+    for key, value, is_set, off in (
+        ("strategy.weighting", strategy.weighting, strategy.weighting == "equal", '"examples"'),
+        (
+            "defence.preset",
+            preset,
+            "strategy.largest-weight" in PRESETS.get(preset, {}),
+            '"none" and defence.largest-norm, which bounds an update',
+        ),
+    ):
+        if is_set:
+            yield (
+                f"{key} = {value!r} does not go with strategy.name = {strategy.name!r}, which "
+                "weighs updates by the norms of the sites' models, so that strategy.largest-weight "
+                f"limits none. Set {off}, or another rule."
+            )
 
 
 def _pruning_contradictions(config: Config) -> Iterator[str]:

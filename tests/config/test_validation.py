@@ -199,6 +199,10 @@ def test_a_number_of_four_hundred_digits_is_refused_in_words() -> None:
                 ({"personalisation.name": "local-tail"}, "has the run's rank"),
             )
         ),
+        *(
+            ({"strategy.name": "hetlora", key: value}, [key, "weighs updates by the norms"])
+            for key, value in (("strategy.weighting", "equal"), ("defence.preset", "robust"))
+        ),
         ({"strategy.name": "lora-fair", "communication.uplink-codec": "ternary"}, ["lora-fair"]),
         ({"strategy.name": "fedsvd", "communication.uplink-codec": "sign"}, ["fedsvd"]),
         *(

@@ -101,13 +101,13 @@ def _last_run(folder: Path) -> dict[str, Any] | None:
     if not path.is_dir():
         return found
     directory = RunDirectory(path)
-    lines = directory.read_metrics()
-    rounds_of = {str(site): line["round"] for line in lines for site in line.get("good", ())}
     try:
+        lines = directory.read_metrics()
         summary = directory.read_json("summary.json") if (path / "summary.json").exists() else {}
         config = recipes.resolve(recipes.load_recipe(path / "config.toml"))
     except GrandRoundsError as error:
         return {**found, "status": f"unreadable: {error}"}
+    rounds_of = {str(site): line["round"] for line in lines for site in line.get("good", ())}
     return {
         **found,
         "status": summary.get("status", "in progress"),

@@ -178,13 +178,21 @@ def _privacy(site: SiteFile, state: SiteState | None) -> dict[str, Any] | None:
 
 def _disk(site: SiteFile, folder: Path) -> dict[str, int]:
     """Return the bytes of the agent's state, those that are free, and how many should be."""
-    files = [file for file in folder.rglob("*") if file.is_file()] if folder.exists() else []
+    size = sum(map(_bytes_of, folder.rglob("*"))) if folder.exists() else 0
     place = folder if folder.exists() else site.path.parent
     return {
-        "state-bytes": sum(file.stat().st_size for file in files),
+        "state-bytes": size,
         "free-bytes": shutil.disk_usage(place).free,
         "least-bytes": LEAST_MESSAGES * site.agent.max_message_mib * MIB,
     }
+
+
+def _bytes_of(file: Path) -> int:
+    """Return the size of a file; 0 for anything else, and for one that a visit has just removed."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _problems(found: Mapping[str, Any]) -> Iterator[str]:

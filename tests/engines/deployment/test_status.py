@@ -208,6 +208,11 @@ def test_a_privacy_budget_is_told_and_one_that_was_lost_is_a_problem(
     assert "problem       privacy: the budget has not been started" in said
 
 
+def test_a_file_that_a_visit_removes_meanwhile_counts_nothing() -> None:
+    gone = Mock(is_file=lambda: True, stat=Mock(side_effect=FileNotFoundError))
+    assert site_status._bytes_of(gone) == 0
+
+
 # --- The consortium -------------------------------------------------------------------------------
 
 
@@ -249,6 +254,10 @@ def test_members_are_told_with_their_connection_and_the_last_run(
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert found["last-run"]["round"] == last["round"]
     assert found["members"][0]["status"] == "online"
+    (run / "metrics.jsonl").write_text("{\n{}\n")  # a damaged run hides no member
+    said = consortium_said(consortium)[1]
+    assert "last run        unreadable: " in said
+    assert "st-elsewhere  site 0, online" in said
 
 
 def test_a_superlink_that_does_not_answer_is_told_and_members_are_listed(
