@@ -107,7 +107,9 @@ class Comparison:
         self.rounds = config.federation.num_server_rounds
         if design.equal_visits:
             check_equal_visits(design.arms)
-            self.rounds = budget.rounds_before(config, examples_of_visits(config))
+            seeded = (recipes.resolve(config.flat(), {"seed": seed}) for seed in design.seeds)
+            # cohorts differ by seed, and visits of whole epochs by site
+            self.rounds = min(budget.rounds_before(one, examples_of_visits(one)) for one in seeded)
         self.config, self.design = config, design
         self.folder = ComparisonFolder.open(out, config)
         self.exams = exams_of(config, design)

@@ -22,7 +22,7 @@ from grandrounds.site.visit import Visit
 from grandrounds.study.comparison.arms import numbered_without
 from grandrounds.study.comparison.exams import exams_of
 from grandrounds.study.comparison.results import LOSS
-from grandrounds.study.comparison.runner import compare
+from grandrounds.study.comparison.runner import Comparison, compare
 from grandrounds.study.comparison.tables import notes, tables
 from grandrounds.study.comparison.units import ARMS, PERSONAL, PRIVATE, Design
 from grandrounds.wire.ledger import Ledger
@@ -573,6 +573,32 @@ def test_with_equal_visits_the_tail_comes_out_of_the_rounds(
         some = arms if few.is_personal else arms[:1]
         with pytest.raises(ConfigError, match=said):
             played(few, tmp_path / "d", **{**asked, "arms": some}, equal_visits=True)
+
+
+def test_equal_visits_leave_as_many_rounds_as_every_seed_can_spare(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Visits of 48, 10 and 10 examples, one a round. Seed 42 draws 10, 10, 48, 10, 48, 10, of which
+    21 of the tails leave 115, four rounds; seed 43 draws 10, 10, 48, 10, 10, 48, and could spare
+    five."""
+    rows = [(ward, i) for ward, count in (("a", 60), ("b", 12), ("c", 12)) for i in range(count)]
+    path = tmp_path / "uneven.jsonl"
+    texts = ({"input": f"What is {w}{i}?", "output": f"It is {i}.", "ward": w} for w, i in rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    arguments = "train.training-arguments."
+    how = {
+        **{"static.dataset.name": str(path), "data.held-out-fraction": 0.2},
+        **{"data.partitioner": "natural", "data.partition-by": "ward", "data.num-partitions": 3},
+        **{"strategy.fraction-train": 0.34, "num-server-rounds": 6},
+        **{"personalisation.name": "local-tail", "personalisation.steps": 7},
+        **{f"{arguments}max-steps": -1, f"{arguments}per-device-train-batch-size": 1},
+        **{f"{arguments}gradient-accumulation-steps": 1, f"{arguments}num-train-epochs": 1},
+        "defence.largest-norm": 0.0,
+    }
+    config = resolved(settings, **how)
+    for seeds, rounds in (([43], 5), ([43, 42], 4)):
+        design = Design(("federated", "personal"), seeds, equal_visits=True)
+        assert Comparison(config, design, tmp_path / str(len(seeds))).rounds == rounds
 
 
 def never(event: str, facts: Any) -> None:
