@@ -17,6 +17,7 @@ from grandrounds.wire.told import (
     COUNTS,
     DATA_TAG,
     OF_TEXTS,
+    SAME_IF_TOLD,
     TRUNCATED,
     in_custody,
     rounded_count,
@@ -24,15 +25,6 @@ from grandrounds.wire.told import (
 
 NODE_UNAVAILABLE = 5
 """Flower's error code where a node's heartbeat is missing."""
-
-SAME_IN_A_RUN = (
-    *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
-    *("base", "prompt", DATA_TAG),
-)
-"""Facts that must not change when a site returns or a run is resumed, where it tells them."""
-
-SAME_IF_TOLD = (messages.BASE_COMMIT, messages.DATA_COMMIT)
-"""Facts that must not change either, unless an introduction of an earlier version lacks them."""
 
 MUST_AGREE = (
     ("version", "version of grandrounds"),

@@ -35,7 +35,7 @@ from grandrounds.server.directory import (
     environment,
 )
 from grandrounds.server.exchange import Exchange
-from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, has_changed
+from grandrounds.server.introductions import has_changed
 from grandrounds.server.judging import examine_formulary, examiners_of
 from grandrounds.server.listeners import Listener
 from grandrounds.server.magnitudes import ask_for_magnitudes
@@ -58,7 +58,7 @@ from grandrounds.wire.adapter import (
 from grandrounds.wire.downlink import Sender
 from grandrounds.wire.guarantee import BUDGET_SPENT, is_private
 from grandrounds.wire.schedule import evaluation_cohort_of
-from grandrounds.wire.told import in_custody
+from grandrounds.wire.told import SAME_IF_TOLD, SAME_IN_A_RUN, in_custody
 from grandrounds.wire.traffic import plan_config
 
 

@@ -30,8 +30,7 @@ from grandrounds.server.described import (
 from grandrounds.server.listeners.start_rows import defence
 from grandrounds.server.listeners.trackers import settings_of
 from grandrounds.server.masks.told import masks_text, still_told
-from grandrounds.wire.messages import BASE_COMMIT, DATA_COMMIT
-from grandrounds.wire.told import MARGIN, PREFERENCES, RANKING
+from grandrounds.wire.told import BASE_COMMIT, DATA_COMMIT, MARGIN, PREFERENCES, RANKING
 
 FLOWERTUNE = "https://flower.ai/benchmarks/llm-leaderboard/medical/"
 """The leaderboard whose table columns `_submission` fills in."""

@@ -18,6 +18,7 @@ from grandrounds.server import states
 from grandrounds.server.directory import SUMMARY, RunDirectory, records_of
 from grandrounds.server.states import CONFIG, METRICS, SITES, SavedState
 from grandrounds.storage import read_toml
+from grandrounds.wire.told import SAME_IN_A_RUN
 
 LEDGER = "ledger.json"
 
@@ -220,8 +221,6 @@ def _agree(kept: Sequence[dict[str, Any]], there: Sequence[dict[str, Any]]) -> b
 
     A roll call after the state may add sites, and what they tell of their machines.
     """
-    from grandrounds.server.introductions import SAME_IN_A_RUN
-
     now = {site["partition-id"]: site for site in there}
     return all(
         (site["partition-id"] in now)

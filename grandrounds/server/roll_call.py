@@ -16,8 +16,6 @@ from grandrounds.errors import EngineError, GrandRoundsError
 from grandrounds.server.exchange import Exchange, pause
 from grandrounds.server.introductions import (
     COMPUTED_BEFORE,
-    SAME_IF_TOLD,
-    SAME_IN_A_RUN,
     SiteCard,
     arithmetic_of,
     arithmetic_text,
@@ -35,6 +33,7 @@ from grandrounds.server.introductions import (
 from grandrounds.wire import messages
 from grandrounds.wire.guarantee import BUDGET_SPENT
 from grandrounds.wire.names import NAME, SiteNames, names_of, one_line
+from grandrounds.wire.told import SAME_IF_TOLD, SAME_IN_A_RUN
 
 _log = logging.getLogger("grandrounds")
 

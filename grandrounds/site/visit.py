@@ -67,7 +67,7 @@ from grandrounds.wire.adapter import (
 )
 from grandrounds.wire.guarantee import EPSILON
 from grandrounds.wire.names import NAME
-from grandrounds.wire.told import DATA_TAG
+from grandrounds.wire.told import BASE_COMMIT, DATA_COMMIT, DATA_TAG
 
 Batches = list[list[TokenizedExample]]
 
@@ -283,7 +283,7 @@ def introduction(
     check_length(config.model.source, config.train.seq_length)
     check_examples(config.model.source, site.tokens())
     name = config.model.source
-    commits = {messages.BASE_COMMIT: base_commit(name), messages.DATA_COMMIT: site.data_commit}
+    commits = {BASE_COMMIT: base_commit(name), DATA_COMMIT: site.data_commit}
     return {
         "partition-id": site.partition_id,
         **({NAME: site.name} if site.name else {}),

@@ -43,7 +43,9 @@ from grandrounds.wire.names import NAME, SOURCE, one_line
 from grandrounds.wire.personal import FEDERATED_LOSS, FEDERATED_NLL, WEIGHT
 from grandrounds.wire.told import (
     BASE,
+    BASE_COMMIT,
     COUNTS,
+    DATA_COMMIT,
     DATA_TAG,
     HELD_OUT_LOSS,
     HIGHEST_LOSS,
@@ -80,9 +82,6 @@ _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Warning): ")
 THREADS, CPU_MATMUL = "threads", "cpu-matmul"
 """Facts of an introduction that the bits of an adapter depend on. The server returns them with each
 message, so that a site started anew computes as before."""
-
-BASE_COMMIT, DATA_COMMIT = "base-commit", "data-commit"
-"""Facts of an introduction: the commits of base and data on the hub that were really loaded."""
 
 UPDATE_NORM = "update-norm"
 """Metric of a reply to `train`: the L2 norm of the change before encoding."""

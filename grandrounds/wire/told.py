@@ -17,6 +17,9 @@ DATA_TAG = "data-tag"
 """Key of an introduction: a hash of the site's examples, the same as long as they are. That of a
 real site is keyed by a secret of its own and differs from run to run."""
 
+BASE_COMMIT, DATA_COMMIT = "base-commit", "data-commit"
+"""Facts of an introduction: the commits of base and data on the hub that were really loaded."""
+
 POLICY = "policy-sha256"
 """Key of an introduction: the SHA-256 of a real site's rules, if the site tells it."""
 
@@ -47,6 +50,15 @@ COUNTS = (
     *("train-examples", "held-out-examples"),
 )
 """Facts of an introduction that count rows and examples."""
+
+SAME_IN_A_RUN = (
+    *("rows", "train-examples", "held-out-examples", "truncated", "unlearnable"),
+    *("base", "prompt", DATA_TAG),
+)
+"""Facts that must not change when a site returns or a run is resumed, where it tells them."""
+
+SAME_IF_TOLD = (BASE_COMMIT, DATA_COMMIT)
+"""Facts that must not change either, unless an introduction of an earlier version lacks them."""
 
 HIGHEST_LOSS = 1e6
 """No held-out loss is higher, in nats per answer token."""

@@ -22,10 +22,11 @@ from grandrounds.errors import (
 )
 from grandrounds.server import roll_call
 from grandrounds.server.admitted import admitted_names
-from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN, SiteCard, has_changed
+from grandrounds.server.introductions import SiteCard, has_changed
 from grandrounds.server.lifecycle import check_same_sites
 from grandrounds.server.roll_call import Roster
 from grandrounds.wire import messages
+from grandrounds.wire.told import SAME_IF_TOLD, SAME_IN_A_RUN
 from tests.server.hand_written import (
     Silent,
     Sites,

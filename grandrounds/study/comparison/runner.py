@@ -17,7 +17,6 @@ from grandrounds.config.keys import Config
 from grandrounds.config.words import command, counted
 from grandrounds.errors import ConfigError, DataError
 from grandrounds.server.directory import environment
-from grandrounds.server.introductions import SAME_IN_A_RUN
 from grandrounds.site.local_data import site_of
 from grandrounds.site.visit import introduction
 from grandrounds.study.comparison import budget
@@ -39,6 +38,7 @@ from grandrounds.study.comparison.units import (
     check_recipe,
 )
 from grandrounds.wire.names import NAME, names_of
+from grandrounds.wire.told import SAME_IN_A_RUN
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with an event (planned, visited, finished) and its data."""

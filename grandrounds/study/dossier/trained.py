@@ -11,10 +11,7 @@ from grandrounds.study.dossier.record import PLAN, Fact, Record
 from grandrounds.study.report.provenance import differing, value_text
 from grandrounds.study.tables import duration
 from grandrounds.wire.names import SOURCE
-from grandrounds.wire.told import BASE, COUNTS, DATA_TAG, in_custody
-
-BASE_COMMIT, DATA_COMMIT = "base-commit", "data-commit"
-"""Facts of an introduction, as wire/messages.py names them, which loads Flower."""
+from grandrounds.wire.told import BASE, BASE_COMMIT, COUNTS, DATA_COMMIT, DATA_TAG, in_custody
 
 ROUNDED = (
     "as told: a site in its own custody rounds its counts, unless its policy tells them exactly"

@@ -8,7 +8,6 @@ from grandrounds.config.keys import FIELD_OF_KEY, PLACES
 from grandrounds.config.words import NOT_TOLD
 from grandrounds.errors import ConfigError
 from grandrounds.server.described import before_training
-from grandrounds.server.introductions import SAME_IF_TOLD, SAME_IN_A_RUN
 from grandrounds.study.report import cost, headline, provenance
 from grandrounds.study.report.charts import line_chart
 from grandrounds.study.report.figures import Figure, Page, Section, Tile, some
@@ -28,6 +27,7 @@ from grandrounds.study.tables import (
     number,
     percent,
 )
+from grandrounds.wire.told import SAME_IF_TOLD, SAME_IN_A_RUN
 
 CURVES = (
     ("communication-mib", "Cumulative communication", Axis("MiB, both ways", from_zero=True), 1.0),
