@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from grandrounds.config.strategies import STRATEGIES
 from grandrounds.engines.deployment.set_up import with_value
 from grandrounds.errors import ConfigError, ModelError
 from grandrounds.site.custody.site_file import SECTIONS, TEMPLATE, read_site_file
@@ -20,6 +21,12 @@ def test_every_key_stands_in_the_template_and_no_other() -> None:
     for section, made in SECTIONS.items():
         names = {field.name.replace("_", "-") for field in dataclasses.fields(made)}
         assert set(template[section]) == names
+
+
+def test_the_template_lets_every_rule() -> None:
+    """The server computes it; what a site is asked by it has limits of its own."""
+    listed = tomllib.loads(TEMPLATE.read_text())["policy"]["strategies"].split(",")
+    assert sorted(listed) == sorted(STRATEGIES)
 
 
 def test_what_a_file_leaves_out_is_the_templates(tmp_path: Path) -> None:
