@@ -55,7 +55,7 @@ WRONG = [
     ('data__answer-column = "input"', "must name two different columns"),
     ("node__partition-id = 5", "partition-id = 5 must be below node.num-partitions = 1"),
     ('secure__roster = " "', "secure.roster = ' ' must be the path of a file"),
-    (r'secure__roster = "a\u0000"', "must be the path of a file"),
+    (r'secure__roster = "a\u0000"', "it has a NUL character"),
     ('agent__address = "127.0.0.1:9443"', "set exactly one of agent.socket"),
 ]
 
