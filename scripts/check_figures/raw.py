@@ -15,6 +15,9 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 FAILED = ("magnitudes-failed", "failed", "evaluate-failed", "formulary-failed")
 """Keys of failed replies in lines of metrics.jsonl and unfinished.jsonl."""
 
+AFTER = ("formulary", "personal", "subgroups")
+"""Kinds of messages after the last round."""
+
 Json = Mapping[str, Any]
 
 
@@ -62,6 +65,8 @@ class Raw:
                 said += (line.get(key) or {}).values()
         said += [line["reason"] for line in self.lost] + [str(self.summary.get("reason") or "")]
         said += self.summary.get("not_comparable_because") or []
+        for last in (self.summary.get(name) or {} for name in ("personal", "subgroups")):
+            said += [*(last.get("failed") or {}).values(), *(last.get("columns") or ())]
         return said
 
     def series(self, key: str) -> list[tuple[int, float]]:
@@ -175,8 +180,9 @@ def disagreements(raw: Raw) -> list[str]:
     if raw.lines and not went_on:
         last = raw.lines[-1]
         since = sum(mib(line) for line in raw.lost if line["after-round"] == last["round"])
-        exam = mib(raw.ledger, "formulary.down") + mib(raw.ledger, "formulary.up")
-        exam -= sum(mib(line, "formulary.down") + mib(line, "formulary.up") for line in raw.lost)
+        after = [f"{kind}.{way}" for kind in AFTER for way in ("down", "up")]
+        exam = sum(mib(raw.ledger, kind) for kind in after)
+        exam -= sum(mib(line, kind) for line in raw.lost for kind in after)
         same(
             "ledger.json, and the last line of metrics.jsonl with what was sent since",
             *(raw.sent(), last["communication-mib"] + since + exam),

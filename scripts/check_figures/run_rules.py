@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from scripts.check_figures.last_rules import personal, subgroups
 from scripts.check_figures.page import Texts
 from scripts.check_figures.privacy_rules import privacy
 from scripts.check_figures.provenance_rules import provenance
@@ -24,7 +25,7 @@ def check_run_page(texts: Texts, raw: Raw) -> Sheet:
     sheet = Sheet(texts, raw.names)
     for rule in (
         *(headline, failures, loss, accuracy, communication, messages, seconds),
-        *(participation, coverage, updates, rule_values, privacy, provenance),
+        *(participation, coverage, updates, rule_values, personal, subgroups, privacy, provenance),
     ):
         rule(sheet, raw)
     sheet.ticks()

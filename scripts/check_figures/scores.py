@@ -68,6 +68,12 @@ def of_counts(protocol: str, title: str, group: str, model: str, part: Json) -> 
     return Score(protocol, title, group, model, [correct, n], 100 * correct / n, ends)
 
 
+def brings_own_data(raw: Raw) -> bool:
+    """Whether a real site trains on other data than the formulary."""
+    real = [site for site in raw.sites if "base-content" in site]
+    return any(not str(site.get("data-source") or "").startswith("formulary") for site in real)
+
+
 def scores(raw: Raw) -> list[Score]:
     """Return every score of a run; of two evaluations of the same the first."""
     found: dict[tuple[str, ...], Score] = {}
@@ -89,6 +95,8 @@ def scores(raw: Raw) -> list[Score]:
                 add(Score(protocol, title, "token F1", model, [row["n"]], mean, ends))
     if FORMULARY not in {score.benchmark for score in found.values()}:
         for group, of in (raw.summary.get("formulary") or {}).items():
+            if group == "private" and brings_own_data(raw):
+                continue  # nobody holds these facts
             for which, part in of.items():
                 model = "base" if which == "base" else f"peft_{raw.rounds}"
                 add(of_counts("likelihood", FORMULARY, group, model, part))

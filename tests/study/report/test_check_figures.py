@@ -21,6 +21,7 @@ from grandrounds.server.guarantees import AUDIT
 from grandrounds.server.listeners import Listener
 from grandrounds.server.listeners.tracker_libraries import TensorBoard, TrackedRun
 from grandrounds.server.listeners.trackers import Tracked
+from grandrounds.server.personal import summarised
 from grandrounds.site.private.rehearsal import mechanism_of
 from grandrounds.study.audit.extraction import Extraction
 from grandrounds.study.audit.membership import membership
@@ -112,6 +113,35 @@ def test_the_figures_of_a_run_of_before_are_right_and_every_planted_error_is_fou
     raw = read(run)
     assert disagreements(raw) == []
     assert_finds_every_error(page_of(run), lambda texts: check_run_page(texts, raw))
+
+
+def test_the_figures_of_personal_adapters_and_subgroups_are_right_and_every_error_is_found(
+    tmp_path: Path,
+) -> None:
+    run = copy_of("ffa-ternary-incremental", tmp_path)
+    own: dict[str, dict[str, float | int]] = {
+        str(site): {
+            "federated": 1.2 + 0.1 * site,
+            "personal": 1.4 - 0.05 * site,
+            "weight": 0.25 * site,
+            "held-out-examples": 20 + site,
+        }
+        for site in range(4)
+    }
+    told = {"name": "local-tail", "sites": {**own, "4": {}}, "failed": {"5": "2 tensors lack"}}
+    of_ward = {"held-out-loss": 1.875, "held-out-examples": 1240, "sites": [0, 1, 3]}
+    group = {"columns": ["ward 7"], "groups": {"ward 7 = 12": of_ward}, "silent": [2, 4]}
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"personal": {**told, **summarised(own)}, "subgroups": {**group, "failed": {}}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    texts, raw = page_of(run), read(run)
+    assert "note/personal/1" in texts
+    assert_finds_every_error(texts, lambda texts: check_run_page(texts, raw))
+    summary["personal"]["mean"]["personal"] += 0.5
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert [
+        finding.partition(" says")[0] for finding in check_run_page(page_of(run), raw).findings
+    ] == ["note/personal/1"]
 
 
 def test_the_figures_of_a_comparison_are_right_and_every_planted_error_is_found(
