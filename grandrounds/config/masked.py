@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grandrounds.config.keys import Config
+from grandrounds.config.refusals import Contradiction, refused
 
 KEY = "secure-aggregation"
 
@@ -40,7 +41,7 @@ def masked_contradictions(config: Config) -> Iterator[str]:
     if not config.is_masked:
         return
     strategy, defence, how = config.strategy, config.defence, config.communication
-    for key, value, is_met, why, instead in (
+    found: tuple[Contradiction, ...] = (
         (
             "strategy.name",
             strategy.name,
@@ -100,12 +101,8 @@ def masked_contradictions(config: Config) -> Iterator[str]:
             "every site holds a share of every other one's secrets",
             f"use at most {MOST_SITES} sites",
         ),
-    ):
-        if is_met:
-            shown = repr(value) if isinstance(value, str) else str(value).lower()
-            yield (
-                f"{key} = {shown} does not go with {KEY}: {why}. {instead[0].upper()}{instead[1:]}."
-            )
+    )
+    yield from refused(KEY, found)
     if config.cohort_size < LEAST_COHORT:
         yield (
             f"{KEY} = {config.federation.secure_aggregation!r} with {config.cohort_size} sites a "

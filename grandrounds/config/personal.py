@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grandrounds.config.keys import Config
+from grandrounds.config.refusals import Contradiction, refused
 from grandrounds.config.strategies import STRATEGIES
 
 KEY = "personalisation.name"
-
-Contradiction = tuple[str, object, bool, str, str]
-"""Key, value, whether it is met, why it cannot be, and what to do."""
 
 
 def personal_contradictions(config: Config) -> Iterator[str]:
@@ -18,7 +16,7 @@ def personal_contradictions(config: Config) -> Iterator[str]:
     if not config.is_personal:
         return
     how, rule = config.personalisation, config.strategy.name
-    for key, value, is_met, why, instead in (
+    found: tuple[Contradiction, ...] = (
         (
             "strategy.name",
             rule,
@@ -48,13 +46,8 @@ def personal_contradictions(config: Config) -> Iterator[str]:
             'add a weight above 0, or set personalisation.name = "none"',
         ),
         *_of_parts(config),
-    ):
-        if is_met:
-            shown = repr(value) if isinstance(value, str) else str(value).lower()
-            yield (
-                f"{key} = {shown} does not go with {KEY} = {how.name!r}: {why}. "
-                f"{instead[0].upper()}{instead[1:]}."
-            )
+    )
+    yield from refused(f"{KEY} = {how.name!r}", found)
 
 
 def _of_parts(config: Config) -> Iterator[Contradiction]:

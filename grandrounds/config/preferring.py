@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from grandrounds.config.automatic import EMBEDDED_DATA
 from grandrounds.config.keys import Config
+from grandrounds.config.refusals import Contradiction, refused
 
 KEY, DPO = "train.objective", '"dpo"'
 
@@ -32,7 +33,7 @@ def preference_contradictions(config: Config) -> Iterator[str]:
                 'facts with one answer each are "formulary".'
             )
         return
-    for key, value, is_met, why, instead in (
+    found: tuple[Contradiction, ...] = (
         (
             "static.dataset.name",
             named,
@@ -100,10 +101,5 @@ def preference_contradictions(config: Config) -> Iterator[str]:
             "it is needed for the rejected answer, in a column of its own",
             "name that column",
         ),
-    ):
-        if is_met:
-            shown = repr(value) if isinstance(value, str) else str(value).lower()
-            yield (
-                f"{key} = {shown} does not go with {KEY} = {DPO}: {why}. "
-                f"{instead[0].upper()}{instead[1:]}."
-            )
+    )
+    yield from refused(f"{KEY} = {DPO}", found)

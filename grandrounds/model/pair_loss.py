@@ -7,7 +7,7 @@ Rafailov et al., Direct Preference Optimization: Your Language Model is Secretly
     m = beta ((log pi(y|x) - log pi(z|x)) - (log pi_0(y|x) - log pi_0(z|x)))
 
 A log-probability is the sum over the tokens of an answer, its end included; normalised by length it
-is their mean (Lambert et al., Tülu 3, 2024, section 5.1). m is the margin: the difference of the
+is their mean (Lambert et al., Tülu 3, 2024). m is the margin: the difference of the
 implicit rewards beta log(pi / pi_0). A log-ratio here is log pi(y|x) - log pi(z|x).
 """
 

@@ -15,7 +15,7 @@ from flwr.app import Message
 from grandrounds.errors import ReplyError
 from grandrounds.server.exchange import Tally
 from grandrounds.server.judging import noting
-from grandrounds.server.rounds import continues_at
+from grandrounds.server.parcels import after_the_last_round
 from grandrounds.server.run import Run
 from grandrounds.server.unfinished import PERSONAL as FAILED
 from grandrounds.wire import messages, told
@@ -29,18 +29,7 @@ def personalise(run: Run) -> dict[str, Any]:
     """
     run.roster.refresh(run.exchange)
     run.write_sites()
-    number, cards = run.state.round, run.roster.cards
-    parcel = run.sender.exact(run.state.adapter)
-    outgoing = {
-        p: run.exchange.message(
-            card.node_id,
-            PERSONAL,
-            number,
-            run.beside(parcel, p, number),
-            {**continues_at(run, p), **card.arithmetic},
-        )
-        for p, card in sorted(cards.items())
-    }
+    cards = run.roster.cards
 
     def use(site: int, reply: Message) -> messages.Metrics:
         required = () if cards[site].in_custody else messages.PERSONAL_METRICS
@@ -50,7 +39,9 @@ def personalise(run: Run) -> dict[str, Any]:
                 raise ReplyError(f"its {name} loss is {loss:.3g} nats per token")
         return metrics
 
-    tally = run.exchange.ask("personal", outgoing, use, noting(run, FAILED))
+    tally = run.exchange.ask(
+        "personal", after_the_last_round(run, PERSONAL), use, noting(run, FAILED)
+    )
     run.state.note_loads(tally)
     return entry(run, tally)
 

@@ -23,7 +23,7 @@ from grandrounds.server.judging import evaluate, noting
 from grandrounds.server.masks.attempts import Asked, Masks
 from grandrounds.server.masks.exchanges import MASKED_KIND
 from grandrounds.server.model_card import Findings, model_card
-from grandrounds.server.parcels import NOT_THERE, parcels_for
+from grandrounds.server.parcels import NOT_THERE, continues_at, parcels_for
 from grandrounds.server.run import Run
 from grandrounds.server.unfinished import MAGNITUDES, TRAIN, Attempt
 from grandrounds.server.updates import Updates
@@ -308,16 +308,6 @@ def training_messages(
         )
         for p, parcel in parcels.items()
     }
-
-
-def continues_at(run: Run, site: int) -> dict[str, int]:
-    """Return the example at which a site continues; empty for one that keeps its own cursor."""
-    known = run.state.cursors
-    return (
-        {}
-        if run.roster.cards[site].in_custody and site not in known
-        else {"cursor": known.get(site, 0)}
-    )
 
 
 def fewest(run: Run, now: Round, spent: Collection[int]) -> int:

@@ -10,7 +10,7 @@ from flwr.app import Message
 
 from grandrounds.errors import ReplyError
 from grandrounds.server.judging import noting
-from grandrounds.server.rounds import continues_at
+from grandrounds.server.parcels import after_the_last_round
 from grandrounds.server.run import Run
 from grandrounds.server.unfinished import SUBGROUPS as FAILED
 from grandrounds.wire import messages, told
@@ -35,25 +35,16 @@ def tell_subgroups(run: Run) -> dict[str, Any]:
     as the held-out loss is. `silent` are the sites that tell none: their policy names no such
     column, or all of their subgroups are too small.
     """
-    number, cards = run.state.round, run.roster.cards
-    parcel, columns = run.sender.exact(run.state.adapter), run.config.subgroup_columns
-    outgoing = {
-        p: run.exchange.message(
-            card.node_id,
-            SUBGROUPS,
-            number,
-            run.beside(parcel, p, number),
-            {**continues_at(run, p), **card.arithmetic},
-        )
-        for p, card in sorted(cards.items())
-    }
+    columns = run.config.subgroup_columns
     by_site: dict[int, dict[str, Metrics]] = {}
 
     def use(site: int, reply: Message) -> Metrics:
         by_site[site] = subgroups_of(reply, columns)
         return messages.metrics_of(reply)
 
-    tally = run.exchange.ask("subgroups", outgoing, use, noting(run, FAILED))
+    tally = run.exchange.ask(
+        "subgroups", after_the_last_round(run, SUBGROUPS), use, noting(run, FAILED)
+    )
     run.state.note_loads(tally)
     telling = {site: by_site[site] for site in sorted(tally.good) if by_site.get(site)}
     names = sorted({name for groups in telling.values() for name in groups})

@@ -21,7 +21,7 @@ from grandrounds.data.tokenization import (
     end_token_ids,
     prompt_token_ids,
 )
-from grandrounds.model.resident import Resident
+from grandrounds.model.resident import Resident, adapter_off
 from grandrounds.model.scoring import generate_greedily
 from grandrounds.model.tokenizers import run_tokenizer
 from grandrounds.wire.schedule import visit_generator
@@ -60,7 +60,7 @@ def public_examples(config: Config, resident: Resident) -> Shown:
     tokenizer = run_tokenizer(config)
     if config.model.name == FORMULARY:
         return _cards(tokenizer, config.data.prompt)
-    return _answered(resident.model, tokenizer, config.data.prompt)
+    return _answered(resident, tokenizer, config.data.prompt)
 
 
 @lru_cache(maxsize=2)
@@ -74,13 +74,13 @@ _ANSWERS: WeakKeyDictionary[Any, dict[tuple[Any, str], Shown]] = WeakKeyDictiona
 """Model → tokenizer and template → what it answered. Weak: nothing here keeps a base loaded."""
 
 
-def _answered(model: Any, tokenizer: Any, template: str) -> Shown:
-    known = _ANSWERS.setdefault(model, {})
+def _answered(resident: Resident, tokenizer: Any, template: str) -> Shown:
+    known = _ANSWERS.setdefault(resident.model, {})
     if (tokenizer, template) not in known:
         prompts = prompt_token_ids(tokenizer, template, PROMPTS)
         limits, stop = [ANSWER_TOKENS] * len(prompts), end_token_ids(tokenizer, template)
-        with model.disable_adapter():
-            answers = generate_greedily(model, prompts, limits, stop, batch_size=8)
+        with adapter_off(resident):
+            answers = generate_greedily(resident.model, prompts, limits, stop, batch_size=8)
         known[tokenizer, template] = _joined(tokenizer, template, PROMPTS, answers)
     return known[tokenizer, template]
 

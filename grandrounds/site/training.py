@@ -227,7 +227,7 @@ def add_rank_gradient(
     """Add the gradient of weight * sum ||A_t|| ||B_t|| over the tails to `.grad`.
 
     d/dB_t = weight ||A_t|| B_t / ||B_t||, and the other way round; 0 where B_t is zero (HetLoRA:
-    Cho et al., 2024, section 3.2).
+    Cho et al., 2024).
     """
     for place_a, place_b, first, stop in tails:
         a, b = parameters[place_a], parameters[place_b]

@@ -85,7 +85,7 @@ def rank_of(adapter: Adapter) -> int:
 def kept_ranks(rank: int, decay: float) -> int:
     """Return how many of its ranks a site keeps if it prunes: the share, rounded down, at least 1.
 
-    (HetLoRA: Cho et al., 2024, section 3.2.)
+    (HetLoRA: Cho et al., 2024.)
     """
     return max(1, int(decay * rank))
 
